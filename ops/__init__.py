@@ -1,0 +1,1 @@
+"""Operations: settings, ledger, artifacts, metrics and the command line. Knows nothing of models or streams."""

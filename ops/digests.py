@@ -1,0 +1,44 @@
+"""Content digests: SHA-256, shown as 12 hex digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def digest_bytes(*parts: bytes) -> str:
+    """SHA-256 of the parts, each preceded by its length so that their borders count. 64 hex digits."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form (sorted keys, no spaces)."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest12(value: str | bytes) -> str:
+    """The first 12 hex digits: of a hex digest as it is, of bytes after hashing them."""
+    return (digest_bytes(value) if isinstance(value, bytes) else value)[:12]
+
+
+def digest_tensor(name: str, tensor: torch.Tensor) -> str:
+    """SHA-256 of one named tensor: name, dtype, shape and its bytes, row-major. 64 hex digits."""
+    import torch  # settings and the ledger must not wait for torch
+
+    flat = tensor.detach().to("cpu").contiguous()
+    raw = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return digest_bytes(name.encode(), str(flat.dtype).encode(), str(tuple(flat.shape)).encode(), raw)
+
+
+def digest_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over named tensors, whatever their order. 64 hex digits."""
+    return digest_bytes(*(digest_tensor(name, tensors[name]).encode() for name in sorted(tensors)))

@@ -1,0 +1,92 @@
+"""Errors that Ratchet raises on purpose.
+
+    RatchetError
+    ├── ConfigError        a setting is wrong or missing
+    ├── RecordError        one record (or image) from outside is not acceptable
+    ├── BrokerError        Kafka cannot be reached or refuses
+    ├── StoreError         the sample store or the catalog
+    ├── BaseModelError     a base checkpoint is missing or unusable
+    ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
+    ├── TrainingError      an update cannot be trained
+    ├── BudgetError        the compute budget does not allow it
+    ├── GateError          a suite is wrong or cannot be scored
+    ├── LedgerError        a row is missing or contradicts what is there
+    └── ReleaseError       a proposal could not be released
+        └── ReleaseConflict    somebody else released first
+
+Every error says what happened, what it was about, and (``fix``) what to do.
+"""
+
+from __future__ import annotations
+
+
+class RatchetError(Exception):
+    """Base of all. ``fix`` tells the reader what to do; it is shown after the message."""
+
+    def __init__(self, message: str, fix: str = "") -> None:
+        super().__init__(f"{message} {fix}" if fix else message)
+        self.message = message
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep message and fix apart when the error crosses a process boundary."""
+        return (_rebuild, (type(self), self.message, self.fix, self.__dict__))
+
+
+def _rebuild(kind: type[RatchetError], message: str, fix: str, state: dict[str, object]) -> RatchetError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, f"{message} {fix}" if fix else message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(RatchetError):
+    """A setting is wrong or missing."""
+
+
+class RecordError(RatchetError):
+    """A record or an image from outside is not acceptable. ``reason`` is a stable, bounded code."""
+
+    def __init__(self, reason: str, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.reason = reason
+
+
+class BrokerError(RatchetError):
+    """Kafka cannot be reached or refuses."""
+
+
+class StoreError(RatchetError):
+    """The sample store or the catalog."""
+
+
+class BaseModelError(RatchetError):
+    """A base checkpoint is missing or unusable."""
+
+
+class AdapterError(RatchetError):
+    """An adapter directory is missing, damaged or does not fit the base."""
+
+
+class TrainingError(RatchetError):
+    """An update cannot be trained."""
+
+
+class BudgetError(RatchetError):
+    """The compute budget does not allow it."""
+
+
+class GateError(RatchetError):
+    """A suite is wrong or cannot be scored."""
+
+
+class LedgerError(RatchetError):
+    """A ledger row is missing or contradicts what is there."""
+
+
+class ReleaseError(RatchetError):
+    """A proposal could not be released; what is live stays live."""
+
+
+class ReleaseConflict(ReleaseError):
+    """Somebody else released first."""

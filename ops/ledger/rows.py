@@ -1,0 +1,112 @@
+"""What the ledger hands out: frozen rows. Times are UTC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal
+
+Family = Literal["clip", "vlm"]
+Outcome = Literal["passed", "rejected", "inconclusive"]
+UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
+ProposalKind = Literal["initial", "update", "rollback", "release"]
+ProposalState = Literal["pending", "preparing", "committed", "failed"]
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """An immutable adapter against one base, and the embedding spaces it makes."""
+
+    name: str
+    family: str
+    base: str
+    image_space: str
+    text_space: str
+    meta: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """One run of the trainer. ``data_from``/``data_to`` are next offsets by ``topic:partition``."""
+
+    id: str
+    family: str
+    state: UpdateState
+    recipe: dict[str, Any]
+    seed: int
+    store_version: int
+    data_from: dict[str, int]
+    data_to: dict[str, int]
+    incumbent: str | None
+    adapter: str | None
+    cost: dict[str, Any]
+    error: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class VerdictRow:
+    """What the gate said of an update's candidate."""
+
+    id: int
+    update_id: str
+    adapter: str
+    outcome: Outcome
+    report_key: str
+    summary: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class ProposalRow:
+    """A wish to release: from the updater after a passed verdict, or from an operator."""
+
+    id: int
+    kind: ProposalKind
+    clip: str | None
+    vlm: str | None
+    actor: str
+    reason: str
+    state: ProposalState
+    error: str | None
+    release: int | None
+    update_id: str | None
+    expected_live: int | None
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class ReleaseRow:
+    """What is served under a number. ``None`` is the base alone."""
+
+    number: int
+    clip: str | None
+    vlm: str | None
+    actor: str
+    reason: str
+    proposal_id: int | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class HoldRow:
+    """While held, update proposals wait."""
+
+    actor: str
+    reason: str
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """Who did what to which, when."""
+
+    id: int
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any] = field(default_factory=dict)
+    created_at: datetime | None = None

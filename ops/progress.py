@@ -1,0 +1,58 @@
+"""Progress of long work: a bar on a terminal, a line every five seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as Remaining
+
+T = TypeVar("T")
+EVERY_SECONDS = 5.0
+_console = Console(stderr=True)
+
+
+def say(message: str) -> None:
+    """One line on standard error, with the time of day (UTC)."""
+    _console.print(f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}", highlight=False)
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield ``items`` while showing how far they are.
+
+    >>> for batch in track(batches, "embedding", total=len(batches)): ...
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, Remaining(), console=_console, transient=True) as bar:
+            yield from bar.track(items, description=label, total=total)
+        return
+    started = last = time.monotonic()
+    done = 0
+    for item in items:
+        yield item
+        done += 1
+        now = time.monotonic()
+        if now - last >= EVERY_SECONDS:
+            last = now
+            say(f"{label}: {done}{f'/{total}' if total else ''} after {now - started:.0f} s")
+
+
+@contextmanager
+def step(label: str) -> Iterator[None]:
+    """Say that a step began, and how long it took (or that it failed)."""
+    started = time.monotonic()
+    say(f"{label} ...")
+    try:
+        yield
+    except BaseException:
+        say(f"{label}: [red]failed[/red] after {time.monotonic() - started:.1f} s")
+        raise
+    say(f"{label}: done in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,296 @@
+"""All settings, typed and in one place, and where each value came from.
+
+Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults.
+Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+
+from ops.errors import ConfigError
+
+PREFIX = "RATCHET_"
+FILE = "ratchet.yaml"
+MIB = 1024 * 1024
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BaseModels(Section):
+    """Which frozen checkpoints are served."""
+
+    clip: str = Field("shipped", description="Name of a registered CLIP base (`ratchet base list`).")
+
+
+class Kafka(Section):
+    """The broker and the topics."""
+
+    bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
+    topic: str = Field("ratchet.samples", description="Topic that producers write to.")
+    quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
+    group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
+    partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
+    batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
+    batch_records: int = Field(256, ge=1, le=100_000, description="Most records in one commit.")
+    batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
+    client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
+
+
+class Ingest(Section):
+    """What a record must be to get into the sample store."""
+
+    max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
+    max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
+    min_side: int = Field(8, ge=1, description="Shortest side of an image, in pixels.")
+    max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
+    fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
+    near_duplicate_distance: int = Field(0, ge=0, le=16, description="Perceptual hash bits that may differ.")
+    allowed_uris: list[str] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
+    metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
+
+
+class Serve(Section):
+    """The HTTP server and its engines."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
+    encoder_replicas: int = Field(2, ge=1, le=256, description="Encoder processes.")
+    encoder_threads: int = Field(1, ge=1, le=256, description="CPU threads of each encoder.")
+    max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
+    batch_wait_seconds: float = Field(0.005, ge=0, le=1, description="Longest wait for a batch to fill.")
+    queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
+    deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
+    max_images: int = Field(32, ge=1, le=1024, description="Images in one request.")
+    max_texts: int = Field(256, ge=1, le=8192, description="Texts in one request.")
+    max_body_bytes: int = Field(16 * MIB, ge=1024, description="Largest request body.")
+    max_text_chars: int = Field(2000, ge=1, description="Longest text.")
+    max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
+    max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
+    rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
+    operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
+
+
+class Updater(Section):
+    """When and how updates are trained."""
+
+    recipe: str = Field("default", description="Recipe name or YAML path.")
+    min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
+    max_wait_seconds: float = Field(3600.0, gt=0, description="Trigger with fewer samples after this long.")
+    poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")
+    reference: list[Path] = Field(default_factory=list, description="Folder datasets of the reference pool.")
+    seed: int = Field(0, ge=0, description="Seed of training.")
+    threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
+    nice: int = Field(15, ge=0, le=19, description="Niceness of the trainer process.")
+    duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
+    checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
+    metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0 is off.")
+
+
+class Budget(Section):
+    """Compute for learning, in memory-adjusted GFLOPs (FLOPs per step x peak memory / that of full fine-tuning)."""
+
+    gflops_per_day: float = Field(2_000_000.0, gt=0, description="Refill of the token bucket a day, and its size.")
+    gflops_per_update: float = Field(60_000.0, gt=0, description="Most that one update may spend.")
+    seconds_per_update: float = Field(900.0, gt=0, description="Wall-clock bound of one update's training.")
+
+
+class Gate(Section):
+    """What a candidate has to prove."""
+
+    suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false accept, over all looks.")
+    margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
+    min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
+
+
+class Settings(Section):
+    """Everything. ``origins`` maps each dotted name to the place its value came from."""
+
+    home: Path = Field(Path(".ratchet"), description="Folder of the embedded defaults.")
+    ledger_url: str | None = Field(None, description="SQLAlchemy URL; SQLite in home when unset.")
+    artifacts_url: str | None = Field(None, description="fsspec URL of adapters and reports; a folder in home when unset.")
+    lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    base: BaseModels = Field(default_factory=BaseModels)
+    kafka: Kafka = Field(default_factory=Kafka)
+    ingest: Ingest = Field(default_factory=Ingest)
+    serve: Serve = Field(default_factory=Serve)
+    updater: Updater = Field(default_factory=Updater)
+    budget: Budget = Field(default_factory=Budget)
+    gate: Gate = Field(default_factory=Gate)
+    origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @property
+    def ledger(self) -> str:
+        """SQLAlchemy URL of the ledger."""
+        return self.ledger_url or f"sqlite:///{(self.home / 'ledger.db').resolve()}"
+
+    @property
+    def artifacts(self) -> str:
+        """fsspec URL of the artifacts."""
+        return self.artifacts_url or str((self.home / "artifacts").resolve())
+
+    @property
+    def lake(self) -> str:
+        """URL under which the Lance datasets lie."""
+        return self.lake_url or str((self.home / "lake").resolve())
+
+    def operator_key(self) -> SecretStr:
+        """The operators' key; on first use one is made and kept in ``home/operator.key``, readable by the owner only."""
+        if self.serve.operator_key is not None:
+            return self.serve.operator_key
+        path = self.home / "operator.key"
+        if not path.exists():
+            self.home.mkdir(parents=True, exist_ok=True)
+            staging = path.with_name(f".operator.{os.getpid()}.{secrets.token_hex(4)}")
+            descriptor = os.open(staging, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_urlsafe(32))
+            try:
+                os.link(staging, path)  # the first of two processes wins; both then read the same key
+            except FileExistsError:
+                path.stat()
+            finally:
+                staging.unlink()
+        return SecretStr(path.read_text().strip())
+
+
+def load_settings(
+    path: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the settings, check them, and remember where each came from.
+
+    Args:
+        path: a YAML file; by default ``ratchet.yaml`` in the working directory, if there is one.
+        overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
+        environ: instead of ``os.environ``.
+
+    Raises:
+        ConfigError: names the key or value that is wrong, its origin and the fix.
+    """
+    origins: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for name, value in _file_values(path):
+        _put(values, origins, name, value[0], value[1])
+    for key, text in (os.environ if environ is None else environ).items():
+        if key.startswith(PREFIX) and not key.startswith(f"{PREFIX}TEST_"):
+            name = key[len(PREFIX) :].lower().replace("__", ".")
+            if _field(name) is None:
+                raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
+            _put(values, origins, name, _parse(text), f"environment {key}")
+    for name, value in (overrides or {}).items():
+        _put(values, origins, name, value, "flag")
+    try:
+        return Settings(**values, origins=origins)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        origin = next((o for n, o in origins.items() if name.startswith(n) or n.startswith(name)), "defaults")
+        shown = "" if "key" in name or "client" in name else f" = {first['input']!r}"
+        raise ConfigError(
+            f"setting {name}{shown} (from {origin}) is not valid: {first['msg']}.",
+            "See `ratchet config show` for every setting and its meaning.",
+        ) from None
+
+
+def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
+    """Every setting as (dotted name, value, origin, meaning); secrets are masked."""
+    rows = []
+    for name, field in _leaves(Settings):
+        value: Any = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        if name == "kafka.client" and value:
+            value = {key: "**********" for key in value}
+        rows.append((name, value, settings.origins.get(name, "default"), field.description or ""))
+    return rows
+
+
+def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
+    file = path or Path(FILE)
+    if not file.exists():
+        if path is not None:
+            raise ConfigError(f"settings file {path} does not exist.", "Check --config.")
+        return []
+    try:
+        loaded = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}", "Mend the line it names.") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
+    found: list[tuple[str, tuple[Any, str]]] = []
+
+    def walk(prefix: str, value: Any) -> None:
+        name = prefix
+        if isinstance(value, dict) and (name == "" or _is_section(name)):
+            for key, child in value.items():
+                walk(f"{name}.{key}" if name else str(key), child)
+            return
+        if _field(name) is None:
+            raise ConfigError(f"{file}: unknown setting {name!r}.", _nearest(name))
+        found.append((name, (value, str(file))))
+
+    walk("", loaded)
+    return found
+
+
+def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any, origin: str) -> None:
+    if _field(name) is None:
+        raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
+    *sections, leaf = name.split(".")
+    target = values
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[leaf] = value
+    origins[name] = origin
+
+
+def _parse(text: str) -> Any:
+    """Environment values are YAML scalars or flow lists: ``3``, ``true``, ``[a, b]``."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, (list, dict, bool)) else text
+
+
+def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
+    rows: list[tuple[str, FieldInfo]] = []
+    for name, field in model.model_fields.items():
+        if name == "origins":
+            continue
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            rows += _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", field))
+    return rows
+
+
+def _field(name: str) -> FieldInfo | None:
+    return dict(_leaves(Settings)).get(name)
+
+
+def _is_section(name: str) -> bool:
+    field = Settings.model_fields.get(name)
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, [leaf for leaf, _ in _leaves(Settings)], n=1, cutoff=0.4)
+    return f"Did you mean {close[0]!r}? " if close else "See `ratchet config show` for the names."
