@@ -1,0 +1,36 @@
+"""The ledger: what was trained, judged, proposed and released, and by whom. SQLite, or PostgreSQL by URL.
+
+>>> ledger = Ledger.open("sqlite:///.ratchet/ledger.db")
+>>> ledger.live()
+ReleaseRow(number=3, clip='clip-0123456789ab', ...)
+"""
+
+from ops.ledger.ledger import Ledger
+from ops.ledger.rows import (
+    AdapterRow,
+    AuditRow,
+    HoldRow,
+    Outcome,
+    ProposalKind,
+    ProposalRow,
+    ProposalState,
+    ReleaseRow,
+    UpdateRow,
+    UpdateState,
+    VerdictRow,
+)
+
+__all__ = [
+    "AdapterRow",
+    "AuditRow",
+    "HoldRow",
+    "Ledger",
+    "Outcome",
+    "ProposalKind",
+    "ProposalRow",
+    "ProposalState",
+    "ReleaseRow",
+    "UpdateRow",
+    "UpdateState",
+    "VerdictRow",
+]

@@ -1,0 +1,172 @@
+"""Verbs of the trainer and the gate: adapters, updates, verdicts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from ops.errors import LedgerError
+from ops.ledger import tables as t
+from ops.ledger.database import Database, as_row
+from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, VerdictRow
+
+FINISHED = ("done", "failed", "abandoned")
+
+
+class LearningVerbs:
+    """What the updater writes."""
+
+    database: Database
+
+    def register_adapter(
+        self, name: str, family: str, base: str, image_space: str, text_space: str, meta: dict[str, Any]
+    ) -> AdapterRow:
+        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this."""
+        with self.database.write() as session:
+            found = session.get(t.Adapter, name)
+            if found is None:
+                found = t.Adapter(
+                    name=name,
+                    family=family,
+                    base=base,
+                    image_space=image_space,
+                    text_space=text_space,
+                    meta=meta,
+                )
+                session.add(found)
+                session.flush()
+            elif (found.base, found.image_space, found.text_space) != (base, image_space, text_space):
+                raise LedgerError(
+                    f"adapter {name!r} is recorded with other spaces.", "A name is never reused."
+                )
+            return as_row(AdapterRow, found)
+
+    def adapter(self, name: str) -> AdapterRow:
+        """One adapter. Raises LedgerError when it was never recorded."""
+        with self.database.read() as session:
+            found = session.get(t.Adapter, name)
+            if found is None:
+                raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
+            return as_row(AdapterRow, found)
+
+    def begin_update(
+        self,
+        update_id: str,
+        *,
+        family: str,
+        recipe: dict[str, Any],
+        seed: int,
+        store_version: int,
+        data_from: dict[str, int],
+        data_to: dict[str, int],
+        incumbent: str | None,
+    ) -> UpdateRow:
+        """Record that an update started; the same id again returns what is there."""
+        with self.database.write() as session:
+            found = session.get(t.Update, update_id)
+            if found is None:
+                found = t.Update(
+                    id=update_id, family=family, state="training", recipe=recipe, seed=seed,
+                    store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
+                )  # fmt: skip
+                session.add(found)
+                session.flush()
+            return as_row(UpdateRow, found)
+
+    def advance_update(
+        self,
+        update_id: str,
+        state: UpdateState,
+        *,
+        adapter: str | None = None,
+        cost: dict[str, Any] | None = None,
+        error: str | None = None,
+    ) -> UpdateRow:
+        """Move an update on; what is not given stays."""
+        with self.database.write() as session:
+            found = _update(session, update_id)
+            found.state = state
+            found.adapter = adapter or found.adapter
+            found.error = error or found.error
+            if cost is not None:
+                found.cost = {**found.cost, **cost}
+            session.flush()
+            return as_row(UpdateRow, found)
+
+    def update(self, update_id: str) -> UpdateRow:
+        """One update. Raises LedgerError."""
+        with self.database.read() as session:
+            return as_row(UpdateRow, _update(session, update_id))
+
+    def updates(self, limit: int = 50, family: str | None = None) -> list[UpdateRow]:
+        """The newest updates, newest first."""
+        query = select(t.Update).order_by(t.Update.created_at.desc(), t.Update.id).limit(limit)
+        if family is not None:
+            query = query.where(t.Update.family == family)
+        with self.database.read() as session:
+            return [as_row(UpdateRow, found) for found in session.scalars(query)]
+
+    def last_update(self, family: str) -> UpdateRow | None:
+        """The newest update of a family, whatever became of it."""
+        return next(iter(self.updates(1, family)), None)
+
+    def unfinished_update(self, family: str) -> UpdateRow | None:
+        """The update that a killed trainer left behind, if there is one."""
+        query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
+        with self.database.read() as session:
+            found = session.scalars(query.order_by(t.Update.created_at.desc())).first()
+            return None if found is None else as_row(UpdateRow, found)
+
+    def record_verdict(
+        self, update_id: str, adapter: str, outcome: Outcome, report_key: str, summary: dict[str, Any]
+    ) -> VerdictRow:
+        """Record the gate's verdict; an update has one, and a second call returns the first."""
+        with self.database.write() as session:
+            found = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            if found is None:
+                found = t.Verdict(
+                    update_id=update_id,
+                    adapter=adapter,
+                    outcome=outcome,
+                    report_key=report_key,
+                    summary=summary,
+                )
+                session.add(found)
+                session.flush()
+            return as_row(VerdictRow, found)
+
+    def verdicts(self, limit: int = 50) -> list[VerdictRow]:
+        """The newest verdicts, newest first."""
+        with self.database.read() as session:
+            found = session.scalars(select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
+            return [as_row(VerdictRow, row) for row in found]
+
+    def verdict_of(self, update_id: str) -> VerdictRow | None:
+        """The verdict of one update, if there is one."""
+        with self.database.read() as session:
+            found = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            return None if found is None else as_row(VerdictRow, found)
+
+    def looks_since_release(self, family: str) -> int:
+        """Verdicts of a family since the last released update: the looks that already spent alpha."""
+        last = (
+            select(func.max(t.Verdict.id))
+            .join(t.Proposal, t.Proposal.update_id == t.Verdict.update_id)
+            .join(t.Update, t.Update.id == t.Verdict.update_id)
+            .where(t.Proposal.state == "committed", t.Update.family == family)
+        )
+        with self.database.read() as session:
+            since = session.scalar(last) or 0
+            query = (
+                select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
+            )
+            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family)) or 0
+
+
+def _update(session: Session, update_id: str) -> t.Update:
+    found = session.get(t.Update, update_id)
+    if found is None:
+        raise LedgerError(f"update {update_id!r} is not in the ledger.", "See `ratchet status`.")
+    return found

@@ -1,0 +1,207 @@
+"""Verbs of release: proposals, releases, hold, audit. Every change leaves an audit row in the same transaction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from ops.errors import LedgerError, ReleaseConflict
+from ops.ledger import tables as t
+from ops.ledger.database import Database, as_row
+from ops.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow
+
+
+class ReleaseVerbs:
+    """What the release controller and operators write."""
+
+    database: Database
+
+    def propose(
+        self,
+        kind: ProposalKind,
+        *,
+        clip: str | None,
+        vlm: str | None,
+        actor: str,
+        reason: str,
+        update_id: str | None = None,
+        expected_live: int | None = None,
+    ) -> ProposalRow:
+        """Record a wish to release. An update proposes once: a second call returns the first proposal.
+
+        Raises:
+            ReleaseConflict: ``expected_live`` is not the live release any more.
+        """
+        with self.database.write() as session:
+            if update_id is not None:
+                found = session.scalars(select(t.Proposal).where(t.Proposal.update_id == update_id)).first()
+                if found is not None:
+                    return as_row(ProposalRow, found)
+            live = _live(session)
+            if expected_live is not None and expected_live != (live.number if live else 0):
+                raise ReleaseConflict(
+                    f"release {live.number if live else 0} is live, not {expected_live}: somebody released first.",
+                    "Look at `ratchet releases list` and decide again.",
+                )
+            row = t.Proposal(
+                kind=kind, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending", update_id=update_id,
+                expected_live=expected_live,
+            )  # fmt: skip
+            session.add(row)
+            session.flush()
+            _audit(
+                session,
+                actor,
+                f"propose {kind}",
+                f"proposal {row.id}",
+                {"clip": clip, "vlm": vlm, "reason": reason},
+            )
+            return as_row(ProposalRow, row)
+
+    def proposal(self, proposal_id: int) -> ProposalRow:
+        """One proposal. Raises LedgerError."""
+        with self.database.read() as session:
+            return as_row(ProposalRow, _proposal(session, proposal_id))
+
+    def proposals(self, limit: int = 50) -> list[ProposalRow]:
+        """The newest proposals, newest first."""
+        with self.database.read() as session:
+            found = session.scalars(select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
+            return [as_row(ProposalRow, row) for row in found]
+
+    def pending_proposals(self) -> list[ProposalRow]:
+        """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
+        query = (
+            select(t.Proposal).where(t.Proposal.state.in_(("pending", "preparing"))).order_by(t.Proposal.id)
+        )
+        with self.database.read() as session:
+            return [as_row(ProposalRow, row) for row in session.scalars(query)]
+
+    def advance_proposal(
+        self, proposal_id: int, state: ProposalState, error: str | None = None
+    ) -> ProposalRow:
+        """Move a proposal on. ``committed`` is set by :meth:`commit_release` alone."""
+        with self.database.write() as session:
+            row = _proposal(session, proposal_id)
+            row.state, row.error = state, error
+            if state == "failed":
+                _audit(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
+            session.flush()
+            return as_row(ProposalRow, row)
+
+    def commit_release(
+        self,
+        number: int,
+        *,
+        clip: str | None,
+        vlm: str | None,
+        actor: str,
+        reason: str,
+        proposal_id: int | None,
+    ) -> ReleaseRow:
+        """Append a release, and mark its proposal committed, in one transaction.
+
+        Raises:
+            ReleaseConflict: the number is taken, or is not the live number + 1.
+        """
+        try:
+            with self.database.write() as session:
+                live = _live(session)
+                expected = (live.number if live else 0) + 1
+                if number != expected:
+                    raise ReleaseConflict(
+                        f"release {number} cannot be next: {expected} is.", "Prepare again from what is live."
+                    )
+                row = t.Release(
+                    number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id
+                )
+                session.add(row)
+                if proposal_id is not None:
+                    proposal = _proposal(session, proposal_id)
+                    proposal.state, proposal.release = "committed", number
+                _audit(
+                    session,
+                    actor,
+                    "release",
+                    f"release {number}",
+                    {"clip": clip, "vlm": vlm, "reason": reason},
+                )
+                session.flush()
+                return as_row(ReleaseRow, row)
+        except IntegrityError:
+            raise ReleaseConflict(
+                f"release {number} was taken by somebody else.", "Look at what is live now."
+            ) from None
+
+    def live(self) -> ReleaseRow | None:
+        """The live release: the highest number. None before the first start."""
+        with self.database.read() as session:
+            found = _live(session)
+            return None if found is None else as_row(ReleaseRow, found)
+
+    def release(self, number: int) -> ReleaseRow:
+        """One release. Raises LedgerError."""
+        with self.database.read() as session:
+            found = session.get(t.Release, number)
+            if found is None:
+                raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
+            return as_row(ReleaseRow, found)
+
+    def releases(self, limit: int = 50) -> list[ReleaseRow]:
+        """The newest releases, newest first."""
+        with self.database.read() as session:
+            found = session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(limit))
+            return [as_row(ReleaseRow, row) for row in found]
+
+    def hold(self, actor: str, reason: str) -> HoldRow:
+        """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
+        with self.database.write() as session:
+            row = _open_hold(session)
+            if row is None:
+                row = t.Hold(actor=actor, reason=reason)
+                session.add(row)
+                _audit(session, actor, "hold", "updates", {"reason": reason})
+                session.flush()
+            return as_row(HoldRow, row)
+
+    def resume(self, actor: str, reason: str) -> None:
+        """End a hold. Raises LedgerError when nothing is held."""
+        with self.database.write() as session:
+            row = _open_hold(session)
+            if row is None:
+                raise LedgerError("updates are not on hold.", "There is nothing to resume.")
+            row.resumed_at = t.utc_now()
+            _audit(session, actor, "resume", "updates", {"reason": reason})
+
+    def held(self) -> HoldRow | None:
+        """The open hold, if there is one."""
+        with self.database.read() as session:
+            row = _open_hold(session)
+            return None if row is None else as_row(HoldRow, row)
+
+    def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+        """Record what somebody did that is no release, hold or proposal."""
+        with self.database.write() as session:
+            _audit(session, actor, action, subject, detail)
+
+
+def _live(session: Session) -> t.Release | None:
+    return session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(1)).first()
+
+
+def _open_hold(session: Session) -> t.Hold | None:
+    return session.scalars(select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)).first()
+
+
+def _proposal(session: Session, proposal_id: int) -> t.Proposal:
+    found = session.get(t.Proposal, proposal_id)
+    if found is None:
+        raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
+    return found
+
+
+def _audit(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
+    session.add(t.Audit(actor=actor, action=action, subject=subject, detail=detail))
