@@ -1,0 +1,219 @@
+"""Ask a model the questions of a suite, through the serving engine: what is gated is what is served.
+
+Answers are ranks: of the true class among the classes, of the best matching text for an image, of the best matching
+image for a text. Rank 0 is right. Ties and non-finite scores count against the model: a collapsed model, for which
+everything is equally similar, must not look perfect.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ops.digests import digest12, digest_json
+from ops.errors import GateError, RecordError
+from ops.progress import track
+from serving.engines.clip import ClipEngine
+from streams.images import decode_image
+from updater.gate.suites import Item, Suite
+
+Vectors = NDArray[np.float32]
+
+IMAGE_BATCH = 32
+TEXT_BATCH = 64
+MAX_PIXELS = 60_000_000
+MAX_BYTES = 32 * 1024 * 1024
+KEEP_PIXELS = 256 * 1024 * 1024
+"""Bytes of decoded pixels kept between the models that answer the same suite."""
+KEEP_FILES = 400
+"""Score files kept on disk; the oldest go first (each about 10 KB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """One model's answers. Arrays are aligned with `ids`: shapes [n] and [n, views]."""
+
+    ids: NDArray[np.str_]
+    ranks: NDArray[np.int32]
+    """0-based rank of the best right answer."""
+    answers: NDArray[np.int32]
+    """The model's first choice: an index into `Scorer.choices(suite)` of that view."""
+    k: int
+
+    @property
+    def hits(self) -> NDArray[np.float64]:
+        """1 where the right answer is among the first k, else 0. Shape [n, views]."""
+        return (self.ranks < self.k).astype(np.float64)
+
+
+class Scorer:
+    """Scores suites for the adapters resident in one engine; embeddings and scores are computed once.
+
+    Scores are cached on disk by suite digest and embedding spaces (content digests of everything that makes a
+    vector), so a base or an incumbent that has answered a suite before costs nothing.
+    """
+
+    def __init__(self, engine: ClipEngine, cache: Path | None = None) -> None:
+        self.engine = engine
+        self.cache = cache
+        self.hits = 0
+        """Suites answered from disk."""
+        self._images: dict[str, dict[str, Vectors]] = {}
+        self._texts: dict[str, dict[str, Vectors]] = {}
+        self._pixels: OrderedDict[str, NDArray[np.uint8]] = OrderedDict()
+
+    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
+        """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
+        path = self._path(suite, adapter)
+        if path is not None and (kept := _load(path, suite)) is not None:
+            self.hits += 1
+            return kept
+        items = suite.items()
+        what = label or adapter or "base"
+        if suite.task == "classification":
+            outcomes = self._classify(suite, items, adapter, what)
+        else:
+            outcomes = self._retrieve(suite, items, adapter, what)
+        if path is not None:
+            _save(path, outcomes)
+        return outcomes
+
+    def choices(self, suite: Suite) -> tuple[list[str], ...]:
+        """For each view the possible answers: classes; or unique texts, and item ids."""
+        items = suite.items()
+        texts = sorted({item.text for item in items})
+        return (texts,) if suite.task == "classification" else (texts, [item.id for item in items])
+
+    def images(self, items: Sequence[Item], adapter: str | None, label: str = "images") -> Vectors:
+        """L2-normalised image vectors [n, dim]; each distinct item is embedded once per space."""
+        known = self._images.setdefault(self.engine.spaces(adapter).image, {})
+        missing = list({item.id: item for item in items if item.id not in known}.values())
+        batches = [missing[i : i + IMAGE_BATCH] for i in range(0, len(missing), IMAGE_BATCH)]
+        for batch in track(batches, f"{label}: images", total=len(batches)):
+            pixels = np.stack([self.pixels(item) for item in batch])
+            for item, vector in zip(batch, self.engine.encode_images(pixels, adapter), strict=True):
+                known[item.id] = vector
+        return np.stack([known[item.id] for item in items])
+
+    def texts(self, texts: Sequence[str], adapter: str | None, label: str = "texts") -> Vectors:
+        """L2-normalised text vectors [n, dim]; each distinct text is embedded once per space."""
+        known = self._texts.setdefault(self.engine.spaces(adapter).text, {})
+        missing = sorted({text for text in texts if text not in known}, key=lambda text: (len(text), text))
+        batches = [missing[i : i + TEXT_BATCH] for i in range(0, len(missing), TEXT_BATCH)]
+        for batch in track(batches, f"{label}: texts", total=len(batches)):
+            for text, vector in zip(batch, self.engine.encode_texts(batch, adapter), strict=True):
+                known[text] = vector
+        return np.stack([known[text] for text in texts])
+
+    def pixels(self, item: Item) -> NDArray[np.uint8]:
+        """The item's image as the engine wants it: uint8 [S, S, 3]."""
+        kept = self._pixels.get(item.id)
+        if kept is not None:
+            return kept
+        try:
+            image = decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+        except (OSError, RecordError) as error:
+            raise GateError(
+                f"the image of suite item {item.text[:80]!r} cannot be read: {error}",
+                "Mend or remove that row of data.csv.",
+            ) from error
+        pixels = self.engine.base.preprocess.pixels(image)
+        self._pixels[item.id] = pixels
+        while len(self._pixels) * pixels.nbytes > KEEP_PIXELS:
+            self._pixels.popitem(last=False)
+        return pixels
+
+    def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
+        (classes,) = self.choices(suite)
+        prompts = [[_prompt(template, suite, name) for template in suite.templates] for name in classes]
+        flat = self.texts([p for group in prompts for p in group], adapter, label)
+        heads = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
+        heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
+        similarity = self.images(items, adapter, label) @ heads.T
+        index = {name: i for i, name in enumerate(classes)}
+        right = np.zeros(similarity.shape, dtype=bool)
+        right[np.arange(len(items)), [index[item.text] for item in items]] = True
+        return _outcomes(items, [(similarity, right)], suite.k)
+
+    def _retrieve(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
+        unique, _ = self.choices(suite)
+        index = {text: i for i, text in enumerate(unique)}
+        own = np.array([index[item.text] for item in items])
+        similarity = self.images(items, adapter, label) @ self.texts(unique, adapter, label).T
+        to_text = own[:, None] == np.arange(len(unique))[None, :]
+        to_image = own[:, None] == own[None, :]
+        return _outcomes(items, [(similarity, to_text), (similarity.T[own], to_image)], suite.k)
+
+    def _path(self, suite: Suite, adapter: str | None) -> Path | None:
+        folder = self.cache or suite.cache
+        if folder is None:
+            return None
+        spaces = self.engine.spaces(adapter)
+        return folder / f"{digest12(digest_json([suite.digest(), spaces.image, spaces.text]))}.npz"
+
+
+def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many wrong answers do not score below the best right one. Both arrays have shape [n, choices].
+
+    "Not below" and not "above": a tie or a NaN on either side counts against the model.
+    """
+    best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
+    return (~(similarity < best) & ~right).sum(axis=1).astype(np.int32)
+
+
+def _outcomes(
+    items: Sequence[Item], views: Sequence[tuple[NDArray[np.floating], NDArray[np.bool_]]], k: int
+) -> Outcomes:
+    return Outcomes(
+        ids=np.array([item.id for item in items], dtype=np.str_),
+        ranks=np.stack([rank_of_best(similarity, right) for similarity, right in views], axis=1),
+        answers=np.stack([similarity.argmax(axis=1) for similarity, _ in views], axis=1).astype(np.int32),
+        k=k,
+    )
+
+
+def _prompt(template: str, suite: Suite, label: str) -> str:
+    return template.replace("{}", suite.names.get(label, label.replace("_", " ")))
+
+
+def _save(path: Path, outcomes: Outcomes) -> None:
+    """Atomically; then drop the oldest files beyond the bound."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez_compressed(staging, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
+    staging.replace(path)
+    by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)
+    for old in by_age[KEEP_FILES:]:
+        old.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another process dropped it
+        return 0.0
+
+
+def _load(path: Path, suite: Suite) -> Outcomes | None:
+    """Cached answers, or None if there are none or the file is damaged (it is then written anew)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            ids, ranks, answers = file["ids"], file["ranks"], file["answers"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+        return None
+    expected = [item.id for item in suite.items()]
+    shape = (len(expected), len(suite.views))
+    if ids.tolist() != expected or ranks.shape != shape or answers.shape != shape:
+        return None
+    with contextlib.suppress(OSError):
+        path.touch()  # the oldest unused go first
+    return Outcomes(ids=ids, ranks=ranks, answers=answers, k=suite.k)
+

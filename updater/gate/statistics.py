@@ -1,0 +1,259 @@
+"""The statistics that let a candidate in: paired tests, their intervals, and what several tests may spend together.
+
+Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
+
+- *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
+  (T. Tango, Statistics in Medicine 17, 1998, 891-908) with the interval that inverts it: unlike Wald it keeps its
+  level when few items disagree, and it does not collapse to a point when none does. Superiority uses the exact
+  McNemar test.
+- *Recall both ways*: two 0/1 per item, which are not independent. The item is the cluster: its two outcomes are
+  averaged and whole items are resampled (a studentised bootstrap). Differences take few values (-1, -1/2, 0, 1/2,
+  1), so resampling items is a multinomial draw over those values, which is exact and fast.
+
+All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 20_000
+"""Bootstrap draws at least. The smallest p value is 1 / (draws + 1); `_draws` takes more where a level asks for it."""
+
+MAX_RESAMPLES = 400_000
+"""Bound on the draws (about half a second and 50 MB)."""
+
+PSEUDO = 0.5
+"""Half an item is added at -1 and at +1 before resampling, as Agresti and Min (2005) do for paired proportions:
+with no disagreement at all the plain bootstrap would claim certainty from any number of items."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One paired comparison of two models on the same items; all p values and bounds are one-sided."""
+
+    n: int
+    before: float
+    after: float
+    difference: float
+    margin: float
+    p_noninferior: float
+    """Of H0: the loss is at least `margin`."""
+    p_superior: float
+    """Of H0: there is no gain."""
+    p_worse: float
+    """Of H0: there is no loss."""
+    method: str
+    spread: float
+    """Standard deviation of one item's difference."""
+    bounds: Callable[[float], tuple[float, float]]
+    """Lower and upper bound of the difference, each missed with at most the given probability."""
+
+    def needed(self, level: float, power: float = 0.8) -> int:
+        """Items with which non-inferiority would be shown at `level` with `power` if nothing had changed."""
+        return items_needed(self.spread, self.margin, level, power)
+
+
+def tango_z(gained: int, lost: int, n: int, difference: float) -> float:
+    """Tango's score statistic for H0: p(after) - p(before) = difference; positive where the data lie above it.
+
+    `gained` items went from wrong to right, `lost` the other way, of `n` in all.
+    """
+    a = 2.0 * n
+    b = -gained - lost + (2.0 * n - gained + lost) * difference
+    c = -lost * difference * (1.0 - difference)
+    lost_share = (math.sqrt(max(b * b - 4.0 * a * c, 0.0)) - b) / (2.0 * a)
+    variance = n * (2.0 * lost_share + difference * (1.0 - difference))
+    excess = gained - lost - n * difference
+    if variance <= 0.0:
+        return 0.0 if excess == 0.0 else math.copysign(math.inf, excess)
+    return excess / math.sqrt(variance)
+
+
+def tango_interval(gained: int, lost: int, n: int, level: float) -> tuple[float, float]:
+    """The two one-sided bounds at `level` of the paired difference: together a 1 - 2*level interval."""
+    z = float(stats.norm.isf(level))
+    edge = 1.0 - 1e-9
+    observed = (gained - lost) / n
+
+    def low(d: float) -> float:
+        return tango_z(gained, lost, n, d) - z
+
+    def high(d: float) -> float:
+        return tango_z(gained, lost, n, d) + z
+
+    lower = -1.0 if low(-edge) <= 0.0 else float(optimize.brentq(low, -edge, observed, xtol=1e-9))
+    upper = 1.0 if high(edge) >= 0.0 else float(optimize.brentq(high, observed, edge, xtol=1e-9))
+    return lower, upper
+
+
+def mcnemar_superior(gained: int, lost: int) -> float:
+    """Exact one-sided McNemar: P(at least `gained` of the items that changed, changed for the better | fair coin)."""
+    return float(stats.binom.sf(gained - 1, gained + lost, 0.5)) if gained + lost else 1.0
+
+
+def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Comparison:
+    """Compare two aligned 0/1 vectors of shape [n]. Raises ValueError if they are not."""
+    _check(before, after)
+    if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
+        raise ValueError("accuracy compares 0/1 outcomes")
+    n = len(before)
+    gained = int(np.sum(after > before))
+    lost = int(np.sum(after < before))
+    return Comparison(
+        n=n,
+        before=float(before.mean()),
+        after=float(after.mean()),
+        difference=(gained - lost) / n,
+        margin=margin,
+        p_noninferior=float(stats.norm.sf(tango_z(gained, lost, n, -margin))),
+        p_superior=mcnemar_superior(gained, lost),
+        p_worse=mcnemar_superior(lost, gained),
+        method="Tango score test, exact McNemar",
+        spread=math.sqrt((gained + lost + 2 * PSEUDO) / (n + 2 * PSEUDO)),
+        bounds=lambda level: tango_interval(gained, lost, n, level),
+    )
+
+
+def compare_recall(
+    before: Floats, after: Floats, *, margin: float, level: float, seed: int = 0
+) -> Comparison:
+    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1], item by item (clusters of views).
+
+    `level` is the smallest level that will be asked about: it decides how many draws are made.
+    """
+    _check(before, after)
+    first = before.reshape(len(before), -1).mean(axis=1)
+    second = after.reshape(len(after), -1).mean(axis=1)
+    boot = bootstrap(second - first, seed=seed, draws=_draws(level))
+    return Comparison(
+        n=len(first),
+        before=float(first.mean()),
+        after=float(second.mean()),
+        difference=boot.difference,
+        margin=margin,
+        p_noninferior=boot.p_above(-margin),
+        p_superior=boot.p_above(0.0),
+        p_worse=boot.p_below(0.0),
+        method="studentised bootstrap over items",
+        spread=boot.error * math.sqrt(len(first)),
+        bounds=lambda level: (boot.low(level), boot.high(level)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """A studentised bootstrap distribution of a mean difference."""
+
+    difference: float
+    error: float
+    """Standard error of `difference`."""
+    pivots: Floats
+    """Sorted draws of (mean* - mean) / error*."""
+
+    def p_above(self, value: float) -> float:
+        """One-sided p of H0: the difference is at most `value`."""
+        t = (self.difference - value) / self.error
+        beyond = len(self.pivots) - int(np.searchsorted(self.pivots, t, side="left"))
+        return (beyond + 1) / (len(self.pivots) + 1)
+
+    def p_below(self, value: float) -> float:
+        """One-sided p of H0: the difference is at least `value`."""
+        t = (self.difference - value) / self.error
+        beyond = int(np.searchsorted(self.pivots, t, side="right"))
+        return (beyond + 1) / (len(self.pivots) + 1)
+
+    def low(self, level: float) -> float:
+        """Lower one-sided bound: the smallest value that `p_above` does not refuse at `level`."""
+        count = len(self.pivots)
+        beyond = math.floor(level * (count + 1)) - 1  # draws that may lie at or beyond the bound
+        pivot = self.pivots[count - 1 - max(beyond, 0)]
+        return max(self.difference - float(pivot) * self.error, -1.0)
+
+    def high(self, level: float) -> float:
+        """Upper one-sided bound."""
+        count = len(self.pivots)
+        beyond = math.floor(level * (count + 1)) - 1
+        return min(self.difference - float(self.pivots[max(beyond, 0)]) * self.error, 1.0)
+
+
+def bootstrap(differences: Floats, *, seed: int = 0, draws: int = RESAMPLES) -> Bootstrap:
+    """Resample items with replacement; `differences` has shape [n]. The same seed gives the same answer."""
+    values, counts = np.unique(np.concatenate([differences, [-1.0, 1.0]]), return_counts=True)
+    observed = counts.astype(np.float64)
+    observed[[0, -1]] -= 1.0 - PSEUDO  # the two appended items weigh half an item each
+    n = len(differences)
+    share = observed / observed.sum()
+    centre = float(share @ values)
+    error = math.sqrt(float(share @ (values - centre) ** 2) / n)
+    rng = np.random.default_rng(seed)
+    sample = rng.multinomial(n, share, size=draws).astype(np.float64)
+    mean = sample @ values / n
+    sample[:, [0, -1]] += PSEUDO
+    shares = sample / (n + 2 * PSEUDO)
+    smooth = shares @ values
+    errors = np.sqrt((shares @ values**2 - smooth**2) / n)
+    pivots = np.sort((mean - centre) / errors)
+    return Bootstrap(difference=float(differences.mean()), error=error, pivots=pivots)
+
+
+def items_needed(spread: float, margin: float, level: float, power: float = 0.8) -> int:
+    """Items with which a one-sided test at `level` finds a distance of `margin` with `power`.
+
+    `spread` is the standard deviation of one item's difference.
+    """
+    if margin <= 0.0:
+        return 0
+    z = float(stats.norm.isf(level) + stats.norm.ppf(power))
+    return math.ceil((z * spread / margin) ** 2)
+
+
+def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:
+    """Holm's step-down: which hypotheses are refused, and the level at which each was tested.
+
+    After the first that is not refused, none is; those are shown at the level where the procedure stopped, so that
+    an interval drawn at a suite's level always tells the same story as its decision.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    refused = [False] * len(p_values)
+    levels = [level] * len(p_values)
+    going, local = True, level
+    for rank, i in enumerate(order):
+        if going:
+            local = level / (len(p_values) - rank)
+            going = p_values[i] <= local
+        refused[i] = going
+        levels[i] = local
+    return refused, levels
+
+
+def spend(alpha: float, looks: int) -> float:
+    """The level of this look, when `looks` verdicts have fallen since the last release.
+
+    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many looks: however long an updater tries,
+    the chance that a bad candidate slips in before the next release stays below alpha. It starts at 0.61 alpha and
+    falls slowly (alpha / 2^k would leave nothing after ten tries).
+    """
+    if looks < 0:
+        raise ValueError(f"looks is {looks}: it counts earlier verdicts")
+    return alpha * 6.0 / (math.pi**2 * (looks + 1) ** 2)
+
+
+@lru_cache(maxsize=64)
+def _draws(level: float) -> int:
+    """Enough draws that 25 of them lie beyond `level`."""
+    return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(25.0 / level))))
+
+
+def _check(before: Floats, after: Floats) -> None:
+    if before.shape != after.shape or len(before) == 0:
+        raise ValueError(f"outcomes do not align: {before.shape} and {after.shape}")

@@ -1,0 +1,166 @@
+"""A verdict as plain data: what the gate found, in a form that the ledger, the console and the report can read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Outcome = Literal["passed", "rejected", "inconclusive"]
+Decision = Literal["passed", "failed", "inconclusive"]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One engineering check. `value` and `limit` are in the unit that `detail` names."""
+
+    name: str
+    ok: bool
+    detail: str
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Worse:
+    """An item that was right before and is wrong now."""
+
+    id: str
+    text: str
+    view: str
+    """How it was asked: "class", "image to text" or "text to image"."""
+    rank_before: int
+    """0-based rank of the right answer; 0 is right."""
+    rank_after: int
+    answer_before: str
+    answer_after: str
+    thumbnail: str
+    """JPEG data URI, at most 96 px; empty if the image could not be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuiteResult:
+    """What one suite found. Scores and differences are shares (0.05 = 5 points)."""
+
+    name: str
+    role: str
+    task: str
+    metric: str
+    description: str
+    half: str
+    n: int
+    base: float
+    before: float
+    after: float
+    difference: float
+    """after - before."""
+    ci_low: float
+    """One-sided bounds at `alpha`, so [ci_low, ci_high] is a two-sided 1 - 2 alpha interval."""
+    ci_high: float
+    difference_base: float
+    """after - base."""
+    ci_base_low: float
+    ci_base_high: float
+    p: float
+    """Retention: of a loss of at least the margin, the larger of both references. Gain: of no gain."""
+    p_incumbent: float
+    p_base: float
+    alpha: float
+    """The level this suite was tested at: this look's share of alpha, after Holm."""
+    margin: float
+    decision: Decision
+    reason: str
+    method: str
+    needed: int
+    """Items with which non-inferiority could be expected to be shown, had nothing changed; 0 for gain suites."""
+    by_view: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Score before and after for each way of asking."""
+    improved: int = 0
+    """Answers that went from wrong to right, and the other way round."""
+    worsened: int = 0
+    worst: tuple[Worse, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The result of one gate run."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+    candidate: str
+    incumbent: str | None
+    """None is the base alone."""
+    base: str
+    suites: tuple[SuiteResult, ...]
+    checks: tuple[Check, ...]
+    alpha: float
+    level: float
+    """This look's share of alpha, before Holm."""
+    looks: int
+    """Verdicts since the last release, this one not counted."""
+    seconds: float
+    created_at: str
+    cost: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def caught_by(self) -> tuple[str, ...]:
+        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven."""
+        failed = [check.name for check in self.checks if not check.ok]
+        failed += [suite.name for suite in self.suites if suite.decision == "failed"]
+        if failed or self.outcome == "passed":
+            return tuple(failed)
+        return tuple(suite.name for suite in self.suites if suite.decision == "inconclusive")
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
+        value = jsonable(asdict(self))
+        value["caught_by"] = list(self.caught_by)
+        assert isinstance(value, dict)
+        return value
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger keeps: short, without thumbnails."""
+        suites = {
+            suite.name: {
+                "role": suite.role,
+                "metric": suite.metric,
+                "n": suite.n,
+                "base": suite.base,
+                "before": suite.before,
+                "after": suite.after,
+                "difference": suite.difference,
+                "ci": [suite.ci_low, suite.ci_high],
+                "margin": suite.margin,
+                "decision": suite.decision,
+            }
+            for suite in self.suites
+        }
+        value = jsonable(
+            {
+                "outcome": self.outcome,
+                "reasons": list(self.reasons),
+                "caught_by": list(self.caught_by),
+                "alpha": self.alpha,
+                "level": self.level,
+                "looks": self.looks,
+                "seconds": self.seconds,
+                "suites": suites,
+                "checks": {check.name: check.ok for check in self.checks},
+            }
+        )
+        assert isinstance(value, dict)
+        return value
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON values: tuples become lists, floats are finite and rounded to 6 significant digits."""
+    if isinstance(value, dict):
+        return {str(key): jsonable(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(child) for child in value]
+    if isinstance(value, bool) or value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,57 @@
+"""The items a candidate got wrong that were right before, to look at."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+
+from ops.errors import RecordError
+from streams.images import decode_image
+from updater.gate.score import MAX_BYTES, MAX_PIXELS, Outcomes, Scorer
+from updater.gate.suites import Item, Suite
+from updater.gate.verdict import Worse
+
+SIDE = 96
+"""Longest side of a thumbnail, in pixels: a dozen for each of ten suites stay below 0.5 MB."""
+MOST = 12
+
+
+def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST) -> tuple[Worse, ...]:
+    """Hits that became misses, the deepest fall first; an item is shown once, in its worse view."""
+    fall = np.where((before.hits > after.hits), after.ranks - before.ranks, 0)
+    view = fall.argmax(axis=1)
+    depth = fall.max(axis=1)
+    order = np.lexsort((before.ids, -depth))[:most]
+    items, choices = suite.items(), scorer.choices(suite)
+    captions = [
+        choices[v] if suite.views[v] != "text to image" else [item.text for item in items]
+        for v in range(len(suite.views))
+    ]
+    return tuple(
+        Worse(
+            id=items[i].id,
+            text=items[i].text[:200],
+            view=suite.views[view[i]],
+            rank_before=int(before.ranks[i, view[i]]),
+            rank_after=int(after.ranks[i, view[i]]),
+            answer_before=captions[view[i]][before.answers[i, view[i]]][:200],
+            answer_after=captions[view[i]][after.answers[i, view[i]]][:200],
+            thumbnail=thumbnail(items[i]),
+        )
+        for i in order
+        if depth[i] > 0
+    )
+
+
+def thumbnail(item: Item) -> str:
+    """JPEG data URI of at most SIDE pixels; empty if the image cannot be read."""
+    try:
+        image = decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+    except (OSError, RecordError):
+        return ""
+    image.thumbnail((SIDE, SIDE))
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
