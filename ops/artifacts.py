@@ -16,9 +16,7 @@ from ops.errors import AdapterError
 def directory_digest(directory: Path) -> str:
     """SHA-256 over the relative names and contents of all files below ``directory``."""
     files = sorted(p for p in directory.rglob("*") if p.is_file())
-    return digest_bytes(
-        *(part for p in files for part in (str(p.relative_to(directory)).encode(), p.read_bytes()))
-    )
+    return digest_bytes(*(part for p in files for part in (str(p.relative_to(directory)).encode(), p.read_bytes())))
 
 
 class Artifacts:
@@ -76,9 +74,7 @@ class Artifacts:
         (staging / ".complete").unlink(missing_ok=True)
         if directory_digest(staging) != expected:
             shutil.rmtree(staging)
-            raise AdapterError(
-                f"artifact {key!r} arrived damaged.", "Fetch it again; check the object store."
-            )
+            raise AdapterError(f"artifact {key!r} arrived damaged.", "Fetch it again; check the object store.")
         try:
             staging.rename(target)
         except OSError:  # another process cached it first

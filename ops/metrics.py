@@ -10,6 +10,7 @@ folder, and :func:`exposition` adds them up; ingest and the updater are one proc
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -24,18 +25,14 @@ from prometheus_client import (
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_LATEST = "livemostrecent"  # of several processes, the one that wrote last and still lives
+_LATEST: Literal["livemostrecent"] = "livemostrecent"  # of several processes, the one that wrote last and still lives
 
 # -- stream ---------------------------------------------------------------------------------------------------------
 INGEST_STORED = Counter("ratchet_ingest_samples_total", "Samples stored.", ["split"])
 INGEST_REFUSED = Counter("ratchet_ingest_quarantined_total", "Records quarantined.", ["reason"])
 INGEST_DUPLICATES = Counter("ratchet_ingest_duplicates_total", "Records that were already stored.", ["kind"])
-INGEST_LAG = Gauge(
-    "ratchet_ingest_lag_records", "Records between the store and the end of the log.", ["partition"]
-)
-INGEST_COMMIT = Histogram(
-    "ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS
-)
+INGEST_LAG = Gauge("ratchet_ingest_lag_records", "Records between the store and the end of the log.", ["partition"])
+INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS)
 INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
 STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store.")
@@ -43,42 +40,26 @@ STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample stor
 # -- learning -------------------------------------------------------------------------------------------------------
 UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["family"])
 UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
-UPDATE_SECONDS = Histogram(
-    "ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS
-)
+UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)
 UPDATE_STATE = Gauge("ratchet_update_running", "Whether an update is in training (1).", ["family"])
 UPDATES = Counter("ratchet_updates_total", "Updates finished.", ["family", "state"])
 BUDGET_SPENT = Counter("ratchet_budget_spent_gflops_total", "Memory-adjusted GFLOPs spent.", ["purpose"])
 BUDGET_LEVEL = Gauge("ratchet_budget_level_gflops", "Memory-adjusted GFLOPs left in the token bucket.")
 GATE_VERDICTS = Counter("ratchet_gate_verdicts_total", "Verdicts of the gate.", ["outcome"])
 GATE_SCORE = Gauge("ratchet_gate_suite_score", "Score of a suite at the last verdict.", ["suite", "model"])
-GATE_MARGIN = Gauge(
-    "ratchet_gate_margin_left", "Lower bound of the difference + margin; below 0 fails.", ["suite"]
-)
+GATE_MARGIN = Gauge("ratchet_gate_margin_left", "Lower bound of the difference + margin; below 0 fails.", ["suite"])
 GATE_SECONDS = Histogram("ratchet_gate_seconds", "Time to judge a candidate.", buckets=LONG_SECONDS)
 
 # -- serving --------------------------------------------------------------------------------------------------------
 HTTP_REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered.", ["route", "status"])
-HTTP_SECONDS = Histogram(
-    "ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS
-)
+HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS)
 HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight", "Requests being answered.", multiprocess_mode="livesum")
-ENCODER_BATCH = Histogram(
-    "ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES
-)
-ENCODER_SECONDS = Histogram(
-    "ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS
-)
-RELEASE_LIVE = Gauge(
-    "ratchet_release_live", "Live release as a process sees it.", ["part"], multiprocess_mode="all"
-)
-RELEASE_PHASE = Histogram(
-    "ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS
-)
+ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
+ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)
+RELEASE_LIVE = Gauge("ratchet_release_live", "Live release as a process sees it.", ["part"], multiprocess_mode="all")
+RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS)
 RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
-CATALOG_ROWS = Gauge(
-    "ratchet_catalog_rows", "Rows embedded in the live image space.", multiprocess_mode=_LATEST
-)
+CATALOG_ROWS = Gauge("ratchet_catalog_rows", "Rows embedded in the live image space.", multiprocess_mode=_LATEST)
 CATALOG_COVERAGE = Gauge(
     "ratchet_catalog_coverage_ratio", "Embedded share of the corpus, least space.", multiprocess_mode=_LATEST
 )
@@ -242,7 +223,7 @@ def exposition() -> bytes:
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest()
     registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)
+    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 
 

@@ -35,10 +35,8 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
             yield from bar.track(items, description=label, total=total)
         return
     started = last = time.monotonic()
-    done = 0
-    for item in items:
+    for done, item in enumerate(items, 1):
         yield item
-        done += 1
         now = time.monotonic()
         if now - last >= EVERY_SECONDS:
             last = now

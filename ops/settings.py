@@ -38,9 +38,7 @@ class BaseModels(Section):
 class Kafka(Section):
     """The broker and the topics."""
 
-    bootstrap: str = Field(
-        "127.0.0.1:19092", description="host:port of one or more brokers, comma separated."
-    )
+    bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
     topic: str = Field("ratchet.samples", description="Topic that producers write to.")
     quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
@@ -48,9 +46,7 @@ class Kafka(Section):
     batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
     batch_records: int = Field(256, ge=1, le=100_000, description="Most records in one commit.")
     batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
-    client: dict[str, str] = Field(
-        default_factory=dict, description="Extra kafka-python options (SASL, TLS)."
-    )
+    client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
 
 
 class Ingest(Section):
@@ -62,9 +58,7 @@ class Ingest(Section):
     max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(0, ge=0, le=16, description="Perceptual hash bits that may differ.")
-    allowed_uris: list[str] = Field(
-        default_factory=list, description="Prefixes of image URIs that are fetched."
-    )
+    allowed_uris: list[str] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 
@@ -86,9 +80,7 @@ class Serve(Section):
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
     rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
-    operator_key: SecretStr | None = Field(
-        None, description="Bearer key of operators; made at first use if unset."
-    )
+    operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
 
 class Updater(Section):
@@ -110,9 +102,7 @@ class Updater(Section):
 class Budget(Section):
     """Compute for learning, in memory-adjusted GFLOPs (FLOPs per step x peak memory / that of full fine-tuning)."""
 
-    gflops_per_day: float = Field(
-        2_000_000.0, gt=0, description="Refill of the token bucket a day, and its size."
-    )
+    gflops_per_day: float = Field(2_000_000.0, gt=0, description="Refill of the token bucket a day, and its size.")
     gflops_per_update: float = Field(60_000.0, gt=0, description="Most that one update may spend.")
     seconds_per_update: float = Field(900.0, gt=0, description="Wall-clock bound of one update's training.")
 
@@ -122,9 +112,7 @@ class Gate(Section):
 
     suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false accept, over all looks.")
-    margin: float = Field(
-        0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points)."
-    )
+    margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
     min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
 
 
@@ -162,7 +150,7 @@ class Settings(Section):
         return self.lake_url or str((self.home / "lake").resolve())
 
     def operator_key(self) -> SecretStr:
-        """The operators' key; on first use one is made and kept in ``home/operator.key``, readable by the owner only."""
+        """The operators' key; on first use one is made and kept, owner-readable, in ``home/operator.key``."""
         if self.serve.operator_key is not None:
             return self.serve.operator_key
         path = self.home / "operator.key"
@@ -229,7 +217,7 @@ def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
         for part in name.split("."):
             value = getattr(value, part)
         if name == "kafka.client" and value:
-            value = {key: "**********" for key in value}
+            value = dict.fromkeys(value, "**********")
         rows.append((name, value, settings.origins.get(name, "default"), field.description or ""))
     return rows
 

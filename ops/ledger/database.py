@@ -76,9 +76,7 @@ def open_database(url: str, migrate: bool) -> Database:
             session.execute(text("select 1 from releases limit 1"))
     except OperationalError as error:
         shown = parsed.render_as_string(hide_password=True)
-        raise LedgerError(
-            f"ledger {shown} cannot be used: {error.orig}", "Is the database up, and migrated?"
-        ) from None
+        raise LedgerError(f"ledger {shown} cannot be used: {error.orig}", "Is the database up, and migrated?") from None
     return database
 
 

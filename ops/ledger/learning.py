@@ -38,9 +38,7 @@ class LearningVerbs:
                 session.add(found)
                 session.flush()
             elif (found.base, found.image_space, found.text_space) != (base, image_space, text_space):
-                raise LedgerError(
-                    f"adapter {name!r} is recorded with other spaces.", "A name is never reused."
-                )
+                raise LedgerError(f"adapter {name!r} is recorded with other spaces.", "A name is never reused.")
             return as_row(AdapterRow, found)
 
     def adapter(self, name: str) -> AdapterRow:
@@ -159,9 +157,7 @@ class LearningVerbs:
         )
         with self.database.read() as session:
             since = session.scalar(last) or 0
-            query = (
-                select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
-            )
+            query = select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
             return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family)) or 0
 
 

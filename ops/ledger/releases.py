@@ -74,15 +74,11 @@ class ReleaseVerbs:
 
     def pending_proposals(self) -> list[ProposalRow]:
         """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
-        query = (
-            select(t.Proposal).where(t.Proposal.state.in_(("pending", "preparing"))).order_by(t.Proposal.id)
-        )
+        query = select(t.Proposal).where(t.Proposal.state.in_(("pending", "preparing"))).order_by(t.Proposal.id)
         with self.database.read() as session:
             return [as_row(ProposalRow, row) for row in session.scalars(query)]
 
-    def advance_proposal(
-        self, proposal_id: int, state: ProposalState, error: str | None = None
-    ) -> ProposalRow:
+    def advance_proposal(self, proposal_id: int, state: ProposalState, error: str | None = None) -> ProposalRow:
         """Move a proposal on. ``committed`` is set by :meth:`commit_release` alone."""
         with self.database.write() as session:
             row = _proposal(session, proposal_id)
@@ -115,9 +111,7 @@ class ReleaseVerbs:
                     raise ReleaseConflict(
                         f"release {number} cannot be next: {expected} is.", "Prepare again from what is live."
                     )
-                row = t.Release(
-                    number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id
-                )
+                row = t.Release(number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id)
                 session.add(row)
                 if proposal_id is not None:
                     proposal = _proposal(session, proposal_id)

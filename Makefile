@@ -1,0 +1,29 @@
+# Each target makes its own virtual environment when there is none, and needs nothing done before.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check clean
+
+demo: $(STAMP)
+	@$(BIN)/ratchet demo
+
+test: $(STAMP)
+	@bash tests/packages.sh
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/pytest
+
+check: $(STAMP)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/pytest tests/unit
+
+$(STAMP): pyproject.toml
+	@echo "installing into $(VENV) (one to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --progress-bar on -q -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .ratchet

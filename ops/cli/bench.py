@@ -1,0 +1,22 @@
+"""``ratchet bench``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ops.cli import context as ctx
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Benchmark, e.g. swap.")],
+) -> None:
+    """Run a benchmark: a table, then one line of JSON. Its own flags follow its name.
+
+    Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap --help
+    """
+    from benchmarks import run
+
+    run(name, ctx.of(context).settings, context.args)

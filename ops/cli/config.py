@@ -1,0 +1,52 @@
+"""``ratchet config`` and ``ratchet doctor``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ops.cli import context as ctx
+from ops.cli.checks import examine
+from ops.settings import describe
+
+app = typer.Typer(help="Show the settings and where each comes from.", no_args_is_help=True)
+
+
+@app.command()
+def show(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    changed: Annotated[bool, typer.Option("--changed", help="Only what differs from the defaults.")] = False,
+) -> None:
+    """Every setting, its value, its origin and its meaning.
+
+    Examples:  ratchet config show --changed    |    RATCHET_SERVE__PORT=9000 ratchet config show
+    """
+    rows = [row for row in describe(ctx.of(context).settings) if not changed or row[2] != "default"]
+    if as_json:
+        typer.echo(json.dumps({name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}))
+        return
+    table = Table("setting", "value", "origin", "meaning", title="Settings")
+    for name, value, origin, meaning in rows:
+        style = "" if origin == "default" else "bold"
+        table.add_row(name, str(value), origin, meaning, style=style)
+    Console().print(table)
+
+
+def doctor(context: typer.Context) -> None:
+    """Say what is missing on this machine and how to mend it. Ends with status 1 if something must be mended.
+
+    Example:  ratchet doctor
+    """
+    marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
+    table = Table("", "what", "found", "to mend it", title="Doctor")
+    findings = examine(ctx.of(context).settings)
+    for finding in findings:
+        table.add_row(marks[finding.state], finding.what, finding.found, finding.fix)
+    Console().print(table)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,50 @@
+"""What every command shares: the settings, read when first asked for, and how to pass them on to a child process."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from ops.errors import ConfigError
+from ops.settings import Settings, load_settings
+
+
+@dataclass
+class Context:
+    """The global flags."""
+
+    file: Path | None
+    flags: list[str]
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The settings. Raises ConfigError."""
+        return load_settings(self.file, dict(_assignment(flag) for flag in self.flags))
+
+    def command(self, *words: str) -> list[str]:
+        """The command line that runs ``ratchet`` with ``words`` in a child, under the same settings."""
+        head = [sys.executable, "-m", "ops.cli.main"]
+        if self.file is not None:
+            head += ["--config", str(self.file)]
+        for flag in self.flags:
+            head += ["--set", flag]
+        return [*head, *words]
+
+
+def of(context: typer.Context) -> Context:
+    """The :class:`Context` of a typer command."""
+    found = context.find_object(Context)
+    return found if found is not None else Context(None, [])
+
+
+def _assignment(flag: str) -> tuple[str, Any]:
+    name, equals, value = flag.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {flag!r} is no assignment.", "Write --set NAME=VALUE, e.g. --set serve.port=9000.")
+    return name.strip(), yaml.safe_load(value)

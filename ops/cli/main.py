@@ -1,0 +1,79 @@
+"""``ratchet``: one command for every part."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ops.cli import base, bench, config, data, gate, parts, releases, status
+from ops.cli.context import Context
+from ops.errors import RatchetError
+
+app = typer.Typer(
+    name="ratchet",
+    help="A model server that keeps learning and never slips back.",
+    epilog="Start with [bold]ratchet demo[/bold], or [bold]ratchet up[/bold] on your own data. "
+    "[bold]ratchet doctor[/bold] says what is missing on this machine.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def configure(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Settings file; ratchet.yaml in this folder by default.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, e.g. --set serve.port=9000; repeatable.")
+    ] = None,
+) -> None:
+    """A model server that keeps learning and never slips back."""
+    context.obj = Context(file, settings or [])
+
+
+app.command(rich_help_panel="Run")(parts.up)
+app.command(rich_help_panel="Run")(parts.demo)
+app.command(rich_help_panel="Parts")(parts.serve)
+app.command(rich_help_panel="Parts")(parts.ingest)
+app.command(rich_help_panel="Parts")(parts.update)
+app.command(rich_help_panel="Parts")(parts.broker)
+app.command(rich_help_panel="Data and models")(data.publish)
+app.add_typer(data.app, name="data", rich_help_panel="Data and models")
+app.add_typer(base.app, name="base", rich_help_panel="Data and models")
+app.command(rich_help_panel="Operate")(status.status)
+app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
+app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
+app.add_typer(config.app, name="config", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(config.doctor)
+app.command(
+    rich_help_panel="Operate",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench.bench)
+
+
+def main() -> None:
+    """Run the command line; a known error is shown without a traceback and ends with status 1."""
+    try:
+        app()
+    except RatchetError as error:
+        console = Console(stderr=True)
+        console.print("[bold red]error:[/bold red] ", end="")
+        console.print(error.message, markup=False, highlight=False)
+        if error.fix:
+            console.print("[bold]fix:[/bold]   ", end="")
+            console.print(error.fix, markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

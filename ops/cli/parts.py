@@ -1,0 +1,140 @@
+"""Commands that run a part: ``up``, ``demo``, ``serve``, ``ingest``, ``update``, ``broker``."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from ops.cli import context as ctx
+from ops.errors import RatchetError
+from ops.progress import say, step
+
+
+class Stop(Exception):
+    """SIGTERM or SIGINT asked for a graceful end."""
+
+
+def up(
+    context: typer.Context,
+    without: Annotated[list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update.")] = None,
+) -> None:
+    """Start everything on this machine and show what it is doing; Ctrl-C stops it in order.
+
+    Examples:  ratchet up    |    ratchet up --without update    |    ratchet --set serve.port=9000 up
+    """
+    from ops.cli.status import screen
+    from ops.cli.supervisor import Supervisor
+
+    shared = ctx.of(context)
+    _make_base_ready(shared)
+    names = [name for name in Supervisor.ORDER if name not in (without or [])]
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with Supervisor(shared, names) as parts:
+            with step("starting " + ", ".join(part.name for part in parts.parts)):
+                if "serve" in names:
+                    parts.wait_until_ready()
+            settings = shared.settings
+            say(f"serving on http://{settings.serve.host}:{settings.serve.port} (docs at /docs)")
+            console = Console()
+            if not console.is_terminal:
+                while True:
+                    parts.tend()
+                    time.sleep(1)
+            with Live(console=console, auto_refresh=False, screen=True) as live:
+                while True:
+                    parts.tend()
+                    live.update(screen(settings, parts), refresh=True)
+                    time.sleep(1)
+    except (Stop, KeyboardInterrupt):
+        say("stopped")
+
+
+def serve(context: typer.Context) -> None:
+    """Serve over HTTP with Ray Serve, until SIGTERM.
+
+    Example:  ratchet --set serve.encoder_replicas=4 serve
+    """
+    from serving.app import serve_app
+
+    serve_app(ctx.of(context).settings, blocking=True)
+
+
+def ingest(context: typer.Context) -> None:
+    """Read the Kafka topic into the sample store, until SIGTERM.
+
+    Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
+    """
+    from streams.ingest import run_ingest
+
+    run_ingest(ctx.of(context).settings)
+
+
+def update(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Train one update now, then end.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; updater.recipe by default.")] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Use all data not learned yet, also if an update of it was rejected.")
+    ] = False,
+) -> None:
+    """Train updates in the background when there is new data and budget, gate them, and propose what passes.
+
+    Examples:  ratchet update    |    ratchet update --once --recipe naive --retry
+    """
+    from updater.service import run_update
+
+    run_update(ctx.of(context).settings, once=once, recipe=recipe, retry=retry)
+
+
+def broker(context: typer.Context) -> None:
+    """Run the embedded Kafka-compatible broker (memory only: for one machine and for tests), until SIGTERM.
+
+    Example:  ratchet --set kafka.bootstrap=127.0.0.1:9092 broker
+    """
+    from streams.broker import run_broker
+
+    run_broker(ctx.of(context).settings)
+
+
+def demo(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Option(help="Where the demo keeps everything.")] = Path(".ratchet/demo"),
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it running at the end, until Ctrl-C.")] = False,
+) -> None:
+    """Show the whole loop in about ten minutes: stream, learn, reject, pass, swap under load, roll back.
+
+    Example:  ratchet demo
+    """
+    from ops.cli.demo.story import tell
+
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        tell(folder, keep=keep)
+    except Stop:
+        raise RatchetError("the demo was stopped.", "Start it again with `ratchet demo`.") from None
+
+
+def _make_base_ready(shared: ctx.Context) -> None:
+    settings = shared.settings
+    if (settings.home / "bases" / settings.base.clip / "base.json").exists():
+        return
+    if settings.base.clip != "shipped":
+        raise RatchetError(
+            f"base {settings.base.clip!r} is not registered.", f"Run `ratchet base add {settings.base.clip} ...` first."
+        )
+    from updater.base import build_base
+
+    with step("building the shipped base"):
+        build_base(settings.home)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise Stop

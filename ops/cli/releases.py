@@ -1,0 +1,135 @@
+"""``ratchet releases``: look at releases, take one back, hold updates."""
+
+from __future__ import annotations
+
+import getpass
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ops.cli import context as ctx
+from ops.ledger import Ledger
+from ops.settings import Settings
+
+app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
+Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
+
+
+@app.command("list")
+def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
+    """Releases, newest first, and proposals that failed or wait.
+
+    Example:  ratchet releases list --limit 5
+    """
+    ledger = Ledger.open(ctx.of(context).settings.ledger)
+    table = Table("", "release", "clip", "vlm", "who", "when (UTC)", "why", title="Releases")
+    for index, row in enumerate(ledger.releases(limit)):
+        when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
+        mark = "[green]live[/green]" if index == 0 else ""
+        table.add_row(mark, str(row.number), row.clip or "base", row.vlm or "base", row.actor, when, row.reason)
+    Console().print(table)
+    open_or_failed = [p for p in ledger.proposals(limit) if p.state != "committed"]
+    if open_or_failed:
+        table = Table("proposal", "kind", "state", "clip", "who", "why", "error", title="Proposals not released")
+        for row_ in open_or_failed:
+            table.add_row(
+                str(row_.id), row_.kind, row_.state, row_.clip or "base", row_.actor, row_.reason, row_.error or ""
+            )
+        Console().print(table)
+    held = ledger.held()
+    if held is not None:
+        Console().print(
+            f"[yellow]updates are on hold[/yellow] by {held.actor} since {held.created_at:%H:%M}: {held.reason}"
+        )
+
+
+@app.command()
+def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Release number.")]) -> None:
+    """Everything about one release: data range, recipe, cost, verdict, actor and reason.
+
+    Example:  ratchet releases show 3
+    """
+    ledger = Ledger.open(ctx.of(context).settings.ledger)
+    release = ledger.release(number)
+    facts: dict[str, Any] = {
+        "release": release.number, "clip": release.clip or "base", "vlm": release.vlm or "base",
+        "actor": release.actor, "reason": release.reason, "at": f"{release.created_at:%Y-%m-%d %H:%M:%S} UTC",
+    }  # fmt: skip
+    update = next((u for u in ledger.updates(1000) if release.clip is not None and u.adapter == release.clip), None)
+    if update is not None:
+        verdict = ledger.verdict_of(update.id)
+        facts |= {
+            "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
+            "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
+            "cost": update.cost, "verdict": verdict.outcome if verdict else "none",
+            "report": verdict.report_key if verdict else "none",
+        }  # fmt: skip
+    table = Table(show_header=False, title=f"Release {number}")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    Console().print(table)
+
+
+@app.command()
+def rollback(
+    context: typer.Context,
+    reason: Reason,
+    to: Annotated[
+        int | None, typer.Option(help="Release to go back to; the one before the live one by default.")
+    ] = None,
+    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+) -> None:
+    """Go back to an older release, as a new release; returns when every replica serves it.
+
+    Examples:  ratchet releases rollback --reason "wrong colours"    |    ratchet releases rollback --to 3 -r "incident 7"
+    """
+    with _operator(ctx.of(context).settings) as client:
+        _tell(client.rollback(reason, to=to, expected_live=expected_live))
+
+
+@app.command()
+def release(
+    context: typer.Context,
+    reason: Reason,
+    clip: Annotated[str, typer.Option(help="CLIP adapter to serve, or 'base'.")],
+    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+) -> None:
+    """Release an adapter by name, e.g. to roll forward again; returns when every replica serves it.
+
+    Example:  ratchet releases release --clip clip-0123456789ab --reason "was right after all"
+    """
+    with _operator(ctx.of(context).settings) as client:
+        _tell(client.release(clip=None if clip == "base" else clip, reason=reason, expected_live=expected_live))
+
+
+@app.command()
+def hold(context: typer.Context, reason: Reason) -> None:
+    """Let updates wait: what passes the gate is not released until `resume`."""
+    with _operator(ctx.of(context).settings) as client:
+        client.hold(reason)
+    typer.echo("updates are on hold")
+
+
+@app.command()
+def resume(context: typer.Context, reason: Reason) -> None:
+    """End a hold."""
+    with _operator(ctx.of(context).settings) as client:
+        client.resume(reason)
+    typer.echo("updates go on")
+
+
+def _operator(settings: Settings) -> Any:
+    from serving.client import Client
+
+    url = f"http://{settings.serve.host}:{settings.serve.port}"
+    return Client(url, operator_key=settings.operator_key(), actor=getpass.getuser())
+
+
+def _tell(result: dict[str, Any]) -> None:
+    seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
+    typer.echo(
+        f"release {result['number']} is live everywhere: clip {result.get('clip') or 'base'} "
+        + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
+    )

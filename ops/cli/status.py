@@ -1,0 +1,151 @@
+"""``ratchet status``: what an operator wants to know at a glance."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ops.cli import context as ctx
+from ops.ledger import Ledger
+from ops.settings import Settings
+
+if TYPE_CHECKING:
+    from ops.cli.supervisor import Supervisor
+
+COLOURS = {"passed": "green", "rejected": "red", "inconclusive": "yellow", "failed": "red"}
+
+
+def status(
+    context: typer.Context,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Is it healthy, what is live, is it learning, what does it cost.
+
+    Examples:  ratchet status    |    ratchet status --watch    |    ratchet status --json
+    """
+    settings = ctx.of(context).settings
+    if as_json:
+        typer.echo(json.dumps(collect(settings), default=str))
+        return
+    console = Console()
+    if not watch:
+        console.print(screen(settings))
+        return
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            live.update(screen(settings), refresh=True)
+            time.sleep(1)
+
+
+def collect(settings: Settings) -> dict[str, Any]:
+    """The facts behind the screen, from the ledger, the sample store and the server's health."""
+    from streams.store import SampleStore
+
+    ledger = Ledger.open(settings.ledger)
+    capacity = settings.budget.gflops_per_day
+    store = SampleStore(settings.lake)
+    facts: dict[str, Any] = {
+        "live": ledger.live(),
+        "releases": ledger.releases(5),
+        "held": ledger.held(),
+        "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
+        "proposals": ledger.pending_proposals(),
+        "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
+        "budget_capacity": capacity,
+        "samples": {split: store.count(split=split) for split in ("train", "fresh_eval")},
+        "fragments": store.fragments(),
+        "offsets": store.offsets(),
+        "health": _health(settings),
+    }
+    ledger.close()
+    return facts
+
+
+def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
+    """The screen, from fresh facts."""
+    facts = collect(settings)
+    top = [_serving(facts), _stream(facts), _learning(facts)]
+    if parts is not None:
+        top.append(_parts(parts))
+    title = Text.assemble(("Ratchet ", "bold"), (f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC", "dim"))
+    return Group(title, Columns(top, equal=True, expand=True), _updates(facts), _releases(facts))
+
+
+def _health(settings: Settings) -> dict[str, Any]:
+    import httpx
+
+    try:
+        response = httpx.get(f"http://{settings.serve.host}:{settings.serve.port}/health/ready", timeout=2)
+        return {"ready": response.status_code == 200, **response.json()}
+    except (httpx.HTTPError, ValueError) as error:
+        return {"ready": False, "reason": type(error).__name__}
+
+
+def _serving(facts: dict[str, Any]) -> Panel:
+    live, ready = facts["live"], facts["health"]["ready"]
+    lines = Text()
+    lines.append("ready\n" if ready else "not ready\n", "bold green" if ready else "bold red")
+    lines.append(f"release {live.number}: {live.clip or 'base'}\n" if live else "no release yet\n")
+    if facts["held"]:
+        lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
+    lines.append(f"{len(facts['proposals'])} proposals waiting")
+    return Panel(lines, title="serving", border_style="green" if ready else "red")
+
+
+def _stream(facts: dict[str, Any]) -> Panel:
+    samples = facts["samples"]
+    read = sum(facts["offsets"].values())
+    text = f"{samples['train']:,} to train on\n{samples['fresh_eval']:,} for the gate\n{read:,} records read\n"
+    return Panel(text + f"{facts['fragments']} fragments", title="stream")
+
+
+def _learning(facts: dict[str, Any]) -> Panel:
+    share = facts["budget_level"] / facts["budget_capacity"]
+    bar = "█" * max(0, round(share * 20))
+    running = [update for update, _ in facts["updates"] if update.state in ("training", "trained", "gated")]
+    state = f"update {running[0].id[:12]} {running[0].state}" if running else "waiting for data or budget"
+    return Panel(
+        f"{state}\nbudget {bar:<20} {share:.0%}\n{facts['budget_level']:,.0f} MAF-GFLOPs left", title="learning"
+    )
+
+
+def _parts(parts: Supervisor) -> Panel:
+    lines = Text()
+    for part in parts.parts:
+        lines.append(f"{part.name:8}", "bold")
+        lines.append("up" if part.running else "down", "green" if part.running else "red")
+        lines.append(f"  {part.restarts} restarts\n" if part.restarts else "\n")
+    return Panel(lines, title="parts")
+
+
+def _updates(facts: dict[str, Any]) -> Table:
+    table = Table(
+        "update", "recipe", "state", "verdict", "adapter", "MAF-GFLOPs", "when (UTC)", title="Updates", expand=True
+    )
+    for update, verdict in facts["updates"]:
+        outcome = verdict.outcome if verdict else "-"
+        table.add_row(
+            update.id[:12], str(update.recipe.get("name", "")), update.state,
+            Text(outcome, COLOURS.get(outcome, "")), update.adapter or "-",
+            f"{update.cost.get('gflops_spent', 0):,.0f}", f"{update.created_at:%m-%d %H:%M}",
+        )  # fmt: skip
+    return table
+
+
+def _releases(facts: dict[str, Any]) -> Table:
+    table = Table("release", "clip", "who", "why", "when (UTC)", title="Releases", expand=True)
+    for row in facts["releases"]:
+        table.add_row(str(row.number), row.clip or "base", row.actor, row.reason, f"{row.created_at:%m-%d %H:%M:%S}")
+    return table

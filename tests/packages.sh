@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Debian packages that the tests use beside Python: kcat (a Kafka producer that is none of ours) and PostgreSQL.
+set -euo pipefail
+missing=()
+command -v kcat >/dev/null || missing+=(kcat)
+command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+[ ${#missing[@]} -eq 0 ] && exit 0
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+  echo "install ${missing[*]} first, e.g. sudo apt-get install ${missing[*]}" >&2
+  exit 1
+fi
+echo "installing ${missing[*]}"
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1 || {
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
