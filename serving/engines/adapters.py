@@ -1,0 +1,305 @@
+"""Adapters: LoRA deltas in PEFT's file format, named by their content.
+
+An adapter directory holds three files and is never rewritten:
+
+    adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r]
+    adapter_config.json         PEFT's configuration, in canonical order
+    ratchet.json                {"format", "family", "name", "base", "base_digest"}
+
+The name is ``clip-`` and 12 hex digits of SHA-256 over tensors, configuration and the base's digest.
+Everything here distrusts the directory: whatever is wrong raises :class:`ops.errors.AdapterError`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
+from ops.errors import AdapterError
+from serving.engines.base import ClipBase, can_carry_lora
+
+FORMAT = 1
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+ABOUT = "ratchet.json"
+MAX_RANK = 1024
+MAX_BYTES = 4 << 30
+"""Far above any LoRA of a CLIP; a bound, so that a wrong file cannot fill the memory."""
+
+_MEANINGFUL: dict[str, Any] = {
+    "peft_type": "LORA",
+    "r": 8,
+    "lora_alpha": 8,
+    "use_rslora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "target_modules": None,
+    "bias": "none",
+}
+"""Fields of a PEFT configuration that say what the tensors mean, with PEFT's defaults."""
+_UNSUPPORTED = (
+    "use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias", "target_parameters", "trainable_token_indices",
+    "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config",
+    "arrow_config", "monteclora_config",
+)  # fmt: skip
+_PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What an adapter directory holds, after the checks that need no model."""
+
+    name: str
+    family: str
+    base_digest: str
+    config: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that matter, plain and ordered, so that equal adapters have equal names.
+
+    Raises :class:`AdapterError` for variants of LoRA that are not merged as ``W + s B A``.
+    """
+    on = [key for key in _UNSUPPORTED if config.get(key)]
+    kind = getattr(config.get("peft_type", "LORA"), "value", config.get("peft_type", "LORA"))
+    if on or kind != "LORA" or config.get("bias", "none") != "none":
+        what = on[0] if on else ("bias" if kind == "LORA" else f"peft_type={kind}")
+        raise AdapterError(f"The adapter uses {what}, which is not served.", "Train a plain LoRA adapter.")
+    plain = {key: config.get(key, default) for key, default in _MEANINGFUL.items()}
+    plain["peft_type"] = "LORA"
+    targets = plain["target_modules"]
+    if isinstance(targets, list | tuple | set):
+        plain["target_modules"] = sorted(targets)
+    return plain
+
+
+def content_name(
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base_digest: str, family: str = "clip"
+) -> str:
+    """``clip-<digest12>`` of the content."""
+    what = (digest_tensors(tensors), digest_json(canonical_config(config)), base_digest)
+    return f"{family}-{digest12(digest_bytes(*(part.encode() for part in what)))}"
+
+
+def adapter_name(directory: Path | str) -> str:
+    """The name that the directory's content has: ``clip-<digest12>``. Checks all but the fit to a base."""
+    return read_adapter(directory).name
+
+
+def write_adapter(
+    directory: Path | str,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    base: ClipBase,
+) -> str:
+    """Write an adapter directory in one step and return its name; an existing equal one is left alone.
+
+    ``tensors`` and ``config`` as PEFT makes them (``get_peft_model_state_dict``, ``LoraConfig.to_dict()``).
+    """
+    target = Path(directory)
+    kept = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
+    plain = canonical_config(config)
+    name = content_name(kept, plain, base.digest)
+    if target.exists():
+        there = adapter_name(target)
+        if there != name:
+            raise AdapterError(
+                f"{target} already holds {there}; a directory is never rewritten.",
+                "Write to a new directory, best named after its adapter.",
+            )
+        return name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target.parent))
+    try:
+        save_file(kept, work / WEIGHTS, metadata={"format": "pt"})
+        (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
+        about = {"format": FORMAT, "family": "clip", "name": name, "base": base.name, "base_digest": base.digest}
+        (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        work.chmod(0o755)
+        try:
+            work.rename(target)
+        except OSError:
+            # Somebody else was faster: fine if it is the same adapter.
+            if not target.exists() or adapter_name(target) != name:
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return name
+
+
+def read_adapter(directory: Path | str) -> AdapterFiles:
+    """Read an adapter directory and check its files against its own name.
+
+    Raises :class:`AdapterError`: files missing, cut short, not safetensors, not finite, or not what they were.
+    """
+    path = Path(directory)
+    about, config = _read_json(path / ABOUT), _read_json(path / CONFIG)
+    tensors = _read_tensors(path / WEIGHTS)
+    try:
+        family, base_digest, claimed = (str(about[key]) for key in ("family", "base_digest", "name"))
+    except KeyError as error:
+        raise AdapterError(f"{path / ABOUT} has no field {error}.", _AGAIN) from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"Adapter {claimed}: {key} holds values that are not finite numbers.",
+                "The training run diverged: do not release it; lower the learning rate.",
+            )
+    name = content_name(tensors, config, base_digest, family)
+    if name != claimed:
+        raise AdapterError(
+            f"Adapter {claimed}: its files have the digest of {name}; they are damaged or were changed.", _AGAIN
+        )
+    return AdapterFiles(name, family, base_digest, canonical_config(config), tensors)
+
+
+def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the adapter adds: ``s B A`` in the shape of each parameter it touches, float32, by parameter name.
+
+    ``s`` is alpha/r (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023). Targets are Linear, convolutions
+    without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``).
+    Raises :class:`AdapterError` when names or shapes do not fit the model.
+    """
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in files.tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(f"Adapter {files.name}: {key!r} is no LoRA tensor.", "Save it with PEFT's LoRA.")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    modules = dict(model.named_modules())
+    deltas: dict[str, torch.Tensor] = {}
+    for module_name, pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise AdapterError(f"Adapter {files.name}: {module_name} has only one of lora_A and lora_B.", _AGAIN)
+        # PEFT wraps a MultiheadAttention and reaches its out_proj through `base_layer`.
+        plain_name = ".".join(part for part in module_name.split(".") if part != "base_layer")
+        module = modules.get(plain_name)
+        if module is None or not can_carry_lora(module):
+            raise AdapterError(
+                f"Adapter {files.name}: the base has no layer {plain_name!r} that takes LoRA.", _OTHER_BASE
+            )
+        parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+        weight = getattr(module, parameter)
+        scale = _scale(files.config, module_name, pair["A"].shape[0])
+        deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, pair["A"], pair["B"], scale, weight)
+    return deltas
+
+
+def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
+    """``W + s B A`` of each parameter that really differs from the model's, by parameter name.
+
+    Raises :class:`AdapterError` also when the sum overflows.
+    """
+    parameters = dict(model.named_parameters())
+    changed: dict[str, torch.Tensor] = {}
+    for name, delta in delta_weights(adapter, model).items():
+        weight = parameters[name].detach()
+        merged = weight + delta.to(weight.device, weight.dtype)
+        if not bool(torch.isfinite(merged).all()):
+            raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
+        if not torch.equal(merged, weight):
+            changed[name] = merged
+    return changed
+
+
+_AGAIN = "Fetch or train the adapter again; an adapter directory is never edited."
+_OTHER_BASE = "It was trained for another base; start the server with that one."
+
+
+def _delta(name: str, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float, weight: torch.Tensor) -> torch.Tensor:
+    rank, out = a.shape[0], weight.shape[0]
+    inner = weight.numel() // out
+    fits = (
+        1 <= rank <= MAX_RANK
+        and a.dim() == b.dim() == weight.dim()
+        and a.numel() == rank * inner
+        and b.shape[:2] == (out, rank)
+        and b.numel() == out * rank
+        and a.shape[1:] == weight.shape[1:]
+    )
+    if not fits:
+        raise AdapterError(
+            f"Adapter {name}: {layer} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, "
+            f"which do not fit its weight {list(weight.shape)}.",
+            _OTHER_BASE,
+        )
+    product = b.float().reshape(out, rank) @ a.float().reshape(rank, inner)
+    return (product * scale).reshape(weight.shape)
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    # The out_proj inside PEFT's wrapper has rank and alpha of its MultiheadAttention.
+    owner = module.removesuffix(".base_layer.out_proj")
+    declared = _by_pattern(config["rank_pattern"] or {}, owner, config["r"])
+    if declared != rank:
+        raise AdapterError(
+            f"The adapter's configuration says rank {declared} for {module}, its tensors have {rank}.", _AGAIN
+        )
+    alpha = float(_by_pattern(config["alpha_pattern"] or {}, owner, config["lora_alpha"]))
+    return alpha / rank**0.5 if config["use_rslora"] else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule for per-layer ranks and alphas, for plain names: the first key that the layer's name ends in.
+
+    PEFT takes the keys as regular expressions; one from outside could run for ever, so only names are accepted.
+    """
+    for key, value in patterns.items():
+        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        if not _PLAIN.fullmatch(name):
+            raise AdapterError(
+                f"The adapter's configuration selects layers by {key!r}, which is no plain name.",
+                "Write rank_pattern and alpha_pattern with module names.",
+            )
+        if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
+            return value
+    return default
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise ValueError("it is larger than 1 MiB")
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError as error:
+        raise AdapterError(f"{path.parent} is no adapter directory: {path.name} is missing.", _AGAIN) from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}.", _AGAIN) from error
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        others = [p.name for p in path.parent.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+        hint = f" (there is {others[0]}: pickle files are never read)" if others else ""
+        raise AdapterError(
+            f"{path.parent} is no adapter directory: {path.name} is missing{hint}.",
+            "Save the adapter with safe_serialization=True." if others else _AGAIN,
+        )
+    if path.stat().st_size > MAX_BYTES:
+        raise AdapterError(f"{path} is larger than {MAX_BYTES >> 30} GiB.", "That is no LoRA adapter.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no iterator
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{path} is no safetensors file, or was cut short: {error}.", _AGAIN) from error
+    if not tensors:
+        raise AdapterError(f"{path} holds no tensors.", _AGAIN)
+    return tensors

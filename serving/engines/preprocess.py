@@ -1,0 +1,104 @@
+"""What happens to an image between decoding and the image tower.
+
+Resizing ends in ``uint8`` so that decoded images are small to pass between processes (a quarter of float32),
+and is the same PIL resize that open_clip does: the result equals open_clip's own transform bit by bit.
+Decoding of bytes from outside, with its bounds, is in ``streams.images``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from ops.errors import BaseModelError
+
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "longest", "squash"]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Geometry and normalisation that one base expects."""
+
+    size: int
+    """Side of the square input, pixels."""
+    mean: tuple[float, float, float] = OPENAI_DATASET_MEAN
+    """Per channel, on the scale 0..1."""
+    std: tuple[float, float, float] = OPENAI_DATASET_STD
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
+    """``shortest``: shortest side to ``size``, centre crop; ``longest``: pad; ``squash``: ignore the ratio."""
+    fill_color: int = 0
+    """Grey level of the padding with ``longest``."""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "size": isinstance(self.size, int) and 8 <= self.size <= 4096,
+            "mean": len(self.mean) == 3,
+            "std": len(self.std) == 3 and all(s > 0 for s in self.std),
+            "interpolation": self.interpolation in get_args(Interpolation),
+            "resize_mode": self.resize_mode in get_args(ResizeMode),
+        }
+        for field, good in checks.items():
+            if not good:
+                raise BaseModelError(
+                    f"Preprocessing of the base: {field}={getattr(self, field)!r} is not usable.",
+                    "See serving/engines/preprocess.py for the allowed values.",
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for ``base.json`` and for digests."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Preprocess:
+        """The inverse of :meth:`to_json`; also takes open_clip's ``preprocess_cfg`` (``size`` may be a pair)."""
+        known = {key: value[key] for key in cls.__dataclass_fields__ if value.get(key) is not None}
+        size = known.get("size")
+        if isinstance(size, list | tuple):
+            if len(set(size)) != 1:
+                raise BaseModelError(f"The base wants {size} pixels; only square inputs are served.")
+            known["size"] = size[0]
+        for key in ("mean", "std"):
+            if key in known:
+                known[key] = tuple(float(v) for v in known[key])
+        return cls(**known)
+
+    def pixels(self, image: Image.Image | bytes) -> np.ndarray:
+        """``uint8 [size, size, 3]`` of an image; bytes are decoded within the default bounds.
+
+        Raises :class:`ops.errors.RecordError` when bytes are no acceptable image.
+        """
+        if isinstance(image, bytes):
+            from streams.images import decode_image
+
+            image = decode_image(image)
+        return np.asarray(_geometry(self)(image.convert("RGB")), dtype=np.uint8)
+
+    def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+        """``float32 [n, 3, size, size]`` from ``uint8 [n, size, size, 3]``."""
+        expected = (self.size, self.size, 3)
+        if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels must be uint8 [n, {self.size}, {self.size}, 3], not {pixels.dtype} {list(pixels.shape)}; "
+                "make them with Preprocess.pixels and numpy.stack."
+            )
+        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
+        batch = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
+        mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=device).view(1, 3, 1, 1)
+        return batch.sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=16)
+def _geometry(preprocess: Preprocess) -> Any:
+    """open_clip's evaluation transform without its last three steps (RGB, to tensor, normalise)."""
+    transform = cast(Any, image_transform_v2(PreprocessCfg(**asdict(preprocess)), is_train=False))
+    return type(transform)(transform.transforms[:-3])

@@ -1,0 +1,68 @@
+"""Embedding spaces: what makes two vectors comparable, as a digest.
+
+An image space is the digest of the image tower's effective weights (buffers included), the preprocessing and the
+dimension; a text space that of everything else that makes a text vector. An adapter that leaves one tower alone
+leaves that tower's space alone, and then nothing of the catalog has to be embedded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ops.digests import digest12, digest_json, digest_tensor
+
+Tower = Literal["image", "text"]
+_OUTSIDE = ("logit_scale", "logit_bias")
+"""Parameters that scale logits: they change no vector."""
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """The two embedding spaces of a base or of an adapter on it; 12 hex digits each."""
+
+    image: str
+    text: str
+
+
+def tower_of(name: str) -> Tower | None:
+    """The tower that owns a tensor of an open_clip model; None for logit scale and bias."""
+    if name in _OUTSIDE:
+        return None
+    return "image" if name.startswith("visual.") else "text"
+
+
+def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor (float32, row-major), by name."""
+    return {name: digest_tensor(name, _canonical(tensor)) for name, tensor in tensors.items()}
+
+
+def make_spaces(
+    base_tensors: Mapping[str, str],
+    preprocess: Mapping[str, object],
+    tokenizer: str,
+    context_length: int,
+    dim: int,
+    changed: Mapping[str, torch.Tensor] | None = None,
+) -> Spaces:
+    """Spaces of a base whose per-tensor digests are known; only ``changed`` tensors are hashed anew.
+
+    ``tokenizer`` is the digest of vocabulary and options; ``preprocess`` the JSON form of the image preprocessing.
+    """
+    digests = dict(base_tensors) | tensor_digests(changed or {})
+
+    def tower(which: Tower, how: Mapping[str, object]) -> str:
+        weights = {name: digest for name, digest in digests.items() if tower_of(name) == which}
+        return digest12(digest_json({"weights": weights, "how": how, "dim": dim}))
+
+    return Spaces(
+        image=tower("image", preprocess),
+        text=tower("text", {"tokenizer": tokenizer, "context_length": context_length}),
+    )
+
+
+def _canonical(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

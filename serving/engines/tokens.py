@@ -1,0 +1,103 @@
+"""Texts to token ids, the same ids that open_clip makes, without its padding where the tower allows it.
+
+A tokenizer of a base is described by a small dict in ``base.json``:
+
+    {"kind": "simple", "kwargs": {}}                     open_clip's BPE of CLIP, part of the open_clip package
+    {"kind": "hf", "directory": "tokenizer", "trim": true, "mode": null, "kwargs": {}}
+                                                         Hugging Face files inside the base directory
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip.tokenizer
+import torch
+
+from ops.digests import digest_bytes, digest_json
+
+Tokenizer = Callable[[list[str]], torch.Tensor]
+"""``list[str]`` of n texts -> ``int64 [n, at most context_length]``. Safe to call from several threads."""
+
+
+def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int) -> Tokenizer:
+    """The tokenizer that ``config`` describes; it reads only files of the base directory and of open_clip."""
+    kwargs = dict(config.get("kwargs") or {})
+    if config["kind"] == "simple":
+        simple = open_clip.tokenizer.SimpleTokenizer(context_length=context_length, **kwargs)
+        return lambda texts: simple(texts)
+    files = directory / config["directory"]
+    if (files / "tokenizer.json").is_file() and not config.get("mode") and set(kwargs) <= {"clean"}:
+        return _Fast(files / "tokenizer.json", context_length, bool(config.get("trim")), **kwargs)
+    return _Slow(files, context_length, bool(config.get("trim")), config.get("mode"), kwargs)
+
+
+def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
+    """What the ids depend on: the description and the bytes of the vocabulary files. 64 hex digits."""
+    if config["kind"] == "simple":
+        vocabulary = Path(open_clip.tokenizer.default_bpe())
+        return digest_bytes(digest_json(config).encode(), vocabulary.read_bytes())
+    files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())
+    parts = [part for p in files for part in (p.name.encode(), p.read_bytes())]
+    return digest_bytes(digest_json(config).encode(), *parts)
+
+
+class _Fast:
+    """A ``tokenizer.json`` without transformers around it: 10 times faster, and free of its shared state.
+
+    transformers sets truncation and padding anew on each call, which fails with "Already borrowed" under threads.
+    """
+
+    def __init__(self, file: Path, context_length: int, trim: bool, clean: str = "whitespace") -> None:
+        from tokenizers import Tokenizer as Rust
+
+        self.inner = Rust.from_file(str(file))
+        padding = self.inner.padding
+        self.pad_id = int(padding["pad_id"]) if padding else _pad_id(file, self.inner)
+        self.inner.no_padding()
+        self.inner.enable_truncation(context_length)
+        self.width = context_length
+        self.trim = trim
+        self.clean = open_clip.tokenizer.get_clean_fn(clean)
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        ids = [self.inner.encode(self.clean(text)).ids for text in texts]
+        width = max((len(row) for row in ids), default=1) if self.trim else self.width
+        out = torch.full((len(ids), width), self.pad_id, dtype=torch.long)
+        for i, row in enumerate(ids):
+            out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        return out
+
+
+class _Slow:
+    """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
+
+    def __init__(self, files: Path, context_length: int, trim: bool, mode: str | None, kwargs: dict[str, Any]) -> None:
+        self.inner = open_clip.tokenizer.HFTokenizer(
+            str(files), context_length=context_length, tokenizer_mode=mode, **kwargs
+        )
+        self.trim = trim and not mode
+        self.lock = threading.Lock()
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        with self.lock:
+            ids: torch.Tensor = self.inner(texts)
+        if not self.trim:
+            return ids
+        used = (ids != self.inner.tokenizer.pad_token_id).any(dim=0).nonzero()
+        return ids[:, : int(used.max()) + 1 if len(used) else 1]
+
+
+def _pad_id(file: Path, inner: Any) -> int:
+    """The id of the pad token that ``tokenizer_config.json`` names beside ``tokenizer.json``."""
+    import json
+
+    config = file.with_name("tokenizer_config.json")
+    token: Any = json.loads(config.read_text())["pad_token"] if config.is_file() else "[PAD]"
+    if isinstance(token, dict):
+        token = token["content"]
+    found = inner.token_to_id(token)
+    return int(found) if found is not None else 0
