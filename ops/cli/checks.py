@@ -140,5 +140,6 @@ def answers(address: str, timeout: float = 1.0) -> bool:
 
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
-    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _kafka, _http,
+    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _kafka,
+    _http,
 )  # fmt: skip

@@ -83,7 +83,7 @@ def rollback(
 ) -> None:
     """Go back to an older release, as a new release; returns when every replica serves it.
 
-    Examples:  ratchet releases rollback --reason "wrong colours"    |    ratchet releases rollback --to 3 -r "incident 7"
+    Examples:  ratchet releases rollback --reason "wrong colours"    |    ratchet releases rollback --to 3 -r "slow"
     """
     with _operator(ctx.of(context).settings) as client:
         _tell(client.rollback(reason, to=to, expected_live=expected_live))

@@ -58,7 +58,8 @@ class Part:
             wait = BACKOFF_SECONDS[min(self.restarts, len(BACKOFF_SECONDS) - 1)]
             self.retry_at = now + wait
             say(
-                f"[yellow]{self.name} ended with status {self.process.returncode}[/yellow]; again in {wait:.0f} s ({self.log})"
+                f"[yellow]{self.name} ended with status {self.process.returncode}[/yellow]; "
+                f"again in {wait:.0f} s ({self.log})"
             )
             return
         self.restarts += 1

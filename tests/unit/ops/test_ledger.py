@@ -1,0 +1,219 @@
+"""The ledger keeps its promises on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import create_engine, text
+
+from ops.errors import LedgerError, ReleaseConflict
+from ops.ledger import Ledger
+from ops.ledger.tables import Base
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.integration)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'ledger.db'}"
+    server: str = request.getfixturevalue("postgres_url")
+    name = f"t{abs(hash(tmp_path))}"
+    engine = create_engine(server.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"create database {name}"))
+    engine.dispose()
+    return server.rsplit("/", 1)[0] + f"/{name}"
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    opened = Ledger.open(url)
+    yield opened
+    opened.close()
+
+
+def _update(ledger: Ledger, update_id: str = "u1") -> None:
+    ledger.begin_update(
+        update_id, family="clip", recipe={"name": "default"}, seed=0, store_version=3,
+        data_from={"t:0": 0}, data_to={"t:0": 10}, incumbent=None,
+    )  # fmt: skip
+
+
+def _release(ledger: Ledger, number: int, clip: str | None = None) -> None:
+    ledger.commit_release(number, clip=clip, vlm=None, actor="test", reason="test", proposal_id=None)
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_code_expects(ledger: Ledger) -> None:
+    with ledger.database.engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_processes_that_start_together_migrate_once(url: str) -> None:
+    failures: list[BaseException] = []
+
+    def open_it() -> None:
+        try:
+            Ledger.open(url).close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=open_it) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_releases_are_numbered_without_gaps_and_the_highest_is_live(ledger: Ledger) -> None:
+    assert ledger.live() is None
+    _release(ledger, 1)
+    _release(ledger, 2, "clip-a")
+    live = ledger.live()
+    assert live is not None
+    assert (live.number, live.clip) == (2, "clip-a")
+    for wrong in (2, 1, 4):
+        with pytest.raises(ReleaseConflict):
+            _release(ledger, wrong)
+    assert [row.number for row in ledger.releases()] == [2, 1]
+
+
+def test_of_writers_that_race_for_a_number_exactly_one_wins(ledger: Ledger) -> None:
+    outcomes: list[str] = []
+    barrier = threading.Barrier(6)
+
+    def race(who: int) -> None:
+        barrier.wait()
+        try:
+            ledger.commit_release(1, clip=f"clip-{who}", vlm=None, actor=str(who), reason="race", proposal_id=None)
+            outcomes.append("won")
+        except ReleaseConflict:
+            outcomes.append("lost")
+
+    threads = [threading.Thread(target=race, args=(who,)) for who in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(outcomes) == ["lost"] * 5 + ["won"]
+    assert len(ledger.releases()) == 1
+
+
+def test_an_operator_who_looked_too_early_is_told(ledger: Ledger) -> None:
+    _release(ledger, 1)
+    ledger.propose("rollback", clip=None, vlm=None, actor="a", reason="r", expected_live=1)
+    _release(ledger, 2)
+    with pytest.raises(ReleaseConflict, match="release 2 is live, not 1"):
+        ledger.propose("rollback", clip=None, vlm=None, actor="b", reason="r", expected_live=1)
+
+
+def test_an_update_proposes_once_and_its_commit_marks_it(ledger: Ledger) -> None:
+    _update(ledger)
+    first = ledger.propose("update", clip="clip-a", vlm=None, actor="updater", reason="passed", update_id="u1")
+    again = ledger.propose("update", clip="clip-a", vlm=None, actor="updater", reason="passed", update_id="u1")
+    assert first.id == again.id
+    assert [p.id for p in ledger.pending_proposals()] == [first.id]
+    ledger.commit_release(1, clip="clip-a", vlm=None, actor="updater", reason="passed", proposal_id=first.id)
+    assert ledger.pending_proposals() == []
+    assert ledger.proposal(first.id).state == "committed"
+    assert ledger.proposal(first.id).release == 1
+
+
+def test_a_killed_updater_finds_its_update_again(ledger: Ledger) -> None:
+    assert ledger.unfinished_update("clip") is None
+    _update(ledger)
+    _update(ledger)  # a restart begins the same update again
+    assert len(ledger.updates()) == 1
+    ledger.advance_update("u1", "trained", adapter="clip-a", cost={"steps": 5})
+    found = ledger.unfinished_update("clip")
+    assert found is not None
+    assert (found.state, found.adapter, found.cost) == ("trained", "clip-a", {"steps": 5})
+    ledger.advance_update("u1", "done", cost={"gate": 1})
+    assert ledger.unfinished_update("clip") is None
+    assert ledger.update("u1").cost == {"steps": 5, "gate": 1}
+    with pytest.raises(LedgerError, match="u2"):
+        ledger.advance_update("u2", "done")
+
+
+def test_looks_count_verdicts_since_the_last_released_update(ledger: Ledger) -> None:
+    for number in (1, 2):
+        _update(ledger, f"u{number}")
+        ledger.record_verdict(f"u{number}", f"clip-{number}", "rejected", "reports/x", {})
+    assert ledger.looks_since_release("clip") == 2
+    assert ledger.looks_since_release("vlm") == 0
+    proposal = ledger.propose("update", clip="clip-2", vlm=None, actor="u", reason="r", update_id="u2")
+    ledger.commit_release(1, clip="clip-2", vlm=None, actor="u", reason="r", proposal_id=proposal.id)
+    assert ledger.looks_since_release("clip") == 0
+
+
+def test_a_verdict_falls_once(ledger: Ledger) -> None:
+    _update(ledger)
+    ledger.record_verdict("u1", "clip-a", "rejected", "reports/u1", {"x": 1})
+    assert ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {}).outcome == "rejected"
+
+
+def test_an_adapter_name_is_never_reused(ledger: Ledger) -> None:
+    ledger.register_adapter("clip-a", "clip", "base", "i1", "t1", {"rank": 8})
+    assert ledger.register_adapter("clip-a", "clip", "base", "i1", "t1", {"rank": 8}).image_space == "i1"
+    with pytest.raises(LedgerError, match="never reused"):
+        ledger.register_adapter("clip-a", "clip", "base", "i2", "t1", {})
+    with pytest.raises(LedgerError, match="clip-b"):
+        ledger.adapter("clip-b")
+
+
+def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:
+    assert ledger.held() is None
+    ledger.hold("ann", "incident")
+    ledger.hold("bob", "another")
+    held = ledger.held()
+    assert held is not None
+    assert held.actor == "ann"
+    ledger.resume("ann", "over")
+    assert ledger.held() is None
+    with pytest.raises(LedgerError, match="not on hold"):
+        ledger.resume("ann", "again")
+    assert [row.action for row in ledger.audit_rows()] == ["resume", "hold"]
+
+
+def test_a_charge_is_taken_once_and_settled_once(ledger: Ledger) -> None:
+    bucket = {"now": 100.0, "rate": 1.0, "capacity": 10.0}
+    assert ledger.charge("u1", 8, **bucket)
+    assert ledger.charge("u1", 8, **bucket)
+    assert ledger.bucket_level(100.0, 1.0, 10.0) == 2
+    assert not ledger.charge("u2", 3, **bucket)
+    ledger.settle("u1", 5, capacity=10.0)
+    ledger.settle("u1", 1, capacity=10.0)
+    assert ledger.bucket_level(100.0, 1.0, 10.0) == 5
+    assert ledger.spent("u1") == 5
+    assert ledger.spent() == 5
+    with pytest.raises(LedgerError, match="u9"):
+        ledger.settle("u9", 1, capacity=10.0)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(times=st.lists(st.floats(0, 1e6), min_size=1, max_size=12))
+def test_a_clock_that_jumps_never_refills_more_than_the_time_that_passed(
+    tmp_path_factory: pytest.TempPathFactory, times: list[float]
+) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('b') / 'l.db'}")
+    ledger.bucket_level(times[0], 1.0, 1e9)
+    ledger.charge("all", 1e9, now=times[0], rate=1.0, capacity=1e9)
+    for now in times:
+        level = ledger.bucket_level(now, 1.0, 1e9)
+    assert level <= max(times) - times[0] + 1e-6
+    ledger.close()
+
+
+def test_a_database_that_cannot_be_used_is_a_clear_error_without_the_password() -> None:
+    with pytest.raises(LedgerError) as caught:
+        Ledger.open("postgresql://ratchet:hunter2@127.0.0.1:1/none")
+    assert "hunter2" not in str(caught.value)
+    assert caught.value.fix
+    with pytest.raises(LedgerError, match="ledger_url"):
+        Ledger.open("nonsense")

@@ -1,0 +1,81 @@
+"""Settings say where each value came from, and name what is wrong."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ConfigError
+from ops.settings import describe, load_settings
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "ratchet.yaml"
+    file.write_text("serve: {port: 1111, queue: 7, max_batch: 3}\nhome: /tmp/x\n")
+    settings = load_settings(file, {"serve.port": 3333}, {"RATCHET_SERVE__PORT": "2222", "RATCHET_SERVE__QUEUE": "8"})
+    assert (settings.serve.port, settings.serve.queue, settings.serve.max_batch) == (3333, 8, 3)
+    origins = {name: origin for name, _, origin, _ in describe(settings)}
+    assert origins["serve.port"] == "flag"
+    assert origins["serve.queue"] == "environment RATCHET_SERVE__QUEUE"
+    assert origins["serve.max_batch"] == str(file)
+    assert origins["kafka.topic"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("serve: {prt: 1}", ["serve.prt", "serve.port"]),
+        ("serv: {port: 1}", ["serv"]),
+        ("serve: {port: 99999999}", ["serve.port", "99999999", "ratchet.yaml"]),
+        ("budget: {gflops_per_day: -1}", ["budget.gflops_per_day", "-1"]),
+        ("- a list", ["mapping"]),
+        ("serve: {port: [", ["YAML"]),
+    ],
+)
+def test_a_wrong_key_or_value_names_itself_and_the_fix(tmp_path: Path, text: str, names: list[str]) -> None:
+    file = tmp_path / "ratchet.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file, environ={})
+    for name in names:
+        assert name in str(caught.value)
+    assert caught.value.fix
+
+
+def test_an_unknown_environment_variable_is_an_error_and_a_close_name_is_offered() -> None:
+    with pytest.raises(ConfigError, match=r"serve\.port"):
+        load_settings(environ={"RATCHET_SERVE__PRT": "1"})
+
+
+def test_environment_values_may_be_lists() -> None:
+    settings = load_settings(environ={"RATCHET_INGEST__ALLOWED_URIS": "[https://a.example/, file:///data/]"})
+    assert settings.ingest.allowed_uris == ["https://a.example/", "file:///data/"]
+
+
+def test_a_missing_settings_file_that_was_asked_for_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_settings(tmp_path / "none.yaml")
+
+
+def test_secrets_are_masked(tmp_path: Path) -> None:
+    settings = load_settings(
+        overrides={"serve.operator_key": "hunter2", "kafka.client": {"sasl_plain_password": "hunter2"}}, environ={}
+    )
+    assert "hunter2" not in str(describe(settings))
+    assert settings.operator_key().get_secret_value() == "hunter2"
+
+
+def test_the_operator_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    settings = load_settings(overrides={"home": tmp_path / "home"}, environ={})
+    keys: set[str] = set()
+    threads = [threading.Thread(target=lambda: keys.add(settings.operator_key().get_secret_value())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 1
+    assert len(keys.pop()) >= 32
+    assert stat.S_IMODE((tmp_path / "home" / "operator.key").stat().st_mode) == 0o600
