@@ -196,6 +196,8 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[
         parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         weight = getattr(module, parameter)
         scale = _scale(files.config, module_name, pair["A"].shape[0])
+        if module_name.endswith(_INNER_OUT_PROJ):
+            scale *= _OUT_PROJ_TIMES
         deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, pair["A"], pair["B"], scale, weight)
     return deltas
 
@@ -216,6 +218,12 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
             changed[name] = merged
     return changed
 
+
+_INNER_OUT_PROJ = ".base_layer.out_proj"
+_OUT_PROJ_TIMES = 2.0
+"""PEFT 0.21 adds the delta of a MultiheadAttention's out_proj twice: its wrapper merges it, and then lets the layer
+merge itself (``MultiheadAttention.merge``), in training and in ``merge_and_unload`` alike. What was trained must be
+what is served, so the factor is part of the format; tests compare with PEFT and fail when PEFT changes."""
 
 _AGAIN = "Fetch or train the adapter again; an adapter directory is never edited."
 _OTHER_BASE = "It was trained for another base; start the server with that one."
@@ -244,7 +252,7 @@ def _delta(name: str, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     # The out_proj inside PEFT's wrapper has rank and alpha of its MultiheadAttention.
-    owner = module.removesuffix(".base_layer.out_proj")
+    owner = module.removesuffix(_INNER_OUT_PROJ)
     declared = _by_pattern(config["rank_pattern"] or {}, owner, config["r"])
     if declared != rank:
         raise AdapterError(

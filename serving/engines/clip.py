@@ -193,7 +193,8 @@ class ClipEngine:
 def golden_pixels(size: int) -> np.ndarray:
     """``uint8 [4, size, size, 3]``: gradients and stripes made by integer arithmetic, the same everywhere."""
     i, y, x, c = np.ogrid[1:5, 0:size, 0:size, 0:3]
-    return ((x * 37 * i + y * 11 * (5 - i) + c * 83 + (x * y // 3) * i) % 256).astype(np.uint8)
+    pattern: np.ndarray = (x * 37 * i + y * 11 * (5 - i) + c * 83 + (x * y // 3) * i) % 256
+    return pattern.astype(np.uint8)
 
 
 def _unit(raw: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from ops.errors import BaseModelError
+from streams.images import decode_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
@@ -77,8 +78,6 @@ class Preprocess:
         Raises :class:`ops.errors.RecordError` when bytes are no acceptable image.
         """
         if isinstance(image, bytes):
-            from streams.images import decode_image
-
             image = decode_image(image)
         return np.asarray(_geometry(self)(image.convert("RGB")), dtype=np.uint8)
 

@@ -1,0 +1,184 @@
+"""Adapter directories are named by content, and whatever is wrong with one is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ops.errors import AdapterError
+from serving.engines.adapters import (
+    adapter_name,
+    content_name,
+    delta_weights,
+    read_adapter,
+    write_adapter,
+)
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def _edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors and give the directory the name that fits them, as a bad trainer would."""
+    tensors = load_file(directory / WEIGHTS)
+    change(tensors)
+    save_file(tensors, directory / WEIGHTS)
+    about = json.loads((directory / "ratchet.json").read_text())
+    config = json.loads((directory / "adapter_config.json").read_text())
+    about["name"] = content_name(tensors, config, about["base_digest"])
+    (directory / "ratchet.json").write_text(json.dumps(about))
+
+
+def test_names_follow_content(base: ClipBase, tmp_path: Path) -> None:
+    one = tiny_adapter(base, tmp_path / "a", seed=1)
+    again = tiny_adapter(base, tmp_path / "b", seed=1)
+    other = tiny_adapter(base, tmp_path / "c", seed=2)
+    assert one == again == adapter_name(tmp_path / "a")
+    assert one != other
+    assert one.startswith("clip-")
+    assert len(one) == len("clip-") + 12
+
+
+def test_the_name_depends_on_what_the_tensors_mean(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    files = read_adapter(folder)
+    names = {
+        content_name(files.tensors, files.config, base.digest),
+        content_name(files.tensors, files.config | {"lora_alpha": 5}, base.digest),
+        content_name(files.tensors, files.config, "0" * 64),
+    }
+    assert len(names) == 3
+    # What a run leaves beside (dropout, paths, sets in another order) is not content.
+    aside = files.config | {"lora_dropout": 0.3, "base_model_name_or_path": "/elsewhere"}
+    aside["target_modules"] = set(files.config["target_modules"])
+    assert content_name(files.tensors, aside, base.digest) in names
+
+
+def test_a_directory_is_never_rewritten(base: ClipBase, folder: Path) -> None:
+    name = tiny_adapter(base, folder, seed=1)
+    before = (folder / WEIGHTS).stat().st_mtime_ns
+    assert tiny_adapter(base, folder, seed=1) == name
+    with pytest.raises(AdapterError, match="never rewritten"):
+        tiny_adapter(base, folder, seed=2)
+    assert (folder / WEIGHTS).stat().st_mtime_ns == before
+    assert adapter_name(folder) == name
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_file_that_is_no_safetensors_is_refused(base: ClipBase, folder: Path) -> None:
+    name = tiny_adapter(base, folder, seed=1)
+    torch.save({"x": torch.ones(1)}, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match="no safetensors file"):
+        ClipEngine(base, device="cpu").load(name, folder)
+
+
+def test_a_pickle_beside_is_never_read(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickle files are never read"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_truncated_file_is_refused(base: ClipBase, folder: Path, keep: int) -> None:
+    tiny_adapter(base, folder, seed=1)
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:keep])
+    with pytest.raises(AdapterError, match="cut short"):
+        read_adapter(folder)
+
+
+def test_one_flipped_bit_is_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[-2] ^= 1
+    (folder / WEIGHTS).write_bytes(data)
+    with pytest.raises(AdapterError, match="damaged or were changed"):
+        read_adapter(folder)
+
+
+def test_a_changed_configuration_is_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 400}))
+    with pytest.raises(AdapterError, match="damaged or were changed"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused(base: ClipBase, folder: Path, value: float) -> None:
+    tiny_adapter(base, folder, seed=1)
+
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        next(iter(tensors.values()))[0, 0] = value
+
+    _edit(folder, poison)
+    with pytest.raises(AdapterError, match="not finite"):
+        read_adapter(folder)
+
+
+def test_shapes_that_do_not_fit_are_named(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(k for k in tensors if k.endswith("lora_A.weight"))
+        tensors[key] = torch.randn(tensors[key].shape[0], 999)
+
+    _edit(folder, widen)
+    with pytest.raises(AdapterError, match=r"999.*do not fit"):
+        delta_weights(folder, base.build_model())
+
+
+def test_layers_that_the_base_does_not_have_are_named(base: ClipBase, folder: Path) -> None:
+    tensors = {
+        "base_model.model.visual.nowhere.lora_A.weight": torch.randn(4, 64),
+        "base_model.model.visual.nowhere.lora_B.weight": torch.randn(64, 4),
+    }
+    write_adapter(folder, tensors, {"r": 4, "lora_alpha": 4, "target_modules": ["nowhere"]}, base)
+    with pytest.raises(AdapterError, match=r"no layer 'visual\.nowhere'"):
+        delta_weights(folder, base.build_model())
+
+
+def test_half_a_pair_is_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    _edit(folder, lambda tensors: tensors.pop(next(k for k in tensors if "lora_B" in k)))
+    with pytest.raises(AdapterError, match="only one of"):
+        delta_weights(folder, base.build_model())
+
+
+def test_tensors_that_are_no_lora_are_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    _edit(folder, lambda tensors: tensors.update({"visual.proj": torch.ones(64, 32)}))
+    with pytest.raises(AdapterError, match="no LoRA tensor"):
+        delta_weights(folder, base.build_model())
+
+
+def test_patterns_from_outside_are_names_and_not_programs(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    files = read_adapter(folder)
+    evil = files.config | {"rank_pattern": {"(a+)+b": 4}}
+    write_adapter(folder.with_name("evil"), files.tensors, evil, base)
+    with pytest.raises(AdapterError, match="no plain name"):
+        delta_weights(folder.with_name("evil"), base.build_model())
+
+
+@pytest.mark.parametrize("missing", [WEIGHTS, "adapter_config.json", "ratchet.json"])
+def test_a_missing_file_is_named(base: ClipBase, folder: Path, missing: str) -> None:
+    tiny_adapter(base, folder, seed=1)
+    (folder / missing).unlink()
+    with pytest.raises(AdapterError, match=missing):
+        read_adapter(folder)
+
+
+def test_json_that_is_none_is_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+    (folder / "ratchet.json").write_text("[1, 2")
+    with pytest.raises(AdapterError, match="cannot be read"):
+        read_adapter(folder)

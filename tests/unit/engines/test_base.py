@@ -1,0 +1,138 @@
+"""Bases are self-contained, checked, and the same model that open_clip builds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip.model
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from ops.errors import BaseModelError
+from serving.engines.base import ClipBase, base_directory, list_bases, load_base, save_base
+from serving.engines.preprocess import Preprocess
+from serving.engines.spaces import make_spaces
+from tests.support.tiny import CONFIG, tiny_base
+
+
+def test_a_base_survives_a_move_of_its_directory(base: ClipBase, tmp_path: Path) -> None:
+    shutil.copytree(base.directory, tmp_path / "bases" / "copy")
+    moved = load_base(tmp_path, "copy")
+    assert moved.digest == base.digest
+    assert moved.spaces == base.spaces
+    moved.verify()
+    assert list_bases(tmp_path) == ["copy"]
+
+
+def test_the_same_weights_have_the_same_digest_and_others_not(base: ClipBase, tmp_path: Path) -> None:
+    assert tiny_base(tmp_path, "again", seed=0).digest == base.digest
+    other = tiny_base(tmp_path, "other", seed=1)
+    assert other.digest != base.digest
+    assert other.spaces.image != base.spaces.image
+
+
+def test_another_content_under_a_used_name_is_refused(base: ClipBase, tmp_path: Path) -> None:
+    tiny_base(tmp_path, "x", seed=0)
+    model = open_clip.model.CLIP(**CONFIG)
+    with pytest.raises(BaseModelError, match="other content"):
+        save_base(tmp_path, "x", model, CONFIG, Preprocess(size=32), {"kind": "simple", "kwargs": {}})
+    assert load_base(tmp_path, "x").digest == base.digest
+    assert list_bases(tmp_path) == ["x"]
+
+
+def test_a_model_is_ready_to_serve(base: ClipBase) -> None:
+    model = base.build_model()
+    assert not any(m.training for m in model.modules())
+    assert not any(p.requires_grad for p in model.parameters())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("damage", ["short", "missing"])
+def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
+    base = tiny_base(tmp_path)
+    weights = base.directory / "model.safetensors"
+    if damage == "short":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    else:
+        weights.unlink()
+    with pytest.raises(BaseModelError, match=r"model\.safetensors"):
+        base.build_model()
+
+
+def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    data = bytearray((base.directory / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (base.directory / "model.safetensors").write_bytes(data)
+    with pytest.raises(BaseModelError, match="differ from their recorded digest"):
+        base.verify()
+
+
+def test_a_base_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError, match="ratchet base build"):
+        load_base(tmp_path, "shipped")
+
+
+@pytest.mark.parametrize("name", ["../up", "", "a/b", ".hidden", "x" * 65])
+def test_names_cannot_leave_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BaseModelError, match="not a name"):
+        base_directory(tmp_path, name)
+
+
+def test_a_description_of_another_format_is_refused(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    path = base.directory / "base.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(BaseModelError, match="format 99"):
+        load_base(tmp_path, base.name)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(50, 33), (20, 64), (32, 32)])
+def test_pixels_are_those_of_open_clip(mode: str, size: tuple[int, int]) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    ours = Preprocess(size=24, resize_mode=mode)  # type: ignore[arg-type]
+    theirs = image_transform_v2(PreprocessCfg(size=24, resize_mode=mode), is_train=False)(image)
+    torch.testing.assert_close(ours.normalise(ours.pixels(image)[None])[0], theirs, rtol=0, atol=1e-5)
+
+
+def test_preprocessing_survives_json() -> None:
+    one = Preprocess(size=48, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3), interpolation="bilinear")
+    assert Preprocess.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert Preprocess.from_json({"size": [48, 48], "mode": "RGB"}).size == 48
+    with pytest.raises(BaseModelError, match="square"):
+        Preprocess.from_json({"size": [48, 32]})
+    with pytest.raises(BaseModelError, match="size"):
+        Preprocess(size=0)
+
+
+def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
+    def spaces(**changes: object) -> tuple[str, str]:
+        arguments = {
+            "base_tensors": base.tensors,
+            "preprocess": base.preprocess.to_json(),
+            "tokenizer": base.tokenizer_digest,
+            "context_length": base.context_length,
+            "dim": base.dim,
+        } | changes
+        found = make_spaces(**arguments)  # type: ignore[arg-type]
+        return found.image, found.text
+
+    image, text = spaces()
+    assert (image, text) == (base.spaces.image, base.spaces.text)
+    moved = spaces(preprocess=Preprocess(size=33).to_json())
+    assert moved[0] != image
+    assert moved[1] == text
+    assert spaces(context_length=8)[0] == image
+    assert spaces(context_length=8)[1] != text
+    both = spaces(dim=33)
+    assert both[0] != image
+    assert both[1] != text
+    # Logit scale scales logits, no vectors.
+    scaled = dict(base.tensors) | {"logit_scale": "0" * 64}
+    assert spaces(base_tensors=scaled) == (image, text)
