@@ -83,7 +83,8 @@ class Part:
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
-            self.process.poll()
+            say(f"{self.name} stopped")
+        self.process.wait()
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,0 +1,102 @@
+"""The command line helps, and its errors name the fix."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ops.cli.context import Context
+from ops.cli.main import app
+from ops.ledger import Ledger
+
+runner = CliRunner()
+
+
+def _commands() -> list[list[str]]:
+    found: list[list[str]] = []
+
+    def walk(command: Any, words: list[str]) -> None:
+        children = getattr(command, "commands", None)
+        if children is None:
+            found.append(words)
+        for name, child in (children or {}).items():
+            walk(child, [*words, name])
+
+    walk(typer.main.get_command(app), [])
+    assert len(found) > 15
+    return found
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "ops.cli.main", *words], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("words", _commands(), ids=" ".join)
+def test_every_command_has_help(words: list[str]) -> None:
+    result = runner.invoke(app, [*words, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_a_known_error_is_shown_with_its_fix_and_without_a_traceback(tmp_path: Path) -> None:
+    file = tmp_path / "ratchet.yaml"
+    file.write_text("serve: {prt: 1}")
+    result = run("--config", str(file), "config", "show")
+    assert result.returncode == 1
+    assert "serve.prt" in result.stderr
+    assert "serve.port" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_config_show_tells_values_and_origins(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["--set", "serve.port=9001", "config", "show", "--json"])
+    shown = json.loads(result.output)
+    assert shown["serve.port"] == {"value": "9001", "origin": "flag"}
+    assert shown["kafka.topic"]["origin"] == "default"
+
+
+def test_a_child_process_gets_the_same_settings(tmp_path: Path) -> None:
+    context = Context(tmp_path / "r.yaml", ["serve.port=9001"])
+    assert context.command("serve")[1:] == [
+        "-m", "ops.cli.main", "--config", str(tmp_path / "r.yaml"), "--set", "serve.port=9001", "serve",
+    ]  # fmt: skip
+
+
+def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(tmp_path: Path) -> None:
+    result = runner.invoke(app, ["--set", f"home={tmp_path}", "doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    assert "is not registered" in result.output
+    assert "ratchet base build" in result.output
+
+
+def test_doctor_fails_when_the_ledger_cannot_be_reached(tmp_path: Path) -> None:
+    result = runner.invoke(
+        app, ["--set", f"home={tmp_path}", "--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "doctor"]
+    )
+    assert result.exit_code == 1
+
+
+def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.begin_update(
+        "u1", family="clip", recipe={"name": "default"}, seed=7, store_version=3,
+        data_from={"t:0": 0}, data_to={"t:0": 10}, incumbent=None,
+    )  # fmt: skip
+    ledger.advance_update("u1", "done", adapter="clip-a", cost={"gflops_spent": 12.0})
+    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {})
+    ledger.commit_release(1, clip="clip-a", vlm=None, actor="updater", reason="gate passed", proposal_id=None)
+    ledger.close()
+    shown = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "show", "1"], env={"COLUMNS": "200"}).output
+    for fact in ("clip-a", "u1", "default", "'t:0': 10", "passed", "reports/u1", "updater", "gate passed", "12.0"):
+        assert fact in shown
+    listed = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "list"], env={"COLUMNS": "200"}).output
+    assert "live" in listed
+    missing = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "show", "9"])
+    assert missing.exit_code != 0

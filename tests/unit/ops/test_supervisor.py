@@ -1,0 +1,58 @@
+"""The supervisor restarts what dies, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ops.cli import supervisor
+from ops.cli.supervisor import Part, tail
+
+
+def _wait(condition: object, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.2,))
+    part = Part("part", [sys.executable, "-c", "print('hello', flush=True); raise SystemExit(3)"], tmp_path / "log")
+    part.start()
+    _wait(lambda: not part.running)
+    part.tend(time.monotonic())
+    assert part.restarts == 0
+    _wait(lambda: part.tend(time.monotonic()) or part.restarts == 1)
+    part.stop(time.monotonic() + 5)
+    assert tail(part.log).count("hello") >= 1
+
+
+def test_stopping_asks_first_and_then_kills_the_whole_group(tmp_path: Path) -> None:
+    stubborn = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    part = Part("part", [sys.executable, "-c", stubborn], tmp_path / "log")
+    part.start()
+    _wait(lambda: "child" in tail(part.log))
+    child = int(tail(part.log).split()[1])
+    part.stop(time.monotonic() + 0.5)
+    assert "asked" in tail(part.log)
+    assert not part.running
+    _wait(lambda: not _alive(child))
