@@ -29,8 +29,8 @@ class Limits:
     """Effective rank of the features, relative to the base's. A healthy update stays near 1."""
     crowding: float = 0.5
     """Share of the base's room (1 - mean pairwise cosine) that may be lost: at 1 all vectors are the same."""
-    weight_drift: float = 0.5
-    """Norm of the change relative to the norm of the changed weights. LoRA updates stay below 0.1."""
+    weight_drift: float = 1.0
+    """Norm of the change relative to the norm of the changed weights: at 1 the change is as large as they are."""
     parity: float = 1e-3
     """Largest cosine distance between the trainer's and the engine's vector of one input."""
     latency_ratio: float = 2.0
@@ -87,12 +87,16 @@ def check_collapse(tower: str, base: Vectors, candidate: Vectors, limits: Limits
 
 
 def check_drift(
-    changes: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor], limits: Limits = LIMITS
+    before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], limits: Limits = LIMITS
 ) -> Check:
-    """||dW|| / ||W|| over all changed weights together; the largest single one is named."""
+    """||dW|| / ||W|| over all changed weights together; the largest single one is named.
+
+    Takes the state dicts of the base and the candidate as the engine holds them; unchanged tensors are shared.
+    """
     squares = {
-        name: (float(change.double().pow(2).sum()), float(weights[name].double().pow(2).sum()))
-        for name, change in changes.items()
+        name: (float((after[name] - weight).double().pow(2).sum()), float(weight.double().pow(2).sum()))
+        for name, weight in before.items()
+        if weight.is_floating_point() and after[name].data_ptr() != weight.data_ptr()
     }
     if not squares:
         return Check("norm_drift", True, "the candidate changes no weight", 0.0, limits.weight_drift)

@@ -34,6 +34,8 @@ class Scores:
     base: Outcomes
     before: Outcomes
     after: Outcomes
+    chance: float = 0.0
+    """What guessing would score."""
     worst: tuple[Worse, ...] = ()
 
 
@@ -101,14 +103,14 @@ def _compare(scores: Scores, reference: Outcomes, margin: float, level: float) -
     return compare_recall(reference.hits, scores.after.hits, margin=margin, level=level, seed=seed)
 
 
-def _result(
-    scores: Scores, pair: _Pair, shown: bool, local: float, level: float, min_items: int
-) -> SuiteResult:
+def _result(scores: Scores, pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> SuiteResult:
     suite, against = scores.suite, pair.incumbent
     low, high = against.bounds(local)
     base_low, base_high = pair.base.bounds(local)
     retention = suite.role == "retention"
     decision, reason = (_retention if retention else _gain)(pair, shown, local, level, min_items)
+    if retention and against.before - scores.chance <= against.margin:
+        reason += "; weak guard: the incumbent is no further above chance than the margin"
     before, after = scores.before.hits, scores.after.hits
     return SuiteResult(
         name=suite.name,
@@ -136,18 +138,15 @@ def _result(
         reason=reason,
         method=against.method,
         needed=against.needed(local) if retention else 0,
-        by_view={
-            view: (float(before[:, i].mean()), float(after[:, i].mean())) for i, view in enumerate(suite.views)
-        },
+        chance=scores.chance,
+        by_view={view: (float(before[:, i].mean()), float(after[:, i].mean())) for i, view in enumerate(suite.views)},
         improved=int(np.sum(after > before)),
         worsened=int(np.sum(after < before)),
         worst=scores.worst,
     )
 
 
-def _retention(
-    pair: _Pair, shown: bool, local: float, level: float, min_items: int
-) -> tuple[Decision, str]:
+def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> tuple[Decision, str]:
     names = (("the incumbent", pair.incumbent), ("the base", pair.base))
     name, worst = max(names, key=lambda entry: entry[1].p_noninferior)
     low = worst.bounds(local)[0]
@@ -155,10 +154,10 @@ def _retention(
         return "inconclusive", f"only {worst.n} items; at least {min_items} are asked for"
     if shown:
         return "passed", f"at most {points(-low)} lost, {points(worst.margin)} allowed" if low < 0 else "nothing lost"
-    for name, side in names:
+    for reference, side in names:
         if side.p_worse <= level:
             change = f"from {percent(side.before)} to {percent(side.after)}"
-            return "failed", f"lost {points(-side.difference)} against {name} ({change})"
+            return "failed", f"lost {points(-side.difference)} against {reference} ({change})"
     return "inconclusive", (
         f"a loss of {points(-low)} against {name} is not excluded, {points(worst.margin)} allowed; "
         f"about {max(worst.needed(local), worst.n + 1)} items would tell"

@@ -128,7 +128,7 @@ def _suites(
                 raise
             return [], [Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])]
         worst = worst_items(scorer, suite, before, after)
-        scores.append(Scores(suite, base, before, after, worst))
+        scores.append(Scores(suite, base, before, after, scorer.chance(suite), worst))
     return decide(scores, level=level, margin=settings.margin, min_items=settings.min_items), []
 
 
@@ -154,7 +154,7 @@ def _checks(
         checks.append(check_collapse("image", base_images, images))
         if len(texts) > 2:
             checks.append(check_collapse("text", base_texts, words))
-        checks.append(check_drift(*_weights(engine, candidate)))
+        checks.append(check_drift(engine.model(None).state_dict(), engine.model(candidate).state_dict()))
         if parity is not None:
             few, own = pixels[:16], texts[:16]
             checks.append(check_parity(parity, few, own, (images[:16], words[:16])))

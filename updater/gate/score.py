@@ -8,9 +8,10 @@ everything is equally similar, must not look perfect.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,16 @@ class Scorer:
         texts = sorted({item.text for item in items})
         return (texts,) if suite.task == "classification" else (texts, [item.id for item in items])
 
+    def chance(self, suite: Suite) -> float:
+        """Expected score of random answers: a hit if one of the right choices is among k drawn."""
+        items, choices = suite.items(), self.choices(suite)
+        same = Counter(item.text for item in items)
+        shares = [min(1.0, suite.k / len(choices[0]))]  # one right class, or one right text
+        if suite.task == "retrieval":
+            wrong = [math.comb(len(items) - same[i.text], suite.k) / math.comb(len(items), suite.k) for i in items]
+            shares.append(1.0 - sum(wrong) / len(wrong))
+        return sum(shares) / len(shares)
+
     def images(self, items: Sequence[Item], adapter: str | None, label: str = "images") -> Vectors:
         """L2-normalised image vectors [n, dim]; each distinct item is embedded once per space."""
         known = self._images.setdefault(self.engine.spaces(adapter).image, {})
@@ -166,7 +177,8 @@ def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> 
     "Not below" and not "above": a tie or a NaN on either side counts against the model.
     """
     best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    return (~(similarity < best) & ~right).sum(axis=1).astype(np.int32)
+    ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
+    return ranks
 
 
 def _outcomes(
@@ -216,4 +228,3 @@ def _load(path: Path, suite: Suite) -> Outcomes | None:
     with contextlib.suppress(OSError):
         path.touch()  # the oldest unused go first
     return Outcomes(ids=ids, ranks=ranks, answers=answers, k=suite.k)
-

@@ -124,9 +124,7 @@ def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Compari
     )
 
 
-def compare_recall(
-    before: Floats, after: Floats, *, margin: float, level: float, seed: int = 0
-) -> Comparison:
+def compare_recall(before: Floats, after: Floats, *, margin: float, level: float, seed: int = 0) -> Comparison:
     """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1], item by item (clusters of views).
 
     `level` is the smallest level that will be asked about: it decides how many draws are made.

@@ -183,7 +183,10 @@ def fresh_suite(rows: pa.Table, domain: str | None = None, *, limit: int = 400, 
 
 
 def fresh_suites(rows: pa.Table, *, min_items: int = 50, limit: int = 400, most: int = 6) -> list[Suite]:
-    """One gain suite for each domain with at least `min_items` fresh rows, the largest first; one pooled suite if none has."""
+    """One gain suite for each domain with at least `min_items` fresh rows, the largest `most` of them.
+
+    If no domain has enough, one suite over all rows together; none if there are no rows.
+    """
     if rows.num_rows == 0:
         return []
     counts = Counter(rows.column("domain").to_pylist() if "domain" in rows.column_names else [])

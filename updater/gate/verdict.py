@@ -73,6 +73,8 @@ class SuiteResult:
     method: str
     needed: int
     """Items with which non-inferiority could be expected to be shown, had nothing changed; 0 for gain suites."""
+    chance: float = 0.0
+    """What guessing would score."""
     by_view: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Score before and after for each way of asking."""
     improved: int = 0

@@ -1,0 +1,236 @@
+"""The statistics keep their promises: published values, identities, and error rates by enumeration and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from updater.gate.statistics import (
+    bootstrap,
+    compare_accuracy,
+    compare_recall,
+    holm,
+    items_needed,
+    mcnemar_superior,
+    spend,
+    tango_interval,
+    tango_z,
+)
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n", "level", "low", "high"),
+    [
+        (1, 7, 21, 0.025, -0.517, -0.026),  # Bentur et al. 2009, in Fagerland, Lydersen and Laake
+        (6, 16, 161, 0.025, -0.1240, -0.0054),  # Cavo et al. 2012, ibid.
+        (28, 25, 618, 0.05, -0.0148, 0.0247),  # PropCIs::scoreci.mp(25, 28, 618, 0.90)
+    ],
+)
+def test_tango_interval_matches_published_values(
+    gained: int, lost: int, n: int, level: float, low: float, high: float
+) -> None:
+    assert tango_interval(gained, lost, n, level) == pytest.approx((low, high), abs=6e-4)
+
+
+def test_tango_at_zero_is_mcnemars_z() -> None:
+    assert tango_z(30, 18, 200, 0.0) == pytest.approx((30 - 18) / math.sqrt(30 + 18))
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "n", "difference"), [(12, 9, 80, -0.05), (0, 4, 50, -0.1), (3, 0, 60, 0.02)]
+)
+def test_tango_uses_the_constrained_maximum_likelihood(gained: int, lost: int, n: int, difference: float) -> None:
+    """The closed form for the loss share is the maximum of the likelihood on the line p_gain - p_loss = difference."""
+
+    def negative(loss: float) -> float:
+        parts = ((gained, loss + difference), (lost, loss), (n - gained - lost, 1 - 2 * loss - difference))
+        return -sum(count * math.log(max(p, 1e-300)) for count, p in parts if count)
+
+    bounds = (max(0.0, -difference) + 1e-12, (1 - difference) / 2 - 1e-12)
+    loss = optimize.minimize_scalar(negative, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    variance = n * (2 * loss + difference * (1 - difference))
+    assert tango_z(gained, lost, n, difference) == pytest.approx(
+        (gained - lost - n * difference) / math.sqrt(variance), rel=1e-4
+    )
+
+
+def test_interval_and_test_of_accuracy_tell_the_same_story() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(40):
+        before = rng.integers(0, 2, 120).astype(float)
+        after = np.where(rng.random(120) < 0.1, 1 - before, before)
+        result = compare_accuracy(before, after, margin=0.06)
+        assert (result.p_noninferior < 0.04) == (result.bounds(0.04)[0] > -0.06)
+
+
+@pytest.mark.parametrize("n", [40, 80, 150, 300, 600])
+@pytest.mark.parametrize("level", [0.05, 0.03, 0.005])
+def test_tango_size_at_the_margin_is_at_most_its_level(n: int, level: float) -> None:
+    """Exact probability of a false accept when the true loss equals the margin, by enumeration of all tables.
+
+    A score test is asymptotic: a tenth above its level is allowed for, and not reached at small levels.
+    """
+    margin = 0.05
+    for lost_share in (0.05001, 0.07, 0.1, 0.2, 0.4):
+        size = sum(p for p, z in _tables(n, lost_share - margin, lost_share, -margin) if stats.norm.sf(z) <= level)
+        assert size <= 1.1 * level
+
+
+def _tables(n: int, gain: float, loss: float, difference: float) -> list[tuple[float, float]]:
+    changed = stats.binom.pmf(np.arange(n + 1), n, gain + loss)
+    return [
+        (changed[m] * share, tango_z(int(g), int(m - g), n, difference))
+        for m in np.flatnonzero(changed > 1e-10)
+        for g, share in enumerate(stats.binom.pmf(np.arange(m + 1), m, gain / (gain + loss)))
+        if share * changed[m] > 1e-9
+    ]
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    expected = stats.binomtest(14, 19, 0.5, alternative="greater").pvalue
+    assert mcnemar_superior(14, 5) == pytest.approx(expected)
+    assert mcnemar_superior(0, 0) == 1.0
+
+
+def _recall(rng: np.random.Generator, n: int, loss: float) -> tuple[np.ndarray, np.ndarray]:
+    """Two correlated views per item; after, each view is lost or gained with chances that differ by `loss`."""
+    skill = rng.random((n, 1))
+    before = (rng.random((n, 2)) < 0.2 + 0.6 * skill).astype(float)
+    common = rng.random((n, 1)) < 0.5  # half of the changes hit both views of an item
+    draw = np.where(common, rng.random((n, 1)), rng.random((n, 2)))
+    flips = 0.06
+    hit_share = before.mean()
+    fall = (flips + loss / 2) / hit_share
+    rise = (flips - loss / 2) / (1 - hit_share)
+    after = np.where(before == 1, (draw >= fall).astype(float), (draw < rise).astype(float))
+    return before, after
+
+
+def test_recall_accepts_a_loss_of_the_margin_at_most_at_its_level() -> None:
+    rng = np.random.default_rng(0)
+    level, runs, margin = 0.05, 1500, 0.05
+    accepted = 0
+    for seed in range(runs):
+        before, after = _recall(rng, 150, margin)
+        change = after.mean(axis=1) - before.mean(axis=1)
+        accepted += bootstrap(change, seed=seed, draws=999).p_above(-margin) <= level
+    # true difference varies a little around the margin, by the sampled hit share: three standard errors above level
+    assert accepted / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
+
+
+def test_recall_shows_a_gain_where_none_is_at_most_at_its_level() -> None:
+    rng = np.random.default_rng(1)
+    level, runs = 0.05, 1500
+    shown = 0
+    for seed in range(runs):
+        before, after = _recall(rng, 120, 0.0)
+        shown += bootstrap(after.mean(axis=1) - before.mean(axis=1), seed=seed, draws=999).p_above(0.0) <= level
+    assert shown / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
+
+
+def test_recall_passes_what_lost_nothing_and_refuses_what_lost_much() -> None:
+    rng = np.random.default_rng(2)
+    runs = 200
+    kept = [bootstrap(_change(rng, 0.0), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
+    lost = [bootstrap(_change(rng, 0.12), seed=i, draws=999).p_above(-0.06) <= 0.05 for i in range(runs)]
+    assert np.mean(kept) > 0.8
+    assert np.mean(lost) == 0.0
+
+
+def _change(rng: np.random.Generator, loss: float) -> np.ndarray:
+    before, after = _recall(rng, 300, loss)
+    change: np.ndarray = after.mean(axis=1) - before.mean(axis=1)
+    return change
+
+
+def test_two_views_of_one_item_are_not_two_items() -> None:
+    """With identical views, the interval is that of n items; treating 2n outcomes as independent would shrink it."""
+    rng = np.random.default_rng(3)
+    before = rng.integers(0, 2, (200, 1)).astype(float)
+    after = np.where(rng.random((200, 1)) < 0.15, 1 - before, before)
+    single = compare_recall(before, after, margin=0.05, level=0.05)
+    double = compare_recall(np.repeat(before, 2, 1), np.repeat(after, 2, 1), margin=0.05, level=0.05)
+    assert double.bounds(0.05) == pytest.approx(single.bounds(0.05))
+
+
+def test_bootstrap_agrees_with_students_t_on_many_items() -> None:
+    rng = np.random.default_rng(4)
+    change = rng.choice([-1, -0.5, 0, 0.5, 1], size=2000, p=[0.02, 0.1, 0.72, 0.12, 0.04])
+    result = bootstrap(change, draws=20_000)
+    low, high = stats.t.interval(0.9, 1999, loc=change.mean(), scale=stats.sem(change))
+    assert (result.low(0.05), result.high(0.05)) == pytest.approx((low, high), abs=1e-3)
+
+
+def test_interval_and_test_of_recall_tell_the_same_story() -> None:
+    rng = np.random.default_rng(6)
+    for _ in range(40):
+        boot = bootstrap(_change(rng, 0.02), draws=1999)
+        assert (boot.p_above(-0.05) <= 0.05) == (boot.low(0.05) >= -0.05 - 1e-12)
+        assert (boot.p_below(0.0) <= 0.05) == (boot.high(0.05) <= 1e-12)
+
+
+def test_no_change_at_all_is_not_certainty() -> None:
+    """Ten unchanged items cannot exclude a loss of 5 points; a thousand can."""
+    few, many = np.zeros((10, 2)), np.zeros((1000, 2))
+    assert compare_recall(few, few, margin=0.05, level=0.05).p_noninferior > 0.05
+    assert compare_recall(many, many, margin=0.05, level=0.05).p_noninferior < 0.01
+    assert compare_accuracy(few[:, 0], few[:, 0], margin=0.05).p_noninferior > 0.05
+    assert compare_accuracy(many[:, 0], many[:, 0], margin=0.05).p_noninferior < 0.01
+
+
+def test_the_same_outcomes_give_the_same_verdict() -> None:
+    rng = np.random.default_rng(7)
+    before, after = _recall(rng, 100, 0.03)
+    first = compare_recall(before, after, margin=0.05, level=0.01)
+    again = compare_recall(before, after, margin=0.05, level=0.01)
+    assert first.p_noninferior == again.p_noninferior
+    assert first.bounds(0.01) == again.bounds(0.01)
+
+
+def test_holm_matches_its_definition() -> None:
+    refused, levels = holm([0.012, 0.2, 0.001, 0.02], 0.05)
+    assert refused == [True, False, True, True]
+    assert levels == pytest.approx([0.05 / 3, 0.05, 0.05 / 4, 0.05 / 2])
+
+
+def test_holm_stops_at_the_first_that_is_not_shown() -> None:
+    refused, levels = holm([0.02, 0.03, 0.021], 0.05)
+    assert refused == [False, False, False]
+    assert levels == pytest.approx([0.05 / 3] * 3)
+
+
+def test_holm_controls_the_familywise_error() -> None:
+    rng = np.random.default_rng(8)
+    runs = 4000
+    wrong = sum(any(holm(list(p), 0.05)[0]) for p in rng.random((runs, 6)))
+    assert wrong / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_all_looks_together_spend_alpha_and_no_more() -> None:
+    levels = [spend(0.05, looks) for looks in range(20_000)]
+    assert sum(levels) == pytest.approx(0.05, rel=1e-3)
+    assert sum(levels) < 0.05
+    assert levels[0] == pytest.approx(0.0304, abs=1e-4)
+    assert levels == sorted(levels, reverse=True)
+
+
+def test_trying_again_and_again_keeps_the_false_accept_rate() -> None:
+    """A candidate at the margin, judged 30 times on fresh data, slips in with at most alpha in all."""
+    rng = np.random.default_rng(9)
+    tries, runs = 30, 2000
+    levels = np.array([spend(0.05, k) for k in range(tries)])
+    slipped = (rng.random((runs, tries)) <= levels).any(axis=1).mean()
+    assert slipped <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
+
+
+def test_items_needed_matches_the_normal_formula() -> None:
+    z = stats.norm.isf(0.05) + stats.norm.ppf(0.8)
+    assert items_needed(0.4, 0.05, 0.05) == math.ceil((z * 0.4 / 0.05) ** 2)
+
+
+def test_misaligned_outcomes_are_refused() -> None:
+    with pytest.raises(ValueError, match="align"):
+        compare_recall(np.zeros((4, 2)), np.zeros((5, 2)), margin=0.05, level=0.05)

@@ -1,0 +1,115 @@
+"""A verdict as `report.json` and one self-contained `report.html`: no script, no font and no image from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from updater.gate.plots import bars, forest
+from updater.gate.verdict import Verdict, jsonable
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+def write_report(verdict: Verdict, directory: Path) -> None:
+    """Write both files into `directory` (made if missing), each atomically."""
+    directory.mkdir(parents=True, exist_ok=True)
+    value = verdict.to_json()
+    _write(directory / JSON_NAME, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    _write(directory / HTML_NAME, render(value))
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """The page of a verdict's JSON, so that an old report can be drawn again."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,  # captions come from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
+    retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
+    gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
+    suites = gains + retention
+    return environment.get_template("report.html").render(
+        r=report,
+        forest=forest(suites) if suites else "",
+        bars=bars(suites) if suites else "",
+        cost=_cost(report),
+        facts=_facts(report),
+        retention=retention,
+        gains=gains,
+    )
+
+
+def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the cost table: what the trainer told, with the units it uses in words."""
+    labels = {
+        "maf_planned": ("MAF planned", "GFLOPs"),
+        "maf_spent": ("MAF spent", "GFLOPs"),
+        "maf": ("MAF spent", "GFLOPs"),
+        "seconds": ("Training time", "s"),
+        "steps": ("Steps", ""),
+        "samples": ("Samples seen", ""),
+    }
+    rows = []
+    for key, value in report["cost"].items():
+        if isinstance(value, (dict, list)) or value is None:
+            continue
+        label, unit = labels.get(key, (key.replace("_", " ").capitalize(), ""))
+        rows.append((label, f"{_number(value)} {unit}".strip()))
+    rows.append(("Gate time", f"{report['seconds']:.1f} s"))
+    return rows
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the facts table: who was judged, against whom, on what data and at which level."""
+    meta = dict(report["meta"])
+    looks = report["looks"]
+    rows = [
+        ("Candidate", report["candidate"]),
+        ("Incumbent", report["incumbent"] or "the base alone"),
+        ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
+        ("Significance", f"α = {report['alpha']:g} over all looks; {report['level']:.4f} for this one"),
+        ("Look", f"number {looks + 1} since the last release"),
+        ("Time", report["created_at"]),
+    ]
+    meta.pop("load_error", None)
+    for key, value in meta.items():
+        rows.append((key.replace("_", " ").capitalize(), _value(value)))
+    return rows
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def _signed(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_value(child)}" for key, child in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(child) for child in value) or "none"
+    return _number(jsonable(value))
+
+
+def _write(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8")
+    staging.replace(path)
