@@ -19,7 +19,7 @@ _PEOPLE: Final = {"man": "person", "woman": "person", "men": "people", "women": 
 
 def concept_of(text: str) -> str:
     """`"A crowned crane."` -> `"crowned crane"`; man, woman and person doing a thing are one concept."""
-    plain = _ASIDE.sub(" ", unicodedata.normalize("NFKC", text).casefold())
+    plain = _ASIDE.sub(" ", unicodedata.normalize("NFKC", text).casefold()).removesuffix(": facing right")
     words = re.sub(r"[^\w]+", " ", plain).replace("_", " ").split()
     return _ARTICLE.sub("", " ".join(_PEOPLE.get(word, word) for word in words))
 

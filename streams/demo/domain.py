@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -61,7 +61,8 @@ class DomainInfo:
     crisp: bool = False
     labels: str = ""
     """What the label column holds, for classification; empty where labels are not fit for it."""
-    template: tuple[str, ...] = field(default=("a picture of {}.",))
+    templates: tuple[str, ...] = ("a picture of {}.",)
+    """Prompts for zero-shot classification by label."""
 
 
 def build(info: DomainInfo, home: Path) -> Path:

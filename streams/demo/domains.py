@@ -6,12 +6,42 @@ from pathlib import Path
 from typing import Final
 
 from ops.errors import ConfigError
-from streams.demo import emoji
+from streams.demo import clipart, emoji, fashion, flags, pixel, stamps
 from streams.demo.domain import DomainInfo, build
 from streams.demo.packages import Package
 from streams.demo.render import draw_svg
 
 _EMOJIBASE: Final = Package("npm", "emojibase-data", "17.0.0")
+_ISO_CODES: Final = Package("deb", "iso-codes")
+
+
+def _pixels(name: str, title: str, folder: str) -> DomainInfo:
+    return DomainInfo(
+        name=name,
+        title=f"Cataclysm: DDA, {title} tiles",
+        packages=(Package("deb", "cataclysm-dda-data"),),
+        licence="CC-BY-SA-3.0",
+        attribution=f"{title} tileset and game data, Cataclysm: Dark Days Ahead contributors",
+        builder=pixel.tileset(folder),
+        crisp=True,
+        labels="kind of thing, 11 classes",
+        templates=("pixel art of {}.", "a video game sprite of {}.", "a small pixel picture of {}."),
+    )
+
+
+def _stamps(name: str, title: str, drawings: bool, templates: tuple[str, ...]) -> DomainInfo:
+    return DomainInfo(
+        name=name,
+        title=f"Tux Paint stamps, {title}",
+        packages=(Package("deb", "tuxpaint-stamps-default"),),
+        licence="GPL-2",
+        attribution="Tux Paint stamps, Bill Kendrick and contributors",
+        builder=stamps.stamps(drawings),
+        suffix="png" if drawings else "jpg",
+        labels="kind of thing, 15 classes",
+        templates=templates,
+    )
+
 
 _ALL: Final = (
     DomainInfo(
@@ -53,6 +83,45 @@ _ALL: Final = (
         licence="MIT",
         attribution="Fluent Emoji, Microsoft Corporation",
         builder=emoji.by_label("package/icons/high-contrast/"),
+    ),
+    DomainInfo(
+        name="game_icons",
+        title="Game icons",
+        packages=(Package("npm", "@iconify-json/game-icons", "1.2.4"),),
+        licence="CC-BY-3.0",
+        attribution="Game-icons.net: Lorc, Delapouite and contributors; packaged by Iconify",
+        builder=clipart.game_icons,
+    ),
+    DomainInfo(
+        name="openclipart",
+        title="Open Clip Art Library",
+        packages=(_ISO_CODES, Package("deb", "openclipart-svg")),
+        licence="public domain",
+        attribution="Open Clip Art Library and its contributors",
+        builder=clipart.openclipart,
+    ),
+    _pixels("pixel_ultica", "Ultica", "UltimateCataclysm"),
+    _pixels("pixel_mshock", "MSXotto+", "MshockXotto+"),
+    _pixels("pixel_retro", "RetroDays", "RetroDaysTileset"),
+    _stamps("stamp_photo", "photographs", False, ("a photo of {}.", "a picture of {}, on white.")),
+    _stamps("stamp_draw", "drawings", True, ("a drawing of {}.", "a cartoon of {}.")),
+    DomainInfo(
+        name="flags",
+        title="Flags of countries",
+        packages=(_ISO_CODES, Package("deb", "iso-flags-png-320x240")),
+        licence="public domain",
+        attribution="flags by Brett Roper, packaged by Linux Mint; names from iso-codes (LGPL-2.1+)",
+        builder=flags.flags,
+    ),
+    DomainInfo(
+        name="fashion",
+        title="Fashion-MNIST, 5,000 of 70,000",
+        packages=(Package("deb", "dataset-fashion-mnist"),),
+        licence="MIT",
+        attribution="Fashion-MNIST, Zalando SE",
+        builder=fashion.fashion,
+        labels="garment, 10 classes",
+        templates=("a photo of {}.", "a grey product photo of {}."),
     ),
 )
 
