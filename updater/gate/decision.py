@@ -5,8 +5,8 @@ suite's p is the larger one (intersection-union: no correction inside a suite). 
 A suite *failed* if it is shown to be worse than before and not shown to stay inside the margin; it is *inconclusive*
 if neither is shown. Neither is a pass.
 
-Gain: superiority over the incumbent; Holm over the gain suites. One must be shown; one that is shown to be worse
-rejects the candidate.
+Gain: superiority over the incumbent; Holm over the gain suites. One must be shown; one that is shown to be worse and
+not shown to stay inside the default margin rejects the candidate.
 
 The two families are tested at this look's level each: a bad release needs a loss beyond the margin on some retention
 suite (excluded at that level) or no gain at all (excluded at that level).
@@ -83,7 +83,7 @@ class _Pair:
 
     @classmethod
     def of(cls, scores: Scores, margin: float, level: float) -> _Pair:
-        own = scores.suite.margin if scores.suite.margin is not None else margin
+        own = scores.suite.margin or margin if scores.suite.role == "retention" else margin
         first = _compare(scores, scores.before, own, level)
         same = scores.before is scores.base
         return cls(first, first if same else _compare(scores, scores.base, own, level))
@@ -171,7 +171,7 @@ def _gain(pair: _Pair, shown: bool, local: float, level: float, min_items: int) 
         return "inconclusive", f"only {side.n} items; at least {min_items} are asked for"
     if shown:
         return "passed", f"gained {points(side.difference)} ({change})"
-    if side.p_worse <= level:
+    if side.p_worse <= level < side.p_noninferior:
         return "failed", f"lost {points(-side.difference)} on new data ({change})"
     return "inconclusive", f"no gain shown ({change}, p = {side.p_superior:.2g} at level {local:.2g})"
 

@@ -60,7 +60,7 @@ class Suite(BaseModel):
     names: dict[str, str] = Field(default_factory=dict, description="What to call a class in a prompt.")
     templates: list[str] = Field(["a picture of {}."], min_length=1, max_length=100)
     metric: Metric | None = Field(None, description="accuracy for classification; recall@5 for retrieval.")
-    margin: float | None = Field(None, ge=0, lt=1, description="Loss to exclude; the setting gate.margin if unset.")
+    margin: float | None = Field(None, gt=0, lt=1, description="Loss to exclude; the setting gate.margin if unset.")
     limit: int = Field(500, ge=2, le=50_000, description="Most items, drawn with `seed`.")
     seed: int = 0
     description: str = ""
@@ -173,7 +173,6 @@ def fresh_suite(rows: pa.Table, domain: str | None = None, *, limit: int = 400, 
         name=_slug(f"fresh.{domain}" if domain else "fresh"),
         role="gain",
         task="retrieval",
-        margin=0.0,
         limit=limit,
         seed=seed,
         description=f"New {domain or 'samples'} that were never trained on.",

@@ -1,0 +1,304 @@
+"""Whole gate runs through the real engine: what passes, what is caught, and that nothing a candidate does ends them.
+
+The tiny base is random, so the questions are made to fit its answers: captions are dealt out so that one model
+finds them (an assignment over its similarities). A model made better on them has really learnt, one made worse has
+really lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from ops.errors import AdapterError, GateError
+from ops.settings import Gate
+from serving.engines.adapters import read_adapter, write_adapter
+from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.unit.gate.builders import picture
+from updater.gate import Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
+
+pytestmark = pytest.mark.integration
+SETTINGS = Gate(margin=0.1)
+COUNT = 160
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def engine(home: Path) -> ClipEngine:
+    return ClipEngine(tiny_base(home), threads=1)
+
+
+def deal(engine: ClipEngine, adapter: str | None, seeds: range, words: str) -> list[tuple[bytes, str]]:
+    """Pictures with captions dealt out so that the model `adapter` finds as many as it can."""
+    images = [picture(seed) for seed in seeds]
+    texts = [f"{words} {chr(97 + i % 26)}{i}" for i in range(len(images))]
+    vectors = engine.encode_images(np.stack([engine.base.preprocess.pixels(i) for i in images]), adapter)
+    words_of = engine.encode_texts(texts, adapter)
+    similarity = (vectors - vectors.mean(axis=0)) @ (words_of - words_of.mean(axis=0)).T
+    _, best = linear_sum_assignment(-similarity)
+    return [(image, texts[i]) for image, i in zip(images, best, strict=True)]
+
+
+def folder_suite(home: Path, name: str, pairs: list[tuple[bytes, str]], margin: float = 0.1) -> Suite:
+    folder = home / "data" / name
+    folder.mkdir(parents=True)
+    with (folder / "data.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "text"])
+        for i, (image, text) in enumerate(pairs):
+            (folder / f"{i}.png").write_bytes(image)
+            writer.writerow([f"{i}.png", text])
+    path = home / f"{name}.yaml"
+    path.write_text(f"task: retrieval\ndata: ${{home}}/data/{name}\nmetric: recall@10\nmargin: {margin}\n")
+    return load_suites([path], home)[0]
+
+
+def fresh_from(pairs: list[tuple[bytes, str]]) -> Suite:
+    return fresh_suite(
+        pa.table(
+            {
+                "id": [f"new-{i}" for i in range(len(pairs))],
+                "image": [image for image, _ in pairs],
+                "text": [text for _, text in pairs],
+                "domain": ["new"] * len(pairs),
+                "concept": [""] * len(pairs),
+            }
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def retention(home: Path, engine: ClipEngine) -> Suite:
+    """What the base can do."""
+    return folder_suite(home, "known", deal(engine, None, range(COUNT), "known"))
+
+
+def load(engine: ClipEngine, home: Path, name: str, seed: int, scale: float) -> str:
+    adapter = tiny_adapter(engine.base, home / name, seed, scale)
+    engine.load(adapter, home / name)
+    return adapter
+
+
+@pytest.fixture(scope="module")
+def gentle(home: Path, engine: ClipEngine) -> str:
+    return load(engine, home, "gentle", seed=1, scale=0.02)
+
+
+@pytest.fixture(scope="module")
+def harsh(home: Path, engine: ClipEngine) -> str:
+    return load(engine, home, "harsh", seed=2, scale=0.7)
+
+
+def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
+    engine: ClipEngine, retention: Suite, harsh: str
+) -> None:
+    learnt = fresh_from(deal(engine, harsh, range(1000, 1000 + COUNT), "new"))
+    verdict = run_gate(
+        engine=engine, candidate=harsh, incumbent=None, suites=[retention], fresh=learnt, looks=0, settings=SETTINGS
+    )
+    known, new = verdict.suites
+    assert verdict.outcome == "rejected"
+    assert verdict.caught_by == ("known",)
+    assert known.decision == "failed" and known.ci_high < 0
+    assert new.decision == "passed", "it did learn: retention alone kept it out"
+    assert known.worst and all(w.rank_after >= 10 > w.rank_before for w in known.worst)
+    assert all(w.thumbnail.startswith("data:image/jpeg;base64,") for w in known.worst)
+
+
+def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: ClipEngine) -> None:
+    """Text tower left alone, images changed a little: old captions stay found, the new ones are found better."""
+    incumbent = load(engine, home, "other", seed=5, scale=0.7)
+    candidate = load(engine, home, "gentle-too", seed=1, scale=0.02)
+    kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
+    learnt = fresh_from(deal(engine, candidate, range(3000, 3000 + COUNT), "new"))
+    verdict = run_gate(
+        engine=engine, candidate=candidate, incumbent=incumbent, suites=[kept], fresh=learnt, looks=0, settings=SETTINGS
+    )
+    assert verdict.outcome == "passed", verdict.reasons
+    assert verdict.caught_by == ()
+    assert [s.decision for s in verdict.suites] == ["passed", "passed"]
+
+
+def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+    nothing_new = fresh_from(deal(engine, None, range(4000, 4000 + COUNT), "same"))
+    verdict = run_gate(
+        engine=engine,
+        candidate=gentle,
+        incumbent=None,
+        suites=[retention],
+        fresh=nothing_new,
+        looks=0,
+        settings=SETTINGS,
+    )
+    assert verdict.outcome == "inconclusive"
+    assert verdict.suites[0].decision == "passed"
+    assert verdict.caught_by == ("fresh",)
+
+
+def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+    levels = []
+    for looks in (0, 5):
+        verdict = run_gate(
+            engine=engine,
+            candidate=gentle,
+            incumbent=None,
+            suites=[retention],
+            fresh=[],
+            looks=looks,
+            settings=SETTINGS,
+        )
+        levels.append((verdict.level, verdict.suites[0].ci_low))
+    assert levels[1][0] < levels[0][0] / 20
+    assert levels[1][1] < levels[0][1], "a smaller level makes a wider interval"
+
+
+def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
+    engine: ClipEngine, retention: Suite, gentle: str
+) -> None:
+    verdict = run_gate(
+        engine=engine,
+        candidate=gentle,
+        incumbent=None,
+        suites=[retention],
+        fresh=[],
+        looks=0,
+        settings=SETTINGS,
+        meta={"tuned_on": ["known"]},
+    )
+    assert verdict.suites[0].half == "hidden"
+    assert verdict.suites[0].n == len(retention.half("hidden").items()) < COUNT
+
+
+def _poisoned(home: Path, engine: ClipEngine, folder: str, value: float) -> tuple[str, Path]:
+    """An adapter with one bad number, written past the writer's checks if it has any."""
+    tiny_adapter(engine.base, home / f"{folder}-source", seed=9)
+    files = read_adapter(home / f"{folder}-source")
+    tensors = {name: tensor.clone() for name, tensor in files.tensors.items()}
+    first = sorted(tensors)[0]
+    tensors[first].view(-1)[0] = value
+    return write_adapter(home / folder, tensors, files.config, engine.base), home / folder
+
+
+def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: ClipEngine, retention: Suite) -> None:
+    reason = ""
+    try:
+        name, directory = _poisoned(home, engine, "nan", float("nan"))
+        engine.load(name, directory)
+    except AdapterError as error:
+        name, reason = "clip-000000000000", error.message
+    verdict = run_gate(
+        engine=engine,
+        candidate=name,
+        incumbent=None,
+        suites=[retention],
+        fresh=[],
+        looks=0,
+        settings=SETTINGS,
+        meta={"load_error": reason},
+    )
+    assert verdict.outcome == "rejected"
+    assert set(verdict.caught_by) <= {"loads", "finite"} and verdict.caught_by
+    write_report(verdict, home / "nan-report")
+    page = (home / "nan-report" / "report.html").read_text()
+    assert "Rejected" in page
+    json.loads((home / "nan-report" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
+    home: Path, engine: ClipEngine, retention: Suite
+) -> None:
+    """A file can be finite and the forward pass not: weights are poisoned behind the loader's back."""
+    name = load(engine, home, "overflow", seed=11, scale=0.1)
+    with torch.no_grad():
+        for parameter in engine.model(name).get_submodule("visual").parameters():
+            if not any(parameter is p for p in engine.model(None).parameters()):
+                parameter.fill_(float("inf"))
+    verdict = run_gate(
+        engine=engine, candidate=name, incumbent=None, suites=[retention], fresh=[], looks=0, settings=SETTINGS
+    )
+    assert verdict.outcome == "rejected"
+    assert verdict.caught_by == ("finite",)
+    assert verdict.suites == ()
+
+
+def test_a_candidate_that_breaks_the_engine_is_rejected(
+    engine: ClipEngine, retention: Suite, gentle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine.encode_texts
+
+    def break_for_candidate(texts: list[str], adapter: str | None = None) -> np.ndarray:
+        if adapter == gentle:
+            raise RuntimeError("out of memory")
+        return original(texts, adapter)
+
+    monkeypatch.setattr(engine, "encode_texts", break_for_candidate)
+    verdict = run_gate(
+        engine=engine, candidate=gentle, incumbent=None, suites=[retention], fresh=[], looks=0, settings=SETTINGS
+    )
+    assert verdict.outcome == "rejected"
+    assert "out of memory" in verdict.reasons[0]
+
+
+def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
+    home: Path, engine: ClipEngine, gentle: str
+) -> None:
+    (home / "gone.yaml").write_text("task: retrieval\ndata: ${home}/data/gone\n")
+    with pytest.raises(GateError, match="does not exist"):
+        run_gate(
+            engine=engine,
+            candidate=gentle,
+            incumbent=None,
+            suites=load_suites([home / "gone.yaml"], home),
+            fresh=[],
+            looks=0,
+            settings=SETTINGS,
+        )
+
+
+def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+    def parity_of(adapter: str | None) -> Verdict:
+        return run_gate(
+            engine=engine,
+            candidate=gentle,
+            incumbent=None,
+            suites=[retention],
+            fresh=[],
+            looks=0,
+            settings=SETTINGS,
+            parity=lambda pixels, texts: (engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter)),
+        )
+
+    assert next(c for c in parity_of(gentle).checks if c.name == "parity").ok
+    wrong = parity_of("harsh" if "harsh" in engine.resident else None)
+    assert wrong.outcome == "rejected" or next(c for c in wrong.checks if c.name == "parity").value < 1e-3  # type: ignore
+
+
+def test_the_same_candidate_gets_the_same_verdict(
+    engine: ClipEngine, retention: Suite, gentle: str, home: Path
+) -> None:
+    def run(cache: Path) -> dict[str, object]:
+        verdict = run_gate(
+            engine=engine,
+            candidate=gentle,
+            incumbent=None,
+            suites=[retention],
+            fresh=[],
+            looks=0,
+            settings=SETTINGS,
+            cache=cache,
+        )
+        return verdict.summary()["suites"]  # type: ignore[no-any-return]
+
+    assert run(home / "cache-a") == run(home / "cache-b")

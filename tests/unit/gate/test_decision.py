@@ -1,0 +1,156 @@
+"""What lets a candidate in and what keeps it out, on made-up outcomes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.unit.gate.builders import changed, scores
+from updater.gate.decision import conclude, decide
+from updater.gate.verdict import Check, SuiteResult
+
+LEVEL = 0.03
+
+
+def hits(n: int, share: float, views: int = 1, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).random((n, views)) < share).astype(float)
+
+
+def judge(*entries: object, min_items: int = 50, margin: float = 0.05) -> list[SuiteResult]:
+    return decide(list(entries), level=LEVEL, margin=margin, min_items=min_items)  # type: ignore[arg-type]
+
+
+KEPT = scores("kept", hits(600, 0.5), changed(hits(600, 0.5), 8, 9))
+LOST = scores("lost", hits(600, 0.5), changed(hits(600, 0.5), 120, 10))
+LEARNT = scores("new", hits(300, 0.4, 2), changed(hits(300, 0.4, 2), 15, 90), role="gain")
+NO_GAIN = scores("new", hits(300, 0.4, 2), changed(hits(300, 0.4, 2), 30, 31), role="gain")
+FINE = [Check("finite", True, "all finite")]
+
+
+def test_a_candidate_that_kept_everything_and_learnt_something_passes() -> None:
+    results = judge(KEPT, LEARNT)
+    assert [r.decision for r in results] == ["passed", "passed"]
+    outcome, reasons = conclude(results, FINE)
+    assert outcome == "passed"
+    assert "gained" in reasons[0]
+
+
+def test_a_proven_loss_rejects_whatever_was_learnt() -> None:
+    results = judge(KEPT, LOST, LEARNT)
+    assert [r.decision for r in results] == ["passed", "failed", "passed"]
+    outcome, reasons = conclude(results, FINE)
+    assert outcome == "rejected"
+    assert reasons[0].startswith("lost: lost 18.3 points against the incumbent")
+
+
+def test_too_little_data_is_inconclusive_and_not_a_pass() -> None:
+    few = scores("few", hits(30, 0.5), hits(30, 0.5))
+    results = judge(few, LEARNT)
+    assert results[0].decision == "inconclusive"
+    assert "only 30 items" in results[0].reason
+    assert conclude(results, FINE)[0] == "inconclusive"
+
+
+def test_a_wide_interval_is_inconclusive_and_says_how_many_items_would_tell() -> None:
+    noisy = scores("noisy", hits(80, 0.5), changed(hits(80, 0.5), 12, 12))
+    (result,) = judge(noisy)
+    assert result.decision == "inconclusive"
+    assert result.ci_low < -0.05 < result.ci_high
+    assert result.needed > 80
+    assert f"about {result.needed} items" in result.reason
+
+
+def test_a_small_loss_to_the_incumbent_that_adds_up_against_the_base_is_caught() -> None:
+    """Each step stays inside the margin; the sum of the steps does not."""
+    base = hits(600, 0.6)
+    incumbent = changed(base, 24, 0)
+    candidate = changed(incumbent, 12, 0)
+    alone = scores("drift", incumbent, candidate)
+    (against_incumbent,) = judge(alone)
+    assert against_incumbent.decision == "passed"
+    (both,) = judge(scores("drift", incumbent, candidate, base=base))
+    assert both.decision == "failed"
+    assert "against the incumbent" in both.reason or "against the base" in both.reason
+    assert both.difference_base == pytest.approx(-0.06)
+    assert both.p == both.p_base > both.p_incumbent
+
+
+def test_no_gain_is_no_release() -> None:
+    results = judge(KEPT, NO_GAIN)
+    outcome, reasons = conclude(results, FINE)
+    assert outcome == "inconclusive"
+    assert "no gain shown" in reasons[0]
+
+
+def test_one_shown_gain_of_several_is_enough() -> None:
+    other = scores("other", hits(200, 0.4, 2, seed=3), hits(200, 0.4, 2, seed=3), role="gain")
+    assert conclude(judge(KEPT, other, LEARNT), FINE)[0] == "passed"
+
+
+def test_a_loss_on_new_data_rejects() -> None:
+    worse = scores("worse", hits(300, 0.5, 2), changed(hits(300, 0.5, 2), 90, 10), role="gain")
+    results = judge(KEPT, LEARNT, worse)
+    assert results[2].decision == "failed"
+    assert conclude(results, FINE)[0] == "rejected"
+
+
+def test_without_retention_suites_nothing_passes() -> None:
+    outcome, reasons = conclude(judge(LEARNT), FINE)
+    assert outcome == "inconclusive"
+    assert "not protected" in reasons[0]
+
+
+def test_without_fresh_samples_nothing_passes() -> None:
+    outcome, reasons = conclude(judge(KEPT), FINE)
+    assert outcome == "inconclusive"
+    assert "no fresh samples" in reasons[0]
+
+
+def test_a_failed_check_rejects_before_anything_is_scored() -> None:
+    outcome, reasons = conclude([], [Check("finite", False, "3 of 9 vectors hold NaN")])
+    assert outcome == "rejected"
+    assert reasons == ("finite: 3 of 9 vectors hold NaN",)
+
+
+def test_every_interval_tells_the_same_story_as_its_decision() -> None:
+    rng = np.random.default_rng(1)
+    entries = []
+    for i in range(12):
+        before = hits(300, 0.5, views=1 + i % 2, seed=i)
+        lost, gained = rng.integers(0, 30, 2)
+        entries.append(scores(f"s{i}", before, changed(before, int(lost), int(gained))))
+    results = judge(*entries)
+    assert {"passed", "inconclusive"} <= {r.decision for r in results}
+    for result in results:
+        inside = min(result.ci_low, result.ci_base_low) >= -result.margin
+        assert (result.decision == "passed") == inside, result.name
+
+
+def test_a_suites_own_margin_counts_before_the_setting() -> None:
+    before = hits(600, 0.5)
+    after = changed(before, 40, 20)
+    assert judge(scores("s", before, after))[0].decision != "passed"
+    assert judge(scores("s", before, after, margin=0.1))[0].decision == "passed"
+
+
+def test_a_suite_that_nobody_can_answer_is_called_a_weak_guard() -> None:
+    nobody = scores("hard", hits(600, 0.02), hits(600, 0.02))
+    assert "weak guard" in judge(nobody)[0].reason
+    assert "weak guard" not in judge(KEPT)[0].reason
+
+
+def test_false_accepts_stay_below_the_level() -> None:
+    """A whole gate with five suites, one of which truly loses its margin: rarely all are passed."""
+    rng = np.random.default_rng(2)
+    accepted = 0
+    runs = 300
+    for _ in range(runs):
+        entries = []
+        for i in range(5):
+            before = (rng.random((300, 1)) < 0.5).astype(float)
+            loss = 0.05 if i == 0 else 0.0
+            draw = rng.random((300, 1))
+            after = np.where(before == 1, draw >= 0.06 + loss, draw < 0.06 - loss).astype(float)
+            entries.append(scores(f"s{i}", before, after))
+        accepted += all(r.decision == "passed" for r in judge(*entries))
+    assert accepted / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)

@@ -1,0 +1,169 @@
+"""Ranks, and scores through the engine: right on cases with known answers, the same from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ops.errors import GateError
+from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.unit.gate.builders import folder_dataset, sample_rows
+from updater.gate.score import Scorer, rank_of_best
+from updater.gate.suites import Suite, fresh_suite, load_suites
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def engine(home: Path) -> ClipEngine:
+    return ClipEngine(tiny_base(home), threads=1)
+
+
+@pytest.fixture(scope="module")
+def suite(home: Path) -> Suite:
+    folder_dataset(home / "data" / "things")
+    (home / "things.yaml").write_text("task: retrieval\ndata: ${home}/data/things\n")
+    return load_suites([home / "things.yaml"], home)[0]
+
+
+class Oracle:
+    """Stands for an engine: chosen vectors for images (by their first colour) and texts."""
+
+    def __init__(self, engine: ClipEngine, images: np.ndarray, texts: dict[str, np.ndarray]) -> None:
+        self.base, self._images, self._texts = engine.base, images, texts
+
+    def spaces(self, adapter: str | None) -> object:
+        return type("Spaces", (), {"image": "i", "text": "t"})()
+
+    def encode_images(self, pixels: np.ndarray, adapter: str | None) -> np.ndarray:
+        return self._images[: len(pixels)]
+
+    def encode_texts(self, texts: list[str], adapter: str | None) -> np.ndarray:
+        return np.stack([self._texts[text] for text in texts])
+
+
+def test_rank_counts_the_wrong_answers_that_are_not_below() -> None:
+    similarity = np.array([[0.9, 0.1, 0.5], [0.9, 0.1, 0.5]])
+    right = np.array([[False, False, True], [True, False, False]])
+    assert rank_of_best(similarity, right).tolist() == [1, 0]
+
+
+def test_the_best_of_several_right_answers_counts_and_the_others_are_not_in_the_way() -> None:
+    similarity = np.array([[0.9, 0.8, 0.95, 0.1]])
+    assert rank_of_best(similarity, np.array([[True, True, False, False]])).tolist() == [1]
+    assert rank_of_best(similarity, np.array([[True, False, True, False]])).tolist() == [0]
+
+
+def test_a_collapsed_model_and_a_model_of_nans_get_no_point() -> None:
+    right = np.eye(6, dtype=bool)
+    assert rank_of_best(np.ones((6, 6)), right).tolist() == [5] * 6
+    assert rank_of_best(np.full((6, 6), np.nan), right).tolist() == [5] * 6
+
+
+def test_identical_captions_count_as_each_others_hits(engine: ClipEngine) -> None:
+    """Two images share a caption; each finds the other's text, and the text finds either image."""
+    suite = fresh_suite(sample_rows(4, texts=["twin", "twin", "one", "two"]))
+    items = suite.items()
+    axis = {"twin": 0, "one": 1, "two": 2}
+    images = np.eye(4, dtype=np.float32)[[axis[item.text] for item in items]]
+    oracle = Oracle(engine, images, {text: np.eye(4, dtype=np.float32)[i] for text, i in axis.items()})
+    outcomes = Scorer(oracle).score(suite, None)  # type: ignore[arg-type]
+    assert outcomes.ranks.tolist() == [[0, 0]] * 4
+
+
+def test_classification_compares_with_the_mean_of_normalised_templates(home: Path, engine: ClipEngine) -> None:
+    (home / "kinds.yaml").write_text(
+        'task: classification\ndata: ${home}/data/kinds\ntemplates: ["{}", "a {} here"]\nnames: {kind_1: a dog}\n'
+    )
+    folder_dataset(home / "data" / "kinds", count=8, classes=4)
+    suite = load_suites([home / "kinds.yaml"], home)[0]
+    outcomes = Scorer(engine).score(suite, None)
+    names = ["kind 0", "a dog", "kind 2", "kind 3"]
+    heads = np.stack([engine.encode_texts([n, f"a {n} here"]).mean(axis=0) for n in names])
+    heads /= np.linalg.norm(heads, axis=1, keepdims=True)
+    pixels = np.stack([engine.base.preprocess.pixels(item.read()) for item in suite.items()])
+    expected = (engine.encode_images(pixels) @ heads.T).argmax(axis=1)
+    assert outcomes.answers[:, 0].tolist() == expected.tolist()
+    truth = [int(item.text[-1]) for item in suite.items()]
+    assert outcomes.hits[:, 0].tolist() == [float(a == b) for a, b in zip(expected, truth, strict=True)]
+
+
+def test_retrieval_ranks_match_a_plain_computation(engine: ClipEngine, suite: Suite) -> None:
+    outcomes = Scorer(engine).score(suite, None)
+    items = suite.items()
+    pixels = np.stack([engine.base.preprocess.pixels(item.read()) for item in items])
+    similarity = engine.encode_images(pixels) @ engine.encode_texts([item.text for item in items]).T
+    for i in range(len(items)):
+        assert outcomes.ranks[i, 0] == np.sum(similarity[i] > similarity[i, i])
+        assert outcomes.ranks[i, 1] == np.sum(similarity[:, i] > similarity[i, i])
+
+
+def test_scores_from_disk_are_the_same_and_cost_no_forward_pass(home: Path, engine: ClipEngine, suite: Suite) -> None:
+    first = Scorer(engine, home / "kept").score(suite, None)
+    scorer = Scorer(engine, home / "kept")
+    again = scorer.score(suite, None)
+    assert scorer.hits == 1 and not scorer._images
+    assert np.array_equal(first.ranks, again.ranks) and np.array_equal(first.answers, again.answers)
+
+
+def test_an_adapter_has_its_own_scores(home: Path, engine: ClipEngine, suite: Suite) -> None:
+    name = tiny_adapter(engine.base, home / "own", seed=3)
+    engine.load(name, home / "own")
+    base = Scorer(engine, home / "kept2").score(suite, None)
+    scorer = Scorer(engine, home / "kept2")
+    other = scorer.score(suite, name)
+    assert scorer.hits == 0
+    assert not np.array_equal(base.ranks, other.ranks)
+
+
+def test_a_damaged_score_file_is_computed_anew(home: Path, engine: ClipEngine, suite: Suite) -> None:
+    scorer = Scorer(engine, home / "damaged")
+    first = scorer.score(suite, None)
+    (file,) = (home / "damaged").glob("*.npz")
+    for damage in (b"", b"not a zip", file.read_bytes()[:200]):
+        file.write_bytes(damage)
+        assert np.array_equal(Scorer(engine, home / "damaged").score(suite, None).ranks, first.ranks)
+
+
+def test_a_tower_that_an_adapter_leaves_alone_is_not_embedded_again(
+    home: Path, engine: ClipEngine, suite: Suite
+) -> None:
+    name = tiny_adapter(engine.base, home / "text-only", seed=4, towers=("text",))
+    engine.load(name, home / "text-only")
+    scorer = Scorer(engine, home / "towers")
+    scorer.score(suite, None)
+    calls: list[int] = []
+    original = engine.encode_images
+    engine.encode_images = lambda pixels, adapter=None: calls.append(1) or original(pixels, adapter)  # type: ignore
+    try:
+        scorer.score(suite, name)
+    finally:
+        del engine.encode_images
+    assert calls == []
+
+
+def test_chance_is_what_random_answers_score(engine: ClipEngine) -> None:
+    suite = fresh_suite(sample_rows(30, texts=[f"t{i // 3}" for i in range(30)]))
+    rng = np.random.default_rng(0)
+    own = np.array([int(item.text[1:]) for item in suite.items()])
+    hits = []
+    for _ in range(400):
+        to_text = rank_of_best(rng.random((30, 10)), own[:, None] == np.arange(10)) < 5
+        to_image = rank_of_best(rng.random((30, 30)), own[:, None] == own) < 5
+        hits.append((to_text.mean() + to_image.mean()) / 2)
+    # a rank below k allows k - 1 wrong answers above the best right one: k draws hold a right one
+    assert Scorer(engine).chance(suite) == pytest.approx(np.mean(hits), abs=0.01)
+
+
+def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> None:
+    folder = folder_dataset(home / "data" / "broken", count=4)
+    (folder / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
+    (home / "broken.yaml").write_text("task: retrieval\ndata: ${home}/data/broken\n")
+    with pytest.raises(GateError, match="thing number 2"):
+        Scorer(engine).score(load_suites([home / "broken.yaml"], home)[0], None)
