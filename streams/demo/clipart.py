@@ -20,6 +20,7 @@ _ROOT: Final = "usr/share/openclipart/svg/"
 _SAMENESS: Final = ("shapes/stars/",)
 """1,378 stars made by a program, under one title: nothing to tell them apart by."""
 _TITLE: Final = re.compile(rb"<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
+_CREATOR: Final = re.compile(rb"<dc:creator\b.*?<dc:title[^>]*>(.*?)</dc:title>", re.DOTALL)
 _SUBJECT: Final = re.compile(rb"<dc:subject[^>]*>(.*?)</dc:subject>", re.DOTALL)
 _WORD: Final = re.compile(rb"<rdf:li[^>]*>([^<]*)</rdf:li>")
 _HEAD_BYTES: Final = 65_536
@@ -39,6 +40,9 @@ _PLAIN_WORDS: Final = {
     "signalflag": "signal flag",
     "led": "LED",
 }
+_CARD: Final = re.compile(r"[a-z]+_([cdhs])_(10|[2-9ajkq])")
+_SUITS: Final = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
+_RANKS: Final = {"a": "ace", "j": "jack", "k": "king", "q": "queen"}
 MAX_WORDS: Final = 3
 
 
@@ -52,7 +56,7 @@ def openclipart(iso_codes: Path, archive: Path) -> Iterator[Draft]:
     for name, content in read_members(archive, wanted):
         path = PurePosixPath(name.removeprefix(_ROOT))
         head = content[:_HEAD_BYTES]
-        title = _title(path.stem, _first(_TITLE, head))
+        title = _title(path.stem, _first(_TITLE, head), _first(_CREATOR, head))
         words = _words(head)
         if not re.search(r"[^\W\d_]{3}", title):
             continue
@@ -66,7 +70,7 @@ def openclipart(iso_codes: Path, archive: Path) -> Iterator[Draft]:
             name=path.with_suffix("").as_posix().replace("/", "-"),
             text=", ".join([title, *extra]),
             concept=concept,
-            picture=partial(draw_svg, content),
+            picture=partial(draw_svg, content, trim=True),
             tags=tuple(words),
         )
 
@@ -76,17 +80,25 @@ def _first(pattern: re.Pattern[bytes], head: bytes) -> str:
     return html.unescape(found[1].decode("utf-8", "replace")).strip() if found else ""
 
 
-def _title(stem: str, title: str) -> str:
+def _title(stem: str, title: str, creator: str) -> str:
     """The file's own title, or its name where the title is that of a whole collection.
 
-    A title of its own shares its first word with the name: `grapes_leif_lodahl_02` is "Grapes", but `crosswind`
-    is not "SVG Road Signs".
+    Of a title of its own, half of the first words are in the name: `grapes_leif_lodahl_02` is "Grapes", but
+    `crosswind` is not "SVG Road Signs". A name is freed of its author's, often cut short: `ganson`.
     """
-    name = re.sub(r"[\s\d]*$", "", re.sub(r"[_\-.\s]+", " ", stem)).strip()
+    if card := _CARD.fullmatch(stem):
+        return f"{_RANKS.get(card[2], card[2])} of {_SUITS[card[1]]}"
     title = re.sub(r"(?i)\s*-\s*rpg map elements.*$", "", " ".join(title.replace("_", " ").split()))
-    first = re.findall(r"[^\W\d_]{3,}", title.casefold())[:1]
-    own = bool(first) and first[0] in re.sub(r"[\s_-]+", "", stem.casefold())
-    return title if own and len(title) <= 80 else name
+    squeezed = re.sub(r"[\W_]+", "", stem.casefold())
+    first = re.findall(r"[^\W\d_]{3,}", title.casefold())[:3]
+    if first and len(title) <= 80 and 2 * sum(word in squeezed for word in first) >= len(first):
+        return title
+    author = re.findall(r"\w{3,}", creator.casefold())
+    head, *rest = re.sub(r"[\W_]+", " ", stem).split() or [""]
+    kept = [word for word in rest if len(word) < 3 or not any(a.startswith(word.casefold()) for a in author)]
+    if head == "aiga" and kept:
+        head, *kept = kept
+    return re.sub(r"[\s\d]*$", "", " ".join([head, *kept])).strip()
 
 
 def _words(head: bytes) -> list[str]:
@@ -94,7 +106,11 @@ def _words(head: bytes) -> list[str]:
     found = _WORD.findall(subject[1]) if subject else []
     words = (html.unescape(word.decode("utf-8", "replace")).strip() for word in found)
     # Three words and more are an author's name or a remark.
-    kept = (word for word in words if word.casefold() not in _EMPTY_WORDS and len(word.split()) < 3)
+    kept = (
+        word
+        for word in words
+        if word.casefold() not in _EMPTY_WORDS and len(word.split()) < 3 and re.search(r"[^\W\d_]{3}", word)
+    )
     return sorted({_PLAIN_WORDS.get(word, word.replace("_", " ")) for word in kept})
 
 

@@ -14,6 +14,8 @@ MAX_PIXELS: Final = 20_000_000
 """A larger source picture is skipped; some of openclipart's exceed 100 megapixels."""
 DPI: Final = 96.0
 """Of an SVG's lengths in cm or pt; CSS's value. resvg draws nothing without one."""
+MAX_DRAWN: Final = 1024
+"""Widest that an SVG is drawn, to enlarge what is small on its paper."""
 MAX_SVG_BYTES: Final = 4 * 2**20
 _OUTSIDE: Final = re.compile(rb"""(<image\b[^>]*?)\s[\w:]*href\s*=\s*(?:"(?!#|data:)[^"]*"|'(?!#|data:)[^']*')""")
 """A bitmap by path or URL: a file of the artist's machine, often a tracing aid. Never to be looked up on this."""
@@ -35,8 +37,11 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
-def draw_svg(data: bytes) -> Image.Image:
-    """An SVG, drawn `SIDE` wide. Fonts and files of the machine are not used. Raises `Unfit`."""
+def draw_svg(data: bytes, trim: bool = False) -> Image.Image:
+    """An SVG, drawn `SIDE` wide; `trim` draws what is there that large, without the empty paper around it.
+
+    Fonts and files of the machine are not used. Raises `Unfit`.
+    """
     if len(data) > MAX_SVG_BYTES:
         raise Unfit("SVG over the size limit")
     data = _OUTSIDE.sub(rb"\1", data)
@@ -44,15 +49,24 @@ def draw_svg(data: bytes) -> Image.Image:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
+    image = _drawn(text, SIDE)
+    box = image.getchannel("A").getbbox() if trim else None
+    if box is None:
+        return image
+    content = max(box[2] - box[0], box[3] - box[1])
+    if content < 0.75 * SIDE:
+        image = _drawn(text, min(MAX_DRAWN, image.width * SIDE // content))
+        box = image.getchannel("A").getbbox()
+    return image.crop(box)
+
+
+def _drawn(text: str, width: int) -> Image.Image:
     try:
         # Given one side alone, resvg keeps the aspect ratio. A tall picture comes out larger than needed.
-        image = Image.open(io.BytesIO(resvg_py.svg_to_bytes(text, width=SIDE, dpi=DPI, skip_system_fonts=True)))
-        if image.width * image.height > MAX_PIXELS:
-            raise Unfit("over the pixel limit")
-        image.load()
-    except (ValueError, OSError, Image.DecompressionBombError) as error:
+        png = resvg_py.svg_to_bytes(text, width=width, dpi=DPI, skip_system_fonts=True)
+        return decode(png).convert("RGBA")
+    except ValueError as error:
         raise Unfit("not a drawable SVG") from error
-    return image
 
 
 def on_canvas(image: Image.Image, crisp: bool = False) -> Image.Image:
