@@ -1,0 +1,205 @@
+"""PEFT's LoRA on a base: which layers learn, what they start from, and what is written at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ops.errors import AdapterError
+from serving.engines.adapters import AdapterFiles, read_adapter, write_adapter
+from serving.engines.base import ClipBase
+from updater.adapters.factors import Delta, Factor, compress
+
+NEGLIGIBLE = 1e-9
+"""A singular value below this share of the largest is no direction: it starts anew instead of being stuck at zero."""
+_PREFIX = "base_model.model."
+
+
+def read_delta(directory: Path) -> dict[str, Factor]:
+    """The factors of an adapter directory, by PEFT's module name. Raises AdapterError."""
+    return delta_of(read_adapter(directory))
+
+
+def delta_of(files: AdapterFiles) -> dict[str, Factor]:
+    """Factors with the scale alpha/r folded in."""
+    if files.config["rank_pattern"] or files.config["alpha_pattern"] or files.config["use_rslora"]:
+        raise AdapterError(
+            f"Adapter {files.name} has ranks of its own per layer, which the trainer does not go on from.",
+            "Release the base, or an adapter that Ratchet trained, and update from there.",
+        )
+    scale = files.config["lora_alpha"] / files.config["r"]
+    delta: dict[str, Factor] = {}
+    for key, a in files.tensors.items():
+        if key.endswith(".lora_A.weight"):
+            module = key.removesuffix(".lora_A.weight")
+            b = files.tensors[f"{module}.lora_B.weight"]
+            delta[module.removeprefix(_PREFIX)] = Factor(a.flatten(1).double(), scale * b.flatten(1).double())
+    return delta
+
+
+class LoraModel:
+    """A base with LoRA layers on ``trained`` modules, and frozen ones on what the incumbent has besides.
+
+    The same module is the teacher: inside :meth:`base` the adapter is switched off.
+    """
+
+    def __init__(
+        self, base: ClipBase, trained: Sequence[str], rank: int, alpha: float, start: Delta, seed: int, device: str = "cpu"
+    ) -> None:
+        """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
+        self.clip = base
+        self.rank = rank
+        self.alpha = alpha
+        self.device = torch.device(device)
+        carried = {plain_name(name) for name in start} - {"", *trained}
+        # MultiheadAttention is one target for PEFT, which reaches its out_proj by itself.
+        self.targets = sorted({*trained, *(name.removesuffix(".out_proj") if _in_attention(name, start) else name for name in carried)})
+        pattern = "|".join(re.escape(name) for name in self.targets)
+        self.config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=f"(?:{pattern})", lora_dropout=0.0, bias="none"
+        )
+        model = base.build_model()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model = inject_adapter_in_model(self.config, model).eval().to(self.device)
+        self.layers: dict[str, nn.Module] = {
+            name: module for name, module in self.model.named_modules() if "default" in getattr(module, "lora_A", {})
+        }
+        learns = {name for name in self.layers if _belongs(plain_name(name), trained)}
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name in sorted(self.layers):
+            for side, layer in zip("AB", self._sides(name), strict=True):
+                layer.weight.requires_grad_(name in learns)
+                if name in learns:
+                    self.parameters[f"{name}.lora_{side}"] = layer.weight
+        self._start_delta = dict(start)
+        self._start(start)
+        self._attention = [
+            (layer, layer.get_base_layer().in_proj_weight.detach().clone(),
+             layer.get_base_layer().out_proj.get_base_layer().weight.detach().clone())
+            for layer in cast("list[Any]", list(self.layers.values()))
+            if isinstance(layer.get_base_layer(), nn.MultiheadAttention)
+        ]  # fmt: skip
+
+    def _sides(self, name: str) -> tuple[Any, Any]:
+        layer = cast(Any, self.layers[name])
+        return layer.lora_A["default"], layer.lora_B["default"]
+
+    @torch.no_grad()
+    def _start(self, start: Delta) -> None:
+        unknown = sorted(set(start) - set(self.layers))
+        if unknown:
+            raise AdapterError(
+                f"The incumbent changes {unknown[0]}, where base {self.clip.name!r} has no layer that takes LoRA.",
+                "It belongs to another base: release the base alone, and update from there.",
+            )
+        scale = self.alpha / self.rank
+        for name, factor in start.items():
+            a, b = self._sides(name)
+            small = compress(factor, self.rank)
+            strength = small.b.norm(dim=0)
+            used = strength > NEGLIGIBLE * strength.max().clamp_min(1e-30)
+            rows = used.view(-1, *[1] * (a.weight.dim() - 1)).to(a.weight.device)
+            a.weight.copy_(torch.where(rows, small.a.view_as(a.weight).to(a.weight), a.weight))
+            b.weight.copy_((small.b / scale).reshape(b.weight.shape))
+
+    @property
+    def base_names(self) -> list[str]:
+        """Every layer with LoRA, trained or carried, by its name in the base."""
+        return sorted(plain_name(name) for name in self.layers)
+
+    def restore(self) -> None:
+        """Undo rounding in attention weights: PEFT adds and subtracts ΔW there at every pass, and W drifts.
+
+        Without it a resumed run, which starts from the exact W, would not end where an uninterrupted one does.
+        """
+        with torch.no_grad():
+            for layer, in_proj, out_proj in self._attention:
+                attention = layer.get_base_layer()
+                attention.in_proj_weight.data.copy_(in_proj)
+                attention.out_proj.get_base_layer().weight.data.copy_(out_proj)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Inside, the model is the base alone."""
+        for layer in cast("list[Any]", list(self.layers.values())):
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in cast("list[Any]", list(self.layers.values())):
+                layer.enable_adapters(True)
+            # PEFT switches gradients on with the adapter; carried layers stay frozen.
+            for name in self.layers:
+                for side, part in zip("AB", self._sides(name), strict=True):
+                    part.weight.requires_grad_(f"{name}.lora_{side}" in self.parameters)
+
+    def delta(self) -> dict[str, Factor]:
+        """The factors as they are now, the scale folded in."""
+        scale = self.alpha / self.rank
+        return {
+            name: Factor(
+                a.weight.detach().flatten(1).double().cpu(), scale * b.weight.detach().flatten(1).double().cpu()
+            )
+            for name, (a, b) in ((name, self._sides(name)) for name in self.layers)
+        }
+
+    def write(self, delta: Delta, directory: Path) -> str:
+        """Compress ``delta`` to the rank and write it as an adapter directory; returns the adapter's name.
+
+        A layer that did not learn is written as the incumbent had it, bit by bit if its rank is the same: a locked
+        tower keeps its embedding space, and with it every search index.
+        """
+        tensors: dict[str, Tensor] = {}
+        scale = self.alpha / self.rank
+        for name in sorted(delta):
+            a, b = self._sides(name)
+            untouched = self._start_delta.get(name) if f"{name}.lora_A" not in self.parameters else None
+            same = untouched is not None and untouched.rank == self.rank
+            small = untouched if same and untouched is not None else compress(delta[name], self.rank)
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = small.a.reshape(a.weight.shape).float()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = (small.b / scale).reshape(b.weight.shape).float()
+        return write_adapter(directory, tensors, self.config.to_dict(), self.clip)
+
+
+def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uint8], list[str]], tuple[Any, Any]]:
+    """Encode as the trainer does, with PEFT's unmerged layers: what the gate compares the server's vectors with.
+
+    The returned function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length.
+    """
+    files = read_adapter(directory)
+    delta = delta_of(files)
+    model = LoraModel(base, (), files.config["r"], files.config["lora_alpha"], delta, seed=0)
+    tokenize = base.tokenizer()
+
+    @torch.inference_mode()
+    def encode(pixels: NDArray[np.uint8], texts: list[str]) -> tuple[Any, Any]:
+        clip = cast(Any, model.model)
+        images = F.normalize(clip.encode_image(base.preprocess.normalise(pixels)), dim=-1)
+        words = F.normalize(clip.encode_text(tokenize(texts)), dim=-1)
+        return images.numpy(), words.numpy()
+
+    return encode
+
+
+def plain_name(name: str) -> str:
+    """A layer's name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _in_attention(name: str, start: Mapping[str, Factor]) -> bool:
+    return name.endswith(".out_proj") and f"{name.removesuffix('.out_proj')}.base_layer.out_proj" in start
+
+
+def _belongs(name: str, trained: Sequence[str]) -> bool:
+    return name in trained or (name.endswith(".out_proj") and name.removesuffix(".out_proj") in trained)

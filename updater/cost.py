@@ -1,0 +1,141 @@
+"""What training costs, counted and not guessed: FLOPs of the real step, and its peak memory.
+
+Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
+GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). A multiply-add counts 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from ops.errors import BudgetError
+from serving.engines.base import ClipBase
+from updater.learner import Learner
+from updater.pools import Pair
+
+SMALL, LARGE = 2, 4
+"""Batches at which full fine-tuning is measured on a CPU; its activations grow by the row, the rest is fixed."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured once per update, and kept with it, so that a resumed update plans the same number of steps."""
+
+    step_gflops: float
+    """Forward and backward of one batch."""
+    sample_gflops: float
+    """Teacher pass of one sample, prefix included."""
+    samples: int
+    peak_bytes: float
+    full_bytes: float
+    """Peak of full fine-tuning at the same batch."""
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory over that of full fine-tuning."""
+        return self.peak_bytes / self.full_bytes
+
+    @property
+    def maf_per_step(self) -> float:
+        """Memory-adjusted GFLOPs of a step."""
+        return self.step_gflops * self.memory_ratio
+
+    @property
+    def maf_prepare(self) -> float:
+        """Memory-adjusted GFLOPs of all teacher passes."""
+        return self.sample_gflops * self.samples * self.memory_ratio
+
+    def maf(self, steps: int) -> float:
+        """Memory-adjusted GFLOPs of an update of so many steps."""
+        return self.maf_prepare + steps * self.maf_per_step
+
+    def steps_within(self, gflops: float, most: int) -> int:
+        """Steps that a budget pays for, at most ``most``. Raises BudgetError when it pays for none."""
+        steps = int((gflops - self.maf_prepare) / self.maf_per_step) if self.maf_per_step else most
+        if steps < 1:
+            raise BudgetError(
+                f"a budget of {gflops:,.0f} MAF-GFLOPs does not pay for one step "
+                f"(teacher passes {self.maf_prepare:,.0f}, a step {self.maf_per_step:,.1f}).",
+                "Raise budget.gflops_per_update, or use a recipe with a smaller batch or fewer reference pairs.",
+            )
+        return min(steps, most)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def measure(learner: Learner, pairs: list[Pair], rows: list[int]) -> Cost:
+    """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
+    with FlopCounterMode(display=False) as flops, _peak(learner.model.device) as peak:
+        learner.backward(rows)
+    learner.optimizer.zero_grad(set_to_none=True)
+    trained = sum(_bytes(p) for p in learner.parameters.values())
+    weights = sum(_bytes(p) for p in learner.model.model.parameters())
+    small, sample_gflops = _full(learner.base, pairs[:SMALL])
+    large, _ = _full(learner.base, (pairs * LARGE)[:LARGE])
+    plain = learner.base.build_model()
+    everything = sum(_bytes(p) for p in plain.parameters())
+    per_row = (large - small) / (LARGE - SMALL)
+    return Cost(
+        step_gflops=flops.get_total_flops() / 1e9,
+        sample_gflops=sample_gflops,
+        samples=len(pairs),
+        # Gradient and two moments of what learns, beside weights and what autograd keeps.
+        peak_bytes=weights + 3 * trained + peak(),
+        full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
+    )
+
+
+def _full(base: ClipBase, pairs: list[Pair]) -> tuple[float, float]:
+    """Bytes that autograd keeps for a step of full fine-tuning, and GFLOPs of one forward pass of one sample."""
+    model: Any = base.build_model()
+    pixels = base.preprocess.normalise(np.stack([base.preprocess.pixels(pair.read()) for pair in pairs]))
+    tokens = base.tokenizer()([pair.text for pair in pairs])
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with FlopCounterMode(display=False) as flops, _peak(torch.device("cpu")) as peak:
+        image, text = model.encode_image(pixels), model.encode_text(tokens)
+        (image @ text.T).sum()
+    return peak(), flops.get_total_flops() / 1e9 / len(pairs)
+
+
+@contextmanager
+def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
+    """Bytes that the forward pass inside keeps for the backward pass; parameters do not count.
+
+    On a GPU the allocator knows; on a CPU each storage that autograd saves is counted once.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: float(torch.cuda.max_memory_allocated(device) - before)
+        return
+    seen: dict[int, int] = {}
+    held: list[Tensor] = []  # a freed storage's address may be used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                held.append(tensor.detach())
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: float(sum(seen.values()))
+    held.clear()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+

@@ -1,0 +1,65 @@
+"""Which rows make up a batch: a pure function of seed and step, so that a resumed run sees the same batches."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from updater.recipes import Mixture, Part
+
+PARTS: tuple[Part, ...] = ("new", "reference", "replay")
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Rows of each pool in one batch, and the order in which the pools are gone through."""
+
+    counts: Mapping[Part, int]
+    sizes: Mapping[Part, int]
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Rows in one batch."""
+        return sum(self.counts.values())
+
+    def batch(self, step: int) -> list[tuple[Part, int]]:
+        """(pool, row) of every row of batch ``step``: each pool in epochs, shuffled anew for each."""
+        return [
+            (part, self._row(part, step * count + number))
+            for part, count in self.counts.items()
+            for number in range(count)
+        ]
+
+    def _row(self, part: Part, position: int) -> int:
+        epoch, place = divmod(position, self.sizes[part])
+        return _shuffled(self.sizes[part], f"{self.seed} {part} {epoch}")[place]
+
+
+def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], seed: int) -> BatchPlan:
+    """Divide a batch by the mixture's shares. The share of an empty P goes to B and the other way round, else to D.
+
+    Raises ValueError when there is nothing new.
+    """
+    if sizes["new"] == 0:
+        raise ValueError("there are no new rows to learn from")
+    shares: dict[Part, float] = {"new": mixture.new, "reference": mixture.reference, "replay": mixture.replay}
+    for empty, heir in (("replay", "reference"), ("reference", "replay")):
+        if sizes[empty] == 0:  # type: ignore[index]
+            target: Part = heir if sizes[heir] else "new"  # type: ignore[index,assignment]
+            shares[target] += shares[empty]  # type: ignore[index]
+            shares[empty] = 0.0  # type: ignore[index]
+    counts = {part: round(batch_size * share) for part, share in shares.items()}
+    counts["new"] = max(1, batch_size - counts["reference"] - counts["replay"])
+    return BatchPlan({part: counts[part] for part in PARTS if counts[part]}, dict(sizes), seed)
+
+
+@lru_cache(maxsize=8)
+def _shuffled(size: int, key: str) -> tuple[int, ...]:
+    order = list(range(size))
+    # Python's generator, seeded by a hash: the same on every machine and for every version of torch.
+    random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")).shuffle(order)  # noqa: S311
+    return tuple(order)

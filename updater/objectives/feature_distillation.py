@@ -1,0 +1,31 @@
+"""Feature distillation: both towers stay where the base put them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from updater.objectives.base import Batch, Objective
+
+
+class FeatureDistillation(Objective):
+    """Mean squared distance on the unit sphere to the teacher's features, of images and of texts.
+
+    Both towers are held: with only the image tower distilled, the texts are free to drift.
+
+    Args:
+        image: weight of the image tower's part.
+        text: weight of the text tower's part.
+    """
+
+    def __init__(self, image: float = 1.0, text: float = 1.0) -> None:
+        self.image = image
+        self.text = text
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """``|x - x0|^2`` averaged over rows and towers: 0 when nothing moved, 4 at the opposite pole."""
+        image = (batch.image - batch.teacher_image).square().sum(dim=1).mean()
+        text = (batch.text - batch.teacher_text).square().sum(dim=1).mean()
+        return (self.image * image + self.text * text) / 2
+
+
+TERM = FeatureDistillation

@@ -1,0 +1,151 @@
+"""What an update is trained on: three pools of image-text pairs, pinned by the store's version and a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+
+from ops.digests import digest12, digest_bytes
+from ops.errors import ConfigError
+from ops.progress import say
+from streams.folders import FolderItem, read_folder
+from updater.recipes import Part, Recipe
+from updater.replay import Candidate, reservoir
+
+READ_ROWS = 256
+"""Images read from the store in one scan."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its text. ``id`` names the content, ``read`` gives the encoded image."""
+
+    id: str
+    text: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Pools:
+    """New data D, reference pool P, replay buffer B."""
+
+    new: tuple[Pair, ...]
+    reference: tuple[Pair, ...] = ()
+    replay: tuple[Pair, ...] = ()
+
+    def of(self, part: Part) -> tuple[Pair, ...]:
+        """One pool by its name."""
+        pools: dict[Part, tuple[Pair, ...]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
+        return pools[part]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids and texts of all pools in order, 64 hex digits."""
+        parts: tuple[Part, ...] = ("new", "reference", "replay")
+        return digest_bytes(*(f"{part} {p.id} {p.text}".encode() for part in parts for p in self.of(part)))
+
+
+class Store(Protocol):
+    """What is needed of ``streams.store.SampleStore``."""
+
+    def scan(
+        self,
+        version: int | None = None,
+        split: str | None = None,
+        after: dict[str, int] | None = None,
+        columns: list[str] | None = None,
+        ids: list[str] | None = None,
+    ) -> pa.Table:
+        """Rows in order of partition and offset."""
+
+
+def draw_pools(
+    store: Store,
+    recipe: Recipe,
+    reference: Sequence[Path],
+    version: int,
+    data_from: Mapping[str, int],
+    seed: int,
+) -> Pools:
+    """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it.
+
+    A pure function of its arguments and of the reference folders' contents.
+    """
+    columns = ["id", "text", "domain", "concept", "topic", "partition", "offset"]
+    rows = store.scan(version=version, split="train", columns=columns).to_pylist()
+    new, old = [], []
+    for row in rows:
+        if row["text"]:
+            place = f"{row['topic']}:{row['partition']}"
+            (new if row["offset"] >= data_from.get(place, 0) else old).append(row)
+    wanted = recipe.mixture.replay > 0
+    earlier = [Candidate(row["id"], row["concept"] or row["domain"] or "") for row in old] if wanted else []
+    kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed))
+    replay = [row for row in old if row["id"] in kept]
+    lazy = _LazyImages(store, version, [row["id"] for row in (*new, *replay)])
+    folders = reference if recipe.mixture.reference > 0 else ()
+    return Pools(
+        new=tuple(Pair(row["id"], row["text"], lazy.reader(row["id"])) for row in new),
+        reference=_reference(folders, recipe.reference_limit, seed),
+        replay=tuple(Pair(row["id"], row["text"], lazy.reader(row["id"])) for row in replay),
+    )
+
+
+def _reference(folders: Sequence[Path], limit: int, seed: int) -> tuple[Pair, ...]:
+    """``limit`` pairs of the reference folders' training split, drawn by hash: adding a folder keeps most of them."""
+    drawn: list[tuple[bytes, FolderItem]] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
+            )
+        for item in read_folder(folder, split="train"):
+            if item.text:
+                key = f"{seed} {folder.name} {item.path.name} {item.text}".encode()
+                drawn.append((hashlib.sha256(key).digest(), item))
+    drawn.sort(key=lambda pair: pair[0])
+    if len(drawn) > limit:
+        say(f"reference pool: {limit} of {len(drawn)} pairs")
+    return tuple(Pair(f"reference-{key.hex()[:32]}", item.text, item.bytes) for key, item in drawn[:limit])
+
+
+class _LazyImages:
+    """Reads encoded images of the store in the order in which they will be asked for, some rows at a time."""
+
+    def __init__(self, store: Store, version: int, ids: Sequence[str]) -> None:
+        self.store = store
+        self.version = version
+        self.ids = list(ids)
+        self.place = {name: number for number, name in enumerate(self.ids)}
+        self.held: dict[str, bytes] = {}
+
+    def reader(self, name: str) -> Callable[[], bytes]:
+        """A function that gives the image of one row."""
+        return lambda: self._read(name)
+
+    def _read(self, name: str) -> bytes:
+        if name not in self.held:
+            start = self.place[name] // READ_ROWS * READ_ROWS
+            rows = self.store.scan(
+                version=self.version, columns=["id", "image"], ids=self.ids[start : start + READ_ROWS]
+            )
+            self.held = dict(zip(rows["id"].to_pylist(), rows["image"].to_pylist(), strict=True))
+        return self.held[name]
+
+
+def caption_numbers(pairs: Sequence[Pair]) -> dict[str, int]:
+    """One number per distinct caption (case and surrounding spaces do not count)."""
+    numbers: dict[str, int] = {}
+    for pair in pairs:
+        numbers.setdefault(pair.text.strip().lower(), len(numbers))
+    return numbers
+
+
+def mixed_seed(seed: int, version: int) -> int:
+    """A seed for one update: another store version draws other reference pairs and another order."""
+    return int(digest12(f"{seed} {version}".encode()), 16) % 2**31

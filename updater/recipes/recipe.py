@@ -1,0 +1,149 @@
+"""The typed form of a recipe. A recipe is data: it names objectives and schedules, which live in their own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ops.digests import digest_json
+from ops.errors import ConfigError
+
+SHIPPED = Path(__file__).parent
+Part = Literal["new", "reference", "replay"]
+ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
+
+
+class Section(BaseModel):
+    """A group of fields; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Tower(Section):
+    """Which modules of one tower learn."""
+
+    locked: bool = Field(False, description="Nothing in this tower learns; its embedding space stays.")
+    blocks: int | None = Field(
+        None, ge=0, description="Last blocks that learn (0: only what follows the blocks); all when unset."
+    )
+
+
+class Mixture(Section):
+    """Shares of one batch: reference pool P, new data D, replay buffer B. They add up to 1."""
+
+    reference: float = Field(0.33, ge=0, le=1)
+    new: float = Field(0.34, gt=0, le=1)
+    replay: float = Field(0.33, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        total = self.reference + self.new + self.replay
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of reference, new and replay add up to {total:g}, not to 1")
+        return self
+
+
+class Term(Section):
+    """One objective of the loss, found by name in ``updater/objectives``."""
+
+    name: str
+    weight: float = Field(1.0, ge=0)
+    over: tuple[Part, ...] = Field(ALL_PARTS, min_length=1, description="Rows of the batch that it sees.")
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+
+class Schedule(Section):
+    """Learning rate over steps; see ``updater/schedules.py``. No field is a horizon."""
+
+    kind: Literal["infinite", "rsqrt"] = "infinite"
+    peak: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up.")
+    constant: float = Field(5e-4, gt=0, description="Learning rate of the constant phase (infinite only).")
+    final: float = Field(5e-5, gt=0, description="Learning rate at the end of the anneal.")
+    warmup_steps: int = Field(10, ge=0)
+    cooldown_steps: int = Field(30, ge=0, description="Cosine from peak to constant (infinite only).")
+    anneal_steps: int = Field(20, ge=0, description="Exponential anneal before a candidate is handed over.")
+
+
+class Merge(Section):
+    """How the trained delta joins the incumbent's: ΔW <- (1 - weight) ΔW_incumbent + weight ΔW_trained."""
+
+    kind: Literal["ema", "none"] = "ema"
+    weight: float = Field(0.9, gt=0, le=1)
+
+
+class Recipe(Section):
+    """Everything that, with the data and the seed, decides what an update computes."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    description: str = ""
+    rank: int = Field(8, ge=1, le=256)
+    alpha: float = Field(16.0, gt=0)
+    image: Tower = Field(default_factory=Tower)
+    text: Tower = Field(default_factory=Tower)
+    batch_size: int = Field(96, ge=2, le=65536)
+    mixture: Mixture = Field(default_factory=Mixture)
+    reference_limit: int = Field(1500, ge=0, description="Reference pairs drawn for one update.")
+    replay_limit: int = Field(1500, ge=0, description="Capacity of the replay reservoir.")
+    replay_half_life: float = Field(10_000, gt=0, description="Rows after which a concept's count is halved.")
+    objectives: tuple[Term, ...] = Field(min_length=1)
+    schedule: Schedule = Field(default_factory=Schedule)
+    merge: Merge = Field(default_factory=Merge)
+    max_steps: int = Field(200, ge=1, description="Bound on steps, whatever the budget.")
+    temperature: float | None = Field(None, gt=0, description="Softmax temperature; the base's when unset.")
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="Bound on the norm of one step's gradient.")
+
+    @model_validator(mode="after")
+    def _learns(self) -> Self:
+        if self.image.locked and self.text.locked:
+            raise ValueError("both towers are locked, so that nothing would learn")
+        if not any(term.weight > 0 for term in self.objectives):
+            raise ValueError("every objective has weight 0")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the recipe, 64 hex digits; the description does not count."""
+        return digest_json(self.model_dump(mode="json", exclude={"description"}))
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def parse(cls, values: Any, origin: str = "recipe") -> Recipe:
+        """Check a mapping. Raises ConfigError that names the field."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(str(part) for part in first["loc"]) or "the recipe as a whole"
+            raise ConfigError(
+                f"{origin}: {field} is not valid: {first['msg']}.",
+                "Compare with updater/recipes/default.yaml.",
+            ) from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with Ratchet."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """A shipped recipe by name, or any by the path of its YAML file. Raises ConfigError."""
+    path = Path(name)
+    if str(name) in recipe_names():
+        path = SHIPPED / f"{name}.yaml"
+    elif path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise ConfigError(
+            f"there is no recipe {str(name)!r}.",
+            f"Use one of {', '.join(recipe_names())}, or the path of a YAML file.",
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "Mend the line it names.") from None
+    return Recipe.parse(values, str(path))

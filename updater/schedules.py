@@ -1,0 +1,46 @@
+"""Learning rates without a horizon: a stream has no last step, so that no phase may depend on one.
+
+*infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, constant for as long as it takes; an
+exponential anneal only before a candidate is handed over. Updates that start from an incumbent skip warm-up and
+cool-down. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same anneal.
+"""
+
+from __future__ import annotations
+
+import math
+
+from updater.recipes import Schedule
+
+
+def learning_rate(schedule: Schedule, step: int, steps: int, first: bool) -> float:
+    """The rate of ``step`` (from 0).
+
+    Args:
+        steps: steps of this update, which only the anneal before the hand-over looks at.
+        first: whether the update starts from the base; later ones start in the constant phase.
+    """
+    rate = _endless(schedule, step, first)
+    anneal = min(schedule.anneal_steps, steps)
+    left = steps - step
+    if left > anneal or anneal == 0:
+        return rate
+    start = _endless(schedule, steps - anneal, first)
+    done = (anneal - left + 1) / anneal
+    return float(start * (schedule.final / start) ** done)
+
+
+def _endless(schedule: Schedule, step: int, first: bool) -> float:
+    warm = schedule.warmup_steps
+    if schedule.kind == "rsqrt":
+        if step < warm:
+            return schedule.peak * (step + 1) / warm
+        return schedule.peak * math.sqrt(max(warm, 1) / (step + 1))
+    if not first:
+        return schedule.constant
+    if step < warm:
+        return schedule.peak * (step + 1) / warm
+    cool = schedule.cooldown_steps
+    if step < warm + cool:
+        done = (step - warm + 1) / cool
+        return schedule.constant + (schedule.peak - schedule.constant) * 0.5 * (1 + math.cos(math.pi * done))
+    return schedule.constant

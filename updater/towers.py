@@ -1,0 +1,145 @@
+"""The two towers of a CLIP as *prefix* and *suffix*: what no adapter touches is computed once per sample.
+
+With adapters in the last blocks only, everything below them is the same at every step. Its output (the *boundary*) is
+kept per sample; a step starts there, and autograd never goes below it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ops.errors import ConfigError
+from serving.engines.base import ClipBase
+from serving.engines.spaces import tower_of
+from updater.recipes import Recipe, Tower
+
+Which = Literal["image", "text"]
+_BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
+"""What timm, open_clip and transformers call the list of a tower's blocks."""
+
+
+def find_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
+    """Name of the tower's list of blocks, and how many there are; ("", 0) when it has none that is known."""
+    for name, module in model.named_modules():
+        known = name.rsplit(".", 1)[-1] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
+        if known and tower_of(name) == which and len(module) > 1:  # type: ignore[arg-type]
+            return name, len(module)  # type: ignore[arg-type]
+    return "", 0
+
+
+def block_number(name: str, blocks: str) -> int | None:
+    """The number of the block that a module is in, or None when it is in none."""
+    found = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
+    return int(found[1]) if found else None
+
+
+def trained_modules(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
+    """Names of the layers that learn under a recipe. Raises ConfigError when that is none."""
+    chosen: list[str] = []
+    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
+    for which, tower in wanted.items():
+        if tower.locked:
+            continue
+        blocks, count = find_blocks(model, which)
+        if tower.blocks is not None and not blocks:
+            raise ConfigError(
+                f"recipe {recipe.name}: the {which} tower of base {base.name!r} has no list of blocks that is known.",
+                f"Leave {which}.blocks out, so that all of it learns.",
+            )
+        first = 0 if tower.blocks is None else max(0, count - tower.blocks)
+        pattern = re.compile(base.lora_targets[which])
+        names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
+        chosen += [name for name in names if _above(name, blocks, first, tower.blocks is None)]
+    if not chosen:
+        raise ConfigError(f"recipe {recipe.name}: no layer of base {base.name!r} would learn.", "Raise `blocks`.")
+    return sorted(set(chosen))
+
+
+def _above(name: str, blocks: str, first: int, everything: bool) -> bool:
+    number = block_number(name, blocks)
+    return everything or number is None or number >= first
+
+
+def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
+    """The first block that any of ``names`` is in: blocks below it form the prefix.
+
+    Layers of the tower outside the blocks come after them, but for stems, which make it 0.
+    """
+    blocks, count = find_blocks(model, which)
+    own = [name for name in names if tower_of(name) == which]
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    start = order.get(blocks, 0)
+    numbers = [block_number(name, blocks) for name in own]
+    stems = [name for name, number in zip(own, numbers, strict=True) if number is None and order[name] < start]
+    return 0 if stems or not blocks else min((n for n in numbers if n is not None), default=count)
+
+
+class SplitTower:
+    """One tower that can start at its boundary. ``cut`` blocks form the prefix; 0 means that it has none."""
+
+    def __init__(self, model: nn.Module, which: Which, cut: int) -> None:
+        self.model = cast(Any, model)
+        self.which = which
+        self.cut = cut
+        self._prefix: list[_Skippable] = []
+        if cut:
+            blocks = cast(Any, model.get_submodule(find_blocks(model, which)[0]))
+            for number in range(cut):
+                blocks[number] = _Skippable(blocks[number], last=number == cut - 1)
+                self._prefix.append(blocks[number])
+
+    def whole(self, inputs: Tensor) -> Tensor:
+        """Features [n, dim] of unit length from normalised pixels or token ids."""
+        encode = self.model.encode_image if self.which == "image" else self.model.encode_text
+        return F.normalize(encode(inputs), dim=-1)
+
+    def record(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the whole tower, and the boundary on the way there, float32 [n, ...]."""
+        features = self.whole(inputs)
+        return features, self._prefix[-1].output
+
+    def resume(self, boundary: Tensor, inputs: Tensor) -> Tensor:
+        """Features from the boundary on. ``inputs``: token ids; for images any one picture [1, 3, S, S].
+
+        The stem still runs on ``inputs``, and its result is thrown away: for texts the ids are needed for masks and
+        pooling, for images one picture costs nothing.
+        """
+        for block in self._prefix:
+            block.skip = True
+        self._prefix[-1].replacement = boundary
+        try:
+            return self.whole(inputs)
+        finally:
+            for block in self._prefix:
+                block.skip = False
+            self._prefix[-1].replacement = None
+
+
+class _Skippable(nn.Module):
+    """A block of the prefix: runs (the last one keeps its output), or hands on its input (the last one: a replacement)."""
+
+    def __init__(self, inner: nn.Module, last: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.last = last
+        self.skip = False
+        self.output: Tensor = torch.empty(0)
+        self.replacement: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.skip:
+            return x if self.replacement is None else self.replacement
+        output: Tensor = self.inner(x, *args, **kwargs)
+        if self.last:
+            self.output = output
+        return output
+
+    def get_weight_dtype(self) -> torch.dtype:
+        """open_clip asks the first block of a text tower for its type."""
+        return cast(torch.dtype, cast(Any, self.inner).get_weight_dtype())

@@ -1,0 +1,250 @@
+"""Training of one update: pinned data, recipe and seed in, an adapter directory out. The same in, the same out.
+
+>>> result = train(base, load_recipe("default"), pools, None, seed=0, budget=limits, out_dir=a, work_dir=b)
+>>> result.adapter
+'clip-0123456789ab'
+
+A killed run goes on from its last checkpoint in ``work_dir`` and ends in the same adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ops import metrics
+from ops.digests import digest_json
+from ops.errors import TrainingError
+from ops.progress import say, track
+from serving.engines.base import ClipBase
+from updater.adapters import Delta, merge, read_delta
+from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
+from updater.cost import Cost, measure
+from updater.learner import Learner
+from updater.mixture import PARTS, BatchPlan, plan_batches
+from updater.pools import Pools
+from updater.prepare import prepare
+from updater.recipes import Part, Recipe
+from updater.schedules import learning_rate
+
+
+class Stopped(Exception):  # noqa: N818 - no error: the process was asked to end
+    """Training was asked to stop; what was done is in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one update may use."""
+
+    gflops: float
+    """Memory-adjusted GFLOPs; the number of steps follows from them."""
+    seconds: float
+    """Wall-clock bound, a safety net: a run that it ends is marked ``truncated``, and is not reproducible."""
+    threads: int = 2
+    duty_cycle: float = 1.0
+    """Share of time spent computing; the rest of the time the trainer sleeps between steps."""
+    checkpoint_steps: int = 10
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What an update came to."""
+
+    adapter: str
+    directory: Path
+    steps: int
+    planned_steps: int
+    maf: float
+    """Memory-adjusted GFLOPs spent, teacher passes included."""
+    maf_planned: float
+    seconds: float
+    truncated: bool
+    losses: dict[str, list[float]]
+    """Every term at every step, unweighted, and ``loss``, their weighted sum."""
+    cost: dict[str, Any]
+    samples: dict[str, int]
+    """Pairs in each pool."""
+
+
+def train(
+    base: ClipBase,
+    recipe: Recipe,
+    pools: Pools,
+    incumbent: Path | None,
+    *,
+    seed: int,
+    limits: Limits,
+    out_dir: Path,
+    work_dir: Path,
+    stop: Callable[[], bool] = lambda: False,
+    device: str | None = None,
+) -> TrainResult:
+    """Train one update.
+
+    Args:
+        incumbent: adapter directory to start from; None starts from the base.
+        out_dir: the adapter is written to ``out_dir/<its name>``.
+        work_dir: keeps checkpoints and measured costs of this update.
+        stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
+
+    Raises:
+        TrainingError: the loss is not finite; nothing is written.
+        BudgetError: the budget does not pay for one step.
+        Stopped: see ``stop``.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    start = read_delta(incumbent) if incumbent else {}
+    run = digest_json([base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None])
+    with _reproducible(limits.threads):
+        return _Run(base, recipe, pools, start, seed, limits, out_dir, work_dir, stop, place, run).go()
+
+
+class _Run:
+    """The course of one call of :func:`train`."""
+
+    def __init__(
+        self, base: ClipBase, recipe: Recipe, pools: Pools, start: Delta, seed: int, limits: Limits,
+        out_dir: Path, work_dir: Path, stop: Callable[[], bool], device: str, run: str,
+    ) -> None:  # fmt: skip
+        self.recipe, self.start, self.limits, self.run = recipe, start, limits, run
+        self.out_dir, self.work_dir, self.stop = out_dir, work_dir, stop
+        self.pools = pools
+        self.pairs = [pair for part in PARTS for pair in pools.of(part)]
+        self.parts: list[Part] = [part for part in PARTS for _ in pools.of(part)]
+        sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
+        self.offset = {part: self.parts.index(part) if sizes[part] else 0 for part in PARTS}
+        self.plan: BatchPlan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed)
+        self.learner = Learner(base, recipe, start, seed, device)
+        self.began = time.monotonic()
+        self.slept = self.began
+
+    def go(self) -> TrainResult:
+        """Prepare, measure, step, and write the adapter."""
+        learner = self.learner
+        made = prepare(learner.model, learner.towers, learner.learning, self.pairs, self._between)
+        learner.see(made, self.pairs, self.parts)
+        cost = self._cost()
+        steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
+        found = load_checkpoint(self.work_dir, self.run)
+        progress = Progress(self.run, 0, steps, 0.0)
+        if found is not None and found[1].steps == steps:
+            learner.load_state(found[0])
+            progress = found[1]
+            say(f"training goes on at step {progress.step} of {steps}")
+        progress = self._steps(progress)
+        trained = learner.model.delta()
+        _refuse_non_finite(trained, progress.step)
+        whole = merge(self.start, trained, self.recipe.merge.weight) if self.recipe.merge.kind == "ema" else trained
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
+            name = learner.model.write(whole, Path(staging) / "adapter")
+            directory = self.out_dir / name
+            if not directory.exists():
+                (Path(staging) / "adapter").rename(directory)
+        return TrainResult(
+            adapter=name,
+            directory=directory,
+            steps=progress.step,
+            planned_steps=steps,
+            maf=cost.maf(progress.step),
+            maf_planned=cost.maf(steps),
+            seconds=progress.seconds,
+            truncated=progress.truncated,
+            losses=progress.losses,
+            cost={**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step},
+            samples={part: len(self.pools.of(part)) for part in PARTS},
+        )
+
+    def _rows(self, step: int) -> list[int]:
+        return [self.offset[part] + row for part, row in self.plan.batch(step)]
+
+    def _cost(self) -> Cost:
+        """Measured once: a resumed update must plan the same number of steps."""
+        path = self.work_dir / "cost.json"
+        kept = read_json(path)
+        if isinstance(kept, dict) and kept.get("run") == self.run:
+            return Cost(**kept["cost"])
+        cost = measure(self.learner, self.pairs, self._rows(0))
+        write_json(path, {"run": self.run, "cost": cost.to_json()})
+        say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
+        return cost
+
+    def _steps(self, progress: Progress) -> Progress:
+        if progress.truncated:  # the wall-clock bound had ended it before it was killed
+            return progress
+        earlier = progress.seconds
+        losses = {name: list(values) for name, values in progress.losses.items()}
+        first = not self.start
+        for step in track(range(progress.step, progress.steps), f"training ({self.recipe.name})"):
+            loss, terms = self.learner.backward(self._rows(step))
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
+                    "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
+                )
+            self.learner.update(learning_rate(self.recipe.schedule, step, progress.steps, first))
+            for name, value in {"loss": loss, **terms}.items():
+                losses.setdefault(name, []).append(value)
+            metrics.update.stepped("clip", {"loss": loss, **terms})
+            seconds = earlier + time.monotonic() - self.began
+            late = seconds > self.limits.seconds and step + 1 < progress.steps
+            progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
+            if late:
+                say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
+                save_checkpoint(self.work_dir, self.learner.state(), progress)
+                break
+            if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
+                save_checkpoint(self.work_dir, self.learner.state(), progress)
+            self._between(lambda now=progress: save_checkpoint(self.work_dir, self.learner.state(), now))
+        return progress
+
+    def _between(self, before_stopping: Callable[[], None] = lambda: None) -> None:
+        """Between steps: end if asked to, and sleep for the share of time that is others'."""
+        if self.stop():
+            before_stopping()
+            raise Stopped
+        worked = time.monotonic() - self.slept
+        if self.limits.duty_cycle < 1:
+            time.sleep(worked * (1 / self.limits.duty_cycle - 1))
+        self.slept = time.monotonic()
+
+
+def _refuse_non_finite(delta: Delta, step: int) -> None:
+    for name, factor in delta.items():
+        if not all(bool(torch.isfinite(side).all()) for side in (factor.a, factor.b)):
+            raise TrainingError(
+                f"after step {step} the adapter of {name} is not finite; nothing was written.",
+                "Lower schedule.peak in the recipe.",
+            )
+
+
+@contextmanager
+def _reproducible(threads: int) -> Iterator[None]:
+    """A fixed number of threads and deterministic algorithms; both change the order in which numbers are added."""
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def to_json(result: TrainResult) -> dict[str, Any]:
+    """A result as plain values."""
+    return {**asdict(result), "directory": str(result.directory)}
+
+
+def from_json(value: dict[str, Any]) -> TrainResult:
+    """The inverse of :func:`to_json`."""
+    return TrainResult(**{**value, "directory": Path(value["directory"])})
+
