@@ -6,3 +6,8 @@
 """
 
 from __future__ import annotations
+
+from streams.producer import Delivery, Producer
+from streams.records import Sample
+
+__all__ = ["Delivery", "Producer", "Sample"]

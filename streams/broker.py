@@ -17,8 +17,8 @@ from types import FrameType, TracebackType
 
 from ops.errors import BrokerError
 from ops.progress import say
-from ops.settings import Settings
-from streams.kafka import ensure_topics
+from ops.settings import Kafka, Settings
+from streams.clients import ensure_topics
 
 START_SECONDS = 20.0
 STOP_SECONDS = 5.0
@@ -71,7 +71,7 @@ class EmbeddedBroker:
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there."""
-        ensure_topics(self.address, topics, partitions)
+        ensure_topics(Kafka(bootstrap=self.address), topics, partitions)
 
     def stop(self) -> None:
         """End it (and with it its log)."""

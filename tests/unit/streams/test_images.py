@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -158,6 +158,7 @@ def test_of_an_animation_the_first_frame_is_taken() -> None:
     assert tuple(np.asarray(decode_image(data))[0, 0]) == (255, 0, 0)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(FORMATS), st.data())
 def test_damaged_bytes_either_decode_or_are_refused_with_a_reason(kind: str, data: st.DataObject) -> None:
     whole = bytearray(encode(solid("RGB", (24, 24), (1, 2, 3)), kind))

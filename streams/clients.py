@@ -1,0 +1,129 @@
+"""Making Kafka clients from the settings, and saying in plain words what is wrong when they cannot connect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka.admin import NewTopic
+from kafka.errors import (
+    AuthorizationError,
+    KafkaError,
+    KafkaTimeoutError,
+    SaslAuthenticationFailedError,
+    TopicAlreadyExistsError,
+    UnknownTopicOrPartitionError,
+)
+
+from ops.errors import BrokerError, ConfigError
+from ops.settings import Kafka
+
+CONNECT_SECONDS = 10.0
+REQUEST_SECONDS = 10.0
+#: A base64 image of 8 MiB with its text, and room for larger limits. Brokers have a limit of their own (Apache Kafka:
+#: 1 MB unless ``message.max.bytes``, or ``max.message.bytes`` of the topic, is raised).
+MAX_RECORD_BYTES = 64 * 1024 * 1024
+
+
+def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a kafka-python client: bootstrap, and those of ``kafka.client`` that this client knows, in their type.
+
+    Raises:
+        ConfigError: an option that no client knows, or one that is not of its type.
+    """
+    options: dict[str, Any] = {"bootstrap_servers": [each.strip() for each in kafka.bootstrap.split(",")]}
+    for name, text in kafka.client.items():
+        if name in defaults:
+            options[name] = _typed(name, text, defaults[name])
+        elif not any(name in kind.DEFAULT_CONFIG for kind in (KafkaConsumer, KafkaProducer, KafkaAdminClient)):
+            raise ConfigError(
+                f"kafka.client.{name} is no option of kafka-python.",
+                "See https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
+            )
+    return options
+
+
+def _typed(name: str, text: str, default: Any) -> Any:
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[text.lower()]
+        return type(default)(text) if isinstance(default, (int, float)) else text
+    except (KeyError, ValueError):
+        kind = type(default).__name__
+        raise ConfigError(f"kafka.client.{name} = {text!r} is no {kind}.", f"The default is {default!r}.") from None
+
+
+def explain(error: Exception, kafka: Kafka, doing: str) -> BrokerError:
+    """A message that helps, for an error of a Kafka client."""
+    what = f"{doing}: {type(error).__name__}: {error}".rstrip(": ")[:400]
+    if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
+        return BrokerError(f"the broker {kafka.bootstrap} refused {what}.", "Check user, password and ACLs.")
+    if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in kafka.client:
+        # kafka-python reports a wrong password as a timeout of the bootstrap
+        return BrokerError(
+            f"the broker {kafka.bootstrap} did not let us in ({what}).",
+            "Is it running, and are user and password in `kafka.client` right?",
+        )
+    return BrokerError(
+        f"the broker {kafka.bootstrap} cannot be reached ({what}).",
+        "Start one (`ratchet broker`), or set `kafka.bootstrap` (host:port).",
+    )
+
+
+class Admin:
+    """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
+
+    def __init__(self, kafka: Kafka) -> None:
+        self.kafka = kafka
+        self._client: KafkaAdminClient | None = None
+
+    def topic_id(self, topic: str) -> str | None:
+        """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic."""
+        [found] = self._ask("describing topics", lambda client: client.describe_topics([topic]))
+        if found["error_code"] == UnknownTopicOrPartitionError.errno:
+            return None
+        return str(found["topic_id"] or "")
+
+    def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
+        """Create the topics that are not there, with the broker's own replication factor."""
+        for topic in topics:
+            if self.topic_id(topic) is None:
+                self._ask("creating a topic", lambda client, name=topic: _create(client, name, partitions))
+
+    def close(self) -> None:
+        """Give up the connection."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _ask(self, doing: str, question: Any) -> Any:
+        try:
+            if self._client is None:
+                options = client_options(self.kafka, KafkaAdminClient.DEFAULT_CONFIG)
+                bounds = {
+                    "request_timeout_ms": int(REQUEST_SECONDS * 1000),
+                    "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+                    "reconnect_backoff_max_ms": 1000,
+                }
+                self._client = KafkaAdminClient(**{**bounds, **options})
+            return question(self._client)
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise explain(error, self.kafka, doing) from error
+
+
+def _create(client: KafkaAdminClient, topic: str, partitions: int) -> None:
+    try:
+        client.create_topics([NewTopic(topic, partitions, -1)])
+    except TopicAlreadyExistsError:
+        return  # another process was faster
+
+
+def ensure_topics(kafka: Kafka, topics: Sequence[str], partitions: int = 1) -> None:
+    """Create the topics that are not there. Raises BrokerError."""
+    admin = Admin(kafka)
+    try:
+        admin.ensure_topics(topics, partitions)
+    finally:
+        admin.close()

@@ -1,0 +1,284 @@
+"""Sending samples: checked before they leave, acknowledged by all replicas, each with its own delivery report."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
+
+from ops.errors import BrokerError, RecordError
+from ops.progress import track
+from ops.settings import Ingest as Limits
+from ops.settings import Kafka, Settings
+from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
+from streams.codecs import Encoded, Encoding, Headers, encode
+from streams.folders import FolderItem, read_items
+from streams.images import decode_image
+from streams.records import Sample, check_text, make_sample
+
+log = logging.getLogger(__name__)
+DELIVERY_SECONDS = 60.0
+#: Bytes of one request to the broker. Small: the embedded broker counts a batch as one record of its log.
+BATCH_BYTES = 64 * 1024
+#: Records that may wait for their acknowledgement: at 64 KiB each some 32 MiB.
+MAX_IN_FLIGHT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Where the broker put a record."""
+
+    topic: str
+    partition: int
+    offset: int
+    sample_id: str = ""
+
+
+Report = Callable[[Delivery | BrokerError], None]
+
+
+class Outlet:
+    """Sends encoded records to any topic, with an acknowledgement for each. Thread safe.
+
+    The connection is made at once; BrokerError after ``connect_seconds`` without one.
+    """
+
+    def __init__(
+        self,
+        kafka: Kafka,
+        connect_seconds: float = CONNECT_SECONDS,
+        delivery_seconds: float = DELIVERY_SECONDS,
+    ) -> None:
+        self.kafka = kafka
+        self._room = threading.BoundedSemaphore(MAX_IN_FLIGHT)
+        bounds = {
+            "bootstrap_timeout_ms": int(connect_seconds * 1000),
+            "delivery_timeout_ms": int(delivery_seconds * 1000),
+            "request_timeout_ms": int(min(delivery_seconds, 30) * 1000),
+            "max_block_ms": int(delivery_seconds * 1000),
+            "reconnect_backoff_max_ms": 1000,
+            "max_request_size": MAX_RECORD_BYTES,
+            "batch_size": BATCH_BYTES,
+            "acks": "all",
+            "enable_idempotence": True,
+        }
+        try:
+            self._client = KafkaProducer(**{**bounds, **client_options(kafka, KafkaProducer.DEFAULT_CONFIG)})
+        except (KafkaError, OSError) as error:
+            raise explain(error, kafka, "connecting a producer") from error
+
+    def send(self, topic: str, record: Encoded, note: str = "") -> Future[Delivery]:
+        """Queue one record; the future holds its delivery, or a BrokerError. Waits while too many are in flight."""
+        result: Future[Delivery] = Future()
+        self._room.acquire()
+
+        def delivered(metadata: Any) -> None:
+            self._room.release()
+            result.set_result(Delivery(metadata.topic, metadata.partition, metadata.offset, note))
+
+        def failed(error: BaseException) -> None:
+            self._room.release()
+            result.set_exception(self._explain(error, topic, len(record.value)))
+
+        try:
+            headers: Headers = list(record.headers)
+            queued = self._client.send(topic, record.value, key=record.key, headers=headers)
+        except (KafkaError, OSError) as error:
+            failed(error)
+            return result
+        queued.add_callback(delivered)
+        queued.add_errback(failed)
+        return result
+
+    def flush(self, timeout: float = DELIVERY_SECONDS) -> None:
+        """Wait until every record has been acknowledged or has failed. Raises BrokerError after ``timeout`` seconds."""
+        try:
+            self._client.flush(timeout)
+        except KafkaTimeoutError as error:
+            raise explain(error, self.kafka, "waiting for acknowledgements") from error
+
+    def close(self, timeout: float = 5.0) -> None:
+        """Let the connection go; what is not acknowledged after ``timeout`` seconds fails."""
+        try:
+            self._client.close(timeout)
+        except KafkaTimeoutError:
+            log.warning("a producer was closed with records that %s never acknowledged", self.kafka.bootstrap)
+
+    def _explain(self, error: BaseException, topic: str, size: int) -> BrokerError:
+        if isinstance(error, (MessageSizeTooLargeError, RecordListTooLargeError)):
+            return BrokerError(
+                f"the broker refuses a record of {size} bytes for topic {topic}.",
+                "Raise `max.message.bytes` of the topic, or send smaller images.",
+            )
+        known = error if isinstance(error, Exception) else RuntimeError(repr(error))
+        return explain(known, self.kafka, f"sending to topic {topic}")
+
+
+class Producer:
+    """Sends samples to the topic that ingest reads.
+
+    >>> with Producer(settings.kafka) as producer:
+    ...     future = producer.send(image=data, text="a red boat", domain="harbour")
+    ...     print(future.result(timeout=30))  # Delivery(topic, partition, offset)
+
+    Records that ingest would refuse are refused here with the same RecordError. Equal samples go to the same partition.
+    Leaving the block waits for all acknowledgements; with no ``on_delivery`` it raises BrokerError when a record was
+    not delivered.
+    """
+
+    def __init__(
+        self,
+        kafka: Kafka | None = None,
+        *,
+        limits: Limits | None = None,
+        encoding: Encoding = "raw",
+        on_delivery: Report | None = None,
+        connect_seconds: float = CONNECT_SECONDS,
+        delivery_seconds: float = DELIVERY_SECONDS,
+    ) -> None:
+        """Connect. ``limits`` should be those of ingest; ``on_delivery`` is called for each record, on another thread.
+
+        Raises:
+            BrokerError: no broker answers within ``connect_seconds``.
+        """
+        self.kafka = kafka or Kafka()
+        self.limits = limits or Limits()
+        self.encoding: Encoding = encoding
+        self.on_delivery = on_delivery
+        self.delivery_seconds = delivery_seconds
+        self._outlet = Outlet(self.kafka, connect_seconds, delivery_seconds)
+        self._failures: deque[BrokerError] = deque(maxlen=100)
+
+    def send(self, sample: Sample | None = None, /, **fields: Any) -> Future[Delivery]:
+        """Queue one sample, or the fields of one. Raises RecordError when it is not acceptable."""
+        checked = sample if sample is not None else make_sample(fields)
+        check_text(checked, self.limits.max_text_chars)
+        decode_image(checked.image, self.limits.max_pixels, self.limits.max_image_bytes, self.limits.min_side)
+        future = self._outlet.send(self.kafka.topic, encode(checked, self.encoding), note=checked.id)
+        future.add_done_callback(self._report)
+        return future
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait for the acknowledgement of all that was sent. Raises BrokerError like leaving the block does."""
+        self._outlet.flush(self.delivery_seconds if timeout is None else timeout)
+        if self._failures:
+            failure = self._failures[0]
+            self._failures.clear()
+            raise failure
+
+    def close(self) -> None:
+        """Let the connection go without waiting for long."""
+        self._outlet.close()
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.close()
+
+    def _report(self, future: Future[Delivery]) -> None:
+        error = future.exception()
+        outcome = error if isinstance(error, BrokerError) else future.result()
+        if self.on_delivery is not None:
+            self.on_delivery(outcome)
+        elif isinstance(outcome, BrokerError):
+            self._failures.append(outcome)
+
+
+@dataclass
+class PublishReport:
+    """What became of the rows of a dataset."""
+
+    topic: str
+    delivered: int = 0
+    size: int = 0
+    """Bytes of the images delivered."""
+    seconds: float = 0.0
+    partitions: Counter[int] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    """Rows that are no valid samples, by reason; they were not sent."""
+    examples: list[str] = field(default_factory=list)
+    """The first few messages about refused rows."""
+
+    def __str__(self) -> str:
+        rate = self.delivered / self.seconds if self.seconds else 0.0
+        spread = ", ".join(f"{number}: {count}" for number, count in sorted(self.partitions.items()))
+        lines = [
+            f"{self.delivered} samples ({self.size / 2**20:.1f} MiB) delivered to {self.topic} in {self.seconds:.1f} s"
+            f" ({rate:.0f}/s; by partition {spread or 'none'})"
+        ]
+        if self.refused:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.refused.most_common())
+            lines += [f"{self.refused.total()} rows refused ({reasons})", *(f"  {text}" for text in self.examples)]
+        return "\n".join(lines)
+
+
+def publish(
+    settings: Settings,
+    path: Path | str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    source: str | None = None,
+    encoding: Encoding = "raw",
+) -> PublishReport:
+    """Send a folder dataset, or a CSV or JSONL file, and wait until the broker has acknowledged every row.
+
+    Rows that are no valid samples are counted and left out. ``source`` stands in where a row names none.
+
+    Raises:
+        RecordError: ``path`` is no dataset.
+        BrokerError: the broker cannot be reached, or a row was not delivered.
+    """
+    items = read_items(path, split)
+    report = PublishReport(settings.kafka.topic)
+    lock = threading.Lock()
+    started = time.monotonic()
+
+    def delivered(size: int, future: Future[Delivery]) -> None:
+        if future.exception() is None:
+            with lock:
+                report.delivered += 1
+                report.size += size
+                report.partitions[future.result().partition] += 1
+
+    rows = list(islice(items, limit))
+    with Producer(settings.kafka, limits=settings.ingest, encoding=encoding) as producer:
+        for item in track(rows, f"publishing {path}"):
+            try:
+                sample = _sample(item, settings.ingest.max_image_bytes, source)
+                future = producer.send(sample)
+            except RecordError as error:
+                report.refused[error.reason] += 1
+                if len(report.examples) < 5:
+                    report.examples.append(f"{item.path}: {error}")
+                continue
+            future.add_done_callback(partial(delivered, len(sample.image)))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _sample(item: FolderItem, max_bytes: int, source: str | None) -> Sample:
+    names = ("text", "question", "answer", "domain", "concept", "label", "tags")
+    fields: dict[str, Any] = {name: getattr(item, name) for name in names}
+    fields["source"] = item.source or source or ""
+    fields["time"] = item.time or None
+    return make_sample({**fields, "image": item.bytes(max_bytes)})
