@@ -223,7 +223,9 @@ def _read(suite: Suite) -> list[Item]:
     for row in read_folder(suite.folder, split=suite.split):
         text = row.text if suite.task == "retrieval" else getattr(row, suite.label)
         if text and text.strip():
-            items.append(_item(_row_id(row), text.strip(), row.concept or row.text or str(row.path), row.bytes))
+            # where the class is all there is to a concept, each picture goes to a half by itself
+            key = row.path.name if row.concept == text else row.concept or row.text or row.path.name
+            items.append(_item(_row_id(row), text.strip(), key, row.bytes))
     if suite.task == "classification":  # a class with one member measures the member
         sizes = Counter(item.text for item in items)
         items = [item for item in items if sizes[item.text] > 1]

@@ -1,0 +1,109 @@
+"""The report: complete, self-contained, safe with captions from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.gate.builders import changed, scores
+from updater.gate.decision import conclude, decide
+from updater.gate.report import render, write_report
+from updater.gate.verdict import Check, Verdict, Worse
+
+EVIL = '<script>alert("x")</script> & "quoted"'
+
+
+def verdict(lost: int = 60) -> Verdict:
+    before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
+    worst = (Worse("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
+    first = scores("emoji_retrieval", before, changed(before, lost, 5))
+    second = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
+    entries = [type(first)(first.suite, first.base, first.before, first.after, 0.05, worst), second]
+    results = decide(entries, level=0.03, margin=0.05, min_items=50)
+    checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01), Check("latency", True, "fine", float("nan")))
+    outcome, reasons = conclude(results, checks)
+    return Verdict(
+        outcome=outcome,
+        reasons=reasons,
+        candidate="clip-0123456789ab",
+        incumbent="clip-ba9876543210",
+        base="shipped",
+        suites=tuple(results),
+        checks=checks,
+        alpha=0.05,
+        level=0.03,
+        looks=3,
+        seconds=41.25,
+        created_at="2026-01-01T00:00:00+00:00",
+        cost={"maf_planned": 60000.0, "maf_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5]},
+        meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
+    )
+
+
+def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
+    value = verdict()
+    write_report(value, tmp_path / "r")
+    assert sorted(p.name for p in (tmp_path / "r").iterdir()) == ["report.html", "report.json"]
+    report = json.loads((tmp_path / "r" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert report["outcome"] == "rejected"
+    assert report["caught_by"] == ["emoji_retrieval"]
+    assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert page == render(report), "an old report can be drawn again from its JSON"
+    for text in (
+        "Rejected",
+        "emoji_retrieval",
+        "fresh.fluent3d",
+        "58,211 GFLOPs",
+        "41.2 s",
+        "number 4",
+        "clip-ba9876543210",
+    ):
+        assert text in page
+
+
+def test_nothing_is_fetched_from_outside() -> None:
+    page = render(verdict().to_json())
+    assert not re.findall(r"<(?:script|link|iframe)\b", page)
+    sources = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert sources and all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
+    assert "url(http" not in page and "@import" not in page
+
+
+def test_captions_from_outside_cannot_become_markup() -> None:
+    page = render(verdict().to_json())
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;") >= 3
+
+
+def test_ids_of_the_two_drawings_do_not_collide_and_every_reference_has_its_target() -> None:
+    page = render(verdict().to_json())
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'href="#([^"]+)"', page) + re.findall(r"url\(#([^)]+)\)", page)
+    assert references and set(references) <= set(ids)
+
+
+def test_both_colour_schemes_are_served_by_one_drawing() -> None:
+    page = render(verdict().to_json())
+    assert "prefers-color-scheme: dark" in page
+    assert "stroke: var(--bad)" in page and "var(--good)" in page
+    assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
+
+
+def test_a_verdict_without_suites_has_a_page_too() -> None:
+    value = verdict().to_json()
+    page = render({**value, "suites": [], "checks": [{**value["checks"][0], "ok": False}], "meta": {}, "cost": {}})
+    assert "Engineering checks" in page and "Change per suite" not in page
+
+
+def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
+    text = json.dumps(verdict().summary())
+    assert "base64" not in text and len(text) < 4000
+    summary = verdict().summary()
+    assert summary["caught_by"] == ["emoji_retrieval"]
+    assert set(summary["suites"]["fresh.fluent3d"]) >= {"before", "after", "ci", "decision", "n", "role"}
