@@ -1,0 +1,179 @@
+"""The Serve application: ingress -> encoders, with the catalog and the release controller beside.
+
+>>> server = start(load_settings())      # returns when requests are answered
+>>> server.url
+'http://127.0.0.1:8000'
+>>> server.stop()
+
+One machine runs everything inside a private Ray session. Under KubeRay the cluster is there already: ``build`` makes
+the application that a RayService names (``serving.app:build``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ops.errors import ConfigError
+from ops.ledger import Ledger
+from ops.progress import step
+from ops.settings import Settings, load_settings
+from serving.client import Client
+from serving.deployments import loopback, session
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+log = logging.getLogger("ratchet.app")
+START_SECONDS = 180.0
+
+
+@dataclass
+class Server:
+    """A running application of this process."""
+
+    url: str
+    folder: Path
+    lock: int
+    _stopped: bool = field(default=False, repr=False)
+
+    def stop(self) -> None:
+        """End the application and its Ray session. Twice is once."""
+        if self._stopped:
+            return
+        self._stopped = True
+        import ray
+        from ray import serve
+
+        with contextlib.suppress(Exception):  # a broken session is ended all the same
+            serve.shutdown()
+        ray.shutdown()
+        session.end_leftovers(self.folder)
+        os.close(self.lock)
+
+
+def build(settings: Settings | None = None) -> Application:
+    """The Serve graph. CPU shares are for placement only and small, so that two cores take them all."""
+    from ray import serve
+    from ray.serve.config import BackpressureConfig
+
+    from serving.deployments.catalog import CatalogReplica
+    from serving.deployments.controller import ReleaseController
+    from serving.deployments.encoder import Encoder
+    from serving.deployments.fleet import INGRESS
+    from serving.deployments.ingress import Ingress
+
+    settings = settings or load_settings()
+    at = settings.serve
+    full = BackpressureConfig(status_code=429, retry_after_s=1)
+    common: dict[str, Any] = {
+        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_timeout_s": 2.0,
+        "graceful_shutdown_wait_loop_s": 0.1,
+    }  # fmt: skip
+    encoder = serve.deployment(Encoder).options(
+        name="Encoder", num_replicas=at.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
+        max_ongoing_requests=max(8, at.queue), max_queued_requests=at.queue, backpressure_config=full, **common,
+    ).bind(settings)  # fmt: skip
+    catalog = serve.deployment(CatalogReplica).options(
+        name="Catalog", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
+        max_queued_requests=at.queue, **common,
+    ).bind(settings, encoder)  # fmt: skip
+    controller = serve.deployment(ReleaseController).options(
+        name="Controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
+        max_queued_requests=64, **common,
+    ).bind(settings, encoder, catalog)  # fmt: skip
+    # The app's own bound (429 with OpenAI's error object) comes first; Serve's is the backstop behind it.
+    app: Application = serve.deployment(Ingress).options(
+        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * at.queue + 64,
+        max_queued_requests=at.queue, backpressure_config=full, **common,
+    ).bind(settings, encoder, catalog, controller)  # fmt: skip
+    return app
+
+
+def start(settings: Settings) -> Server:
+    """Start Ray and the application, and wait until it is ready.
+
+    Raises:
+        ConfigError: the home is served already, the port is taken, or it does not become ready.
+    """
+    settings = settings.model_copy(update={"home": settings.home.resolve()})
+    Ledger.open(settings.ledger).close()  # migrations run once, before many processes connect
+    settings.operator_key()
+    folder = session.session_directory(settings)
+    held = session.lock(folder)
+    server = Server(f"http://{_reachable(settings.serve.host)}:{settings.serve.port}", folder, held)
+    try:
+        _start(settings, server)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _start(settings: Settings, server: Server) -> None:
+    session.prepare_environment(settings)
+    if not session.is_free(settings.serve.host, settings.serve.port):
+        raise ConfigError(
+            f"port {settings.serve.port} is taken.", "Stop what listens there, or set serve.port to another one."
+        )
+    with step("starting Ray"):
+        import ray
+        from ray import serve
+        from ray.serve.config import HTTPOptions, ProxyLocation
+        from ray.serve.schema import LoggingConfig
+
+        ray.init(
+            address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
+            _temp_dir=str(server.folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
+            object_store_memory=session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
+        )  # fmt: skip
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(
+            proxy_location=ProxyLocation.HeadOnly,
+            http_options=HTTPOptions(host=settings.serve.host, port=settings.serve.port),
+            logging_config=quiet,
+        )
+    with step("loading the model and its releases"):
+        from serving.deployments.fleet import APP
+
+        serve.run(build(settings), name=APP, route_prefix="/", logging_config=quiet)
+        with Client(server.url) as client:
+            client.wait_ready(START_SECONDS)
+
+
+def serve_app(settings: Settings, blocking: bool = True) -> Server:
+    """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM."""
+    server = start(settings)
+    log.info("serving on %s", server.url)
+    if blocking:
+        done = threading.Event()
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(sign, lambda *_: done.set())
+        print(f"ratchet serves on {server.url}", flush=True)
+        while not done.wait(1.0):
+            continue
+        server.stop()
+    return server
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  compared, not bound
+
+
+def main(arguments: list[str]) -> None:
+    """``python -m serving.app [ratchet.yaml]``: the server alone, for containers and tests."""
+    began = time.monotonic()
+    serve_app(load_settings(Path(arguments[0]) if arguments else None))
+    log.info("served for %.0f s", time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,238 @@
+"""The reconcile loop: every corpus row, in every resident image space.
+
+Backfill, catch-up and dual-write are all this one loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ops import metrics
+from ops.errors import RatchetError, RecordError, StoreError
+from serving.catalog.tables import Filters, Hit, Tables
+from serving.deployments.stamps import Stamp
+
+log = logging.getLogger("ratchet.catalog")
+COLUMNS = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
+BATCH_ROWS = 32
+"""Rows of one append: 32 images are 0.4 s of encoding, so progress shows and a kill loses little."""
+IDLE_SECONDS = 0.5
+
+Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
+"""Encoded image to uint8 [S, S, 3]."""
+Encode = Callable[[npt.NDArray[np.uint8], str | None], Awaitable[npt.NDArray[np.float32]]]
+"""uint8 [n, S, S, 3] and an adapter to float32 [n, dim]."""
+
+
+class Corpus(Protocol):
+    """The part of the sample store that the catalog reads."""
+
+    def version(self) -> int:
+        """Version of the newest commit."""
+
+    def offsets(self, version: int | None = None) -> dict[str, int]:
+        """Next offset of each partition at a version."""
+
+    def scan(
+        self,
+        version: int | None = None,
+        *,
+        after: Mapping[str, int] | None = None,
+        columns: Sequence[str] | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """Rows of a version, or of the newest; at or after the given offsets."""
+
+
+class Catalog:
+    """Holds the tables complete for the resident releases, and searches them. Use from one event loop."""
+
+    def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode) -> None:
+        self.tables = tables
+        self.corpus = corpus
+        self._pixels = pixels
+        self._encode = encode
+        self._io = ThreadPoolExecutor(1, "catalog")
+        self._reads = ThreadPoolExecutor(2, "search")
+        self._resident: dict[str, str | None] = {}
+        self._have: dict[str, set[str]] = {}
+        self._bad: set[str] = set()
+        self._version = -1
+        self._wanted: list[str] = []
+        self._offsets: dict[str, int] = {}
+        self._complete: dict[str, int] = {}
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Condition()
+        self._live_space = ""
+        self._reported = -2
+        self.searchable_seconds: float | None = None
+
+    async def cover(self, stamp: Stamp, wait: bool = True) -> int:
+        """Make the space resident; with ``wait``, return when it holds every row of the corpus. Returns its rows."""
+        fresh = stamp.image_space not in self._resident
+        self._resident.setdefault(stamp.image_space, stamp.clip)
+        self._wake.set()
+        if wait:
+            target = await self._in_io(self.corpus.version)
+            async with self._changed:
+                await self._changed.wait_for(lambda: self._complete.get(stamp.image_space, -1) >= target)
+        elif fresh:
+            log.info("image space %s is resident now", stamp.image_space)
+        return len(self._have.get(stamp.image_space, ()))
+
+    async def adopt(self, window: Sequence[Stamp]) -> None:
+        """The resident releases, newest first. Spaces of others stay until :meth:`retire`."""
+        for stamp in window:
+            self._resident.setdefault(stamp.image_space, stamp.clip)
+        self._live_space = window[0].image_space if window else ""
+        self._wake.set()
+
+    async def retire(self, keep: Sequence[Stamp]) -> list[str]:
+        """Drop the tables of spaces that no kept release has. Returns their names."""
+        spaces = {stamp.image_space: stamp.clip for stamp in keep}
+        self._resident = spaces  # an adapter that made a kept space may be gone: take one that is kept
+        gone = [space for space in await self._in_io(self.tables.spaces) if space not in spaces]
+        for space in gone:
+            await self._in_io(self.tables.drop, space)
+            self._have.pop(space, None)
+            self._complete.pop(space, None)
+        return gone
+
+    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
+        if space not in self._resident:
+            raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._reads, self.tables.search, space, vector, k, filters)
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """The encoded image of one sample, or None."""
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self._reads, lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id])
+        )
+        return bytes(found["image"][0].as_py()) if found.num_rows else None
+
+    def status(self) -> dict[str, Any]:
+        """Rows and coverage per resident space, 0 to 1; unreadable images count as done."""
+        total = len(self._wanted)
+        spaces = {
+            space: {
+                "rows": len(self._have.get(space, ())),
+                "coverage": 1.0 if not total else min(1.0, (len(self._have.get(space, ())) + len(self._bad)) / total),
+            }
+            for space in self._resident
+        }
+        least = min((space["coverage"] for space in spaces.values()), default=0.0)
+        return {
+            "corpus_rows": total,
+            "coverage": least,
+            "spaces": spaces,
+            "searchable_seconds": self.searchable_seconds,
+        }
+
+    async def run(self) -> None:
+        """Reconcile for ever. A trouble (store away, encoder restarting) is logged and tried again."""
+        while True:
+            try:
+                worked = await self.step()
+            except (RatchetError, OSError, RuntimeError) as error:
+                log.warning("reconcile: %s", error)
+                worked = False
+            except Exception:
+                log.exception("reconcile")
+                worked = False
+            if not worked:
+                try:
+                    await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
+                except TimeoutError:
+                    continue
+                finally:
+                    self._wake.clear()
+
+    async def step(self) -> bool:
+        """One look and at most one batch per space. True when there was something to do."""
+        version = await self._in_io(self.corpus.version)
+        if version != self._version:
+            seen = dict(self._offsets)
+            rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=["id"]))
+            self._wanted += rows["id"].to_pylist()
+            self._offsets = await self._in_io(self.corpus.offsets, version)
+            self._version = version
+        worked = False
+        # The live space first: what is searched now matters most.
+        for space, clip in sorted(self._resident.items(), key=lambda item: item[0] != self._live_space):
+            if self._complete.get(space) == version:
+                continue
+            if space not in self._have:
+                self._have[space] = await self._in_io(self.tables.ids, space)
+            done = self._have[space] | self._bad
+            missing = [sample for sample in self._wanted if sample not in done]
+            if missing:
+                worked = True
+                await self._embed(space, clip, missing[:BATCH_ROWS])
+            if len(missing) <= BATCH_ROWS:
+                self._complete[space] = version
+                async with self._changed:
+                    self._changed.notify_all()
+        if worked or version != self._reported:
+            self._reported = version
+            status = self.status()
+            rows_live = status["spaces"].get(self._live_space, {}).get("rows", 0)
+            metrics.catalog.covered(rows_live, status["coverage"])
+        return worked
+
+    async def _embed(self, space: str, clip: str | None, ids: list[str]) -> None:
+        rows = await self._in_io(lambda: self.corpus.scan(columns=COLUMNS, ids=ids))
+        good, pixels = await self._in_io(self._decode, rows)
+        if good:
+            taken = rows.take(good)
+            vectors = await self._encode(np.stack(pixels), clip)
+            if space not in self._resident:
+                return
+            await self._in_io(self.tables.append, space, with_text(taken), vectors)
+            self._have[space].update(taken["id"].to_pylist())
+            if space == self._live_space:
+                newest = max(taken["ingested_at"].to_pylist(), default=None)
+                if isinstance(newest, datetime):
+                    self.searchable_seconds = max(
+                        0.0, time.time() - newest.replace(tzinfo=newest.tzinfo or UTC).timestamp()
+                    )
+        known = set(rows["id"].to_pylist())
+        self._bad.update(sample for sample in ids if sample not in known)
+
+    def _decode(self, rows: pa.Table) -> tuple[list[int], list[npt.NDArray[np.uint8]]]:
+        good: list[int] = []
+        pixels: list[npt.NDArray[np.uint8]] = []
+        for index, (sample, data) in enumerate(zip(rows["id"].to_pylist(), rows["image"], strict=True)):
+            try:
+                pixels.append(self._pixels(bytes(data.as_py())))
+                good.append(index)
+            except RecordError as error:  # ingest accepted it under other bounds; it can never be embedded
+                self._bad.add(sample)
+                log.warning("sample %s is left out of the catalog: %s", sample, error)
+        return good, pixels
+
+    async def _in_io(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
+
+
+def with_text(rows: pa.Table) -> pa.Table:
+    """Rows whose ``text`` falls back to question and answer."""
+    texts = [
+        text or " ".join(part for part in (question, answer) if part)
+        for text, question, answer in zip(
+            rows["text"].to_pylist(), rows["question"].to_pylist(), rows["answer"].to_pylist(), strict=True
+        )
+    ]
+    return rows.set_column(rows.schema.get_field_index("text"), "text", pa.array(texts, pa.string()))

@@ -1,0 +1,167 @@
+"""A small synchronous client of the HTTP API, for the command line, the demo and tests.
+
+>>> with Client("http://127.0.0.1:8000") as client:
+...     client.embed(["a red dragon"]).shape
+(1, 256)
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from pydantic import SecretStr
+
+from ops.errors import RatchetError, ReleaseConflict
+
+
+class ServerError(RatchetError):
+    """The server refused or failed; ``status`` is the HTTP status, 0 when it could not be reached."""
+
+    def __init__(self, message: str, fix: str = "", status: int = 0) -> None:
+        super().__init__(message, fix)
+        self.status = status
+
+
+def data_uri(image: bytes) -> str:
+    """An encoded image as the API takes it."""
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+class Client:
+    """Calls one server. ``operator_key`` is needed for release, rollback, hold and resume."""
+
+    def __init__(
+        self, url: str, operator_key: SecretStr | str | None = None, actor: str = "operator", timeout: float = 60.0
+    ) -> None:
+        headers = {"x-ratchet-actor": actor}
+        if operator_key is not None:
+            key = operator_key if isinstance(operator_key, str) else operator_key.get_secret_value()
+            headers["authorization"] = f"Bearer {key}"
+        self.url = url
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def embed(self, inputs: Sequence[str | bytes], model: str = "clip") -> npt.NDArray[np.float32]:
+        """Unit vectors float32 [n, dim] of texts (str) and encoded images (bytes)."""
+        items = [{"image": data_uri(item)} if isinstance(item, bytes) else item for item in inputs]
+        answer = self.post("/v1/embeddings", {"model": model, "input": items, "encoding_format": "base64"})
+        rows = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in answer["data"]]
+        return np.stack(rows).astype(np.float32)
+
+    def classify(
+        self, images: Sequence[bytes], labels: Sequence[str], templates: Sequence[str] = ("{}",), model: str = "clip"
+    ) -> list[dict[str, Any]]:
+        """For each image its ``label`` and the ``probabilities``."""
+        body = {"images": [data_uri(i) for i in images], "labels": list(labels), "templates": list(templates),
+                "model": model}  # fmt: skip
+        found: list[dict[str, Any]] = self.post("/v1/classify", body)["data"]
+        return found
+
+    def search(self, text: str | None = None, image: bytes | None = None, **options: Any) -> list[dict[str, Any]]:
+        """Hits, best first. ``options``: k, domain, source, since, until, model."""
+        body = {"text": text, "image": data_uri(image) if image is not None else None, **options}
+        found: list[dict[str, Any]] = self.post("/v1/search", body)["data"]
+        return found
+
+    def sample_image(self, sample_id: str, size: int = 256) -> bytes:
+        """A sample's image as PNG."""
+        return self._send("GET", f"/v1/samples/{sample_id}/image", params={"size": size}).content
+
+    def releases(self, limit: int = 50) -> dict[str, Any]:
+        """``live`` and the rows in ``data``, newest first."""
+        return self.get("/v1/releases", limit=limit)
+
+    def live(self) -> int:
+        """Number of the live release."""
+        number: int = self.releases(1)["live"] or 0
+        return number
+
+    def status(self) -> dict[str, Any]:
+        """Controller and catalog at a glance; needs the key."""
+        return self.get("/admin/v1/status")
+
+    def release(
+        self, clip: str | None, reason: str, expected_live: int | None = None, timeout: float = 3600.0
+    ) -> dict[str, Any]:
+        """Release an adapter (None: the base alone); returns when every replica serves it."""
+        body = {"clip": clip, "reason": reason, "expected_live": expected_live}
+        return self.post("/admin/v1/releases", body, timeout=timeout)
+
+    def rollback(
+        self, reason: str, to: int | None = None, expected_live: int | None = None, timeout: float = 3600.0
+    ) -> dict[str, Any]:
+        """Go back to the newest release with another adapter, or to ``to``."""
+        body = {"reason": reason, "to": to, "expected_live": expected_live}
+        return self.post("/admin/v1/rollback", body, timeout=timeout)
+
+    def hold(self, reason: str) -> None:
+        """Let updates wait."""
+        self.post("/admin/v1/hold", {"reason": reason})
+
+    def resume(self, reason: str) -> None:
+        """Let updates through."""
+        self.post("/admin/v1/resume", {"reason": reason})
+
+    def is_ready(self) -> bool:
+        """Whether requests may be sent."""
+        try:
+            return self._http.get("/health/ready", timeout=15.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def wait_ready(self, seconds: float) -> None:
+        """Return when the server is ready. Raises ServerError with its last words when it is not in time."""
+        end = time.monotonic() + seconds
+        last = "nobody listens"
+        while time.monotonic() < end:
+            try:
+                answer = self._http.get("/health/ready", timeout=15.0)
+                if answer.status_code == 200:
+                    return
+                last = answer.text[:300]
+            except httpx.TransportError as error:
+                last = str(error)
+            time.sleep(0.1)
+        raise ServerError(f"{self.url} was not ready within {seconds:.0f} s: {last}", "Look at the server's log.")
+
+    def get(self, path: str, **query: Any) -> dict[str, Any]:
+        """One GET."""
+        found: dict[str, Any] = self._send("GET", path, params=query).json()
+        return found
+
+    def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
+        """One POST of JSON."""
+        options = {} if timeout is None else {"timeout": timeout}
+        found: dict[str, Any] = self._send("POST", path, json=body, **options).json()
+        return found
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
+        try:
+            answer = self._http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise ServerError(f"{self.url} does not answer: {error}", "Is `ratchet serve` running?") from None
+        if answer.status_code >= 400:
+            try:
+                message = answer.json()["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = answer.text[:300]
+            if answer.status_code == 409:
+                raise ReleaseConflict(message)
+            raise ServerError(message, status=answer.status_code)
+        return answer

@@ -1,0 +1,1 @@
+"""The Serve graph's parts. Each is a plain class with a thin Ray shell around it."""

@@ -1,0 +1,83 @@
+"""The catalog deployment: the Ray shell around :class:`serving.catalog.reconcile.Catalog`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ray.serve.handle import DeploymentHandle
+
+from ops.errors import RatchetError, StoreError
+from ops.settings import Settings
+from serving.catalog.reconcile import Catalog
+from serving.catalog.tables import Filters, Hit, Tables
+from serving.deployments.lane import Answer
+from serving.deployments.loopback import close_replica_port
+from serving.deployments.stamps import Stamp
+from serving.engines.base import load_base
+from streams.images import decode_image
+from streams.store import SampleStore
+
+
+class CatalogReplica:
+    """One replica: LanceDB tables have one writer."""
+
+    def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:
+        close_replica_port()
+        preprocess = load_base(settings.home, settings.base.clip).preprocess
+        bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
+
+        def pixels(data: bytes) -> npt.NDArray[np.uint8]:
+            return preprocess.pixels(decode_image(data, **bounds))
+
+        async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
+            answer: Answer = await encoder.encode_background.remote(batch, clip)
+            if answer.vectors is None:
+                raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
+            return answer.vectors
+
+        tables = Tables(f"{settings.lake}/catalog")
+        self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
+        self._loop: asyncio.Task[None] | None = None
+
+    def _started(self) -> Catalog:
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
+        return self.catalog
+
+    async def check_health(self) -> None:
+        """Keeps the reconcile loop running."""
+        self._started()
+
+    async def cover(self, stamp: Stamp, wait: bool) -> int | str:
+        """See :meth:`Catalog.cover`; a string says why it could not be done."""
+        try:
+            return await self._started().cover(stamp, wait)
+        except RatchetError as error:
+            return str(error)
+
+    async def adopt(self, window: Sequence[Stamp]) -> None:
+        """See :meth:`Catalog.adopt`."""
+        await self._started().adopt(window)
+
+    async def retire(self, keep: Sequence[Stamp]) -> list[str]:
+        """See :meth:`Catalog.retire`."""
+        return await self._started().retire(keep)
+
+    async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
+        """See :meth:`Catalog.search`; a string says why there is no answer."""
+        try:
+            return await self._started().search(space, vector, k, filters)
+        except RatchetError as error:
+            return str(error)
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """The encoded image of one sample."""
+        return await self._started().image(sample_id)
+
+    async def status(self) -> dict[str, Any]:
+        """Rows and coverage."""
+        return self._started().status()

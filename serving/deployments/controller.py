@@ -1,0 +1,160 @@
+"""The release controller: one replica, a Ray shell around :class:`serving.deployments.protocol.ReleaseProtocol`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from ray.serve.handle import DeploymentHandle
+
+from ops import metrics
+from ops.errors import LedgerError, RatchetError, ReleaseError
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.deployments.fleet import RayFleet
+from serving.deployments.loopback import close_replica_port
+from serving.deployments.protocol import Outcome, ReleaseProtocol
+
+log = logging.getLogger("ratchet.controller")
+POLL_SECONDS = 1.0
+Result = TypeVar("Result")
+
+
+class ReleaseController:
+    """Runs proposals, one at a time. An operator who hangs up does not stop a release half way."""
+
+    def __init__(self, settings: Settings, encoder: DeploymentHandle, catalog: DeploymentHandle) -> None:
+        close_replica_port()
+        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.fleet = RayFleet(encoder, catalog)
+        self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
+        self._started = asyncio.Event()
+        self._trouble = ""
+        self._running: set[asyncio.Task[Any]] = set()
+        self._loop: asyncio.Task[None] | None = None
+
+    async def check_health(self) -> None:
+        """Keeps the loop running."""
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.get_running_loop().create_task(self._run())
+
+    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica."""
+        return await self._finish(self._release(clip, actor, reason, expected_live), "release")
+
+    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.rollback`."""
+        work = self.protocol.rollback(actor=actor, reason=reason, expected_live=expected_live, to=to)
+        return await self._finish(work, "rollback")
+
+    async def hold(self, *, actor: str, reason: str) -> RatchetError | None:
+        """Let update proposals wait."""
+        try:
+            await asyncio.to_thread(self.ledger.hold, actor, reason)
+        except RatchetError as error:
+            return error
+        return None
+
+    async def resume(self, *, actor: str, reason: str) -> RatchetError | None:
+        """Let update proposals through."""
+        try:
+            await asyncio.to_thread(self.ledger.resume, actor, reason)
+        except RatchetError as error:
+            return error
+        return None
+
+    async def status(self) -> dict[str, Any]:
+        """Resident releases, requests in flight, what is on hold."""
+        held = await asyncio.to_thread(self.ledger.held)
+        window = await self.protocol.window() if self._started.is_set() else []
+        flight = await self.fleet.in_flight() if self._started.is_set() else {}
+        return {
+            "started": self._started.is_set(),
+            "trouble": self._trouble,
+            "held": None if held is None else {"actor": held.actor, "reason": held.reason},
+            "resident": [
+                {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space}
+                for s in window
+            ],
+            "in_flight": {str(number): count for number, count in flight.items()},
+        }
+
+    async def _release(self, clip: str | None, actor: str, reason: str, expected_live: int) -> Outcome:
+        if clip is not None:
+            try:
+                await asyncio.to_thread(self.ledger.adapter, clip)
+            except LedgerError as error:
+                raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
+        return await self.protocol.release(clip, actor=actor, reason=reason, expected_live=expected_live)
+
+    async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
+        task = asyncio.get_running_loop().create_task(self._judged(work, kind))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return await asyncio.shield(task)
+
+    async def _judged(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
+        await self._started.wait()
+        try:
+            outcome = await work
+        except RatchetError as error:
+            metrics.release.decided(kind, "failed")
+            return error
+        self._recorded(outcome)
+        return outcome
+
+    def _recorded(self, outcome: Outcome) -> None:
+        kind = outcome.kind
+        metrics.release.decided(kind, "committed")
+        metrics.release.phase("prepare", outcome.prepare_seconds)
+        metrics.release.phase("commit", outcome.commit_seconds)
+        metrics.release.live("controller", outcome.number)
+        if kind == "rollback":
+            metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
+        log.info("release %d (%s) is live: %s", outcome.number, outcome.clip or "base", outcome)
+        task = asyncio.get_running_loop().create_task(self._after(outcome))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _after(self, outcome: Outcome) -> None:
+        detail = asdict(outcome)
+        await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
+        await self._retire()
+
+    async def _retire(self) -> None:
+        try:
+            await self.protocol.retire()
+        except RatchetError as error:
+            log.warning("retire: %s", error)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                if not self._started.is_set():
+                    outcome = await self.protocol.start()
+                    self._started.set()
+                    if outcome is None:
+                        await self._retire()
+                else:
+                    outcome = await self.protocol.step()
+                self._trouble = ""
+                if outcome is not None:
+                    self._recorded(outcome)
+                    continue
+            except RatchetError as error:
+                log.warning("proposal: %s", error)
+                self._trouble = str(error)
+            except Exception as error:
+                log.exception("controller")
+                self._trouble = f"{type(error).__name__}: {error}"[:300]
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def outcome_of(result: Result | RatchetError) -> Result:
+    """The value, or the returned error raised."""
+    if isinstance(result, RatchetError):
+        raise result
+    return result

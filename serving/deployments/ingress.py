@@ -1,0 +1,138 @@
+"""The ingress deployment: the HTTP application, and the live pointer that requests are stamped with."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from ops import metrics
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.deployments.calls import EncoderCalls
+from serving.deployments.controller import outcome_of
+from serving.deployments.fleet import CatalogCalls
+from serving.deployments.loopback import close_replica_port
+from serving.deployments.protocol import Outcome, Prepared
+from serving.deployments.stamps import Admission, Stamp
+from serving.engines.base import load_base
+from serving.http.app import build_app
+from serving.http.auth import OperatorGate
+from serving.http.gateway import Gateway
+from serving.http.intake import ImageIntake
+
+log = logging.getLogger("ratchet.ingress")
+FOLLOW_SECONDS = 1.0
+
+
+class ControllerCalls:
+    """Implements :class:`serving.http.gateway.Operations`."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self.handle = handle
+
+    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Release an adapter."""
+        found: Outcome = outcome_of(
+            await self.handle.release.remote(clip, actor=actor, reason=reason, expected_live=expected_live)
+        )
+        return found
+
+    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome:
+        """Release what was live before."""
+        found: Outcome = outcome_of(
+            await self.handle.rollback.remote(actor=actor, reason=reason, expected_live=expected_live, to=to)
+        )
+        return found
+
+    async def hold(self, *, actor: str, reason: str) -> None:
+        """Let updates wait."""
+        outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
+
+    async def resume(self, *, actor: str, reason: str) -> None:
+        """Let updates through."""
+        outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
+
+    async def status(self) -> dict[str, Any]:
+        """What the controller does."""
+        found: dict[str, Any] = await self.handle.status.remote()
+        return found
+
+
+@serve.ingress()
+class Ingress:
+    """Told of releases by the controller; looks at the ledger itself as a safety net."""
+
+    def __init__(
+        self, settings: Settings, encoder: DeploymentHandle, catalog: DeploymentHandle, controller: DeploymentHandle
+    ) -> None:
+        close_replica_port()
+        self.settings = settings
+        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.encoder = encoder
+        base = load_base(settings.home, settings.base.clip)
+        self.admission = Admission()
+        self._spaces: dict[str | None, tuple[str, str]] = {}
+        self._follower: asyncio.Task[None] | None = None
+        self.gateway = Gateway(
+            settings=settings.serve,
+            dim=base.dim,
+            admission=self.admission,
+            encoders=EncoderCalls(encoder, settings.serve.max_batch),
+            index=CatalogCalls(catalog, settings.serve.deadline_seconds),
+            operations=ControllerCalls(controller),
+            intake=ImageIntake(base.preprocess, settings.serve),
+            operators=OperatorGate(settings.operator_key().get_secret_value()),
+            ledger=self.ledger,
+            refresh=self.refresh,
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self.gateway)
+
+    async def adopt(self, window: Sequence[Stamp]) -> int:
+        """The controller's word: these releases are resident, the newest is live. From the next request on."""
+        number = self.admission.adopt(window)
+        metrics.release.live("ingress", number)
+        return number
+
+    async def in_flight(self) -> dict[int, int]:
+        """Requests being answered, by release."""
+        return self.admission.in_flight()
+
+    async def check_health(self) -> None:
+        """Keeps the follower running."""
+        if self._follower is None or self._follower.done():
+            self._follower = asyncio.get_running_loop().create_task(self._follow())
+
+    async def refresh(self) -> None:
+        """Adopt what the ledger says."""
+        rows = await asyncio.to_thread(self.ledger.releases, self.settings.serve.rollback_window)
+        live = self.admission.live
+        if not rows or (live is not None and rows[0].number <= live.release):
+            return
+        window: list[Stamp] = []
+        for row in rows:
+            if row.clip not in self._spaces:
+                prepared: Prepared = await self.encoder.prepare.remote(row.clip)
+                if prepared.error:
+                    if not window:
+                        log.error("release %d cannot be served: %s", row.number, prepared.error)
+                        return
+                    continue
+                self._spaces[row.clip] = (prepared.image_space, prepared.text_space)
+            window.append(Stamp(row.number, row.clip, *self._spaces[row.clip]))
+        await self.adopt(window)
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except Exception as error:  # the ledger or the encoders are away: serve on with what is known
+                log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
+            await asyncio.sleep(FOLLOW_SECONDS)

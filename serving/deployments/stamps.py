@@ -1,0 +1,107 @@
+"""What a request is stamped with at admission, and who may still be answered for which release.
+
+One :class:`Admission` lives in each ingress replica. It is used from one event loop only, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ops.errors import RatchetError
+
+FAMILY = "clip"
+BASE = "base"
+
+
+class UnknownModel(RatchetError):
+    """The ``model`` of a request is not resident."""
+
+
+class NotReady(RatchetError):
+    """No release is known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A release as one request sees it, from admission to answer.
+
+    ``clip`` is the adapter's name, None for the base alone. The spaces say which vectors are comparable: an index is
+    searched only with a query whose text or image space belongs to the same release.
+    """
+
+    release: int
+    clip: str | None
+    image_space: str
+    text_space: str
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's name as shown to clients."""
+        return self.clip or BASE
+
+
+class Admission:
+    """The releases that requests may be stamped with, newest first, and how many requests each has in flight."""
+
+    def __init__(self) -> None:
+        self._window: tuple[Stamp, ...] = ()
+        self._in_flight: dict[int, int] = {}
+
+    @property
+    def live(self) -> Stamp | None:
+        """The live release, as far as this replica knows."""
+        return self._window[0] if self._window else None
+
+    @property
+    def window(self) -> tuple[Stamp, ...]:
+        """Resident releases, newest first."""
+        return self._window
+
+    def adopt(self, window: Sequence[Stamp]) -> int:
+        """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
+        ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
+        if ordered and (self.live is None or ordered[0].release >= self.live.release):
+            self._window = ordered
+        return self.live.release if self.live else 0
+
+    def resolve(self, model: str) -> Stamp:
+        """``clip`` is what is live, ``clip@12`` a resident release, and an adapter's name its newest release.
+
+        Raises:
+            UnknownModel: names what is resident.
+            NotReady: nothing is live yet.
+        """
+        live = self.live
+        if live is None:
+            raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
+        if model == FAMILY:
+            return live
+        for stamp in self._window:
+            if model in (f"{FAMILY}@{stamp.release}", stamp.adapter):
+                return stamp
+        raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names())}.")
+
+    def names(self) -> list[str]:
+        """Every name that :meth:`resolve` takes."""
+        names = [FAMILY, *(f"{FAMILY}@{stamp.release}" for stamp in self._window)]
+        return names + list(dict.fromkeys(stamp.adapter for stamp in self._window))
+
+    @contextmanager
+    def admit(self, model: str = FAMILY) -> Iterator[Stamp]:
+        """Stamp one request, and count it until the block ends."""
+        stamp = self.resolve(model)
+        self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
+        try:
+            yield stamp
+        finally:
+            left = self._in_flight[stamp.release] - 1
+            if left:
+                self._in_flight[stamp.release] = left
+            else:
+                del self._in_flight[stamp.release]
+
+    def in_flight(self) -> dict[int, int]:
+        """Requests being answered, by release number."""
+        return dict(self._in_flight)

@@ -1,0 +1,69 @@
+"""POST /v1/classify: zero-shot classification with prompt templates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serving.http.embeddings import made
+from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.gateway import gateway, json_body, stamp_headers
+from serving.http.schemas import ClassifyRequest
+
+router = APIRouter(tags=["Zero-shot"])
+PROMPTS_PER_TEXT = 8
+"""Labels x templates may be this many times ``max_texts``: prompts are short, and made by the server."""
+
+
+@router.post(
+    "/v1/classify", summary="Which label fits each image", openapi_extra=both_schemas(ClassifyRequest, "images")
+)
+async def classify(request: Request) -> JSONResponse:
+    """Probabilities over the labels for each image. A label's vector is the mean over the templates (CLIP, 2021).
+
+    As multipart: `images` are files; `labels` and `templates` are repeated fields or JSON lists.
+    """
+    at = gateway(request)
+    uploads: list[bytes] = []
+    if is_form(request):
+        fields, files = await read_form(request, at.settings.max_images, {"labels", "templates"})
+        uploads = only(files, "images")
+        asked = checked(ClassifyRequest, {**fields, "images": ["upload"] * len(uploads)})
+    else:
+        asked = await json_body(request, ClassifyRequest)
+    at.check_texts(asked.labels, "labels")
+    prompts = [template.replace("{}", label) for label in asked.labels for template in asked.templates]
+    at.check_texts(prompts, "templates", at.settings.max_texts * PROMPTS_PER_TEXT)
+    deadline = at.deadline()
+    sources: Sequence[str | bytes] = uploads or asked.images
+    with at.admission.admit(asked.model) as stamp:
+        pixels = await at.intake.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
+        images = await at.encoders.encode("image", pixels, stamp, deadline)
+        texts = await at.encoders.encode("text", prompts, stamp, deadline)
+        shares = probabilities(made(images), made(texts), len(asked.templates), images.logit_scale)
+        results = [
+            {
+                "label": asked.labels[int(row.argmax())],
+                "probabilities": {label: float(share) for label, share in zip(asked.labels, row, strict=True)},
+            }
+            for row in shares
+        ]
+        return JSONResponse(
+            {"object": "list", "model": f"clip@{stamp.release}", "data": results}, headers=stamp_headers(stamp)
+        )
+
+
+def probabilities(
+    images: npt.NDArray[np.float32], prompts: npt.NDArray[np.float32], templates: int, scale: float
+) -> npt.NDArray[np.float64]:
+    """Softmax over labels [images, labels], from unit vectors [images, dim] and [labels x templates, dim]."""
+    labels = prompts.reshape(-1, templates, prompts.shape[1]).astype(np.float64).mean(axis=1)
+    labels /= np.linalg.norm(labels, axis=1, keepdims=True).clip(1e-12)
+    logits = scale * images.astype(np.float64) @ labels.T
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: npt.NDArray[np.float64] = shares / shares.sum(axis=1, keepdims=True)
+    return result

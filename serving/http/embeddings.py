@@ -1,0 +1,110 @@
+"""POST /v1/embeddings and GET /v1/models, as in the OpenAI API; inputs may be images too."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serving.deployments.lane import Answer
+from serving.deployments.stamps import Stamp
+from serving.http.errors import ApiError
+from serving.http.gateway import Gateway, gateway, json_body, json_schema, stamp_headers
+from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
+
+router = APIRouter(tags=["OpenAI compatible"])
+
+
+@router.post("/v1/embeddings", summary="Embed texts and images", openapi_extra=json_schema(EmbeddingsRequest))
+async def embeddings(request: Request) -> JSONResponse:
+    """Vectors of unit length, in the order of the inputs. All are made by the release in `x-ratchet-release`.
+
+    An image is `{"image": "data:image/png;base64,..."}`. Compare vectors of one release by dot product.
+    """
+    at = gateway(request)
+    asked = await json_body(request, EmbeddingsRequest)
+    if asked.dimensions is not None and asked.dimensions != at.dim:
+        raise ApiError(
+            400, f"dimensions: this model has {at.dim} dimensions and cannot be cut.", param="dimensions",
+            code="unsupported_dimensions",
+        )  # fmt: skip
+    with at.admission.admit(asked.model) as stamp:
+        vectors, tokens = await embed(at, stamp, asked.items(), "input")
+        data = [
+            {"object": "embedding", "index": index, "embedding": encoded(row, asked.encoding_format)}
+            for index, row in enumerate(vectors)
+        ]
+        return JSONResponse(
+            {
+                "object": "list", "data": data, "model": f"clip@{stamp.release}",
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+            },
+            headers=stamp_headers(stamp),
+        )  # fmt: skip
+
+
+async def embed(at: Gateway, stamp: Stamp, items: list[Item], param: str) -> tuple[npt.NDArray[np.float32], int]:
+    """Vectors [n, dim] of mixed items, and the texts' tokens."""
+    deadline = at.deadline()
+    texts: dict[int, str] = {}
+    images: dict[int, str] = {}
+    for index, item in enumerate(items):
+        if isinstance(item, str):
+            texts[index] = item
+        elif isinstance(item, TextItem):
+            texts[index] = item.text
+        elif isinstance(item, ImageUrlItem):
+            images[index] = item.image_url.url
+        elif isinstance(item, ImageItem):
+            images[index] = item.image
+    at.check_texts(list(texts.values()), param)
+    vectors = np.zeros((len(items), at.dim), np.float32)
+    tokens = 0
+    if images:
+        pixels = await at.intake.pixels([(f"{param}.{index}", uri) for index, uri in images.items()])
+        vectors[list(images)] = made(await at.encoders.encode("image", pixels, stamp, deadline))
+    if texts:
+        answer = await at.encoders.encode("text", list(texts.values()), stamp, deadline)
+        vectors[list(texts)] = made(answer)
+        tokens = answer.tokens
+    return vectors, tokens
+
+
+def made(answer: Answer) -> npt.NDArray[np.float32]:
+    """The vectors of an answer that succeeded."""
+    if answer.vectors is None:
+        raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
+    return answer.vectors
+
+
+def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
+    """One vector as JSON carries it."""
+    return base64.b64encode(row.astype("<f4").tobytes()).decode() if how == "base64" else row.tolist()
+
+
+@router.get("/v1/models", summary="Models that requests may name")
+async def models(request: Request) -> JSONResponse:
+    """`clip` is what is live; the others are resident now and stay addressable while in the rollback window."""
+    at = gateway(request)
+    return JSONResponse({"object": "list", "data": [described(at, name) for name in at.admission.names()]})
+
+
+@router.get("/v1/models/{model}", summary="One model")
+async def model(request: Request, model: str) -> JSONResponse:
+    """The release and the embedding spaces behind a name."""
+    at = gateway(request)
+    return JSONResponse(described(at, model))
+
+
+def described(at: Gateway, name: str) -> dict[str, Any]:
+    """OpenAI's model object, with the release behind it."""
+    stamp = at.admission.resolve(name)
+    return {
+        "id": name, "object": "model", "created": 0, "owned_by": "ratchet", "release": stamp.release,
+        "adapter": stamp.adapter, "image_space": stamp.image_space, "text_space": stamp.text_space,
+        "dimensions": at.dim,
+    }  # fmt: skip

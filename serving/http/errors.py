@@ -1,0 +1,105 @@
+"""Errors as HTTP answers: one shape for all, that of the OpenAI API.
+
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from ops.errors import LedgerError, RatchetError, RecordError, ReleaseConflict, ReleaseError
+from serving.deployments.calls import Late, Overloaded, Unavailable
+from serving.deployments.stamps import NotReady, UnknownModel
+
+log = logging.getLogger("ratchet.http")
+RETRY_AFTER_SECONDS = "1"
+
+TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+         405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
+         415: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable",
+         504: "timeout_error"}  # fmt: skip
+
+KNOWN: dict[type[RatchetError], tuple[int, str]] = {
+    UnknownModel: (404, "model_not_found"),
+    NotReady: (503, "not_ready"),
+    Overloaded: (429, "overloaded"),
+    Late: (504, "deadline_exceeded"),
+    Unavailable: (503, "unavailable"),
+    ReleaseConflict: (409, "release_conflict"),
+    ReleaseError: (422, "release_failed"),
+    LedgerError: (409, "ledger"),
+}
+
+
+class ApiError(HTTPException):
+    """A refusal with its place (``param``) and a stable ``code``."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+
+def body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The error object."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def answer(
+    status: int, message: str, param: str | None = None, code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:  # fmt: skip
+    """The error as a response; 429 and 503 tell when to come back."""
+    extra = dict(headers or {})
+    if status in (429, 503):
+        extra.setdefault("Retry-After", RETRY_AFTER_SECONDS)
+    return JSONResponse(body(status, message, param, code), status, extra)
+
+
+def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
+    """The first thing that is wrong with a body, in words, with its place."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    param = ".".join(part for part in (prefix, place) if part) or None
+    code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+    return ApiError(400, f"{param + ': ' if param else ''}{first['msg']}", param=param, code=code)
+
+
+def from_record(error: RecordError, param: str) -> ApiError:
+    """An image that was refused."""
+    status = 413 if error.reason in ("image_too_large", "image_too_many_pixels") else 400
+    return ApiError(status, f"{param}: {error}", param=param, code=error.reason)
+
+
+def install(app: FastAPI) -> None:
+    """Let every failure of the app, expected or not, answer with the error object."""
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_: Request, error: HTTPException) -> JSONResponse:
+        param = getattr(error, "param", None)
+        code = getattr(error, "code", None) or {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return answer(error.status_code, str(error.detail), param, code, dict(error.headers or {}))
+
+    @app.exception_handler(RatchetError)
+    async def on_known(_: Request, error: RatchetError) -> JSONResponse:
+        for kind in type(error).__mro__:
+            if kind in KNOWN:
+                status, code = KNOWN[kind]
+                return answer(status, str(error), "model" if status == 404 else None, code)
+        log.error("unexpected %s: %s", type(error).__name__, error)
+        return answer(500, str(error), None, "internal")
+
+    @app.exception_handler(Exception)
+    async def on_unknown(_: Request, error: Exception) -> JSONResponse:
+        log.exception("unexpected error", exc_info=error)
+        return answer(500, "the server made a mistake; its log says which.", None, "internal")

@@ -1,0 +1,143 @@
+"""What the routes share: admission, the encoders, the catalog, the controller, and the ledger for reading."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from ops.ledger import Ledger
+from ops.settings import Serve
+from serving.catalog.tables import Filters, Hit
+from serving.deployments.lane import Answer, Kind
+from serving.deployments.protocol import Outcome
+from serving.deployments.stamps import Admission, Stamp
+from serving.http.auth import OperatorGate
+from serving.http.errors import ApiError, from_validation
+from serving.http.intake import ImageIntake
+
+Model = TypeVar("Model", bound=BaseModel)
+CORPUS_WAIT_SECONDS = 10.0
+
+
+class Encoders(Protocol):
+    """See :class:`serving.deployments.calls.EncoderCalls`."""
+
+    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+        """Vectors of all items, by the stamp's adapter."""
+
+
+class Index(Protocol):
+    """See :class:`serving.deployments.fleet.CatalogCalls`."""
+
+    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        """The nearest samples."""
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """An encoded image."""
+
+    async def status(self) -> dict[str, Any]:
+        """Rows and coverage."""
+
+
+class Operations(Protocol):
+    """See :class:`serving.deployments.controller.ReleaseController`."""
+
+    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Release an adapter."""
+
+    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome:
+        """Release what was live before."""
+
+    async def hold(self, *, actor: str, reason: str) -> None:
+        """Let updates wait."""
+
+    async def resume(self, *, actor: str, reason: str) -> None:
+        """Let updates through."""
+
+    async def status(self) -> dict[str, Any]:
+        """What the controller does."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Everything a route needs; one per ingress replica, in ``app.state.gateway``."""
+
+    settings: Serve
+    dim: int
+    admission: Admission
+    encoders: Encoders
+    index: Index
+    operations: Operations
+    intake: ImageIntake
+    operators: OperatorGate
+    ledger: Ledger
+    refresh: Callable[[], Awaitable[None]]
+
+    def deadline(self) -> float:
+        """When an answer to a request that comes now is too late; seconds since the epoch."""
+        return time.time() + self.settings.deadline_seconds
+
+    def check_texts(self, texts: list[str], param: str, most: int | None = None) -> None:
+        """Refuse too many, too long or empty texts."""
+        limit = most or self.settings.max_texts
+        if len(texts) > limit:
+            raise ApiError(400, f"{len(texts)} texts are more than {limit}.", param=param, code="too_many_texts")
+        for index, text in enumerate(texts):
+            place = f"{param}.{index}"
+            if not text:
+                raise ApiError(400, f"{place}: the text is empty.", param=place, code="empty_text")
+            if len(text) > self.settings.max_text_chars:
+                raise ApiError(
+                    400, f"{place}: {len(text)} characters are more than {self.settings.max_text_chars}.",
+                    param=place, code="text_too_long",
+                )  # fmt: skip
+
+
+def gateway(request: Request) -> Gateway:
+    """The gateway of the app that serves this request."""
+    found: Gateway = request.app.state.gateway
+    return found
+
+
+def stamp_headers(stamp: Stamp) -> dict[str, str]:
+    """Which release answered."""
+    return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.adapter}
+
+
+async def json_body(request: Request, model: type[Model]) -> Model:
+    """The request's JSON, checked. Raises ApiError naming the first thing that is wrong."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"content type {kind[:80]!r} is not taken here; send application/json.", code="media_type")
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """``openapi_extra`` for a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(model)}}}}
+
+
+def inline(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema without references."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return resolve(definitions[value["$ref"].rsplit("/", 1)[-1]])
+            return {key: resolve(child) for key, child in value.items()}
+        return [resolve(child) for child in value] if isinstance(value, list) else value
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved

@@ -1,0 +1,78 @@
+"""Images from outside to pixels: data URIs and uploads, decoded within bounds in a pool of threads."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from ops.errors import RecordError
+from ops.settings import Serve
+from serving.engines.preprocess import Preprocess
+from serving.http.errors import ApiError, from_record
+from streams.images import decode_image
+
+THREADS = 2
+
+
+class ImageIntake:
+    """Turns encoded images into uint8 [n, S, S, 3]. Threads, because Pillow decodes outside of the GIL."""
+
+    def __init__(self, preprocess: Preprocess, bounds: Serve) -> None:
+        self.preprocess = preprocess
+        self.bounds = bounds
+        self._pool = ThreadPoolExecutor(THREADS, "intake")
+
+    async def pixels(self, images: Sequence[tuple[str, str | bytes]]) -> npt.NDArray[np.uint8]:
+        """Decode (place in the request, data URI or bytes) pairs, in order.
+
+        Raises:
+            ApiError: names the place of the first image that is refused, and why.
+        """
+        if len(images) > self.bounds.max_images:
+            raise ApiError(
+                400, f"{len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
+                param=images[0][0].split(".")[0], code="too_many_images",
+            )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        made = [loop.run_in_executor(self._pool, self._one, place, image) for place, image in images]
+        return np.stack(await asyncio.gather(*made))
+
+    def _one(self, place: str, image: str | bytes) -> npt.NDArray[np.uint8]:
+        data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
+        try:
+            decoded = decode_image(data, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
+            return self.preprocess.pixels(decoded)
+        except RecordError as error:
+            raise from_record(error, place) from None
+
+
+def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
+    """Bytes of ``data:image/...;base64,...``.
+
+    Raises:
+        ApiError: it is a URL (never fetched), no base64, or too large (checked before decoding).
+    """
+    if uri[:8].lower().startswith(("http:", "https:")):
+        raise ApiError(
+            400, f"{place}: URLs are not fetched. Send the image as a data URI or multipart.", param=place,
+            code="image_url_off",
+        )  # fmt: skip
+    head, comma, payload = uri.partition(",")
+    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
+        raise ApiError(
+            400, f"{place}: expected a data URI like data:image/png;base64,iVBORw0...", param=place, code="image_format"
+        )
+    if len(payload) > max_bytes * 4 // 3 + 4:
+        raise ApiError(
+            413, f"{place}: the image is larger than {max_bytes} bytes.", param=place, code="image_too_large"
+        )
+    try:
+        return base64.b64decode(payload, validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, f"{place}: the data URI is not valid base64.", param=place, code="image_format") from None

@@ -1,0 +1,101 @@
+"""Releases for everybody to read, and the operators' calls under /admin/v1."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serving.deployments.protocol import Outcome
+from serving.http.errors import ApiError
+from serving.http.gateway import Gateway, gateway, json_body, json_schema
+from serving.http.schemas import ReasonRequest, ReleaseRequest, RollbackRequest
+
+router = APIRouter(tags=["Operations"])
+MAX_ROWS = 500
+
+
+@router.get("/v1/releases", summary="What was live, and is")
+async def releases(request: Request, limit: int = 50) -> JSONResponse:
+    """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number`."""
+    at = gateway(request)
+    if not 1 <= limit <= MAX_ROWS:
+        raise ApiError(400, f"limit must be 1 to {MAX_ROWS}.", param="limit", code="invalid_value")
+    rows = await asyncio.to_thread(at.ledger.releases, limit)
+    live = at.admission.live
+    resident = {stamp.release: stamp for stamp in at.admission.window}
+    data = [
+        {
+            **asdict(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
+            "resident": row.number in resident,
+            "image_space": resident[row.number].image_space if row.number in resident else None,
+            "text_space": resident[row.number].text_space if row.number in resident else None,
+        }
+        for row in rows
+    ]  # fmt: skip
+    return JSONResponse({"object": "list", "live": live.release if live else None, "data": data})
+
+
+@router.post("/admin/v1/releases", summary="Release an adapter", openapi_extra=json_schema(ReleaseRequest))
+async def release(request: Request) -> JSONResponse:
+    """Prepares it on every replica and brings the catalog up to date; returns when every replica serves it."""
+    at = gateway(request)
+    actor = at.operators.actor(request)
+    expected = await _live_number(at)
+    asked = await json_body(request, ReleaseRequest)
+    if asked.vlm is not None:
+        raise ApiError(400, "vlm: no vision-language model is served here.", param="vlm", code="no_vlm")
+    given = expected if asked.expected_live is None else asked.expected_live
+    return _done(await at.operations.release(asked.clip, actor=actor, reason=asked.reason, expected_live=given))
+
+
+@router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
+async def rollback(request: Request) -> JSONResponse:
+    """A new release with the adapters of an older one; under a second when that one is resident."""
+    at = gateway(request)
+    actor = at.operators.actor(request)
+    expected = await _live_number(at)
+    asked = await json_body(request, RollbackRequest)
+    given = expected if asked.expected_live is None else asked.expected_live
+    return _done(await at.operations.rollback(actor=actor, reason=asked.reason, expected_live=given, to=asked.to))
+
+
+@router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
+async def hold(request: Request) -> JSONResponse:
+    """Update proposals stay pending until `resume`. Operators can still release and roll back."""
+    at = gateway(request)
+    actor = at.operators.actor(request)
+    await at.operations.hold(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
+    return JSONResponse({"held": True})
+
+
+@router.post("/admin/v1/resume", summary="Let updates through again", openapi_extra=json_schema(ReasonRequest))
+async def resume(request: Request) -> JSONResponse:
+    """Waiting update proposals are released in their order."""
+    at = gateway(request)
+    actor = at.operators.actor(request)
+    await at.operations.resume(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
+    return JSONResponse({"held": False})
+
+
+@router.get("/admin/v1/status", summary="Controller and catalog at a glance")
+async def status(request: Request) -> JSONResponse:
+    """Resident releases, requests in flight, coverage of the catalog, what is on hold."""
+    at = gateway(request)
+    at.operators.actor(request)
+    controller, catalog = await asyncio.gather(at.operations.status(), at.index.status())
+    return JSONResponse({"controller": controller, "catalog": catalog})
+
+
+async def _live_number(at: Gateway) -> int:
+    # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
+    row = await asyncio.to_thread(at.ledger.live)
+    return row.number if row else 0
+
+
+def _done(outcome: Outcome) -> JSONResponse:
+    made: dict[str, Any] = asdict(outcome)
+    return JSONResponse({"object": "release", **made})

@@ -1,0 +1,160 @@
+"""Bodies of requests, checked before anything is computed. Unknown fields are refused."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+MODEL = Field(
+    "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter."
+)
+MAX_INPUTS = 8192
+
+
+class Body(BaseModel):
+    """A JSON object without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ImageUrl(Body):
+    """OpenAI's way to send an image; only data URIs are taken."""
+
+    url: str = Field(description="data:image/png;base64,...")
+    detail: str | None = None
+
+
+class ImageItem(Body):
+    """{"image": "data:image/png;base64,..."}"""
+
+    image: str
+
+
+class TextItem(Body):
+    """{"text": "a cat"}, or {"type": "text", "text": "a cat"}"""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+class ImageUrlItem(Body):
+    """{"type": "image_url", "image_url": {"url": "data:..."}}"""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Item = str | ImageItem | ImageUrlItem | TextItem
+
+
+class EmbeddingsRequest(Body):
+    """Texts, images (as data URIs), or both, to embed."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"model": "clip", "input": ["a photo of a cat", "a red circle"]},
+                {"model": "clip", "input": [{"image": "data:image/png;base64,iVBORw0KGgo..."}]},
+            ]
+        },
+    )
+    input: Item | list[Item] = Field(description="A text, an image object, or a list of them.")
+    model: str = MODEL
+    encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
+    dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
+    user: str | None = Field(None, max_length=200, description="Taken and ignored.")
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def no_tokens(cls, value: Any) -> Any:
+        """Token ids of another model's tokenizer mean nothing here."""
+        first = value[0] if isinstance(value, list) and value else value
+        inner = first[0] if isinstance(first, list) and first else first
+        if isinstance(inner, int | float) and not isinstance(inner, bool):
+            raise ValueError("arrays of token ids are not taken; send text")
+        if isinstance(value, list) and not 1 <= len(value) <= MAX_INPUTS:
+            raise ValueError(f"must hold 1 to {MAX_INPUTS} items")
+        return value
+
+    def items(self) -> list[Item]:
+        """The inputs, always as a list."""
+        return self.input if isinstance(self.input, list) else [self.input]
+
+
+class ClassifyRequest(Body):
+    """Zero-shot classification: which of these labels fits each image."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"images": ["data:image/png;base64,iVBORw0KGgo..."], "labels": ["cat", "dog"],
+                 "templates": ["a photo of a {}."]}
+            ]
+        },
+    )  # fmt: skip
+    images: list[str] = Field(min_length=1, description="Data URIs.")
+    labels: list[Name] = Field(min_length=1, description="What it may be.")
+    templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
+    model: str = MODEL
+
+    @field_validator("templates")
+    @classmethod
+    def with_a_place(cls, value: list[str]) -> list[str]:
+        """Each template has exactly one place for the label."""
+        for template in value:
+            if template.count("{}") != 1:
+                raise ValueError("each template needs exactly one {} for the label")
+        return value
+
+
+class SearchRequest(Body):
+    """Find accepted samples by a text or by an image."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
+    )
+    text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
+    image: str | None = Field(None, description="A data URI; or `text`.")
+    k: int = Field(10, ge=1, le=100, description="How many hits.")
+    domain: list[Name] = Field([], max_length=50, description="Only these domains.")
+    source: list[Name] = Field([], max_length=50, description="Only these sources.")
+    since: datetime | None = Field(None, description="Sample time, UTC, included.")
+    until: datetime | None = Field(None, description="Sample time, UTC, not included.")
+    model: str = MODEL
+
+    @field_validator("since", "until")
+    @classmethod
+    def in_range(cls, value: datetime | None) -> datetime | None:
+        """Times that every store can hold."""
+        if value is not None and not 1900 <= value.year <= 2200:
+            raise ValueError("must be between the years 1900 and 2200")
+        return value
+
+
+class ReleaseRequest(Body):
+    """Release an adapter that the ledger knows; `clip: null` is the base alone."""
+
+    clip: str | None = Field(max_length=200, description="Adapter name, or null for the base alone.")
+    vlm: str | None = Field(None, max_length=200)
+    reason: Reason
+    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+
+
+class RollbackRequest(Body):
+    """Go back: to the newest release with another adapter, or to release `to`."""
+
+    reason: Reason
+    to: int | None = Field(None, ge=1)
+    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+
+
+class ReasonRequest(Body):
+    """Why."""
+
+    reason: Reason

@@ -1,0 +1,88 @@
+"""POST /v1/search and the images of samples."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from ops.errors import RecordError
+from serving.catalog.tables import as_filters
+from serving.http.embeddings import made
+from serving.http.errors import ApiError
+from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.gateway import gateway, json_body, stamp_headers
+from serving.http.schemas import SearchRequest
+from streams.images import decode_image
+
+router = APIRouter(tags=["Search"])
+LISTS = {"domain", "source"}
+SAMPLE_ID = re.compile("[0-9a-f]{64}")
+
+
+@router.post("/v1/search", summary="Find samples", openapi_extra=both_schemas(SearchRequest, "image"))
+async def search(request: Request) -> JSONResponse:
+    """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space."""
+    at = gateway(request)
+    uploads: list[bytes] = []
+    if is_form(request):
+        fields, files = await read_form(request, 1, LISTS)
+        uploads = only(files, "image")
+        asked = checked(SearchRequest, {**fields, **({"image": "upload"} if uploads else {})})
+    else:
+        asked = await json_body(request, SearchRequest)
+    if (asked.text is None) == (asked.image is None):
+        raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
+    filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
+    deadline = at.deadline()
+    with at.admission.admit(asked.model) as stamp:
+        if asked.text is not None:
+            at.check_texts([asked.text], "text")
+            answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
+        else:
+            source: str | bytes = uploads[0] if uploads else str(asked.image)
+            pixels = await at.intake.pixels([("image", source)])
+            answer = await at.encoders.encode("image", pixels, stamp, deadline)
+        hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
+        data = [
+            {
+                "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
+                "time": hit.time.isoformat() if hit.time else None,
+            }
+            for hit in hits
+        ]  # fmt: skip
+        return JSONResponse(
+            {"object": "list", "model": f"clip@{stamp.release}", "space": stamp.image_space, "data": data},
+            headers=stamp_headers(stamp),
+        )
+
+
+@router.get(
+    "/v1/samples/{sample_id}/image", summary="A sample's image as PNG", response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+)  # fmt: skip
+async def sample_image(request: Request, sample_id: str, size: int = 256) -> Response:
+    """Drawn again, so that no byte of what a producer sent reaches a browser. `size`: longest side, pixels."""
+    at = gateway(request)
+    if not 16 <= size <= 1024:
+        raise ApiError(400, "size must be 16 to 1024 pixels.", param="size", code="invalid_value")
+    data = await at.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
+    if data is None:
+        raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")
+    try:
+        png = await asyncio.to_thread(thumbnail, data, size, at.settings.max_pixels, at.settings.max_image_bytes)
+    except RecordError as error:
+        raise ApiError(410, f"the image cannot be shown: {error}", code=error.reason) from None
+    return Response(png, media_type="image/png", headers={"Cache-Control": "public, max-age=86400, immutable"})
+
+
+def thumbnail(data: bytes, size: int, max_pixels: int, max_bytes: int) -> bytes:
+    """A PNG with ``size`` pixels on its longest side at most."""
+    image = decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    image.thumbnail((size, size))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
