@@ -140,7 +140,8 @@ def write_folder(path: Path | str, items: Iterable[FolderItem]) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     partial = root / f".{INDEX}.partial"
     with partial.open("w", encoding="utf-8", newline="") as stream:
-        rows = csv.writer(stream, lineterminator="\n")
+        # CRLF as in RFC 4180; with "\n" alone, Python before 3.13 leaves a lone "\r" in a text unquoted.
+        rows = csv.writer(stream, lineterminator="\r\n")
         rows.writerow(COLUMNS)
         for number, item in enumerate(items, start=2):
             place = item.path.relative_to(root) if item.path.is_relative_to(root) else item.path

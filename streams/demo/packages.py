@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Literal
+from typing import IO, Final, Literal, cast
 
 from ops.errors import RatchetError
 from ops.progress import say
@@ -26,6 +26,7 @@ MAX_MEMBER_BYTES: Final = 64 * 2**20
 MAX_ARCHIVE_BYTES: Final = 4 * 2**30
 """Unpacked size. The largest package, cataclysm-dda-data, unpacks to about 300 MB."""
 DOWNLOAD_SECONDS: Final = 600
+_AGAIN: Final = "Delete the file and run again to download it."
 
 
 class PackageError(RatchetError):
@@ -116,36 +117,48 @@ def read_members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple
                 total += max(member.size, 0)
                 name = member.name.removeprefix("./")
                 if total > MAX_ARCHIVE_BYTES:
-                    raise PackageError(f"{archive} unpacks to more than {MAX_ARCHIVE_BYTES} bytes.", "Delete the file.")
+                    raise PackageError(f"{archive} unpacks to over {MAX_ARCHIVE_BYTES} bytes.", _AGAIN)
                 if not member.isreg() or not wanted(name):
                     continue
                 if member.size > MAX_MEMBER_BYTES:
                     raise PackageError(
-                        f"{name} in {archive} has {member.size} bytes; the limit is {MAX_MEMBER_BYTES}.",
-                        "Delete the archive and try again.",
+                        f"{name} in {archive} has {member.size} bytes; the limit is {MAX_MEMBER_BYTES}.", _AGAIN
                     )
                 content = tar.extractfile(member)
                 if content is not None:
                     yield name, content.read()
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise PackageError(f"{archive} is damaged: {error}.", "Delete it and run again to download it.") from error
+        raise PackageError(f"{archive} is damaged: {error}.", _AGAIN) from error
 
 
 @contextmanager
 def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
+    """The tar inside. At the end it is read out, so that the checksums behind it are checked too."""
     if archive.suffix == ".tgz":
-        with gzip.open(archive, "rb") as stream:
-            yield stream  # type: ignore[misc]
+        with gzip.open(archive, "rb") as packed:
+            stream = cast(IO[bytes], packed)
+            yield stream
+            _read_out(stream)
         return
     dpkg = shutil.which("dpkg-deb")
     if dpkg is None:
-        raise PackageError(f"{archive} needs dpkg-deb, which is not on PATH.", "Install it: apt-get install dpkg")
-    with subprocess.Popen(
-        [dpkg, "--fsys-tarfile", archive], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
+        raise PackageError(f"{archive} needs dpkg-deb, which is not on PATH.", "Use a Debian or Ubuntu machine.")
+    command = [dpkg, "--fsys-tarfile", str(archive)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        stream = cast(IO[bytes], process.stdout)
         try:
-            yield process.stdout
+            yield stream
+            _read_out(stream)
+            if process.wait():
+                raise PackageError(f"{archive} is damaged: dpkg-deb cannot unpack it.", _AGAIN)
         finally:
-            # A reader that stops early leaves dpkg-deb writing; closing the pipe alone would leave it a moment.
+            # A reader that stops early would leave dpkg-deb writing into a pipe that nobody reads.
             process.kill()
+
+
+def _read_out(stream: IO[bytes]) -> None:
+    """What follows the end of a tar is padding of some kilobytes."""
+    for _ in range(MAX_MEMBER_BYTES // tarfile.RECORDSIZE):
+        if not stream.read(tarfile.RECORDSIZE):
+            return
+    raise EOFError("it goes on after its end")
