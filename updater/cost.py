@@ -138,4 +138,3 @@ def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-

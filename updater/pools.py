@@ -6,14 +6,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
-
-import pyarrow as pa
 
 from ops.digests import digest12, digest_bytes
 from ops.errors import ConfigError
 from ops.progress import say
 from streams.folders import FolderItem, read_folder
+from streams.store import SampleStore
 from updater.recipes import Part, Recipe
 from updater.replay import Candidate, reservoir
 
@@ -50,22 +48,8 @@ class Pools:
         return digest_bytes(*(f"{part} {p.id} {p.text}".encode() for part in parts for p in self.of(part)))
 
 
-class Store(Protocol):
-    """What is needed of ``streams.store.SampleStore``."""
-
-    def scan(
-        self,
-        version: int | None = None,
-        split: str | None = None,
-        after: dict[str, int] | None = None,
-        columns: list[str] | None = None,
-        ids: list[str] | None = None,
-    ) -> pa.Table:
-        """Rows in order of partition and offset."""
-
-
 def draw_pools(
-    store: Store,
+    store: SampleStore,
     recipe: Recipe,
     reference: Sequence[Path],
     version: int,
@@ -76,13 +60,11 @@ def draw_pools(
 
     A pure function of its arguments and of the reference folders' contents.
     """
-    columns = ["id", "text", "domain", "concept", "topic", "partition", "offset"]
-    rows = store.scan(version=version, split="train", columns=columns).to_pylist()
-    new, old = [], []
-    for row in rows:
-        if row["text"]:
-            place = f"{row['topic']}:{row['partition']}"
-            (new if row["offset"] >= data_from.get(place, 0) else old).append(row)
+    columns = ["id", "text", "domain", "concept"]
+    fresh = set(store.scan(version=version, split="train", after=data_from, columns=["id"])["id"].to_pylist())
+    rows = [row for row in store.scan(version=version, split="train", columns=columns).to_pylist() if row["text"]]
+    new = [row for row in rows if row["id"] in fresh]
+    old = [row for row in rows if row["id"] not in fresh]
     wanted = recipe.mixture.replay > 0
     earlier = [Candidate(row["id"], row["concept"] or row["domain"] or "") for row in old] if wanted else []
     kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed))
@@ -117,7 +99,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int) -> tuple[Pair, ..
 class _LazyImages:
     """Reads encoded images of the store in the order in which they will be asked for, some rows at a time."""
 
-    def __init__(self, store: Store, version: int, ids: Sequence[str]) -> None:
+    def __init__(self, store: SampleStore, version: int, ids: Sequence[str]) -> None:
         self.store = store
         self.version = version
         self.ids = list(ids)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ops.progress import track
-from serving.engines.base import ClipBase
 from updater.adapters import LoraModel
 from updater.pools import Pair
 from updater.towers import SplitTower, Which
@@ -84,9 +83,7 @@ def prepare(
 
 
 @torch.no_grad()
-def _one_tower(
-    model: LoraModel, tower: SplitTower, inputs: Tensor, cache: TowerCache, start: int, keep: bool
-) -> None:
+def _one_tower(model: LoraModel, tower: SplitTower, inputs: Tensor, cache: TowerCache, start: int, keep: bool) -> None:
     end = start + len(inputs)
     with model.base():
         if keep:

@@ -1,8 +1,8 @@
 """The replay buffer: a bounded reservoir over earlier samples, balanced over concepts.
 
 Weighted sampling without replacement (Efraimidis and Spirakis, A-Res): each row gets the key u^(1/w) and the largest
-keys stay. u is a hash of seed and id, so that the draw is a pure function of the rows and the seed; w = 1 / decayed count
-of the row's concept (MetaCLIP's balancing for a stream: a row counts half after ``half_life`` further rows).
+keys stay. u is a hash of seed and id, so that the draw is a pure function of the rows and the seed; w = 1 / decayed
+count of the row's concept (MetaCLIP's balancing for a stream: a row counts half after ``half_life`` further rows).
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ def find_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
     """Name of the tower's list of blocks, and how many there are; ("", 0) when it has none that is known."""
     for name, module in model.named_modules():
         known = name.rsplit(".", 1)[-1] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
-        if known and tower_of(name) == which and len(module) > 1:  # type: ignore[arg-type]
-            return name, len(module)  # type: ignore[arg-type]
+        if known and tower_of(name) == which and len(module) > 1:
+            return name, len(module)
     return "", 0
 
 
@@ -122,7 +122,7 @@ class SplitTower:
 
 
 class _Skippable(nn.Module):
-    """A block of the prefix: runs (the last one keeps its output), or hands on its input (the last one: a replacement)."""
+    """A block of the prefix: runs, or hands on its input. The last one keeps its output, or hands on a replacement."""
 
     def __init__(self, inner: nn.Module, last: bool) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ from updater.recipes import Part, Recipe
 from updater.schedules import learning_rate
 
 
-class Stopped(Exception):  # noqa: N818 - no error: the process was asked to end
+class Stopped(Exception):
     """Training was asked to stop; what was done is in the checkpoint."""
 
 
@@ -203,13 +203,14 @@ class _Run:
                 break
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
                 save_checkpoint(self.work_dir, self.learner.state(), progress)
-            self._between(lambda now=progress: save_checkpoint(self.work_dir, self.learner.state(), now))
+            self._between(progress)
         return progress
 
-    def _between(self, before_stopping: Callable[[], None] = lambda: None) -> None:
+    def _between(self, progress: Progress | None = None) -> None:
         """Between steps: end if asked to, and sleep for the share of time that is others'."""
         if self.stop():
-            before_stopping()
+            if progress is not None:
+                save_checkpoint(self.work_dir, self.learner.state(), progress)
             raise Stopped
         worked = time.monotonic() - self.slept
         if self.limits.duty_cycle < 1:
@@ -247,4 +248,3 @@ def to_json(result: TrainResult) -> dict[str, Any]:
 def from_json(value: dict[str, Any]) -> TrainResult:
     """The inverse of :func:`to_json`."""
     return TrainResult(**{**value, "directory": Path(value["directory"])})
-

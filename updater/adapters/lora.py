@@ -54,7 +54,14 @@ class LoraModel:
     """
 
     def __init__(
-        self, base: ClipBase, trained: Sequence[str], rank: int, alpha: float, start: Delta, seed: int, device: str = "cpu"
+        self,
+        base: ClipBase,
+        trained: Sequence[str],
+        rank: int,
+        alpha: float,
+        start: Delta,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
         """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
         self.clip = base
@@ -63,7 +70,9 @@ class LoraModel:
         self.device = torch.device(device)
         carried = {plain_name(name) for name in start} - {"", *trained}
         # MultiheadAttention is one target for PEFT, which reaches its out_proj by itself.
-        self.targets = sorted({*trained, *(name.removesuffix(".out_proj") if _in_attention(name, start) else name for name in carried)})
+        self.targets = sorted(
+            {*trained, *(name.removesuffix(".out_proj") if _in_attention(name, start) else name for name in carried)}
+        )
         pattern = "|".join(re.escape(name) for name in self.targets)
         self.config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=f"(?:{pattern})", lora_dropout=0.0, bias="none"
@@ -87,9 +96,12 @@ class LoraModel:
         self._attention = [
             (layer, layer.get_base_layer().in_proj_weight.detach().clone(),
              layer.get_base_layer().out_proj.get_base_layer().weight.detach().clone())
-            for layer in cast("list[Any]", list(self.layers.values()))
+            for layer in self._all()
             if isinstance(layer.get_base_layer(), nn.MultiheadAttention)
         ]  # fmt: skip
+
+    def _all(self) -> list[Any]:
+        return list(self.layers.values())
 
     def _sides(self, name: str) -> tuple[Any, Any]:
         layer = cast(Any, self.layers[name])
@@ -132,12 +144,12 @@ class LoraModel:
     @contextmanager
     def base(self) -> Iterator[None]:
         """Inside, the model is the base alone."""
-        for layer in cast("list[Any]", list(self.layers.values())):
+        for layer in self._all():
             layer.enable_adapters(False)
         try:
             yield
         finally:
-            for layer in cast("list[Any]", list(self.layers.values())):
+            for layer in self._all():
                 layer.enable_adapters(True)
             # PEFT switches gradients on with the adapter; carried layers stay frozen.
             for name in self.layers:

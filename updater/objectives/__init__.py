@@ -37,9 +37,7 @@ def build(terms: Sequence[Term]) -> list[tuple[Term, Objective]]:
     return built
 
 
-def total(
-    objectives: Sequence[tuple[Term, Objective]], batch: Batch
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def total(objectives: Sequence[tuple[Term, Objective]], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum over all terms (scalar), and each term alone, unweighted and detached."""
     loss = batch.image.new_zeros(())
     alone: dict[str, torch.Tensor] = {}

@@ -1,0 +1,104 @@
+"""From a trained candidate to a stored verdict: the gate, its report, and the ledger's row."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ops import metrics
+from ops.artifacts import Artifacts
+from ops.errors import AdapterError
+from ops.ledger import Ledger, UpdateRow
+from ops.settings import Settings
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from streams.store import SampleStore
+from updater.adapters import trainer_encoder
+from updater.gate import Verdict, fresh_suites, load_suites, run_gate, write_report
+
+
+def judge(
+    settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: ClipBase, update: UpdateRow
+) -> UpdateRow:
+    """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
+
+    Raises:
+        GateError: a suite cannot be read, or base or incumbent cannot be scored. The update stays ``trained``.
+    """
+    adapter = str(update.adapter)
+    if ledger.verdict_of(update.id) is None:
+        verdict = _gate(settings, ledger, artifacts, store, base, update, adapter)
+        key = f"reports/{update.id}"
+        with tempfile.TemporaryDirectory() as folder:
+            write_report(verdict, Path(folder))
+            for file in sorted(Path(folder).iterdir()):
+                # Written file by file: a repeated gate has another duration, and replaces the report of a lost verdict.
+                artifacts.write_bytes(f"{key}/{file.name}", file.read_bytes())
+        ledger.record_verdict(update.id, adapter, verdict.outcome, key, verdict.summary())
+        _count(verdict, update)
+    return ledger.advance_update(update.id, "gated", cost=_gate_cost(ledger, update))
+
+
+def _gate(
+    settings: Settings,
+    ledger: Ledger,
+    artifacts: Artifacts,
+    store: SampleStore,
+    base: ClipBase,
+    update: UpdateRow,
+    adapter: str,
+) -> Verdict:
+    engine = ClipEngine(base, threads=settings.updater.threads)
+    if update.incumbent:
+        engine.load(update.incumbent, artifacts.fetch(f"adapters/{update.incumbent}"))
+    meta: dict[str, Any] = {
+        "update": update.id,
+        "recipe": update.recipe.get("name"),
+        "seed": update.seed,
+        "store_version": update.store_version,
+        "data_from": update.data_from,
+        "data_to": update.data_to,
+        "rank": update.recipe.get("rank"),
+    }
+    parity = None
+    try:
+        directory = artifacts.fetch(f"adapters/{adapter}")
+        meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
+        engine.load(adapter, directory)
+        parity = trainer_encoder(base, directory)
+    except AdapterError as error:
+        meta["load_error"] = error.message
+    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from)
+    return run_gate(
+        engine=engine,
+        candidate=adapter,
+        incumbent=update.incumbent,
+        suites=load_suites(settings.gate.suites, settings.home),
+        fresh=fresh_suites(fresh, min_items=settings.gate.min_items),
+        looks=ledger.looks_since_release("clip"),
+        settings=settings.gate,
+        parity=parity,
+        cost=update.cost,
+        meta=meta,
+    )
+
+
+def _count(verdict: Verdict, update: UpdateRow) -> None:
+    metrics.gate.decided(verdict.outcome, verdict.seconds)
+    metrics.update.spent("gate", _gflops(verdict.summary(), update))
+    for suite in verdict.suites:
+        left = min(suite.ci_low, suite.ci_base_low) + suite.margin if suite.role == "retention" else None
+        metrics.gate.suite(suite.name, suite.before, suite.after, left)
+
+
+def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:
+    verdict = ledger.verdict_of(update.id)
+    assert verdict is not None
+    return {"gate_seconds": verdict.summary.get("seconds"), "gate_gflops": _gflops(verdict.summary, update)}
+
+
+def _gflops(summary: dict[str, Any], update: UpdateRow) -> float:
+    """Forward passes of the candidate over all suites, in GFLOPs; base and incumbent are scored once and kept."""
+    items = int(sum(suite["n"] for suite in summary.get("suites", {}).values()))
+    return items * float(update.cost.get("sample_gflops", 0.0))

@@ -1,0 +1,120 @@
+"""When an update begins, and on which data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from ops.ledger import Ledger, UpdateRow
+from ops.settings import Settings
+from streams.store import SampleStore
+from updater.recipes import Recipe
+
+FAMILY = "clip"
+HISTORY = 10_000
+"""Updates that are looked through; far more than a daily budget pays for within the life of a base."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An update may begin."""
+
+    store_version: int
+    data_from: dict[str, int]
+    data_to: dict[str, int]
+    incumbent: str | None
+    previous: str | None
+    """Id of the newest update, so that a repeated attempt on the same data gets an id of its own."""
+    new_samples: int
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing to do yet, and why."""
+
+    reason: str
+
+
+def decide(
+    settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
+) -> Ready | Waiting:
+    """Whether an update begins.
+
+    Data to learn is what the live adapter has not learned: everything after the update that made it. The trigger counts
+    only what came after the last finished update of this recipe, so that rejected data is not tried for ever.
+
+    Args:
+        now: begin with a single new sample.
+        retry: also when all of it was tried by this recipe before.
+    """
+    open_proposals = [p for p in ledger.pending_proposals() if p.update_id is not None]
+    if open_proposals:
+        held = ledger.held()
+        why = f"updates are on hold: {held.reason}" if held else "it is being prepared"
+        return Waiting(f"proposal {open_proposals[0].id} is not released yet ({why})")
+    live = ledger.live()
+    incumbent = live.clip if live else None
+    updates = ledger.updates(HISTORY, FAMILY)
+    version = store.version()
+    data_from = _learned(updates, incumbent)
+    seen = data_from if retry else _later(data_from, _tried(updates, recipe))
+    count = store.count(version=version, split="train", after=seen)
+    if count == 0:
+        return Waiting("there are no new samples")
+    if not now and not retry and count < settings.updater.min_new_samples:
+        age = _oldest_seconds(store, version, seen)
+        if age < settings.updater.max_wait_seconds:
+            return Waiting(
+                f"{count} of {settings.updater.min_new_samples} new samples, the oldest waiting for {age:.0f} s"
+            )
+    missing = missing_budget(settings, ledger)
+    if missing > 0:
+        return Waiting(f"the budget lacks {missing:,.0f} MAF-GFLOPs")
+    return Ready(
+        store_version=version,
+        data_from=data_from,
+        data_to=store.offsets(version),
+        incumbent=incumbent,
+        previous=updates[0].id if updates else None,
+        new_samples=count,
+    )
+
+
+def planned_gflops(settings: Settings) -> float:
+    """What one update is charged before it trains; the difference to what it spent goes back after."""
+    return min(settings.budget.gflops_per_update, settings.budget.gflops_per_day)
+
+
+def bucket(settings: Settings) -> tuple[float, float]:
+    """Refill in MAF-GFLOPs a second, and the most that can be saved up."""
+    return settings.budget.gflops_per_day / 86_400, settings.budget.gflops_per_day
+
+
+def missing_budget(settings: Settings, ledger: Ledger) -> float:
+    """MAF-GFLOPs that the bucket lacks for one update; 0 or less when there is enough."""
+    rate, capacity = bucket(settings)
+    return planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
+
+
+def _learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
+    """Where the data that the live adapter has learned end; after a rollback that is further back."""
+    if incumbent is None:
+        return {}
+    return next((dict(update.data_to) for update in updates if update.adapter == incumbent), {})
+
+
+def _tried(updates: list[UpdateRow], recipe: Recipe) -> dict[str, int]:
+    finished = (u for u in updates if u.state in ("done", "failed", "abandoned"))
+    return next((dict(u.data_to) for u in finished if u.recipe.get("name") == recipe.name), {})
+
+
+def _later(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {place: max(one.get(place, 0), other.get(place, 0)) for place in {*one, *other}}
+
+
+def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int]) -> float:
+    times = store.scan(version=version, split="train", after=after, columns=["ingested_at"])["ingested_at"].to_pylist()
+    oldest = min((moment for moment in times if moment is not None), default=None)
+    return 0.0 if oldest is None else (datetime.now(UTC) - oldest.astimezone(UTC)).total_seconds()
