@@ -64,6 +64,11 @@ class DomainInfo:
     templates: tuple[str, ...] = ("a picture of {}.",)
     """Prompts for zero-shot classification by label."""
 
+    @property
+    def package(self) -> str:
+        """All packages in one line: `npm:emojibase-data@17.0.0 npm:openmoji@17.0.0`."""
+        return " ".join(map(str, self.packages))
+
 
 def build(info: DomainInfo, home: Path) -> Path:
     """The folder dataset of `info` under `home`/data; made unless it is there already."""
@@ -85,7 +90,6 @@ def build(info: DomainInfo, home: Path) -> Path:
 
 def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
-    source = " ".join(map(str, info.packages))
     skipped: Counter[str] = Counter()
     pictures: dict[str, str] = {}
     rows: list[FolderItem] = []
@@ -110,7 +114,7 @@ def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
                     concept=draft.concept,
                     split=draft.split or split_of(draft.concept),
                     domain=info.name,
-                    source=source,
+                    source=info.package,
                     tags=draft.tags,
                 )
             )
