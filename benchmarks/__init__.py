@@ -1,0 +1,19 @@
+"""Benchmarks by name, for ``ratchet bench NAME``. Each prints a table and ends with one line of JSON."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from ops.errors import ConfigError
+from ops.settings import Settings
+
+BENCHMARKS = {"swap": "benchmarks.swap"}
+"""Name to module; a module has ``main(settings, arguments)``."""
+
+
+def run(name: str, settings: Settings, arguments: Sequence[str]) -> None:
+    """Run a benchmark with its own flags. Raises ConfigError when there is none of that name."""
+    if name not in BENCHMARKS:
+        raise ConfigError(f"there is no benchmark {name!r}.", f"There are: {', '.join(sorted(BENCHMARKS))}.")
+    importlib.import_module(BENCHMARKS[name]).main(settings, list(arguments))
