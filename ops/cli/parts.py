@@ -29,11 +29,12 @@ def up(
 
     Examples:  ratchet up    |    ratchet up --without update    |    ratchet --set serve.port=9000 up
     """
+    from ops.cli.shipped import make_ready
     from ops.cli.status import screen
     from ops.cli.supervisor import Supervisor
 
     shared = ctx.of(context)
-    _make_base_ready(shared)
+    make_ready(shared.settings)
     names = [name for name in Supervisor.ORDER if name not in (without or [])]
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -120,20 +121,6 @@ def demo(
         tell(folder, keep=keep)
     except Stop:
         raise RatchetError("the demo was stopped.", "Start it again with `ratchet demo`.") from None
-
-
-def _make_base_ready(shared: ctx.Context) -> None:
-    settings = shared.settings
-    if (settings.home / "bases" / settings.base.clip / "base.json").exists():
-        return
-    if settings.base.clip != "shipped":
-        raise RatchetError(
-            f"base {settings.base.clip!r} is not registered.", f"Run `ratchet base add {settings.base.clip} ...` first."
-        )
-    from updater.base import build_base
-
-    with step("building the shipped base"):
-        build_base(settings.home)
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:

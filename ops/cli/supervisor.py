@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -17,9 +17,6 @@ from ops.progress import say
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
-# Large tensors come and go in every part; without these settings glibc returns them to the kernel each time,
-# and 40% of the time of training is system time.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
 @dataclass
@@ -29,7 +26,6 @@ class Part:
     name: str
     command: list[str]
     log: Path
-    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     retry_at: float = 0.0
@@ -42,7 +38,7 @@ class Part:
             self._file = self.log.open("ab")
         self.process = subprocess.Popen(
             self.command, stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **self.environment}, stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     @property
@@ -104,7 +100,7 @@ class Supervisor:
         own_broker = "broker" in names and not answers(settings.kafka.bootstrap.split(",")[0])
         self.settings = settings
         self.parts = [
-            Part(name, context.command(name), logs / f"{name}.log", MALLOC if name == "update" else {})
+            Part(name, context.command(name), logs / f"{name}.log")
             for name in self.ORDER
             if name in names and (name != "broker" or own_broker)
         ]

