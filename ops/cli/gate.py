@@ -8,8 +8,6 @@ from typing import Annotated
 import typer
 
 from ops.cli import context as ctx
-from ops.errors import GateError
-from ops.ledger import Ledger
 
 app = typer.Typer(help="Regression tests that an update must pass.", no_args_is_help=True)
 
@@ -17,18 +15,25 @@ app = typer.Typer(help="Regression tests that an update must pass.", no_args_is_
 @app.command()
 def run(
     context: typer.Context,
-    candidate: Annotated[str, typer.Argument(help="Adapter name, e.g. clip-0123456789ab.")],
-    incumbent: Annotated[str | None, typer.Option(help="Adapter to compare with; the live one by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("gate-report"),
+    candidate: Annotated[str, typer.Argument(help="Adapter name, e.g. clip-0123456789ab, or its directory.")],
+    incumbent: Annotated[
+        str | None, typer.Option(help="Adapter to compare with, or 'base'; the live one by default.")
+    ] = None,
+    suites: Annotated[
+        list[Path] | None, typer.Option(help="Suite YAML files or folders, instead of gate.suites.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; home/gate/NAME by default.")] = None,
 ) -> None:
     """Judge an adapter against the incumbent and the base, and write a report. Nothing is released.
 
-    Example:  ratchet gate run clip-0123456789ab --out report/
+    Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
     """
-    from updater.gate import gate_command
+    from updater.gate.command import gate_command
 
-    verdict = gate_command(ctx.of(context).settings, candidate, incumbent=incumbent, out=out)
-    typer.echo(f"{verdict.outcome}: {out / 'report.html'}")
+    verdict, page = gate_command(
+        ctx.of(context).settings, candidate, incumbent=incumbent, suites=suites or None, out=out
+    )
+    typer.echo(f"{verdict.outcome}: {'; '.join(verdict.reasons)}\n{page}")
     if verdict.outcome != "passed":
         raise typer.Exit(1)
 
@@ -37,20 +42,12 @@ def run(
 def report(
     context: typer.Context,
     update: Annotated[str | None, typer.Argument(help="Update id; the newest verdict by default.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to put it in; home/gate/UPDATE by default.")] = None,
 ) -> None:
-    """Tell the verdict of an update and where its report lies.
+    """Bring the report of an update to a local folder and tell where its page is.
 
     Example:  ratchet gate report
     """
-    settings = ctx.of(context).settings
-    ledger = Ledger.open(settings.ledger)
-    newest = next(iter(ledger.verdicts(1)), None)
-    verdict = ledger.verdict_of(update) if update else newest
-    if verdict is None:
-        raise GateError(
-            f"no verdict of update {update!r}." if update else "there is no verdict yet.", "See `ratchet status`."
-        )
-    typer.echo(f"{verdict.outcome} {verdict.adapter} (update {verdict.update_id})")
-    for name, suite in verdict.summary.get("suites", {}).items():
-        typer.echo(f"  {name}: {suite['before']:.3f} -> {suite['after']:.3f} {suite['decision']}")
-    typer.echo(f"{settings.artifacts}/{verdict.report_key}/report.html")
+    from updater.gate.command import report_command
+
+    typer.echo(report_command(ctx.of(context).settings, update, out=out))

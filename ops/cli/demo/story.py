@@ -69,7 +69,11 @@ def tell(folder: Path, keep: bool) -> None:
         stage = Stage(context, url, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
         probes = _probes(settings)
         with Traffic(
-            url, settings, [item.bytes() for item in probes], [item.text for item in probes], REQUESTS_PER_SECOND
+            url,
+            images=[item.bytes() for item in probes],
+            texts=[item.text for item in probes],
+            settings=settings,
+            rate=REQUESTS_PER_SECOND,
         ) as traffic:
             _chapter(f"2  The stream brings a domain that the base has not seen: {NEW_DOMAIN}")
             _stream(stage)
