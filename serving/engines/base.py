@@ -2,13 +2,14 @@
 
     base.json           what the model is, how images and texts enter it, digests of every tensor
     model.safetensors   weights and persistent buffers, float32
-    tokenizer/          Hugging Face tokenizer and config files, for towers that need them
+    text/               Hugging Face tokenizer and config files, for towers that need them
 
 Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.base``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
@@ -35,7 +36,7 @@ from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 FORMAT = 1
 WEIGHTS = "model.safetensors"
 DESCRIPTION = "base.json"
-TEXT_FILES = "tokenizer"
+TEXT_FILES = "text"
 """Folder of the tokenizer's and the text tower's Hugging Face files inside a base directory."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -180,7 +181,7 @@ def save_base(
 ) -> ClipBase:
     """Register a model as base ``name``: everything is written beside and moved into place in one step.
 
-    ``text_files`` is a folder of Hugging Face files to carry along (as ``tokenizer/``). A base of the same content
+    ``text_files`` is a folder of Hugging Face files to carry along (as ``text/``). A base of the same content
     is left as it is; another content under the same name is an error unless ``replace``.
     """
     target = base_directory(home, name)
@@ -225,19 +226,33 @@ def save_base(
 
 
 def _move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:
-    if (target / DESCRIPTION).is_file():
-        there = json.loads((target / DESCRIPTION).read_text())["digest"]
-        if there == digest and not replace:
-            return
-        if not replace:
-            raise BaseModelError(
-                f"Base {target.name!r} exists with other content ({digest12(there)}, not {digest12(digest)}).",
-                "Register under another name: adapters of the old one belong to its content.",
-            )
-    if target.exists():
-        shutil.rmtree(target)
     work.chmod(0o755)
-    work.rename(target)
+    for _ in range(10):  # another process may register, or replace, the same name in between
+        there = _digest_in(target)
+        if there == digest:
+            return
+        if target.exists():
+            if not replace:
+                raise BaseModelError(
+                    f"Base {target.name!r} exists with other content ({digest12(there)}, not {digest12(digest)}).",
+                    "Register under another name: adapters of the old one belong to its content.",
+                )
+            # Renamed away before it goes: nobody sees half a base, and mapped weights stay mapped.
+            old = target.with_name(f"{work.name}-old")
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rename(target)
+            return
+    raise BaseModelError(f"{target} cannot be written.", "Check the permissions of its folder.")
+
+
+def _digest_in(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / DESCRIPTION).read_text())["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:

@@ -3,7 +3,7 @@
 A tokenizer of a base is described by a small dict in ``base.json``:
 
     {"kind": "simple", "kwargs": {}}                     open_clip's BPE of CLIP, part of the open_clip package
-    {"kind": "hf", "directory": "tokenizer", "trim": true, "mode": null, "kwargs": {}}
+    {"kind": "hf", "directory": "text", "trim": true, "mode": null, "kwargs": {}}
                                                          Hugging Face files inside the base directory
 """
 

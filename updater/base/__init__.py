@@ -1,0 +1,11 @@
+"""Where bases come from: the shipped one is made from PyPI packages, any other open_clip model is registered.
+
+>>> base = build_base(Path(".ratchet"))
+>>> base = add_base(Path(".ratchet"), "b16", "ViT-B-16", Path("b16.safetensors"))
+"""
+
+from updater.base.register import add_base
+from updater.base.scores import score_base
+from updater.base.shipped import build_base
+
+__all__ = ["add_base", "build_base", "score_base"]

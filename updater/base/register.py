@@ -1,0 +1,231 @@
+"""Registering any open_clip model as a base: a built-in architecture with a weights file, a hub name, or a folder.
+
+    add_base(home, "b16", "ViT-B-16", Path("b16.safetensors"))
+    add_base(home, "l14", "hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K")
+    add_base(home, "mine", "local-dir:/models/mine")       open_clip_config.json + a .safetensors file
+
+Only safetensors are read. What comes from a hub is fetched once, here; a registered base needs no network.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import open_clip.factory
+from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ops.errors import BaseModelError
+from ops.progress import say, step
+from serving.engines.base import TEXT_FILES, ClipBase, construct, save_base
+from serving.engines.preprocess import Preprocess
+
+HUB, LOCAL = "hf-hub:", "local-dir:"
+HUB_CONFIG = "open_clip_config.json"
+HUB_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+_TEXT_KEPT = ("*.json", "*.txt", "*.model")
+"""Vocabulary and configuration files of a text tower, as Hugging Face names them."""
+
+
+def add_base(
+    home: Path | str,
+    name: str,
+    model: str,
+    weights: Path | None = None,
+    preprocess: Mapping[str, Any] | None = None,
+) -> ClipBase:
+    """Register an open_clip model as base ``name`` and return it; registering the same content again is fine.
+
+    ``weights`` is a safetensors file of the whole model; needed for built-in names, and otherwise in place of what
+    the hub or folder has. ``preprocess`` overrides fields of open_clip's preprocessing (``size``, ``mean``, ...).
+    Raises :class:`BaseModelError` naming what is wrong and the way out.
+    """
+    if weights is not None:
+        check_safetensors(Path(weights))
+    with tempfile.TemporaryDirectory(prefix="ratchet-base-") as temporary:
+        work = Path(temporary)
+        with step(f"reading {model}"):
+            config, found, text_source = _locate(model, weights)
+        model_cfg = copy.deepcopy(config["model_cfg"])
+        text_cfg = model_cfg["text_cfg"]
+        tokenizer, text_files = _text_side(text_cfg, text_source, work)
+        prepared = dict(config.get("preprocess_cfg") or {}) | dict(preprocess or {})
+        prepared.setdefault("size", model_cfg["vision_cfg"].get("image_size", 224))
+        with step(f"loading {found.name}"):
+            built = construct(model_cfg, work)
+            _load(built, found, model)
+        with step(f"writing base {name}"):
+            return save_base(
+                home,
+                name,
+                built.eval(),
+                model_cfg,
+                Preprocess.from_json(prepared),
+                tokenizer,
+                text_files=text_files,
+                about={"model": model, "weights": found.name},
+            )
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise :class:`BaseModelError` unless ``path`` is a safetensors file (whatever it is called)."""
+    if not path.is_file():
+        raise BaseModelError(f"There is no weights file {path}.", "Check the path.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise BaseModelError(
+            f"{path} is no safetensors file ({error}). Pickle files can run code and are not read.",
+            "Convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            "'model.safetensors').",
+        ) from error
+    if path.suffix != ".safetensors":
+        raise BaseModelError(f"{path} is not called *.safetensors.", "Rename it.")
+
+
+def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str | None]:
+    """Configuration, weights file, and where Hugging Face text files are if not under their own name."""
+    if model.startswith(LOCAL):
+        folder = Path(model.removeprefix(LOCAL))
+        candidates = [folder / n for n in HUB_WEIGHTS] + sorted(folder.glob("*.safetensors"))
+        found = weights or next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            others = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth"}]
+            raise BaseModelError(
+                f"{folder} has no safetensors weights" + (f", only {others[0]}." if others else "."),
+                "Convert the weights to safetensors, or name a file with --weights.",
+            )
+        check_safetensors(found)
+        return _read_config(folder / HUB_CONFIG), found, str(folder)
+    if model.startswith(HUB):
+        return _from_hub(model.removeprefix(HUB), weights)
+    known = open_clip.get_model_config(model.replace("/", "-"))
+    if known is None:
+        raise BaseModelError(
+            f"open_clip has no model {model!r}.",
+            "`python -c 'import open_clip; print(open_clip.list_models())'` lists them; hub names start with hf-hub:.",
+        )
+    if weights is None:
+        raise BaseModelError(
+            f"{model} is an architecture without weights.", "Name its safetensors file with --weights."
+        )
+    return {"model_cfg": known, "preprocess_cfg": _published_preprocess(model)}, Path(weights), None
+
+
+def _published_preprocess(model: str) -> dict[str, Any]:
+    """Mean, deviation and geometry of the architecture's published checkpoints: the most common ones.
+
+    A weights file does not say how its images were normalised; where checkpoints differ, the choice is said aloud.
+    """
+    fields = ("mean", "std", "interpolation", "resize_mode")
+    published = Counter(
+        json.dumps({key: config.get(key) for key in fields})
+        for config in (get_pretrained_cfg(model, tag) for tag in list_pretrained_tags_by_model(model))
+    )
+    if not published:
+        return {}
+    chosen: dict[str, Any] = json.loads(published.most_common(1)[0][0])
+    if len(published) > 1:
+        say(
+            f"checkpoints of {model} have {len(published)} different preprocessings; taking mean {chosen['mean']}, "
+            f"{chosen['resize_mode']}. If yours differs, register it as hf-hub:NAME or local-dir:FOLDER."
+        )
+    return chosen
+
+
+def _from_hub(repository: str, weights: Path | None) -> tuple[dict[str, Any], Path, str | None]:
+    from huggingface_hub import hf_hub_download, list_repo_files
+
+    try:
+        config = _read_config(Path(hf_hub_download(repository, HUB_CONFIG)))
+        if weights is not None:
+            return config, weights, repository
+        files = set(list_repo_files(repository))
+        wanted = next((name for name in HUB_WEIGHTS if name in files), None)
+        if wanted is None:
+            raise BaseModelError(
+                f"{repository} has no safetensors weights.", "Convert them and name the file with --weights."
+            )
+        return config, Path(hf_hub_download(repository, wanted)), repository
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{repository} cannot be fetched from the hub: {type(error).__name__}: {error}",
+            "Check the name and the network, or download the repository and use local-dir:FOLDER.",
+        ) from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+        missing = {"text_cfg", "vision_cfg", "embed_dim"} - set(value["model_cfg"])
+        if missing:
+            raise ValueError(f"model_cfg has no {sorted(missing)[0]}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            f"{path} is no open_clip configuration: {error!r}.", "Use a model that open_clip published."
+        ) from error
+    return value
+
+
+def _text_side(text_cfg: dict[str, Any], source: str | None, work: Path) -> tuple[dict[str, Any], Path | None]:
+    """Tokenizer description, and the folder of the files to carry along; ``text_cfg`` is pointed at them."""
+    kwargs = dict(text_cfg.get("tokenizer_kwargs") or {})
+    tower, vocabulary = text_cfg.get("hf_model_name"), text_cfg.get("hf_tokenizer_name")
+    if not tower and not vocabulary:
+        return {"kind": "simple", "kwargs": kwargs}, None
+    folder = work / TEXT_FILES
+    folder.mkdir()
+    local = Path(source) if source and Path(source).is_dir() else None
+    if local is not None:
+        for pattern in _TEXT_KEPT:
+            for path in local.glob(pattern):
+                if path.name != HUB_CONFIG:
+                    shutil.copyfile(path, folder / path.name)
+    else:
+        _fetch_text_files(tower, source or vocabulary or tower, folder)
+    if tower:
+        text_cfg["hf_model_name"] = TEXT_FILES
+    if vocabulary:
+        text_cfg["hf_tokenizer_name"] = TEXT_FILES
+    described = {
+        "kind": "hf",
+        "directory": TEXT_FILES,
+        # Only Hugging Face towers mask padding; for the others its positions are part of what was learnt.
+        "trim": bool(tower),
+        "mode": text_cfg.get("tokenizer_mode"),
+        "kwargs": kwargs,
+    }
+    return described, folder
+
+
+def _fetch_text_files(tower: str | None, vocabulary: str | None, folder: Path) -> None:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(vocabulary, trust_remote_code=False).save_pretrained(folder)
+        if tower:
+            AutoConfig.from_pretrained(tower, trust_remote_code=False).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"The tokenizer {vocabulary!r} cannot be fetched: {error}", "Check the network, or use local-dir:FOLDER."
+        ) from error
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    try:
+        open_clip.factory.load_checkpoint(model, str(path), strict=True)
+    except (RuntimeError, KeyError, ValueError, AttributeError, SafetensorError) as error:
+        raise BaseModelError(
+            f"{path} does not hold the weights of {name}: {str(error)[:500]}",
+            "Use the model name these weights were trained as (mind -quickgelu for OpenAI's).",
+        ) from error
