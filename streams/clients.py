@@ -74,8 +74,9 @@ def explain(error: Exception, kafka: Kafka, doing: str) -> BrokerError:
 class Admin:
     """Questions about topics. One connection, made at first use and again after an error. Not thread safe."""
 
-    def __init__(self, kafka: Kafka) -> None:
+    def __init__(self, kafka: Kafka, connect_seconds: float = CONNECT_SECONDS) -> None:
         self.kafka = kafka
+        self.connect_seconds = connect_seconds
         self._client: KafkaAdminClient | None = None
 
     def topic_id(self, topic: str) -> str | None:
@@ -103,7 +104,7 @@ class Admin:
                 options = client_options(self.kafka, KafkaAdminClient.DEFAULT_CONFIG)
                 bounds = {
                     "request_timeout_ms": int(REQUEST_SECONDS * 1000),
-                    "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+                    "bootstrap_timeout_ms": int(self.connect_seconds * 1000),
                     "reconnect_backoff_max_ms": 1000,
                 }
                 self._client = KafkaAdminClient(**{**bounds, **options})
