@@ -52,18 +52,23 @@ def render(report: Mapping[str, Any]) -> str:
 def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of the cost table: what the trainer told, with the units it uses in words."""
     labels = {
-        "maf_planned": ("MAF planned", "GFLOPs"),
-        "maf_spent": ("MAF spent", "GFLOPs"),
-        "maf": ("MAF spent", "GFLOPs"),
+        "gflops_planned": ("Compute planned (MAF)", "GFLOPs"),
+        "gflops_spent": ("Compute spent (MAF)", "GFLOPs"),
+        "maf_planned": ("Compute planned (MAF)", "GFLOPs"),
+        "maf_spent": ("Compute spent (MAF)", "GFLOPs"),
+        "maf_per_step": ("Compute of a step (MAF)", "GFLOPs"),
+        "memory_ratio": ("Memory, of full fine-tuning", ""),
         "seconds": ("Training time", "s"),
-        "steps": ("Steps", ""),
         "samples": ("Samples seen", ""),
     }
     rows = []
     for key, value in report["cost"].items():
         if isinstance(value, (dict, list)) or value is None:
             continue
-        label, unit = labels.get(key, (key.replace("_", " ").capitalize(), ""))
+        if key.endswith("_bytes") and isinstance(value, (int, float)):
+            value = f"{value / 1e6:,.0f} MB"
+        words = key.removesuffix("_bytes").removesuffix("_gflops").replace("_", " ").capitalize()
+        label, unit = labels.get(key, (words, "GFLOPs" if key.endswith("_gflops") else ""))
         rows.append((label, f"{_number(value)} {unit}".strip()))
     rows.append(("Gate time", f"{report['seconds']:.1f} s"))
     return rows

@@ -39,7 +39,13 @@ def verdict(lost: int = 60) -> Verdict:
         looks=3,
         seconds=41.25,
         created_at="2026-01-01T00:00:00+00:00",
-        cost={"maf_planned": 60000.0, "maf_spent": 58211.4, "seconds": 231.2, "losses": [1.0, 0.5]},
+        cost={
+            "maf_planned": 60000.0,
+            "maf_spent": 58211.4,
+            "seconds": 231.2,
+            "losses": [1.0, 0.5],
+            "peak_bytes": 2.5e8,
+        },
         meta={"update": "u-1", "recipe": {"name": EVIL}, "data_from": {"t:0": 0}, "data_to": {"t:0": 812}},
     )
 
@@ -59,6 +65,7 @@ def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
         "emoji_retrieval",
         "fresh.fluent3d",
         "58,211 GFLOPs",
+        "250 MB",
         "41.2 s",
         "number 4",
         "clip-ba9876543210",
