@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ops.errors import BudgetError
 from serving.engines.base import ClipBase
@@ -76,7 +76,7 @@ class Cost:
 
 def measure(learner: Learner, pairs: list[Pair], rows: list[int]) -> Cost:
     """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
-    with FlopCounterMode(display=False) as flops, _peak(learner.model.device) as peak:
+    with _counted() as flops, _peak(learner.model.device) as peak:
         learner.backward(rows)
     learner.optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) for p in learner.parameters.values())
@@ -103,10 +103,28 @@ def _full(base: ClipBase, pairs: list[Pair]) -> tuple[float, float]:
     tokens = base.tokenizer()([pair.text for pair in pairs])
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    with FlopCounterMode(display=False) as flops, _peak(torch.device("cpu")) as peak:
+    with _counted() as flops, _peak(torch.device("cpu")) as peak:
         image, text = model.encode_image(pixels), model.encode_text(tokens)
         (image @ text.T).sum()
     return peak(), flops.get_total_flops() / 1e9 / len(pairs)
+
+
+def _counted() -> FlopCounterMode:
+    """torch's counter, and the CPU's attention kernel, which it does not know."""
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
 
 
 @contextmanager

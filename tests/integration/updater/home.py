@@ -1,0 +1,74 @@
+"""A home with a tiny base, a filled sample store and small recipes, for tests that run the whole updater."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ops.digests import digest_bytes
+from ops.settings import Settings, load_settings
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.builders import COLOURS, picture, recipe
+
+TOPIC = "samples"
+
+
+def make_home(home: Path, **overrides: Any) -> Settings:
+    """A home folder in which an update takes a second; one that is there already is taken as it is."""
+    tiny_base(home)
+    if not (home / "suites").exists():
+        folder_dataset(home / "data" / "things", count=30)
+        for name in ("default", "naive"):
+            (home / f"{name}.yaml").write_text(recipe(name, max_steps=6, reference_limit=20).to_yaml())
+        (home / "suites").mkdir()
+        (home / "suites" / "things.yaml").write_text("task: retrieval\ndata: ${home}/data/things\nmargin: 0.9\n")
+    return load_settings(
+        overrides={
+            "home": home,
+            "base.clip": "tiny",
+            "updater.recipe": str(home / "default.yaml"),
+            "updater.reference": [home / "data" / "things"],
+            "updater.min_new_samples": 10,
+            "updater.threads": 1,
+            "updater.nice": 0,
+            "updater.poll_seconds": 0.1,
+            "updater.checkpoint_steps": 2,
+            "updater.metrics_port": 0,
+            "gate.suites": [home / "suites"],
+            "gate.min_items": 5,
+            **overrides,
+        },
+        environ={},
+    )
+
+
+def add_samples(settings: Settings, count: int, split: str = "train", partition: int = 0) -> int:
+    """Append samples to the store as ingest would; returns the new version."""
+    store = SampleStore(settings.lake)
+    first = store.offsets().get(f"{TOPIC}:{partition}", 0)
+    rows = [_row(partition, first + number, split) for number in range(count)]
+    return store.commit(lambda snapshot: (rows, [Position(TOPIC, partition, first + count)]))
+
+
+def _row(partition: int, offset: int, split: str) -> dict[str, Any]:
+    image = picture(partition * 10_000 + offset + 7)
+    return {
+        "kind": "sample",
+        "id": digest_bytes(image),
+        "image": image,
+        "text": f"a {COLOURS[offset % 6]} thing number {offset % 9}",
+        "question": "",
+        "answer": "",
+        "domain": "things",
+        "concept": COLOURS[offset % 6],
+        "ingested_at": datetime.now(UTC),
+        "split": split,
+        "phash": "0" * 16,
+        "topic": TOPIC,
+        "partition": partition,
+        "offset": offset,
+    }

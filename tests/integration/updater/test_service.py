@@ -1,0 +1,210 @@
+"""The updater over a real store, ledger and gate: when it begins, on what, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.artifacts import Artifacts
+from ops.errors import GateError, TrainingError
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.engines.adapters import adapter_name
+from tests.integration.updater.home import add_samples, make_home
+from updater import judge, triggers
+from updater.gate import Verdict
+from updater.recipes import load_recipe
+from updater.service import UpdaterService, run_update
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return make_home(tmp_path / "home")
+
+
+@pytest.fixture
+def verdict(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The real gate runs; ``verdict["outcome"]`` then replaces its outcome, which chance decides on random weights."""
+    wanted = {"outcome": "rejected"}
+    real = judge.run_gate
+
+    def decided(**arguments: Any) -> Verdict:
+        return replace(real(**arguments), outcome=wanted["outcome"])
+
+    monkeypatch.setattr(judge, "run_gate", decided)
+    return wanted
+
+
+def release(ledger: Ledger) -> None:
+    """What the release controller does with an open proposal."""
+    (proposal,) = ledger.pending_proposals()
+    live = ledger.live()
+    number = (live.number if live else 0) + 1
+    ledger.commit_release(
+        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
+    )
+
+
+def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Settings, verdict: dict[str, str]) -> None:
+    add_samples(settings, 12, partition=0)
+    add_samples(settings, 12, partition=1)
+    add_samples(settings, 8, split="fresh_eval")
+    verdict["outcome"] = "passed"
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "done"
+    assert update.data_to == service.store.offsets() and update.data_from == {}
+    adapter = service.ledger.adapter(str(update.adapter))
+    artifacts = Artifacts(settings.artifacts)
+    assert adapter_name(artifacts.fetch(f"adapters/{adapter.name}")) == adapter.name
+    report = json.loads(artifacts.read_bytes(f"reports/{update.id}/report.json"))
+    assert artifacts.read_bytes(f"reports/{update.id}/report.html").startswith(b"<!")
+    assert {check["name"]: check["ok"] for check in report["checks"]}["parity"]
+    assert "fresh.things" in {suite["name"] for suite in report["suites"]}
+    (proposal,) = service.ledger.pending_proposals()
+    assert (proposal.kind, proposal.clip, proposal.update_id) == ("update", update.adapter, update.id)
+    assert 0 < update.cost["gflops_spent"] <= update.cost["gflops_planned"]
+    assert service.ledger.spent(update.id) == pytest.approx(update.cost["gflops_spent"])
+    assert update.cost["gate_gflops"] > 0
+    assert not service.work_dir(update).exists()
+
+
+def test_it_waits_until_enough_is_new(settings: Settings) -> None:
+    service = UpdaterService(settings)
+    assert service.step().reason == "there are no new samples"
+    add_samples(settings, 9)
+    outcome = service.step()
+    assert outcome.update is None and outcome.reason.startswith("9 of 10 new samples")
+    waited = settings.model_copy(update={"updater": settings.updater.model_copy(update={"max_wait_seconds": 1e-3})})
+    ready = triggers.decide(waited, service.ledger, service.store, service.recipe)
+    assert isinstance(ready, triggers.Ready)
+
+
+def test_rejected_data_is_not_tried_again_by_itself_but_by_another_recipe_or_on_request(
+    settings: Settings, verdict: dict[str, str]
+) -> None:
+    add_samples(settings, 12)
+    naive = UpdaterService(settings, load_recipe(settings.home / "naive.yaml"))
+    first = naive.step().update
+    assert first is not None
+    assert naive.step().reason == "there are no new samples"
+    again = naive.step(retry=True).update
+    assert again is not None and again.id != first.id
+    assert again.adapter == first.adapter  # same data, recipe and seed
+    default = UpdaterService(settings).step().update
+    assert default is not None and default.data_from == {}
+    assert default.adapter != first.adapter
+
+
+def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rollback(
+    settings: Settings, verdict: dict[str, str]
+) -> None:
+    add_samples(settings, 12)
+    verdict["outcome"] = "passed"
+    service = UpdaterService(settings)
+    first = service.step().update
+    assert first is not None
+    add_samples(settings, 12)
+    assert "proposal" in service.step().reason  # not released yet
+    release(service.ledger)
+    second = service.step().update
+    assert second is not None
+    assert second.incumbent == first.adapter
+    assert second.data_from == first.data_to
+    release(service.ledger)
+    service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
+    ready = triggers.decide(settings, service.ledger, service.store, service.recipe, retry=True)
+    assert isinstance(ready, triggers.Ready)
+    assert (ready.incumbent, ready.data_from) == (first.adapter, first.data_to)
+
+
+def test_earlier_samples_are_replayed_and_new_ones_are_not(settings: Settings, verdict: dict[str, str]) -> None:
+    add_samples(settings, 12)
+    verdict["outcome"] = "passed"
+    service = UpdaterService(settings)
+    service.step()
+    release(service.ledger)
+    add_samples(settings, 11)
+    update = service.step().update
+    assert update is not None
+    assert (update.cost["samples_new"], update.cost["samples_replay"]) == (11, 12)
+    assert update.cost["samples_reference"] > 0
+
+
+def test_an_update_begins_only_if_the_budget_holds_it(settings: Settings, verdict: dict[str, str]) -> None:
+    add_samples(settings, 12)
+    budget = settings.budget.model_copy(update={"gflops_per_day": 1000.0, "gflops_per_update": 900.0})
+    poor = settings.model_copy(update={"budget": budget})
+    service = UpdaterService(poor)
+    assert service.ledger.charge("somebody else", 200.0, now=time.time(), rate=0, capacity=1000)
+    outcome = service.step()
+    assert outcome.update is None and "budget lacks" in outcome.reason
+
+
+def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settings: Settings) -> None:
+    add_samples(settings, 12)
+    budget = settings.budget.model_copy(update={"gflops_per_update": 1e-3})
+    service = UpdaterService(settings.model_copy(update={"budget": budget}))
+    update = service.step().update
+    assert update is not None and update.state == "failed"
+    assert "does not pay for one step" in str(update.error)
+    assert service.ledger.spent(update.id) == 0
+
+
+def test_missing_suites_leave_the_update_trained_until_they_are_there(
+    settings: Settings, verdict: dict[str, str]
+) -> None:
+    add_samples(settings, 12)
+    suites = settings.home / "suites"
+    suites.rename(settings.home / "gone")
+    service = UpdaterService(settings)
+    with pytest.raises(GateError):
+        service.step()
+    waiting = service.ledger.unfinished_update("clip")
+    assert waiting is not None and waiting.state == "trained"
+    (settings.home / "gone").rename(suites)
+    done = service.step().update
+    assert done is not None and (done.id, done.state) == (waiting.id, "done")
+
+
+def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datetime import timedelta
+
+    from updater import service as service_module
+
+    add_samples(settings, 12)
+    service = UpdaterService(settings)
+    monkeypatch.setattr(service_module, "train", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        service.step()
+    monkeypatch.undo()
+    add_samples(settings, 12)
+    service.store.compact(keep=timedelta(0))
+    update = service.step().update
+    assert update is not None and update.state == "abandoned"
+    assert "not kept" in str(update.error)
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_once_says_why_nothing_was_trained(settings: Settings) -> None:
+    with pytest.raises(TrainingError, match="no new samples"):
+        run_update(settings, once=True, reexec=False)
+
+
+def test_once_begins_with_fewer_samples_than_the_trigger_wants(settings: Settings, verdict: dict[str, str]) -> None:
+    add_samples(settings, 4)
+    outcome = run_update(settings, once=True, recipe=str(settings.home / "naive.yaml"), reexec=False)
+    assert outcome is not None and outcome.update is not None
+    assert outcome.update.recipe["name"] == "naive"

@@ -1,0 +1,70 @@
+"""Memory-adjusted FLOPs against what can be counted by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ops.errors import BudgetError
+from serving.engines.base import ClipBase
+from tests.support.tiny import tiny_base
+from tests.unit.updater.builders import pools, recipe
+from updater.cost import Cost, _peak, measure
+from updater.learner import Learner
+from updater.prepare import prepare
+
+
+def _cost(base: ClipBase, **changes: object) -> Cost:
+    pool = pools(new=12, reference=0)
+    learner = Learner(base, recipe("naive", **changes), {}, seed=0)
+    made = prepare(learner.model, learner.towers, learner.learning, pool.new)
+    learner.see(made, pool.new, ["new"] * 12)
+    return measure(learner, list(pool.new), list(range(12)))
+
+
+def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    whole = _cost(base, image={}, text={})
+    late = _cost(base, image={"blocks": 1}, text={"blocks": 1})
+    locked = _cost(base, image={"locked": True}, text={"blocks": 1})
+    # Forward and backward of the whole model cost between two and four forward passes.
+    assert 2 < whole.step_gflops / (12 * whole.sample_gflops) < 4
+    assert locked.step_gflops < late.step_gflops < whole.step_gflops
+    assert locked.memory_ratio < late.memory_ratio < whole.memory_ratio < 1
+    assert whole.sample_gflops == late.sample_gflops
+    assert whole.full_bytes == late.full_bytes
+
+
+def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> None:
+    """Two towers of 2 blocks x 64: 17 image and 16 text tokens; 12 width² multiply-adds a token, attention beside."""
+    cost = _cost(tiny_base(tmp_path))
+    tokens = {"image": 17, "text": 16}
+    layers = sum(2 * 2 * 12 * 64 * 64 * n for n in tokens.values())
+    attention = sum(2 * 2 * 2 * n * n * 64 for n in tokens.values())
+    patches = 2 * 16 * 3 * 8 * 8 * 64
+    heads = 2 * 2 * 64 * 32
+    assert cost.sample_gflops * 1e9 == pytest.approx(layers + attention + patches + heads, rel=0.01)
+
+
+def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
+    layer = nn.Linear(100, 50)
+    x = torch.randn(10, 100)
+    with _peak(torch.device("cpu")) as peak:
+        kept = layer(x).relu()
+        (layer(x) * kept).sum()
+    # x once (used twice), relu's output once, the second product's other side once; the weights never.
+    assert peak() == 4 * (10 * 100 + 10 * 50 + 10 * 50)
+
+
+def test_steps_follow_from_the_budget() -> None:
+    cost = Cost(step_gflops=10, sample_gflops=0.1, samples=100, peak_bytes=1, full_bytes=2)
+    assert cost.maf_per_step == 5
+    assert cost.maf_prepare == 5
+    assert cost.steps_within(5 + 5 * 7.5, most=100) == 7
+    assert cost.steps_within(1e9, most=100) == 100
+    assert cost.maf(7) == 40
+    with pytest.raises(BudgetError, match="Raise budget"):
+        cost.steps_within(9, most=100)

@@ -1,0 +1,69 @@
+"""Recipes are plain YAML that is checked before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ConfigError
+from updater import objectives
+from updater.recipes import Recipe, load_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_survives_the_way_through_yaml(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    file = tmp_path / "copy.yaml"
+    file.write_text(recipe.to_yaml())
+    assert load_recipe(file) == recipe
+    assert load_recipe(file).digest == recipe.digest
+    assert objectives.build(recipe.objectives)
+
+
+def test_the_shipped_recipes_are_what_they_are_called() -> None:
+    assert load_recipe("locked-image").image.locked and not load_recipe("locked-image").text.locked
+    assert load_recipe("locked-text").text.locked and not load_recipe("locked-text").image.locked
+    naive, default = load_recipe("naive"), load_recipe("default")
+    assert naive.mixture.new == 1
+    assert [term.name for term in naive.objectives] == ["contrastive"]
+    assert (default.mixture.reference, default.mixture.new, default.mixture.replay) == (0.33, 0.34, 0.33)
+    assert "feature_distillation" in [term.name for term in default.objectives]
+
+
+def test_the_digest_follows_what_is_computed_and_not_the_prose() -> None:
+    recipe = load_recipe("default")
+    assert recipe.model_copy(update={"description": "other words"}).digest == recipe.digest
+    assert recipe.model_copy(update={"rank": recipe.rank + 1}).digest != recipe.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rnak": 8}, "rnak"),
+        ({"rank": 0}, "rank"),
+        ({"mixture": {"reference": 0.5, "new": 0.4, "replay": 0.3}}, "mixture"),
+        ({"schedule": {"kind": "cosine"}}, r"schedule\.kind"),
+        ({"image": {"locked": True}, "text": {"locked": True}}, "both towers are locked"),
+        ({"name": "../escape"}, "name"),
+        ({"objectives": []}, "objectives"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
+    values = load_recipe("default").model_dump(mode="json")
+    with pytest.raises(ConfigError, match=named):
+        Recipe.parse({**values, **change})
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="default, locked-image, locked-text, naive"):
+        load_recipe("defualt")
+
+
+def test_an_unknown_objective_or_option_is_refused() -> None:
+    values = load_recipe("default").model_dump(mode="json")
+    for term in ({"name": "contrastvie"}, {"name": "base"}, {"name": "contrastive", "options": {"tau": 1}}):
+        recipe = Recipe.parse({**values, "objectives": [term]})
+        with pytest.raises(ConfigError, match=str(term["name"])):
+            objectives.build(recipe.objectives)

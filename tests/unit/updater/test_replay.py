@@ -1,0 +1,51 @@
+"""The replay reservoir: bounded, balanced, and a pure function of rows and seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from updater.replay import Candidate, decayed_counts, reservoir
+
+
+def rows(**counts: int) -> list[Candidate]:
+    return [Candidate(f"{concept}-{i}", concept) for concept, count in counts.items() for i in range(count)]
+
+
+def test_everything_is_kept_while_it_fits() -> None:
+    few = rows(cat=3, dog=4)
+    assert reservoir(few, 7, 100, seed=0) == [row.id for row in few]
+
+
+def test_a_rare_concept_is_not_drowned_by_a_common_one() -> None:
+    """900 cats and 100 dogs into 100 places: drawn evenly over rows that would be 10 dogs; balanced it is about 50."""
+    kept = reservoir(rows(cat=900, dog=100), 100, half_life=1e9, seed=0)
+    assert len(kept) == len(set(kept)) == 100
+    dogs = Counter(name.split("-")[0] for name in kept)["dog"]
+    assert 35 <= dogs <= 60
+
+
+def test_the_draw_depends_on_rows_and_seed_alone() -> None:
+    many = rows(cat=200, dog=50)
+    assert reservoir(many, 40, 100, seed=1) == reservoir(list(many), 40, 100, seed=1)
+    assert reservoir(many, 40, 100, seed=1) != reservoir(many, 40, 100, seed=2)
+
+
+def test_most_of_the_buffer_stays_when_the_stream_grows() -> None:
+    before = set(reservoir(rows(cat=400, dog=400), 100, 1e9, seed=1))
+    after = set(reservoir(rows(cat=400, dog=400) + [Candidate(f"new-{i}", "cat") for i in range(20)], 100, 1e9, seed=1))
+    assert len(before & after) > 80
+
+
+def test_counts_are_halved_after_a_half_life() -> None:
+    old = ["a"] * 10 + ["b"] * 10
+    counts = decayed_counts(old, half_life=10)
+    newest = sum(0.5 ** (i / 10) for i in range(10))
+    assert counts["b"] == pytest.approx(newest)
+    assert counts["a"] == pytest.approx(newest / 2)
+
+
+def test_tiny_reservoirs_work() -> None:
+    assert reservoir(rows(cat=3), 0, 10, seed=0) == []
+    assert len(reservoir(rows(cat=3), 1, 10, seed=0)) == 1
