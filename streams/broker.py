@@ -31,10 +31,12 @@ class EmbeddedBroker:
     ...     broker.ensure_topics(["ratchet.samples"], partitions=2)
     """
 
-    def __init__(self, address: str = "", log: Path | None = None) -> None:
-        """``address``: host:port to listen on; a free port of 127.0.0.1 by default. ``log``: file for its output."""
-        self.address = address or f"127.0.0.1:{_free_port()}"
+    def __init__(self, address: str = "", log: Path | None = None, advertised: str = "") -> None:
+        """``address``: host:port to listen on; a free port of 127.0.0.1 by default. ``log``: file for its output.
+        ``advertised``: host:port that clients are told to connect to, where that is another (a proxy)."""
+        self.address = address or f"127.0.0.1:{free_port()}"
         self.log = log
+        self.advertised = advertised or self.address
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -49,8 +51,8 @@ class EmbeddedBroker:
                 f"something already listens on {self.address}.",
                 "Stop it, or choose another port with `kafka.bootstrap`.",
             )
-        url = f"tcp://{self.address}"
-        command = [_binary(), "broker", "--listener-url", url, "--advertised-listener-url", url]
+        listen, tell = f"tcp://{self.address}", f"tcp://{self.advertised}"
+        command = [_binary(), "broker", "--listener-url", listen, "--advertised-listener-url", tell]
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
         with (self.log or Path(os.devnull)).open("ab") as out:
@@ -137,7 +139,8 @@ def _binary() -> str:
         ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -35,10 +35,10 @@ NO_SOURCE = "urn:ratchet:unknown"  # CloudEvents demands a source; this one stan
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Key, value and headers of a Kafka record. The key is the sample's id, so equal samples share a partition."""
+    """Key, value and headers of a Kafka record. A sample's key is its id, so equal samples share a partition."""
 
-    key: bytes
-    value: bytes
+    key: bytes | None
+    value: bytes | None
     headers: Headers
 
 

@@ -90,7 +90,7 @@ class Outlet:
 
         def failed(error: BaseException) -> None:
             self._room.release()
-            result.set_exception(self._explain(error, topic, len(record.value)))
+            result.set_exception(self._explain(error, topic, len(record.value or b"")))
 
         try:
             headers: Headers = list(record.headers)

@@ -61,7 +61,9 @@ def message(row: Row) -> Encoded:
         (name, b"" if value is None else base64.b64decode(value)) for name, value in json.loads(row["original_headers"])
     ]
     headers: Headers = [*original, *((f"ratchet_{name}", text.encode()) for name, text in ours.items())]
-    return Encoded(row["original_key"], row["original"], headers)
+    key, value = row["original_key"], row["original"]
+    # Brokers take a record with neither; the client does not send one.
+    return Encoded(key, b"" if value is None and key is None else value, headers)
 
 
 class Quarantine:

@@ -1,0 +1,318 @@
+"""From any producer into the store: samples once, refusals with their reason, nothing lost."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.settings import Settings
+from streams import Producer, Sample
+from streams.broker import EmbeddedBroker, free_port
+from streams.clients import Admin
+from streams.codecs import encode
+from streams.folders import FolderItem, write_folder
+from streams.ingest import Ingest
+from streams.producer import publish
+from streams.store import SampleStore
+from tests.support.broker import Broker
+from tests.support.kafka import (
+    Message,
+    Proxy,
+    good,
+    make_topics,
+    picture,
+    produce,
+    quarantined_places,
+    read_topic,
+    reading,
+    records_seen,
+    wait_for,
+)
+
+pytestmark = pytest.mark.integration
+
+
+class Running:
+    """An ingest that runs for all tests of this module: joining a group takes seconds."""
+
+    def __init__(self, settings: Settings, ingest: Ingest) -> None:
+        self.settings = settings
+        self.ingest = ingest
+        self.store = SampleStore(settings.lake)
+
+    def take(self, count: int, send: Any) -> list[dict[str, Any]]:
+        """What became of the ``count`` records that ``send()`` produces."""
+        before = {tuple(row.values()) for row in self._places()}
+        seen = records_seen(self.ingest.status)
+        send()
+        wait_for(lambda: records_seen(self.ingest.status) >= seen + count, f"{count} records")
+        rows = self.store.records().to_pylist()
+        return [row for row in rows if (row["topic"], row["partition"], row["offset"]) not in before]
+
+    def sample(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The stored sample of a record."""
+        found: list[dict[str, Any]] = self.store.scan(ids=[row["id"]]).to_pylist()
+        return found[0]
+
+    def _places(self) -> list[dict[str, Any]]:
+        places: list[dict[str, Any]] = self.store.records().select(["topic", "partition", "offset"]).to_pylist()
+        return places
+
+
+@pytest.fixture(scope="module")
+def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    home = tmp_path_factory.mktemp("ingest")
+    settings = broker.settings(home, ingest={"allowed_uris": [f"file://{home}/allowed"], "max_text_chars": 300})
+    make_topics(settings)
+    with reading(settings) as ingest:
+        yield Running(settings, ingest)
+
+
+def test_a_published_folder_is_in_the_store_with_all_its_fields(running: Running, tmp_path: Path) -> None:
+    items = [
+        FolderItem(
+            path=Path(f"{n}.png"),
+            text=f"folder item {n}",
+            label="thing",
+            concept=f"c{n % 3}",
+            domain="folder",
+            source="urn:test",
+            time="2026-01-02T03:04:05+00:00",
+            tags=("a", "b"),
+            inline=picture(1000 + n),
+        )
+        for n in range(40)
+    ]
+    write_folder(tmp_path / "data", items)
+    reports: list[Any] = []
+    rows = running.take(40, lambda: reports.append(publish(running.settings, tmp_path / "data")))
+    assert (reports[0].delivered, sum(reports[0].partitions.values())) == (40, 40)
+    assert Counter(row["kind"] for row in rows) == {"sample": 40}
+    stored = running.store.scan(ids=[row["id"] for row in rows]).to_pylist()
+    assert {row["text"]: row["image"] for row in stored} == {item.text: item.inline for item in items}
+    one = stored[0]
+    assert (one["domain"], one["source"], one["label"], one["tags"]) == ("folder", "urn:test", "thing", ["a", "b"])
+    assert (one["time"].isoformat(), one["width"], one["height"]) == ("2026-01-02T03:04:05+00:00", 32, 32)
+    assert one["ingested_at"].timestamp() == pytest.approx(time.time(), abs=60)
+    assert len({row["split"] for row in stored}) == 2
+    assert running.store.offsets() == {
+        **running.store.offsets(),
+        **{
+            f"{running.settings.kafka.topic}:{p}": running.ingest.status.offsets.get(
+                f"{running.settings.kafka.topic}:{p}"
+            )
+            for p in reports[0].partitions
+        },
+    }
+
+
+@pytest.mark.parametrize("encoding", ["json", "raw", "cloudevents", "cloudevents-binary"])
+def test_each_encoding_arrives(running: Running, encoding: Any) -> None:
+    image = picture(hash(encoding) % 10_000 + 2000)
+    sample = Sample(image=image, question="What ist das?", answer="Ein Bild: 画像", source="urn:x", tags=("é",))
+    message = encode(sample, encoding)
+    [row] = running.take(1, lambda: produce(running.settings.kafka, [(message.value, message.headers)]))
+    stored = running.sample(row)
+    assert (stored["id"], stored["image"], stored["question"]) == (sample.id, image, sample.question)
+    assert (stored["answer"], stored["source"], stored["tags"]) == (sample.answer, "urn:x", ["é"])
+
+
+def test_an_image_is_fetched_from_an_allowed_folder_only(running: Running) -> None:
+    home = running.settings.home
+    (home / "allowed").mkdir()
+    for place, seed in (("allowed/in.png", 3000), ("out.png", 3001)):
+        (home / place).write_bytes(picture(seed))
+    (home / "allowed" / "link.png").symlink_to(home / "out.png")
+    uris = ["allowed/in.png", "out.png", "allowed/../out.png", "allowed/link.png", "allowed/none.png"]
+    messages: list[Message] = [
+        (json.dumps({"image_uri": f"file://{home}/{name}", "text": name}).encode(), []) for name in uris
+    ]
+    rows = running.take(5, lambda: produce(running.settings.kafka, messages, partition=0))
+    assert [row["reason"] for row in rows] == [None, *["uri_not_allowed"] * 3, "uri_unreachable"]
+    assert running.sample(rows[0])["image"] == picture(3000)
+
+
+def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(running: Running) -> None:
+    poison: dict[str, Message] = {
+        "not_json": (b"\xff\xfe{not json", [("x-trace", b"\x00\xff")]),
+        "image_undecodable": (picture(4000)[:60], [("ratchet_text", b"cut short")]),
+        "image_missing": (b'{"text": "no image"}', []),
+        "text_missing": (picture(4001), []),
+        "text_too_long": (picture(4002), [("ratchet_text", b"x" * 301)]),
+        "schema": (json.dumps({"image": "aGk=", "text": "t", "txet": 1}).encode(), []),
+        "image_format": (json.dumps({"image": base64.b64encode(b"<svg/>").decode(), "text": "t"}).encode(), []),
+        "image_too_small": (picture(4003, size=4), [("ratchet_text", b"tiny")]),
+        "headers": (picture(4004), [("ratchet_text", b"\xff\xff")]),
+        "empty": (None, []),
+    }
+    messages = [each for n, bad in enumerate(poison.values()) for each in (good(4100 + n), bad)]
+    places: list[Any] = []
+    rows = running.take(len(messages), lambda: places.extend(produce(running.settings.kafka, messages, partition=1)))
+    assert [row["reason"] for row in rows[1::2]] == list(poison)
+    assert [row["kind"] for row in rows[::2]] == ["sample"] * len(poison)
+    published = read_topic(running.settings.kafka, running.settings.kafka.quarantine_topic, len(poison))
+    by_place = {int(dict(each.headers)["ratchet_offset"]): each for each in published}
+    for (reason, (value, headers)), place in zip(poison.items(), places[1::2], strict=True):
+        message = by_place[place[2]]
+        got = dict(message.headers)
+        assert message.value == value
+        assert (got["ratchet_reason"].decode(), got["ratchet_topic"].decode()) == (reason, place[0])
+        assert got["ratchet_detail"]
+        assert all(got[name] == each for name, each in headers if not name.startswith("ratchet_"))
+
+
+def test_a_repeated_sample_is_recorded_as_a_duplicate_and_stored_once(running: Running) -> None:
+    again = (encode(Sample(image=picture(5000), text="same look", domain="other"), "json").value, [])
+    relook = (picture(5000, kind="BMP"), [("ratchet_text", b"same look")])
+    other = (picture(5000, kind="BMP"), [("ratchet_text", b"other words")])
+    first = (picture(5000), [("ratchet_text", b"same look")])
+    rows = running.take(5, lambda: produce(running.settings.kafka, [first, again, relook, other, first], partition=0))
+    assert [(row["kind"], row["reason"]) for row in rows] == [
+        ("sample", None),
+        ("duplicate", "duplicate_exact"),
+        ("duplicate", "duplicate_perceptual"),
+        ("sample", None),
+        ("duplicate", "duplicate_exact"),
+    ]
+    assert {row["duplicate_of"] for row in rows} == {None, rows[0]["id"]}
+
+
+@pytest.mark.skipif(shutil.which("kcat") is None, reason="kcat (Debian package) is not installed")
+def test_kcat_publishes_plain_json_and_image_files(running: Running, tmp_path: Path) -> None:
+    kafka = running.settings.kafka
+    lines = "\n".join(
+        json.dumps({"image": base64.b64encode(picture(6000 + n)).decode(), "text": f"from kcat {n}"}) for n in range(3)
+    )
+    file = tmp_path / "one.png"
+    file.write_bytes(picture(6010))
+
+    def send() -> None:
+        base = ["kcat", "-q", "-P", "-b", kafka.bootstrap, "-t", kafka.topic]
+        subprocess.run(base, input=lines.encode(), check=True, timeout=30)
+        headers = ["-H", "ratchet_text=a file from kcat", "-H", "ratchet_domain=kcat"]
+        subprocess.run([*base, *headers, str(file)], check=True, timeout=30)
+
+    rows = running.take(4, send)
+    stored = {each["text"]: each for each in map(running.sample, rows)}
+    assert set(stored) == {"from kcat 0", "from kcat 1", "from kcat 2", "a file from kcat"}
+    assert (stored["a file from kcat"]["image"], stored["a file from kcat"]["domain"]) == (picture(6010), "kcat")
+
+
+def test_a_restart_goes_on_where_the_store_is_though_kafka_remembers_nothing(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    places = produce(settings.kafka, [good(n) for n in range(6)])
+    with reading(settings) as ingest:
+        wait_for(lambda: ingest.status.samples == 6, "6 samples")
+    places += produce(settings.kafka, [good(n) for n in range(6, 10)])
+    forgetful = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"group": "another-group"})})
+    with reading(forgetful) as ingest:
+        wait_for(lambda: ingest.status.samples == 4, "4 samples")
+    rows = SampleStore(settings.lake).scan(columns=["topic", "partition", "offset"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == sorted(places)
+    assert ingest.status.duplicates == 0
+
+
+def test_a_topic_that_was_deleted_and_made_anew_is_read_as_a_new_generation(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path, kafka={"partitions": 1})
+    make_topics(settings)
+    produce(settings.kafka, [good(n) for n in range(5)])
+    topic = settings.kafka.topic
+    admin = Admin(settings.kafka)
+    with reading(settings) as ingest:
+        wait_for(lambda: ingest.status.samples == 5, "5 samples")
+        admin._ask("deleting", lambda client: client.delete_topics([topic]))
+        wait_for(lambda: admin.topic_id(topic) is not None, "ingest makes the topic anew")
+        produce(settings.kafka, [good(n) for n in range(3, 8)])
+        wait_for(lambda: records_seen(ingest.status) == 10, "5 more records")
+    admin.close()
+    store = SampleStore(settings.lake)
+    assert store.offsets() == {f"{topic}:0": 5, f"{topic}@1:0": 5}
+    assert store.records()["kind"].to_pylist() == ["sample"] * 5 + ["duplicate"] * 2 + ["sample"] * 3
+
+
+def test_a_broker_that_goes_away_and_comes_back_is_waited_for(tmp_path: Path) -> None:
+    port = free_port()
+    with EmbeddedBroker(advertised=f"127.0.0.1:{port}") as embedded:
+        proxy = Proxy(port, embedded.address)
+        proxy.open()
+        settings = Broker(f"127.0.0.1:{port}", embedded=True).settings(tmp_path)
+        direct = settings.kafka
+        make_topics(settings)
+        places = produce(direct, [good(n) for n in range(4)])
+        with reading(settings) as ingest:
+            wait_for(lambda: ingest.status.samples == 4, "4 samples")
+            proxy.cut()
+            wait_for(lambda: ingest.status.state == "waiting", "the loss was noticed")
+            assert "cannot be reached" in ingest.status.problem
+            proxy.open()
+            places += produce(direct, [good(4), (b"poison", []), good(5)])
+            wait_for(lambda: records_seen(ingest.status) == 7, "3 more records")
+            wait_for(lambda: ingest.status.state == "reading", "reading again")
+        assert ingest.status.problem == ""
+        rows = SampleStore(settings.lake).records().select(["topic", "partition", "offset"]).to_pylist()
+        assert [tuple(row.values()) for row in rows] == sorted(places)
+        assert quarantined_places(settings.kafka, 1) == [places[5]]
+        proxy.cut()
+
+
+def test_an_embedded_broker_that_lost_its_log_is_noticed(tmp_path: Path) -> None:
+    with EmbeddedBroker() as embedded:
+        settings = Broker(embedded.address, embedded=True).settings(tmp_path, kafka={"partitions": 1})
+        make_topics(settings)
+        produce(settings.kafka, [good(n) for n in range(6)])
+        with reading(settings) as ingest:
+            wait_for(lambda: ingest.status.samples == 6, "6 samples")
+            embedded.kill()
+            embedded.start()
+            make_topics(settings)
+            produce(settings.kafka, [good(100 + n) for n in range(9)])
+            wait_for(lambda: ingest.status.samples == 15, "9 samples of the new log")
+        topic = settings.kafka.topic
+        assert SampleStore(settings.lake).offsets() == {f"{topic}:0": 6, f"{topic}@1:0": 9}
+
+
+def test_two_processes_share_the_partitions_and_one_takes_over(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    with reading(settings) as first:
+        wait_for(lambda: first.status.state == "reading", "the first reads")
+        places = produce(settings.kafka, [good(n) for n in range(20)])
+        with reading(settings) as second:
+            wait_for(lambda: first.status.samples + second.status.samples == 20, "20 samples")
+            more = 20
+            while second.status.samples == 0:  # until the group has given it a partition
+                places += produce(settings.kafka, [good(more), good(more + 1)])
+                more += 2
+                assert more < 400, "the second never got a partition"
+                time.sleep(0.2)
+        places += produce(settings.kafka, [good(n) for n in range(more, more + 10)])
+        store = SampleStore(settings.lake)
+        wait_for(lambda: store.count() == more + 10, "the first took over")
+    rows = store.records()
+    got = rows.select(["topic", "partition", "offset"]).to_pylist()
+    assert [tuple(row.values()) for row in got] == sorted(places)
+    assert set(rows["kind"].to_pylist()) == {"sample"}
+
+
+def test_the_producer_reports_each_delivery(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    reports: list[Any] = []
+    with Producer(settings.kafka, on_delivery=reports.append) as producer:
+        futures = [producer.send(image=picture(n), text="t") for n in range(8)]
+        again = producer.send(image=picture(0), text="t")
+    got = [future.result(timeout=0) for future in futures]
+    assert {each.topic for each in got} == {settings.kafka.topic}
+    assert len({(each.partition, each.offset) for each in got}) == 8
+    assert again.result(timeout=0).partition == got[0].partition
+    assert sorted(each.sample_id for each in reports) == sorted(each.sample_id for each in [*got, again.result()])

@@ -1,0 +1,163 @@
+"""Producing and reading records as others would, without Ratchet's own producer."""
+
+from __future__ import annotations
+
+import io
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from PIL import Image
+
+from ops.settings import Kafka, Settings
+from streams.clients import ensure_topics
+from streams.ingest import Ingest, IngestStatus
+
+Place = tuple[str, int, int]
+Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
+
+
+def picture(seed: int, size: int = 32, kind: str = "PNG") -> bytes:
+    """A picture like no other seed's: 16 random blocks."""
+    blocks = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(blocks).resize((size, size), Image.Resampling.NEAREST).save(out, kind)
+    return out.getvalue()
+
+
+def good(seed: int, **headers: str) -> Message:
+    """A valid record in the raw encoding."""
+    fields = {"text": f"picture {seed}", **headers}
+    return picture(seed), [(f"ratchet_{name}", text.encode()) for name, text in fields.items()]
+
+
+def make_topics(settings: Settings) -> None:
+    """The topics of the settings."""
+    ensure_topics(settings.kafka, [settings.kafka.topic], settings.kafka.partitions)
+    ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
+
+
+def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[Place]:
+    """Send records round robin over the partitions; their places, in the order given."""
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=1 << 26)
+    try:
+        sent = [
+            producer.send(
+                kafka.topic,
+                value,
+                key=b"tombstone" if value is None else None,
+                headers=headers,
+                partition=number % kafka.partitions if partition is None else partition,
+            )
+            for number, (value, headers) in enumerate(messages)
+        ]
+        return [(kafka.topic, done.partition, done.offset) for done in (each.get(30) for each in sent)]
+    finally:
+        producer.close(5)
+
+
+def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 20.0) -> list[Any]:
+    """All records of a topic: until two quiet polls, and ``at_least`` so many."""
+    consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
+    try:
+        partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
+        consumer.assign(partitions)
+        found: list[Any] = []
+        quiet, deadline = 0, time.monotonic() + timeout
+        while (quiet < 2 or len(found) < at_least) and time.monotonic() < deadline:
+            records = [each for batch in consumer.poll(timeout_ms=300).values() for each in batch]
+            quiet = 0 if records else quiet + 1
+            found += records
+        return found
+    finally:
+        consumer.close(timeout_ms=1000)
+
+
+def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[Place]:
+    """Places of the originals of all messages in the quarantine topic, with repetitions."""
+    places = []
+    for record in read_topic(kafka, kafka.quarantine_topic, at_least):
+        headers = {name: value.decode(errors="replace") for name, value in record.headers}
+        places.append((headers["ratchet_topic"], int(headers["ratchet_partition"]), int(headers["ratchet_offset"])))
+    return places
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
+    """Wait until the condition holds, or fail saying what did not come."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s"
+        time.sleep(0.02)
+
+
+@contextmanager
+def reading(settings: Settings) -> Iterator[Ingest]:
+    """An ingest that runs on a thread, and is stopped at the end."""
+    ingest = Ingest(settings)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            ingest.run()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="ingest")
+    thread.start()
+    try:
+        yield ingest
+    finally:
+        ingest.stop()
+        thread.join(60)
+    assert not thread.is_alive() and not failures, f"ingest ended badly: {failures}"
+
+
+def records_seen(status: IngestStatus) -> int:
+    """Records that a running ingest has dealt with."""
+    return status.samples + status.duplicates + status.quarantined
+
+
+class Proxy:
+    """A TCP relay that can be cut and mended: a broker that goes away and comes back with its log."""
+
+    def __init__(self, port: int, target: str) -> None:
+        self.port = port
+        self.target = target.rpartition(":")
+        self._listener: socket.socket | None = None
+        self._links: list[socket.socket] = []
+
+    def open(self) -> None:
+        """Take connections."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Refuse new connections and break those that are there."""
+        links, self._links = self._links, []
+        for each in [self._listener, *links]:
+            if each is not None:
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+                each.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection((self.target[0], int(self.target[2])))
+                self._links += [near, far]
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self._relay, args=pair, daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
