@@ -90,7 +90,9 @@ class Updater(Section):
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
     max_wait_seconds: float = Field(3600.0, gt=0, description="Trigger with fewer samples after this long.")
     poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")
-    reference: list[Path] = Field(default_factory=list, description="Folder datasets of the reference pool.")
+    reference: list[Path] = Field(
+        default_factory=list, description="Folder datasets of the reference pool; unset: the shipped base's own."
+    )
     seed: int = Field(0, ge=0, description="Seed of training.")
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
     nice: int = Field(15, ge=0, le=19, description="Niceness of the trainer process.")

@@ -25,6 +25,7 @@ from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase, load_base
 from streams.store import SampleStore
 from updater import triggers
+from updater.base import reference_folders
 from updater.judge import judge
 from updater.pools import draw_pools, mixed_seed
 from updater.process import StopSignal, be_nice, only_one, use_memory_settings
@@ -165,7 +166,7 @@ class UpdaterService:
             )
         recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
         pools = draw_pools(
-            self.store, recipe, settings.updater.reference, update.store_version, update.data_from, update.seed
+            self.store, recipe, reference_folders(settings), update.store_version, update.data_from, update.seed
         )
         if not pools.new:
             raise TrainingError(f"{update.id}: no new sample has a text.", "CLIP updates need captions.")

@@ -6,8 +6,6 @@ from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
 
-REFERENCE = ("noto", "pixel_ultica")  # of the domains that the shipped base was trained on, those with the best texts
-
 
 def make_ready(settings: Settings) -> None:
     """Build the shipped base and prepare its data where they are missing.
@@ -26,7 +24,7 @@ def make_ready(settings: Settings) -> None:
             )
         return
     from streams.demo import prepare_domain
-    from updater.base import build_base
+    from updater.base import REFERENCE, build_base
 
     if not registered:
         with step("building the shipped base"):

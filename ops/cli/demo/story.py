@@ -172,7 +172,7 @@ def _await_release(stage: Stage, verdict: VerdictRow) -> dict[str, float]:
 def _served(stage: Stage) -> dict[str, float] | None:
     """What the controller recorded when every replica had acknowledged the live release."""
     subject = f"release {stage.client.live()}"
-    rows = (row for row in stage.ledger.audit_rows() if row.subject == subject and row.action == "served everywhere")
+    rows = (row for row in stage.ledger.audit_rows() if row.subject == subject and row.action == "released")
     return next((row.detail for row in rows), None)
 
 
@@ -182,7 +182,7 @@ def _back_and_forth(stage: Stage, default: VerdictRow) -> float:
     back = stage.client.rollback("the demo wants to see the old model")
     seconds = time.monotonic() - began
     found = search(stage.url, stage.queries[0])
-    if found.release != back["release"] or not found.hits:
+    if found.release != back["number"] or not found.hits:
         raise RatchetError(f"after the rollback, release {found.release} answered with {len(found.hits)} hits.")
     say(f"release {back['release']} (the base again) was served everywhere after {seconds * 1000:.0f} ms")
     forward = stage.client.release(default.adapter, "the demo wants the better model back")
