@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from ops import metrics
 from ops.errors import RatchetError, RecordError, StoreError
-from serving.catalog.tables import Filters, Hit, Tables
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.tables import Tables
 from serving.deployments.stamps import Stamp
 
 log = logging.getLogger("ratchet.catalog")

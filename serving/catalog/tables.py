@@ -6,9 +6,6 @@ approximate index would be measured against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import lancedb
@@ -17,44 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ops.errors import StoreError
+from serving.catalog.queries import Filters, Hit
 
 COMPACT_EVERY = 32
 """Appends between two compactions. Each append is a fragment; scans of thousands of fragments are slow."""
-
-
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """Conditions that every hit meets. Times are UTC; ``since`` is included, ``until`` is not."""
-
-    domain: tuple[str, ...] = ()
-    source: tuple[str, ...] = ()
-    since: datetime | None = None
-    until: datetime | None = None
-
-    def sql(self) -> str:
-        """A DataFusion expression, empty when there is no condition. Texts are quoted, never pasted."""
-        parts = [
-            f"{name} IN ({', '.join(_quote(value) for value in values)})"
-            for name, values in (("domain", self.domain), ("source", self.source))
-            if values
-        ]
-        if self.since is not None:
-            parts.append(f"time >= {_timestamp(self.since)}")
-        if self.until is not None:
-            parts.append(f"time < {_timestamp(self.until)}")
-        return " AND ".join(parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """One search result. ``score`` is the cosine similarity."""
-
-    id: str
-    score: float
-    text: str
-    domain: str
-    source: str
-    time: datetime | None
 
 
 class Tables:
@@ -134,22 +97,3 @@ class Tables:
         if space not in self._open and space in self.spaces():
             self._open[space] = self._database.open_table(f"clip_{space}")
         return self._open.get(space)
-
-
-def _quote(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _timestamp(value: datetime) -> str:
-    return f"timestamp '{value.astimezone(UTC).strftime('%Y-%m-%d %H:%M:%S.%f')}'"
-
-
-def as_filters(
-    domain: Sequence[str] = (), source: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None
-) -> Filters:
-    """Filters from lists; naive times are taken as UTC."""
-    return Filters(tuple(domain), tuple(source), _utc(since), _utc(until))
-
-
-def _utc(value: datetime | None) -> datetime | None:
-    return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value

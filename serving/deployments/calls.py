@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from ops.errors import RatchetError
-from serving.deployments.lane import IMAGE_COST, Answer, Kind
+from serving.deployments.messages import IMAGE_COST, Answer, Kind
 from serving.deployments.stamps import Stamp
 
 

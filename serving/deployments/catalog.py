@@ -12,10 +12,11 @@ from ray.serve.handle import DeploymentHandle
 
 from ops.errors import RatchetError, StoreError
 from ops.settings import Settings
+from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Catalog
-from serving.catalog.tables import Filters, Hit, Tables
-from serving.deployments.lane import Answer
+from serving.catalog.tables import Tables
 from serving.deployments.loopback import close_replica_port
+from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
 from serving.engines.base import load_base
 from streams.images import decode_image

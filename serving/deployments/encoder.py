@@ -13,8 +13,9 @@ from ray import serve
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Settings
-from serving.deployments.lane import IMAGE_COST, Answer, Kind, Lane, Work, batch_cost
+from serving.deployments.lane import Lane
 from serving.deployments.loopback import close_replica_port
+from serving.deployments.messages import IMAGE_COST, Answer, Kind, Work, batch_cost
 from serving.deployments.protocol import Prepared
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine

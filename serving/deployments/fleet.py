@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ops.errors import ReleaseError, StoreError
-from serving.catalog.tables import Filters, Hit
+from serving.catalog.queries import Filters, Hit
 from serving.deployments.calls import Late, Unavailable
 from serving.deployments.protocol import Prepared
 from serving.deployments.stamps import Stamp

@@ -12,8 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,48 +20,12 @@ import numpy.typing as npt
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
+from serving.deployments.messages import Answer, Kind, Work
 from serving.deployments.protocol import Prepared
 from serving.engines.clip import ClipEngine
 
-Kind = Literal["image", "text"]
-TEXT_COST = 1
-IMAGE_COST = 4
 BACKGROUND_IMAGES = 4
 """Images of one background piece: at 12 ms an image, a request waits at most 50 ms for one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: seconds since the epoch."""
-
-    kind: Kind
-    payload: Any
-    adapter: str | None
-    deadline: float
-
-    @property
-    def cost(self) -> int:
-        """In units of one text; an image costs four."""
-        return len(self.payload) * (IMAGE_COST if self.kind == "image" else TEXT_COST)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code`` ``late`` or ``adapter``."""
-
-    vectors: npt.NDArray[np.float32] | None
-    adapter: str | None
-    image_space: str = ""
-    text_space: str = ""
-    logit_scale: float = 1.0
-    tokens: int = 0
-    code: str = ""
-    error: str = ""
-
-
-def batch_cost(items: Sequence[Work]) -> int:
-    """Cost of a batch, for the batcher's budget."""
-    return sum(item.cost for item in items)
 
 
 class Lane:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serving.deployments.lane import Answer
+from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
 from serving.http.errors import ApiError
 from serving.http.gateway import Gateway, gateway, json_body, json_schema, stamp_headers

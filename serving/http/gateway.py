@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from ops.ledger import Ledger
 from ops.settings import Serve
-from serving.catalog.tables import Filters, Hit
-from serving.deployments.lane import Answer, Kind
+from serving.catalog.queries import Filters, Hit
+from serving.deployments.messages import Answer, Kind
 from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
 from serving.http.auth import OperatorGate

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 MODEL = Field(
     "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter."
 )
@@ -123,7 +124,7 @@ class SearchRequest(Body):
     image: str | None = Field(None, description="A data URI; or `text`.")
     k: int = Field(10, ge=1, le=100, description="How many hits.")
     domain: list[Name] = Field([], max_length=50, description="Only these domains.")
-    source: list[Name] = Field([], max_length=50, description="Only these sources.")
+    source: list[Source] = Field([], max_length=50, description="Only these sources.")
     since: datetime | None = Field(None, description="Sample time, UTC, included.")
     until: datetime | None = Field(None, description="Sample time, UTC, not included.")
     model: str = MODEL

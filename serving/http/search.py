@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
-from serving.catalog.tables import as_filters
+from serving.catalog.queries import as_filters
 from serving.http.embeddings import made
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form

@@ -1,0 +1,48 @@
+"""What travels between ingress and encoders. Imports no model code, so that processes without a model stay small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Kind = Literal["image", "text"]
+TEXT_COST = 1
+IMAGE_COST = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: seconds since the epoch."""
+
+    kind: Kind
+    payload: Any
+    adapter: str | None
+    deadline: float
+
+    @property
+    def cost(self) -> int:
+        """In units of one text; an image costs four."""
+        return len(self.payload) * (IMAGE_COST if self.kind == "image" else TEXT_COST)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code`` ``late`` or ``adapter``."""
+
+    vectors: npt.NDArray[np.float32] | None
+    adapter: str | None
+    image_space: str = ""
+    text_space: str = ""
+    logit_scale: float = 1.0
+    tokens: int = 0
+    code: str = ""
+    error: str = ""
+
+
+def batch_cost(items: Sequence[Work]) -> int:
+    """Cost of a batch, for the batcher's budget."""
+    return sum(item.cost for item in items)

@@ -1,0 +1,334 @@
+"""The HTTP surface on a running server: OpenAI's client, search, hostile input, overload."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import socket
+import struct
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from serving.client import data_uri
+from tests.integration.serving.house import QUEUE, House
+
+LISTENING = "0A"
+pytestmark = pytest.mark.integration
+
+
+def post(house: House, path: str, body: Any = None, **options: Any) -> httpx.Response:
+    if body is not None:
+        options["json"] = body
+    return httpx.post(house.url + path, timeout=30, trust_env=False, **options)
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+def covered(house: House) -> None:
+    with house.client() as client:
+        end = time.monotonic() + 60
+        while client.status()["catalog"]["coverage"] < 1.0 or client.status()["catalog"]["corpus_rows"] < 40:
+            assert time.monotonic() < end, client.status()
+            time.sleep(0.1)
+
+
+def test_the_openai_client_embeds_texts_as_floats_and_as_base64(house: House) -> None:
+    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=0) as client:
+        texts = ["a photo of a cat", "two birds"]
+        default = client.embeddings.create(model="clip", input=texts)  # asks for base64 by itself
+        floats = client.embeddings.create(model="clip", input=texts, encoding_format="float")
+        models = [model.id for model in client.models.list()]
+        live = client.models.retrieve("clip")
+    want = house.expected(None if live.adapter == "base" else live.adapter, texts=texts)  # type: ignore[attr-defined]
+    for answer in (default, floats):
+        got = np.array([row.embedding for row in answer.data], np.float32)
+        assert np.abs(got - want).max() < 1e-3
+        assert [row.index for row in answer.data] == [0, 1]
+        assert answer.usage.prompt_tokens > 0
+    assert "clip" in models
+    assert default.model in models
+
+
+def test_images_as_openai_items_and_as_objects_give_the_engines_vectors(house: House) -> None:
+    image = house.images[0]
+    items = [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"image": data_uri(image)}, "a cat"]
+    answer = post(house, "/v1/embeddings", {"model": "clip", "input": items})
+    assert answer.status_code == 200, answer.text
+    adapter = answer.headers["x-ratchet-adapter"]
+    want = house.expected(None if adapter == "base" else adapter, images=[image], texts=["a cat"])
+    got = np.array([row["embedding"] for row in answer.json()["data"]], np.float32)
+    assert np.abs(got - want[[0, 0, 1]]).max() < 1e-3
+
+
+def test_a_request_of_many_items_comes_back_in_order(house: House) -> None:
+    texts = [f"text number {index}" for index in range(200)]
+    with house.client() as client:
+        together = client.embed(texts)
+        alone = client.embed([texts[150]])
+    assert together.shape == (200, house.base.dim)
+    assert np.abs(together[150] - alone[0]).max() < 1e-3
+
+
+def test_classify_takes_json_and_multipart_and_gives_probabilities(house: House) -> None:
+    labels, templates = ["cat", "map"], ["a photo of a {}", "{}"]
+    body = {"images": [data_uri(image) for image in house.images[:2]], "labels": labels, "templates": templates}
+    as_json = post(house, "/v1/classify", body)
+    files = [("images", ("a.png", image, "image/png")) for image in house.images[:2]]
+    as_form = post(house, "/v1/classify", files=files, data={"labels": labels, "templates": templates})
+    assert as_json.status_code == as_form.status_code == 200, as_form.text
+    for one, other in zip(as_json.json()["data"], as_form.json()["data"], strict=True):
+        assert one["label"] in labels
+        assert sum(one["probabilities"].values()) == pytest.approx(1)
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-3)
+
+
+def test_search_by_text_and_image_with_filters(house: House) -> None:
+    covered(house)
+    with house.client() as client:
+        hits = client.search(text="cats number 3", k=10)
+        assert len(hits) == 10
+        assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+        maps = client.search(text="anything", k=100, domain=["maps"])
+        assert {hit["domain"] for hit in maps} == {"maps"}
+        assert len(maps) == 16
+        old = client.search(text="anything", k=100, until="2023-12-31T00:00:00Z")
+        assert {hit["domain"] for hit in old} == {"cats"}
+        assert client.search(text="anything", source=["o'reilly'; --"]) == []
+        image = client.sample_image(maps[0]["id"], size=64)
+        assert Image.open(io.BytesIO(image)).format == "PNG"
+        found = client.search(image=house.images[0], k=1)
+        assert found[0]["score"] == pytest.approx(1.0, abs=1e-3)  # the first sample is this very picture
+
+
+def test_after_a_rollback_the_index_is_complete_and_of_the_same_space(house: House) -> None:
+    covered(house)
+    with house.client() as client:
+        before = client.get("/v1/models/clip")
+        client.release(house.adapter(), reason="new space")
+        swapped = client.get("/v1/models/clip")
+        assert swapped["image_space"] != before["image_space"]
+        (added,) = house.add_samples(1, domain="late", year=2025)
+        end = time.monotonic() + 30
+        while not client.search(text="late", domain=["late"]):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        back = client.rollback(reason="take it back")
+        assert back["prepare_seconds"] + back["commit_seconds"] < 1.0
+        answer = post(house, "/v1/search", {"text": "late", "k": 100})
+        assert answer.json()["space"] == before["image_space"]
+        assert added in {hit["id"] for hit in client.search(text="x", k=100, domain=["late"])}
+        total = client.status()["catalog"]["corpus_rows"]
+        assert len({hit["id"] for hit in answer.json()["data"]}) == min(100, total)
+
+
+def test_a_change_of_the_text_tower_keeps_the_index(house: House) -> None:
+    with house.client() as client:
+        before = client.get("/v1/models/clip")
+        client.release(house.adapter(towers=("text",)), reason="text only")
+        after = client.get("/v1/models/clip")
+    live = house.ledger.release(before["release"])
+    if live.clip is None:
+        assert after["image_space"] == before["image_space"]
+    assert after["text_space"] != before["text_space"]
+
+
+def test_resident_releases_can_be_addressed_and_others_are_named_as_missing(house: House) -> None:
+    with house.client() as client:
+        first = client.release(house.adapter(), reason="one")
+        client.release(house.adapter(), reason="two")
+        text = "addressed by number"
+        got = client.embed([text], model=f"clip@{first['number']}")
+        assert np.abs(got - house.expected(first["clip"], texts=[text])).max() < 1e-3
+        assert np.abs(client.embed([text], model=first["clip"]) - got).max() < 1e-3
+    missing = post(house, "/v1/embeddings", {"model": "clip@999999", "input": "x"})
+    assert missing.status_code == 404
+    assert error_of(missing)["code"] == "model_not_found"
+    assert f"clip@{first['number']}" in error_of(missing)["message"]
+
+
+def bomb() -> bytes:
+    """A PNG that claims 30000 x 30000 pixels."""
+    chunk = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    header = b"IHDR" + chunk
+    data = b"IDAT" + zlib.compress(b"\0" * 1000)
+    end = b"IEND"
+    parts = [
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, data, end)
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+HOSTILE: list[tuple[str, str, Any, int, str]] = [
+    ("token ids", "/v1/embeddings", {"model": "clip", "input": [1, 2, 3]}, 400, "invalid_value"),
+    ("lists of token ids", "/v1/embeddings", {"model": "clip", "input": [[1, 2], [3]]}, 400, "invalid_value"),
+    ("no input", "/v1/embeddings", {"model": "clip"}, 400, "invalid_value"),
+    ("empty list", "/v1/embeddings", {"model": "clip", "input": []}, 400, "invalid_value"),
+    ("empty text", "/v1/embeddings", {"model": "clip", "input": ""}, 400, "empty_text"),
+    ("long text", "/v1/embeddings", {"model": "clip", "input": "x" * 3000}, 400, "text_too_long"),
+    ("too many texts", "/v1/embeddings", {"model": "clip", "input": ["x"] * 300}, 400, "too_many_texts"),
+    ("other dimensions", "/v1/embeddings", {"input": "x", "dimensions": 7}, 400, "unsupported_dimensions"),
+    ("unknown field", "/v1/embeddings", {"input": "x", "admin": True}, 400, "invalid_value"),
+    ("a URL", "/v1/embeddings", {"input": [{"image": "http://169.254.169.254/"}]}, 400, "image_url_off"),
+    ("a file", "/v1/embeddings", {"input": [{"image": "file:///etc/passwd"}]}, 400, "image_format"),
+    ("no base64", "/v1/embeddings", {"input": [{"image": "data:image/png;base64,%%%"}]}, 400, "image_format"),
+    ("no image", "/v1/embeddings", {"input": [{"image": data_uri(b"<svg onload=x>")}]}, 400, "image_format"),
+    ("pixel bomb", "/v1/embeddings", {"input": [{"image": data_uri(bomb())}]}, 413, "image_too_many_pixels"),
+    ("no place in it", "/v1/classify", {"images": ["x"], "labels": ["a"], "templates": ["b"]}, 400, "invalid_value"),
+    ("no labels", "/v1/classify", {"images": ["x"], "labels": []}, 400, "invalid_value"),
+    ("text and image", "/v1/search", {"text": "a", "image": "b"}, 400, "invalid_value"),
+    ("k out of range", "/v1/search", {"text": "a", "k": 100000}, 400, "invalid_value"),
+    ("year 9999", "/v1/search", {"text": "a", "since": "9999-12-31T23:59:59Z"}, 400, "invalid_value"),
+    ("unknown route", "/v1/nothing", {}, 404, "not_found"),
+    ("no key", "/admin/v1/rollback", {"reason": "x"}, 401, "invalid_operator_key"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "path", "body", "status", "code"), HOSTILE, ids=[case[0] for case in HOSTILE])
+def test_hostile_input_is_refused_with_an_error_object(
+    house: House, what: str, path: str, body: Any, status: int, code: str
+) -> None:
+    answer = post(house, path, body)
+    assert answer.status_code == status, answer.text
+    assert error_of(answer)["code"] == code
+    assert error_of(answer)["message"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"input": "\\ud800"}', b"null"])
+def test_broken_json_is_an_error_object(house: House, content: bytes) -> None:
+    answer = post(house, "/v1/embeddings", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+def test_other_methods_and_media_types_are_error_objects(house: House) -> None:
+    wrong = httpx.get(f"{house.url}/v1/embeddings", trust_env=False)
+    assert wrong.status_code == 405
+    assert error_of(wrong)["code"] == "method_not_allowed"
+    media = post(house, "/v1/embeddings", content=b"x", headers={"content-type": "text/plain"})
+    assert media.status_code == 415
+    error_of(media)
+
+
+def test_a_body_that_is_too_large_is_refused_also_without_a_length(house: House) -> None:
+    limit = house.settings.serve.max_body_bytes
+    declared = post(house, "/v1/embeddings", content=b"x" * (limit + 1))
+    assert declared.status_code == 413
+    assert error_of(declared)["code"] == "body_too_large"
+    with socket.create_connection(("127.0.0.1", house.settings.serve.port), timeout=20) as wire:
+        wire.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
+        block = b"10000\r\n" + b"y" * 0x10000 + b"\r\n"
+        try:
+            for _ in range(limit // 0x10000 + 8):
+                wire.sendall(block)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # refused before all was sent
+        status = wire.recv(200)
+    assert b" 413 " in status.split(b"\r\n")[0]
+
+
+def test_a_wrong_operator_key_and_a_bad_actor_are_refused(house: House) -> None:
+    wrong = post(house, "/admin/v1/hold", {"reason": "x"}, headers={"authorization": "Bearer wrong"})
+    assert wrong.status_code == 401
+    key = house.settings.operator_key().get_secret_value()
+    actor = post(
+        house,
+        "/admin/v1/hold",
+        {"reason": "x"},
+        headers={"authorization": f"Bearer {key}", "x-ratchet-actor": "y" * 300},
+    )
+    assert actor.status_code == 400
+    assert error_of(actor)["code"] == "invalid_actor"
+    assert house.ledger.held() is None
+
+
+def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(house: House) -> None:
+    body = {"input": ["words " * 20] * 256}
+
+    async def storm() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=4 * QUEUE)
+        async with httpx.AsyncClient(base_url=house.url, timeout=60, limits=limits, trust_env=False) as client:
+            return await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in range(4 * QUEUE)))
+
+    answers = asyncio.run(storm())
+    counts = {status: sum(a.status_code == status for a in answers) for status in {a.status_code for a in answers}}
+    assert set(counts) <= {200, 429, 504}, counts
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert refused, counts
+    for answer in refused:
+        assert int(answer.headers["retry-after"]) >= 1
+        assert error_of(answer)["type"] == "rate_limit_error"
+    assert counts.get(200, 0) > 0
+    with house.client() as client:
+        assert client.embed(["calm again"]).shape == (1, house.base.dim)
+
+
+def test_health_docs_and_metrics(house: House) -> None:
+    alive = httpx.get(f"{house.url}/health/live", trust_env=False, timeout=20)
+    assert alive.status_code == 200
+    assert alive.json()["release"] == int(alive.headers["x-ratchet-release"])
+    assert httpx.get(f"{house.url}/docs", trust_env=False).status_code == 200
+    schema = httpx.get(f"{house.url}/openapi.json", trust_env=False).json()
+    assert "requestBody" in schema["paths"]["/v1/embeddings"]["post"]
+    metrics = httpx.get(f"{house.url}/metrics", trust_env=False).text
+    for name in (
+        "ratchet_http_requests_total",
+        "ratchet_encoder_batch_size",
+        "ratchet_release_live",
+        "ratchet_catalog_rows",
+    ):
+        assert name in metrics
+
+
+def test_base64_vectors_are_little_endian_float32(house: House) -> None:
+    answer = post(house, "/v1/embeddings", {"input": "x", "encoding_format": "base64"}).json()
+    raw = base64.b64decode(answer["data"][0]["embedding"])
+    assert len(raw) == 4 * house.base.dim
+    assert np.linalg.norm(np.frombuffer(raw, "<f4")) == pytest.approx(1, abs=1e-4)
+
+
+def test_only_loopback_listens(house: House) -> None:
+    """Neither our API, nor HAProxy's pages, nor the calls between deployments answer on other addresses."""
+    inodes = _sockets_of(house.pids("ServeReplica", "haproxy"))
+    by_process: dict[str, list[str]] = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTENING and fields[9] in inodes:
+                host = fields[1].split(":")[0]
+                by_process.setdefault(inodes[fields[9]], []).append("any" if set(host) == {"0"} else "loopback")
+    assert by_process["haproxy"]
+    assert "any" not in by_process.pop("haproxy")
+    for name, hosts in by_process.items():
+        # Ray's own port of each worker asks for the session's token; there must be no second one.
+        assert hosts.count("any") <= 1, (name, hosts)
+        assert "loopback" in hosts
+
+
+def _sockets_of(pids: list[int]) -> dict[str, str]:
+    """Socket inodes of processes, to the process they belong to."""
+    found = {}
+    for pid in pids:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        name = "haproxy" if b"haproxy" in command else str(pid)
+        for link in Path(f"/proc/{pid}/fd").glob("*"):
+            try:
+                target = str(link.readlink())
+            except OSError:
+                continue
+            if target.startswith("socket:["):
+                found[target[8:-1]] = name
+    return found

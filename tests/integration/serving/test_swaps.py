@@ -1,0 +1,191 @@
+"""Releases under load and under fire: no request fails, none is answered by two models."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ops.artifacts import Artifacts
+from ops.errors import ReleaseConflict
+from serving.client import ServerError
+from serving.engines.adapters import write_adapter
+from tests.integration.serving.house import ROOT, House
+
+pytestmark = pytest.mark.integration
+
+
+def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(house: House) -> None:
+    names = [house.adapter() for _ in range(3)]
+    with house.client() as client, house.traffic(rate=40) as traffic:
+        traffic.wait_for(20)
+        made = [client.release(name, reason="swap") for name in names]
+        back = client.rollback(reason="back")
+        traffic.wait_for(400)
+    report = traffic.report()
+    assert report.failed == 0, report.problems
+    assert report.mixed == 0, report.problems
+    assert {outcome["number"] for outcome in made} | {back["number"]} <= set(report.releases) | {made[0]["number"]}
+    assert back["clip"] == names[1]
+    assert back["prepare_seconds"] + back["commit_seconds"] < 1.0  # promised to operators
+    assert house.ledger.live().number == back["number"]  # type: ignore[union-attr]
+
+
+def test_a_release_answers_when_every_replica_serves_it(house: House) -> None:
+    name = house.adapter()
+    with house.client() as client:
+        made = client.release(name, reason="everywhere")
+        seen = {
+            client._send("POST", "/v1/embeddings", json={"input": "x"}).headers["x-ratchet-release"] for _ in range(40)
+        }
+    assert seen == {str(made["number"])}
+    assert made["acknowledged"] >= 3  # one ingress, two encoders
+
+
+def test_killing_an_encoder_while_releases_commit_fails_no_request(house: House) -> None:
+    names = [house.adapter() for _ in range(4)]
+    stop = threading.Event()
+
+    def release_on() -> list[dict[str, object]]:
+        with house.client() as client:
+            outcomes, count = [], 0
+            while not stop.is_set() or count < len(names):
+                outcomes.append(client.release(names[count % len(names)], reason="under fire"))
+                count += 1
+            return outcomes
+
+    with house.traffic(rate=30) as traffic, ThreadPoolExecutor(1) as pool:
+        traffic.wait_for(20)
+        releasing = pool.submit(release_on)
+        time.sleep(0.3)
+        encoders = house.pids("ServeReplica:ratchet:Encoder")
+        assert len(encoders) == 2
+        os.kill(encoders[0], signal.SIGKILL)
+        time.sleep(2)
+        stop.set()
+        outcomes = releasing.result(timeout=120)
+        traffic.wait_for(300)
+    report = traffic.report()
+    assert report.failed == 0, report.problems
+    assert report.mixed == 0, report.problems
+    assert len(outcomes) >= len(names)
+    deadline = time.monotonic() + 90
+    while len(house.pids("ServeReplica:ratchet:Encoder")) < 2:
+        assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(0.2)
+
+
+def test_of_two_operators_at_once_one_wins_and_the_other_is_told(house: House) -> None:
+    names = [house.adapter(), house.adapter()]
+    with house.client() as client:
+        live = client.live()
+
+    def go(name: str) -> object:
+        with house.client(actor=name) as client:
+            try:
+                return client.release(name, reason="race", expected_live=live)["number"]
+            except ReleaseConflict as conflict:
+                return conflict.message
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(go, names))
+    won = [result for result in results if isinstance(result, int)]
+    lost = [result for result in results if isinstance(result, str)]
+    assert won == [live + 1]
+    assert len(lost) == 1
+    assert f"not {live}" in lost[0]
+    assert "somebody released first" in lost[0]
+
+
+def test_a_corrupt_adapter_file_is_refused_and_what_is_live_stays_live(house: House) -> None:
+    name = house.adapter()
+    weights = Artifacts(house.settings.artifacts).fetch(f"adapters/{name}") / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    with house.client() as client:
+        before = client.live()
+        with pytest.raises(ServerError, match="cannot be served") as caught:
+            client.release(name, reason="corrupt")
+        assert caught.value.status == 422
+        assert client.live() == before
+        assert client.embed(["still here"]).shape == (1, house.base.dim)
+    failed = house.ledger.proposals(1)[0]
+    assert failed.state == "failed"
+    assert name in (failed.error or "")
+
+
+def test_an_adapter_of_nans_is_refused_at_prepare(house: House) -> None:
+    good = Artifacts(house.settings.artifacts).fetch(f"adapters/{house.adapter()}")
+    tensors = load_file(good / "adapter_model.safetensors")
+    first = sorted(tensors)[0]
+    tensors[first] = torch.full_like(tensors[first], float("nan"))
+    folder = house.settings.home / "made" / "nan"
+    name = write_adapter(folder, tensors, json.loads((good / "adapter_config.json").read_text()), house.base)
+    Artifacts(house.settings.artifacts).put_directory(folder, f"adapters/{name}")
+    house.ledger.register_adapter(
+        name, family="clip", base=house.base.digest, image_space="0" * 12, text_space="0" * 12, meta={}
+    )
+    with house.client() as client:
+        before = client.live()
+        with pytest.raises(ServerError, match="finite") as caught:
+            client.release(name, reason="nan")
+        assert caught.value.status == 422
+        assert client.live() == before
+
+
+def test_an_update_waits_while_updates_are_on_hold(house: House) -> None:
+    name = house.adapter()
+    with house.client() as client:
+        client.hold("looking at something")
+        before = client.live()
+        house.propose_update(name)
+        time.sleep(2.5)
+        assert client.live() == before
+        client.resume("looks good")
+        deadline = time.monotonic() + 20
+        while client.live() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert house.ledger.live().clip == name  # type: ignore[union-attr]
+
+
+def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(house: House) -> None:
+    name = house.adapter()
+    waiting = house.adapter()
+    with house.client() as client:
+        live = client.release(name, reason="before the kill")["number"]
+        client.hold("so that the proposal waits")
+    house.propose_update(waiting)
+    house.kill_everything()
+    # A controller that died in the middle of preparing leaves this behind.
+    proposal = house.ledger.pending_proposals()[-1]
+    house.ledger.advance_proposal(proposal.id, "preparing")
+    house.start()
+    with house.client() as client:
+        assert client.live() == live
+        got = client.embed(["a photo of a cat"], model=f"clip@{live}")
+        assert abs(got - house.expected(name, texts=["a photo of a cat"])).max() < 1e-3
+        client.resume("go on")
+        deadline = time.monotonic() + 30
+        while client.live() == live:
+            assert time.monotonic() < deadline, house.log()
+            time.sleep(0.1)
+    assert house.ledger.live().clip == waiting  # type: ignore[union-attr]
+
+
+def test_a_home_is_served_once(house: House) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.app", str(house.config)], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode != 0
+    assert "serves this home already" in done.stderr
+    with house.client() as client:
+        assert client.is_ready()

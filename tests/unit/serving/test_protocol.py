@@ -1,0 +1,211 @@
+"""The release protocol without Ray: a fleet of plain objects, and a real ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ReleaseConflict, ReleaseError
+from ops.ledger import Ledger
+from serving.deployments.protocol import Outcome, Prepared, ReleaseProtocol
+from serving.deployments.stamps import Stamp
+
+
+@dataclass
+class PlainFleet:
+    """Two encoders that can serve everything but what is named in ``broken``."""
+
+    broken: dict[str, str] = field(default_factory=dict)
+    spaces: dict[tuple[int, str | None], str] = field(default_factory=dict)
+    covered: list[tuple[str, bool]] = field(default_factory=list)
+    windows: list[list[int]] = field(default_factory=list)
+    flight: dict[int, int] = field(default_factory=dict)
+    kept: list[list[int]] = field(default_factory=list)
+    deaf: bool = False
+    gate: asyncio.Event | None = None
+
+    async def prepare(self, clip: str | None) -> list[Prepared]:
+        if self.gate is not None:
+            await self.gate.wait()
+        error = self.broken.get(clip or "", "")
+        return [
+            Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
+            for replica in (1, 2)
+        ]
+
+    async def cover(self, stamp: Stamp, wait: bool) -> int:
+        self.covered.append((stamp.image_space, wait))
+        return 7
+
+    async def announce(self, window: Sequence[Stamp]) -> int:
+        if self.deaf:
+            raise ReleaseError("nobody answers")
+        self.windows.append([stamp.release for stamp in window])
+        return 3
+
+    async def in_flight(self) -> dict[int, int]:
+        return dict(self.flight)
+
+    async def retire(self, keep: Sequence[Stamp]) -> None:
+        self.kept.append([stamp.release for stamp in keep])
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    for name in ("a", "b", "c"):
+        made.register_adapter(name, family="clip", base="x", image_space=f"i-{name}", text_space="t", meta={})
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fleet() -> PlainFleet:
+    return PlainFleet()
+
+
+@pytest.fixture
+async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, fleet, window=2)
+    await made.start()
+    return made
+
+
+async def release(protocol: ReleaseProtocol, clip: str | None) -> Outcome:
+    live = protocol.ledger.live()
+    assert live is not None
+    return await protocol.release(clip, actor="me", reason="test", expected_live=live.number)
+
+
+async def test_the_first_start_releases_the_base_alone(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    live = ledger.live()
+    assert live is not None
+    assert (live.number, live.clip, ledger.proposals(1)[0].kind) == (1, None, "initial")
+
+
+async def test_a_restart_goes_on_with_what_is_live(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    await release(protocol, "a")
+    fleet = PlainFleet()
+    assert await ReleaseProtocol(ledger, fleet, window=2).start() is None
+    assert fleet.windows == [[2, 1]]
+    assert fleet.covered == [("i-a", False), ("i-None", False)]
+
+
+async def test_a_release_waits_for_the_catalog_and_is_announced(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
+    made = await release(protocol, "a")
+    assert (made.number, made.clip, made.acknowledged) == (2, "a", 3)
+    assert fleet.covered[-1] == ("i-a", True)
+    assert fleet.windows[-1] == [2, 1]
+
+
+async def test_what_cannot_be_served_leaves_the_live_release(
+    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+) -> None:
+    fleet.broken["b"] = "its file is damaged"
+    with pytest.raises(ReleaseError, match="its file is damaged"):
+        await release(protocol, "b")
+    assert ledger.live().number == 1  # type: ignore[union-attr]
+    failed = ledger.proposals(1)[0]
+    assert failed.state == "failed"
+    assert "damaged" in (failed.error or "")
+    assert fleet.windows == [[1]]
+
+
+async def test_replicas_that_disagree_about_spaces_are_no_release(
+    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+) -> None:
+    fleet.spaces[(2, "a")] = "another"
+    with pytest.raises(ReleaseError, match="disagree"):
+        await release(protocol, "a")
+    assert ledger.live().number == 1  # type: ignore[union-attr]
+
+
+async def test_of_two_releases_at_once_the_second_conflicts(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    results = await asyncio.gather(
+        *(protocol.release(clip, actor=clip, reason="race", expected_live=1) for clip in ("a", "b")),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [Outcome, ReleaseConflict]
+    assert ledger.live().clip == "a"  # type: ignore[union-attr]
+
+
+async def test_another_process_that_commits_in_between_wins(
+    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+) -> None:
+    fleet.gate = asyncio.Event()
+    ours = asyncio.create_task(protocol.release("a", actor="me", reason="slow", expected_live=1))
+    await asyncio.sleep(0.05)
+    ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
+    fleet.gate.set()
+    with pytest.raises(ReleaseConflict):
+        await ours
+    assert ledger.live().clip == "b"  # type: ignore[union-attr]
+    assert ledger.proposals(1)[0].state == "failed"
+
+
+async def test_rollback_takes_the_newest_other_adapter_and_does_not_wait_for_the_catalog(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, "a")
+    await release(protocol, "b")
+    back = await protocol.rollback(actor="me", reason="bad", expected_live=3)
+    assert (back.number, back.clip, back.kind) == (4, "a", "rollback")
+    assert fleet.covered[-1] == ("i-a", False)
+    far = await protocol.rollback(actor="me", reason="worse", expected_live=4, to=1)
+    assert far.clip is None
+    assert fleet.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
+
+
+async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:
+    with pytest.raises(ReleaseError, match="no release before 1"):
+        await protocol.rollback(actor="me", reason="bad", expected_live=1)
+    with pytest.raises(ReleaseError, match="release 9 does not exist"):
+        await protocol.rollback(actor="me", reason="bad", expected_live=1, to=9)
+
+
+async def test_updates_wait_while_held_and_operators_do_not(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    ledger.propose("update", clip="a", vlm=None, actor="updater", reason="passed")
+    ledger.hold("me", "looking")
+    assert await protocol.step() is None
+    assert (await release(protocol, "b")).number == 2
+    ledger.resume("me", "fine")
+    taken = await protocol.step()
+    assert taken is not None
+    assert (taken.clip, taken.kind) == ("a", "update")
+
+
+async def test_a_proposal_left_in_preparing_is_taken_up(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    left = ledger.propose("update", clip="a", vlm=None, actor="updater", reason="passed")
+    ledger.advance_proposal(left.id, "preparing")
+    again = ReleaseProtocol(ledger, PlainFleet(), window=2)
+    await again.start()
+    taken = await again.step()
+    assert taken is not None
+    assert taken.proposal == left.id
+    assert ledger.proposal(left.id).state == "committed"
+
+
+async def test_a_committed_release_stands_when_nobody_acknowledges(
+    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+) -> None:
+    fleet.deaf = True
+    made = await release(protocol, "a")
+    assert made.acknowledged == 0
+    assert ledger.live().clip == "a"  # type: ignore[union-attr]
+
+
+async def test_a_release_is_retired_only_when_none_of_its_requests_is_in_flight(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, "a")
+    await release(protocol, "b")
+    fleet.flight = {1: 1, 3: 5}
+    await protocol.retire(patience_seconds=0.2)
+    assert fleet.kept == []
+    fleet.flight = {2: 1, 3: 5}
+    await protocol.retire()
+    assert fleet.kept == [[3, 2]]
