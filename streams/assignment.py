@@ -98,6 +98,12 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """Read a partition on with another cursor."""
         self._start(cursor)
 
+    def rewind(self, partition: int) -> None:
+        """Read a partition, if it is ours, from where its cursor stands."""
+        cursor = self.cursor(partition)
+        if cursor is not None:
+            self._start(cursor)
+
     def cursor(self, partition: int) -> Cursor | None:
         """The cursor of a partition, or None when it is not ours (any more)."""
         with self._lock:

@@ -4,8 +4,9 @@ One batch after another: read, judge, store samples and offsets in one commit, p
 Kafka. What Kafka remembers is for others to look at (lag); where to go on is read from the store. Killed at any
 instant, every record is in the store or in the quarantine topic exactly once.
 
-A *session* is one connection: when the broker goes away, the log is lost or another process takes over, the session
-ends, what it had read is stored if it still may be, and the next one starts from what the store says.
+A *session* is one membership in the consumer group. A broker that goes away is waited for. When its log is lost, or
+another process has taken over, the session ends, what it had read is stored if it still may be, and the next one starts
+from what the store says.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import logging
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
-from kafka.errors import KafkaError, OffsetOutOfRangeError
+from kafka.errors import IllegalStateError, KafkaError, OffsetOutOfRangeError
 
 from ops import metrics
 from ops.errors import BrokerError
@@ -45,7 +45,7 @@ WATCH_SECONDS = 2.0
 CONNECT_SECONDS = 3.0
 BACKOFF_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0)
 #: A process that was killed is noticed after this long, and its partitions go to another.
-SESSION_SECONDS = 10.0
+SESSION_SECONDS = 6.0
 COMPACT_FRAGMENTS = 64
 
 
@@ -115,14 +115,18 @@ class Ingest:
             except LogLost as error:
                 say(f"ingest: [yellow]{error}[/yellow]")
             except BrokerError as error:
-                failures = 1 if self.status.commits > before else failures + 1
-                metrics.ingest.broker(False)
-                self._change(state="waiting", problem=str(error))
-                wait = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]
-                say(f"ingest: [yellow]{error}[/yellow] Trying again in {wait:.0f} s.")
-                self._stop.wait(wait)
+                failures = 0 if self.status.commits > before else failures
+                self._wait_for_broker(error, failures)
+                failures += 1
         self._quarantine.close()
         self._change(state="stopped")
+
+    def _wait_for_broker(self, error: BrokerError, failures: int) -> None:
+        metrics.ingest.broker(False)
+        self._change(state="waiting", problem=str(error))
+        wait = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
+        say(f"ingest: [yellow]{error}[/yellow] Trying again in {wait:g} s.")
+        self._stop.wait(wait)
 
     def _change(self, **changes: Any) -> None:
         self.status = replace(self.status, **changes)
@@ -140,8 +144,6 @@ class Ingest:
             metrics.ingest.refused(row["reason"])
         now = self.status
         self._change(
-            state="reading",
-            problem="",
             samples=now.samples + outcome.samples.total(),
             duplicates=now.duplicates + outcome.duplicates.total(),
             quarantined=now.quarantined + len(outcome.refused),
@@ -152,7 +154,7 @@ class Ingest:
 
 
 class _Session:
-    """One connection to the broker."""
+    """One membership in the consumer group."""
 
     def __init__(self, ingest: Ingest) -> None:
         self.ingest = ingest
@@ -191,6 +193,7 @@ class _Session:
             "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
             "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
             "session_timeout_ms": int(SESSION_SECONDS * 1000),
+            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
             "reconnect_backoff_max_ms": 1000,
             "max_poll_records": POLL_RECORDS,
             "fetch_max_bytes": self.kafka.batch_bytes,
@@ -205,18 +208,39 @@ class _Session:
     def _turn(self) -> None:
         """One poll, and a commit when it is due."""
         wait = max(0.0, min(POLL_SECONDS, self.batch.seconds_left))
+        cursors = {each.partition: each for each in self.assignment.all()}
         try:
             polled = self.consumer.poll(timeout_ms=int(wait * 1000))
         except OffsetOutOfRangeError:
             self._find_range()
             return
-        if polled or time.monotonic() - self._looked_at > WATCH_SECONDS:
-            self._look()
-        self._recover()
-        for record in (each for records in polled.values() for each in records):
-            self._take(record)
+        watch = polled or time.monotonic() - self._looked_at > WATCH_SECONDS
+        if (watch and not self._patiently(self._look)) or not self._patiently(self._recover):
+            return  # asked to stop while the broker was away: what was polled stays in the log
+        for partition, records in polled.items():
+            cursor = cursors.get(partition.partition)
+            if cursor is not None and self.assignment.holds(cursor):
+                for record in records:
+                    self._take(cursor, record)
+            else:  # assigned while polling: whose records these are is not certain, so they are read again
+                self.assignment.rewind(partition.partition)
         if self.batch.due:
             self._commit()
+
+    def _patiently(self, act: Callable[[], None]) -> bool:
+        """Do what needs the broker, when it is there; False when asked to stop before that. Raises LogLost."""
+        failures = 0
+        while not self.ingest._stop.is_set():
+            try:
+                act()
+                return True
+            except LogLost:
+                raise
+            except BrokerError as error:
+                self._salvage()
+                self.ingest._wait_for_broker(error, failures)
+                failures += 1
+        return False
 
     def _look(self) -> None:
         """Make sure that what was just polled is from the log that this session reads.
@@ -267,10 +291,9 @@ class _Session:
 
         self.store.commit(build)
 
-    def _take(self, record: Any) -> None:
-        cursor = self.assignment.cursor(record.partition)
-        if cursor is None or record.offset < cursor.next:
-            return  # not ours any more, or taken in before
+    def _take(self, cursor: Cursor, record: Any) -> None:
+        if record.offset < cursor.next:
+            return  # taken in before
         received = Received(
             cursor.stream,
             record.partition,
@@ -291,34 +314,50 @@ class _Session:
         """Store the batch, publish its refusals, tell Kafka: in this order."""
         if not len(self.batch):
             return
-        started = time.monotonic()
-        outcome = self.batch.commit(self.store, self.assignment.holds)
-        metrics.ingest.committed(time.monotonic() - started)
+        outcome = self._store()
         if not outcome.cursors:
             return
-        self.ingest._stored(outcome)
-        self.ingest._quarantine.publish(outcome.refused)
-        for cursor in outcome.cursors:
-            cursor.published = max(cursor.published, cursor.stored or 0)
+        self._publish(outcome)
         self._tell_kafka(outcome.cursors)
-        self._tend_store(outcome.cursors)
+        self._measure_lag()
+        self._tend_store()
+
+    def _publish(self, outcome: Outcome) -> None:
+        try:
+            if self.ingest.status.state == "waiting" and outcome.refused:
+                raise BrokerError(self.ingest.status.problem)
+            self.ingest._quarantine.publish(outcome.refused)
+        except BrokerError as error:
+            log.warning("%d refusals are stored, and are published later: %s", len(outcome.refused), error)
+            for cursor in outcome.cursors:
+                cursor.recovered = False
+        for cursor in outcome.cursors:
+            if cursor.recovered:  # else there are older ones to publish first
+                cursor.published = max(cursor.published, cursor.stored or 0)
 
     def _tell_kafka(self, cursors: list[Cursor]) -> None:
         topic = self.kafka.topic
         offsets = {TopicPartition(topic, each.partition): OffsetAndMetadata(each.next, "", -1) for each in cursors}
         try:
             self.consumer.commit(offsets, timeout_ms=5000)
-            ends = self.consumer.end_offsets(list(offsets))
         except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
             log.info("offsets were stored, and could not be told to Kafka: %s", error)
-            return
-        lags: Counter[int] = Counter()
-        for cursor in cursors:
-            lags[cursor.partition] = max(0, ends[TopicPartition(topic, cursor.partition)] - cursor.next)
-            metrics.ingest.lag(cursor.partition, lags[cursor.partition])
-        self.ingest._change(lag=lags.total())
 
-    def _tend_store(self, cursors: list[Cursor]) -> None:
+    def _measure_lag(self) -> None:
+        """How far the store is behind, by what the broker said with the last fetch of each partition."""
+        lag = 0
+        for cursor in self.assignment.all():
+            try:
+                end = self.consumer.highwater(TopicPartition(self.kafka.topic, cursor.partition))
+            except IllegalStateError:  # just revoked
+                continue
+            if end is not None:
+                behind = max(0, end - (cursor.stored or 0))
+                metrics.ingest.lag(cursor.partition, behind)
+                lag += behind
+        self.ingest._change(lag=lag)
+
+    def _tend_store(self) -> None:
         fragments = self.store.fragments()
         splits = ("train", "fresh_eval")
         # The owner of the first partition compacts, so that several processes do not do it at once.
@@ -326,12 +365,19 @@ class _Session:
             fragments = self.store.compact()
         metrics.ingest.store({split: self.store.count(split=split) for split in splits}, fragments)
 
+    def _store(self) -> Outcome:
+        started = time.monotonic()
+        outcome = self.batch.commit(self.store, self.assignment.holds)
+        if outcome.cursors:
+            metrics.ingest.committed(time.monotonic() - started)
+            self.ingest._stored(outcome)
+        return outcome
+
     def _salvage(self) -> None:
-        """Store what was read before the connection was lost; its refusals are published by the next session."""
+        """Store what has been read though the broker is away; its refusals are published when it is back."""
         if len(self.batch):
-            outcome = self.batch.commit(self.store, self.assignment.holds)
-            if outcome.cursors:
-                self.ingest._stored(outcome)
+            for cursor in self._store().cursors:
+                cursor.recovered = False
 
     def _find_range(self) -> None:
         """An offset is not in the log: its records were deleted before they were read, or the log was cut short."""
