@@ -28,7 +28,7 @@ from updater import triggers
 from updater.base import reference_folders
 from updater.judge import judge
 from updater.pools import draw_pools, mixed_seed
-from updater.process import StopSignal, be_nice, only_one, use_memory_settings
+from updater.process import StopSignal, be_nice, only_one, use_environment
 from updater.recipes import Recipe, load_recipe
 from updater.train import Limits, Stopped, TrainResult, train
 from updater.triggers import FAMILY, Ready, Waiting
@@ -256,7 +256,7 @@ def run_update(
         TrainingError: with ``once``, when there is nothing to train, or the update failed.
     """
     if reexec:
-        use_memory_settings()
+        use_environment()
     be_nice(settings.updater.nice)
     stop = StopSignal()
     stop.install()
