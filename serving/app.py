@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,15 +150,18 @@ def _start(settings: Settings, server: Server) -> None:
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:
     """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM."""
+    if not blocking:
+        return start(settings)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # while starting: clean up, then end
     server = start(settings)
-    log.info("serving on %s", server.url)
-    if blocking:
+    try:
         done = threading.Event()
         for sign in (signal.SIGINT, signal.SIGTERM):
             signal.signal(sign, lambda *_: done.set())
         print(f"ratchet serves on {server.url}", flush=True)
         while not done.wait(1.0):
             continue
+    finally:
         server.stop()
     return server
 
@@ -170,9 +172,10 @@ def _reachable(host: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """``python -m serving.app [ratchet.yaml]``: the server alone, for containers and tests."""
-    began = time.monotonic()
-    serve_app(load_settings(Path(arguments[0]) if arguments else None))
-    log.info("served for %.0f s", time.monotonic() - began)
+    try:
+        serve_app(load_settings(Path(arguments[0]) if arguments else None))
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

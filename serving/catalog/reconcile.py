@@ -182,6 +182,8 @@ class Catalog:
             if missing:
                 worked = True
                 await self._embed(space, clip, missing[:BATCH_ROWS])
+                if space not in self._have:
+                    continue  # retired meanwhile
             if len(missing) <= BATCH_ROWS:
                 self._complete[space] = version
                 async with self._changed:
@@ -202,6 +204,8 @@ class Catalog:
             if space not in self._resident:
                 return
             await self._in_io(self.tables.append, space, with_text(taken), vectors)
+            if space not in self._have:
+                return
             self._have[space].update(taken["id"].to_pylist())
             if space == self._live_space:
                 newest = max(taken["ingested_at"].to_pylist(), default=None)

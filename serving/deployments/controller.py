@@ -91,10 +91,13 @@ class ReleaseController:
         return await self.protocol.release(clip, actor=actor, reason=reason, expected_live=expected_live)
 
     async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
-        task = asyncio.get_running_loop().create_task(self._judged(work, kind))
-        self._running.add(task)
+        return await asyncio.shield(self._spawn(self._judged(work, kind)))
+
+    def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)  # the loop holds tasks weakly
         task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def _judged(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
         await self._started.wait()
@@ -102,6 +105,7 @@ class ReleaseController:
             outcome = await work
         except RatchetError as error:
             metrics.release.decided(kind, "failed")
+            self._spawn(self._retire())  # what a failed proposal loaded goes again
             return error
         self._recorded(outcome)
         return outcome
@@ -115,9 +119,7 @@ class ReleaseController:
         if kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
         log.info("release %d (%s) is live: %s", outcome.number, outcome.clip or "base", outcome)
-        task = asyncio.get_running_loop().create_task(self._after(outcome))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        self._spawn(self._after(outcome))
 
     async def _after(self, outcome: Outcome) -> None:
         detail = asdict(outcome)
@@ -147,6 +149,8 @@ class ReleaseController:
             except RatchetError as error:
                 log.warning("proposal: %s", error)
                 self._trouble = str(error)
+                metrics.release.decided("update", "failed")
+                self._spawn(self._retire())
             except Exception as error:
                 log.exception("controller")
                 self._trouble = f"{type(error).__name__}: {error}"[:300]

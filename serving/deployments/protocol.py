@@ -70,6 +70,8 @@ class ReleaseProtocol:
         self.size = window
         self._turn = asyncio.Lock()
         self._spaces: dict[str | None, Stamp] = {}
+        self._preparing: asyncio.Task[Stamp] | None = None
+        self._stopped_by = ""
 
     async def start(self) -> Outcome | None:
         """Continue from the ledger: make release 1 (the base alone) if there is none, else announce what is live."""
@@ -111,12 +113,18 @@ class ReleaseProtocol:
     async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None = None) -> Outcome:
         """A new release with the adapters of an older one: number ``to``, or the newest that had another adapter.
 
+        It does not queue behind a proposal that is being prepared, which may take minutes: that one is stopped, and
+        fails. It was judged against what is being taken back.
+
         Raises:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
         """
         rows = await asyncio.to_thread(self.ledger.releases, 1000)
         target = _rollback_target(rows, to)
+        if self._preparing is not None:
+            self._stopped_by = f"{actor} rolled back while it was being prepared"
+            self._preparing.cancel()
         return await self.release(target.clip, actor=actor, reason=reason, expected_live=expected_live, kind="rollback")
 
     async def window(self) -> list[Stamp]:
@@ -128,12 +136,11 @@ class ReleaseProtocol:
         """Unload what left the window, once no request that was stamped with it is in flight."""
         deadline = time.monotonic() + patience_seconds
         while True:
-            keep = await self.window()
-            numbers = {stamp.release for stamp in keep}
-            busy = set(await self.fleet.in_flight()) - numbers
-            if not busy:
-                await self.fleet.retire(keep)
-                return
+            async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
+                keep = await self.window()
+                if not set(await self.fleet.in_flight()) - {stamp.release for stamp in keep}:
+                    await self.fleet.retire(keep)
+                    return
             if time.monotonic() > deadline:
                 return  # a later release retires it; memory is bounded by what is in flight
             await asyncio.sleep(0.1)
@@ -173,10 +180,7 @@ class ReleaseProtocol:
                 "Look at `ratchet releases list` and decide again.",
             )
         await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "preparing")
-        stamp = replace(await self._prepare(proposal.clip), release=number + 1)
-        resident = {row.clip for row in await asyncio.to_thread(self.ledger.releases, self.size)}
-        # A resident space is kept complete all the time, so a rollback need not wait for rows that arrive right now.
-        await self.fleet.cover(stamp, wait=proposal.clip not in resident)
+        await self._make_ready(proposal.clip, number + 1)
         prepared = time.perf_counter()
         await asyncio.to_thread(
             lambda: self.ledger.commit_release(
@@ -189,6 +193,27 @@ class ReleaseProtocol:
         return Outcome(
             number + 1, proposal.clip, proposal.kind, proposal.id, prepared - began, done - prepared, acknowledged
         )
+
+    async def _make_ready(self, clip: str | None, number: int) -> None:
+        """Encoders and catalog, in a task that a rollback may cancel."""
+
+        async def work() -> Stamp:
+            stamp = replace(await self._prepare(clip), release=number)
+            resident = {row.clip for row in await asyncio.to_thread(self.ledger.releases, self.size)}
+            # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
+            await self.fleet.cover(stamp, wait=clip not in resident)
+            return stamp
+
+        self._preparing = asyncio.get_running_loop().create_task(work())
+        try:
+            await self._preparing
+        except asyncio.CancelledError:
+            if not self._stopped_by:
+                self._preparing.cancel()
+                raise  # this process ends: the proposal stays, and is taken up at the next start
+            raise ReleaseConflict(f"{self._stopped_by}.", "Look at what is live, and propose again.") from None
+        finally:
+            self._preparing, self._stopped_by = None, ""
 
     async def _announce(self) -> int:
         """The release is committed: what goes wrong here is mended by every replica's own look at the ledger."""

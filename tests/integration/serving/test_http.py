@@ -276,6 +276,37 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(house: H
         assert client.embed(["calm again"]).shape == (1, house.base.dim)
 
 
+def encoded_texts(house: House) -> float:
+    """Texts that went through the encoders since they started."""
+    page = httpx.get(f"{house.url}/metrics", trust_env=False, timeout=20).text
+    found = [line for line in page.splitlines() if line.startswith('ratchet_encoder_batch_size_sum{kind="text"}')]
+    return float(found[0].split()[-1])
+
+
+def test_clients_that_went_away_are_not_computed_for(house: House) -> None:
+    texts = ["gone " * 15] * 256
+    requests = 24
+    with house.client() as client:
+        client.embed(["warm"])
+    before = encoded_texts(house)
+
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=house.url, timeout=60, trust_env=False) as client:
+            tasks = [asyncio.create_task(client.post("/v1/embeddings", json={"input": texts})) for _ in range(requests)]
+            await asyncio.sleep(0.3)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(leave())
+    time.sleep(0.5)
+    soon = encoded_texts(house)
+    time.sleep(2.0)
+    later = encoded_texts(house)
+    assert later == soon  # nothing is being worked off
+    assert later - before < requests * len(texts)
+
+
 def test_health_docs_and_metrics(house: House) -> None:
     alive = httpx.get(f"{house.url}/health/live", trust_env=False, timeout=20)
     assert alive.status_code == 200

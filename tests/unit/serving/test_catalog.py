@@ -57,9 +57,12 @@ class Encoder:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, str | None]] = []
+        self.gate: asyncio.Event | None = None
 
     async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
         self.calls.append((len(batch), clip))
+        if self.gate is not None:
+            await self.gate.wait()
         return np.stack([vector(int(image[0, 0, 0]) + (1000 if clip else 0)) for image in batch])
 
 
@@ -126,6 +129,23 @@ async def test_retire_drops_what_no_release_needs(catalog: Catalog, store: Sampl
     assert catalog.tables.spaces() == ["bbbb"]
     with pytest.raises(StoreError, match="no index"):
         await catalog.search("aaaa", vector(0), 1, Filters())
+
+
+async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_when_it_comes_back(
+    catalog: Catalog, store: SampleStore, encoder: Encoder
+) -> None:
+    put(store, rows(0, 6), 6)
+    await catalog.adopt([HERE])
+    encoder.gate = asyncio.Event()
+    stepping = asyncio.create_task(catalog.step())
+    while not encoder.calls:
+        await asyncio.sleep(0.01)
+    await catalog.retire([])
+    encoder.gate.set()
+    await stepping
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    assert len(catalog.tables.ids("aaaa")) == 6
 
 
 async def test_filters_are_conditions_and_not_code(catalog: Catalog, store: SampleStore) -> None:

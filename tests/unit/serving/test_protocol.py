@@ -26,6 +26,7 @@ class PlainFleet:
     flight: dict[int, int] = field(default_factory=dict)
     kept: list[list[int]] = field(default_factory=list)
     deaf: bool = False
+    stuck: str = ""
     gate: asyncio.Event | None = None
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
@@ -39,6 +40,8 @@ class PlainFleet:
 
     async def cover(self, stamp: Stamp, wait: bool) -> int:
         self.covered.append((stamp.image_space, wait))
+        if stamp.image_space == self.stuck:
+            await asyncio.Event().wait()
         return 7
 
     async def announce(self, window: Sequence[Stamp]) -> int:
@@ -158,6 +161,37 @@ async def test_rollback_takes_the_newest_other_adapter_and_does_not_wait_for_the
     far = await protocol.rollback(actor="me", reason="worse", expected_live=4, to=1)
     assert far.clip is None
     assert fleet.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
+
+
+async def test_a_rollback_does_not_queue_behind_a_long_preparation(
+    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+) -> None:
+    await release(protocol, "a")
+    fleet.stuck = "i-b"
+    slow = asyncio.create_task(protocol.release("b", actor="you", reason="slow", expected_live=2))
+    while ("i-b", True) not in fleet.covered:
+        await asyncio.sleep(0.01)
+    back = await asyncio.wait_for(protocol.rollback(actor="me", reason="bad", expected_live=2), 5)
+    assert (back.number, back.clip) == (3, None)
+    with pytest.raises(ReleaseConflict, match="me rolled back while it was being prepared"):
+        await slow
+    assert [(row.clip, row.state) for row in ledger.proposals(2)] == [(None, "committed"), ("b", "failed")]
+    assert (await release(protocol, "c")).number == 4
+
+
+async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    fleet.gate = asyncio.Event()
+    slow = asyncio.create_task(protocol.release("b", actor="you", reason="slow", expected_live=1))
+    await asyncio.sleep(0.05)
+    retiring = asyncio.create_task(protocol.retire())
+    await asyncio.sleep(0.05)
+    assert fleet.kept == []
+    fleet.gate.set()
+    await slow
+    await retiring
+    assert fleet.kept == [[2, 1]]
 
 
 async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:
