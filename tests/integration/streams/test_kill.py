@@ -1,0 +1,108 @@
+"""``kill -9`` of ingest, at chosen and at random instants: every record is in the store or in quarantine, once."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Settings
+from streams.store import SampleStore
+from tests.support.broker import Broker
+from tests.support.kafka import Message, Place, good, make_topics, produce, quarantined_places, wait_for
+
+pytestmark = pytest.mark.integration
+
+RECORDS = 80
+POISON_EVERY = 3
+#: Deaths of one ingest after another on the same topic; the life after the last one finishes the work.
+LIVES = {
+    "before its first commit": ["positions_read_but_nothing_else", "files_written_but_not_committed"],
+    "between store and quarantine": ["committed_but_refusals_not_published", "refusals_recovered_but_not_marked"],
+    "while publishing refusals": ["some_refusals_of_a_batch_published"],
+    "before Kafka is told": ["refusals_published_but_kafka_not_told"] * 2,
+    "at random": ["random"] * 3,
+}
+
+
+def messages() -> list[Message]:
+    """Good records, with poison between them and one sample repeated."""
+    made = [(b"poison %d" % n, []) if n % POISON_EVERY == 1 else good(n) for n in range(RECORDS)]
+    return [*made, good(0)]
+
+
+def start(settings: Settings, point: str) -> subprocess.Popen[bytes]:
+    """One life. Its group is new each time, so that it need not wait until Kafka has noticed the death before."""
+    own = settings.kafka.model_copy(update={"group": f"{settings.kafka.group}-{time.monotonic_ns()}"})
+    file = settings.home / f"settings-{time.monotonic_ns()}.json"
+    file.write_text(settings.model_copy(update={"kafka": own}).model_dump_json())
+    command = [sys.executable, "-m", "tests.support.mortal_ingest", str(file), point]
+    with (settings.home / "ingest.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
+    """One life that ends with SIGKILL."""
+    if point == "random":
+        store = SampleStore(settings.lake)
+        until = store.version() + chance.randint(1, 4)
+        process = start(settings, "never")
+        wait_for(lambda: store.version() >= until, f"version {until}", 60)
+        time.sleep(chance.uniform(0, 0.02))
+        process.kill()
+    else:
+        process = start(settings, point)
+    log = settings.home / "ingest.log"
+    assert process.wait(90) == -signal.SIGKILL, f"it was to die at {point}:\n{log.read_text()[-3000:]}"
+
+
+def finish(settings: Settings) -> None:
+    """The last life: takes in the rest, and stops when it is asked to."""
+    process = start(settings, "never")
+    store = SampleStore(settings.lake)
+    try:
+        wait_for(lambda: sum(store.offsets().values()) == RECORDS + 1, "all records", 60)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0, (settings.home / "ingest.log").read_text()[-3000:]
+    finally:
+        process.kill()
+
+
+def test_every_record_is_stored_or_quarantined_once(broker: Broker, tmp_path: Path) -> None:
+    def tell(number: int, deaths: list[str]) -> None:
+        home = tmp_path / str(number)
+        home.mkdir()
+        settings = broker.settings(home, kafka={"batch_records": 8}, ingest={"metrics_port": 0})
+        make_topics(settings)
+        places = produce(settings.kafka, messages())
+        chance = random.Random(number)
+        for point in deaths:
+            live_and_die(settings, point, chance)
+        finish(settings)
+        check(settings, places)
+
+    with ThreadPoolExecutor(len(LIVES)) as pool:
+        stories = {
+            name: pool.submit(tell, *story) for name, story in zip(LIVES, enumerate(LIVES.values()), strict=True)
+        }
+    failures = {name: error for name, story in stories.items() if (error := story.exception()) is not None}
+    assert not failures
+
+
+def check(settings: Settings, places: list[Place]) -> None:
+    """Compare what was produced with what is stored and quarantined."""
+    poison = sorted(place for number, place in enumerate(places[:RECORDS]) if number % POISON_EVERY == 1)
+    records = SampleStore(settings.lake).records().to_pylist()
+    kinds: dict[str, list[Place]] = {"sample": [], "duplicate": [], "quarantine": []}
+    for row in records:
+        kinds[row["kind"]].append((row["topic"], row["partition"], row["offset"]))
+    assert sorted(place for each in kinds.values() for place in each) == sorted(places)
+    assert sorted(kinds["quarantine"]) == poison
+    assert len(kinds["duplicate"]) == 1
+    assert sorted(quarantined_places(settings.kafka, len(poison))) == poison
