@@ -102,11 +102,12 @@ class Catalog:
         """Drop the tables of spaces that no kept release has. Returns their names."""
         spaces = {stamp.image_space: stamp.clip for stamp in keep}
         self._resident = spaces  # an adapter that made a kept space may be gone: take one that is kept
+        for space in set(self._have) - set(spaces):
+            del self._have[space]
+            self._complete.pop(space, None)
         gone = [space for space in await self._in_io(self.tables.spaces) if space not in spaces]
         for space in gone:
             await self._in_io(self.tables.drop, space)
-            self._have.pop(space, None)
-            self._complete.pop(space, None)
         return gone
 
     async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
