@@ -42,6 +42,8 @@ class Limits:
 
 
 LIMITS = Limits()
+GRACE_SECONDS = 0.005
+"""Slower by no more than this is noise, whatever the ratio."""
 
 
 def check_finite(images: Vectors, texts: Vectors) -> Check:
@@ -140,20 +142,29 @@ def check_latency(
     rounds: int = 5,
     limits: Limits = LIMITS,
 ) -> Check:
-    """Fastest of `rounds` turns each, base and candidate in alternation so that a busy machine slows both."""
+    """Fastest of `rounds` turns each, base and candidate in alternation so that a busy machine slows both.
+
+    What looks slow is measured up to five times as long before it is believed, and a difference of a few
+    milliseconds is never held against a candidate: a busy machine must not reject it.
+    """
     best: dict[str | None, float] = {}
-    for adapter in (None, candidate) * (rounds + 1):  # the first turn of each warms up
-        started = time.perf_counter()
-        engine.encode_images(pixels, adapter)
-        engine.encode_texts(list(texts), adapter)
-        seconds = time.perf_counter() - started
-        best[adapter] = min(best[adapter], seconds) if adapter in best else float("inf")
+    for turn in range(1 + 5 * rounds):  # the first turn warms up
+        for adapter in (None, candidate):
+            started = time.perf_counter()
+            engine.encode_images(pixels, adapter)
+            engine.encode_texts(list(texts), adapter)
+            seconds = time.perf_counter() - started
+            best[adapter] = min(best.get(adapter, float("inf")), seconds) if turn else float("inf")
+        slower = best[candidate] - best[None]
+        if turn >= rounds and (best[candidate] <= limits.latency_ratio * best[None] or slower <= GRACE_SECONDS):
+            break
     ratio = best[candidate] / best[None]
     detail = (
         f"{len(pixels)} images and {len(texts)} texts take {1000 * best[candidate]:.1f} ms, "
         f"{ratio:.2f} of the base (at most {limits.latency_ratio})"
     )
-    return Check("latency", bool(ratio <= limits.latency_ratio), detail, ratio, limits.latency_ratio)
+    ok = ratio <= limits.latency_ratio or best[candidate] - best[None] <= GRACE_SECONDS
+    return Check("latency", ok, detail, ratio, limits.latency_ratio)
 
 
 def check_size(rank: int | None, size_bytes: int | None, limits: Limits = LIMITS) -> Check:

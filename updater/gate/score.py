@@ -106,13 +106,13 @@ class Scorer:
     def images(self, items: Sequence[Item], adapter: str | None, label: str = "images") -> Vectors:
         """L2-normalised image vectors [n, dim]; each distinct item is embedded once per space."""
         known = self._images.setdefault(self.engine.spaces(adapter).image, {})
-        missing = list({item.id: item for item in items if item.id not in known}.values())
+        missing = list({item.source: item for item in items if item.source not in known}.values())
         batches = [missing[i : i + IMAGE_BATCH] for i in range(0, len(missing), IMAGE_BATCH)]
         for batch in track(batches, f"{label}: images", total=len(batches)):
             pixels = np.stack([self.pixels(item) for item in batch])
             for item, vector in zip(batch, self.engine.encode_images(pixels, adapter), strict=True):
-                known[item.id] = vector
-        return np.stack([known[item.id] for item in items])
+                known[item.source] = vector
+        return np.stack([known[item.source] for item in items])
 
     def texts(self, texts: Sequence[str], adapter: str | None, label: str = "texts") -> Vectors:
         """L2-normalised text vectors [n, dim]; each distinct text is embedded once per space."""
@@ -126,7 +126,7 @@ class Scorer:
 
     def pixels(self, item: Item) -> NDArray[np.uint8]:
         """The item's image as the engine wants it: uint8 [S, S, 3]."""
-        kept = self._pixels.get(item.id)
+        kept = self._pixels.get(item.source)
         if kept is not None:
             return kept
         try:
@@ -137,7 +137,7 @@ class Scorer:
                 "Mend or remove that row of data.csv.",
             ) from error
         pixels = self.engine.base.preprocess.pixels(image)
-        self._pixels[item.id] = pixels
+        self._pixels[item.source] = pixels
         while len(self._pixels) * pixels.nbytes > KEEP_PIXELS:
             self._pixels.popitem(last=False)
         return pixels

@@ -6,7 +6,6 @@ store. `retention` suites must not lose, `gain` suites are where an update may s
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ops.digests import digest12, digest_bytes, digest_json
 from ops.errors import GateError, RecordError
-from streams.folders import FolderItem, read_folder
+from streams.folders import read_folder
 
 BUILTIN = Path(__file__).parent / "suites"
 
@@ -31,13 +30,18 @@ Half = Literal["all", "tuning", "hidden"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image with its text or class. `id` names image and text; `read` gives the encoded image."""
+    """One image with its text or class; `read` gives the encoded image."""
 
     id: str
+    """Digest of name and text."""
     text: str
     """The caption, or the class label in a classification suite."""
     key: str
     """What decides the half: items of one concept are all tuned on, or all hidden."""
+    name: str
+    """The image's place inside its folder, which survives a move of the home folder."""
+    source: str
+    """Names the image everywhere: suites that ask different things about it embed it once."""
     read: Callable[[], bytes]
 
 
@@ -168,7 +172,8 @@ def fresh_suite(rows: pa.Table, domain: str | None = None, *, limit: int = 400, 
     for row in columns.to_pylist():
         text = (row.get("text") or "").strip()
         if text and row.get("image") and domain in (None, row.get("domain")):
-            items.append(_item(str(row["id"]), text, row.get("concept") or text, _held(bytes(row["image"]))))
+            source = f"sample/{row['id']}"
+            items.append(_item(source, source, text, row.get("concept") or text, _held(bytes(row["image"]))))
     suite = Suite(
         name=_slug(f"fresh.{domain}" if domain else "fresh"),
         role="gain",
@@ -225,7 +230,8 @@ def _read(suite: Suite) -> list[Item]:
         if text and text.strip():
             # where the class is all there is to a concept, each picture goes to a half by itself
             key = row.path.name if row.concept == text else row.concept or row.text or row.path.name
-            items.append(_item(_row_id(row), text.strip(), key, row.bytes))
+            place = row.path.relative_to(suite.folder) if row.path.is_relative_to(suite.folder) else row.path
+            items.append(_item(place.as_posix(), str(row.path.absolute()), text.strip(), key, row.bytes))
     if suite.task == "classification":  # a class with one member measures the member
         sizes = Counter(item.text for item in items)
         items = [item for item in items if sizes[item.text] > 1]
@@ -242,12 +248,8 @@ def _bytes(suite: Suite, item: Item) -> bytes:
         ) from error
 
 
-def _row_id(row: FolderItem) -> str:
-    return f"{row.path.parent.name}/{row.path.name}"
-
-
-def _item(source: str, text: str, key: str, read: Callable[[], bytes]) -> Item:
-    return Item(id=digest12(digest_json([source, text])), text=text, key=key, read=read)
+def _item(name: str, source: str, text: str, key: str, read: Callable[[], bytes]) -> Item:
+    return Item(digest12(digest_json([name, text])), text, key, name, source, read)
 
 
 def _held(image: bytes) -> Callable[[], bytes]:
@@ -255,10 +257,10 @@ def _held(image: bytes) -> Callable[[], bytes]:
 
 
 def _limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
-    """A draw that depends on `seed` and the items' ids, not on their order in the file."""
-    ordered = sorted({item.id: item for item in items}.values(), key=lambda item: item.id)
-    random.Random(seed).shuffle(ordered)  # noqa: S311 - a reproducible draw, nothing secret
-    return sorted(ordered[:limit], key=lambda item: item.id)
+    """A draw by hash of seed and image: in any order of rows, and alike for two suites over one folder."""
+    unique = {item.id: item for item in items}.values()
+    drawn = sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))[:limit]
+    return sorted(drawn, key=lambda item: item.id)
 
 
 def _of_half(items: Iterable[Item], half: Half) -> list[Item]:

@@ -148,6 +148,31 @@ def test_a_tower_that_an_adapter_leaves_alone_is_not_embedded_again(
     assert calls == []
 
 
+def test_images_of_two_folders_with_equal_names_and_texts_are_not_mixed_up(home: Path, engine: ClipEngine) -> None:
+    """Emoji sets name their files alike: the drawing decides, not the name."""
+    first, second = folder_dataset(home / "data" / "one", count=6), folder_dataset(home / "data" / "two", count=6)
+    (second / "0.png").write_bytes((first / "5.png").read_bytes())
+    for name in ("one", "two"):
+        (home / f"{name}.yaml").write_text(f"task: retrieval\ndata: ${{home}}/data/{name}\n")
+    one, two = load_suites([home / "one.yaml", home / "two.yaml"], home)
+    scorer = Scorer(engine, home / "mixed")
+    vectors = [scorer.images(suite.items(), None) for suite in (one, two)]
+    assert [item.id for item in one.items()] == [item.id for item in two.items()]
+    same = np.isclose(vectors[0], vectors[1]).all(axis=1)
+    assert [item.text for item, equal in zip(one.items(), same, strict=True) if not equal] == ["thing number 0"]
+
+
+def test_two_suites_over_one_folder_embed_its_images_once(home: Path, engine: ClipEngine) -> None:
+    folder_dataset(home / "data" / "shared", count=12)
+    for task in ("retrieval", "classification"):
+        (home / f"shared-{task}.yaml").write_text(f"task: {task}\ndata: ${{home}}/data/shared\n")
+    suites = load_suites([home / "shared-retrieval.yaml", home / "shared-classification.yaml"], home)
+    scorer = Scorer(engine, home / "shared-cache")
+    for suite in suites:
+        scorer.score(suite, None)
+    assert [len(known) for known in scorer._images.values()] == [12]
+
+
 def test_chance_is_what_random_answers_score(engine: ClipEngine) -> None:
     suite = fresh_suite(sample_rows(30, texts=[f"t{i // 3}" for i in range(30)]))
     rng = np.random.default_rng(0)

@@ -51,6 +51,19 @@ def test_the_draw_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Pat
     assert [item.id for item in _suite(tmp_path, text + "seed: 1\n").items()] != first
 
 
+def test_two_suites_over_one_folder_draw_the_same_images_and_ids_survive_a_move(tmp_path: Path) -> None:
+    folder_dataset(tmp_path / "data" / "things", count=60)
+    text = "data: ${home}/data/things\nlimit: 20\n"
+    retrieval = _suite(tmp_path, "task: retrieval\n" + text, "r").items()
+    classes = _suite(tmp_path, "task: classification\n" + text, "c").items()
+    assert {item.source for item in retrieval} == {item.source for item in classes}
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (tmp_path / "data").rename(moved / "data")
+    again = _suite(moved, "task: retrieval\n" + text, "r").items()
+    assert [item.id for item in again] == [item.id for item in retrieval]
+
+
 def test_halves_split_the_items_and_keep_a_concept_together(tmp_path: Path) -> None:
     folder = folder_dataset(tmp_path / "data" / "things", count=60)
     rows = (folder / "data.csv").read_text().splitlines()
