@@ -174,18 +174,17 @@ class Catalog:
         worked = False
         # The live space first: what is searched now matters most.
         for space, clip in sorted(self._resident.items(), key=lambda item: item[0] != self._live_space):
-            if self._complete.get(space) == version:
+            if self._complete.get(space) == version or space not in self._resident:
                 continue
-            if space not in self._have:
-                self._have[space] = await self._in_io(self.tables.ids, space)
-            done = self._have[space] | self._bad
+            have = self._have.get(space)
+            if have is None:
+                have = self._have[space] = await self._in_io(self.tables.ids, space)
+            done = have | self._bad
             missing = [sample for sample in self._wanted if sample not in done]
             if missing:
                 worked = True
-                await self._embed(space, clip, missing[:BATCH_ROWS])
-                if space not in self._have:
-                    continue  # retired meanwhile
-            if len(missing) <= BATCH_ROWS:
+                await self._embed(space, clip, have, missing[:BATCH_ROWS])
+            if len(missing) <= BATCH_ROWS and self._have.get(space) is have:  # not retired meanwhile
                 self._complete[space] = version
                 async with self._changed:
                     self._changed.notify_all()
@@ -196,26 +195,28 @@ class Catalog:
             metrics.catalog.covered(rows_live, status["coverage"])
         return worked
 
-    async def _embed(self, space: str, clip: str | None, ids: list[str]) -> None:
+    async def _embed(self, space: str, clip: str | None, have: set[str], ids: list[str]) -> None:
         rows = await self._in_io(lambda: self.corpus.scan(columns=COLUMNS, ids=ids))
         good, pixels = await self._in_io(self._decode, rows)
         if good:
             taken = rows.take(good)
             vectors = await self._encode(np.stack(pixels), clip)
-            if space not in self._resident:
-                return
+            if self._have.get(space) is not have:
+                return  # retired meanwhile: its table is dropped, and must not come back
             await self._in_io(self.tables.append, space, with_text(taken), vectors)
-            if space not in self._have:
-                return
-            self._have[space].update(taken["id"].to_pylist())
-            if space == self._live_space:
-                newest = max(taken["ingested_at"].to_pylist(), default=None)
-                if isinstance(newest, datetime):
-                    self.searchable_seconds = max(
-                        0.0, time.time() - newest.replace(tzinfo=newest.tzinfo or UTC).timestamp()
-                    )
+            have.update(taken["id"].to_pylist())
+            if space == self._live_space and space in self._complete:  # else it is a backfill
+                self._found(taken["ingested_at"].to_pylist())
         known = set(rows["id"].to_pylist())
         self._bad.update(sample for sample in ids if sample not in known)
+
+    def _found(self, ingested: list[datetime | None]) -> None:
+        """Samples became searchable under the live release."""
+        for moment in ingested:
+            if moment is not None:
+                aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+                self.searchable_seconds = max(0.0, time.time() - aware.timestamp())
+                metrics.catalog.searchable(self.searchable_seconds)
 
     def _decode(self, rows: pa.Table) -> tuple[list[int], list[npt.NDArray[np.uint8]]]:
         good: list[int] = []
