@@ -178,7 +178,10 @@ class Catalog:
                 continue
             have = self._have.get(space)
             if have is None:
-                have = self._have[space] = await self._in_io(self.tables.ids, space)
+                have = await self._in_io(self.tables.ids, space)
+                if space not in self._resident:
+                    continue
+                self._have[space] = have
             done = have | self._bad
             missing = [sample for sample in self._wanted if sample not in done]
             if missing:
