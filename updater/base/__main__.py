@@ -1,4 +1,8 @@
-"""Rebuild the committed assets: ``python -m updater.base HOME`` trains the projections and scores the result."""
+"""Rebuild the committed assets.
+
+python -m updater.base HOME                 train the projections, score the result
+python -m updater.base HOME --scores-only   score again what is committed
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,15 @@ from updater.base.scores import SCORES, score_base
 from updater.base.shipped import ASSETS, build_base, export_projections
 
 
-def main(home: Path) -> None:
-    """Train in ``home``, write ``assets/projections.safetensors`` and ``assets/scores.json``."""
-    base = build_base(home, retrain=True)
-    path = export_projections(base)
+def main(home: Path, train: bool) -> None:
+    """Write ``assets/projections.safetensors`` (if ``train``) and ``assets/scores.json``."""
+    base = build_base(home, retrain=train)
+    if train:
+        say(f"wrote {export_projections(base)}")
     scores = {"base": base.digest, "domains": score_base(home)}
     (ASSETS / SCORES).write_text(json.dumps(scores, indent=1) + "\n")
-    say(f"wrote {path} and {ASSETS / SCORES}")
+    say(f"wrote {ASSETS / SCORES}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), train="--scores-only" not in sys.argv[2:])

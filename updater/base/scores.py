@@ -41,11 +41,11 @@ def score_base(home: Path | str, name: str = NAME, domains: Sequence[str] | None
     Raises :class:`ops.errors.BaseModelError` when the base is not registered.
     """
     base = load_base(home, name)
-    scorer = Scorer(ClipEngine(base))
+    engine = ClipEngine(base)
     result: dict[str, dict[str, float]] = {}
     for domain in domains or (*DOMAINS, *UNSEEN):
         folder = prepare_domain(domain, Path(home))
-        result[domain] = _score(scorer, domain, folder)
+        result[domain] = _score(Scorer(engine), domain, folder)  # a scorer keeps vectors: one for each domain
         shown = ", ".join(f"{key} {value:.3g}" for key, value in result[domain].items())
         say(f"{domain}: {shown}")
     return result

@@ -87,6 +87,7 @@ def export_projections(base: ClipBase, folder: Path = ASSETS) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PROJECTIONS
     save_file({name: state[name].half().contiguous() for name in towers.PROJECTIONS}, path)
+    path.chmod(0o644)
     return path
 
 
