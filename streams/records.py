@@ -68,6 +68,13 @@ class Sample(BaseModel):
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
+    @field_validator("text", "question", "answer", "domain", "source", "concept", "label", "tags")
+    @classmethod
+    def _encodable(cls, value: Any) -> Any:
+        for text in value if isinstance(value, tuple) else (value,):
+            text.encode()  # JSON can hold halves of surrogate pairs, which are no text: UnicodeEncodeError
+        return value
+
     @field_validator("tags", mode="before")
     @classmethod
     def _split_tags(cls, value: Any) -> Any:

@@ -234,11 +234,15 @@ class SampleStore:
             ) from error
 
     def _create(self) -> Snapshot:
+        """Make the table, with a fence. Of processes that start at once one makes it, and the others take it."""
         table = pa.Table.from_pylist([_EMPTY_FENCE], schema=SCHEMA)
         try:
-            lance.write_dataset(table, self.url, schema=SCHEMA, mode="create")
-        except OSError as error:  # two processes start at once: the other one made it
-            if "exists" not in str(error).lower():
+            # Not write_dataset(mode="create"): that one, when it loses the race, overwrites the winner's table. With no
+            # retries the commit writes version 1 or fails.
+            fragments = write_fragments(table, self.url, schema=SCHEMA, mode="create")
+            lance.LanceDataset.commit(self.url, lance.LanceOperation.Overwrite(SCHEMA, fragments), max_retries=0)
+        except OSError as error:
+            if self._open(None) is None:
                 raise StoreError(
                     f"the sample store {self.url} cannot be made: {error}.", "Check `lake_url`."
                 ) from error

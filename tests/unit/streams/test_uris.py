@@ -1,0 +1,95 @@
+"""Only what the operator listed is fetched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from ops.errors import RecordError
+from streams.uris import fetch
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        if self.path == "/images/moved":
+            self.send_response(302)
+            self.send_header("Location", "/secret")
+        else:
+            self.send_response(200 if self.path in ("/images/a", "/secret") else 404)
+        self.end_headers()
+        self.wfile.write(self.path.encode() * 10)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def reason(uri: str, *allowed: str, max_bytes: int = 1000) -> str:
+    with pytest.raises(RecordError) as caught:
+        fetch(uri, allowed, max_bytes)
+    return str(caught.value.reason)
+
+
+def test_what_lies_under_a_listed_address_is_fetched(site: str) -> None:
+    for prefix in (f"{site}/images/", f"{site}/images", f"{site}/images/a", site):
+        assert fetch(f"{site}/images/a", ["file:///nowhere", prefix], 1000) == b"/images/a" * 10
+
+
+def test_other_addresses_are_not(site: str) -> None:
+    allowed = f"{site}/images"
+    outside = ["/secret", "/imagesque", "/images/../secret", "/images/%2e%2e/secret", "/images/..%5csecret"]
+    assert {reason(site + path, allowed) for path in outside} == {"uri_not_allowed"}
+    port = site.rpartition(":")[2]
+    others = [
+        f"https://127.0.0.1:{port}/images/a",
+        f"http://localhost:{port}/images/a",
+        "http://127.0.0.1:1/images/a",
+        f"http://127.0.0.1:{port}@evil.example/images/a",
+        f"http://user@127.0.0.1:{port}/images/a",
+        "http://127.0.0.1:no/images/a",
+        "ftp://127.0.0.1/images/a",
+        "images/a",
+        "http://[::1/images/a",
+        "",
+    ]
+    assert {reason(uri, allowed) for uri in others} == {"uri_not_allowed"}
+    assert reason(f"{site}/images/a") == "uri_not_allowed"
+
+
+def test_redirects_errors_and_large_answers_are_refused(site: str) -> None:
+    assert reason(f"{site}/images/moved", site) == "uri_unreachable"
+    assert reason(f"{site}/images/none", site) == "uri_unreachable"
+    assert reason("http://127.0.0.1:1/a", "http://127.0.0.1:1") == "uri_unreachable"
+    assert reason(f"{site}/images/a", site, max_bytes=89) == "image_too_large"
+
+
+def test_files_stay_inside_their_folder(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "in-secret"
+    for folder in (inside, outside):
+        folder.mkdir()
+        (folder / "a b.png").write_bytes(b"12345")
+    (inside / "link").symlink_to(outside / "a b.png")
+    allowed = f"file://{inside}"
+    assert fetch(f"file://{inside}/a%20b.png", [allowed], 5) == b"12345"
+    assert reason(f"file://{inside}/a%20b.png", allowed, max_bytes=4) == "image_too_large"
+    assert reason(f"file://{outside}/a%20b.png", allowed) == "uri_not_allowed"
+    assert reason(f"file://{inside}/link", allowed) == "uri_not_allowed"
+    assert reason(f"file://{inside}/%2e%2e/in-secret/a%20b.png", allowed) == "uri_not_allowed"
+    assert reason(f"file://host{inside}/a%20b.png", allowed) == "uri_not_allowed"
+    assert reason(f"file://{inside}/none.png", allowed) == "uri_unreachable"
+    assert reason(f"file://{inside}", allowed) == "uri_unreachable"
+    assert reason("file:///dev/zero", "file:///dev") == "uri_unreachable"
