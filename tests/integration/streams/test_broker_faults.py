@@ -1,0 +1,73 @@
+"""What Ratchet expects of a broker. The embedded one is known to fail some: there these tests must fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import OffsetOutOfRangeError
+
+from ops.settings import Kafka
+from tests.support.broker import Broker
+from tests.support.kafka import make_topics
+
+pytestmark = pytest.mark.integration
+
+RECORDS = 5
+
+
+@pytest.fixture
+def known_fault(broker: Broker, request: pytest.FixtureRequest) -> None:
+    """Expect the test to fail on the embedded broker alone."""
+    if broker.embedded:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="known fault of the embedded broker"))
+
+
+@pytest.fixture
+def log(broker: Broker, tmp_path: Path) -> Iterator[tuple[Kafka, TopicPartition, Any]]:
+    """A partition with one batch of records, and a consumer of it."""
+    kafka = broker.settings(tmp_path, kafka={"partitions": 1}).kafka
+    make_topics(broker.settings(tmp_path, kafka=kafka.model_dump()))
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, linger_ms=100)
+    for number in range(RECORDS):
+        producer.send(kafka.topic, b"record %d" % number)
+    producer.flush()
+    producer.close()
+    consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="none", enable_auto_commit=False)
+    partition = TopicPartition(kafka.topic, 0)
+    consumer.assign([partition])
+    yield kafka, partition, consumer
+    consumer.close(timeout_ms=1000)
+
+
+def test_all_records_of_a_batch_are_read_with_their_offsets(log: Any) -> None:
+    _, partition, consumer = log
+    consumer.seek(partition, 2)
+    records = consumer.poll(timeout_ms=5000)[partition]
+    assert [record.offset for record in records] == [2, 3, 4]
+
+
+@pytest.mark.usefixtures("known_fault")
+def test_the_end_offset_counts_records(log: Any) -> None:
+    _, partition, consumer = log
+    assert consumer.end_offsets([partition])[partition] == RECORDS
+
+
+@pytest.mark.usefixtures("known_fault")
+def test_a_time_after_the_last_record_has_no_offset(log: Any) -> None:
+    _, partition, consumer = log
+    later = int(time.time() * 1000) + 3_600_000
+    assert consumer.offsets_for_times({partition: later})[partition] is None
+
+
+@pytest.mark.usefixtures("known_fault")
+def test_an_offset_beyond_the_end_is_an_error(log: Any) -> None:
+    _, partition, consumer = log
+    consumer.seek(partition, 1000)
+    with pytest.raises(OffsetOutOfRangeError):
+        for _ in range(4):
+            consumer.poll(timeout_ms=500)
