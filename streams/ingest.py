@@ -85,6 +85,7 @@ class Ingest:
         self.change(state="stopped")
 
     def wait_for_broker(self, error: BrokerError, failures: int) -> None:
+        """Say that the broker is away, and wait: longer after more failures."""
         metrics.ingest.broker(False)
         self.change(state="waiting", problem=str(error))
         wait = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
@@ -92,6 +93,7 @@ class Ingest:
         self.stopping.wait(wait)
 
     def change(self, **changes: Any) -> None:
+        """Change fields of the status, and tell who listens."""
         self.status = replace(self.status, **changes)
         if self._on_change is not None:
             self._on_change(self.status)

@@ -218,6 +218,9 @@ class PublishReport:
     examples: list[str] = field(default_factory=list)
     """The first few messages about refused rows."""
 
+    def __rich__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         rate = self.delivered / self.seconds if self.seconds else 0.0
         spread = ", ".join(f"{number}: {count}" for number, count in sorted(self.partitions.items()))
