@@ -28,7 +28,7 @@ def publish(
     from streams.producer import publish as send
 
     report = send(ctx.of(context).settings, path, split=split, limit=limit, source=source)
-    Console().print(report)
+    Console().print(str(report), highlight=False)
 
 
 @app.command("list")

@@ -1,0 +1,156 @@
+"""The whole product, in processes of their own: stream, learn, gate, swap, roll back, and go on after a crash."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.load import Traffic
+from ops.cli.context import Context
+from ops.cli.supervisor import Supervisor
+from ops.ledger import Ledger
+from serving.client import Client
+from streams.folders import read_folder
+from streams.store import SampleStore
+from tests.support.postgres import free_port
+from tests.support.shapes import shapes
+from tests.support.tiny import tiny_base
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+RECIPE = {
+    "name": "quick",
+    "rank": 8,
+    "alpha": 32,
+    "batch_size": 48,
+    "objectives": [{"name": "contrastive"}, {"name": "feature_distillation", "over": ["reference", "replay"]}],
+    "schedule": {"kind": "infinite", "peak": 0.01, "constant": 0.01, "warmup_steps": 5, "cooldown_steps": 0},
+    "max_steps": 80,
+}
+
+
+@dataclass
+class House:
+    """A running Ratchet with a tiny base."""
+
+    context: Context
+    parts: Supervisor
+    client: Client
+    ledger: Ledger
+    store: SampleStore
+
+    def ratchet(self, *words: str) -> str:
+        """Run the command line under the same settings; its standard output."""
+        done = subprocess.run(self.context.command(*words), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    home = tmp_path_factory.mktemp("house")
+    tiny_base(home)
+    shapes(home / "data" / "new", copies=45)
+    shapes(home / "data" / "old", copies=12, seed=1)
+    (home / "quick.yaml").write_text(yaml.safe_dump(RECIPE))
+    (home / "suites").mkdir()
+    suite = {"task": "classification", "data": str(home / "data" / "old"), "label": "label", "margin": 0.2}
+    (home / "suites" / "old.yaml").write_text(yaml.safe_dump(suite))
+    file = home / "ratchet.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "home": str(home),
+                "base": {"clip": "tiny"},
+                "kafka": {"bootstrap": f"127.0.0.1:{free_port()}", "batch_seconds": 0.5},
+                "serve": {"port": free_port(), "encoder_replicas": 1},
+                "ingest": {"metrics_port": 0},
+                "updater": {
+                    "recipe": str(home / "quick.yaml"),
+                    "reference": [str(home / "data" / "old")],
+                    "threads": 1,
+                },
+                "gate": {"suites": [str(home / "suites")]},
+            }
+        )
+    )
+    context = Context(file, [])
+    settings = context.settings
+    with Supervisor(context, ["broker", "serve", "ingest"]) as parts:
+        parts.wait_until_ready()
+        client = Client(f"http://127.0.0.1:{settings.serve.port}", operator_key=settings.operator_key())
+        yield House(context, parts, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
+
+
+def wait(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.2)
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, and so on: Ray puts them into process groups of their own."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found] + [each for child in found for each in descendants(int(child))]
+
+
+def test_an_update_goes_from_the_stream_into_service_and_back_under_load(house: House) -> None:
+    settings = house.context.settings
+    items = list(read_folder(settings.home / "data" / "old"))
+    probes = {"images": [item.bytes() for item in items[::20]], "texts": sorted({item.text for item in items})}
+    with Traffic(house.client.url, settings=settings, rate=5.0, **probes) as traffic:
+        assert "540 samples" in house.ratchet("publish", str(settings.home / "data" / "new"))
+        wait(lambda: house.store.count() == 540)
+        assert house.client.live() == 1
+
+        house.ratchet("update", "--once")
+        verdict = house.ledger.verdicts(1)[0]
+        assert verdict.outcome == "passed", verdict.summary
+        wait(lambda: house.client.live() == 2)
+        wait(lambda: house.client.status()["catalog"]["coverage"] == 1.0)
+        hits = house.client.search(text="a red circle", k=5)
+        assert sum("red" in hit["text"] for hit in hits) >= 4
+
+        out = house.ratchet("releases", "rollback", "--reason", "to see the old one")
+        assert "release 3 is live everywhere: clip base" in out
+        assert len(house.client.search(text="a red circle", k=5)) == 5
+        house.ratchet("releases", "release", "--clip", verdict.adapter, "--reason", "better")
+        wait(lambda: house.client.live() == 4)
+        time.sleep(1.0)
+    report = traffic.report()
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+    assert {1, 2, 4} <= set(report.releases)
+    for command in (("status",), ("releases", "list"), ("releases", "show", "2"), ("gate", "report")):
+        assert house.ratchet(*command)
+
+
+def test_after_a_crash_of_everything_it_goes_on_where_it_was(house: House) -> None:
+    live, stored, offsets = house.client.live(), house.store.count(), house.store.offsets()
+    assert live == 4
+    before = house.client.embed(["a red circle"])
+    for name in ("serve", "ingest"):
+        process = house.parts.part(name).process
+        assert process is not None
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert not house.client.is_ready()
+    house.ledger.hold("test", "a row that is written while everything is down")
+    wait(lambda: house.parts.tend() or house.client.is_ready())
+    assert house.client.live() == live
+    assert abs(house.client.embed(["a red circle"]) - before).max() < 1e-5
+    assert (house.store.count(), house.store.offsets()) == (stored, offsets)
+
+    folder = shapes(house.context.settings.home / "data" / "late", copies=1, seed=9)
+    house.ratchet("publish", str(folder))
+    wait(lambda: house.store.count() == stored + 12)
+    house.ledger.resume("test", "over")
