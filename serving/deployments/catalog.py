@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from ray.serve.handle import DeploymentHandle
 
 from ops.errors import RatchetError, StoreError
+from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Catalog
@@ -18,9 +20,13 @@ from serving.catalog.tables import Tables
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
+from serving.deployments.window import LedgerWindow
 from serving.engines.base import load_base
 from streams.images import decode_image
 from streams.store import SampleStore
+
+log = logging.getLogger("ratchet.catalog")
+HEALTH_SECONDS = 10.0
 
 
 class CatalogReplica:
@@ -42,43 +48,57 @@ class CatalogReplica:
 
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
+        ledger = Ledger.open(settings.ledger, migrate=False)
+        self._window = LedgerWindow(ledger, encoder, settings.serve.rollback_window)
         self._loop: asyncio.Task[None] | None = None
+        self._told = asyncio.Lock()
+        self._knows = False
 
-    def _started(self) -> Catalog:
+    async def _started(self) -> Catalog:
+        """The catalog with its loop running, and told of the resident releases: a replaced replica missed the word."""
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
+        async with self._told:
+            if not self._knows:
+                window = await self._window.read()
+                if window:
+                    await self.catalog.adopt(window)
+                    self._knows = True
         return self.catalog
 
     async def check_health(self) -> None:
-        """Keeps the reconcile loop running."""
-        self._started()
+        """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
+        try:
+            await asyncio.wait_for(self._started(), HEALTH_SECONDS)
+        except Exception as error:
+            log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
     async def cover(self, stamp: Stamp, wait: bool) -> int | str:
         """See :meth:`Catalog.cover`; a string says why it could not be done."""
         try:
-            return await self._started().cover(stamp, wait)
+            return await (await self._started()).cover(stamp, wait)
         except RatchetError as error:
             return str(error)
 
     async def adopt(self, window: Sequence[Stamp]) -> None:
         """See :meth:`Catalog.adopt`."""
-        await self._started().adopt(window)
+        await (await self._started()).adopt(window)
 
     async def retire(self, keep: Sequence[Stamp]) -> list[str]:
         """See :meth:`Catalog.retire`."""
-        return await self._started().retire(keep)
+        return await (await self._started()).retire(keep)
 
     async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
         """See :meth:`Catalog.search`; a string says why there is no answer."""
         try:
-            return await self._started().search(space, vector, k, filters)
+            return await (await self._started()).search(space, vector, k, filters)
         except RatchetError as error:
             return str(error)
 
     async def image(self, sample_id: str) -> bytes | None:
         """The encoded image of one sample."""
-        return await self._started().image(sample_id)
+        return await (await self._started()).image(sample_id)
 
     async def status(self) -> dict[str, Any]:
         """Rows and coverage."""
-        return self._started().status()
+        return (await self._started()).status()

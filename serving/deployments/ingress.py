@@ -18,8 +18,9 @@ from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
-from serving.deployments.protocol import Outcome, Prepared
+from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
+from serving.deployments.window import LedgerWindow
 from serving.engines.base import load_base
 from serving.http.app import build_app
 from serving.http.auth import OperatorGate
@@ -74,10 +75,9 @@ class Ingress:
         close_replica_port()
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.encoder = encoder
+        self.window = LedgerWindow(self.ledger, encoder, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
-        self._spaces: dict[str | None, tuple[str, str]] = {}
         self._follower: asyncio.Task[None] | None = None
         self.gateway = Gateway(
             settings=settings.serve,
@@ -112,22 +112,10 @@ class Ingress:
 
     async def refresh(self) -> None:
         """Adopt what the ledger says."""
-        rows = await asyncio.to_thread(self.ledger.releases, self.settings.serve.rollback_window)
         live = self.admission.live
-        if not rows or (live is not None and rows[0].number <= live.release):
-            return
-        window: list[Stamp] = []
-        for row in rows:
-            if row.clip not in self._spaces:
-                prepared: Prepared = await self.encoder.prepare.remote(row.clip)
-                if prepared.error:
-                    if not window:
-                        log.error("release %d cannot be served: %s", row.number, prepared.error)
-                        return
-                    continue
-                self._spaces[row.clip] = (prepared.image_space, prepared.text_space)
-            window.append(Stamp(row.number, row.clip, *self._spaces[row.clip]))
-        await self.adopt(window)
+        window = await self.window.read(newer_than=live.release if live else 0)
+        if window:
+            await self.adopt(window)
 
     async def _follow(self) -> None:
         while True:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
+import signal
 import socket
 import struct
 import time
@@ -132,6 +134,15 @@ def test_after_a_rollback_the_index_is_complete_and_of_the_same_space(house: Hou
         assert added in {hit["id"] for hit in client.search(text="x", k=100, domain=["late"])}
         total = client.status()["catalog"]["corpus_rows"]
         assert len({hit["id"] for hit in answer.json()["data"]}) == min(100, total)
+
+
+def test_a_catalog_that_was_killed_answers_again_from_the_ledger(house: House) -> None:
+    with house.client() as client:
+        client.release(house.adapter(), reason="so that the first start's releases are not the resident ones")
+        covered(house)
+        os.kill(house.pids("ServeReplica:ratchet:Catalog")[0], signal.SIGKILL)
+        hits = client.search(text="maps", k=100, domain=["maps"])
+    assert len(hits) == 16
 
 
 def test_a_change_of_the_text_tower_keeps_the_index(house: House) -> None:
