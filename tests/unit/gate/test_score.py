@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ops.errors import GateError
 from serving.engines.clip import ClipEngine
@@ -36,7 +37,7 @@ class Oracle:
     """Stands for an engine: chosen vectors for images (by their first colour) and texts."""
 
     def __init__(self, engine: ClipEngine, images: np.ndarray, texts: dict[str, np.ndarray]) -> None:
-        self.base, self._images, self._texts = engine.base, images, texts
+        self.base, self.device, self._images, self._texts = engine.base, engine.device, images, texts
 
     def spaces(self, adapter: str | None) -> object:
         return type("Spaces", (), {"image": "i", "text": "t"})()
@@ -171,6 +172,20 @@ def test_two_suites_over_one_folder_embed_its_images_once(home: Path, engine: Cl
     for suite in suites:
         scorer.score(suite, None)
     assert [len(known) for known in scorer._images.values()] == [12]
+
+
+def test_several_threads_score_as_one_does_and_leave_torch_as_it_was(
+    home: Path, engine: ClipEngine, suite: Suite
+) -> None:
+    ranks = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ranks.append(Scorer(engine, home / f"threads-{threads}").score(suite, None).ranks)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(*ranks)
 
 
 def test_chance_is_what_random_answers_score(engine: ClipEngine) -> None:
