@@ -147,6 +147,30 @@ def check_latency(
     What looks slow is measured up to five times as long before it is believed, and a difference of a few
     milliseconds is never held against a candidate: a busy machine must not reject it.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other measure the machine, not the model
+    try:
+        best = _fastest(engine, candidate, pixels, texts, rounds, limits)
+    finally:
+        torch.set_num_threads(threads)
+    ratio = best[candidate] / best[None]
+    detail = (
+        f"{len(pixels)} images and {len(texts)} texts take {1000 * best[candidate]:.1f} ms, "
+        f"{ratio:.2f} of the base (at most {limits.latency_ratio})"
+    )
+    ok = ratio <= limits.latency_ratio or best[candidate] - best[None] <= GRACE_SECONDS
+    return Check("latency", ok, detail, ratio, limits.latency_ratio)
+
+
+def _fastest(
+    engine: ClipEngine,
+    candidate: str,
+    pixels: NDArray[np.uint8],
+    texts: Sequence[str],
+    rounds: int,
+    limits: Limits,
+) -> dict[str | None, float]:
+    """Seconds of the fastest turn of base (None) and candidate."""
     best: dict[str | None, float] = {}
     for turn in range(1 + 5 * rounds):  # the first turn warms up
         for adapter in (None, candidate):
@@ -158,13 +182,7 @@ def check_latency(
         slower = best[candidate] - best[None]
         if turn >= rounds and (best[candidate] <= limits.latency_ratio * best[None] or slower <= GRACE_SECONDS):
             break
-    ratio = best[candidate] / best[None]
-    detail = (
-        f"{len(pixels)} images and {len(texts)} texts take {1000 * best[candidate]:.1f} ms, "
-        f"{ratio:.2f} of the base (at most {limits.latency_ratio})"
-    )
-    ok = ratio <= limits.latency_ratio or best[candidate] - best[None] <= GRACE_SECONDS
-    return Check("latency", ok, detail, ratio, limits.latency_ratio)
+    return best
 
 
 def check_size(rank: int | None, size_bytes: int | None, limits: Limits = LIMITS) -> Check:
