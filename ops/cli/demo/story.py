@@ -184,9 +184,9 @@ def _back_and_forth(stage: Stage, default: VerdictRow) -> float:
     found = search(stage.url, stage.queries[0])
     if found.release != back["number"] or not found.hits:
         raise RatchetError(f"after the rollback, release {found.release} answered with {len(found.hits)} hits.")
-    say(f"release {back['release']} (the base again) was served everywhere after {seconds * 1000:.0f} ms")
+    say(f"release {back['number']} (the base again) was served everywhere after {seconds * 1000:.0f} ms")
     forward = stage.client.release(default.adapter, "the demo wants the better model back")
-    say(f"release {forward['release']} ({default.adapter}) is live again")
+    say(f"release {forward['number']} ({default.adapter}) is live again")
     time.sleep(2)  # some answers under the last release
     return seconds
 
