@@ -104,8 +104,8 @@ class Updater(Section):
 class Budget(Section):
     """Compute for learning, in memory-adjusted GFLOPs (FLOPs per step x peak memory / that of full fine-tuning)."""
 
-    gflops_per_day: float = Field(2_000_000.0, gt=0, description="Refill of the token bucket a day, and its size.")
-    gflops_per_update: float = Field(60_000.0, gt=0, description="Most that one update may spend.")
+    gflops_per_day: float = Field(200_000.0, gt=0, description="Refill of the token bucket a day, and its size.")
+    gflops_per_update: float = Field(6_000.0, gt=0, description="Most that one update may spend.")
     seconds_per_update: float = Field(900.0, gt=0, description="Wall-clock bound of one update's training.")
 
 

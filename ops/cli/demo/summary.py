@@ -90,7 +90,7 @@ def show(facts: Facts) -> None:
         "suite", "role", "metric", "items", "base", "after", "difference", "decision", title="The default update"
     )
     for name, suite in facts.default.summary["suites"].items():
-        span = f"{suite['after'] - suite['before']:+.3f}  [{suite['ci_low']:+.3f}, {suite['ci_high']:+.3f}]"
+        span = f"{suite['after'] - suite['before']:+.3f}  [{suite['ci'][0]:+.3f}, {suite['ci'][1]:+.3f}]"
         table.add_row(
             name, suite["role"], suite["metric"], str(suite["n"]), f"{suite['before']:.3f}", f"{suite['after']:.3f}",
             span, suite["decision"], style="green" if suite["decision"] == "passed" else "red",

@@ -1,0 +1,60 @@
+"""The demo's end: one JSON line with every figure, and an honest list of what was not as promised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from ops.cli.demo.summary import Facts, broken_promises, show
+from ops.ledger import Outcome, VerdictRow
+
+
+def _verdict(outcome: Outcome, retention: str, gain: str = "passed") -> VerdictRow:
+    def suite(role: str, decision: str) -> dict[str, object]:
+        return {
+            "role": role, "metric": "recall@5", "n": 200, "base": 0.5, "before": 0.5, "after": 0.6, "ci": [0.02, 0.18],
+            "decision": decision,
+        }  # fmt: skip
+
+    caught = ["emoji"] if retention == "failed" else []
+    summary = {"suites": {"emoji": suite("retention", retention), "fresh": suite("gain", gain)}, "caught_by": caught}
+    return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, datetime.now(UTC))
+
+
+def _facts() -> Facts:
+    return Facts(
+        release=4, naive=_verdict("rejected", "failed"), default=_verdict("passed", "passed"), requests=100, failed=0,
+        mixed=0, prepare_seconds=1.0, commit_seconds=0.01, rollback_seconds=0.05, event_to_searchable_seconds=2.0,
+        budget={"planned": 10.0, "spent": 9.0}, seconds=500.0, report="report.html", picture="searches.png",
+    )  # fmt: skip
+
+
+def test_the_last_line_is_json_with_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    show(_facts())
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["naive_verdict"] == "rejected"
+    assert last["naive_caught_by"] == ["emoji"]
+    assert last["suites"]["fresh"] == {
+        "role": "gain", "before": 0.5, "after": 0.6, "ci": [0.02, 0.18], "decision": "passed",
+    }  # fmt: skip
+    assert (last["failed"], last["mixed"], last["budget"]) == (0, 0, {"planned": 10.0, "spent": 9.0})
+    assert broken_promises(_facts()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"failed": 1}, "1 of 100 requests failed"),
+        ({"requests": 0}, "0 of 0 requests"),
+        ({"mixed": 2}, "2 answers"),
+        ({"naive": _verdict("passed", "passed")}, "naive update was passed"),
+        ({"default": _verdict("inconclusive", "inconclusive")}, "default update was inconclusive"),
+        ({"default": _verdict("passed", "passed", gain="inconclusive")}, "no gain suite"),
+        ({"rollback_seconds": 1.5}, "rollback took 1.50 s"),
+    ],
+)
+def test_a_promise_that_was_not_kept_is_named(change: dict[str, object], words: str) -> None:
+    assert any(words in promise for promise in broken_promises(replace(_facts(), **change)))  # type: ignore[arg-type]
