@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
 from PIL import Image
+
+from serving.client import Client
 
 HITS = 6
 SIDE = 96  # pixels of a thumbnail
+DEPTH = 100  # hits looked through for the right image; deeper counts as one more
 
 
 @dataclass(frozen=True)
@@ -25,48 +27,70 @@ class Hit:
 
 @dataclass(frozen=True)
 class Search:
-    """One query and what it found under one release."""
+    """One query under one release: the first hits, and the rank (from 1) of the image whose caption is the query."""
 
     query: str
-    release: int
     hits: tuple[Hit, ...]
+    rank: int
 
 
-def search(url: str, query: str, model: str = "clip", **filters: object) -> Search:
-    """Search the catalog by text, under what is live or under a resident release (``clip@1``)."""
-    body = {"text": query, "k": HITS, "model": model, **filters}
-    response = httpx.post(f"{url}/v1/search", json=body, timeout=30)
-    response.raise_for_status()
-    hits = tuple(Hit(hit["id"], hit["text"] or "", hit["score"]) for hit in response.json()["data"])
-    return Search(query, int(response.headers["x-ratchet-release"]), hits)
+@dataclass(frozen=True)
+class Change:
+    """One query before and after the update."""
+
+    before: Search
+    after: Search
+
+    @property
+    def gain(self) -> float:
+        """How much nearer to the top the right image came, on a scale where 1 -> 2 counts as much as 10 -> 20."""
+        return self.before.rank / self.after.rank
 
 
-def draw(url: str, before: Sequence[Search], after: Sequence[Search], path: Path) -> Path:
-    """Draw the searches side by side, the image that carries the very words of the query framed in green."""
+def search(client: Client, query: str, model: str) -> Search:
+    """Search the catalog by text under a resident release (``clip@1``)."""
+    hits = [Hit(hit["id"], hit["text"] or "", hit["score"]) for hit in client.search(text=query, k=DEPTH, model=model)]
+    rank = next((place for place, hit in enumerate(hits, 1) if _same(hit.text, query)), DEPTH + 1)
+    return Search(query, tuple(hits[:HITS]), rank)
+
+
+def choose(changes: Sequence[Change], better: int, worse: int) -> list[Change]:
+    """The queries that gained most and those that lost most, so that the picture tells both sides."""
+    ordered = sorted(changes, key=lambda change: change.gain)
+    return [*reversed(ordered[-better:]), *reversed(ordered[:worse])]
+
+
+def draw(client: Client, changes: Sequence[Change], title: str, path: Path) -> Path:
+    """Draw searches side by side, the image that carries the very words of the query framed in green."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = len(before)
-    figure, axes = plt.subplots(rows, 2 * HITS + 1, figsize=(1.05 * (2 * HITS + 1), 1.5 * rows + 0.6), squeeze=False)
-    for row, (old, new) in enumerate(zip(before, after, strict=True)):
+    rows, columns = len(changes), 2 * HITS + 1
+    figure, axes = plt.subplots(rows, columns, figsize=(1.05 * columns, 1.42 * rows + 0.9), squeeze=False)
+    for row, change in enumerate(changes):
         axes[row][HITS].axis("off")
-        for start, found in ((0, old), (HITS + 1, new)):
+        for start, found in ((0, change.before), (HITS + 1, change.after)):
             for column in range(HITS):
-                _cell(axes[row][start + column], url, found, column)
-            axes[row][start].set_title(f"“{found.query}”", loc="left", fontsize=9, pad=4)
-    for x, found in ((0.03, before[0]), (0.53, after[0])):
-        name = "before: the base" if found.release == 1 else f"after: release {found.release}"
-        figure.text(x, 0.985, name, fontsize=12, weight="bold", va="top")
-    figure.tight_layout(rect=(0, 0, 1, 0.95))
+                _cell(axes[row][start + column], client, found, column)
+            place = f"{found.rank}" if found.rank <= DEPTH else f"beyond {DEPTH}"
+            axes[row][start].set_title(f"“{found.query}”  right image at rank {place}", loc="left", fontsize=9, pad=4)
+    for x, side in ((0.012, "before: the base"), (0.53, "after: the update")):
+        figure.text(x, 0.955, side, fontsize=12, weight="bold", va="top")
+    figure.text(0.012, 0.992, title, fontsize=10, va="top")
+    figure.tight_layout(rect=(0, 0, 1, 0.935))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
     return path
 
 
-def _cell(axis: object, url: str, found: Search, column: int) -> None:
+def _same(one: str, other: str) -> bool:
+    return one.strip().lower() == other.strip().lower()
+
+
+def _cell(axis: object, client: Client, found: Search, column: int) -> None:
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes)
@@ -76,10 +100,8 @@ def _cell(axis: object, url: str, found: Search, column: int) -> None:
         axis.axis("off")
         return
     hit = found.hits[column]
-    data = httpx.get(f"{url}/v1/samples/{hit.id}/image", params={"size": SIDE}, timeout=30)
-    data.raise_for_status()
-    axis.imshow(Image.open(io.BytesIO(data.content)).convert("RGB"))
-    right = hit.text.strip().lower() == found.query.strip().lower()
+    axis.imshow(Image.open(io.BytesIO(client.sample_image(hit.id, size=SIDE))).convert("RGB"))
+    right = _same(hit.text, found.query)
     for spine in axis.spines.values():
         spine.set_edgecolor("#1a9641" if right else "#cccccc")
         spine.set_linewidth(3 if right else 0.8)
