@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.load import Traffic
 from ops.cli.context import Context
-from ops.cli.demo.picture import draw, search
+from ops.cli.demo.picture import Change, choose, draw, search
 from ops.cli.demo.summary import Facts, broken_promises, show
 from ops.cli.shipped import make_ready
 from ops.cli.supervisor import Supervisor
