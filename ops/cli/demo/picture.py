@@ -79,7 +79,7 @@ def draw(client: Client, changes: Sequence[Change], title: str, path: Path) -> P
     for x, side in ((0.012, "before: the base"), (0.53, "after: the update")):
         figure.text(x, 0.955, side, fontsize=12, weight="bold", va="top")
     figure.text(0.012, 0.992, title, fontsize=10, va="top")
-    figure.tight_layout(rect=(0, 0, 1, 0.935))
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.03, top=0.87, wspace=0.12, hspace=0.6)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)

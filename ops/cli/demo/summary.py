@@ -12,6 +12,7 @@ from rich.table import Table
 from ops.ledger import VerdictRow
 
 ROLLBACK_SECONDS = 1.0  # what operators are promised
+LOG_COLUMNS = 130  # a log has no width of its own, and 80 columns would cut the tables
 
 
 @dataclass(frozen=True)
