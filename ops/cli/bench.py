@@ -18,5 +18,7 @@ def bench(
     Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap --help
     """
     from benchmarks import run
+    from ops.cli.shipped import make_base_ready
 
+    make_base_ready(ctx.of(context).settings)
     run(name, ctx.of(context).settings, context.args)

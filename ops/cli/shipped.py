@@ -15,23 +15,29 @@ def make_ready(settings: Settings) -> None:
     Raises:
         RatchetError: the base is not registered.
     """
-    registered = (settings.home / "bases" / settings.base.clip / "base.json").exists()
-    if settings.base.clip != "shipped":
-        if not registered:
-            raise RatchetError(
-                f"base {settings.base.clip!r} is not registered.",
-                f"Run `ratchet base add {settings.base.clip} --model ...` first.",
-            )
-        return
     from streams.demo import prepare_domain
-    from updater.base import REFERENCE, build_base
+    from updater.base import REFERENCE
 
-    if not registered:
-        with step("building the shipped base"):
-            build_base(settings.home)
-    wanted = {*suite_domains(settings), *([] if settings.updater.reference else REFERENCE)}
-    for domain in sorted(wanted):
-        prepare_domain(domain, settings.home)
+    make_base_ready(settings)
+    if settings.base.clip == "shipped":
+        wanted = {*suite_domains(settings), *([] if settings.updater.reference else REFERENCE)}
+        for domain in sorted(wanted):
+            prepare_domain(domain, settings.home)
+
+
+def make_base_ready(settings: Settings) -> None:
+    """Build the shipped base if it is missing. Raises RatchetError when another base is not registered."""
+    if (settings.home / "bases" / settings.base.clip / "base.json").exists():
+        return
+    if settings.base.clip != "shipped":
+        raise RatchetError(
+            f"base {settings.base.clip!r} is not registered.",
+            f"Run `ratchet base add {settings.base.clip} --model ...` first.",
+        )
+    from updater.base import build_base
+
+    with step("building the shipped base"):
+        build_base(settings.home)
 
 
 def suite_domains(settings: Settings) -> list[str]:
