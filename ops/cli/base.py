@@ -52,12 +52,13 @@ def add(
 @app.command("list")
 def list_bases(context: typer.Context) -> None:
     """The registered bases."""
+    from serving.engines.base import list_bases as registered
     from serving.engines.base import load_base
 
     settings = ctx.of(context).settings
     table = Table("", "name", "digest", "dimension", "image side", title="Bases")
-    for file in sorted((settings.home / "bases").glob("*/base.json")):
-        base = load_base(settings.home, file.parent.name)
+    for name in registered(settings.home):
+        base = load_base(settings.home, name)
         live = "*" if base.name == settings.base.clip else ""
         table.add_row(live, base.name, base.digest[:12], str(base.dim), str(base.preprocess.size))
     Console().print(table)

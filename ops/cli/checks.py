@@ -109,9 +109,10 @@ def _ledger(settings: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    directory = settings.home / "bases" / settings.base.clip
-    if (directory / "base.json").exists():
-        return Finding("ok", "base", str(directory))
+    from serving.engines.base import base_directory, list_bases
+
+    if settings.base.clip in list_bases(settings.home):
+        return Finding("ok", "base", str(base_directory(settings.home, settings.base.clip)))
     return Finding("warn", "base", f"{settings.base.clip!r} is not registered", "ratchet base build (`up` does it too)")
 
 

@@ -27,7 +27,9 @@ def make_ready(settings: Settings) -> None:
 
 def make_base_ready(settings: Settings) -> None:
     """Build the shipped base if it is missing. Raises RatchetError when another base is not registered."""
-    if (settings.home / "bases" / settings.base.clip / "base.json").exists():
+    from serving.engines.base import list_bases
+
+    if settings.base.clip in list_bases(settings.home):
         return
     if settings.base.clip != "shipped":
         raise RatchetError(

@@ -125,9 +125,9 @@ class Supervisor:
 
     def wait_until_ready(self, timeout: float = 180.0) -> None:
         """Wait for ``/health/ready``. Raises RatchetError with the end of the log when a part ends instead."""
-        import httpx
+        from serving.client import Client
 
-        url = f"http://{self.settings.serve.host}:{self.settings.serve.port}/health/ready"
+        client = Client(f"http://{self.settings.serve.host}:{self.settings.serve.port}")
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for part in self.parts:
@@ -135,13 +135,11 @@ class Supervisor:
                     raise RatchetError(
                         f"{part.name} ended while starting:\n{tail(part.log)}", f"The whole log: {part.log}"
                     )
-            try:
-                if httpx.get(url, timeout=2).status_code == 200:
-                    return
-            except httpx.HTTPError:
-                time.sleep(0.2)
+            if client.is_ready():
+                client.close()
+                return
             time.sleep(0.3)
-        raise RatchetError(f"{url} was not ready within {timeout:.0f} s.", f"See {self.settings.home / 'logs'}.")
+        raise RatchetError(f"{client.url} was not ready within {timeout:.0f} s.", f"See {self.settings.home / 'logs'}.")
 
     def stop(self) -> None:
         """Stop the parts: readers of the log first, the broker last; one deadline for all."""

@@ -106,10 +106,6 @@ class LearningVerbs:
         with self.database.read() as session:
             return [as_row(UpdateRow, found) for found in session.scalars(query)]
 
-    def last_update(self, family: str) -> UpdateRow | None:
-        """The newest update of a family, whatever became of it."""
-        return next(iter(self.updates(1, family)), None)
-
     def unfinished_update(self, family: str) -> UpdateRow | None:
         """The update that a killed trainer left behind, if there is one."""
         query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
