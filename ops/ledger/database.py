@@ -98,7 +98,7 @@ def _prepare_sqlite(engine: Engine) -> None:
 
 
 def _use_wal(connection: Any) -> None:
-    """SQLite does not wait when two connections turn a new file to WAL at once: one is told "locked", and asks again."""
+    """SQLite does not wait when two connections turn a new file to WAL: one is told "locked", and asks again."""
     end = time.monotonic() + SQLITE_BUSY_SECONDS
     while True:
         try:
