@@ -10,7 +10,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
@@ -33,6 +33,7 @@ class BaseModels(Section):
     """Which frozen checkpoints are served."""
 
     clip: str = Field("shipped", description="Name of a registered CLIP base (`ratchet base list`).")
+    vlm: str = Field("shipped-vlm", description="Name of a registered VLM base; empty: no VLM is served.")
 
 
 class Kafka(Section):
@@ -80,13 +81,25 @@ class Serve(Section):
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
     rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
+    vlm_engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="What runs the VLM; auto takes vLLM where it is installed."
+    )
+    vlm_replicas: int = Field(1, ge=1, le=64, description="VLM processes.")
+    vlm_threads: int = Field(1, ge=1, le=256, description="CPU threads of each VLM engine.")
+    vlm_context: int = Field(256, ge=32, le=131_072, description="Most tokens of a request, answer and image included.")
+    vlm_max_tokens: int = Field(128, ge=1, le=32_768, description="Longest answer, in tokens.")
+    vlm_batch: int = Field(16, ge=1, le=1024, description="Requests that the VLM answers side by side.")
+    vlm_queue: int = Field(128, ge=1, description="VLM requests that may wait or run; more are answered 429.")
+    vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
+    vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
 
 class Updater(Section):
     """When and how updates are trained."""
 
-    recipe: str = Field("default", description="Recipe name or YAML path.")
+    recipe: str = Field("default", description="Recipe of CLIP updates: a name or a YAML path.")
+    vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: a name or a YAML path.")
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
     max_wait_seconds: float = Field(3600.0, gt=0, description="Trigger with fewer samples after this long.")
     poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lance
 import pyarrow as pa
@@ -29,6 +29,7 @@ from ops.errors import StoreError
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Snapshot
 
 Rows = Sequence[Mapping[str, Any]]
+Having = Literal["text", "question"]
 Build = Callable[[Snapshot], tuple[Rows, Iterable[Position]]]
 
 ATTEMPTS = 20  # conflicts come from other ingest processes; each try is some 10 ms, and they commit every 2 s
@@ -64,11 +65,15 @@ class SampleStore:
         return {key: position.next for key, position in self.snapshot(version).positions.items()}
 
     def count(
-        self, version: int | None = None, split: str | None = None, after: Mapping[str, int] | None = None
+        self,
+        version: int | None = None,
+        split: str | None = None,
+        after: Mapping[str, int] | None = None,
+        having: Having | None = None,
     ) -> int:
-        """Number of samples; of a split; at or after the given offsets."""
+        """Number of samples; of a split; at or after the given offsets; that have a text, or a question."""
         dataset = self._open(version)
-        return 0 if dataset is None else int(dataset.count_rows(filter=_where(split, after)))
+        return 0 if dataset is None else int(dataset.count_rows(filter=_where(split, after, having)))
 
     def scan(
         self,
@@ -77,6 +82,7 @@ class SampleStore:
         after: Mapping[str, int] | None = None,
         columns: Sequence[str] | None = None,
         ids: Sequence[str] | None = None,
+        having: Having | None = None,
     ) -> pa.Table:
         """Samples in the order of (topic, partition, offset).
 
@@ -87,6 +93,7 @@ class SampleStore:
                 not name are returned whole.
             columns: of :data:`~streams.rows.SAMPLE_COLUMNS`; all by default, images included: name what you need.
             ids: only these; unknown ones are passed over.
+            having: only samples that have a ``text`` (what a CLIP learns from), or a ``question`` (a VLM).
         """
         wanted = list(SAMPLE_COLUMNS if columns is None else columns)
         if unknown := set(wanted) - set(SAMPLE_COLUMNS):
@@ -96,7 +103,7 @@ class SampleStore:
         if dataset is None:
             return schema.empty_table()
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
-        where = _where(split, after)
+        where = _where(split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
         parts = [dataset.to_table(columns=read, filter=each) for each in filters]
         if not parts:
@@ -266,8 +273,10 @@ class SampleStore:
 _EMPTY_FENCE: dict[str, Any] = Position("", -1, 0).row()
 
 
-def _where(split: str | None, after: Mapping[str, int] | None) -> str:
+def _where(split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:
     clauses = ["kind = 'sample'"]
+    if having is not None:
+        clauses.append(f"{having} != ''")
     if split is not None:
         clauses.append(f"split = {_quoted(split)}")
     for key, offset in (after or {}).items():

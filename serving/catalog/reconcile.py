@@ -22,6 +22,7 @@ from ops.errors import RatchetError, RecordError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
 from serving.deployments.stamps import Stamp
+from streams.store import Having
 
 log = logging.getLogger("ratchet.catalog")
 COLUMNS = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
@@ -51,6 +52,7 @@ class Corpus(Protocol):
         after: Mapping[str, int] | None = None,
         columns: Sequence[str] | None = None,
         ids: Sequence[str] | None = None,
+        having: Having | None = None,
     ) -> pa.Table:
         """Rows of a version, or of the newest; at or after the given offsets."""
 
@@ -167,7 +169,7 @@ class Catalog:
         version = await self._in_io(self.corpus.version)
         if version != self._version:
             seen = dict(self._offsets)
-            rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=["id"]))
+            rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=["id"], having="text"))
             self._wanted += rows["id"].to_pylist()
             self._offsets = await self._in_io(self.corpus.offsets, version)
             self._version = version

@@ -6,7 +6,7 @@ An adapter directory holds three files and is never rewritten:
     adapter_config.json         PEFT's configuration, in canonical order
     ratchet.json                {"format", "family", "name", "base", "base_digest"}
 
-The name is ``clip-`` and 12 hex digits of SHA-256 over tensors, configuration and the base's digest.
+The name is ``clip-`` or ``vlm-`` and 12 hex digits of SHA-256 over tensors, configuration and the base's digest.
 Everything here distrusts the directory: whatever is wrong raises :class:`ops.errors.AdapterError`.
 """
 
@@ -29,6 +29,7 @@ from torch import nn
 from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import AdapterError
 from serving.engines.base import ClipBase, can_carry_lora
+from serving.engines.vlm.base import VlmBase
 
 FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"
@@ -90,7 +91,7 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def content_name(
     tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], base_digest: str, family: str = "clip"
 ) -> str:
-    """``clip-<digest12>`` of the content."""
+    """``<family>-<digest12>`` of the content."""
     what = (digest_tensors(tensors), digest_json(canonical_config(config)), base_digest)
     return f"{family}-{digest12(digest_bytes(*(part.encode() for part in what)))}"
 
@@ -104,7 +105,7 @@ def write_adapter(
     directory: Path | str,
     tensors: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
-    base: ClipBase,
+    base: ClipBase | VlmBase,
 ) -> str:
     """Write an adapter directory in one step and return its name; an existing equal one is left alone.
 
@@ -113,7 +114,7 @@ def write_adapter(
     target = Path(directory)
     kept = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
     plain = canonical_config(config)
-    name = content_name(kept, plain, base.digest)
+    name = content_name(kept, plain, base.digest, base.family)
     if target.exists():
         there = adapter_name(target)
         if there != name:
@@ -127,7 +128,7 @@ def write_adapter(
     try:
         save_file(kept, work / WEIGHTS, metadata={"format": "pt"})
         (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
-        about = {"format": FORMAT, "family": "clip", "name": name, "base": base.name, "base_digest": base.digest}
+        about = {"format": FORMAT, "family": base.family, "name": name, "base": base.name, "base_digest": base.digest}
         (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
         work.chmod(0o755)
         try:

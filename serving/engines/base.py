@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip.model
 import torch
@@ -44,6 +44,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 @dataclass(frozen=True)
 class ClipBase:
     """One registered base. Cheap to hold: weights are read by :meth:`build_model`."""
+
+    family: ClassVar[str] = "clip"
 
     name: str
     directory: Path
@@ -138,6 +140,8 @@ def load_base(home: Path | str, name: str) -> ClipBase:
         )
     try:
         value = json.loads(path.read_text())
+        if value.get("family", "clip") != "clip":
+            raise BaseModelError(f"Base {name!r} is not a CLIP.", "Set base.clip to a CLIP (`ratchet base list`).")
         if value["format"] != FORMAT:
             raise ValueError(f"format {value['format']} is not {FORMAT}")
         return ClipBase(
@@ -161,9 +165,10 @@ def load_base(home: Path | str, name: str) -> ClipBase:
         ) from error
 
 
-def list_bases(home: Path | str) -> list[str]:
-    """Names of the registered bases."""
-    return sorted(p.parent.name for p in (Path(home) / "bases").glob(f"*/{DESCRIPTION}"))
+def list_bases(home: Path | str, family: str | None = None) -> list[str]:
+    """Names of the registered bases, of one family or of all."""
+    found = {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
+    return sorted(name for name, about in found.items() if family in (None, about.get("family", "clip")))
 
 
 def save_base(
@@ -219,13 +224,14 @@ def save_base(
             "about": about or {},
         }
         (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
-        _move_into_place(work, target, digest, replace)
+        move_into_place(work, target, digest, replace)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return load_base(home, name)
 
 
-def _move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:
+def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:
+    """Rename a finished base into place. Raises :class:`BaseModelError` when other content has its name."""
     work.chmod(0o755)
     for _ in range(10):  # another process may register, or replace, the same name in between
         there = _digest_in(target)
@@ -249,10 +255,15 @@ def _move_into_place(work: Path, target: Path, digest: str, replace: bool) -> No
 
 
 def _digest_in(directory: Path) -> str:
+    return str(_described(directory).get("digest", ""))
+
+
+def _described(directory: Path) -> dict[str, Any]:
     try:
-        return str(json.loads((directory / DESCRIPTION).read_text())["digest"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        value = json.loads((directory / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:

@@ -1,0 +1,119 @@
+"""What goes into a vision-language engine and what comes out. Imports no model code."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ops.errors import RatchetError
+from serving.engines.vlm.base import VlmBase
+
+Image = npt.NDArray[np.uint8]
+"""RGB pixels [height, width, 3]."""
+Finish = Literal["", "stop", "length"]
+
+
+class AskError(RatchetError):
+    """The question itself cannot be answered: too long, too many images, an unknown role."""
+
+
+class EngineDead(RatchetError):
+    """The engine ended; whoever holds it starts another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``content`` holds texts, and numbers of images in :attr:`Ask.images`, in reading order."""
+
+    role: Literal["system", "user", "assistant"]
+    content: tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable."""
+
+    messages: tuple[Message, ...]
+    images: tuple[Image, ...] = ()
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What came since the last piece. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    completion_tokens: int
+    """So far."""
+    finish: Finish = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer."""
+
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    prompt_tokens: int
+    finish: Finish
+
+
+def question(image: Image, text: str, max_tokens: int = 32) -> Ask:
+    """One image and one question, answered greedily: what the trainer, the gate and ``/v1/vqa`` ask."""
+    return Ask((Message("user", (0, text)),), (image,), max_tokens)
+
+
+class VlmEngine(Protocol):
+    """One base and its resident adapters. Used from one event loop."""
+
+    base: VlmBase
+    kind: Literal["vllm", "transformers"]
+
+    async def start(self) -> None:
+        """Load the base (seconds to a minute), and find out whether tower adapters are applied."""
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Make an adapter resident; twice is once. Raises AdapterError; what was resident stays, and is served on."""
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter when its last request has ended. An unknown name is nothing."""
+
+    def resident(self) -> frozenset[str]:
+        """Names that requests may use."""
+
+    def stream(self, ask: Ask, adapter: str | None) -> AsyncIterator[Piece]:
+        """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
+
+        Raises AskError, AdapterError (not resident), EngineDead.
+        """
+
+    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+        """The whole answer. Cancelling aborts the request."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+        """Log-probability of each choice as the whole answer (its end included) after the prompt."""
+
+    async def golden(self, adapter: str | None) -> str:
+        """Answer fixed inputs: raises AdapterError when a log-probability is not finite; else a short fingerprint."""
+
+    def running(self) -> int:
+        """Requests inside."""
+
+    def trouble(self) -> str:
+        """Why the engine is dead; empty while it lives."""
+
+    async def close(self) -> None:
+        """End it, and every process it started."""
