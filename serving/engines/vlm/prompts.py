@@ -1,0 +1,72 @@
+"""From an Ask to what the model reads. Trainer, gate and both engines build their prompts here, so that all see the same.
+
+>>> batch = inputs(processor, [question(pixels, "what is this?")])
+>>> model(**batch).logits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from serving.engines.vlm.ask import Ask, AskError
+
+
+def conversation(ask: Ask) -> list[dict[str, Any]]:
+    """The turns as chat templates take them; an image is ``{"type": "image"}``.
+
+    Raises :class:`AskError`: no turn, or images that are not used once each, in reading order.
+    """
+    if not ask.messages:
+        raise AskError("There is no message to answer.", "Send at least one message of the user.")
+    used = [part for message in ask.messages for part in message.content if not isinstance(part, str)]
+    if used != list(range(len(ask.images))):
+        raise AskError(
+            f"The messages use the images {used}, and there are {len(ask.images)}.",
+            "Use every image once, numbered from 0 in reading order.",
+        )
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ],
+        }
+        for message in ask.messages
+    ]
+
+
+def render(processor: Any, ask: Ask) -> str:
+    """The prompt as text, up to where the answer begins; one image token stands for each image.
+
+    Raises :class:`AskError` also when a text holds the image token, or the chat template refuses the turns.
+    """
+    turns = conversation(ask)
+    token = image_token(processor)
+    if token and any(token in part for message in ask.messages for part in message.content if isinstance(part, str)):
+        raise AskError(f"A text holds {token!r}, which stands for an image.", "Take it out of the text.")
+    from jinja2 import TemplateError
+
+    try:
+        return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    except TemplateError as error:
+        raise AskError(f"The chat template of this model refuses the messages: {error}.", "Change the roles.") from error
+
+
+def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
+    """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
+    left, and the pixels of the images. Raises :class:`AskError`."""
+    texts = [render(processor, ask) for ask in asks]
+    images = [list(ask.images) for ask in asks]
+    more: dict[str, Any] = {"images": images} if any(images) else {}
+    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **more)
+    return {key: value if device is None else value.to(device) for key, value in batch.items()}
+
+
+def image_token(processor: Any) -> str:
+    """The text that stands for an image in a prompt; empty when the processor does not say."""
+    token = getattr(processor, "image_token", "")
+    return str(getattr(token, "content", token) or "")
