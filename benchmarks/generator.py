@@ -18,16 +18,25 @@ import httpx
 TIMEOUT_SECONDS = 60.0
 
 
-async def one(client: httpx.AsyncClient, probe: int, body: bytes, due: float, out: IO[str]) -> None:
+Request = tuple[str, bytes]
+"""Path and JSON body."""
+
+
+async def one(client: httpx.AsyncClient, probe: int, request: Request, due: float, out: IO[str]) -> None:
     """Send one request and write down what came back. ``due``: seconds since the epoch."""
     row: dict[str, Any] = {"t": due, "p": probe}
+    path, body = request
     try:
-        answer = await client.post("/v1/embeddings", content=body, headers={"content-type": "application/json"})
+        answer = await client.post(path, content=body, headers={"content-type": "application/json"})
         row["c"] = answer.status_code
         if answer.status_code == 200:
             row["r"] = int(answer.headers["x-ratchet-release"])
             row["a"] = answer.headers["x-ratchet-adapter"]
-            row["v"] = [item["embedding"] for item in answer.json()["data"]]
+            found = answer.json()
+            if "data" in found:
+                row["v"] = [item["embedding"] for item in found["data"]]
+            else:
+                row["y"] = found["choices"][0]["message"]["content"]
         else:
             row["e"] = answer.text[:300]
     except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -37,14 +46,14 @@ async def one(client: httpx.AsyncClient, probe: int, body: bytes, due: float, ou
 
 
 async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None:
-    """Make the load of a plan: ``url``, ``bodies``, and either ``rate`` (a second) or ``concurrency``."""
-    bodies = [body.encode() for body in plan["bodies"]]
+    """Make the load of a plan: ``url``, ``requests``, and either ``rate`` (a second) or ``concurrency``."""
+    requests: list[Request] = [(path, body.encode()) for path, body in plan["requests"]]
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
     async with httpx.AsyncClient(
         base_url=plan["url"], timeout=TIMEOUT_SECONDS, limits=limits, trust_env=False
     ) as client:
         if plan.get("concurrency"):
-            await asyncio.gather(*(_loop(client, bodies, k, out, stop) for k in range(plan["concurrency"])))
+            await asyncio.gather(*(_loop(client, requests, k, out, stop) for k in range(plan["concurrency"])))
             return
         running: set[asyncio.Task[None]] = set()
         began, count = time.time(), 0
@@ -56,17 +65,19 @@ async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None
                     break
                 except TimeoutError:
                     pass
-            task = asyncio.create_task(one(client, count % len(bodies), bodies[count % len(bodies)], due, out))
+            task = asyncio.create_task(one(client, count % len(requests), requests[count % len(requests)], due, out))
             running.add(task)
             task.add_done_callback(running.discard)
             count += 1
         await asyncio.gather(*running)
 
 
-async def _loop(client: httpx.AsyncClient, bodies: list[bytes], start: int, out: IO[str], stop: asyncio.Event) -> None:
+async def _loop(
+    client: httpx.AsyncClient, requests: list[Request], start: int, out: IO[str], stop: asyncio.Event
+) -> None:
     count = start
     while not stop.is_set():
-        await one(client, count % len(bodies), bodies[count % len(bodies)], time.time(), out)
+        await one(client, count % len(requests), requests[count % len(requests)], time.time(), out)
         count += 1
 
 

@@ -1,12 +1,12 @@
-"""HTTP load whose every answer is checked: the vectors must be those of the release that the answer was stamped with.
+"""HTTP load whose every answer is checked: it must be that of the release which the answer was stamped with.
 
->>> with Traffic(url, images=images, texts=texts, rate=4.0, settings=settings) as traffic:
+>>> with Traffic(url, images=images, texts=texts, questions=questions, rate=4.0, settings=settings) as traffic:
 ...     ...                                  # swap, kill, publish
 >>> traffic.report()
 Report(requests=812, failed=0, mixed=0, ...)
 
 The load is made by a process of its own. Checking happens in :meth:`Traffic.report`, so it takes nothing from the
-server while it is measured: a local engine, which shares nothing with the server but files, encodes the same inputs.
+server while it is measured: :mod:`benchmarks.expected` answers the same inputs.
 """
 
 from __future__ import annotations
@@ -24,17 +24,14 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ops.artifacts import Artifacts
+from benchmarks.expected import ANSWER_TOKENS, ExpectedAnswers, ExpectedVectors, Question
 from ops.errors import RatchetError
 from ops.ledger import Ledger
+from ops.ledger.rows import Family
 from ops.settings import Settings
 from serving.client import data_uri
 from serving.deployments.stamps import BASE
-from serving.engines.base import load_base
-from serving.engines.clip import ClipEngine
-from streams.images import decode_image
 
 TOLERANCE = 1e-3
 """Largest difference of a component. Batching changes the sixth digit; adapters differ in the second."""
@@ -48,6 +45,7 @@ class Sample:
     seconds: float
     release: int
     problem: str = ""
+    family: Family = "clip"
 
 
 @dataclass(frozen=True)
@@ -62,49 +60,38 @@ class Report:
     problems: tuple[str, ...] = ()
 
 
-class Expected:
-    """Vectors of the probes under any adapter, computed here."""
+@dataclass(frozen=True)
+class Probe:
+    """One kind of request. ``items``: numbers of images and texts (images first), or the number of one question."""
 
-    def __init__(self, settings: Settings, images: Sequence[bytes], texts: Sequence[str]) -> None:
-        self.artifacts = Artifacts(settings.artifacts)
-        self.engine = ClipEngine(load_base(settings.home, settings.base.clip))
-        preprocess = self.engine.base.preprocess
-        self.pixels = np.stack([preprocess.pixels(decode_image(image)) for image in images])
-        self.texts = list(texts)
-        self._made: dict[str, npt.NDArray[np.float32]] = {}
+    family: Family
+    items: tuple[int, ...]
+    body: dict[str, Any] = field(repr=False)
 
-    def vectors(self, adapter: str) -> npt.NDArray[np.float32]:
-        """All probe items under an adapter: images first, then texts."""
-        if adapter not in self._made:
-            name = None if adapter == BASE else adapter
-            if name is not None:
-                self.engine.load(name, self.artifacts.fetch(f"adapters/{name}"))
-            self._made[adapter] = np.concatenate(
-                [self.engine.encode_images(self.pixels, name), self.engine.encode_texts(self.texts, name)]
-            )
-            if name is not None:
-                self.engine.unload(name)
-        return self._made[adapter]
+    @property
+    def path(self) -> str:
+        """Where it goes."""
+        return "/v1/embeddings" if self.family == "clip" else "/v1/chat/completions"
 
 
 class Traffic:
-    """A steady load of embeddings: single images, single texts, and pairs of both (which must be of one release)."""
+    """A steady load. CLIP: embeddings of single images, single texts, and pairs of both (which must be of one
+    release). VLM: chat about one image, greedy; every third request where there are questions.
+    """
 
     def __init__(
-        self, url: str, *, images: Sequence[bytes], texts: Sequence[str], settings: Settings, rate: float = 4.0,
-        concurrency: int = 0,
+        self, url: str, *, images: Sequence[bytes], texts: Sequence[str], settings: Settings,
+        questions: Sequence[Question] = (), rate: float = 4.0, concurrency: int = 0,
     ) -> None:  # fmt: skip
         if not images or not texts:
             raise RatchetError("a load needs images and texts.", "Prepare a domain with test items first.")
         self.settings = settings
         self.images = list(images)
         self.texts = list(texts)
-        self.items = _probes(len(images), len(texts))
-        everything: list[Any] = [*({"image": data_uri(image)} for image in images), *texts]
-        bodies = [
-            json.dumps({"input": [everything[i] for i in probe], "encoding_format": "base64"}) for probe in self.items
-        ]
-        self._plan = {"url": url, "bodies": bodies, "rate": rate, "concurrency": concurrency}
+        self.questions = list(questions)
+        self.probes = _mixed(_embedding_probes(self.images, self.texts), [_chat(n, q) for n, q in enumerate(questions)])
+        requests = [[probe.path, json.dumps(probe.body)] for probe in self.probes]
+        self._plan = {"url": url, "requests": requests, "rate": rate, "concurrency": concurrency}
         self._folder = tempfile.TemporaryDirectory(prefix="ratchet-load-")
         self._results = Path(self._folder.name) / "results.jsonl"
         self._process: subprocess.Popen[bytes] | None = None
@@ -139,22 +126,18 @@ class Traffic:
 
     def report(self) -> Report:
         """Check every answer so far. Stop first for a final one."""
-        expected = Expected(self.settings, self.images, self.texts)
-        adapters = {row.number: row.clip or BASE for row in Ledger.open(self.settings.ledger).releases(100_000)}
-        samples, mixed, problems = [], 0, []
-        for row in self._rows():
-            if row["c"] != 200:
-                samples.append(Sample(row["t"], row["s"], 0, f"{row['c']} {row.get('e', '')}"))
-                problems.append(samples[-1].problem)
-                continue
-            got = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in row["v"]])
-            want = expected.vectors(row["a"])[list(self.items[row["p"]])]
-            right = adapters.get(row["r"]) == row["a"] and bool(np.abs(got - want).max() < TOLERANCE)
-            if not right:
-                mixed += 1
-                problems.append(f"release {row['r']} ({row['a']}): differs by {np.abs(got - want).max():.4f}")
-            samples.append(Sample(row["t"], row["s"], row["r"], "" if right else "mixed"))
+        rows = self._rows()
+        check = _Check(self, rows)
+        samples, problems = [], []
+        for row in rows:
+            problem = f"{row['c']} {row.get('e', '')}" if row["c"] != 200 else check.difference(row)
+            release = row["r"] if row["c"] == 200 else 0
+            family = self.probes[row["p"]].family
+            samples.append(Sample(row["t"], row["s"], release, "mixed" if release and problem else problem, family))
+            if problem:
+                problems.append(problem)
         failed = sum(sample.release == 0 for sample in samples)
+        mixed = sum(sample.problem == "mixed" for sample in samples)
         seen = tuple(sorted({sample.release for sample in samples if sample.release}))
         return Report(len(samples), failed, mixed, seen, tuple(samples), tuple(problems[:20]))
 
@@ -165,14 +148,70 @@ class Traffic:
         return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is being written
 
 
-def _probes(images: int, texts: int) -> list[tuple[int, ...]]:
-    singles: list[tuple[int, ...]] = []
-    for index in range(max(images, texts)):
-        singles.append((index % images,))
-        singles.append((images + index % texts,))
+class _Check:
+    """Compares answers with what they should be. Engines are made when the first answer of a family needs one."""
+
+    def __init__(self, traffic: Traffic, rows: Sequence[dict[str, Any]]) -> None:
+        self.probes = traffic.probes
+        releases = Ledger.open(traffic.settings.ledger).releases(100_000)
+        self.adapters: dict[tuple[Family, int], str] = {}
+        for row in releases:
+            self.adapters["clip", row.number] = row.clip or BASE
+            self.adapters["vlm", row.number] = row.vlm or BASE
+        answered = {self.probes[row["p"]].family for row in rows if row["c"] == 200}
+        if "clip" in answered:
+            self.vectors = ExpectedVectors(traffic.settings, traffic.images, traffic.texts)
+        if "vlm" in answered:
+            self.answers = ExpectedAnswers(traffic.settings, traffic.questions)
+            asked = [row["a"] for row in rows if row["c"] == 200 and self.probes[row["p"]].family == "vlm"]
+            self.answers.prepare(asked)
+
+    def difference(self, row: dict[str, Any]) -> str:
+        """In what way an answer is not that of its release; empty when it is."""
+        probe, stamped = self.probes[row["p"]], f"release {row['r']} ({row['a']})"
+        if self.adapters.get((probe.family, row["r"])) != row["a"]:
+            return f"{stamped} is stamped with an adapter that it does not have"
+        if probe.family == "vlm":
+            want = self.answers.of(row["a"])[probe.items[0]]
+            return "" if row["y"] == want else f"{stamped}: answers {row['y']!r}, not {want!r}"
+        got = np.stack([np.frombuffer(base64.b64decode(text), "<f4") for text in row["v"]])
+        apart = float(np.abs(got - self.vectors.of(row["a"])[list(probe.items)]).max())
+        return "" if apart < TOLERANCE else f"{stamped}: differs by {apart:.4f}"
+
+
+def _embedding_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
+    everything: list[Any] = [*({"image": data_uri(image)} for image in images), *texts]
+
+    def probe(*items: int) -> Probe:
+        return Probe("clip", items, {"input": [everything[item] for item in items], "encoding_format": "base64"})
+
+    probes: list[Probe] = []
+    for index in range(max(len(images), len(texts))):
+        image, text = index % len(images), len(images) + index % len(texts)
+        probes += [probe(image), probe(text)]
         if index % 4 == 0:
-            singles.append((index % images, images + index % texts))
-    return singles
+            probes.append(probe(image, text))
+    return probes
+
+
+def _chat(number: int, asked: Question) -> Probe:
+    image, text = asked
+    content = [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"type": "text", "text": text}]
+    body = {"model": "vlm", "messages": [{"role": "user", "content": content}], "temperature": 0,
+            "max_tokens": ANSWER_TOKENS}  # fmt: skip
+    return Probe("vlm", (number,), body)
+
+
+def _mixed(clip: list[Probe], vlm: list[Probe]) -> list[Probe]:
+    """Two of CLIP, one of the VLM, until each was asked at least once."""
+    if not vlm:
+        return clip
+    rounds = max((len(clip) + 1) // 2, len(vlm))
+    return [
+        probe
+        for n in range(rounds)
+        for probe in (clip[2 * n % len(clip)], clip[(2 * n + 1) % len(clip)], vlm[n % len(vlm)])
+    ]
 
 
 def percentile(seconds: Sequence[float], share: float) -> float:

@@ -16,7 +16,8 @@ from typing import Any
 
 import yaml
 
-from benchmarks.load import Expected, Traffic
+from benchmarks.expected import ExpectedVectors
+from benchmarks.load import Traffic
 from benchmarks.swap import pictures
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
@@ -153,8 +154,8 @@ class House:
 
     def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
         """Vectors that a server must answer under an adapter: images first, then texts."""
-        made = Expected(self.settings, images or self.images[:1], texts or TEXTS[:1])
-        rows = made.vectors(adapter or "base")
+        made = ExpectedVectors(self.settings, images or self.images[:1], texts or TEXTS[:1])
+        rows = made.of(adapter or "base")
         offset = max(1, len(images))
         return rows[: len(images)] if not texts else rows[offset:] if not images else rows
 
