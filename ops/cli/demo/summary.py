@@ -16,27 +16,52 @@ LOG_COLUMNS = 130  # a log has no width of its own, and 80 columns would cut the
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What the story measured. Times are seconds."""
+class Lesson:
+    """What happened to one model: a naive update, the default one, and its way into service and back. Seconds."""
 
-    release: int
     naive: VerdictRow
     default: VerdictRow
-    requests: int
-    failed: int
-    mixed: int
     prepare_seconds: float
     commit_seconds: float
     rollback_seconds: float
-    event_to_searchable_seconds: float
     budget: dict[str, float]
-    seconds: float
     report: str
     picture: str
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the story measured. Times are seconds."""
+
+    release: int
+    clip: Lesson
+    vlm: Lesson
+    requests: int
+    vlm_requests: int
+    """Of them, those to the VLM."""
+    failed: int
+    mixed: int
+    event_to_searchable_seconds: float
+    seconds: float
+    problems: tuple[str, ...] = ()
+
+
 def as_json(facts: Facts) -> dict[str, Any]:
-    """The last line of the demo."""
+    """The last line of the demo: CLIP's figures on top, the VLM's in ``vlm``."""
+    return {
+        "release": facts.release,
+        **_lesson(facts.clip),
+        "vlm": _lesson(facts.vlm),
+        "requests": facts.requests,
+        "vlm_requests": facts.vlm_requests,
+        "failed": facts.failed,
+        "mixed": facts.mixed,
+        "event_to_searchable_seconds": round(facts.event_to_searchable_seconds, 3),
+        "seconds": round(facts.seconds, 1),
+    }
+
+
+def _lesson(lesson: Lesson) -> dict[str, Any]:
     suites = {
         name: {
             "role": suite["role"],
@@ -45,74 +70,92 @@ def as_json(facts: Facts) -> dict[str, Any]:
             "ci": [round(bound, 4) for bound in suite["ci"]],
             "decision": suite["decision"],
         }
-        for name, suite in facts.default.summary["suites"].items()
+        for name, suite in lesson.default.summary["suites"].items()
     }
     return {
-        "release": facts.release,
-        "naive_verdict": facts.naive.outcome,
-        "naive_caught_by": list(facts.naive.summary["caught_by"]),
-        "default_verdict": facts.default.outcome,
+        "naive_verdict": lesson.naive.outcome,
+        "naive_caught_by": list(lesson.naive.summary["caught_by"]),
+        "default_verdict": lesson.default.outcome,
         "suites": suites,
-        "requests": facts.requests,
-        "failed": facts.failed,
-        "mixed": facts.mixed,
-        "prepare_seconds": round(facts.prepare_seconds, 3),
-        "commit_seconds": round(facts.commit_seconds, 4),
-        "rollback_seconds": round(facts.rollback_seconds, 4),
-        "event_to_searchable_seconds": round(facts.event_to_searchable_seconds, 3),
-        "budget": {name: round(value, 1) for name, value in facts.budget.items()},
-        "seconds": round(facts.seconds, 1),
-        "report": facts.report,
-        "picture": facts.picture,
+        "prepare_seconds": round(lesson.prepare_seconds, 3),
+        "commit_seconds": round(lesson.commit_seconds, 4),
+        "rollback_seconds": round(lesson.rollback_seconds, 4),
+        "budget": {name: round(value, 1) for name, value in lesson.budget.items()},
+        "report": lesson.report,
+        "picture": lesson.picture,
     }
 
 
 def broken_promises(facts: Facts) -> list[str]:
     """What the demo should have shown and did not, in words; empty when all is well."""
-    suites = facts.default.summary["suites"].values()
-    losses = [name for name, suite in facts.naive.summary["suites"].items() if suite["decision"] == "failed"]
+    broken = []
+    if facts.failed or not facts.requests or not facts.vlm_requests:
+        broken.append(f"{facts.failed} of {facts.requests} requests failed ({facts.vlm_requests} were to the VLM)")
+    if facts.mixed:
+        broken.append(f"{facts.mixed} answers did not belong to the release they were stamped with")
+    for name, lesson in (("CLIP", facts.clip), ("VLM", facts.vlm)):
+        broken += [f"{name}: {promise}" for promise in _broken(lesson)]
+    return broken
+
+
+def _broken(lesson: Lesson) -> list[str]:
+    suites = lesson.default.summary["suites"].values()
+    losses = [name for name, suite in lesson.naive.summary["suites"].items() if suite["decision"] == "failed"]
     checks = {
-        f"{facts.failed} of {facts.requests} requests failed": facts.failed > 0 or facts.requests == 0,
-        f"{facts.mixed} answers did not belong to the release they were stamped with": facts.mixed > 0,
-        f"the naive update was {facts.naive.outcome}, not rejected": facts.naive.outcome != "rejected",
+        f"the naive update was {lesson.naive.outcome}, not rejected": lesson.naive.outcome != "rejected",
         "no retention suite caught the naive update": not losses,
-        f"the default update was {facts.default.outcome}, not passed": facts.default.outcome != "passed",
+        f"the default update was {lesson.default.outcome}, not passed": lesson.default.outcome != "passed",
         "no gain suite was won": not any(s["role"] == "gain" and s["decision"] == "passed" for s in suites),
         "a retention suite was lost": any(s["role"] == "retention" and s["decision"] != "passed" for s in suites),
-        f"a rollback took {facts.rollback_seconds:.2f} s": facts.rollback_seconds >= ROLLBACK_SECONDS,
+        f"a rollback took {lesson.rollback_seconds:.2f} s": lesson.rollback_seconds >= ROLLBACK_SECONDS,
     }
     return [promise for promise, broken in checks.items() if broken]
 
 
 def show(facts: Facts) -> None:
-    """Print the table, where to look, and the JSON line (last)."""
+    """Print the tables, where to look, and the JSON line (last)."""
     console = Console()
-    table = Table(
-        "suite", "role", "metric", "items", "base", "after", "difference", "decision", title="The default update"
-    )
-    for name, suite in facts.default.summary["suites"].items():
+    for name, lesson in (("CLIP", facts.clip), ("VLM", facts.vlm)):
+        console.print(_suites(f"The default {name} update", lesson))
+        console.print(_course(f"The {name} loop", lesson))
+    table = Table(show_header=False, title="All of it")
+    for label, value in (
+        ("live", f"release {facts.release}"),
+        ("requests during all of it",
+         f"{facts.requests} ({facts.vlm_requests} to the VLM): {facts.failed} failed, {facts.mixed} mixed"),
+        ("event to searchable", f"{facts.event_to_searchable_seconds:.1f} s"),
+        ("took", f"{facts.seconds / 60:.1f} minutes"),
+    ):  # fmt: skip
+        table.add_row(label, value)
+    console.print(table)
+    for problem in facts.problems:
+        console.print(f"[bold red]problem:[/bold red] {problem}")
+    for promise in broken_promises(facts):
+        console.print(f"[bold red]not as promised:[/bold red] {promise}")
+    print(json.dumps(as_json(facts)), flush=True)
+
+
+def _suites(title: str, lesson: Lesson) -> Table:
+    table = Table("suite", "role", "metric", "items", "base", "after", "difference", "decision", title=title)
+    for name, suite in lesson.default.summary["suites"].items():
         span = f"{suite['after'] - suite['before']:+.3f}  [{suite['ci'][0]:+.3f}, {suite['ci'][1]:+.3f}]"
         table.add_row(
             name, suite["role"], suite["metric"], str(suite["n"]), f"{suite['before']:.3f}", f"{suite['after']:.3f}",
             span, suite["decision"], style="green" if suite["decision"] == "passed" else "red",
         )  # fmt: skip
-    console.print(table)
-    caught = ", ".join(facts.naive.summary["caught_by"])
-    table = Table(show_header=False, title="The loop")
+    return table
+
+
+def _course(title: str, lesson: Lesson) -> Table:
+    table = Table(show_header=False, title=title)
     for name, value in (
-        ("naive update", f"{facts.naive.outcome}, caught by {caught}"),
-        ("default update", f"{facts.default.outcome}; release {facts.release} is live"),
-        ("requests during all of it", f"{facts.requests}: {facts.failed} failed, {facts.mixed} mixed"),
-        ("prepare / commit / rollback", f"{facts.prepare_seconds:.2f} s / {facts.commit_seconds * 1000:.0f} ms / "
-         f"{facts.rollback_seconds * 1000:.0f} ms"),
-        ("event to searchable", f"{facts.event_to_searchable_seconds:.1f} s"),
-        ("budget", ", ".join(f"{name} {value:,.0f}" for name, value in facts.budget.items()) + " MAF-GFLOPs"),
-        ("took", f"{facts.seconds / 60:.1f} minutes"),
-        ("gate report", facts.report),
-        ("searches before and after", facts.picture),
+        ("naive update", f"{lesson.naive.outcome}, caught by {', '.join(lesson.naive.summary['caught_by'])}"),
+        ("default update", lesson.default.outcome),
+        ("prepare / commit / rollback", f"{lesson.prepare_seconds:.2f} s / {lesson.commit_seconds * 1000:.0f} ms / "
+         f"{lesson.rollback_seconds * 1000:.0f} ms"),
+        ("budget", ", ".join(f"{name} {value:,.0f}" for name, value in lesson.budget.items()) + " MAF-GFLOPs"),
+        ("gate report", lesson.report),
+        ("picture of before and after", lesson.picture),
     ):  # fmt: skip
         table.add_row(name, value)
-    console.print(table)
-    for promise in broken_promises(facts):
-        console.print(f"[bold red]not as promised:[/bold red] {promise}")
-    print(json.dumps(as_json(facts)), flush=True)
+    return table

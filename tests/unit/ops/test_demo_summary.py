@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
-from ops.cli.demo.summary import Facts, broken_promises, show
+from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
 from ops.ledger import Outcome, VerdictRow
 
 
@@ -24,11 +25,18 @@ def _verdict(outcome: Outcome, retention: str, gain: str = "passed") -> VerdictR
     return VerdictRow(1, "u1", "clip-a", outcome, "reports/u1", summary, datetime.now(UTC))
 
 
+def _lesson() -> Lesson:
+    return Lesson(
+        naive=_verdict("rejected", "failed"), default=_verdict("passed", "passed"), prepare_seconds=1.0,
+        commit_seconds=0.01, rollback_seconds=0.05, budget={"planned": 10.0, "spent": 9.0}, report="report.html",
+        picture="searches.png",
+    )  # fmt: skip
+
+
 def _facts() -> Facts:
     return Facts(
-        release=4, naive=_verdict("rejected", "failed"), default=_verdict("passed", "passed"), requests=100, failed=0,
-        mixed=0, prepare_seconds=1.0, commit_seconds=0.01, rollback_seconds=0.05, event_to_searchable_seconds=2.0,
-        budget={"planned": 10.0, "spent": 9.0}, seconds=500.0, report="report.html", picture="searches.png",
+        release=4, clip=_lesson(), vlm=_lesson(), requests=100, vlm_requests=33, failed=0, mixed=0,
+        event_to_searchable_seconds=2.0, seconds=500.0,
     )  # fmt: skip
 
 
@@ -41,6 +49,8 @@ def test_the_last_line_is_json_with_every_figure(capsys: pytest.CaptureFixture[s
         "role": "gain", "before": 0.5, "after": 0.6, "ci": [0.02, 0.18], "decision": "passed",
     }  # fmt: skip
     assert (last["failed"], last["mixed"], last["budget"]) == (0, 0, {"planned": 10.0, "spent": 9.0})
+    assert last["vlm"]["naive_caught_by"] == ["emoji"]
+    assert last["vlm_requests"] == 33
     assert broken_promises(_facts()) == []
 
 
@@ -49,12 +59,24 @@ def test_the_last_line_is_json_with_every_figure(capsys: pytest.CaptureFixture[s
     [
         ({"failed": 1}, "1 of 100 requests failed"),
         ({"requests": 0}, "0 of 0 requests"),
+        ({"vlm_requests": 0}, "(0 were to the VLM)"),
         ({"mixed": 2}, "2 answers"),
+    ],
+)
+def test_a_promise_about_requests_that_was_not_kept_is_named(change: dict[str, int], words: str) -> None:
+    assert any(words in promise for promise in broken_promises(replace(_facts(), **change)))
+
+
+@pytest.mark.parametrize("family", ["clip", "vlm"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"naive": _verdict("passed", "passed")}, "naive update was passed"),
         ({"default": _verdict("inconclusive", "inconclusive")}, "default update was inconclusive"),
         ({"default": _verdict("passed", "passed", gain="inconclusive")}, "no gain suite"),
         ({"rollback_seconds": 1.5}, "rollback took 1.50 s"),
     ],
 )
-def test_a_promise_that_was_not_kept_is_named(change: dict[str, object], words: str) -> None:
-    assert any(words in promise for promise in broken_promises(replace(_facts(), **change)))  # type: ignore[arg-type]
+def test_a_promise_about_a_model_that_was_not_kept_is_named(family: str, change: dict[str, Any], words: str) -> None:
+    facts = replace(_facts(), **{family: replace(_lesson(), **change)})
+    assert any(words in promise and family.upper() in promise for promise in broken_promises(facts))

@@ -1,0 +1,78 @@
+"""The CLIP part of the demo: captioned images arrive, become searchable, and are learned."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ops.cli.demo.picture import Change, choose, draw, search
+from ops.cli.demo.stage import Stage, chapter, until
+from ops.cli.demo.summary import Lesson
+from ops.progress import say, step, track
+from streams.folders import read_folder
+from streams.producer import Producer
+
+DOMAIN = "fluent3d"
+BETTER, WORSE = 4, 2  # searches in the picture: those that gained most, and those that lost most
+
+
+def stream(stage: Stage) -> float:
+    """Chapter 2. Returns the seconds from publishing one image until a search finds it."""
+    chapter(f"2  The stream brings a domain that the base has not seen: {DOMAIN}")
+    stage.stream(DOMAIN)
+    counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
+    say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
+    with step("embedding them for search"):
+        until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog was not complete")
+    seconds = _event_to_searchable(stage)
+    say(f"one more image could be found {seconds:.1f} s after it was published")
+    return seconds
+
+
+def learn(stage: Stage) -> Lesson:
+    """Chapters 3 to 5."""
+    chapter("3  A naive CLIP update is trained, and the gate judges it")
+    naive = stage.learn("naive")
+    chapter("4  The default update is trained, judged, and swapped in under the load")
+    default = stage.learn("default")
+    swap = stage.await_release("clip", default)
+    fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
+    queries = sorted(set(fresh))
+    picture = _compare(stage, queries)
+    chapter("5  An operator takes it back, and forward again")
+    rollback_seconds = stage.back_and_forth(
+        "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
+    )
+    return stage.lesson(naive, default, swap, rollback_seconds, picture)
+
+
+def _event_to_searchable(stage: Stage) -> float:
+    """Publish one image of a domain of its own, and ask until a search for that domain finds it."""
+    item = next(iter(read_folder(stage.settings.home / "data" / DOMAIN, split="test")))
+    with Producer(stage.settings.kafka) as producer:
+        began = time.monotonic()
+        producer.send(image=item.bytes(), text=item.text, domain="late_arrival", source="demo")
+    stage.published += 1
+    until(lambda: bool(stage.client.search(text=item.text, domain=["late_arrival"])), "it was never found", pause=0.05)
+    return time.monotonic() - began
+
+
+def _compare(stage: Stage, queries: list[str]) -> Path:
+    """Search for every held-out caption under both resident releases, and draw the largest changes."""
+    live = stage.client.live()
+    changes = []
+    for query in track(queries, "searching before and after"):
+        before, after = (search(stage.client, query, f"clip@{number}") for number in (live - 1, live))
+        changes.append(Change(before, after))
+    better = sum(change.gain > 1 for change in changes)
+    worse = sum(change.gain < 1 for change in changes)
+    tops = [
+        sum(side.rank == 1 for side in sides) for sides in zip(*((c.before, c.after) for c in changes), strict=True)
+    ]
+    title = (
+        f"{len(changes)} searches for held-out captions among {stage.store.count(having='text')} images: "
+        f"{better} better, {worse} worse; right image first {tops[0]} -> {tops[1]} times. "
+        f"Shown: the {BETTER} largest gains and the {WORSE} largest losses."
+    )
+    say(title)
+    return draw(stage.client, choose(changes, BETTER, WORSE), title, stage.settings.home / "searches.png")

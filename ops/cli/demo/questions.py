@@ -1,0 +1,113 @@
+"""The VLM part of the demo: questions about a new kind of image arrive, and are learned."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ops.cli.demo.stage import Stage, chapter
+from ops.cli.demo.summary import Lesson
+from ops.progress import say, track
+from streams.folders import FolderItem, read_folder
+
+DOMAIN = "vqa_fashion"
+ASKED = 120  # held-out questions that are asked before and after
+BETTER, WORSE = 8, 4  # answers in the picture: that became right, and that became wrong
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One question with its answer before and after the update."""
+
+    item: FolderItem
+    before: str
+    after: str
+
+    def right(self, answer: str) -> bool:
+        """Whether it is one of the reference answers."""
+        return answer.strip().lower() in {each.lower() for each in (self.item.answers or (self.item.answer,))}
+
+    @property
+    def change(self) -> int:
+        """1: became right, -1: became wrong, 0: neither."""
+        return int(self.right(self.after)) - int(self.right(self.before))
+
+
+def held_out(stage: Stage, domain: str, count: int) -> list[FolderItem]:
+    """The first held-out questions of a prepared domain."""
+    items = [item for item in read_folder(stage.settings.home / "data" / domain, split="test") if item.question]
+    return items[:: max(1, len(items) // count)][:count]
+
+
+def learn(stage: Stage) -> Lesson:
+    """Chapters 6 to 9."""
+    chapter(f"6  The stream brings questions about images that the VLM has not seen: {DOMAIN}")
+    stage.stream(DOMAIN)
+    counts = [stage.store.count(split=split, having="question") for split in ("train", "fresh_eval")]
+    say(f"{counts[0]} questions to train on, {counts[1]} kept for the gate")
+    chapter("7  A naive VLM update is trained, and the gate judges it")
+    naive = stage.learn("vlm-naive")
+    chapter("8  The default VLM update is trained, judged, and swapped in under the load")
+    default = stage.learn("vlm-default")
+    swap = stage.await_release("vlm", default)
+    picture = _compare(stage)
+    chapter("9  An operator takes the VLM back alone, and forward again")
+    probe = held_out(stage, DOMAIN, 1)[0]
+
+    def answers(number: int) -> bool:
+        return bool(stage.client.vqa(probe.bytes(), probe.question, model=f"vlm@{number}")["answer"])
+
+    return stage.lesson(naive, default, swap, stage.back_and_forth("vlm", default.adapter, answers), picture)
+
+
+def _compare(stage: Stage) -> Path:
+    live = stage.client.live()
+    asked = []
+    for item in track(held_out(stage, DOMAIN, ASKED), "asking before and after"):
+        before, after = (
+            str(stage.client.vqa(item.bytes(), item.question, model=f"vlm@{number}")["answer"])
+            for number in (live - 1, live)
+        )
+        asked.append(Answered(item, before, after))
+    right = [sum(each.right(answer) for each, answer in pairs) for pairs in (
+        [(each, each.before) for each in asked], [(each, each.after) for each in asked],
+    )]  # fmt: skip
+    title = (
+        f"{len(asked)} held-out questions: right {right[0]} -> {right[1]} times. "
+        f"Shown: {BETTER} answers that became right and {WORSE} that became wrong (fewer if there are fewer)."
+    )
+    say(title)
+    shown = [each for each in asked if each.change > 0][:BETTER] + [each for each in asked if each.change < 0][:WORSE]
+    return draw(shown, title, stage.settings.home / "answers.png")
+
+
+def draw(answers: Sequence[Answered], title: str, path: Path, columns: int = 4) -> Path:
+    """Draw images with question, reference answer, and the answers before and after (green: right, red: wrong)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = max(1, -(-len(answers) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 2.9 * rows + 0.6), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, each in zip(axes.flat, answers, strict=False):
+        axis.imshow(Image.open(io.BytesIO(each.item.bytes())).convert("RGB"))
+        axis.set_title(f"{each.item.question}\n({each.item.answer})", fontsize=9)
+        for place, when, answer in ((-0.08, "before", each.before), (-0.2, "after", each.after)):
+            colour = "#1a9641" if each.right(answer) else "#d7191c"
+            axis.text(0.5, place, f"{when}: {answer[:40]}", color=colour, fontsize=9, ha="center",
+                      transform=axis.transAxes)  # fmt: skip
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.subplots_adjust(
+        left=0.02, right=0.98, bottom=0.09, top=1 - 1.1 / (2.9 * rows + 0.6), wspace=0.1, hspace=0.62
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path

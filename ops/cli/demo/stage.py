@@ -1,0 +1,124 @@
+"""What the chapters of the demo share: the running parts, and the steps that both models go through alike."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ops.cli.context import Context
+from ops.cli.demo.summary import Lesson
+from ops.errors import RatchetError
+from ops.ledger import Ledger, VerdictRow
+from ops.ledger.rows import Family
+from ops.progress import say, step
+from ops.settings import Settings
+from serving.client import Client
+from streams.producer import publish
+from streams.store import SampleStore
+
+PATIENCE_SECONDS = 240.0
+
+
+@dataclass
+class Stage:
+    """A running Ratchet."""
+
+    context: Context
+    client: Client
+    ledger: Ledger
+    store: SampleStore
+    published: int = field(default=0)
+
+    @property
+    def settings(self) -> Settings:
+        """The demo's settings."""
+        return self.context.settings
+
+    def stream(self, domain: str) -> None:
+        """Publish a prepared domain's training split through Kafka, and wait until ingest has stored it."""
+        report = publish(self.settings, self.settings.home / "data" / domain, split="train", source="demo")
+        say(str(report))
+        self.published += report.delivered
+        with step("ingest"):
+            until(lambda: sum(self.store.offsets().values()) >= self.published, "ingest did not finish")
+
+    def learn(self, recipe: str) -> VerdictRow:
+        """Train one update and let the gate judge it, in a process of its own."""
+        subprocess.run(self.context.command("update", "--once", "--recipe", recipe, "--retry"), check=True)
+        verdict = self.ledger.verdicts(1)[0]
+        why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
+        say(f"the gate says: [bold]{verdict.outcome}[/bold]{why}")
+        return verdict
+
+    def await_release(self, family: Family, verdict: VerdictRow) -> dict[str, float]:
+        """Wait until the adapter is live everywhere; returns the times that the controller measured."""
+        if verdict.outcome != "passed":
+            raise RatchetError(f"the default update was {verdict.outcome}.", f"See {self.report(verdict)}.")
+        with step("preparing and committing the release"):
+            until(lambda: self._newest()[family] == verdict.adapter, "it was not released")
+            until(lambda: self._served() is not None, "not every replica acknowledged it")
+        return self._served() or {}
+
+    def back_and_forth(self, family: Family, adapter: str, check: Callable[[int], bool]) -> float:
+        """Take one model back and forward again; returns the seconds until every replica served the older release.
+
+        ``check`` is asked with the number of the release that went back.
+        """
+        other: Family = "vlm" if family == "clip" else "clip"
+        kept = self._newest()[other]
+        began = time.monotonic()
+        back = self.client.rollback(f"the demo wants to see the old {family.upper()}", family=family)
+        seconds = time.monotonic() - began
+        if not check(back["number"]) or self._newest()[other] != kept:
+            raise RatchetError(f"release {back['number']} does not serve what it should.", "The server's log says why.")
+        say(f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms")
+        names = {"clip": adapter} if family == "clip" else {"vlm": adapter}
+        forward = self.client.release("the demo wants the better model back", **names)
+        say(f"release {forward['number']} ({adapter}) is live again")
+        time.sleep(2)  # some answers under the last release
+        return seconds
+
+    def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float,
+               picture: Path) -> Lesson:  # fmt: skip
+        """The facts of one model's part of the story."""
+        cost = self.ledger.update(default.update_id).cost
+        return Lesson(
+            naive=naive, default=default, prepare_seconds=swap["prepare_seconds"],
+            commit_seconds=swap["commit_seconds"], rollback_seconds=rollback_seconds,
+            budget={"planned": cost["gflops_planned"], "spent": cost["gflops_spent"]},
+            report=str(self.report(default)), picture=str(picture),
+        )  # fmt: skip
+
+    def report(self, verdict: VerdictRow) -> Path:
+        """The gate's page about an update."""
+        return Path(self.settings.artifacts) / verdict.report_key / "report.html"
+
+    def _newest(self) -> dict[str, Any]:
+        row: dict[str, Any] = self.client.releases(1)["data"][0]
+        return row
+
+    def _served(self) -> dict[str, float] | None:
+        """What the controller recorded when every replica had acknowledged the live release."""
+        subject = f"release {self.client.live()}"
+        rows = (row for row in self.ledger.audit_rows() if row.subject == subject and row.action == "released")
+        return next((row.detail for row in rows), None)
+
+
+def until(condition: Callable[[], bool], trouble: str, pause: float = 0.25) -> None:
+    """Return when the condition holds. Raises RatchetError when it does not for too long."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")
+        time.sleep(pause)
+
+
+def chapter(title: str) -> None:
+    """A rule with the chapter's title."""
+    Console(stderr=True).rule(f"[bold]{title}", align="left")
