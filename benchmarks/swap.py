@@ -8,9 +8,7 @@ overlap the time from the operator's call to its answer (prepare, commit, acknow
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -18,13 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
+from benchmarks.inputs import pictures, random_adapter
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from ops.artifacts import Artifacts
@@ -34,8 +29,7 @@ from ops.progress import step, track
 from ops.settings import Settings
 from serving.app import start
 from serving.client import Client
-from serving.engines.adapters import write_adapter
-from serving.engines.base import ClipBase, load_base
+from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 
 ADAPTERS = 4
@@ -154,50 +148,6 @@ def make_adapters(settings: Settings, count: int) -> list[str]:
         )  # fmt: skip
         names.append(name)
     return names
-
-
-def random_adapter(base: ClipBase, folder: Path, seed: int, rank: int = 8, scale: float = 0.3) -> str:
-    """Write an adapter of random weights over every layer that can carry LoRA; ``scale`` is relative to the weights."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, torch.Tensor] = {}
-    targets: set[str] = set()
-
-    def pair(module: str, weight: torch.Tensor) -> None:
-        tail = (1,) * (weight.dim() - 2)
-        size = scale * float(weight.std()) / rank**0.5
-        down = torch.randn(rank, weight.shape[1], *tail, generator=generator)
-        up = torch.randn(weight.shape[0], rank, *tail, generator=generator) * size
-        tensors[f"base_model.model.{module}.lora_A.weight"] = down
-        tensors[f"base_model.model.{module}.lora_B.weight"] = up
-
-    patterns = [re.compile(pattern) for pattern in base.lora_targets.values()]
-    for name, module in base.build_model().named_modules():
-        if not any(pattern.fullmatch(name) for pattern in patterns):
-            continue
-        targets.add(name.rsplit(".", 1)[-1])
-        if isinstance(module, nn.MultiheadAttention):
-            pair(name, module.in_proj_weight)
-            pair(f"{name}.base_layer.out_proj", module.out_proj.weight)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            pair(name, module.weight)
-    config = {"r": rank, "lora_alpha": rank, "target_modules": sorted(targets)}
-    return write_adapter(folder, tensors, config, base)
-
-
-def pictures(count: int) -> list[bytes]:
-    """Small drawn images, encoded as PNG; always the same."""
-    made = []
-    random = np.random.default_rng(0)
-    for _ in range(count):
-        image = Image.new("RGB", (128, 128), tuple(int(v) for v in random.integers(0, 256, 3)))
-        draw = ImageDraw.Draw(image)
-        for _ in range(6):
-            x, y, w, h = (int(v) for v in random.integers(0, 96, 4))
-            draw.ellipse((x, y, x + w + 4, y + h + 4), fill=tuple(int(v) for v in random.integers(0, 256, 3)))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        made.append(buffer.getvalue())
-    return made
 
 
 def show(figures: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from benchmarks.expected import ExpectedVectors
+from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
-from benchmarks.swap import pictures
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Settings, load_settings
