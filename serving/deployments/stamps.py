@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ops.errors import RatchetError
+from ops.ledger.rows import Family
 
-FAMILY = "clip"
+FAMILY: Family = "clip"
 BASE = "base"
 
 
@@ -27,19 +28,29 @@ class NotReady(RatchetError):
 class Stamp:
     """A release as one request sees it, from admission to answer.
 
-    ``clip`` is the adapter's name, None for the base alone. The spaces say which vectors are comparable: an index is
-    searched only with a query whose text or image space belongs to the same release.
+    ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:
+    an index is searched only with a query whose text or image space belongs to the same release.
     """
 
     release: int
     clip: str | None
     image_space: str
     text_space: str
+    vlm: str | None = None
 
     @property
     def adapter(self) -> str:
-        """The adapter's name as shown to clients."""
+        """The CLIP adapter's name as shown to clients."""
         return self.clip or BASE
+
+    @property
+    def vlm_adapter(self) -> str:
+        """The VLM adapter's name as shown to clients."""
+        return self.vlm or BASE
+
+    def shown(self, family: Family) -> str:
+        """The adapter's name of one family, as shown to clients."""
+        return self.adapter if family == "clip" else self.vlm_adapter
 
 
 class Admission:
@@ -66,8 +77,8 @@ class Admission:
             self._window = ordered
         return self.live.release if self.live else 0
 
-    def resolve(self, model: str) -> Stamp:
-        """``clip`` is what is live, ``clip@12`` a resident release, and an adapter's name its newest release.
+    def resolve(self, model: str, family: Family = FAMILY) -> Stamp:
+        """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
 
         Raises:
             UnknownModel: names what is resident.
@@ -76,22 +87,22 @@ class Admission:
         live = self.live
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
-        if model == FAMILY:
+        if model == family:
             return live
         for stamp in self._window:
-            if model in (f"{FAMILY}@{stamp.release}", stamp.adapter):
+            if model in (f"{family}@{stamp.release}", stamp.shown(family)):
                 return stamp
-        raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names())}.")
+        raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names(family))}.")
 
-    def names(self) -> list[str]:
+    def names(self, family: Family = FAMILY) -> list[str]:
         """Every name that :meth:`resolve` takes."""
-        names = [FAMILY, *(f"{FAMILY}@{stamp.release}" for stamp in self._window)]
-        return names + list(dict.fromkeys(stamp.adapter for stamp in self._window))
+        names: list[str] = [family, *(f"{family}@{stamp.release}" for stamp in self._window)]
+        return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
 
     @contextmanager
-    def admit(self, model: str = FAMILY) -> Iterator[Stamp]:
+    def admit(self, model: str = FAMILY, family: Family = FAMILY) -> Iterator[Stamp]:
         """Stamp one request, and count it until the block ends."""
-        stamp = self.resolve(model)
+        stamp = self.resolve(model, family)
         self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
         try:
             yield stamp
