@@ -8,13 +8,14 @@ and what the reference pool is drawn from. The smallest one is two columns:
     photos/crane.jpg,a crowned crane
 
 Columns: `file` and `text` are required; `label`, `concept`, `split`, `domain`, `source`, `time`, `tags`,
-`question` and `answer` may be left out. Column order is free, and columns of other names are ignored.
+`question`, `answer` and `answers` may be left out. Column order is free, and columns of other names are ignored.
 
 - `file` is a path inside the folder; it may not lead out of it, not even through a symbolic link.
 - `text` may be empty where `question` and `answer` are both given.
 - `split` names a part such as `train` or `test`. A row without one belongs to every split.
 - `domain` is the folder's name where it is not given; `time` is ISO 8601 (UTC if it names no zone);
   `tags` are separated by `;`.
+- `answers` are all that count as right, separated by `;`; `answer` alone where there is no such column.
 
 A single `.csv` or `.jsonl` file with the same fields is read too; there an `image` field may hold the
 image itself (base64, or a `data:` URI) instead of `file`.
@@ -48,7 +49,10 @@ COLUMNS: Final = (
     "tags",
     "question",
     "answer",
+    "answers",
 )
+_LISTS: Final = ("tags", "answers")
+"""Columns of several values."""
 TAG_SEPARATOR: Final = ";"
 MAX_IMAGE_BYTES: Final = 64 * 2**20
 """A single image file above this is refused before it is read; ingest has its own, lower bound."""
@@ -73,6 +77,8 @@ class FolderItem:
     tags: tuple[str, ...] = ()
     question: str = ""
     answer: str = ""
+    answers: tuple[str, ...] = ()
+    """Reference answers, `answer` among them where people would say it; empty where only `answer` counts."""
     inline: bytes | None = field(default=None, repr=False)
     """The encoded image where it came inside the row."""
 
@@ -237,11 +243,14 @@ def _read_jsonl(source: Path) -> Iterator[FolderItem]:
 
 def _item(row: Mapping[str, Any], root: Path, folder: Path, where: _Where) -> FolderItem:
     """`root` is the resolved `folder`; paths of items stay as the caller wrote the folder."""
-    values = {name: _string(row, name, where) for name in COLUMNS if name != "tags"}
+    values = {name: _string(row, name, where) for name in COLUMNS if name not in _LISTS}
     question, answer = values["question"], values["answer"]
     if bool(question) != bool(answer):
         absent = "answer" if question else "question"
         raise where.error(absent, "is empty, its counterpart is not", "give both question and answer")
+    answers = _list(row, "answers", where)
+    if answers and not answer:
+        raise where.error("answer", "is empty, but there are answers", "give the best of them as answer")
     if not values["text"] and not question:
         raise where.error("text", "is empty", "describe the image, or take the row out")
     encoded = _string(row, "image", where)
@@ -263,9 +272,10 @@ def _item(row: Mapping[str, Any], root: Path, folder: Path, where: _Where) -> Fo
         domain=values["domain"] or (where.file.stem if where.file.name != INDEX else root.name),
         source=values["source"],
         time=_time(values["time"], where),
-        tags=_tags(row.get("tags"), where),
+        tags=_list(row, "tags", where),
         question=question,
         answer=answer,
+        answers=answers,
         inline=inline,
     )
 
@@ -319,19 +329,19 @@ def _time(value: str, where: _Where) -> str:
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC).isoformat()
 
 
-def _tags(value: Any, where: _Where) -> tuple[str, ...]:
+def _list(row: Mapping[str, Any], name: str, where: _Where) -> tuple[str, ...]:
+    value = row.get(name)
     if value is None:
         return ()
     parts = value.split(TAG_SEPARATOR) if isinstance(value, str) else value
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise where.error("tags", "is not a list of strings", 'write ["red", "round"], or "red;round"')
+        raise where.error(name, "is not a list of strings", 'write ["red", "round"], or "red;round"')
     return tuple(part.strip() for part in parts if part.strip())
 
 
 def _cell(item: FolderItem, name: str) -> str:
-    if name != "tags":
-        return str(getattr(item, name))
-    return TAG_SEPARATOR.join(tag.replace(TAG_SEPARATOR, ",") for tag in item.tags)
+    value = getattr(item, name)
+    return TAG_SEPARATOR.join(part.replace(TAG_SEPARATOR, ",") for part in value) if name in _LISTS else str(value)
 
 
 def _select(items: Iterator[FolderItem], index: Path, split: str | None) -> list[FolderItem]:

@@ -10,5 +10,6 @@ Each builder says which rows a set has; `domain` draws and writes them; `package
 from streams.demo.domain import DomainInfo
 from streams.demo.domains import DOMAINS, prepare_domain
 from streams.demo.packages import Package, PackageError
+from streams.demo.questions import QUESTIONS, prepare_questions
 
-__all__ = ["DOMAINS", "DomainInfo", "Package", "PackageError", "prepare_domain"]
+__all__ = ["DOMAINS", "QUESTIONS", "DomainInfo", "Package", "PackageError", "prepare_domain", "prepare_questions"]

@@ -73,10 +73,10 @@ class DomainInfo:
 def build(info: DomainInfo, home: Path) -> Path:
     """The folder dataset of `info` under `home`/data; made unless it is there already."""
     target = home / "data" / info.name
-    if _current(target):
+    if current(target):
         return target
-    with _lock(home / "data" / f".{info.name}.lock"):
-        if _current(target):
+    with lock(home / "data" / f".{info.name}.lock"):
+        if current(target):
             return target
         archives = [package.fetch(home / "packages") for package in info.packages]
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{info.name}-") as scratch:
@@ -149,16 +149,17 @@ def _ahead(pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path]) -> 
     yield from waiting
 
 
-def _current(target: Path) -> bool:
+def current(target: Path, version: int = VERSION) -> bool:
+    """Whether `target` is a finished folder dataset that this version of its builder made."""
     try:
         receipt = json.loads((target / RECEIPT).read_text())
     except (OSError, ValueError):
         return False
-    return bool(receipt.get("version") == VERSION and (target / INDEX).is_file())
+    return bool(receipt.get("version") == version and (target / INDEX).is_file())
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[None]:
     """Two processes that want one domain: the second waits and finds it made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as handle:

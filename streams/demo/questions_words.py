@@ -1,0 +1,131 @@
+"""The words that questions and answers are made of: categories of what the demo domains show, colours, phrasings."""
+
+from __future__ import annotations
+
+from typing import Final
+
+CATEGORIES: Final[dict[str, tuple[str, ...]]] = {
+    "animal": ("animal",),
+    "bird": ("bird",),
+    "insect": ("insect", "bug"),
+    "creature": ("creature", "monster"),
+    "person": ("person", "human"),
+    "hand": ("hand",),
+    "face": ("face", "smiley"),
+    "heart": ("heart",),
+    "plant": ("plant",),
+    "food": ("food",),
+    "drink": ("drink", "beverage"),
+    "vehicle": ("vehicle",),
+    "vehicle part": ("vehicle part", "part of a vehicle"),
+    "building": ("building", "house"),
+    "clock": ("clock",),
+    "clothing": ("clothing", "clothes"),
+    "furniture": ("furniture",),
+    "tool": ("tool",),
+    "gun": ("gun", "weapon"),
+    "book": ("book",),
+    "terrain": ("terrain", "ground"),
+    "flag": ("flag",),
+    "arrow": ("arrow",),
+    "symbol": ("symbol", "sign"),
+    "musical instrument": ("musical instrument", "instrument"),
+}
+"""Category -> what counts as naming it; at most two, so that a metric that wants three agreeing answers sees one."""
+MASS: Final = frozenset(("clothing", "food", "furniture", "terrain"))
+"""Categories without an article."""
+
+_SUBGROUPS: Final = {
+    "animal": "cat-face monkey-face animal-mammal animal-amphibian animal-reptile animal-marine",
+    "bird": "animal-bird",
+    "insect": "animal-bug",
+    "face": "face-smiling face-affection face-tongue face-hand face-neutral-skeptical face-sleepy face-unwell face-hat "
+    "face-glasses face-concerned",
+    "heart": "heart",
+    "hand": "hand-fingers-open hand-fingers-partial hand-single-finger hand-fingers-closed hands",
+    "person": "person person-gesture person-role person-fantasy person-activity person-sport person-resting family",
+    "plant": "plant-flower plant-other",
+    "food": "food-fruit food-vegetable food-prepared food-asian food-sweet",
+    "drink": "drink",
+    "building": "place-building place-religious",
+    "vehicle": "transport-ground transport-water transport-air",
+    "clock": "time",
+    "clothing": "clothing",
+    "musical instrument": "musical-instrument",
+    "tool": "tool",
+    "flag": "country-flag subdivision-flag flag",
+    "arrow": "arrow",
+    "symbol": "av-symbol alphanum keycap math punctuation zodiac religion other-symbol transport-sign warning",
+}
+SUBGROUPS: Final = {subgroup: kind for kind, names in _SUBGROUPS.items() for subgroup in names.split()}
+"""Subgroup of emojibase -> category."""
+# fmt: off
+NOT_OF_KIND: Final = frozenset((
+    "love letter", "station", "bus stop", "motorway", "railway track", "oil drum", "fuel pump", "wheel", "anchor",
+    "police car light", "horizontal traffic light", "vertical traffic light", "stop sign", "construction",
+    "ring buoy", "parachute", "seat", "mountain cableway", "hourglass done", "hourglass not done", "brick", "rock",
+    "wood", "building construction", "kaaba", "map of japan", "bone", "paw prints", "feather", "spider web",
+    "microbe", "nest with eggs", "empty nest", "handshake", "baby bottle", "ice", "bone", "coral", "shell", "wing",
+    "ribbon", "gem stone", "lipstick", "prayer beads", "selfie", "magnet", "white cane", "link", "chains", "toolbox",
+))
+# fmt: on
+"""Concepts that emojibase files under a kind that their picture does not show."""
+
+LABELS: Final = {
+    "pixel_ultica": {
+        "creature": "creature", "terrain": "terrain", "furniture": "furniture", "clothing": "clothing",
+        "food": "food", "gun": "gun", "book": "book", "tool": "tool", "vehicle part": "vehicle part",
+    },
+    "stamp_photo": {
+        "animal": "animal", "clothing": "clothing", "food": "food", "plant": "plant", "vehicle": "vehicle",
+        "person": "person",
+    },
+}  # fmt: skip
+"""Label of a domain -> category."""
+FOLDERS: Final = {
+    "animals-mammals": "animal", "animals-birds": "bird", "animals-bugs": "insect", "animals-fish": "animal",
+    "animals-reptiles": "animal", "food-beverages": "drink", "food": "food", "plants": "plant",
+    "people-clothing": "clothing", "people-smilies": "face", "shapes-arrows": "arrow",
+    "signs_and_symbols-flags": "flag", "transportation-vehicles": "vehicle", "transportation-boating": "vehicle",
+    "buildings": "building", "tools-handtools": "tool", "tools-hand_tools": "tool",
+}  # fmt: skip
+"""Beginning of a file's name in openclipart -> category; the longest one holds."""
+
+COLOURS: Final[dict[str, tuple[str, ...]]] = {
+    "red": ("red",),
+    "orange": ("orange",),
+    "yellow": ("yellow",),
+    "green": ("green",),
+    "blue": ("blue",),
+    "purple": ("purple", "violet"),
+    "pink": ("pink",),
+    "brown": ("brown",),
+    "grey": ("grey", "gray"),
+    "black": ("black",),
+}
+SYNONYMS: Final = {
+    "automobile": "car", "oncoming automobile": "car", "bicycle": "bike", "airplane": "plane", "doughnut": "donut",
+    "television": "tv", "mobile phone": "phone", "honeybee": "bee", "lady beetle": "ladybug", "delivery truck": "truck",
+    "eggplant": "aubergine", "ear of corn": "corn", "hot dog": "hotdog", "glass of milk": "milk", "hot beverage": "tea",
+    "wine glass": "wine", "beer mug": "beer", "soccer ball": "football", "american football": "football",
+    "french fries": "fries", "soft ice cream": "ice cream", "potted plant": "plant", "evergreen tree": "tree",
+    "deciduous tree": "tree", "sheaf of rice": "rice", "leafy green": "lettuce", "hot pepper": "chili",
+    "necktie": "tie", "running shoe": "sneaker", "closed umbrella": "umbrella", "light bulb": "bulb",
+    "locked": "lock", "jeans": "trousers",
+    "musical keyboard": "piano", "jack-o-lantern": "pumpkin", "passenger ship": "ship", "sauropod": "dinosaur",
+}  # fmt: skip
+"""Another name of a thing."""
+
+ASK_NAME: Final = ("what is this?", "what is shown here?", "what does the picture show?")
+ASK_CATEGORY: Final = ("what kind of thing is this?", "which category does this belong to?")
+ASK_COLOUR: Final = ("what colour is this?", "which colour is it mostly?", "what is the main colour?")
+ASK_THING: Final = ("is there {} in the picture?", "does this show {}?")
+ASK_KIND: Final = ("is this {}?", "is there {} in the picture?")
+ASK_SHADE: Final = ("is there anything {} here?", "is some of it {}?")
+
+
+def with_article(thing: str) -> str:
+    """`"apple"` -> `"an apple"`; plurals and masses have none."""
+    if thing in MASS or (thing.endswith("s") and not thing.endswith(("ss", "us", "bus"))):
+        return thing
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
