@@ -149,13 +149,14 @@ def _ahead(pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path]) -> 
     yield from waiting
 
 
-def current(target: Path, version: int = VERSION) -> bool:
+def current(target: Path, version: int | None = None) -> bool:
     """Whether `target` is a finished folder dataset that this version of its builder made."""
     try:
         receipt = json.loads((target / RECEIPT).read_text())
     except (OSError, ValueError):
         return False
-    return bool(receipt.get("version") == version and (target / INDEX).is_file())
+    wanted = VERSION if version is None else version
+    return bool(receipt.get("version") == wanted and (target / INDEX).is_file())
 
 
 @contextmanager
