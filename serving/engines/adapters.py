@@ -168,25 +168,36 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     return AdapterFiles(name, family, base_digest, canonical_config(config), tensors)
 
 
-def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the adapter adds: ``s B A`` in the shape of each parameter it touches, float32, by parameter name.
+def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """``lora_A``, ``lora_B`` and the scale of each layer, by the name that its tensors have.
 
-    ``s`` is alpha/r (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023). Targets are Linear, convolutions
-    without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's wrapper, ``out_proj.weight``).
-    Raises :class:`AdapterError` when names or shapes do not fit the model.
+    The scale is alpha/r (alpha/sqrt(r) with rslora; Hu et al. 2021, Kalajdzievski 2023).
+    Raises :class:`AdapterError` for other tensors, half a pair, or a rank that is not the configured one.
     """
-    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in files.tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(f"Adapter {files.name}: {key!r} is no LoRA tensor.", "Save it with PEFT's LoRA.")
         sides.setdefault(match["module"], {})[match["side"]] = tensor
+    layers = {}
+    for module, pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise AdapterError(f"Adapter {files.name}: {module} has only one of lora_A and lora_B.", _AGAIN)
+        layers[module] = (pair["A"], pair["B"], _scale(files.config, module, pair["A"].shape[0]))
+    return layers
+
+
+def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
+    """What the adapter adds: ``s B A`` in the shape of each parameter it touches, float32, by parameter name.
+
+    Targets are Linear, convolutions without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's
+    wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
+    """
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     modules = dict(model.named_modules())
     deltas: dict[str, torch.Tensor] = {}
-    for module_name, pair in sides.items():
-        if pair.keys() != {"A", "B"}:
-            raise AdapterError(f"Adapter {files.name}: {module_name} has only one of lora_A and lora_B.", _AGAIN)
+    for module_name, (a, b, scale) in lora_layers(files).items():
         # PEFT wraps a MultiheadAttention and reaches its out_proj through `base_layer`.
         plain_name = ".".join(part for part in module_name.split(".") if part != "base_layer")
         module = modules.get(plain_name)
@@ -196,10 +207,9 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[
             )
         parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         weight = getattr(module, parameter)
-        scale = _scale(files.config, module_name, pair["A"].shape[0])
         if module_name.endswith(_INNER_OUT_PROJ):
             scale *= _OUT_PROJ_TIMES
-        deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, pair["A"], pair["B"], scale, weight)
+        deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, a, b, scale, weight)
     return deltas
 
 

@@ -1,4 +1,4 @@
-"""From an Ask to what the model reads. Trainer, gate and both engines build their prompts here, so that all see the same.
+"""From an Ask to what the model reads: trainer, gate and both engines build their prompts here, and see the same.
 
 >>> batch = inputs(processor, [question(pixels, "what is this?")])
 >>> model(**batch).logits
@@ -53,7 +53,7 @@ def render(processor: Any, ask: Ask) -> str:
     try:
         return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
-        raise AskError(f"The chat template of this model refuses the messages: {error}.", "Change the roles.") from error
+        raise AskError(f"The model's chat template refuses the messages: {error}.", "Change the roles.") from error
 
 
 def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
@@ -62,7 +62,10 @@ def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | Non
     texts = [render(processor, ask) for ask in asks]
     images = [list(ask.images) for ask in asks]
     more: dict[str, Any] = {"images": images} if any(images) else {}
-    batch = processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **more)
+    # The chat template wrote every special token; none is added.
+    batch = processor(
+        text=texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt", **more
+    )
     return {key: value if device is None else value.to(device) for key, value in batch.items()}
 
 
@@ -70,3 +73,13 @@ def image_token(processor: Any) -> str:
     """The text that stands for an image in a prompt; empty when the processor does not say."""
     token = getattr(processor, "image_token", "")
     return str(getattr(token, "content", token) or "")
+
+
+def end_token(processor: Any) -> int:
+    """The token that ends an answer."""
+    return int(processor.tokenizer.eos_token_id)
+
+
+def answer_tokens(processor: Any, text: str) -> list[int]:
+    """The tokens of an answer, its end included, as they follow a rendered prompt."""
+    return [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], end_token(processor)]

@@ -1,0 +1,33 @@
+"""Adapters that an engine loads into itself to learn what it does with them. They are no Ratchet adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from serving.engines.adapters import CONFIG, WEIGHTS
+from serving.engines.vlm.fit import Shapes
+
+PROBED = ("image", "connector")
+"""Parts of a model whose adapters some engines ignore without a word."""
+ZERO_ID = 1
+"""vLLM's id of the first adapter that is loaded: the one of base traffic, whose delta is zero."""
+RANK = 1
+
+
+def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> Path:
+    """A LoRA of rank 1 in PEFT's format over all ``shapes``, whose deltas have entries of about ``size``."""
+    made = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (out, inner) in sorted(shapes.items()):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=made)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=made) * size
+    directory.mkdir()
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in shapes})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": leaves, "bias": "none"}
+    (directory / CONFIG).write_text(json.dumps(config))
+    return directory

@@ -1,0 +1,134 @@
+"""From an Ask to vLLM's input, in a thread beside the event loop.
+
+vLLM's own way (hash the image, call the processor, expand and search placeholders) costs several times what the
+processor itself does. For models whose every image becomes one run of image tokens, the processor's output is passed on
+as it is; :meth:`Prompts.check` compares both ways at start, and falls back to vLLM's own where they differ.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+import torch
+
+from serving.engines.vlm.ask import Ask, AskError, Image
+from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.engines.vlm.vllm_start import MAX_IMAGES
+
+_ONE_RUN = ("idefics3", "smolvlm")
+"""Architectures whose images are one run of tokens each, when images are not split into tiles."""
+
+
+class Prompts:
+    """Builds ``EngineInput`` of vLLM. ``renderer`` is the one of the engine."""
+
+    def __init__(self, processor: Any, renderer: Any, model_type: str, context: int) -> None:
+        self._processor = processor
+        self._renderer = renderer
+        self._context = context
+        # One thread: fast tokenizers refuse to be used by two at once.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="vlm-prompts")
+        splitting = getattr(processor.image_processor, "do_image_splitting", True)
+        self.fast = model_type in _ONE_RUN and not splitting
+
+    async def make(self, ask: Ask, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`AskError`."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, ask, answers)
+
+    def check(self, asks: Sequence[Ask]) -> bool:
+        """Use the short way only if it gives vLLM what its own way gives."""
+        self.fast = self.fast and all(_same(self._short(ask), self._long(ask)) for ask in asks)
+        return self.fast
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _make(self, ask: Ask, answers: Sequence[str] | None) -> list[dict[str, Any]]:
+        if len(ask.images) > MAX_IMAGES:
+            raise AskError(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
+        prompt = self._short(ask) if self.fast else self._long(ask)
+        if answers is None:
+            self._bound(len(prompt["prompt_token_ids"]))
+            return [prompt]
+        made = []
+        for answer in answers:
+            tokens = [*prompt["prompt_token_ids"], *answer_tokens(self._processor, answer)]
+            self._bound(len(tokens))
+            made.append(prompt | {"prompt_token_ids": tokens})
+        return made
+
+    def _bound(self, tokens: int) -> None:
+        if tokens >= self._context:
+            raise AskError(
+                f"The request is {tokens} tokens long, images included; with its answer it may have {self._context} "
+                "(serve.vlm_context).",
+                "Shorten it.",
+            )
+
+    def _short(self, ask: Ask) -> dict[str, Any]:
+        from vllm.inputs.engine import mm_input, tokens_input
+        from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+
+        batch = inputs(self._processor, [ask])
+        tokens = batch["input_ids"][0]
+        if not ask.images:
+            return dict(tokens_input(tokens.tolist()))
+        where = (tokens == self._processor.image_token_id).nonzero().flatten().tolist()
+        seats = self._processor.image_seq_len
+        starts = where[::seats]
+        hf = {
+            "pixel_values": batch["pixel_values"][0],
+            "pixel_attention_mask": batch["pixel_attention_mask"][0],
+            "num_patches": torch.ones(len(ask.images), dtype=torch.long),
+        }
+        fields = self._renderer.get_mm_processor()._get_mm_fields_config(hf, {})
+        return dict(
+            mm_input(
+                tokens.tolist(),
+                MultiModalKwargsItems.from_hf_inputs(hf, fields),
+                {"image": [_digest(image) for image in ask.images]},
+                {"image": [PlaceholderRange(start, seats) for start in starts]},
+            )
+        )
+
+    def _long(self, ask: Ask) -> dict[str, Any]:
+        from PIL import Image as Pictures
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+        prompt: dict[str, Any] = {"prompt": render(self._processor, ask)}
+        if ask.images:
+            prompt["multi_modal_data"] = {"image": [Pictures.fromarray(image) for image in ask.images]}
+            prompt["multi_modal_uuids"] = {"image": [_digest(image) for image in ask.images]}
+        parsed = parse_model_prompt(self._renderer.model_config, prompt)
+        (made,) = self._renderer.render_cmpl(
+            [parsed], self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+        )
+        return dict(made)
+
+
+def _digest(image: Image) -> str:
+    """Names the image in the encoder's cache, which keeps adapters apart by itself."""
+    shape = np.asarray(image.shape, np.int64).tobytes()
+    return blake2b(shape + np.ascontiguousarray(image).tobytes(), digest_size=16).hexdigest()
+
+
+def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
+    """Equal tokens, pixels and positions of image features."""
+    if short["prompt_token_ids"] != long["prompt_token_ids"] or short["type"] != long["type"]:
+        return False
+    if short["type"] != "multimodal":
+        return True
+    pairs = zip(short["mm_placeholders"]["image"], long["mm_placeholders"]["image"], strict=True)
+    if any(a.extract_embeds_range() != b.extract_embeds_range() for a, b in pairs):
+        return False
+    ours, theirs = (made["mm_kwargs"]["image"] for made in (short, long))
+    return all(
+        one.keys() == other.keys() and all(torch.equal(one[key].data, other[key].data) for key in one)
+        for one, other in zip(ours, theirs, strict=True)
+    )

