@@ -12,19 +12,26 @@ from ops.errors import AdapterError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.base import ClipBase
-from serving.engines.clip import ClipEngine
-from streams.store import SampleStore
-from updater.adapters import trainer_encoder
+from serving.engines.vlm.base import VlmBase
+from streams.store import Having, SampleStore
 from updater.gate import Verdict, fresh_suites, load_suites, run_gate, write_report
+from updater.gate.open import open_asker
+from updater.gate.suites import Family
 
 
 def judge(
-    settings: Settings, ledger: Ledger, artifacts: Artifacts, store: SampleStore, base: ClipBase, update: UpdateRow
+    settings: Settings,
+    ledger: Ledger,
+    artifacts: Artifacts,
+    store: SampleStore,
+    base: ClipBase | VlmBase,
+    update: UpdateRow,
 ) -> UpdateRow:
     """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
 
     Raises:
-        GateError: a suite cannot be read, or base or incumbent cannot be scored. The update stays ``trained``.
+        GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
+            ``trained``.
     """
     adapter = str(update.adapter)
     if ledger.verdict_of(update.id) is None:
@@ -45,13 +52,11 @@ def _gate(
     ledger: Ledger,
     artifacts: Artifacts,
     store: SampleStore,
-    base: ClipBase,
+    base: ClipBase | VlmBase,
     update: UpdateRow,
     adapter: str,
 ) -> Verdict:
-    engine = ClipEngine(base, threads=settings.updater.threads)
-    if update.incumbent:
-        engine.load(update.incumbent, artifacts.fetch(f"adapters/{update.incumbent}"))
+    family: Family = "vlm" if isinstance(base, VlmBase) else "clip"
     meta: dict[str, Any] = {
         "update": update.id,
         "recipe": update.recipe.get("name"),
@@ -61,27 +66,29 @@ def _gate(
         "data_to": update.data_to,
         "rank": update.recipe.get("rank"),
     }
-    parity = None
-    try:
-        directory = artifacts.fetch(f"adapters/{adapter}")
-        meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
-        engine.load(adapter, directory)
-        parity = trainer_encoder(base, directory)
-    except AdapterError as error:
-        meta["load_error"] = error.message
-    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from)
-    return run_gate(
-        engine=engine,
-        candidate=adapter,
-        incumbent=update.incumbent,
-        suites=load_suites(settings.gate.suites, settings.home),
-        fresh=fresh_suites(fresh, min_items=settings.gate.min_items),
-        looks=ledger.looks_since_release("clip"),
-        settings=settings.gate,
-        parity=parity,
-        cost=update.cost,
-        meta=meta,
-    )
+    suites = load_suites(settings.gate.suites, settings.home, family)
+    having: Having = "text" if family == "clip" else "question"
+    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=having)
+    with open_asker(settings, base) as asker:
+        if update.incumbent:
+            asker.load(update.incumbent, artifacts.fetch(f"adapters/{update.incumbent}"))
+        try:
+            directory = artifacts.fetch(f"adapters/{adapter}")
+            meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
+            asker.load(adapter, directory, candidate=True)
+        except AdapterError as error:
+            meta["load_error"] = error.message
+        return run_gate(
+            asker=asker,
+            candidate=adapter,
+            incumbent=update.incumbent,
+            suites=suites,
+            fresh=fresh_suites(fresh, family=family, min_items=settings.gate.min_items),
+            looks=ledger.looks_since_release(family),
+            settings=settings.gate,
+            cost=update.cost,
+            meta=meta,
+        )
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:

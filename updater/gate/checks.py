@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,14 @@ class Limits:
 LIMITS = Limits()
 GRACE_SECONDS = 0.005
 """Slower by no more than this is noise, whatever the ratio."""
+
+
+def check_loads(resident: bool, candidate: str, facts: Mapping[str, Any]) -> Check:
+    """The candidate is in the engine; if it would not load, `facts["load_error"]` says why."""
+    if not resident:
+        reason = str(facts.get("load_error") or f"{candidate} is not resident in the engine")
+        return Check("loads", False, reason[:300])
+    return Check("loads", True, "the adapter is complete, fits the base and has the digest it is named by")
 
 
 def check_finite(images: Vectors, texts: Vectors) -> Check:

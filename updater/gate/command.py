@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from ops.artifacts import Artifacts
 from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.settings import Settings
-from serving.engines.adapters import adapter_name, read_adapter
-from serving.engines.base import load_base
-from serving.engines.clip import ClipEngine
+from serving.engines.adapters import ABOUT, adapter_name, read_adapter
+from serving.engines.base import ClipBase, load_base
+from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
+from updater.gate.fresh import fresh_suites
+from updater.gate.open import open_asker
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
-from updater.gate.suites import fresh_suites, load_suites
+from updater.gate.suites import Family, load_suites
 from updater.gate.verdict import Verdict
 
 
@@ -41,35 +45,37 @@ def gate_command(
     Raises:
         GateError, AdapterError, BaseModelError: the suites, the incumbent or the base cannot be used.
     """
-    asked = load_suites(suites if suites is not None else settings.gate.suites, settings.home)
-    fresh = fresh_suites(SampleStore(settings.lake).scan(split="fresh_eval"), min_items=settings.gate.min_items)
-    engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.updater.threads)
     artifacts = Artifacts(settings.artifacts)
-    before = _live(settings) if incumbent is None else None if incumbent == "base" else incumbent
-    if before is not None:
-        name, directory = _locate(artifacts, before)
-        engine.load(name, directory)
-        before = name
+    family = _family(candidate)
+    base = _base(settings, family)
+    asked = load_suites(suites if suites is not None else settings.gate.suites, settings.home, family)
+    rows = SampleStore(settings.lake).scan(split="fresh_eval", having="text" if family == "clip" else "question")
+    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items)
+    before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate
-    try:
-        name, directory = _locate(artifacts, candidate)
-        engine.load(name, directory)
-        meta |= _about(directory)
-    except AdapterError as error:
-        if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
-            raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
-        meta["load_error"] = error.message
-    verdict = run_gate(
-        engine=engine,
-        candidate=name,
-        incumbent=before,
-        suites=asked,
-        fresh=fresh,
-        looks=0,
-        settings=settings.gate,
-        meta=meta,
-    )
+    with open_asker(settings, base) as asker:
+        if before is not None:
+            before, directory = _locate(artifacts, before)
+            asker.load(before, directory)
+        try:
+            name, directory = _locate(artifacts, candidate)
+            asker.load(name, directory)
+            meta |= _about(directory)
+        except AdapterError as error:
+            if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
+                raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
+            meta["load_error"] = error.message
+        verdict = run_gate(
+            asker=asker,
+            candidate=name,
+            incumbent=before,
+            suites=asked,
+            fresh=fresh,
+            looks=0,
+            settings=settings.gate,
+            meta=meta,
+        )
     folder = out or settings.home / "gate" / Path(name).name
     write_report(verdict, folder)
     return verdict, folder / HTML_NAME
@@ -98,13 +104,33 @@ def report_command(settings: Settings, update: str | None = None, out: Path | No
     return folder / HTML_NAME
 
 
-def _live(settings: Settings) -> str | None:
+def _family(candidate: str) -> Family:
+    """Of an adapter's name, or of the name that its directory's files tell."""
+    directory = Path(candidate)
+    name = directory.name
+    if directory.is_dir():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with it is the gate's to say
+            name = str(json.loads((directory / ABOUT).read_text()).get("name"))
+    return "vlm" if name.startswith("vlm-") else "clip"
+
+
+def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
+    if family == "clip":
+        return load_base(settings.home, settings.base.clip)
+    if not settings.base.vlm:
+        raise GateError("base.vlm is empty: there is no VLM to judge an adapter of.", "Set it (`ratchet base list`).")
+    return load_vlm_base(settings.home, settings.base.vlm)
+
+
+def _live(settings: Settings, family: Family) -> str | None:
     ledger = Ledger.open(settings.ledger)
     try:
         live = ledger.live()
     finally:
         ledger.close()
-    return live.clip if live else None
+    if live is None:
+        return None
+    return live.clip if family == "clip" else live.vlm
 
 
 def _locate(artifacts: Artifacts, adapter: str) -> tuple[str, Path]:

@@ -17,13 +17,26 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from updater.gate.score import Outcomes
-from updater.gate.statistics import Comparison, compare_accuracy, compare_recall, holm
+from updater.gate.statistics import Comparison, compare_accuracy, compare_answers, compare_recall, holm
 from updater.gate.suites import Suite
 from updater.gate.verdict import Check, Decision, Outcome, SuiteResult, Worse
+
+
+class Marks(Protocol):
+    """What one model got for its answers to a suite, whatever family it is of."""
+
+    @property
+    def ids(self) -> NDArray[np.str_]:
+        """Item ids [n], in the suite's order."""
+
+    @property
+    def hits(self) -> NDArray[np.float64]:
+        """How right each answer is, in [0, 1]: [n, views]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +44,14 @@ class Scores:
     """Three models' answers to one suite. `before` is the incumbent (the base itself, where nothing was released)."""
 
     suite: Suite
-    base: Outcomes
-    before: Outcomes
-    after: Outcomes
+    base: Marks
+    before: Marks
+    after: Marks
     chance: float = 0.0
     """What guessing would score."""
     worst: tuple[Worse, ...] = ()
+    pictures: NDArray[np.str_] | None = None
+    """Items with the same are about one image, and not independent; None: every item counts by itself."""
 
 
 def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> list[SuiteResult]:
@@ -44,7 +59,7 @@ def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: 
     results: dict[int, SuiteResult] = {}
     for role in ("retention", "gain"):
         family = [(i, _Pair.of(s, margin, level / len(scores))) for i, s in enumerate(scores) if s.suite.role == role]
-        able = [(i, pair) for i, pair in family if pair.incumbent.n >= min_items]
+        able = [(i, pair) for i, pair in family if pair.incumbent.units >= min_items]
         refused, levels = holm([pair.p(role) for _, pair in able], level)
         tested = {i: (shown, local) for (i, _), shown, local in zip(able, refused, levels, strict=True)}
         for i, pair in family:
@@ -94,12 +109,15 @@ class _Pair:
         return max(self.incumbent.p_noninferior, self.base.p_noninferior)
 
 
-def _compare(scores: Scores, reference: Outcomes, margin: float, level: float) -> Comparison:
+def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> Comparison:
     if reference.ids.tolist() != scores.after.ids.tolist():
         raise ValueError(f"suite {scores.suite.name}: the models answered different items")
     if scores.suite.task == "classification":
         return compare_accuracy(reference.hits[:, 0], scores.after.hits[:, 0], margin=margin)
     seed = zlib.crc32(scores.suite.name.encode())
+    if scores.pictures is not None:
+        before, after = reference.hits[:, 0], scores.after.hits[:, 0]
+        return compare_answers(before, after, scores.pictures, margin=margin, level=level, seed=seed)
     return compare_recall(reference.hits, scores.after.hits, margin=margin, level=level, seed=seed)
 
 
@@ -150,8 +168,8 @@ def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: 
     names = (("the incumbent", pair.incumbent), ("the base", pair.base))
     name, worst = max(names, key=lambda entry: entry[1].p_noninferior)
     low = worst.bounds(local)[0]
-    if worst.n < min_items:
-        return "inconclusive", f"only {worst.n} items; at least {min_items} are asked for"
+    if worst.units < min_items:
+        return "inconclusive", _too_few(worst, min_items)
     if shown:
         return "passed", f"at most {points(-low)} lost, {points(worst.margin)} allowed" if low < 0 else "nothing lost"
     for reference, side in names:
@@ -167,13 +185,18 @@ def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: 
 def _gain(pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> tuple[Decision, str]:
     side = pair.incumbent
     change = f"from {percent(side.before)} to {percent(side.after)}"
-    if side.n < min_items:
-        return "inconclusive", f"only {side.n} items; at least {min_items} are asked for"
+    if side.units < min_items:
+        return "inconclusive", _too_few(side, min_items)
     if shown:
         return "passed", f"gained {points(side.difference)} ({change})"
     if side.p_worse <= level < side.p_noninferior:
         return "failed", f"lost {points(-side.difference)} on new data ({change})"
     return "inconclusive", f"no gain shown ({change}, p = {side.p_superior:.2g} at level {local:.2g})"
+
+
+def _too_few(side: Comparison, min_items: int) -> str:
+    what = f"{side.n} items" if side.units == side.n else f"{side.units} images ({side.n} questions)"
+    return f"only {what}; at least {min_items} are asked for"
 
 
 def percent(share: float) -> str:

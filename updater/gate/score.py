@@ -7,11 +7,8 @@ everything is equally similar, must not look perfect.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import threading
-import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 
 from ops.digests import digest12, digest_json
-from ops.errors import GateError, RecordError
 from ops.progress import track
 from serving.engines.clip import ClipEngine
-from streams.images import decode_image
-from updater.gate.suites import Item, Suite
+from updater.gate.items import Item, open_picture
+from updater.gate.kept import keep, kept
+from updater.gate.suites import Suite
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -37,12 +34,8 @@ IMAGE_BATCH = 8
 TEXT_BATCH = 16
 """On a CPU small batches stay in its caches: 6 ms an image in batches of 8, 12 in batches of 64 (lite0, 128 px)."""
 GPU_BATCH = 64
-MAX_PIXELS = 60_000_000
-MAX_BYTES = 32 * 1024 * 1024
 KEEP_PIXELS = 256 * 1024 * 1024
 """Bytes of decoded pixels kept between the models that answer the same suite."""
-KEEP_FILES = 400
-"""Score files kept on disk; the oldest go first (each about 10 KB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +75,9 @@ class Scorer:
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
         path = self._path(suite, adapter)
-        if path is not None and (kept := _load(path, suite)) is not None:
+        if path is not None and (found := _load(path, suite)) is not None:
             self.hits += 1
-            return kept
+            return found
         items = suite.items()
         what = label or adapter or "base"
         if suite.task == "classification":
@@ -92,7 +85,7 @@ class Scorer:
         else:
             outcomes = self._retrieve(suite, items, adapter, what)
         if path is not None:
-            _save(path, outcomes)
+            keep(path, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
         return outcomes
 
     def choices(self, suite: Suite) -> tuple[list[str], ...]:
@@ -163,14 +156,7 @@ class Scorer:
         kept = self._pixels.get(item.source)
         if kept is not None:
             return kept
-        try:
-            image = decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
-        except (OSError, RecordError) as error:
-            raise GateError(
-                f"the image of suite item {item.text[:80]!r} cannot be read: {error}",
-                "Mend or remove that row of data.csv.",
-            ) from error
-        pixels = self.engine.base.preprocess.pixels(image)
+        pixels = self.engine.base.preprocess.pixels(open_picture(item))
         with self._keeping:
             self._pixels[item.source] = pixels
             while len(self._pixels) * pixels.nbytes > KEEP_PIXELS:
@@ -231,35 +217,14 @@ def _prompt(template: str, suite: Suite, label: str) -> str:
     return template.replace("{}", suite.names.get(label, label.replace("_", " ")))
 
 
-def _save(path: Path, outcomes: Outcomes) -> None:
-    """Atomically; then drop the oldest files beyond the bound."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez_compressed(staging, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
-    staging.replace(path)
-    by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)
-    for old in by_age[KEEP_FILES:]:
-        old.unlink(missing_ok=True)
-
-
-def _age(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # another process dropped it
-        return 0.0
-
-
 def _load(path: Path, suite: Suite) -> Outcomes | None:
-    """Cached answers, or None if there are none or the file is damaged (it is then written anew)."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            ids, ranks, answers = file["ids"], file["ranks"], file["answers"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError):
+    """Cached answers, or None if there are none that fit."""
+    found = kept(path, ("ids", "ranks", "answers"))
+    if found is None:
         return None
+    ids, ranks, answers = found
     expected = [item.id for item in suite.items()]
     shape = (len(expected), len(suite.views))
     if ids.tolist() != expected or ranks.shape != shape or answers.shape != shape:
         return None
-    with contextlib.suppress(OSError):
-        path.touch()  # the oldest unused go first
     return Outcomes(ids=ids, ranks=ranks, answers=answers, k=suite.k)

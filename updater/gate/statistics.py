@@ -1,6 +1,6 @@
 """The statistics that let a candidate in: paired tests, their intervals, and what several tests may spend together.
 
-Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
+Every comparison is paired: the same items, before and after. Three kinds of outcome exist.
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
   (T. Tango, Statistics in Medicine 17, 1998, 891-908) with the interval that inverts it: unlike Wald it keeps its
@@ -9,6 +9,10 @@ Every comparison is paired: the same items, before and after. Two kinds of outco
 - *Recall both ways*: two 0/1 per item, which are not independent. The item is the cluster: its two outcomes are
   averaged and whole items are resampled (a studentised bootstrap). Differences take few values (-1, -1/2, 0, 1/2,
   1), so resampling items is a multinomial draw over those values, which is exact and fast.
+- *Answers to questions*: one number in [0, 1] per question, and several questions may be about one image. What a
+  model sees in an image shows in all of them, so the image is the cluster: whole images are resampled, and the mean
+  over questions is a ratio of two sums over images (its error by linearisation: Cochran, Sampling Techniques, 1977,
+  6.4). Where each question has its own image and every outcome is 0 or 1, it is an accuracy, and is tested as one.
 
 All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
 """
@@ -57,6 +61,8 @@ class Comparison:
     """Standard deviation of one item's difference."""
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
+    units: int
+    """Items that are independent of each other: images, where several questions are about one."""
 
     def needed(self, level: float, power: float = 0.8) -> int:
         """Items with which non-inferiority would be shown at `level` with `power` if nothing had changed."""
@@ -121,6 +127,7 @@ def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Compari
         method="Tango score test, exact McNemar",
         spread=math.sqrt((gained + lost + 2 * PSEUDO) / (n + 2 * PSEUDO)),
         bounds=lambda level: tango_interval(gained, lost, n, level),
+        units=n,
     )
 
 
@@ -133,18 +140,39 @@ def compare_recall(before: Floats, after: Floats, *, margin: float, level: float
     first = before.reshape(len(before), -1).mean(axis=1)
     second = after.reshape(len(after), -1).mean(axis=1)
     boot = bootstrap(second - first, seed=seed, draws=_draws(level))
+    return _compared(first, second, boot, len(first), margin, "studentised bootstrap over items")
+
+
+def compare_answers(
+    before: Floats, after: Floats, pictures: NDArray[np.str_], *, margin: float, level: float, seed: int = 0
+) -> Comparison:
+    """Compare two aligned vectors of shape [n] in [0, 1]; questions with the same `pictures` [n] are one cluster."""
+    _check(before, after)
+    _, index = np.unique(pictures, return_inverse=True)
+    images = int(index.max()) + 1
+    if images == len(before) and bool(np.isin([before, after], (0.0, 1.0)).all()):
+        return compare_accuracy(before, after, margin=margin)
+    sizes = np.bincount(index).astype(np.float64)
+    sums = np.bincount(index, weights=after - before).astype(np.float64)
+    boot = bootstrap(sums, sizes, seed=seed, draws=_draws(level))
+    method = "studentised bootstrap over items" if images == len(before) else "studentised bootstrap over images"
+    return _compared(before, after, boot, images, margin, method)
+
+
+def _compared(before: Floats, after: Floats, boot: Bootstrap, units: int, margin: float, method: str) -> Comparison:
     return Comparison(
-        n=len(first),
-        before=float(first.mean()),
-        after=float(second.mean()),
+        n=len(before),
+        before=float(before.mean()),
+        after=float(after.mean()),
         difference=boot.difference,
         margin=margin,
         p_noninferior=boot.p_above(-margin),
         p_superior=boot.p_above(0.0),
         p_worse=boot.p_below(0.0),
-        method="studentised bootstrap over items",
-        spread=boot.error * math.sqrt(len(first)),
+        method=method,
+        spread=boot.error * math.sqrt(len(before)),
         bounds=lambda level: (boot.low(level), boot.high(level)),
+        units=units,
     )
 
 
@@ -184,24 +212,35 @@ class Bootstrap:
         return min(self.difference - float(self.pivots[max(beyond, 0)]) * self.error, 1.0)
 
 
-def bootstrap(differences: Floats, *, seed: int = 0, draws: int = RESAMPLES) -> Bootstrap:
-    """Resample items with replacement; `differences` has shape [n]. The same seed gives the same answer."""
-    values, counts = np.unique(np.concatenate([differences, [-1.0, 1.0]]), return_counts=True)
-    observed = counts.astype(np.float64)
-    observed[[0, -1]] -= 1.0 - PSEUDO  # the two appended items weigh half an item each
-    n = len(differences)
+def bootstrap(sums: Floats, sizes: Floats | None = None, *, seed: int = 0, draws: int = RESAMPLES) -> Bootstrap:
+    """Resample clusters with replacement; the same seed gives the same answer.
+
+    `sums` [clusters] are the summed differences of a cluster's items, and `sizes` [clusters] how many items it has:
+    one each by default. The difference is sum(sums) / sum(sizes).
+    """
+    n = len(sums)
+    ones = np.ones(n) if sizes is None else sizes
+    usual = float(ones.mean())
+    pairs = np.concatenate([np.stack([sums, ones], axis=1), [[-usual, usual], [usual, usual]]])
+    values, index = np.unique(pairs, axis=0, return_inverse=True)
+    pseudo = index.reshape(-1)[-2:]
+    observed = np.bincount(index.reshape(-1), minlength=len(values)).astype(np.float64)
+    observed[pseudo] -= 1.0 - PSEUDO  # the two appended clusters weigh half a cluster each
+    total, size = values[:, 0], values[:, 1]
     share = observed / observed.sum()
-    centre = float(share @ values)
-    error = math.sqrt(float(share @ (values - centre) ** 2) / n)
+    centre = float(share @ total) / float(share @ size)
+    error = math.sqrt(float(share @ (total - centre * size) ** 2) / n) / float(share @ size)
     rng = np.random.default_rng(seed)
     sample = rng.multinomial(n, share, size=draws).astype(np.float64)
-    mean = sample @ values / n
-    sample[:, [0, -1]] += PSEUDO
+    mean = (sample @ total) / (sample @ size)
+    sample[:, pseudo] += PSEUDO
     shares = sample / (n + 2 * PSEUDO)
-    smooth = shares @ values
-    errors = np.sqrt((shares @ values**2 - smooth**2) / n)
+    room = shares @ size
+    smooth = (shares @ total) / room
+    squares = shares @ total**2 - 2 * smooth * (shares @ (total * size)) + smooth**2 * (shares @ size**2)
+    errors = np.sqrt(np.maximum(squares, 1e-30) / n) / room
     pivots = np.sort((mean - centre) / errors)
-    return Bootstrap(difference=float(differences.mean()), error=error, pivots=pivots)
+    return Bootstrap(difference=float(sums.sum() / ones.sum()), error=error, pivots=pivots)
 
 
 def items_needed(spread: float, margin: float, level: float, power: float = 0.8) -> int:

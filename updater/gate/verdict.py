@@ -27,15 +27,18 @@ class Worse:
 
     id: str
     text: str
+    """Caption, class or question."""
     view: str
-    """How it was asked: "class", "image to text" or "text to image"."""
+    """How it was asked: "class", "image to text", "text to image" or "answer"."""
     rank_before: int
-    """0-based rank of the right answer; 0 is right."""
+    """0-based rank of the right answer; 0 is right. Of a free answer 0 if it is right, 1 if it is not."""
     rank_after: int
     answer_before: str
     answer_after: str
     thumbnail: str
     """JPEG data URI, at most 96 px; empty if the image could not be read."""
+    expected: str = ""
+    """Reference answers of a question."""
 
 
 @dataclass(frozen=True, slots=True)

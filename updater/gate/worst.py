@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ops.errors import RecordError
-from streams.images import decode_image
-from updater.gate.score import MAX_BYTES, MAX_PIXELS, Outcomes, Scorer
-from updater.gate.suites import Item, Suite
+from ops.errors import GateError
+from updater.gate.items import Item, open_picture
+from updater.gate.score import Outcomes, Scorer
+from updater.gate.suites import Suite
 from updater.gate.verdict import Worse
 
 SIDE = 96
@@ -45,11 +47,37 @@ def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes,
     )
 
 
+def worst_answers(
+    suite: Suite,
+    before: tuple[Sequence[str], NDArray[np.float64]],
+    after: tuple[Sequence[str], NDArray[np.float64]],
+    most: int = MOST,
+) -> tuple[Worse, ...]:
+    """Questions that earned more before, the deepest fall first; both arguments are answers and what they earned."""
+    items, fall = suite.items(), before[1] - after[1]
+    order = np.lexsort((np.array([item.id for item in items]), -fall))[:most]
+    return tuple(
+        Worse(
+            id=items[i].id,
+            text=items[i].text[:200],
+            view="answer",
+            rank_before=int(before[1][i] < 1.0),
+            rank_after=1,
+            answer_before=before[0][i][:200],
+            answer_after=after[0][i][:200],
+            thumbnail=thumbnail(items[i]),
+            expected=", ".join(dict.fromkeys(items[i].answers))[:200],
+        )
+        for i in order
+        if fall[i] > 0
+    )
+
+
 def thumbnail(item: Item) -> str:
     """JPEG data URI of at most SIDE pixels; empty if the image cannot be read."""
     try:
-        image = decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
-    except (OSError, RecordError):
+        image = open_picture(item)
+    except GateError:
         return ""
     image.thumbnail((SIDE, SIDE))
     stream = io.BytesIO()

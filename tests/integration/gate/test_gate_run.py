@@ -23,7 +23,7 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import picture
-from updater.gate import Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
+from updater.gate import ClipAsker, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
 
 pytestmark = pytest.mark.integration
 SETTINGS = Gate(margin=0.1)
@@ -106,7 +106,13 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
 ) -> None:
     learnt = fresh_from(deal(engine, harsh, range(1000, 1000 + COUNT), "new"))
     verdict = run_gate(
-        engine=engine, candidate=harsh, incumbent=None, suites=[retention], fresh=learnt, looks=0, settings=SETTINGS
+        asker=ClipAsker(engine),
+        candidate=harsh,
+        incumbent=None,
+        suites=[retention],
+        fresh=learnt,
+        looks=0,
+        settings=SETTINGS,
     )
     known, new = verdict.suites
     assert verdict.outcome == "rejected"
@@ -124,7 +130,13 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
     kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
     learnt = fresh_from(deal(engine, candidate, range(3000, 3000 + COUNT), "new"))
     verdict = run_gate(
-        engine=engine, candidate=candidate, incumbent=incumbent, suites=[kept], fresh=learnt, looks=0, settings=SETTINGS
+        asker=ClipAsker(engine),
+        candidate=candidate,
+        incumbent=incumbent,
+        suites=[kept],
+        fresh=learnt,
+        looks=0,
+        settings=SETTINGS,
     )
     assert verdict.outcome == "passed", verdict.reasons
     assert verdict.caught_by == ()
@@ -134,7 +146,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
 def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     nothing_new = fresh_from(deal(engine, None, range(4000, 4000 + COUNT), "same"))
     verdict = run_gate(
-        engine=engine,
+        asker=ClipAsker(engine),
         candidate=gentle,
         incumbent=None,
         suites=[retention],
@@ -151,7 +163,7 @@ def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Sui
     levels = []
     for looks in (0, 5):
         verdict = run_gate(
-            engine=engine,
+            asker=ClipAsker(engine),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
@@ -168,7 +180,7 @@ def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
     engine: ClipEngine, retention: Suite, gentle: str
 ) -> None:
     verdict = run_gate(
-        engine=engine,
+        asker=ClipAsker(engine),
         candidate=gentle,
         incumbent=None,
         suites=[retention],
@@ -199,7 +211,7 @@ def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: Cli
     except AdapterError as error:
         name, reason = "clip-000000000000", error.message
     verdict = run_gate(
-        engine=engine,
+        asker=ClipAsker(engine),
         candidate=name,
         incumbent=None,
         suites=[retention],
@@ -226,7 +238,13 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
             if not any(parameter is p for p in engine.model(None).parameters()):
                 parameter.fill_(float("inf"))
     verdict = run_gate(
-        engine=engine, candidate=name, incumbent=None, suites=[retention], fresh=[], looks=0, settings=SETTINGS
+        asker=ClipAsker(engine),
+        candidate=name,
+        incumbent=None,
+        suites=[retention],
+        fresh=[],
+        looks=0,
+        settings=SETTINGS,
     )
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",)
@@ -245,7 +263,13 @@ def test_a_candidate_that_breaks_the_engine_is_rejected(
 
     monkeypatch.setattr(engine, "encode_texts", break_for_candidate)
     verdict = run_gate(
-        engine=engine, candidate=gentle, incumbent=None, suites=[retention], fresh=[], looks=0, settings=SETTINGS
+        asker=ClipAsker(engine),
+        candidate=gentle,
+        incumbent=None,
+        suites=[retention],
+        fresh=[],
+        looks=0,
+        settings=SETTINGS,
     )
     assert verdict.outcome == "rejected"
     assert "out of memory" in verdict.reasons[0]
@@ -257,7 +281,7 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
     (home / "gone.yaml").write_text("task: retrieval\ndata: ${home}/data/gone\n")
     with pytest.raises(GateError, match="does not exist"):
         run_gate(
-            engine=engine,
+            asker=ClipAsker(engine),
             candidate=gentle,
             incumbent=None,
             suites=load_suites([home / "gone.yaml"], home),
@@ -269,15 +293,17 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
 
 def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     def parity_of(adapter: str | None) -> Verdict:
+        def trainer(pixels: np.ndarray, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            return engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter)
+
         return run_gate(
-            engine=engine,
+            asker=ClipAsker(engine, parity=trainer),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
             fresh=[],
             looks=0,
             settings=SETTINGS,
-            parity=lambda pixels, texts: (engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter)),
         )
 
     assert next(c for c in parity_of(gentle).checks if c.name == "parity").ok
@@ -290,14 +316,13 @@ def test_the_same_candidate_gets_the_same_verdict(
 ) -> None:
     def run(cache: Path) -> dict[str, object]:
         verdict = run_gate(
-            engine=engine,
+            asker=ClipAsker(engine, cache=cache),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
             fresh=[],
             looks=0,
             settings=SETTINGS,
-            cache=cache,
         )
         return verdict.summary()["suites"]  # type: ignore[no-any-return]
 

@@ -12,8 +12,9 @@ from ops.errors import GateError
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset, sample_rows
+from updater.gate.fresh import fresh_suite
 from updater.gate.score import Scorer, rank_of_best
-from updater.gate.suites import Suite, fresh_suite, load_suites
+from updater.gate.suites import Suite, load_suites
 
 
 @pytest.fixture(scope="module")

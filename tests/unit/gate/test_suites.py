@@ -9,7 +9,8 @@ import pytest
 
 from ops.errors import GateError
 from tests.unit.gate.builders import folder_dataset, picture, sample_rows
-from updater.gate.suites import BUILTIN, Suite, fresh_suite, fresh_suites, load_suites
+from updater.gate.fresh import fresh_suite, fresh_suites
+from updater.gate.suites import BUILTIN, Suite, load_suites
 
 
 def _suite(home: Path, text: str, name: str = "things") -> Suite:
@@ -120,10 +121,10 @@ def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
 
 
 def test_the_built_in_suites_are_valid_and_protect_more_than_they_allow() -> None:
-    suites = load_suites(home=Path("/home"))
-    assert len(suites) == len(list(BUILTIN.glob("*.yaml"))) >= 6
+    suites = load_suites(home=Path("/home"), family=None)
+    assert len(suites) == len(list(BUILTIN.glob("*.yaml"))) >= 10
     assert {suite.role for suite in suites} == {"retention"}
-    assert {suite.task for suite in suites} == {"classification", "retrieval"}
+    assert {suite.task for suite in suites} == {"classification", "retrieval", "vqa"}
     for suite in suites:
         assert suite.margin is not None and suite.margin <= 0.08
         assert suite.description and str(suite.folder).startswith("/home/data/")

@@ -1,0 +1,78 @@
+"""Gain suites from `fresh_eval` rows of the sample store: where an update may show that it learned something."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from updater.gate.items import Item, asked_sample, captioned_sample, limited
+from updater.gate.suites import Family, Suite
+
+_COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")
+
+
+def fresh_suite(
+    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = 400, seed: int = 0
+) -> Suite:
+    """A gain suite from rows with the columns id, image, domain, concept and text (or question and answer).
+
+    A CLIP is asked for retrieval both ways, where items with the same text count as each other's hits; a VLM is
+    asked the questions, and its answers must match. Rows without a text (a question) are left out. `domain` takes
+    only the rows of one domain.
+    """
+    return _suite(_items(rows, family).get(domain, []) if domain else _all(rows, family), domain, family, limit, seed)
+
+
+def fresh_suites(
+    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = 400, most: int = 6
+) -> list[Suite]:
+    """One gain suite for each domain with at least `min_items` fresh images, the largest `most` of them.
+
+    If no domain has enough, one suite over all rows together; none if there are no rows.
+    """
+    found = {domain: items for domain, items in _items(rows, family).items() if domain}
+    enough = [domain for domain in found if _images(found[domain], family) >= min_items]
+    domains = sorted(enough, key=lambda domain: -len(found[domain]))[:most]
+    suites = [_suite(found[domain], domain, family, limit, 0) for domain in domains]
+    suites = suites or [_suite(_all(rows, family), None, family, limit, 0)]
+    return [suite for suite in suites if len(suite.items()) >= 2]
+
+
+def _items(rows: pa.Table, family: Family) -> dict[str, list[Item]]:
+    """Items by domain, in the order in which domains appear."""
+    found: dict[str, list[Item]] = defaultdict(list)
+    make = captioned_sample if family == "clip" else asked_sample
+    for row in rows.select([name for name in _COLUMNS if name in rows.column_names]).to_pylist():
+        item = make(row)
+        if item is not None:
+            found[row.get("domain") or ""].append(item)
+    return dict(found)
+
+
+def _all(rows: pa.Table, family: Family) -> list[Item]:
+    return [item for items in _items(rows, family).values() for item in items]
+
+
+def _images(items: Iterable[Item], family: Family) -> int:
+    """Independent items: captions stand for themselves, several questions on one image for one."""
+    kept = list(items)
+    return len(kept) if family == "clip" else len({item.read() for item in kept})
+
+
+def _suite(items: list[Item], domain: str | None, family: Family, limit: int, seed: int) -> Suite:
+    suite = Suite(
+        name=_slug(f"fresh.{domain}" if domain else "fresh"),
+        role="gain",
+        task="retrieval" if family == "clip" else "vqa",
+        limit=limit,
+        seed=seed,
+        description=f"New {domain or 'samples'} that were never trained on.",
+    )
+    suite._items = tuple(limited(items, limit, seed))
+    return suite
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "_.-" else "-" for c in name.lower())[:64]

@@ -1,0 +1,118 @@
+"""Items of suites: where they come from, what names them, and which of them are drawn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from ops.digests import digest12, digest_json
+from ops.errors import GateError, RecordError
+from streams.folders import FolderItem
+from streams.images import decode_image
+
+Half = Literal["all", "tuning", "hidden"]
+MAX_PIXELS = 60_000_000
+MAX_BYTES = 32 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image with its text, its class or its question; `read` gives the encoded image."""
+
+    id: str
+    """Digest of name and text."""
+    text: str
+    """The caption; the class label in a classification suite; the question in a VQA suite."""
+    key: str
+    """What decides the half: items of one concept are all tuned on, or all hidden."""
+    name: str
+    """The image's place inside its folder, which survives a move of the home folder."""
+    source: str
+    """Names the image everywhere: suites that ask different things about it embed it once."""
+    read: Callable[[], bytes]
+    answers: tuple[str, ...] = ()
+    """Reference answers of a question, as many as people gave; the main one comes first."""
+
+
+def captioned(row: FolderItem, place: str, text: str) -> Item:
+    """An image of a folder with its caption or class."""
+    # where the class is all there is to a concept, each picture goes to a half by itself
+    key = row.path.name if row.concept == text else row.concept or row.text or row.path.name
+    return make_item(place, str(row.path.absolute()), text, key, row.bytes)
+
+
+def asked(row: FolderItem, place: str) -> Item:
+    """An image of a folder with its question and answers."""
+    answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
+    return make_item(place, str(row.path.absolute()), row.question, row.concept or row.path.name, row.bytes, answers)
+
+
+def captioned_sample(row: Mapping[str, Any]) -> Item | None:
+    """A sample with its text, or None if it has none."""
+    text, image = (row.get("text") or "").strip(), row.get("image")
+    if not text or not image:
+        return None
+    source = f"sample/{row['id']}"
+    return make_item(source, source, text, row.get("concept") or text, _held(bytes(image)))
+
+
+def asked_sample(row: Mapping[str, Any]) -> Item | None:
+    """A sample with its question and answer, or None if it has none."""
+    question, answer, image = (row.get("question") or "").strip(), (row.get("answer") or "").strip(), row.get("image")
+    if not question or not answer or not image:
+        return None
+    source = f"sample/{row['id']}"
+    return make_item(source, source, question, row.get("concept") or source, _held(bytes(image)), (answer,))
+
+
+def make_item(
+    name: str, source: str, text: str, key: str, read: Callable[[], bytes], answers: tuple[str, ...] = ()
+) -> Item:
+    """An item, named by its place and its text."""
+    return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers)
+
+
+def without_lonely(items: Iterable[Item]) -> list[Item]:
+    """Items whose class has another member: a class with one member measures the member."""
+    kept = list(items)
+    sizes = Counter(item.text for item in kept)
+    return [item for item in kept if sizes[item.text] > 1]
+
+
+def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
+    """A draw by hash of seed and image: in any order of rows, and alike for two suites over one folder."""
+    unique = {item.id: item for item in items}.values()
+    drawn = sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))[:limit]
+    return sorted(drawn, key=lambda item: item.id)
+
+
+def of_half(items: Iterable[Item], half: Half) -> list[Item]:
+    """The items of one half, by hash of their concept."""
+    if half == "all":
+        return list(items)
+    bit = 1 if half == "hidden" else 0
+    return [item for item in items if int(digest_json(item.key)[:8], 16) % 2 == bit]
+
+
+def spread(items: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` items, evenly spaced."""
+    return list(items[:: max(1, len(items) // max(count, 1))][:count])
+
+
+def open_picture(item: Item) -> Image.Image:
+    """The decoded image, RGB. Raises GateError naming the item."""
+    try:
+        return decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+    except (OSError, RecordError) as error:
+        raise GateError(
+            f"the image of suite item {item.text[:80]!r} cannot be read: {error}",
+            "Mend or remove that row of data.csv.",
+        ) from error
+
+
+def _held(image: bytes) -> Callable[[], bytes]:
+    return lambda: image

@@ -1,0 +1,42 @@
+"""The gate's engine: opened for one gate run, and closed after it whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ops.errors import GateError
+from ops.settings import Settings
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from serving.engines.vlm.ask import EngineDead
+from serving.engines.vlm.base import VlmBase
+from updater.gate.asker import Asker
+from updater.gate.clip import ClipAsker
+from updater.gate.vlm import VlmAsker
+
+
+@contextmanager
+def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[Any]]:
+    """An engine of `base`, as it serves: a CLIP in this process, a VLM in the engine that the settings name.
+
+    Raises:
+        GateError: the VLM engine does not start.
+    """
+    if isinstance(base, ClipBase):
+        yield ClipAsker(ClipEngine(base, threads=settings.updater.threads))
+        return
+    from serving.engines.vlm.open import open_engine
+    from serving.engines.vlm.sync import SyncVlm
+
+    engine = open_engine(base, settings.serve)
+    vlm = SyncVlm(engine)
+    try:
+        vlm.__enter__()
+    except EngineDead as error:
+        raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
+    try:
+        yield VlmAsker(vlm, engine, settings.serve)
+    finally:
+        vlm.__exit__(None, None, None)

@@ -1,0 +1,256 @@
+"""How a vision-language model is gated: it is asked questions about images, through the engine that serves it.
+
+All questions of a suite are asked at once (the engine batches them) and greedily. Each answer is asked for once: the
+checks and the suites share what came, and what a base or an incumbent said to a suite is kept on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ops.digests import digest12, digest_json
+from ops.errors import AdapterError, GateError
+from ops.settings import Serve
+from serving.engines.vlm.ask import Ask, AskError, EngineDead, Reply, VlmEngine, question
+from serving.engines.vlm.base import VlmBase
+from updater.gate import vlm_checks as c
+from updater.gate.answers import grade, majority, polarity
+from updater.gate.asker import probe
+from updater.gate.checks import check_loads, check_size
+from updater.gate.items import Item, open_picture, spread
+from updater.gate.kept import keep, kept
+from updater.gate.suites import Family, Suite
+from updater.gate.verdict import Check, Worse
+from updater.gate.worst import worst_answers
+
+if TYPE_CHECKING:  # it brings the engines
+    from serving.engines.vlm.sync import SyncVlm
+
+SPARE_TOKENS = 4
+"""Room beyond the longest reference answer: a longer answer is cut, and it is wrong either way."""
+KEEP_PIXELS = 256 * 1024 * 1024
+"""Bytes of decoded images that are asked about at once."""
+GOLDEN = 6
+"""Answers whose log-probabilities are compared with the trainer's model."""
+LATENCY_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One model's answers, aligned with `ids` [n]."""
+
+    ids: NDArray[np.str_]
+    texts: tuple[str, ...]
+    """As the model gave them; empty where a log-probability was not finite."""
+    hits: NDArray[np.float64]
+    """What each earned, in [0, 1]: [n, 1]."""
+
+
+class VlmAsker:
+    """Asks the models in a VLM engine. See :class:`updater.gate.asker.Asker`."""
+
+    family: Family = "vlm"
+
+    def __init__(self, vlm: SyncVlm, engine: VlmEngine, serve: Serve, *, cache: Path | None = None) -> None:
+        """`vlm` is the started `engine`; `cache`: folder of kept answers, by default `home/cache/gate`."""
+        self.vlm = vlm
+        self.base: VlmBase = engine.base
+        self.kind = engine.kind
+        self.serve = serve
+        self.cache = cache
+        self.asked = 0
+        """Questions that the engine has answered."""
+        self._directories: dict[str, Path] = {}
+        self._said: dict[tuple[str | None, str, str, int], str] = {}
+        self._room: dict[str, int] = {}
+
+    def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
+        """Make an adapter resident. Raises AdapterError; GateError when the engine died."""
+        with _living(f"loading {name}"):
+            self.vlm.load(name, directory)
+        self._directories[name] = directory
+
+    def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Answers:
+        """What one model earns. Raises GateError: the engine died, or a question or an image cannot be asked."""
+        path = self._path(suite, adapter)
+        items = suite.items()
+        ids = np.array([item.id for item in items], dtype=np.str_)
+        found = kept(path, ("ids", "texts")) if path is not None else None
+        if found is not None and _same(found, ids):
+            self._remember(suite, items, adapter, [str(text) for text in found[1]])
+        texts = self._texts(suite, items, adapter, label or adapter or "base")
+        if path is not None and found is None:
+            keep(path, ids=ids, texts=np.array(texts, dtype=np.str_))
+        earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
+        return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
+
+    def chance(self, suite: Suite) -> float:
+        """What the most common answer earns when it is given to every question."""
+        return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
+
+    def worst(self, suite: Suite, before: Answers, after: Answers) -> tuple[Worse, ...]:
+        """Answers that were better before."""
+        return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
+
+    def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
+        """loads, finite, norm drift, parity, latency, size."""
+        directory = self._directories.get(candidate)
+        checks = [check_loads(directory is not None, candidate, facts)]
+        if directory is None or not suites:
+            return checks
+        for suite, few in probe(suites):
+            self._texts(suite, few, None, "probe, base")
+        try:
+            checks.append(self._finite(candidate, suites))
+            if not checks[-1].ok:
+                return checks
+            model = self.base.build_model()
+            checks.append(c.check_delta(model, directory))
+            asks, answers = self._golden(suites)
+            with _living("comparing log-probabilities"):
+                served = [self._log_probabilities(asks, answers, name) for name in (None, candidate)]
+                checks.append(c.check_parity(self.base, model, directory, asks, answers, served))
+                asks, answers = (asks * LATENCY_BATCH)[:LATENCY_BATCH], (answers * LATENCY_BATCH)[:LATENCY_BATCH]
+                checks.append(c.check_latency(lambda name: self._log_probabilities(asks, answers, name), candidate))
+            checks.append(check_size(facts.get("rank"), facts.get("bytes")))
+        except GateError:
+            raise
+        except Exception as error:  # a candidate that breaks is rejected, with a report
+            checks.append(Check("finite", False, f"the candidate failed on the probe: {error!r}"[:300]))
+        return checks
+
+    def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
+        """Neither the same answer to everything, nor always yes or always no."""
+        references: list[str] = []
+        base: list[str] = []
+        after: list[str] = []
+        for suite in suites:
+            references += [item.answers[0] for item in suite.items()]
+            base += self.score(suite, None).texts
+            after += self.score(suite, candidate).texts
+        closed = np.array([bool(polarity(reference)) for reference in references])
+        checks = []
+        for check, wanted in ((c.check_collapse, ~closed), (c.check_polarity, closed)):
+            if wanted.sum() >= c.FEWEST:
+                own, first, second = (list(compress(texts, wanted)) for texts in (references, base, after))
+                checks.append(check(own, first, second))
+        return checks
+
+    def _finite(self, candidate: str, suites: Sequence[Suite]) -> Check:
+        """The engine's own golden inputs, and answers to the probe, have finite log-probabilities."""
+        try:
+            with _living("answering the golden inputs"):
+                self.vlm.golden(candidate)
+        except AdapterError as error:
+            return Check("finite", False, error.message[:300])
+        bad = total = 0
+        for suite, few in probe(suites):
+            asks = [self._ask(item, self._tokens(suite)) for item in few]
+            replies = self._replies(asks, candidate, "probe, candidate", suite)
+            self._remember(suite, few, candidate, [_text(reply) for reply in replies])
+            bad += sum(not _is_finite(reply) for reply in replies)
+            total += len(replies)
+        detail = (
+            f"{bad} of {total} answers have a log-probability of NaN or infinity"
+            if bad
+            else (f"the log-probabilities of {total} answers are finite")
+        )
+        return Check("finite", not bad, detail, float(bad), 0.0)
+
+    def _golden(self, suites: Sequence[Suite]) -> tuple[list[Ask], list[str]]:
+        """A few questions with their reference answer."""
+        chosen = spread([item for _, few in probe(suites) for item in few], GOLDEN)
+        return [self._ask(item, 1) for item in chosen], [item.answers[0] for item in chosen]
+
+    def _log_probabilities(self, asks: Sequence[Ask], answers: Sequence[str], adapter: str | None) -> list[float]:
+        """One answer to each question."""
+        return [score for (score,) in self.vlm.scores(asks, [[answer] for answer in answers], adapter)]
+
+    def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
+        """Answers in the order of the items; the engine is asked for those that are not known yet."""
+        missing = [item for item in items if self._key(suite, item, adapter) not in self._said]
+        for some in self._portions(missing):
+            asks = [self._ask(item, self._tokens(suite)) for item in some]
+            self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
+        return [self._said[self._key(suite, item, adapter)] for item in items]
+
+    def _replies(self, asks: Sequence[Ask], adapter: str | None, label: str, suite: Suite) -> list[Reply]:
+        self.asked += len(asks)
+        try:
+            with _living(f"answering suite {suite.name}"):
+                return self.vlm.replies(asks, adapter, label=label)
+        except AskError as error:
+            raise GateError(f"suite {suite.name}: a question cannot be asked: {error.message}", error.fix) from error
+
+    def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
+        """Items whose decoded images fit into KEEP_PIXELS together."""
+        if not items:
+            return
+        size = max(math.prod(open_picture(item).size) * 3 for item in spread(items, 8))
+        count = max(1, KEEP_PIXELS // max(size, 1))
+        for start in range(0, len(items), count):
+            yield list(items[start : start + count])
+
+    def _ask(self, item: Item, max_tokens: int) -> Ask:
+        return question(np.asarray(open_picture(item), dtype=np.uint8), item.text, max_tokens)
+
+    def _tokens(self, suite: Suite) -> int:
+        """Longest answer that is waited for: that of the suite's longest reference, and a few."""
+        known = self._room.get(suite.digest())
+        if known is None:
+            answers = sorted({answer for item in suite.items() for answer in item.answers})
+            longest = max(len(ids) for ids in self._tokenizer(answers, add_special_tokens=False)["input_ids"])
+            known = self._room[suite.digest()] = min(longest + SPARE_TOKENS, self.serve.vlm_max_tokens)
+        return known
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return self.base.processor().tokenizer
+
+    def _key(self, suite: Suite, item: Item, adapter: str | None) -> tuple[str | None, str, str, int]:
+        return adapter, item.source, item.text, self._tokens(suite)
+
+    def _remember(self, suite: Suite, items: Sequence[Item], adapter: str | None, texts: Sequence[str]) -> None:
+        for item, text in zip(items, texts, strict=True):
+            self._said[self._key(suite, item, adapter)] = text
+
+    def _path(self, suite: Suite, adapter: str | None) -> Path | None:
+        folder = self.cache or suite.cache
+        if folder is None:
+            return None
+        what = [suite.digest(), self.base.digest, adapter or "base", self.kind, self._tokens(suite)]
+        return folder / f"{digest12(digest_json(what))}.npz"
+
+
+@contextmanager
+def _living(doing: str) -> Iterator[None]:
+    """An engine that dies is no fault of the candidate: the update waits, and is judged again."""
+    try:
+        yield
+    except EngineDead as error:
+        raise GateError(
+            f"the VLM engine ended while {doing}: {error.message}",
+            "The update is judged again; if it happens again, look at memory and `ratchet doctor`.",
+        ) from error
+
+
+def _same(found: Sequence[NDArray[Any]], ids: NDArray[np.str_]) -> bool:
+    return found[0].tolist() == ids.tolist() and found[1].shape == ids.shape
+
+
+def _is_finite(reply: Reply) -> bool:
+    return all(math.isfinite(value) for value in reply.logprobs)
+
+
+def _text(reply: Reply) -> str:
+    return reply.text.strip() if _is_finite(reply) else ""
