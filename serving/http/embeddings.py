@@ -10,10 +10,11 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from ops.ledger.rows import Family
 from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
 from serving.http.errors import ApiError
-from serving.http.gateway import Gateway, gateway, json_body, json_schema, stamp_headers
+from serving.http.gateway import CLIP, VLM, Gateway, gateway, json_body, json_schema, stamp_headers
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -88,23 +89,32 @@ def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
 
 @router.get("/v1/models", summary="Models that requests may name")
 async def models(request: Request) -> JSONResponse:
-    """`clip` is what is live; the others are resident now and stay addressable while in the rollback window."""
+    """`clip` and `vlm` are what is live; the others are resident now and stay addressable while in the window."""
     at = gateway(request)
-    return JSONResponse({"object": "list", "data": [described(at, name) for name in at.admission.names()]})
+    rows = [described(at, name, CLIP) for name in at.admission.names(CLIP)]
+    if at.vlms is not None:
+        taken = {row["id"] for row in rows}
+        rows += [described(at, name, VLM) for name in at.admission.names(VLM) if name not in taken]
+    return JSONResponse({"object": "list", "data": rows})
 
 
 @router.get("/v1/models/{model}", summary="One model")
 async def model(request: Request, model: str) -> JSONResponse:
-    """The release and the embedding spaces behind a name."""
+    """The release and, for a CLIP, the embedding spaces behind a name."""
     at = gateway(request)
-    return JSONResponse(described(at, model))
+    known = at.vlms is not None and model in at.admission.names(VLM) and model not in at.admission.names(CLIP)
+    return JSONResponse(described(at, model, VLM if known else CLIP))
 
 
-def described(at: Gateway, name: str) -> dict[str, Any]:
+def described(at: Gateway, name: str, family: Family) -> dict[str, Any]:
     """OpenAI's model object, with the release behind it."""
-    stamp = at.admission.resolve(name)
+    stamp = at.admission.resolve(name, family)
+    found = {
+        "id": name, "object": "model", "created": 0, "owned_by": "ratchet", "family": family, "release": stamp.release,
+    }  # fmt: skip
+    if family == VLM:
+        return {**found, "adapter": stamp.vlm_adapter}
     return {
-        "id": name, "object": "model", "created": 0, "owned_by": "ratchet", "release": stamp.release,
-        "adapter": stamp.adapter, "image_space": stamp.image_space, "text_space": stamp.text_space,
+        **found, "adapter": stamp.adapter, "image_space": stamp.image_space, "text_space": stamp.text_space,
         "dimensions": at.dim,
     }  # fmt: skip

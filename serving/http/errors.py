@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from ops.errors import LedgerError, RatchetError, RecordError, ReleaseConflict, ReleaseError
 from serving.deployments.calls import Late, Overloaded, Unavailable
 from serving.deployments.stamps import NotReady, UnknownModel
+from serving.engines.vlm.ask import AskError, EngineDead
 
 log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = "1"
@@ -31,6 +33,8 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     Overloaded: (429, "overloaded"),
     Late: (504, "deadline_exceeded"),
     Unavailable: (503, "unavailable"),
+    AskError: (400, "invalid_request"),
+    EngineDead: (503, "unavailable"),
     ReleaseConflict: (409, "release_conflict"),
     ReleaseError: (422, "release_failed"),
     LedgerError: (409, "ledger"),
@@ -81,6 +85,34 @@ def from_record(error: RecordError, param: str) -> ApiError:
     return ApiError(status, f"{param}: {error}", param=param, code=error.reason)
 
 
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a client is told about a failure."""
+
+    status: int
+    message: str
+    param: str | None
+    code: str | None
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The error object."""
+        return body(self.status, self.message, self.param, self.code)
+
+
+def described(error: Exception) -> Described:
+    """Any failure as status and error object. What nobody foresaw is not shown to clients."""
+    if isinstance(error, ApiError):
+        return Described(error.status_code, str(error.detail), error.param, error.code)
+    if isinstance(error, RatchetError):
+        for kind in type(error).__mro__:
+            if kind in KNOWN:
+                status, code = KNOWN[kind]
+                return Described(status, str(error), "model" if status == 404 else None, code)
+        return Described(500, str(error), None, "internal")
+    return Described(500, "the server made a mistake; its log says which.", None, "internal")
+
+
 def install(app: FastAPI) -> None:
     """Let every failure of the app, expected or not, answer with the error object."""
 
@@ -92,14 +124,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RatchetError)
     async def on_known(_: Request, error: RatchetError) -> JSONResponse:
-        for kind in type(error).__mro__:
-            if kind in KNOWN:
-                status, code = KNOWN[kind]
-                return answer(status, str(error), "model" if status == 404 else None, code)
-        log.error("unexpected %s: %s", type(error).__name__, error)
-        return answer(500, str(error), None, "internal")
+        found = described(error)
+        if found.code == "internal":
+            log.error("unexpected %s: %s", type(error).__name__, error)
+        return answer(found.status, found.message, found.param, found.code)
 
     @app.exception_handler(Exception)
     async def on_unknown(_: Request, error: Exception) -> JSONResponse:
         log.exception("unexpected error", exc_info=error)
-        return answer(500, "the server made a mistake; its log says which.", None, "internal")
+        found = described(error)
+        return answer(found.status, found.message, found.param, found.code)

@@ -1,9 +1,9 @@
-"""What the routes share: admission, the encoders, the catalog, the controller, and the ledger for reading."""
+"""What the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,17 +13,22 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from ops.ledger import Ledger
+from ops.ledger.rows import Family
 from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.deployments.messages import Answer, Kind
 from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
+from serving.deployments.targets import Adapters
+from serving.engines.vlm.ask import Ask, Piece, Reply
 from serving.http.auth import OperatorGate
 from serving.http.errors import ApiError, from_validation
 from serving.http.intake import ImageIntake
 
 Model = TypeVar("Model", bound=BaseModel)
 CORPUS_WAIT_SECONDS = 10.0
+CLIP: Family = "clip"
+VLM: Family = "vlm"
 
 
 class Encoders(Protocol):
@@ -31,6 +36,22 @@ class Encoders(Protocol):
 
     async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
         """Vectors of all items, by the stamp's adapter."""
+
+
+class Vlms(Protocol):
+    """See :class:`serving.deployments.vlm_calls.VlmCalls`. Every method answers by the stamp's VLM adapter.
+
+    Deadlines are seconds since the epoch. All raise Overloaded, Late, Unavailable and AskError.
+    """
+
+    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+        """The whole answer. Cancelling aborts the request."""
+
+    def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+        """The answer piece by piece. Closing the iterator aborts the request."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        """Log-probability of each choice as the whole answer."""
 
 
 class Index(Protocol):
@@ -49,11 +70,13 @@ class Index(Protocol):
 class Operations(Protocol):
     """See :class:`serving.deployments.controller.ReleaseController`."""
 
-    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome:
-        """Release an adapter."""
+    async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Release adapters by family; a family that is not there keeps what is live."""
 
-    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome:
-        """Release what was live before."""
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome:
+        """Release what was live before; with ``family`` only that one goes back."""
 
     async def hold(self, *, actor: str, reason: str) -> None:
         """Let updates wait."""
@@ -79,6 +102,21 @@ class Gateway:
     operators: OperatorGate
     ledger: Ledger
     refresh: Callable[[], Awaitable[None]]
+    vlms: Vlms | None = None
+    """None: no VLM is served."""
+    token_text: Callable[[int], str] = "token_id:{}".format
+    """What a token of the VLM reads as, for log-probabilities."""
+
+    def need_vlms(self) -> Vlms:
+        """The VLM's replicas. Raises ApiError where there are none."""
+        if self.vlms is None:
+            raise ApiError(
+                404,
+                "no vision-language model is served here. Make one with `ratchet base build` and name it in base.vlm.",
+                param="model",
+                code="no_vlm",
+            )
+        return self.vlms
 
     def deadline(self) -> float:
         """When an answer to a request that comes now is too late; seconds since the epoch."""
@@ -93,11 +131,15 @@ class Gateway:
             place = f"{param}.{index}"
             if not text:
                 raise ApiError(400, f"{place}: the text is empty.", param=place, code="empty_text")
-            if len(text) > self.settings.max_text_chars:
-                raise ApiError(
-                    400, f"{place}: {len(text)} characters are more than {self.settings.max_text_chars}.",
-                    param=place, code="text_too_long",
-                )  # fmt: skip
+            self.check_length(place, text)
+
+    def check_length(self, place: str, text: str) -> None:
+        """Refuse a text that is too long."""
+        if len(text) > self.settings.max_text_chars:
+            raise ApiError(
+                400, f"{place}: {len(text)} characters are more than {self.settings.max_text_chars}.",
+                param=place, code="text_too_long",
+            )  # fmt: skip
 
 
 def gateway(request: Request) -> Gateway:
@@ -106,9 +148,9 @@ def gateway(request: Request) -> Gateway:
     return found
 
 
-def stamp_headers(stamp: Stamp) -> dict[str, str]:
-    """Which release answered."""
-    return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.adapter}
+def stamp_headers(stamp: Stamp, family: Family = CLIP) -> dict[str, str]:
+    """Which release answered, by which adapter."""
+    return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.shown(family)}
 
 
 async def json_body(request: Request, model: type[Model]) -> Model:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from ops.errors import RecordError
 from ops.settings import Serve
@@ -18,10 +20,12 @@ from serving.http.errors import ApiError, from_record
 from streams.images import decode_image
 
 THREADS = 2
+LONGEST_SIDE = 2048
+"""Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
 
 
 class ImageIntake:
-    """Turns encoded images into uint8 [n, S, S, 3]. Threads, because Pillow decodes outside of the GIL."""
+    """Turns encoded images into RGB uint8 arrays. Threads, because Pillow decodes outside of the GIL."""
 
     def __init__(self, preprocess: Preprocess, bounds: Serve) -> None:
         self.preprocess = preprocess
@@ -29,27 +33,55 @@ class ImageIntake:
         self._pool = ThreadPoolExecutor(THREADS, "intake")
 
     async def pixels(self, images: Sequence[tuple[str, str | bytes]]) -> npt.NDArray[np.uint8]:
-        """Decode (place in the request, data URI or bytes) pairs, in order.
+        """What a CLIP looks at, [n, S, S, 3]: decoded (place in the request, data URI or bytes) pairs, in order.
 
         Raises:
             ApiError: names the place of the first image that is refused, and why.
         """
+        return np.stack(await self._all(images, self.preprocess.pixels))
+
+    async def pictures(self, images: Sequence[tuple[str, str | bytes]]) -> tuple[npt.NDArray[np.uint8], ...]:
+        """What a VLM looks at, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
+        together at most ``max_pixels``, so that a request stays bounded in memory.
+
+        Raises:
+            ApiError: names the place of the first image that is refused, and why.
+        """
+        share = self.bounds.max_pixels // max(1, len(images))
+        return tuple(await self._all(images, lambda image: fitted(image, share)))
+
+    async def _all(
+        self, images: Sequence[tuple[str, str | bytes]], finish: Callable[[Image.Image], npt.NDArray[np.uint8]]
+    ) -> list[npt.NDArray[np.uint8]]:
         if len(images) > self.bounds.max_images:
+            param = images[0][0].split(".")[0]
             raise ApiError(
-                400, f"{len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
-                param=images[0][0].split(".")[0], code="too_many_images",
+                400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
+                param=param, code="too_many_images",
             )  # fmt: skip
         loop = asyncio.get_running_loop()
-        made = [loop.run_in_executor(self._pool, self._one, place, image) for place, image in images]
-        return np.stack(await asyncio.gather(*made))
+        made = [loop.run_in_executor(self._pool, self._one, place, image, finish) for place, image in images]
+        return list(await asyncio.gather(*made))
 
-    def _one(self, place: str, image: str | bytes) -> npt.NDArray[np.uint8]:
+    def _one(
+        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]]
+    ) -> npt.NDArray[np.uint8]:
         data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
         try:
             decoded = decode_image(data, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
-            return self.preprocess.pixels(decoded)
+            return finish(decoded)
         except RecordError as error:
             raise from_record(error, place) from None
+
+
+def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> npt.NDArray[np.uint8]:
+    """An RGB image as [H, W, 3], scaled down where a side or its area is too large."""
+    width, height = image.size
+    scale = min(longest / max(width, height), math.sqrt(max_pixels / (width * height)))
+    if scale < 1:
+        size = (max(1, int(width * scale)), max(1, int(height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return np.asarray(image, np.uint8)
 
 
 def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:

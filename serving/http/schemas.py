@@ -13,6 +13,9 @@ Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 MODEL = Field(
     "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter."
 )
+VLM_MODEL = Field(
+    "vlm", max_length=200, description="`vlm` (what is live), `vlm@12` (a resident release), or a resident adapter."
+)
 MAX_INPUTS = 8192
 
 
@@ -114,6 +117,35 @@ class ClassifyRequest(Body):
         return value
 
 
+class VqaRequest(Body):
+    """One question about one image."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"image": "data:image/png;base64,iVBORw0KGgo...", "question": "what colour is the bus?"},
+                {"image": "data:image/png;base64,iVBORw0KGgo...", "question": "is this a shoe?",
+                 "choices": ["yes", "no"]},
+            ]
+        },
+    )  # fmt: skip
+    image: str = Field(description="A data URI.")
+    question: str = Field(min_length=1, description="What to ask.")
+    choices: list[Annotated[Name, StringConstraints(strip_whitespace=True)]] | None = Field(
+        None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
+    )
+    model: str = VLM_MODEL
+
+    @field_validator("choices")
+    @classmethod
+    def distinct(cls, value: list[str] | None) -> list[str] | None:
+        """The same choice twice would share its probability."""
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("must differ from each other")
+        return value
+
+
 class SearchRequest(Body):
     """Find accepted samples by a text or by an image."""
 
@@ -139,19 +171,32 @@ class SearchRequest(Body):
 
 
 class ReleaseRequest(Body):
-    """Release an adapter that the ledger knows; `clip: null` is the base alone."""
+    """Release adapters that the ledger knows. A family that is not named keeps what is live; null is the base alone."""
 
-    clip: str | None = Field(max_length=200, description="Adapter name, or null for the base alone.")
-    vlm: str | None = Field(None, max_length=200)
+    clip: str | None = Field(None, max_length=200, description="CLIP adapter; null or `base`: the base alone.")
+    vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
     reason: Reason
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
 
+    @model_validator(mode="after")
+    def names_one(self) -> ReleaseRequest:
+        """At least one family is named."""
+        if not self.model_fields_set & {"clip", "vlm"}:
+            raise ValueError("name `clip`, `vlm`, or both")
+        return self
+
+    def adapters(self) -> Adapters:
+        """What is to be released, by family."""
+        named: Adapters = {"clip": self.clip, "vlm": self.vlm}
+        return {f: None if name == BASE else name for f, name in named.items() if f in self.model_fields_set}
+
 
 class RollbackRequest(Body):
-    """Go back: to the newest release with another adapter, or to release `to`."""
+    """Go back: to the newest release with another adapter, or to release `to`. `family`: only that adapter goes back."""
 
     reason: Reason
     to: int | None = Field(None, ge=1)
+    family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
 
 

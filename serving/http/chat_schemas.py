@@ -1,0 +1,142 @@
+"""The body of /v1/chat/completions.
+
+Unlike other bodies it may carry fields that are not ours: OpenAI's clients send many. One that changes nothing is
+taken; one that would is refused by its name (:func:`refuse_unknown`), never silently dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from serving.http.errors import ApiError
+from serving.http.schemas import VLM_MODEL, ImageUrl
+
+MAX_MESSAGES = 256
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prompt_cache_options", "parallel_tool_calls",
+}  # fmt: skip
+"""Fields that never change an answer of this server."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,),
+    "logit_bias": ({},), "top_logprobs": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],),
+    "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "top_k": (-1, 0), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "use_beam_search": (False,),
+    "skip_special_tokens": (True,), "echo": (False,),
+}  # fmt: skip
+"""Fields of OpenAI and of vLLM that are taken with these values, which mean that they are off."""
+UNSUPPORTED = {"audio", "prediction", "reasoning_effort", "web_search_options", "verbosity", "moderation"}
+MESSAGE_FIELDS = {"name"}
+
+
+class Part(BaseModel):
+    """{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}"""
+
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+    @model_validator(mode="after")
+    def has_what_it_says(self) -> Part:
+        """A part carries what its type names, and nothing else."""
+        other = "image_url" if self.type == "text" else "text"
+        if getattr(self, self.type) is None:
+            raise ValueError(f"a part of type {self.type!r} needs the field {self.type!r}")
+        if getattr(self, other) is not None:
+            raise ValueError(f"a part of type {self.type!r} takes no field {other!r}")
+        return self
+
+
+def _parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+class ChatMessage(BaseModel):
+    """One turn. Images go into user messages."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries besides the text."""
+
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = Field(False, description="One more chunk before [DONE], with the tokens.")
+
+
+class ChatRequest(BaseModel):
+    """A conversation to go on with; images as data URIs."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "additionalProperties": False,
+            "examples": [
+                {
+                    "model": "vlm", "max_tokens": 16,
+                    "messages": [
+                        {
+                            "role": "user",
+                            "content": [
+                                {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo..."}},
+                                {"type": "text", "text": "what colour is the bus?"},
+                            ],
+                        }
+                    ],
+                },
+                {"model": "vlm", "messages": [{"role": "user", "content": "hello"}], "stream": True},
+            ],
+        },
+    )  # fmt: skip
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    model: str = VLM_MODEL
+    max_tokens: int | None = Field(None, ge=1, description="Longest answer; at most, and by default, the server's own.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, always takes the likeliest token.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the likeliest tokens with this share.")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="One text or up to four that end the answer; they are not part of it."
+    )
+    stream: bool | None = Field(None, description="Send the answer piece by piece, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = Field(None, description="Return each token's natural log-probability.")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Always a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def refuse_unknown(asked: ChatRequest) -> None:
+    """Refuse what would change the answer if it were honoured. Raises ApiError naming the field."""
+    for name, value in (asked.model_extra or {}).items():
+        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+            continue
+        if name in NEUTRAL:
+            allowed = " or ".join(repr(each) for each in NEUTRAL[name])
+            raise ApiError(
+                400, f"{name}: this server takes only {allowed} here. Leave it out.", param=name,
+                code="unsupported_parameter",
+            )  # fmt: skip
+        shown = name[:80]
+        if name in UNSUPPORTED:
+            raise ApiError(400, f"{shown} is not supported here.", param=shown, code="unsupported_parameter")
+        raise ApiError(400, f"unknown parameter: {shown!r}.", param=shown, code="unknown_parameter")
+    for index, message in enumerate(asked.messages):
+        for name, value in (message.model_extra or {}).items():
+            if not (value is None or value in ([], {}) or name in MESSAGE_FIELDS):
+                place = f"messages.{index}.{name[:80]}"
+                raise ApiError(400, f"{place} is not supported here.", param=place, code="unsupported_parameter")

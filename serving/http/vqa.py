@@ -1,0 +1,70 @@
+"""POST /v1/vqa: one question about one image, answered freely or by one of given choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from serving.engines.vlm.ask import question
+from serving.http.chunks import usage
+from serving.http.errors import ApiError
+from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.gateway import VLM, gateway, json_body, stamp_headers
+from serving.http.presence import attended
+from serving.http.schemas import VqaRequest
+
+router = APIRouter(tags=["Questions about images"])
+
+
+@router.post("/v1/vqa", summary="Answer a question about an image", openapi_extra=both_schemas(VqaRequest, "image"))
+async def vqa(request: Request) -> JSONResponse:
+    """A short answer, always the likeliest. With `choices`: the likeliest of them, and the probability of each.
+
+    As multipart: `image` is a file; `choices` are repeated fields or one JSON list.
+    """
+    at = gateway(request)
+    vlms = at.need_vlms()
+    uploads: list[bytes] = []
+    if is_form(request):
+        fields, files = await read_form(request, 1, {"choices"})
+        uploads = only(files, "image")
+        asked = checked(VqaRequest, {**fields, **({"image": "upload"} if uploads else {})})
+    else:
+        asked = await json_body(request, VqaRequest)
+    at.check_length("question", asked.question)
+    deadline = at.deadline()
+    with at.admission.admit(asked.model, VLM) as stamp:
+        async with attended(request.receive, deadline):
+            (picture,) = await at.intake.pictures([("image", uploads[0] if uploads else asked.image)])
+            ask = question(picture, asked.question)
+            ask = replace(ask, max_tokens=min(ask.max_tokens, at.settings.vlm_max_tokens))
+            found: dict[str, Any]
+            if asked.choices is None:
+                reply = await vlms.reply(ask, stamp, deadline)
+                counted = usage(reply.prompt_tokens, len(reply.tokens))
+                found = {"answer": reply.text.strip(), "choices": [], "usage": counted}
+            else:
+                shares = normalised(await vlms.score(ask, asked.choices, stamp, deadline))
+                rows = [{"text": text, "probability": share} for text, share in zip(asked.choices, shares, strict=True)]
+                found = {"answer": asked.choices[shares.index(max(shares))], "choices": rows, "usage": None}
+        origin = {"model": f"vlm@{stamp.release}", "release": stamp.release, "adapter": stamp.vlm_adapter}
+        return JSONResponse({"object": "vqa", **found, **origin}, headers=stamp_headers(stamp, VLM))
+
+
+def normalised(scores: Sequence[float]) -> list[float]:
+    """Log-probabilities of choices as probabilities that sum to 1.
+
+    Raises:
+        ApiError: 500 when a score is not a number, or none is finite.
+    """
+    highest = max(scores)
+    if any(math.isnan(score) for score in scores) or not math.isfinite(highest):
+        raise ApiError(500, "the model gave no usable probabilities.", code="not_finite")
+    weights = [math.exp(score - highest) for score in scores]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights]
