@@ -43,9 +43,7 @@ async def chat_completions(request: Request) -> Response:
     asked = await json_body(request, ChatRequest)
     refuse_unknown(asked)
     if asked.stream_options is not None and not asked.stream:
-        raise ApiError(
-            400, "stream_options: only taken with stream.", param="stream_options", code="invalid_value"
-        )  # fmt: skip
+        raise ApiError(400, "stream_options: only taken with stream.", param="stream_options", code="invalid_value")
     max_tokens = most_tokens(asked, at.settings.vlm_max_tokens)
     messages, images = conversation(asked, at)
     deadline = at.deadline()
@@ -90,6 +88,8 @@ async def chunks(first: Piece, pieces: AsyncIterator[Piece], answer: Answered) -
         head = ""
         if piece.finish:
             yield text.encode() + answer.last(piece.finish, piece.prompt_tokens, piece.completion_tokens)
+            with contextlib.suppress(Exception):  # let it end by itself: closing it would abort what is done
+                await anext(pieces, None)
             return
         if text:
             yield text.encode()
@@ -125,9 +125,7 @@ def conversation(asked: ChatRequest, at: Gateway) -> tuple[tuple[Message, ...], 
             place = f"messages.{index}.content.{number}"
             if part.image_url is not None:
                 if message.role != "user":
-                    raise ApiError(
-                        400, f"{place}: images go into user messages.", param=place, code="image_place"
-                    )  # fmt: skip
+                    raise ApiError(400, f"{place}: images go into user messages.", param=place, code="image_place")
                 content.append(len(images))
                 images.append((place, part.image_url.url))
             elif part.text:

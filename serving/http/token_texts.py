@@ -14,14 +14,14 @@ WORD_START = "\u2581"
 KEPT = 65_536
 
 
-def token_texts(model: Path) -> Callable[[int], str]:
+def token_texts(model: Path | None) -> Callable[[int], str]:
     """A function from token to text. Half of a character reads as U+FFFD.
 
     Args:
-        model: a Hugging Face folder; without a ``tokenizer.json`` tokens are shown as ``token_id:7``.
+        model: a Hugging Face folder; without a ``tokenizer.json`` (or without a folder) a token is ``token_id:7``.
     """
-    path = model / FILE
-    if not path.is_file():
+    path = model / FILE if model is not None else None
+    if path is None or not path.is_file():
         return "token_id:{}".format
     tokenizer = Tokenizer.from_file(str(path))
 

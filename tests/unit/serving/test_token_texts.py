@@ -29,4 +29,4 @@ def test_a_space_before_a_word_stays(tmp_path: Path) -> None:
 
 
 def test_without_a_tokenizer_tokens_are_numbers(tmp_path: Path) -> None:
-    assert token_texts(tmp_path)(7) == "token_id:7"
+    assert token_texts(tmp_path)(7) == token_texts(None)(7) == "token_id:7"
