@@ -11,16 +11,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ops.errors import BudgetError
-from serving.engines.base import ClipBase
-from updater.learner import Learner
-from updater.pools import Pair
+from updater.learner import AnyLearner
+from updater.pools import Example
 
 SMALL, LARGE = 2, 4
 """Batches at which full fine-tuning is measured on a CPU; its activations grow by the row, the rest is fixed."""
@@ -33,8 +31,9 @@ class Cost:
     step_gflops: float
     """Forward and backward of one batch."""
     sample_gflops: float
-    """Teacher pass of one sample, prefix included."""
+    """Forward pass of one sample through the whole model."""
     samples: int
+    """Such passes before the first step: one of each sample, and those of further teachers."""
     peak_bytes: float
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
@@ -74,39 +73,36 @@ class Cost:
         return asdict(self)
 
 
-def measure(learner: Learner, pairs: list[Pair], rows: list[int]) -> Cost:
+def measure(learner: AnyLearner, examples: list[Example], rows: list[int]) -> Cost:
     """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
     with _counted() as flops, _peak(learner.model.device) as peak:
         learner.backward(rows)
     learner.optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) for p in learner.parameters.values())
     weights = sum(_bytes(p) for p in learner.model.model.parameters())
-    small, sample_gflops = _full(learner.base, pairs[:SMALL])
-    large, _ = _full(learner.base, (pairs * LARGE)[:LARGE])
+    small, sample_gflops = _full(learner, examples[:SMALL])
+    large, _ = _full(learner, (examples * LARGE)[:LARGE])
     plain = learner.base.build_model()
     everything = sum(_bytes(p) for p in plain.parameters())
     per_row = (large - small) / (LARGE - SMALL)
     return Cost(
         step_gflops=flops.get_total_flops() / 1e9,
         sample_gflops=sample_gflops,
-        samples=len(pairs),
+        samples=learner.passes,
         # Gradient and two moments of what learns, beside weights and what autograd keeps.
         peak_bytes=weights + 3 * trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
     )
 
 
-def _full(base: ClipBase, pairs: list[Pair]) -> tuple[float, float]:
+def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
     """Bytes that autograd keeps for a step of full fine-tuning, and GFLOPs of one forward pass of one sample."""
-    model: Any = base.build_model()
-    pixels = base.preprocess.normalise(np.stack([base.preprocess.pixels(pair.read()) for pair in pairs]))
-    tokens = base.tokenizer()([pair.text for pair in pairs])
+    model = learner.base.build_model()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     with _counted() as flops, _peak(torch.device("cpu")) as peak:
-        image, text = model.encode_image(pixels), model.encode_text(tokens)
-        (image @ text.T).sum()
-    return peak(), flops.get_total_flops() / 1e9 / len(pairs)
+        learner.plain(model, examples)
+    return peak(), flops.get_total_flops() / 1e9 / len(examples)
 
 
 def _counted() -> FlopCounterMode:

@@ -1,90 +1,73 @@
-"""One training step: rows of prepared samples in, loss and gradients out."""
+"""One training step, whatever the model: rows of prepared examples in, loss and gradients out.
+
+What differs between a CLIP and a VLM is in ``updater/families``: the course of an update is in ``updater/train.py``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serving.engines.base import ClipBase
+from serving.engines.vlm.base import VlmBase
 from updater import objectives
-from updater.adapters import Delta, LoraModel
+from updater.adapters import LoraModel
 from updater.objectives import Batch
-from updater.pools import Pair, caption_numbers
-from updater.prepare import Prepared, stack_boundaries
+from updater.pools import Pair, Question
 from updater.recipes import Part, Recipe
-from updater.towers import SplitTower, Which, first_touched, trained_modules
 
-WHICH: tuple[Which, Which] = ("image", "text")
+Base = ClipBase | VlmBase
+E = TypeVar("E", Pair, Question)
 
 
-class Learner:
+class Learner(ABC, Generic[E]):
     """A LoRA model, its optimizer and the recipe's loss."""
 
-    def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
-        plain = base.build_model()
-        trained = trained_modules(base, plain, recipe)
+    def __init__(self, base: Base, recipe: Recipe, model: LoraModel) -> None:
         self.base = base
         self.recipe = recipe
-        self.model = LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device)
-        touched = self.model.base_names
-        self.learning: dict[Which, bool] = {
-            which: any(name.startswith("visual.") == (which == "image") for name in trained) for which in WHICH
-        }
-        self.towers = {
-            which: SplitTower(self.model.model, which, first_touched(touched, plain, which)) for which in WHICH
-        }
-        self.objectives = objectives.build(recipe.objectives)
-        self.scale = 1 / recipe.temperature if recipe.temperature else float(plain.logit_scale.exp())  # type: ignore[operator]
-        self.parameters = self.model.parameters
+        self.model = model
+        self.objectives = objectives.build(recipe.objectives, recipe.family)
+        self.parameters = model.parameters
         self.optimizer = torch.optim.AdamW(
             list(self.parameters.values()), lr=0.0, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), foreach=False
         )
-        self._tokenize = base.tokenizer()
-        self._blank = torch.zeros(1, 3, base.preprocess.size, base.preprocess.size, device=self.model.device)
 
-    def see(self, made: Prepared, pairs: Sequence[Pair], parts: Sequence[Part]) -> None:
-        """Tell what the samples are that steps refer to by number."""
-        numbers = caption_numbers(pairs)
-        self.made = made
-        self.parts = list(parts)
-        self.captions = torch.tensor([numbers[pair.text.strip().lower()] for pair in pairs])
+    def takes(self, example: E) -> bool:
+        """Whether the model can learn from an example at all; others are left out of every pool."""
+        return True
+
+    @abstractmethod
+    def prepare(self, examples: Sequence[E], parts: Sequence[Part], between: Callable[[], None] = lambda: None) -> None:
+        """Compute once what no step changes. Steps refer to ``examples`` by number.
+
+        The model is at its start: a resumed update prepares before it takes its parameters back. ``between`` is called
+        after each chunk (duty cycle, signals).
+        """
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Forward passes of one example that :meth:`prepare` took, teachers included."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """What the objectives compare, of some examples."""
+
+    @abstractmethod
+    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
+        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
     def loss(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of some samples, and each term alone."""
-        index = torch.tensor(rows)
-        device = self.model.device
-        batch = Batch(
-            image=self.features("image", rows),
-            text=self.features("text", rows),
-            teacher_image=self.made.image.teacher[index].to(device),
-            teacher_text=self.made.text.teacher[index].to(device),
-            caption=self.captions[index].to(device),
-            part=tuple(self.parts[row] for row in rows),
-            scale=self.scale,
-        )
-        return objectives.total(self.objectives, batch)
-
-    def features(self, which: Which, rows: Sequence[int]) -> Tensor:
-        """Student features [n, dim] of unit length, from as far up the tower as possible."""
-        cache = self.made.image if which == "image" else self.made.text
-        device = self.model.device
-        if cache.fixed is not None:
-            return cache.fixed[torch.tensor(rows)].to(device)
-        inputs = self._blank
-        if which == "text":
-            inputs = self._tokenize([self.made.texts[row] for row in rows]).to(device)
-        elif not cache.boundary:
-            pixels = torch.stack([cache.pixels[row] for row in rows]).numpy()
-            return self.towers[which].whole(self.base.preprocess.normalise(pixels, device))
-        if not cache.boundary:
-            return self.towers[which].whole(inputs)
-        length = inputs.shape[1] if which == "text" else None
-        return self.towers[which].resume(stack_boundaries([cache.boundary[r] for r in rows], length, device), inputs)
+        """The weighted loss of some examples, and each term alone."""
+        return objectives.total(self.objectives, self.batch(rows))
 
     def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of some samples; parameters stay."""
+        """Loss and gradients of some examples; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
         loss, terms = self.loss(rows)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -120,3 +103,6 @@ class Learner:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
+
+
+AnyLearner = Learner[Any]

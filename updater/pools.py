@@ -1,8 +1,9 @@
-"""What an update is trained on: three pools of image-text pairs, pinned by the store's version and a seed."""
+"""What an update is trained on: three pools of examples, pinned by the store's version and a seed."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,8 @@ from ops.digests import digest12, digest_bytes
 from ops.errors import ConfigError
 from ops.progress import say
 from streams.folders import FolderItem, read_folder
-from streams.store import SampleStore
-from updater.recipes import Part, Recipe
+from streams.store import Having, SampleStore
+from updater.recipes import Family, Part, Recipe
 from updater.replay import Candidate, reservoir
 
 READ_ROWS = 256
@@ -29,16 +30,36 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One image with a question and its answer; the rest as for a pair."""
+
+    id: str
+    question: str
+    answer: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+
+    @property
+    def text(self) -> str:
+        """Both as one line, to tell examples apart."""
+        return f"{self.question} {self.answer}"
+
+
+Example = Pair | Question
+HAVING: dict[Family, Having] = {"clip": "text", "vlm": "question"}
+"""What a sample must have for a family to learn from it."""
+
+
+@dataclass(frozen=True)
 class Pools:
-    """New data D, reference pool P, replay buffer B."""
+    """New data D, reference pool P, replay buffer B: all pairs for a CLIP, all questions for a VLM."""
 
-    new: tuple[Pair, ...]
-    reference: tuple[Pair, ...] = ()
-    replay: tuple[Pair, ...] = ()
+    new: tuple[Example, ...]
+    reference: tuple[Example, ...] = ()
+    replay: tuple[Example, ...] = ()
 
-    def of(self, part: Part) -> tuple[Pair, ...]:
+    def of(self, part: Part) -> tuple[Example, ...]:
         """One pool by its name."""
-        pools: dict[Part, tuple[Pair, ...]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
+        pools: dict[Part, tuple[Example, ...]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
         return pools[part]
 
     @property
@@ -58,28 +79,45 @@ def draw_pools(
 ) -> Pools:
     """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it.
 
-    A pure function of its arguments and of the reference folders' contents.
+    Only samples that the recipe's family learns from are in them. A pure function of its arguments and of the
+    reference folders' contents.
     """
-    columns = ["id", "text", "domain", "concept"]
-    fresh = set(store.scan(version=version, split="train", after=data_from, columns=["id"])["id"].to_pylist())
-    rows = [row for row in store.scan(version=version, split="train", columns=columns).to_pylist() if row["text"]]
+    columns = ["id", "text", "question", "answer", "domain", "concept", "label"]
+    having = HAVING[recipe.family]
+    fresh = set(
+        store.scan(version=version, split="train", after=data_from, columns=["id"], having=having)["id"].to_pylist()
+    )
+    rows = store.scan(version=version, split="train", columns=columns, having=having).to_pylist()
     new = [row for row in rows if row["id"] in fresh]
     old = [row for row in rows if row["id"] not in fresh]
     wanted = recipe.mixture.replay > 0
-    earlier = [Candidate(row["id"], row["concept"] or row["domain"] or "") for row in old] if wanted else []
+    earlier = [Candidate(row["id"], _concept(row, recipe.family)) for row in old] if wanted else []
     kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed))
     replay = [row for row in old if row["id"] in kept]
     lazy = _LazyImages(store, version, [row["id"] for row in (*new, *replay)])
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
-        new=tuple(Pair(row["id"], row["text"], lazy.reader(row["id"])) for row in new),
-        reference=_reference(folders, recipe.reference_limit, seed),
-        replay=tuple(Pair(row["id"], row["text"], lazy.reader(row["id"])) for row in replay),
+        new=tuple(_example(row["id"], row, lazy.reader(row["id"]), recipe.family) for row in new),
+        reference=_reference(folders, recipe.reference_limit, seed, recipe.family),
+        replay=tuple(_example(row["id"], row, lazy.reader(row["id"]), recipe.family) for row in replay),
     )
 
 
-def _reference(folders: Sequence[Path], limit: int, seed: int) -> tuple[Pair, ...]:
-    """``limit`` pairs of the reference folders' training split, drawn by hash: adding a folder keeps most of them."""
+def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], family: Family) -> Example:
+    return Question(name, row["question"], row["answer"], read) if family == "vlm" else Pair(name, row["text"], read)
+
+
+def _concept(row: Mapping[str, str | None], family: Family) -> str:
+    """What replay is balanced over; for questions also their kind."""
+    kind = f"{row['label'] or ''} " if family == "vlm" else ""
+    return f"{kind}{row['concept'] or row['domain'] or ''}"
+
+
+def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -> tuple[Example, ...]:
+    """``limit`` examples of the reference folders' training split, drawn by hash: adding a folder keeps most of them.
+
+    Questions are drawn in turn from each of their kinds, which their labels name, so that the rare ones are held too.
+    """
     drawn: list[tuple[bytes, FolderItem]] = []
     for folder in folders:
         if not folder.is_dir():
@@ -87,13 +125,34 @@ def _reference(folders: Sequence[Path], limit: int, seed: int) -> tuple[Pair, ..
                 f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
             )
         for item in read_folder(folder, split="train"):
-            if item.text:
-                key = f"{seed} {folder.name} {item.path.name} {item.text}".encode()
+            words = item.text if family == "clip" else item.question and f"{item.question} {item.answer}"
+            if words:
+                key = f"{seed} {folder.name} {item.path.name} {words}".encode()
                 drawn.append((hashlib.sha256(key).digest(), item))
-    drawn.sort(key=lambda pair: pair[0])
+    drawn.sort(key=lambda each: each[0])
+    if family == "vlm":
+        drawn = _in_turn(drawn)
     if len(drawn) > limit:
-        say(f"reference pool: {limit} of {len(drawn)} pairs")
-    return tuple(Pair(f"reference-{key.hex()[:32]}", item.text, item.bytes) for key, item in drawn[:limit])
+        say(f"reference pool: {limit} of {len(drawn)} examples")
+    return tuple(
+        _example(
+            f"reference-{key.hex()[:32]}",
+            {"text": item.text, "question": item.question, "answer": item.answer},
+            item.bytes,
+            family,
+        )
+        for key, item in drawn[:limit]
+    )
+
+
+def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, FolderItem]]:
+    """The first of each label, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for key, item in drawn:
+        turns.append((seen[item.label], key, item))
+        seen[item.label] += 1
+    return [(key, item) for _, key, item in sorted(turns, key=lambda each: each[:2])]
 
 
 class _LazyImages:

@@ -10,28 +10,28 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.digests import digest12, digest_json
-from ops.errors import BudgetError, ConfigError, GateError, LedgerError, RatchetError, StoreError, TrainingError
+from ops.errors import BudgetError, ConfigError, GateError, LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
-from serving.engines.adapters import effective_weights
-from serving.engines.base import ClipBase, load_base
 from streams.store import SampleStore
 from updater import triggers
-from updater.base import reference_folders
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
 from updater.judge import judge
+from updater.learner import Base
 from updater.pools import draw_pools, mixed_seed
-from updater.process import StopSignal, be_nice, only_one, use_environment
-from updater.recipes import Recipe, load_recipe
-from updater.train import Limits, Stopped, TrainResult, train
-from updater.triggers import FAMILY, Ready, Waiting
+from updater.process import StopSignal
+from updater.recipes import Family, Recipe
+from updater.result import Limits, TrainResult, cost_of
+from updater.train import train
+from updater.triggers import Ready, Waiting
 
 QUIET_SECONDS = 60.0
 """How often the reason for waiting is repeated when it stays the same."""
@@ -46,41 +46,72 @@ class Outcome:
 
 
 class UpdaterService:
-    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``."""
+    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``.
+
+    It updates the CLIP and the VLM in turn, from one budget; with a recipe or a family, only that model.
+    """
 
     def __init__(
         self,
         settings: Settings,
         recipe: Recipe | None = None,
         *,
+        family: Family | None = None,
         stop: StopSignal | None = None,
     ) -> None:
+        """Raises ConfigError when a recipe is of another family than wanted, BaseModelError when there is no base."""
+        if recipe and family not in (None, recipe.family):
+            raise ConfigError(
+                f"recipe {recipe.name!r} trains a {recipe.family.upper()}, not a {str(family).upper()}.",
+                "Leave the family out: the recipe decides.",
+            )
         self.settings = settings
-        self.recipe = recipe or load_recipe(settings.updater.recipe)
+        only = recipe.family if recipe else family
+        turns = (only,) if only else families_with_a_base(settings)
+        self.turns: deque[Family] = deque(turns)
+        """Whose turn it is, first; who had it goes to the end."""
+        self.recipes: dict[Family, Recipe] = {each: recipe or family_recipe(settings, each) for each in turns}
+        self.bases: dict[Family, Base] = {each: family_base(settings, each) for each in turns}
         self.ledger = Ledger.open(settings.ledger)
         self.artifacts = Artifacts(settings.artifacts)
         self.store = SampleStore(settings.lake)
-        self.base: ClipBase = load_base(settings.home, settings.base.clip)
         self.stop = stop or StopSignal()
 
     def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
 
+        Each family is asked in its turn, until one of them has something to do.
+
         Raises:
             RatchetError: storage, base or suites cannot be used; the update stays where it is and is taken up again.
+                The next turn is the other family's.
             Stopped: asked to stop in training; the update goes on from its checkpoint next time.
         """
-        found = self.ledger.unfinished_update(FAMILY)
+        reasons = {}
+        for _ in range(len(self.turns)):
+            family = self.turns[0]
+            self.turns.rotate(-1)
+            outcome = self._step_of(family, now, retry)
+            if outcome.update is not None:
+                return outcome
+            reasons[family] = outcome.reason
+        if len(set(reasons.values())) == 1:
+            return Outcome(None, next(iter(reasons.values())))
+        return Outcome(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
+
+    def _step_of(self, family: Family, now: bool, retry: bool) -> Outcome:
+        found = self.ledger.unfinished_update(family)
         if found is not None:
             say(f"{found.id} goes on ({found.state})")
             if found.state == "training" and self._data_is_gone(found):
                 return Outcome(self._abandon(found), "its data is not kept any more")
         else:
-            ready = triggers.decide(self.settings, self.ledger, self.store, self.recipe, now=now, retry=retry)
+            recipe = self.recipes[family]
+            ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
                 return Outcome(None, ready.reason)
-            found = self._begin(ready)
-        done = self._finish(found)
+            found = self._begin(recipe, ready)
+        done = self._finish(found, family)
         return Outcome(done, done.error or done.state)
 
     def run_forever(self) -> None:
@@ -100,41 +131,41 @@ class UpdaterService:
                 said, at = reason, time.monotonic()
             time.sleep(wait)
 
-    def _begin(self, ready: Ready) -> UpdateRow:
-        recipe = self.recipe.model_dump(mode="json")
+    def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
+        values = recipe.model_dump(mode="json")
         seed = mixed_seed(self.settings.updater.seed, ready.store_version)
-        what = [recipe, seed, ready.store_version, ready.data_from, ready.incumbent, ready.previous]
+        what = [values, seed, ready.store_version, ready.data_from, ready.incumbent, ready.previous]
         update = self.ledger.begin_update(
             f"update-{digest12(digest_json(what))}",
-            family=FAMILY,
-            recipe=recipe,
+            family=recipe.family,
+            recipe=values,
             seed=seed,
             store_version=ready.store_version,
             data_from=ready.data_from,
             data_to=ready.data_to,
             incumbent=ready.incumbent,
         )
-        say(f"{update.id} begins: {ready.new_samples} new samples, recipe {self.recipe.name}")
+        say(f"{update.id} begins: {ready.new_samples} new samples, recipe {recipe.name}")
         return update
 
-    def _finish(self, update: UpdateRow) -> UpdateRow:
+    def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
         """Take an update from where it is to its end."""
-        work = self.work_dir(update)
-        metrics.update.running(FAMILY, True)
+        work, base = self.work_dir(update), self.bases[family]
+        metrics.update.running(family, True)
         try:
             if update.state == "training":
-                update = self._train(update, work)
+                update = self._train(update, family, base, work)
             if update.state == "trained":
-                update = judge(self.settings, self.ledger, self.artifacts, self.store, self.base, update)
+                update = judge(self.settings, self.ledger, self.artifacts, self.store, base, update)
             if update.state == "gated":
-                update = self._propose(update)
+                update = self._propose(update, family)
         except (LedgerError, StoreError, GateError, ConfigError):
             raise  # storage that is away, or settings that are wrong, are no fault of the update: it waits
         except RatchetError as error:
             update = self._fail(update, error)
         finally:
-            metrics.update.running(FAMILY, False)
-        metrics.update.finished(FAMILY, update.state, float(update.cost.get("seconds", 0.0)))
+            metrics.update.running(family, False)
+        metrics.update.finished(family, update.state, float(update.cost.get("seconds", 0.0)))
         shutil.rmtree(work, ignore_errors=True)
         return update
 
@@ -156,7 +187,7 @@ class UpdaterService:
         """Checkpoints and measured costs of an unfinished update."""
         return self.settings.home / "updates" / update.id
 
-    def _train(self, update: UpdateRow, work: Path) -> UpdateRow:
+    def _train(self, update: UpdateRow, family: Family, base: Base, work: Path) -> UpdateRow:
         settings = self.settings
         rate, capacity = triggers.bucket(settings)
         planned = triggers.planned_gflops(settings)
@@ -165,11 +196,8 @@ class UpdaterService:
                 f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
             )
         recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
-        pools = draw_pools(
-            self.store, recipe, reference_folders(settings), update.store_version, update.data_from, update.seed
-        )
-        if not pools.new:
-            raise TrainingError(f"{update.id}: no new sample has a text.", "CLIP updates need captions.")
+        folders = reference_of(settings, family)
+        pools = draw_pools(self.store, recipe, folders, update.store_version, update.data_from, update.seed)
         limits = Limits(
             gflops=planned,
             seconds=settings.budget.seconds_per_update,
@@ -180,7 +208,7 @@ class UpdaterService:
         incumbent = self.artifacts.fetch(f"adapters/{update.incumbent}") if update.incumbent else None
         with self.stop.training():
             result = train(
-                self.base,
+                base,
                 recipe,
                 pools,
                 incumbent,
@@ -191,31 +219,31 @@ class UpdaterService:
                 stop=self.stop,
             )
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
-        self._register(update, recipe, result)
+        self._register(update, recipe, base, result)
         self.ledger.settle(update.id, result.maf, capacity=capacity)
         metrics.update.spent("train", result.maf)
         say(f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s")
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
 
-    def _register(self, update: UpdateRow, recipe: Recipe, result: TrainResult) -> None:
-        spaces = self.base.spaces_with(effective_weights(result.directory, self.base.build_model()))
+    def _register(self, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
+        image_space, text_space = spaces_of(base, result.directory)
         self.ledger.register_adapter(
             result.adapter,
-            FAMILY,
-            self.base.digest,
-            spaces.image,
-            spaces.text,
+            recipe.family,
+            base.digest,
+            image_space,
+            text_space,
             {"update": update.id, "recipe": recipe.name, "rank": recipe.rank},
         )
 
-    def _propose(self, update: UpdateRow) -> UpdateRow:
+    def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)
         if verdict is not None and verdict.outcome == "passed":
-            live = self.ledger.live()
             proposal = self.ledger.propose(
                 "update",
-                clip=update.adapter,
-                vlm=live.vlm if live else None,
+                family=family,
+                clip=update.adapter if family == "clip" else None,
+                vlm=update.adapter if family == "vlm" else None,
                 actor="updater",
                 reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
                 update_id=update.id,
@@ -228,51 +256,3 @@ class UpdaterService:
         if isinstance(error, BudgetError) and self.ledger.spent(update.id):
             self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
         return self.ledger.advance_update(update.id, "failed", error=str(error))
-
-
-def cost_of(result: TrainResult) -> dict[str, Any]:
-    """What the ledger and the report tell of a training run."""
-    return {
-        "gflops_planned": result.maf_planned,
-        "gflops_spent": result.maf,
-        "seconds": result.seconds,
-        "steps": result.steps,
-        "steps_planned": result.planned_steps,
-        "truncated": result.truncated,
-        "loss_first": result.losses["loss"][0],
-        "loss_last": result.losses["loss"][-1],
-        "samples": sum(result.samples.values()),
-        **{f"samples_{part}": count for part, count in result.samples.items()},
-        **result.cost,
-    }
-
-
-def run_update(
-    settings: Settings, *, once: bool = False, recipe: str | None = None, retry: bool = False, reexec: bool = True
-) -> Outcome | None:
-    """``ratchet update``: the updater as a process of low priority, until SIGTERM; with ``once``, one update.
-
-    Raises:
-        TrainingError: with ``once``, when there is nothing to train, or the update failed.
-    """
-    if reexec:
-        use_environment()
-    be_nice(settings.updater.nice)
-    stop = StopSignal()
-    stop.install()
-    with only_one(settings.home):
-        service = UpdaterService(settings, load_recipe(recipe) if recipe else None, stop=stop)
-        try:
-            if not once:
-                metrics.listen(settings.updater.metrics_port)
-                service.run_forever()
-                return None
-            outcome = service.step(now=True, retry=retry)
-        except Stopped:
-            say("updater stops; the update goes on from its checkpoint next time")
-            return None
-    if outcome.update is None:
-        raise TrainingError(f"no update was trained: {outcome.reason}.", "Publish new samples, or use --retry.")
-    if outcome.update.state != "done":
-        raise TrainingError(f"{outcome.update.id} {outcome.update.state}: {outcome.update.error}")
-    return outcome

@@ -14,9 +14,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,15 +23,15 @@ from ops import metrics
 from ops.digests import digest_json
 from ops.errors import TrainingError
 from ops.progress import say, track
-from serving.engines.base import ClipBase
 from updater.adapters import Delta, merge, read_delta
 from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
 from updater.cost import Cost, measure
-from updater.learner import Learner
+from updater.families import make_learner
+from updater.learner import AnyLearner, Base
 from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Pools
-from updater.prepare import prepare
 from updater.recipes import Part, Recipe
+from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
 
 
@@ -40,42 +39,8 @@ class Stopped(Exception):
     """Training was asked to stop; what was done is in the checkpoint."""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one update may use."""
-
-    gflops: float
-    """Memory-adjusted GFLOPs; the number of steps follows from them."""
-    seconds: float
-    """Wall-clock bound, a safety net: a run that it ends is marked ``truncated``, and is not reproducible."""
-    threads: int = 2
-    duty_cycle: float = 1.0
-    """Share of time spent computing; the rest of the time the trainer sleeps between steps."""
-    checkpoint_steps: int = 10
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What an update came to."""
-
-    adapter: str
-    directory: Path
-    steps: int
-    planned_steps: int
-    maf: float
-    """Memory-adjusted GFLOPs spent, teacher passes included."""
-    maf_planned: float
-    seconds: float
-    truncated: bool
-    losses: dict[str, list[float]]
-    """Every term at every step, unweighted, and ``loss``, their weighted sum."""
-    cost: dict[str, Any]
-    samples: dict[str, int]
-    """Pairs in each pool."""
-
-
 def train(
-    base: ClipBase,
+    base: Base,
     recipe: Recipe,
     pools: Pools,
     incumbent: Path | None,
@@ -96,7 +61,8 @@ def train(
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
 
     Raises:
-        TrainingError: the loss is not finite; nothing is written.
+        TrainingError: the loss is not finite, or nothing is new; nothing is written.
+        ConfigError: the recipe is of another family than the base.
         BudgetError: the budget does not pay for one step.
         Stopped: see ``stop``.
     """
@@ -111,26 +77,25 @@ class _Run:
     """The course of one call of :func:`train`."""
 
     def __init__(
-        self, base: ClipBase, recipe: Recipe, pools: Pools, start: Delta, seed: int, limits: Limits,
+        self, base: Base, recipe: Recipe, pools: Pools, start: Delta, seed: int, limits: Limits,
         out_dir: Path, work_dir: Path, stop: Callable[[], bool], device: str, run: str,
     ) -> None:  # fmt: skip
         self.recipe, self.start, self.limits, self.run = recipe, start, limits, run
         self.out_dir, self.work_dir, self.stop = out_dir, work_dir, stop
-        self.pools = pools
-        self.pairs = [pair for part in PARTS for pair in pools.of(part)]
+        self.learner: AnyLearner = make_learner(base, recipe, start, seed, device)
+        self.pools = pools = _usable(pools, self.learner)
+        self.examples = [example for part in PARTS for example in pools.of(part)]
         self.parts: list[Part] = [part for part in PARTS for _ in pools.of(part)]
         sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
         self.offset = {part: self.parts.index(part) if sizes[part] else 0 for part in PARTS}
         self.plan: BatchPlan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed)
-        self.learner = Learner(base, recipe, start, seed, device)
         self.began = time.monotonic()
         self.slept = self.began
 
     def go(self) -> TrainResult:
         """Prepare, measure, step, and write the adapter."""
         learner = self.learner
-        made = prepare(learner.model, learner.towers, learner.learning, self.pairs, self._between)
-        learner.see(made, self.pairs, self.parts)
+        learner.prepare(self.examples, self.parts, self._between)
         cost = self._cost()
         steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
         found = load_checkpoint(self.work_dir, self.run)
@@ -172,7 +137,7 @@ class _Run:
         kept = read_json(path)
         if isinstance(kept, dict) and kept.get("run") == self.run:
             return Cost(**kept["cost"])
-        cost = measure(self.learner, self.pairs, self._rows(0))
+        cost = measure(self.learner, self.examples, self._rows(0))
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
@@ -193,7 +158,7 @@ class _Run:
             self.learner.update(learning_rate(self.recipe.schedule, step, progress.steps, first))
             for name, value in {"loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value)
-            metrics.update.stepped("clip", {"loss": loss, **terms})
+            metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
             seconds = earlier + time.monotonic() - self.began
             late = seconds > self.limits.seconds and step + 1 < progress.steps
             progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
@@ -218,6 +183,17 @@ class _Run:
         self.slept = time.monotonic()
 
 
+def _usable(pools: Pools, learner: AnyLearner) -> Pools:
+    """The pools without what the model cannot learn from. Raises TrainingError when nothing new is left."""
+    kept = Pools(*(tuple(filter(learner.takes, pools.of(part))) for part in PARTS))
+    left_out = sum(len(pools.of(part)) - len(kept.of(part)) for part in PARTS)
+    if left_out:
+        say(f"{left_out} examples are left out: too long, or not to be asked of this model")
+    if not kept.new:
+        raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
+    return kept
+
+
 def _refuse_non_finite(delta: Delta, step: int) -> None:
     for name, factor in delta.items():
         if not all(bool(torch.isfinite(side).all()) for side in (factor.a, factor.b)):
@@ -238,13 +214,3 @@ def _reproducible(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-
-
-def to_json(result: TrainResult) -> dict[str, Any]:
-    """A result as plain values."""
-    return {**asdict(result), "directory": str(result.directory)}
-
-
-def from_json(value: dict[str, Any]) -> TrainResult:
-    """The inverse of :func:`to_json`."""
-    return TrainResult(**{**value, "directory": Path(value["directory"])})

@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
-from streams.store import SampleStore
+from streams.store import Having, SampleStore
+from updater.pools import HAVING
 from updater.recipes import Recipe
 
-FAMILY = "clip"
 HISTORY = 10_000
 """Updates that are looked through; far more than a daily budget pays for within the life of a base."""
 
@@ -40,31 +40,34 @@ class Waiting:
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
 ) -> Ready | Waiting:
-    """Whether an update begins.
+    """Whether an update of the recipe's family begins.
 
-    Data to learn is what the live adapter has not learned: everything after the update that made it. The trigger counts
-    only what came after the last finished update of this recipe, so that rejected data is not tried for ever.
+    Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
+    learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
+    is not tried for ever. Only the family's own proposals are waited for.
 
     Args:
         now: begin with a single new sample.
         retry: also when all of it was tried by this recipe before.
     """
-    open_proposals = [p for p in ledger.pending_proposals() if p.update_id is not None]
+    family = recipe.family
+    updates = ledger.updates(HISTORY, family)
+    own = {update.id for update in updates}
+    open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
     if open_proposals:
         held = ledger.held()
         why = f"updates are on hold: {held.reason}" if held else "it is being prepared"
         return Waiting(f"proposal {open_proposals[0].id} is not released yet ({why})")
     live = ledger.live()
-    incumbent = live.clip if live else None
-    updates = ledger.updates(HISTORY, FAMILY)
+    incumbent = live.adapter(family) if live else None
     version = store.version()
     data_from = _learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
-    count = store.count(version=version, split="train", after=seen)
+    count = store.count(version=version, split="train", after=seen, having=HAVING[family])
     if count == 0:
         return Waiting("there are no new samples")
     if not now and not retry and count < settings.updater.min_new_samples:
-        age = _oldest_seconds(store, version, seen)
+        age = _oldest_seconds(store, version, seen, HAVING[family])
         if age < settings.updater.max_wait_seconds:
             return Waiting(
                 f"{count} of {settings.updater.min_new_samples} new samples, the oldest waiting for {age:.0f} s"
@@ -114,7 +117,7 @@ def _later(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
     return {place: max(one.get(place, 0), other.get(place, 0)) for place in {*one, *other}}
 
 
-def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int]) -> float:
-    times = store.scan(version=version, split="train", after=after, columns=["ingested_at"])["ingested_at"].to_pylist()
-    oldest = min((moment for moment in times if moment is not None), default=None)
+def _oldest_seconds(store: SampleStore, version: int, after: dict[str, int], having: Having) -> float:
+    rows = store.scan(version=version, split="train", after=after, columns=["ingested_at"], having=having)
+    oldest = min((moment for moment in rows["ingested_at"].to_pylist() if moment is not None), default=None)
     return 0.0 if oldest is None else (datetime.now(UTC) - oldest.astimezone(UTC)).total_seconds()

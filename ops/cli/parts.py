@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -81,18 +81,21 @@ def ingest(context: typer.Context) -> None:
 def update(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Train one update now, then end.")] = False,
-    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; updater.recipe by default.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe name or YAML file; by default those of updater.")] = None,
+    family: Annotated[
+        Literal["clip", "vlm"] | None, typer.Option(help="Update only this model; a recipe decides by itself.")
+    ] = None,
     retry: Annotated[
         bool, typer.Option("--retry", help="Use all data not learned yet, also if an update of it was rejected.")
     ] = False,
 ) -> None:
     """Train updates in the background when there is new data and budget, gate them, and propose what passes.
 
-    Examples:  ratchet update    |    ratchet update --once --recipe naive --retry
+    Examples:  ratchet update    |    ratchet update --once --recipe vlm-naive --retry
     """
-    from updater.service import run_update
+    from updater.command import run_update
 
-    run_update(ctx.of(context).settings, once=once, recipe=recipe, retry=retry)
+    run_update(ctx.of(context).settings, once=once, recipe=recipe, family=family, retry=retry)
 
 
 def broker(context: typer.Context) -> None:

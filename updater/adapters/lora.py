@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ops.errors import AdapterError
 from serving.engines.adapters import AdapterFiles, read_adapter, write_adapter
 from serving.engines.base import ClipBase
+from serving.engines.vlm.base import VlmBase
 from updater.adapters.factors import Delta, Factor, compress
 
 NEGLIGIBLE = 1e-9
@@ -55,7 +56,7 @@ class LoraModel:
 
     def __init__(
         self,
-        base: ClipBase,
+        base: ClipBase | VlmBase,
         trained: Sequence[str],
         rank: int,
         alpha: float,
@@ -64,7 +65,7 @@ class LoraModel:
         device: str = "cpu",
     ) -> None:
         """``trained``: names of layers of the base. ``start``: factors to begin with; others begin at ΔW = 0."""
-        self.clip = base
+        self.frozen = base
         self.rank = rank
         self.alpha = alpha
         self.device = torch.device(device)
@@ -112,7 +113,7 @@ class LoraModel:
         unknown = sorted(set(start) - set(self.layers))
         if unknown:
             raise AdapterError(
-                f"The incumbent changes {unknown[0]}, where base {self.clip.name!r} has no layer that takes LoRA.",
+                f"The incumbent changes {unknown[0]}, where base {self.frozen.name!r} has no layer that takes LoRA.",
                 "It belongs to another base: release the base alone, and update from there.",
             )
         scale = self.alpha / self.rank
@@ -181,7 +182,7 @@ class LoraModel:
             small = untouched if same and untouched is not None else compress(delta[name], self.rank)
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = small.a.reshape(a.weight.shape).float()
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = (small.b / scale).reshape(b.weight.shape).float()
-        return write_adapter(directory, tensors, self.config.to_dict(), self.clip)
+        return write_adapter(directory, tensors, self.config.to_dict(), self.frozen)
 
 
 def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uint8], list[str]], tuple[Any, Any]]:

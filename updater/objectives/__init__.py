@@ -8,28 +8,36 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ops.errors import ConfigError
-from updater.objectives.base import Batch, Objective
-from updater.recipes import Term
+from updater.objectives.base import Answers, Batch, Features, Objective, Teacher
+from updater.recipes import Family, Term
 
-__all__ = ["Batch", "Objective", "build", "names", "total"]
+__all__ = ["Answers", "Batch", "Features", "Objective", "Teacher", "build", "names", "total"]
 
-
-def names() -> list[str]:
-    """Names of the objectives that a recipe may use."""
-    return sorted(found.name for found in pkgutil.iter_modules(__path__) if found.name != "base")
+Terms = Sequence[tuple[Term, Objective[Any]]]
+"""A recipe's terms with what computes them."""
 
 
-def build(terms: Sequence[Term]) -> list[tuple[Term, Objective]]:
-    """The objectives of a recipe. Raises ConfigError for a name or an option that does not exist."""
+def names(family: Family) -> list[str]:
+    """Names of the objectives that a recipe of a family may use."""
+    found = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(name for name in found if _kind(name).family == family)
+
+
+def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[Any]]]:
+    """The objectives of a recipe. Raises ConfigError for a name or an option that its family does not have."""
     built = []
+    known = names(family)
     for term in terms:
-        if term.name not in names():
-            raise ConfigError(f"there is no objective {term.name!r}.", f"Use one of {', '.join(names())}.")
-        kind: type[Objective] = importlib.import_module(f"{__name__}.{term.name}").TERM
+        if term.name not in known:
+            raise ConfigError(
+                f"there is no objective {term.name!r} for a {family.upper()}.", f"Use one of {', '.join(known)}."
+            )
+        kind = _kind(term.name)
         try:
             built.append((term, kind(**term.options)))
         except TypeError as error:
@@ -37,9 +45,9 @@ def build(terms: Sequence[Term]) -> list[tuple[Term, Objective]]:
     return built
 
 
-def total(objectives: Sequence[tuple[Term, Objective]], batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def total(objectives: Terms, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum over all terms (scalar), and each term alone, unweighted and detached."""
-    loss = batch.image.new_zeros(())
+    loss = batch.zero()
     alone: dict[str, torch.Tensor] = {}
     for term, objective in objectives:
         rows = batch.rows(term.over)
@@ -49,3 +57,7 @@ def total(objectives: Sequence[tuple[Term, Objective]], batch: Batch) -> tuple[t
         loss = loss + term.weight * value
         alone[term.name] = value.detach()
     return loss, alone
+
+
+def _kind(name: str) -> type[Objective[Any]]:
+    return importlib.import_module(f"{__name__}.{name}").TERM  # type: ignore[no-any-return]

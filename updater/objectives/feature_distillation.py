@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from updater.objectives.base import Batch, Objective
+from updater.objectives.base import Features, Objective
+from updater.recipes import Family
 
 
-class FeatureDistillation(Objective):
+class FeatureDistillation(Objective[Features]):
     """Mean squared distance on the unit sphere to the teacher's features, of images and of texts.
 
     Both towers are held: with only the image tower distilled, the texts are free to drift.
@@ -17,11 +20,13 @@ class FeatureDistillation(Objective):
         text: weight of the text tower's part.
     """
 
+    family: ClassVar[Family] = "clip"
+
     def __init__(self, image: float = 1.0, text: float = 1.0) -> None:
         self.image = image
         self.text = text
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Features) -> Tensor:
         """``|x - x0|^2`` averaged over rows and towers: 0 when nothing moved, 4 at the opposite pole."""
         image = (batch.image - batch.teacher_image).square().sum(dim=1).mean()
         text = (batch.text - batch.teacher_text).square().sum(dim=1).mean()

@@ -5,6 +5,7 @@
 """
 
 from updater.recipes.recipe import (
+    Family,
     Merge,
     Mixture,
     Part,
@@ -17,6 +18,7 @@ from updater.recipes.recipe import (
 )
 
 __all__ = [
+    "Family",
     "Merge",
     "Mixture",
     "Part",

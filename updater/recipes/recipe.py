@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ops.digests import digest_json
 from ops.errors import ConfigError
+from ops.ledger.rows import Family
 
 SHIPPED = Path(__file__).parent
 Part = Literal["new", "reference", "replay"]
@@ -23,9 +24,9 @@ class Section(BaseModel):
 
 
 class Tower(Section):
-    """Which modules of one tower learn."""
+    """Which modules of one part of a model learn."""
 
-    locked: bool = Field(False, description="Nothing in this tower learns; its embedding space stays.")
+    locked: bool = Field(False, description="Nothing in this part learns; a CLIP tower keeps its embedding space.")
     blocks: int | None = Field(
         None, ge=0, description="Last blocks that learn (0: only what follows the blocks); all when unset."
     )
@@ -79,13 +80,15 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     description: str = ""
+    family: Family = Field("clip", description="What it trains: the CLIP, on captions, or the VLM, on questions.")
     rank: int = Field(8, ge=1, le=256)
     alpha: float = Field(16.0, gt=0)
     image: Tower = Field(default_factory=Tower)
     text: Tower = Field(default_factory=Tower)
+    connector: Tower = Field(Tower(locked=True), description="What brings images into a VLM's language model.")
     batch_size: int = Field(96, ge=2, le=65536)
     mixture: Mixture = Field(default_factory=Mixture)
-    reference_limit: int = Field(1500, ge=0, description="Reference pairs drawn for one update.")
+    reference_limit: int = Field(1500, ge=0, description="Reference examples drawn for one update.")
     replay_limit: int = Field(1500, ge=0, description="Capacity of the replay reservoir.")
     replay_half_life: float = Field(10_000, gt=0, description="Rows after which a concept's count is halved.")
     objectives: tuple[Term, ...] = Field(min_length=1)
@@ -96,9 +99,19 @@ class Recipe(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="Bound on the norm of one step's gradient.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _eyes_stay(cls, values: Any) -> Any:
+        """A VLM's image tower is locked unless the recipe says otherwise: what it sees is then computed once."""
+        if isinstance(values, dict) and values.get("family") == "vlm":
+            return {"image": {"locked": True}, **values}
+        return values
+
     @model_validator(mode="after")
     def _learns(self) -> Self:
-        if self.image.locked and self.text.locked:
+        if self.family == "clip" and not self.connector.locked:
+            raise ValueError("a CLIP has no connector that could learn")
+        if self.image.locked and self.text.locked and self.connector.locked:
             raise ValueError("both towers are locked, so that nothing would learn")
         if not any(term.weight > 0 for term in self.objectives):
             raise ValueError("every objective has weight 0")
@@ -123,7 +136,7 @@ class Recipe(Section):
             field = ".".join(str(part) for part in first["loc"]) or "the recipe as a whole"
             raise ConfigError(
                 f"{origin}: {field} is not valid: {first['msg']}.",
-                "Compare with updater/recipes/default.yaml.",
+                "Compare with updater/recipes/default.yaml and vlm-default.yaml.",
             ) from None
 
 

@@ -24,16 +24,16 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 from tests.integration.updater.home import make_home
-from updater import service, train
+from updater import command, learner, service
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {hook}
-service.run_update(make_home(Path(sys.argv[1])), once=True, reexec=False)
+command.run_update(make_home(Path(sys.argv[1])), once=True, reexec=False)
 """
 AT_STEP_4 = """
-real = train.Learner.backward
+real = learner.Learner.backward
 count = 0
 def backward(self, rows):
     global count
@@ -41,7 +41,7 @@ def backward(self, rows):
     if count == 1 + 4:  # the cost probe is the first
         die()
     return real(self, rows)
-train.Learner.backward = backward
+learner.Learner.backward = backward
 """
 BEFORE_THE_ADAPTER_IS_STORED = "service.Artifacts.put_directory = die"
 BEFORE_THE_ADAPTER_IS_RECORDED = "service.Ledger.register_adapter = die"
@@ -50,11 +50,11 @@ IN_THE_GATE = "from updater import judge; judge.run_gate = die"
 BEFORE_THE_PROPOSAL = "service.UpdaterService._propose = die"
 SLOW = """
 import time
-real = train.Learner.backward
+real = learner.Learner.backward
 def backward(self, rows):
     time.sleep(0.3)
     return real(self, rows)
-train.Learner.backward = backward
+learner.Learner.backward = backward
 """
 
 

@@ -17,9 +17,10 @@ from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, make_home
 from updater import judge, triggers
+from updater.command import run_update
 from updater.gate import Verdict
 from updater.recipes import load_recipe
-from updater.service import UpdaterService, run_update
+from updater.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 
@@ -83,7 +84,7 @@ def test_it_waits_until_enough_is_new(settings: Settings) -> None:
     outcome = service.step()
     assert outcome.update is None and outcome.reason.startswith("9 of 10 new samples")
     waited = settings.model_copy(update={"updater": settings.updater.model_copy(update={"max_wait_seconds": 1e-3})})
-    ready = triggers.decide(waited, service.ledger, service.store, service.recipe)
+    ready = triggers.decide(waited, service.ledger, service.store, service.recipes["clip"])
     assert isinstance(ready, triggers.Ready)
 
 
@@ -120,7 +121,7 @@ def test_data_counts_as_learned_once_its_adapter_is_live_and_no_more_after_a_rol
     assert second.data_from == first.data_to
     release(service.ledger)
     service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
-    ready = triggers.decide(settings, service.ledger, service.store, service.recipe, retry=True)
+    ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
     assert isinstance(ready, triggers.Ready)
     assert (ready.incumbent, ready.data_from) == (first.adapter, first.data_to)
 

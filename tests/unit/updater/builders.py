@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from serving.engines.base import ClipBase
-from updater.objectives import Batch
+from updater.objectives import Features
 from updater.pools import Pair, Pools
 from updater.recipes import Part, Recipe, load_recipe
 from updater.train import Limits, TrainResult, train
@@ -62,13 +62,13 @@ def run(base: ClipBase, folder: Path, **options: Any) -> TrainResult:
     return train(base, **given)
 
 
-def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Batch:
+def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, seed: int = 0) -> Features:
     """Random unit features with gradients, and other random ones as the teacher's."""
     made = torch.Generator().manual_seed(seed)
     image, text, old_image, old_text = (
         F.normalize(torch.randn(len(captions), dim, generator=made), dim=1) for _ in range(4)
     )
-    return Batch(
+    return Features(
         image=image.requires_grad_(),
         text=text.requires_grad_(),
         teacher_image=old_image,

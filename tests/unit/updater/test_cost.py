@@ -13,15 +13,13 @@ from serving.engines.base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe
 from updater.cost import Cost, _peak, measure
-from updater.learner import Learner
-from updater.prepare import prepare
+from updater.families.clip.learner import ClipLearner
 
 
 def _cost(base: ClipBase, **changes: object) -> Cost:
     pool = pools(new=12, reference=0)
-    learner = Learner(base, recipe("naive", **changes), {}, seed=0)
-    made = prepare(learner.model, learner.towers, learner.learning, pool.new)
-    learner.see(made, pool.new, ["new"] * 12)
+    learner = ClipLearner(base, recipe("naive", **changes), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 12)
     return measure(learner, list(pool.new), list(range(12)))
 
 

@@ -39,7 +39,7 @@ def test_pictures_of_one_caption_do_not_push_it_away() -> None:
     made = batch([0, 0])
     same = torch.ones(2, 6) / math.sqrt(6)
     image = same.clone().requires_grad_()
-    alike = objectives.Batch(image, same, same, same, made.caption, made.part, made.scale)
+    alike = objectives.Features(made.part, image, same, same, same, made.caption, made.scale)
     Contrastive()(alike).backward()
     assert image.grad is not None
     assert float(image.grad.abs().max()) < 1e-6
@@ -66,7 +66,7 @@ def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
         Term(name="contrastive", weight=2.0, over=("new", "reference", "replay")),
         Term(name="feature_distillation", weight=3.0, over=("reference", "replay")),
     ]
-    loss, alone = objectives.total(objectives.build(terms), made)
+    loss, alone = objectives.total(objectives.build(terms, "clip"), made)
     held = FeatureDistillation()(made.select([1, 2, 3]))
     assert float(loss) == pytest.approx(2 * float(Contrastive()(made)) + 3 * float(held), rel=1e-5)
     assert set(alone) == {"contrastive", "feature_distillation"}
@@ -75,6 +75,6 @@ def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
 def test_a_term_without_rows_counts_nothing() -> None:
     made = batch([0, 1], ["new", "new"])
     terms = [Term(name="feature_distillation", over=("replay",)), Term(name="contrastive")]
-    loss, alone = objectives.total(objectives.build(terms), made)
+    loss, alone = objectives.total(objectives.build(terms, "clip"), made)
     assert set(alone) == {"contrastive"}
     assert float(loss) == pytest.approx(float(Contrastive()(made)))

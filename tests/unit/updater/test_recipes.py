@@ -19,7 +19,7 @@ def test_every_shipped_recipe_survives_the_way_through_yaml(name: str, tmp_path:
     file.write_text(recipe.to_yaml())
     assert load_recipe(file) == recipe
     assert load_recipe(file).digest == recipe.digest
-    assert objectives.build(recipe.objectives)
+    assert objectives.build(recipe.objectives, recipe.family)
 
 
 def test_the_shipped_recipes_are_what_they_are_called() -> None:
@@ -57,7 +57,7 @@ def test_a_wrong_field_is_named(change: dict[str, object], named: str) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="default, locked-image, locked-text, naive"):
+    with pytest.raises(ConfigError, match="default, locked-image, locked-text, naive, vlm-default, vlm-naive"):
         load_recipe("defualt")
 
 
@@ -66,4 +66,4 @@ def test_an_unknown_objective_or_option_is_refused() -> None:
     for term in ({"name": "contrastvie"}, {"name": "base"}, {"name": "contrastive", "options": {"tau": 1}}):
         recipe = Recipe.parse({**values, "objectives": [term]})
         with pytest.raises(ConfigError, match=str(term["name"])):
-            objectives.build(recipe.objectives)
+            objectives.build(recipe.objectives, recipe.family)

@@ -10,8 +10,8 @@ import torch
 from ops.errors import ConfigError
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe
-from updater.prepare import stack_boundaries
-from updater.towers import SplitTower, find_blocks, first_touched, trained_modules
+from updater.families.clip.prepare import stack_boundaries
+from updater.families.clip.towers import SplitTower, find_blocks, first_touched, trained_modules
 
 
 @pytest.mark.parametrize("which", ["image", "text"])

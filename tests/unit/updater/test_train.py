@@ -15,9 +15,9 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
-from updater import train as train_module
 from updater.adapters import trainer_encoder
 from updater.checkpoint import load_checkpoint
+from updater.learner import AnyLearner, Learner
 from updater.pools import Pair, Pools
 from updater.train import Stopped
 
@@ -138,12 +138,12 @@ def test_the_wall_clock_bound_is_recorded(base: ClipBase, tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_stops_the_update_and_writes_nothing(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train_module.Learner.backward
+    real = Learner.backward
 
-    def broken(self: train_module.Learner, rows: list[int]) -> tuple[float, dict[str, float]]:
+    def broken(self: AnyLearner, rows: list[int]) -> tuple[float, dict[str, float]]:
         return float("nan"), real(self, rows)[1]
 
-    monkeypatch.setattr(train_module.Learner, "backward", broken)
+    monkeypatch.setattr(Learner, "backward", broken)
     with pytest.raises(TrainingError, match="step 0 is nan"):
         run(base, tmp_path)
     assert not list(tmp_path.glob("adapters/clip-*"))
@@ -152,11 +152,11 @@ def test_a_loss_that_is_not_finite_stops_the_update_and_writes_nothing(
 def test_parameters_that_are_not_finite_are_never_written(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(self: train_module.Learner, rate: float) -> None:
+    def poison(self: AnyLearner, rate: float) -> None:
         with torch.no_grad():
             next(iter(self.parameters.values())).fill_(float("inf"))
 
-    monkeypatch.setattr(train_module.Learner, "update", poison)
+    monkeypatch.setattr(Learner, "update", poison)
     with pytest.raises(TrainingError):
         run(base, tmp_path, recipe=recipe(max_steps=1))
     assert not list(tmp_path.glob("adapters/clip-*"))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ops.progress import track
+from serving.engines.base import ClipBase
 from updater.adapters import LoraModel
+from updater.families.clip.towers import SplitTower, Which
 from updater.pools import Pair
-from updater.towers import SplitTower, Which
 
 CHUNK = 48
 CACHE_BYTES = 4 << 30
@@ -47,6 +48,7 @@ class Prepared:
 
 
 def prepare(
+    base: ClipBase,
     model: LoraModel,
     towers: dict[Which, SplitTower],
     learning: dict[Which, bool],
@@ -54,7 +56,6 @@ def prepare(
     between: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Run every pair through the base once. ``between`` is called after each chunk (duty cycle, signals)."""
-    base = model.clip
     tokenize = base.tokenizer()
     made: dict[Which, TowerCache] = {
         which: TowerCache(torch.empty(len(pairs), base.dim)) for which in ("image", "text")

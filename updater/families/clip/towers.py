@@ -14,29 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.errors import ConfigError
 from serving.engines.base import ClipBase
 from serving.engines.spaces import tower_of
+from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
 from updater.recipes import Recipe, Tower
 
 Which = Literal["image", "text"]
-_BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
-"""What timm, open_clip and transformers call the list of a tower's blocks."""
 
 
 def find_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
     """Name of the tower's list of blocks, and how many there are; ("", 0) when it has none that is known."""
     for name, module in model.named_modules():
-        known = name.rsplit(".", 1)[-1] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
+        known = name.rsplit(".", 1)[-1] in BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential)
         if known and tower_of(name) == which and len(module) > 1:
             return name, len(module)
     return "", 0
-
-
-def block_number(name: str, blocks: str) -> int | None:
-    """The number of the block that a module is in, or None when it is in none."""
-    found = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
-    return int(found[1]) if found else None
 
 
 def trained_modules(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[str]:
@@ -44,26 +36,10 @@ def trained_modules(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[st
     chosen: list[str] = []
     wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
     for which, tower in wanted.items():
-        if tower.locked:
-            continue
-        blocks, count = find_blocks(model, which)
-        if tower.blocks is not None and not blocks:
-            raise ConfigError(
-                f"recipe {recipe.name}: the {which} tower of base {base.name!r} has no list of blocks that is known.",
-                f"Leave {which}.blocks out, so that all of it learns.",
-            )
-        first = 0 if tower.blocks is None else max(0, count - tower.blocks)
         pattern = re.compile(base.lora_targets[which])
         names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
-        chosen += [name for name in names if _above(name, blocks, first, tower.blocks is None)]
-    if not chosen:
-        raise ConfigError(f"recipe {recipe.name}: no layer of base {base.name!r} would learn.", "Raise `blocks`.")
-    return sorted(set(chosen))
-
-
-def _above(name: str, blocks: str, first: int, everything: bool) -> bool:
-    number = block_number(name, blocks)
-    return everything or number is None or number >= first
+        chosen += late_layers(names, which, tower, *find_blocks(model, which), recipe)
+    return some(chosen, recipe, base.name)
 
 
 def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:

@@ -1,0 +1,111 @@
+"""What differs between the two kinds of models that are updated; everything else is the same code for both.
+
+A CLIP learns from pairs of an image and a text, a VLM from an image, a question and its answer. A recipe says which
+family it trains.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+from ops.errors import ConfigError
+from ops.settings import Settings
+from serving.engines.adapters import effective_weights
+from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.vlm.base import VlmBase, load_vlm_base
+from streams.folders import read_folder
+from updater.adapters import Delta
+from updater.families.clip.learner import ClipLearner
+from updater.families.vlm.learner import VlmLearner
+from updater.learner import AnyLearner, Base
+from updater.recipes import Family, Recipe, load_recipe
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+__all__ = [
+    "FAMILIES",
+    "families_with_a_base",
+    "family_base",
+    "family_recipe",
+    "make_learner",
+    "reference_of",
+    "spaces_of",
+]
+
+
+def make_learner(base: Base, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> AnyLearner:
+    """The learner of a base. Raises ConfigError when the recipe is of another family."""
+    if recipe.family == "clip" and isinstance(base, ClipBase):
+        return ClipLearner(base, recipe, start, seed, device)
+    if recipe.family == "vlm" and isinstance(base, VlmBase):
+        return VlmLearner(base, recipe, start, seed, device)
+    raise ConfigError(
+        f"recipe {recipe.name!r} trains a {recipe.family.upper()}, and base {base.name!r} is a {base.family.upper()}.",
+        "Choose a recipe of the base's family.",
+    )
+
+
+def families_with_a_base(settings: Settings) -> tuple[Family, ...]:
+    """The families that are updated: the CLIP, and the VLM if its base is registered."""
+    vlm = settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm")
+    return ("clip", "vlm") if vlm else ("clip",)
+
+
+def family_base(settings: Settings, family: Family) -> Base:
+    """The base that a family's adapters belong to. Raises BaseModelError when it is not registered."""
+    if family == "clip":
+        return load_base(settings.home, settings.base.clip)
+    if not settings.base.vlm:
+        raise ConfigError(
+            "base.vlm is empty: there is no VLM to update.", "Name a registered VLM (`ratchet base list`)."
+        )
+    return load_vlm_base(settings.home, settings.base.vlm)
+
+
+def family_recipe(settings: Settings, family: Family) -> Recipe:
+    """The recipe that the settings name for a family. Raises ConfigError when it is of the other one."""
+    setting = "vlm_recipe" if family == "vlm" else "recipe"
+    recipe = load_recipe(getattr(settings.updater, setting))
+    if recipe.family != family:
+        raise ConfigError(
+            f"updater.{setting} is {recipe.name!r}, which trains a {recipe.family.upper()}.",
+            f"Name a recipe with `family: {family}` there.",
+        )
+    return recipe
+
+
+def reference_of(settings: Settings, family: Family) -> list[Path]:
+    """Folder datasets of a family's reference pool: ``updater.reference``, or what the shipped base brings along.
+
+    For a VLM only folders with questions count.
+    """
+    if family == "clip":
+        from updater.base import reference_folders
+
+        return reference_folders(settings)
+    asking = [folder for folder in settings.updater.reference if _asks(folder)]
+    if asking:
+        return asking
+    from updater.base.vlm import VLM_NAME, VLM_REFERENCE
+
+    if settings.base.vlm != VLM_NAME:
+        return []
+    folders = [settings.home / "data" / name for name in VLM_REFERENCE]
+    return [folder for folder in folders if folder.is_dir()]
+
+
+def _asks(folder: Path) -> bool:
+    if not folder.is_dir():
+        raise ConfigError(
+            f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
+        )
+    return any(item.question for item in read_folder(folder, split="train"))
+
+
+def spaces_of(base: Base, adapter: Path) -> tuple[str, str]:
+    """The image space and the text space that an adapter directory makes; empty for a VLM, which has none."""
+    if isinstance(base, VlmBase):
+        return "", ""
+    spaces = base.spaces_with(effective_weights(adapter, base.build_model()))
+    return spaces.image, spaces.text

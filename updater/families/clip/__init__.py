@@ -1,0 +1,1 @@
+"""How a CLIP learns from pairs of an image and a text."""

@@ -1,0 +1,58 @@
+"""What one update may use, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one update may use."""
+
+    gflops: float
+    """Memory-adjusted GFLOPs; the number of steps follows from them."""
+    seconds: float
+    """Wall-clock bound, a safety net: a run that it ends is marked ``truncated``, and is not reproducible."""
+    threads: int = 2
+    duty_cycle: float = 1.0
+    """Share of time spent computing; the rest of the time the trainer sleeps between steps."""
+    checkpoint_steps: int = 10
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What an update came to."""
+
+    adapter: str
+    directory: Path
+    steps: int
+    planned_steps: int
+    maf: float
+    """Memory-adjusted GFLOPs spent, teacher passes included."""
+    maf_planned: float
+    seconds: float
+    truncated: bool
+    losses: dict[str, list[float]]
+    """Every term at every step, unweighted, and ``loss``, their weighted sum."""
+    cost: dict[str, Any]
+    samples: dict[str, int]
+    """Examples in each pool."""
+
+
+def cost_of(result: TrainResult) -> dict[str, Any]:
+    """What the ledger and the report tell of a training run."""
+    return {
+        "gflops_planned": result.maf_planned,
+        "gflops_spent": result.maf,
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "steps_planned": result.planned_steps,
+        "truncated": result.truncated,
+        "loss_first": result.losses["loss"][0],
+        "loss_last": result.losses["loss"][-1],
+        "samples": sum(result.samples.values()),
+        **{f"samples_{part}": count for part, count in result.samples.items()},
+        **result.cost,
+    }
