@@ -56,6 +56,12 @@ HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last 
 HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight", "Requests being answered.", multiprocess_mode="livesum")
 ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
 ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)
+VLM_REQUESTS = Counter("ratchet_vlm_requests_total", "Requests that a VLM replica ended.", ["kind", "outcome"])
+VLM_TOKENS = Counter("ratchet_vlm_tokens_total", "Tokens read and written.", ["direction"])
+VLM_SECONDS = Histogram("ratchet_vlm_request_seconds", "Time to a whole answer.", ["kind"], buckets=LONG_SECONDS)
+VLM_FIRST = Histogram("ratchet_vlm_first_token_seconds", "Time to the first token of a stream.", buckets=SECONDS)
+VLM_RUNNING = Gauge("ratchet_vlm_running", "Requests that are being answered.", multiprocess_mode="livesum")
+VLM_QUEUE = Gauge("ratchet_vlm_waiting", "Requests that wait for a place in the batch.", multiprocess_mode="livesum")
 RELEASE_LIVE = Gauge("ratchet_release_live", "Live release as a process sees it.", ["part"], multiprocess_mode="all")
 RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS)
 RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
@@ -182,6 +188,34 @@ class encoder:
         """One forward pass of ``image`` or ``text`` items."""
         ENCODER_BATCH.labels(kind).observe(items)
         ENCODER_SECONDS.labels(kind).observe(seconds)
+
+
+class vlm:
+    """Verbs of the VLM replicas."""
+
+    @staticmethod
+    def ended(kind: str, outcome: str, seconds: float) -> None:
+        """A ``reply``, ``stream`` or ``score`` ended: ``ok``, ``late``, ``ask``, ``adapter``, ``gone`` or ``dead``."""
+        VLM_REQUESTS.labels(kind, outcome).inc()
+        if outcome == "ok":
+            VLM_SECONDS.labels(kind).observe(seconds)
+
+    @staticmethod
+    def tokens(prompt: int, completion: int) -> None:
+        """So many tokens were read and written for one request."""
+        VLM_TOKENS.labels("prompt").inc(prompt)
+        VLM_TOKENS.labels("completion").inc(completion)
+
+    @staticmethod
+    def first_token(seconds: float) -> None:
+        """A stream's first token came this long after its request."""
+        VLM_FIRST.observe(seconds)
+
+    @staticmethod
+    def inside(running: int, waiting: int) -> None:
+        """Requests in the batch, and those that wait for a place in it."""
+        VLM_RUNNING.set(running)
+        VLM_QUEUE.set(waiting)
 
 
 class release:

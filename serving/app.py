@@ -1,4 +1,4 @@
-"""The Serve application: ingress -> encoders, with the catalog and the release controller beside.
+"""The Serve application: ingress -> encoders and VLM replicas, with the catalog and the release controller beside.
 
 >>> server = start(load_settings())      # returns when requests are answered
 >>> server.url
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ops.errors import ConfigError
 from ops.ledger import Ledger
-from ops.progress import step
+from ops.progress import say, step
 from ops.settings import Settings, load_settings
 from serving.client import Client
 from serving.deployments import loopback, session
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 log = logging.getLogger("ratchet.app")
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 
 
 @dataclass
@@ -69,6 +69,7 @@ def build(settings: Settings | None = None) -> Application:
     from serving.deployments.encoder import Encoder
     from serving.deployments.fleet import INGRESS
     from serving.deployments.ingress import Ingress
+    from serving.deployments.vlm import VlmReplica
 
     settings = settings or load_settings()
     at = settings.serve
@@ -85,16 +86,31 @@ def build(settings: Settings | None = None) -> Application:
         name="Catalog", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
         max_queued_requests=at.queue, **common,
     ).bind(settings, encoder)  # fmt: skip
+    vlm = None
+    if serves_vlm(settings):
+        # The engine makes its own batches and its own queue: every request goes to it at once, none waits in Serve.
+        vlm = serve.deployment(VlmReplica).options(
+            name="Vlm", num_replicas=at.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
+            max_ongoing_requests=2 * at.vlm_queue + 64, max_queued_requests=2 * at.vlm_queue + 64,
+            backpressure_config=full, **common,
+        ).bind(settings)  # fmt: skip
     controller = serve.deployment(ReleaseController).options(
         name="Controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
         max_queued_requests=64, **common,
-    ).bind(settings, encoder, catalog)  # fmt: skip
+    ).bind(settings, encoder, catalog, vlm)  # fmt: skip
     # The app's own bound (429 with OpenAI's error object) comes first; Serve's is the backstop behind it.
     app: Application = serve.deployment(Ingress).options(
         name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * at.queue + 64,
         max_queued_requests=at.queue, backpressure_config=full, **common,
-    ).bind(settings, encoder, catalog, controller)  # fmt: skip
+    ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
+
+
+def serves_vlm(settings: Settings) -> bool:
+    """Whether the settings name a VLM base that is registered."""
+    from serving.engines.base import list_bases
+
+    return settings.base.vlm in list_bases(settings.home, "vlm")
 
 
 def start(settings: Settings) -> Server:
@@ -146,6 +162,8 @@ def _start(settings: Settings, server: Server) -> None:
         serve.run(build(settings), name=APP, route_prefix="/", logging_config=quiet)
         with Client(server.url) as client:
             client.wait_ready(START_SECONDS)
+        if settings.base.vlm and not serves_vlm(settings):
+            say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
 
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:

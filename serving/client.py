@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Sequence
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any
 
 import httpx
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from pydantic import SecretStr
 
 from ops.errors import RatchetError, ReleaseConflict
+from ops.ledger.rows import Family
 
 
 class ServerError(RatchetError):
@@ -83,6 +84,26 @@ class Client:
         """A sample's image as PNG."""
         return self._send("GET", f"/v1/samples/{sample_id}/image", params={"size": size}).content
 
+    def vqa(
+        self, image: bytes, question: str, choices: Sequence[str] | None = None, model: str = "vlm"
+    ) -> dict[str, Any]:
+        """The ``answer`` to a question about an encoded image; with ``choices`` also their probabilities."""
+        body = {"image": data_uri(image), "question": question, "model": model}
+        return self.post("/v1/vqa", body if choices is None else {**body, "choices": list(choices)})
+
+    def chat(self, content: str | Sequence[str | bytes], model: str = "vlm", **options: Any) -> dict[str, Any]:
+        """One turn of texts (str) and encoded images (bytes); OpenAI's ``chat.completion``, or its options."""
+        parts = [content] if isinstance(content, str) else content
+        turn = [
+            {"type": "image_url", "image_url": {"url": data_uri(part)}}
+            if isinstance(part, bytes)
+            else {"type": "text", "text": part}
+            for part in parts
+        ]
+        return self.post(
+            "/v1/chat/completions", {"model": model, "messages": [{"role": "user", "content": turn}], **options}
+        )
+
     def releases(self, limit: int = 50) -> dict[str, Any]:
         """``live`` and the rows in ``data``, newest first."""
         return self.get("/v1/releases", limit=limit)
@@ -93,21 +114,37 @@ class Client:
         return number
 
     def status(self) -> dict[str, Any]:
-        """Controller and catalog at a glance; needs the key."""
+        """Controller, VLM engines and catalog at a glance; needs the key."""
         return self.get("/admin/v1/status")
 
     def release(
-        self, clip: str | None, reason: str, expected_live: int | None = None, timeout: float = 3600.0
+        self,
+        clip: str | EllipsisType | None = ...,
+        reason: str = "",
+        expected_live: int | None = None,
+        timeout: float = 3600.0,
+        *,
+        vlm: str | EllipsisType | None = ...,
     ) -> dict[str, Any]:
-        """Release an adapter (None: the base alone); returns when every replica serves it."""
-        body = {"clip": clip, "reason": reason, "expected_live": expected_live}
+        """Release adapters (None: the base alone; not named: what is live stays); returns when all replicas serve it.
+
+        >>> client.release(vlm="vlm-0123456789ab", reason="right after all")
+        """
+        body: dict[str, Any] = {"reason": reason, "expected_live": expected_live}
+        body |= {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not ...}
         return self.post("/admin/v1/releases", body, timeout=timeout)
 
     def rollback(
-        self, reason: str, to: int | None = None, expected_live: int | None = None, timeout: float = 3600.0
+        self,
+        reason: str,
+        to: int | None = None,
+        expected_live: int | None = None,
+        timeout: float = 3600.0,
+        *,
+        family: Family | None = None,
     ) -> dict[str, Any]:
-        """Go back to the newest release with another adapter, or to ``to``."""
-        body = {"reason": reason, "to": to, "expected_live": expected_live}
+        """Go back to the newest release with another adapter, or to ``to``; with ``family`` only that adapter."""
+        body = {"reason": reason, "to": to, "expected_live": expected_live, "family": family}
         return self.post("/admin/v1/rollback", body, timeout=timeout)
 
     def hold(self, reason: str) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,38 @@ def _base(settings: Settings) -> Finding:
     return Finding("warn", "base", f"{settings.base.clip!r} is not registered", "ratchet base build (`up` does it too)")
 
 
+def _vlm_base(settings: Settings) -> Finding:
+    from serving.engines.base import base_directory, list_bases
+
+    name = settings.base.vlm
+    if not name:
+        return Finding("ok", "VLM base", "none (base.vlm is empty)")
+    if name in list_bases(settings.home, "vlm"):
+        return Finding("ok", "VLM base", str(base_directory(settings.home, name)))
+    return Finding("warn", "VLM base", f"{name!r} is not registered", "ratchet base build (`up` does it too)")
+
+
+def _vlm_engine(settings: Settings) -> Finding:
+    """Importing vLLM takes seconds and finds what a look at the packages does not: libraries that do not load."""
+    asked = settings.serve.vlm_engine
+    if not settings.base.vlm:
+        return Finding("ok", "VLM engine", "not needed: base.vlm is empty")
+    if asked == "transformers":
+        return Finding("ok", "VLM engine", "transformers, as set")
+    instead = "" if asked == "vllm" else "; transformers is used, which is slower"
+    state: Literal["warn", "fail"] = "fail" if asked == "vllm" else "warn"
+    if importlib.util.find_spec("vllm") is None:
+        return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet[vlm-cpu]'")
+    script = "import vllm; print(vllm.__version__)"
+    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, timeout=120)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
+        fix = "pip uninstall torchaudio torchcodec, if it names them; else install it again."
+        return Finding(state, "VLM engine", f"vLLM does not import ({last}){instead}", fix)
+    return Finding("ok", "VLM engine", f"vLLM {done.stdout.strip().splitlines()[-1]}")
+
+
 def _kafka(settings: Settings) -> Finding:
     address = settings.kafka.bootstrap.split(",")[0]
     if answers(address):
@@ -141,6 +174,6 @@ def answers(address: str, timeout: float = 1.0) -> bool:
 
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
-    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _kafka,
-    _http,
+    _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _vlm_base,
+    _vlm_engine, _kafka, _http,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from ops.cli import context as ctx
-from ops.ledger import Ledger
+from ops.errors import ReleaseError
+from ops.ledger import Ledger, ProposalRow
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
+
+
+class Kind(StrEnum):
+    """The families of adapters."""
+
+    clip = "clip"
+    vlm = "vlm"
+
+
 Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
 
 
@@ -32,10 +43,10 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
     Console().print(table)
     open_or_failed = [p for p in ledger.proposals(limit) if p.state != "committed"]
     if open_or_failed:
-        table = Table("proposal", "kind", "state", "clip", "who", "why", "error", title="Proposals not released")
+        table = Table("proposal", "kind", "state", "sets", "who", "why", "error", title="Proposals not released")
         for row_ in open_or_failed:
             table.add_row(
-                str(row_.id), row_.kind, row_.state, row_.clip or "base", row_.actor, row_.reason, row_.error or ""
+                str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or ""
             )
         Console().print(table)
     held = ledger.held()
@@ -57,15 +68,19 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
         "release": release.number, "clip": release.clip or "base", "vlm": release.vlm or "base",
         "actor": release.actor, "reason": release.reason, "at": f"{release.created_at:%Y-%m-%d %H:%M:%S} UTC",
     }  # fmt: skip
-    update = next((u for u in ledger.updates(1000) if release.clip is not None and u.adapter == release.clip), None)
-    if update is not None:
+    updates = {update.adapter: update for update in reversed(ledger.updates(1000)) if update.adapter is not None}
+    for family in ("clip", "vlm"):
+        update = updates.get(getattr(release, family))
+        if update is None:
+            continue
         verdict = ledger.verdict_of(update.id)
-        facts |= {
+        told = {
             "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
             "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
             "cost": update.cost, "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
+        facts |= {f"{family}: {name}": value for name, value in told.items()}
     table = Table(show_header=False, title=f"Release {number}")
     for name, value in facts.items():
         table.add_row(name, str(value))
@@ -79,29 +94,37 @@ def rollback(
     to: Annotated[
         int | None, typer.Option(help="Release to go back to; the one before the live one by default.")
     ] = None,
+    family: Annotated[
+        Kind | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
+    ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
 ) -> None:
     """Go back to an older release, as a new release; returns when every replica serves it.
 
-    Examples:  ratchet releases rollback --reason "wrong colours"    |    ratchet releases rollback --to 3 -r "slow"
+    Examples:  ratchet releases rollback -r "wrong colours"    |    ratchet releases rollback --family vlm -r "vague"
     """
     with _operator(ctx.of(context).settings) as client:
-        _tell(client.rollback(reason, to=to, expected_live=expected_live))
+        chosen = None if family is None else family.value
+        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
 
 
 @app.command()
 def release(
     context: typer.Context,
     reason: Reason,
-    clip: Annotated[str, typer.Option(help="CLIP adapter to serve, or 'base'.")],
+    clip: Annotated[str | None, typer.Option(help="CLIP adapter to serve, or 'base'; what is live if unset.")] = None,
+    vlm: Annotated[str | None, typer.Option(help="VLM adapter to serve, or 'base'; what is live if unset.")] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
 ) -> None:
-    """Release an adapter by name, e.g. to roll forward again; returns when every replica serves it.
+    """Release adapters by name, e.g. to roll forward again; returns when every replica serves them.
 
-    Example:  ratchet releases release --clip clip-0123456789ab --reason "was right after all"
+    Examples:  ratchet releases release --clip clip-0123456789ab -r "right after all"    |    ... --vlm base -r "why"
     """
+    named = {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not None}
+    if not named:
+        raise ReleaseError("no adapter is named.", "Give --clip, --vlm, or both.")
     with _operator(ctx.of(context).settings) as client:
-        _tell(client.release(clip=None if clip == "base" else clip, reason=reason, expected_live=expected_live))
+        _tell(client.release(reason=reason, expected_live=expected_live, **named))
 
 
 @app.command()
@@ -120,6 +143,11 @@ def resume(context: typer.Context, reason: Reason) -> None:
     typer.echo("updates go on")
 
 
+def _sets(row: ProposalRow) -> str:
+    named = {"clip": row.clip or "base", "vlm": row.vlm or "base"}
+    return " + ".join(f"{family} {name}" for family, name in named.items() if row.family in (family, "both"))
+
+
 def _operator(settings: Settings) -> Any:
     from serving.client import Client
 
@@ -131,5 +159,6 @@ def _tell(result: dict[str, Any]) -> None:
     seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
     typer.echo(
         f"release {result['number']} is live everywhere: clip {result.get('clip') or 'base'} "
+        f"vlm {result.get('vlm') or 'base'} "
         + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
     )

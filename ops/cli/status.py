@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
 
@@ -68,6 +69,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "fragments": store.fragments(),
         "offsets": store.offsets(),
         "health": _health(settings),
+        "vlm": _vlm(settings),
     }
     ledger.close()
     return facts
@@ -93,11 +95,45 @@ def _health(settings: Settings) -> dict[str, Any]:
         return {"ready": False, "reason": type(error).__name__}
 
 
+def _vlm(settings: Settings) -> dict[str, Any]:
+    """The VLM base, whether it is registered, and what each replica says of itself."""
+    from serving.client import Client
+    from serving.engines.base import list_bases
+
+    base = settings.base.vlm
+    found: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
+    if found["registered"]:
+        url = f"http://{settings.serve.host}:{settings.serve.port}"
+        try:
+            with Client(url, operator_key=settings.operator_key(), timeout=3.0) as client:
+                found["replicas"] = client.status()["controller"]["vlm"]
+        except RatchetError:
+            return found
+    return found
+
+
+def _vlm_line(vlm: dict[str, Any]) -> str:
+    if not vlm["base"]:
+        return "no VLM (base.vlm is empty)\n"
+    if not vlm["registered"]:
+        return f"no VLM: base {vlm['base']} is not registered\n"
+    if not vlm["replicas"]:
+        return f"vlm {vlm['base']}: no replica answers\n"
+    engines = ", ".join(sorted({replica["engine"] for replica in vlm["replicas"]}))
+    running = sum(replica["running"] for replica in vlm["replicas"])
+    adapters = sorted({name for replica in vlm["replicas"] for name in replica["resident"]})
+    return f"vlm {vlm['base']} on {engines}: {running} running, holds {', '.join(adapters) or 'the base alone'}\n"
+
+
 def _serving(facts: dict[str, Any]) -> Panel:
     live, ready = facts["live"], facts["health"]["ready"]
     lines = Text()
     lines.append("ready\n" if ready else "not ready\n", "bold green" if ready else "bold red")
-    lines.append(f"release {live.number}: {live.clip or 'base'}\n" if live else "no release yet\n")
+    if live:
+        lines.append(f"release {live.number}: clip {live.clip or 'base'}, vlm {live.vlm or 'base'}\n")
+    else:
+        lines.append("no release yet\n")
+    lines.append(_vlm_line(facts["vlm"]))
     if facts["held"]:
         lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
     lines.append(f"{len(facts['proposals'])} proposals waiting")
@@ -145,7 +181,8 @@ def _updates(facts: dict[str, Any]) -> Table:
 
 
 def _releases(facts: dict[str, Any]) -> Table:
-    table = Table("release", "clip", "who", "why", "when (UTC)", title="Releases", expand=True)
+    table = Table("release", "clip", "vlm", "who", "why", "when (UTC)", title="Releases", expand=True)
     for row in facts["releases"]:
-        table.add_row(str(row.number), row.clip or "base", row.actor, row.reason, f"{row.created_at:%m-%d %H:%M:%S}")
+        when = f"{row.created_at:%m-%d %H:%M:%S}"
+        table.add_row(str(row.number), row.clip or "base", row.vlm or "base", row.actor, row.reason, when)
     return table

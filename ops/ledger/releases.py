@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
-from ops.ledger.rows import HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow
+from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
 
 class ReleaseVerbs:
@@ -23,14 +23,18 @@ class ReleaseVerbs:
         self,
         kind: ProposalKind,
         *,
-        clip: str | None,
-        vlm: str | None,
+        family: Scope = "clip",
+        clip: str | None = None,
+        vlm: str | None = None,
         actor: str,
         reason: str,
         update_id: str | None = None,
         expected_live: int | None = None,
     ) -> ProposalRow:
         """Record a wish to release. An update proposes once: a second call returns the first proposal.
+
+        Args:
+            family: which of ``clip`` and ``vlm`` is meant; the other stays what is live when this is committed.
 
         Raises:
             ReleaseConflict: ``expected_live`` is not the live release any more.
@@ -47,8 +51,8 @@ class ReleaseVerbs:
                     "Look at `ratchet releases list` and decide again.",
                 )
             row = t.Proposal(
-                kind=kind, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending", update_id=update_id,
-                expected_live=expected_live,
+                kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
+                update_id=update_id, expected_live=expected_live,
             )  # fmt: skip
             session.add(row)
             session.flush()
@@ -57,7 +61,7 @@ class ReleaseVerbs:
                 actor,
                 f"propose {kind}",
                 f"proposal {row.id}",
-                {"clip": clip, "vlm": vlm, "reason": reason},
+                {"family": family, "clip": clip, "vlm": vlm, "reason": reason},
             )
             return as_row(ProposalRow, row)
 
@@ -149,6 +153,14 @@ class ReleaseVerbs:
         with self.database.read() as session:
             found = session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(limit))
             return [as_row(ReleaseRow, row) for row in found]
+
+    def before(self, family: Family, adapter: str | None) -> ReleaseRow | None:
+        """The newest release whose adapter of this family is another one, if there is one."""
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        query = select(t.Release).where(column.is_distinct_from(adapter)).order_by(t.Release.number.desc()).limit(1)
+        with self.database.read() as session:
+            found = session.scalars(query).first()
+            return None if found is None else as_row(ReleaseRow, found)
 
     def hold(self, actor: str, reason: str) -> HoldRow:
         """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""

@@ -7,6 +7,8 @@ from datetime import datetime
 from typing import Any, Literal
 
 Family = Literal["clip", "vlm"]
+Scope = Literal["clip", "vlm", "both"]
+"""Which adapters a proposal sets; the other stays what is live when it is committed."""
 Outcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release"]
@@ -61,10 +63,14 @@ class VerdictRow:
 
 @dataclass(frozen=True)
 class ProposalRow:
-    """A wish to release: from the updater after a passed verdict, or from an operator."""
+    """A wish to release: from the updater after a passed verdict, or from an operator.
+
+    ``clip`` means something where ``family`` is ``clip`` or ``both``, ``vlm`` where it is ``vlm`` or ``both``.
+    """
 
     id: int
     kind: ProposalKind
+    family: Scope
     clip: str | None
     vlm: str | None
     actor: str
@@ -89,6 +95,10 @@ class ReleaseRow:
     reason: str
     proposal_id: int | None
     created_at: datetime
+
+    def adapter(self, family: Family) -> str | None:
+        """The adapter of one family."""
+        return self.clip if family == "clip" else self.vlm
 
 
 @dataclass(frozen=True)

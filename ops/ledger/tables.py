@@ -79,6 +79,7 @@ class Proposal(Base):
     __tablename__ = "proposals"
     id: Mapped[int] = mapped_column(primary_key=True)
     kind: Mapped[str] = mapped_column(String(16))
+    family: Mapped[str] = mapped_column(String(16), server_default="clip")
     clip: Mapped[str | None] = mapped_column(String(64))
     vlm: Mapped[str | None] = mapped_column(String(64))
     actor: Mapped[str] = mapped_column(String(200))

@@ -60,9 +60,9 @@ class CatalogReplica:
             self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
         async with self._told:
             if not self._knows:
-                window = await self._window.read()
-                if window:
-                    await self.catalog.adopt(window)
+                resident = await self._window.read()
+                if resident is not None:
+                    await self.catalog.adopt(resident.indexed)
                     self._knows = True
         return self.catalog
 

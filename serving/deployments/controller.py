@@ -12,11 +12,12 @@ from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
 from ops.errors import LedgerError, RatchetError, ReleaseError
-from ops.ledger import Ledger
+from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.fleet import RayFleet
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.protocol import Outcome, ReleaseProtocol
+from serving.deployments.targets import Adapters
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
@@ -26,10 +27,16 @@ Result = TypeVar("Result")
 class ReleaseController:
     """Runs proposals, one at a time. An operator who hangs up does not stop a release half way."""
 
-    def __init__(self, settings: Settings, encoder: DeploymentHandle, catalog: DeploymentHandle) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: DeploymentHandle,
+        catalog: DeploymentHandle,
+        vlm: DeploymentHandle | None = None,
+    ) -> None:
         close_replica_port()
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.fleet = RayFleet(encoder, catalog)
+        self.fleet = RayFleet(encoder, catalog, vlm)
         self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
         self._started = asyncio.Event()
         self._trouble = ""
@@ -41,13 +48,17 @@ class ReleaseController:
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self._run())
 
-    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome | RatchetError:
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int
+    ) -> Outcome | RatchetError:
         """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica."""
-        return await self._finish(self._release(clip, actor, reason, expected_live), "release")
+        return await self._finish(self._release(adapters, actor, reason, expected_live), "release")
 
-    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome | RatchetError:
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome | RatchetError:
         """See :meth:`ReleaseProtocol.rollback`."""
-        work = self.protocol.rollback(actor=actor, reason=reason, expected_live=expected_live, to=to)
+        work = self.protocol.rollback(actor=actor, reason=reason, expected_live=expected_live, to=to, family=family)
         return await self._finish(work, "rollback")
 
     async def hold(self, *, actor: str, reason: str) -> RatchetError | None:
@@ -69,26 +80,32 @@ class ReleaseController:
     async def status(self) -> dict[str, Any]:
         """Resident releases, requests in flight, what is on hold."""
         held = await asyncio.to_thread(self.ledger.held)
-        window = await self.protocol.window() if self._started.is_set() else []
+        resident = await self.protocol.resident() if self._started.is_set() else None
         flight = await self.fleet.in_flight() if self._started.is_set() else {}
         return {
             "started": self._started.is_set(),
             "trouble": self._trouble,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
             "resident": [
-                {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space}
-                for s in window
+                {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
+                 "vlm": s.vlm_adapter}
+                for s in (resident.window if resident else ())
             ],
+            "vlm": await self.fleet.vlm_status(),
             "in_flight": {str(number): count for number, count in flight.items()},
-        }
+        }  # fmt: skip
 
-    async def _release(self, clip: str | None, actor: str, reason: str, expected_live: int) -> Outcome:
-        if clip is not None:
+    async def _release(self, adapters: Adapters, actor: str, reason: str, expected_live: int) -> Outcome:
+        for family, name in adapters.items():
+            if name is None:
+                continue
             try:
-                await asyncio.to_thread(self.ledger.adapter, clip)
+                row = await asyncio.to_thread(self.ledger.adapter, name)
             except LedgerError as error:
                 raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
-        return await self.protocol.release(clip, actor=actor, reason=reason, expected_live=expected_live)
+            if row.family != family:
+                raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
+        return await self.protocol.release(adapters, actor=actor, reason=reason, expected_live=expected_live)
 
     async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
         return await asyncio.shield(self._spawn(self._judged(work, kind)))
@@ -118,7 +135,7 @@ class ReleaseController:
         metrics.release.live("controller", outcome.number)
         if kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
-        log.info("release %d (%s) is live: %s", outcome.number, outcome.clip or "base", outcome)
+        log.info("release %d is live: %s", outcome.number, outcome)
         self._spawn(self._after(outcome))
 
     async def _after(self, outcome: Outcome) -> None:

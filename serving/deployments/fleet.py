@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from ops.errors import ReleaseError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.deployments.calls import Late, Unavailable
-from serving.deployments.protocol import Prepared
+from serving.deployments.protocol import NO_VLM, Prepared
+from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
 
 APP = "ratchet"
@@ -54,9 +55,11 @@ async def everywhere(handle: DeploymentHandle, method: str, *args: Any, timeout_
 class RayFleet:
     """Implements :class:`serving.deployments.protocol.Fleet`."""
 
-    def __init__(self, encoder: DeploymentHandle, catalog: DeploymentHandle) -> None:
+    def __init__(self, encoder: DeploymentHandle, catalog: DeploymentHandle, vlm: DeploymentHandle | None) -> None:
         self.encoder = encoder
         self.catalog = catalog
+        self.vlm = vlm
+        self._told: tuple[str | None, ...] = ()
         self._ingress: DeploymentHandle | None = None
 
     @property
@@ -66,9 +69,18 @@ class RayFleet:
             self._ingress = serve.get_deployment_handle(INGRESS, APP)
         return self._ingress
 
+    @property
+    def has_vlm(self) -> bool:
+        """Whether there are VLM replicas."""
+        return self.vlm is not None
+
     async def prepare(self, clip: str | None) -> list[Prepared]:
         """Phase one, on every encoder."""
         return await everywhere(self.encoder, "prepare", clip, timeout_seconds=PREPARE_SECONDS)
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        """Phase one, on every VLM replica."""
+        return await everywhere(self._vlm, "prepare", vlm, timeout_seconds=PREPARE_SECONDS)
 
     async def cover(self, stamp: Stamp, wait: bool) -> int:
         """Coverage of the image space. Raises ReleaseError."""
@@ -77,13 +89,22 @@ class RayFleet:
             raise ReleaseError(f"the catalog cannot be brought up to date: {rows}")
         return rows
 
-    async def announce(self, window: Sequence[Stamp]) -> int:
-        """The new window to every ingress, encoder and the catalog; returns how many replicas acknowledged."""
-        clips = [stamp.clip for stamp in window]
-        told = [(self.ingress, list(window)), (self.encoder, clips), (self.catalog, list(window))]
+    async def announce(self, resident: Resident) -> int:
+        """What is resident to every replica; returns how many acknowledged.
+
+        VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
+        """
+        told: list[tuple[DeploymentHandle, list[Any]]] = [
+            (self.ingress, list(resident.window)),
+            (self.encoder, list(resident.clips)),
+            (self.catalog, list(resident.indexed)),
+        ]
+        if self.vlm is not None and resident.vlms != self._told:
+            told.append((self.vlm, list(resident.vlms)))
         answers = await asyncio.gather(
             *(everywhere(handle, "adopt", what, timeout_seconds=ACKNOWLEDGE_SECONDS) for handle, what in told)
         )
+        self._told = resident.vlms
         return sum(len(answer) for answer in answers)
 
     async def in_flight(self) -> dict[int, int]:
@@ -94,10 +115,34 @@ class RayFleet:
                 total[number] = total.get(number, 0) + count
         return total
 
-    async def retire(self, keep: Sequence[Stamp]) -> None:
-        """Catalog first: while it reconciles a space it needs that space's adapter."""
-        await everywhere(self.catalog, "retire", list(keep), timeout_seconds=60.0)
-        await everywhere(self.encoder, "retire", [stamp.clip for stamp in keep], timeout_seconds=60.0)
+    async def retire(self, resident: Resident) -> None:
+        """Catalog before encoders: while it reconciles a space it needs that space's adapter."""
+        work = [self._retire_clip(resident)]
+        if self.vlm is not None:
+            work.append(self._retire_vlm(resident))
+        await asyncio.gather(*work)
+
+    async def vlm_status(self) -> list[dict[str, Any]]:
+        """What each VLM replica says of itself; none while all of them are starting."""
+        if self.vlm is None:
+            return []
+        try:
+            return await everywhere(self.vlm, "status", timeout_seconds=2.0)
+        except ReleaseError:
+            return []
+
+    async def _retire_clip(self, resident: Resident) -> None:
+        await everywhere(self.catalog, "retire", list(resident.indexed), timeout_seconds=60.0)
+        await everywhere(self.encoder, "retire", list(resident.clips), timeout_seconds=60.0)
+
+    async def _retire_vlm(self, resident: Resident) -> None:
+        await everywhere(self._vlm, "retire", list(resident.vlms), timeout_seconds=60.0)
+
+    @property
+    def _vlm(self) -> DeploymentHandle:
+        if self.vlm is None:
+            raise ReleaseError("no vision-language model is served here.", NO_VLM)
+        return self.vlm
 
 
 class CatalogCalls:

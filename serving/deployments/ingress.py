@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
-from ops.ledger import Ledger
+from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
@@ -20,12 +20,16 @@ from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
+from serving.deployments.targets import Adapters
+from serving.deployments.vlm_calls import VlmCalls
 from serving.deployments.window import LedgerWindow
-from serving.engines.base import load_base
+from serving.engines.base import base_directory, load_base
+from serving.engines.vlm.base import MODEL
 from serving.http.app import build_app
 from serving.http.auth import OperatorGate
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake
+from serving.http.token_texts import token_texts
 
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
@@ -37,17 +41,21 @@ class ControllerCalls:
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
 
-    async def release(self, clip: str | None, *, actor: str, reason: str, expected_live: int) -> Outcome:
-        """Release an adapter."""
+    async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Release adapters by family."""
         found: Outcome = outcome_of(
-            await self.handle.release.remote(clip, actor=actor, reason=reason, expected_live=expected_live)
+            await self.handle.release.remote(dict(adapters), actor=actor, reason=reason, expected_live=expected_live)
         )
         return found
 
-    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None) -> Outcome:
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome:
         """Release what was live before."""
         found: Outcome = outcome_of(
-            await self.handle.rollback.remote(actor=actor, reason=reason, expected_live=expected_live, to=to)
+            await self.handle.rollback.remote(
+                actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+            )
         )
         return found
 
@@ -70,7 +78,12 @@ class Ingress:
     """Told of releases by the controller; looks at the ledger itself as a safety net."""
 
     def __init__(
-        self, settings: Settings, encoder: DeploymentHandle, catalog: DeploymentHandle, controller: DeploymentHandle
+        self,
+        settings: Settings,
+        encoder: DeploymentHandle,
+        catalog: DeploymentHandle,
+        controller: DeploymentHandle,
+        vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
         self.settings = settings
@@ -90,6 +103,8 @@ class Ingress:
             operators=OperatorGate(settings.operator_key().get_secret_value()),
             ledger=self.ledger,
             refresh=self.refresh,
+            vlms=None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue),
+            token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -113,9 +128,9 @@ class Ingress:
     async def refresh(self) -> None:
         """Adopt what the ledger says."""
         live = self.admission.live
-        window = await self.window.read(newer_than=live.release if live else 0)
-        if window:
-            await self.adopt(window)
+        resident = await self.window.read(newer_than=live.release if live else 0)
+        if resident is not None:
+            await self.adopt(resident.window)
 
     async def _follow(self) -> None:
         while True:

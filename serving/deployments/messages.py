@@ -1,4 +1,4 @@
-"""What travels between ingress and encoders. Imports no model code, so that processes without a model stay small."""
+"""What travels between the ingress and the models. Imports no model code, so that processes without one stay small."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ class Answer:
     tokens: int = 0
     code: str = ""
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a VLM replica did not answer: an expected failure, which is a value. What is raised is a dead replica."""
+
+    code: Literal["late", "ask", "adapter"]
+    message: str
+    fix: str = ""
 
 
 def batch_cost(items: Sequence[Work]) -> int:

@@ -1,5 +1,8 @@
 """The release protocol: propose, prepare, commit, announce, retire. No Ray here.
 
+A release names a CLIP adapter and a VLM adapter. A proposal sets one of them or both; what it does not set stays what
+is live at the moment of the commit, and is neither prepared nor touched.
+
 What is live changes at one point only, the ledger row of ``commit``. Before it, nothing that clients see has changed,
 so a failure costs nothing; after it, every later step may be repeated by whoever comes next.
 """
@@ -8,22 +11,29 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
-from ops.ledger.rows import ProposalKind, ProposalRow, ReleaseRow
+from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
+from serving.deployments.resident import Resident, read_resident, stamped
 from serving.deployments.stamps import Stamp
+from serving.deployments.targets import Adapters, rollback_target, scope_of, sets
+
+NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One encoder replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter."""
+    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
+
+    The spaces are an encoder's; a VLM makes none.
+    """
 
     replica: str
-    clip: str | None
+    adapter: str | None
     image_space: str = ""
     text_space: str = ""
     error: str = ""
@@ -35,7 +45,9 @@ class Outcome:
 
     number: int
     clip: str | None
+    vlm: str | None
     kind: ProposalKind
+    family: Scope
     proposal: int | None
     prepare_seconds: float
     commit_seconds: float
@@ -45,20 +57,41 @@ class Outcome:
 class Fleet(Protocol):
     """The replicas, as the protocol needs them. Each call reaches every replica that runs at that moment."""
 
+    @property
+    def has_vlm(self) -> bool:
+        """Whether there are VLM replicas."""
+
     async def prepare(self, clip: str | None) -> list[Prepared]:
         """Every encoder loads the adapter beside what it serves, and runs golden inputs."""
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        """Every VLM replica does the same."""
 
     async def cover(self, stamp: Stamp, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
-    async def announce(self, window: Sequence[Stamp]) -> int:
-        """Tell every replica which releases are resident, newest first; returns how many acknowledged."""
+    async def announce(self, resident: Resident) -> int:
+        """Tell every replica what is resident; returns how many acknowledged."""
 
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""
 
-    async def retire(self, keep: Sequence[Stamp]) -> None:
-        """Unload what no kept release needs."""
+    async def retire(self, resident: Resident) -> None:
+        """Unload everything else."""
+
+
+class Postponed(Exception):
+    """A proposal gave way to a rollback of the other family; it waits for its turn again."""
+
+
+@dataclass
+class _Work:
+    """The proposal that is being prepared, and who stopped it."""
+
+    proposal: ProposalRow
+    task: asyncio.Task[None]
+    stopped_by: str = ""
+    stopped_for: Scope = "both"
 
 
 class ReleaseProtocol:
@@ -69,23 +102,22 @@ class ReleaseProtocol:
         self.fleet = fleet
         self.size = window
         self._turn = asyncio.Lock()
-        self._spaces: dict[str | None, Stamp] = {}
-        self._preparing: asyncio.Task[Stamp] | None = None
-        self._stopped_by = ""
+        self._spaces: dict[str | None, tuple[str, str]] = {}
+        self._work: _Work | None = None
 
     async def start(self) -> Outcome | None:
-        """Continue from the ledger: make release 1 (the base alone) if there is none, else announce what is live."""
+        """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live."""
         async with self._turn:
             if await asyncio.to_thread(self.ledger.live) is None:
                 waiting = await asyncio.to_thread(self.ledger.pending_proposals)
                 initial = [proposal for proposal in waiting if proposal.kind == "initial"]
-                proposal = (
-                    initial[0] if initial else await self._propose("initial", None, "ratchet", "first start", 0, None)
+                both: Adapters = {"clip": None, "vlm": None}
+                return await self._run(
+                    initial[0] if initial else await self._propose("initial", both, "ratchet", "first start", 0)
                 )
-                return await self._run(proposal)
-            window = await self.window()
-            await asyncio.gather(*(self.fleet.cover(stamp, wait=False) for stamp in window))
-            await self.fleet.announce(window)
+            resident = await self.resident()
+            await asyncio.gather(*(self.fleet.cover(stamp, wait=False) for stamp in resident.indexed))
+            await self._announce()
             return None
 
     async def step(self) -> Outcome | None:
@@ -95,50 +127,67 @@ class ReleaseProtocol:
             for proposal in await asyncio.to_thread(self.ledger.pending_proposals):
                 if proposal.kind == "update" and held is not None:
                     continue
-                return await self._run(proposal)
+                try:
+                    return await self._run(proposal)
+                except Postponed:
+                    return None
             return None
 
     async def release(
-        self, clip: str | None, *, actor: str, reason: str, expected_live: int, kind: ProposalKind = "release"
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, kind: ProposalKind = "release"
     ) -> Outcome:
-        """Release an adapter (None: the base alone) for an operator who decided when ``expected_live`` was live.
+        """Release adapters by family (None: the base alone) for an operator who decided when ``expected_live`` was
+        live. A family that is not named keeps what is live.
 
         Raises:
             ReleaseConflict: something else is live by now.
-            ReleaseError: the adapter cannot be served; what was live stays live.
+            ReleaseError: an adapter cannot be served; what was live stays live.
         """
+        if not adapters:
+            raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
         async with self._turn:
-            return await self._run(await self._propose(kind, clip, actor, reason, expected_live, None))
+            return await self._run(await self._propose(kind, adapters, actor, reason, expected_live))
 
-    async def rollback(self, *, actor: str, reason: str, expected_live: int, to: int | None = None) -> Outcome:
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None = None, family: Family | None = None
+    ) -> Outcome:
         """A new release with the adapters of an older one: number ``to``, or the newest that had another adapter.
+        With ``family`` only that family's adapter goes back.
 
-        It does not queue behind a proposal that is being prepared, which may take minutes: that one is stopped, and
-        fails. It was judged against what is being taken back.
+        It does not queue behind a proposal that is being prepared, which may take minutes: that one is stopped. It
+        fails, because it was judged against what is being taken back; an update of the other family waits instead.
 
         Raises:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
         """
-        rows = await asyncio.to_thread(self.ledger.releases, 1000)
-        target = _rollback_target(rows, to)
-        if self._preparing is not None:
-            self._stopped_by = f"{actor} rolled back while it was being prepared"
-            self._preparing.cancel()
-        return await self.release(target.clip, actor=actor, reason=reason, expected_live=expected_live, kind="rollback")
+        families: tuple[Family, ...] = ("clip", "vlm") if self.fleet.has_vlm else ("clip",)
+        target = await asyncio.to_thread(rollback_target, self.ledger, families if family is None else (family,), to)
+        if self._work is not None:
+            self._work.stopped_by = f"{actor} rolled back while it was being prepared"
+            self._work.stopped_for = scope_of(target)
+            self._work.task.cancel()
+        return await self.release(target, actor=actor, reason=reason, expected_live=expected_live, kind="rollback")
 
-    async def window(self) -> list[Stamp]:
-        """Stamps of the resident releases, newest first. Spaces come from the encoders and are remembered."""
-        rows = await asyncio.to_thread(self.ledger.releases, self.size)
-        return [replace(await self._stamp(row.clip), release=row.number) for row in rows]
+    async def resident(self) -> Resident:
+        """What stays loaded. Spaces come from the encoders and are remembered.
+
+        Raises:
+            ReleaseError: the live CLIP adapter cannot be served.
+        """
+        rows = await asyncio.to_thread(read_resident, self.ledger, self.size)
+        resident = await stamped(rows, self._known)
+        if rows.window and not resident.window:
+            await self._prepare(rows.window[0].clip)  # says why
+        return resident
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
         """Unload what left the window, once no request that was stamped with it is in flight."""
         deadline = time.monotonic() + patience_seconds
         while True:
             async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
-                keep = await self.window()
-                if not set(await self.fleet.in_flight()) - {stamp.release for stamp in keep}:
+                keep = await self.resident()
+                if not set(await self.fleet.in_flight()) - {stamp.release for stamp in keep.window}:
                     await self.fleet.retire(keep)
                     return
             if time.monotonic() > deadline:
@@ -146,17 +195,21 @@ class ReleaseProtocol:
             await asyncio.sleep(0.1)
 
     async def _propose(
-        self, kind: ProposalKind, clip: str | None, actor: str, reason: str, expected: int, update: str | None
+        self, kind: ProposalKind, adapters: Adapters, actor: str, reason: str, expected: int
     ) -> ProposalRow:
         return await asyncio.to_thread(
             lambda: self.ledger.propose(
-                kind, clip=clip, vlm=None, actor=actor, reason=reason, update_id=update, expected_live=expected
+                kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=actor,
+                reason=reason, expected_live=expected,
             )
-        )
+        )  # fmt: skip
 
     async def _run(self, proposal: ProposalRow) -> Outcome:
         try:
             return await self._carry_out(proposal)
+        except Postponed:
+            await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "pending")
+            raise
         except RatchetError as error:
             await self._fail(proposal, str(error))
             raise
@@ -179,80 +232,98 @@ class ReleaseProtocol:
                 f"release {number} is live, not {proposal.expected_live}: somebody released first.",
                 "Look at `ratchet releases list` and decide again.",
             )
+        if proposal.family == "vlm" and not self.fleet.has_vlm:
+            raise ReleaseError("no vision-language model is served here.", NO_VLM)
         await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "preparing")
-        await self._make_ready(proposal.clip, number + 1)
+        goal: Mapping[Family, str | None] = {
+            family: sets(proposal).get(family, live.adapter(family) if live else None) for family in ("clip", "vlm")
+        }
+        await self._make_ready(proposal, goal, live)
         prepared = time.perf_counter()
         await asyncio.to_thread(
             lambda: self.ledger.commit_release(
-                number + 1, clip=proposal.clip, vlm=proposal.vlm or (live.vlm if live else None),
-                actor=proposal.actor, reason=proposal.reason, proposal_id=proposal.id,
+                number + 1, clip=goal["clip"], vlm=goal["vlm"], actor=proposal.actor, reason=proposal.reason,
+                proposal_id=proposal.id,
             )
         )  # fmt: skip
         acknowledged = await self._announce()
         done = time.perf_counter()
         return Outcome(
-            number + 1, proposal.clip, proposal.kind, proposal.id, prepared - began, done - prepared, acknowledged
-        )
+            number + 1, goal["clip"], goal["vlm"], proposal.kind, proposal.family, proposal.id, prepared - began,
+            done - prepared, acknowledged,
+        )  # fmt: skip
 
-    async def _make_ready(self, clip: str | None, number: int) -> None:
-        """Encoders and catalog, in a task that a rollback may cancel."""
-
-        async def work() -> Stamp:
-            stamp = replace(await self._prepare(clip), release=number)
-            resident = {row.clip for row in await asyncio.to_thread(self.ledger.releases, self.size)}
-            # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
-            await self.fleet.cover(stamp, wait=clip not in resident)
-            return stamp
-
-        self._preparing = asyncio.get_running_loop().create_task(work())
+    async def _make_ready(
+        self, proposal: ProposalRow, goal: Mapping[Family, str | None], live: ReleaseRow | None
+    ) -> None:
+        """Both families at once, only what changes, in a task that a rollback may cancel."""
+        jobs: list[Coroutine[Any, Any, None]] = []
+        if live is None or goal["clip"] != live.clip:
+            jobs.append(self._ready_clip(goal["clip"], live.number + 1 if live else 1))
+        if self.fleet.has_vlm and (live is None or goal["vlm"] != live.vlm):
+            jobs.append(self._ready_vlm(goal["vlm"]))
+        work = _Work(proposal, asyncio.get_running_loop().create_task(_together(jobs)))
+        self._work = work
         try:
-            await self._preparing
+            await work.task
         except asyncio.CancelledError:
-            if not self._stopped_by:
-                self._preparing.cancel()
+            if not work.stopped_by:
+                work.task.cancel()
                 raise  # this process ends: the proposal stays, and is taken up at the next start
-            raise ReleaseConflict(f"{self._stopped_by}.", "Look at what is live, and propose again.") from None
+            if proposal.kind == "update" and {proposal.family, work.stopped_for} == {"clip", "vlm"}:
+                raise Postponed from None
+            raise ReleaseConflict(f"{work.stopped_by}.", "Look at what is live, and propose again.") from None
         finally:
-            self._preparing, self._stopped_by = None, ""
+            self._work = None
+
+    async def _ready_clip(self, clip: str | None, number: int) -> None:
+        image, text = await self._prepare(clip)
+        resident = await asyncio.to_thread(read_resident, self.ledger, self.size)
+        # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
+        await self.fleet.cover(Stamp(number, clip, image, text), wait=clip not in resident.clips)
+
+    async def _ready_vlm(self, vlm: str | None) -> None:
+        _check(await self.fleet.prepare_vlm(vlm), vlm, "the VLM base")
 
     async def _announce(self) -> int:
         """The release is committed: what goes wrong here is mended by every replica's own look at the ledger."""
         try:
-            return await self.fleet.announce(await self.window())
+            return await self.fleet.announce(await self.resident())
         except Exception:
             return 0
 
-    async def _prepare(self, clip: str | None) -> Stamp:
+    async def _prepare(self, clip: str | None) -> tuple[str, str]:
         answers = await self.fleet.prepare(clip)
-        for answer in answers:
-            if answer.error:
-                raise ReleaseError(f"{clip or 'the base'} cannot be served: {answer.error}")
+        _check(answers, clip, "the base")
         spaces = {(answer.image_space, answer.text_space) for answer in answers}
         if len(spaces) != 1:
             raise ReleaseError(
                 f"replicas disagree about the embedding spaces of {clip or 'the base'}: {sorted(spaces)}.",
                 "Run the same version and the same base on every node.",
             )
-        image, text = spaces.pop()
-        self._spaces[clip] = Stamp(0, clip, image, text)
+        self._spaces[clip] = spaces.pop()
         return self._spaces[clip]
 
-    async def _stamp(self, clip: str | None) -> Stamp:
-        found = self._spaces.get(clip)
-        return found if found is not None else await self._prepare(clip)
+    async def _known(self, clip: str | None) -> tuple[str, str] | None:
+        if clip in self._spaces:
+            return self._spaces[clip]
+        try:
+            return await self._prepare(clip)
+        except ReleaseError:
+            return None
 
 
-def _rollback_target(rows: Sequence[ReleaseRow], to: int | None) -> ReleaseRow:
-    if not rows:
-        raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
-    if to is not None:
-        for row in rows:
-            if row.number == to:
-                return row
-        raise ReleaseError(f"release {to} does not exist.", "See `ratchet releases list`.")
-    for row in rows[1:]:
-        if row.clip != rows[0].clip:
-            return row
-    raise ReleaseError(
-        f"no release before {rows[0].number} has another adapter.", "Name one with `to`, or release an adapter."
-    )
+def _check(answers: list[Prepared], adapter: str | None, base: str) -> None:
+    for answer in answers:
+        if answer.error:
+            raise ReleaseError(f"{adapter or base} cannot be served: {answer.error}")
+
+
+async def _together(jobs: list[Coroutine[Any, Any, None]]) -> None:
+    """All jobs at once; the first failure stops the others."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ops.ledger import Ledger
 from serving.deployments.protocol import Prepared
-from serving.deployments.stamps import Stamp
+from serving.deployments.resident import Resident, read_resident, stamped
 
 log = logging.getLogger("ratchet.window")
 
@@ -23,20 +23,19 @@ class LedgerWindow:
         self.size = size
         self._spaces: dict[str | None, tuple[str, str]] = {}
 
-    async def read(self, newer_than: int = 0) -> list[Stamp]:
-        """Stamps, newest first; none when nothing newer is live, or when the live adapter cannot be served."""
-        rows = await asyncio.to_thread(self.ledger.releases, self.size)
-        if not rows or rows[0].number <= newer_than:
-            return []
-        window: list[Stamp] = []
-        for row in rows:
-            if row.clip not in self._spaces:
-                prepared: Prepared = await self.encoder.prepare.remote(row.clip)
-                if prepared.error:
-                    log.error("release %d cannot be served: %s", row.number, prepared.error)
-                    if not window:
-                        return []
-                    continue
-                self._spaces[row.clip] = (prepared.image_space, prepared.text_space)
-            window.append(Stamp(row.number, row.clip, *self._spaces[row.clip]))
-        return window
+    async def read(self, newer_than: int = 0) -> Resident | None:
+        """What is resident; None when nothing newer is live, or when the live adapter cannot be served."""
+        rows = await asyncio.to_thread(read_resident, self.ledger, self.size)
+        if not rows.window or rows.window[0].number <= newer_than:
+            return None
+        found = await stamped(rows, self._spaces_of)
+        return found if found.window else None
+
+    async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
+        if clip not in self._spaces:
+            prepared: Prepared = await self.encoder.prepare.remote(clip)
+            if prepared.error:
+                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
+                return None
+            self._spaces[clip] = (prepared.image_space, prepared.text_space)
+        return self._spaces[clip]

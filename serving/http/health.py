@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ops import metrics
+from serving.deployments.stamps import Stamp
+from serving.deployments.vlm_calls import PROBE
 from serving.http.errors import answer
-from serving.http.gateway import gateway, stamp_headers
+from serving.http.gateway import Gateway, gateway, stamp_headers
 
 router = APIRouter(tags=["Health"])
 PROBE_SECONDS = 10.0
 
 
-@router.get("/health/live", summary="Runs a forward pass")
+@router.get("/health/live", summary="Runs a forward pass of every model")
 async def live(request: Request) -> JSONResponse:
-    """200 when a text went through an encoder under the live release; 503 otherwise."""
+    """200 when a text went through an encoder and a VLM under the live release; 503 otherwise."""
     at = gateway(request)
     began = time.perf_counter()
     with at.admission.admit() as stamp:
-        await at.encoders.encode("text", ["alive"], stamp, time.time() + PROBE_SECONDS)
+        await asyncio.gather(*_passes(at, stamp))
         return JSONResponse(
             {"status": "ok", "release": stamp.release, "seconds": round(time.perf_counter() - began, 4)},
             headers=stamp_headers(stamp),
@@ -32,7 +36,7 @@ async def live(request: Request) -> JSONResponse:
 
 @router.get("/health/ready", summary="Whether requests may be sent")
 async def ready(request: Request) -> JSONResponse:
-    """200 when a release is live, its adapter is resident and the catalog answers; 503 otherwise."""
+    """200 when a release is live, its adapters are resident and the catalog answers; 503 otherwise."""
     at = gateway(request)
     if at.admission.live is None:
         await at.refresh()
@@ -41,12 +45,19 @@ async def ready(request: Request) -> JSONResponse:
         return answer(503, "no release is live yet.", code="not_ready")
     try:
         async with asyncio.timeout(PROBE_SECONDS):
-            await asyncio.gather(
-                at.encoders.encode("text", ["ready"], stamp, time.time() + PROBE_SECONDS), at.index.status()
-            )
+            await asyncio.gather(*_passes(at, stamp), at.index.status())
     except TimeoutError:
-        return answer(503, "the encoders or the catalog do not answer.", code="not_ready")
+        return answer(503, "the models or the catalog do not answer.", code="not_ready")
     return JSONResponse({"status": "ready", "release": stamp.release}, headers=stamp_headers(stamp))
+
+
+def _passes(at: Gateway, stamp: Stamp) -> list[Coroutine[Any, Any, Any]]:
+    """One forward pass of each model; a failure is answered as that of any request."""
+    deadline = time.time() + PROBE_SECONDS
+    passes: list[Coroutine[Any, Any, Any]] = [at.encoders.encode("text", ["alive"], stamp, deadline)]
+    if at.vlms is not None:
+        passes.append(at.vlms.reply(PROBE, stamp, deadline))
+    return passes
 
 
 @router.get("/metrics", summary="Prometheus metrics of all serving processes", response_class=Response)

@@ -20,7 +20,7 @@ MAX_ROWS = 500
 
 @router.get("/v1/releases", summary="What was live, and is")
 async def releases(request: Request, limit: int = 50) -> JSONResponse:
-    """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number`."""
+    """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`."""
     at = gateway(request)
     if not 1 <= limit <= MAX_ROWS:
         raise ApiError(400, f"limit must be 1 to {MAX_ROWS}.", param="limit", code="invalid_value")
@@ -39,28 +39,35 @@ async def releases(request: Request, limit: int = 50) -> JSONResponse:
     return JSONResponse({"object": "list", "live": live.release if live else None, "data": data})
 
 
-@router.post("/admin/v1/releases", summary="Release an adapter", openapi_extra=json_schema(ReleaseRequest))
+@router.post("/admin/v1/releases", summary="Release adapters", openapi_extra=json_schema(ReleaseRequest))
 async def release(request: Request) -> JSONResponse:
-    """Prepares it on every replica and brings the catalog up to date; returns when every replica serves it."""
+    """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
     at = gateway(request)
     actor = at.operators.actor(request)
     expected = await _live_number(at)
     asked = await json_body(request, ReleaseRequest)
-    if asked.vlm is not None:
-        raise ApiError(400, "vlm: no vision-language model is served here.", param="vlm", code="no_vlm")
+    adapters = asked.adapters()
+    if "vlm" in adapters:
+        _needs_vlm(at, "vlm")
     given = expected if asked.expected_live is None else asked.expected_live
-    return _done(await at.operations.release(asked.clip, actor=actor, reason=asked.reason, expected_live=given))
+    return _done(await at.operations.release(adapters, actor=actor, reason=asked.reason, expected_live=given))
 
 
 @router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
 async def rollback(request: Request) -> JSONResponse:
-    """A new release with the adapters of an older one; under a second when that one is resident."""
+    """A new release with adapters of an older one; under a second when they are resident."""
     at = gateway(request)
     actor = at.operators.actor(request)
     expected = await _live_number(at)
     asked = await json_body(request, RollbackRequest)
     given = expected if asked.expected_live is None else asked.expected_live
-    return _done(await at.operations.rollback(actor=actor, reason=asked.reason, expected_live=given, to=asked.to))
+    if asked.family == "vlm":
+        _needs_vlm(at, "family")
+    return _done(
+        await at.operations.rollback(
+            actor=actor, reason=asked.reason, expected_live=given, to=asked.to, family=asked.family
+        )
+    )
 
 
 @router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
@@ -83,11 +90,16 @@ async def resume(request: Request) -> JSONResponse:
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
-    """Resident releases, requests in flight, coverage of the catalog, what is on hold."""
+    """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
     at = gateway(request)
     at.operators.actor(request)
     controller, catalog = await asyncio.gather(at.operations.status(), at.index.status())
     return JSONResponse({"controller": controller, "catalog": catalog})
+
+
+def _needs_vlm(at: Gateway, param: str) -> None:
+    if at.vlms is None:
+        raise ApiError(400, f"{param}: no vision-language model is served here.", param=param, code="no_vlm")
 
 
 async def _live_number(at: Gateway) -> int:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from ops.ledger.rows import Family
+from serving.deployments.stamps import BASE
+from serving.deployments.targets import Adapters
 
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -192,7 +196,7 @@ class ReleaseRequest(Body):
 
 
 class RollbackRequest(Body):
-    """Go back: to the newest release with another adapter, or to release `to`. `family`: only that adapter goes back."""
+    """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
 
     reason: Reason
     to: int | None = Field(None, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
 from serving.deployments.protocol import Outcome, Prepared, ReleaseProtocol
+from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
 
 
@@ -25,6 +26,11 @@ class PlainFleet:
     windows: list[list[int]] = field(default_factory=list)
     flight: dict[int, int] = field(default_factory=dict)
     kept: list[list[int]] = field(default_factory=list)
+    prepared: list[str | None] = field(default_factory=list)
+    prepared_vlm: list[str | None] = field(default_factory=list)
+    vlms: list[tuple[str | None, ...]] = field(default_factory=list)
+    indexed: list[list[int]] = field(default_factory=list)
+    has_vlm: bool = True
     deaf: bool = False
     stuck: str = ""
     gate: asyncio.Event | None = None
@@ -32,11 +38,18 @@ class PlainFleet:
     async def prepare(self, clip: str | None) -> list[Prepared]:
         if self.gate is not None:
             await self.gate.wait()
+        self.prepared.append(clip)
         error = self.broken.get(clip or "", "")
         return [
             Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
             for replica in (1, 2)
         ]
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.prepared_vlm.append(vlm)
+        return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
 
     async def cover(self, stamp: Stamp, wait: bool) -> int:
         self.covered.append((stamp.image_space, wait))
@@ -44,17 +57,19 @@ class PlainFleet:
             await asyncio.Event().wait()
         return 7
 
-    async def announce(self, window: Sequence[Stamp]) -> int:
+    async def announce(self, resident: Resident) -> int:
         if self.deaf:
             raise ReleaseError("nobody answers")
-        self.windows.append([stamp.release for stamp in window])
+        self.windows.append([stamp.release for stamp in resident.window])
+        self.indexed.append([stamp.release for stamp in resident.indexed])
+        self.vlms.append(resident.vlms)
         return 3
 
     async def in_flight(self) -> dict[int, int]:
         return dict(self.flight)
 
-    async def retire(self, keep: Sequence[Stamp]) -> None:
-        self.kept.append([stamp.release for stamp in keep])
+    async def retire(self, resident: Resident) -> None:
+        self.kept.append([stamp.release for stamp in resident.window])
 
 
 @pytest.fixture
@@ -81,7 +96,7 @@ async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
 async def release(protocol: ReleaseProtocol, clip: str | None) -> Outcome:
     live = protocol.ledger.live()
     assert live is not None
-    return await protocol.release(clip, actor="me", reason="test", expected_live=live.number)
+    return await protocol.release({"clip": clip}, actor="me", reason="test", expected_live=live.number)
 
 
 async def test_the_first_start_releases_the_base_alone(protocol: ReleaseProtocol, ledger: Ledger) -> None:
@@ -129,7 +144,7 @@ async def test_replicas_that_disagree_about_spaces_are_no_release(
 
 async def test_of_two_releases_at_once_the_second_conflicts(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     results = await asyncio.gather(
-        *(protocol.release(clip, actor=clip, reason="race", expected_live=1) for clip in ("a", "b")),
+        *(protocol.release({"clip": clip}, actor=clip, reason="race", expected_live=1) for clip in ("a", "b")),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Outcome, ReleaseConflict]
@@ -140,7 +155,7 @@ async def test_another_process_that_commits_in_between_wins(
     protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
 ) -> None:
     fleet.gate = asyncio.Event()
-    ours = asyncio.create_task(protocol.release("a", actor="me", reason="slow", expected_live=1))
+    ours = asyncio.create_task(protocol.release({"clip": "a"}, actor="me", reason="slow", expected_live=1))
     await asyncio.sleep(0.05)
     ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
     fleet.gate.set()
@@ -168,7 +183,7 @@ async def test_a_rollback_does_not_queue_behind_a_long_preparation(
 ) -> None:
     await release(protocol, "a")
     fleet.stuck = "i-b"
-    slow = asyncio.create_task(protocol.release("b", actor="you", reason="slow", expected_live=2))
+    slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=2))
     while ("i-b", True) not in fleet.covered:
         await asyncio.sleep(0.01)
     back = await asyncio.wait_for(protocol.rollback(actor="me", reason="bad", expected_live=2), 5)
@@ -183,7 +198,7 @@ async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
     protocol: ReleaseProtocol, fleet: PlainFleet
 ) -> None:
     fleet.gate = asyncio.Event()
-    slow = asyncio.create_task(protocol.release("b", actor="you", reason="slow", expected_live=1))
+    slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=1))
     await asyncio.sleep(0.05)
     retiring = asyncio.create_task(protocol.retire())
     await asyncio.sleep(0.05)

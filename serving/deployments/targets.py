@@ -1,0 +1,51 @@
+"""Which adapters a proposal sets, and what a rollback goes back to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ops.errors import LedgerError, ReleaseError
+from ops.ledger.ledger import Ledger
+from ops.ledger.rows import Family, ProposalRow, ReleaseRow, Scope
+
+Adapters = Mapping[Family, str | None]
+"""Adapters by family, None for the base alone. A family that is not there keeps what is live."""
+NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
+
+
+def scope_of(adapters: Adapters) -> Scope:
+    """The families of some adapters as the ledger writes them."""
+    return "both" if len(adapters) == 2 else next(iter(adapters))
+
+
+def sets(proposal: ProposalRow) -> Adapters:
+    """What a proposal sets."""
+    named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
+    return named if proposal.family == "both" else {proposal.family: named[proposal.family]}
+
+
+def rollback_target(ledger: Ledger, families: Sequence[Family], to: int | None) -> Adapters:
+    """Adapters of release ``to``, or of the newest one that had another adapter in one of the families.
+
+    Raises:
+        ReleaseError: there is none.
+    """
+    live = ledger.live()
+    if live is None:
+        raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
+    try:
+        found = _other(ledger, live, families) if to is None else ledger.release(to)
+    except LedgerError as error:
+        raise ReleaseError(error.message, error.fix) from None
+    return {family: found.adapter(family) for family in families}
+
+
+def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> ReleaseRow:
+    older = [ledger.before(family, live.adapter(family)) for family in families]
+    found = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
+    if found is None:
+        kind = "another" if len(families) > 1 else f"another {NAMES[families[0]]}"
+        raise ReleaseError(
+            f"no release before {live.number} has {kind} adapter.", "Name one with `to`, or release an adapter."
+        )
+    return found
