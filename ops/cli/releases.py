@@ -45,9 +45,7 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
     if open_or_failed:
         table = Table("proposal", "kind", "state", "sets", "who", "why", "error", title="Proposals not released")
         for row_ in open_or_failed:
-            table.add_row(
-                str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or ""
-            )
+            table.add_row(str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or "")
         Console().print(table)
     held = ledger.held()
     if held is not None:
@@ -159,6 +157,5 @@ def _tell(result: dict[str, Any]) -> None:
     seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
     typer.echo(
         f"release {result['number']} is live everywhere: clip {result.get('clip') or 'base'} "
-        f"vlm {result.get('vlm') or 'base'} "
-        + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
+        f"vlm {result.get('vlm') or 'base'} " + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
     )

@@ -134,8 +134,10 @@ class VlmLane:
     ) -> Answer | Refusal:
         began, outcome = time.perf_counter(), "gone"
         try:
+            if time.time() >= deadline:
+                raise TimeoutError
             with self._counted(adapter):
-                async with asyncio.timeout(max(0.0, deadline - time.time())):
+                async with asyncio.timeout(deadline - time.time()):
                     await self._ensure(adapter)
                     answer = await work()
             outcome = "ok"

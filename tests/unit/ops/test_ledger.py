@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from sqlalchemy import create_engine, text
 
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import Ledger
+from ops.ledger.database import alembic_config
 from ops.ledger.tables import Base
 
 
@@ -52,6 +54,40 @@ def _release(ledger: Ledger, number: int, clip: str | None = None) -> None:
 def test_the_migrations_make_exactly_the_tables_that_the_code_expects(ledger: Ledger) -> None:
     with ledger.database.engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_a_ledger_of_the_first_schema_keeps_its_rows_and_learns_what_each_proposal_set(url: str) -> None:
+    opened = Ledger.open(url)
+    with opened.database._writing.connect() as connection, connection.begin():
+        command.downgrade(alembic_config(connection), "0001")
+        row = "insert into proposals (kind, clip, vlm, actor, reason, state, created_at, updated_at) values"
+        for number, (kind, clip) in enumerate(
+            [("initial", None), ("update", "clip-a"), ("release", "clip-b"), ("rollback", "clip-a")], 1
+        ):
+            now = "2026-01-01 00:00:00"
+            values = {"id": number, "kind": kind, "clip": clip, "now": now}
+            connection.execute(text(f"{row} (:kind, :clip, null, 'x', 'y', 'committed', :now, :now)"), values)
+            release = "insert into releases (number, clip, actor, reason, proposal_id, created_at) values"
+            connection.execute(text(f"{release} (:id, :clip, 'x', 'y', :id, :now)"), values)
+    opened.close()
+    upgraded = Ledger.open(url)
+    found = [(row.kind, row.family, row.clip) for row in reversed(upgraded.proposals())]
+    assert found == [
+        ("initial", "both", None), ("update", "clip", "clip-a"), ("release", "clip", "clip-b"),
+        ("rollback", "both", "clip-a"),
+    ]  # fmt: skip
+    assert [row.proposal_id for row in upgraded.releases()] == [4, 3, 2, 1]
+    assert upgraded.propose("update", family="vlm", vlm="vlm-a", actor="u", reason="r").family == "vlm"
+    upgraded.close()
+
+
+def test_the_newest_release_with_another_adapter_is_found_per_family(ledger: Ledger) -> None:
+    pairs: list[tuple[str | None, str | None]] = [(None, None), ("a", None), ("a", "v"), ("b", "v"), ("b", "v")]
+    for number, (clip, vlm) in enumerate(pairs, 1):
+        ledger.commit_release(number, clip=clip, vlm=vlm, actor="t", reason="t", proposal_id=None)
+    found = [ledger.before("clip", "b"), ledger.before("vlm", "v"), ledger.before("clip", None)]
+    assert [row.number if row else None for row in found] == [3, 2, 5]
+    assert ledger.before("vlm", None) is not None
 
 
 def _open_together(url: str) -> list[BaseException]:

@@ -7,8 +7,8 @@ import pytest
 from serving.deployments.stamps import Admission, NotReady, Stamp, UnknownModel
 
 
-def stamp(release: int, clip: str | None = None) -> Stamp:
-    return Stamp(release, clip, f"i{release}", f"t{release}")
+def stamp(release: int, clip: str | None = None, vlm: str | None = None) -> Stamp:
+    return Stamp(release, clip, f"i{release}", f"t{release}", vlm)
 
 
 def test_before_the_first_release_nothing_is_admitted() -> None:
@@ -46,6 +46,23 @@ def test_an_unknown_model_is_told_what_is_resident() -> None:
     admission.adopt([stamp(4, "a"), stamp(3)])
     with pytest.raises(UnknownModel, match=r"clip, clip@4, clip@3, a, base"):
         admission.resolve("clip@1")
+
+
+@pytest.mark.parametrize(("model", "release"), [("vlm", 4), ("vlm@4", 4), ("vlm@3", 3), ("v", 4), ("base", 2)])
+def test_a_vlm_is_addressed_in_the_same_way(model: str, release: int) -> None:
+    admission = Admission()
+    admission.adopt([stamp(4, "a", "v"), stamp(3, "a", "v"), stamp(2)])
+    with admission.admit(model, "vlm") as found:
+        assert found.release == release
+        assert admission.in_flight() == {release: 1}
+
+
+@pytest.mark.parametrize("model", ["clip", "clip@4", "a", "vlm@2"])
+def test_a_name_of_the_other_family_is_unknown(model: str) -> None:
+    admission = Admission()
+    admission.adopt([stamp(4, "a", "v"), stamp(3, "a")])
+    with pytest.raises(UnknownModel, match=r"Resident are: vlm, vlm@4, vlm@3, v, base"):
+        admission.resolve(model, "vlm")
 
 
 def test_a_failed_request_is_not_counted_for_ever() -> None:

@@ -1,0 +1,93 @@
+"""A VLM engine in memory: it implements the protocol of engines, and answers with its adapter's name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from ops.errors import AdapterError
+from serving.engines.vlm.ask import Ask, AskError, EngineDead, Piece, Reply
+
+
+@dataclass
+class MemoryVlm:
+    """Holds at most ``most`` adapters. ``gate`` holds answers back; ``bad`` ones fail golden inputs."""
+
+    most: int = 4
+    kind: Literal["vllm", "transformers"] = "transformers"
+    base: Any = field(default_factory=lambda: SimpleNamespace(name="memory"))
+    names: set[str] = field(default_factory=set)
+    bad: set[str] = field(default_factory=set)
+    loads: list[str] = field(default_factory=list)
+    gate: asyncio.Event | None = None
+    dead: str = ""
+    inside: int = 0
+
+    async def start(self) -> None:
+        """Nothing to load."""
+
+    async def load(self, name: str, directory: Path) -> None:
+        if not (directory / "adapter_model.safetensors").is_file():
+            raise AdapterError(f"{directory} is no adapter directory.")
+        if len(self.names) >= self.most:
+            raise AdapterError(f"there is no room for {name}.")
+        await asyncio.sleep(0)
+        self.names.add(name)
+        self.loads.append(name)
+
+    async def unload(self, name: str) -> None:
+        await asyncio.sleep(0)
+        self.names.discard(name)
+
+    def resident(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    async def stream(self, ask: Ask, adapter: str | None) -> AsyncIterator[Piece]:
+        words = self._words(ask, adapter)
+        self.inside += 1
+        try:
+            for index, word in enumerate(words):
+                if self.gate is not None:
+                    await self.gate.wait()
+                if self.dead:
+                    raise EngineDead(self.dead)
+                last = index == len(words) - 1
+                yield Piece(word, (index,), (-0.5,), 7, index + 1, "stop" if last else "")
+        finally:
+            self.inside -= 1
+
+    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+        pieces = [piece async for piece in self.stream(ask, adapter)]
+        tokens = tuple(token for piece in pieces for token in piece.tokens)
+        return Reply("".join(piece.text for piece in pieces), tokens, (-0.5,) * len(tokens), 7, "stop")
+
+    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+        self._words(ask, adapter)
+        return [-float(len(choice)) for choice in choices]
+
+    async def golden(self, adapter: str | None) -> str:
+        if adapter in self.bad:
+            raise AdapterError(f"{adapter}: log-probabilities are not finite.")
+        return f"golden-{adapter}"
+
+    def running(self) -> int:
+        return self.inside
+
+    def trouble(self) -> str:
+        return self.dead
+
+    async def close(self) -> None:
+        self.dead = "closed"
+
+    def _words(self, ask: Ask, adapter: str | None) -> list[str]:
+        if self.dead:
+            raise EngineDead(self.dead)
+        if adapter is not None and adapter not in self.names:
+            raise AdapterError(f"{adapter} is not resident.")
+        if ask.max_tokens > 100:
+            raise AskError("too many tokens.", "Ask for fewer.")
+        return [adapter or "base", " ", "says", " ", "yes"]

@@ -1,0 +1,206 @@
+"""Releases of two models: each is released and taken back alone, and what is not named stays what is live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ReleaseConflict, ReleaseError
+from ops.ledger import Family, Ledger
+from serving.deployments.protocol import Outcome, ReleaseProtocol
+from tests.unit.serving.test_protocol import PlainFleet
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fleet() -> PlainFleet:
+    return PlainFleet()
+
+
+@pytest.fixture
+async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, fleet, window=2)
+    await made.start()
+    return made
+
+
+async def release(protocol: ReleaseProtocol, **adapters: str | None) -> Outcome:
+    live = protocol.ledger.live()
+    assert live is not None
+    named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
+    return await protocol.release(named, actor="me", reason="test", expected_live=live.number)
+
+
+async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
+    live = protocol.ledger.live()
+    assert live is not None
+    return await protocol.rollback(actor="me", reason="bad", expected_live=live.number, family=family, to=to)
+
+
+def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None]:
+    row = protocol.ledger.live()
+    assert row is not None
+    return row.number, row.clip, row.vlm
+
+
+async def test_the_first_start_prepares_both_bases(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
+    assert (fleet.prepared, fleet.prepared_vlm) == ([None], [None])
+    assert protocol.ledger.proposals(1)[0].family == "both"
+
+
+async def test_a_release_of_one_keeps_the_other_and_does_not_prepare_it(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, clip="a")
+    made = await release(protocol, vlm="v")
+    assert (made.clip, made.vlm, made.family) == ("a", "v", "vlm")
+    assert fleet.prepared == [None, "a"]
+    assert fleet.prepared_vlm == [None, "v"]
+
+
+async def test_a_release_of_a_vlm_adapter_leaves_the_catalog_alone(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    before = list(fleet.covered)
+    await release(protocol, vlm="v")
+    assert fleet.covered == before
+
+
+async def test_both_can_be_released_at_once(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a", vlm="v")
+    assert live(protocol) == (2, "a", "v")
+
+
+async def test_an_update_of_one_keeps_what_was_released_of_the_other_in_between(protocol: ReleaseProtocol) -> None:
+    protocol.ledger.propose("update", family="clip", clip="a", vlm="stale", actor="updater", reason="passed")
+    await release(protocol, vlm="v")
+    await protocol.step()
+    assert live(protocol) == (3, "a", "v")
+    protocol.ledger.propose("update", family="vlm", vlm="w", clip="stale", actor="updater", reason="passed")
+    await release(protocol, clip="b")
+    await protocol.step()
+    assert live(protocol) == (5, "b", "w")
+
+
+async def test_a_rollback_of_one_keeps_the_other(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, vlm="v")
+    await release(protocol, clip="b", vlm="w")
+    assert (await back(protocol, "vlm")).family == "vlm"
+    assert live(protocol) == (5, "b", "v")
+    await back(protocol, "clip")
+    assert live(protocol) == (6, "a", "v")
+    await back(protocol, "vlm", to=1)
+    assert live(protocol) == (7, "a", None)
+
+
+async def test_a_rollback_of_everything_goes_back_to_the_newest_other_pair(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, vlm="v")
+    await back(protocol)
+    assert live(protocol) == (4, "a", None)
+    await back(protocol, to=1)
+    assert live(protocol) == (5, None, None)
+
+
+async def test_a_rollback_of_a_family_that_never_changed_says_so(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    with pytest.raises(ReleaseError, match="no release before 2 has another VLM adapter"):
+        await back(protocol, "vlm")
+
+
+async def test_what_a_rollback_of_clip_goes_back_to_stays_indexed_behind_vlm_releases(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, clip="a")
+    for name in ("v", "w", "x"):
+        await release(protocol, vlm=name)
+    assert (fleet.windows[-1], fleet.indexed[-1]) == ([5, 4], [5, 4, 1])
+    await back(protocol, "clip")
+    assert live(protocol) == (6, None, "x")
+    assert fleet.covered[-1] == ("i-None", False)  # its index is complete: nobody waits for it
+
+
+async def test_vlm_replicas_keep_what_a_rollback_goes_back_to_and_never_more_than_the_window(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, vlm="v")
+    await release(protocol, vlm="w")
+    await release(protocol, clip="a")
+    await release(protocol, clip="b")
+    assert fleet.vlms[-1] == ("w", "v")
+    await release(protocol, vlm="x")
+    assert fleet.vlms[-1] == ("x", "w")
+
+
+@pytest.mark.parametrize("broken", ["a", "v"])
+async def test_when_one_of_two_cannot_be_served_neither_goes_live(
+    protocol: ReleaseProtocol, fleet: PlainFleet, broken: str
+) -> None:
+    fleet.broken[broken] = "its golden answers are not finite"
+    with pytest.raises(ReleaseError, match=f"{broken} cannot be served: its golden answers"):
+        await release(protocol, clip="a", vlm="v")
+    assert live(protocol) == (1, None, None)
+    assert fleet.windows == [[1]]
+
+
+async def test_of_two_operators_of_different_families_the_second_conflicts(protocol: ReleaseProtocol) -> None:
+    results = await asyncio.gather(
+        protocol.release({"clip": "a"}, actor="ann", reason="race", expected_live=1),
+        protocol.release({"vlm": "v"}, actor="bob", reason="race", expected_live=1),
+        return_exceptions=True,
+    )
+    assert [type(result) for result in results] == [Outcome, ReleaseConflict]
+    assert live(protocol) == (2, "a", None)
+
+
+async def test_an_update_waits_while_the_other_family_is_rolled_back(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, vlm="v")
+    fleet.stuck = "i-a"
+    proposal = protocol.ledger.propose("update", family="clip", clip="a", actor="updater", reason="passed")
+    stepping = asyncio.create_task(protocol.step())
+    while ("i-a", True) not in fleet.covered:
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(back(protocol, "vlm"), 5)
+    assert await stepping is None
+    assert live(protocol) == (3, None, None)
+    assert protocol.ledger.proposal(proposal.id).state == "pending"
+    fleet.stuck = ""
+    await protocol.step()
+    assert live(protocol) == (4, "a", None)
+
+
+async def test_an_update_judged_against_what_is_taken_back_fails(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
+    await release(protocol, clip="a")
+    fleet.stuck = "i-b"
+    proposal = protocol.ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
+    stepping = asyncio.create_task(protocol.step())
+    while ("i-b", True) not in fleet.covered:
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(back(protocol, "clip"), 5)
+    with pytest.raises(ReleaseConflict, match="me rolled back"):
+        await stepping
+    assert protocol.ledger.proposal(proposal.id).state == "failed"
+
+
+async def test_without_vlm_replicas_only_clip_is_released(ledger: Ledger) -> None:
+    fleet = PlainFleet(has_vlm=False)
+    protocol = ReleaseProtocol(ledger, fleet, window=2)
+    await protocol.start()
+    await release(protocol, clip="a")
+    with pytest.raises(ReleaseError, match="no vision-language model is served"):
+        await release(protocol, vlm="v")
+    await back(protocol)
+    assert live(protocol) == (3, None, None)
+    assert fleet.prepared_vlm == []
