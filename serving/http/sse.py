@@ -26,9 +26,12 @@ GRACE_SECONDS = 2.0
 later."""
 
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+
+
 def dumps(value: Any) -> str:
     """JSON on one line, in ASCII."""
-    return json.dumps(value, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def event(data: str, name: str = "") -> bytes:

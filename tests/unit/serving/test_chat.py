@@ -214,11 +214,15 @@ async def test_a_client_that_hangs_up_before_the_first_piece_aborts_the_request(
     assert visitor.sent[0]["status"] == 499
 
 
-async def test_a_server_that_cancels_a_request_aborts_it_and_is_obeyed() -> None:
+@pytest.mark.parametrize("gone", [False, True])
+async def test_a_server_that_cancels_a_request_aborts_it_and_is_obeyed(gone: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     at = gateway(vlms)
-    task = Visitor(app_of(at), URL, json.dumps({"messages": about_image()}).encode()).start()
+    visitor = Visitor(app_of(at), URL, json.dumps({"messages": about_image()}).encode())
+    task = visitor.start()
     await vlms.waiting.wait()
+    if gone:  # Ray tells of a client that left, and cancels at the same time
+        visitor.gone.set()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

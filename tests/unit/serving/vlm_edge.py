@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -40,6 +40,7 @@ class ScriptedVlms:
     asked: list[tuple[Ask, Stamp]] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     closed: int = 0
+    when_closed: Callable[[], object] = lambda: None
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
@@ -55,6 +56,7 @@ class ScriptedVlms:
                 yield Piece(word, (index,), (-0.5 * index,), 7, index + 1, self.finish if last else "")
         finally:
             self.closed += 1
+            self.when_closed()
 
     async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
         pieces = [piece async for piece in self.stream(ask, stamp, deadline)]
