@@ -12,8 +12,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from serving.engines.base import ClipBase
-from updater.objectives import Features
-from updater.pools import Pair, Pools
+from serving.engines.vlm.base import VlmBase
+from updater.adapters import Delta
+from updater.families.vlm.learner import VlmLearner
+from updater.objectives import Answers, Features
+from updater.objectives.token_distillation import summarise
+from updater.pools import Pair, Pools, Question
 from updater.recipes import Part, Recipe, load_recipe
 from updater.train import Limits, TrainResult, train
 
@@ -53,7 +57,7 @@ def recipe(name: str = "default", **changes: Any) -> Recipe:
     return Recipe.parse({**values, **small, **changes})
 
 
-def run(base: ClipBase, folder: Path, **options: Any) -> TrainResult:
+def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
     """Train into ``folder`` with small defaults."""
     given: dict[str, Any] = {
         "recipe": recipe(), "pools": pools(), "incumbent": None, "seed": 3, "limits": LIMITS,
@@ -77,3 +81,49 @@ def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, se
         part=tuple(parts or ["new"] * len(captions)),
         scale=7.0,
     )
+
+
+def questions(tag: str, count: int) -> tuple[Question, ...]:
+    """Questions of three lengths, with answers that repeat every six."""
+    return tuple(
+        Question(
+            f"{tag}-{i}",
+            f"which colour has the {tag}?" + " look again!" * (i % 3),
+            COLOURS[i % 6],
+            lambda i=i: picture(hash_of(tag) + i),
+        )
+        for i in range(count)
+    )
+
+
+def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools:
+    """Three pools of questions."""
+    return Pools(questions("car", new), questions("house", reference), questions("tree", replay))
+
+
+def learner_of(base: VlmBase, pools: Pools, start: Delta | None = None, **changes: Any) -> VlmLearner:
+    """A learner of the default recipe over all examples of the pools, prepared."""
+    learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
+    parts: tuple[Part, ...] = ("new", "reference", "replay")
+    learner.prepare(
+        [example for part in parts for example in pools.of(part)],  # type: ignore[misc]
+        [part for part in parts for _ in pools.of(part)],
+    )
+    return learner
+
+
+def answers(
+    lengths: list[int], vocabulary: int = 7, k: int = 7, parts: list[Part] | None = None, seed: int = 0
+) -> tuple[Answers, torch.Tensor]:
+    """Random student logits with gradients over answers of these lengths, and the logits of another teacher."""
+    made = torch.Generator().manual_seed(seed)
+    tokens = sum(lengths)
+    student, teacher = (2 * torch.randn(tokens, vocabulary, generator=made) for _ in range(2))
+    batch = Answers(
+        part=tuple(parts or ["new"] * len(lengths)),
+        logits=student.requires_grad_(),
+        target=torch.randint(vocabulary, (tokens,), generator=made),
+        row=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        teachers={"base": summarise(teacher, k)},
+    )
+    return batch, teacher

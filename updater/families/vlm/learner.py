@@ -39,7 +39,7 @@ class VlmLearner(Learner[Question]):
         plain = base.build_model()
         trained = trained_modules(base, plain, recipe)
         super().__init__(base, recipe, LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device))
-        self.reader = Reader(base, plain)
+        self.reader = Reader(base)
         self.adapted_eyes = sees(base, self.model.base_names)
         inner = cast(Any, self.model.model).base_model
         takes_features = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
@@ -130,7 +130,7 @@ class VlmLearner(Learner[Question]):
         """Before each answer token of all sequences: logits [t, vocabulary], the token [t], and its sequence [t]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
-        batch = _to(pad(sequences, self.reader.ends[0], length), device)
+        batch = _to(pad(sequences, length), device)
         hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
         row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)]).to(device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from serving.engines.vlm.ask import Ask, AskError, question
+from serving.engines.vlm.ask import AskError, question
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.prompts import conversation, inputs, render
+from serving.engines.vlm.prompts import answer_tokens, inputs, render
 from streams.images import decode_image
 from updater.pools import Question
 
@@ -53,23 +52,19 @@ class Read:
 
 
 class Reader:
-    """The processor of a base, and the tokens that end its answers."""
+    """The processor of a base."""
 
-    def __init__(self, base: VlmBase, model: nn.Module) -> None:
+    def __init__(self, base: VlmBase) -> None:
         self.processor = base.processor()
-        ends: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        if ends is None:
-            ends = self.processor.tokenizer.eos_token_id
-        self.ends: list[int] = list(ends) if isinstance(ends, list | tuple) else [int(ends)]
 
     def takes(self, example: Question) -> bool:
         """Whether a question can be asked at all, and is not too long with its answer."""
-        blank = question(np.zeros((1, 1, 3), np.uint8), example.question)
         try:
-            prompt = self.processor.tokenizer(render(self.processor, blank))["input_ids"]
-            return len(prompt) + len(self.answer(blank, example.answer)) <= LONGEST
+            prompt = render(self.processor, question(np.zeros((1, 1, 3), np.uint8), example.question))
         except AskError:
             return False
+        answer = answer_tokens(self.processor, example.answer)
+        return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer) <= LONGEST
 
     def read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
         """Tokens and pixels of a chunk of examples, from their encoded images."""
@@ -82,32 +77,23 @@ class Reader:
         shape = batch["input_ids"].shape
         tokenwise = [key for key, value in batch.items() if value.shape == shape]
         sequences = []
-        for row, (ask, each) in enumerate(zip(asks, examples, strict=True)):
-            answer = torch.tensor(self.answer(ask, each.answer))
+        for row, each in enumerate(examples):
+            answer = torch.tensor(answer_tokens(self.processor, each.answer))
             own = {key: torch.cat([batch[key][row][mask[row]], torch.zeros_like(answer)]) for key in tokenwise}
             own["input_ids"][-len(answer) :] = answer
             sequences.append(Tokens(own, len(answer)))
         return Read(sequences, {key: value for key, value in batch.items() if key not in tokenwise})
 
-    def answer(self, ask: Ask, answer: str) -> list[int]:
-        """Ids of an answer as the chat template writes it behind the prompt, up to and with its end token."""
-        prompt = render(self.processor, ask)
-        turns = [*conversation(ask), {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        whole = str(self.processor.apply_chat_template(turns, tokenize=False))
-        text = whole.removeprefix(prompt) if whole.startswith(prompt) else answer
-        ids: list[int] = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = next((place for place, token in enumerate(ids) if token in self.ends), None)
-        return [*ids, self.ends[0]] if end is None else ids[: end + 1]
 
-
-def pad(sequences: Sequence[Tokens], padding: int, length: int = 0) -> dict[str, Tensor]:
+def pad(sequences: Sequence[Tokens], length: int = 0) -> dict[str, Tensor]:
     """One batch [n, tokens], padded behind: a token sees only what is before it, so that padding changes nothing."""
     longest = max(length, *(len(each) for each in sequences))
     batch: dict[str, Tensor] = {}
     for key, first in sequences[0].inputs.items():
-        fill = padding if key == "input_ids" else 0
-        batch[key] = torch.full((len(sequences), longest), fill, dtype=first.dtype)
+        batch[key] = torch.zeros(len(sequences), longest, dtype=first.dtype)
         for row, each in enumerate(sequences):
+            # Filled with its own last token, which is in every vocabulary and stands for no image.
+            batch[key][row] = each.inputs[key][-1]
             batch[key][row, : len(each)] = each.inputs[key]
     lengths = torch.tensor([len(each) for each in sequences])
     batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()

@@ -1,0 +1,105 @@
+"""The terms of a VLM's loss against slow, plain references written with loops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ops.errors import ConfigError
+from tests.unit.updater.builders import answers, batch
+from updater import objectives
+from updater.objectives.answer_likelihood import AnswerLikelihood
+from updater.objectives.token_distillation import TokenDistillation, divergence, summarise
+from updater.recipes import Part, Term
+
+LENGTHS = [2, 1, 4]
+
+
+def _probabilities(logits: list[float]) -> list[float]:
+    whole = sum(math.exp(value) for value in logits)
+    return [math.exp(value) / whole for value in logits]
+
+
+def _row_means(values: list[float], lengths: list[int]) -> float:
+    means, start = [], 0
+    for length in lengths:
+        means.append(sum(values[start : start + length]) / length)
+        start += length
+    return sum(means) / len(means)
+
+
+def _plain_kl(teacher: list[float], student: list[float], k: int) -> float:
+    """Over the teacher's k most probable tokens, and over all others as one outcome."""
+    p, q = _probabilities(teacher), _probabilities(student)
+    order = sorted(range(len(p)), key=lambda token: -p[token])
+    pairs = [(p[token], q[token]) for token in order[:k]]
+    if k < len(p):
+        pairs.append((sum(p[token] for token in order[k:]), sum(q[token] for token in order[k:])))
+    return sum(a * math.log(a / b) for a, b in pairs)
+
+
+def test_likelihood_equals_the_plain_sum_and_long_answers_count_as_much_as_short_ones() -> None:
+    made, _ = answers(LENGTHS)
+    each = [
+        -math.log(_probabilities(row)[int(token)]) for row, token in zip(made.logits.tolist(), made.target, strict=True)
+    ]
+    assert float(AnswerLikelihood()(made)) == pytest.approx(_row_means(each, LENGTHS), rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 6, 7, 50])
+def test_distillation_equals_the_plain_sum_over_kept_tokens_and_the_rest(k: int) -> None:
+    made, teacher = answers(LENGTHS, k=k)
+    each = [_plain_kl(a, b, k) for a, b in zip(teacher.tolist(), made.logits.tolist(), strict=True)]
+    assert float(TokenDistillation()(made)) == pytest.approx(_row_means(each, LENGTHS), rel=1e-4)
+
+
+def test_with_every_token_kept_it_is_the_whole_divergence_and_with_fewer_a_lower_bound() -> None:
+    made, teacher = answers(LENGTHS)
+    whole = (teacher.softmax(1) * (teacher.log_softmax(1) - made.logits.log_softmax(1))).sum(1)
+    assert torch.allclose(divergence(summarise(teacher, 7), made.logits), whole, atol=1e-5)
+    for k in (1, 3, 6):
+        some = divergence(summarise(teacher, k), made.logits)
+        assert bool((some <= whole + 1e-6).all()) and bool((some >= 0).all())
+
+
+@pytest.mark.parametrize("k", [2, 7])
+def test_a_student_that_says_what_the_teacher_says_feels_nothing(k: int) -> None:
+    made, _ = answers(LENGTHS)
+    student = made.logits.detach().requires_grad_()
+    loss = divergence(summarise(student.detach(), k), student).mean()
+    loss.backward()
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+    assert student.grad is not None and float(student.grad.abs().max()) < 1e-6
+
+
+def test_terms_see_only_the_rows_of_their_parts() -> None:
+    parts: list[Part] = ["new", "reference", "replay"]
+    made, teacher = answers(LENGTHS, parts=parts)
+    terms = [
+        Term(name="answer_likelihood", weight=2.0, over=("new",)),
+        Term(name="token_distillation", weight=3.0, over=("reference", "replay")),
+    ]
+    loss, alone = objectives.total(objectives.build(terms, "vlm"), made)
+    new = -made.logits.log_softmax(1)[torch.arange(2), made.target[:2]].mean()
+    kl = divergence(summarise(teacher, 7), made.logits)
+    held = (kl[2] + kl[3:].mean()) / 2
+    assert float(alone["answer_likelihood"]) == pytest.approx(float(new), rel=1e-5)
+    assert float(loss) == pytest.approx(2 * float(new) + 3 * float(held), rel=1e-5)
+    loss.backward()
+    assert made.logits.grad is not None
+    assert bool((made.logits.grad.abs().sum(dim=1) > 0).all())
+
+
+def test_an_objective_of_the_other_family_or_an_unknown_teacher_is_refused() -> None:
+    for family, name in (("clip", "answer_likelihood"), ("vlm", "contrastive")):
+        with pytest.raises(ConfigError, match=f"no objective '{name}' for a {family.upper()}"):
+            objectives.build([Term(name=name)], family)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="teacher is 'nobody'"):
+        objectives.build([Term(name="token_distillation", options={"teacher": "nobody"})], "vlm")
+
+
+def test_a_whole_batch_is_selected_as_it_is() -> None:
+    made = batch([0, 1])
+    assert made.select([0, 1]) is made
