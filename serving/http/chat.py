@@ -20,6 +20,8 @@ from serving.http.presence import attended
 from serving.http.sse import EventStream
 
 router = APIRouter(tags=["OpenAI compatible"])
+SEEDS = 2**63
+"""Engines take seeds from 0 on; OpenAI's are of any sign."""
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -55,7 +57,8 @@ async def chat_completions(request: Request) -> Response:
             pictures = await at.intake.pictures(images) if images else ()
             ask = Ask(
                 messages, pictures, max_tokens, asked.temperature or 0.0,
-                1.0 if asked.top_p is None else asked.top_p, asked.seed, asked.stops,
+                1.0 if asked.top_p is None else asked.top_p,
+                None if asked.seed is None else asked.seed % SEEDS, asked.stops,
             )  # fmt: skip
             if not asked.stream:
                 answer = Answered(stamp, text_of).whole(await vlms.reply(ask, stamp, deadline))

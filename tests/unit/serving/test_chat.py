@@ -61,7 +61,7 @@ async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
     )  # fmt: skip
     assert [image.shape for image in ask.images] == [(4, 6, 3), (5, 3, 3)]
     assert (ask.images[0] == np.array([200, 30, 30], np.uint8)).all()
-    assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (9, 0.5, 0.9, -4, (".",))
+    assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (9, 0.5, 0.9, 2**63 - 4, (".",))
     assert stamp.vlm == "vlm-b"
 
 
