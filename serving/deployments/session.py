@@ -26,6 +26,7 @@ from serving.deployments import loopback
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
 """Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
 MAX_TEMPORARY_CHARS = 12
+ENGINE_TITLE = b"VLLM::"
 
 
 def session_directory(settings: Settings) -> Path:
@@ -126,8 +127,8 @@ def lock(folder: Path) -> int:
 
 
 def end_leftovers(folder: Path) -> None:
-    """End what a killed Ratchet of the same home left: it holds the port. Only Ray's and HAProxy's processes whose
-    command or environment names this session's folder.
+    """End what a killed Ratchet of the same home left: it holds the port, and a VLM engine gigabytes. Only processes of
+    Ray, HAProxy and vLLM that belong to this session's folder.
     """
     mark = str(folder).encode()
     left = [pid for pid in _pids() if pid != os.getpid() and _is_ours(pid, mark)]
@@ -147,9 +148,24 @@ def _is_ours(pid: int, mark: bytes) -> bool:
     process = Path(f"/proc/{pid}")
     try:
         command = (process / "cmdline").read_bytes()
-        if not (command.startswith(b"ray::") or b"/ray/" in command or b"haproxy" in command):
-            return False
+        if not any(part in command for part in (b"ray::", b"/ray/", b"haproxy", b"multiprocessing")):
+            return is_engine(pid, mark)
         return mark in command or mark in (process / "environ").read_bytes()
+    except OSError:
+        return False
+
+
+def is_engine(pid: int, mark: bytes) -> bool:
+    """Whether this is a process of vLLM that a replica of this session started.
+
+    vLLM writes its title over command and environment; what still tells is the log file of the replica, which it
+    inherited as its output.
+    """
+    process = Path(f"/proc/{pid}")
+    try:
+        if not (process / "cmdline").read_bytes().startswith(ENGINE_TITLE):
+            return False
+        return any(mark in bytes(entry.readlink()) for entry in (process / "fd").iterdir())
     except OSError:
         return False
 

@@ -20,19 +20,22 @@ from benchmarks.expected import ExpectedVectors
 from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
 from ops.artifacts import Artifacts
-from ops.ledger import Ledger
+from ops.ledger import Family, Ledger
 from ops.settings import Settings, load_settings
 from serving.client import Client
-from serving.deployments.session import session_directory
+from serving.deployments.session import is_engine, session_directory
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.vlm.base import VlmBase
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")
+QUESTIONS = ("what is this?", "is there a red car?")
 QUEUE = 48
 
 
@@ -51,19 +54,24 @@ class House:
     base: ClipBase
     config: Path
     process: subprocess.Popen[bytes] | None = None
+    vlm: VlmBase | None = None
     images: list[bytes] = field(default_factory=lambda: pictures(6))
     _seeds: int = 100
 
     @classmethod
-    def make(cls, home: Path, **serve: Any) -> House:
-        """A home with a tiny base; nothing runs yet."""
+    def make(cls, home: Path, vlm_engine: str = "", **serve: Any) -> House:
+        """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty."""
         home.mkdir(parents=True, exist_ok=True)
         base = tiny_base(home)
+        vlm = tiny_vlm_base(home) if vlm_engine else None
+        if vlm is not None:
+            serve = {"vlm_engine": vlm_engine, "vlm_max_rank": 8, "vlm_memory_gib": 0.25} | serve
+        bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
         config = home / "ratchet.yaml"
         bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
                   "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
-        config.write_text(yaml.safe_dump({"home": str(home), "base": {"clip": "tiny"}, "serve": bounds | serve}))
-        return cls(load_settings(config, environ={}), base, config)
+        config.write_text(yaml.safe_dump({"home": str(home), "base": bases, "serve": bounds | serve}))
+        return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
     @property
     def url(self) -> str:
@@ -113,7 +121,11 @@ class House:
                 environ = (entry / "environ").read_bytes()
             except OSError:
                 continue
-            ours = mark in command or (mark in environ and command.startswith(b"ray::"))
+            ours = (
+                mark in command
+                or (mark in environ and command.startswith(b"ray::"))
+                or is_engine(int(entry.name), mark)
+            )
             if ours and (not names or any(name.encode() in command for name in names)):
                 found.append(int(entry.name))
         return found
@@ -140,17 +152,35 @@ class House:
         )
         return name
 
-    def propose_update(self, name: str) -> None:
+    def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
+        """A new random VLM adapter, stored and in the ledger."""
+        assert self.vlm is not None
+        self._seeds += 1
+        folder = self.settings.home / "made" / str(self._seeds)
+        return self.keep_vlm(tiny_vlm_adapter(self.vlm, folder, self._seeds, scale, parts), folder)
+
+    def keep_vlm(self, name: str, folder: Path) -> str:
+        """Store a VLM adapter and write it into the ledger."""
+        assert self.vlm is not None
+        Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
+        self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})
+        return name
+
+    def propose_update(self, name: str, family: Family = "clip") -> None:
         """What the updater writes after a passed verdict."""
         ledger, update = self.ledger, f"update-{name}"
         ledger.begin_update(
-            update, family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
         )
-        ledger.propose("update", clip=name, vlm=None, actor="updater", reason="gate passed", update_id=update)
+        ledger.propose(
+            "update", family=family, clip=name if family == "clip" else None, vlm=name if family == "vlm" else None,
+            actor="updater", reason="gate passed", update_id=update,
+        )  # fmt: skip
 
     def traffic(self, rate: float = 30.0) -> Traffic:
-        """A checked load."""
-        return Traffic(self.url, images=self.images, texts=TEXTS, settings=self.settings, rate=rate)
+        """A checked load; every third request asks the VLM, where there is one."""
+        asked = [(image, text) for image in self.images for text in QUESTIONS] if self.vlm is not None else []
+        return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate)
 
     def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
         """Vectors that a server must answer under an adapter: images first, then texts."""

@@ -1,0 +1,228 @@
+"""A VLM beside the CLIP: releases under a mixed load, adapters that are refused, engines that die, clients that go."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ops.artifacts import Artifacts
+from serving.client import ServerError, data_uri
+from serving.engines.adapters import write_adapter
+from tests.integration.serving.house import House
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+ENGINES = ("vllm", "transformers")
+SWAPS = 20
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    house = House.make(tmp_path_factory.mktemp("vlm-house"), vlm_engine=request.param)
+    house.add_samples(8)
+    try:
+        house.start()
+        yield house
+    finally:
+        house.stop()
+
+
+@pytest.fixture
+def house(shared: House) -> House:
+    """The shared server, started again if a test before ended it."""
+    if shared.process is None or shared.process.poll() is not None:
+        shared.start()
+    return shared
+
+
+def replica(house: House) -> dict[str, Any]:
+    """What the VLM replica says of itself."""
+    with house.client() as client:
+        found: dict[str, Any] = client.status()["controller"]["vlm"][0]
+        return found
+
+
+def until(condition: Any, house: House, seconds: float = 60.0) -> None:
+    """Wait for a condition; shows the server's log when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, house.log()
+        time.sleep(0.1)
+
+
+def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(house: House) -> None:
+    names = [house.vlm_adapter() for _ in range(5)]
+    clips = [house.adapter() for _ in range(2)]
+    made = []
+    with house.client() as client, house.traffic(rate=12) as traffic:
+        traffic.wait_for(12)
+        for count in range(SWAPS):
+            if count % 5 == 4:
+                made.append(client.rollback("back", family="vlm"))
+            else:
+                made.append(client.release(vlm=names[count % len(names)], reason="swap"))
+            if count in (6, 13):
+                client.release(clips[count % 2], reason="CLIP in between")
+            time.sleep(0.4)
+        traffic.wait_for(150)
+    report = traffic.report()
+    assert report.failed == 0, report.problems
+    assert report.mixed == 0, report.problems
+    answered = {sample.release for sample in report.samples if sample.family == "vlm"}
+    assert len(answered) >= SWAPS // 2
+    rolled = [outcome for outcome in made if outcome["kind"] == "rollback"]
+    for outcome in rolled:
+        assert outcome["prepare_seconds"] + outcome["commit_seconds"] < 1.0  # promised to operators
+    assert len(replica(house)["resident"]) <= house.settings.serve.rollback_window + 1
+
+
+def test_a_release_of_one_keeps_the_other_and_so_does_a_rollback(house: House) -> None:
+    clip, vlm = house.adapter(), house.vlm_adapter()
+    with house.client() as client:
+        client.release(house.adapter(), reason="before", vlm=house.vlm_adapter())
+        client.release(clip, reason="CLIP alone")
+        spaces = client.status()["catalog"]["spaces"].keys()
+        outcome = client.release(vlm=vlm, reason="VLM alone")
+        assert (outcome["clip"], outcome["vlm"], outcome["family"]) == (clip, vlm, "vlm")
+        assert client.status()["catalog"]["spaces"].keys() <= spaces  # no image space was made for it
+        back = client.rollback("CLIP alone", family="clip")
+        assert back["vlm"] == vlm
+        assert back["clip"] != clip
+        again = client.rollback("VLM alone", family="vlm")
+        assert again["clip"] == back["clip"]
+        assert again["vlm"] not in (vlm, None)
+        assert client.search("cat", k=8), "the index of the CLIP adapter that came back is complete"
+
+
+def test_an_update_of_the_vlm_is_released_when_it_is_proposed(house: House) -> None:
+    vlm = house.vlm_adapter()
+    before = house.ledger.live()
+    house.propose_update(vlm, "vlm")
+    until(lambda: house.ledger.live() != before, house)
+    live = house.ledger.live()
+    assert live is not None and before is not None
+    assert (live.clip, live.vlm) == (before.clip, vlm)
+
+
+def test_what_requests_may_name(house: House) -> None:
+    vlm = house.vlm_adapter()
+    with house.client() as client:
+        number = client.release(vlm=vlm, reason="named")["number"]
+        answers = [
+            client.chat([house.images[0], "what is this?"], model=model, temperature=0, max_tokens=8)
+            for model in ("vlm", f"vlm@{number}", vlm)
+        ]
+        assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
+        asked = client.vqa(house.images[0], "is it red?", choices=["yes", "no"])
+        assert asked["adapter"] == vlm
+        assert abs(sum(choice["probability"] for choice in asked["choices"]) - 1) < 1e-3
+        for model in ("vlm@99999", "nobody", "clip"):
+            with pytest.raises(ServerError, match=f"vlm@{number}") as caught:
+                client.vqa(house.images[0], "is it red?", model=model)
+            assert caught.value.status == 404
+
+
+def test_bad_adapters_are_refused_while_answers_go_on(house: House) -> None:
+    assert house.vlm is not None
+    good = Artifacts(house.settings.artifacts).fetch(f"adapters/{house.vlm_adapter()}")
+    tensors = load_file(good / "adapter_model.safetensors")
+    first = sorted(tensors)[0]
+    nan = house.settings.home / "made" / "nan"
+    config = json.loads((good / "adapter_config.json").read_text())
+    broken = {**tensors, first: torch.full_like(tensors[first], float("nan"))}
+    names = {house.keep_vlm(write_adapter(nan, broken, config, house.vlm), nan): "finite"}
+    other = tiny_vlm_base(house.settings.home / "elsewhere", seed=5)
+    foreign = house.settings.home / "made" / "foreign"
+    names[house.keep_vlm(tiny_vlm_adapter(other, foreign, 7), foreign)] = "base"
+    with house.client() as client, house.traffic(rate=6) as traffic:
+        before = client.live()
+        for name, why in names.items():
+            with pytest.raises(ServerError, match=why) as caught:
+                client.release(vlm=name, reason="bad")
+            assert caught.value.status == 422
+        with pytest.raises(ServerError, match="vlm-ffffffffffff"):
+            client.release(vlm="vlm-ffffffffffff", reason="nobody knows it")
+        with pytest.raises(ServerError, match="no vlm adapter"):
+            client.release(vlm=house.adapter(), reason="of the other family")
+        traffic.wait_for(20)
+        assert client.live() == before
+    report = traffic.report()
+    assert (report.failed, report.mixed) == (0, 0), report.problems
+
+
+def test_a_client_that_goes_frees_its_place(house: House) -> None:
+    until(lambda: replica(house)["running"] == 0, house)
+    body = {
+        "model": "vlm", "stream": True, "temperature": 0, "max_tokens": 120,
+        "messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}},
+            {"type": "text", "text": "what is this?"}]}],
+    }  # fmt: skip
+    with httpx.Client(base_url=house.url, timeout=20, trust_env=False) as client:
+        streams = [client.stream("POST", "/v1/chat/completions", json=body) for _ in range(3)]
+        opened = [stream.__enter__() for stream in streams]
+        for response in opened:
+            assert response.status_code == 200
+            next(response.iter_lines())
+        for response in opened:
+            response.close()
+    until(lambda: replica(house)["running"] == 0, house, 10)
+    text = httpx.get(f"{house.url}/metrics", trust_env=False).text
+    assert 'ratchet_vlm_requests_total{kind="stream"' in text
+    assert "ratchet_vlm_first_token_seconds_count" in text
+
+
+def test_a_killed_engine_shows_and_comes_back_with_what_is_live(house: House) -> None:
+    vlm = house.vlm_adapter()
+    with house.client() as client:
+        number = client.release(vlm=vlm, reason="before the kill")["number"]
+        before = client.vqa(house.images[0], "what is this?")
+        victims = house.pids("VLLM::EngineCore") or house.pids("ServeReplica:ratchet:Vlm")
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
+        with httpx.Client(base_url=house.url, timeout=30, trust_env=False) as plain:
+            assert plain.get("/health/live").status_code == 503 or not house.pids("VLLM::EngineCore")
+            assert client.embed(["CLIP goes on"]).shape == (1, house.base.dim)
+            until(lambda: plain.get("/health/live").status_code == 200, house, 120)
+        after = client.vqa(house.images[0], "what is this?")
+        assert (after["answer"], after["release"], after["adapter"]) == (before["answer"], number, vlm)
+    until(lambda: len(house.pids("VLLM::EngineCore")) <= 1, house, 20)
+
+
+def test_a_killed_replica_takes_its_engine_along(house: House) -> None:
+    replicas = house.pids("ServeReplica:ratchet:Vlm")
+    engines = house.pids("VLLM::EngineCore")
+    os.kill(replicas[0], signal.SIGKILL)
+    with house.client() as client:
+        answer = client.vqa(house.images[0], "what is this?")  # asked again when the next replica is there
+        assert answer["answer"] is not None
+    until(lambda: not set(engines) & set(house.pids("VLLM::EngineCore")), house, 30)
+
+
+def test_killed_whole_and_started_again_no_engine_of_before_is_left(house: House) -> None:
+    vlm = house.vlm_adapter()
+    with house.client() as client:
+        client.release(vlm=vlm, reason="before the kill")
+        before = client.vqa(house.images[0], "what is this?")["answer"]
+    assert house.process is not None
+    engines = house.pids("VLLM::EngineCore")
+    for pid in [house.process.pid, *(pid for pid in house.pids() if pid not in engines)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    house.process.wait(10)
+    house.start()
+    assert not [pid for pid in engines if Path(f"/proc/{pid}").exists()]
+    with house.client() as client:
+        assert client.vqa(house.images[0], "what is this?")["answer"] == before
