@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) (one to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --progress-bar on -q -e '.[dev]'
+	@$(BIN)/pip uninstall -y -q torchaudio torchcodec  # pulled by vLLM: CUDA builds, whose import fails without CUDA
 	@touch $@
 
 clean:

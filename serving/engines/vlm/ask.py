@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable."""
+    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable. Raises :class:`AskError`."""
 
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
@@ -45,6 +46,15 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not (self.max_tokens >= 1 and 0.0 <= self.temperature < math.inf and 0.0 < self.top_p <= 1.0):
+            raise AskError(
+                f"max_tokens {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}: not all are valid.",
+                "max_tokens is 1 or more, temperature 0 or more, top_p above 0 and at most 1.",
+            )
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise AskError(f"The seed {self.seed} is out of range.", "Take one from 0 to 2^63 - 1.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,10 +33,12 @@ def groups_of(ids: Sequence[int], slots: Sequence[int | None]) -> list[Group]:
     """Group rows by slot. ``ids``: each row's adapter, 0 for none; ``slots``: the adapter in each slot."""
     asked = set(ids)
     used = sorted(asked - {0, ZERO_ID})
+    if not used:
+        return []
     if len(asked) == len(used) == 1:
         return [(slots.index(used[0]), None)]
-    rows = torch.tensor(ids) if used else None
-    return [(slots.index(one), (rows == one).nonzero().flatten()) for one in used]
+    rows = torch.tensor(ids)
+    return [(slots.index(one), torch.nonzero(rows == one).flatten()) for one in used]
 
 
 def update_metadata(

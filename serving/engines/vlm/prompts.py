@@ -83,3 +83,13 @@ def end_token(processor: Any) -> int:
 def answer_tokens(processor: Any, text: str) -> list[int]:
     """The tokens of an answer, its end included, as they follow a rendered prompt."""
     return [*processor.tokenizer(text, add_special_tokens=False)["input_ids"], end_token(processor)]
+
+
+def check_length(tokens: int, context: int) -> None:
+    """Raises :class:`AskError` when a request of so many tokens leaves no room for an answer in ``context``."""
+    if tokens >= context:
+        raise AskError(
+            f"The request has {tokens} tokens, images included; with its answer it may have {context} "
+            "(serve.vlm_context).",
+            "Shorten it.",
+        )

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from serving.engines.vlm.ask import Ask, AskError, Image
-from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, render
 from serving.engines.vlm.vllm_start import MAX_IMAGES
 
 _ONE_RUN = ("idefics3", "smolvlm")
@@ -54,22 +54,14 @@ class Prompts:
             raise AskError(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
         prompt = self._short(ask) if self.fast else self._long(ask)
         if answers is None:
-            self._bound(len(prompt["prompt_token_ids"]))
+            check_length(len(prompt["prompt_token_ids"]), self._context)
             return [prompt]
         made = []
         for answer in answers:
             tokens = [*prompt["prompt_token_ids"], *answer_tokens(self._processor, answer)]
-            self._bound(len(tokens))
+            check_length(len(tokens), self._context)
             made.append(prompt | {"prompt_token_ids": tokens})
         return made
-
-    def _bound(self, tokens: int) -> None:
-        if tokens >= self._context:
-            raise AskError(
-                f"The request is {tokens} tokens long, images included; with its answer it may have {self._context} "
-                "(serve.vlm_context).",
-                "Shorten it.",
-            )
 
     def _short(self, ask: Ask) -> dict[str, Any]:
         from vllm.inputs.engine import mm_input, tokens_input

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
+
+from serving.engines.vlm.ask import Piece, Reply
 
 _UNFINISHED = "\ufffd"
 """What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
@@ -53,3 +55,15 @@ class Words:
             said = said.rstrip(_UNFINISHED)
         self._said += len(said)
         return said
+
+
+async def whole(pieces: AsyncIterator[Piece]) -> Reply:
+    """A stream as one reply."""
+    parts = [piece async for piece in pieces]
+    return Reply(
+        "".join(part.text for part in parts),
+        tuple(token for part in parts for token in part.tokens),
+        tuple(value for part in parts for value in part.logprobs),
+        parts[-1].prompt_tokens,
+        parts[-1].finish,
+    )

@@ -1,0 +1,134 @@
+"""One batch of requests through a transformers model, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from serving.engines.vlm.ask import Ask, EngineDead, Finish
+from serving.engines.vlm.prompts import answer_tokens, inputs
+
+
+@dataclass(eq=False)
+class Row:
+    """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended."""
+
+    ask: Ask
+    most: int
+    """Tokens of the longest answer."""
+    say: Callable[[int, float, Finish], None]
+    fail: Callable[[EngineDead], None]
+    aborted: bool = False
+    tokens: int = 0
+    done: bool = False
+    chance: torch.Generator | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.ask.temperature > 0:
+            self.chance = torch.Generator()
+            if self.ask.seed is None:
+                self.chance.seed()
+            else:
+                self.chance.manual_seed(self.ask.seed)
+
+    def choose(self, logprobs: torch.Tensor) -> int:
+        """The next token from natural log-probabilities [vocabulary] on the CPU."""
+        if self.chance is None:
+            return int(logprobs.argmax())
+        chances = (logprobs / self.ask.temperature).softmax(0)
+        if self.ask.top_p < 1.0:
+            ordered, order = chances.sort(descending=True)
+            ordered[ordered.cumsum(0) - ordered >= self.ask.top_p] = 0.0  # the first one always stays
+            chances = torch.zeros_like(chances).scatter(0, order, ordered)
+        return int(torch.multinomial(chances, 1, generator=self.chance))
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """The choices of one request. ``tell`` gets a log-probability for each."""
+
+    ask: Ask
+    choices: Sequence[str]
+    tell: Callable[[list[float]], None]
+    fail: Callable[[EngineDead], None]
+
+
+class _Choice(LogitsProcessor):  # type: ignore[misc]
+    """Chooses for each row by its own rules, tells it, and leaves ``generate`` no other choice."""
+
+    def __init__(self, rows: Sequence[Row], ends: frozenset[int]) -> None:
+        self._rows = rows
+        self._ends = ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logprobs = scores.float().log_softmax(-1).cpu()
+        chosen = torch.zeros(len(self._rows), 1, dtype=torch.long)
+        for i, row in enumerate(self._rows):
+            row.done = row.done or row.aborted
+            if row.done:
+                continue
+            token = row.choose(logprobs[i])
+            row.tokens += 1
+            full = row.tokens >= row.most
+            finish: Finish = "stop" if token in self._ends else "length" if full else ""
+            row.done = bool(finish)
+            chosen[i] = token
+            row.say(token, float(logprobs[i, token]), finish)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
+
+
+class _Done(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, rows: Sequence[Row], stopped: Callable[[], bool]) -> None:
+        self._rows = rows
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        every = self._stopped()
+        return torch.tensor([every or row.done or row.aborted for row in self._rows], device=input_ids.device)
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, processor: Any, rows: Sequence[Row], ends: frozenset[int], stopped: Callable[[], bool]
+) -> None:
+    """Generate for all ``rows`` at once (left padded, with a key-value cache) until each has ended, or ``stopped``."""
+    batch = inputs(processor, [row.ask for row in rows], next(model.parameters()).device)
+    plan = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False)
+    model.generate(  # type: ignore[operator]
+        **batch,
+        generation_config=plan,
+        logits_processor=[_Choice(rows, ends)],
+        stopping_criteria=[_Done(rows, stopped)],
+    )
+
+
+@torch.inference_mode()
+def score(model: nn.Module, processor: Any, ask: Ask, choices: Sequence[str]) -> list[float]:
+    """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
+    device = next(model.parameters()).device
+    prompt = inputs(processor, [ask])
+    start = prompt["input_ids"].shape[1]
+    answers = [answer_tokens(processor, choice) for choice in choices]
+    width = start + max(map(len, answers))
+    pad = processor.tokenizer.pad_token_id or 0
+    batch: dict[str, torch.Tensor] = {}
+    for key, value in prompt.items():
+        many = torch.cat([value] * len(choices))
+        if value.shape == prompt["input_ids"].shape:
+            fill = pad if key == "input_ids" else 0
+            many = torch.nn.functional.pad(many, (0, width - start), value=fill)
+        batch[key] = many
+    for i, tokens in enumerate(answers):
+        batch["input_ids"][i, start : start + len(tokens)] = torch.tensor(tokens)
+        batch["attention_mask"][i, start : start + len(tokens)] = 1
+    logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
+    logprobs = logits[:, start - 1 : -1].float().log_softmax(-1).cpu()
+    return [
+        float(logprobs[i, range(len(tokens)), tokens].sum())  # one value per token of the answer
+        for i, tokens in enumerate(answers)
+    ]

@@ -1,0 +1,200 @@
+"""The VLM engine on transformers alone: for machines without vLLM, and the numbers that vLLM is measured against.
+
+The base is held once; an adapter is a shell around it with the merged weights that differ (see ``engines.sharing``).
+Requests that wait for the same adapter are answered as one batch, in a thread; other requests wait for its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from ops.settings import Serve
+from serving.engines.adapters import effective_weights
+from serving.engines.sharing import shell_of
+from serving.engines.vlm.ask import Ask, AskError, EngineDead, Finish, Piece, Reply
+from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.fit import Shapes, linear_shapes, read_fitting
+from serving.engines.vlm.golden import fingerprint, golden_asks
+from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_worker import Worker
+from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
+from serving.engines.vlm.residents import Residents
+from serving.engines.vlm.words import Words, whole
+
+T = TypeVar("T")
+BASE = ""
+"""Name of the base among the residents."""
+
+
+class TransformersEngine:
+    """See :class:`serving.engines.vlm.ask.VlmEngine`."""
+
+    kind: Literal["vllm", "transformers"] = "transformers"
+    tower_lora = True
+    """Adapters of every part are applied."""
+
+    def __init__(self, base: VlmBase, serve: Serve) -> None:
+        self.base = base
+        self._serve = serve
+        self._residents: Residents[nn.Module] = Residents(serve.rollback_window + 3)
+        self._model: nn.Module = nn.Identity()
+        self._processor: Any = None
+        self._reading = threading.Lock()
+        self._shapes: Shapes = {}
+        self._running = 0
+        self._worker: Worker | None = None
+
+    async def start(self) -> None:
+        """Load the base, on a GPU when there is one, and start the thread that answers."""
+        await asyncio.to_thread(self._load_base)
+
+        async def base() -> nn.Module:
+            return self._model
+
+        await self._residents.add(BASE, base)
+
+    def _load_base(self) -> None:
+        from transformers import GenerationConfig
+
+        self._processor = self.base.processor()
+        self._shapes = linear_shapes(self.base)
+        model: Any = self.base.build_model().to("cuda" if torch.cuda.is_available() else "cpu")
+        configured = model.generation_config.eos_token_id
+        own = configured if isinstance(configured, list) else [configured]
+        ends = frozenset({end_token(self._processor), *(int(token) for token in own if token is not None)})
+        # Nothing of the checkpoint's taste (penalties, temperatures) may come between a request and its answer.
+        model.generation_config = GenerationConfig(
+            eos_token_id=sorted(ends), pad_token_id=self._processor.tokenizer.pad_token_id
+        )
+        self._model = model
+        # A processor of its own: fast tokenizers refuse to be used by two threads at once.
+        self._worker = Worker(self.base.processor(), ends, self._serve.vlm_batch, self._serve.vlm_threads)
+
+    async def load(self, name: str, directory: Path) -> None:
+        """Make an adapter resident; twice is once."""
+        self._working()
+
+        def merged() -> nn.Module:
+            files = read_fitting(self.base, self._shapes, name, directory, self._serve.vlm_max_rank)
+            return shell_of(self._model, effective_weights(files, self._model))
+
+        await self._residents.add(name, lambda: asyncio.to_thread(merged))
+
+    async def unload(self, name: str) -> None:
+        """Forget an adapter when its last request has ended."""
+
+        async def drop(_: nn.Module) -> None:
+            """Its tensors go with the last reference."""
+
+        await self._residents.remove(name, drop)
+
+    def resident(self) -> frozenset[str]:
+        """Names that requests may use."""
+        return self._residents.names() - {BASE}
+
+    @contextlib.contextmanager
+    def _using(self, adapter: str | None) -> Iterator[nn.Module]:
+        self._working()
+        with self._residents.using(adapter or BASE) as model:
+            self._running += 1
+            try:
+                yield model
+            finally:
+                self._running -= 1
+
+    async def stream(self, ask: Ask, adapter: str | None) -> AsyncGenerator[Piece]:
+        """Answer piece by piece."""
+        with self._using(adapter) as model:
+            length = await asyncio.to_thread(self._length, ask)
+            said: asyncio.Queue[tuple[int, float, Finish] | EngineDead] = asyncio.Queue()
+            post = _poster(said.put_nowait)
+            most = min(max(1, ask.max_tokens), self._serve.vlm_context - length)
+            row = Row(ask, most, lambda *token: post(token), post)
+            words = Words(self._processor.tokenizer, ask.stop)
+            done = 0
+            self._working().put(model, row)
+            try:
+                while True:
+                    item = await said.get()
+                    if isinstance(item, EngineDead):
+                        raise item
+                    token, logprob, finish = item
+                    done += 1
+                    text = words.take((token,), bool(finish))
+                    finish = "stop" if words.stopped else finish
+                    yield Piece(text, (token,), (logprob,), length, done, finish)
+                    if finish:
+                        return
+            finally:
+                row.aborted = True
+
+    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+        """The whole answer."""
+        pieces = self.stream(ask, adapter)
+        async with contextlib.aclosing(pieces):
+            return await whole(pieces)
+
+    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+        """Log-probability of each choice: the sum over its tokens and its end."""
+        with self._using(adapter) as model:
+            await asyncio.to_thread(self._length, ask, choices)
+            result: asyncio.Queue[list[float] | EngineDead] = asyncio.Queue()
+            post = _poster(result.put_nowait)
+            self._working().put(model, Scoring(ask, choices, post, post))
+            values = await result.get()
+            if isinstance(values, EngineDead):
+                raise values
+            return values
+
+    async def golden(self, adapter: str | None) -> str:
+        """Answer fixed inputs."""
+        return fingerprint(adapter, [await self.reply(ask, adapter) for ask in golden_asks()])
+
+    def running(self) -> int:
+        """Requests inside."""
+        return self._running
+
+    def trouble(self) -> str:
+        """Why the engine is dead; empty while it lives."""
+        return "The engine was not started." if self._worker is None else self._worker.trouble
+
+    async def close(self) -> None:
+        """End the thread, after the token it is at."""
+        if self._worker is not None:
+            self._worker.stop("The engine was closed.")
+            await asyncio.to_thread(self._worker.join)
+
+    def _working(self) -> Worker:
+        if self._worker is None or self._worker.trouble:
+            raise EngineDead(self.trouble(), "Start a new engine.")
+        return self._worker
+
+    def _length(self, ask: Ask, choices: Sequence[str] = ()) -> int:
+        """Tokens of the prompt. Raises :class:`AskError` when it, or a choice after it, does not fit."""
+        with self._reading:
+            try:
+                prompt = int(inputs(self._processor, [ask])["input_ids"].shape[1])
+            except ValueError as error:
+                raise AskError(f"The request cannot be read: {error}", "Change the messages or the image.") from error
+            longest = max((len(answer_tokens(self._processor, choice)) for choice in choices), default=0)
+        check_length(prompt + longest, self._serve.vlm_context)
+        return prompt
+
+
+def _poster(receive: Callable[[T], None]) -> Callable[[T], None]:
+    """``receive`` for another thread to call: it runs in this event loop, or not at all when that has ended."""
+    loop = asyncio.get_running_loop()
+
+    def post(item: T) -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(receive, item)
+
+    return post

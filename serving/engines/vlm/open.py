@@ -1,0 +1,26 @@
+"""Which engine answers for a VLM base."""
+
+from __future__ import annotations
+
+from ops.errors import ConfigError
+from ops.settings import Serve
+from serving.engines.vlm.ask import VlmEngine
+from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.engines.vlm.vllm_engine import VllmEngine
+from serving.engines.vlm.vllm_start import installed
+
+
+def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmEngine:
+    """The engine that ``kind`` or ``serve.vlm_engine`` names, not started. ``auto``: vLLM where it is installed.
+
+    Raises :class:`ConfigError` for an unknown kind.
+    """
+    wanted = kind or serve.vlm_engine
+    if wanted == "auto":
+        wanted = "vllm" if installed() else "transformers"
+    if wanted == "vllm":
+        return VllmEngine(base, serve)
+    if wanted == "transformers":
+        return TransformersEngine(base, serve)
+    raise ConfigError(f"There is no VLM engine {wanted!r}.", "Set serve.vlm_engine to auto, vllm or transformers.")

@@ -1,0 +1,48 @@
+"""vLLM's parameters and outputs, from and to ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving.engines.vlm.ask import Ask, Finish
+
+
+def sampling(ask: Ask, every: bool) -> Any:
+    """SamplingParams of a request. ``every``: an output for each step, with what is new; else one at the end.
+
+    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.words.Words` does, for both engines alike.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=max(1, ask.max_tokens),
+        temperature=ask.temperature,
+        top_p=ask.top_p,
+        seed=ask.seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def scoring() -> Any:
+    """SamplingParams that ask for the log-probability of every token of the prompt."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def logprobs_of(completion: Any) -> tuple[float, ...]:
+    """Log-probability of each token of a completion: the sampled token is the first of its position."""
+    flat = completion.logprobs
+    return tuple(flat.logprobs[start] for start in flat.start_indices) if flat else ()
+
+
+def finish_of(reason: str | None) -> Finish:
+    """Why a completion ended."""
+    return "" if reason is None else "stop" if reason == "stop" else "length"

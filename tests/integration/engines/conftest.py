@@ -1,0 +1,71 @@
+"""A tiny base, three adapters, the answers of transformers + PEFT to them, and a real engine of each kind."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+import torch
+
+from ops.settings import Serve
+from serving.engines.vlm.ask import Ask, VlmEngine
+from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.open import open_engine
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from tests.support.vlm_reference import Peft, Reference, some_asks
+
+SAFE_MARGIN = 3e-3
+"""A greedy choice that leads by so much is the same in every correct engine."""
+PARTS = (("text",), ("text", "image", "connector"), ("image", "connector"))
+
+
+@dataclass
+class House:
+    """What the tests ask, and what has to come back."""
+
+    base: VlmBase
+    directories: dict[str, Path]
+    """By name, in the order of :data:`PARTS`."""
+    asks: list[Ask]
+    references: dict[str | None, list[Reference]]
+    models: dict[str | None, Peft]
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.directories)
+
+
+@pytest.fixture(scope="session")
+def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+    torch.set_num_threads(1)
+    home = tmp_path_factory.mktemp("vlm")
+    base = tiny_vlm_base(home)
+    directories = {}
+    for seed, parts in enumerate(PARTS, 1):
+        directory = home / f"adapter-{seed}"
+        directories[tiny_vlm_adapter(base, directory, seed, parts=parts)] = directory
+    models: dict[str | None, Peft] = {None: Peft(base)}
+    models |= {name: Peft(base, directory) for name, directory in directories.items()}
+    asks = some_asks(16)
+    answers = {name: [model.greedy(ask) for ask in asks] for name, model in models.items()}
+    # Tests that look for mixed-up adapters see one only if no two of them give the same answer.
+    kept = [
+        i
+        for i in range(len(asks))
+        if all(answers[name][i].margin > SAFE_MARGIN for name in models)
+        and len({answers[name][i].tokens for name in models}) == len(models)
+    ]
+    assert len(kept) >= 6
+    references = {name: [answers[name][i] for i in kept] for name in models}
+    return House(base, directories, [asks[i] for i in kept], references, models)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=["vllm", "transformers"])
+async def engine(request: pytest.FixtureRequest, house: House) -> AsyncIterator[VlmEngine]:
+    engine = open_engine(house.base, Serve(vlm_batch=8), kind=request.param)
+    await engine.start()
+    yield engine
+    await engine.close()
