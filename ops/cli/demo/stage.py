@@ -78,8 +78,9 @@ class Stage:
         if not check(back["number"]) or self._newest()[other] != kept:
             raise RatchetError(f"release {back['number']} does not serve what it should.", "The server's log says why.")
         say(f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms")
-        names = {"clip": adapter} if family == "clip" else {"vlm": adapter}
-        forward = self.client.release(**names, reason="the demo wants the better model back")
+        why = "the demo wants the better model back"
+        release = self.client.release
+        forward = release(clip=adapter, reason=why) if family == "clip" else release(vlm=adapter, reason=why)
         say(f"release {forward['number']} ({adapter}) is live again")
         time.sleep(2)  # some answers under the last release
         return seconds
