@@ -139,14 +139,15 @@ def _vlm_engine(settings: Settings) -> Finding:
     state: Literal["warn", "fail"] = "fail" if asked == "vllm" else "warn"
     if importlib.util.find_spec("vllm") is None:
         return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet[vlm-cpu]'")
-    script = "import vllm; print(vllm.__version__)"
-    environ = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environ, timeout=120)
+    try:
+        done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        return Finding(state, "VLM engine", f"importing vLLM takes more than 120 s{instead}", "Install it again.")
+    said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1][:160]
-        fix = "pip uninstall torchaudio torchcodec, if it names them; else install it again."
-        return Finding(state, "VLM engine", f"vLLM does not import ({last}){instead}", fix)
-    return Finding("ok", "VLM engine", f"vLLM {done.stdout.strip().splitlines()[-1]}")
+        what, _, fix = said.partition("\t")
+        return Finding(state, "VLM engine", f"{what}{instead}", fix or "Install the extra vlm-cpu (or gpu) again.")
+    return Finding("ok", "VLM engine", f"vLLM {said}")
 
 
 def _kafka(settings: Settings) -> Finding:
@@ -172,6 +173,19 @@ def answers(address: str, timeout: float = 1.0) -> bool:
     except (OSError, ValueError):
         return False
 
+
+_IMPORT = """
+import sys
+from ops.errors import RatchetError
+from serving.engines.vlm.vllm_start import import_vllm
+try:
+    import_vllm()
+except RatchetError as error:
+    print(error.message, error.fix, sep="\\t")
+    sys.exit(1)
+import vllm
+print(vllm.__version__)
+"""
 
 _CHECKS: tuple[Callable[[Settings], Finding], ...] = (
     _python, _compute, _memory, _disk, _shared_memory, _crc32c, _local_extra, _data_tools, _ledger, _base, _vlm_base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +20,13 @@ from serving.deployments.protocol import NO_VLM, Prepared
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
 
+log = logging.getLogger("ratchet.fleet")
 APP = "ratchet"
 INGRESS = "Ingress"
 PREPARE_SECONDS = 300.0
 ACKNOWLEDGE_SECONDS = 10.0
+VLM_RETIRE_SECONDS = 2.0
+"""A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
 
 
 async def everywhere(handle: DeploymentHandle, method: str, *args: Any, timeout_seconds: float) -> list[Any]:
@@ -136,7 +140,10 @@ class RayFleet:
         await everywhere(self.encoder, "retire", list(resident.clips), timeout_seconds=60.0)
 
     async def _retire_vlm(self, resident: Resident) -> None:
-        await everywhere(self._vlm, "retire", list(resident.vlms), timeout_seconds=60.0)
+        try:
+            await everywhere(self._vlm, "retire", list(resident.vlms), timeout_seconds=VLM_RETIRE_SECONDS)
+        except ReleaseError as error:
+            log.info("a VLM replica is not there to unload adapters: %s", error)
 
     @property
     def _vlm(self) -> DeploymentHandle:

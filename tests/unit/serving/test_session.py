@@ -1,0 +1,36 @@
+"""What a killed session leaves behind is found again, and nothing else is."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from serving.deployments.session import end_leftovers
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+
+
+def engine(log: Path) -> subprocess.Popen[bytes]:
+    """A process with the title of vLLM's, and nothing but its output to tell whose it is."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = ["bash", "-c", "exec -a VLLM::EngineCore sleep 60"]
+    with log.open("wb") as out:
+        made = subprocess.Popen(command, stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
+    while not Path(f"/proc/{made.pid}/cmdline").read_bytes().startswith(b"VLLM::"):
+        assert made.poll() is None
+    return made
+
+
+def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path) -> None:
+    ours = engine(tmp_path / "session" / "logs" / "worker.out")
+    other = engine(tmp_path / "elsewhere" / "worker.out")
+    try:
+        end_leftovers(tmp_path / "session")
+        assert ours.wait(5) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        ours.kill()
+        other.wait(5)
