@@ -4,8 +4,8 @@
 0.34
 """
 
+from ops.ledger.rows import Family
 from updater.recipes.recipe import (
-    Family,
     Merge,
     Mixture,
     Part,

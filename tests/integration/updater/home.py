@@ -1,16 +1,19 @@
-"""A home with a tiny base, a filled sample store and small recipes, for tests that run the whole updater."""
+"""A home with tiny bases, a filled sample store and small recipes, for tests that run the whole updater."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ops.digests import digest_bytes
 from ops.settings import Settings, load_settings
+from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
 
@@ -46,23 +49,54 @@ def make_home(home: Path, **overrides: Any) -> Settings:
     )
 
 
-def add_samples(settings: Settings, count: int, split: str = "train", partition: int = 0) -> int:
-    """Append samples to the store as ingest would; returns the new version."""
+def make_vlm_home(home: Path, **overrides: Any) -> Settings:
+    """The same with a tiny VLM, a folder of questions about the same things, and a suite that asks them."""
+    make_home(home)
+    tiny_vlm_base(home)
+    folder = home / "data" / "asked"
+    if not folder.exists():
+        pictures = [FolderItem(Path(f"{i}.png"), "", inline=picture(900 + i), **_asked(i)) for i in range(24)]
+        write_folder(folder, pictures)
+        (home / "vlm-default.yaml").write_text(recipe("vlm-default", max_steps=6, reference_limit=16).to_yaml())
+        (home / "suites" / "asked.yaml").write_text("task: vqa\ndata: ${home}/data/asked\nmargin: 0.9\n")
+    both = {
+        "base.vlm": "tiny-vlm",
+        "updater.vlm_recipe": str(home / "vlm-default.yaml"),
+        "updater.reference": [home / "data" / "things", folder],
+        "serve.vlm_engine": "transformers",
+    }
+    return make_home(home, **both, **overrides)
+
+
+def add_samples(
+    settings: Settings,
+    count: int,
+    split: str = "train",
+    partition: int = 0,
+    asked: Callable[[int], bool] = lambda offset: False,
+) -> int:
+    """Append samples to the store as ingest would; returns the new version.
+
+    Args:
+        asked: of which offsets there is a question instead of a text; of none by default.
+    """
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)
-    rows = [_row(partition, first + number, split) for number in range(count)]
+    rows = [_row(partition, offset, split, asked(offset)) for offset in range(first, first + count)]
     return store.commit(lambda snapshot: (rows, [Position(TOPIC, partition, first + count)]))
 
 
-def _row(partition: int, offset: int, split: str) -> dict[str, Any]:
+def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]:
     image = picture(partition * 10_000 + offset + 7)
+    words = _asked(offset) if asked else {"text": f"a {COLOURS[offset % 6]} thing number {offset % 9}"}
     return {
         "kind": "sample",
         "id": digest_bytes(image),
         "image": image,
-        "text": f"a {COLOURS[offset % 6]} thing number {offset % 9}",
+        "text": "",
         "question": "",
         "answer": "",
+        "label": "",
         "domain": "things",
         "concept": COLOURS[offset % 6],
         "ingested_at": datetime.now(UTC),
@@ -71,4 +105,12 @@ def _row(partition: int, offset: int, split: str) -> dict[str, Any]:
         "topic": TOPIC,
         "partition": partition,
         "offset": offset,
+        **words,
     }
+
+
+def _asked(number: int) -> dict[str, str]:
+    """A question of one of two kinds, and its answer."""
+    if number % 2:
+        return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}
+    return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}

@@ -60,8 +60,13 @@ learner.Learner.backward = backward
 
 def trainer(home: Path, hook: str = "") -> subprocess.Popen[str]:
     """A trainer in a process of its own."""
+    return start(CHILD.format(hook=hook), home)
+
+
+def start(code: str, home: Path) -> subprocess.Popen[str]:
+    """Some code in a process of its own, with a home folder as its argument."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(hook=hook), str(home)],
+        [sys.executable, "-c", code, str(home)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

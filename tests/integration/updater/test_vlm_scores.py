@@ -1,0 +1,41 @@
+"""The shipped VLM scores what the repository says it does, and it looks at the picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from updater.base.vlm import build_vlm, score_vlm
+from updater.base.vlm.scores import SCORES, committed_scores
+from updater.base.vlm.shipped import ASSETS, MODEL
+
+EACH = 150
+"""Questions of each kind that are asked again."""
+
+
+@pytest.mark.integration
+def test_the_committed_scores_can_be_reproduced(tmp_path: Path) -> None:
+    found = score_vlm(build_vlm(tmp_path), limit=EACH)
+    written = committed_scores()
+    assert found.keys() == written.keys()
+    for kind, figures in found.items():
+        share = written[kind]["model"]
+        slack = 3 * (share * (1 - share) / EACH) ** 0.5  # three standard errors of a sample of this size
+        assert abs(figures["model"] - share) <= slack, kind
+        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.1, kind
+
+
+def test_the_committed_scores_are_of_the_committed_model(tmp_path: Path) -> None:
+    base = build_vlm(tmp_path)
+    assert json.loads((ASSETS / SCORES).read_text())["base"] == base.digest
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 9_000_000
+
+
+def test_every_kind_of_question_needs_the_picture() -> None:
+    scores = committed_scores()
+    assert scores.keys() == {"name", "colour", "presence", "category"}
+    for kind, figures in scores.items():
+        assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.15, kind
+        assert figures["items"] >= 300, kind
