@@ -27,8 +27,9 @@ def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[A
     if isinstance(base, ClipBase):
         yield ClipAsker(ClipEngine(base, threads=settings.updater.threads))
         return
-    from serving.engines.vlm.open import open_engine
     from serving.engines.vlm.sync import SyncVlm
+
+    from serving.engines.vlm.open import open_engine
 
     engine = open_engine(base, settings.serve)
     vlm = SyncVlm(engine)

@@ -186,11 +186,8 @@ class VlmAsker:
 
     def _replies(self, asks: Sequence[Ask], adapter: str | None, label: str, suite: Suite) -> list[Reply]:
         self.asked += len(asks)
-        try:
-            with _living(f"answering suite {suite.name}"):
-                return self.vlm.replies(asks, adapter, label=label)
-        except AskError as error:
-            raise GateError(f"suite {suite.name}: a question cannot be asked: {error.message}", error.fix) from error
+        with _living(f"answering suite {suite.name}"):
+            return self.vlm.replies(asks, adapter, label=label)
 
     def _portions(self, items: Sequence[Item]) -> Iterator[list[Item]]:
         """Items whose decoded images fit into KEEP_PIXELS together."""
@@ -202,7 +199,7 @@ class VlmAsker:
             yield list(items[start : start + count])
 
     def _ask(self, item: Item, max_tokens: int) -> Ask:
-        return question(np.asarray(open_picture(item), dtype=np.uint8), item.text, max_tokens)
+        return question(np.array(open_picture(item), dtype=np.uint8), item.text, max_tokens)
 
     def _tokens(self, suite: Suite) -> int:
         """Longest answer that is waited for: that of the suite's longest reference, and a few."""
@@ -234,9 +231,12 @@ class VlmAsker:
 
 @contextmanager
 def _living(doing: str) -> Iterator[None]:
-    """An engine that dies is no fault of the candidate: the update waits, and is judged again."""
+    """An engine that dies is no fault of the candidate: the update waits, and is judged again. Nor is a question that
+    the engine does not take."""
     try:
         yield
+    except AskError as error:
+        raise GateError(f"{doing}: a question cannot be asked: {error.message}", error.fix) from error
     except EngineDead as error:
         raise GateError(
             f"the VLM engine ended while {doing}: {error.message}",

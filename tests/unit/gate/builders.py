@@ -49,6 +49,21 @@ def sample_rows(count: int, domain: str = "fluent3d", texts: Sequence[str] | Non
     )
 
 
+def question_rows(count: int, domain: str = "shop", images: int | None = None) -> pa.Table:
+    """Rows with questions and answers, about `images` different images in turn."""
+    return pa.table(
+        {
+            "id": [f"{domain}-question-{i}" for i in range(count)],
+            "image": [picture(3000 + i % (images or count)) for i in range(count)],
+            "text": [""] * count,
+            "question": [f"what is number {i}?" for i in range(count)],
+            "answer": [f"thing {i % 3}" for i in range(count)],
+            "domain": [domain] * count,
+            "concept": [""] * count,
+        }
+    )
+
+
 def suite_over(hits: np.ndarray, name: str, role: str, task: str, margin: float | None = None) -> Suite:
     """A suite without data; only its name, role and task count."""
     assert hits.ndim == 2

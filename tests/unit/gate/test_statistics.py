@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import optimize, stats
 from updater.gate.statistics import (
     bootstrap,
     compare_accuracy,
+    compare_answers,
     compare_recall,
     holm,
     items_needed,
@@ -234,3 +236,65 @@ def test_items_needed_matches_the_normal_formula() -> None:
 def test_misaligned_outcomes_are_refused() -> None:
     with pytest.raises(ValueError, match="align"):
         compare_recall(np.zeros((4, 2)), np.zeros((5, 2)), margin=0.05, level=0.05)
+
+
+def _by_image(rng: np.random.Generator, images: int, each: int, loss: float) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Questions about images; what happens to an image happens to all its questions."""
+    before = np.ones(images * each)
+    lost = rng.random(images) < loss
+    return before, before - np.repeat(lost, each), np.repeat(np.arange(images).astype(str), each)
+
+
+def test_questions_with_an_image_each_are_an_accuracy() -> None:
+    rng = np.random.default_rng(0)
+    before, after = (rng.random((2, 200)) < 0.6).astype(float)
+    names = np.arange(200).astype(str)
+    one = compare_answers(before, after, names, margin=0.05, level=0.03)
+    two = compare_accuracy(before, after, margin=0.05)
+    assert (one.p_noninferior, one.p_superior, one.units) == (two.p_noninferior, two.p_superior, 200)
+    assert "Tango" in one.method
+
+
+def test_four_questions_on_one_image_are_not_four_images() -> None:
+    before, after, names = _by_image(np.random.default_rng(1), 100, 4, 0.02)
+    clustered = compare_answers(before, after, names, margin=0.08, level=0.03)
+    naive = compare_answers(before, after, np.arange(400).astype(str), margin=0.08, level=0.03)
+    assert clustered.units == 100 and clustered.n == 400 and "images" in clustered.method
+    assert clustered.difference == pytest.approx(naive.difference)
+    assert clustered.p_noninferior > naive.p_noninferior
+    assert clustered.bounds(0.03)[0] < naive.bounds(0.03)[0]
+    assert clustered.needed(0.03) > naive.needed(0.03)
+
+
+def test_clustered_answers_accept_a_loss_of_the_margin_at_most_at_their_level() -> None:
+    rng = np.random.default_rng(2)
+    accepted = {"clustered": 0, "naive": 0}
+    for _ in range(300):
+        before, after, names = _by_image(rng, 80, 4, 0.1)
+        clustered = compare_answers(before, after, names, margin=0.1, level=0.05)
+        naive = compare_answers(before, after, np.arange(320).astype(str), margin=0.1, level=0.05)
+        accepted["clustered"] += clustered.p_noninferior <= 0.05
+        accepted["naive"] += naive.p_noninferior <= 0.05
+    assert accepted["clustered"] <= 30, "5% and the noise of 300 runs"
+    assert accepted["naive"] > 1.5 * accepted["clustered"], "what independence would have claimed"
+
+
+def test_images_with_many_questions_weigh_more_and_the_mean_is_over_questions() -> None:
+    before = np.ones(100)
+    after = np.concatenate([np.zeros(10), np.ones(90)])  # one image of ten questions, all lost
+    names = np.array(["many"] * 10 + [f"{i}" for i in range(90)])
+    found = compare_answers(before, after, names, margin=0.05, level=0.03)
+    assert found.difference == pytest.approx(-0.1) and found.after == pytest.approx(0.9)
+    assert found.bounds(0.03)[0] < -0.2, "one image says little"
+
+
+def test_fractions_of_right_answers_are_resampled() -> None:
+    rng = np.random.default_rng(3)
+    before = rng.integers(0, 4, 300) / 3
+    after = np.clip(before + rng.choice([-1 / 3, 0, 2 / 3], 300), 0, 1)
+    found = compare_answers(before, after, np.arange(300).astype(str), margin=0.05, level=0.03)
+    same = compare_recall(before, after, margin=0.05, level=0.03)
+    assert found.method == same.method == "studentised bootstrap over items"
+    assert found.p_superior == pytest.approx(same.p_superior)
+    low, high = found.bounds(0.03)
+    assert 0 < low < found.difference < high

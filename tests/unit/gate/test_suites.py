@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import GateError
-from tests.unit.gate.builders import folder_dataset, picture, sample_rows
+from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
 from updater.gate.fresh import fresh_suite, fresh_suites
 from updater.gate.suites import BUILTIN, Suite, load_suites
 
@@ -16,7 +16,7 @@ from updater.gate.suites import BUILTIN, Suite, load_suites
 def _suite(home: Path, text: str, name: str = "things") -> Suite:
     file = home / f"{name}.yaml"
     file.write_text(text)
-    return load_suites([file], home)[0]
+    return load_suites([file], home, family=None)[0]
 
 
 def test_a_suite_is_two_lines_over_a_folder(tmp_path: Path) -> None:
@@ -95,6 +95,11 @@ def test_the_digest_follows_the_question_and_not_the_margin(tmp_path: Path) -> N
         ("task: retrieval\ndata: x\nmetric: accuracy\n", "does not go with"),
         ("task: classification\ndata: x\ntemplates: [a photo]\n", "{}"),
         ("task: retrieval\ndata: x\nrole: gain\nmargin: 0.1\n", "gain suite has no margin"),
+        ("task: vqa\ndata: x\nmetric: recall@5\n", "does not go with task vqa"),
+        ("task: retrieval\ndata: x\nmetric: yes_no\n", "does not go with task retrieval"),
+        ("task: retrieval\ndata: x\nkinds: [colour]\n", "do not go with task retrieval"),
+        ("task: vqa\ndata: x\nmetric: bleu\n", "metric"),
+        ("task: chat\ndata: x\n", "task"),
         ("- a\n- b\n", "not a mapping"),
         ("task: [\n", "cannot be read"),
     ],
@@ -151,3 +156,96 @@ def test_fresh_rows_without_a_text_are_left_out_and_the_limit_holds() -> None:
 
 def test_a_domain_from_outside_cannot_make_a_bad_name() -> None:
     assert fresh_suite(sample_rows(3, "Weird/../Domain <x>"), "Weird/../Domain <x>").name == "fresh.weird-..-domain--x-"
+
+
+QUESTIONS = [
+    ("0.png", "colour", "which colour?", "red", "red;crimson"),
+    ("0.png", "presence", "is it red?", "yes", ""),
+    ("1.png", "colour", "which colour?", "blue", "blue"),
+    ("1.png", "presence", "is it red?", "no", ""),
+    ("2.png", "presence", "is it a dog or a cat?", "dog", ""),
+    ("2.png", "name", "what is this?", "dog", "hound;dog"),
+]
+
+
+def _questions(home: Path) -> None:
+    folder = home / "data" / "asked"
+    folder.mkdir(parents=True)
+    lines = [f'{file},,{kind},"{question}",{answer},{answers}' for file, kind, question, answer, answers in QUESTIONS]
+    (folder / "data.csv").write_text("\n".join(["file,text,label,question,answer,answers", *lines]) + "\n")
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(picture(i))
+
+
+def test_a_vqa_suite_asks_the_questions_of_its_kinds(tmp_path: Path) -> None:
+    _questions(tmp_path)
+    suite = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n")
+    assert (suite.family, suite.metric, suite.views, suite.k, len(suite.items())) == (
+        "vlm",
+        "exact_match",
+        ("answer",),
+        1,
+        6,
+    )
+    colours = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nkinds: [colour, name]\n").items()
+    assert {item.text: item.answers for item in colours if item.name != "0.png"} == {
+        "which colour?": ("blue",),
+        "what is this?": ("dog", "hound"),
+    }
+
+
+def test_a_yes_no_suite_leaves_other_questions_out(tmp_path: Path) -> None:
+    _questions(tmp_path)
+    suite = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nkinds: [presence]\nmetric: yes_no\n")
+    assert sorted(item.answers for item in suite.items()) == [("no",), ("yes",)]
+
+
+def test_questions_about_one_image_have_one_picture(tmp_path: Path) -> None:
+    _questions(tmp_path)
+    folder = tmp_path / "data" / "asked"
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes())  # the content decides, not the name
+    pictures = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").pictures()
+    assert pictures is not None and len(pictures) == 6 and len(set(pictures)) == 2
+    folder_dataset(tmp_path / "data" / "things")
+    assert _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n").pictures() is None
+
+
+def test_the_digest_of_a_vqa_suite_follows_its_references(tmp_path: Path) -> None:
+    _questions(tmp_path)
+    digest = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest()
+    assert _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\nmargin: 0.2\n").digest() == digest
+    file = tmp_path / "data" / "asked" / "data.csv"
+    file.write_text(file.read_text().replace("crimson", "scarlet"))
+    assert _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").digest() != digest
+
+
+def test_a_folder_without_a_csv_is_an_error_of_the_suite(tmp_path: Path) -> None:
+    (tmp_path / "data" / "bare").mkdir(parents=True)
+    with pytest.raises(GateError, match=r"suite things: .*no data.csv"):
+        _suite(tmp_path, "task: vqa\ndata: ${home}/data/bare\n").items()
+
+
+def test_each_family_is_asked_its_own_suites(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("task: vqa\ndata: x\n")
+    (tmp_path / "b.yaml").write_text("task: retrieval\ndata: x\n")
+    (tmp_path / "c.yaml").write_text("task: classification\ndata: x\n")
+    names = {family: [suite.name for suite in load_suites([tmp_path], family=family)] for family in ("clip", "vlm")}
+    assert names == {"clip": ["b", "c"], "vlm": ["a"]}
+    assert len(load_suites([tmp_path], family=None)) == 3
+    assert {suite.name for suite in load_suites(family="vlm")} == {
+        "vqa_name",
+        "vqa_colour",
+        "vqa_presence",
+        "vqa_category",
+    }
+
+
+def test_fresh_questions_become_gain_suites_of_the_vlm_and_leave_those_of_the_clip_alone() -> None:
+    asked = question_rows(30, "shop", images=15)
+    rows = pa.concat_tables([asked, sample_rows(12, "flags")], promote_options="default")
+    (questions,) = fresh_suites(rows, family="vlm", min_items=15)
+    assert (questions.name, questions.task, questions.role, len(questions.items())) == ("fresh.shop", "vqa", "gain", 30)
+    assert [(s.name, s.task) for s in fresh_suites(rows, min_items=10)] == [("fresh.flags", "retrieval")]
+    (pooled,) = fresh_suites(rows, family="vlm", min_items=16)
+    assert pooled.name == "fresh", "fifteen images are not sixteen, however many questions they have"
+    assert fresh_suites(sample_rows(12, "flags"), family="vlm") == []

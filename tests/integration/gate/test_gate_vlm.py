@@ -1,0 +1,125 @@
+"""Whole gate runs of a vision-language model on transformers: what passes, what is caught and by what."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ops.errors import GateError
+from serving.engines.adapters import read_adapter, write_adapter
+from tests.integration.gate.vlm_cases import House, open_house
+from tests.integration.gate.vlm_house import question_table, unknown
+from tests.support.tiny_vlm import tiny_vlm_adapter
+from tests.unit.gate.builders import sample_rows
+from updater.gate import fresh_suite, fresh_suites, write_report
+from updater.gate.open import open_asker
+from updater.gate.vlm import VlmAsker
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with open_house(tmp_path_factory.mktemp("home"), "transformers") as house:
+        yield house
+
+
+@pytest.fixture(autouse=True)
+def room(house: House) -> Iterator[None]:
+    yield
+    house.clear()
+
+
+def test_a_candidate_that_learned_and_lost_nothing_passes(house: House) -> None:
+    verdict = house.gate(house.learner())
+    assert verdict.outcome == "passed", verdict.reasons
+    assert {check.name for check in verdict.checks} == {
+        "loads", "finite", "norm_drift", "parity", "latency", "size", "collapse", "yes_no",
+    }  # fmt: skip
+    suites = {suite.name: suite for suite in verdict.suites}
+    assert suites["fresh.new"].after > 0.9 > 0.3 > suites["fresh.new"].before
+    assert suites["colour"].chance == pytest.approx(0.25, abs=0.02)
+    assert suites["presence"].chance == pytest.approx(0.5, abs=0.02)
+
+
+def test_noise_is_rejected_with_the_questions_that_it_lost(house: House) -> None:
+    verdict = house.gate(house.noise(3.0))
+    assert verdict.outcome == "rejected"
+    assert "colour" in verdict.caught_by
+    lost = next(suite for suite in verdict.suites if suite.name == "colour").worst
+    assert lost and all(w.expected == w.answer_before != w.answer_after for w in lost)
+    assert all(w.text == "which colour?" and w.thumbnail.startswith("data:image/jpeg;base64,") for w in lost)
+    write_report(verdict, house.home / "noise-report")
+    page = (house.home / "noise-report" / "report.html").read_text()
+    assert f"right: {lost[0].expected}" in page and "which colour?" in page
+    json.loads((house.home / "noise-report" / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_an_adapter_that_changes_nothing_is_inconclusive(house: House) -> None:
+    verdict = house.gate(house.noise(0.0))
+    assert verdict.outcome == "inconclusive"
+    assert verdict.caught_by == ("fresh.new",)
+    assert all(suite.difference == 0.0 for suite in verdict.suites)
+
+
+def test_one_that_always_says_yes_is_caught_by_the_check(house: House) -> None:
+    verdict = house.gate(house.yes_sayer())
+    assert verdict.outcome == "rejected"
+    assert "yes_no" in verdict.caught_by
+    assert next(suite for suite in verdict.suites if suite.name == "colour").decision == "passed"
+
+
+def test_the_incumbent_is_what_must_not_be_lost(house: House) -> None:
+    """The base never knew the new question: only against the incumbent is anything lost."""
+    learner = house.learner()
+    verdict = house.gate(house.noise(0.0), incumbent=learner)
+    fresh = next(suite for suite in verdict.suites if suite.name == "fresh.new")
+    assert verdict.outcome == "rejected" and "fresh.new" in verdict.caught_by
+    assert fresh.before > 0.9 and fresh.difference_base == 0.0
+
+
+def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
+    name = house.noise(0.0)
+    first = house.gate(name)
+    again = VlmAsker(house.asker.vlm, house.asker.vlm.engine, house.settings.serve)
+    scores = {suite.name: again.score(suite, None).hits.mean() for suite in house.suites}
+    assert again.asked == 0
+    assert scores == {suite.name: suite.base for suite in first.suites if suite.role == "retention"}
+
+
+def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(house: House) -> None:
+    """Its file is finite, the forward pass is not."""
+    tiny_vlm_adapter(house.base, house.home / "huge-source", seed=4)
+    files = read_adapter(house.home / "huge-source")
+    tensors = {key: tensor * 1e15 if "lora_B" in key else tensor for key, tensor in files.tensors.items()}
+    name = write_adapter(house.home / "huge", tensors, files.config, house.base)
+    house.asker.load(name, house.home / "huge")
+    verdict = house.gate(name)
+    assert verdict.outcome == "rejected"
+    assert verdict.caught_by == ("finite",) and verdict.suites == ()
+
+
+def test_a_suite_of_the_other_family_is_refused(house: House) -> None:
+    with pytest.raises(GateError, match="a VLM cannot be asked for retrieval"):
+        house.gate(house.noise(0.0), fresh=[fresh_suite(sample_rows(4))])
+
+
+def test_a_question_too_long_is_an_error_of_the_suite(house: House) -> None:
+    long = [replace(one, question="why? " * 400) for one in unknown(range(60))]
+    with pytest.raises(GateError, match="a question cannot be asked"):
+        house.gate(house.noise(0.0), fresh=fresh_suites(question_table(long), family="vlm"))
+
+
+def test_an_engine_that_dies_is_an_error_and_no_verdict(tmp_path: Path, house: House) -> None:
+    with open_asker(house.settings, house.base) as asker:
+        assert isinstance(asker, VlmAsker)
+        name = tiny_vlm_adapter(house.base, tmp_path / "a", seed=8, scale=0.1)
+        asker.load(name, tmp_path / "a")
+        asker.cache = tmp_path / "cache"
+        asker.vlm.engine._worker.stop("killed by a test")  # type: ignore[attr-defined]
+        with pytest.raises(GateError, match="killed by a test"):
+            House(house.settings, house.base, asker).gate(name)

@@ -1,0 +1,94 @@
+"""Gate runs of one home whose engine is open: what each test file asks of its own engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ops.settings import Settings
+from serving.engines.vlm.base import VlmBase
+from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
+from tests.support.tiny_vlm import tiny_vlm_adapter
+from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
+from updater.gate.open import open_asker
+from updater.gate.vlm import VlmAsker
+
+TAUGHT = range(160)
+SEEN_BY_NOBODY = range(2000, 2120)
+
+
+@dataclass(frozen=True)
+class House:
+    """A home, its open engine, and where adapters are written."""
+
+    settings: Settings
+    base: VlmBase
+    asker: VlmAsker
+
+    @property
+    def home(self) -> Path:
+        """The folder of everything."""
+        return self.settings.home
+
+    @property
+    def suites(self) -> list[Suite]:
+        """The two retention suites."""
+        return load_suites(self.settings.gate.suites, self.home, "vlm")
+
+    @property
+    def fresh(self) -> list[Suite]:
+        """The gain suite: a question that the base was not taught."""
+        return fresh_suites(question_table(unknown(SEEN_BY_NOBODY)), family="vlm")
+
+    def gate(self, candidate: str, incumbent: str | None = None, fresh: Sequence[Suite] | None = None) -> Verdict:
+        """One run."""
+        return run_gate(
+            asker=self.asker,
+            candidate=candidate,
+            incumbent=incumbent,
+            suites=self.suites,
+            fresh=self.fresh if fresh is None else fresh,
+            looks=0,
+            settings=self.settings.gate,
+            meta={"rank": 8, "bytes": 50_000},
+        )
+
+    def clear(self) -> None:
+        """Unload every adapter: an engine has room for a few."""
+        for name in self.asker.vlm.engine.resident():
+            self.asker.vlm.unload(name)
+        self.asker._directories.clear()
+
+    def noise(self, scale: float) -> str:
+        """A random adapter, resident; with scale 0 one that changes nothing."""
+        directory = self.home / f"noise-{scale}"
+        name = tiny_vlm_adapter(self.base, directory, seed=3, scale=scale)
+        self.asker.load(name, directory)
+        return name
+
+    def learner(self) -> str:
+        """An adapter that learned the new question and practised the old ones, resident."""
+        return self._taught("learner", [*known(TAUGHT), *unknown(TAUGHT)], steps=120)
+
+    def yes_sayer(self) -> str:
+        """An adapter that says yes to every yes/no question and still knows its colours, resident."""
+        yes = [replace(one, answer="yes") if one.kind == "presence" else one for one in known(TAUGHT)]
+        return self._taught("yes-sayer", yes, steps=80)
+
+    def _taught(self, folder: str, asked: Sequence[Any], steps: int) -> str:
+        name = taught_adapter(self.base, self.home / folder, asked, steps)
+        self.asker.load(name, self.home / folder)
+        return name
+
+
+@contextmanager
+def open_house(home: Path, engine: str) -> Iterator[House]:
+    """A home with its engine open."""
+    settings = make_settings(home, engine)
+    base = taught_base(home)
+    with open_asker(settings, base) as asker:
+        assert isinstance(asker, VlmAsker) and asker.kind == engine
+        yield House(settings, base, asker)
