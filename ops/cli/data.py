@@ -33,24 +33,28 @@ def publish(
 
 @app.command("list")
 def list_domains() -> None:
-    """The domains that can be prepared, their licences and attributions."""
-    from streams.demo import DOMAINS
+    """The domains and question sets that can be prepared, their licences and attributions."""
+    from streams.demo import DOMAINS, QUESTIONS
 
     table = Table("domain", "package", "licence", "attribution", title="Domains")
     for name, info in DOMAINS.items():
         table.add_row(name, str(info.package), info.licence, info.attribution)
+    for name, made in QUESTIONS.items():
+        table.add_row(name, f"of {', '.join(made.sources)}", made.licence, "as the domains it is made of")
     Console().print(table)
 
 
 @app.command()
 def prepare(
-    context: typer.Context, names: Annotated[list[str], typer.Argument(help="Domains, e.g. fluent3d flags.")]
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(help="Domains or question sets, e.g. fluent3d vqa_base.")],
 ) -> None:
-    """Download the packages of domains and render them as folder datasets under home/data.
+    """Download the packages of domains and render them as folder datasets under home/data; or make questions of them.
 
-    Example:  ratchet data prepare fluent3d flags
+    Examples:  ratchet data prepare fluent3d flags    |    ratchet data prepare vqa_fashion
     """
-    from streams.demo import prepare_domain
+    from streams.demo import QUESTIONS, prepare_domain, prepare_questions
 
     for name in names:
-        typer.echo(prepare_domain(name, ctx.of(context).settings.home))
+        prepare = prepare_questions if name in QUESTIONS else prepare_domain
+        typer.echo(prepare(name, ctx.of(context).settings.home))

@@ -79,7 +79,7 @@ def copy_text_files(target: Path) -> None:
 def join_towers(work: Path) -> nn.Module:
     """The model with pretrained towers and random projections, in eval mode; ``work`` holds the text files."""
     model = construct(model_cfg(), work)
-    image = {name: tensor for name, tensor in _image_state().items() if not name.startswith("classifier.")}
+    image = {name: tensor for name, tensor in image_state().items() if not name.startswith("classifier.")}
     model.get_submodule("visual.trunk").load_state_dict(image)
     text = load_file(_packaged(*_TEXT_FOLDER) / "model.safetensors")
     kept = {name: tensor for name, tensor in text.items() if name not in _TEXT_UNUSED}
@@ -89,10 +89,10 @@ def join_towers(work: Path) -> nn.Module:
 
 def imagenet_head() -> torch.Tensor:
     """``float32 [1000, 1280]``: weights of the classifier that came with the image tower."""
-    return _image_state()["classifier.weight"]
+    return image_state()["classifier.weight"]
 
 
-def _image_state() -> dict[str, torch.Tensor]:
+def image_state() -> dict[str, torch.Tensor]:
     names = list(timm.create_model(TRUNK, pretrained=False).state_dict())
     found = _pickled_tensors()
     if len(names) != len(found):

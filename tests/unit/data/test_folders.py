@@ -147,6 +147,19 @@ def test_question_and_answer_come_together(folder: Path) -> None:
     assert item.text == ""
 
 
+def test_a_question_may_have_several_answers(folder: Path) -> None:
+    header, row = "file,text,question,answer,answers", "photos/a.png,,what colour?,grey,grey; gray;"
+    (item,) = read_folder(index(folder, header, row))
+    assert (item.answer, item.answers) == ("grey", ("grey", "gray"))
+    (again,) = read_folder(write_folder(folder, [item]))
+    assert again == item
+
+
+def test_answers_without_the_answer_are_refused(folder: Path) -> None:
+    with pytest.raises(RecordError, match="field 'answer': is empty, but there are answers"):
+        read_folder(index(folder, "file,text,question,answer,answers", "photos/a.png,a crane,,,grey;gray"))
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_column(folder: Path) -> None:
     (folder / INDEX).write_bytes(b"\xef\xbb\xbffile,text\r\nphotos/a.png,x\r\n")
     assert read_folder(folder)[0].text == "x"

@@ -1,0 +1,120 @@
+"""Second stage: connector and language model learn to answer, the vision tower goes on learning."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ops.progress import say, track
+from serving.engines.vlm.ask import question
+from serving.engines.vlm.prompts import answer_tokens, inputs
+from streams.folders import FolderItem
+from updater.base.vlm.model import SIDE
+from updater.base.vlm.pictures import read_pictures, recolour, seen, shade, warp
+from updater.base.vlm.recipe import Optimizer, VlmRecipe
+
+SHAPE_SHARE = 0.5
+"""Share of pictures that are shown in other colours, and asked about shape alone."""
+ABOUT_COLOUR = ("is there anything ", "is some of it ")
+"""Beginnings of the yes/no questions that a recoloured picture would answer differently."""
+NAME_WEIGHT = 2.0
+"""How much more often a picture with a name is shown: names are the hardest to learn."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question, as tokens."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    colour: bool
+    kind: str
+
+
+def learn(model: Any, processor: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
+    """Train all of `model` on the questions in `items`; returns the mean loss of the last tenth of the steps."""
+    paths = sorted({item.path for item in items})
+    images = read_pictures(paths, "reading pictures")
+    where = {path: i for i, path in enumerate(paths)}
+    asked: dict[int, list[Row]] = defaultdict(list)
+    for item, row in zip(items, tokenize(processor, items), strict=True):
+        asked[where[item.path]].append(row)
+    weights = torch.tensor([
+        NAME_WEIGHT if any(row.kind == "name" for row in asked[i]) else 1.0 for i in range(len(paths))
+    ])  # fmt: skip
+    parts = model.model
+    optimizer = Optimizer(
+        [(parts.vision_model, how.tower_lr), (parts.connector, 1.0), (parts.text_model, 1.0)], how, how.steps
+    )
+    made = torch.Generator().manual_seed(how.seed + 3)
+    model.train()
+    losses: list[float] = []
+    for _ in track(range(how.steps), "learning to answer", total=how.steps):
+        chosen = torch.multinomial(weights, how.pictures, generator=made)
+        shape = torch.rand(how.pictures, generator=made) < SHAPE_SHARE
+        rows: list[Row] = []
+        owner: list[int] = []
+        for place, (i, plain) in enumerate(zip(chosen.tolist(), shape.tolist(), strict=True)):
+            fit = [row for row in asked[i] if not (plain and row.colour)]
+            shape[place] = plain and bool(fit)
+            fit = fit or asked[i]
+            for pick in torch.randperm(len(fit), generator=made)[: how.questions].tolist():
+                rows.append(fit[pick])
+                owner.append(place)
+        shown = warp(images[chosen], made)
+        shown[shape] = recolour(shown[shape], made)
+        loss = answer_loss(model, seen(shade(shown, made)), rows, torch.tensor(owner))
+        optimizer.step(loss)
+        losses.append(float(loss.detach()))
+        if len(losses) % 50 == 0:
+            say(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
+    model.eval()
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[Row]:
+    """Prompts as the engines build them, and answers; equal questions are rendered once."""
+    blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
+    prompts: dict[str, tuple[int, ...]] = {}
+    rows = []
+    for item in items:
+        if item.question not in prompts:
+            batch = inputs(processor, [question(blank, item.question)])
+            prompts[item.question] = tuple(batch["input_ids"][0].tolist())
+        rows.append(
+            Row(
+                prompts[item.question],
+                tuple(answer_tokens(processor, item.answer)),
+                item.label == "colour" or item.question.startswith(ABOUT_COLOUR),
+                item.label,
+            )
+        )
+    return rows
+
+
+def answer_loss(model: Any, pixels: torch.Tensor, rows: Sequence[Row], owner: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens; `pixels` ``[pictures, 3, 64, 64]``, `owner` each row's picture."""
+    longest = max(len(row.prompt) + len(row.answer) for row in rows)
+    ids = torch.full((len(rows), longest), int(model.config.text_config.pad_token_id))
+    target = torch.full((len(rows), longest), -100)
+    for i, row in enumerate(rows):
+        start, end = len(row.prompt), len(row.prompt) + len(row.answer)
+        ids[i, :start] = torch.tensor(row.prompt)
+        ids[i, start:end] = torch.tensor(row.answer)
+        target[i, start - 1 : end - 1] = torch.tensor(row.answer)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = model.model.connector(model.model.vision_model(pixel_values=pixels).last_hidden_state)
+        embedded = model.model.text_model.get_input_embeddings()(ids)
+        seats = ids == model.config.image_token_id
+        embedded = embedded.masked_scatter(seats[..., None], features[owner].to(embedded.dtype))
+        # Padding is on the right, behind all that counts: causal attention needs no mask.
+        hidden = model.model.text_model(inputs_embeds=embedded).last_hidden_state
+        logits = model.lm_head(hidden[target >= 0])
+    return functional.cross_entropy(logits.float(), target[target >= 0])
