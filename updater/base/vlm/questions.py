@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,46 +36,67 @@ class Row:
     kind: str
 
 
-def learn(model: Any, processor: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
-    """Train all of `model` on the questions in `items`; returns the mean loss of the last tenth of the steps."""
-    paths = sorted({item.path for item in items})
-    images = read_pictures(paths, "reading pictures")
-    where = {path: i for i, path in enumerate(paths)}
-    asked: dict[int, list[Row]] = defaultdict(list)
-    for item, row in zip(items, tokenize(processor, items), strict=True):
-        asked[where[item.path]].append(row)
-    weights = torch.tensor([
-        NAME_WEIGHT if any(row.kind == "name" for row in asked[i]) else 1.0 for i in range(len(paths))
-    ])  # fmt: skip
-    parts = model.model
-    optimizer = Optimizer(
-        [(parts.vision_model, how.tower_lr), (parts.connector, 1.0), (parts.text_model, 1.0)], how, how.steps
-    )
-    made = torch.Generator().manual_seed(how.seed + 3)
+def learn(model: Any, processor: Any, items: Sequence[FolderItem], how: VlmRecipe, first: int = 0) -> float:
+    """Train all of `model` on the questions in `items`; returns the mean loss of the last tenth of the steps.
+
+    Rounds before `first` are taken as done.
+    """
+    pictures = _Pictures(processor, items)
     model.train()
+    loss = 0.0
+    for number in range(first, len(how.steps)):
+        loss = _round(model, pictures, how, number)
+    model.eval()
+    return loss
+
+
+def _round(model: Any, pictures: _Pictures, how: VlmRecipe, number: int) -> float:
+    parts = model.model
+    groups = [(parts.vision_model, how.tower_lr), (parts.connector, 1.0), (parts.text_model, 1.0)]
+    steps = how.steps[number]
+    optimizer = Optimizer(groups, how, steps)
+    made = torch.Generator().manual_seed(how.seed + 3 + number)
     losses: list[float] = []
-    for _ in track(range(how.steps), "learning to answer", total=how.steps):
-        chosen = torch.multinomial(weights, how.pictures, generator=made)
-        shape = torch.rand(how.pictures, generator=made) < SHAPE_SHARE
-        rows: list[Row] = []
-        owner: list[int] = []
-        for place, (i, plain) in enumerate(zip(chosen.tolist(), shape.tolist(), strict=True)):
-            fit = [row for row in asked[i] if not (plain and row.colour)]
-            shape[place] = plain and bool(fit)
-            fit = fit or asked[i]
-            for pick in torch.randperm(len(fit), generator=made)[: how.questions].tolist():
-                rows.append(fit[pick])
-                owner.append(place)
-        shown = warp(images[chosen], made)
-        shown[shape] = recolour(shown[shape], made)
-        loss = answer_loss(model, seen(shade(shown, made)), rows, torch.tensor(owner))
+    for _ in track(range(steps), f"learning to answer, round {number + 1} of {len(how.steps)}", total=steps):
+        shown, rows, owner = pictures.draw(how, made)
+        loss = answer_loss(model, shown, rows, owner)
         optimizer.step(loss)
         losses.append(float(loss.detach()))
         if len(losses) % 50 == 0:
             say(f"step {len(losses)}: loss {sum(losses[-50:]) / 50:.3f}")
-    model.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     return sum(tail) / len(tail)
+
+
+class _Pictures:
+    """Pictures with their questions, to be drawn from."""
+
+    def __init__(self, processor: Any, items: Sequence[FolderItem]) -> None:
+        paths = sorted({item.path for item in items})
+        self.images = read_pictures(paths, "reading pictures")
+        where = {path: i for i, path in enumerate(paths)}
+        self.asked: list[list[Row]] = [[] for _ in paths]
+        for item, row in zip(items, tokenize(processor, items), strict=True):
+            self.asked[where[item.path]].append(row)
+        named = [any(row.kind == "name" for row in rows) for rows in self.asked]
+        self.weights = torch.tensor([NAME_WEIGHT if name else 1.0 for name in named])
+
+    def draw(self, how: VlmRecipe, made: torch.Generator) -> tuple[torch.Tensor, list[Row], torch.Tensor]:
+        """Pixels ``[how.pictures, 3, 64, 64]``, questions, and the number of each question's picture."""
+        chosen = torch.multinomial(self.weights, how.pictures, generator=made)
+        shape = torch.rand(how.pictures, generator=made) < SHAPE_SHARE
+        rows: list[Row] = []
+        owner: list[int] = []
+        for place, (i, plain) in enumerate(zip(chosen.tolist(), shape.tolist(), strict=True)):
+            fit = [row for row in self.asked[i] if not (plain and row.colour)]
+            shape[place] = plain and bool(fit)
+            fit = fit or self.asked[i]
+            for pick in torch.randperm(len(fit), generator=made)[: how.questions].tolist():
+                rows.append(fit[pick])
+                owner.append(place)
+        shown = warp(self.images[chosen], made)
+        shown[shape] = recolour(shown[shape], made)
+        return seen(shade(shown, made)), rows, torch.tensor(owner)
 
 
 def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[Row]:
