@@ -1,0 +1,87 @@
+"""What is left when vLLM's process is killed: errors that say so, no process, and a new engine that starts."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Serve
+from serving.engines.vlm.ask import EngineDead, Reply
+from serving.engines.vlm.open import open_engine
+from serving.engines.vlm.sync import SyncVlm
+from tests.integration.engines.conftest import House
+
+pytestmark = pytest.mark.integration
+
+
+def _children() -> set[int]:
+    mine = os.getpid()
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == mine and fields[0] != "Z":
+            found.add(int(path.parent.name))
+    return found
+
+
+async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> None:
+    before = _children()
+    engine = open_engine(house.base, Serve(), kind="vllm")
+    await engine.start()
+    (core,) = [
+        pid for pid in _children() - before if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    long = dataclasses.replace(house.asks[0], max_tokens=200)
+    waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
+    stream = engine.stream(long, None)
+    await anext(stream)
+    os.kill(core, signal.SIGKILL)
+    ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
+    assert all(isinstance(one, EngineDead | Reply) for one in ended)
+    assert any(isinstance(one, EngineDead) for one in ended)
+    with pytest.raises(EngineDead):
+        async for _ in stream:
+            pass
+    assert "process ended" in engine.trouble()
+    for call in (engine.reply(long, None), engine.score(long, ["yes"], None), engine.golden(None)):
+        with pytest.raises(EngineDead, match="Start a new engine"):
+            await call
+    with pytest.raises(EngineDead):
+        await engine.load(house.names[0], house.directories[house.names[0]])
+    assert engine.running() == 0
+    await engine.close()
+    assert core not in _children()
+
+    def again() -> list[Reply]:
+        with SyncVlm(open_engine(house.base, Serve())) as vlm:
+            vlm.load(house.names[0], house.directories[house.names[0]])
+            return vlm.replies(house.asks, house.names[0])
+
+    replies = await asyncio.to_thread(again)
+    assert [reply.tokens for reply in replies] == [one.tokens for one in house.references[house.names[0]]]
+    left = _children() - before
+    assert [pid for pid in left if "resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_text()] == []
+
+
+def test_a_blocking_facade_gives_replies_and_scores_in_order(house: House) -> None:
+    name = house.names[1]
+    with SyncVlm(open_engine(house.base, Serve(), kind="transformers")) as vlm:
+        vlm.load(name, house.directories[name])
+        replies = vlm.replies(house.asks, name, label="answers")
+        assert [reply.tokens for reply in replies] == [one.tokens for one in house.references[name]]
+        scores = vlm.scores(house.asks[:2], [["yes", "no"], ["red"]], name)
+        wanted = [[house.models[name].score(house.asks[0], one) for one in ("yes", "no")]]
+        wanted.append([house.models[name].score(house.asks[1], "red")])
+        assert scores == [pytest.approx(one, abs=1e-4) for one in wanted]
+        assert vlm.golden(name) != vlm.golden(None)
+        vlm.unload(name)
+        assert vlm.engine.resident() == frozenset()
+    assert vlm.engine.trouble() == "The engine was closed."

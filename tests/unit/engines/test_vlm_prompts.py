@@ -1,0 +1,74 @@
+"""What the model reads for a question."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.engines.vlm.ask import Ask, AskError, Message, question
+from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
+from tests.support.tiny_vlm import tiny_vlm_base
+
+PICTURE = np.full((40, 24, 3), 90, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_vlm_base(tmp_path_factory.mktemp("prompts")).processor()
+
+
+def test_a_question_is_rendered_up_to_its_answer(processor: Any) -> None:
+    assert render(processor, question(PICTURE, "what is this?")) == (
+        "<|im_start|>User:<image>what is this?<end_of_utterance>\nAssistant:"
+    )
+
+
+def test_a_batch_is_padded_on_the_left_and_each_row_is_what_it_is_alone(processor: Any) -> None:
+    asks = [question(PICTURE, "red?"), question(PICTURE[:20], "which colour is it?"), Ask((Message("user", ("hi",)),))]
+    batch = inputs(processor, asks)
+    assert batch["pixel_values"].shape[0] == 3
+    for row, ask in enumerate(asks):
+        alone = inputs(processor, [ask])["input_ids"][0].tolist()
+        assert batch["input_ids"][row, -len(alone) :].tolist() == alone
+        assert batch["attention_mask"][row].sum() == len(alone)
+    assert "pixel_values" not in inputs(processor, asks[2:])
+
+
+def test_an_answer_ends_with_the_end_token(processor: Any) -> None:
+    tokens = answer_tokens(processor, "red")
+    assert tokens[-1] == end_token(processor) == processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    assert processor.tokenizer.decode(tokens[:-1]) == "red"
+
+
+@pytest.mark.parametrize(
+    ("messages", "images", "message"),
+    [
+        ((), 0, "no message"),
+        ((Message("user", (0, 1, "same?")),), 1, "Use every image once"),
+        ((Message("user", ("what?",)),), 1, "Use every image once"),
+        ((Message("user", (1, 0, "same?")),), 2, "reading order"),
+        ((Message("user", ("an <image> of what?",)),), 0, "stands for an image"),
+    ],
+)
+def test_messages_that_mean_nothing_are_refused(
+    processor: Any, messages: tuple[Message, ...], images: int, message: str
+) -> None:
+    with pytest.raises(AskError, match=message):
+        render(processor, Ask(messages, (PICTURE,) * images))
+
+
+def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any) -> None:
+    strict = type(processor)(processor.image_processor, processor.tokenizer, image_seq_len=4)
+    strict.chat_template = "{{ raise_exception('turns must alternate') }}"
+    with pytest.raises(AskError, match="turns must alternate"):
+        render(strict, question(PICTURE, "what?"))
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": -1}]
+)
+def test_ways_to_answer_that_are_none_are_refused(how: dict[str, Any]) -> None:
+    with pytest.raises(AskError):
+        Ask((Message("user", ("hi",)),), **how)

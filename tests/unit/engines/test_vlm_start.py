@@ -1,0 +1,73 @@
+"""Which engine is opened, how vLLM is started, and what a broken installation says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops.errors import AdapterError, ConfigError
+from ops.settings import Serve
+from serving.engines.vlm import vllm_start
+from serving.engines.vlm.fit import linear_shapes, parts_of, read_fitting
+from serving.engines.vlm.open import open_engine
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+
+
+def test_auto_is_vllm_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_vlm_base(tmp_path)
+    for there, kind in ((True, "vllm"), (False, "transformers")):
+        monkeypatch.setattr("serving.engines.vlm.open.installed", lambda there=there: there)
+        assert open_engine(base, Serve()).kind == kind
+    assert open_engine(base, Serve(vlm_engine="transformers")).kind == "transformers"
+    assert open_engine(base, Serve(vlm_engine="transformers"), kind="vllm").kind == "vllm"
+    with pytest.raises(ConfigError, match="no VLM engine 'other'"):
+        open_engine(base, Serve(), kind="other")
+
+
+@pytest.mark.parametrize("codec", ["torchaudio", "torchcodec"])
+def test_a_codec_for_another_pytorch_is_named_with_the_remedy(
+    codec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"{codec}.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, codec, raising=False)
+    with pytest.raises(ConfigError, match=rf"{codec}.*libc10_cuda.*pip uninstall torchaudio torchcodec"):
+        vllm_start.import_vllm()
+
+
+def test_the_environment_of_the_engine_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    with vllm_start.child_environment(Serve(vlm_threads=3)):
+        assert os.environ["OMP_NUM_THREADS"] == "3"
+        assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in os.environ
+
+
+def test_there_is_a_slot_for_the_window_one_coming_one_going_and_the_base() -> None:
+    assert vllm_start.slots_of(Serve(rollback_window=4)) == 7
+
+
+def test_an_adapter_is_read_only_when_it_fits(tmp_path: Path) -> None:
+    base, other = tiny_vlm_base(tmp_path), tiny_vlm_base(tmp_path, "other", seed=1)
+    shapes = linear_shapes(base)
+    assert {base.part_of(name) for name in shapes} == {"text", "image", "connector"}
+    name = tiny_vlm_adapter(base, tmp_path / "a", 1, parts=("text", "connector"), rank=8)
+    files = read_fitting(base, shapes, name, tmp_path / "a", 8)
+    assert parts_of(base, files) == {"text", "connector"}
+    with pytest.raises(AdapterError, match=r"has rank 8; this server takes 4"):
+        read_fitting(base, shapes, name, tmp_path / "a", 4)
+    with pytest.raises(AdapterError, match="not vlm-other"):
+        read_fitting(base, shapes, "vlm-other", tmp_path / "a", 8)
+    with pytest.raises(AdapterError, match="belongs to the base"):
+        read_fitting(other, linear_shapes(other), name, tmp_path / "a", 8)
+    fewer = {key: shape for key, shape in shapes.items() if "connector" not in key}
+    with pytest.raises(AdapterError, match=r"has no layer 'model\.connector"):
+        read_fitting(base, fewer, name, tmp_path / "a", 8)
+    wider = {key: (shape[0], shape[1] + 1) for key, shape in shapes.items()}
+    with pytest.raises(AdapterError, match="do not fit its weight"):
+        read_fitting(base, wider, name, tmp_path / "a", 8)
