@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ops.errors import GateError
@@ -27,17 +27,13 @@ def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[A
     if isinstance(base, ClipBase):
         yield ClipAsker(ClipEngine(base, threads=settings.updater.threads))
         return
+    from serving.engines.vlm.open import open_engine
     from serving.engines.vlm.sync import SyncVlm
 
-    from serving.engines.vlm.open import open_engine
-
     engine = open_engine(base, settings.serve)
-    vlm = SyncVlm(engine)
-    try:
-        vlm.__enter__()
-    except EngineDead as error:
-        raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            vlm = stack.enter_context(SyncVlm(engine))
+        except EngineDead as error:
+            raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
         yield VlmAsker(vlm, engine, settings.serve)
-    finally:
-        vlm.__exit__(None, None, None)
