@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import changed, scores
-from updater.gate.decision import conclude, decide
+from tests.unit.gate.builders import changed, outcomes, scores, suite_over
+from updater.gate.decision import Scores, conclude, decide
 from updater.gate.verdict import Check, SuiteResult
 
 LEVEL = 0.03
@@ -154,3 +154,30 @@ def test_false_accepts_stay_below_the_level() -> None:
             entries.append(scores(f"s{i}", before, after))
         accepted += all(r.decision == "passed" for r in judge(*entries))
     assert accepted / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)
+
+
+def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
+    """A VQA suite whose questions come in pairs about one image."""
+    suite = suite_over(before, "asked", role, "vqa")
+    pictures = np.repeat(np.arange(len(before) // 2).astype(str), 2)
+    first = outcomes(before)
+    return Scores(suite, first, first, outcomes(after), chance=0.25, pictures=pictures)
+
+
+def test_questions_are_compared_by_image_and_too_few_images_are_too_few() -> None:
+    before = hits(160, 0.6)
+    (enough,) = judge(asked_twice(before, before), min_items=80, margin=0.1)
+    assert (enough.decision, enough.n, enough.task) == ("passed", 160, "vqa")
+    assert enough.method == "studentised bootstrap over images" and enough.by_view.keys() == {"answer"}
+    (few,) = judge(asked_twice(before, before), min_items=81, margin=0.1)
+    assert few.decision == "inconclusive"
+    assert few.reason == "only 80 images (160 questions); at least 81 are asked for"
+
+
+def test_a_vqa_suite_can_fail_and_be_a_weak_guard() -> None:
+    before = hits(400, 0.6)
+    (lost,) = judge(asked_twice(before, changed(before, 90, 0)))
+    assert lost.decision == "failed"
+    poor = hits(400, 0.27)
+    (guard,) = judge(asked_twice(poor, poor))
+    assert "weak guard" in guard.reason

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import changed, scores
-from updater.gate.decision import conclude, decide
+from tests.unit.gate.builders import changed, outcomes, scores, suite_over
+from updater.gate.decision import Scores, conclude, decide
 from updater.gate.report import render, write_report
 from updater.gate.verdict import Check, Verdict, Worse
 
@@ -114,3 +115,19 @@ def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
     summary = verdict().summary()
     assert summary["caught_by"] == ["emoji_retrieval"]
     assert set(summary["suites"]["fresh.fluent3d"]) >= {"before", "after", "ci", "decision", "n", "role"}
+
+
+def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
+    before = (np.random.default_rng(0).random((300, 1)) < 0.7).astype(float)
+    worst = (Worse("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
+    suite = suite_over(before, "vqa_colour", "retention", "vqa")
+    first = outcomes(before)
+    pictures = np.arange(300).astype(str)
+    results = decide(
+        [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, pictures)],
+        level=0.03, margin=0.05, min_items=50,
+    )  # fmt: skip
+    page = render(replace(verdict(), suites=tuple(results), candidate="vlm-0123456789ab").to_json())
+    assert "red → nothing" in page and "right: red, crimson" in page
+    assert "exact_match" in page and "chance 30.0" in page and "<script>" not in page
+    assert "rank 1" not in page
