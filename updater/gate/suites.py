@@ -8,7 +8,8 @@ something. The task decides which family of models is asked: a CLIP classifies a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ops.digests import digest12, digest_bytes, digest_json
 from ops.errors import GateError, RecordError
-from streams.folders import read_folder
+from streams.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
 from updater.gate.items import Half, Item, asked, captioned, limited, of_half, without_lonely
 
@@ -208,7 +209,9 @@ def _read(suite: Suite) -> list[Item]:
             "Prepare it (`ratchet base build` makes the built-in data) or take the suite out of gate.suites.",
         )
     try:
-        rows = read_folder(suite.folder, split=suite.split)
+        index = suite.folder / INDEX
+        stamp = index.stat().st_mtime_ns if index.is_file() else 0
+        rows = _rows(suite.folder, suite.split, stamp)
     except RecordError as error:
         raise GateError(f"suite {suite.name}: {error.message}", error.fix) from error
     places = [(row.path.relative_to(suite.folder) if row.path.is_relative_to(suite.folder) else row.path).as_posix()
@@ -223,6 +226,12 @@ def _read(suite: Suite) -> list[Item]:
     texts = [(row.text if suite.task == "retrieval" else str(getattr(row, suite.label))).strip() for row in rows]
     items = [captioned(row, place, text) for row, place, text in zip(rows, places, texts, strict=True) if text]
     return without_lonely(items) if suite.task == "classification" else items
+
+
+@lru_cache(maxsize=1)
+def _rows(folder: Path, split: str | None, stamp: int) -> Sequence[FolderItem]:
+    """Several suites in a row ask about one folder, which is read once. `stamp`: when its index was written."""
+    return read_folder(folder, split=split)
 
 
 def _bytes(suite: Suite, item: Item) -> bytes:

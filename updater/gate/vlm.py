@@ -86,10 +86,11 @@ class VlmAsker:
         items = suite.items()
         ids = np.array([item.id for item in items], dtype=np.str_)
         found = kept(path, ("ids", "texts")) if path is not None else None
-        if found is not None and _same(found, ids):
+        there = found is not None and _same(found, ids)
+        if found is not None and there:
             self._remember(suite, items, adapter, [str(text) for text in found[1]])
         texts = self._texts(suite, items, adapter, label or adapter or "base")
-        if path is not None and found is None:
+        if path is not None and not there:
             keep(path, ids=ids, texts=np.array(texts, dtype=np.str_))
         earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
         return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
@@ -108,8 +109,6 @@ class VlmAsker:
         checks = [check_loads(directory is not None, candidate, facts)]
         if directory is None or not suites:
             return checks
-        for suite, few in probe(suites):
-            self._texts(suite, few, None, "probe, base")
         try:
             checks.append(self._finite(candidate, suites))
             if not checks[-1].ok:

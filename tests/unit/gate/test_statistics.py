@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from updater.gate.resampling import bootstrap
 from updater.gate.statistics import (
-    bootstrap,
     compare_accuracy,
     compare_answers,
     compare_recall,
