@@ -36,4 +36,4 @@ def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[A
             vlm = stack.enter_context(SyncVlm(engine))
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-        yield VlmAsker(vlm, engine, settings.serve)
+        yield VlmAsker(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")

@@ -62,7 +62,7 @@ class VlmAsker:
     family: Family = "vlm"
 
     def __init__(self, vlm: SyncVlm, engine: VlmEngine, serve: Serve, *, cache: Path | None = None) -> None:
-        """`vlm` is the started `engine`; `cache`: folder of kept answers, by default `home/cache/gate`."""
+        """`vlm` is the started `engine`; `cache`: folder of kept answers, by default each suite's own."""
         self.vlm = vlm
         self.base: VlmBase = engine.base
         self.kind = engine.kind
