@@ -160,7 +160,7 @@ class Suite(BaseModel):
         return [digest_bytes(_bytes(self, item)) for item in self.items()]
 
 
-def load_suites(paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = "clip") -> list[Suite]:
+def load_suites(paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None) -> list[Suite]:
     """Read suites from YAML files and folders of them; the built-in ones when `paths` is empty.
 
     Only those for models of `family` are returned; all when it is None.
