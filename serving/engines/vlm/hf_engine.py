@@ -63,7 +63,9 @@ class TransformersEngine:
 
     def _load_base(self) -> None:
         from transformers import GenerationConfig
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self._processor = self.base.processor()
         self._shapes = linear_shapes(self.base)
         model: Any = self.base.build_model().to("cuda" if torch.cuda.is_available() else "cpu")

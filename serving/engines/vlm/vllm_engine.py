@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import itertools
 import tempfile
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -247,8 +246,7 @@ class VllmEngine:
         engine, self._engine = self._engine, None
         if engine is not None:
             await asyncio.to_thread(engine.shutdown, timeout=CLOSE_SECONDS)
-            del engine
-            gc.collect()  # vLLM's object is in a cycle; ended at the interpreter's end, it complains
+            engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
 
     def _alive(self) -> None:
         trouble = self.trouble()

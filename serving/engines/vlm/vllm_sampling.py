@@ -23,6 +23,7 @@ def sampling(ask: Ask, every: bool) -> Any:
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
+        skip_clone=True,  # this object is of this request alone
         output_kind=RequestOutputKind.DELTA if every else RequestOutputKind.FINAL_ONLY,
     )
 
