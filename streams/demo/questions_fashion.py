@@ -24,7 +24,7 @@ def fashion_questions(folder: Path) -> Iterator[Question]:
         dice = random.Random(f"fashion:{split}")  # noqa: S311
         items = read_folder(folder, split)
         dice.shuffle(items)
-        pictures = [Picture(item.path, "fashion", item.label, split, name=item.label) for item in items]
+        pictures = [Picture(item.path, "fashion", item.label, split, item.label, item.label) for item in items]
         rows = []
         for picture in pictures[:garments]:
             other = SYNONYMS.get(picture.name)

@@ -1,8 +1,8 @@
 """From pictures that are known by name, category and colours to questions with answers.
 
 A picture is in one split with all its questions. `test` holds two kinds of pictures: those of concepts that no
-training picture shows (asked for colour, category and their presence), and drawings that training does not have, of
-concepts that it has in another hand (asked for name and the presence of a thing).
+training picture shows (a siamese cat, where there were other cats), and drawings that training does not have, of
+concepts that it has in another hand. Names are asked of both, colours and categories of the first alone.
 
 Yes/no questions come in pairs: the same words about a picture where the answer is yes and about one where it is no,
 so that the words alone tell nothing.
@@ -37,12 +37,12 @@ class Caps:
     kinds: int
 
 
-CAPS: Final = {"train": Caps(answers=500, things=4, kinds=120), "test": Caps(answers=40, things=1, kinds=5)}
+CAPS: Final = {"train": Caps(answers=400, things=30, kinds=120), "test": Caps(answers=30, things=3, kinds=6)}
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is known about one picture. `name` is empty where its text is no short name, `category` where unclear."""
+    """What is known about one picture. Strings are empty where it has none, or it is not clear."""
 
     path: Path
     hand: str
@@ -50,7 +50,10 @@ class Picture:
     concept: str
     split: str
     """Of the concept, in its domain."""
+    title: str = ""
+    """What it is called exactly, by all hands alike."""
     name: str = ""
+    """What a person would call it at first sight."""
     category: str = ""
     colours: dict[str, float] = field(default_factory=dict)
     related: frozenset[str] = frozenset()
@@ -75,11 +78,8 @@ def make_questions(pictures: Sequence[Picture]) -> list[Question]:
     trained = [p for p in pictures if p.split == "train" and p.path not in held_out]
     rows: list[Question] = []
     for split in ("train", "test"):
-        drawings = [p for p in (trained if split == "train" else pictures) if p.name]
-        concepts = trained
-        if split == "test":
-            drawings = [p for p in drawings if p.path in held_out]
-            concepts = [p for p in pictures if p.split == "test"]
+        concepts = trained if split == "train" else [p for p in pictures if p.split == "test"]
+        drawings = trained if split == "train" else [*concepts, *(p for p in pictures if p.path in held_out)]
         caps, dice = CAPS[split], random.Random(f"questions:{split}")  # noqa: S311
         rows += _open(drawings, split, "name", lambda p: p.name, _names, words.ASK_NAME, caps.answers, dice)
         rows += _open(
@@ -99,7 +99,7 @@ def held_out_drawings(pictures: Iterable[Picture]) -> frozenset[Path]:
     """One drawing each of a share of the trained concepts that several hands drew; by hash, so it never moves."""
     hands: dict[str, list[Picture]] = defaultdict(list)
     for picture in pictures:
-        if picture.name and picture.split == "train":
+        if picture.title and picture.split == "train":
             hands[picture.concept].append(picture)
     chosen = set()
     for concept, drawings in hands.items():
@@ -110,7 +110,7 @@ def held_out_drawings(pictures: Iterable[Picture]) -> frozenset[Path]:
 
 
 def _names(name: str) -> tuple[str, ...]:
-    other = words.SYNONYMS.get(name) or (name.removesuffix(" face") if name.endswith(" face") else "")
+    other = words.SYNONYMS.get(name)
     return (name, other) if other else (name,)
 
 
@@ -136,16 +136,10 @@ def _open(
 def _presence(
     drawings: Sequence[Picture], concepts: Sequence[Picture], split: str, caps: Caps, dice: random.Random
 ) -> Iterator[Question]:
-    for name in sorted({p.name for p in drawings}):
+    for name in sorted({p.name for p in drawings} - {""}):
         there = [p for p in drawings if p.name == name]
-        others = dice.sample(drawings, min(len(drawings), 40))
-        parts = set(name.split())
-        absent = [p for p in others if not parts & p.related and not parts & set(p.name.split())]
-        # Half of the wrong ones are of the same kind: a cat is asked about where a dog is.
-        absent.sort(key=lambda p: p.category != there[0].category)
-        near, far = absent[: caps.things], absent[-caps.things :]
-        mixed = [p for pair in zip(near, far, strict=True) for p in dice.sample(pair, 2)]
-        yield from _pairs(there, mixed, words.with_article(name), words.ASK_THING, caps.things, split, dice)
+        absent = [p for p in drawings if p.name not in ("", name) and name not in p.related and name != p.category]
+        yield from _pairs(there, absent, words.with_article(name), words.ASK_THING, caps.things, split, dice)
     for kind in words.CATEGORIES:
         there = [p for p in concepts if p.category == kind]
         absent = [p for p in concepts if p.category and p.category not in _near(kind)]

@@ -27,7 +27,10 @@ EMOJI: Final = ("noto", "twemoji", "openmoji")
 _UNNAMED: Final = frozenset(("flag", "face", "person", "symbol", "hand", "clock", "arrow", ""))
 """Categories whose members are told apart by a sentence rather than by a name."""
 _SHORT: Final = re.compile(r"[a-z]+(?:[ -][a-z]+){0,2}")
-MAX_NAME: Final = 18
+_LEAD: Final = re.compile(r"^(?:an? |the |some |flag |pair |set |piece |of )+")
+_BREAK: Final = re.compile(r"\s+(?:of|with|in|on|at|for|from|and|without|to|by|behind|showing|over)\s+|[,.;:!?(\[—]")
+_WORDS: Final = re.compile(r"[\w’-]+")
+MAX_TITLE: Final = 18
 
 
 def read_pictures(home: Path, folders: dict[str, Path]) -> Iterator[Picture]:
@@ -50,21 +53,35 @@ def read_pictures(home: Path, folders: dict[str, Path]) -> Iterator[Picture]:
 
 
 def _picture(domain: str, item: FolderItem, colours: dict[str, float], subgroups: dict[str, str]) -> Picture:
-    name, category = "", ""
+    title, category = "", ""
     if domain in EMOJI:
         subgroup = subgroups.get(emoji_codes(item.path.stem), "")
         category = "" if item.concept in words.NOT_OF_KIND else words.SUBGROUPS.get(subgroup, "")
         text = item.text.casefold()
         named = category not in _UNNAMED or subgroup in _OBJECTS
-        if named and len(text) <= MAX_NAME and _SHORT.fullmatch(text) and not _people(text):
-            name = text
+        if named and len(text) <= MAX_TITLE and _SHORT.fullmatch(text) and not _people(text):
+            title = text
     elif domain == "openclipart":
         beginnings = sorted(words.FOLDERS, key=len, reverse=True)
         category = next((words.FOLDERS[b] for b in beginnings if item.path.name.startswith(f"{b}-")), "")
     else:
         category = words.LABELS.get(domain, {}).get(item.label, "")
     related = frozenset(word for tag in item.tags for word in tag.casefold().split())
-    return Picture(item.path, domain, item.concept, item.split or "train", name, category, colours, related)
+    name = "" if domain == "openclipart" and not category else basic_name(item.text, category)
+    split = item.split or "train"
+    return Picture(item.path, domain, item.concept, split, title, name, category, colours, related)
+
+
+def basic_name(text: str, category: str) -> str:
+    """The name at first sight of what a text calls more closely; empty where there is none.
+
+    `"a pair of army boots, worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`.
+    """
+    plain = _LEAD.sub("", text.casefold().strip().removeprefix("flag: "))
+    said = _WORDS.findall(_BREAK.split(plain, maxsplit=1)[0])
+    if len(said) > 1 and said[-1] == "face" and category != "face":
+        said.pop()
+    return "" if not said or category == "person" else words.NOUNS.get(said[-1], "")
 
 
 # fmt: off

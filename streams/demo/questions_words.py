@@ -103,18 +103,43 @@ COLOURS: Final[dict[str, tuple[str, ...]]] = {
     "grey": ("grey", "gray"),
     "black": ("black",),
 }
-SYNONYMS: Final = {
-    "automobile": "car", "oncoming automobile": "car", "bicycle": "bike", "airplane": "plane", "doughnut": "donut",
-    "television": "tv", "mobile phone": "phone", "honeybee": "bee", "lady beetle": "ladybug", "delivery truck": "truck",
-    "eggplant": "aubergine", "ear of corn": "corn", "hot dog": "hotdog", "glass of milk": "milk", "hot beverage": "tea",
-    "wine glass": "wine", "beer mug": "beer", "soccer ball": "football", "american football": "football",
-    "french fries": "fries", "soft ice cream": "ice cream", "potted plant": "plant", "evergreen tree": "tree",
-    "deciduous tree": "tree", "sheaf of rice": "rice", "leafy green": "lettuce", "hot pepper": "chili",
-    "necktie": "tie", "running shoe": "sneaker", "closed umbrella": "umbrella", "light bulb": "bulb",
-    "locked": "lock", "jeans": "trousers",
-    "musical keyboard": "piano", "jack-o-lantern": "pumpkin", "passenger ship": "ship", "sauropod": "dinosaur",
+_NOUNS: Final = {
+    "face": "smiley", "heart": "hearts", "hand": "hands fist", "arrow": "", "button": "", "square": "", "circle": "",
+    "star": "", "moon": "", "sun": "", "cloud": "clouds", "flag": "", "clock": "o’clock watch",
+    "tree": "trees", "flower": "rose tulip sunflower hibiscus blossom dandelion lily flowers", "leaf": "leaves clover",
+    "mushroom": "mushrooms", "bush": "shrub", "cat": "kitten", "dog": "puppy poodle hound bulldog terrier",
+    "bear": "panda", "bird": "parrot eagle duck owl penguin dove swan crow gull goose turkey chicken rooster chick",
+    "fish": "shark blowfish trout salmon carp catfish perch goldfish", "spider": "", "pig": "boar piglet",
+    "horse": "zebra donkey pony unicorn", "cow": "ox buffalo bull calf", "snake": "", "frog": "toad", "mouse": "rat",
+    "rabbit": "bunny hare", "bug": "ant beetle fly bee wasp mosquito cockroach cricket ladybug moth",
+    "zombie": "zombies", "skull": "", "hat": "cap helmet crown beret fedora",
+    "shoe": "shoes sneakers boot boots sandals",
+    "shirt": "t-shirt blouse sweater jersey", "coat": "jacket hoodie cloak robe trenchcoat", "dress": "gown skirt",
+    "trousers": "pants jeans shorts leggings", "glasses": "sunglasses goggles", "gloves": "glove mittens gauntlets",
+    "bag": "backpack purse handbag pouch rucksack briefcase", "box": "crate package chest",
+    "book": "novel books manual",
+    "bottle": "flask jug", "glass": "cocktail", "cup": "mug", "pot": "pan skillet", "bowl": "dish", "knife": "dagger",
+    "sword": "katana machete swords", "hammer": "sledgehammer mallet", "saw": "hacksaw chainsaw", "axe": "hatchet",
+    "pen": "pencil crayon", "key": "keys", "umbrella": "", "lamp": "lantern flashlight candle", "camera": "camcorder",
+    "phone": "cellphone smartphone telephone", "computer": "laptop", "gun": "pistol rifle shotgun revolver carbine smg",
+    "bomb": "grenade", "ball": "baseball basketball softball volleyball football", "drum": "", "guitar": "banjo violin",
+    "wall": "walls", "door": "", "window": "windows", "floor": "carpet", "house": "home hut cottage", "bed": "mattress",
+    "chair": "stool armchair seat", "table": "desk workbench", "cabinet": "cupboard dresser locker bookcase wardrobe",
+    "car": "automobile taxi", "truck": "lorry", "bus": "minibus trolleybus", "train": "locomotive tram metro",
+    "boat": "ship sailboat canoe ferry speedboat kayak", "bicycle": "bike motorcycle scooter", "plane": "airplane",
+    "wheel": "tire", "rocket": "", "apple": "apples", "egg": "eggs", "bread": "baguette bagel bun toast loaf",
+    "cake": "cupcake shortcake pie", "sandwich": "hamburger burger", "meat": "steak bacon jerky sausage",
+    "gem": "ruby opal amethyst topaz pearl emerald tourmaline alexandrite sapphire peridot garnet citrine aquamarine "
+    "diamond", "medal": "", "balloon": "balloons", "eye": "eyes", "globe": "planet", "envelope": "letter e-mail",
 }  # fmt: skip
-"""Another name of a thing."""
+NOUNS: Final = {word: name for name, words in _NOUNS.items() for word in (name, *words.split())}
+"""Last word of what a thing is called -> the name that a person would give it at first sight."""
+SYNONYMS: Final = {
+    "plane": "airplane", "bicycle": "bike", "trousers": "pants", "shoe": "boot", "coat": "jacket", "gem": "jewel",
+    "boat": "ship", "glasses": "sunglasses", "face": "smiley", "phone": "telephone", "bug": "insect", "meat": "steak",
+    "floor": "carpet", "cake": "pie", "bread": "bun", "house": "home",
+}  # fmt: skip
+"""Another name that is as right."""
 
 ASK_NAME: Final = ("what is this?", "what is shown here?", "what does the picture show?")
 ASK_CATEGORY: Final = ("what kind of thing is this?", "which category does this belong to?")

@@ -10,7 +10,8 @@ import pytest
 from ops.errors import ConfigError
 from streams.demo import QUESTIONS, prepare_questions
 from streams.demo.questions_make import Picture, Question, held_out_drawings, make_questions
-from streams.demo.questions_words import CATEGORIES, COLOURS, SUBGROUPS, SYNONYMS, with_article
+from streams.demo.questions_pictures import basic_name
+from streams.demo.questions_words import CATEGORIES, COLOURS, NOUNS, SUBGROUPS, SYNONYMS, with_article
 
 THINGS = {"animal": "cat dog cow pig", "food": "pear plum bread", "vehicle": "car bus tram boat", "tool": "axe saw"}
 SORTS = "big small old new round flat tall wild tame clean odd plain"
@@ -25,11 +26,11 @@ def world() -> list[Picture]:
         for thing in names.split():
             for sort in SORTS.split():
                 number += 1
-                name, colour = f"{sort} {thing}", SHADES[number % 4]
+                title, colour = f"{sort} {thing}", SHADES[number % 4]
                 split = "test" if number % 7 == 0 else "train"
                 for hand in ("ink", "oil", "chalk"):
-                    path = Path(hand) / f"{name}.png"
-                    pictures.append(Picture(path, hand, name, split, name, kind, {colour: 0.9, "yellow": 0.05}))
+                    path, shares = Path(hand) / f"{title}.png", {colour: 0.9, "yellow": 0.05}
+                    pictures.append(Picture(path, hand, title, split, title, thing, kind, shares))
     return pictures
 
 
@@ -66,6 +67,18 @@ def test_names_are_tested_on_new_drawings_of_things_that_were_trained(rows: list
     tested = of(rows, "test", "name")
     assert {row.answers for row in tested} <= {row.answers for row in trained}
     assert not {row.picture.path for row in tested} & {row.picture.path for row in rows if row.split == "train"}
+    concepts = {row.picture.concept for row in trained}
+    assert {row.picture.concept in concepts for row in tested} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("text", "category", "name"),
+    [("a pair of army boots, worn", "clothing", "shoe"), ("cat with tears of joy", "animal", "cat"),
+     ("dog face", "animal", "dog"), ("grinning face", "face", "face"), ("assault rifle (modified)", "gun", "gun"),
+     ("woman: red hat", "person", ""), ("something else", "", ""), ("", "", "")],
+)  # fmt: skip
+def test_a_thing_is_named_as_at_first_sight(text: str, category: str, name: str) -> None:
+    assert basic_name(text, category) == name
 
 
 def test_held_out_drawings_do_not_depend_on_the_other_pictures() -> None:
@@ -109,6 +122,7 @@ def test_making_them_again_gives_the_same(rows: list[Question]) -> None:
 def test_the_words_fit_together() -> None:
     assert set(SUBGROUPS.values()) <= CATEGORIES.keys()
     assert all(kind == names[0] and len(names) <= 2 for kind, names in {**CATEGORIES, **COLOURS}.items())
+    assert SYNONYMS.keys() <= set(NOUNS.values())
     assert all(name != other for name, other in SYNONYMS.items())
     assert [with_article(w) for w in ("apple", "bus", "clothing", "skis", "cross")] == [
         "an apple", "a bus", "clothing", "skis", "a cross",

@@ -18,7 +18,7 @@ class VlmRecipe:
     """Augmented views of each picture that the teacher looks at."""
     tower_steps: int = 330
     tower_batch: int = 128
-    steps: tuple[int, ...] = (650, 450)
+    steps: tuple[int, ...] = (650, 520)
     """Of the second stage, by round: the learning rate falls to nothing in each, and starts again."""
     pictures: int = 72
     questions: int = 3
