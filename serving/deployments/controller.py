@@ -16,8 +16,9 @@ from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.fleet import RayFleet
 from serving.deployments.loopback import close_replica_port
-from serving.deployments.protocol import Outcome, ReleaseProtocol
+from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.targets import Adapters
+from serving.deployments.terms import Outcome
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0

@@ -16,7 +16,7 @@ from ops.settings import Settings
 from serving.deployments.lane import Lane
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import IMAGE_COST, Answer, Kind, Work, batch_cost
-from serving.deployments.protocol import Prepared
+from serving.deployments.terms import Prepared
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 

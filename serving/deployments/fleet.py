@@ -16,9 +16,9 @@ from ray.serve.handle import DeploymentHandle
 from ops.errors import ReleaseError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.deployments.calls import Late, Unavailable
-from serving.deployments.protocol import NO_VLM, Prepared
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
+from serving.deployments.terms import NO_VLM, Prepared
 
 log = logging.getLogger("ratchet.fleet")
 APP = "ratchet"

@@ -18,9 +18,9 @@ from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
-from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
+from serving.deployments.terms import Outcome
 from serving.deployments.vlm_calls import VlmCalls
 from serving.deployments.window import LedgerWindow
 from serving.engines.base import base_directory, load_base

@@ -23,7 +23,7 @@ from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
 from serving.deployments.messages import Answer, Kind, Work
-from serving.deployments.protocol import Prepared
+from serving.deployments.terms import Prepared
 from serving.engines.clip import ClipEngine
 
 LOADING_NICE = 19

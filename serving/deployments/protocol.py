@@ -13,7 +13,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
@@ -21,63 +21,7 @@ from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
 from serving.deployments.resident import Resident, read_resident, stamped
 from serving.deployments.stamps import Stamp
 from serving.deployments.targets import Adapters, rollback_target, scope_of, sets
-
-NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
-
-    The spaces are an encoder's; a VLM makes none.
-    """
-
-    replica: str
-    adapter: str | None
-    image_space: str = ""
-    text_space: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """A release that is live, and what it took. Times are seconds."""
-
-    number: int
-    clip: str | None
-    vlm: str | None
-    kind: ProposalKind
-    family: Scope
-    proposal: int | None
-    prepare_seconds: float
-    commit_seconds: float
-    acknowledged: int
-
-
-class Fleet(Protocol):
-    """The replicas, as the protocol needs them. Each call reaches every replica that runs at that moment."""
-
-    @property
-    def has_vlm(self) -> bool:
-        """Whether there are VLM replicas."""
-
-    async def prepare(self, clip: str | None) -> list[Prepared]:
-        """Every encoder loads the adapter beside what it serves, and runs golden inputs."""
-
-    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
-        """Every VLM replica does the same."""
-
-    async def cover(self, stamp: Stamp, wait: bool) -> int:
-        """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
-
-    async def announce(self, resident: Resident) -> int:
-        """Tell every replica what is resident; returns how many acknowledged."""
-
-    async def in_flight(self) -> dict[int, int]:
-        """Requests being answered, by release number, over all ingress replicas."""
-
-    async def retire(self, resident: Resident) -> None:
-        """Unload everything else."""
+from serving.deployments.terms import NO_VLM, Fleet, Outcome, Prepared
 
 
 class Postponed(Exception):

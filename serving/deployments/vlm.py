@@ -15,8 +15,8 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Refusal
-from serving.deployments.protocol import Prepared
 from serving.deployments.resident import read_resident
+from serving.deployments.terms import Prepared
 from serving.deployments.vlm_lane import VlmLane
 from serving.engines.vlm.ask import Ask, Piece, Reply
 from serving.engines.vlm.base import load_vlm_base

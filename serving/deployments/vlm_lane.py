@@ -19,7 +19,7 @@ from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
 from serving.deployments.messages import Refusal
 from serving.deployments.pieces import gathered
-from serving.deployments.protocol import Prepared
+from serving.deployments.terms import Prepared
 from serving.engines.vlm.ask import Ask, AskError, EngineDead, Piece, Reply, VlmEngine
 
 ROOM_SECONDS = 20.0

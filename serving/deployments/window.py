@@ -8,8 +8,8 @@ import logging
 from ray.serve.handle import DeploymentHandle
 
 from ops.ledger import Ledger
-from serving.deployments.protocol import Prepared
 from serving.deployments.resident import Resident, read_resident, stamped
+from serving.deployments.terms import Prepared
 
 log = logging.getLogger("ratchet.window")
 

@@ -17,9 +17,9 @@ from ops.ledger.rows import Family
 from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.deployments.messages import Answer, Kind
-from serving.deployments.protocol import Outcome
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
+from serving.deployments.terms import Outcome
 from serving.engines.vlm.ask import Ask, Piece, Reply
 from serving.http.auth import OperatorGate
 from serving.http.errors import ApiError, from_validation

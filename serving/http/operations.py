@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serving.deployments.protocol import Outcome
+from serving.deployments.terms import Outcome
 from serving.http.errors import ApiError
 from serving.http.gateway import Gateway, gateway, json_body, json_schema
 from serving.http.schemas import ReasonRequest, ReleaseRequest, RollbackRequest

@@ -11,9 +11,10 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
-from serving.deployments.protocol import Outcome, Prepared, ReleaseProtocol
+from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
+from serving.deployments.terms import Outcome, Prepared
 
 
 @dataclass

@@ -10,7 +10,8 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
-from serving.deployments.protocol import Outcome, ReleaseProtocol
+from serving.deployments.protocol import ReleaseProtocol
+from serving.deployments.terms import Outcome
 from tests.unit.serving.test_protocol import PlainFleet
 
 
