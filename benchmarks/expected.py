@@ -53,7 +53,7 @@ class ExpectedAnswers:
         self.settings = settings
         self.artifacts = Artifacts(settings.artifacts)
         self.asks = [
-            question(np.asarray(decode_image(image).convert("RGB")), text, ANSWER_TOKENS) for image, text in questions
+            question(np.array(decode_image(image).convert("RGB")), text, ANSWER_TOKENS) for image, text in questions
         ]
         self._made: dict[str, list[str]] = {}
 

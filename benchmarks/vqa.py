@@ -136,7 +136,7 @@ def _generate(
             model.generate(**inputs(processor, asks), max_new_tokens=tokens, do_sample=False)
         return time.perf_counter() - began
 
-    asks = [question(np.asarray(decode_image(image).convert("RGB")), text, MAX_TOKENS) for image, text in asked]
+    asks = [question(np.array(decode_image(image).convert("RGB")), text, MAX_TOKENS) for image, text in asked]
     batches = [[asks[(start + n) % len(asks)] for n in range(size)] for start in range(0, len(asks), size)]
     timed(batches[0], MAX_TOKENS)
     first = float(np.median([timed(batch, 1) for batch in batches[:5]]))

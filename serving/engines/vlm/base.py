@@ -67,6 +67,7 @@ class VlmBase:
         """
         from transformers import AutoModelForImageTextToText
 
+        _quiet()
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 self.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
@@ -79,6 +80,7 @@ class VlmBase:
         """The transformers processor: chat template, tokenizer and image preprocessing."""
         from transformers import AutoProcessor
 
+        _quiet()
         try:
             return AutoProcessor.from_pretrained(self.model, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
@@ -165,6 +167,14 @@ def find_vlm_targets(model: nn.Module) -> dict[str, str]:
         if part is not None and isinstance(module, nn.Linear) and leaf in _TARGETS:
             leaves[part].add(leaf)
     return {part: rf"{_TOWERS[part]}\.(?:.*\.)?(?:{'|'.join(sorted(own))})" for part, own in leaves.items() if own}
+
+
+def _quiet() -> None:
+    """No bars and warnings of transformers among our own lines: what is wrong is raised."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 _KEPT = {".json", ".safetensors", ".jinja", ".txt", ".model"}

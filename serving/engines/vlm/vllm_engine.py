@@ -245,6 +245,8 @@ class VllmEngine:
             self._prompts.close()
         engine, self._engine = self._engine, None
         if engine is not None:
+            if engine.output_handler is not None:
+                engine.output_handler.cancel()  # it would report the end of the engine's process as an error
             await asyncio.to_thread(engine.shutdown, timeout=CLOSE_SECONDS)
             engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
 

@@ -109,6 +109,8 @@ def child_environment(serve: Serve) -> Iterator[None]:
         "OMP_NUM_THREADS": str(serve.vlm_threads),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
