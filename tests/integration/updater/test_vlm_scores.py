@@ -38,4 +38,4 @@ def test_every_kind_of_question_needs_the_picture() -> None:
     assert scores.keys() == {"name", "colour", "presence", "category"}
     for kind, figures in scores.items():
         assert figures["model"] > max(figures["majority"], figures["blind"]) + 0.15, kind
-        assert figures["items"] >= 300, kind
+        assert figures["items"] >= 250, kind
