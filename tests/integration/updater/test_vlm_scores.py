@@ -11,7 +11,7 @@ from updater.base.vlm import build_vlm, score_vlm
 from updater.base.vlm.scores import SCORES, committed_scores
 from updater.base.vlm.shipped import ASSETS, MODEL
 
-EACH = 150
+EACH = 80
 """Questions of each kind that are asked again."""
 
 
