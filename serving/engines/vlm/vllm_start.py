@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -43,6 +44,7 @@ def import_vllm() -> None:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it warns before it configures its log
     for codec in _CODECS:
         if importlib.util.find_spec(codec) is not None:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -162,24 +164,52 @@ def test_bad_adapters_are_refused_while_answers_go_on(house: House) -> None:
 
 def test_a_client_that_goes_frees_its_place(house: House) -> None:
     until(lambda: replica(house)["running"] == 0, house)
-    body = {
-        "model": "vlm", "stream": True, "temperature": 0, "max_tokens": 120,
-        "messages": [{"role": "user", "content": [
-            {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}},
-            {"type": "text", "text": "what is this?"}]}],
-    }  # fmt: skip
+    before = gone(house)
+    bodies = [
+        {
+            "model": "vlm", "stream": True, "temperature": 2, "seed": seed, "max_tokens": 128,
+            "messages": [{"role": "user", "content": [
+                {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}},
+                {"type": "text", "text": "what is this?"}]}],
+        }
+        for seed in range(8)
+    ]  # fmt: skip
     with httpx.Client(base_url=house.url, timeout=20, trust_env=False) as client:
-        streams = [client.stream("POST", "/v1/chat/completions", json=body) for _ in range(3)]
-        opened = [stream.__enter__() for stream in streams]
+        opened = [client.stream("POST", "/v1/chat/completions", json=body).__enter__() for body in bodies]
         for response in opened:
             assert response.status_code == 200
             next(response.iter_lines())
-        for response in opened:
             response.close()
     until(lambda: replica(house)["running"] == 0, house, 10)
-    text = httpx.get(f"{house.url}/metrics", trust_env=False).text
-    assert 'ratchet_vlm_requests_total{kind="stream"' in text
-    assert "ratchet_vlm_first_token_seconds_count" in text
+    assert gone(house) > before, "every answer was finished before its client went"
+    assert "ratchet_vlm_first_token_seconds_count" in exposition(house)
+
+
+def exposition(house: House) -> str:
+    """The server's metrics."""
+    return httpx.get(f"{house.url}/metrics", trust_env=False).text
+
+
+def gone(house: House) -> float:
+    """Streams that ended because their client went."""
+    found = re.findall(r'ratchet_vlm_requests_total\{kind="stream",outcome="gone"\} (\S+)', exposition(house))
+    return sum(map(float, found))
+
+
+def test_the_openai_client_chats_about_an_image_whole_and_streamed(house: House) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}}
+    asked: Any = [image, {"type": "text", "text": "what is this?"}]
+    options: Any = {"model": "vlm", "messages": [{"role": "user", "content": asked}], "max_tokens": 8, "temperature": 0}
+    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=0) as client:
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+        names = {model.id for model in client.models.list()}
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert whole.usage is not None
+    assert 0 < whole.usage.completion_tokens <= 8
+    assert "vlm" in names
 
 
 def test_a_killed_engine_shows_and_comes_back_with_what_is_live(house: House) -> None:
