@@ -175,8 +175,9 @@ def test_a_client_that_goes_frees_its_place(house: House) -> None:
         for seed in range(8)
     ]  # fmt: skip
     with httpx.Client(base_url=house.url, timeout=20, trust_env=False) as client:
-        opened = [client.stream("POST", "/v1/chat/completions", json=body).__enter__() for body in bodies]
-        for response in opened:
+        for body in bodies:
+            request = client.build_request("POST", "/v1/chat/completions", json=body)
+            response = client.send(request, stream=True)
             assert response.status_code == 200
             next(response.iter_lines())
             response.close()
