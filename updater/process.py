@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -36,10 +36,18 @@ def use_environment() -> None:
 
 
 def be_nice(nice: int) -> None:
-    """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up."""
+    """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up.
+
+    Where Linux schedules by session (``sched_autogroup_enabled``), niceness counts only among the processes of one
+    session, and parts run in sessions of their own: so the session gets the same niceness. See sched(7).
+    """
     missing = nice - os.nice(0)
     if missing > 0:
         os.nice(missing)
+    group = Path("/proc/self/autogroup")
+    if os.getsid(0) == os.getpid() and group.exists():  # not the session of the shell that it was started from
+        with suppress(OSError):  # a kernel that takes no niceness here has no groups either
+            group.write_text(str(os.nice(0)))
 
 
 @contextmanager
