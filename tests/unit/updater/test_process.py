@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = """
 import os
 from pathlib import Path
@@ -19,7 +17,6 @@ print(os.nice(0), group.read_text().split()[-1] if group.exists() else "none")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="niceness of a session is Linux's")
 def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_up() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True,
                           start_new_session=True)  # fmt: skip
