@@ -43,17 +43,15 @@ def test_progress_yields_everything_and_tells_on_a_plain_log(
 
 
 def test_verbs_record_under_the_names_that_prometheus_scrapes() -> None:
-    def value(line: str) -> float:
-        found = [row for row in metrics.exposition().decode().splitlines() if row.startswith(line + " ")]
+    def value(part: metrics.Part, line: str) -> float:
+        found = [row for row in metrics.exposition(part).decode().splitlines() if row.startswith(line + " ")]
         return float(found[0].split()[-1]) if found else 0.0
 
-    stored = value('ratchet_ingest_samples_total{split="train"}')
-    passed = value('ratchet_gate_verdicts_total{outcome="passed"}')
+    stored = value("ingest", 'ratchet_ingest_samples_total{split="train"}')
+    passed = value("update", 'ratchet_gate_verdicts_total{family="clip",outcome="passed"}')
     metrics.ingest.stored(2, "train")
     metrics.ingest.lag(0, 7)
-    metrics.gate.decided("passed", 1.5)
-    metrics.gate.suite("noto", 0.4, 0.5, 0.02)
-    assert value('ratchet_ingest_samples_total{split="train"}') == stored + 2
-    assert value('ratchet_ingest_lag_records{partition="0"}') == 7
-    assert value('ratchet_gate_verdicts_total{outcome="passed"}') == passed + 1
-    assert value('ratchet_gate_suite_score{model="candidate",suite="noto"}') == 0.5
+    metrics.gate.decided("clip", "passed", 1.5, 2.0)
+    assert value("ingest", 'ratchet_ingest_samples_total{split="train"}') == stored + 2
+    assert value("ingest", 'ratchet_ingest_lag_records{partition="0"}') == 7
+    assert value("update", 'ratchet_gate_verdicts_total{family="clip",outcome="passed"}') == passed + 1
