@@ -186,3 +186,6 @@ for _kind in ("initial", "update", "rollback", "release"):
 for _action in ("release", "rollback", "hold", "resume"):
     for _outcome in ("done", "refused"):
         OPERATOR.labels(_action, _outcome)
+for _kind in ("reply", "stream", "score"):
+    for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
+        VLM_REQUESTS.labels(_kind, _outcome)
