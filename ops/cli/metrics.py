@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from typing import Annotated, TypedDict
 
 import typer
@@ -61,6 +62,9 @@ def serve(
             "PROMETHEUS_MULTIPROC_DIR is not set, or is no folder.",
             "Set it to the folder that the replicas of this machine write their metrics into.",
         )
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
     metrics.listen("serve", port, host)
     say(f"metrics of the replicas on http://{host}:{port}/metrics")
-    signal.sigwait({signal.SIGTERM, signal.SIGINT})
+    done.wait()
