@@ -6,16 +6,22 @@ act now; ``ticket``: within days), values in its description, and a page in ``do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
-
-from ops.settings import Settings
 
 FOLDER = Path(__file__).parent
 SCRAPE_SECONDS = 15
 """How often targets are scraped and rules evaluated. The shortest window of a rule (5 minutes) holds 20 scrapes."""
+
+
+class Target(TypedDict):
+    """Addresses to scrape, as Prometheus writes them in ``static_configs`` and in files of ``file_sd_configs``."""
+
+    targets: list[str]
+    labels: dict[str, str]
 
 
 def rule_files() -> list[Path]:
@@ -35,30 +41,22 @@ def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
 
 
 def prometheus_config(
-    settings: Settings, *, alertmanagers: list[str] | None = None, rules: list[str] | None = None
+    targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """What ``prometheus.yml`` holds for a Ratchet with these settings: a job for each part that exports metrics.
+    """What ``prometheus.yml`` holds.
 
     Args:
+        targets: what is scraped.
         alertmanagers: host:port of each Alertmanager.
         rules: rule files to load; by default those of this folder.
     """
-    ports = {
-        "ratchet-serve": (_reachable(settings.serve.host), settings.serve.port),
-        "ratchet-ingest": ("127.0.0.1", settings.ingest.metrics_port),
-        "ratchet-update": ("127.0.0.1", settings.updater.metrics_port),
-    }
     config: dict[str, Any] = {
         "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
-        "rule_files": rules or [str(file) for file in rule_files()],
-        "scrape_configs": [
-            {"job_name": job, "static_configs": [{"targets": [f"{host}:{port}"]}]}
-            for job, (host, port) in ports.items()
-            if port
-        ],
+        "rule_files": list(rules or map(str, rule_files())),
+        "scrape_configs": [{"job_name": "ratchet", "static_configs": list(targets)}],
     }
     if alertmanagers:
-        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": alertmanagers}]}]}
+        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": list(alertmanagers)}]}]}
     return config
 
 
@@ -71,9 +69,3 @@ class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
-
-def _reachable(host: str) -> str:
-    """The address to connect to, of one to listen on."""
-    if host in ("0.0.0.0", "::"):  # noqa: S104
-        return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host

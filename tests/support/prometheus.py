@@ -43,9 +43,9 @@ class Prometheus:
         return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
 
     def healthy_targets(self) -> set[str]:
-        """Jobs whose last scrape succeeded."""
+        """Processes whose last scrape succeeded."""
         answer = httpx.get(f"{self.url}/api/v1/targets", timeout=30).json()
-        return {each["labels"]["job"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
+        return {each["labels"]["process"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
 
 
 @dataclass(frozen=True)
