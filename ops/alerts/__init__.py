@@ -68,4 +68,3 @@ def as_yaml(value: Any) -> str:
 class _Plain(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import time
@@ -36,6 +37,10 @@ class Prometheus:
         assert answer["status"] == "success", f"{expr}: {answer.get('error')}"
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
+
+    def has_data(self, expr: str) -> bool:
+        """Whether an expression gives a number now."""
+        return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
 
     def rules(self) -> list[dict[str, Any]]:
         """All rules, with the health of their last evaluation."""
@@ -99,8 +104,9 @@ def alertmanager(folder: Path) -> Iterator[Alertmanager]:
     (folder / "alertmanager.yml").write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
     address = f"127.0.0.1:{free_port()}"
     command = [
-        "prometheus-alertmanager", f"--config.file={folder / 'alertmanager.yml'}", f"--storage.path={folder / 'alerts'}",
-        f"--web.listen-address={address}", "--cluster.listen-address=", "--log.level=warn",
+        "prometheus-alertmanager", f"--config.file={folder / 'alertmanager.yml'}",
+        f"--storage.path={folder / 'alerts'}", f"--web.listen-address={address}", "--cluster.listen-address=",
+        "--log.level=warn",
     ]  # fmt: skip
     with _running(command, folder / "alertmanager.log", f"http://{address}/-/ready"):
         yield Alertmanager(f"http://{address}")
