@@ -70,7 +70,8 @@ class House:
         config = home / "ratchet.yaml"
         bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
                   "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
-        config.write_text(yaml.safe_dump({"home": str(home), "base": bases, "serve": bounds | serve}))
+        watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
+        config.write_text(yaml.safe_dump({"home": str(home), "base": bases, "serve": bounds | serve, "watch": watch}))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from ops.settings import Settings
 from streams import Producer, Sample
@@ -75,6 +76,24 @@ def running(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     make_topics(settings)
     with reading(settings) as ingest:
         yield Running(settings, ingest)
+
+
+def exported(name: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(f"ratchet_{name}", labels) or 0.0
+
+
+def test_records_bytes_refusals_and_the_store_are_in_the_metrics(running: Running) -> None:
+    records, size = exported("ingest_records_total"), exported("ingest_bytes_total")
+    refused = exported("ingest_quarantined_total", reason="image_undecodable")
+    messages: list[Message] = [*(good(n) for n in range(7000, 7005)), (b"no picture", good(0)[1])]
+    rows = running.take(6, lambda: produce(running.settings.kafka, messages))
+    assert Counter(row["kind"] for row in rows) == {"sample": 5, "quarantine": 1}
+    assert exported("ingest_records_total") == records + 6
+    assert exported("ingest_bytes_total") >= size + sum(len(value or b"") for value, _ in messages)
+    assert exported("ingest_quarantined_total", reason="image_undecodable") == refused + 1
+    wait_for(lambda: exported("store_samples", split="train") == running.store.count(split="train"), "its size")
+    assert exported("store_bytes") > 0 and exported("store_fragments") > 0
+    assert exported("ingest_broker_up") == 1
 
 
 def test_a_published_folder_is_in_the_store_with_all_its_fields(running: Running, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import REGISTRY
 
 from serving.deployments.stamps import Admission, NotReady, Stamp, UnknownModel
 
@@ -71,3 +72,19 @@ def test_a_failed_request_is_not_counted_for_ever() -> None:
     with pytest.raises(ZeroDivisionError), admission.admit():
         raise ZeroDivisionError
     assert admission.in_flight() == {}
+
+
+def test_requests_in_flight_are_told_by_how_far_their_release_is_behind() -> None:
+    admission = Admission()
+    admission.adopt([stamp(3), stamp(2)])
+    with admission.admit("clip@2"), admission.admit(), admission.admit():
+        assert admission.by_age() == {"live": 2, "incumbent": 1, "older": 0}
+        admission.adopt([stamp(4), stamp(3)])
+        assert admission.by_age() == {"live": 0, "incumbent": 2, "older": 1}
+        assert exported_in_flight() == {"live": 0, "incumbent": 2, "older": 1}
+    assert admission.by_age() == exported_in_flight() == {"live": 0, "incumbent": 0, "older": 0}
+
+
+def exported_in_flight() -> dict[str, float | None]:
+    name = "ratchet_release_in_flight_requests"
+    return {age: REGISTRY.get_sample_value(name, {"age": age}) for age in ("live", "incumbent", "older")}

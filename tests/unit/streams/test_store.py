@@ -205,3 +205,13 @@ def test_only_the_newest_generation_of_a_topic_is_read_on() -> None:
 def test_stream_names_go_both_ways() -> None:
     assert stream_name("t", 0) == "t"
     assert parse_stream(stream_name("t.x-y", 3)) == ("t.x-y", 3)
+
+
+def test_the_size_is_that_of_the_files_of_the_latest_version(store: SampleStore) -> None:
+    assert store.size() == 0
+    put(store, [sample(0, n) for n in range(20)], Position(TOPIC, 0, 20))
+    first = store.size()
+    put(store, [sample(0, n) for n in range(20, 40)], Position(TOPIC, 0, 40))
+    assert 0 < first < store.size()
+    on_disk = sum(file.stat().st_size for file in Path(store.url).glob("data/*"))
+    assert store.size() <= on_disk  # files of older versions are not counted

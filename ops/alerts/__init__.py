@@ -1,0 +1,70 @@
+"""Alerting and recording rules for Prometheus, and the configuration that makes it scrape Ratchet.
+
+The rules are the YAML files of this folder, one for each topic. Every alert has a severity (``page``: somebody must
+act now; ``ticket``: within days), values in its description, and a page in ``docs/runbooks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import yaml
+
+FOLDER = Path(__file__).parent
+SCRAPE_SECONDS = 15
+"""How often targets are scraped and rules evaluated. The shortest window of a rule (5 minutes) holds 20 scrapes."""
+
+
+class Target(TypedDict):
+    """Addresses to scrape, as Prometheus writes them in ``static_configs`` and in files of ``file_sd_configs``."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+def rule_files() -> list[Path]:
+    """The files with rules."""
+    return sorted(FOLDER.glob("*.yaml"))
+
+
+def rule_groups(runbooks: str = "") -> list[dict[str, Any]]:
+    """The groups of all files. ``runbooks``: URL of the folder with the pages, for links that lead there."""
+    groups = [group for file in rule_files() for group in yaml.safe_load(file.read_text())["groups"]]
+    for group in groups:
+        for rule in group["rules"]:
+            if "alert" in rule and runbooks:
+                page = f"{runbooks.rstrip('/')}/{rule['alert']}.md"
+                rule["annotations"] = {**rule["annotations"], "runbook_url": page}
+    return groups
+
+
+def prometheus_config(
+    targets: Sequence[Target], *, alertmanagers: Sequence[str] | None = None, rules: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What ``prometheus.yml`` holds.
+
+    Args:
+        targets: what is scraped.
+        alertmanagers: host:port of each Alertmanager.
+        rules: rule files to load; by default those of this folder.
+    """
+    config: dict[str, Any] = {
+        "global": {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"},
+        "rule_files": list(rules or map(str, rule_files())),
+        "scrape_configs": [{"job_name": "ratchet", "static_configs": list(targets)}],
+    }
+    if alertmanagers:
+        config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": list(alertmanagers)}]}]}
+    return config
+
+
+def as_yaml(value: Any) -> str:
+    """YAML in the order given, without anchors: some readers of rules do not follow them."""
+    return yaml.dump(value, Dumper=_Plain, sort_keys=False, width=120)
+
+
+class _Plain(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

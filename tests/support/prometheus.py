@@ -1,0 +1,135 @@
+"""A real Prometheus and a real Alertmanager on free ports, and what tests ask them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from ops.alerts import as_yaml, rule_groups
+from tests.support.postgres import free_port
+
+START_SECONDS = 60.0
+GRAFANA = {"$__rate_interval": "2m", "$__range": "10m", "$__interval": "15s"}
+"""What Grafana puts in for its variables."""
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """A running Prometheus."""
+
+    url: str
+
+    def query(self, expr: str) -> list[dict[str, Any]]:
+        """The series that an expression gives now, Grafana's variables filled in. Fails when Prometheus refuses it."""
+        for variable, value in GRAFANA.items():
+            expr = expr.replace(variable, value)
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": expr}, timeout=30).json()
+        assert answer["status"] == "success", f"{expr}: {answer.get('error')}"
+        found: list[dict[str, Any]] = answer["data"]["result"]
+        return found
+
+    def has_data(self, expr: str) -> bool:
+        """Whether an expression gives a number now."""
+        return any(not math.isnan(float(series["value"][1])) for series in self.query(expr))
+
+    def rules(self) -> list[dict[str, Any]]:
+        """All rules, with the health of their last evaluation."""
+        answer = httpx.get(f"{self.url}/api/v1/rules", timeout=30).json()
+        return [rule for group in answer["data"]["groups"] for rule in group["rules"]]
+
+    def healthy_targets(self) -> set[str]:
+        """Processes whose last scrape succeeded."""
+        answer = httpx.get(f"{self.url}/api/v1/targets", timeout=30).json()
+        return {each["labels"]["process"] for each in answer["data"]["activeTargets"] if each["health"] == "up"}
+
+
+@dataclass(frozen=True)
+class Alertmanager:
+    """A running Alertmanager."""
+
+    url: str
+
+    @property
+    def address(self) -> str:
+        """host:port."""
+        return self.url.removeprefix("http://")
+
+    def alerts(self) -> dict[str, dict[str, Any]]:
+        """What it was told is firing, by name."""
+        found = httpx.get(f"{self.url}/api/v2/alerts", timeout=30).json()
+        return {alert["labels"]["alertname"]: alert for alert in found}
+
+
+def impatient_rules(file: Path, seconds: int) -> Path:
+    """The rules of :mod:`ops.alerts`, but for alerts that wait no longer than ``seconds`` before they fire."""
+    groups = rule_groups()
+    for group in groups:
+        for rule in group["rules"]:
+            if "for" in rule:
+                rule["for"] = f"{seconds}s"
+    file.write_text(as_yaml({"groups": groups}))
+    return file
+
+
+@contextmanager
+def prometheus(folder: Path, config: str, scrape_seconds: int = 1) -> Iterator[Prometheus]:
+    """Start Prometheus with a printed configuration that is only made to scrape and evaluate more often."""
+    told = yaml.safe_load(config)
+    told["global"] = {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": f"{scrape_seconds}s"}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prometheus.yml").write_text(as_yaml(told))
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'series'}",
+        f"--web.listen-address={address}", "--log.level=warn",
+    ]  # fmt: skip
+    with _running(command, folder / "prometheus.log", f"http://{address}/-/ready"):
+        yield Prometheus(f"http://{address}")
+
+
+@contextmanager
+def alertmanager(folder: Path) -> Iterator[Alertmanager]:
+    """Start Alertmanager; what it receives goes nowhere else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "alertmanager.yml").write_text("route: {receiver: nobody}\nreceivers: [{name: nobody}]\n")
+    address = f"127.0.0.1:{free_port()}"
+    command = [
+        "prometheus-alertmanager", f"--config.file={folder / 'alertmanager.yml'}",
+        f"--storage.path={folder / 'alerts'}", f"--web.listen-address={address}", "--cluster.listen-address=",
+        "--log.level=warn",
+    ]  # fmt: skip
+    with _running(command, folder / "alertmanager.log", f"http://{address}/-/ready"):
+        yield Alertmanager(f"http://{address}")
+
+
+@contextmanager
+def _running(command: list[str], log: Path, ready: str) -> Iterator[None]:
+    environ = {**os.environ, "GOMAXPROCS": "1"}
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _answers(ready):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            time.sleep(0.05)
+        yield
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
