@@ -54,6 +54,10 @@ GATE_SECONDS = Histogram("ratchet_gate_seconds", "Time to judge a candidate.", b
 HTTP_REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered.", ["route", "status"])
 HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS)
 HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight", "Requests being answered.", multiprocess_mode="livesum")
+HTTP_REFUSED = Counter("ratchet_http_refused_total", "Requests refused before their route, by reason.", ["reason"])
+HTTP_LIMITED = Counter(
+    "ratchet_http_rate_limited_total", "Requests over the caller's limit, by name of the key or anonymous.", ["caller"]
+)
 ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
 ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)
 VLM_REQUESTS = Counter("ratchet_vlm_requests_total", "Requests that a VLM replica ended.", ["kind", "outcome"])
@@ -178,6 +182,18 @@ class http:
     def in_flight(change: int) -> None:
         """A request came (+1) or went (-1)."""
         HTTP_IN_FLIGHT.inc(change)
+
+    @staticmethod
+    def refused(reason: str) -> None:
+        """Turned away: ``no_key``, ``invalid_key``, ``scope``, ``rate_limited``, ``overloaded``, ``too_large``,
+        ``not_local``."""
+        HTTP_REFUSED.labels(reason).inc()
+
+    @staticmethod
+    def rate_limited(caller: str) -> None:
+        """A caller was over its limit. ``caller`` is a key's name, which operators make, or ``anonymous``."""
+        HTTP_LIMITED.labels(caller).inc()
+        HTTP_REFUSED.labels("rate_limited").inc()
 
 
 class encoder:

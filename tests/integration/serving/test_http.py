@@ -203,7 +203,7 @@ HOSTILE: list[tuple[str, str, Any, int, str]] = [
     ("k out of range", "/v1/search", {"text": "a", "k": 100000}, 400, "invalid_value"),
     ("year 9999", "/v1/search", {"text": "a", "since": "9999-12-31T23:59:59Z"}, 400, "invalid_value"),
     ("unknown route", "/v1/nothing", {}, 404, "not_found"),
-    ("no key", "/admin/v1/rollback", {"reason": "x"}, 401, "invalid_operator_key"),
+    ("no key", "/admin/v1/rollback", {"reason": "x"}, 401, "invalid_api_key"),
 ]  # fmt: skip
 
 
