@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import asdict
 from typing import Any
 
+from ops import metrics
 from ops.ledger import Ledger
 from ops.settings import Settings
 
@@ -37,9 +38,10 @@ class RefusedRecords:
 
         async def send() -> dict[str, Any]:
             async with self._turn:
-                sent = await asyncio.to_thread(
-                    resubmit, self.settings, self.ledger, place, actor=actor, reason=reason, force=force
-                )
+                with metrics.operator.action("resubmit"):
+                    sent = await asyncio.to_thread(
+                        resubmit, self.settings, self.ledger, place, actor=actor, reason=reason, force=force
+                    )
             return {"topic": sent.topic, "partition": sent.partition, "offset": sent.offset}
 
         return await asyncio.shield(asyncio.ensure_future(send()))

@@ -73,7 +73,6 @@ class Guard:
         token = bearer(Headers(scope=scope))
         caller = await self._identify(token)
         if caller is None and token:
-            metrics.http.refused("invalid_key")
             raise ApiError(
                 401, "this key is not valid: it is mistyped, cut short, or was revoked.",
                 code="invalid_api_key", headers=CHALLENGE,
@@ -81,13 +80,11 @@ class Guard:
         if caller is not None:
             self._count(caller, scope)
         if caller is None or (caller.kind == "anonymous" and not caller.may(*scopes)):
-            metrics.http.refused("no_key")
             raise ApiError(
                 401, f"this call needs a key with the scope {_either(scopes)}: `Authorization: Bearer rk_...`. "
                 "An operator makes one with `ratchet keys create`.", code="invalid_api_key", headers=CHALLENGE,
             )  # fmt: skip
         if not caller.may(*scopes):
-            metrics.http.refused("scope")
             has = ", ".join(sorted(caller.scopes))
             raise ApiError(
                 403, f"this call needs the scope {_either(scopes)}; key {caller.name!r} has {has}.",

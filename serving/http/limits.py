@@ -59,20 +59,17 @@ class Bounds:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         client = scope.get("client")
         if self.loopback_only and client and not client[0].startswith(LOOPBACK):
-            metrics.http.refused("not_local")
             await errors.answer(403, "this server listens for its own machine only.", code="not_local")(
                 scope, receive, send
             )
             return
         if self.running > self.max_requests and not scope["path"].startswith(FREE_ROUTES):
-            metrics.http.refused("overloaded")
             await errors.answer(429, "the queue is full; send the request again later.", code="overloaded")(
                 scope, receive, send
             )
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self.max_body_bytes:
-            metrics.http.refused("too_large")
             await self._too_large()(scope, receive, send)
             return
         await self.app(scope, self._counted(receive), send)
@@ -85,7 +82,6 @@ class Bounds:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self.max_body_bytes:
-                metrics.http.refused("too_large")
                 raise errors.ApiError(413, self._size_message(), code="body_too_large")
             return message
 
