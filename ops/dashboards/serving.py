@@ -67,7 +67,7 @@ def dashboard() -> make.Dashboard:
             "last token.", "s", (latency(0.95, RATE, "route"), "{{route}}"),
         ),
         lines(
-            "Over their limit", "Requests a second that were answered 429 because their key, or an address without one, "
+            "Over their limit", "Requests a second that were answered 429 because their key, or their address, had "
             "made too many.", "reqps",
             (f"sum by (caller) (rate(ratchet_http_rate_limited_total{RATE})) or vector(0)", "{{caller}}"),
         ),
@@ -77,7 +77,7 @@ def dashboard() -> make.Dashboard:
         ),
         heat(
             "Latency, all requests", "How many API requests took how long. A second band is a second kind of request, "
-            "or a queue.", "s", f"sum by (le) (increase(ratchet_http_request_seconds_bucket{{{API}}}{RATE}))", width=8,
+            "or a queue.", "s", f"sum by (le) (increase(ratchet_http_request_seconds_bucket{{{API}}}{RATE}))", width=24,
         ),
     )  # fmt: skip
     row(
