@@ -48,7 +48,7 @@ class Guard:
     def __init__(self, app: ASGIApp, access: Access, rates: Rates | None = None) -> None:
         self.app = app
         self.access = access
-        self.rates = rates or Rates()
+        self.rates = Rates() if rates is None else rates
         self._reading: asyncio.Task[None] | None = None
         self._reading_since = 0.0
 

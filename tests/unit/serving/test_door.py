@@ -14,10 +14,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from ops import metrics
 from ops.access import KEYS_SECONDS, Access
 from ops.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
 from ops.ledger import KeyRow, Ledger
@@ -208,19 +208,10 @@ async def test_the_bootstrap_key_opens_everything(closed: Door) -> None:
 
 async def test_only_a_bearer_token_is_a_key(closed: Door, keys: Keys) -> None:
     token = keys.of("infer")
+    given = [f"Bearer {token}", f"bearer  {token} ", token, f"Basic {token}", "Bearer", "Bearer s\u00e9cret"]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(closed.app), base_url="http://ratchet") as http:
-        statuses = [
-            (await http.get("/v1/models", headers={"authorization": value})).status_code
-            for value in (
-                f"Bearer {token}",
-                f"bearer  {token} ",
-                token,
-                f"Basic {token}",
-                "Bearer",
-                "Bearer s\u00e9cret",
-            )
-        ]
-    assert statuses == [200, 200, 401, 401, 401, 401]
+        answers = [await http.get("/v1/models", headers={"authorization": cast(Any, text.encode())}) for text in given]
+    assert [answer.status_code for answer in answers] == [200, 200, 401, 401, 401, 401]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +326,7 @@ async def test_a_key_over_its_limit_is_told_when_to_come_again(closed: Door, key
     assert (await door.get(token, "/health/ready")).status_code == 200
     door.clock.now += 20
     assert [(await door.get(token)).status_code for _ in range(2)] == [200, 429]
-    assert b'ratchet_http_rate_limited_total{caller="infer-3"} 2.0' in metrics.exposition()
+    assert REGISTRY.get_sample_value("ratchet_http_rate_limited_total", {"caller": "infer-3"}) == 2
 
 
 async def test_the_operator_is_never_limited(keys: Keys, tmp_path: Path) -> None:
