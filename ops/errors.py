@@ -5,12 +5,15 @@
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
     ├── StoreError         the sample store or the catalog
+    │   └── UnknownRecord      no record was refused at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
     ├── TrainingError      an update cannot be trained
     ├── BudgetError        the compute budget does not allow it
     ├── GateError          a suite is wrong or cannot be scored
+    ├── AccessError        a caller's name or key is not acceptable
     ├── LedgerError        a row is missing or contradicts what is there
+    │   └── AlreadyResubmitted    a refused record was sent again before
     └── ReleaseError       a proposal could not be released
         └── ReleaseConflict    somebody else released first
 
@@ -60,6 +63,10 @@ class StoreError(RatchetError):
     """The sample store or the catalog."""
 
 
+class UnknownRecord(StoreError):
+    """No record was refused at this place."""
+
+
 class BaseModelError(RatchetError):
     """A base checkpoint is missing or unusable."""
 
@@ -80,8 +87,16 @@ class GateError(RatchetError):
     """A suite is wrong or cannot be scored."""
 
 
+class AccessError(RatchetError):
+    """A caller's name or key is not acceptable."""
+
+
 class LedgerError(RatchetError):
     """A ledger row is missing or contradicts what is there."""
+
+
+class AlreadyResubmitted(LedgerError):
+    """A refused record was sent again before."""
 
 
 class ReleaseError(RatchetError):

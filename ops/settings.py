@@ -6,6 +6,7 @@ Load once at start with :func:`load_settings`; nothing else in Ratchet reads the
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 from collections.abc import Mapping
@@ -95,6 +96,31 @@ class Serve(Section):
     ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server. A name other than ``localhost`` counts as the world."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
+        except ValueError:
+            return False
+
+
+class AccessRules(Section):
+    """Who needs a key, and how often one may call."""
+
+    require_keys: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether /v1 needs a key with the scope infer; auto: unless serve.host is loopback."
+    )
+    metrics: Literal["auto", "open", "key"] = Field(
+        "auto", description="Whether /metrics needs a key of any scope; auto: unless serve.host is loopback."
+    )
+    requests_per_minute: int = Field(0, ge=0, description="Limit of each key that has none of its own; 0 is none.")
+    anonymous_per_minute: int = Field(
+        600, ge=0, description="Limit of each address that calls without a key from elsewhere; 0 is none."
+    )
+
 
 class Updater(Section):
     """When and how updates are trained."""
@@ -154,6 +180,7 @@ class Settings(Section):
     kafka: Kafka = Field(default_factory=Kafka)
     ingest: Ingest = Field(default_factory=Ingest)
     serve: Serve = Field(default_factory=Serve)
+    access: AccessRules = Field(default_factory=AccessRules)
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)

@@ -67,12 +67,17 @@ def dashboard() -> make.Dashboard:
             "last token.", "s", (latency(0.95, RATE, "route"), "{{route}}"),
         ),
         lines(
+            "Over their limit", "Requests a second that were answered 429 because their key, or their address, had "
+            "made too many.", "reqps",
+            (f"sum by (caller) (rate(ratchet_http_rate_limited_total{RATE})) or vector(0)", "{{caller}}"),
+        ),
+        lines(
             "Latency of all API requests", "Quantiles. A gap between median and tail that grows is a queue.", "s",
             (latency(0.5, RATE), "median"), (latency(0.95, RATE), "95%"), (latency(0.99, RATE), "99%"),
         ),
         heat(
             "Latency, all requests", "How many API requests took how long. A second band is a second kind of request, "
-            "or a queue.", "s", f"sum by (le) (increase(ratchet_http_request_seconds_bucket{{{API}}}{RATE}))", width=8,
+            "or a queue.", "s", f"sum by (le) (increase(ratchet_http_request_seconds_bucket{{{API}}}{RATE}))", width=24,
         ),
     )  # fmt: skip
     row(

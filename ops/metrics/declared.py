@@ -20,8 +20,9 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LATEST: Literal["livemostrecent"] = "livemostrecent"
 
 LABELS = {
-    "action": "release, rollback, hold, resume: what an operator can do",
+    "action": "release, rollback, hold, resume, resubmit: what an operator can do",
     "age": "live, incumbent (the one before it), older: a release, seen from the live one",
+    "caller": "names of keys, which only operators make, and anonymous",
     "direction": "prompt, completion",
     "family": "clip, vlm",
     "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
@@ -122,6 +123,10 @@ HTTP_REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered."
 HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS)
 HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight_requests", "Requests being answered.", multiprocess_mode="livesum")
 HTTP_REFUSED = Counter("ratchet_http_refused_total", "Errors answered, by their code.", ["reason"])
+HTTP_LIMITED = Counter(
+    "ratchet_http_rate_limited_total", "Requests over the caller's limit: of a key, by its name, or anonymous.",
+    ["caller"],
+)  # fmt: skip
 ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
 ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)
 ENCODER_RUNNING = Gauge(

@@ -41,6 +41,11 @@ class http:
         """An error with this code was answered."""
         d.HTTP_REFUSED.labels(reason).inc()
 
+    @staticmethod
+    def rate_limited(caller: str) -> None:
+        """A caller was over its limit. ``caller`` is the name of a key, which only operators make, or ``anonymous``."""
+        d.HTTP_LIMITED.labels(caller).inc()
+
 
 class release:
     """Verbs of releases: the controller's, and of every replica that follows it."""

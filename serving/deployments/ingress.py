@@ -12,12 +12,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
+from ops.access import Access
 from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
+from serving.deployments.refused import RefusedRecords
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome
@@ -26,7 +28,6 @@ from serving.deployments.window import LedgerWindow
 from serving.engines.base import base_directory, load_base
 from serving.engines.vlm.base import MODEL
 from serving.http.app import build_app
-from serving.http.auth import OperatorGate
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake
 from serving.http.token_texts import token_texts
@@ -98,6 +99,8 @@ class Ingress:
         self.window = LedgerWindow(self.ledger, encoder, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
+        self.access = Access(self.ledger, settings)
+        self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._follower: asyncio.Task[None] | None = None
         self.gateway = Gateway(
             settings=settings.serve,
@@ -107,7 +110,8 @@ class Ingress:
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
             intake=ImageIntake(base.preprocess, settings.serve),
-            operators=OperatorGate(settings.operator_key().get_secret_value()),
+            access=self.access,
+            quarantine=RefusedRecords(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue),
