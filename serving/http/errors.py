@@ -80,9 +80,10 @@ def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
 
 
 def from_record(error: RecordError, param: str) -> ApiError:
-    """An image that was refused."""
+    """An image that was refused. What records call ``uri_...`` clients know as ``image_url_...``."""
     status = 413 if error.reason in ("image_too_large", "image_too_many_pixels") else 400
-    return ApiError(status, f"{param}: {error}", param=param, code=error.reason)
+    code = error.reason.replace("uri_", "image_url_", 1) if error.reason.startswith("uri_") else error.reason
+    return ApiError(status, f"{param}: {error}", param=param, code=code)
 
 
 @dataclass(frozen=True, slots=True)

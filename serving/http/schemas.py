@@ -30,9 +30,9 @@ class Body(BaseModel):
 
 
 class ImageUrl(Body):
-    """OpenAI's way to send an image; only data URIs are taken."""
+    """OpenAI's way to send an image."""
 
-    url: str = Field(description="data:image/png;base64,...")
+    url: str = Field(description="data:image/png;base64,... or a URL, where the server fetches them.")
     detail: str | None = None
 
 
@@ -60,7 +60,7 @@ Item = str | ImageItem | ImageUrlItem | TextItem
 
 
 class EmbeddingsRequest(Body):
-    """Texts, images (as data URIs), or both, to embed."""
+    """Texts, images (as data URIs or URLs), or both, to embed."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -106,7 +106,7 @@ class ClassifyRequest(Body):
             ]
         },
     )  # fmt: skip
-    images: list[str] = Field(min_length=1, description="Data URIs.")
+    images: list[str] = Field(min_length=1, description="Data URIs, or URLs.")
     labels: list[Name] = Field(min_length=1, description="What it may be.")
     templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
     model: str = MODEL
@@ -134,7 +134,7 @@ class VqaRequest(Body):
             ]
         },
     )  # fmt: skip
-    image: str = Field(description="A data URI.")
+    image: str = Field(description="A data URI, or a URL.")
     question: str = Field(min_length=1, description="What to ask.")
     choices: list[Annotated[Name, StringConstraints(strip_whitespace=True)]] | None = Field(
         None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
@@ -157,7 +157,7 @@ class SearchRequest(Body):
         extra="forbid", json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
     )
     text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
-    image: str | None = Field(None, description="A data URI; or `text`.")
+    image: str | None = Field(None, description="A data URI, or a URL; or `text`.")
     k: int = Field(10, ge=1, le=100, description="How many hits.")
     domain: list[Name] = Field([], max_length=50, description="Only these domains.")
     source: list[Source] = Field([], max_length=50, description="Only these sources.")

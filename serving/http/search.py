@@ -15,6 +15,7 @@ from serving.http.embeddings import made
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.gateway import gateway, json_body, stamp_headers
+from serving.http.presence import attended
 from serving.http.schemas import SearchRequest
 from streams.images import decode_image
 
@@ -39,14 +40,15 @@ async def search(request: Request) -> JSONResponse:
     filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
     deadline = at.deadline()
     with at.admission.admit(asked.model) as stamp:
-        if asked.text is not None:
-            at.check_texts([asked.text], "text")
-            answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
-        else:
-            source: str | bytes = uploads[0] if uploads else str(asked.image)
-            pixels = await at.intake.pixels([("image", source)])
-            answer = await at.encoders.encode("image", pixels, stamp, deadline)
-        hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
+        async with attended(request.receive, deadline):
+            if asked.text is not None:
+                at.check_texts([asked.text], "text")
+                answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
+            else:
+                source: str | bytes = uploads[0] if uploads else str(asked.image)
+                pixels = await at.intake.pixels([("image", source)])
+                answer = await at.encoders.encode("image", pixels, stamp, deadline)
+            hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
         data = [
             {
                 "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
