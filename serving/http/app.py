@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from serving.http import chat, classify, embeddings, errors, health, operations, search, vqa
+from serving.http.auth import MAX_ACTOR_CHARS
 from serving.http.gateway import Gateway
 from serving.http.limits import LOOPBACK, Bounds
 
@@ -21,6 +22,10 @@ client.embeddings.create(model="clip", input=["a photo of a cat"])
 client.chat.completions.create(model="vlm", messages=[{"role": "user", "content": "hello"}])
 ```
 """
+ACTOR = {
+    "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ACTOR_CHARS},
+}  # fmt: skip
 
 
 def build_app(at: Gateway) -> FastAPI:
@@ -29,11 +34,24 @@ def build_app(at: Gateway) -> FastAPI:
     app.state.gateway = at
     errors.install(app)
     for part in (chat, embeddings, vqa, classify, search, operations, health):
-        app.include_router(part.router)
+        app.include_router(part.router, responses=errors.RESPONSES)
     app.add_middleware(
         Bounds,
         max_body_bytes=at.settings.max_body_bytes,
         max_requests=at.settings.queue,
         loopback_only=at.settings.host.startswith(LOOPBACK) or at.settings.host == "localhost",
     )
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Say in the schema which calls need the operator key."""
+    schema = app.openapi()
+    schemes = schema["components"].setdefault("securitySchemes", {})
+    schemes["operator"] = {"type": "http", "scheme": "bearer", "description": "The operator key."}
+    for path, calls in schema["paths"].items():
+        if path.startswith("/admin/"):
+            for call in calls.values():
+                call["security"] = [{"operator": []}]
+                call["parameters"] = [*call.get("parameters", ()), ACTOR]

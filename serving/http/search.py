@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
@@ -66,11 +68,13 @@ async def search(request: Request) -> JSONResponse:
     "/v1/samples/{sample_id}/image", summary="A sample's image as PNG", response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
 )  # fmt: skip
-async def sample_image(request: Request, sample_id: str, size: int = 256) -> Response:
-    """Drawn again, so that no byte of what a producer sent reaches a browser. `size`: longest side, pixels."""
+async def sample_image(
+    request: Request,
+    sample_id: Annotated[str, PathParameter(description="64 hex digits, from a hit.")],
+    size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
+) -> Response:
+    """Drawn again, so that no byte of what a producer sent reaches a browser."""
     at = gateway(request)
-    if not 16 <= size <= 1024:
-        raise ApiError(400, "size must be 16 to 1024 pixels.", param="size", code="invalid_value")
     data = await at.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")
