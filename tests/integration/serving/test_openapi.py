@@ -10,7 +10,6 @@ import asyncio
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import httpx
@@ -22,8 +21,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
-from ops.settings import Serve
-from tests.support.edge import KEY, Edge, open_edge
+from tests.support.edge import KEY, Edge
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
 
 pytestmark = pytest.mark.integration
@@ -32,7 +30,6 @@ RIGHT, WRONG = 104, 46
 """Examples of an operation with a body; others have half of them."""
 MEANT = {503, 504}
 """What the schema says besides results and 4xx. Any other status from 500 on is a mistake of the server."""
-BOUNDS = Serve(max_images=3, max_pixels=100_000, max_image_bytes=100_000, max_texts=8, max_text_chars=200)
 FILES = [PLAIN, *(each.data for each in (*TAKEN, *REFUSED) if len(each.data) < 20_000)]
 URIS = ["data:image/png;base64," + base64.b64encode(data).decode() for data in FILES]
 OTHERS = [
@@ -120,17 +117,6 @@ class Caller:
 
     async def _answer(self, method: str, url: str, headers: list[tuple[bytes, bytes]], body: bytes) -> httpx.Response:
         return await self.http.request(method, url, headers=headers, content=body)
-
-
-@pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def edge(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Edge, FastAPI]:
-    return runner.run(open_edge(tmp_path_factory.mktemp("edge"), BOUNDS))
 
 
 def teach() -> None:
