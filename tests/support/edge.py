@@ -24,6 +24,7 @@ from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome, Prepared
 from serving.engines.clip import ClipEngine
+from serving.engines.vlm.ask import Ask
 from serving.http.app import build_app
 from serving.http.auth import OperatorGate
 from serving.http.gateway import Gateway
@@ -120,9 +121,16 @@ async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
     gateway = Gateway(
         settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
         operations=edge, intake=ImageIntake(base.preprocess, settings), operators=OperatorGate(KEY),
-        ledger=edge.ledger, refresh=_nothing, vlms=ScriptedVlms(logits=[-0.5] * 16),
+        ledger=edge.ledger, refresh=_nothing, vlms=FairVlms(),
     )  # fmt: skip
     return edge, build_app(gateway)
+
+
+class FairVlms(ScriptedVlms):
+    """Finds every choice as likely as the others."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        return [-0.5] * len(choices)
 
 
 @dataclass
