@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 from ops.errors import ConfigError
+from ops.places import HostRule, NetworkRule, UriRule
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
@@ -60,7 +61,10 @@ class Ingest(Section):
     max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(0, ge=0, le=16, description="Perceptual hash bits that may differ.")
-    allowed_uris: list[str] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
+    allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
+    allowed_networks: list[NetworkRule] = Field(
+        default_factory=list, description="Networks that URIs may lead to although they are not public."
+    )
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 
@@ -81,6 +85,14 @@ class Serve(Section):
     max_text_chars: int = Field(2000, ge=1, description="Longest text.")
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
+    image_hosts: list[HostRule] = Field(
+        default_factory=list, description="Hosts that images are fetched from by URL; empty: none are fetched."
+    )
+    image_networks: list[NetworkRule] = Field(
+        default_factory=list, description="Networks that image URLs may lead to although they are not public."
+    )
+    image_seconds: float = Field(5.0, gt=0, description="Longest time to fetch one image, redirects included.")
+    image_fetches: int = Field(16, ge=1, le=1024, description="Images fetched at once; more wait.")
     rollback_window: int = Field(2, ge=2, le=16, description="Releases kept resident, the live one included.")
     vlm_engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="What runs the VLM; auto takes vLLM where it is installed."

@@ -13,7 +13,7 @@ import contextlib
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ops.errors import RecordError
 
@@ -89,6 +89,10 @@ def decode_image(
         raise RecordError(
             "image_too_many_pixels", f"the image has more than {max_pixels} pixels.", "Scale it down."
         ) from None
+    except UnidentifiedImageError:  # its message holds the address of a Python object, and nothing more
+        raise RecordError(
+            "image_undecodable", f"the {kind} image has no header that can be read.", "Check that the file is whole."
+        ) from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise RecordError(
             "image_undecodable",
@@ -117,7 +121,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode in _DEEP_MODES:
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        return Image.fromarray(_to_8_bit(image, image.info.get("transparency"))).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -125,7 +129,12 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray:
+def _to_8_bit(image: Image.Image, transparent: object) -> np.ndarray:
     """Pillow clips deep grey images at 255 when it converts them; keep the upper 8 of 16 bits instead."""
-    values = np.asarray(image).astype(np.int64)
-    return (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
+    values = np.asarray(image)
+    if values.dtype != np.uint16:
+        values = np.clip(values, 0, 65535).astype(np.uint16)
+    grey = (values >> 8).astype(np.uint8)
+    if isinstance(transparent, int):  # one of the 65,536 greys
+        grey[values == transparent] = 255
+    return grey

@@ -1,37 +1,60 @@
 """Images that a record names instead of carrying: only from places that the operator listed.
 
-An entry of ``ingest.allowed_uris`` is a prefix: ``file:///data/photos`` allows the files under that folder (also after
-symbolic links are followed), ``https://cdn.example.org/images/`` what lies under that path on that host and port.
-With an empty list nothing is fetched. Redirects are not followed: they would lead out of the list.
+An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
+links are followed), or a place on the network as in :mod:`ops.places` (``https://cdn.example.org/images/`` allows what
+lies under that path on that host and port). With an empty list nothing is fetched.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from ops.errors import RecordError
 
+if TYPE_CHECKING:
+    from streams.fetching import Fetcher
+
 TIMEOUT_SECONDS = 10.0
-_PORTS = {"http": 80, "https": 443}
 
 
-def fetch(uri: str, allowed: Sequence[str], max_bytes: int) -> bytes:
+def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
     """The bytes behind ``uri``, at most ``max_bytes``.
 
+    Args:
+        uri: file, http or https.
+        allowed: folders and places.
+        networks: networks that are allowed although they are not public.
+
     Raises:
-        RecordError: ``uri_not_allowed``, ``uri_unreachable`` or ``image_too_large``.
+        RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
     """
     try:
-        parts = urlsplit(uri)
-        if parts.scheme == "file" and any(_file_is_under(uri, prefix) for prefix in allowed):
+        scheme = urlsplit(uri).scheme
+        if scheme == "file" and any(_file_is_under(uri, prefix) for prefix in allowed):
             return _read(_path(uri), max_bytes)
-        if parts.scheme in _PORTS and any(_url_is_under(uri, prefix) for prefix in allowed):
-            return _get(uri, max_bytes)
     except ValueError:  # a malformed port, host or path
         raise _not_allowed(uri) from None
-    raise _not_allowed(uri)
+    places = tuple(prefix for prefix in allowed if not prefix.startswith("file:"))
+    if scheme not in ("http", "https") or not places:
+        raise _not_allowed(uri)
+    return asyncio.run(_fetcher(places, tuple(networks), max_bytes).fetch(uri))
+
+
+@lru_cache(4)
+def _fetcher(places: tuple[str, ...], networks: tuple[str, ...], max_bytes: int) -> Fetcher:
+    from streams.fetching import Fetcher, Rules  # only deployments that allow URLs pay for it
+
+    return Fetcher(
+        Rules(
+            places, networks, max_bytes, TIMEOUT_SECONDS, connections=2,
+            places_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
+        )
+    )  # fmt: skip
 
 
 def _not_allowed(uri: str) -> RecordError:
@@ -53,18 +76,6 @@ def _file_is_under(uri: str, prefix: str) -> bool:
     return _path(uri).is_relative_to(_path(prefix))
 
 
-def _url_is_under(uri: str, prefix: str) -> bool:
-    want, have = urlsplit(prefix), urlsplit(uri)
-    if want.scheme != have.scheme or have.username is not None or want.hostname != have.hostname:
-        return False
-    if (want.port or _PORTS[want.scheme]) != (have.port or _PORTS[have.scheme]):
-        return False
-    # "%2e%2e" and "\\" are decoded by some servers after the prefix has been compared.
-    steps = unquote(have.path).replace("\\", "/").split("/")
-    folder = want.path if want.path.endswith("/") else f"{want.path}/"
-    return ".." not in steps and (have.path == want.path or have.path.startswith(folder))
-
-
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
         if not path.is_file():  # a device or a pipe would never end
@@ -78,29 +89,6 @@ def _read(path: Path, max_bytes: int) -> bytes:
             "Put the file in place.",
         ) from error
     return _bounded(data, max_bytes)
-
-
-def _get(uri: str, max_bytes: int) -> bytes:
-    import httpx  # only deployments that allow URLs pay for it
-
-    data = bytearray()
-    try:
-        with httpx.stream("GET", uri, timeout=TIMEOUT_SECONDS, follow_redirects=False) as response:
-            if response.status_code != 200:
-                raise RecordError(
-                    "uri_unreachable",
-                    f"{uri[:200]!r} answered {response.status_code}.",
-                    "Check the address; redirects are not followed.",
-                )
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > max_bytes:
-                    break
-    except httpx.HTTPError as error:
-        raise RecordError(
-            "uri_unreachable", f"{uri[:200]!r} cannot be fetched: {error}.", "Check the address."
-        ) from error
-    return _bounded(bytes(data), max_bytes)
 
 
 def _bounded(data: bytes, max_bytes: int) -> bytes:

@@ -22,6 +22,9 @@ from streams.images import decode_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
+MAX_RATIO = 32
+"""An image that is longer than this many times its width is cut to its middle before it is resized. open_clip resizes
+first, and 40 million pixels in one row would become 224 rows of nine billion; of which it then takes the middle."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,18 @@ class Preprocess:
         """
         if isinstance(image, bytes):
             image = decode_image(image)
-        return np.asarray(_geometry(self)(image.convert("RGB")), dtype=np.uint8)
+        return np.asarray(_geometry(self)(self._within_ratio(image).convert("RGB")), dtype=np.uint8)
+
+    def _within_ratio(self, image: Image.Image) -> Image.Image:
+        if self.resize_mode == "squash":
+            return image
+        # Where the longer side is fitted, the shorter one must keep at least a pixel.
+        most = MAX_RATIO if self.resize_mode == "shortest" else self.size
+        width, height = (min(side, other * most) for side, other in (image.size, image.size[::-1]))
+        if (width, height) == image.size:
+            return image
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
 
     def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """``float32 [n, 3, size, size]`` from ``uint8 [n, size, size, 3]``."""

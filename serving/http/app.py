@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
+from ops.access import MAX_SAID_CHARS
 from serving.http import chat, classify, embeddings, errors, health, operations, quarantine, search, vqa
 from serving.http.auth import Guard
 from serving.http.gateway import Gateway
@@ -27,12 +28,15 @@ client.chat.completions.create(model="vlm", messages=[{"role": "user", "content"
 
 A server that other machines can reach wants a key: `Authorization: Bearer rk_...` (`ratchet keys create`).
 """
+ACTOR = {
+    "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_SAID_CHARS},
+}  # fmt: skip
 
 BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    401: {"description": "No key, or one that is not valid"},
-    403: {"description": "The key has not the scope that this call needs"},
-    429: {"description": "Too many requests; `Retry-After` says when to come again"},
+    401: {"model": errors.ErrorBody, "description": "No key, or one that is not valid."},
+    403: {"model": errors.ErrorBody, "description": "The key has not the scope that this call needs."},
 }
 
 
@@ -43,7 +47,7 @@ def build_app(at: Gateway) -> FastAPI:
     errors.install(app)
     for part in (chat, embeddings, vqa, classify, search, operations, quarantine):
         # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
-        app.include_router(part.router, dependencies=[Depends(BEARER)], responses=REFUSALS)
+        app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
     app.add_middleware(Guard, access=at.access)
     app.add_middleware(
@@ -52,4 +56,13 @@ def build_app(at: Gateway) -> FastAPI:
         max_requests=at.settings.queue,
         loopback_only=at.settings.on_loopback,
     )
+    _describe(app)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Say in the schema that operators may tell their name."""
+    for path, calls in app.openapi()["paths"].items():
+        if path.startswith("/admin/"):
+            for call in calls.values():
+                call["parameters"] = [*call.get("parameters", ()), ACTOR]

@@ -36,7 +36,8 @@ EVENTS: dict[int | str, dict[str, Any]] = {
     "/v1/chat/completions", summary="Ask about images", openapi_extra=json_schema(ChatRequest), responses=EVENTS
 )
 async def chat_completions(request: Request) -> Response:
-    """The next message of a conversation. Images are `image_url` parts of user messages, with data URIs.
+    """The next message of a conversation. Images are `image_url` parts of user messages: data URIs, or URLs where
+    the server fetches them.
 
     Answers are greedy unless `temperature` says otherwise. One release answers all of it, also when streaming.
     """
@@ -130,7 +131,7 @@ def conversation(asked: ChatRequest, at: Gateway) -> tuple[tuple[Message, ...], 
                 if message.role != "user":
                     raise ApiError(400, f"{place}: images go into user messages.", param=place, code="image_place")
                 content.append(len(images))
-                images.append((place, part.image_url.url))
+                images.append((f"{place}.image_url", part.image_url.url))
             elif part.text:
                 at.check_length(place, part.text)
                 content.append(part.text)

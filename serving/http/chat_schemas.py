@@ -72,7 +72,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A conversation to go on with; images as data URIs."""
+    """A conversation to go on with; images as data URIs, or as URLs."""
 
     model_config = ConfigDict(
         extra="allow",

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from serving.http.embeddings import made
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.gateway import gateway, json_body, stamp_headers
+from serving.http.presence import attended
 from serving.http.schemas import ClassifyRequest
 
 router = APIRouter(tags=["Zero-shot"])
@@ -41,9 +42,10 @@ async def classify(request: Request) -> JSONResponse:
     deadline = at.deadline()
     sources: Sequence[str | bytes] = uploads or asked.images
     with at.admission.admit(asked.model) as stamp:
-        pixels = await at.intake.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
-        images = await at.encoders.encode("image", pixels, stamp, deadline)
-        texts = await at.encoders.encode("text", prompts, stamp, deadline)
+        async with attended(request.receive, deadline):
+            pixels = await at.intake.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
+            images = await at.encoders.encode("image", pixels, stamp, deadline)
+            texts = await at.encoders.encode("text", prompts, stamp, deadline)
         shares = probabilities(made(images), made(texts), len(asked.templates), images.logit_scale)
         results = [
             {

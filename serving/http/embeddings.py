@@ -15,6 +15,7 @@ from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
 from serving.http.errors import ApiError
 from serving.http.gateway import CLIP, VLM, Gateway, gateway, json_body, json_schema, stamp_headers
+from serving.http.presence import attended
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
 
 router = APIRouter(tags=["OpenAI compatible"])
@@ -24,7 +25,8 @@ router = APIRouter(tags=["OpenAI compatible"])
 async def embeddings(request: Request) -> JSONResponse:
     """Vectors of unit length, in the order of the inputs. All are made by the release in `x-ratchet-release`.
 
-    An image is `{"image": "data:image/png;base64,..."}`. Compare vectors of one release by dot product.
+    An image is `{"image": "data:image/png;base64,..."}`, or a URL where the server fetches them.
+    Compare vectors of one release by dot product.
     """
     at = gateway(request)
     asked = await json_body(request, EmbeddingsRequest)
@@ -33,8 +35,10 @@ async def embeddings(request: Request) -> JSONResponse:
             400, f"dimensions: this model has {at.dim} dimensions and cannot be cut.", param="dimensions",
             code="unsupported_dimensions",
         )  # fmt: skip
+    deadline = at.deadline()
     with at.admission.admit(asked.model) as stamp:
-        vectors, tokens = await embed(at, stamp, asked.items(), "input")
+        async with attended(request.receive, deadline):
+            vectors, tokens = await embed(at, stamp, asked.items(), "input", deadline)
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, asked.encoding_format)}
             for index, row in enumerate(vectors)
@@ -48,25 +52,26 @@ async def embeddings(request: Request) -> JSONResponse:
         )  # fmt: skip
 
 
-async def embed(at: Gateway, stamp: Stamp, items: list[Item], param: str) -> tuple[npt.NDArray[np.float32], int]:
+async def embed(
+    at: Gateway, stamp: Stamp, items: list[Item], param: str, deadline: float
+) -> tuple[npt.NDArray[np.float32], int]:
     """Vectors [n, dim] of mixed items, and the texts' tokens."""
-    deadline = at.deadline()
     texts: dict[int, str] = {}
-    images: dict[int, str] = {}
+    images: dict[int, tuple[str, str]] = {}
     for index, item in enumerate(items):
         if isinstance(item, str):
             texts[index] = item
         elif isinstance(item, TextItem):
             texts[index] = item.text
         elif isinstance(item, ImageUrlItem):
-            images[index] = item.image_url.url
+            images[index] = (f"{param}.{index}.image_url", item.image_url.url)
         elif isinstance(item, ImageItem):
-            images[index] = item.image
+            images[index] = (f"{param}.{index}.image", item.image)
     at.check_texts(list(texts.values()), param)
     vectors = np.zeros((len(items), at.dim), np.float32)
     tokens = 0
     if images:
-        pixels = await at.intake.pixels([(f"{param}.{index}", uri) for index, uri in images.items()])
+        pixels = await at.intake.pixels(list(images.values()))
         vectors[list(images)] = made(await at.encoders.encode("image", pixels, stamp, deadline))
     if texts:
         answer = await at.encoders.encode("text", list(texts.values()), stamp, deadline)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from ops import metrics
@@ -38,6 +39,9 @@ TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permis
          415: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable",
          504: "timeout_error"}  # fmt: skip
 
+CODES = {404: "not_found", 405: "method_not_allowed"}
+"""Of errors that come from below us: a route that is not there, a broken multipart body."""
+
 KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     UnknownModel: (404, "model_not_found"),
     NotReady: (503, "not_ready"),
@@ -54,6 +58,30 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     BrokerError: (503, "broker"),
     StoreError: (503, "store"),
 }
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, where, and its stable code."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The error object."""
+
+    error: ErrorDetail
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused; `param` names the place."},
+    429: {"model": ErrorBody, "description": "The queue is full: come back after `Retry-After`."},
+    503: {"model": ErrorBody, "description": "Starting, or no replica answered: try again."},
+    504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
+}
+"""What every route may answer besides its result. There is no 500 that is meant."""
 
 
 class ApiError(HTTPException):
@@ -96,9 +124,10 @@ def from_validation(error: ValidationError, prefix: str = "") -> ApiError:
 
 
 def from_record(error: RecordError, param: str) -> ApiError:
-    """An image that was refused."""
+    """An image that was refused. What records call ``uri_...`` clients know as ``image_url_...``."""
     status = 413 if error.reason in ("image_too_large", "image_too_many_pixels") else 400
-    return ApiError(status, f"{param}: {error}", param=param, code=error.reason)
+    code = error.reason.replace("uri_", "image_url_", 1) if error.reason.startswith("uri_") else error.reason
+    return ApiError(status, f"{param}: {error}", param=param, code=code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +164,14 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http(_: Request, error: HTTPException) -> JSONResponse:
         param = getattr(error, "param", None)
-        code = getattr(error, "code", None) or {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        code = getattr(error, "code", None) or CODES.get(error.status_code, "invalid_request")
         return answer(error.status_code, str(error.detail), param, code, dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_parameter(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])  # without "query" or "path"
+        return answer(400, f"{param}: {first['msg']}", param, "invalid_value")
 
     @app.exception_handler(RatchetError)
     async def on_known(_: Request, error: RatchetError) -> JSONResponse:

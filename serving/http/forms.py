@@ -61,9 +61,10 @@ def checked(model: type[Model], fields: dict[str, Any]) -> Model:
 def both_schemas(model: type[BaseModel], file_field: str) -> dict[str, Any]:
     """``openapi_extra`` of a route that takes JSON or multipart."""
     schema = inline(model)
-    properties = {**schema["properties"]}
-    properties[file_field] = {"type": "array", "items": {"type": "string", "format": "binary"}}
-    form = {"type": "object", "properties": properties}
+    file = {"type": "string", "format": "binary"}
+    many = schema["properties"][file_field].get("type") == "array"
+    properties = {**schema["properties"], file_field: {"type": "array", "items": file, "minItems": 1} if many else file}
+    form = {key: value for key, value in schema.items() if key != "examples"} | {"properties": properties}
     return {
         "requestBody": {
             "required": True,

@@ -1,4 +1,4 @@
-"""Images from outside to pixels: data URIs and uploads, decoded within bounds in a pool of threads."""
+"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ops.errors import RecordError
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError, from_record
+from streams.fetching import Fetcher, Purse, Rules
 from streams.images import decode_image
 
 THREADS = 2
@@ -25,12 +26,19 @@ LONGEST_SIDE = 2048
 
 
 class ImageIntake:
-    """Turns encoded images into RGB uint8 arrays. Threads, because Pillow decodes outside of the GIL."""
+    """Turns encoded images into RGB uint8 arrays. Threads, because Pillow decodes outside of the GIL.
 
-    def __init__(self, preprocess: Preprocess, bounds: Serve) -> None:
+    Args:
+        preprocess: what the CLIP wants.
+        bounds: sizes, and whether and from where images are fetched.
+        fetcher: for tests, in place of the one that ``bounds`` describe.
+    """
+
+    def __init__(self, preprocess: Preprocess, bounds: Serve, fetcher: Fetcher | None = None) -> None:
         self.preprocess = preprocess
         self.bounds = bounds
         self._pool = ThreadPoolExecutor(THREADS, "intake")
+        self._fetcher = fetcher or fetcher_of(bounds)
 
     async def pixels(self, images: Sequence[tuple[str, str | bytes]]) -> npt.NDArray[np.uint8]:
         """What a CLIP looks at, [n, S, S, 3]: decoded (place in the request, data URI or bytes) pairs, in order.
@@ -59,11 +67,30 @@ class ImageIntake:
                 400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
                 param=param, code="too_many_images",
             )  # fmt: skip
-        loop = asyncio.get_running_loop()
-        made = [loop.run_in_executor(self._pool, self._one, place, image, finish) for place, image in images]
-        return list(await asyncio.gather(*made))
+        purse = Purse(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
+        made = [asyncio.create_task(self._one(place, image, finish, purse)) for place, image in images]
+        try:
+            return list(await asyncio.gather(*made))
+        finally:
+            for task in made:  # one was refused, or nobody waits any more
+                task.cancel()
 
-    def _one(
+    async def _one(
+        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]], purse: Purse
+    ) -> npt.NDArray[np.uint8]:
+        if isinstance(image, str) and image[:8].lower().startswith(("http:", "https:")):
+            if self._fetcher is None:
+                raise ApiError(
+                    400, f"{place}: images are not fetched here. Send it as a data URI or multipart, or ask an "
+                    "operator to list its host in `serve.image_hosts`.", param=place, code="image_url_off",
+                )  # fmt: skip
+            try:
+                image = await self._fetcher.fetch(image, purse)
+            except RecordError as error:
+                raise from_record(error, place) from None
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._decoded, place, image, finish)
+
+    def _decoded(
         self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]]
     ) -> npt.NDArray[np.uint8]:
         data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
@@ -72,6 +99,18 @@ class ImageIntake:
             return finish(decoded)
         except RecordError as error:
             raise from_record(error, place) from None
+
+
+def fetcher_of(bounds: Serve) -> Fetcher | None:
+    """What fetches images by URL; None where no host is listed."""
+    if not bounds.image_hosts:
+        return None
+    return Fetcher(
+        Rules(
+            bounds.image_hosts, bounds.image_networks, bounds.max_image_bytes, bounds.image_seconds,
+            bounds.image_fetches,
+        )
+    )  # fmt: skip
 
 
 def fitted(image: Image.Image, max_pixels: int, longest: int = LONGEST_SIDE) -> npt.NDArray[np.uint8]:
@@ -88,17 +127,15 @@ def from_data_uri(uri: str, place: str, max_bytes: int) -> bytes:
     """Bytes of ``data:image/...;base64,...``.
 
     Raises:
-        ApiError: it is a URL (never fetched), no base64, or too large (checked before decoding).
+        ApiError: no base64, or too large (checked before decoding).
     """
-    if uri[:8].lower().startswith(("http:", "https:")):
-        raise ApiError(
-            400, f"{place}: URLs are not fetched. Send the image as a data URI or multipart.", param=place,
-            code="image_url_off",
-        )  # fmt: skip
     head, comma, payload = uri.partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
         raise ApiError(
-            400, f"{place}: expected a data URI like data:image/png;base64,iVBORw0...", param=place, code="image_format"
+            400,
+            f"{place}: expected a data URI like data:image/png;base64,iVBORw0... or a URL.",
+            param=place,
+            code="image_format",
         )
     if len(payload) > max_bytes * 4 // 3 + 4:
         raise ApiError(

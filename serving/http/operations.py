@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from serving.deployments.terms import Outcome
@@ -20,11 +20,9 @@ MAX_ROWS = 500
 
 
 @router.get("/v1/releases", summary="What was live, and is")
-async def releases(request: Request, limit: int = 50) -> JSONResponse:
+async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50) -> JSONResponse:
     """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`."""
     at = gateway(request)
-    if not 1 <= limit <= MAX_ROWS:
-        raise ApiError(400, f"limit must be 1 to {MAX_ROWS}.", param="limit", code="invalid_value")
     rows = await asyncio.to_thread(at.ledger.releases, limit)
     live = at.admission.live
     resident = {stamp.release: stamp for stamp in at.admission.window}

@@ -54,7 +54,7 @@ async def attended(receive: Receive, deadline: float) -> AsyncIterator[None]:
     except TimeoutError:
         if not limit.expired():
             raise
-        raise Late("the deadline passed before the answer was ready.", "Ask for fewer tokens, or try later.") from None
+        raise Late("the deadline passed before the answer was ready.", "Ask for less at once, or try later.") from None
     except asyncio.CancelledError:
         if gone and here.uncancel() == 0:
             raise ClientGone from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
@@ -17,11 +19,11 @@ MAX_ROWS = 500
 
 
 @router.get("/admin/v1/quarantine", summary="Refused records, newest first")
-async def quarantine(request: Request, limit: int = 50, reason: str | None = None) -> JSONResponse:
+async def quarantine(
+    request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50, reason: str | None = None
+) -> JSONResponse:
     """Each with its place, its reason and whether it was sent again. Needs the scope `publish` or `operate`."""
     operator(request, "publish", "operate")
-    if not 1 <= limit <= MAX_ROWS:
-        raise ApiError(400, f"limit must be 1 to {MAX_ROWS}.", param="limit", code="invalid_value")
     if reason is not None and reason not in REASONS:
         known = ", ".join(sorted(REASONS))
         raise ApiError(400, f"reason must be one of {known}.", param="reason", code="invalid_value")

@@ -15,12 +15,16 @@ Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_w
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 MODEL = Field(
-    "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter."
-)
+    "clip", max_length=200, description="`clip` (what is live), `clip@12` (a resident release), or a resident adapter.",
+    json_schema_extra={"format": "model"},
+)  # fmt: skip
 VLM_MODEL = Field(
-    "vlm", max_length=200, description="`vlm` (what is live), `vlm@12` (a resident release), or a resident adapter."
-)
+    "vlm", max_length=200, description="`vlm` (what is live), `vlm@12` (a resident release), or a resident adapter.",
+    json_schema_extra={"format": "model"},
+)  # fmt: skip
 MAX_INPUTS = 8192
+Picture = Annotated[str, Field(json_schema_extra={"format": "uri"})]
+"""A data URI, or a URL where the server fetches them."""
 
 
 class Body(BaseModel):
@@ -30,16 +34,16 @@ class Body(BaseModel):
 
 
 class ImageUrl(Body):
-    """OpenAI's way to send an image; only data URIs are taken."""
+    """OpenAI's way to send an image."""
 
-    url: str = Field(description="data:image/png;base64,...")
+    url: Picture = Field(description="data:image/png;base64,... or a URL, where the server fetches them.")
     detail: str | None = None
 
 
 class ImageItem(Body):
     """{"image": "data:image/png;base64,..."}"""
 
-    image: str
+    image: Picture
 
 
 class TextItem(Body):
@@ -60,7 +64,7 @@ Item = str | ImageItem | ImageUrlItem | TextItem
 
 
 class EmbeddingsRequest(Body):
-    """Texts, images (as data URIs), or both, to embed."""
+    """Texts, images (as data URIs or URLs), or both, to embed."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -106,7 +110,7 @@ class ClassifyRequest(Body):
             ]
         },
     )  # fmt: skip
-    images: list[str] = Field(min_length=1, description="Data URIs.")
+    images: list[Picture] = Field(min_length=1, description="Data URIs, or URLs.")
     labels: list[Name] = Field(min_length=1, description="What it may be.")
     templates: list[Name] = Field(["{}"], min_length=1, max_length=100, description="Texts with `{}` for the label.")
     model: str = MODEL
@@ -134,7 +138,7 @@ class VqaRequest(Body):
             ]
         },
     )  # fmt: skip
-    image: str = Field(description="A data URI.")
+    image: Picture = Field(description="A data URI, or a URL.")
     question: str = Field(min_length=1, description="What to ask.")
     choices: list[Annotated[Name, StringConstraints(strip_whitespace=True)]] | None = Field(
         None, min_length=2, max_length=16, description="The answers to choose from; unset: the model's own words."
@@ -157,7 +161,7 @@ class SearchRequest(Body):
         extra="forbid", json_schema_extra={"examples": [{"text": "a red dragon", "k": 5, "domain": ["pixel_ultica"]}]}
     )
     text: str | None = Field(None, min_length=1, description="What to look for; or `image`.")
-    image: str | None = Field(None, description="A data URI; or `text`.")
+    image: Picture | None = Field(None, description="A data URI, or a URL; or `text`.")
     k: int = Field(10, ge=1, le=100, description="How many hits.")
     domain: list[Name] = Field([], max_length=50, description="Only these domains.")
     source: list[Source] = Field([], max_length=50, description="Only these sources.")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import re
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
@@ -15,6 +17,7 @@ from serving.http.embeddings import made
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.gateway import gateway, json_body, stamp_headers
+from serving.http.presence import attended
 from serving.http.schemas import SearchRequest
 from streams.images import decode_image
 
@@ -39,14 +42,15 @@ async def search(request: Request) -> JSONResponse:
     filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
     deadline = at.deadline()
     with at.admission.admit(asked.model) as stamp:
-        if asked.text is not None:
-            at.check_texts([asked.text], "text")
-            answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
-        else:
-            source: str | bytes = uploads[0] if uploads else str(asked.image)
-            pixels = await at.intake.pixels([("image", source)])
-            answer = await at.encoders.encode("image", pixels, stamp, deadline)
-        hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
+        async with attended(request.receive, deadline):
+            if asked.text is not None:
+                at.check_texts([asked.text], "text")
+                answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
+            else:
+                source: str | bytes = uploads[0] if uploads else str(asked.image)
+                pixels = await at.intake.pixels([("image", source)])
+                answer = await at.encoders.encode("image", pixels, stamp, deadline)
+            hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
         data = [
             {
                 "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
@@ -64,11 +68,13 @@ async def search(request: Request) -> JSONResponse:
     "/v1/samples/{sample_id}/image", summary="A sample's image as PNG", response_class=Response,
     responses={200: {"content": {"image/png": {}}}},
 )  # fmt: skip
-async def sample_image(request: Request, sample_id: str, size: int = 256) -> Response:
-    """Drawn again, so that no byte of what a producer sent reaches a browser. `size`: longest side, pixels."""
+async def sample_image(
+    request: Request,
+    sample_id: Annotated[str, PathParameter(description="64 hex digits, from a hit.")],
+    size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
+) -> Response:
+    """Drawn again, so that no byte of what a producer sent reaches a browser."""
     at = gateway(request)
-    if not 16 <= size <= 1024:
-        raise ApiError(400, "size must be 16 to 1024 pixels.", param="size", code="invalid_value")
     data = await at.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")

@@ -72,7 +72,9 @@ def judge(record: Received, limits: Limits) -> Accepted | Refused:
     """Decode and check one record. Never raises for what the record holds: the outcome says what is wrong with it."""
     now = datetime.now(UTC)
     try:
-        fetch = partial(uris.fetch, allowed=limits.allowed_uris, max_bytes=limits.max_image_bytes)
+        fetch = partial(
+            uris.fetch, allowed=limits.allowed_uris, max_bytes=limits.max_image_bytes, networks=limits.allowed_networks
+        )
         sample = decode(record.value, record.headers, max_image_bytes=limits.max_image_bytes, fetch=fetch)
         return _accept(sample, record, limits, now)
     except RecordError as error:

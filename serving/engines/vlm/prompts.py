@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 
 from serving.engines.vlm.ask import Ask, AskError
 
@@ -60,7 +61,8 @@ def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | Non
     """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
     left, and the pixels of the images. Raises :class:`AskError`."""
     texts = [render(processor, ask) for ask in asks]
-    images = [list(ask.images) for ask in asks]
+    # Not as arrays: of a picture 1 or 3 pixels high the processor would take the first axis for the channels.
+    images = [[Image.fromarray(image) for image in ask.images] for ask in asks]
     more: dict[str, Any] = {"images": images} if any(images) else {}
     # The chat template wrote every special token; none is added.
     batch = processor(

@@ -1,12 +1,19 @@
-"""One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live."""
+"""One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live.
+
+Where Ray plays no part, the same application in this process does (:mod:`tests.support.edge`).
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
+from fastapi import FastAPI
 
+from ops.settings import Serve
 from tests.integration.serving.house import House
+from tests.support.edge import Edge, open_edge
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +33,17 @@ def house(shared_house: House) -> House:
     if shared_house.process is None or shared_house.process.poll() is not None:
         shared_house.start()
     return shared_house
+
+
+@pytest.fixture(scope="session")
+def runner() -> Iterator[asyncio.Runner]:
+    """The event loop that the application in this process lives in."""
+    with asyncio.Runner() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def edge(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Edge, FastAPI]:
+    """The application without Ray, with small bounds."""
+    bounds = Serve(max_images=3, max_pixels=100_000, max_image_bytes=100_000, max_texts=8, max_text_chars=200)
+    return runner.run(open_edge(tmp_path_factory.mktemp("edge"), bounds))

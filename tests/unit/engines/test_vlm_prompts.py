@@ -36,6 +36,15 @@ def test_a_batch_is_padded_on_the_left_and_each_row_is_what_it_is_alone(processo
     assert "pixel_values" not in inputs(processor, asks[2:])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (3, 50), (50, 3), (3, 3), (1, 2048), (2048, 1)])
+def test_a_picture_of_any_size_is_read_by_its_rows(processor: Any, size: tuple[int, int]) -> None:
+    ramp = np.zeros((*size, 3), np.uint8)
+    ramp[:, :, 0] = 250  # red: whatever its size, red is what the model gets, and nothing else
+    pixels = inputs(processor, [question(ramp, "red?")])["pixel_values"][0, 0]
+    red, green, blue = (float(channel.mean()) for channel in pixels)
+    assert red > 0.9 and green == blue == -1
+
+
 def test_an_answer_ends_with_the_end_token(processor: Any) -> None:
     tokens = answer_tokens(processor, "red")
     assert tokens[-1] == end_token(processor) == processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")

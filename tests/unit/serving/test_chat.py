@@ -134,8 +134,8 @@ async def test_fields_that_change_nothing_are_taken() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0.type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0"),
         ({"messages": [{**about_image()[0], "role": "system"}]}, "messages.0.content.0"),
-        ({"messages": about_image(image="https://example.org/a.png")}, "messages.0.content.0"),
-        ({"messages": about_image(image="data:image/png;base64,AAAA")}, "messages.0.content.0"),
+        ({"messages": about_image(image="https://example.org/a.png")}, "messages.0.content.0.image_url"),
+        ({"messages": about_image(image="data:image/png;base64,AAAA")}, "messages.0.content.0.image_url"),
         ({"messages": about_image() * 5}, "messages"),
     ],
 )  # fmt: skip

@@ -12,6 +12,8 @@ import pytest
 from ops.errors import RecordError
 from streams.uris import fetch
 
+LOOPBACK = ["127.0.0.1/32"]
+
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
@@ -40,13 +42,18 @@ def site() -> Iterator[str]:
 
 def reason(uri: str, *allowed: str, max_bytes: int = 1000) -> str:
     with pytest.raises(RecordError) as caught:
-        fetch(uri, allowed, max_bytes)
+        fetch(uri, allowed, max_bytes, LOOPBACK)
     return str(caught.value.reason)
 
 
 def test_what_lies_under_a_listed_address_is_fetched(site: str) -> None:
     for prefix in (f"{site}/images/", f"{site}/images", f"{site}/images/a", site):
-        assert fetch(f"{site}/images/a", ["file:///nowhere", prefix], 1000) == b"/images/a" * 10
+        assert fetch(f"{site}/images/a", ["file:///nowhere", prefix], 1000, LOOPBACK) == b"/images/a" * 10
+
+
+def test_an_address_inside_is_refused_unless_its_network_is_named(site: str) -> None:
+    with pytest.raises(RecordError, match=r"not public.*ingest\.allowed_networks"):
+        fetch(f"{site}/images/a", [site], 1000)
 
 
 def test_other_addresses_are_not(site: str) -> None:
@@ -70,8 +77,12 @@ def test_other_addresses_are_not(site: str) -> None:
     assert reason(f"{site}/images/a") == "uri_not_allowed"
 
 
-def test_redirects_errors_and_large_answers_are_refused(site: str) -> None:
-    assert reason(f"{site}/images/moved", site) == "uri_unreachable"
+def test_redirects_stay_in_the_list(site: str) -> None:
+    assert fetch(f"{site}/images/moved", [site], 1000, LOOPBACK) == b"/secret" * 10
+    assert reason(f"{site}/images/moved", f"{site}/images") == "uri_not_allowed"
+
+
+def test_errors_and_large_answers_are_refused(site: str) -> None:
     assert reason(f"{site}/images/none", site) == "uri_unreachable"
     assert reason("http://127.0.0.1:1/a", "http://127.0.0.1:1") == "uri_unreachable"
     assert reason(f"{site}/images/a", site, max_bytes=89) == "image_too_large"

@@ -1,0 +1,85 @@
+"""Where images may be fetched from, as an operator writes it.
+
+cdn.example.org                      that host, http and https on their own ports
+cdn.example.org:8443                 that host on that port
+*.example.net                        every host below example.net, not example.net itself
+https://cdn.example.org/images/      only https, only what lies under that path
+*                                    every host; the check of its address stays
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Annotated
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator
+
+PORTS = {"http": 80, "https": 443}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One entry of an allow-list."""
+
+    scheme: str
+    """``http``, ``https``, or empty: both."""
+    host: str
+    port: int | None
+    path: str
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Read one entry. Raises ValueError saying what is wrong with it."""
+        parts = urlsplit(text if "://" in text else f"//{text}")
+        if parts.scheme not in ("", *PORTS):
+            raise ValueError(f"{text!r}: only http and https are fetched from a host")
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError(f"{text!r}: give a host, and perhaps a port and a path, nothing more")
+        host = (parts.hostname or "").encode("idna").decode() if parts.hostname else ""
+        if not host or any(c.isspace() for c in text) or "*" in host.removeprefix("*.").removeprefix("*"):
+            raise ValueError(f"{text!r}: expected a host like cdn.example.org, *.example.net or *")
+        if host.startswith("*") and host != "*" and not host.startswith("*."):
+            raise ValueError(f"{text!r}: a star stands for whole names: *.example.net")
+        return cls(parts.scheme, host, parts.port, parts.path)
+
+    def covers(self, scheme: str, host: str, port: int | None, path: str) -> bool:
+        """Whether an address lies here. ``host`` is in lower case, international names in their ASCII form."""
+        if scheme not in PORTS or self.scheme not in ("", scheme) or not self._names(host):
+            return False
+        if (port or PORTS[scheme]) != (self.port or PORTS[scheme]):
+            return False
+        # "%2e%2e" and "\\" are decoded by some servers after the path has been compared.
+        steps = unquote(path).replace("\\", "/").split("/")
+        folder = self.path if self.path.endswith("/") else f"{self.path}/"
+        return ".." not in steps and (path == self.path or path.startswith(folder))
+
+    def _names(self, host: str) -> bool:
+        if self.host == "*":
+            return True
+        return host.endswith(self.host[1:]) if self.host.startswith("*.") else host == self.host
+
+
+def _host(text: str) -> str:
+    Place.parse(text)
+    return text
+
+
+def _uri(text: str) -> str:
+    if not text.startswith("file:///"):
+        Place.parse(text)
+    return text
+
+
+def _network(text: str) -> str:
+    ipaddress.ip_network(text)  # says what is wrong, also "has host bits set"
+    return text
+
+
+HostRule = Annotated[str, AfterValidator(_host)]
+"""A setting that is one entry of an allow-list."""
+UriRule = Annotated[str, AfterValidator(_uri)]
+"""The same, or a folder: ``file:///data/photos``."""
+NetworkRule = Annotated[str, AfterValidator(_network)]
+"""A setting that is a network or an address: ``10.1.0.0/16``, ``fd00::/8``, ``192.0.2.7``."""

@@ -1,0 +1,78 @@
+"""Hostile images over HTTP: each gets the right answer, or a refusal with its place and its code."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from fastapi import FastAPI
+
+from serving.client import data_uri
+from tests.support.edge import Edge
+from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
+
+pytestmark = pytest.mark.integration
+TOO_MUCH = {"image_too_many_pixels", "image_too_large"}
+
+
+class Client:
+    """Calls of the application, one after another."""
+
+    def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
+        self.runner = runner
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ratchet")
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            return await self.http.post(path, **body)
+
+        return self.runner.run(call())
+
+    def embed(self, image: bytes) -> np.ndarray:
+        answer = self.post("/v1/embeddings", json={"input": {"image": data_uri(image)}})
+        assert answer.status_code == 200, answer.text
+        return np.array(answer.json()["data"][0]["embedding"], np.float32)
+
+
+@pytest.fixture(scope="module")
+def client(runner: asyncio.Runner, edge: tuple[Edge, FastAPI]) -> Client:
+    return Client(runner, edge[1])
+
+
+@pytest.mark.parametrize("image", TAKEN, ids=[each.name for each in TAKEN])
+def test_an_odd_image_is_embedded_as_the_plain_one(client: Client, image: Hostile) -> None:
+    found = client.embed(image.data)
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-3)
+    if image.same_as_plain:
+        assert found @ client.embed(PLAIN) > (0.9999 if image.tolerance <= 2 else 0.99)
+
+
+@pytest.mark.parametrize("image", TAKEN, ids=[each.name for each in TAKEN])
+def test_every_call_takes_it(client: Client, image: Hostile) -> None:
+    file = ("photo.txt", image.data, "text/plain")  # neither its name nor its type is believed
+    answers = [
+        client.post("/v1/classify", files={"images": file}, data={"labels": ["a", "b"]}),
+        client.post("/v1/search", files={"image": file}),
+        client.post("/v1/vqa", files={"image": file}, data={"question": "what is it?"}),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("image", REFUSED, ids=[each.name for each in REFUSED])
+def test_what_is_no_acceptable_image_is_refused_by_every_call(client: Client, image: Hostile) -> None:
+    uri = data_uri(image.data)
+    chat = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri}}]}]
+    answers = {
+        "input.1.image": client.post("/v1/embeddings", json={"input": ["a text", {"image": uri}]}),
+        "images.0": client.post("/v1/classify", json={"images": [uri], "labels": ["a"]}),
+        "image": client.post("/v1/search", files={"image": ("a.png", image.data, "image/png")}),
+        "messages.0.content.0.image_url": client.post("/v1/chat/completions", json={"messages": chat}),
+    }
+    for place, answer in answers.items():
+        error = answer.json()["error"]
+        assert answer.status_code == (413 if image.code in TOO_MUCH else 400)
+        assert (error["code"], error["param"]) == (image.code, place)
+        assert error["message"].startswith(place)

@@ -1,0 +1,155 @@
+"""Thousands of calls made from the API's own schema, right and wrong ones, and none of them is an error of the server.
+
+The application is the real one, in this process: no Ray, and no socket, so that the calls are many. Of each call that
+schemathesis makes, two more are sent whose headers, query or body were changed on the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+import requests
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+
+from tests.support.edge import KEY, Edge
+from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
+
+pytestmark = pytest.mark.integration
+CALLS = 5000
+RIGHT, WRONG = 104, 46
+"""Examples of an operation with a body; others have half of them."""
+MEANT = {503, 504}
+"""What the schema says besides results and 4xx. Any other status from 500 on is a mistake of the server."""
+FILES = [PLAIN, *(each.data for each in (*TAKEN, *REFUSED) if len(each.data) < 20_000)]
+URIS = ["data:image/png;base64," + base64.b64encode(data).decode() for data in FILES]
+OTHERS = [
+    "",
+    "http://169.254.169.254/",
+    "https://[::1/",
+    "file:///etc/passwd",
+    "data:;base64,",
+    "data:image/png;base64,%",
+]
+MODELS = ["clip", "vlm", "clip@1", "vlm@1", "base", "clip@0", "clip-0123456789ab", ""]
+NAMES = ["content-type", "accept", "content-length", "x-ratchet-actor", "authorization", "expect", "range", "cookie",
+         "transfer-encoding", "content-encoding", "x-forwarded-for", "host", "connection"]  # fmt: skip
+VALUES = ["", "0", "-1", "99999999999999999999", "application/json", "application/json; charset=utf-16", "text/plain",
+          "multipart/form-data", "multipart/form-data; boundary=", "multipart/form-data; boundary=x", "gzip", "chunked",
+          "Bearer", f"Bearer {KEY}", "Bearer ü", "bytes=0-", "100-continue", "*/*", "a=b; c", "\xff"]  # fmt: skip
+QUERIES = ["", "size=64", "size=0", "size=a", "limit=3", "limit=-1", "limit=1e9", "size=1&size=2", "%00", "a" * 300,
+           "&&==", "limit=%FF", "model=clip&stream=true", "size=99999999999999999999999"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Twist:
+    """What happens to a request on its way."""
+
+    headers: dict[str, str] = field(default_factory=dict)
+    query: str = ""
+    cut: float = 1.0
+    """Share of the body that is left."""
+    put: bytes = b""
+    """Goes where it was cut."""
+
+
+TWISTS = st.builds(
+    Twist,
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from(VALUES), max_size=2),
+    st.sampled_from(QUERIES),
+    st.sampled_from([1.0, 1.0, 0.0, 0.3, 0.9]),
+    st.sampled_from([b"", b"\0", b"\xff\xfe", b"]}", b'"\\ud800"', b"[" * 2000, b"\r\n--x--\r\n", b"1e999", b"NaN"]),
+)
+
+
+@dataclass
+class Caller:
+    """Sends requests to the application and keeps count."""
+
+    runner: asyncio.Runner
+    http: httpx.AsyncClient
+    counts: dict[str, Counter[int]] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+
+    def send(self, case: Case, twists: list[Twist]) -> None:
+        """One call as it was made, and one with each twist."""
+        made = case.as_transport_kwargs(base_url="http://ratchet")
+        headers = {**made["headers"], **({"authorization": f"Bearer {KEY}"} if "/admin/" in case.path else {})}
+        names = ("method", "url", "params", "data", "json", "files", "cookies")
+        plain = requests.Request(headers=headers, **{name: made.get(name) for name in names}).prepare()
+        body = plain.body.encode() if isinstance(plain.body, str) else plain.body or b""
+        kept = {**plain.headers}
+        self._send(case, str(plain.method), str(plain.url), kept, body)
+        for twist in twists:
+            self._twisted(case, plain, kept, body, twist)
+
+    def _twisted(
+        self, case: Case, plain: requests.PreparedRequest, kept: dict[str, str], body: bytes, twist: Twist
+    ) -> None:
+        twisted = body[: int(len(body) * twist.cut)] + (twist.put if twist.cut < 1 else b"")
+        if len(twisted) != len(body):
+            kept = {name: value for name, value in kept.items() if name.lower() != "content-length"}
+        url = f"{plain.url}{'&' if '?' in str(plain.url) else '?'}{twist.query}"
+        kept = {name: value for name, value in kept.items() if name.lower() not in twist.headers} | twist.headers
+        self._send(case, str(plain.method), url, kept, twisted)
+
+    def _send(self, case: Case, method: str, url: str, headers: dict[str, str], body: bytes) -> None:
+        raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+        answer = self.runner.run(self._answer(method, url, raw, body))
+        self.counts.setdefault(case.operation.label, Counter())[answer.status_code] += 1
+        if answer.status_code >= 500 and answer.status_code not in MEANT:
+            self.mistakes.append(f"{method} {url[:300]} {headers} {body[:300]!r}: {answer.status_code}")
+        elif answer.status_code >= 400:
+            error = answer.json()["error"]
+            if set(error) != {"message", "type", "param", "code"} or not error["message"] or not error["code"]:
+                self.mistakes.append(f"{method} {url[:300]} {headers} {body[:300]!r}: {answer.text[:300]}")
+        elif answer.headers.get("content-type") == "application/json":
+            json.loads(answer.content, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    async def _answer(self, method: str, url: str, headers: list[tuple[bytes, bytes]], body: bytes) -> httpx.Response:
+        return await self.http.request(method, url, headers=headers, content=body)
+
+
+def teach() -> None:
+    """What the formats of our schema mean: else no generated image would ever be one."""
+    schemathesis.openapi.format("uri", st.sampled_from(URIS) | st.sampled_from(OTHERS))
+    schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=20))
+    schemathesis.openapi.format("model", st.sampled_from(MODELS))
+
+
+@pytest.mark.timeout(600)
+def test_no_call_that_the_schema_describes_is_a_mistake_of_the_server(
+    edge: tuple[Edge, FastAPI], runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teach()
+    transport = httpx.ASGITransport(edge[1], raise_app_exceptions=False)
+    caller = Caller(runner, httpx.AsyncClient(transport=transport, base_url="http://ratchet"))
+    schema = schemathesis.openapi.from_dict(edge[1].openapi())
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        body, query = bool(operation.body), bool(operation.query)
+        wrong = {GenerationMode.NEGATIVE: WRONG if body else WRONG // 2} if body or query else {}
+        for mode, examples in ({GenerationMode.POSITIVE: RIGHT if body else RIGHT // 2} | wrong).items():
+            strategy = operation.as_strategy(generation_mode=mode)
+            quiet = settings(
+                max_examples=examples, phases=[Phase.generate], database=None, deadline=None,
+                suppress_health_check=list(HealthCheck),
+            )  # fmt: skip
+            quiet(seed(1)(given(strategy, st.lists(TWISTS, min_size=2, max_size=2))(caller.send)))()
+    total = sum((counts for counts in caller.counts.values()), Counter())
+    with capsys.disabled():
+        print(f"\n{total.total()} calls: {dict(sorted(total.items()))}")
+    assert caller.mistakes == []
+    assert total.total() >= CALLS
+    assert len(caller.counts) == sum(len(calls) for calls in edge[1].openapi()["paths"].values())
+    unreached = [label for label, counts in caller.counts.items() if not any(status < 300 for status in counts)]
+    assert unreached == []
