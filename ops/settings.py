@@ -1,6 +1,7 @@
 """All settings, typed and in one place, and where each value came from.
 
-Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults.
+Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. In containers
+``RATCHET_CONFIG`` names the file: Ray's processes have working directories of their own.
 Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
 """
 
@@ -20,6 +21,7 @@ from ops.errors import ConfigError
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
+FILE_VARIABLE = "RATCHET_CONFIG"
 MIB = 1024 * 1024
 
 
@@ -140,6 +142,7 @@ class Settings(Section):
         None, description="fsspec URL of adapters and reports; a folder in home when unset."
     )
     lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    metrics_host: str = Field("127.0.0.1", description="Address of the metrics ports of ingest and updater.")
     base: BaseModels = Field(default_factory=BaseModels)
     kafka: Kafka = Field(default_factory=Kafka)
     ingest: Ingest = Field(default_factory=Ingest)
@@ -192,7 +195,8 @@ def load_settings(
     """Read the settings, check them, and remember where each came from.
 
     Args:
-        path: a YAML file; by default ``ratchet.yaml`` in the working directory, if there is one.
+        path: a YAML file; by default the one that ``RATCHET_CONFIG`` names, or ``ratchet.yaml`` in the working
+            directory, if there is one.
         overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
         environ: instead of ``os.environ``.
 
@@ -201,10 +205,12 @@ def load_settings(
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
-    for name, value in _file_values(path):
+    environ = os.environ if environ is None else environ
+    named = environ.get(FILE_VARIABLE)
+    for name, value in _file_values(path or (Path(named) if named else None)):
         _put(values, origins, name, value[0], value[1])
-    for key, text in (os.environ if environ is None else environ).items():
-        if key.startswith(PREFIX) and not key.startswith(f"{PREFIX}TEST_"):
+    for key, text in environ.items():
+        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
             name = key[len(PREFIX) :].lower().replace("__", ".")
             if _field(name) is None:
                 raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
@@ -241,7 +247,7 @@ def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
     file = path or Path(FILE)
     if not file.exists():
         if path is not None:
-            raise ConfigError(f"settings file {path} does not exist.", "Check --config.")
+            raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
         return []
     try:
         loaded = yaml.safe_load(file.read_text()) or {}
