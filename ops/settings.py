@@ -133,6 +133,15 @@ class Gate(Section):
     min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
 
 
+class Watch(Section):
+    """How the catalog and the incoming data are watched."""
+
+    seconds: float = Field(30.0, gt=0, description="How often they are measured, where something has changed.")
+    recall_queries: int = Field(20, ge=1, le=10_000, description="Stored vectors that recall@10 is measured with.")
+    drift_window: int = Field(128, ge=8, le=100_000, description="Newest samples that are looked at for drift.")
+    drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -150,6 +159,7 @@ class Settings(Section):
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
+    watch: Watch = Field(default_factory=Watch)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property

@@ -10,6 +10,7 @@ from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError
 from ops.ledger import Ledger, UpdateRow
+from ops.metrics.learning import Score
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
@@ -92,11 +93,17 @@ def _gate(
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:
-    metrics.gate.decided(verdict.outcome, verdict.seconds)
-    metrics.update.spent("gate", _gflops(verdict.summary(), update))
-    for suite in verdict.suites:
-        left = min(suite.ci_low, suite.ci_base_low) + suite.margin if suite.role == "retention" else None
-        metrics.gate.suite(suite.name, suite.before, suite.after, left)
+    metrics.gate.decided(update.family, verdict.outcome, verdict.seconds, _gflops(verdict.summary(), update))
+    metrics.gate.scored(
+        update.family,
+        [
+            Score(
+                suite.name, suite.role, suite.base, suite.before, suite.after,
+                min(suite.ci_low, suite.ci_base_low) + suite.margin if suite.role == "retention" else None,
+            )
+            for suite in verdict.suites
+        ],
+    )  # fmt: skip
 
 
 def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import base, bench, config, data, gate, ledger, parts, releases, status
+from ops.cli import base, bench, config, data, gate, ledger, metrics, parts, releases, status
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -52,6 +52,7 @@ app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
+app.add_typer(metrics.app, name="metrics", rich_help_panel="Operate")
 app.add_typer(config.app, name="config", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(config.doctor)
 app.command(

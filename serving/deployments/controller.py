@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Coroutine
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ class ReleaseController:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        metrics.build.started("controller")
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.fleet = RayFleet(encoder, catalog, vlm)
         self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
@@ -133,7 +135,6 @@ class ReleaseController:
         metrics.release.decided(kind, "committed")
         metrics.release.phase("prepare", outcome.prepare_seconds)
         metrics.release.phase("commit", outcome.commit_seconds)
-        metrics.release.live("controller", outcome.number)
         if kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
         log.info("release %d is live: %s", outcome.number, outcome)
@@ -141,6 +142,7 @@ class ReleaseController:
 
     async def _after(self, outcome: Outcome) -> None:
         detail = asdict(outcome)
+        await asyncio.to_thread(tell_of_live, self.ledger)
         await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
         await self._retire()
 
@@ -157,6 +159,7 @@ class ReleaseController:
                     outcome = await self.protocol.start()
                     self._started.set()
                     if outcome is None:
+                        await asyncio.to_thread(tell_of_live, self.ledger)
                         await self._retire()
                 else:
                     outcome = await self.protocol.step()
@@ -173,6 +176,22 @@ class ReleaseController:
                 log.exception("controller")
                 self._trouble = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
+
+
+def tell_of_live(ledger: Ledger) -> None:
+    """Export which release is live, since when, and what its adapters gained and forgot."""
+    live = ledger.live()
+    if live is None:
+        return
+    metrics.release.live("controller", live.number)
+    metrics.release.committed(live.created_at.timestamp())
+    families: tuple[Family, ...] = ("clip", "vlm")
+    for family in families:
+        adapter = live.adapter(family)
+        verdict = None if adapter is None else ledger.verdict_on(adapter)
+        unknown = 0.0 if adapter is None else math.nan  # the base is what is compared with
+        gain, forgetting = (unknown, unknown) if verdict is None else (verdict.gain, verdict.forgetting)
+        metrics.release.learned(family, gain, forgetting)
 
 
 def outcome_of(result: Result | RatchetError) -> Result:

@@ -43,29 +43,35 @@ class ControllerCalls:
 
     async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
         """Release adapters by family."""
-        found: Outcome = outcome_of(
-            await self.handle.release.remote(dict(adapters), actor=actor, reason=reason, expected_live=expected_live)
-        )
+        with metrics.operator.action("release"):
+            found: Outcome = outcome_of(
+                await self.handle.release.remote(
+                    dict(adapters), actor=actor, reason=reason, expected_live=expected_live
+                )
+            )
         return found
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
     ) -> Outcome:
         """Release what was live before."""
-        found: Outcome = outcome_of(
-            await self.handle.rollback.remote(
-                actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+        with metrics.operator.action("rollback"):
+            found: Outcome = outcome_of(
+                await self.handle.rollback.remote(
+                    actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+                )
             )
-        )
         return found
 
     async def hold(self, *, actor: str, reason: str) -> None:
         """Let updates wait."""
-        outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
+        with metrics.operator.action("hold"):
+            outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
 
     async def resume(self, *, actor: str, reason: str) -> None:
         """Let updates through."""
-        outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
+        with metrics.operator.action("resume"):
+            outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
 
     async def status(self) -> dict[str, Any]:
         """What the controller does."""
@@ -86,6 +92,7 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.window = LedgerWindow(self.ledger, encoder, settings.serve.rollback_window)

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from ops import metrics
 from ops.errors import LedgerError, RatchetError, RecordError, ReleaseConflict, ReleaseError
 from serving.deployments.calls import Late, Overloaded, Unavailable
 from serving.deployments.stamps import NotReady, UnknownModel
@@ -64,6 +65,7 @@ def answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:  # fmt: skip
     """The error as a response; 429 and 503 tell when to come back."""
+    metrics.http.refused(code or "other")
     extra = dict(headers or {})
     if status in (429, 503):
         extra.setdefault("Retry-After", RETRY_AFTER_SECONDS)
