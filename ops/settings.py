@@ -131,6 +131,15 @@ class Gate(Section):
     min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
 
 
+class Console(Section):
+    """The web page for operators and visitors."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
+    port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
+    server: str | None = Field(None, description="URL of the model server; by default serve.host and serve.port.")
+    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -147,6 +156,7 @@ class Settings(Section):
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
+    console: Console = Field(default_factory=Console)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property
