@@ -7,10 +7,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
-
-from cachetools import LRUCache
 
 from ops.access import Access
 from ops.artifacts import Artifacts
@@ -29,6 +27,8 @@ PATIENCE_SECONDS = 5.0
 ACTION_SECONDS = 900.0
 """A release of a new adapter waits for its catalog."""
 KEPT_PICTURES = 600
+EXAMPLE_ROWS = 20_000
+"""A larger store is not looked through for examples: the newest samples of each partition have to do."""
 MAX_REPORT_BYTES = 32 << 20
 
 
@@ -38,7 +38,7 @@ class Desk:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = SampleStore(settings.lake)
-        self._pictures: LRUCache[tuple[str, int], bytes] = LRUCache(KEPT_PICTURES)
+        self.thumbnail = lru_cache(KEPT_PICTURES)(self._thumbnail)
         self._kept: dict[str, tuple[float, Any]] = {}
         self._lock = threading.Lock()
 
@@ -105,17 +105,10 @@ class Desk:
         """A sample's image as it was sent."""
         return self.store.image([sample_id]).get(sample_id)
 
-    def thumbnail(self, sample_id: str, size: int) -> bytes | None:
+    def _thumbnail(self, sample_id: str, size: int) -> bytes | None:
         """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
-        with self._lock:
-            found = self._pictures.get((sample_id, size))
-        if found is None:
-            data = self.picture(sample_id)
-            found = None if data is None else self.draw(data, size)
-            if found is not None:
-                with self._lock:
-                    self._pictures[sample_id, size] = found
-        return found
+        data = self.picture(sample_id)
+        return None if data is None else self.draw(data, size)
 
     def draw(self, data: bytes, size: int) -> bytes | None:
         """Any image from outside as a PNG of at most ``size`` pixels a side; None if it does not decode."""
@@ -134,7 +127,9 @@ class Desk:
         return self.kept("examples", lambda: self._examples(count), seconds=30.0)
 
     def _examples(self, count: int) -> list[dict[str, Any]]:
-        rows = self.store.scan(columns=["id", "text", "question", "answer", "domain"])
+        many = self.store.count() > EXAMPLE_ROWS
+        after = {place: next_ - EXAMPLE_ROWS // 20 for place, next_ in self.store.offsets().items()} if many else None
+        rows = self.store.scan(columns=["id", "text", "question", "answer", "domain"], after=after)
         total = rows.num_rows
         places = sorted({int((index + 0.5) * total / count) for index in range(count)}) if total else []
         found: list[dict[str, Any]] = rows.take(places).to_pylist()
