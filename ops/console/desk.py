@@ -41,6 +41,7 @@ class Desk:
         self.thumbnail = lru_cache(KEPT_PICTURES)(self._thumbnail)
         self._kept: dict[str, tuple[float, Any]] = {}
         self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -72,14 +73,21 @@ class Desk:
         return {row["release"]: row for row in rows}
 
     def kept(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
-        """What ``make`` returned in the last seconds."""
+        """What ``make`` returned in the last seconds. Who asks while it is being made waits for it."""
         with self._lock:
-            at, value = self._kept.get(name, (0.0, None))
-            if time.monotonic() - at > seconds or at == 0.0:
+            turn = self._turns.setdefault(name, threading.Lock())
+        with turn:
+            at, value = self._kept.get(name, (float("-inf"), None))
+            if time.monotonic() - at > seconds:
                 value = make()
                 self._kept[name] = (time.monotonic(), value)
             found: Result = value
             return found
+
+    def forget(self) -> None:
+        """Ask anew what is kept: somebody changed something."""
+        for name in ("status", "overview"):
+            self._kept.pop(name, None)
 
     def _status(self) -> dict[str, Any] | None:
         key = self.settings.operator_key().get_secret_value()

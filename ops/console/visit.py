@@ -25,7 +25,6 @@ NAV = (
     ("/budget", "Budget"),
     ("/audit", "Audit"),
 )
-READ = ("infer", "operate")
 
 
 class Refused(Exception):
@@ -84,6 +83,12 @@ class Visit:
         path = self.request.url.path
         current = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
         return self.part(template, status, title=title, nav=NAV, current=current, **facts)
+
+    def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
+        """A part that opens over the page; without a script it is a page of its own."""
+        if self.partial:
+            return self.part(template, status, title=title, **facts)
+        return self.page("alone.html", title, status, inner=template, **facts)
 
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part of a page, for htmx to put in its place."""
