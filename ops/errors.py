@@ -10,7 +10,9 @@
     ├── TrainingError      an update cannot be trained
     ├── BudgetError        the compute budget does not allow it
     ├── GateError          a suite is wrong or cannot be scored
+    ├── AccessError        a caller's name or key is not acceptable
     ├── LedgerError        a row is missing or contradicts what is there
+    │   └── AlreadyResubmitted    a refused record was sent again before
     └── ReleaseError       a proposal could not be released
         └── ReleaseConflict    somebody else released first
 
@@ -80,8 +82,16 @@ class GateError(RatchetError):
     """A suite is wrong or cannot be scored."""
 
 
+class AccessError(RatchetError):
+    """A caller's name or key is not acceptable."""
+
+
 class LedgerError(RatchetError):
     """A ledger row is missing or contradicts what is there."""
+
+
+class AlreadyResubmitted(LedgerError):
+    """A refused record was sent again before."""
 
 
 class ReleaseError(RatchetError):

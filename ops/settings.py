@@ -7,6 +7,7 @@ Load once at start with :func:`load_settings`; nothing else in Ratchet reads the
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 from collections.abc import Mapping
@@ -23,6 +24,16 @@ PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
 MIB = 1024 * 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Section(BaseModel):
@@ -96,6 +107,26 @@ class Serve(Section):
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
+
+
+class AccessRules(Section):
+    """Who needs a key, and how often one may call."""
+
+    require_keys: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether /v1 needs a key with the scope infer; auto: unless serve.host is loopback."
+    )
+    metrics: Literal["auto", "open", "key"] = Field(
+        "auto", description="Whether /metrics needs a key of any scope; auto: unless serve.host is loopback."
+    )
+    requests_per_minute: int = Field(0, ge=0, description="Limit of each key that has none of its own; 0 is none.")
+    anonymous_per_minute: int = Field(
+        600, ge=0, description="Limit of each address that calls without a key from elsewhere; 0 is none."
+    )
+
 
 class Updater(Section):
     """When and how updates are trained."""
@@ -142,6 +173,20 @@ class Watch(Section):
     drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
 
 
+class Console(Section):
+    """The web page for operators and visitors."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
+    port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
+    server: str | None = Field(None, description="URL of the model server; by default serve.host and serve.port.")
+    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the console."""
+        return is_loopback(self.host)
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -156,11 +201,19 @@ class Settings(Section):
     kafka: Kafka = Field(default_factory=Kafka)
     ingest: Ingest = Field(default_factory=Ingest)
     serve: Serve = Field(default_factory=Serve)
+    access: AccessRules = Field(default_factory=AccessRules)
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
     watch: Watch = Field(default_factory=Watch)
+    console: Console = Field(default_factory=Console)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @property
+    def console_server(self) -> str:
+        """URL under which the console finds the model server."""
+        host = "127.0.0.1" if self.serve.host in ("0.0.0.0", "::") else self.serve.host  # noqa: S104
+        return self.console.server or f"http://{host}:{self.serve.port}"
 
     @property
     def ledger(self) -> str:

@@ -18,6 +18,7 @@ import base64
 import binascii
 import json
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,6 +96,29 @@ def decode(
         envelope = _from_event(event)
         record = {**{name: envelope[name] for name in ("source", "time") if name in envelope}, **record}
     return _from_record({**record, **_only_known(ours, "header ratchet_")}, max_image_bytes, fetch)
+
+
+def glimpse(
+    value: bytes | None, headers: Iterable[tuple[str, bytes | None]] = (), *, max_image_bytes: int = MAX_BYTES
+) -> tuple[bytes | None, dict[str, str]]:
+    """What can be made out of a record that may be no valid one: its image, if it carries one, and its texts.
+
+    Never raises; for showing refused records to people. The image may be broken, or none at all.
+    """
+    fields: dict[str, Any] = {}
+    image: bytes | None = None
+    for name, text in headers:
+        plain = name.lower().removeprefix("ratchet_").removeprefix("ce_")
+        fields[plain] = (text or b"").decode(errors="replace")
+    if value and sniff(value):
+        image = value if len(value) <= max_image_bytes else None
+    elif value:
+        with suppress(RecordError):
+            record = _parse(value)
+            inner = record.get("data")
+            fields |= {**record, **(inner if isinstance(inner, dict) else {})}
+            image = _from_base64(fields.get("image", fields.get("data_base64")), max_image_bytes)
+    return image, {name: text for name in METADATA if isinstance(text := fields.get(name), str) and text}
 
 
 def _record(sample: Sample) -> dict[str, Any]:

@@ -57,13 +57,18 @@ def message(row: Row) -> Encoded:
         "offset": str(row["offset"]),
         "refused_at": refused_at.isoformat(),
     }
-    original = [
+    came = original(row)
+    headers: Headers = [*came.headers, *((f"ratchet_{name}", text.encode()) for name, text in ours.items())]
+    # Brokers take a record with neither; the client does not send one.
+    return Encoded(came.key, b"" if came.value is None and came.key is None else came.value, headers)
+
+
+def original(row: Row) -> Encoded:
+    """The record of a refused record's row, as it came."""
+    headers = [
         (name, b"" if value is None else base64.b64decode(value)) for name, value in json.loads(row["original_headers"])
     ]
-    headers: Headers = [*original, *((f"ratchet_{name}", text.encode()) for name, text in ours.items())]
-    key, value = row["original_key"], row["original"]
-    # Brokers take a record with neither; the client does not send one.
-    return Encoded(key, b"" if value is None and key is None else value, headers)
+    return Encoded(row["original_key"], row["original"], headers)
 
 
 class Quarantine:

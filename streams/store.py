@@ -12,6 +12,7 @@ processes that read the same partition (a pause, a rebalance) only one can store
 
 from __future__ import annotations
 
+import heapq
 import random
 import re
 import time
@@ -41,6 +42,7 @@ FRAGMENT_BYTES = 1 << 30
 KEEP_VERSIONS = timedelta(days=7)
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
+_REFUSED = [*_ORDER, "reason", "detail", "ingested_at", "original", "original_key", "original_headers"]
 
 
 class SampleStore:
@@ -126,6 +128,28 @@ class SampleStore:
         table = dataset.to_table(columns=columns, filter="kind != 'position'")
         return table.sort_by([(name, "ascending") for name in _ORDER])
 
+    def refusals(self, limit: int, reason: str | None = None) -> list[dict[str, Any]]:
+        """The newest refused records, newest first, without their bytes: position, reason, detail and time."""
+        columns = [*_ORDER, "reason", "detail", "ingested_at"]
+        dataset = self._open(None)
+        if dataset is None:
+            return []
+        where = "kind = 'quarantine'" if reason is None else f"kind = 'quarantine' AND reason = {_quoted(reason)}"
+        rows = (row for batch in dataset.to_batches(columns=columns, filter=where) for row in batch.to_pylist())
+        return heapq.nlargest(limit, rows, key=lambda row: (row["ingested_at"], *(row[name] for name in _ORDER)))
+
+    def refusal(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
+        """One refused record with its bytes, or None where there is none at this position."""
+        dataset = self._open(None)
+        if dataset is None:
+            return None
+        where = (
+            f"kind = 'quarantine' AND topic = {_quoted(stream)} AND partition = {int(partition)}"
+            f" AND offset = {int(offset)}"
+        )
+        rows: list[dict[str, Any]] = dataset.to_table(columns=_REFUSED, filter=where).to_pylist()
+        return rows[0] if rows else None
+
     def fragments(self) -> int:
         """Number of data files; many small ones make reading slow, see :meth:`compact`."""
         dataset = self._open(None)
@@ -193,14 +217,11 @@ class SampleStore:
         dataset = self._open(None)
         if dataset is None:
             return []
-        stream = position.stream.replace("'", "''")
         where = (
-            f"kind = 'quarantine' AND topic = '{stream}' AND partition = {position.partition}"
+            f"kind = 'quarantine' AND topic = {_quoted(position.stream)} AND partition = {position.partition}"
             f" AND offset >= {position.published}"
         )
-        columns = ["topic", "partition", "offset", "reason", "detail", "ingested_at"]
-        originals = ["original", "original_key", "original_headers"]
-        table = dataset.to_table(columns=columns + originals, filter=where)
+        table = dataset.to_table(columns=_REFUSED, filter=where)
         rows: list[dict[str, Any]] = table.sort_by("offset").to_pylist()
         return rows
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
-
-from ops.ledger import tables as t
+from ops.ledger.audit import AuditVerbs
 from ops.ledger.budget import BudgetVerbs
 from ops.ledger.database import Database, open_database
+from ops.ledger.keys import KeyVerbs
 from ops.ledger.learning import LearningVerbs
 from ops.ledger.releases import ReleaseVerbs
-from ops.ledger.rows import AuditRow
+from ops.ledger.resubmissions import ResubmissionVerbs
 
 
-class Ledger(LearningVerbs, ReleaseVerbs, BudgetVerbs):
+class Ledger(LearningVerbs, ReleaseVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, AuditVerbs):
     """Safe to use from several threads and processes; every verb is one transaction."""
 
     def __init__(self, database: Database) -> None:
@@ -26,9 +25,3 @@ class Ledger(LearningVerbs, ReleaseVerbs, BudgetVerbs):
     def close(self) -> None:
         """Give the connections back."""
         self.database.close()
-
-    def audit_rows(self, limit: int = 100) -> list[AuditRow]:
-        """The newest rows of the audit log, newest first."""
-        with self.database.read() as session:
-            found = session.scalars(select(t.Audit).order_by(t.Audit.id.desc()).limit(limit))
-            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in found]

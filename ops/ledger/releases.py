@@ -1,8 +1,6 @@
-"""Verbs of release: proposals, releases, hold, audit. Every change leaves an audit row in the same transaction."""
+"""Verbs of release: proposals, releases, hold. Every change leaves an audit row in the same transaction."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -10,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
+from ops.ledger.audit import note
 from ops.ledger.database import Database, as_row
 from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
@@ -56,7 +55,7 @@ class ReleaseVerbs:
             )  # fmt: skip
             session.add(row)
             session.flush()
-            _audit(
+            note(
                 session,
                 actor,
                 f"propose {kind}",
@@ -88,7 +87,7 @@ class ReleaseVerbs:
             row = _proposal(session, proposal_id)
             row.state, row.error = state, error
             if state == "failed":
-                _audit(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
+                note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
             session.flush()
             return as_row(ProposalRow, row)
 
@@ -120,7 +119,7 @@ class ReleaseVerbs:
                 if proposal_id is not None:
                     proposal = _proposal(session, proposal_id)
                     proposal.state, proposal.release = "committed", number
-                _audit(
+                note(
                     session,
                     actor,
                     "release",
@@ -169,7 +168,7 @@ class ReleaseVerbs:
             if row is None:
                 row = t.Hold(actor=actor, reason=reason)
                 session.add(row)
-                _audit(session, actor, "hold", "updates", {"reason": reason})
+                note(session, actor, "hold", "updates", {"reason": reason})
                 session.flush()
             return as_row(HoldRow, row)
 
@@ -180,18 +179,13 @@ class ReleaseVerbs:
             if row is None:
                 raise LedgerError("updates are not on hold.", "There is nothing to resume.")
             row.resumed_at = t.utc_now()
-            _audit(session, actor, "resume", "updates", {"reason": reason})
+            note(session, actor, "resume", "updates", {"reason": reason})
 
     def held(self) -> HoldRow | None:
         """The open hold, if there is one."""
         with self.database.read() as session:
             row = _open_hold(session)
             return None if row is None else as_row(HoldRow, row)
-
-    def audit(self, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-        """Record what somebody did that is no release, hold or proposal."""
-        with self.database.write() as session:
-            _audit(session, actor, action, subject, detail)
 
 
 def _live(session: Session) -> t.Release | None:
@@ -207,7 +201,3 @@ def _proposal(session: Session, proposal_id: int) -> t.Proposal:
     if found is None:
         raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
     return found
-
-
-def _audit(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:
-    session.add(t.Audit(actor=actor, action=action, subject=subject, detail=detail))

@@ -14,6 +14,9 @@ Outcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
+KeyScope = Literal["infer", "publish", "operate"]
+"""What a key may do: ask the models; send quarantined records again; release, roll back, hold and resume."""
+ResubmissionState = Literal["sending", "sent", "failed"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,30 @@ class AuditRow:
     subject: str
     detail: dict[str, Any] = field(default_factory=dict)
     created_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class KeyRow:
+    """An API key, without its secret. ``digest`` is the SHA-256 of the secret, in hex."""
+
+    id: str
+    name: str
+    scopes: tuple[KeyScope, ...]
+    digest: str = field(repr=False)
+    requests_per_minute: int | None
+    actor: str
+    created_at: datetime
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+@dataclass(frozen=True)
+class ResubmissionRow:
+    """A refused record that was sent again: the last time, by whom and why."""
+
+    place: str
+    state: ResubmissionState
+    times: int
+    actor: str
+    reason: str
+    updated_at: datetime

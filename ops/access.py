@@ -1,0 +1,183 @@
+"""Who calls, and what they may do. Plain Python: the HTTP server and the console both ask it.
+
+>>> access = Access(ledger, settings)
+>>> access.identify("rk_0123abcd_...")
+Principal(name='ci-bot', scopes=frozenset({'infer'}), kind='key', key_id='0123abcd', requests_per_minute=600)
+
+Three kinds of callers:
+
+    key          made with `ratchet keys create`; has the scopes it was given
+    operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
+    anonymous    no key; may infer where the server is open (``access.require_keys``), and is nobody elsewhere
+
+Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
+ledger is away, the keys that were read last stay good: an outage of the ledger is none of serving.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal, Protocol
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from ops.errors import AccessError, RatchetError
+from ops.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
+from ops.ledger.rows import KeyRow, KeyScope
+from ops.settings import Settings
+
+log = logging.getLogger("ratchet.access")
+KEYS_SECONDS = 2.0
+#: A token of an unknown key makes the table be read again, so that a new key works at once; not more often than this.
+NEW_KEY_SECONDS = 0.2
+TOUCH = timedelta(minutes=1)
+MAX_SAID_CHARS = 100
+NEVER = float("-inf")
+_NOBODY = digest_of("")
+
+
+class Keys(Protocol):
+    """What is needed of the ledger."""
+
+    def api_keys(self) -> list[KeyRow]:
+        """Keys that are valid."""
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        """Note when keys were last used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Somebody who calls."""
+
+    name: str
+    scopes: frozenset[KeyScope]
+    kind: Literal["key", "operator", "anonymous"] = "key"
+    key_id: str | None = None
+    """Of a key in the ledger."""
+    requests_per_minute: int = 0
+    """0: no limit."""
+
+    def may(self, *scopes: KeyScope) -> bool:
+        """Whether one of the scopes was given."""
+        return not self.scopes.isdisjoint(scopes)
+
+    def actor(self, said: str | None = None) -> str:
+        """The name for the audit log.
+
+        A key is ``key:<name>``, whatever the caller says; what he says of himself follows after a slash. Only the
+        holder of the bootstrap key is who he says he is. No said name has a colon, so none can pass for a key's.
+
+        Raises:
+            AccessError: ``said`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
+        """
+        said = said and _checked(said)
+        if self.kind == "operator":
+            return said or self.name
+        own = f"key:{self.name}" if self.kind == "key" else self.name
+        return f"{own}/{said}" if said else own
+
+
+OPERATOR = Principal("operator", frozenset(SCOPES), "operator")
+
+
+class Access:
+    """Tells who holds a token. Safe to use from several threads."""
+
+    def __init__(self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+        rules, local = settings.access, settings.serve.on_loopback
+        self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
+        """Whether callers without a key may infer."""
+        self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and local)
+        self.anonymous: Principal | None = None
+        if self.open:
+            limit = 0 if local else rules.anonymous_per_minute
+            self.anonymous = Principal("anonymous", frozenset({"infer"}), "anonymous", requests_per_minute=limit)
+        self._limit = rules.requests_per_minute
+        self._operator = settings.operator_key()
+        self._ledger = ledger
+        self._clock = clock
+        self._keys: dict[str, KeyRow] = {}
+        self._read_at = NEVER
+        self._used: dict[str, datetime] = {}
+        self._reading = threading.Lock()
+
+    def identify(self, token: str | None) -> Principal | None:
+        """Who holds a token; without one, whoever may come without. None: nobody. May read the ledger."""
+        if self.due(token):
+            self.refresh()
+        return self.known(token)
+
+    def known(self, token: str | None) -> Principal | None:
+        """Like :meth:`identify`, by the keys that were read last."""
+        if not token:
+            return self.anonymous
+        if same(token, self._operator.get_secret_value()):
+            return OPERATOR
+        parsed = parse_token(token)
+        if parsed is None:
+            # OpenAI's clients send any text where no key is needed; a key of ours that is cut short is a mistake.
+            return None if token.startswith(PREFIX) else self.anonymous
+        row = self._keys.get(parsed[0])
+        right = same(digest_of(parsed[1]), row.digest if row is not None else _NOBODY)
+        if row is None or not right:
+            return None
+        self._used[row.id] = datetime.now(UTC)
+        limit = self._limit if row.requests_per_minute is None else row.requests_per_minute
+        return Principal(row.name, frozenset(row.scopes), "key", row.id, limit)
+
+    def due(self, token: str | None) -> bool:
+        """Whether the ledger is to be read before this token can be told: the keys are old, or it is a new one."""
+        parsed = parse_token(token or "")
+        age = self._clock() - self._read_at
+        return parsed is not None and age >= (KEYS_SECONDS if parsed[0] in self._keys else NEW_KEY_SECONDS)
+
+    def refresh(self) -> None:
+        """Read the keys. While another thread does, or the ledger is away, those that were read last stay."""
+        if not self._reading.acquire(blocking=self._read_at == NEVER):
+            return
+        try:
+            self._read()
+        except (SQLAlchemyError, RatchetError) as error:
+            log.warning("the ledger is away, the keys read last stay good: %s", type(error).__name__)
+        finally:
+            self._reading.release()
+
+    def _read(self) -> None:
+        began = self._clock()
+        if began - self._read_at < NEW_KEY_SECONDS:
+            return  # another thread just did
+        try:
+            self._keys = {row.id: row for row in self._ledger.api_keys()}
+        finally:
+            self._read_at = began
+        used, self._used = self._used, {}
+        last = {key_id: row.last_used_at for key_id, row in self._keys.items()}
+        due = {
+            key_id: when
+            for key_id, when in used.items()
+            if key_id in last and (last[key_id] is None or when - last[key_id] >= TOUCH)  # type: ignore[operator]
+        }
+        if due:
+            self._ledger.touch_keys(due)
+
+
+def same(given: str, right: str) -> bool:
+    """Whether two secrets are equal, in a time that does not tell how much of them is."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))
+
+
+def _checked(said: str) -> str:
+    name = unicodedata.normalize("NFKC", said).strip()
+    if not name or len(name) > MAX_SAID_CHARS or not name.isprintable() or ":" in name:
+        raise AccessError(f"an actor is a name of 1 to {MAX_SAID_CHARS} printable characters without a colon.")
+    if name.casefold() in RESERVED - {"operator"}:
+        raise AccessError(f"{name!r} is a part of Ratchet, not a person.", "Say who you are.")
+    return name
