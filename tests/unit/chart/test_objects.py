@@ -61,7 +61,7 @@ def test_budgets_and_monitors_select_pods_that_are_there(
 
 
 def test_a_budget_leaves_a_drain_possible() -> None:
-    """Kubernetes takes only a number that stays available for pods without a scale; with one worker none may be asked."""
+    """Ray pods have no scale, so a budget is a number that stays available; with one worker there is none."""
     for replicas in (1, 2, 5):
         budgets = of_kind(render({"serving": {"workers": {"replicas": replicas}}}), "PodDisruptionBudget")
         kept = [each["spec"]["minAvailable"] for each in budgets if each["metadata"]["name"].endswith("-serving")]
