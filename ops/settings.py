@@ -105,6 +105,7 @@ class Serve(Section):
     vlm_queue: int = Field(128, ge=1, description="VLM requests that may wait or run; more are answered 429.")
     vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
+    ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
     @property

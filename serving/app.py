@@ -148,6 +148,7 @@ def _start(settings: Settings, server: Server) -> None:
         ray.init(
             address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
             _temp_dir=str(server.folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
+            _metrics_export_port=settings.serve.ray_metrics_port or None,
             object_store_memory=session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
         )  # fmt: skip
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)

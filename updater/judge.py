@@ -10,7 +10,6 @@ from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError
 from ops.ledger import Ledger, UpdateRow
-from ops.metrics.learning import Score
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
@@ -94,16 +93,6 @@ def _gate(
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:
     metrics.gate.decided(update.family, verdict.outcome, verdict.seconds, _gflops(verdict.summary(), update))
-    metrics.gate.scored(
-        update.family,
-        [
-            Score(
-                suite.name, suite.role, suite.base, suite.before, suite.after,
-                min(suite.ci_low, suite.ci_base_low) + suite.margin if suite.role == "retention" else None,
-            )
-            for suite in verdict.suites
-        ],
-    )  # fmt: skip
 
 
 def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ops.progress import say
 from ops.settings import Settings
 from streams.store import SampleStore
 from updater import triggers
+from updater.facts import Facts
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
 from updater.judge import judge
 from updater.learner import Base
@@ -76,6 +77,7 @@ class UpdaterService:
         self.artifacts = Artifacts(settings.artifacts)
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
+        self._facts = Facts(self.ledger)
 
     def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
@@ -122,6 +124,7 @@ class UpdaterService:
         while not self.stop():
             try:
                 self._tell_budget()
+                self._facts.tell(self.turns)
                 outcome = self.step()
                 reason = outcome.reason
                 wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
@@ -231,7 +234,7 @@ class UpdaterService:
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
         self._register(update, recipe, base, result)
         self.ledger.settle(update.id, result.maf, capacity=capacity)
-        metrics.update.trained(family, result.seconds, result.maf_planned, result.maf)
+        metrics.update.trained(family, result.seconds, result.maf)
         say(f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s")
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
 

@@ -10,9 +10,6 @@ from ops.metrics.learning import gate, update
 from ops.metrics.models import catalog, drift, encoder, vlm
 from ops.metrics.serving import build, http, operator, release
 from ops.metrics.stream import ingest
-from ops.metrics.zeros import start
-
-start()
 
 __all__ = [
     "PARTS", "Part", "build", "catalog", "drift", "encoder", "exposition", "gate", "http", "ingest", "listen",

@@ -165,3 +165,27 @@ DRIFT_SHIFT = Gauge(
     "Shift of the newest embeddings' mean in standard errors, root mean square over dimensions; 1 is no drift.",
     ["space"], multiprocess_mode=_LATEST,
 )  # fmt: skip
+
+# A counter that appears with its first event looks to `increase` as if nothing had happened: those with few labels
+# start at 0.
+for _family in ("clip", "vlm"):
+    UPDATE_STEPS.labels(_family)
+    for _state in ("done", "failed", "abandoned"):
+        UPDATES.labels(_family, _state)
+    for _outcome in ("passed", "rejected", "inconclusive"):
+        GATE_VERDICTS.labels(_family, _outcome)
+for _purpose in ("train", "gate"):
+    BUDGET_SPENT.labels(_purpose)
+for _split in ("train", "fresh_eval"):
+    INGEST_STORED.labels(_split)
+for _kind in ("exact", "perceptual"):
+    INGEST_DUPLICATES.labels(_kind)
+for _kind in ("initial", "update", "rollback", "release"):
+    for _outcome in ("committed", "failed"):
+        RELEASES.labels(_kind, _outcome)
+for _action in ("release", "rollback", "hold", "resume"):
+    for _outcome in ("done", "refused"):
+        OPERATOR.labels(_action, _outcome)
+for _kind in ("reply", "stream", "score"):
+    for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
+        VLM_REQUESTS.labels(_kind, _outcome)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -35,12 +34,16 @@ class update:
             d.UPDATE_LOSS.labels(family, term).set(loss)
 
     @staticmethod
-    def trained(family: str, seconds: float, planned: float, spent: float) -> None:
-        """An update's training came to its end; compute planned and spent."""
+    def trained(family: str, seconds: float, spent: float) -> None:
+        """An update's training came to its end."""
         d.UPDATE_SECONDS.labels(family).observe(seconds)
+        d.BUDGET_SPENT.labels("train").inc(spent * GIGA)
+
+    @staticmethod
+    def cost(family: str, planned: float, spent: float) -> None:
+        """Compute of the last update: planned, and spent."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)
         d.UPDATE_SPENT.labels(family).set(spent * GIGA)
-        d.BUDGET_SPENT.labels("train").inc(spent * GIGA)
 
     @staticmethod
     def finished(family: str, state: str) -> None:
@@ -56,7 +59,7 @@ class update:
 
 
 class Score(NamedTuple):
-    """What a suite came to, as shares. ``margin_left`` is None for a suite that has no margin."""
+    """What a suite came to, as shares. ``margin_left`` is None where there is no margin."""
 
     suite: str
     role: str
@@ -73,9 +76,13 @@ class gate:
     def decided(family: str, outcome: str, seconds: float, spent: float) -> None:
         """A verdict fell; what its forward passes cost."""
         d.GATE_VERDICTS.labels(family, outcome).inc()
-        d.GATE_LAST.labels(family, outcome).set(time.time())
         d.GATE_SECONDS.labels(family).observe(seconds)
         d.BUDGET_SPENT.labels("gate").inc(spent * GIGA)
+
+    @staticmethod
+    def last(family: str, outcome: str, at: float) -> None:
+        """When a verdict with this outcome fell last; seconds since 1970."""
+        d.GATE_LAST.labels(family, outcome).set(at)
 
     @staticmethod
     def scored(family: str, scores: Sequence[Score]) -> None:

@@ -1,0 +1,138 @@
+"""The alerting rules speak of metrics that exist, and each has a page of which every command exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer
+import yaml
+from prometheus_client import Counter, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+from typer.testing import CliRunner
+
+from ops import metrics
+from ops.alerts import rule_groups
+from ops.cli.main import app
+from ops.metrics import declared
+
+PAGES = Path(__file__).resolve().parents[3] / "docs" / "runbooks"
+RULES: list[dict[str, Any]] = [rule for group in rule_groups() for rule in group["rules"]]
+ALERTS = [rule for rule in RULES if "alert" in rule]
+NAMES = sorted({rule["alert"] for rule in ALERTS})
+METRICS = {
+    str(each._name) + ("_total" if isinstance(each, Counter) else ""): each
+    for each in vars(declared).values()
+    if isinstance(each, MetricWrapperBase)
+}
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+ON_DEMAND = {"ratchet_http_requests_total", "ratchet_http_request_seconds"}
+"""Counters with too many label values to begin at 0: for them one event more or less makes no difference."""
+
+
+def family(name: str) -> str:
+    """The declared metric that a series is of."""
+    short = re.sub(r"_(bucket|count|sum)$", "", name)
+    return short if isinstance(METRICS.get(short), Histogram) else name
+
+
+def queries() -> list[str]:
+    """Expressions of rules, queries in their texts, and queries on the pages."""
+    texts = [str(value) for rule in RULES for value in (rule["expr"], *rule.get("annotations", {}).values())]
+    return texts + [page.read_text() for page in PAGES.glob("*.md")]
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: f"{rule['alert']}-{rule['labels'].get('window', '')}")
+def test_an_alert_says_how_urgent_it_is_what_it_is_and_where_to_read_on(rule: dict[str, Any]) -> None:
+    assert rule["labels"]["severity"] in ("page", "ticket")
+    assert set(rule["annotations"]) == {"summary", "description", "runbook_url"}
+    assert rule["annotations"]["runbook_url"] == f"docs/runbooks/{rule['alert']}.md"
+
+
+def test_each_alert_has_a_page_each_page_an_alert_and_the_index_names_all() -> None:
+    pages = sorted(page.stem for page in PAGES.glob("*.md") if page.name != "README.md")
+    assert pages == NAMES
+    assert re.findall(r"^\| \[(\w+)\]\(\1\.md\)", (PAGES / "README.md").read_text(), re.M) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_tells_meaning_sight_and_remedy(name: str) -> None:
+    text = (PAGES / f"{name}.md").read_text()
+    assert re.findall(r"^#+ (.*)$", text, re.M) == [name, "What it means", "How to see it", "What to do"]
+    severities = sorted({rule["labels"]["severity"] for rule in ALERTS if rule["alert"] == name})
+    assert f"*{' or '.join(severities)}: " in text
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (PAGES / link).is_file(), link
+
+
+def test_rules_and_pages_name_only_metrics_that_exist() -> None:
+    for query in queries():
+        for name in re.findall(r"\bratchet_[a-z_0-9]+\b", query):
+            assert family(name) in METRICS or any(known.startswith(name) for known in METRICS), name
+        for name in re.findall(r"\bratchet:[a-z_]+:[a-z_0-9]+\b", query):
+            assert name in RECORDED, name
+
+
+def test_rules_name_only_labels_and_buckets_that_exist() -> None:
+    for rule in RULES:
+        for name, selectors in re.findall(r"\b(ratchet_[a-z_0-9]+)\{([^}]*)\}", rule["expr"]):
+            metric = METRICS[family(name)]
+            labels = dict(re.findall(r'(\w+)=~?"([^"]*)"', selectors))
+            bound = labels.pop("le", None)
+            assert set(labels) <= set(metric._labelnames), (name, labels)
+            if bound is not None:
+                assert isinstance(metric, Histogram)
+                assert float(bound) in metric._kwargs["buckets"], (name, bound)
+
+
+def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
+    exported = "".join(metrics.exposition(part).decode() for part in ("ingest", "update", "serve"))
+    watched = {name for rule in RULES for name in re.findall(r"(?:increase|rate)\((ratchet_\w+)", rule["expr"])}
+    for name in {family(name) for name in watched} - ON_DEMAND:
+        assert re.search(rf"^{name}(\{{.*\}})? ", exported, re.M), name
+
+
+def commands() -> list[str]:
+    found = {
+        line.split("#")[0].strip()
+        for page in PAGES.glob("*.md")
+        for line in page.read_text().splitlines()
+        if re.match(r"\s{4,}ratchet ", line)
+    }
+    assert len(found) > 20
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_on_a_page_exists_with_its_arguments(line: str) -> None:
+    command: click.Command = typer.main.get_command(app)
+    words = shlex.split(line)[1:]
+    parent = command.make_context("ratchet", words)
+    while isinstance(command, click.Group):
+        _, child, words = command.resolve_command(parent, [*parent._protected_args, *parent.args])
+        assert child is not None
+        command, parent = child, child.make_context(child.name, words, parent=parent)
+
+
+def test_prometheus_is_told_the_ports_of_the_settings(tmp_path: Path) -> None:
+    flags = ["serve.host=0.0.0.0", "serve.port=9000", "ingest.metrics_port=0", "updater.metrics_port=9999"]
+    words = [word for flag in flags for word in ("--set", flag)]
+    done = CliRunner().invoke(app, [*words, "metrics", "prometheus", "--alertmanager", "am:9093", "--rules", "a.yml"])
+    told = yaml.safe_load(done.stdout)
+    targets = {job["job_name"]: job["static_configs"][0]["targets"] for job in told["scrape_configs"]}
+    assert targets == {"ratchet-serve": ["127.0.0.1:9000"], "ratchet-update": ["127.0.0.1:9999"]}
+    assert told["rule_files"] == ["a.yml"]
+    assert told["alerting"] == {"alertmanagers": [{"static_configs": [{"targets": ["am:9093"]}]}]}
+    assert "ingest.metrics_port is 0" in done.stderr
+
+
+def test_printed_rules_link_to_the_pages_where_they_are() -> None:
+    done = CliRunner().invoke(app, ["metrics", "rules", "--runbooks", "https://example.com/runbooks/"])
+    groups = yaml.safe_load(done.stdout)["groups"]
+    links = {rule["annotations"]["runbook_url"] for group in groups for rule in group["rules"] if "alert" in rule}
+    assert links == {f"https://example.com/runbooks/{name}.md" for name in NAMES}
+    assert [group["name"] for group in groups] == [group["name"] for group in rule_groups()]
