@@ -139,6 +139,11 @@ def _start(settings: Settings, server: Server) -> None:
         raise ConfigError(
             f"port {settings.serve.port} is taken.", "Stop what listens there, or set serve.port to another one."
         )
+    if settings.serve.ray_metrics_port and not session.is_free("", settings.serve.ray_metrics_port):
+        raise ConfigError(  # Ray's agent would end, and with it the node
+            f"port {settings.serve.ray_metrics_port} is taken.",
+            "Set serve.ray_metrics_port to another one, or to 0: Ray then exports no metrics.",
+        )
     with step("starting Ray"):
         import ray
         from ray import serve

@@ -170,6 +170,8 @@ DRIFT_SHIFT = Gauge(
 # start at 0.
 for _family in ("clip", "vlm"):
     UPDATE_STEPS.labels(_family)
+    UPDATE_SECONDS.labels(_family)
+    GATE_SECONDS.labels(_family)
     for _state in ("done", "failed", "abandoned"):
         UPDATES.labels(_family, _state)
     for _outcome in ("passed", "rejected", "inconclusive"):
@@ -183,9 +185,32 @@ for _kind in ("exact", "perceptual"):
 for _kind in ("initial", "update", "rollback", "release"):
     for _outcome in ("committed", "failed"):
         RELEASES.labels(_kind, _outcome)
+for _phase in ("prepare", "commit", "rollback"):
+    RELEASE_PHASE.labels(_phase)
+for _direction in ("prompt", "completion"):
+    VLM_TOKENS.labels(_direction)
+for _kind in ("reply", "stream", "score"):
+    VLM_REQUESTS.labels(_kind, "ok")
+    VLM_SECONDS.labels(_kind)
 for _action in ("release", "rollback", "hold", "resume"):
     for _outcome in ("done", "refused"):
         OPERATOR.labels(_action, _outcome)
 for _kind in ("reply", "stream", "score"):
     for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
         VLM_REQUESTS.labels(_kind, _outcome)
+
+
+def names() -> dict[str, set[str]]:
+    """What Prometheus gets: the labels of each sample name, those that the client adds (``le``, ``pid``) included."""
+    found: dict[str, set[str]] = {}
+    for metric in list(globals().values()):
+        if isinstance(metric, Counter):
+            found[f"{metric._name}_total"] = set(metric._labelnames)
+        elif isinstance(metric, Gauge):
+            found[metric._name] = set(metric._labelnames) | (
+                {"pid"} if metric._multiprocess_mode == "liveall" else set()
+            )
+        elif isinstance(metric, Histogram):
+            found[f"{metric._name}_bucket"] = {*metric._labelnames, "le"}
+            found[f"{metric._name}_sum"] = found[f"{metric._name}_count"] = set(metric._labelnames)
+    return found

@@ -40,13 +40,23 @@ def listen(part: Part, port: int, host: str = "127.0.0.1") -> None:
         start_http_server(port, addr=host, registry=_registry(part))
 
 
+def shares_a_folder() -> bool:
+    """Whether several processes of this machine write into one folder."""
+    return FOLDER in os.environ and Path(os.environ[FOLDER]).is_dir()
+
+
 def belongs(name: str, part: Part) -> bool:
-    """Whether a part exports the metric of this name."""
-    if not name.startswith("ratchet_") or name == "ratchet_build_info":
+    """Whether a part exports the metric of this name.
+
+    Ray's own processes write into the same folder; their metrics are scraped from Ray. vLLM has no port of its own, so
+    its metrics come with those of the replica that it runs in.
+    """
+    if name == "ratchet_build_info":
         return True
     if part in PARTS:
-        return name.startswith(PARTS[part])
-    return not any(name.startswith(beginnings) for beginnings in PARTS.values())
+        return name.startswith(PARTS[part]) or not name.startswith("ratchet_")
+    ours = name.startswith("ratchet_") and not any(name.startswith(beginnings) for beginnings in PARTS.values())
+    return ours or name.startswith("vllm:")
 
 
 class _Own(Collector):
@@ -70,7 +80,7 @@ def _registry(part: Part) -> CollectorRegistry:
 
 def _forget_the_dead() -> None:
     """A process that was killed leaves its gauges behind: requests in flight that no one answers, an old release."""
-    if FOLDER not in os.environ:
+    if not shares_a_folder():
         return
     for file in Path(os.environ[FOLDER]).glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]

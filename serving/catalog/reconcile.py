@@ -99,6 +99,7 @@ class Catalog:
         for stamp in window:
             self._resident.setdefault(stamp.image_space, stamp.clip)
         self._live_space = window[0].image_space if window else ""
+        self._reported = -2  # the rows of another space are to be told
         self._wake.set()
 
     async def retire(self, keep: Sequence[Stamp]) -> list[str]:

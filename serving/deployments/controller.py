@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ class ReleaseController:
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.fleet = RayFleet(encoder, catalog, vlm)
         self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
+        self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         self._started = asyncio.Event()
         self._trouble = ""
         self._running: set[asyncio.Task[Any]] = set()
@@ -142,7 +143,7 @@ class ReleaseController:
 
     async def _after(self, outcome: Outcome) -> None:
         detail = asdict(outcome)
-        await asyncio.to_thread(tell_of_live, self.ledger)
+        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
         await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
         await self._retire()
 
@@ -159,7 +160,7 @@ class ReleaseController:
                     outcome = await self.protocol.start()
                     self._started.set()
                     if outcome is None:
-                        await asyncio.to_thread(tell_of_live, self.ledger)
+                        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
                         await self._retire()
                 else:
                     outcome = await self.protocol.step()
@@ -178,14 +179,13 @@ class ReleaseController:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def tell_of_live(ledger: Ledger) -> None:
+def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:
     """Export which release is live, since when, and what its adapters gained and forgot."""
     live = ledger.live()
     if live is None:
         return
     metrics.release.live("controller", live.number)
     metrics.release.committed(live.created_at.timestamp())
-    families: tuple[Family, ...] = ("clip", "vlm")
     for family in families:
         adapter = live.adapter(family)
         verdict = None if adapter is None else ledger.verdict_on(adapter)
