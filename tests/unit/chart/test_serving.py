@@ -13,12 +13,9 @@ from ray.serve.schema import ServeDeploySchema
 
 from ops.settings import Settings, load_settings
 from serving.app import build
-from serving.engines.base import list_bases
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base
-
-BOTH = {"clip": "tiny", "vlm": "tiny-vlm"}
 
 
 def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
@@ -77,26 +74,25 @@ def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:
     assert ports["serving-worker", "serve"] == settings.serve.port == serve_config(objects).http_options.port
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_ray_serve_takes_the_configuration_and_finds_its_deployments(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ray_serve_builds_the_application_and_finds_its_deployments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_base(tmp_path)
     tiny_vlm_base(tmp_path)
-    assert list_bases(tmp_path) == ["tiny", "tiny-vlm"]
-    config = serve_config(render(profile(name), {"settings": {"base": BOTH}}))
-    assert config.proxy_location == ProxyLocation.EveryNode
-    module, _, function = str(config.applications[0].import_path).partition(":")
-    assert (module, function) == (build.__module__, build.__name__)
     file = tmp_path / "ratchet.yaml"
-    file.write_text(yaml.safe_dump({"home": str(tmp_path), "base": BOTH}))
+    file.write_text(yaml.safe_dump({"home": str(tmp_path), "base": {"clip": "tiny", "vlm": "tiny-vlm"}}))
     monkeypatch.setenv("RATCHET_CONFIG", str(file))
-    application = call_user_app_builder_with_args_if_necessary(build, config.applications[0].args)
-    graph = deployments(application)
-    for each in config.applications[0].deployments:
-        assert each.name in graph
-        assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
+    application = serve_config(render()).applications[0]
+    module, _, function = str(application.import_path).partition(":")
+    assert (module, function) == (build.__module__, build.__name__)
+    graph = deployments(call_user_app_builder_with_args_if_necessary(build, application.args))
     assert {"Encoder", "Vlm", "Ingress"} <= graph.keys()
+    for name in PROFILES:
+        config = serve_config(render(profile(name)))
+        assert config.proxy_location == ProxyLocation.EveryNode
+        for each in config.applications[0].deployments:
+            assert each.name in graph
+            assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
 
 
 def test_without_a_vlm_the_configuration_names_none() -> None:

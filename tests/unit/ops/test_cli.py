@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -17,7 +15,6 @@ from typer.testing import CliRunner
 from ops.cli.context import Context
 from ops.cli.main import app
 from ops.ledger import Ledger
-from tests.support.postgres import free_port
 
 runner = CliRunner()
 
@@ -115,23 +112,3 @@ def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_sh
     assert away.returncode == 1
     assert "127.0.0.1:1" in away.stderr
     assert "hunter2" not in away.stderr
-
-
-def test_a_pods_serving_metrics_are_exported_beside_its_replicas(tmp_path: Path) -> None:
-    """Another process records; the exporter shows it, and ends when asked."""
-    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    replica = "from ops import metrics; metrics.http.request('/v1/search', 200, 0.1)"
-    port = free_port()
-    command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", "--port", str(port)]
-    subprocess.run([sys.executable, "-c", replica], env=environment, check=True)
-    exporter = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert exporter.stdout is not None
-        assert str(port) in exporter.stdout.readline()
-        text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-        assert 'ratchet_http_requests_total{route="/v1/search",status="200"} 1.0' in text
-        assert "ratchet_ingest" not in text
-    finally:
-        exporter.terminate()
-        assert exporter.wait(30) == 0
-    assert "PROMETHEUS_MULTIPROC_DIR" in run("metrics", "serve").stderr
