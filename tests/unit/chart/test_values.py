@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import yaml
 from helm_python import HelmError
 
-from tests.support.chart import NEEDED, chart, merged, profile
+from tests.support.chart import NEEDED, PROFILES, ROOT, chart, merged, profile
 
 WRONG: list[tuple[str, Any, list[str]]] = [
     ("a name that does not exist", {"serving": {"worker": {"replicas": 2}}}, ["/serving", "worker"]),
@@ -46,6 +47,18 @@ def test_what_every_installation_has_to_say_is_asked_for(missing: str) -> None:
         chart().render({name: value for name, value in NEEDED.items() if name != missing}, name="live")
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "multigpu"])
+def test_the_example_of_the_deployers_page_is_a_valid_one_and_refusals_read_as_it_says() -> None:
+    page = (ROOT / "docs" / "deployer.md").read_text()
+    example = yaml.safe_load(page.partition("```yaml\n")[2].partition("```")[0])
+    assert example.keys() >= NEEDED.keys()
+    for name in PROFILES:
+        assert chart().render(merged(profile(name), example), name="ratchet")
+    with pytest.raises(HelmError) as caught:
+        chart().render(merged(example, {"serving": {"workers": {"replicas": 0}}}), name="ratchet")
+    shown = page.partition("names itself (`")[2].partition("`")[0]
+    assert shown in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PROFILES)
 def test_profiles_set_nothing_that_an_installation_has_to_say(name: str) -> None:
     assert profile(name).keys().isdisjoint(NEEDED)
