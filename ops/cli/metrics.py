@@ -1,4 +1,4 @@
-"""``ratchet metrics``: where Prometheus finds them and what it raises alerts on, and a port for those of one machine."""
+"""``ratchet metrics``: where Prometheus finds them, what it raises alerts on, and a port for those of one machine."""
 
 from __future__ import annotations
 

@@ -68,14 +68,14 @@ def chart() -> Chart:
     return Chart.load(CHART)
 
 
-def render(*layers: Any) -> list[Object]:
-    """All objects of a release named ``live`` in the namespace ``ml``. Raises HelmValuesError, HelmRenderError."""
-    return list(_render(json.dumps(merged(NEEDED, *layers))))
+def render(*layers: Any, namespace: str = "ml") -> list[Object]:
+    """All objects of a release named ``live``. Raises HelmValuesError, HelmRenderError."""
+    return list(_render(json.dumps(merged(NEEDED, *layers)), namespace))
 
 
 @cache
-def _render(values: str) -> tuple[Object, ...]:
-    texts = chart().render(json.loads(values), name="live", namespace="ml")
+def _render(values: str, namespace: str) -> tuple[Object, ...]:
+    texts = chart().render(json.loads(values), name="live", namespace=namespace)
     manifests = [text for path, text in texts.items() if path.endswith(".yaml")]
     # The C parser: dashboards and rules are long.
     return tuple(each for text in manifests for each in yaml.load_all(text, yaml.CSafeLoader) if each)

@@ -1,5 +1,6 @@
 {{/* A Deployment of one ratchet command: (dict "top" $ "part" "ingest" "values" .Values.ingest "command" "ingest"
-     "port" 9464 "portName" "metrics" "path" "/metrics" "replicas" 1 "strategy" "RollingUpdate"). */}}
+     "port" 9464 "portName" "metrics" "path" "/metrics" "replicas" 1). The old pod ends before a new one starts: none of
+     them gains from a double, and of two that write the same table one is sent back. */}}
 {{- define "ratchet.deployment" -}}
 {{- $top := .top -}}
 apiVersion: apps/v1
@@ -13,7 +14,11 @@ spec:
   {{- if .replicas }}
   replicas: {{ .replicas }}
   {{- end }}
-  strategy: {type: {{ .strategy }}}
+  {{- if eq .part "updater" }}
+  strategy: {type: Recreate}
+  {{- else }}
+  strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 0, maxUnavailable: 1}}
+  {{- end }}
   selector:
     matchLabels: {{- include "ratchet.selector" (list $top .part) | nindent 6 }}
   template:

@@ -37,10 +37,11 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- printf "%s-serve-svc" (include "ratchet.fullname" .) -}}
 {{- end -}}
 
-{{/* Serving goes before training when a node is full: (list $ "serving"). */}}
+{{/* Serving goes before training when a node is full: (list $ "serving"). Priority classes belong to no namespace, so
+     their names say which. */}}
 {{- define "ratchet.priorityClass" -}}
 {{- $top := index . 0 -}}{{- $which := index . 1 -}}
 {{- $named := index $top.Values.priorityClasses $which -}}
 {{- if $named -}}{{ $named }}{{- else if $top.Values.priorityClasses.create -}}
-{{ include "ratchet.fullname" $top }}-{{ $which }}{{- end -}}
+{{ include "ratchet.fullname" $top }}-{{ $top.Release.Namespace }}-{{ $which }}{{- end -}}
 {{- end -}}

@@ -160,6 +160,20 @@ def test_keda_scales_ingest_by_lag_up_to_the_partitions(objects: list[dict[str, 
     assert not of_kind(render(), "ScaledObject"), "off by default"
 
 
+def test_no_upgrade_adds_a_writer_of_the_sample_store(objects: list[dict[str, Any]]) -> None:
+    for deployment in of_kind(objects, "Deployment"):
+        strategy = deployment["spec"]["strategy"]
+        assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
+
+
+def test_two_releases_of_one_name_in_two_namespaces_share_no_object() -> None:
+    one, other = (
+        {(each["kind"], each["metadata"]["name"]) for each in objects if each["kind"] == "PriorityClass"}
+        for objects in (render(), render(namespace="other"))
+    )
+    assert one and other and not one & other
+
+
 def test_what_is_published_is_neither_metrics_nor_the_operators_calls(objects: list[dict[str, Any]]) -> None:
     rules = of_kind(objects, "Ingress")[0]["spec"]["rules"]
     paths = {path["path"] for rule in rules if rule["host"] == "a.example" for path in rule["http"]["paths"]}
