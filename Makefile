@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test check chart clean
 
 demo: $(STAMP)
 	@$(BIN)/ratchet demo
@@ -18,6 +18,9 @@ test: $(STAMP)
 check: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/pytest tests/unit
+
+chart: $(STAMP)
+	@PYTHONPATH=. $(BIN)/python helm/generate.py
 
 $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) (one to three minutes)"

@@ -1,6 +1,7 @@
 """All settings, typed and in one place, and where each value came from.
 
-Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults.
+Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. In containers
+``RATCHET_CONFIG`` names the file: Ray's processes have working directories of their own.
 Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
 """
 
@@ -22,7 +23,18 @@ from ops.places import HostRule, NetworkRule, UriRule
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
+FILE_VARIABLE = "RATCHET_CONFIG"
 MIB = 1024 * 1024
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 class Section(BaseModel):
@@ -110,13 +122,8 @@ class Serve(Section):
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach the server. A name other than ``localhost`` counts as the world."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host.strip("[]")).is_loopback
-        except ValueError:
-            return False
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
 
 
 class AccessRules(Section):
@@ -179,6 +186,20 @@ class Watch(Section):
     drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
 
 
+class Console(Section):
+    """The web page for operators and visitors."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
+    port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
+    server: str | None = Field(None, description="URL of the model server; by default serve.host and serve.port.")
+    session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the console."""
+        return is_loopback(self.host)
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -188,6 +209,7 @@ class Settings(Section):
         None, description="fsspec URL of adapters and reports; a folder in home when unset."
     )
     lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    metrics_host: str = Field("127.0.0.1", description="Address of the metrics ports of ingest and updater.")
     base: BaseModels = Field(default_factory=BaseModels)
     kafka: Kafka = Field(default_factory=Kafka)
     ingest: Ingest = Field(default_factory=Ingest)
@@ -197,7 +219,14 @@ class Settings(Section):
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
     watch: Watch = Field(default_factory=Watch)
+    console: Console = Field(default_factory=Console)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+
+    @property
+    def console_server(self) -> str:
+        """URL under which the console finds the model server."""
+        host = "127.0.0.1" if self.serve.host in ("0.0.0.0", "::") else self.serve.host  # noqa: S104
+        return self.console.server or f"http://{host}:{self.serve.port}"
 
     @property
     def ledger(self) -> str:
@@ -242,7 +271,8 @@ def load_settings(
     """Read the settings, check them, and remember where each came from.
 
     Args:
-        path: a YAML file; by default ``ratchet.yaml`` in the working directory, if there is one.
+        path: a YAML file; by default the one that ``RATCHET_CONFIG`` names, or ``ratchet.yaml`` in the working
+            directory, if there is one.
         overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
         environ: instead of ``os.environ``.
 
@@ -251,10 +281,12 @@ def load_settings(
     """
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
-    for name, value in _file_values(path):
+    environ = os.environ if environ is None else environ
+    named = environ.get(FILE_VARIABLE)
+    for name, value in _file_values(path or (Path(named) if named else None)):
         _put(values, origins, name, value[0], value[1])
-    for key, text in (os.environ if environ is None else environ).items():
-        if key.startswith(PREFIX) and not key.startswith(f"{PREFIX}TEST_"):
+    for key, text in environ.items():
+        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
             name = key[len(PREFIX) :].lower().replace("__", ".")
             if _field(name) is None:
                 raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
@@ -291,7 +323,7 @@ def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
     file = path or Path(FILE)
     if not file.exists():
         if path is not None:
-            raise ConfigError(f"settings file {path} does not exist.", "Check --config.")
+            raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
         return []
     try:
         loaded = yaml.safe_load(file.read_text()) or {}

@@ -124,7 +124,7 @@ def run_ingest(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: ingest.stop())
     metrics.build.started("ingest")
-    metrics.listen("ingest", settings.ingest.metrics_port)
+    metrics.listen("ingest", settings.ingest.metrics_port, settings.metrics_host)
     say(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {ingest.store.url}")
     ingest.run()
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Debian packages that the tests use beside Python: kcat (a Kafka producer that is none of ours), PostgreSQL, and
+# Chromium (the console's visitor) and
 # Prometheus with its Alertmanager.
 set -euo pipefail
 missing=()
 command -v kcat >/dev/null || missing+=(kcat)
 command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
+command -v chromium >/dev/null || missing+=(chromium)
 { command -v prometheus && command -v promtool; } >/dev/null || missing+=(prometheus)
 command -v prometheus-alertmanager >/dev/null || missing+=(prometheus-alertmanager)
 [ ${#missing[@]} -eq 0 ] && exit 0

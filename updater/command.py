@@ -41,7 +41,7 @@ def run_update(
         try:
             if not once:
                 metrics.build.started("update")
-                metrics.listen("update", settings.updater.metrics_port)
+                metrics.listen("update", settings.updater.metrics_port, settings.metrics_host)
                 service.run_forever()
                 return None
             outcome = service.step(now=True, retry=retry)

@@ -28,6 +28,7 @@ class Family(StrEnum):
 
 
 _FAMILY = Annotated[Family | None, typer.Option(help="Only this one; both otherwise.")]
+_NAMES = Annotated[list[str], typer.Argument(help="Names of bases.")]
 
 
 @app.command()
@@ -92,16 +93,47 @@ def list_bases(context: typer.Context, family: _FAMILY = None) -> None:
 
 
 @app.command()
-def show(context: typer.Context, name: Annotated[str, typer.Argument(help="Name of a base.")]) -> None:
-    """What one base is: its files' digest, where it came from, which layers can carry LoRA.
+def show(context: typer.Context, names: _NAMES) -> None:
+    """What a base is: its files' digest, where it came from, which layers can carry LoRA.
 
     Example:  ratchet base show shipped-vlm
     """
     bases = {base.name: base for base in _registered(ctx.of(context).settings.home, None)}
-    if name not in bases:
-        raise ConfigError(f"there is no base {name!r}.", f"Registered: {', '.join(bases) or 'none'}.")
-    base = bases[name]
-    table = Table("what", "value", title=f"Base {name}", show_header=False)
+    for name in names:
+        if name not in bases:
+            raise ConfigError(f"there is no base {name!r}.", f"Registered: {', '.join(bases) or 'none'}.")
+        _describe(bases[name])
+
+
+@app.command()
+def push(context: typer.Context, names: _NAMES) -> None:
+    """Store bases in the artifacts, so that other machines can `pull` them.
+
+    Example:  ratchet --set artifacts_url=s3://models/ratchet base push b16
+    """
+    from ops.artifacts import Artifacts
+    from updater.base import push_base
+
+    settings = ctx.of(context).settings
+    for name in names:
+        push_base(settings.home, name, Artifacts(settings.artifacts))
+
+
+@app.command()
+def pull(context: typer.Context, names: _NAMES) -> None:
+    """Fetch bases that were pushed. Pods do this before they start.
+
+    Example:  ratchet --set artifacts_url=s3://models/ratchet base pull b16
+    """
+    from updater.base import pull_base
+
+    settings = ctx.of(context).settings
+    for name in names:
+        typer.echo(pull_base(settings.home, name, settings.artifacts))
+
+
+def _describe(base: Any) -> None:
+    table = Table("what", "value", title=f"Base {base.name}", show_header=False)
     rows = {"family": base.family, "digest": base.digest, "folder": base.directory, "model": _model(base)}
     for what, value in {**rows, **base.about}.items():
         table.add_row(what, str(value))

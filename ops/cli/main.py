@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import audit, base, bench, config, data, gate, keys, metrics, parts, releases, status
+from ops.cli import audit, base, bench, config, data, gate, keys, ledger, metrics, parts, releases, status
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -44,6 +44,7 @@ app.command(rich_help_panel="Run")(parts.demo)
 app.command(rich_help_panel="Parts")(parts.serve)
 app.command(rich_help_panel="Parts")(parts.ingest)
 app.command(rich_help_panel="Parts")(parts.update)
+app.command(rich_help_panel="Parts")(parts.console)
 app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
@@ -53,6 +54,7 @@ app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
 app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(audit.audit)
+app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
 app.add_typer(metrics.app, name="metrics", rich_help_panel="Operate")
 app.add_typer(config.app, name="config", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(config.doctor)

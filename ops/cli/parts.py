@@ -1,4 +1,4 @@
-"""Commands that run a part: ``up``, ``demo``, ``serve``, ``ingest``, ``update``, ``broker``."""
+"""Commands that run a part: ``up``, ``demo``, ``serve``, ``ingest``, ``update``, ``console``, ``broker``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stop(Exception):
 
 def up(
     context: typer.Context,
-    without: Annotated[list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update.")] = None,
+    without: Annotated[list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update, console.")] = None,
 ) -> None:
     """Start everything on this machine and show what it is doing; Ctrl-C stops it in order.
 
@@ -44,6 +44,8 @@ def up(
                     parts.wait_until_ready()
             settings = shared.settings
             say(f"serving on http://{settings.serve.host}:{settings.serve.port} (docs at /docs)")
+            if "console" in names:
+                say(f"console on http://{settings.console.host}:{settings.console.port}")
             console = Console()
             if not console.is_terminal:
                 while True:
@@ -96,6 +98,16 @@ def update(
     from updater.command import run_update
 
     run_update(ctx.of(context).settings, once=once, recipe=recipe, family=family, retry=retry)
+
+
+def console(context: typer.Context) -> None:
+    """Serve the console, a web page for operators and visitors, until SIGTERM.
+
+    Example:  ratchet --set console.port=9001 console
+    """
+    from ops.console.command import run_console
+
+    run_console(ctx.of(context).settings)
 
 
 def broker(context: typer.Context) -> None:

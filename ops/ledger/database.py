@@ -119,10 +119,15 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 def _migrate(database: Database) -> None:
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    """Bring the schema up to date. One that a newer Ratchet has made is left alone: migrations only add, so that the
+    software can be rolled back.
+    """
+    script = ScriptDirectory.from_config(alembic_config())
     with database.engine.connect() as connection:
-        if MigrationContext.configure(connection).get_current_revision() == head:
-            return
+        revision = MigrationContext.configure(connection).get_current_revision()
+    known = {each.revision for each in script.walk_revisions()}
+    if revision == script.get_current_head() or (revision is not None and revision not in known):
+        return
     with database._writing.connect() as connection, connection.begin():
         if connection.dialect.name == "postgresql":
             connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})

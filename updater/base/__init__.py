@@ -6,6 +6,7 @@
 
 from updater.base.register import add_base
 from updater.base.scores import score_base
+from updater.base.shared import pull_base, push_base
 from updater.base.shipped import REFERENCE, build_base, reference_folders
 
-__all__ = ["REFERENCE", "add_base", "build_base", "reference_folders", "score_base"]
+__all__ = ["REFERENCE", "add_base", "build_base", "pull_base", "push_base", "reference_folders", "score_base"]

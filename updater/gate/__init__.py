@@ -8,14 +8,36 @@ verdict     the result, as plain data
 run         all of it for one candidate -> Verdict
 report      a Verdict as report.json and one self-contained HTML page
 command     `ratchet gate run` and `ratchet gate report`
+
+The names below are imported when they are first used: who only draws a report (the console) does without torch.
 """
 
-from updater.gate.clip import ClipAsker
-from updater.gate.fresh import fresh_suite, fresh_suites
-from updater.gate.report import write_report
-from updater.gate.run import run_gate
-from updater.gate.suites import Suite, load_suites
-from updater.gate.verdict import Check, SuiteResult, Verdict, Worse
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from updater.gate.clip import ClipAsker
+    from updater.gate.fresh import fresh_suite, fresh_suites
+    from updater.gate.report import write_report
+    from updater.gate.run import run_gate
+    from updater.gate.suites import Suite, load_suites
+    from updater.gate.verdict import Check, SuiteResult, Verdict, Worse
+
+_MODULES = {
+    "Check": "verdict",
+    "ClipAsker": "clip",
+    "Suite": "suites",
+    "SuiteResult": "verdict",
+    "Verdict": "verdict",
+    "Worse": "verdict",
+    "fresh_suite": "fresh",
+    "fresh_suites": "fresh",
+    "load_suites": "suites",
+    "run_gate": "run",
+    "write_report": "report",
+}
 
 __all__ = [
     "Check",
@@ -30,3 +52,9 @@ __all__ = [
     "run_gate",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

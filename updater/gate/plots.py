@@ -1,9 +1,15 @@
-"""The report's two plots as inline SVG. Colours are CSS variables, so one drawing serves dark and light."""
+"""The report's two plots as inline SVG, and what the console's plots share with them.
+
+Colours are CSS variables, so one drawing serves dark and light. Nothing is styled in place (attributes say how it
+looks), so that a page may forbid inline styles.
+"""
 
 from __future__ import annotations
 
+import html
 import io
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,13 +36,15 @@ WIDTH = 5.4
 """Inches; the page scales the drawing to its own width."""
 ROW = 0.42
 """Inches of height for one suite."""
+_ONE_AT_A_TIME = threading.Lock()
+"""matplotlib's settings are global."""
 
 
 def forest(suites: Suites) -> str:
     """Each suite's difference in points with its interval, zero, and the margin of a retention suite."""
     height = 0.55 + ROW * len(suites)
-    figure = _figure(height)
-    axes = figure.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
+    made = figure(height)
+    axes = made.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
     for row, suite in enumerate(suites):
         y = len(suites) - 1 - row
         colour = COLOURS[suite["decision"]]
@@ -54,15 +62,15 @@ def forest(suites: Suites) -> str:
     axes.set_yticks(range(len(suites) - 1, -1, -1), [_label(suite["name"]) for suite in suites])
     axes.set_ylim(-0.6, len(suites) - 0.4)
     axes.set_xlabel("after − before, points", color=MUTED)
-    _style(axes)
-    return _svg(figure, "Difference of every suite with its interval and margin")
+    style(axes)
+    return drawn(made, "Difference of every suite with its interval and margin", "f")
 
 
 def bars(suites: Suites) -> str:
     """Score of the incumbent and of the candidate, per suite, with the base as a tick."""
     height = 0.55 + ROW * len(suites)
-    figure = _figure(height)
-    axes = figure.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
+    made = figure(height)
+    axes = made.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
     for row, suite in enumerate(suites):
         y = len(suites) - 1 - row
         axes.barh(y + 0.19, 100 * suite["before"], height=0.34, color=BEFORE)
@@ -83,18 +91,20 @@ def bars(suites: Suites) -> str:
     axes.set_ylim(-0.6, len(suites) - 0.4)
     axes.set_xlim(0, max(10.0, 112 * max(max(s["before"], s["after"], s["base"]) for s in suites)))
     axes.set_xlabel("accuracy or recall, %", color=MUTED)
-    _style(axes)
-    return _svg(figure, "Score of every suite before and after")
+    style(axes)
+    return drawn(made, "Score of every suite before and after", "b")
 
 
-def _figure(height: float) -> Figure:
-    figure = Figure(figsize=(WIDTH, height))
-    FigureCanvasSVG(figure)
-    figure.patch.set_alpha(0)
-    return figure
+def figure(height: float, width: float = WIDTH) -> Figure:
+    """An empty drawing without a ground; inches."""
+    made = Figure(figsize=(width, height))
+    FigureCanvasSVG(made)
+    made.patch.set_alpha(0)
+    return made
 
 
-def _style(axes: Any) -> None:
+def style(axes: Any) -> None:
+    """Thin grid, no frame."""
     axes.patch.set_alpha(0)
     axes.set_axisbelow(True)
     axes.grid(axis="x", color=LINE, linewidth=0.7)
@@ -108,20 +118,30 @@ def _label(name: str) -> str:
     return name if len(name) <= 26 else name[:25] + "…"
 
 
-def _svg(figure: Figure, title: str) -> str:
-    """SVG text for inclusion in HTML: text stays text, ids are the same for the same drawing."""
+def drawn(made: Figure, title: str, prefix: str) -> str:
+    """SVG text for inclusion in HTML: text stays text, ids start with ``prefix`` and depend on the drawing alone."""
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    with (
+        _ONE_AT_A_TIME,
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}),
+    ):
+        made.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
     for marker, variable in VARIABLES.items():
         text = text.replace(marker, f"var({variable})")
     # matplotlib writes text without a fill in black, and pins a font: the page decides both
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
     text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
-    ids = "f" if "Difference" in title else "b"
-    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{ids}-", text)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
+    text = re.sub(r'style="([^"]*)"', _attributes, text)
+    shown = f'role="img" aria-label="{html.escape(title)}" stroke-linejoin="round" stroke-linecap="butt"'
+    return text.replace("<svg ", f"<svg {shown} ", 1)
+
+
+def _attributes(found: re.Match[str]) -> str:
+    """`style="fill: red; stroke: blue"` as `fill="red" stroke="blue"`."""
+    pairs = (part.partition(":") for part in found[1].split(";") if part.strip())
+    return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs)

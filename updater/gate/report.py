@@ -15,6 +15,7 @@ from updater.gate.verdict import Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(verdict: Verdict, directory: Path) -> None:
@@ -27,8 +28,22 @@ def write_report(verdict: Verdict, directory: Path) -> None:
 
 def render(report: Mapping[str, Any]) -> str:
     """The page of a verdict's JSON, so that an old report can be drawn again."""
+    return _fill("report.html", report)
+
+
+def render_body(report: Mapping[str, Any]) -> str:
+    """What the page shows, for inclusion in another one that links :func:`styles`. Nothing in it is styled in place."""
+    return _fill("verdict.html", report)
+
+
+def styles() -> str:
+    """The style sheet of :func:`render_body`, the palette included."""
+    return "\n".join((TEMPLATES / name).read_text() for name in ("palette.css", "verdict.css"))
+
+
+def _fill(template: str, report: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,  # captions come from outside
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -38,7 +53,7 @@ def render(report: Mapping[str, Any]) -> str:
     retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
     gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
     suites = gains + retention
-    return environment.get_template("report.html").render(
+    return environment.get_template(template).render(
         r=report,
         forest=forest(suites) if suites else "",
         bars=bars(suites) if suites else "",

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.report import render, write_report
+from updater.gate.report import render, render_body, write_report
 from updater.gate.verdict import Check, Verdict, Worse
 
 EVIL = '<script>alert("x")</script> & "quoted"'
@@ -99,8 +99,14 @@ def test_ids_of_the_two_drawings_do_not_collide_and_every_reference_has_its_targ
 def test_both_colour_schemes_are_served_by_one_drawing() -> None:
     page = render(verdict().to_json())
     assert "prefers-color-scheme: dark" in page
-    assert "stroke: var(--bad)" in page and "var(--good)" in page
+    assert 'stroke="var(--bad)"' in page and "var(--good)" in page
     assert not re.findall(r"#0[1-7]0[1-7]0[1-7]", page), "every marker colour became a variable"
+
+
+def test_nothing_is_styled_in_place_so_that_the_console_can_forbid_it() -> None:
+    body = render_body(verdict().to_json())
+    assert "style=" not in body and "<style" not in body
+    assert "emoji_retrieval" in body and "<svg" in body
 
 
 def test_a_verdict_without_suites_has_a_page_too() -> None:

@@ -100,3 +100,15 @@ def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
     assert "live" in listed
     missing = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "show", "9"])
     assert missing.exit_code != 0
+
+
+def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_shown(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    for _ in range(2):
+        result = runner.invoke(app, ["ledger", "migrate"], env={"RATCHET_LEDGER_URL": url})
+        assert (result.exit_code, "up to date" in result.output) == (0, True)
+    Ledger.open(url, migrate=False).close()
+    away = run("--set", "ledger_url=postgresql://me:hunter2@127.0.0.1:1/x", "ledger", "migrate")
+    assert away.returncode == 1
+    assert "127.0.0.1:1" in away.stderr
+    assert "hunter2" not in away.stderr

@@ -60,6 +60,18 @@ def test_a_ledger_of_the_first_schema_keeps_its_rows_and_learns_what_each_propos
     upgraded.close()
 
 
+def test_a_ledger_that_a_newer_version_migrated_is_used_as_it_is(url: str) -> None:
+    """The software was rolled back; the tables were not."""
+    opened = Ledger.open(url)
+    _release(opened, 1)
+    with opened.database.write() as session:
+        session.execute(text("update alembic_version set version_num = '9999'"))
+    opened.close()
+    again = Ledger.open(url)
+    assert [row.number for row in again.releases()] == [1]
+    again.close()
+
+
 def test_the_newest_release_with_another_adapter_is_found_per_family(ledger: Ledger) -> None:
     pairs: list[tuple[str | None, str | None]] = [(None, None), ("a", None), ("a", "v"), ("b", "v"), ("b", "v")]
     for number, (clip, vlm) in enumerate(pairs, 1):

@@ -60,6 +60,15 @@ def test_a_missing_settings_file_that_was_asked_for_is_an_error(tmp_path: Path) 
         load_settings(tmp_path / "none.yaml")
 
 
+def test_the_environment_can_name_the_settings_file(tmp_path: Path) -> None:
+    file = tmp_path / "mounted.yaml"
+    file.write_text("metrics_host: 0.0.0.0")
+    settings = load_settings(environ={"RATCHET_CONFIG": str(file)})
+    assert (settings.metrics_host, settings.origins["metrics_host"]) == ("0.0.0.0", str(file))
+    with pytest.raises(ConfigError, match="RATCHET_CONFIG"):
+        load_settings(environ={"RATCHET_CONFIG": str(tmp_path / "none.yaml")})
+
+
 def test_secrets_are_masked(tmp_path: Path) -> None:
     settings = load_settings(
         overrides={"serve.operator_key": "hunter2", "kafka.client": {"sasl_plain_password": "hunter2"}}, environ={}

@@ -1,0 +1,77 @@
+{{/* A Deployment of one ratchet command: (dict "top" $ "part" "ingest" "values" .Values.ingest "command" "ingest"
+     "port" 9464 "portName" "metrics" "path" "/metrics" "replicas" 1). The old pod ends before a new one starts: none of
+     them gains from a double, and of two that write the same table one is sent back. */}}
+{{- define "ratchet.deployment" -}}
+{{- $top := .top -}}
+apiVersion: apps/v1
+kind: Deployment
+metadata:
+  name: {{ include "ratchet.fullname" $top }}-{{ .part }}
+  labels:
+    {{- include "ratchet.labels" $top | nindent 4 }}
+    app.kubernetes.io/component: {{ .part }}
+spec:
+  {{- if .replicas }}
+  replicas: {{ .replicas }}
+  {{- end }}
+  {{- if eq .part "updater" }}
+  strategy: {type: Recreate}
+  {{- else }}
+  strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 0, maxUnavailable: 1}}
+  {{- end }}
+  selector:
+    matchLabels: {{- include "ratchet.selector" (list $top .part) | nindent 6 }}
+  template:
+    metadata:
+      labels:
+        {{- include "ratchet.labels" $top | nindent 8 }}
+        app.kubernetes.io/component: {{ .part }}
+      annotations:
+        checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
+    spec:
+      {{- include "ratchet.podSpec" (list $top .part .values) | nindent 6 }}
+      terminationGracePeriodSeconds: 60
+      {{- if eq .part "updater" }}
+      initContainers:
+        {{- include "ratchet.bases" (list $top .part) | nindent 8 }}
+      {{- end }}
+      containers:
+        - name: {{ .part }}
+          {{- include "ratchet.container" $top | nindent 10 }}
+          command: [ratchet, {{ .command }}]
+          env: {{- include "ratchet.env" (list $top .part) | nindent 12 }}
+          ports:
+            - {name: {{ .portName }}, containerPort: {{ .port }}}
+          {{- include "ratchet.probes" (dict "path" .path "port" .portName "ready" .ready "timeout" 10 "start" 60) | nindent 10 }}
+          resources:
+            {{- $resources := deepCopy .values.resources }}
+            {{- if .values.gpus }}
+            {{- $gpu := dict "limits" (dict "nvidia.com/gpu" (.values.gpus | int)) "requests" (dict "nvidia.com/gpu" (.values.gpus | int)) }}
+            {{- $resources = mergeOverwrite $resources $gpu }}
+            {{- end }}
+            {{- toYaml $resources | nindent 12 }}
+          volumeMounts:
+            {{- include "ratchet.mounts" (list $top .part) | nindent 12 }}
+            {{- if .values.sharedMemory }}
+            - {name: shm, mountPath: /dev/shm}
+            {{- end }}
+            {{- if dig "data" "existingClaim" "" .values }}
+            - {name: data, mountPath: /data, readOnly: true}
+            {{- end }}
+      volumes:
+        {{- include "ratchet.volumes" (list $top .part) | nindent 8 }}
+        - name: home
+          {{- if dig "storage" "existingClaim" "" .values }}
+          persistentVolumeClaim: {claimName: {{ .values.storage.existingClaim }}}
+          {{- else }}
+          emptyDir: {sizeLimit: {{ dig "storage" "sizeLimit" "1Gi" .values }}}
+          {{- end }}
+        {{- if .values.sharedMemory }}
+        - name: shm
+          emptyDir: {medium: Memory, sizeLimit: {{ .values.sharedMemory }}}
+        {{- end }}
+        {{- if dig "data" "existingClaim" "" .values }}
+        - name: data
+          persistentVolumeClaim: {claimName: {{ .values.data.existingClaim }}, readOnly: true}
+        {{- end }}
+{{- end -}}

@@ -1,0 +1,188 @@
+{{/* What all pods have in common. */}}
+{{- define "ratchet.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "ratchet.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+privileged: false
+capabilities: {drop: [ALL]}
+{{- end -}}
+
+{{/* Image and its secrets, placement and identity of a pod: (list $ "ingest" values). */}}
+{{- define "ratchet.podSpec" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
+serviceAccountName: {{ include "ratchet.fullname" $top }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with include "ratchet.priorityClass" (list $top (eq $part "updater" | ternary "training" "serving")) }}
+priorityClassName: {{ . }}
+{{- end }}
+securityContext: {{- include "ratchet.podSecurity" $top | nindent 2 }}
+{{- with $top.Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- with $values.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+topologySpreadConstraints:
+  {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels: {{- include "ratchet.selector" (list $top $part) | nindent 8 }}
+  {{- end }}
+{{- end -}}
+
+{{- define "ratchet.container" -}}
+image: {{ include "ratchet.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
+{{- end -}}
+
+{{/* The ledger's URL alone: what the migration needs. */}}
+{{- define "ratchet.ledgerEnv" -}}
+- name: HOME
+  value: /home/ratchet
+- name: RATCHET_LEDGER_URL
+  valueFrom:
+    secretKeyRef: {name: {{ .Values.ledger.existingSecret.name }}, key: {{ .Values.ledger.existingSecret.key }}}
+{{- end -}}
+
+{{/* Settings file, the secrets that a part needs, and where the object store is: (list $ "ingest").
+     Lance and s3fs read the same AWS variables. */}}
+{{- define "ratchet.env" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}
+- name: RATCHET_CONFIG
+  value: /etc/ratchet/ratchet.yaml
+{{ include "ratchet.ledgerEnv" $top }}
+{{- if has $part (list "serving" "console") }}
+{{- with $top.Values.operatorKey.existingSecret }}
+- name: RATCHET_SERVE__OPERATOR_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
+{{- end }}
+{{- end }}
+{{- if has $part (list "ingest" "console") }}
+{{- with $top.Values.kafka.existingSecret }}
+{{- if .name }}
+- name: RATCHET_KAFKA__CLIENT
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .clientKey }}}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- with $top.Values.objectStore }}
+- name: AWS_REGION
+  value: {{ .region | quote }}
+- name: AWS_DEFAULT_REGION
+  value: {{ .region | quote }}
+{{- if .endpoint }}
+- name: AWS_ENDPOINT_URL
+  value: {{ .endpoint | quote }}
+{{- if hasPrefix "http://" .endpoint }}
+- name: AWS_ALLOW_HTTP
+  value: "true"
+{{- end }}
+{{- end }}
+{{- if .existingSecret.name }}
+- name: AWS_ACCESS_KEY_ID
+  valueFrom:
+    secretKeyRef: {name: {{ .existingSecret.name }}, key: {{ .existingSecret.accessKeyIdKey }}}
+- name: AWS_SECRET_ACCESS_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .existingSecret.name }}, key: {{ .existingSecret.secretAccessKeyKey }}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What a container may write to, on a root that it may not: caches, /tmp, and ratchet's home. */}}
+{{- define "ratchet.mounts" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}
+- {name: settings, mountPath: /etc/ratchet/ratchet.yaml, subPath: ratchet.yaml, readOnly: true}
+- {name: user, mountPath: /home/ratchet}
+- {name: tmp, mountPath: /tmp}
+- {name: home, mountPath: /var/lib/ratchet}
+{{- with $top.Values.kafka.existingSecret }}
+{{- if and .name (has $part (list "ingest" "console")) }}
+- {name: kafka, mountPath: {{ .mountPath }}, readOnly: true}
+{{- end }}
+{{- end }}
+{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater")) }}
+- {name: bases, mountPath: /var/lib/ratchet/bases, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{- define "ratchet.volumes" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}
+- name: settings
+  configMap: {name: {{ include "ratchet.fullname" $top }}}
+- name: user
+  emptyDir: {sizeLimit: 5Gi}
+- name: tmp
+  emptyDir: {sizeLimit: 10Gi}
+{{- with $top.Values.kafka.existingSecret }}
+{{- if and .name (has $part (list "ingest" "console")) }}
+- name: kafka
+  secret: {secretName: {{ .name }}, defaultMode: 0440}
+{{- end }}
+{{- end }}
+{{- if and (eq $top.Values.bases.source "volume") (has $part (list "serving" "updater")) }}
+- name: bases
+  persistentVolumeClaim: {claimName: {{ $top.Values.bases.existingClaim }}, readOnly: true}
+{{- end }}
+{{- end -}}
+
+{{/* Ends before the other containers start, when the bases that the settings name are in ratchet's home: (list $ "serving"). */}}
+{{- define "ratchet.bases" -}}
+{{- $top := index . 0 -}}
+{{- $base := default (dict) $top.Values.settings.base -}}
+{{- $names := list (default "shipped" $base.clip) (hasKey $base "vlm" | ternary $base.vlm "shipped-vlm") | compact -}}
+- name: bases
+  {{- include "ratchet.container" $top | nindent 2 }}
+  {{- if eq $top.Values.bases.source "build" }}
+  command: [ratchet, base, build]
+  {{- else if eq $top.Values.bases.source "artifacts" }}
+  command: [ratchet, base, pull, {{ join ", " $names }}]
+  {{- else }}
+  command: [ratchet, base, show, {{ join ", " $names }}]
+  {{- end }}
+  env: {{- include "ratchet.env" (list $top "bases") | nindent 4 }}
+  resources: {{- toYaml $top.Values.bases.resources | nindent 4 }}
+  volumeMounts: {{- include "ratchet.mounts" . | nindent 4 }}
+{{- end -}}
+
+{{/* Three probes of one endpoint: (dict "path" "/metrics" "port" "metrics" "timeout" 5 "start" 30). */}}
+{{- define "ratchet.probes" -}}
+startupProbe:
+  httpGet: {path: {{ .path }}, port: {{ .port }}}
+  periodSeconds: 10
+  timeoutSeconds: {{ .timeout }}
+  failureThreshold: {{ .start }}
+livenessProbe:
+  httpGet: {path: {{ .path }}, port: {{ .port }}}
+  periodSeconds: 20
+  timeoutSeconds: {{ .timeout }}
+  failureThreshold: 6
+readinessProbe:
+  httpGet: {path: {{ default .path .ready }}, port: {{ default .port .readyPort }}}
+  periodSeconds: 10
+  timeoutSeconds: {{ default .timeout .readyTimeout }}
+  failureThreshold: 3
+{{- end -}}

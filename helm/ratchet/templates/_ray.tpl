@@ -1,0 +1,89 @@
+{{/* Ray's and Serve's switches are read at import in every process, so they are in the environment of each container. */}}
+{{- define "ratchet.rayEnv" -}}
+- name: RAY_USAGE_STATS_ENABLED
+  value: "0"
+- name: RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO
+  value: "0"
+- name: RAY_SERVE_ENABLE_HA_PROXY
+  value: "1"
+- name: RAY_SERVE_THROUGHPUT_OPTIMIZED
+  value: "1"
+- name: PROMETHEUS_MULTIPROC_DIR
+  value: /run/ratchet/metrics
+- name: OMP_NUM_THREADS
+  value: {{ dig "serve" "encoder_threads" 1 .Values.settings | int | quote }}
+{{- end -}}
+
+{{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
+{{- define "ratchet.rayPod" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
+{{- $head := eq $part "serving-head" -}}
+metadata:
+  labels:
+    app.kubernetes.io/part-of: ratchet
+    {{- include "ratchet.selector" (list $top $part) | nindent 4 }}
+  annotations:
+    checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
+spec:
+  {{- include "ratchet.podSpec" (list $top $part $values) | nindent 2 }}
+  terminationGracePeriodSeconds: 60
+  shareProcessNamespace: true # the exporter asks whether the processes that wrote metrics still live
+  initContainers:
+    {{- include "ratchet.bases" (list $top "serving") | nindent 4 }}
+  containers:
+    - name: ray # KubeRay takes the first container for Ray's
+      {{- include "ratchet.container" $top | nindent 6 }}
+      env:
+        {{- include "ratchet.env" (list $top "serving") | nindent 8 }}
+        {{- include "ratchet.rayEnv" $top | nindent 8 }}
+      ports:
+        - {name: agent, containerPort: 52365}
+        - {name: metrics, containerPort: 8080}
+        {{- if $head }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: client, containerPort: 10001}
+        {{- else }}
+        - {name: serve, containerPort: 8000}
+        {{- end }}
+      {{- if $head }}
+      {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
+      {{- else }}
+      # Alive: Ray's own processes. Serve replaces replicas that are not, so /health/live is no reason to end the pod.
+      # Ready: a release is live and every model answers, asked through this pod's proxy.
+      {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60 "ready" "/health/ready" "readyPort" "serve" "readyTimeout" 12) | nindent 6 }}
+      {{- end }}
+      resources:
+        {{- $resources := deepCopy $values.resources }}
+        {{- if $values.gpus }}
+        {{- $gpu := dict "limits" (dict "nvidia.com/gpu" ($values.gpus | int)) "requests" (dict "nvidia.com/gpu" ($values.gpus | int)) }}
+        {{- $resources = mergeOverwrite $resources $gpu }}
+        {{- end }}
+        {{- toYaml $resources | nindent 8 }}
+      volumeMounts:
+        {{- include "ratchet.mounts" (list $top "serving") | nindent 8 }}
+        - {name: metrics, mountPath: /run/ratchet/metrics}
+        - {name: shm, mountPath: /dev/shm}
+    - name: exporter
+      {{- include "ratchet.container" $top | nindent 6 }}
+      command: [ratchet, metrics, serve, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
+      env:
+        - {name: HOME, value: /home/ratchet}
+        - {name: PROMETHEUS_MULTIPROC_DIR, value: /run/ratchet/metrics}
+      ports:
+        - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}}
+      {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 6 }}
+      resources: {{- toYaml $top.Values.serving.exporter.resources | nindent 8 }}
+      volumeMounts:
+        - {name: user, mountPath: /home/ratchet}
+        - {name: tmp, mountPath: /tmp}
+        - {name: metrics, mountPath: /run/ratchet/metrics}
+  volumes:
+    {{- include "ratchet.volumes" (list $top "serving") | nindent 4 }}
+    - name: home
+      emptyDir: {sizeLimit: 50Gi}
+    - name: metrics
+      emptyDir: {sizeLimit: 256Mi}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ default "512Mi" $values.sharedMemory }}}
+{{- end -}}

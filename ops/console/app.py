@@ -1,0 +1,139 @@
+"""The console's application: routes, errors as pages, static files."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+
+from ops.console.desk import Desk
+from ops.console.drawing import TEMPLATES
+from ops.console.guard import Guard
+from ops.console.pages import (
+    audit,
+    budget,
+    compare,
+    gate,
+    overview,
+    pictures,
+    playground,
+    quarantine,
+    releases,
+    signin,
+)
+from ops.console.sessions import Session, Sessions
+from ops.console.visit import NAV, Refused, SignIn, intended, sign_in_link
+from ops.errors import RatchetError
+from ops.settings import Settings
+from updater.gate.report import styles
+
+log = logging.getLogger("ratchet.console")
+FORM_BYTES = 256 * 1024
+"""Room for the texts of a form beside its picture."""
+STATIC = Path(__file__).parent / "static"
+
+
+def build_console(settings: Settings) -> FastAPI:
+    """The application of one console. It opens its connections with the first request."""
+    app = FastAPI(title="Ratchet console", docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.desk = Desk(settings)
+    app.state.local = settings.console.on_loopback
+    app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
+    for page in (overview, playground, compare, releases, gate, quarantine, budget, audit, pictures, signin):
+        app.include_router(page.router, dependencies=[Depends(intended)])
+    _static(app)
+    _errors(app)
+    app.add_middleware(
+        Guard,
+        sessions=app.state.sessions,
+        max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
+        local=settings.console.on_loopback,
+    )
+    return app
+
+
+def _static(app: FastAPI) -> None:
+    verdict = styles()
+
+    @app.get("/static/verdict.css")
+    def verdict_styles() -> Response:
+        return Response(verdict, media_type="text/css", headers={"cache-control": "max-age=300"})
+
+    @app.get("/health/live")
+    def alive() -> Response:
+        return Response("ok", media_type="text/plain")
+
+    @app.get("/health/ready")
+    def ready(request: Request) -> Response:
+        desk: Desk = request.app.state.desk
+        desk.live()
+        return Response("ok", media_type="text/plain")
+
+    app.mount("/static", _Static(directory=STATIC))
+
+
+class _Static(StaticFiles):
+    """Files that a browser may keep, and asks about after a while."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        """Say for how long."""
+        answer = super().file_response(*args, **options)
+        answer.headers["cache-control"] = "max-age=300"
+        return answer
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(SignIn)
+    async def on_sign_in(request: Request, error: SignIn) -> Response:
+        link = sign_in_link(error.next_page)
+        if request.headers.get("hx-request") == "true":
+            return Response(status_code=204, headers={"hx-redirect": link})
+        return RedirectResponse(link, 303)
+
+    @app.exception_handler(Refused)
+    async def on_refused(request: Request, error: Refused) -> Response:
+        return _trouble(request, error.status, error.title, error.message, error.fix)
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> Response:
+        words = {404: "There is no such page", 405: "This page takes no such request"}
+        title = words.get(error.status_code, "That did not work")
+        return _trouble(request, error.status_code, title, "", "Go back to the overview.")
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        field = str(first["loc"][-1])
+        return _trouble(request, 422, "Something is missing", f"{field}: {first['msg']}.", "Fill it in and try again.")
+
+    @app.exception_handler(RatchetError)
+    async def on_known(request: Request, error: RatchetError) -> Response:
+        log.warning("%s: %s", type(error).__name__, error)
+        return _trouble(request, 503, "Some of the data cannot be read", error.message, error.fix)
+
+    @app.exception_handler(SQLAlchemyError)
+    async def on_ledger(request: Request, error: SQLAlchemyError) -> Response:
+        log.warning("ledger: %s", error)
+        words = f"the ledger does not answer ({type(error).__name__})."
+        return _trouble(request, 503, "The ledger is away", words, "What is live goes on; bring the database back.")
+
+    @app.exception_handler(Exception)
+    async def on_unknown(request: Request, error: Exception) -> Response:
+        log.exception("unexpected", exc_info=error)
+        return _trouble(request, 500, "The console made a mistake", "Its log says which.", "")
+
+
+def _trouble(request: Request, status: int, title: str, message: str, fix: str) -> Response:
+    """An error as a page, or as a box where a part of a page was asked for. Needs no ledger."""
+    session: Session = request.state.session
+    partial = request.headers.get("hx-request") == "true"
+    template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
+    facts = {"title": title, "message": message, "fix": fix, "csrf": session.csrf, "nav": NAV, "current": "", "visit": None}
+    return HTMLResponse(template.render(facts), status)

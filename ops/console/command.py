@@ -1,0 +1,26 @@
+"""`ratchet console`: the console as a process."""
+
+from __future__ import annotations
+
+import uvicorn
+
+from ops.console.app import build_console
+from ops.progress import say
+from ops.settings import Settings
+
+STOP_SECONDS = 5
+
+
+def run_console(settings: Settings) -> None:
+    """Serve the console until SIGTERM."""
+    at = settings.console
+    say(f"console on http://{at.host}:{at.port}")
+    uvicorn.run(
+        build_console(settings),
+        host=at.host,
+        port=at.port,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        limit_concurrency=256,
+    )

@@ -1,0 +1,158 @@
+"""Where the facts come from: the ledger, the artifacts, the sample store, and the server over HTTP."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import Any, TypeVar
+
+from ops.access import Access
+from ops.artifacts import Artifacts
+from ops.errors import RatchetError, RecordError
+from ops.ledger import Ledger, ReleaseRow
+from ops.settings import Settings
+from serving.client import Client, ServerError
+from streams.images import decode_image
+from streams.store import SampleStore
+
+Result = TypeVar("Result")
+STATUS_SECONDS = 2.0
+"""Facts that many viewers poll are asked for once in so long, however many look."""
+PATIENCE_SECONDS = 5.0
+"""How long a page waits for the server before it shows what it can without."""
+ACTION_SECONDS = 900.0
+"""A release of a new adapter waits for its catalog."""
+KEPT_PICTURES = 600
+EXAMPLE_ROWS = 20_000
+"""A larger store is not looked through for examples: the newest samples of each partition have to do."""
+MAX_REPORT_BYTES = 32 << 20
+
+
+class Desk:
+    """Everything a page may ask. Safe to use from several threads; connects when it is first asked."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = SampleStore(settings.lake)
+        self.thumbnail = lru_cache(KEPT_PICTURES)(self._thumbnail)
+        self._kept: dict[str, tuple[float, Any]] = {}
+        self._lock = threading.Lock()
+        self._turns: dict[str, threading.Lock] = {}
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        """The ledger. Raises LedgerError while it is away; the next request tries again."""
+        return Ledger.open(self.settings.ledger)
+
+    @cached_property
+    def access(self) -> Access:
+        """Who holds which key."""
+        return Access(self.ledger, self.settings)
+
+    @cached_property
+    def artifacts(self) -> Artifacts:
+        """Adapters and reports."""
+        return Artifacts(self.settings.artifacts)
+
+    def client(self, key: str, timeout: float = 60.0) -> Client:
+        """The server as the holder of ``key`` sees it; an empty key is nobody's."""
+        return Client(self.settings.console_server, operator_key=key or None, actor="console", timeout=timeout)
+
+    def status(self) -> dict[str, Any] | None:
+        """What the controller and the catalog say of themselves; None when the server does not answer."""
+        return self.kept("status", self._status)
+
+    def windows(self) -> dict[int, dict[str, Any]]:
+        """Resident releases, which can be asked by number; empty when the server does not answer."""
+        status = self.status()
+        rows = [] if status is None else status["controller"]["resident"]
+        return {row["release"]: row for row in rows}
+
+    def kept(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
+        """What ``make`` returned in the last seconds. Who asks while it is being made waits for it."""
+        with self._lock:
+            turn = self._turns.setdefault(name, threading.Lock())
+        with turn:
+            at, value = self._kept.get(name, (float("-inf"), None))
+            if time.monotonic() - at > seconds:
+                value = make()
+                self._kept[name] = (time.monotonic(), value)
+            found: Result = value
+            return found
+
+    def forget(self) -> None:
+        """Ask anew what is kept: somebody changed something."""
+        for name in ("status", "overview"):
+            self._kept.pop(name, None)
+
+    def _status(self) -> dict[str, Any] | None:
+        key = self.settings.operator_key().get_secret_value()
+        try:
+            with self.client(key, timeout=PATIENCE_SECONDS) as client:
+                return client.status()
+        except ServerError:
+            return None
+
+    def report(self, update_id: str, name: str) -> bytes:
+        """A file of a gate report. Raises AdapterError when it is not there."""
+        return self.artifacts.read_bytes(f"reports/{update_id}/{name}")
+
+    def report_data(self, update_id: str) -> dict[str, Any] | None:
+        """A gate report as data; None when it is missing or damaged."""
+        try:
+            found = json.loads(self.report(update_id, "report.json"))
+        except (RatchetError, OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def picture(self, sample_id: str) -> bytes | None:
+        """A sample's image as it was sent."""
+        return self.store.image([sample_id]).get(sample_id)
+
+    def _thumbnail(self, sample_id: str, size: int) -> bytes | None:
+        """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
+        data = self.picture(sample_id)
+        return None if data is None else self.draw(data, size)
+
+    def draw(self, data: bytes, size: int) -> bytes | None:
+        """Any image from outside as a PNG of at most ``size`` pixels a side; None if it does not decode."""
+        ingest = self.settings.ingest
+        try:
+            image = decode_image(data, max_pixels=ingest.max_pixels, max_bytes=ingest.max_image_bytes)
+        except RecordError:
+            return None
+        image.thumbnail((size, size))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def examples(self, count: int = 12) -> list[dict[str, Any]]:
+        """Samples to play with, spread over the store; newest data included."""
+        return self.kept("examples", lambda: self._examples(count), seconds=30.0)
+
+    def _examples(self, count: int) -> list[dict[str, Any]]:
+        many = self.store.count() > EXAMPLE_ROWS
+        after = {place: next_ - EXAMPLE_ROWS // 20 for place, next_ in self.store.offsets().items()} if many else None
+        rows = self.store.scan(columns=["id", "text", "question", "answer", "domain"], after=after)
+        total = rows.num_rows
+        places = sorted({int((index + 0.5) * total / count) for index in range(count)}) if total else []
+        found: list[dict[str, Any]] = rows.take(places).to_pylist()
+        return found
+
+    def samples(self) -> dict[str, int]:
+        """Samples of each split."""
+        return self.kept("samples", lambda: {split: self.store.count(split=split) for split in ("train", "fresh_eval")})
+
+    def live(self) -> ReleaseRow | None:
+        """The live release, as the ledger has it."""
+        return self.ledger.live()
+
+
+def words(rows: Sequence[dict[str, Any]], most: int = 5) -> list[str]:
+    """Short texts of samples, to try a search with."""
+    texts = dict.fromkeys(row["text"].strip() for row in rows if 3 <= len(row["text"].strip()) <= 40)
+    return list(texts)[:most]

@@ -1,0 +1,108 @@
+"""How facts are written: the templates, and the words for times, numbers, shares and names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,  # captions, reasons and names come from outside
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+STEPS = ((60, "second"), (60, "minute"), (24, "hour"), (7, "day"), (52, "week"))
+TONES = {
+    "passed": "good", "committed": "good", "done": "good", "sent": "good", "ready": "good",
+    "rejected": "bad", "failed": "bad", "away": "bad",
+    "inconclusive": "open", "held": "open", "pending": "open", "preparing": "open", "abandoned": "open",
+    "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy",
+}  # fmt: skip
+"""The colour that goes with a word; the word is always there too."""
+STATES = {
+    "training": "training", "trained": "being judged", "gated": "being proposed", "done": "finished",
+    "failed": "failed", "abandoned": "given up",
+}  # fmt: skip
+KINDS = {
+    "initial": "first start", "update": "learned", "rollback": "taken back", "release": "released by hand",
+}  # fmt: skip
+
+
+def ago(moment: datetime | None, now: datetime | None = None) -> str:
+    """How long ago, in one unit."""
+    if moment is None:
+        return "never"
+    count = ((now or datetime.now(UTC)) - moment).total_seconds()
+    if count < 5:
+        return "just now"
+    for size, unit in STEPS:
+        if count < size:
+            return f"{int(count)} {unit}{'' if int(count) == 1 else 's'} ago"
+        count /= size
+    return f"{moment:%Y-%m-%d}"
+
+
+def utc(moment: datetime | None) -> str:
+    """The exact time."""
+    return "" if moment is None else f"{moment:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def iso(moment: datetime | None) -> str:
+    """For machines."""
+    return "" if moment is None else moment.isoformat()
+
+
+def duration(seconds: float | None) -> str:
+    """A time span in words."""
+    if seconds is None:
+        return "–"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.0f} days"
+
+
+def number(value: float | None) -> str:
+    """A count or amount, with separators; small ones with a decimal."""
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if value and abs(value) < 10 and value != int(value) else f"{value:,.0f}"
+
+
+def points(share: float | None) -> str:
+    """A difference of shares in points, with its sign."""
+    return "–" if share is None else f"{100 * share:+.1f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share in percent."""
+    return "–" if share is None else f"{100 * share:.{digits}f}%"
+
+
+def adapter(name: str | None) -> str:
+    """An adapter as people say it."""
+    return name or "the base alone"
+
+
+def pairs(value: Any) -> str:
+    """A small JSON value in a line, for the audit log."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {pairs(child)}" for key, child in value.items() if child not in (None, "", [], {}))
+    if isinstance(value, (list, tuple)):
+        return " ".join(pairs(child) for child in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+TEMPLATES.filters |= {
+    "ago": ago, "utc": utc, "iso": iso, "duration": duration, "number": number, "points": points, "percent": percent,
+    "adapter": adapter, "pairs": pairs,
+}  # fmt: skip
+TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS}

@@ -1,0 +1,146 @@
+"""What holds for every request, whatever its page. Pure ASGI, so that bodies are counted while they come in."""
+
+from __future__ import annotations
+
+from http.cookies import CookieError, SimpleCookie
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ops.console.sessions import COOKIE, Session, Sessions
+
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    "cache-control": "no-store",
+}
+"""On every answer, unless its page says otherwise (thumbnails may be kept, static files asked about)."""
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+WITHOUT_COOKIE = ("/static/", "/health/")
+MAX_REQUESTS = 64
+BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
+
+
+class TooLarge(Exception):
+    """A body grew larger than allowed while it was read."""
+
+
+class Guard:
+    """Refuses strange hosts (on loopback), large bodies and too many requests; opens the session; adds the headers.
+
+    Args:
+        local: the console listens on loopback. Then only its own names are answered, so that no page of another site
+            can reach it under a name that it points here (DNS rebinding), and cookies need no TLS.
+    """
+
+    def __init__(self, app: ASGIApp, sessions: Sessions, max_body_bytes: int, local: bool) -> None:
+        self.app = app
+        self.sessions = sessions
+        self.max_body_bytes = max_body_bytes
+        self.local = local
+        self.running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        found = self.sessions.open(_cookie(headers))
+        session = found or Session.new()
+        state = scope.setdefault("state", {})
+        state["session"] = session
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    answer.setdefault(name, value)
+                kept: Session | None = state.get("keep", session if found is None else None)
+                if kept is not None and "no_cookie" not in state and not scope["path"].startswith(WITHOUT_COOKIE):
+                    answer.append("set-cookie", self._set_cookie(kept))
+            await send(message)
+
+        self.running += 1
+        try:
+            refusal = self._refusal(scope, headers)
+            if refusal is not None:
+                await refusal(scope, receive, guarded)
+            elif found is None and _came_from_elsewhere(scope, headers):
+                # A Strict cookie is not sent along a link on another site. Asked for by our own page, it is.
+                state["no_cookie"] = True
+                await PlainTextResponse(BOUNCE, media_type="text/html")(scope, receive, guarded)
+            else:
+                await self.app(scope, self._counted(receive), guarded)
+        except TooLarge:
+            await self._too_large()(scope, receive, guarded)
+        finally:
+            self.running -= 1
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ASGIApp | None:
+        if self.local and _name(headers.get("host", "")) not in LOCAL_NAMES:
+            return PlainTextResponse("this console answers to its own machine only.", 421)
+        if self.running > MAX_REQUESTS:
+            return PlainTextResponse("the console is busy; try again.", 503, {"retry-after": "1"})
+        declared = headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared) > self.max_body_bytes:
+            return self._too_large()
+        return None
+
+    def _counted(self, receive: Receive) -> Receive:
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.max_body_bytes:
+                raise TooLarge
+            return message
+
+        return counted
+
+    def _too_large(self) -> ASGIApp:
+        words = f"what you sent is larger than {self.max_body_bytes:,} bytes. Scale the picture down."
+        return PlainTextResponse(words, 413, {"connection": "close"})
+
+    def _set_cookie(self, session: Session) -> str:
+        cookie: SimpleCookie = SimpleCookie()
+        cookie[COOKIE] = self.sessions.seal(session)
+        morsel = cookie[COOKIE]
+        morsel["path"], morsel["httponly"], morsel["samesite"] = "/", True, "Strict"
+        morsel["max-age"] = self.sessions.seconds
+        if not self.local:
+            morsel["secure"] = True
+        return morsel.OutputString()
+
+
+def _name(host: str) -> str:
+    """A host header without its port."""
+    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
+
+
+def _cookie(headers: Headers) -> str | None:
+    try:
+        morsel = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return None
+    return None if morsel is None else morsel.value
+
+
+def _came_from_elsewhere(scope: Scope, headers: Headers) -> bool:
+    return (
+        scope["method"] == "GET"
+        and headers.get("sec-fetch-site") == "cross-site"
+        and headers.get("sec-fetch-mode") == "navigate"
+    )

@@ -1,0 +1,92 @@
+"""Is it learning, and what does it cost: updates, verdicts and the budget."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ops.ledger import Ledger, UpdateRow, VerdictRow
+from ops.settings import Settings
+
+RUNNING = ("training", "trained", "gated")
+DAY_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One update and what became of it."""
+
+    update: UpdateRow
+    verdict: VerdictRow | None
+
+    @property
+    def running(self) -> bool:
+        """Whether it is not finished."""
+        return self.update.state in RUNNING
+
+    @property
+    def train_gflops(self) -> float:
+        """Memory-adjusted compute of training."""
+        return float(self.update.cost.get("gflops_spent") or 0.0)
+
+    @property
+    def gate_gflops(self) -> float:
+        """Compute of judging it."""
+        return float(self.update.cost.get("gate_gflops") or 0.0)
+
+    @property
+    def best_gain(self) -> tuple[str, float] | None:
+        """The gain suite that won most, and by how much."""
+        return self._extreme("gain", max)
+
+    @property
+    def worst_loss(self) -> tuple[str, float] | None:
+        """The retention suite that changed least for the good, and by how much."""
+        return self._extreme("retention", min)
+
+    def _extreme(self, role: str, choose: Callable[..., tuple[str, float]]) -> tuple[str, float] | None:
+        suites = self.verdict.summary.get("suites", {}) if self.verdict else {}
+        found = [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
+        if not found:
+            return None
+        return choose(found, key=lambda pair: pair[1])
+
+
+@dataclass(frozen=True)
+class Purse:
+    """The token bucket. Amounts are memory-adjusted GFLOPs."""
+
+    level: float
+    capacity: float
+    per_update: float
+    spent: float
+
+    @property
+    def share(self) -> float:
+        """How full it is."""
+        return max(0.0, min(1.0, self.level / self.capacity))
+
+    @property
+    def updates_left(self) -> int:
+        """Whole updates that it pays for now."""
+        return max(0, int(self.level // self.per_update))
+
+    @property
+    def wait_seconds(self) -> float:
+        """Until it pays for the next one; 0 when it does."""
+        return max(0.0, (self.per_update - self.level) / self.capacity * DAY_SECONDS)
+
+
+def lessons(ledger: Ledger, limit: int = 20) -> list[Lesson]:
+    """The newest updates, newest first."""
+    verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(limit * 2)}
+    return [Lesson(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
+
+
+def purse(ledger: Ledger, settings: Settings) -> Purse:
+    """What is left to spend."""
+    budget = settings.budget
+    capacity = budget.gflops_per_day
+    level = ledger.bucket_level(time.time(), capacity / DAY_SECONDS, capacity)
+    return Purse(level, capacity, min(budget.gflops_per_update, capacity), ledger.spent())

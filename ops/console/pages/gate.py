@@ -1,0 +1,83 @@
+"""Verdicts of the gate, with their plots; and what is being judged now."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse, Response
+from markupsafe import Markup
+
+from ops.console.learning import lessons
+from ops.console.visit import Reader, Refused, Visit
+from ops.errors import LedgerError, RatchetError
+from updater.gate.report import HTML_NAME, JSON_NAME, render_body
+
+router = APIRouter()
+UPDATE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+REPORT_POLICY = (
+    "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+"""The stored page is shown as it was written, in an origin of its own (sandbox) and without any script."""
+
+
+@router.get("/gate")
+def verdicts(at: Reader) -> Response:
+    """Every update, and what the gate said of it."""
+    return at.page("gate.html", "Gate", **_facts(at))
+
+
+@router.get("/gate/now")
+def now(at: Reader) -> Response:
+    """What is trained or judged at this moment, and the list."""
+    return at.part("gate_now.html", **_facts(at))
+
+
+@router.get("/gate/{update_id}")
+def verdict(at: Reader, update_id: str) -> Response:
+    """One verdict, drawn from its data."""
+    try:
+        found = at.desk.ledger.update(_checked(update_id))
+    except LedgerError:
+        raise Refused(404, "There is no such update", "", "See the list of verdicts.") from None
+    said = at.desk.ledger.verdict_of(update_id)
+    report = at.desk.report_data(update_id) if said is not None else None
+    body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
+    return at.page("verdict.html", f"Verdict on {update_id}", update=found, verdict=said, body=body)
+
+
+@router.get("/gate/{update_id}/report")
+def report_page(at: Reader, update_id: str) -> Response:
+    """The report as it was stored: a page of its own, to print or to keep."""
+    return HTMLResponse(
+        _stored(at, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY}
+    )
+
+
+@router.get("/gate/{update_id}/data")
+def report_data(at: Reader, update_id: str) -> Response:
+    """The report's numbers."""
+    name = f'attachment; filename="{_checked(update_id)}.json"'
+    return Response(
+        _stored(at, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
+    )
+
+
+def _stored(at: Visit, update_id: str, name: str) -> bytes:
+    try:
+        return at.desk.report(_checked(update_id), name)
+    except RatchetError as error:
+        raise Refused(404, "This report is not there", error.message, "It may be written in a moment.") from None
+
+
+def _checked(update_id: str) -> str:
+    if not UPDATE.fullmatch(update_id):
+        raise Refused(404, "There is no such update", "", "See the list of verdicts.")
+    return update_id
+
+
+def _facts(at: Visit) -> dict[str, Any]:
+    learned = lessons(at.desk.ledger, limit=40)
+    return {"lessons": learned, "current": next((lesson for lesson in learned if lesson.running), None)}

@@ -1,0 +1,64 @@
+"""Is it healthy, what is live, is it learning, what does it cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from ops.console import charts
+from ops.console.desk import Desk
+from ops.console.learning import lessons, purse
+from ops.console.timeline import timeline
+from ops.console.visit import Reader
+
+router = APIRouter()
+
+
+@router.get("/")
+def overview(at: Reader) -> Response:
+    """The page; its upper part asks again by itself."""
+    found = at.desk.kept("overview", lambda: facts(at.desk))
+    return at.page("overview.html", "Overview", chart=charts.learning(found["lessons"]), **found)
+
+
+@router.get("/overview/now")
+def now(at: Reader) -> Response:
+    """What changes."""
+    return at.part("overview_now.html", **at.desk.kept("overview", lambda: facts(at.desk)))
+
+
+def facts(desk: Desk) -> dict[str, Any]:
+    """From the ledger, the store and the server, each asked once for all viewers."""
+    status = desk.status()
+    learned = lessons(desk.ledger, limit=20)
+    return {
+        "status": status,
+        "live": desk.live(),
+        "held": desk.ledger.held(),
+        "waiting": desk.ledger.pending_proposals(),
+        "lessons": learned,
+        "current": next((lesson for lesson in learned if lesson.running), None),
+        "judged": next((lesson for lesson in learned if lesson.verdict is not None), None),
+        "purse": purse(desk.ledger, desk.settings),
+        "samples": desk.samples(),
+        "entries": timeline(desk.ledger, {}, limit=5),
+        "problems": problems(status),
+    }
+
+
+def problems(status: dict[str, Any] | None) -> list[str]:
+    """What is not well, in words; empty when all is."""
+    if status is None:
+        return ["The model server does not answer."]
+    found = []
+    controller, catalog = status["controller"], status["catalog"]
+    if not controller["started"]:
+        found.append("No release is being served yet.")
+    if controller["trouble"]:
+        found.append(f"The last release could not be made: {controller['trouble']}")
+    coverage = catalog.get("coverage")
+    if isinstance(coverage, (int, float)) and coverage < 1:
+        found.append(f"{coverage:.0%} of the samples can be found; the others are being prepared.")
+    return found

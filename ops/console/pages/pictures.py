@@ -1,0 +1,72 @@
+"""Pictures that a visitor chose: one of the examples, or one that he dropped in."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, File, Form, UploadFile
+from fastapi.responses import Response
+
+from ops.console.visit import Reader, Refused, Visit
+
+router = APIRouter()
+SAMPLE = re.compile("[0-9a-f]{64}")
+SIZES = (96, 192, 320)
+KEEP = {"cache-control": "private, max-age=86400, immutable"}
+NO_PICTURE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><rect width="96" height="96" fill="#8a948e" '
+    'fill-opacity=".18"/><path d="M30 62l12-15 9 10 6-7 10 12zM36 36h.1" fill="none" stroke="#8a948e" '
+    'stroke-width="4" stroke-linecap="round" stroke-linejoin="round"/><path d="M26 26l44 44" stroke="#8a948e" '
+    'stroke-width="4" stroke-linecap="round"/></svg>'
+)
+
+
+@router.get("/samples/{sample_id}.png")
+def sample(at: Reader, sample_id: str, size: int = 192) -> Response:
+    """A sample's picture, small. Read from the store, so it is there without the server."""
+    if not SAMPLE.fullmatch(sample_id) or size not in SIZES:
+        raise Refused(404, "There is no such picture", "", "")
+    return drawn(at.desk.thumbnail(sample_id, size))
+
+
+def drawn(png: bytes | None) -> Response:
+    """A picture, or the sign for none."""
+    if png is None:
+        return Response(NO_PICTURE, media_type="image/svg+xml")
+    return Response(png, media_type="image/png", headers=KEEP)
+
+
+def chosen(
+    at: Reader,
+    sample: Annotated[str, Form(max_length=64)] = "",
+    upload: Annotated[UploadFile | None, File()] = None,
+) -> bytes | None:
+    """The bytes of the picture that a form names; an upload goes before an example. None when it names none."""
+    if upload is not None and (data := upload.file.read(at.desk.settings.serve.max_image_bytes + 1)):
+        if len(data) > at.desk.settings.serve.max_image_bytes:
+            raise Refused(413, "This picture is too large", f"It has {len(data):,} bytes or more.", "Scale it down.")
+        return data
+    return at.desk.picture(sample) if SAMPLE.fullmatch(sample) else None
+
+
+def needed(at: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -> bytes:
+    """The same where there has to be one. Raises Refused."""
+    if picture is None:
+        raise Refused(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
+    if at.desk.draw(picture, 64) is None:
+        raise Refused(
+            400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file."
+        )
+    return picture
+
+
+def inline(at: Visit, picture: bytes, size: int = 192) -> str:
+    """A picture as it goes into the page, drawn again."""
+    png = at.desk.draw(picture, size) or b""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+Chosen = Annotated[bytes | None, Depends(chosen)]
+Picture = Annotated[bytes, Depends(needed)]

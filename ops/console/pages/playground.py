@@ -1,0 +1,95 @@
+"""Try the models: find pictures by words or by a picture, sort one among words, ask questions about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Form
+from fastapi.responses import Response
+
+from ops.console.desk import words
+from ops.console.pages.pictures import Picture, inline
+from ops.console.visit import Reader, Refused, Visit
+from serving.client import Client, ServerError, data_uri
+
+router = APIRouter()
+Result = TypeVar("Result")
+HITS = 12
+ASK_SECONDS = 40.0
+LABELS = "dog, cat, bird, flower, car, house, face, fruit"
+MOST_LABELS = 32
+Text = Annotated[str, Form(max_length=2000)]
+
+
+@router.get("/playground")
+def playground(at: Reader) -> Response:
+    """The page."""
+    examples = at.desk.examples()
+    questions = list(dict.fromkeys(row["question"] for row in examples if 3 <= len(row["question"]) <= 60))[:4]
+    return at.page(
+        "playground.html", "Playground", examples=examples, texts=words(examples), questions=questions,
+        labels=LABELS, away=at.desk.status() is None, vlm=bool(at.desk.settings.base.vlm),
+    )  # fmt: skip
+
+
+@router.post("/playground/search")
+def search(at: Reader, text: Text = "") -> Response:
+    """Pictures for words."""
+    if not text.strip():
+        raise Refused(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
+    found = asked(at, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
+    return at.part("hits.html", found=found, title=f"Pictures for “{text.strip()}”")
+
+
+@router.post("/playground/similar")
+def similar(at: Reader, picture: Picture) -> Response:
+    """Pictures for a picture."""
+    found = asked(at, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
+    return at.part("hits.html", found=found, title="Pictures like yours")
+
+
+@router.post("/playground/classify")
+def classify(at: Reader, picture: Picture, labels: Text = "") -> Response:
+    """Which of these words fits best."""
+    names = listed(labels)
+    if len(names) < 2:
+        raise Refused(400, "Give at least two words", "", "Write them with commas between.")
+    body = {"images": [data_uri(picture)], "labels": names, "templates": ["a picture of a {}."]}
+    found = asked(at, lambda client: client.post("/v1/classify", body))
+    shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
+    return at.part("shares.html", shares=shares, model=found["model"], picture=inline(at, picture, 96))
+
+
+@router.post("/playground/ask")
+def ask(at: Reader, picture: Picture, question: Text = "") -> Response:
+    """An answer about the picture."""
+    if not question.strip():
+        raise Refused(400, "Ask a question", "", "For example: what is this?")
+    found = asked(at, lambda client: client.vqa(picture, question.strip()))
+    return at.part("answer.html", found=found, question=question.strip(), picture=inline(at, picture, 96))
+
+
+def listed(labels: str) -> list[str]:
+    """Words with commas between, each once."""
+    return list(dict.fromkeys(label.strip()[:200] for label in labels.split(",") if label.strip()))[:MOST_LABELS]
+
+
+def asked(at: Visit, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
+    """What the server answers to the visitor. Raises Refused with its words."""
+    try:
+        with at.client(ASK_SECONDS) as client:
+            return call(client)
+    except ServerError as error:
+        if error.status == 0:
+            raise away() from None
+        status = error.status if 400 <= error.status < 500 else 502
+        raise Refused(status, "The server refused", error.message, error.fix) from None
+
+
+def away() -> Refused:
+    """The server cannot be reached."""
+    return Refused(
+        502, "The model server does not answer", "It may be starting, or it was stopped.",
+        "Try again in a moment; `ratchet status` tells more.",
+    )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Records that were refused: what, why, where; and sending one again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Form, Query
+from fastapi.responses import Response
+
+from ops.console.pages.pictures import drawn
+from ops.console.visit import Operator, Reader, Refused, Visit
+from ops.errors import AlreadyResubmitted, RatchetError
+from streams.codecs import glimpse
+from streams.records import Reason
+from streams.resubmit import UnknownRecord, list_quarantine, quarantined, resubmit
+
+router = APIRouter()
+SHOWN = 48
+Why = Annotated[str, Form(max_length=1000)]
+WORDS: Final[Mapping[Reason, str]] = {
+    "empty": "The record is empty",
+    "not_json": "Neither a picture nor JSON",
+    "schema": "A field is wrong",
+    "headers": "A header is wrong",
+    "image_missing": "There is no picture",
+    "image_too_large": "The picture has too many bytes",
+    "image_too_many_pixels": "The picture has too many pixels",
+    "image_too_small": "The picture is too small",
+    "image_format": "No picture format that is taken",
+    "image_undecodable": "The picture is damaged",
+    "text_missing": "There is no text",
+    "text_too_long": "The text is too long",
+    "uri_not_allowed": "The picture's address is not allowed",
+    "uri_unreachable": "The picture could not be fetched",
+    "internal": "Ratchet made a mistake",
+}
+"""The reasons as people say them."""
+
+
+@router.get("/quarantine")
+def quarantine(at: Reader, reason: Annotated[str, Query(max_length=40)] = "") -> Response:
+    """The newest refused records; of one reason."""
+    chosen = reason if reason in WORDS else None
+    rows = list_quarantine(at.desk.settings, at.desk.ledger, SHOWN, chosen)
+    return at.page("quarantine.html", "Quarantine", rows=rows, reason=chosen or "", words=WORDS, most=SHOWN)
+
+
+@router.get("/quarantine/{place}/picture")
+def picture(at: Reader, place: str) -> Response:
+    """What can be seen of a refused record."""
+    record = _record(at, place)
+    image, _ = glimpse(record.value, record.headers, max_image_bytes=at.desk.settings.ingest.max_image_bytes)
+    return drawn(at.desk.draw(image, 192) if image else None)
+
+
+@router.get("/quarantine/{place}")
+def look(at: Reader, place: str) -> Response:
+    """One record, and the form to send it again."""
+    return _shown(at, place)
+
+
+@router.post("/quarantine/{place}/resubmit")
+def again(at: Operator, place: str, reason: Why = "", force: Annotated[bool, Form()] = False) -> Response:
+    """Send a record to the topic again, as it came."""
+    if not reason.strip():
+        return _shown(at, place, wrong="Say why: it is kept in the audit log.", status=400)
+    assert at.principal is not None
+    try:
+        delivery = resubmit(
+            at.desk.settings, at.desk.ledger, place, actor=at.principal.actor(), reason=reason.strip(), force=force
+        )
+    except UnknownRecord as error:
+        raise Refused(404, "There is no such record", error.message, error.fix) from None
+    except AlreadyResubmitted as error:
+        return _shown(at, place, wrong=error.message, force=True, typed=reason, status=409)
+    except RatchetError as error:
+        return _shown(at, place, wrong=str(error), typed=reason, status=502)
+    return at.dialog("resubmitted.html", "Sent again", place=place, delivery=delivery)
+
+
+def _shown(
+    at: Visit, place: str, *, wrong: str = "", force: bool = False, typed: str = "", status: int = 200
+) -> Response:
+    record = _record(at, place)
+    _, texts = glimpse(record.value, record.headers, max_image_bytes=at.desk.settings.ingest.max_image_bytes)
+    before = at.desk.ledger.resubmissions([place]).get(place)
+    size = len(record.value or b"")
+    return at.dialog(
+        "record.html", "A refused record", status, place=place, texts=texts, size=size, before=before, wrong=wrong,
+        force=force or before is not None, typed=typed,
+    )  # fmt: skip
+
+
+def _record(at: Visit, place: str):  # type: ignore[no-untyped-def]
+    try:
+        return quarantined(at.desk.settings, place)
+    except UnknownRecord as error:
+        raise Refused(404, "There is no such record", error.message, "See the list.") from None

@@ -1,0 +1,98 @@
+"""The timeline, and what operators do about it. Every action asks first, and says what it will do."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Form, Query
+from fastapi.responses import Response
+
+from ops.console import plans
+from ops.console.desk import ACTION_SECONDS
+from ops.console.plans import Choice, Plan
+from ops.console.timeline import timeline, unreleased
+from ops.console.visit import Operator, Reader, Visit
+from ops.errors import ReleaseConflict
+from serving.client import Client, ServerError
+
+router = APIRouter()
+Action = Literal["rollback", "release", "hold", "resume"]
+PAGE = 30
+MOST = 500
+Name = Annotated[str, Form(max_length=64)]
+
+
+@router.get("/releases")
+def releases(at: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
+    """What was live, and is."""
+    ledger = at.desk.ledger
+    entries = timeline(ledger, at.desk.windows(), limit + 1)
+    return at.page(
+        "releases.html", "Releases", entries=entries[:limit], more=limit + PAGE if len(entries) > limit < MOST else 0,
+        held=ledger.held(), proposals=unreleased(ledger), away=at.desk.status() is None,
+    )  # fmt: skip
+
+
+@router.get("/releases/{action}")
+def ask(
+    at: Operator,
+    action: Action,
+    to: Annotated[str, Query(max_length=12)] = "",
+    family: Annotated[str, Query(max_length=8)] = "",
+    clip: Annotated[str, Query(max_length=64)] = "",
+    vlm: Annotated[str, Query(max_length=64)] = "",
+    reason: Annotated[str, Query(max_length=1000)] = "",
+) -> Response:
+    """What will happen, and the question why."""
+    return _asked(at, action, Choice.of(to, family, clip, vlm), typed=reason)
+
+
+@router.post("/releases/{action}")
+def act(
+    at: Operator,
+    action: Action,
+    expected_live: Annotated[int, Form(ge=0)],
+    reason: Annotated[str, Form(max_length=1000)] = "",
+    to: Annotated[str, Form(max_length=12)] = "",
+    family: Annotated[str, Form(max_length=8)] = "",
+    clip: Name = "",
+    vlm: Name = "",
+) -> Response:
+    """Do it, under the visitor's own key; the server writes who and why into the audit log."""
+    choice = Choice.of(to, family, clip, vlm)
+    reason = reason.strip()
+    if not reason:
+        return _asked(at, action, choice, wrong="Say why: it is kept in the audit log.", status=400)
+    try:
+        with at.client(ACTION_SECONDS) as client:
+            made = _do(client, action, choice, reason, expected_live)
+    except ReleaseConflict as conflict:
+        live = at.desk.live()
+        return at.dialog(
+            "conflict.html", "Somebody was faster", 409, message=conflict.message, live=live, seen=expected_live,
+            action=action, query=choice.query,
+        )  # fmt: skip
+    except ServerError as error:
+        wrong = error.message if error.status else f"{error.message} Look at the list before you try again."
+        return _asked(at, action, choice, wrong=wrong, typed=reason, status=502 if error.status == 0 else 422)
+    finally:
+        at.desk.forget()
+    return at.dialog("done.html", "Done", action=action, made=made)
+
+
+def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200) -> Response:
+    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows())
+    return at.dialog("action.html", plan.title, status, plan=plan, choice=choice, action=action, wrong=wrong, typed=typed)
+
+
+def _do(client: Client, action: Action, choice: Choice, reason: str, expected_live: int) -> dict[str, object]:
+    if action == "rollback":
+        return client.rollback(reason, to=choice.to, expected_live=expected_live, timeout=ACTION_SECONDS,
+                               family=choice.family)  # fmt: skip
+    if action == "release":
+        return client.release(reason=reason, expected_live=expected_live, timeout=ACTION_SECONDS, **choice.adapters)
+    if action == "hold":
+        client.hold(reason)
+    else:
+        client.resume(reason)
+    return {}

@@ -1,0 +1,92 @@
+"""Releases as a story: what changed in each, on what data, by which recipe, at what cost, judged how, by whom, why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from ops.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, VerdictRow
+
+FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
+NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "VLM"}
+HISTORY = 1000
+
+
+@dataclass(frozen=True)
+class Change:
+    """One model's part of a release."""
+
+    family: Family
+    before: str | None
+    after: str | None
+    update: UpdateRow | None
+    """What trained the adapter, where it was trained here."""
+    verdict: VerdictRow | None
+
+    @property
+    def name(self) -> str:
+        """CLIP or VLM."""
+        return NAMES[self.family]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One release of the timeline."""
+
+    row: ReleaseRow
+    kind: str
+    changes: tuple[Change, ...]
+    live: bool
+    resident: bool
+
+
+def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
+    """The newest releases, newest first."""
+    rows = ledger.releases(limit + 1)
+    kinds = {proposal.id: proposal.kind for proposal in ledger.proposals(HISTORY)}
+    made = trained(ledger)
+    verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(HISTORY)}
+    entries = []
+    for index, row in enumerate(rows[:limit]):
+        older = rows[index + 1] if index + 1 < len(rows) else None
+        kind = kinds.get(row.proposal_id or 0, "initial" if older is None else "release")
+        entries.append(
+            Entry(row, kind, changes(older, row, made, verdicts), live=index == 0, resident=row.number in resident)
+        )
+    return entries
+
+
+def changes(
+    older: ReleaseRow | None, row: ReleaseRow, made: Mapping[str, UpdateRow], verdicts: Mapping[str, VerdictRow]
+) -> tuple[Change, ...]:
+    """The models that differ between two releases."""
+    found = []
+    for family in FAMILIES:
+        before = older.adapter(family) if older else None
+        after = row.adapter(family)
+        if older is not None and before != after:
+            update = made.get(after or "")
+            found.append(Change(family, before, after, update, verdicts.get(update.id) if update else None))
+    return tuple(found)
+
+
+def trained(ledger: Ledger) -> dict[str, UpdateRow]:
+    """The newest update that made each adapter."""
+    return {update.adapter: update for update in reversed(ledger.updates(HISTORY)) if update.adapter}
+
+
+def unreleased(ledger: Ledger, limit: int = 20) -> list[ProposalRow]:
+    """The newest proposals that wait, or failed."""
+    return [proposal for proposal in ledger.proposals(limit) if proposal.state != "committed"]
+
+
+def records(update: UpdateRow) -> int:
+    """How many records of the stream an update learned from."""
+    return sum(max(0, end - update.data_from.get(place, 0)) for place, end in update.data_to.items())
+
+
+def ranges(update: UpdateRow) -> str:
+    """The same, exactly: offsets by partition."""
+    parts = (f"{place} from {update.data_from.get(place, 0)} to {end}" for place, end in sorted(update.data_to.items()))
+    return "; ".join(parts)

@@ -1,0 +1,147 @@
+"""One request: who asks, what he may do, and how the answer is drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+from urllib.parse import urlencode
+
+from fastapi import Depends, Request
+from fastapi.responses import HTMLResponse
+
+from ops.access import Principal
+from ops.console.desk import Desk
+from ops.console.drawing import TEMPLATES
+from ops.console.sessions import Session
+from serving.client import Client
+
+NAV = (
+    ("/", "Overview"),
+    ("/playground", "Playground"),
+    ("/compare", "Compare"),
+    ("/releases", "Releases"),
+    ("/gate", "Gate"),
+    ("/quarantine", "Quarantine"),
+    ("/budget", "Budget"),
+    ("/audit", "Audit"),
+)
+
+
+class Refused(Exception):
+    """The answer is a page that says what is wrong, and what to do."""
+
+    def __init__(self, status: int, title: str, message: str, fix: str = "") -> None:
+        super().__init__(message)
+        self.status, self.title, self.message, self.fix = status, title, message, fix
+
+
+class SignIn(Exception):
+    """This page wants a key, and there is none."""
+
+    def __init__(self, next_page: str) -> None:
+        super().__init__(next_page)
+        self.next_page = next_page
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a page needs to answer."""
+
+    request: Request
+    desk: Desk
+    session: Session
+    principal: Principal | None
+
+    @property
+    def operator(self) -> bool:
+        """Whether he may act."""
+        return self.principal is not None and self.principal.may("operate")
+
+    @property
+    def signed_in(self) -> bool:
+        """Whether he showed a key."""
+        return self.principal is not None and self.principal.kind != "anonymous"
+
+    @property
+    def partial(self) -> bool:
+        """Whether a part of a page is wanted (htmx), not a whole one."""
+        return self.request.headers.get("hx-request") == "true"
+
+    @property
+    def here(self) -> str:
+        """Path and query of the page, to come back to after signing in."""
+        page = self.request.url.path if self.request.method == "GET" and not self.partial else "/"
+        query = self.request.url.query
+        return f"{page}?{query}" if query and page != "/" else page
+
+    def client(self, timeout: float = 60.0) -> Client:
+        """The server, asked with the visitor's own key."""
+        return self.desk.client(self.session.key, timeout)
+
+    def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
+        """A whole page."""
+        path = self.request.url.path
+        current = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
+        return self.part(template, status, title=title, nav=NAV, current=current, **facts)
+
+    def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
+        """A part that opens over the page; without a script it is a page of its own."""
+        if self.partial:
+            return self.part(template, status, title=title, **facts)
+        return self.page("alone.html", title, status, inner=template, **facts)
+
+    def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
+        """A part of a page, for htmx to put in its place."""
+        return HTMLResponse(TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status)
+
+
+def visit(request: Request) -> Visit:
+    """Who asks; also for pages that everybody may see."""
+    desk: Desk = request.app.state.desk
+    session: Session = request.state.session
+    key = session.key or None
+    principal = desk.access.identify(key) if key or request.app.state.local else None
+    if key and (principal is None or principal.kind == "anonymous"):
+        principal = None  # the key was revoked
+    return Visit(request, desk, session, principal)
+
+
+async def intended(request: Request) -> None:
+    """Refuse a POST that none of our pages sent: each carries the session's token, as header or field."""
+    if request.method in ("GET", "HEAD"):
+        return
+    token = request.headers.get("x-csrf-token") or (await request.form()).get("csrf") or ""
+    session: Session = request.state.session
+    if not isinstance(token, str) or not session.sent_by_it(token):
+        raise Refused(
+            403, "This form is too old", "It was not sent by a page of this session.", "Reload the page and try again."
+        )
+
+
+def reader(found: Annotated[Visit, Depends(visit)]) -> Visit:
+    """Somebody who may look and play. Raises SignIn."""
+    if found.principal is None or not found.principal.may("infer", "operate"):
+        raise SignIn(found.here)
+    return found
+
+
+def operator(found: Annotated[Visit, Depends(reader)]) -> Visit:
+    """Somebody who may act. Raises SignIn, or Refused when his key may not."""
+    if not found.signed_in:
+        raise SignIn(found.here)
+    if not found.operator:
+        name = found.principal.name if found.principal else ""
+        raise Refused(
+            403, "Not allowed", f"The key {name!r} may look, but not act.", "Sign in with a key of scope `operate`."
+        )
+    return found
+
+
+def sign_in_link(next_page: str) -> str:
+    """Where to sign in, and come back."""
+    return "/sign-in?" + urlencode({"next": next_page})
+
+
+Anyone = Annotated[Visit, Depends(visit)]
+Reader = Annotated[Visit, Depends(reader)]
+Operator = Annotated[Visit, Depends(operator)]

@@ -1,0 +1,115 @@
+"""Artifacts, bases and the sample store on an S3 server, as in a cluster: over HTTP, with keys from the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from ops.artifacts import Artifacts
+from ops.errors import AdapterError, BaseModelError
+from serving.engines.base import load_base
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.unit.streams.test_store import TOPIC, put, sample
+from updater.base import pull_base, push_base
+
+pytestmark = pytest.mark.integration
+BUCKET = "models"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    """An S3 server on a free port, and what the chart puts into a pod's environment."""
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    url = f"http://{host}:{port}"
+    environment = {
+        "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    yield
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+    running.stop()
+
+
+def test_an_adapter_comes_back_as_it_was_and_its_name_is_not_reused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "weights.bin").write_bytes(bytes(range(256)) * 1000)
+    (source / "inner" / "config.json").write_text("{}")
+    artifacts = Artifacts(f"s3://{BUCKET}/ratchet", cache=tmp_path / "cache")
+    artifacts.put_directory(source, "adapters/clip-1")
+    artifacts.put_directory(source, "adapters/clip-1")
+    elsewhere = Artifacts(f"s3://{BUCKET}/ratchet", cache=tmp_path / "other pod")
+    fetched = elsewhere.fetch("adapters/clip-1")
+    assert (fetched / "weights.bin").read_bytes() == bytes(range(256)) * 1000
+    assert sorted(path.name for path in fetched.rglob("*")) == ["config.json", "inner", "weights.bin"]
+    (source / "weights.bin").write_bytes(b"others")
+    with pytest.raises(AdapterError, match="never reused"):
+        artifacts.put_directory(source, "adapters/clip-1")
+
+
+def test_an_adapter_that_is_damaged_on_the_way_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "weights.bin").write_bytes(b"whole")
+    artifacts = Artifacts(f"s3://{BUCKET}/damaged", cache=tmp_path / "cache")
+    artifacts.put_directory(source, "adapters/clip-2")
+    artifacts.write_bytes("adapters/clip-2/weights.bin", b"half")
+    with pytest.raises(AdapterError, match="damaged"):
+        artifacts.fetch("adapters/clip-2")
+
+
+def test_a_base_that_one_machine_pushed_is_pulled_by_another(tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/bases"
+    base = tiny_base(tmp_path / "here")
+    push_base(tmp_path / "here", "tiny", Artifacts(url, cache=tmp_path / "cache"))
+    assert pull_base(tmp_path / "there", "tiny", url) == tmp_path / "there" / "bases" / "tiny"
+    assert load_base(tmp_path / "there", "tiny").digest == base.digest
+    assert pull_base(tmp_path / "there", "tiny", url).is_dir(), "again is fine"
+    tiny_base(tmp_path / "third", seed=1)
+    with pytest.raises(BaseModelError, match="another base"):
+        pull_base(tmp_path / "third", "tiny", url)
+    with pytest.raises(BaseModelError, match="ratchet base push none"):
+        pull_base(tmp_path / "there", "none", url)
+    assert [path.name for path in (tmp_path / "there" / "bases").iterdir()] == ["tiny"]
+
+
+def test_samples_and_offsets_are_one_commit_there_too() -> None:
+    url = f"s3://{BUCKET}/lake"
+    first, second = SampleStore(url), SampleStore(url)
+    assert (first.version(), first.count()) == (0, 0)
+    pinned = put(first, [sample(0, 0), sample(0, 1)], Position(TOPIC, 0, 2))
+    assert second.offsets() == {f"{TOPIC}:0": 2}
+    put(second, [sample(0, 2)], Position(TOPIC, 0, 3))
+    assert first.count() == 3
+    assert first.count(version=pinned) == 2
+    assert first.scan(columns=["text"])["text"].to_pylist() == ["text 0", "text 1", "text 2"]
+
+
+def test_of_two_writers_that_followed_the_same_version_one_is_sent_back() -> None:
+    """The fence of the sample store needs conditional writes; an S3 server without them would store both."""
+    store = SampleStore(f"s3://{BUCKET}/race")
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    seen = []
+
+    def other_comes_between(snapshot: object) -> tuple[list[dict[str, object]], list[Position]]:
+        seen.append(snapshot)
+        if len(seen) == 1:
+            put(SampleStore(store.url.removesuffix("/samples.lance")), [sample(0, 1)], Position(TOPIC, 0, 2))
+        return [sample(0, len(seen))], [Position(TOPIC, 0, len(seen) + 1)]
+
+    store.commit(other_comes_between)
+    assert len(seen) == 2
+    assert store.count() == 3

@@ -1,0 +1,137 @@
+"""Dockerfile and compose.yaml: nothing here can run Docker, so they are linted and held against the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ops.alerts import prometheus_config
+from ops.settings import Settings, load_settings
+from tests.support.chart import ROOT, render
+
+BIN = Path(sys.executable).parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
+OURS = ("setup", "serve", "ingest", "update", "console")
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    assert run(BIN / "hadolint", "Dockerfile") == ""
+
+
+def test_the_compose_file_is_one() -> None:
+    assert "ok" in run(BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml")
+
+
+def test_both_targets_end_as_a_user_without_rights_and_can_tell_their_health() -> None:
+    for target in ("cpu", "gpu"):
+        stage = DOCKERFILE.partition(f"FROM run AS {target}")[2].partition("\nFROM")[0]
+        assert re.findall(r"^USER (.*)$", stage, re.MULTILINE)[-1:] == ["10001:10001"]
+    assert "HEALTHCHECK" in DOCKERFILE.partition("FROM python:${PYTHON} AS run")[2]
+
+
+def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]:
+        name = pattern.rstrip("*")
+        assert f"COPY {name} {name}" in DOCKERFILE
+        assert name in let_through
+    for extras in re.findall(r"'\.\[(.*)\]'", DOCKERFILE):
+        assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
+        assert {"postgres", "s3"} <= set(extras.split(","))
+
+
+def test_the_chart_runs_pods_as_the_images_user() -> None:
+    user = next(each for each in render() if each["kind"] == "Deployment")["spec"]["template"]["spec"][
+        "securityContext"
+    ]
+    assert f"useradd --uid {user['runAsUser']}" in DOCKERFILE
+    assert f"groupadd --gid {user['runAsGroup']}" in DOCKERFILE
+
+
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_every_image_is_pinned_and_nothing_listens_beyond_loopback(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert re.search(r":v?\d", service["image"])
+    assert "no-new-privileges:true" in service["security_opt"]
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_containers_are_closed(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert all("exec" in mount.partition(":")[2].split(",") for mount in service["tmpfs"]), "Ray runs HAProxy from /tmp"
+
+
+def test_every_password_is_asked_for_and_none_is_given() -> None:
+    asked = set(re.findall(r"\$\{(\w+):\?", (ROOT / "compose.yaml").read_text()))
+    example = (ROOT / "compose" / "example.env").read_text().splitlines()
+    assert {line.rstrip("=") for line in example if line.endswith("=")} == asked
+    assert ".env" in (ROOT / ".gitignore").read_text().split()
+
+
+def test_every_mounted_file_is_there() -> None:
+    mounts = [mount for service in COMPOSE["services"].values() for mount in service.get("volumes", [])]
+    sources = {mount.partition(":")[0] for mount in mounts}
+    assert {source for source in sources if not source.startswith(("./", "$"))} <= COMPOSE["volumes"].keys()
+    for source in sources:
+        assert not source.startswith("./") or (ROOT / source).exists(), source
+
+
+def settings() -> Settings:
+    """As a container loads them."""
+    environment = {
+        name: re.sub(r"\$\{(\w+):\?[^}]*\}", "secret", value)
+        for name, value in COMPOSE["services"]["serve"]["environment"].items()
+        if name.startswith("RATCHET_")
+    }
+    return load_settings(ROOT / "compose" / "ratchet.yaml", environ=environment)
+
+
+def test_the_settings_are_ratchets_and_name_the_services() -> None:
+    at = settings()
+    host = at.ledger.partition("@")[2].partition(":")[0]
+    for name in (
+        host,
+        at.kafka.bootstrap.partition(":")[0],
+        at.console_server.removeprefix("http://").partition(":")[0],
+    ):
+        assert name in COMPOSE["services"]
+    assert at.serve.host == at.metrics_host == at.console.host == "0.0.0.0"
+
+
+def test_prometheus_scrapes_every_part_under_its_name(tmp_path: Path) -> None:
+    text = (ROOT / "compose" / "prometheus.yml").read_text()
+    found = yaml.safe_load(text)
+    wanted = prometheus_config(settings())["scrape_configs"]
+    assert [job["job_name"] for job in found["scrape_configs"]] == [job["job_name"] for job in wanted]
+    for job, other in zip(found["scrape_configs"], wanted, strict=True):
+        (target,), (port) = job["static_configs"][0]["targets"], other["static_configs"][0]["targets"][0]
+        assert target.partition(":")[0] in COMPOSE["services"]
+        assert target.partition(":")[2] == port.rpartition(":")[2]
+    local = tmp_path / "prometheus.yml"
+    local.write_text(text.replace("/etc/prometheus/rules", str(ROOT / "ops" / "alerts")))
+    assert "SUCCESS" in run("promtool", "check", "config", local)
+
+
+def test_grafana_finds_the_dashboards() -> None:
+    provider = yaml.safe_load((ROOT / "compose" / "grafana" / "dashboards.yaml").read_text())["providers"][0]
+    mounted = {mount.split(":")[1]: mount.split(":")[0] for mount in COMPOSE["services"]["grafana"]["volumes"]}
+    assert list((ROOT / mounted[provider["options"]["path"]]).glob("*.json"))

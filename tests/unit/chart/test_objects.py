@@ -1,0 +1,200 @@
+"""How the objects of the chart fit together: selectors, secrets, open ports, scaling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support.chart import EVERYTHING, NEEDED, merged, of_kind, pods, profile, render
+
+Selector = dict[str, Any]
+
+
+def selects(selector: Selector, labels: dict[str, str]) -> bool:
+    """What Kubernetes makes of a label selector (of the operators, ``In`` is the one used here)."""
+    for each in selector.get("matchExpressions", []):
+        assert each["operator"] == "In"
+        if labels.get(each["key"]) not in each["values"]:
+            return False
+    return bool(selector.get("matchLabels", {}).items() <= labels.items())
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[dict[str, Any]]:
+    return render(profile("cpu"), EVERYTHING)
+
+
+@pytest.fixture(scope="module")
+def labels(objects: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    return {component: template["metadata"]["labels"] for component, template in pods(objects)}
+
+
+def chosen(selector: Selector, labels: dict[str, dict[str, str]]) -> set[str]:
+    return {component for component, found in labels.items() if selects(selector, found)}
+
+
+def test_each_service_selects_the_pods_of_one_part(
+    objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
+) -> None:
+    services = of_kind(objects, "Service")
+    assert services
+    for service in services:
+        component = service["metadata"]["labels"]["app.kubernetes.io/component"]
+        assert chosen({"matchLabels": service["spec"]["selector"]}, labels) == {component}
+        template = next(template for name, template in pods(objects) if name == component)
+        ports = {port["name"] for container in template["spec"]["containers"] for port in container["ports"]}
+        assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
+
+
+def test_budgets_and_monitors_select_pods_that_are_there(
+    objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
+) -> None:
+    budgets = {each["metadata"]["name"]: each["spec"] for each in of_kind(objects, "PodDisruptionBudget")}
+    assert chosen(budgets["live-ratchet-serving"]["selector"], labels) == {"serving-worker"}
+    assert chosen(budgets["live-ratchet-ingest"]["selector"], labels) == {"ingest"}
+    for monitor in of_kind(objects, "PodMonitor"):
+        port = monitor["spec"]["podMetricsEndpoints"][0]["port"]
+        for component in chosen(monitor["spec"]["selector"], labels):
+            template = next(template for name, template in pods(objects) if name == component)
+            assert port in {p["name"] for container in template["spec"]["containers"] for p in container["ports"]}
+
+
+def test_a_budget_leaves_a_drain_possible() -> None:
+    """Ray pods have no scale, so a budget is a number that stays available; with one worker there is none."""
+    for replicas in (1, 2, 5):
+        budgets = of_kind(render({"serving": {"workers": {"replicas": replicas}}}), "PodDisruptionBudget")
+        kept = [each["spec"]["minAvailable"] for each in budgets if each["metadata"]["name"].endswith("-serving")]
+        assert kept == ([replicas - 1] if replicas > 1 else [])
+
+
+def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[dict[str, Any]]) -> None:
+    names: dict[str, set[str]] = {}
+    for component, template in pods(objects):
+        spec = template["spec"]
+        for container in spec["containers"]:
+            for variable in container["env"]:
+                reference = variable.get("valueFrom", {}).get("secretKeyRef")
+                if reference:
+                    names.setdefault(component, set()).add(reference["name"])
+                assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
+    assert names["migration"] == {"ratchet-ledger"}
+    assert names["updater"] == {"ratchet-ledger", "ratchet-s3"}
+    assert names["ingest"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
+    assert names["serving-worker"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}
+    assert not of_kind(objects, "Secret")
+
+
+def test_the_stores_of_all_pods_are_the_same(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        variables = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+        if component != "migration":
+            assert variables["AWS_ENDPOINT_URL"] == "http://seaweedfs:8333"
+            assert variables["AWS_ALLOW_HTTP"] == "true"
+            assert variables["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
+
+
+def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not_there_yet(
+    objects: list[dict[str, Any]],
+) -> None:
+    job = of_kind(objects, "Job")[0]
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"
+    spec = job["spec"]["template"]["spec"]
+    assert spec["containers"][0]["command"] == ["ratchet", "ledger", "migrate"]
+    assert not {"serviceAccountName", "priorityClassName"} & spec.keys()
+    assert not [volume for volume in spec["volumes"] if "configMap" in volume]
+
+
+def policies(objects: list[dict[str, Any]], component: str, labels: dict[str, dict[str, str]]) -> list[Any]:
+    """The specs of all policies that hold for a component."""
+    found = [each["spec"] for each in of_kind(objects, "NetworkPolicy")]
+    return [spec for spec in found if selects(spec["podSelector"], labels[component])]
+
+
+def outward(objects: list[dict[str, Any]], component: str, labels: dict[str, dict[str, str]]) -> set[int]:
+    """Ports that a component may call outside of Ray."""
+    rules = [rule for spec in policies(objects, component, labels) for rule in spec.get("egress", [])]
+    assert all("ports" in rule or "podSelector" in rule["to"][0] for rule in rules), "an opening without a port"
+    return {port["port"] for rule in rules for port in rule.get("ports", [])}
+
+
+def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
+    objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
+) -> None:
+    dns, ledger, kafka, store, redis, serve = 53, 5432, 9092, 443, 6379, 8000
+    for component in labels:
+        assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(objects, component, labels)[0].items()
+    assert outward(objects, "migration", labels) == {dns, ledger}
+    assert outward(objects, "ingest", labels) == {dns, ledger, kafka, store}
+    assert outward(objects, "updater", labels) == {dns, ledger, store}
+    assert outward(objects, "console", labels) == {dns, ledger, kafka, store, serve}
+    assert outward(objects, "serving-worker", labels) == {dns, ledger, store, redis}
+
+
+def test_rays_ports_are_open_to_ray_alone(objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]) -> None:
+    rules = [rule for spec in policies(objects, "serving-head", labels) for rule in spec.get("ingress", [])]
+    without_port = [rule["from"] for rule in rules if "ports" not in rule]
+    assert [chosen(peer["podSelector"], labels) for peers in without_port for peer in peers] == [
+        {"serving-head", "serving-worker"}
+    ]
+
+
+def test_the_metrics_ports_are_open_to_prometheus(
+    objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
+) -> None:
+    for component in ("ingest", "updater"):
+        rules = [rule for spec in policies(objects, component, labels) for rule in spec.get("ingress", [])]
+        assert [rule["ports"][0]["port"] for rule in rules] == ["metrics"]
+
+
+def test_keda_scales_ingest_by_lag_up_to_the_partitions(objects: list[dict[str, Any]]) -> None:
+    spec = of_kind(objects, "ScaledObject")[0]["spec"]
+    assert spec["maxReplicaCount"] == EVERYTHING["settings"]["kafka"]["partitions"]
+    trigger = spec["triggers"][0]
+    assert trigger["type"] == "kafka"
+    assert trigger["metadata"]["bootstrapServers"] == NEEDED["kafka"]["bootstrap"]
+    authentication = of_kind(objects, "TriggerAuthentication")[0]
+    assert trigger["authenticationRef"]["name"] == authentication["metadata"]["name"]
+    ingest = next(each for each in of_kind(objects, "Deployment") if each["metadata"]["name"].endswith("-ingest"))
+    assert "replicas" not in ingest["spec"], "each upgrade would undo what KEDA decided"
+    assert not of_kind(render(), "ScaledObject"), "off by default"
+
+
+def test_no_upgrade_adds_a_writer_of_the_sample_store(objects: list[dict[str, Any]]) -> None:
+    for deployment in of_kind(objects, "Deployment"):
+        strategy = deployment["spec"]["strategy"]
+        assert strategy["type"] == "Recreate" or strategy["rollingUpdate"]["maxSurge"] == 0
+
+
+def test_two_releases_of_one_name_in_two_namespaces_share_no_object() -> None:
+    one, other = (
+        {(each["kind"], each["metadata"]["name"]) for each in objects if each["kind"] == "PriorityClass"}
+        for objects in (render(), render(namespace="other"))
+    )
+    assert one and other and not one & other
+
+
+def test_what_is_published_is_neither_metrics_nor_the_operators_calls(objects: list[dict[str, Any]]) -> None:
+    rules = of_kind(objects, "Ingress")[0]["spec"]["rules"]
+    paths = {path["path"] for rule in rules if rule["host"] == "a.example" for path in rule["http"]["paths"]}
+    assert "/v1" in paths
+    assert not [path for path in paths if "/admin".startswith(path) or "/metrics".startswith(path)]
+
+
+def test_jobs_have_the_names_that_alerts_know(objects: list[dict[str, Any]]) -> None:
+    from ops.alerts import prometheus_config
+    from ops.settings import load_settings
+
+    jobs = {
+        each["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"]
+        for each in of_kind(objects, "PodMonitor")
+    }
+    known = {each["job_name"] for each in prometheus_config(load_settings(environ={}))["scrape_configs"]}
+    assert known <= jobs
+
+
+def test_every_object_says_which_release_it_is_of() -> None:
+    for each in render(merged(profile("multigpu"), EVERYTHING)):
+        labels = each["metadata"]["labels"]
+        assert labels["app.kubernetes.io/instance"] == "live"
+        assert {"helm.sh/chart", "app.kubernetes.io/name", "app.kubernetes.io/managed-by"} <= labels.keys()

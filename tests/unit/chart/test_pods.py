@@ -1,0 +1,125 @@
+"""What holds for every pod of the chart, in every profile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.chart import EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
+
+WORKLOADS = {"serving-head", "serving-worker", "ingest", "updater", "console"}
+CASES = [profile(name) for name in PROFILES] + [merged(profile(name), EVERYTHING) for name in PROFILES]
+IDS = [*PROFILES, *(f"{name} with everything" for name in PROFILES)]
+
+
+@pytest.fixture(params=CASES, ids=IDS)
+def objects(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return render(request.param)
+
+
+def containers(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(component, pod spec, container), those that run before the others included."""
+    for component, template in pods(objects):
+        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
+            yield component, template["spec"], container
+
+
+def test_every_part_of_the_product_has_its_pods(objects: list[dict[str, Any]]) -> None:
+    assert {component for component, _ in pods(objects)} == {*WORKLOADS, "migration"}
+
+
+def test_no_pod_runs_as_root_or_may_become_it(objects: list[dict[str, Any]]) -> None:
+    for component, spec, container in containers(objects):
+        assert spec["securityContext"]["runAsNonRoot"] is True, component
+        assert spec["securityContext"]["runAsUser"] > 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+        assert not [volume for volume in spec["volumes"] if "hostPath" in volume]
+
+
+def test_every_root_is_read_only_and_what_is_written_has_a_bound(objects: list[dict[str, Any]]) -> None:
+    for component, spec, container in containers(objects):
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True, component
+        mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert {"/tmp", "/home/ratchet"} <= mounted
+        home = next(each["value"] for each in container["env"] if each["name"] == "HOME")
+        assert home in mounted
+        for volume in spec["volumes"]:
+            assert "emptyDir" not in volume or volume["emptyDir"]["sizeLimit"], (component, volume["name"])
+
+
+def test_every_mount_has_its_volume(objects: list[dict[str, Any]]) -> None:
+    for component, spec, container in containers(objects):
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes, component
+
+
+def test_every_container_says_what_it_needs(objects: list[dict[str, Any]]) -> None:
+    for component, _, container in containers(objects):
+        resources = container["resources"]
+        assert {"cpu", "memory"} <= resources["requests"].keys(), component
+        assert "memory" in resources["limits"], component
+
+
+def test_every_container_that_stays_has_three_probes(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        for container in template["spec"]["containers"] if component in WORKLOADS else []:
+            ports = {port["name"] for port in container["ports"]}
+            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+                assert container[probe]["httpGet"]["port"] in ports, (component, container["name"], probe)
+
+
+def test_requests_go_to_workers_whose_models_answer(objects: list[dict[str, Any]]) -> None:
+    ray = {component: template["spec"]["containers"][0] for component, template in pods(objects)}
+    assert ray["serving-worker"]["readinessProbe"]["httpGet"] == {"path": "/health/ready", "port": "serve"}
+    # KubeRay deploys the application when the head is ready: it cannot wait for the application.
+    assert ray["serving-head"]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
+
+
+def test_no_pod_gets_a_token_of_the_cluster(objects: list[dict[str, Any]]) -> None:
+    for _, template in pods(objects):
+        assert template["spec"]["automountServiceAccountToken"] is False
+    assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
+
+
+def test_ray_has_shared_memory_that_holds_its_object_store(objects: list[dict[str, Any]]) -> None:
+    cluster = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]
+    units = {"Mi": 2**20, "Gi": 2**30}
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        spec = group["template"]["spec"]
+        shm = next(volume["emptyDir"] for volume in spec["volumes"] if volume["name"] == "shm")
+        assert shm["medium"] == "Memory"
+        size = int(shm["sizeLimit"][:-2]) * units[shm["sizeLimit"][-2:]]
+        assert size >= int(group["rayStartParams"]["object-store-memory"])
+        assert "/dev/shm" in {mount["mountPath"] for mount in spec["containers"][0]["volumeMounts"]}
+
+
+def test_serving_goes_before_training(objects: list[dict[str, Any]]) -> None:
+    value = {each["metadata"]["name"]: each for each in of_kind(objects, "PriorityClass")}
+    of_pod = {component: template["spec"].get("priorityClassName") for component, template in pods(objects)}
+    training = value[of_pod["updater"]]
+    assert training["preemptionPolicy"] == "Never"
+    for component in WORKLOADS - {"updater"}:
+        assert value[of_pod[component]]["value"] > training["value"]
+
+
+def test_there_is_one_trainer_and_nothing_scales_it(objects: list[dict[str, Any]]) -> None:
+    updater = next(each for each in of_kind(objects, "Deployment") if each["metadata"]["name"].endswith("-updater"))
+    assert updater["spec"]["replicas"] == 1
+    assert updater["spec"]["strategy"] == {"type": "Recreate"}
+    for scaler in of_kind(objects, "ScaledObject"):
+        assert scaler["spec"]["scaleTargetRef"]["name"] == "live-ratchet-ingest"
+    assert not of_kind(objects, "HorizontalPodAutoscaler")
+
+
+def test_pods_spread_over_nodes_and_zones(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        if component in WORKLOADS:
+            spread = template["spec"]["topologySpreadConstraints"]
+            assert {each["topologyKey"] for each in spread} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
+            for each in spread:
+                assert each["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()

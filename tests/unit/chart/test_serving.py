@@ -1,0 +1,131 @@
+"""What the chart tells Ratchet and Ray Serve is what they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+from ray.serve.config import ProxyLocation
+from ray.serve.schema import ServeDeploySchema
+
+from ops.settings import Settings, load_settings
+from serving.app import build
+from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
+from tests.support.tiny import tiny_base
+from tests.support.tiny_vlm import tiny_vlm_base
+
+
+def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:
+    return ServeDeploySchema.model_validate(yaml.safe_load(of_kind(objects, "RayService")[0]["spec"]["serveConfigV2"]))
+
+
+def settings_of(objects: list[dict[str, Any]], folder: Path) -> Settings:
+    """As a pod loads them: the file of the ConfigMap, and the secrets from the environment."""
+    text = next(
+        each["data"]["ratchet.yaml"] for each in of_kind(objects, "ConfigMap") if "ratchet.yaml" in each["data"]
+    )
+    file = folder / "mounted.yaml"
+    file.write_text(text)
+    return load_settings(
+        environ={
+            "RATCHET_CONFIG": str(file),
+            "RATCHET_LEDGER_URL": "postgresql://ratchet@db/ratchet",
+            "RATCHET_SERVE__OPERATOR_KEY": "k",
+            "RATCHET_KAFKA__CLIENT": '{"security_protocol": "SASL_SSL", "sasl_plain_password": "p: {#\'"}',
+        }
+    )
+
+
+def deployments(application: Any) -> dict[str, Any]:
+    """Name and options of each deployment in the graph of an application."""
+    bound = application._bound_deployment
+    found = {bound.name: bound}
+    for argument in bound.init_args:
+        if hasattr(argument, "_bound_deployment"):
+            found |= deployments(argument)
+    return found
+
+
+@pytest.mark.parametrize("name", PROFILES)
+@pytest.mark.parametrize("extra", [{}, EVERYTHING], ids=["least", "everything"])
+def test_every_profiles_settings_are_ratchets(name: str, extra: Any, tmp_path: Path) -> None:
+    settings = settings_of(render(profile(name), extra), tmp_path)
+    assert settings.artifacts == "s3://models/ratchet"
+    assert settings.serve.host == settings.metrics_host == settings.console.host == "0.0.0.0"
+    assert settings.kafka.client["sasl_plain_password"] == "p: {#'"
+    assert settings.console.server == "http://live-ratchet-serve-svc:8000"
+
+
+def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:
+    objects = render()
+    settings = settings_of(objects, tmp_path)
+    ports = {
+        (component, port["name"]): port["containerPort"]
+        for component, template in pods(objects)
+        for container in template["spec"]["containers"]
+        for port in container.get("ports", [])
+    }
+    assert ports["ingest", "metrics"] == settings.ingest.metrics_port
+    assert ports["updater", "metrics"] == settings.updater.metrics_port
+    assert ports["console", "http"] == settings.console.port
+    assert ports["serving-worker", "serve"] == settings.serve.port == serve_config(objects).http_options.port
+
+
+def test_ray_serve_builds_the_application_and_finds_its_deployments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_base(tmp_path)
+    tiny_vlm_base(tmp_path)
+    file = tmp_path / "ratchet.yaml"
+    file.write_text(yaml.safe_dump({"home": str(tmp_path), "base": {"clip": "tiny", "vlm": "tiny-vlm"}}))
+    monkeypatch.setenv("RATCHET_CONFIG", str(file))
+    application = serve_config(render()).applications[0]
+    module, _, function = str(application.import_path).partition(":")
+    assert (module, function) == (build.__module__, build.__name__)
+    graph = deployments(call_user_app_builder_with_args_if_necessary(build, application.args))
+    assert {"Encoder", "Vlm", "Ingress"} <= graph.keys()
+    for name in PROFILES:
+        config = serve_config(render(profile(name)))
+        assert config.proxy_location == ProxyLocation.EveryNode
+        for each in config.applications[0].deployments:
+            assert each.name in graph
+            assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
+
+
+def test_without_a_vlm_the_configuration_names_none() -> None:
+    config = serve_config(render({"settings": {"base": {"vlm": ""}}}))
+    assert [each.name for each in config.applications[0].deployments] == ["Encoder"]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_all_replicas_fit_on_the_workers(name: str, tmp_path: Path) -> None:
+    objects = render(profile(name))
+    at = settings_of(objects, tmp_path).serve
+    actors = {
+        each.name: each.ray_actor_options.model_dump() for each in serve_config(objects).applications[0].deployments
+    }
+    group = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    smaller = 1.0  # ingress, catalog and controller
+    for kind, have in (
+        ("num_cpus", resources["requests"]["cpu"]),
+        ("num_gpus", resources["limits"].get("nvidia.com/gpu", 0)),
+    ):
+        wanted = at.encoder_replicas * actors["Encoder"][kind] + at.vlm_replicas * actors["Vlm"][kind]
+        assert wanted + (smaller if kind == "num_cpus" else 0) <= group["replicas"] * float(have) + 1e-9
+
+
+def test_each_pod_has_the_bases_before_it_starts() -> None:
+    for source, command in (
+        ({"source": "build"}, ["ratchet", "base", "build"]),
+        ({"source": "artifacts"}, ["ratchet", "base", "pull", "b16", "smol"]),
+        ({"source": "volume", "existingClaim": "bases"}, ["ratchet", "base", "show", "b16", "smol"]),
+    ):
+        objects = render({"bases": source, "settings": {"base": {"clip": "b16", "vlm": "smol"}}})
+        first = {c: t["spec"]["initContainers"][0] for c, t in pods(objects) if t["spec"].get("initContainers")}
+        assert first.keys() == {"serving-head", "serving-worker", "updater"}
+        for container in first.values():
+            assert container["command"] == command
