@@ -135,5 +135,5 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
     session: Session = request.state.session
     partial = request.headers.get("hx-request") == "true"
     template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
-    facts = {"title": title, "message": message, "fix": fix, "csrf": session.csrf, "nav": NAV, "current": "", "visit": None}
+    facts = {"title": title, "message": message, "fix": fix, "csrf": session.csrf, "nav": NAV, "section": "", "visit": None}
     return HTMLResponse(template.render(facts), status)

@@ -81,8 +81,8 @@ class Visit:
     def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A whole page."""
         path = self.request.url.path
-        current = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
-        return self.part(template, status, title=title, nav=NAV, current=current, **facts)
+        section = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
+        return self.part(template, status, title=title, nav=NAV, section=section, **facts)
 
     def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part that opens over the page; without a script it is a page of its own."""
