@@ -92,7 +92,9 @@ class Visit:
 
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part of a page, for htmx to put in its place."""
-        return HTMLResponse(TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status)
+        return HTMLResponse(
+            TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status
+        )
 
 
 def visit(request: Request) -> Visit:

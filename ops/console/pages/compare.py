@@ -68,7 +68,10 @@ def compared(
     gone = [number for number in (left, right) if number not in resident]
     if gone:
         raise Refused(
-            409, f"Release {gone[0]} is not loaded any more", "Only the newest releases can be asked.", "Reload the page."
+            409,
+            f"Release {gone[0]} is not loaded any more",
+            "Only the newest releases can be asked.",
+            "Reload the page.",
         )
     sides = [Side(number, resident[number]) for number in (left, right)]
     names = listed(labels)

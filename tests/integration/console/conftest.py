@@ -45,7 +45,9 @@ class Place:
 def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("console")
     house = House.make(home, vlm_engine="transformers", encoder_replicas=1)
-    kafka = broker.settings(home).kafka.model_dump(include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"})
+    kafka = broker.settings(home).kafka.model_dump(
+        include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"}
+    )
     port = free_port()
     house.config.write_text(
         yaml.safe_dump({**yaml.safe_load(house.config.read_text()), "console": {"port": port}, "kafka": kafka})
@@ -58,7 +60,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[
     _, reader = house.ledger.create_key("guest", ["infer"], actor="test")
     house.start()
     try:
-        with reading(settings) as ingest, console(house.config, f"http://127.0.0.1:{port}", home / "console.log") as url:
+        with (
+            reading(settings) as ingest,
+            console(house.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
+        ):
             yield Place(house, settings, url, story, ingest, operator, reader)
     finally:
         house.stop()
