@@ -58,7 +58,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     possible: bool = True
     targets: tuple[ReleaseRow, ...] = ()
-    adapters: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Choices by family: name and what the gate said."""
 
 
@@ -114,7 +114,7 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
 
 
 def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:
-    happens = (
+    happens: tuple[str, ...] = (
         "Updates that pass the gate wait until somebody resumes.",
         "Learning and judging go on. You can still release and roll back by hand.",
     )
