@@ -5,6 +5,7 @@
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
     ├── StoreError         the sample store or the catalog
+    │   └── UnknownRecord      no record was refused at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
     ├── TrainingError      an update cannot be trained
@@ -60,6 +61,10 @@ class BrokerError(RatchetError):
 
 class StoreError(RatchetError):
     """The sample store or the catalog."""
+
+
+class UnknownRecord(StoreError):
+    """No record was refused at this place."""
 
 
 class BaseModelError(RatchetError):

@@ -103,6 +103,7 @@ class Serve(Section):
     vlm_queue: int = Field(128, ge=1, description="VLM requests that may wait or run; more are answered 429.")
     vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
+    ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")
 
     @property
@@ -176,6 +177,15 @@ class Console(Section):
         return is_loopback(self.host)
 
 
+class Watch(Section):
+    """How the catalog and the incoming data are watched."""
+
+    seconds: float = Field(30.0, gt=0, description="How often they are measured, where something has changed.")
+    recall_queries: int = Field(20, ge=1, le=10_000, description="Stored vectors that recall@10 is measured with.")
+    drift_window: int = Field(128, ge=8, le=100_000, description="Newest samples that are looked at for drift.")
+    drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -194,6 +204,7 @@ class Settings(Section):
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
     console: Console = Field(default_factory=Console)
+    watch: Watch = Field(default_factory=Watch)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property

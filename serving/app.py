@@ -139,6 +139,11 @@ def _start(settings: Settings, server: Server) -> None:
         raise ConfigError(
             f"port {settings.serve.port} is taken.", "Stop what listens there, or set serve.port to another one."
         )
+    if settings.serve.ray_metrics_port and not session.is_free("", settings.serve.ray_metrics_port):
+        raise ConfigError(  # Ray's agent would end, and with it the node
+            f"port {settings.serve.ray_metrics_port} is taken.",
+            "Set serve.ray_metrics_port to another one, or to 0: Ray then exports no metrics.",
+        )
     with step("starting Ray"):
         import ray
         from ray import serve
@@ -148,6 +153,7 @@ def _start(settings: Settings, server: Server) -> None:
         ray.init(
             address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
             _temp_dir=str(server.folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
+            _metrics_export_port=settings.serve.ray_metrics_port or None,
             object_store_memory=session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
         )  # fmt: skip
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)

@@ -34,6 +34,9 @@ class Outcome:
     refused: list[dict[str, Any]] = field(default_factory=list)
     """Rows to publish to the quarantine topic."""
     cursors: list[Cursor] = field(default_factory=list)
+    records: int = 0
+    size: int = 0
+    """Bytes of the records."""
 
 
 class Batch:
@@ -42,7 +45,7 @@ class Batch:
     def __init__(self, kafka: Kafka, looks: StoredLooks) -> None:
         self.kafka = kafka
         self.looks = looks
-        self._entries: list[tuple[Cursor, Accepted | Refused]] = []
+        self._entries: list[tuple[Cursor, Accepted | Refused, int]] = []
         self._bytes = 0
         self._since = 0.0
 
@@ -53,7 +56,7 @@ class Batch:
         """Take in a record of ``size`` bytes."""
         if not self._entries:
             self._since = time.monotonic()
-        self._entries.append((cursor, judged))
+        self._entries.append((cursor, judged, size))
         self._bytes += size
 
     def fits(self, size: int) -> bool:
@@ -88,8 +91,13 @@ class Batch:
             Superseded: another process was faster; nothing was stored.
             StoreError: nothing was stored.
         """
-        entries = [(cursor, judged) for cursor, judged in self._entries if holds(cursor)]
-        outcome = Outcome(cursors=list(dict.fromkeys(cursor for cursor, _ in entries)))
+        held = [entry for entry in self._entries if holds(entry[0])]
+        entries = [(cursor, judged) for cursor, judged, _ in held]
+        outcome = Outcome(
+            cursors=list(dict.fromkeys(cursor for cursor, _ in entries)),
+            records=len(held),
+            size=sum(size for _, _, size in held),
+        )
         if not entries:
             self.clear()
             return outcome

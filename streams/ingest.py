@@ -100,11 +100,11 @@ class Ingest:
 
     def stored(self, outcome: Outcome) -> None:
         """Count a commit, in the metrics and in the status."""
+        metrics.ingest.received(outcome.records, outcome.size)
         for split, count in outcome.samples.items():
             metrics.ingest.stored(count, split)
         for kind, count in outcome.duplicates.items():
-            for _ in range(count):
-                metrics.ingest.duplicate(kind)
+            metrics.ingest.duplicates(count, kind)
         for row in outcome.refused:
             metrics.ingest.refused(row["reason"])
         now = self.status
@@ -123,7 +123,8 @@ def run_ingest(settings: Settings) -> None:
     ingest = Ingest(settings, on_change=_Narrator())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: ingest.stop())
-    metrics.listen(settings.ingest.metrics_port)
+    metrics.build.started("ingest")
+    metrics.listen("ingest", settings.ingest.metrics_port)
     say(f"ingest: {settings.kafka.topic} at {settings.kafka.bootstrap} -> {ingest.store.url}")
     ingest.run()
 

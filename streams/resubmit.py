@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
-from ops.errors import RatchetError, RecordError, StoreError
+from ops.errors import RatchetError, RecordError, UnknownRecord
 from ops.ledger import Ledger, ResubmissionRow
 from ops.settings import Settings
 from streams.clients import CONNECT_SECONDS
@@ -27,10 +27,6 @@ from streams.store import SampleStore
 #: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
 HEADER: Final = "x-ratchet-resubmission-of"
 _PLACE: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
-
-
-class UnknownRecord(StoreError):
-    """No record was refused at this place."""
 
 
 @dataclass(frozen=True, slots=True)

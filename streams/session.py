@@ -191,6 +191,7 @@ class Session:
                 "The new one is read from its beginning.",
             )
         metrics.ingest.broker(True)
+        self._measure_lag()
         if self.host.status.state != "reading":
             self.host.change(state="reading", problem="")
 
@@ -288,7 +289,8 @@ class Session:
                 behind = max(0, end - (cursor.stored or 0))
                 metrics.ingest.lag(cursor.partition, behind)
                 lag += behind
-        self.host.change(lag=lag)
+        if lag != self.host.status.lag:
+            self.host.change(lag=lag)
 
     def _tend_store(self) -> None:
         fragments = self.store.fragments()
@@ -296,7 +298,8 @@ class Session:
         # The owner of the first partition compacts, so that several processes do not do it at once.
         if fragments >= COMPACT_FRAGMENTS and self.assignment.cursor(0) is not None:
             fragments = self.store.compact()
-        metrics.ingest.store({split: self.store.count(split=split) for split in splits}, fragments)
+        rows = {split: self.store.count(split=split) for split in splits}
+        metrics.ingest.store(rows, self.store.size(), fragments)
 
     def _store(self) -> Outcome:
         started = time.monotonic()

@@ -155,6 +155,12 @@ class SampleStore:
         dataset = self._open(None)
         return 0 if dataset is None else len(dataset.get_fragments())
 
+    def size(self) -> int:
+        """Bytes of the data files of the latest version."""
+        dataset = self._open(None)
+        fragments = [] if dataset is None else dataset.get_fragments()
+        return sum(file.file_size_bytes or 0 for fragment in fragments for file in fragment.data_files())
+
     # -- for ingest -------------------------------------------------------------------------------------------------
 
     def snapshot(self, version: int | None = None) -> Snapshot:

@@ -40,7 +40,8 @@ def run_update(
         service = UpdaterService(settings, load_recipe(recipe) if recipe else None, family=family, stop=stop)
         try:
             if not once:
-                metrics.listen(settings.updater.metrics_port)
+                metrics.build.started("update")
+                metrics.listen("update", settings.updater.metrics_port)
                 service.run_forever()
                 return None
             outcome = service.step(now=True, retry=retry)

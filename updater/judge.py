@@ -92,11 +92,7 @@ def _gate(
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:
-    metrics.gate.decided(verdict.outcome, verdict.seconds)
-    metrics.update.spent("gate", _gflops(verdict.summary(), update))
-    for suite in verdict.suites:
-        left = min(suite.ci_low, suite.ci_base_low) + suite.margin if suite.role == "retention" else None
-        metrics.gate.suite(suite.name, suite.before, suite.after, left)
+    metrics.gate.decided(update.family, verdict.outcome, verdict.seconds, _gflops(verdict.summary(), update))
 
 
 def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ops.progress import say
 from ops.settings import Settings
 from streams.store import SampleStore
 from updater import triggers
+from updater.facts import Facts
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
 from updater.judge import judge
 from updater.learner import Base
@@ -76,6 +77,7 @@ class UpdaterService:
         self.artifacts = Artifacts(settings.artifacts)
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
+        self._facts = Facts(self.ledger)
 
     def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
@@ -116,20 +118,27 @@ class UpdaterService:
 
     def run_forever(self) -> None:
         """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        for family in self.turns:
+            metrics.update.now(family, "waiting")
         said, at = "", 0.0
         while not self.stop():
             try:
+                self._tell_budget()
+                self._facts.tell(self.turns)
                 outcome = self.step()
                 reason = outcome.reason
                 wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
             except RatchetError as error:
                 reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
-            rate, capacity = triggers.bucket(self.settings)
-            metrics.update.budget(self.ledger.bucket_level(time.time(), rate, capacity))
             if wait and (reason != said or time.monotonic() - at > QUIET_SECONDS):
                 say(f"updater waits: {reason}")
                 said, at = reason, time.monotonic()
             time.sleep(wait)
+
+    def _tell_budget(self) -> None:
+        rate, capacity = triggers.bucket(self.settings)
+        level = self.ledger.bucket_level(time.time(), rate, capacity)
+        metrics.update.budget(level, capacity, triggers.planned_gflops(self.settings))
 
     def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
         values = recipe.model_dump(mode="json")
@@ -151,21 +160,23 @@ class UpdaterService:
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
         """Take an update from where it is to its end."""
         work, base = self.work_dir(update), self.bases[family]
-        metrics.update.running(family, True)
         try:
             if update.state == "training":
+                metrics.update.now(family, "training")
                 update = self._train(update, family, base, work)
             if update.state == "trained":
+                metrics.update.now(family, "judging")
                 update = judge(self.settings, self.ledger, self.artifacts, self.store, base, update)
             if update.state == "gated":
+                metrics.update.now(family, "proposing")
                 update = self._propose(update, family)
         except (LedgerError, StoreError, GateError, ConfigError):
             raise  # storage that is away, or settings that are wrong, are no fault of the update: it waits
         except RatchetError as error:
             update = self._fail(update, error)
         finally:
-            metrics.update.running(family, False)
-        metrics.update.finished(family, update.state, float(update.cost.get("seconds", 0.0)))
+            metrics.update.now(family, "waiting")
+        metrics.update.finished(family, update.state)
         shutil.rmtree(work, ignore_errors=True)
         return update
 
@@ -181,6 +192,7 @@ class UpdaterService:
     def _abandon(self, update: UpdateRow) -> UpdateRow:
         error = f"version {update.store_version} of the sample store is not kept any more"
         say(f"{update.id} is abandoned: {error}")
+        metrics.update.finished(update.family, "abandoned")
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def work_dir(self, update: UpdateRow) -> Path:
@@ -195,6 +207,7 @@ class UpdaterService:
             raise BudgetError(
                 f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
             )
+        self._tell_budget()
         recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
         folders = reference_of(settings, family)
         pools = draw_pools(self.store, recipe, folders, update.store_version, update.data_from, update.seed)
@@ -221,7 +234,7 @@ class UpdaterService:
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
         self._register(update, recipe, base, result)
         self.ledger.settle(update.id, result.maf, capacity=capacity)
-        metrics.update.spent("train", result.maf)
+        metrics.update.trained(family, result.seconds, result.maf)
         say(f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s")
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
 

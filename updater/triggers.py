@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from ops import metrics
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from streams.store import Having, SampleStore
@@ -64,6 +65,7 @@ def decide(
     data_from = _learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
+    metrics.update.new_samples(family, count)
     if count == 0:
         return Waiting("there are no new samples")
     if not now and not retry and count < settings.updater.min_new_samples:

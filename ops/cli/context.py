@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from typing import Any
 import typer
 import yaml
 
-from ops.errors import ConfigError
+from ops.access import OPERATOR
+from ops.errors import AccessError, ConfigError
 from ops.settings import Settings, load_settings
 
 
@@ -41,6 +43,14 @@ def of(context: typer.Context) -> Context:
     """The :class:`Context` of a typer command."""
     found = context.find_object(Context)
     return found if found is not None else Context(None, [])
+
+
+def person() -> str:
+    """Who runs this command, for the audit log: the name of the system's user, if it is one that can be recorded."""
+    try:
+        return OPERATOR.actor(getpass.getuser())
+    except (AccessError, KeyError, OSError):  # in a container the user may have no name, or that of a part
+        return OPERATOR.name
 
 
 def _assignment(flag: str) -> tuple[str, Any]:

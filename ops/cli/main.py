@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import base, bench, config, data, gate, parts, releases, status
+from ops.cli import audit, base, bench, config, data, gate, keys, metrics, parts, releases, status
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -52,6 +52,9 @@ app.add_typer(base.app, name="base", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
+app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(audit.audit)
+app.add_typer(metrics.app, name="metrics", rich_help_panel="Operate")
 app.add_typer(config.app, name="config", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(config.doctor)
 app.command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -150,7 +149,7 @@ def _operator(settings: Settings) -> Any:
     from serving.client import Client
 
     url = f"http://{settings.serve.host}:{settings.serve.port}"
-    return Client(url, operator_key=settings.operator_key(), actor=getpass.getuser())
+    return Client(url, operator_key=settings.operator_key(), actor=ctx.person())
 
 
 def _tell(result: dict[str, Any]) -> None:

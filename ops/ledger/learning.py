@@ -143,6 +143,13 @@ class LearningVerbs:
             found = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
             return None if found is None else as_row(VerdictRow, found)
 
+    def verdict_on(self, adapter: str) -> VerdictRow | None:
+        """The newest verdict on an adapter, if anybody judged it."""
+        query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
+        with self.database.read() as session:
+            found = session.scalars(query).first()
+            return None if found is None else as_row(VerdictRow, found)
+
     def looks_since_release(self, family: str) -> int:
         """Verdicts of a family since the last released update: the looks that already spent alpha."""
         last = (

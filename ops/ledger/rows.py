@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -62,6 +63,20 @@ class VerdictRow:
     report_key: str
     summary: dict[str, Any]
     created_at: datetime
+
+    @property
+    def gain(self) -> float:
+        """Mean difference to the base over the gain suites, as a share; NaN when there are none."""
+        return self._mean_difference("gain")
+
+    @property
+    def forgetting(self) -> float:
+        """Mean loss to the base over the retention suites, as a share; below 0 where it became better."""
+        return -self._mean_difference("retention")
+
+    def _mean_difference(self, role: str) -> float:
+        suites = [suite for suite in self.summary.get("suites", {}).values() if suite["role"] == role]
+        return sum(suite["after"] - suite["base"] for suite in suites) / len(suites) if suites else math.nan
 
 
 @dataclass(frozen=True)

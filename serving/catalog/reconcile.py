@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from streams.store import Having
 
 log = logging.getLogger("ratchet.catalog")
 COLUMNS = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
+Result = TypeVar("Result")
 BATCH_ROWS = 32
 """Rows of one append: 32 images are 0.4 s of encoding, so progress shows and a kill loses little."""
 IDLE_SECONDS = 0.5
@@ -98,6 +99,7 @@ class Catalog:
         for stamp in window:
             self._resident.setdefault(stamp.image_space, stamp.clip)
         self._live_space = window[0].image_space if window else ""
+        self._reported = -2  # the rows of another space are to be told
         self._wake.set()
 
     async def retire(self, keep: Sequence[Stamp]) -> list[str]:
@@ -116,16 +118,21 @@ class Catalog:
         """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
         if space not in self._resident:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._reads, self.tables.search, space, vector, k, filters)
+        return await self.read(self.tables.search, space, vector, k, filters)
 
     async def image(self, sample_id: str) -> bytes | None:
         """The encoded image of one sample, or None."""
-        loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self._reads, lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id])
-        )
+        found = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
         return bytes(found["image"][0].as_py()) if found.num_rows else None
+
+    async def read(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call something that only reads, where the loop does not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._reads, function, *args)
+
+    def searchable(self) -> tuple[str, list[str]]:
+        """The live image space, and the samples in its table in the order in which they were ingested."""
+        have = self._have.get(self._live_space, set())
+        return self._live_space, [sample for sample in self._wanted if sample in have]
 
     def status(self) -> dict[str, Any]:
         """Rows and coverage per resident space, 0 to 1; unreadable images count as done."""
@@ -169,8 +176,9 @@ class Catalog:
         version = await self._in_io(self.corpus.version)
         if version != self._version:
             seen = dict(self._offsets)
-            rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=["id"], having="text"))
-            self._wanted += rows["id"].to_pylist()
+            columns = ["id", "ingested_at"]
+            rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=columns, having="text"))
+            self._wanted += rows.sort_by("ingested_at")["id"].to_pylist()
             self._offsets = await self._in_io(self.corpus.offsets, version)
             self._version = version
         worked = False

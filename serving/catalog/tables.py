@@ -6,6 +6,7 @@ approximate index would be measured against.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lancedb
@@ -69,12 +70,9 @@ class Tables:
         Raises:
             StoreError: the space has another dimension.
         """
-        table = self._table(space)
-        if table is None:
+        query = self._nearest(space, vector, k)
+        if query is None:
             return []
-        if table.schema.field("vector").type.list_size != len(vector):
-            raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")
-        query = table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
         if condition := filters.sql():
             query = query.where(condition, prefilter=True)
         found = query.to_list()
@@ -85,11 +83,42 @@ class Tables:
         ]  # fmt: skip
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
+    def exact_scores(self, space: str, vector: npt.NDArray[np.float32], k: int) -> list[float]:
+        """Cosine similarities of the ``k`` nearest rows, best first, whatever index there is."""
+        query = self._nearest(space, vector, k)
+        rows = [] if query is None else query.bypass_vector_index().to_list()
+        return sorted((1.0 - float(row["_distance"]) for row in rows), reverse=True)
+
+    def vectors(self, space: str, ids: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Vectors [n, dim] of these ids, in their order; unknown ids are passed over."""
+        table = self._table(space)
+        if table is None:
+            return np.empty((0, 0), np.float32)
+        wanted = ", ".join(f"'{each}'" for each in ids if each.isalnum())
+        rows = table.search().where(f"id IN ({wanted})").select(["id", "vector"]).limit(None).to_arrow()
+        column = rows["vector"].combine_chunks()
+        found = column.flatten().to_numpy().reshape(len(rows), -1)
+        place = {each: index for index, each in enumerate(rows["id"].to_pylist())}
+        return np.asarray(found[[place[each] for each in ids if each in place]], np.float32)
+
+    def fragments(self, space: str) -> int:
+        """Data files of a space's table."""
+        table = self._table(space)
+        return 0 if table is None else int(table.stats()["fragment_stats"]["num_fragments"])
+
     def drop(self, space: str) -> None:
         """Remove a space's table, if there is one."""
         if self._table(space) is not None:
             del self._open[space]
             self._database.drop_table(f"clip_{space}")
+
+    def _nearest(self, space: str, vector: npt.NDArray[np.float32], k: int) -> Any:
+        table = self._table(space)
+        if table is None:
+            return None
+        if table.schema.field("vector").type.list_size != len(vector):
+            raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")
+        return table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
 
     def _table(self, space: str) -> Any:
         if not space.isalnum():

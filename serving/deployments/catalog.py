@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from ray.serve.handle import DeploymentHandle
 
+from ops import metrics
 from ops.errors import RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
+from serving.catalog.watch import Watcher
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Answer
 from serving.deployments.stamps import Stamp
@@ -34,6 +36,7 @@ class CatalogReplica:
 
     def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:
         close_replica_port()
+        metrics.build.started("catalog")
         preprocess = load_base(settings.home, settings.base.clip).preprocess
         bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
 
@@ -50,7 +53,9 @@ class CatalogReplica:
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
         ledger = Ledger.open(settings.ledger, migrate=False)
         self._window = LedgerWindow(ledger, encoder, settings.serve.rollback_window)
+        self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._told = asyncio.Lock()
         self._knows = False
 
@@ -58,11 +63,13 @@ class CatalogReplica:
         """The catalog with its loop running, and told of the resident releases: a replaced replica missed the word."""
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
         async with self._told:
             if not self._knows:
                 resident = await self._window.read()
                 if resident is not None:
-                    await self.catalog.adopt(resident.indexed)
+                    await self._adopt(resident.indexed)
                     self._knows = True
         return self.catalog
 
@@ -82,7 +89,13 @@ class CatalogReplica:
 
     async def adopt(self, window: Sequence[Stamp]) -> None:
         """See :meth:`Catalog.adopt`."""
-        await (await self._started()).adopt(window)
+        await self._started()
+        await self._adopt(window)
+
+    async def _adopt(self, window: Sequence[Stamp]) -> None:
+        await self.catalog.adopt(window)
+        if window:
+            metrics.release.live("catalog", window[0].release)
 
     async def retire(self, keep: Sequence[Stamp]) -> list[str]:
         """See :meth:`Catalog.retire`."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import math
+from collections.abc import Coroutine, Sequence
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -36,9 +37,11 @@ class ReleaseController:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        metrics.build.started("controller")
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.fleet = RayFleet(encoder, catalog, vlm)
         self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
+        self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         self._started = asyncio.Event()
         self._trouble = ""
         self._running: set[asyncio.Task[Any]] = set()
@@ -133,7 +136,6 @@ class ReleaseController:
         metrics.release.decided(kind, "committed")
         metrics.release.phase("prepare", outcome.prepare_seconds)
         metrics.release.phase("commit", outcome.commit_seconds)
-        metrics.release.live("controller", outcome.number)
         if kind == "rollback":
             metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
         log.info("release %d is live: %s", outcome.number, outcome)
@@ -141,6 +143,7 @@ class ReleaseController:
 
     async def _after(self, outcome: Outcome) -> None:
         detail = asdict(outcome)
+        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
         await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
         await self._retire()
 
@@ -157,6 +160,7 @@ class ReleaseController:
                     outcome = await self.protocol.start()
                     self._started.set()
                     if outcome is None:
+                        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
                         await self._retire()
                 else:
                     outcome = await self.protocol.step()
@@ -173,6 +177,21 @@ class ReleaseController:
                 log.exception("controller")
                 self._trouble = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
+
+
+def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:
+    """Export which release is live, since when, and what its adapters gained and forgot."""
+    live = ledger.live()
+    if live is None:
+        return
+    metrics.release.live("controller", live.number)
+    metrics.release.committed(live.created_at.timestamp())
+    for family in families:
+        adapter = live.adapter(family)
+        verdict = None if adapter is None else ledger.verdict_on(adapter)
+        unknown = 0.0 if adapter is None else math.nan  # the base is what is compared with
+        gain, forgetting = (unknown, unknown) if verdict is None else (verdict.gain, verdict.forgetting)
+        metrics.release.learned(family, gain, forgetting)
 
 
 def outcome_of(result: Result | RatchetError) -> Result:

@@ -10,8 +10,9 @@ from typing import Any
 
 from ray import serve
 
+from ops import metrics
 from ops.artifacts import Artifacts
-from ops.ledger import Ledger
+from ops.ledger import Ledger, ReleaseRow
 from ops.settings import Settings
 from serving.deployments.lane import Lane
 from serving.deployments.loopback import close_replica_port
@@ -31,6 +32,7 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
+        metrics.build.started("encoder")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.serve.encoder_threads)
@@ -39,6 +41,7 @@ class Encoder:
         self.batch.set_batch_wait_timeout_s(settings.serve.batch_wait_seconds)
         self._in_step = time.monotonic()
         self._trouble = ""
+        self._inside = self._running = 0
         for clip in self._wanted():
             prepared = self.lane.prepare_now(clip)
             if prepared.error and clip == self._wanted()[0]:
@@ -47,13 +50,25 @@ class Encoder:
 
     async def encode(self, kind: Kind, payload: Any, adapter: str | None, deadline: float) -> Answer:
         """Vectors of one request's items; batched with those of other requests."""
-        answer: Answer = await self.batch(Work(kind, payload, adapter, deadline))
-        return answer
+        self._inside += 1
+        self._tell()
+        try:
+            answer: Answer = await self.batch(Work(kind, payload, adapter, deadline))
+            return answer
+        finally:
+            self._inside -= 1
+            self._tell()
 
     @serve.batch(max_batch_size=16 * IMAGE_COST, batch_wait_timeout_s=0.005, batch_size_fn=batch_cost)  # type: ignore[untyped-decorator]
     async def batch(self, works: list[Work]) -> list[Answer]:
         """One dynamic batch, bounded by cost."""
-        return await self.lane.encode(works)
+        self._running = len(works)
+        self._tell()
+        try:
+            return await self.lane.encode(works)
+        finally:
+            self._running = 0
+            self._tell()
 
     async def encode_background(self, pixels: Any, adapter: str | None) -> Answer:
         """Vectors for the catalog, at low priority."""
@@ -81,18 +96,25 @@ class Encoder:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
     def _wanted(self) -> list[str | None]:
-        rows = self.ledger.releases(self.settings.serve.rollback_window)
-        return list(dict.fromkeys(row.clip for row in rows)) or [None]
+        return list(dict.fromkeys(row.clip for row in self._window())) or [None]
+
+    def _window(self) -> list[ReleaseRow]:
+        return self.ledger.releases(self.settings.serve.rollback_window)
+
+    def _tell(self) -> None:
+        metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
 
     async def _follow(self) -> None:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                live = (await asyncio.to_thread(self._wanted))[0]
-                prepared = await self.lane.prepare(live)
+                window = await asyncio.to_thread(self._window)
+                prepared = await self.lane.prepare(window[0].clip if window else None)
                 self._trouble = prepared.error
                 if not prepared.error:
                     self._in_step = time.monotonic()
+                    if window:
+                        metrics.release.live("encoder", window[0].number)
             except Exception as error:  # the ledger is away: serve on with what is loaded
                 self._trouble = f"{type(error).__name__}: {error}"
                 log.warning("cannot follow the ledger: %s", self._trouble)

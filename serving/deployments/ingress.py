@@ -12,12 +12,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
+from ops.access import Access
 from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
+from serving.deployments.refused import RefusedRecords
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome
@@ -26,7 +28,6 @@ from serving.deployments.window import LedgerWindow
 from serving.engines.base import base_directory, load_base
 from serving.engines.vlm.base import MODEL
 from serving.http.app import build_app
-from serving.http.auth import OperatorGate
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake
 from serving.http.token_texts import token_texts
@@ -43,29 +44,35 @@ class ControllerCalls:
 
     async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
         """Release adapters by family."""
-        found: Outcome = outcome_of(
-            await self.handle.release.remote(dict(adapters), actor=actor, reason=reason, expected_live=expected_live)
-        )
+        with metrics.operator.action("release"):
+            found: Outcome = outcome_of(
+                await self.handle.release.remote(
+                    dict(adapters), actor=actor, reason=reason, expected_live=expected_live
+                )
+            )
         return found
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
     ) -> Outcome:
         """Release what was live before."""
-        found: Outcome = outcome_of(
-            await self.handle.rollback.remote(
-                actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+        with metrics.operator.action("rollback"):
+            found: Outcome = outcome_of(
+                await self.handle.rollback.remote(
+                    actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+                )
             )
-        )
         return found
 
     async def hold(self, *, actor: str, reason: str) -> None:
         """Let updates wait."""
-        outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
+        with metrics.operator.action("hold"):
+            outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
 
     async def resume(self, *, actor: str, reason: str) -> None:
         """Let updates through."""
-        outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
+        with metrics.operator.action("resume"):
+            outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
 
     async def status(self) -> dict[str, Any]:
         """What the controller does."""
@@ -86,11 +93,14 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.window = LedgerWindow(self.ledger, encoder, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
+        self.access = Access(self.ledger, settings)
+        self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._follower: asyncio.Task[None] | None = None
         self.gateway = Gateway(
             settings=settings.serve,
@@ -100,7 +110,8 @@ class Ingress:
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
             intake=ImageIntake(base.preprocess, settings.serve),
-            operators=OperatorGate(settings.operator_key().get_secret_value()),
+            access=self.access,
+            quarantine=RefusedRecords(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue),

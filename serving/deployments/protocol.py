@@ -15,6 +15,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
@@ -68,7 +69,9 @@ class ReleaseProtocol:
         """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold."""
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
-            for proposal in await asyncio.to_thread(self.ledger.pending_proposals):
+            waiting = await asyncio.to_thread(self.ledger.pending_proposals)
+            metrics.release.waiting(len(waiting), held is not None)
+            for proposal in waiting:
                 if proposal.kind == "update" and held is not None:
                     continue
                 try:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ops import metrics
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
+from ops.metrics.serving import Age
 
 FAMILY: Family = "clip"
 BASE = "base"
@@ -75,6 +77,7 @@ class Admission:
         ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
             self._window = ordered
+            self._tell()
         return self.live.release if self.live else 0
 
     def resolve(self, model: str, family: Family = FAMILY) -> Stamp:
@@ -104,6 +107,7 @@ class Admission:
         """Stamp one request, and count it until the block ends."""
         stamp = self.resolve(model, family)
         self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
+        self._tell()
         try:
             yield stamp
         finally:
@@ -112,7 +116,19 @@ class Admission:
                 self._in_flight[stamp.release] = left
             else:
                 del self._in_flight[stamp.release]
+            self._tell()
 
     def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number."""
         return dict(self._in_flight)
+
+    def by_age(self) -> dict[Age, int]:
+        """The same, by how far behind the live release each one is."""
+        newest = [stamp.release for stamp in self._window[:2]]
+        counts: dict[Age, int] = {"live": 0, "incumbent": 0, "older": 0}
+        for number, count in self._in_flight.items():
+            counts["older" if number not in newest else "live" if number == newest[0] else "incumbent"] += count
+        return counts
+
+    def _tell(self) -> None:
+        metrics.release.in_flight(self.by_age())

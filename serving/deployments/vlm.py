@@ -10,12 +10,13 @@ from typing import Any
 
 from ray import serve
 
+from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Refusal
-from serving.deployments.resident import read_resident
+from serving.deployments.resident import ResidentRows, read_resident
 from serving.deployments.terms import Prepared
 from serving.deployments.vlm_lane import VlmLane
 from serving.engines.vlm.ask import Ask, Piece, Reply
@@ -37,6 +38,7 @@ class VlmReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
+        metrics.build.started("vlm")
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
 
         self.settings = settings
@@ -50,7 +52,7 @@ class VlmReplica:
         self._in_step = time.monotonic()
         self._trouble = ""
         self._follower: asyncio.Task[None] | None = None
-        wanted = self._wanted()
+        wanted = self._resident().vlms or (None,)
         self.lane.adopt(wanted)
         for index, vlm in enumerate(wanted):
             prepared = await self.lane.prepare(vlm)
@@ -104,19 +106,22 @@ class VlmReplica:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _wanted(self) -> tuple[str | None, ...]:
-        return read_resident(self.ledger, self.settings.serve.rollback_window).vlms or (None,)
+    def _resident(self) -> ResidentRows:
+        return read_resident(self.ledger, self.settings.serve.rollback_window)
 
     async def _follow(self) -> None:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                wanted = await asyncio.to_thread(self._wanted)
+                resident = await asyncio.to_thread(self._resident)
+                wanted = resident.vlms or (None,)
                 prepared = await self.lane.prepare(wanted[0])
                 self._trouble = prepared.error
                 if not prepared.error:
                     self.lane.adopt(wanted)
                     self._in_step = time.monotonic()
+                    if resident.window:
+                        metrics.release.live("vlm", resident.window[0].number)
             except Exception as error:  # the ledger is away: serve on with what is loaded
                 self._trouble = f"{type(error).__name__}: {error}"
                 log.warning("cannot follow the ledger: %s", self._trouble)

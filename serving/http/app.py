@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from typing import Any
 
-from serving.http import chat, classify, embeddings, errors, health, operations, search, vqa
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
+
+from serving.http import chat, classify, embeddings, errors, health, operations, quarantine, search, vqa
+from serving.http.auth import Guard
 from serving.http.gateway import Gateway
-from serving.http.limits import LOOPBACK, Bounds
+from serving.http.limits import Bounds
 
 DESCRIPTION = """
 A CLIP model and a vision-language model that keep learning and never slip back.
@@ -20,7 +24,16 @@ client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="unused")
 client.embeddings.create(model="clip", input=["a photo of a cat"])
 client.chat.completions.create(model="vlm", messages=[{"role": "user", "content": "hello"}])
 ```
+
+A server that other machines can reach wants a key: `Authorization: Bearer rk_...` (`ratchet keys create`).
 """
+
+BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "No key, or one that is not valid"},
+    403: {"description": "The key has not the scope that this call needs"},
+    429: {"description": "Too many requests; `Retry-After` says when to come again"},
+}
 
 
 def build_app(at: Gateway) -> FastAPI:
@@ -28,12 +41,15 @@ def build_app(at: Gateway) -> FastAPI:
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
     app.state.gateway = at
     errors.install(app)
-    for part in (chat, embeddings, vqa, classify, search, operations, health):
-        app.include_router(part.router)
+    for part in (chat, embeddings, vqa, classify, search, operations, quarantine):
+        # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
+        app.include_router(part.router, dependencies=[Depends(BEARER)], responses=REFUSALS)
+    app.include_router(health.router)
+    app.add_middleware(Guard, access=at.access)
     app.add_middleware(
         Bounds,
         max_body_bytes=at.settings.max_body_bytes,
         max_requests=at.settings.queue,
-        loopback_only=at.settings.host.startswith(LOOPBACK) or at.settings.host == "localhost",
+        loopback_only=at.settings.on_loopback,
     )
     return app

@@ -1,39 +1,156 @@
-"""Operators prove who they are with a bearer key, and say their name."""
+"""The door: who calls, whether the key has the scope that the route needs, and how often it may.
+
+Pure ASGI and before every route, so a route that somebody adds is closed until :func:`needs` says otherwise.
+"""
 
 from __future__ import annotations
 
-import hmac
-from dataclasses import dataclass
+import asyncio
+import math
+import time
+from typing import Any
 
 from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ops import metrics
+from ops.access import Access, Principal
+from ops.errors import AccessError
+from ops.ledger.keys import SCOPES
+from ops.ledger.rows import KeyScope
+from serving.http import errors
 from serving.http.errors import ApiError
+from serving.http.rates import Rates, address
 
-MAX_ACTOR_CHARS = 100
+READ_SECONDS = 1.0
+"""Longest that a request waits for the keys to be read again; then those that were read last count."""
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+ANY_KEY = ("/metrics", "/docs", "/openapi.json")
 
 
-@dataclass(frozen=True, slots=True)
-class OperatorGate:
-    """Checks ``Authorization: Bearer <operator key>`` in constant time; takes the name from ``x-ratchet-actor``."""
+def needs(path: str) -> tuple[KeyScope, ...]:
+    """The scopes of which a caller needs one; none for what is open to everybody."""
+    if path.startswith("/health/"):
+        return ()
+    if path in ANY_KEY or path.startswith("/docs/"):
+        return SCOPES
+    if path.startswith("/admin/v1/quarantine"):
+        return ("publish", "operate")
+    if path.startswith("/admin"):
+        return ("operate",)
+    return ("infer",)
 
-    key: str
 
-    def actor(self, request: Request) -> str:
-        """The operator's name.
+class Guard:
+    """Answers 401, 403 and 429 for those who may not, and leaves the :class:`Principal` of others in the request."""
 
-        Raises:
-            ApiError: 401 without the right key, 400 with a name that cannot be recorded.
-        """
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode(), self.key.encode())
-        if scheme.lower() != "bearer" or not right:
+    def __init__(self, app: ASGIApp, access: Access, rates: Rates | None = None) -> None:
+        self.app = app
+        self.access = access
+        self.rates = Rates() if rates is None else rates
+        self._reading: asyncio.Task[None] | None = None
+        self._reading_since = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or refuse it before its body is read."""
+        if scope["type"] == "http":
+            try:
+                caller = await self._admit(scope)
+                scope["state"] = {**scope.get("state", {}), "principal": caller}
+            except ApiError as error:
+                await errors.answer(
+                    error.status_code, error.detail, error.param, error.code, dict(error.headers or {})
+                )(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> Principal | None:
+        path = scope["path"]
+        scopes = needs(path)
+        if not scopes or (path == "/metrics" and self.access.metrics_open):
+            return None
+        token = bearer(Headers(scope=scope))
+        caller = await self._identify(token)
+        if caller is None and token:
             raise ApiError(
-                401, "this call needs the operator key: `Authorization: Bearer <key>` (home/operator.key).",
-                code="invalid_operator_key", headers={"WWW-Authenticate": "Bearer"},
+                401, "this key is not valid: it is mistyped, cut short, or was revoked.",
+                code="invalid_api_key", headers=CHALLENGE,
             )  # fmt: skip
-        name = request.headers.get("x-ratchet-actor", "operator").strip()
-        if not name or len(name) > MAX_ACTOR_CHARS or not name.isprintable():
+        if caller is not None:
+            self._count(caller, scope)
+        if caller is None or (caller.kind == "anonymous" and not caller.may(*scopes)):
             raise ApiError(
-                400, "x-ratchet-actor must be a name of 1 to 100 printable characters.", code="invalid_actor"
-            )
-        return name
+                401, f"this call needs a key with the scope {_either(scopes)}: `Authorization: Bearer rk_...`. "
+                "An operator makes one with `ratchet keys create`.", code="invalid_api_key", headers=CHALLENGE,
+            )  # fmt: skip
+        if not caller.may(*scopes):
+            has = ", ".join(sorted(caller.scopes))
+            raise ApiError(
+                403, f"this call needs the scope {_either(scopes)}; key {caller.name!r} has {has}.",
+                code="insufficient_scope", headers={"WWW-Authenticate": 'Bearer error="insufficient_scope"'},
+            )  # fmt: skip
+        return caller
+
+    async def _identify(self, token: str | None) -> Principal | None:
+        if self.access.due(token):
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(asyncio.to_thread(self.access.refresh))
+                self._reading_since = time.monotonic()
+            left = self._reading_since + READ_SECONDS - time.monotonic()
+            await asyncio.wait([self._reading], timeout=max(0.0, left))
+        return self.access.known(token)
+
+    def _count(self, caller: Principal, scope: Scope) -> None:
+        who = f"key:{caller.key_id}" if caller.kind == "key" else address(scope)
+        seconds = self.rates.take(who, caller.requests_per_minute)
+        if seconds > 0:
+            metrics.http.rate_limited(caller.name)
+            shown = f"key {caller.name!r}" if caller.kind == "key" else "your address"
+            raise ApiError(
+                429, f"{shown} may make {caller.requests_per_minute} requests a minute.",
+                code="rate_limited", headers={"Retry-After": str(math.ceil(seconds))},
+            )  # fmt: skip
+
+
+def bearer(headers: Headers) -> str | None:
+    """The token of ``Authorization: Bearer <token>``, if there is one."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return (token.strip() or None) if scheme.lower() == "bearer" else None
+
+
+def principal(request: Request) -> Principal:
+    """Who makes this request. Only for routes that :func:`needs` names a scope for."""
+    found: Any = request.state.principal
+    if not isinstance(found, Principal):
+        raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
+    return found
+
+
+def operator(request: Request, *scopes: KeyScope) -> str:
+    """The caller's name for the audit log, where he has one of the scopes (default: ``operate``).
+
+    Raises:
+        ApiError: 403 without the scope, 400 with an ``x-ratchet-actor`` that cannot be recorded.
+    """
+    caller = principal(request)
+    if not caller.may(
+        *(scopes or ("operate",))
+    ):  # the guard saw to it; a route that forgot to be closed is closed here
+        raise ApiError(403, f"this call needs the scope {_either(scopes or ('operate',))}.", code="insufficient_scope")
+    try:
+        return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))
+    except AccessError as error:
+        raise ApiError(400, f"x-ratchet-actor: {error}", param="x-ratchet-actor", code="invalid_actor") from None
+
+
+def _utf8(header: str | None) -> str | None:
+    """Headers are read as Latin-1; people write their names in UTF-8."""
+    try:
+        return header and header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
+
+
+def _either(scopes: tuple[KeyScope, ...]) -> str:
+    return " or ".join(f"`{scope}`" for scope in scopes)

@@ -14,7 +14,18 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from ops.errors import LedgerError, RatchetError, RecordError, ReleaseConflict, ReleaseError
+from ops import metrics
+from ops.errors import (
+    AlreadyResubmitted,
+    BrokerError,
+    LedgerError,
+    RatchetError,
+    RecordError,
+    ReleaseConflict,
+    ReleaseError,
+    StoreError,
+    UnknownRecord,
+)
 from serving.deployments.calls import Late, Overloaded, Unavailable
 from serving.deployments.stamps import NotReady, UnknownModel
 from serving.engines.vlm.ask import AskError, EngineDead
@@ -37,7 +48,11 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     EngineDead: (503, "unavailable"),
     ReleaseConflict: (409, "release_conflict"),
     ReleaseError: (422, "release_failed"),
+    AlreadyResubmitted: (409, "already_resubmitted"),
     LedgerError: (409, "ledger"),
+    UnknownRecord: (404, "record_not_found"),
+    BrokerError: (503, "broker"),
+    StoreError: (503, "store"),
 }
 
 
@@ -64,6 +79,7 @@ def answer(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:  # fmt: skip
     """The error as a response; 429 and 503 tell when to come back."""
+    metrics.http.refused(code or "other")
     extra = dict(headers or {})
     if status in (429, 503):
         extra.setdefault("Retry-After", RETRY_AFTER_SECONDS)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from ops.access import Access
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Serve
@@ -21,7 +22,6 @@ from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome
 from serving.engines.vlm.ask import Ask, Piece, Reply
-from serving.http.auth import OperatorGate
 from serving.http.errors import ApiError, from_validation
 from serving.http.intake import ImageIntake
 
@@ -88,6 +88,16 @@ class Operations(Protocol):
         """What the controller does."""
 
 
+class Quarantine(Protocol):
+    """See :class:`serving.deployments.refused.RefusedRecords`."""
+
+    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
+        """Refused records, newest first."""
+
+    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
+        """Send one again; where the topic has it now."""
+
+
 @dataclass(frozen=True)
 class Gateway:
     """Everything a route needs; one per ingress replica, in ``app.state.gateway``."""
@@ -99,9 +109,10 @@ class Gateway:
     index: Index
     operations: Operations
     intake: ImageIntake
-    operators: OperatorGate
+    access: Access
     ledger: Ledger
     refresh: Callable[[], Awaitable[None]]
+    quarantine: Quarantine
     vlms: Vlms | None = None
     """None: no VLM is served."""
     token_text: Callable[[int], str] = "token_id:{}".format

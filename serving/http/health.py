@@ -63,4 +63,4 @@ def _passes(at: Gateway, stamp: Stamp) -> list[Coroutine[Any, Any, Any]]:
 @router.get("/metrics", summary="Prometheus metrics of all serving processes", response_class=Response)
 async def prometheus() -> Response:
     """Text format."""
-    return Response(await asyncio.to_thread(metrics.exposition), media_type=CONTENT_TYPE_LATEST)
+    return Response(await asyncio.to_thread(metrics.exposition, "serve"), media_type=CONTENT_TYPE_LATEST)

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serving.deployments.terms import Outcome
+from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.gateway import Gateway, gateway, json_body, json_schema
 from serving.http.schemas import ReasonRequest, ReleaseRequest, RollbackRequest
@@ -43,7 +44,7 @@ async def releases(request: Request, limit: int = 50) -> JSONResponse:
 async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
     at = gateway(request)
-    actor = at.operators.actor(request)
+    actor = operator(request)
     expected = await _live_number(at)
     asked = await json_body(request, ReleaseRequest)
     adapters = asked.adapters()
@@ -57,7 +58,7 @@ async def release(request: Request) -> JSONResponse:
 async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
     at = gateway(request)
-    actor = at.operators.actor(request)
+    actor = operator(request)
     expected = await _live_number(at)
     asked = await json_body(request, RollbackRequest)
     given = expected if asked.expected_live is None else asked.expected_live
@@ -74,7 +75,7 @@ async def rollback(request: Request) -> JSONResponse:
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
     at = gateway(request)
-    actor = at.operators.actor(request)
+    actor = operator(request)
     await at.operations.hold(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
     return JSONResponse({"held": True})
 
@@ -83,7 +84,7 @@ async def hold(request: Request) -> JSONResponse:
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
     at = gateway(request)
-    actor = at.operators.actor(request)
+    actor = operator(request)
     await at.operations.resume(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
     return JSONResponse({"held": False})
 
@@ -92,7 +93,7 @@ async def resume(request: Request) -> JSONResponse:
 async def status(request: Request) -> JSONResponse:
     """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
     at = gateway(request)
-    at.operators.actor(request)
+    operator(request)
     controller, catalog = await asyncio.gather(at.operations.status(), at.index.status())
     return JSONResponse({"controller": controller, "catalog": catalog})
 

@@ -208,3 +208,11 @@ class ReasonRequest(Body):
     """Why."""
 
     reason: Reason
+
+
+class ResubmitRequest(Body):
+    """A refused record to send again."""
+
+    place: str = Field(min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it.")
+    reason: Reason
+    force: bool = Field(False, description="Also when it was sent again before.")

@@ -15,6 +15,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ops import metrics
 from serving.deployments.calls import Late
 from serving.http import errors
 from serving.http.presence import ClientGone, attended
@@ -42,6 +43,7 @@ def event(data: str, name: str = "") -> bytes:
 def failure(error: Exception) -> bytes:
     """The event that ends a stream which failed; its data is the error object of all other errors."""
     found = errors.described(error)
+    metrics.http.refused(found.code or "other")
     if found.code == "internal":
         log.error("a stream failed", exc_info=error)
     return event(dumps(found.content), "error")

@@ -85,6 +85,11 @@ class SuiteResult:
     worsened: int = 0
     worst: tuple[Worse, ...] = ()
 
+    @property
+    def margin_left(self) -> float | None:
+        """What the worse of both lower bounds leaves of the margin; below 0 it is used up. None without a margin."""
+        return min(self.ci_low, self.ci_base_low) + self.margin if self.role == "retention" else None
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -137,6 +142,7 @@ class Verdict:
                 "difference": suite.difference,
                 "ci": [suite.ci_low, suite.ci_high],
                 "margin": suite.margin,
+                "margin_left": suite.margin_left,
                 "decision": suite.decision,
             }
             for suite in self.suites

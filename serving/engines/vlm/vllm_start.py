@@ -86,7 +86,7 @@ def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "max_lora_rank": serve.vlm_max_rank,
         "enable_tower_connector_lora": True,
         "worker_extension_cls": "serving.engines.vlm.extension.RowMaskExtension",
-        "disable_log_stats": True,
+        "disable_log_stats": False,  # they are metrics: they come with those of the process that runs the engine
         "use_tqdm_on_load": False,
     }
     if not current_platform.is_cpu():

@@ -20,7 +20,7 @@ import openai
 import pytest
 from PIL import Image
 
-from serving.client import data_uri
+from serving.client import Client, ServerError, data_uri
 from tests.integration.serving.house import QUEUE, House
 
 LISTENING = "0A"
@@ -203,7 +203,7 @@ HOSTILE: list[tuple[str, str, Any, int, str]] = [
     ("k out of range", "/v1/search", {"text": "a", "k": 100000}, 400, "invalid_value"),
     ("year 9999", "/v1/search", {"text": "a", "since": "9999-12-31T23:59:59Z"}, 400, "invalid_value"),
     ("unknown route", "/v1/nothing", {}, 404, "not_found"),
-    ("no key", "/admin/v1/rollback", {"reason": "x"}, 401, "invalid_operator_key"),
+    ("no key", "/admin/v1/rollback", {"reason": "x"}, 401, "invalid_api_key"),
 ]  # fmt: skip
 
 
@@ -264,6 +264,26 @@ def test_a_wrong_operator_key_and_a_bad_actor_are_refused(house: House) -> None:
     assert actor.status_code == 400
     assert error_of(actor)["code"] == "invalid_actor"
     assert house.ledger.held() is None
+
+
+def test_a_key_made_while_the_server_runs_works_until_it_is_revoked(house: House) -> None:
+    ledger = house.ledger
+    row, token = ledger.create_key("shift", ["operate"], actor="test")
+    with Client(house.url, operator_key=token, actor="ann") as client:
+        client.hold("a look")
+        client.resume("seen")
+        assert [(row.actor, row.action) for row in ledger.audit_rows(2)] == [
+            ("key:shift/ann", "resume"), ("key:shift/ann", "hold"),
+        ]  # fmt: skip
+        assert client.get("/admin/v1/quarantine") == {"object": "list", "data": []}
+        with pytest.raises(ServerError, match="scope `infer`"):
+            client.embed(["not mine"])
+        ledger.revoke_key(row.id, actor="test", reason="shift is over")
+        end = time.monotonic() + 30
+        with pytest.raises(ServerError, match="not valid"):
+            while time.monotonic() < end:
+                client.status()
+    ledger.close()
 
 
 def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(house: House) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from ops.errors import AlreadyResubmitted, BrokerError, RecordError
+from ops.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
 from ops.ledger import Ledger
 from ops.settings import Settings
 from streams import resubmit as module
 from streams.codecs import glimpse
 from streams.ingest import Ingest
-from streams.resubmit import HEADER, UnknownRecord, list_quarantine, quarantined, resubmit
+from streams.resubmit import HEADER, list_quarantine, quarantined, resubmit
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import (

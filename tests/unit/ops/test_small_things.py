@@ -1,4 +1,4 @@
-"""Digests, errors, progress, metrics."""
+"""Digests, errors, progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from ops import metrics, progress
+from ops import progress
 from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import RecordError
 
@@ -40,20 +40,3 @@ def test_progress_yields_everything_and_tells_on_a_plain_log(
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.0)
     assert list(progress.track(range(3), "counting")) == [0, 1, 2]
     assert "counting: 3/3" in capsys.readouterr().err
-
-
-def test_verbs_record_under_the_names_that_prometheus_scrapes() -> None:
-    def value(line: str) -> float:
-        found = [row for row in metrics.exposition().decode().splitlines() if row.startswith(line + " ")]
-        return float(found[0].split()[-1]) if found else 0.0
-
-    stored = value('ratchet_ingest_samples_total{split="train"}')
-    passed = value('ratchet_gate_verdicts_total{outcome="passed"}')
-    metrics.ingest.stored(2, "train")
-    metrics.ingest.lag(0, 7)
-    metrics.gate.decided("passed", 1.5)
-    metrics.gate.suite("noto", 0.4, 0.5, 0.02)
-    assert value('ratchet_ingest_samples_total{split="train"}') == stored + 2
-    assert value('ratchet_ingest_lag_records{partition="0"}') == 7
-    assert value('ratchet_gate_verdicts_total{outcome="passed"}') == passed + 1
-    assert value('ratchet_gate_suite_score{model="candidate",suite="noto"}') == 0.5

@@ -9,12 +9,10 @@ import httpx
 import numpy as np
 import pytest
 from pydantic import ValidationError
-from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.deployments.haproxy import close_binds
-from serving.http.auth import OperatorGate
 from serving.http.classify import probabilities
 from serving.http.errors import ApiError, from_validation
 from serving.http.intake import from_data_uri
@@ -62,26 +60,6 @@ def test_only_data_uris_within_bounds_are_taken(uri: str, code: str) -> None:
 
 def test_a_data_uri_gives_its_bytes() -> None:
     assert from_data_uri("data:image/png;base64," + base64.b64encode(b"abc").decode(), "x", 10) == b"abc"
-
-
-def request(**headers: str) -> Request:
-    raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw})
-
-
-@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secre", "Bearer sécret"])
-def test_only_the_operator_key_opens(given: str) -> None:
-    with pytest.raises(ApiError) as caught:
-        OperatorGate("secret").actor(request(authorization=given))
-    assert caught.value.status_code == 401
-
-
-def test_the_actor_is_a_printable_name() -> None:
-    gate = OperatorGate("secret")
-    assert gate.actor(request(authorization="Bearer secret", x_ratchet_actor="ann")) == "ann"
-    assert gate.actor(request(authorization="bearer secret")) == "operator"
-    with pytest.raises(ApiError):
-        gate.actor(request(authorization="Bearer secret", x_ratchet_actor="a\x07"))
 
 
 def test_probabilities_are_of_the_mean_over_templates() -> None:

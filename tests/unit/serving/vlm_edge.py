@@ -13,13 +13,14 @@ import httpx
 import numpy as np
 from fastapi import FastAPI
 from PIL import Image
+from pydantic import SecretStr
 
-from ops.settings import Serve
+from ops.access import Access
+from ops.settings import Serve, Settings
 from serving.deployments.stamps import Admission, Stamp
 from serving.engines.preprocess import Preprocess
 from serving.engines.vlm.ask import Ask, Finish, Piece, Reply
 from serving.http.app import build_app
-from serving.http.auth import OperatorGate
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake
 
@@ -78,10 +79,11 @@ def gateway(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> Gateway:
     admission = Admission()
     admission.adopt(WINDOW)
     unused = cast(Any, None)
+    access = Access(unused, Settings(serve=Serve(operator_key=SecretStr("key"))))
     return Gateway(
         settings=settings, dim=8, admission=admission, encoders=unused, index=unused, operations=unused,
-        intake=ImageIntake(Preprocess(size=16), settings), operators=OperatorGate("key"), ledger=unused,
-        refresh=unused, vlms=vlms, token_text=lambda token: f"<{token}>",
+        intake=ImageIntake(Preprocess(size=16), settings), access=access,
+        quarantine=unused, ledger=unused, refresh=unused, vlms=vlms, token_text=lambda token: f"<{token}>",
     )  # fmt: skip
 
 

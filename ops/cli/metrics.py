@@ -1,0 +1,70 @@
+"""``ratchet metrics``: where Prometheus finds them, and a port for those of one machine."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from typing import Annotated, TypedDict
+
+import typer
+
+from ops import metrics
+from ops.cli import context as ctx
+from ops.errors import ConfigError
+from ops.progress import say
+from ops.settings import Settings
+
+app = typer.Typer(no_args_is_help=True, help="Where Prometheus finds the metrics.")
+
+
+class Target(TypedDict):
+    """One entry of a file that Prometheus reads with ``file_sd_configs``."""
+
+    targets: list[str]
+    labels: dict[str, str]
+
+
+def targets_of(settings: Settings, host: str) -> list[Target]:
+    """What is to be scraped of a Ratchet on one machine: its own processes, and Ray where that is switched on."""
+    ports = {
+        "serve": settings.serve.port,
+        "ingest": settings.ingest.metrics_port,
+        "update": settings.updater.metrics_port,
+        "ray": settings.serve.ray_metrics_port,
+    }
+    return [{"targets": [f"{host}:{port}"], "labels": {"process": name}} for name, port in ports.items() if port]
+
+
+@app.command()
+def targets(
+    context: typer.Context,
+    host: Annotated[str, typer.Option(help="How Prometheus reaches this machine.")] = "127.0.0.1",
+) -> None:
+    """Print the scrape targets as JSON, for `file_sd_configs` of Prometheus.
+
+    Example:  ratchet metrics targets > /etc/prometheus/ratchet.json
+    """
+    print(json.dumps(targets_of(ctx.of(context).settings, host), indent=1))
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9466,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+) -> None:
+    """Export what the serving processes of this machine wrote into PROMETHEUS_MULTIPROC_DIR, until SIGTERM.
+
+    For machines of a cluster that have replicas and no ingress: `/metrics` shows those of the ingress's machine only.
+    """
+    if not metrics.shares_a_folder():
+        raise ConfigError(
+            "PROMETHEUS_MULTIPROC_DIR is not set, or is no folder.",
+            "Set it to the folder that the replicas of this machine write their metrics into.",
+        )
+    done = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: done.set())
+    metrics.listen("serve", port, host)
+    say(f"metrics of the replicas on http://{host}:{port}/metrics")
+    done.wait()

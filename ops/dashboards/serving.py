@@ -1,0 +1,171 @@
+"""Requests, queues, models, releases and the catalog."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard as make
+
+from ops.dashboards import panels
+from ops.dashboards.panels import GREEN, ORANGE, RED, heat, lines, number, row
+from ops.dashboards.queries import API, AVAILABILITY, latency, mean, quantile
+
+RATE = "[$__rate_interval]"
+PHASE = "sum by (phase) (ratchet_release_phase_seconds"
+
+
+def dashboard() -> make.Dashboard:
+    """What clients get, and where the time goes."""
+    board = panels.dashboard("serving", "Serving", "What clients get, where the time goes, what a release does to it.")
+    row(
+        board,
+        "At a glance",
+        number(
+            "Availability", "Share of API requests that were not answered with a 5xx, over the shown time.",
+            "percentunit", (AVAILABILITY.format("[$__range]"), ""), decimals=2, trend=False, nothing="no requests",
+            steps=[(None, RED), (0.99, ORANGE), (0.999, GREEN)],
+        ),
+        number(
+            "Request rate", "API requests a second.", "reqps",
+            (f"sum(rate(ratchet_http_requests_total{{{API}}}{RATE}))", ""),
+        ),
+        number(
+            "Latency, median", "Half of the API requests are faster, first byte in to last byte out.", "s",
+            (latency(0.5, "[$__range]"), ""), decimals=2, trend=False, nothing="no requests",
+        ),
+        number(
+            "Latency, 99th percentile", "One of 100 API requests is slower.", "s",
+            (latency(0.99, "[$__range]"), ""), decimals=2, trend=False, nothing="no requests",
+        ),
+        number(
+            "In flight", "Requests that are being answered at this moment.", "none",
+            ("sum(ratchet_http_in_flight_requests)", ""),
+        ),
+        number(
+            "Waiting", "Requests that wait for a place in a batch of the encoders or of the VLM. More than a batch for "
+            "long: add replicas, or expect 429.", "none",
+            ("sum(ratchet_encoder_waiting_requests)", "encoders"), ("sum(ratchet_vlm_waiting_requests)", "VLM"),
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Requests",
+        lines(
+            "Requests by route", "API requests a second.", "reqps",
+            (f"sum by (route) (rate(ratchet_http_requests_total{{{API}}}{RATE}))", "{{route}}"), stacked=True,
+        ),
+        lines(
+            "Requests by status", "All answers a second. 429: the queue was full; 499: the client left; 504: too late; "
+            "503: a model could not answer.", "reqps",
+            (f"sum by (status) (rate(ratchet_http_requests_total{{{API}}}{RATE}))", "{{status}}"),
+        ),
+        lines(
+            "Errors by code", "Error objects a second, by the `code` that the client was told. Most are the client's "
+            "own; `overloaded`, `unavailable`, `deadline_exceeded` and `internal` are ours.", "reqps",
+            (f"sum by (reason) (rate(ratchet_http_refused_total{RATE})) or vector(0)", "{{reason}}"),
+        ),
+        lines(
+            "Latency by route, 95th percentile", "First byte in to last byte out; a stream of the VLM counts until its "
+            "last token.", "s", (latency(0.95, RATE, "route"), "{{route}}"),
+        ),
+        lines(
+            "Over their limit", "Requests a second that were answered 429 because their key, or their address, had "
+            "made too many.", "reqps",
+            (f"sum by (caller) (rate(ratchet_http_rate_limited_total{RATE})) or vector(0)", "{{caller}}"),
+        ),
+        lines(
+            "Latency of all API requests", "Quantiles. A gap between median and tail that grows is a queue.", "s",
+            (latency(0.5, RATE), "median"), (latency(0.95, RATE), "95%"), (latency(0.99, RATE), "99%"),
+        ),
+        heat(
+            "Latency, all requests", "How many API requests took how long. A second band is a second kind of request, "
+            "or a queue.", "s", f"sum by (le) (increase(ratchet_http_request_seconds_bucket{{{API}}}{RATE}))", width=24,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Encoders",
+        lines(
+            "Queue", "Requests in a batch, and those that wait for one.", "none",
+            ("sum(ratchet_encoder_running_requests)", "running"), ("sum(ratchet_encoder_waiting_requests)", "waiting"),
+            width=6,
+        ),
+        lines(
+            "Items of a batch, mean", "Images or texts in one forward pass. Larger batches cost less an item, and make "
+            "each request wait.", "none", (mean("ratchet_encoder_batch_size", "kind"), "{{kind}}"), width=6,
+        ),
+        lines(
+            "Time of a batch, 95th percentile", "One forward pass. It rises when the CPU is shared with learning.", "s",
+            (quantile(0.95, "ratchet_encoder_batch_seconds", "kind"), "{{kind}}"), width=6,
+        ),
+        lines(
+            "Items", "Images and texts encoded a second, those of the catalog included.", "cps",
+            (f"sum by (kind) (rate(ratchet_encoder_batch_size_sum{RATE}))", "{{kind}}"), width=6,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Vision-language model",
+        lines(
+            "Queue of the VLM", "Requests that are being answered, and those that wait.", "none",
+            ("sum(ratchet_vlm_running_requests)", "running"), ("sum(ratchet_vlm_waiting_requests)", "waiting"), width=6,
+        ),
+        lines(
+            "Answers", "Requests that ended, a second. `gone`: the client left; `late`: the deadline passed; `dead`: "
+            "the engine died.", "reqps", (f"sum by (outcome) (rate(ratchet_vlm_requests_total{RATE}))", "{{outcome}}"),
+            width=6,
+        ),
+        lines(
+            "Tokens", "Tokens read (prompt, images included) and written, a second.", "cps",
+            (f"sum by (direction) (rate(ratchet_vlm_tokens_total{RATE}))", "{{direction}}"), width=6,
+        ),
+        lines(
+            "Time to an answer", "Mean time to a whole answer, and to the first token of a stream.", "s",
+            (mean("ratchet_vlm_request_seconds"), "whole answer"), (mean("ratchet_vlm_first_token_seconds"),
+            "first token"), width=6,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Releases",
+        lines(
+            "Live release by part", "The release that each part serves. They agree, but for moments.", "none",
+            ("max by (part) (ratchet_release_live)", "{{part}}"), stairs=True, width=6,
+        ),
+        lines(
+            "In flight by release", "Requests by the release that they were stamped with. After a commit, `incumbent` "
+            "drains; `older` is what clients name, as `clip@N`.", "none",
+            ("sum by (age) (ratchet_release_in_flight_requests)", "{{age}}"), stacked=True, width=6,
+        ),
+        number(
+            "Time of a phase, mean", "Prepare loads the adapter and completes the catalog beside what is served; "
+            "commit and rollback are the switch, and take less than a second.", "s",
+            (f"{PHASE}_sum) / ({PHASE}_count) > 0)", "{{phase}}"), trend=False, width=6, decimals=2,
+        ),
+        number(
+            "Proposals decided", "Since serving started.", "none",
+            ("sum by (outcome) (ratchet_releases_total)", "{{outcome}}"), trend=False, width=6,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Catalog",
+        number(
+            "Coverage", "Embedded share of the corpus, in the least complete resident space.", "percentunit",
+            ("min(ratchet_catalog_coverage_ratio)", ""), steps=[(None, RED), (0.9, ORANGE), (0.999, GREEN)],
+        ),
+        number(
+            "Recall at 10", "Share of the true ten nearest rows that the index finds, over sampled stored vectors. The "
+            "search is exact today, so this is 100%; an approximate index shows its loss here.", "percentunit",
+            ("min(ratchet_catalog_recall_ratio)", ""), steps=[(None, RED), (0.9, ORANGE), (0.95, GREEN)],
+            nothing="no rows",
+        ),
+        number("Rows", "Rows of the live image space.", "short", ("max(ratchet_catalog_rows)", "")),
+        number(
+            "Fragments", "Data files of its table. Thousands make every scan slow; each 32nd append compacts.", "none",
+            ("max(ratchet_catalog_fragments)", ""), steps=[(None, GREEN), (200, ORANGE), (1000, RED)],
+        ),
+        lines(
+            "From ingest to searchable, mean", "Time until a new sample is found by search.", "s",
+            (mean("ratchet_catalog_event_to_searchable_seconds", window="[$__range]"), "mean"), height=4,
+        ),
+    )  # fmt: skip
+    return board

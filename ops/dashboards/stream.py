@@ -1,0 +1,109 @@
+"""From the topic into the sample store, and what kind of data comes."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard as make
+
+from ops.dashboards import panels
+from ops.dashboards.panels import GREEN, ORANGE, RED, lines, number, row
+from ops.dashboards.queries import LAG, QUARANTINED_SHARE, mean, quantile
+
+RATE = "[$__rate_interval]"
+
+
+def dashboard() -> make.Dashboard:
+    """What comes in, what becomes of it, and how it differs from before."""
+    board = panels.dashboard("stream", "Stream", "What comes in, what becomes of it, and how it differs from before.")
+    row(
+        board,
+        "At a glance",
+        number(
+            "Broker", "Whether ingest reaches the broker. Away: ingest waits, and reads on where it was.", "none",
+            ("max(ratchet_ingest_broker_up)", ""), words={"1": ("up", GREEN), "0": ("away", RED)}, trend=False,
+        ),
+        number(
+            "Records behind", "Records in the topic that are not stored yet.", "short", (LAG, ""),
+            steps=[(None, GREEN), (1_000, ORANGE), (10_000, RED)],
+        ),
+        number(
+            "Records", "Records a second that ingest decided about.", "cps",
+            (f"sum(rate(ratchet_ingest_records_total{RATE}))", ""),
+        ),
+        number(
+            "Quarantined", "Share of records that were refused, over the shown time. Above some percent a producer is "
+            "broken: see the reasons below.", "percentunit", (QUARANTINED_SHARE, ""), trend=False, decimals=1,
+            steps=[(None, GREEN), (0.01, ORANGE), (0.05, RED)], nothing="no records",
+        ),
+        number(
+            "Samples", "Samples in the store. `fresh_eval` is never trained on: it shows what an update gains.",
+            "short", ("max by (split) (ratchet_store_samples)", "{{split}}"),
+        ),
+        number(
+            "Drift", "Shift of the newest samples' mean embedding in standard errors. About 1 is no drift.", "none",
+            ("max(ratchet_drift_mean_shift)", ""), decimals=1, nothing="too few samples",
+            steps=[(None, GREEN), (2, ORANGE), (4, RED)],
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "What comes in",
+        lines(
+            "What becomes of records", "Records a second: stored by split, known already, or refused.", "cps",
+            (f"sum by (split) (rate(ratchet_ingest_samples_total{RATE}))", "stored, {{split}}"),
+            (f"sum by (kind) (rate(ratchet_ingest_duplicates_total{RATE}))", "duplicate, {{kind}}"),
+            (f"sum(rate(ratchet_ingest_quarantined_total{RATE})) or vector(0)", "quarantined"), stacked=True,
+        ),
+        lines(
+            "Quarantined by reason", "Refused records a second. They are kept: mend the producer and publish them "
+            "again.", "cps",
+            (f"sum by (reason) (rate(ratchet_ingest_quarantined_total{RATE})) or vector(0)", "{{reason}}"),
+        ),
+        lines(
+            "Bytes", "Bytes a second of the records.", "Bps", (f"sum(rate(ratchet_ingest_bytes_total{RATE}))", "read"),
+        ),
+        lines(
+            "Behind by partition", "One partition that is behind alone: its records are slow to decode, or its process "
+            "hangs.", "short", ("max by (partition) (ratchet_ingest_lag_records)", "{{partition}}"), least=0,
+        ),
+        lines(
+            "Time of a commit", "One atomic commit of samples, decisions and offsets. It grows with fragments and with "
+            "a slow disk.", "s", (mean("ratchet_ingest_commit_seconds"), "mean"),
+            (quantile(0.95, "ratchet_ingest_commit_seconds"), "95%"),
+        ),
+        lines(
+            "From ingest to searchable", "Until a new sample is found by search.", "s",
+            (mean("ratchet_catalog_event_to_searchable_seconds"), "mean"),
+            (quantile(0.95, "ratchet_catalog_event_to_searchable_seconds"), "95%"),
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Sample store",
+        lines(
+            "Samples over time", "Samples in the store by split; both grow with the stream.", "short",
+            ("max by (split) (ratchet_store_samples)", "{{split}}"), stacked=True,
+        ),
+        lines("Bytes of the store", "Data files of its newest version.", "bytes", ("max(ratchet_store_bytes)", "bytes"),
+              least=0),
+        lines(
+            "Fragments", "Data files. From 64 on, ingest compacts them: a saw's teeth are healthy, a slope is not.",
+            "none", ("max(ratchet_store_fragments)", "sample store"), ("max(ratchet_catalog_fragments)", "catalog"),
+            least=0,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Drift of what comes in",
+        lines(
+            "Mean shift", "Embeddings of the newest samples against those right before them: shift of the mean in "
+            "standard errors. 1 is no drift; another domain is above 4. It falls again when the new data has become "
+            "the usual data.", "none", ("max by (space) (ratchet_drift_mean_shift)", "{{space}}"), least=0, most=4,
+            steps=[(None, GREEN), (4, RED)], width=12,
+        ),
+        lines(
+            "Fréchet distance", "The same windows: squared distance of two normal distributions, spread included. In "
+            "units of the embedding; compare it with its own past.", "none",
+            ("max by (space) (ratchet_drift_frechet_distance)", "{{space}}"), least=0, width=12,
+        ),
+    )  # fmt: skip
+    return board

@@ -1,0 +1,18 @@
+"""Metrics: what exists is in :mod:`ops.metrics.declared`, the verbs that record it are here, and how Prometheus gets
+it is in :mod:`ops.metrics.exposition`.
+
+>>> from ops import metrics
+>>> metrics.gate.decided("clip", "passed", seconds=41.0)
+"""
+
+from ops.metrics.declared import names
+from ops.metrics.exposition import PARTS, Part, exposition, listen, shares_a_folder
+from ops.metrics.learning import gate, update
+from ops.metrics.models import catalog, drift, encoder, vlm
+from ops.metrics.serving import build, http, operator, release
+from ops.metrics.stream import ingest
+
+__all__ = [
+    "PARTS", "Part", "build", "catalog", "drift", "encoder", "exposition", "gate", "http", "ingest", "listen", "names",
+    "operator", "release", "shares_a_folder", "update", "vlm",
+]  # fmt: skip

@@ -1,0 +1,218 @@
+"""Every metric that Ratchet exports: name, unit, help and labels.
+
+Names start with ``ratchet_`` and end with their base unit: seconds, bytes, flops, or ``_ratio`` for a share from 0 to
+1; counters end with ``_total``. A label takes its values from a bounded set, which :data:`LABELS` names. Call sites do
+not use what is declared here, but the verbs beside it.
+
+Serving runs in several processes. A gauge says by its mode how their values become one: ``livesum`` adds up those of
+processes that live, ``livemostrecent`` takes what was written last, ``liveall`` keeps one for each process (``pid``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_LATEST: Literal["livemostrecent"] = "livemostrecent"
+
+LABELS = {
+    "action": "release, rollback, hold, resume, resubmit: what an operator can do",
+    "age": "live, incumbent (the one before it), older: a release, seen from the live one",
+    "caller": "names of keys, which only operators make, and anonymous",
+    "direction": "prompt, completion",
+    "family": "clip, vlm",
+    "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
+    "proposal: initial, update, rollback, release",
+    "model": "base, incumbent, candidate",
+    "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of an action: done, "
+    "refused; of an answer: ok, late, ask, adapter, gone, dead",
+    "part": "ingest, update, ingress, encoder, vlm, catalog, controller",
+    "partition": "partitions of the topic",
+    "phase": "prepare, commit, rollback",
+    "purpose": "train, gate",
+    "reason": "codes of refusals, all written in the source",
+    "role": "retention, gain",
+    "route": "route templates of the application, and `unmatched`",
+    "space": "image: the only tower whose vectors are kept",
+    "split": "train, fresh_eval",
+    "state": "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
+    "status": "HTTP status codes that the application uses",
+    "suite": "suites of the last verdict: YAML files, and at most six domains of fresh samples",
+    "term": "terms of the recipe's objective, and `loss`, their weighted sum",
+    "version": "one at a time",
+}
+"""Which values each label takes; every one of these sets is bounded."""
+
+# -- stream ---------------------------------------------------------------------------------------------------------
+INGEST_RECORDS = Counter("ratchet_ingest_records_total", "Records read from the topic and decided about.")
+INGEST_BYTES = Counter("ratchet_ingest_bytes_total", "Bytes of these records: key, value and headers.")
+INGEST_STORED = Counter("ratchet_ingest_samples_total", "Samples stored.", ["split"])
+INGEST_REFUSED = Counter("ratchet_ingest_quarantined_total", "Records quarantined.", ["reason"])
+INGEST_DUPLICATES = Counter("ratchet_ingest_duplicates_total", "Records that were already stored.", ["kind"])
+INGEST_LAG = Gauge("ratchet_ingest_lag_records", "Records between the store and the end of the log.", ["partition"])
+INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS)
+INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
+STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
+STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
+STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")
+
+# -- learning -------------------------------------------------------------------------------------------------------
+UPDATE_STATE = Gauge("ratchet_update_state", "What the trainer does now: 1 for one state, else 0.", ["family", "state"])
+UPDATE_WAITING = Gauge("ratchet_update_new_samples", "Train samples that no update has learned or tried.", ["family"])
+UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["family"])
+UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
+UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)
+UPDATES = Counter("ratchet_updates_total", "Updates finished.", ["family", "state"])
+UPDATE_PLANNED = Gauge("ratchet_update_planned_flops", "Memory-adjusted FLOPs planned for the last update.", ["family"])
+UPDATE_SPENT = Gauge("ratchet_update_spent_flops", "Memory-adjusted FLOPs that the last update spent.", ["family"])
+BUDGET_LEVEL = Gauge("ratchet_budget_level_flops", "Memory-adjusted FLOPs left in the token bucket.")
+BUDGET_SIZE = Gauge("ratchet_budget_size_flops", "Memory-adjusted FLOPs that the bucket holds: a day's refill.")
+BUDGET_UPDATE = Gauge("ratchet_budget_update_flops", "Memory-adjusted FLOPs that the bucket must hold for an update.")
+BUDGET_SPENT = Counter("ratchet_budget_spent_flops_total", "Memory-adjusted FLOPs spent.", ["purpose"])
+GATE_VERDICTS = Counter("ratchet_gate_verdicts_total", "Verdicts of the gate.", ["family", "outcome"])
+GATE_LAST = Gauge(
+    "ratchet_gate_last_verdict_timestamp_seconds", "When a verdict fell last; absent before the first.",
+    ["family", "outcome"],
+)  # fmt: skip
+GATE_SECONDS = Histogram("ratchet_gate_seconds", "Time to judge a candidate.", ["family"], buckets=LONG_SECONDS)
+GATE_SCORE = Gauge(
+    "ratchet_gate_suite_score_ratio", "Score of a suite at the last verdict.", ["family", "suite", "role", "model"]
+)
+GATE_MARGIN = Gauge(
+    "ratchet_gate_margin_left_ratio",
+    "Lower bound of a retention suite's difference, against the worse of base and incumbent, plus its margin; below 0 "
+    "it does not pass.",
+    ["family", "suite"],
+)
+
+# -- releases -------------------------------------------------------------------------------------------------------
+RELEASE_LIVE = Gauge(
+    "ratchet_release_live", "Number of the live release as a replica serves it.", ["part"], multiprocess_mode="liveall"
+)
+RELEASE_COMMITTED = Gauge(
+    "ratchet_release_committed_timestamp_seconds", "When the live release was committed.", multiprocess_mode=_LATEST
+)
+RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS)
+RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
+RELEASE_PENDING = Gauge("ratchet_release_proposals", "Proposals not decided yet.", multiprocess_mode=_LATEST)
+RELEASE_HELD = Gauge("ratchet_release_held", "Whether updates are on hold (1) or not (0).", multiprocess_mode=_LATEST)
+RELEASE_IN_FLIGHT = Gauge(
+    "ratchet_release_in_flight_requests", "Requests being answered, by the release that they were stamped with.",
+    ["age"], multiprocess_mode="livesum",
+)  # fmt: skip
+RELEASE_GAIN = Gauge(
+    "ratchet_release_gain_ratio",
+    "Mean difference of the live adapter to the base over its gain suites; NaN for an adapter that was never judged.",
+    ["family"], multiprocess_mode=_LATEST,
+)  # fmt: skip
+RELEASE_FORGETTING = Gauge(
+    "ratchet_release_forgetting_ratio",
+    "Mean loss of the live adapter to the base over its retention suites, negative where it became better; NaN for an "
+    "adapter that was never judged.",
+    ["family"], multiprocess_mode=_LATEST,
+)  # fmt: skip
+OPERATOR = Counter("ratchet_operator_actions_total", "What operators did.", ["action", "outcome"])
+BUILD = Gauge("ratchet_build_info", "1, for each process that runs.", ["version", "part"], multiprocess_mode="livesum")
+
+# -- serving --------------------------------------------------------------------------------------------------------
+HTTP_REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered.", ["route", "status"])
+HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS)
+HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight_requests", "Requests being answered.", multiprocess_mode="livesum")
+HTTP_REFUSED = Counter("ratchet_http_refused_total", "Errors answered, by their code.", ["reason"])
+HTTP_LIMITED = Counter(
+    "ratchet_http_rate_limited_total", "Requests over the caller's limit: of a key, by its name, or anonymous.",
+    ["caller"],
+)  # fmt: skip
+ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
+ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)
+ENCODER_RUNNING = Gauge(
+    "ratchet_encoder_running_requests", "Requests in a batch that is being encoded.", multiprocess_mode="livesum"
+)
+ENCODER_QUEUE = Gauge(
+    "ratchet_encoder_waiting_requests", "Requests that wait for a place in a batch.", multiprocess_mode="livesum"
+)
+VLM_REQUESTS = Counter("ratchet_vlm_requests_total", "Requests that a VLM replica ended.", ["kind", "outcome"])
+VLM_TOKENS = Counter("ratchet_vlm_tokens_total", "Tokens read and written.", ["direction"])
+VLM_SECONDS = Histogram("ratchet_vlm_request_seconds", "Time to a whole answer.", ["kind"], buckets=LONG_SECONDS)
+VLM_FIRST = Histogram("ratchet_vlm_first_token_seconds", "Time to the first token of a stream.", buckets=SECONDS)
+VLM_RUNNING = Gauge("ratchet_vlm_running_requests", "Requests that are being answered.", multiprocess_mode="livesum")
+VLM_QUEUE = Gauge(
+    "ratchet_vlm_waiting_requests", "Requests that wait for a place in the batch.", multiprocess_mode="livesum"
+)
+
+# -- catalog --------------------------------------------------------------------------------------------------------
+CATALOG_ROWS = Gauge("ratchet_catalog_rows", "Rows embedded in the live image space.", multiprocess_mode=_LATEST)
+CATALOG_COVERAGE = Gauge(
+    "ratchet_catalog_coverage_ratio", "Embedded share of the corpus, least space.", multiprocess_mode=_LATEST
+)
+CATALOG_DELAY = Histogram(
+    "ratchet_catalog_event_to_searchable_seconds", "From ingest to searchable.", buckets=LONG_SECONDS
+)
+CATALOG_FRAGMENTS = Gauge(
+    "ratchet_catalog_fragments", "Fragments of the live image space's table.", multiprocess_mode=_LATEST
+)
+CATALOG_RECALL = Gauge(
+    "ratchet_catalog_recall_ratio",
+    "Share of the true ten nearest rows that the index finds, over sampled stored vectors (recall@10).",
+    multiprocess_mode=_LATEST,
+)
+DRIFT_FRECHET = Gauge(
+    "ratchet_drift_frechet_distance",
+    "Squared Frechet distance of the newest samples' embeddings from those before them (unit vectors: 0 to 4).",
+    ["space"], multiprocess_mode=_LATEST,
+)  # fmt: skip
+DRIFT_SHIFT = Gauge(
+    "ratchet_drift_mean_shift",
+    "Shift of the newest embeddings' mean in standard errors, root mean square over dimensions; 1 is no drift.",
+    ["space"], multiprocess_mode=_LATEST,
+)  # fmt: skip
+
+# A counter that appears with its first event looks to `increase` as if nothing had happened: those with few labels
+# start at 0.
+for _family in ("clip", "vlm"):
+    UPDATE_STEPS.labels(_family)
+    UPDATE_SECONDS.labels(_family)
+    GATE_SECONDS.labels(_family)
+    for _state in ("done", "failed", "abandoned"):
+        UPDATES.labels(_family, _state)
+    for _outcome in ("passed", "rejected", "inconclusive"):
+        GATE_VERDICTS.labels(_family, _outcome)
+for _purpose in ("train", "gate"):
+    BUDGET_SPENT.labels(_purpose)
+for _split in ("train", "fresh_eval"):
+    INGEST_STORED.labels(_split)
+for _kind in ("exact", "perceptual"):
+    INGEST_DUPLICATES.labels(_kind)
+for _kind in ("initial", "update", "rollback", "release"):
+    for _outcome in ("committed", "failed"):
+        RELEASES.labels(_kind, _outcome)
+for _phase in ("prepare", "commit", "rollback"):
+    RELEASE_PHASE.labels(_phase)
+for _direction in ("prompt", "completion"):
+    VLM_TOKENS.labels(_direction)
+for _kind in ("reply", "stream", "score"):
+    VLM_REQUESTS.labels(_kind, "ok")
+    VLM_SECONDS.labels(_kind)
+for _action in ("release", "rollback", "hold", "resume"):
+    for _outcome in ("done", "refused"):
+        OPERATOR.labels(_action, _outcome)
+
+
+def names() -> dict[str, set[str]]:
+    """What Prometheus gets: the labels of each sample name, those that the client adds (``le``, ``pid``) included."""
+    found: dict[str, set[str]] = {}
+    for metric in list(globals().values()):
+        if isinstance(metric, Counter):
+            found[f"{metric._name}_total"] = set(metric._labelnames)
+        elif isinstance(metric, Gauge):
+            found[metric._name] = set(metric._labelnames) | (
+                {"pid"} if metric._multiprocess_mode == "liveall" else set()
+            )
+        elif isinstance(metric, Histogram):
+            found[f"{metric._name}_bucket"] = {*metric._labelnames, "le"}
+            found[f"{metric._name}_sum"] = found[f"{metric._name}_count"] = set(metric._labelnames)
+    return found

@@ -1,0 +1,107 @@
+"""Verbs of the ingress and of releases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Literal
+
+from ops.errors import RatchetError
+from ops.metrics import declared as d
+
+Age = Literal["live", "incumbent", "older"]
+
+
+class build:
+    """Which version runs."""
+
+    @staticmethod
+    def started(part: str) -> None:
+        """This process runs that part now."""
+        d.BUILD.labels(version("ratchet"), part).set(1)
+
+
+class http:
+    """Verbs of the ingress."""
+
+    @staticmethod
+    def request(route: str, status: int, seconds: float) -> None:
+        """A request was answered. ``route`` is the template, never the path."""
+        d.HTTP_REQUESTS.labels(route, str(status)).inc()
+        d.HTTP_SECONDS.labels(route).observe(seconds)
+
+    @staticmethod
+    def in_flight(change: int) -> None:
+        """A request came (+1) or went (-1)."""
+        d.HTTP_IN_FLIGHT.inc(change)
+
+    @staticmethod
+    def refused(reason: str) -> None:
+        """An error with this code was answered."""
+        d.HTTP_REFUSED.labels(reason).inc()
+
+    @staticmethod
+    def rate_limited(caller: str) -> None:
+        """A caller was over its limit. ``caller`` is the name of a key, which only operators make, or ``anonymous``."""
+        d.HTTP_LIMITED.labels(caller).inc()
+
+
+class release:
+    """Verbs of releases: the controller's, and of every replica that follows it."""
+
+    @staticmethod
+    def live(part: str, number: int) -> None:
+        """This process serves release ``number``."""
+        d.RELEASE_LIVE.labels(part).set(number)
+
+    @staticmethod
+    def committed(at: float) -> None:
+        """When the live release was committed; seconds since 1970."""
+        d.RELEASE_COMMITTED.set(at)
+
+    @staticmethod
+    def phase(phase: str, seconds: float) -> None:
+        """``prepare``, ``commit`` or ``rollback`` took this long."""
+        d.RELEASE_PHASE.labels(phase).observe(seconds)
+
+    @staticmethod
+    def decided(kind: str, outcome: str) -> None:
+        """A proposal was committed or failed."""
+        d.RELEASES.labels(kind, outcome).inc()
+
+    @staticmethod
+    def waiting(proposals: int, held: bool) -> None:
+        """How many proposals are open, and whether updates are on hold."""
+        d.RELEASE_PENDING.set(proposals)
+        d.RELEASE_HELD.set(int(held))
+
+    @staticmethod
+    def in_flight(requests: Mapping[Age, int]) -> None:
+        """Requests that this process is answering."""
+        for age, count in requests.items():
+            d.RELEASE_IN_FLIGHT.labels(age).set(count)
+
+    @staticmethod
+    def learned(family: str, gain: float, forgetting: float) -> None:
+        """What the live adapter gained over the base and lost to it; NaN where nobody judged it."""
+        d.RELEASE_GAIN.labels(family).set(gain)
+        d.RELEASE_FORGETTING.labels(family).set(forgetting)
+
+
+class operator:
+    """Verbs of what operators do."""
+
+    @staticmethod
+    @contextmanager
+    def action(name: str) -> Iterator[None]:
+        """Count an action as done, or as refused when it raises an expected error.
+
+        >>> with metrics.operator.action("rollback"): ...
+        """
+        try:
+            yield
+        except RatchetError:
+            d.OPERATOR.labels(name, "refused").inc()
+            raise
+        d.OPERATOR.labels(name, "done").inc()

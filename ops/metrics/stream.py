@@ -1,0 +1,55 @@
+"""Verbs of the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ops.metrics import declared as d
+
+
+class ingest:
+    """Verbs of ingest and its sample store."""
+
+    @staticmethod
+    def received(records: int, size: int) -> None:
+        """So many records of so many bytes were decided about: stored, found to be duplicates, or refused."""
+        d.INGEST_RECORDS.inc(records)
+        d.INGEST_BYTES.inc(size)
+
+    @staticmethod
+    def stored(count: int, split: str) -> None:
+        """Samples of a split reached the store."""
+        d.INGEST_STORED.labels(split).inc(count)
+
+    @staticmethod
+    def refused(reason: str) -> None:
+        """A record went to quarantine."""
+        d.INGEST_REFUSED.labels(reason).inc()
+
+    @staticmethod
+    def duplicates(count: int, kind: str) -> None:
+        """Records were there already; kind is ``exact`` or ``perceptual``."""
+        d.INGEST_DUPLICATES.labels(kind).inc(count)
+
+    @staticmethod
+    def lag(partition: int, records: int) -> None:
+        """How far the store is behind one partition."""
+        d.INGEST_LAG.labels(str(partition)).set(records)
+
+    @staticmethod
+    def committed(seconds: float) -> None:
+        """One atomic commit took this long."""
+        d.INGEST_COMMIT.observe(seconds)
+
+    @staticmethod
+    def broker(up: bool) -> None:
+        """Whether the broker answers."""
+        d.INGEST_BROKER.set(int(up))
+
+    @staticmethod
+    def store(split_rows: Mapping[str, int], size: int, fragments: int) -> None:
+        """Rows by split, bytes and fragments of the sample store."""
+        for split, rows in split_rows.items():
+            d.STORE_ROWS.labels(split).set(rows)
+        d.STORE_BYTES.set(size)
+        d.STORE_FRAGMENTS.set(fragments)

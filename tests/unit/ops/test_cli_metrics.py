@@ -1,0 +1,65 @@
+"""`ratchet metrics`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from ops.cli.main import app
+from ops.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def targets(*settings: str, host: str = "127.0.0.1") -> dict[str, str]:
+    flags = [word for setting in settings for word in ("--set", setting)]
+    result = CliRunner().invoke(app, [*flags, "metrics", "targets", "--host", host])
+    assert result.exit_code == 0, result.output
+    return {entry["labels"]["process"]: entry["targets"][0] for entry in json.loads(result.output)}
+
+
+def test_targets_are_the_ports_of_the_settings() -> None:
+    found = targets("serve.port=9001", "ingest.metrics_port=9002", "updater.metrics_port=9003", host="box")
+    assert found == {"serve": "box:9001", "ingest": "box:9002", "update": "box:9003"}
+
+
+def test_what_is_off_is_no_target_and_ray_is_one_when_it_is_on() -> None:
+    found = targets("ingest.metrics_port=0", "serve.ray_metrics_port=9004")
+    assert set(found) == {"serve", "update", "ray"} and found["ray"] == "127.0.0.1:9004"
+
+
+def test_a_port_for_the_replicas_of_a_machine_needs_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    result = CliRunner().invoke(app, ["metrics", "serve", "--port", "0"])
+    assert isinstance(result.exception, ConfigError)
+    assert "PROMETHEUS_MULTIPROC_DIR" in str(result.exception)
+
+
+def test_it_exports_what_replicas_wrote_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    wrote = "from ops import metrics; metrics.http.refused('overloaded')"
+    subprocess.run([sys.executable, "-c", wrote], env=environ, check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        assert str(port) in process.stderr.readline()  # it listens
+        page = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        assert 'ratchet_http_refused_total{reason="overloaded"} 1.0' in page
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()

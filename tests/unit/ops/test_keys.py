@@ -1,0 +1,178 @@
+"""API keys, re-submissions and the audit log keep their promises on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ops.cli import context
+from ops.cli.main import app
+from ops.errors import AlreadyResubmitted, LedgerError
+from ops.ledger import Ledger
+from ops.ledger.keys import RESERVED, parse_token
+
+PLACE = "samples@1:0:7"
+
+
+def test_a_token_is_told_once_and_only_its_digest_is_kept(ledger: Ledger) -> None:
+    row, token = ledger.create_key("ci-bot", ["operate", "infer", "infer"], actor="ann", requests_per_minute=60)
+    parsed = parse_token(token)
+    assert parsed is not None
+    key_id, secret = parsed
+    assert token == f"rk_{key_id}_{secret}"
+    assert (row.id, row.scopes, row.requests_per_minute) == (key_id, ("infer", "operate"), 60)
+    assert row.digest == hashlib.sha256(secret.encode()).hexdigest()
+    assert ledger.api_keys() == [row]
+    with ledger.database.engine.connect() as connection:
+        everything = connection.exec_driver_sql("select * from api_keys").fetchall()
+        everything += connection.exec_driver_sql("select * from audit").fetchall()
+    assert secret not in str(everything)
+    assert row.digest not in repr(row)
+
+
+def test_secrets_are_never_the_same(ledger: Ledger) -> None:
+    tokens = {ledger.create_key(f"k{number}", ["infer"], actor="ann")[1] for number in range(20)}
+    assert len({token.split("_")[2] for token in tokens}) == 20
+
+
+def test_a_name_that_could_be_taken_for_another_is_refused(ledger: Ledger) -> None:
+    for name in ("", "Ann", "a b", "key:x", "a/b", "-x", "x" * 65, "é", *RESERVED):
+        with pytest.raises(LedgerError, match="name of a key"):
+            ledger.create_key(name, ["infer"], actor="ann")
+    assert ledger.api_keys(revoked=True) == ledger.audit_rows() == []
+
+
+def test_scopes_and_limits_are_checked(ledger: Ledger) -> None:
+    for scopes in ([], ["infer", "fly"]):
+        with pytest.raises(LedgerError, match="Scopes are infer, publish, operate"):
+            ledger.create_key("x", scopes, actor="ann")
+    with pytest.raises(LedgerError, match="-1 requests per minute"):
+        ledger.create_key("x", ["infer"], actor="ann", requests_per_minute=-1)
+
+
+def test_a_revoked_key_is_gone_and_its_name_stays_taken(ledger: Ledger) -> None:
+    first, _ = ledger.create_key("ann", ["infer"], actor="root")
+    other, _ = ledger.create_key("bob", ["infer"], actor="root")
+    revoked = ledger.revoke_key("ann", actor="root", reason="left")
+    assert revoked.revoked_at is not None
+    assert ledger.api_keys() == [other]
+    assert ledger.api_keys(revoked=True) == [other, revoked]
+    with pytest.raises(LedgerError, match="was revoked at"):
+        ledger.revoke_key(first.id, actor="root", reason="again")
+    with pytest.raises(LedgerError, match="is or was a key named 'ann'"):
+        ledger.create_key("ann", ["infer"], actor="root")
+    with pytest.raises(LedgerError, match="no key 'eve'"):
+        ledger.revoke_key("eve", actor="root", reason="?")
+    told = [(row.actor, row.action, row.subject, row.detail.get("reason")) for row in ledger.audit_rows()]
+    assert told == [
+        ("root", "revoke key", "key ann", "left"), ("root", "create key", "key bob", None),
+        ("root", "create key", "key ann", None),
+    ]  # fmt: skip
+
+
+def test_of_two_keys_of_one_name_made_at_once_one_is_made(ledger: Ledger) -> None:
+    made: list[bool] = []
+
+    def make() -> None:
+        try:
+            ledger.create_key("twin", ["infer"], actor="root")
+            made.append(True)
+        except LedgerError:
+            made.append(False)
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(made) == [False, False, False, True]
+    assert len(ledger.audit_rows()) == 1
+
+
+def test_when_a_key_was_used_is_kept_in_utc(ledger: Ledger) -> None:
+    row, _ = ledger.create_key("ann", ["infer"], actor="root")
+    assert row.last_used_at is None
+    when = datetime(2026, 5, 1, 12, 0, tzinfo=UTC)
+    ledger.touch_keys({row.id: when, "unknown": when})
+    assert ledger.api_keys()[0].last_used_at == when
+
+
+def test_the_audit_log_is_asked_by_subject_and_by_actor(ledger: Ledger) -> None:
+    for actor, subject in [("ann", "release 1"), ("ann", "release 12"), ("key:ci", "release 1"), ("ann", "releases")]:
+        ledger.audit(actor, "did", subject, {})
+    assert [row.actor for row in ledger.audit_rows(subject="release 1")] == ["key:ci", "ann"]
+    assert len(ledger.audit_rows(subject="release")) == 3
+    assert [row.subject for row in ledger.audit_rows(actor="ann", limit=2)] == ["releases", "release 12"]
+    assert ledger.audit_rows(subject="release_") == ledger.audit_rows(subject="%") == []
+
+
+def test_a_record_is_claimed_once_and_again_after_a_failure_or_by_force(ledger: Ledger) -> None:
+    assert ledger.begin_resubmission(PLACE, actor="ann", reason="mended").times == 1
+    with pytest.raises(AlreadyResubmitted, match="is being sent again by ann"):
+        ledger.begin_resubmission(PLACE, actor="bob", reason="me too")
+    ledger.end_resubmission(PLACE, error="the broker is away")
+    assert ledger.begin_resubmission(PLACE, actor="bob", reason="again").times == 2
+    ledger.end_resubmission(PLACE)
+    with pytest.raises(AlreadyResubmitted, match="was sent again by bob"):
+        ledger.begin_resubmission(PLACE, actor="ann", reason="more")
+    assert ledger.begin_resubmission(PLACE, actor="ann", reason="more", force=True).times == 3
+    actions = [(row.actor, row.action) for row in ledger.audit_rows(subject=f"record {PLACE}")]
+    assert actions == [("ann", "resubmit"), ("bob", "resubmit"), ("ann", "resubmit failed"), ("ann", "resubmit")]
+    assert set(ledger.resubmissions([PLACE, "t:0:8"])) == {PLACE}
+    with pytest.raises(LedgerError, match="never claimed"):
+        ledger.end_resubmission("t:0:8")
+
+
+def test_a_place_as_long_as_kafka_allows_is_claimed(ledger: Ledger) -> None:
+    place = f"{'t' * 249}@999:999999999:{10**17}"
+    ledger.begin_resubmission(place, actor="ann", reason="r")
+    assert ledger.resubmissions([place])[place].state == "sending"
+
+
+class TestCommands:
+    """``ratchet keys`` and ``ratchet audit``."""
+
+    @pytest.fixture(autouse=True)
+    def at_home(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.home = tmp_path
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(context.getpass, "getuser", lambda: "ann")
+
+    def run(self, *words: str) -> str:
+        result = CliRunner().invoke(app, ["--set", f"home={self.home}", *words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    def test_the_key_is_alone_on_standard_output(self) -> None:
+        token = self.run("keys", "create", "page", "--scope", "infer", "--per-minute", "600")
+        assert parse_token(token.removesuffix("\n")) is not None
+
+    def test_lists_show_what_keys_may_and_who_made_them_and_never_a_secret(self) -> None:
+        token = self.run("keys", "create", "page", "-s", "infer", "-s", "publish", "--per-minute", "600")
+        assert "no limit" in (self.run("keys", "create", "ops", "-s", "operate") and self.run("keys", "list"))
+        self.run("keys", "revoke", "page", "--reason", "in a [red]screenshot")
+        valid, everything = self.run("keys", "list"), self.run("keys", "list", "--all")
+        assert "page" not in valid and "ops" in valid
+        assert "infer, publish" in everything and "600" in everything and "ann" in everything
+        assert token.split("_")[2].strip() not in everything
+
+    def test_the_audit_says_who_did_what_and_why(self) -> None:
+        self.run("keys", "create", "page", "-s", "infer")
+        self.run("keys", "revoke", "page", "--reason", "in a [red]screenshot")
+        shown = self.run("audit")
+        assert "revoke key" in shown and "in a [red]screenshot" in shown and "ann" in shown
+        rows = json.loads(self.run("audit", "--json", "--subject", "key page", "--limit", "1"))
+        assert [(row["actor"], row["action"]) for row in rows] == [("ann", "revoke key")]
+
+    def test_a_system_user_with_the_name_of_a_part_is_recorded_as_operator(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("controller", "key:page", ""):
+            monkeypatch.setattr(context.getpass, "getuser", lambda name=name: name)
+            assert context.person() == "operator"

@@ -1,0 +1,378 @@
+"""The door of the real application: who gets in, where, how often, and what the audit log calls him."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from prometheus_client import REGISTRY
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
+
+from ops.access import KEYS_SECONDS, Access
+from ops.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
+from ops.ledger import KeyRow, Ledger
+from ops.settings import Settings
+from serving.http.auth import Guard, needs
+from serving.http.gateway import Gateway
+from serving.http.rates import Rates
+from tests.unit.serving.vlm_edge import app_of, gateway
+
+OPERATOR = "bootstrap-key"
+PATHS = {"model": "clip", "sample_id": "0" * 64}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Recorder:
+    """Operations and quarantine that remember who asked; ``failure`` is raised instead of an answer."""
+
+    actors: list[str] = field(default_factory=list)
+    failure: Exception | None = None
+
+    async def hold(self, *, actor: str, reason: str) -> None:
+        self.actors.append(actor)
+
+    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
+        return [{"place": "t:0:1", "limit": limit, "reason": reason}]
+
+    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
+        self.actors.append(actor)
+        if self.failure is not None:
+            raise self.failure
+        return {"topic": "t", "partition": 0, "offset": 9}
+
+
+class Door:
+    """The application as the ingress builds it, around a ledger with keys."""
+
+    def __init__(self, ledger: Ledger, home: Path, host: str = "0.0.0.0", **rules: Any) -> None:
+        self.ledger = ledger
+        self.settings = Settings(home=home, serve={"host": host, "operator_key": OPERATOR}, access=rules)
+        self.clock = Clock()
+        self.access = Access(self, self.settings, self.clock)
+        self.desk = Recorder()
+        self.slow: threading.Event | None = None
+        self.app: FastAPI = app_of(self.gateway())
+
+    def gateway(self) -> Gateway:
+        desk = cast(Any, self.desk)
+        return replace(
+            gateway(None, self.settings.serve), access=self.access, ledger=self.ledger, operations=desk, quarantine=desk
+        )
+
+    def api_keys(self) -> list[KeyRow]:
+        if self.slow is not None:
+            self.slow.wait(30)
+        return self.ledger.api_keys()
+
+    def touch_keys(self, used: Mapping[str, datetime]) -> None:
+        self.ledger.touch_keys(used)
+
+    async def send(self, method: str, path: str, key: str = "", said: str = "", **options: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        if said:
+            headers["x-ratchet-actor"] = said
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://ratchet") as http:
+            return await http.request(method, path, headers=headers, **options)
+
+    async def get(self, path: str, key: str = "") -> httpx.Response:
+        return await self.send("GET", path, key)
+
+
+@dataclass
+class Keys:
+    """Tokens of one ledger for all tests of this module."""
+
+    ledger: Ledger
+    made: dict[str, str] = field(default_factory=dict)
+
+    def of(self, *scopes: str, limit: int | None = None) -> str:
+        name = "-".join([*scopes, str(limit)]).lower()
+        if name not in self.made:
+            self.made[name] = self.ledger.create_key(name, scopes, actor="t", requests_per_minute=limit)[1]
+        return self.made[name]
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
+    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('door') / 'ledger.db'}")
+    yield Keys(ledger)
+    ledger.close()
+
+
+@pytest.fixture
+def closed(keys: Keys, tmp_path: Path) -> Door:
+    """A server that other machines can reach."""
+    return Door(keys.ledger, tmp_path)
+
+
+@pytest.fixture
+def local(keys: Keys, tmp_path: Path) -> Door:
+    """A server on loopback."""
+    return Door(keys.ledger, tmp_path, host="127.0.0.1")
+
+
+def refusal(answer: httpx.Response, status: int, code: str) -> str:
+    """The message of an OpenAI error object."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["code"] == code
+    return str(error["message"])
+
+
+def calls(app: FastAPI) -> list[tuple[str, str]]:
+    """Every method and path of the application."""
+    found = [
+        (method, path.format(**PATHS))
+        for path, item in app.openapi()["paths"].items()
+        for method in item
+    ]  # fmt: skip
+    assert len(found) > 15
+    return [*found, ("get", "/docs"), ("get", "/openapi.json"), ("get", "/v1/nothing"), ("get", "/")]
+
+
+async def test_where_others_can_reach_it_every_route_but_health_wants_a_key(closed: Door) -> None:
+    for method, path in calls(closed.app):
+        if path.startswith("/health/"):
+            assert needs(path) == ()
+            continue
+        answer = await closed.send(method.upper(), path)
+        message = refusal(answer, 401, "invalid_api_key")
+        assert "ratchet keys create" in message
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.json()["error"]["type"] == "authentication_error"
+
+
+async def test_a_route_that_somebody_adds_is_closed(closed: Door) -> None:
+    async def secret() -> str:
+        return "secret"
+
+    closed.app.router.routes.append(APIRoute("/v2/new", secret))
+    assert (await closed.get("/v2/new")).status_code == 401
+
+
+async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: Door) -> None:
+    for key in ("", "none", "sk-whatever"):
+        assert (await local.get("/v1/models", key)).status_code == 200
+        assert (await local.get("/docs", key)).status_code == 200
+        refusal(await local.send("POST", "/admin/v1/hold", key, json={"reason": "r"}), 401, "invalid_api_key")
+    assert local.desk.actors == []
+
+
+async def test_on_loopback_a_wrong_key_is_told_so(local: Door, keys: Keys) -> None:
+    token = keys.of("infer")
+    assert (await local.get("/v1/models", token)).status_code == 200
+    for wrong in (token[:-1], token[:-4] + "zzzz", f"rk_ffffffff_{'0' * 64}"):
+        assert "not valid" in refusal(await local.get("/v1/models", wrong), 401, "invalid_api_key")
+
+
+async def test_a_key_opens_what_its_scopes_name(closed: Door, keys: Keys) -> None:
+    infer, publish, operate = keys.of("infer"), keys.of("publish"), keys.of("operate")
+    held: dict[str, Any] = {"json": {"reason": "r"}}
+    assert (await closed.get("/v1/models", infer)).status_code == 200
+    assert (await closed.send("POST", "/admin/v1/hold", operate, **held)).status_code == 200
+    for key in (publish, operate):
+        assert (await closed.get("/admin/v1/quarantine", key)).status_code == 200
+    for method, path, key, scope in [
+        ("GET", "/v1/models", operate, "`infer`"),
+        ("POST", "/admin/v1/hold", infer, "`operate`"),
+        ("POST", "/admin/v1/hold", publish, "`operate`"),
+        ("GET", "/admin/v1/quarantine", infer, "`publish` or `operate`"),
+    ]:
+        answer = await closed.send(method, path, key, **held)
+        assert scope in refusal(answer, 403, "insufficient_scope")
+        assert answer.json()["error"]["type"] == "permission_error"
+
+
+async def test_the_bootstrap_key_opens_everything(closed: Door) -> None:
+    for path in ("/v1/models", "/admin/v1/quarantine", "/metrics", "/docs", "/openapi.json"):
+        assert (await closed.get(path, OPERATOR)).status_code == 200
+    refusal(await closed.get("/v1/models", OPERATOR + "x"), 401, "invalid_api_key")
+
+
+async def test_only_a_bearer_token_is_a_key(closed: Door, keys: Keys) -> None:
+    token = keys.of("infer")
+    given = [f"Bearer {token}", f"bearer  {token} ", token, f"Basic {token}", "Bearer", "Bearer s\u00e9cret"]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(closed.app), base_url="http://ratchet") as http:
+        answers = [await http.get("/v1/models", headers={"authorization": cast(Any, text.encode())}) for text in given]
+    assert [answer.status_code for answer in answers] == [200, 200, 401, 401, 401, 401]
+
+
+@pytest.mark.parametrize(
+    ("host", "setting", "anyone"),
+    [
+        ("127.0.0.1", "auto", True), ("0.0.0.0", "auto", False), ("0.0.0.0", "open", True),
+        ("127.0.0.1", "key", False),
+    ],
+)  # fmt: skip
+async def test_metrics_are_open_on_loopback_or_when_told(
+    keys: Keys, tmp_path: Path, host: str, setting: str, anyone: bool
+) -> None:
+    door = Door(keys.ledger, tmp_path, host, metrics=setting, require_keys="always")
+    assert (await door.get("/metrics")).status_code == (200 if anyone else 401)
+    assert (await door.get("/metrics", keys.of("publish"))).status_code == 200  # any key will do
+
+
+async def test_a_revoked_key_is_refused_within_seconds(closed: Door, keys: Keys) -> None:
+    row, token = keys.ledger.create_key("leaver", ["infer"], actor="t")
+    assert (await closed.get("/v1/models", token)).status_code == 200
+    keys.ledger.revoke_key(row.id, actor="t", reason="left")
+    closed.clock.now += KEYS_SECONDS
+    refusal(await closed.get("/v1/models", token), 401, "invalid_api_key")
+
+
+async def test_a_ledger_that_hangs_holds_nobody_up_for_long(closed: Door, keys: Keys) -> None:
+    token = keys.of("infer")
+    assert (await closed.get("/v1/models", token)).status_code == 200
+    closed.clock.now += KEYS_SECONDS
+    closed.slow = threading.Event()
+    try:
+        async with asyncio.timeout(20):
+            answers = await asyncio.gather(*(closed.get("/v1/models", token) for _ in range(5)))
+            assert [answer.status_code for answer in answers] == [200] * 5
+            assert (await closed.get("/v1/models", OPERATOR)).status_code == 200
+    finally:
+        closed.slow.set()
+
+
+async def test_the_audit_names_the_key_and_what_its_holder_says_behind_it(closed: Door, keys: Keys) -> None:
+    body = {"reason": "r"}
+    for key, said in [(keys.of("operate"), ""), (keys.of("operate"), "ann"), (OPERATOR, "j\u00f6rg"), (OPERATOR, "")]:
+        raw = cast(Any, said.encode())
+        assert (await closed.send("POST", "/admin/v1/hold", key, raw, json=body)).status_code == 200
+    assert closed.desk.actors == ["key:operate-none", "key:operate-none/ann", "j\u00f6rg", "operator"]
+
+
+@pytest.mark.parametrize("said", ["key:operate-none", "updater", "x" * 101, "a\x07"])
+async def test_nobody_acts_under_the_name_of_a_key_or_of_a_part(closed: Door, keys: Keys, said: str) -> None:
+    for key in (OPERATOR, keys.of("operate")):
+        answer = await closed.send("POST", "/admin/v1/hold", key, said, json={"reason": "r"})
+        refusal(answer, 400, "invalid_actor")
+    assert closed.desk.actors == []
+
+
+async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: Door, keys: Keys) -> None:
+    asked = {"place": "t:0:1", "reason": "mended"}
+    answer = await closed.send("POST", "/admin/v1/quarantine/resubmit", keys.of("publish"), json=asked)
+    assert answer.json() == {"object": "resubmission", "place": "t:0:1", "topic": "t", "partition": 0, "offset": 9}
+    assert closed.desk.actors == ["key:publish-none"]
+    for failure, status, code in [
+        (UnknownRecord("none there"), 404, "record_not_found"),
+        (AlreadyResubmitted("was sent"), 409, "already_resubmitted"),
+        (RecordError("empty", "no value"), 400, "empty"),
+        (BrokerError("away"), 503, "broker"),
+    ]:
+        closed.desk.failure = failure
+        refused = await closed.send("POST", "/admin/v1/quarantine/resubmit", OPERATOR, json=asked)
+        refusal(refused, status, code)
+
+
+async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: Door) -> None:
+    listed = await closed.get("/admin/v1/quarantine?limit=7&reason=schema", OPERATOR)
+    assert listed.json()["data"] == [{"place": "t:0:1", "limit": 7, "reason": "schema"}]
+    for query in ("limit=0", "limit=501", "reason=nonsense"):
+        refusal(await closed.get(f"/admin/v1/quarantine?{query}", OPERATOR), 400, "invalid_value")
+
+
+async def test_the_schema_tells_of_keys(local: Door) -> None:
+    schema = (await local.get("/openapi.json")).json()
+    assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert {"401", "403", "429"} <= schema["paths"]["/v1/models"]["get"]["responses"].keys()
+    assert "security" not in schema["paths"]["/health/ready"]["get"]
+
+
+async def hello(scope: Scope, receive: Receive, send: Send) -> None:
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
+class Limited:
+    """The guard alone, with a clock that stands still."""
+
+    def __init__(self, door: Door) -> None:
+        self.clock = Clock()
+        self.guard = Guard(hello, door.access, Rates(self.clock))
+
+    async def get(self, key: str = "", path: str = "/v1/models", peer: str = "192.0.2.1") -> httpx.Response:
+        transport = httpx.ASGITransport(self.guard, client=(peer, 1))
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as http:
+            return await http.get(path)
+
+
+async def test_a_key_over_its_limit_is_told_when_to_come_again(closed: Door, keys: Keys) -> None:
+    door, token, other = Limited(closed), keys.of("infer", limit=3), keys.of("infer", limit=2)
+    assert [(await door.get(token)).status_code for _ in range(3)] == [200] * 3
+    refused = await door.get(token)
+    assert "'infer-3' may make 3 requests a minute" in refusal(refused, 429, "rate_limited")
+    assert refused.headers["retry-after"] == "20"
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert (await door.get(other)).status_code == 200  # its own bucket
+    assert (await door.get(token, "/health/ready")).status_code == 200
+    door.clock.now += 20
+    assert [(await door.get(token)).status_code for _ in range(2)] == [200, 429]
+    assert REGISTRY.get_sample_value("ratchet_http_rate_limited_total", {"caller": "infer-3"}) == 2
+
+
+async def test_the_operator_is_never_limited(keys: Keys, tmp_path: Path) -> None:
+    door = Limited(Door(keys.ledger, tmp_path, requests_per_minute=1))
+    assert [(await door.get(OPERATOR)).status_code for _ in range(5)] == [200] * 5
+    assert [(await door.get(keys.of("infer"))).status_code for _ in range(2)] == [200, 429]
+
+
+async def test_strangers_share_the_limit_of_their_address(keys: Keys, tmp_path: Path) -> None:
+    door = Limited(Door(keys.ledger, tmp_path, require_keys="never", anonymous_per_minute=2))
+    first = [(await door.get(key)).status_code for key in ("", "none", "sk-other")]
+    assert first == [200, 200, 429]
+    assert (await door.get(peer="192.0.2.2")).status_code == 200
+    neighbours = [(await door.get(peer=f"2001:db8::{number}")).status_code for number in range(3)]
+    assert neighbours == [200, 200, 429]
+    assert (await door.get(peer="2001:db8:0:1::1")).status_code == 200
+
+
+def test_buckets_are_bounded_and_the_idle_are_forgotten_first() -> None:
+    clock = Clock()
+    rates = Rates(clock, most=3)
+    assert rates.take("busy", 1) == 0
+    for number in range(100):
+        rates.take(f"address:{number}", 5)
+        assert rates.take("busy", 1) > 0
+        assert len(rates) <= 3
+
+
+def test_a_bucket_never_holds_more_than_a_minute_of_requests() -> None:
+    clock = Clock()
+    rates = Rates(clock)
+    rates.take("a", 2)
+    clock.now += 3600
+    assert [rates.take("a", 2) > 0 for _ in range(3)] == [False, False, True]
+    clock.now -= 7200  # clocks of tests may go back; a bucket is never in debt for that
+    assert rates.take("b", 0) == 0
+
+
+async def test_who_is_refused_is_not_listened_to(closed: Door) -> None:
+    read = False
+
+    async def body() -> Any:
+        nonlocal read
+        read = True
+        yield b"x"
+
+    scope_seen = await closed.send("POST", "/v1/embeddings", content=body())
+    assert scope_seen.status_code == 401
+    assert not read
