@@ -52,6 +52,7 @@ def test_a_visitor_looks_without_a_key_and_is_asked_for_one_before_he_acts(visit
     visitor.get_by_label("API key").fill(place.operator)
     visitor.get_by_role("button", name="Sign in").click()
     expect(visitor.get_by_text("may act")).to_be_visible()
+    expect(visitor.get_by_role("heading", name="Releases", exact=True)).to_be_visible()
     (cookie,) = visitor.context.cookies()
     assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
     assert place.operator not in cookie["value"]
