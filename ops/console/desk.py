@@ -66,13 +66,17 @@ class Desk:
         actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
         return Client(self.settings.console_server, operator_key=key or None, actor=actor, timeout=timeout)
 
-    def status(self) -> dict[str, Any] | None:
-        """What the controller and the catalog say of themselves; None when the server does not answer."""
-        return self.kept("status", self._status)
+    def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
+        """What the controller and the catalog say of themselves; None when the server does not answer.
 
-    def windows(self) -> dict[int, dict[str, Any]]:
+        Args:
+            fresh: ask now, for somebody who is about to act; who only watches gets what is a little older.
+        """
+        return self.kept("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
+
+    def windows(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
         """Resident releases, which can be asked by number; empty when the server does not answer."""
-        status = self.status()
+        status = self.status(fresh=fresh)
         rows = [] if status is None else status["controller"]["resident"]
         return {row["release"]: row for row in rows}
 

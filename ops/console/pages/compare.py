@@ -38,7 +38,7 @@ class Side:
 @router.get("/compare")
 def compare(at: Reader) -> Response:
     """The form."""
-    resident = at.desk.windows()
+    resident = at.desk.windows(fresh=True)
     live = at.desk.live()
     return at.page(
         "compare.html", "Compare", resident=sorted(resident.items(), reverse=True), live=live.number if live else 0,
@@ -62,9 +62,9 @@ def compared(
         raise Refused(400, "Nothing to compare", "", "Choose a picture, or write some words.")
     if picture is not None and at.desk.draw(picture, 64) is None:
         raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
+    resident = at.desk.windows(fresh=True)
     if at.desk.status() is None:
         raise away()
-    resident = at.desk.windows()
     gone = [number for number in (left, right) if number not in resident]
     if gone:
         raise Refused(

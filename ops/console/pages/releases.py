@@ -81,7 +81,7 @@ def act(
 
 
 def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200) -> Response:
-    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows())
+    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows(fresh=True))
     return at.dialog(
         "action.html", plan.title, status, plan=plan, choice=choice, action=action, wrong=wrong, typed=typed
     )
