@@ -23,7 +23,9 @@ class Stop(Exception):
 
 def up(
     context: typer.Context,
-    without: Annotated[list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update, console.")] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update, console.")
+    ] = None,
 ) -> None:
     """Start everything on this machine and show what it is doing; Ctrl-C stops it in order.
 

@@ -103,7 +103,11 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> Response:
-        words = {404: "There is no such page", 405: "This page takes no such request"}
+        words = {
+            404: "There is no such page",
+            405: "This page takes no such request",
+            413: "What you sent is too large",
+        }
         title = words.get(error.status_code, "That did not work")
         return _trouble(request, error.status_code, title, "", "Go back to the overview.")
 
@@ -135,5 +139,6 @@ def _trouble(request: Request, status: int, title: str, message: str, fix: str) 
     session: Session = request.state.session
     partial = request.headers.get("hx-request") == "true"
     template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
-    facts = {"title": title, "message": message, "fix": fix, "csrf": session.csrf, "nav": NAV, "current": "", "visit": None}
-    return HTMLResponse(template.render(facts), status)
+    told = {"title": title, "message": message, "fix": fix, "dialog": request.headers.get("hx-target") == "dialog"}
+    frame = {"csrf": session.csrf, "nav": NAV, "section": "", "visit": None}
+    return HTMLResponse(template.render(told | frame), status)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from ops.access import Access
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError, RecordError
@@ -60,15 +62,21 @@ class Desk:
 
     def client(self, key: str, timeout: float = 60.0) -> Client:
         """The server as the holder of ``key`` sees it; an empty key is nobody's."""
-        return Client(self.settings.console_server, operator_key=key or None, actor="console", timeout=timeout)
+        own = key == self.settings.operator_key().get_secret_value()
+        actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
+        return Client(self.settings.console_server, operator_key=key or None, actor=actor, timeout=timeout)
 
-    def status(self) -> dict[str, Any] | None:
-        """What the controller and the catalog say of themselves; None when the server does not answer."""
-        return self.kept("status", self._status)
+    def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
+        """What the controller and the catalog say of themselves; None when the server does not answer.
 
-    def windows(self) -> dict[int, dict[str, Any]]:
+        Args:
+            fresh: ask now, for somebody who is about to act; who only watches gets what is a little older.
+        """
+        return self.kept("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
+
+    def windows(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
         """Resident releases, which can be asked by number; empty when the server does not answer."""
-        status = self.status()
+        status = self.status(fresh=fresh)
         rows = [] if status is None else status["controller"]["resident"]
         return {row["release"]: row for row in rows}
 
@@ -140,7 +148,7 @@ class Desk:
         rows = self.store.scan(columns=["id", "text", "question", "answer", "domain"], after=after)
         total = rows.num_rows
         places = sorted({int((index + 0.5) * total / count) for index in range(count)}) if total else []
-        found: list[dict[str, Any]] = rows.take(places).to_pylist()
+        found: list[dict[str, Any]] = rows.take(pa.array(places, pa.int64())).to_pylist()
         return found
 
     def samples(self) -> dict[str, int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+from ops.console.timeline import ranges, records
+
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
     autoescape=True,  # captions, reasons and names come from outside
@@ -105,4 +107,4 @@ TEMPLATES.filters |= {
     "ago": ago, "utc": utc, "iso": iso, "duration": duration, "number": number, "points": points, "percent": percent,
     "adapter": adapter, "pairs": pairs,
 }  # fmt: skip
-TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS}
+TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS, "records": records, "ranges": ranges}

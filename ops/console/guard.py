@@ -5,6 +5,7 @@ from __future__ import annotations
 from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,8 +32,11 @@ MAX_REQUESTS = 64
 BOUNCE = b'<!doctype html><title>Ratchet</title><meta http-equiv="refresh" content="0"><p>One moment.</p>'
 
 
-class TooLarge(Exception):
+class TooLarge(HTTPException):
     """A body grew larger than allowed while it was read."""
+
+    def __init__(self) -> None:
+        super().__init__(413)
 
 
 class Guard:

@@ -13,6 +13,7 @@ from ops.ledger import Family, Ledger, ReleaseRow
 from serving.deployments.targets import rollback_target
 
 BASE = "base"
+AGAINST = {"rejected": "The gate rejected this adapter", "inconclusive": "The gate found this adapter inconclusive"}
 OFFERED = 60
 """Releases and adapters that a form offers."""
 
@@ -57,7 +58,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     possible: bool = True
     targets: tuple[ReleaseRow, ...] = ()
-    adapters: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Choices by family: name and what the gate said."""
 
 
@@ -94,7 +95,9 @@ def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident:
 def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     number = live.number if live else 0
     said = _said(ledger)
-    offered = {family: tuple((name, said[name]) for name in said if name.startswith(f"{family}-")) for family in FAMILIES}
+    offered = {
+        family: tuple((name, said[name]) for name in said if name.startswith(f"{family}-")) for family in FAMILIES
+    }
     title, verb = "Release an adapter", "Release now"
     if not choice.adapters or live is None:
         first = "Choose an adapter. What you do not name stays as it is."
@@ -102,9 +105,7 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     named = {family: None if name == BASE else name for family, name in choice.adapters.items()}
     wanted = {family: named.get(family, live.adapter(family)) for family in FAMILIES}
     warnings = tuple(
-        f"The gate {'found this adapter inconclusive' if said[name] == 'inconclusive' else 'rejected this adapter'}: {name}."
-        for name in choice.adapters.values()
-        if said.get(name) in ("rejected", "inconclusive")
+        f"{AGAINST[said[name]]}: {name}." for name in choice.adapters.values() if said.get(name) in AGAINST
     )
     slow = "Every replica loads it first, and the search index follows; until all are ready nothing changes."
     happens = (*_moves(live, wanted), slow, _requests(number))
@@ -113,7 +114,7 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
 
 
 def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:
-    happens = (
+    happens: tuple[str, ...] = (
         "Updates that pass the gate wait until somebody resumes.",
         "Learning and judging go on. You can still release and roll back by hand.",
     )

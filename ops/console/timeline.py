@@ -10,7 +10,8 @@ from ops.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, Verdi
 
 FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
 NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "VLM"}
-HISTORY = 1000
+HISTORY = 500
+"""Updates among which the origin of an adapter is looked for; what is older is shown by its name alone."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,17 @@ class Entry:
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
     """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
-    kinds = {proposal.id: proposal.kind for proposal in ledger.proposals(HISTORY)}
     made = trained(ledger)
-    verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(HISTORY)}
     entries = []
     for index, row in enumerate(rows[:limit]):
         older = rows[index + 1] if index + 1 < len(rows) else None
-        kind = kinds.get(row.proposal_id or 0, "initial" if older is None else "release")
-        entries.append(
-            Entry(row, kind, changes(older, row, made, verdicts), live=index == 0, resident=row.number in resident)
-        )
+        changed = changes(ledger, older, row, made)
+        entries.append(Entry(row, _kind(ledger, row), changed, live=index == 0, resident=row.number in resident))
     return entries
 
 
 def changes(
-    older: ReleaseRow | None, row: ReleaseRow, made: Mapping[str, UpdateRow], verdicts: Mapping[str, VerdictRow]
+    ledger: Ledger, older: ReleaseRow | None, row: ReleaseRow, made: Mapping[str, UpdateRow]
 ) -> tuple[Change, ...]:
     """The models that differ between two releases."""
     found = []
@@ -67,8 +64,13 @@ def changes(
         after = row.adapter(family)
         if older is not None and before != after:
             update = made.get(after or "")
-            found.append(Change(family, before, after, update, verdicts.get(update.id) if update else None))
+            verdict = ledger.verdict_of(update.id) if update else None
+            found.append(Change(family, before, after, update, verdict))
     return tuple(found)
+
+
+def _kind(ledger: Ledger, row: ReleaseRow) -> str:
+    return "initial" if row.proposal_id is None else ledger.proposal(row.proposal_id).kind
 
 
 def trained(ledger: Ledger) -> dict[str, UpdateRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
@@ -69,10 +69,12 @@ class Visit:
 
     @property
     def here(self) -> str:
-        """Path and query of the page, to come back to after signing in."""
-        page = self.request.url.path if self.request.method == "GET" and not self.partial else "/"
-        query = self.request.url.query
-        return f"{page}?{query}" if query and page != "/" else page
+        """Path and query of the page that is open, to come back to after signing in."""
+        current = self.request.headers.get("hx-current-url", "") if self.partial else str(self.request.url)
+        parts = urlsplit(current)
+        if self.request.method != "GET" or not parts.path.startswith("/"):
+            return "/"
+        return f"{parts.path}?{parts.query}" if parts.query else parts.path
 
     def client(self, timeout: float = 60.0) -> Client:
         """The server, asked with the visitor's own key."""
@@ -81,8 +83,8 @@ class Visit:
     def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A whole page."""
         path = self.request.url.path
-        current = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
-        return self.part(template, status, title=title, nav=NAV, current=current, **facts)
+        section = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
+        return self.part(template, status, title=title, nav=NAV, section=section, **facts)
 
     def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part that opens over the page; without a script it is a page of its own."""
@@ -92,7 +94,9 @@ class Visit:
 
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part of a page, for htmx to put in its place."""
-        return HTMLResponse(TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status)
+        return HTMLResponse(
+            TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status
+        )
 
 
 def visit(request: Request) -> Visit:

@@ -132,7 +132,7 @@ def drawn(made: Figure, title: str, prefix: str) -> str:
     for marker, variable in VARIABLES.items():
         text = text.replace(marker, f"var({variable})")
     # matplotlib writes text without a fill in black, and pins a font: the page decides both
-    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", text)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
     text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
     text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
     text = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{prefix}-", text)
@@ -144,4 +144,5 @@ def drawn(made: Figure, title: str, prefix: str) -> str:
 def _attributes(found: re.Match[str]) -> str:
     """`style="fill: red; stroke: blue"` as `fill="red" stroke="blue"`."""
     pairs = (part.partition(":") for part in found[1].split(";") if part.strip())
-    return " ".join(f'{name.strip()}="{value.strip()}"' for name, _, value in pairs)
+    named = ((name.strip(), value.strip()) for name, _, value in pairs)
+    return " ".join(f'{name}="{value}"' for name, value in named if name != "font-family")

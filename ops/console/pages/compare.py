@@ -38,7 +38,7 @@ class Side:
 @router.get("/compare")
 def compare(at: Reader) -> Response:
     """The form."""
-    resident = at.desk.windows()
+    resident = at.desk.windows(fresh=True)
     live = at.desk.live()
     return at.page(
         "compare.html", "Compare", resident=sorted(resident.items(), reverse=True), live=live.number if live else 0,
@@ -62,13 +62,16 @@ def compared(
         raise Refused(400, "Nothing to compare", "", "Choose a picture, or write some words.")
     if picture is not None and at.desk.draw(picture, 64) is None:
         raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
+    resident = at.desk.windows(fresh=True)
     if at.desk.status() is None:
         raise away()
-    resident = at.desk.windows()
     gone = [number for number in (left, right) if number not in resident]
     if gone:
         raise Refused(
-            409, f"Release {gone[0]} is not loaded any more", "Only the newest releases can be asked.", "Reload the page."
+            409,
+            f"Release {gone[0]} is not loaded any more",
+            "Only the newest releases can be asked.",
+            "Reload the page.",
         )
     sides = [Side(number, resident[number]) for number in (left, right)]
     names = listed(labels)

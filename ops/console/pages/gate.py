@@ -51,9 +51,7 @@ def verdict(at: Reader, update_id: str) -> Response:
 @router.get("/gate/{update_id}/report")
 def report_page(at: Reader, update_id: str) -> Response:
     """The report as it was stored: a page of its own, to print or to keep."""
-    return HTMLResponse(
-        _stored(at, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY}
-    )
+    return HTMLResponse(_stored(at, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY})
 
 
 @router.get("/gate/{update_id}/data")

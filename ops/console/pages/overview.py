@@ -34,7 +34,7 @@ def facts(desk: Desk) -> dict[str, Any]:
     status = desk.status()
     learned = lessons(desk.ledger, limit=20)
     return {
-        "status": status,
+        "server": status,
         "live": desk.live(),
         "held": desk.ledger.held(),
         "waiting": desk.ledger.pending_proposals(),

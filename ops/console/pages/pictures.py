@@ -56,9 +56,7 @@ def needed(at: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -> byt
     if picture is None:
         raise Refused(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
     if at.desk.draw(picture, 64) is None:
-        raise Refused(
-            400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file."
-        )
+        raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
     return picture
 
 

@@ -10,10 +10,10 @@ from fastapi.responses import Response
 
 from ops.console.pages.pictures import drawn
 from ops.console.visit import Operator, Reader, Refused, Visit
-from ops.errors import AlreadyResubmitted, RatchetError
-from streams.codecs import glimpse
+from ops.errors import AlreadyResubmitted, RatchetError, UnknownRecord
+from streams.codecs import Encoded, glimpse
 from streams.records import Reason
-from streams.resubmit import UnknownRecord, list_quarantine, quarantined, resubmit
+from streams.resubmit import list_quarantine, quarantined, resubmit
 
 router = APIRouter()
 SHOWN = 48
@@ -92,7 +92,7 @@ def _shown(
     )  # fmt: skip
 
 
-def _record(at: Visit, place: str):  # type: ignore[no-untyped-def]
+def _record(at: Visit, place: str) -> Encoded:
     try:
         return quarantined(at.desk.settings, place)
     except UnknownRecord as error:

@@ -81,8 +81,10 @@ def act(
 
 
 def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200) -> Response:
-    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows())
-    return at.dialog("action.html", plan.title, status, plan=plan, choice=choice, action=action, wrong=wrong, typed=typed)
+    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows(fresh=True))
+    return at.dialog(
+        "action.html", plan.title, status, plan=plan, choice=choice, action=action, wrong=wrong, typed=typed
+    )
 
 
 def _do(client: Client, action: Action, choice: Choice, reason: str, expected_live: int) -> dict[str, object]:

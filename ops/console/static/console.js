@@ -12,10 +12,11 @@ document.addEventListener("htmx:afterSwap", (event) => {
   if (event.detail.target.id !== "dialog") return;
   const dialog = event.detail.target;
   if (!dialog.open) dialog.showModal();
+  if (dialog.contains(document.activeElement) && document.activeElement !== dialog) return; // htmx kept the place
   (dialog.querySelector("[autofocus]") || dialog.querySelector("button, a"))?.focus();
 });
 document.addEventListener("click", (event) => {
-  const closer = event.target.closest("[data-close], [data-in-dialog]");
+  const closer = event.target.closest("[data-close]");
   const dialog = closer?.closest("dialog");
   if (dialog) {
     event.preventDefault();

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ops.cli import supervisor
-from ops.cli.supervisor import Part, tail
+from ops.cli.context import Context
+from ops.cli.supervisor import Part, Supervisor, tail
 
 
 def _wait(condition: object, seconds: float = 10.0) -> None:
@@ -56,3 +57,11 @@ def test_stopping_asks_first_and_then_kills_the_whole_group(tmp_path: Path) -> N
     assert "asked" in tail(part.log)
     assert not part.running
     _wait(lambda: not _alive(child))
+
+
+def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None:
+    context = Context(None, [f"home={tmp_path}", "kafka.bootstrap=127.0.0.1:1"])
+    names = list(Supervisor.ORDER)
+    assert [part.name for part in Supervisor(context, names).parts][-1] == "console"
+    assert Supervisor(context, names).part("console").command[-1] == "console"
+    assert "console" not in [part.name for part in Supervisor(context, names[:-1]).parts]

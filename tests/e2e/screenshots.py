@@ -1,0 +1,179 @@
+"""Pictures of the console at three moments of a demo, in light and dark, on a desktop and on a phone.
+
+    ratchet demo --keep &
+    python -m tests.e2e.screenshots --home .ratchet/demo --out docs/images/console
+
+It starts a console of its own beside the demo and waits for each moment: before the first update, when an update was
+rejected, and when one is live. ``--now NAME`` does not wait, and takes all pages under that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from ops.ledger import Ledger
+from ops.settings import Settings, load_settings
+from tests.support.browser import DESKTOP, PHONE, chromium, console
+
+PATIENCE_SECONDS = 1800.0
+COLOURS = 128
+"""A picture of a page needs no more, and has a third of the bytes."""
+SIZES = {"desktop": DESKTOP, "phone": PHONE}
+SCHEMES = ("light", "dark")
+Visit = Callable[[Page], None]
+
+
+def overview(page: Page) -> None:
+    """As it opens."""
+    page.goto("/")
+
+
+def playground(page: Page) -> None:
+    """With something found and something asked."""
+    page.goto("/playground")
+    _press(page, "Search", "#found .hits li", "Find pictures with words", "a red heart")
+    _press(page, "Compare", "#sorted .shares li")
+    if page.get_by_label("Question").count():
+        _press(page, "Ask", "#talk .turn", "Question", "what is this?")
+    page.evaluate("scrollTo(0, 0)")
+
+
+def releases(page: Page) -> None:
+    """The timeline."""
+    page.goto("/releases")
+
+
+def gate(page: Page) -> None:
+    """The newest verdict, or the list while there is none."""
+    page.goto("/gate")
+    newest = page.locator(".verdicts h2 a")
+    if newest.count():
+        newest.first.click()
+        page.locator(".verdict").wait_for()
+
+
+def compare(page: Page) -> None:
+    """The two newest releases."""
+    page.goto("/compare")
+    if page.get_by_role("button", name="Ask both").count():
+        _press(page, "Ask both", "#compared .card", "Words", "a red heart")
+        page.locator("#compared").scroll_into_view_if_needed()
+
+
+def rollback(page: Page) -> None:
+    """The question before a rollback."""
+    page.goto("/releases")
+    page.get_by_role("button", name="Roll back…").first.click()
+    page.locator("#dialog[open]").wait_for()
+
+
+def budget(page: Page) -> None:
+    """What was spent."""
+    page.goto("/budget")
+
+
+def quarantine(page: Page) -> None:
+    """What was refused."""
+    page.goto("/quarantine")
+
+
+def audit(page: Page) -> None:
+    """Who did what."""
+    page.goto("/audit")
+
+
+MOMENTS: dict[str, tuple[Callable[[Ledger], bool], tuple[Visit, ...]]] = {
+    "before": (lambda ledger: ledger.live() is not None, (overview, playground)),
+    "rejected": (lambda ledger: any(v.outcome == "rejected" for v in ledger.verdicts()), (overview, gate)),
+    "live": (
+        lambda ledger: any(row.actor == "updater" for row in ledger.releases()),
+        (overview, releases, gate, compare, budget, rollback),
+    ),
+}
+EVERYTHING: tuple[Visit, ...] = (
+    overview, playground, releases, gate, compare, rollback, budget, quarantine, audit,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Take the pictures."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--home", type=Path, required=True, help="Home folder of the running demo.")
+    flags.add_argument("--out", type=Path, required=True, help="Folder of the pictures.")
+    flags.add_argument("--now", help="Take all pages at once, under this name.")
+    flags.add_argument("--pages", nargs="*", help="Only these pages.")
+    asked = flags.parse_args()
+    asked.out.mkdir(parents=True, exist_ok=True)
+    settings = load_settings(asked.home / "ratchet.yaml", {"console.port": _free_port()}, environ={})
+    url = f"http://{settings.console.host}:{settings.console.port}"
+    own = asked.out / ".ratchet-console.yaml"
+    own.write_text(f"{(asked.home / 'ratchet.yaml').read_text()}\nconsole: {{port: {settings.console.port}}}\n")
+    try:
+        with console(own, url, asked.out / ".console.log"), chromium() as browser:
+            ledger = Ledger.open(settings.ledger)
+            moments = {asked.now: (lambda _: True, EVERYTHING)} if asked.now else MOMENTS
+            for moment, (came, pages) in moments.items():
+                _await(ledger, came, moment)
+                chosen = [page for page in pages if not asked.pages or page.__name__ in asked.pages]
+                take(browser, url, settings, chosen, asked.out, moment)
+    finally:
+        own.unlink()
+        (asked.out / ".console.log").unlink(missing_ok=True)
+
+
+def take(browser: Browser, url: str, settings: Settings, pages: list[Visit], out: Path, moment: str) -> None:
+    """Each page in both schemes and both sizes, signed in as the operator."""
+    for size, viewport in SIZES.items():
+        context = browser.new_context(base_url=url, viewport=viewport, reduced_motion="reduce")  # type: ignore[arg-type]
+        page = context.new_page()
+        page.goto("/sign-in")
+        page.get_by_label("API key").fill(settings.operator_key().get_secret_value())
+        page.get_by_role("button", name="Sign in").click()
+        page.get_by_role("button", name="Sign out").wait_for()
+        for visit in pages:
+            visit(page)
+            for scheme in SCHEMES:
+                page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+                page.wait_for_load_state("networkidle")
+                save(page.screenshot(), out / f"{moment}-{visit.__name__}-{scheme}-{size}.png")
+        context.close()
+
+
+def save(picture: bytes, path: Path) -> None:
+    """As a small PNG with a palette."""
+    with Image.open(io.BytesIO(picture)) as image:
+        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", flush=True)
+
+
+def _press(page: Page, button: str, result: str, field: str = "", text: str = "") -> None:
+    if field:
+        page.get_by_label(field, exact=True).fill(text)
+    page.get_by_role("button", name=button, exact=True).click()
+    expect(page.locator(result).first).to_be_visible(timeout=60_000)
+
+
+def _await(ledger: Ledger, came: Callable[[Ledger], bool], moment: str) -> None:
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not came(ledger):
+        if time.monotonic() > end:
+            raise SystemExit(f"the moment {moment!r} did not come within {PATIENCE_SECONDS:.0f} s")
+        time.sleep(1)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()

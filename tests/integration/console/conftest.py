@@ -1,0 +1,102 @@
+"""One server, one broker with ingest, one console and one browser for all tests of the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import yaml
+from playwright.sync_api import Browser, Page
+
+from ops.settings import Settings, load_settings
+from streams.ingest import Ingest
+from tests.integration.serving.house import House, free_port
+from tests.support.broker import Broker, broker
+from tests.support.browser import DESKTOP, Complaints, chromium, console
+from tests.support.kafka import make_topics, reading
+from tests.support.story import Story, tell
+
+__all__ = ["broker"]
+
+
+@dataclass
+class Place:
+    """Where the tests happen."""
+
+    house: House
+    settings: Settings
+    url: str
+    story: Story
+    ingest: Ingest
+    operator: str
+    """Token of a key that may act, of the name `ana`."""
+    reader: str
+    """Token of a key that may only look."""
+
+    @property
+    def live(self) -> int:
+        """The live release."""
+        found = self.house.ledger.live()
+        return found.number if found else 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[Place]:
+    home = tmp_path_factory.mktemp("console")
+    house = House.make(home, vlm_engine="transformers", encoder_replicas=1)
+    kafka = broker.settings(home).kafka.model_dump(
+        include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"}
+    )
+    port = free_port()
+    house.config.write_text(
+        yaml.safe_dump({**yaml.safe_load(house.config.read_text()), "console": {"port": port}, "kafka": kafka})
+    )
+    house.settings = settings = load_settings(house.config, environ={})
+    house.add_samples(24, domain="cats", source="zoo", year=2023)
+    story = tell(settings, home / "made-up", house.adapter())
+    make_topics(settings)
+    _, operator = house.ledger.create_key("ana", ["infer", "operate"], actor="test")
+    _, reader = house.ledger.create_key("guest", ["infer"], actor="test")
+    house.start()
+    try:
+        with (
+            reading(settings) as ingest,
+            console(house.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
+        ):
+            yield Place(house, settings, url, story, ingest, operator, reader)
+    finally:
+        house.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def visitor(place: Place, browser: Browser) -> Iterator[Page]:
+    """A first-time visitor. Whatever he does, no script of a page fails and no policy is broken."""
+    context = browser.new_context(base_url=place.url, viewport=DESKTOP)
+    page = context.new_page()
+    page.set_default_timeout(30_000)
+    complaints = Complaints(page)
+    yield page
+    context.close()
+    assert complaints.heard == []
+
+
+@pytest.fixture
+def ana(visitor: Page, place: Place) -> Page:
+    """The same, signed in as an operator."""
+    sign_in(visitor, place.operator)
+    return visitor
+
+
+def sign_in(page: Page, token: str) -> None:
+    """Through the form."""
+    page.goto("/sign-in")
+    page.get_by_label("API key").fill(token)
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("button", name="Sign out").wait_for()

@@ -1,0 +1,287 @@
+"""Every action of the console, by hand, in a real browser, against a real server and a real broker."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.integration.console.conftest import Place, sign_in
+from tests.support.browser import PHONE, serious
+from tests.support.kafka import picture, produce, records_seen, wait_for
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+PAGES = ("/", "/playground", "/compare", "/releases", "/gate", "/quarantine", "/budget", "/audit", "/sign-in")
+
+
+def open_dialog(page: Page, words: str) -> None:
+    page.get_by_role("button", name=words, exact=True).first.click()
+    page.locator("#dialog[open]").wait_for()
+
+
+def confirm(page: Page, reason: str, verb: str) -> None:
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Reason").fill(reason)
+    dialog.get_by_role("button", name=verb, exact=True).click()
+
+
+def said(page: Page, words: str) -> None:
+    expect(page.get_by_role("dialog")).to_contain_text(words, timeout=30_000)
+
+
+def releases(place: Place, count: int) -> list[str]:
+    """New adapters, released one after the other."""
+    names = [place.house.adapter() for _ in range(count)]
+    with place.house.client() as client:
+        for name in names:
+            client.release(name, reason="made for the test")
+    return names
+
+
+def test_a_visitor_looks_without_a_key_and_is_asked_for_one_before_he_acts(visitor: Page, place: Place) -> None:
+    visitor.goto("/releases")
+    visitor.get_by_role("button", name="Roll back…").click()
+    expect(visitor).to_have_url(re.compile("/sign-in"))
+    visitor.get_by_label("API key").fill("rk_00000000_" + "0" * 64)
+    visitor.get_by_role("button", name="Sign in").click()
+    expect(visitor.get_by_role("alert").first).to_contain_text("not known here")
+    visitor.get_by_label("API key").fill(place.operator)
+    visitor.get_by_role("button", name="Sign in").click()
+    expect(visitor.get_by_text("may act")).to_be_visible()
+    expect(visitor.get_by_role("heading", name="Releases", exact=True)).to_be_visible()
+    (cookie,) = visitor.context.cookies()
+    assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+    assert place.operator not in cookie["value"]
+    visitor.get_by_role("button", name="Sign out").click()
+    expect(visitor.get_by_role("link", name="Sign in")).to_be_visible()
+
+
+def test_a_key_that_may_only_look_cannot_act(visitor: Page, place: Place) -> None:
+    sign_in(visitor, place.reader)
+    live = place.live
+    visitor.goto("/releases")
+    open_dialog(visitor, "Roll back…")
+    said(visitor, "may look, but not act")
+    visitor.goto("/releases/rollback")
+    expect(visitor.get_by_role("heading", name="Not allowed")).to_be_visible()
+    assert place.live == live
+
+
+def test_an_operator_rolls_back_and_the_log_says_who_and_why(ana: Page, place: Place) -> None:
+    first, _ = releases(place, 2)
+    ana.goto("/releases")
+    open_dialog(ana, "Roll back…")
+    said(ana, f"to {first}")
+    said(ana, "less than a second")
+    confirm(ana, "wrong colours", "Roll back now")
+    said(ana, "is live everywhere")
+    row = place.house.ledger.live()
+    assert row is not None and (row.clip, row.reason) == (first, "wrong colours")
+    assert row.actor.startswith("key:ana")
+    ana.get_by_role("link", name="Back to the releases").click()
+    expect(ana.locator(".is-live")).to_contain_text("wrong colours")
+    ana.goto(f"/audit?about=release+{row.number}")
+    expect(ana.get_by_role("table")).to_contain_text(row.actor)
+
+
+def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place) -> None:
+    name = place.house.adapter()
+    ledger = place.house.ledger
+    ledger.begin_update(
+        "update-keys", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+    )
+    ledger.record_verdict("update-keys", name, "passed", "reports/update-keys", {"suites": {}})
+    ledger.advance_update("update-keys", "done", adapter=name)
+    ana.goto("/releases")
+    keys = ana.keyboard
+    keys.press("Tab")
+    expect(ana.locator(":focus")).to_have_text("Skip to the content")
+    keys.press("Enter")
+    for _ in range(2):
+        keys.press("Tab")
+    expect(ana.locator(":focus")).to_have_text("Release an adapter…")
+    keys.press("Space")
+    ana.locator("#dialog[open]").wait_for()
+    picker = ana.get_by_role("dialog").get_by_label("CLIP")
+    expect(picker).to_be_focused()
+    for value in ("base", name):  # the choices after "stays as it is": the newest adapter comes first
+        keys.press("ArrowDown")
+        expect(picker.locator("option[selected]")).to_have_attribute("value", value)
+    said(ana, f"to {name}")
+    for _ in range(2):
+        keys.press("Tab")
+    expect(ana.get_by_label("Reason")).to_be_focused()
+    keys.type("right after all")
+    keys.press("Tab")
+    expect(ana.locator(":focus")).to_have_text("Release now")
+    keys.press("Enter")
+    said(ana, "is live everywhere")
+    row = ledger.live()
+    assert row is not None and (row.clip, row.reason) == (name, "right after all")
+
+
+def test_updates_are_held_and_resumed(ana: Page, place: Place) -> None:
+    ana.goto("/releases")
+    open_dialog(ana, "Hold updates…")
+    confirm(ana, "product launch", "Hold updates")
+    said(ana, "Updates are on hold")
+    held = place.house.ledger.held()
+    assert held is not None and held.reason == "product launch"
+    ana.goto("/releases")
+    expect(ana.get_by_role("main")).to_contain_text("product launch")
+    open_dialog(ana, "Resume updates…")
+    confirm(ana, "launched", "Resume")
+    said(ana, "Updates go on")
+    assert place.house.ledger.held() is None
+
+
+def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, place: Place) -> None:
+    releases(place, 1)
+    ana.goto("/releases")
+    open_dialog(ana, "Roll back…")
+    with place.house.client(actor="ben") as client:
+        made = client.release(place.house.adapter(), reason="Ben was here")
+    confirm(ana, "too late", "Roll back now")
+    said(ana, "Nothing was changed")
+    said(ana, "Ben was here")
+    assert place.live == made["number"]
+    ana.get_by_role("dialog").get_by_role("button", name="Decide again").click()
+    said(ana, f"Release {made['number'] + 1} is made.")
+
+
+def test_an_action_without_a_reason_is_not_done(ana: Page, place: Place) -> None:
+    live = place.live
+    ana.goto("/releases")
+    open_dialog(ana, "Roll back…")
+    ana.get_by_role("dialog").get_by_role("button", name="Roll back now").click()
+    assert ana.get_by_label("Reason").evaluate("field => field.validity.valueMissing")
+    confirm(ana, "   ", "Roll back now")
+    said(ana, "Say why")
+    assert place.live == live
+
+
+def test_a_form_that_none_of_our_pages_sent_is_refused(ana: Page, place: Place) -> None:
+    live = place.live
+    form = {"reason": "forged", "expected_live": str(live)}
+    answer = ana.request.post("/releases/rollback", form=form)
+    assert answer.status == 403 and "too old" in answer.text()
+    assert ana.request.post("/releases/rollback", form={**form, "csrf": "x" * 32}).status == 403
+    assert place.live == live
+
+
+def test_two_releases_answer_side_by_side(visitor: Page, place: Place) -> None:
+    releases(place, 2)
+    visitor.goto("/compare")
+    visitor.get_by_label("Words", exact=True).fill("a red circle")
+    visitor.get_by_role("button", name="Ask both").click()
+    sides = visitor.locator("#compared .card")
+    expect(sides).to_have_count(2)
+    numbers = [int(re.findall(r"Release (\d+)", side)[0]) for side in sides.all_inner_texts()]
+    assert numbers == [place.live - 1, place.live]
+    for side in (sides.first, sides.last):
+        for words in ("How well they fit", "Which word fits", "Pictures for", "what is this?"):
+            expect(side).to_contain_text(words)
+
+
+def test_a_first_visitor_finds_sorts_and_asks(visitor: Page, place: Place, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.png"
+    mine.write_bytes(picture(77))
+    visitor.goto("/playground")
+    visitor.get_by_label("Find pictures with words").fill("cats")
+    visitor.get_by_role("button", name="Search").click()
+    expect(visitor.locator("#found .hits li")).to_have_count(12)
+    expect(visitor.locator("#found img").first).to_have_js_property("complete", True)
+    visitor.get_by_role("radio").nth(2).check()
+    visitor.get_by_role("button", name="Find pictures like it").click()
+    expect(visitor.locator("#found-similar .hits li").first).to_contain_text("1.00")
+    visitor.locator("input[type=file]").set_input_files(mine)
+    visitor.get_by_label("Words, with commas between").fill("boat, tree")
+    visitor.get_by_role("button", name="Compare").click()
+    expect(visitor.locator("#sorted .shares li")).to_have_count(2)
+    visitor.get_by_label("Question").fill("what is this?")
+    visitor.get_by_role("button", name="Ask", exact=True).click()
+    expect(visitor.locator(".answered")).to_contain_text(f"vlm@{place.live}")
+    mine.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    visitor.locator("input[type=file]").set_input_files(mine)
+    visitor.get_by_role("button", name="Ask", exact=True).click()
+    expect(visitor.locator("#talk")).to_contain_text("no picture that can be read")
+
+
+def test_a_refused_record_is_looked_at_and_sent_again(ana: Page, place: Place) -> None:
+    evil = "<script>document.title = 'stolen'</script>"
+    seen = records_seen(place.ingest.status)
+    produce(place.settings.kafka, [(picture(5), [("ratchet_domain", evil.encode())])], partition=0)
+    wait_for(lambda: records_seen(place.ingest.status) > seen, "the refusal")
+    ana.goto("/quarantine")
+    card = ana.locator(".refused .card").first
+    expect(card).to_contain_text("There is no text")
+    expect(card.locator("img")).to_have_js_property("naturalWidth", 32)
+    card.get_by_role("button").click()
+    said(ana, evil)
+    confirm(ana, "the rule was too strict", "Send it again")
+    said(ana, "The broker has it")
+    wait_for(lambda: records_seen(place.ingest.status) > seen + 1, "the record again")
+    (row,) = [row for row in place.house.ledger.audit_rows() if row.action == "resubmit"]
+    assert row.actor == "key:ana" and row.detail["reason"] == "the rule was too strict"
+    ana.goto("/quarantine")
+    card = ana.locator(".refused .card", has_text="sent again")
+    card.get_by_role("button").click()
+    expect(ana.get_by_role("dialog").get_by_label("although it was sent before")).to_be_visible()
+    assert ana.title() == "Quarantine · Ratchet"
+
+
+def test_a_verdict_is_drawn_and_captions_in_it_stay_captions(visitor: Page, place: Place) -> None:
+    visitor.goto("/gate")
+    visitor.get_by_role("link", name="Rejected").click()
+    expect(visitor.get_by_role("img", name="Difference of every suite")).to_be_visible()
+    expect(visitor.get_by_role("main")).to_contain_text("emoji_retrieval")
+    expect(visitor.get_by_role("main")).to_contain_text("<script>")
+    assert "Verdict" in visitor.title()
+    link = visitor.get_by_role("link", name="Report as one page").get_attribute("href")
+    answer = visitor.goto(link or "")
+    assert answer is not None and answer.headers["content-security-policy"].startswith("sandbox;")
+    assert visitor.evaluate("origin") == "null"
+    assert visitor.title().startswith("Rejected")
+
+
+def test_axe_finds_nothing_serious_in_light_and_dark(ana: Page, place: Place) -> None:
+    axe = Axe()
+    findings: dict[str, list[str]] = {}
+    for path in (*PAGES, f"/gate/{place.story.rejected}", "/releases/rollback"):
+        ana.goto(path)
+        for scheme in ("light", "dark"):
+            ana.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            found = serious(axe.run(ana, options={"resultTypes": ["violations"]}).response["violations"])
+            if found:
+                findings[f"{path} {scheme}"] = found
+    assert findings == {}
+
+
+def test_every_page_fits_a_phone(ana: Page) -> None:
+    ana.set_viewport_size(PHONE)
+    wide = {}
+    for path in PAGES:
+        ana.goto(path)
+        wide[path] = ana.evaluate("document.documentElement.scrollWidth")
+    assert wide == dict.fromkeys(PAGES, PHONE["width"])
+
+
+def test_when_the_server_is_away_each_page_says_so_and_shows_the_rest(ana: Page, place: Place) -> None:
+    live = place.live
+    ana.goto("/releases")
+    open_dialog(ana, "Roll back…")
+    place.house.kill_everything()
+    confirm(ana, "is it there?", "Roll back now")
+    said(ana, "does not answer")
+    ana.goto("/")
+    expect(ana.get_by_role("main")).to_contain_text("The model server does not answer")
+    expect(ana.get_by_role("main")).to_contain_text(f"Release {live}")
+    ana.goto("/playground")
+    expect(ana.get_by_role("alert").first).to_contain_text("does not answer")
+    assert ana.get_by_role("radio").first.locator("+ img").evaluate("image => image.decode().then(() => true)")
+    ana.get_by_label("Find pictures with words").fill("cats")
+    ana.get_by_role("button", name="Search").click()
+    expect(ana.locator("#found")).to_contain_text("does not answer")

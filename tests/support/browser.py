@@ -1,0 +1,88 @@
+"""A real Chromium (Debian's), and a console in a process of its own for it to visit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from playwright.sync_api import Browser, Page, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+DESKTOP = {"width": 1280, "height": 900}
+PHONE = {"width": 390, "height": 844}
+START_SECONDS = 120.0
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """The installed one; none is ever downloaded."""
+    found = shutil.which("chromium")
+    assert found is not None, "Chromium is missing: tests/packages.sh installs it"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextmanager
+def console(config: Path, url: str, log: Path) -> Iterator[str]:
+    """`ratchet console` under these settings, until the end of the block."""
+    command = [sys.executable, "-m", "ops.cli.main", "--config", str(config), "console"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environ, cwd=ROOT)
+    try:
+        end = time.monotonic() + START_SECONDS
+        while not _answers(url):
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health/live", trust_env=False).status_code == 200
+    return False
+
+
+class Complaints:
+    """What a browser holds against a page: scripts that fail, and what the page's own policy forbids."""
+
+    def __init__(self, page: Page) -> None:
+        self.heard: list[str] = []
+        page.on("pageerror", lambda error: self.heard.append(str(error)))
+        page.on("console", self._hear)
+
+    def _hear(self, message: Any) -> None:
+        if "Content Security Policy" in message.text or "Content-Security-Policy" in message.text:
+            self.heard.append(message.text)
+
+
+def serious(findings: Sequence[dict[str, Any]]) -> list[str]:
+    """Serious and critical findings of axe, with the places."""
+    return [
+        f"{found['id']}: {found['help']}: {[node['target'] for node in found['nodes']][:5]}"
+        for found in findings
+        if found["impact"] in ("serious", "critical")
+    ]

@@ -1,0 +1,74 @@
+"""A ledger with a story to look at: an update that was rejected, one that was released, and their reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ops.artifacts import Artifacts
+from ops.ledger import Ledger
+from ops.settings import Settings
+from tests.unit.gate.builders import changed, scores
+from updater.gate.decision import conclude, decide
+from updater.gate.report import write_report
+from updater.gate.verdict import Check, Verdict, Worse
+
+EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
+"""A caption that wants to be a program."""
+ITEMS = 400
+
+
+@dataclass(frozen=True)
+class Story:
+    """Names to look for."""
+
+    rejected: str
+    passed: str
+    adapter: str
+
+
+def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict:
+    """Judged by the real statistics, on made-up answers."""
+    before = (np.random.default_rng(0).random((ITEMS, 2)) < 0.6).astype(float)
+    worst = (Worse("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
+    kept = scores("emoji_retrieval", before, changed(before, lost, 4))
+    gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
+    entries = [replace(kept, worst=worst), gained]
+    results = decide(entries, level=0.03, margin=0.05, min_items=50)
+    checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01),)
+    outcome, reasons = conclude(results, checks)
+    return Verdict(
+        outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=tuple(results),
+        checks=checks, alpha=0.05, level=0.03, looks=0, seconds=12.5, created_at="2026-01-01T00:00:00+00:00",
+        cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
+    )  # fmt: skip
+
+
+def tell(settings: Settings, folder: Path, adapter: str = "clip-0123456789ab") -> Story:
+    """Write the story into the ledger and the artifacts of some settings; nothing of it is released by a server."""
+    ledger, artifacts = Ledger.open(settings.ledger), Artifacts(settings.artifacts)
+    rejected = _update(ledger, artifacts, folder, "update-naive", "naive", "clip-ba9876543210", lost=90, won=60)
+    passed = _update(ledger, artifacts, folder, "update-default", "default", adapter, lost=4, won=80)
+    ledger.close()
+    return Story(rejected, passed, adapter)
+
+
+def _update(
+    ledger: Ledger, artifacts: Artifacts, folder: Path, name: str, recipe: str, adapter: str, lost: int, won: int
+) -> str:
+    found = verdict(adapter, lost, won)
+    made: dict[str, Any] = {"gflops_planned": 6000.0, "gflops_spent": 5801.5, "gate_gflops": 320.0, "seconds": 41.0}
+    ledger.begin_update(
+        name, family="clip", recipe={"name": recipe}, seed=7, store_version=3, data_from={"samples:0": 0},
+        data_to={"samples:0": 812}, incumbent=None,
+    )  # fmt: skip
+    write_report(found, folder / name)
+    for file in (folder / name).iterdir():
+        artifacts.write_bytes(f"reports/{name}/{file.name}", file.read_bytes())
+    ledger.advance_update(name, "trained", adapter=adapter, cost=made)
+    ledger.record_verdict(name, adapter, found.outcome, f"reports/{name}", found.summary())
+    ledger.advance_update(name, "done")
+    return name
