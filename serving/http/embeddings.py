@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import APIRouter, Request
+from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
 from ops.ledger.rows import Family
@@ -104,7 +105,9 @@ async def models(request: Request) -> JSONResponse:
 
 
 @router.get("/v1/models/{model}", summary="One model")
-async def model(request: Request, model: str) -> JSONResponse:
+async def model(
+    request: Request, model: Annotated[str, PathParameter(json_schema_extra={"format": "model"})]
+) -> JSONResponse:
     """The release and, for a CLIP, the embedding spaces behind a name."""
     at = gateway(request)
     known = at.vlms is not None and model in at.admission.names(VLM) and model not in at.admission.names(CLIP)

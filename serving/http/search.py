@@ -70,7 +70,9 @@ async def search(request: Request) -> JSONResponse:
 )  # fmt: skip
 async def sample_image(
     request: Request,
-    sample_id: Annotated[str, PathParameter(description="64 hex digits, from a hit.")],
+    sample_id: Annotated[
+        str, PathParameter(description="64 hex digits, from a hit.", json_schema_extra={"format": "sample"})
+    ],
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
 ) -> Response:
     """Drawn again, so that no byte of what a producer sent reaches a browser."""

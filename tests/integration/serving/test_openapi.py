@@ -119,18 +119,19 @@ class Caller:
         return await self.http.request(method, url, headers=headers, content=body)
 
 
-def teach() -> None:
+def teach(edge: Edge) -> None:
     """What the formats of our schema mean: else no generated image would ever be one."""
     schemathesis.openapi.format("uri", st.sampled_from(URIS) | st.sampled_from(OTHERS))
     schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=20))
     schemathesis.openapi.format("model", st.sampled_from(MODELS))
+    schemathesis.openapi.format("sample", st.sampled_from([sample.id for sample in edge.samples]) | st.text(max_size=9))
 
 
 @pytest.mark.timeout(600)
 def test_no_call_that_the_schema_describes_is_a_mistake_of_the_server(
     edge: tuple[Edge, FastAPI], runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teach()
+    teach(edge[0])
     transport = httpx.ASGITransport(edge[1], raise_app_exceptions=False)
     caller = Caller(runner, httpx.AsyncClient(transport=transport, base_url="http://ratchet"))
     schema = schemathesis.openapi.from_dict(edge[1].openapi())
