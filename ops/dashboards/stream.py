@@ -97,8 +97,8 @@ def dashboard() -> make.Dashboard:
         lines(
             "Mean shift", "Embeddings of the newest samples against those right before them: shift of the mean in "
             "standard errors. 1 is no drift; another kind of pictures is above 2.5. It falls again when the new "
-            "data has become the usual data.", "none", ("max by (space) (ratchet_drift_mean_shift)", "{{space}}"), least=0, most=3,
-            steps=[(None, GREEN), (2.5, RED)], width=12,
+            "data has become the usual data.", "none", ("max by (space) (ratchet_drift_mean_shift)", "{{space}}"),
+            least=0, most=3, steps=[(None, GREEN), (2.5, RED)], width=12,
         ),
         lines(
             "Fréchet distance", "The same windows: squared distance of two normal distributions, spread included. In "
