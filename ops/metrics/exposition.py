@@ -86,7 +86,8 @@ def _forget_the_dead(folder: Path) -> None:
 
     Where no writer can be seen they are in another container, perhaps, and nobody is taken for dead.
     """
-    writers = {int(pid) for file in folder.glob("gauge_live*_*.db") if (pid := file.stem.rpartition("_")[2]).isdigit()}
+    endings = (file.stem.rpartition("_")[2] for file in folder.glob("gauge_live*_*.db"))
+    writers = {int(ending) for ending in endings if ending.isdigit()}
     alive = {pid for pid in writers if _runs(pid)}
     if not alive - ({os.getpid()} if _own_folder() is None else set()):
         return
