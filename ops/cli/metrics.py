@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,21 +83,25 @@ def rules(
 
 @app.command()
 def serve(
+    folder: Annotated[Path, typer.Argument(help="Folder that the replicas write into.", exists=True, file_okay=False)],
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 9466,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
-    """Export what the serving processes of this machine wrote into PROMETHEUS_MULTIPROC_DIR, until SIGTERM.
+    """Export what the replicas of this machine write into their PROMETHEUS_MULTIPROC_DIR, until SIGTERM.
 
     For machines of a cluster that have replicas and no ingress: `/metrics` shows those of the ingress's machine only.
+    It has to see the replicas' processes, to leave out the gauges of those that were killed.
+
+    Example:  ratchet metrics serve /var/run/ratchet-metrics --host 0.0.0.0
     """
-    if not metrics.shares_a_folder():
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         raise ConfigError(
-            "PROMETHEUS_MULTIPROC_DIR is not set, or is no folder.",
-            "Set it to the folder that the replicas of this machine write their metrics into.",
+            "PROMETHEUS_MULTIPROC_DIR is set: this process would write into the folder that it reads.",
+            "Unset it here; the folder is the argument.",
         )
     done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
-    metrics.listen("serve", port, host)
+    metrics.listen("serve", port, host, folder)
     say(f"metrics of the replicas on http://{host}:{port}/metrics")
     done.wait()

@@ -124,7 +124,7 @@ def dashboard() -> make.Dashboard:
         number(
             "Drift", "How far the newest samples are from those before them, in standard errors. About 1 is no drift; "
             "see Stream.", "none", ("max(ratchet_drift_mean_shift)", ""), decimals=1, nothing="too few samples",
-            steps=[(None, GREEN), (2, ORANGE), (4, RED)],
+            steps=[(None, GREEN), (1.5, ORANGE), (2.5, RED)],
         ),
     )  # fmt: skip
     row(

@@ -41,7 +41,7 @@ def dashboard() -> make.Dashboard:
         number(
             "Drift", "Shift of the newest samples' mean embedding in standard errors. About 1 is no drift.", "none",
             ("max(ratchet_drift_mean_shift)", ""), decimals=1, nothing="too few samples",
-            steps=[(None, GREEN), (2, ORANGE), (4, RED)],
+            steps=[(None, GREEN), (1.5, ORANGE), (2.5, RED)],
         ),
     )  # fmt: skip
     row(
@@ -96,9 +96,9 @@ def dashboard() -> make.Dashboard:
         "Drift of what comes in",
         lines(
             "Mean shift", "Embeddings of the newest samples against those right before them: shift of the mean in "
-            "standard errors. 1 is no drift; another domain is above 4. It falls again when the new data has become "
-            "the usual data.", "none", ("max by (space) (ratchet_drift_mean_shift)", "{{space}}"), least=0, most=4,
-            steps=[(None, GREEN), (4, RED)], width=12,
+            "standard errors. 1 is no drift; another kind of pictures is above 2.5. It falls again when the new "
+            "data has become the usual data.", "none", ("max by (space) (ratchet_drift_mean_shift)", "{{space}}"),
+            least=0, most=3, steps=[(None, GREEN), (2.5, RED)], width=12,
         ),
         lines(
             "Fréchet distance", "The same windows: squared distance of two normal distributions, spread included. In "

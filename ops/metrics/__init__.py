@@ -6,7 +6,7 @@ it is in :mod:`ops.metrics.exposition`.
 """
 
 from ops.metrics.declared import names
-from ops.metrics.exposition import PARTS, Part, exposition, listen, shares_a_folder
+from ops.metrics.exposition import PARTS, Part, exposition, listen
 from ops.metrics.learning import gate, update
 from ops.metrics.models import catalog, drift, encoder, vlm
 from ops.metrics.serving import build, http, operator, release
@@ -14,5 +14,5 @@ from ops.metrics.stream import ingest
 
 __all__ = [
     "PARTS", "Part", "build", "catalog", "drift", "encoder", "exposition", "gate", "http", "ingest", "listen", "names",
-    "operator", "release", "shares_a_folder", "update", "vlm",
+    "operator", "release", "update", "vlm",
 ]  # fmt: skip

@@ -195,7 +195,8 @@ for _phase in ("prepare", "commit", "rollback"):
 for _direction in ("prompt", "completion"):
     VLM_TOKENS.labels(_direction)
 for _kind in ("reply", "stream", "score"):
-    VLM_REQUESTS.labels(_kind, "ok")
+    for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
+        VLM_REQUESTS.labels(_kind, _outcome)
     VLM_SECONDS.labels(_kind)
 for _action in ("release", "rollback", "hold", "resume"):
     for _outcome in ("done", "refused"):

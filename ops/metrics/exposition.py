@@ -31,18 +31,13 @@ FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 def exposition(part: Part) -> bytes:
     """The text that Prometheus scrapes of a part: of all processes that share the folder, if there is one."""
-    return generate_latest(_registry(part))
+    return generate_latest(_registry(part, _own_folder()))
 
 
-def listen(part: Part, port: int, host: str = "127.0.0.1") -> None:
-    """Serve this process's metrics; port 0 is off."""
+def listen(part: Part, port: int, host: str = "127.0.0.1", folder: Path | None = None) -> None:
+    """Serve the metrics of this process, or of those that share ``folder``; port 0 is off."""
     if port:
-        start_http_server(port, addr=host, registry=_registry(part))
-
-
-def shares_a_folder() -> bool:
-    """Whether several processes of this machine write into one folder."""
-    return FOLDER in os.environ and Path(os.environ[FOLDER]).is_dir()
+        start_http_server(port, addr=host, registry=_registry(part, folder or _own_folder()))
 
 
 def belongs(name: str, part: Part) -> bool:
@@ -62,30 +57,43 @@ def belongs(name: str, part: Part) -> bool:
 class _Own(Collector):
     """What belongs to one part, of what another collector has."""
 
-    def __init__(self, whole: Collector, part: Part) -> None:
-        self.whole = whole
+    def __init__(self, part: Part, folder: Path | None) -> None:
         self.part = part
+        self.folder = folder
+        self.whole: Collector = (
+            REGISTRY if folder is None else multiprocess.MultiProcessCollector(None, str(folder))  # type: ignore[no-untyped-call]
+        )
 
     def collect(self) -> Iterable[Metric]:
-        _forget_the_dead()
+        if self.folder is not None:
+            _forget_the_dead(self.folder)
         return [metric for metric in self.whole.collect() if belongs(metric.name, self.part)]
 
 
-def _registry(part: Part) -> CollectorRegistry:
+def _registry(part: Part, folder: Path | None) -> CollectorRegistry:
     registry = CollectorRegistry()
-    shared = multiprocess.MultiProcessCollector(None) if FOLDER in os.environ else REGISTRY  # type: ignore[no-untyped-call]
-    registry.register(_Own(shared, part))
+    registry.register(_Own(part, folder))
     return registry
 
 
-def _forget_the_dead() -> None:
-    """A process that was killed leaves its gauges behind: requests in flight that no one answers, an old release."""
-    if not shares_a_folder():
+def _own_folder() -> Path | None:
+    """The folder that this process writes into, if it shares one."""
+    return Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """A process that was killed leaves its gauges behind: requests in flight that no one answers, an old release.
+
+    Where no writer can be seen they are in another container, perhaps, and nobody is taken for dead.
+    """
+    endings = (file.stem.rpartition("_")[2] for file in folder.glob("gauge_live*_*.db"))
+    writers = {int(ending) for ending in endings if ending.isdigit()}
+    alive = {pid for pid in writers if _runs(pid)}
+    if not alive - ({os.getpid()} if _own_folder() is None else set()):
         return
-    for file in Path(os.environ[FOLDER]).glob("gauge_live*_*.db"):
-        pid = file.stem.rpartition("_")[2]
-        if pid.isdigit() and not _runs(int(pid)):
-            multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+    for pid in writers - alive:
+        with contextlib.suppress(FileNotFoundError):  # another scrape was faster
+            multiprocess.mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
 
 
 def _runs(pid: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from ops.errors import RatchetError
@@ -19,7 +19,11 @@ class build:
     @staticmethod
     def started(part: str) -> None:
         """This process runs that part now."""
-        d.BUILD.labels(version("ratchet"), part).set(1)
+        try:
+            number = version("ratchet")
+        except PackageNotFoundError:  # run from a source tree
+            number = "unknown"
+        d.BUILD.labels(number, part).set(1)
 
 
 class http:

@@ -19,7 +19,7 @@ from ops.alerts import as_yaml, rule_groups
 from tests.support.postgres import free_port
 
 START_SECONDS = 60.0
-GRAFANA = {"$__rate_interval": "2m", "$__range": "10m", "$__interval": "15s"}
+GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
 """What Grafana puts in for its variables."""
 
 

@@ -15,6 +15,7 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
+from ops import metrics
 from ops.errors import AdapterError
 from serving.engines.vlm.ask import Ask, AskError, Message, VlmEngine, question
 from tests.integration.engines.conftest import House
@@ -58,6 +59,18 @@ async def test_scores_of_choices_are_those_of_transformers_and_peft(loaded: VlmE
     for name, model in house.models.items():
         wanted = [model.score(ask, choice) for choice in choices]
         np.testing.assert_allclose(await loaded.score(ask, choices, name), wanted, atol=CLOSE)
+
+
+def tokens_that_vllm_counted() -> float:
+    lines = metrics.exposition("serve").decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
+
+
+async def test_vllm_counts_in_metrics_of_its_own_and_they_come_with_ours(engine: VlmEngine, house: House) -> None:
+    before = tokens_that_vllm_counted()
+    reply = await engine.reply(house.asks[0], None)
+    counted = tokens_that_vllm_counted() - before
+    assert counted == (len(reply.tokens) if engine.kind == "vllm" else 0)
 
 
 async def test_a_stream_is_the_reply_in_pieces(loaded: VlmEngine, house: House) -> None:

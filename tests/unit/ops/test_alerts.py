@@ -12,6 +12,7 @@ import pytest
 import typer
 import yaml
 from prometheus_client import Histogram
+from prometheus_client.parser import text_string_to_metric_families
 from typer.testing import CliRunner
 
 from ops import metrics
@@ -80,11 +81,20 @@ def test_rules_name_only_series_labels_and_buckets_that_exist() -> None:
 
 
 def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
-    exported = "".join(metrics.exposition(part).decode() for part in ("ingest", "update", "serve"))
-    watched = {name for rule in RULES for name in re.findall(r"(?:increase|rate)\((ratchet_\w+)", rule["expr"])}
-    for name in watched:
-        if not name.startswith(ON_DEMAND):
-            assert re.search(rf"^{name}(\{{.*\}})? ", exported, re.M), name
+    exported = [
+        sample
+        for part in ("ingest", "update", "serve")
+        for each in text_string_to_metric_families(metrics.exposition(part).decode())
+        for sample in each.samples
+    ]
+    growth = [
+        found for rule in RULES for found in re.findall(r"(?:increase|rate)\((\w+)(?:\{(.*?)\})?\[", rule["expr"])
+    ]
+    assert len(growth) > 10
+    for name, selectors in growth:
+        wanted = dict(re.findall(r'(\w+)="([^"]*)"', selectors))
+        there = [each for each in exported if each.name == name and wanted.items() <= each.labels.items()]
+        assert there or name.startswith(ON_DEMAND), (name, selectors)
 
 
 def commands() -> list[str]:

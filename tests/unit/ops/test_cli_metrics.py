@@ -37,27 +37,32 @@ def test_what_is_off_is_no_target_and_ray_is_one_when_it_is_on() -> None:
     assert set(found) == {"serve", "update", "ray"} and found["ray"] == "127.0.0.1:9004"
 
 
-def test_a_port_for_the_replicas_of_a_machine_needs_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    result = CliRunner().invoke(app, ["metrics", "serve", "--port", "0"])
+def test_who_exports_the_metrics_of_replicas_does_not_write_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    result = CliRunner().invoke(app, ["metrics", "serve", str(tmp_path), "--port", "0"])
     assert isinstance(result.exception, ConfigError)
     assert "PROMETHEUS_MULTIPROC_DIR" in str(result.exception)
 
 
 def test_it_exports_what_replicas_wrote_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
-    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     wrote = "from ops import metrics; metrics.http.refused('overloaded')"
-    subprocess.run([sys.executable, "-c", wrote], env=environ, check=True)
+    writing = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", wrote], env=writing, check=True)
+    written = sorted(tmp_path.iterdir())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", str(tmp_path), "--port", str(port)]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
         assert str(port) in process.stderr.readline()  # it listens
         page = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
         assert 'ratchet_http_refused_total{reason="overloaded"} 1.0' in page
+        assert sorted(tmp_path.iterdir()) == written
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
     finally:
