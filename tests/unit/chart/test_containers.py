@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ops.alerts import prometheus_config
+from ops.cli.metrics import targets_of
 from ops.settings import Settings, load_settings
 from tests.support.chart import ROOT, render
 
@@ -120,12 +120,14 @@ def test_the_settings_are_ratchets_and_name_the_services() -> None:
 def test_prometheus_scrapes_every_part_under_its_name(tmp_path: Path) -> None:
     text = (ROOT / "compose" / "prometheus.yml").read_text()
     found = yaml.safe_load(text)
-    wanted = prometheus_config(settings())["scrape_configs"]
-    assert [job["job_name"] for job in found["scrape_configs"]] == [job["job_name"] for job in wanted]
-    for job, other in zip(found["scrape_configs"], wanted, strict=True):
-        (target,), (port) = job["static_configs"][0]["targets"], other["static_configs"][0]["targets"][0]
-        assert target.partition(":")[0] in COMPOSE["services"]
-        assert target.partition(":")[2] == port.rpartition(":")[2]
+    (job,) = found["scrape_configs"]
+    there, here = job["static_configs"], targets_of(settings(), "here")
+    assert job["job_name"] == "ratchet"
+    assert [each["labels"] for each in there] == [each["labels"] for each in here]
+    for each, other in zip(there, here, strict=True):
+        service, _, port = each["targets"][0].partition(":")
+        assert service in COMPOSE["services"]
+        assert port == other["targets"][0].rpartition(":")[2]
     local = tmp_path / "prometheus.yml"
     local.write_text(text.replace("/etc/prometheus/rules", str(ROOT / "ops" / "alerts")))
     assert "SUCCESS" in run("promtool", "check", "config", local)

@@ -181,16 +181,16 @@ def test_what_is_published_is_neither_metrics_nor_the_operators_calls(objects: l
     assert not [path for path in paths if "/admin".startswith(path) or "/metrics".startswith(path)]
 
 
-def test_jobs_have_the_names_that_alerts_know(objects: list[dict[str, Any]]) -> None:
-    from ops.alerts import prometheus_config
+def test_job_and_processes_have_the_names_that_they_have_on_one_machine(objects: list[dict[str, Any]]) -> None:
+    from ops.cli.metrics import targets_of
     from ops.settings import load_settings
 
-    jobs = {
-        each["spec"]["podMetricsEndpoints"][0]["relabelings"][0]["replacement"]
+    made = {
+        tuple(rule["replacement"] for rule in each["spec"]["podMetricsEndpoints"][0]["relabelings"])
         for each in of_kind(objects, "PodMonitor")
     }
-    known = {each["job_name"] for each in prometheus_config(load_settings(environ={}))["scrape_configs"]}
-    assert known <= jobs
+    known = targets_of(load_settings(environ={}, overrides={"serve.ray_metrics_port": 8089}), "here")
+    assert made == {("ratchet", each["labels"]["process"]) for each in known}
 
 
 def test_every_object_says_which_release_it_is_of() -> None:
