@@ -198,6 +198,8 @@ for _kind in ("reply", "stream", "score"):
     for _outcome in ("ok", "late", "ask", "adapter", "gone", "dead"):
         VLM_REQUESTS.labels(_kind, _outcome)
     VLM_SECONDS.labels(_kind)
+for _reason in ("overloaded", "unavailable", "deadline_exceeded", "internal"):  # those that are ours
+    HTTP_REFUSED.labels(_reason)
 for _action in ("release", "rollback", "hold", "resume"):
     for _outcome in ("done", "refused"):
         OPERATOR.labels(_action, _outcome)
