@@ -65,6 +65,19 @@ VLM_QUEUE = Gauge("ratchet_vlm_waiting", "Requests that wait for a place in the 
 RELEASE_LIVE = Gauge("ratchet_release_live", "Live release as a process sees it.", ["part"], multiprocess_mode="all")
 RELEASE_PHASE = Histogram("ratchet_release_phase_seconds", "Time of a release phase.", ["phase"], buckets=LONG_SECONDS)
 RELEASES = Counter("ratchet_releases_total", "Proposals decided.", ["kind", "outcome"])
+RELEASE_SHARE = Gauge(
+    "ratchet_release_share_ratio", "Share of requests that the live release answers.", multiprocess_mode=_LATEST
+)
+GUARD_RELEASE = Gauge("ratchet_guard_release", "Release that is watched; 0: none.", multiprocess_mode=_LATEST)
+GUARD_DECISIONS = Counter("ratchet_guard_decisions_total", "Releases ended by the guard.", ["decision", "guardrail"])
+ROLLOUT_REQUESTS = Counter("ratchet_rollout_requests_total", "Requests while a canary or shadow is live.", ["side"])
+ROLLOUT_COMPARISONS = Counter(
+    "ratchet_rollout_comparisons_total", "Inputs given to both sides unseen.", ["family", "outcome"]
+)
+ROLLOUT_AGREEMENT = Gauge(
+    "ratchet_rollout_agreement_ratio", "Share of inputs on which both sides agree.", ["family"],
+    multiprocess_mode=_LATEST,
+)  # fmt: skip
 CATALOG_ROWS = Gauge("ratchet_catalog_rows", "Rows embedded in the live image space.", multiprocess_mode=_LATEST)
 CATALOG_COVERAGE = Gauge(
     "ratchet_catalog_coverage_ratio", "Embedded share of the corpus, least space.", multiprocess_mode=_LATEST
@@ -235,6 +248,36 @@ class release:
     def decided(kind: str, outcome: str) -> None:
         """A proposal was committed or failed."""
         RELEASES.labels(kind, outcome).inc()
+
+
+class rollout:
+    """Verbs of canaries, shadows and the guard."""
+
+    @staticmethod
+    def watching(release: int, share: float) -> None:
+        """The guard looks at this release (0: at none), which answers this share of the requests."""
+        GUARD_RELEASE.set(release)
+        RELEASE_SHARE.set(share)
+
+    @staticmethod
+    def answered(side: str) -> None:
+        """A request went to the ``trial`` or to the ``stable`` side."""
+        ROLLOUT_REQUESTS.labels(side).inc()
+
+    @staticmethod
+    def compared(family: str, outcome: str) -> None:
+        """Both sides had an input: ``agree``, ``differ``, ``failed``, or it was ``dropped``."""
+        ROLLOUT_COMPARISONS.labels(family, outcome).inc()
+
+    @staticmethod
+    def agreement(family: str, share: float) -> None:
+        """Share of inputs on which both sides agree so far."""
+        ROLLOUT_AGREEMENT.labels(family).set(share)
+
+    @staticmethod
+    def decided(decision: str, guardrail: str) -> None:
+        """The guard ``rolled_back`` a release, and for which guardrail, or ``promoted`` it."""
+        GUARD_DECISIONS.labels(decision, guardrail).inc()
 
 
 class catalog:

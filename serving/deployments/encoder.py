@@ -16,6 +16,7 @@ from ops.settings import Settings
 from serving.deployments.lane import Lane
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import IMAGE_COST, Answer, Kind, Work, batch_cost
+from serving.deployments.resident import ResidentRows, read_resident
 from serving.deployments.terms import Prepared
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
@@ -39,9 +40,11 @@ class Encoder:
         self.batch.set_batch_wait_timeout_s(settings.serve.batch_wait_seconds)
         self._in_step = time.monotonic()
         self._trouble = ""
-        for clip in self._wanted():
+        rows = self._resident()
+        needed = [row.clip for row in rows.answering] or [None]
+        for clip in dict.fromkeys([*needed, *rows.clips]):
             prepared = self.lane.prepare_now(clip)
-            if prepared.error and clip == self._wanted()[0]:
+            if prepared.error and clip in needed:
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
         self._follower: asyncio.Task[None] | None = None
 
@@ -55,9 +58,9 @@ class Encoder:
         """One dynamic batch, bounded by cost."""
         return await self.lane.encode(works)
 
-    async def encode_background(self, pixels: Any, adapter: str | None) -> Answer:
-        """Vectors for the catalog, at low priority."""
-        return await self.lane.encode_background(pixels, adapter)
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+        """Vectors for the catalog and for comparisons, at low priority."""
+        return await self.lane.encode_background(kind, payload, adapter)
 
     async def prepare(self, clip: str | None) -> Prepared:
         """Phase one of a release; see :meth:`Lane.prepare`."""
@@ -80,18 +83,18 @@ class Encoder:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _wanted(self) -> list[str | None]:
-        rows = self.ledger.releases(self.settings.serve.rollback_window)
-        return list(dict.fromkeys(row.clip for row in rows)) or [None]
+    def _resident(self) -> ResidentRows:
+        return read_resident(self.ledger, self.settings.serve.rollback_window)
 
     async def _follow(self) -> None:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                live = (await asyncio.to_thread(self._wanted))[0]
-                prepared = await self.lane.prepare(live)
-                self._trouble = prepared.error
-                if not prepared.error:
+                rows = await asyncio.to_thread(self._resident)
+                needed = dict.fromkeys([row.clip for row in rows.answering] or [None])
+                prepared = [await self.lane.prepare(clip) for clip in needed]
+                self._trouble = "; ".join(each.error for each in prepared if each.error)
+                if not self._trouble:
                     self._in_step = time.monotonic()
             except Exception as error:  # the ledger is away: serve on with what is loaded
                 self._trouble = f"{type(error).__name__}: {error}"

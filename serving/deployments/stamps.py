@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
+from serving.rollout.observations import Answered
+from serving.rollout.split import place
 
 FAMILY: Family = "clip"
 BASE = "base"
@@ -37,6 +39,8 @@ class Stamp:
     image_space: str
     text_space: str
     vlm: str | None = None
+    share: float = 1.0
+    """Of the requests, that it answers; see :attr:`ops.ledger.rows.ReleaseRow.share`."""
 
     @property
     def adapter(self) -> str:
@@ -58,7 +62,16 @@ class Admission:
 
     def __init__(self) -> None:
         self._window: tuple[Stamp, ...] = ()
+        self._stable: Stamp | None = None
         self._in_flight: dict[int, int] = {}
+        self._answered: dict[int, Answered] = {}
+        self.splits = False
+        """Whether a canary or a shadow is live, so that it matters who asks."""
+
+    @property
+    def stable(self) -> Stamp | None:
+        """The newest plain release: it answers whom the live one does not."""
+        return self._stable
 
     @property
     def live(self) -> Stamp | None:
@@ -75,10 +88,17 @@ class Admission:
         ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
             self._window = ordered
+            self._stable = next((stamp for stamp in ordered if stamp.share >= 1), None)
+            self.splits = ordered[0].share < 1
+            numbers = {stamp.release for stamp in ordered} | set(self._in_flight)
+            self._answered = {number: self._answered.get(number, Answered()) for number in numbers}
         return self.live.release if self.live else 0
 
-    def resolve(self, model: str, family: Family = FAMILY) -> Stamp:
+    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> Stamp:
         """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
+
+        Args:
+            key: of the caller. While a canary is live it says which side answers; without one, the stable side does.
 
         Raises:
             UnknownModel: names what is resident.
@@ -88,7 +108,7 @@ class Admission:
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
         if model == family:
-            return live
+            return self._side(live, key) if self.splits else live
         for stamp in self._window:
             if model in (f"{family}@{stamp.release}", stamp.shown(family)):
                 return stamp
@@ -100,9 +120,9 @@ class Admission:
         return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
 
     @contextmanager
-    def admit(self, model: str = FAMILY, family: Family = FAMILY) -> Iterator[Stamp]:
+    def admit(self, model: str = FAMILY, family: Family = FAMILY, key: str = "") -> Iterator[Stamp]:
         """Stamp one request, and count it until the block ends."""
-        stamp = self.resolve(model, family)
+        stamp = self.resolve(model, family, key)
         self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
         try:
             yield stamp
@@ -116,3 +136,23 @@ class Admission:
     def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number."""
         return dict(self._in_flight)
+
+    def ended(self, release: int, failed: bool) -> None:
+        """A request that was stamped with this release has its answer, or failed through no fault of its client."""
+        counted = self._answered.get(release)
+        if counted is not None:
+            counted.requests += 1
+            counted.failed += failed
+
+    def failed(self, release: int) -> None:
+        """A request of this release that had begun to be answered broke off."""
+        if release in self._answered:
+            self._answered[release].failed += 1
+
+    def answered(self) -> dict[int, Answered]:
+        """Requests that ended, by resident release, since this process knows the release."""
+        return dict(self._answered)
+
+    def _side(self, live: Stamp, key: str) -> Stamp:
+        chosen = bool(key) and place(live.clip, live.vlm, key) < live.share
+        return live if chosen else self._stable or live

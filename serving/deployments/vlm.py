@@ -50,11 +50,11 @@ class VlmReplica:
         self._in_step = time.monotonic()
         self._trouble = ""
         self._follower: asyncio.Task[None] | None = None
-        wanted = self._wanted()
+        wanted, needed = self._wanted()
         self.lane.adopt(wanted)
-        for index, vlm in enumerate(wanted):
+        for vlm in wanted:
             prepared = await self.lane.prepare(vlm)
-            if prepared.error and index == 0:
+            if prepared.error and vlm in needed:
                 await engine.close()
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
 
@@ -104,17 +104,19 @@ class VlmReplica:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _wanted(self) -> tuple[str | None, ...]:
-        return read_resident(self.ledger, self.settings.serve.rollback_window).vlms or (None,)
+    def _wanted(self) -> tuple[tuple[str | None, ...], set[str | None]]:
+        """All resident adapters, and those of them without which requests cannot be answered."""
+        rows = read_resident(self.ledger, self.settings.serve.rollback_window)
+        return rows.vlms or (None,), {row.vlm for row in rows.answering} or {None}
 
     async def _follow(self) -> None:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                wanted = await asyncio.to_thread(self._wanted)
-                prepared = await self.lane.prepare(wanted[0])
-                self._trouble = prepared.error
-                if not prepared.error:
+                wanted, needed = await asyncio.to_thread(self._wanted)
+                prepared = [await self.lane.prepare(vlm) for vlm in wanted if vlm in needed]
+                self._trouble = "; ".join(each.error for each in prepared if each.error)
+                if not self._trouble:
                     self.lane.adopt(wanted)
                     self._in_step = time.monotonic()
             except Exception as error:  # the ledger is away: serve on with what is loaded
