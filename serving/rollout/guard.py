@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from scipy.stats import binom
+from scipy.special import bdtrc
 
 from ops.ledger.rows import Family
 from ops.settings import Rollout
@@ -114,5 +114,5 @@ def _agreement(settings: Rollout, family: Family, compared: Compared, level: flo
 def _tested(
     guardrail: Guardrail, family: Family | None, bad: int, of: int, allowed: float, level: float, shown: str
 ) -> Evidence:
-    chance = float(binom.sf(bad - 1, of, allowed))
+    chance = float(bdtrc(bad - 1, of, allowed)) if bad else 1.0
     return Evidence(guardrail, family, bad, of, round(allowed, 6), chance, level, shown)

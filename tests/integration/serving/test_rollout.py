@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -22,7 +21,7 @@ from tests.integration.serving.house import House
 
 pytestmark = pytest.mark.integration
 ROLLOUT = {
-    "mode": "canary", "share": 0.1, "observe_seconds": 1, "min_comparisons": 12, "guard_seconds": 60,
+    "mode": "canary", "share": 0.1, "observe_seconds": 1, "min_comparisons": 30, "guard_seconds": 60,
     "compare_share": 1.0,
 }  # fmt: skip
 GENTLE, BROKEN = 0.02, 8.0
@@ -176,7 +175,7 @@ def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(hou
         until(lambda: client.live() > before, house, 30)
         assert house.ledger.release(before + 1).share == 0.1
         client.hold("while I look")
-        until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12, house, 60)
+        until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30, house, 60)
         time.sleep(2.5)  # two looks of the guard
         assert client.live() == before + 1
         client.resume("looks good")
