@@ -5,10 +5,11 @@ One :class:`Admission` lives in each ingress replica. It is used from one event 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ops import metrics
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
 from serving.rollout.observations import Answered
@@ -120,32 +121,42 @@ class Admission:
         return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
 
     @contextmanager
-    def admit(self, model: str = FAMILY, family: Family = FAMILY, key: str = "") -> Iterator[Stamp]:
-        """Stamp one request, and count it until the block ends."""
+    def admit(
+        self,
+        model: str = FAMILY,
+        family: Family = FAMILY,
+        key: str = "",
+        is_fault: Callable[[Exception], bool] = lambda error: True,
+    ) -> Iterator[Stamp]:
+        """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
+        against the release.
+        """
         stamp = self.resolve(model, family, key)
-        self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
+        number = stamp.release
+        self._in_flight[number] = self._in_flight.get(number, 0) + 1
         try:
             yield stamp
+        except Exception as error:
+            if is_fault(error):
+                self.failed(number)
+            raise
         finally:
-            left = self._in_flight[stamp.release] - 1
+            left = self._in_flight[number] - 1
             if left:
-                self._in_flight[stamp.release] = left
+                self._in_flight[number] = left
             else:
-                del self._in_flight[stamp.release]
+                del self._in_flight[number]
+            if (counted := self._answered.get(number)) is not None:
+                counted.requests += 1
+            if self.splits:
+                metrics.rollout.answered("stable" if stamp.share >= 1 else "trial")
 
     def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number."""
         return dict(self._in_flight)
 
-    def ended(self, release: int, failed: bool) -> None:
-        """A request that was stamped with this release has its answer, or failed through no fault of its client."""
-        counted = self._answered.get(release)
-        if counted is not None:
-            counted.requests += 1
-            counted.failed += failed
-
     def failed(self, release: int) -> None:
-        """A request of this release that had begun to be answered broke off."""
+        """A request of this release failed through no fault of its client."""
         if release in self._answered:
             self._answered[release].failed += 1
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -13,7 +13,6 @@ import numpy.typing as npt
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
-from ops import metrics
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Serve
@@ -126,21 +125,12 @@ class Gateway:
             )
         return self.vlms
 
-    @contextmanager
-    def admit(self, request: Request, model: str, family: Family = CLIP, user: str | None = None) -> Iterator[Stamp]:
+    def admit(
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+    ) -> AbstractContextManager[Stamp]:
         """Stamp one request and count how it ends. ``user``: what its body says of who asks."""
-        splits = self.admission.splits
-        with self.admission.admit(model, family, caller_key(request, user) if splits else "") as stamp:
-            if splits:
-                metrics.rollout.answered("stable" if stamp.share >= 1 else "trial")
-            failed = False
-            try:
-                yield stamp
-            except Exception as error:
-                failed = is_fault(error)
-                raise
-            finally:
-                self.admission.ended(stamp.release, failed)
+        key = caller_key(request, user) if self.admission.splits else ""
+        return self.admission.admit(model, family, key, is_fault)
 
     def failed(self, stamp: Stamp, error: Exception) -> None:
         """A stream broke off after :meth:`admit`'s block had begun to answer."""

@@ -76,10 +76,13 @@ def test_a_promotion_ends_the_split() -> None:
 
 def test_requests_are_counted_by_the_release_that_answered_while_it_is_resident() -> None:
     counted = admission(stamp(2, "new"), stamp(1, "old"))
-    counted.ended(2, failed=True)
-    counted.ended(1, failed=False)
-    counted.failed(1)
-    counted.ended(7, failed=True)
-    assert {n: (a.requests, a.failed) for n, a in counted.answered().items()} == {2: (1, 1), 1: (1, 1)}
+    with pytest.raises(ZeroDivisionError), counted.admit("clip@2"):
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), counted.admit("clip@2", is_fault=lambda error: False):
+        raise ZeroDivisionError
+    with counted.admit("clip@1"):
+        counted.failed(1)  # a stream broke off, after its head was sent
+        counted.failed(7)  # of a release that has left: nobody asks any more
+    assert {n: (a.requests, a.failed) for n, a in counted.answered().items()} == {2: (2, 1), 1: (1, 1)}
     counted.adopt([stamp(3, "newer"), stamp(2, "new")])
-    assert {n: a.requests for n, a in counted.answered().items()} == {3: 0, 2: 1}
+    assert {n: a.requests for n, a in counted.answered().items()} == {3: 0, 2: 2}
