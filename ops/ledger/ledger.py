@@ -9,10 +9,11 @@ from ops.ledger.budget import BudgetVerbs
 from ops.ledger.database import Database, open_database
 from ops.ledger.learning import LearningVerbs
 from ops.ledger.releases import ReleaseVerbs
+from ops.ledger.rollout import RolloutVerbs
 from ops.ledger.rows import AuditRow
 
 
-class Ledger(LearningVerbs, ReleaseVerbs, BudgetVerbs):
+class Ledger(LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs):
     """Safe to use from several threads and processes; every verb is one transaction."""
 
     def __init__(self, database: Database) -> None:

@@ -33,7 +33,7 @@ async def embeddings(request: Request) -> JSONResponse:
             400, f"dimensions: this model has {at.dim} dimensions and cannot be cut.", param="dimensions",
             code="unsupported_dimensions",
         )  # fmt: skip
-    with at.admission.admit(asked.model) as stamp:
+    with at.admit(request, asked.model, user=asked.user) as stamp:
         vectors, tokens = await embed(at, stamp, asked.items(), "input")
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, asked.encoding_format)}

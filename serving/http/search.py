@@ -38,7 +38,7 @@ async def search(request: Request) -> JSONResponse:
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
     deadline = at.deadline()
-    with at.admission.admit(asked.model) as stamp:
+    with at.admit(request, asked.model) as stamp:
         if asked.text is not None:
             at.check_texts([asked.text], "text")
             answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
