@@ -56,7 +56,7 @@ def run(settings: Settings, rounds: int = 3, seconds: float = 5.0, levels: Seque
         server = start(ours)
         try:
             with Client(server.url, operator_key=ours.operator_key(), actor="bench") as client:
-                client.release(vlm=name, reason="benchmark")
+                client.release(vlm=name, reason="benchmark", force=True)
             with step("starting vLLM's own server"):
                 own = vllm_server(base, ours.serve, name, directory, Path(folder) / "vllm.log")
             with own as url:

@@ -200,6 +200,24 @@ class Console(Section):
         return is_loopback(self.host)
 
 
+class Rollout(Section):
+    """How an update goes live, and what the guard watches. Bounds are on what a release may do to its incumbent."""
+
+    mode: Literal["direct", "canary", "shadow"] = Field(
+        "direct", description="How updates go live: at once, for a share of the requests first, or only compared first."
+    )
+    share: float = Field(0.1, gt=0, lt=1, description="Share of requests that a canary answers.")
+    observe_seconds: float = Field(600.0, ge=0, description="A canary or shadow of an update is promoted after this.")
+    min_comparisons: int = Field(100, ge=1, description="Inputs that both sides must have answered before that.")
+    guard_seconds: float = Field(600.0, ge=0, description="How long a plain release is watched; 0: not at all.")
+    compare_share: float = Field(
+        0.1, ge=0, le=1, description="Share of watched requests whose input the other side answers too, unseen."
+    )
+    max_error_ratio: float = Field(2.0, ge=1, description="Failed requests, as a multiple of the incumbent's share.")
+    max_latency_ratio: float = Field(2.0, ge=1, description="Time for the same input, as a multiple.")
+    min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both sides must agree.")
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -220,6 +238,7 @@ class Settings(Section):
     gate: Gate = Field(default_factory=Gate)
     watch: Watch = Field(default_factory=Watch)
     console: Console = Field(default_factory=Console)
+    rollout: Rollout = Field(default_factory=Rollout)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property

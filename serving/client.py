@@ -125,14 +125,24 @@ class Client:
         timeout: float = 3600.0,
         *,
         vlm: str | EllipsisType | None = ...,
+        share: float = 1.0,
+        force: bool = False,
     ) -> dict[str, Any]:
         """Release adapters (None: the base alone; not named: what is live stays); returns when all replicas serve it.
 
+        Args:
+            share: of the requests; below 1 a canary, 0 a shadow.
+            force: also what no gate passed and was never live.
+
         >>> client.release(vlm="vlm-0123456789ab", reason="right after all")
         """
-        body: dict[str, Any] = {"reason": reason, "expected_live": expected_live}
+        body: dict[str, Any] = {"reason": reason, "expected_live": expected_live, "share": share, "force": force}
         body |= {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not ...}
         return self.post("/admin/v1/releases", body, timeout=timeout)
+
+    def promote(self, reason: str, expected_live: int | None = None) -> dict[str, Any]:
+        """Let the canary or shadow that is live answer everybody."""
+        return self.post("/admin/v1/promote", {"reason": reason, "expected_live": expected_live})
 
     def rollback(
         self,

@@ -251,6 +251,9 @@ class UpdaterService:
 
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
         verdict = self.ledger.verdict_of(update.id)
+        for name, why in self.ledger.withdrawn([update.adapter]).items():
+            say(f"{update.id} made {name} again, which was withdrawn: {why}")
+            return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
         if verdict is not None and verdict.outcome == "passed":
             proposal = self.ledger.propose(
                 "update",

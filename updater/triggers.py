@@ -43,9 +43,9 @@ def decide(
 ) -> Ready | Waiting:
     """Whether an update of the recipe's family begins.
 
-    Data to learn is what the live adapter has not learned: everything after the update that made it that a family can
-    learn from. The trigger counts only what came after the last finished update of this recipe, so that rejected data
-    is not tried for ever. Only the family's own proposals are waited for.
+    Data to learn is what the live adapter (beside a canary, the stable one) has not learned: everything after the
+    update that made it that a family can learn from. The trigger counts only what came after the last finished update
+    of this recipe, so that rejected data is not tried for ever. Only the family's own proposals are waited for.
 
     Args:
         now: begin with a single new sample.
@@ -59,8 +59,10 @@ def decide(
         held = ledger.held()
         why = f"updates are on hold: {held.reason}" if held else "it is being prepared"
         return Waiting(f"proposal {open_proposals[0].id} is not released yet ({why})")
-    live = ledger.live()
-    incumbent = live.adapter(family) if live else None
+    live, stable = ledger.live(), ledger.stable()
+    if live is not None and not live.plain and stable is not None and live.adapter(family) != stable.adapter(family):
+        return Waiting(f"release {live.number} is on trial: an update begins from what comes of it")
+    incumbent = stable.adapter(family) if stable else None
     version = store.version()
     data_from = _learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))

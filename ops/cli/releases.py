@@ -34,11 +34,23 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
     Example:  ratchet releases list --limit 5
     """
     ledger = Ledger.open(ctx.of(context).settings.ledger)
-    table = Table("", "release", "clip", "vlm", "who", "when (UTC)", "why", title="Releases")
-    for index, row in enumerate(ledger.releases(limit)):
+    table = Table("", "release", "answers", "clip", "vlm", "who", "when (UTC)", "why", title="Releases")
+    rows, stable = ledger.releases(limit), ledger.stable()
+    for index, row in enumerate(rows):
         when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
         mark = "[green]live[/green]" if index == 0 else ""
-        table.add_row(mark, str(row.number), row.clip or "base", row.vlm or "base", row.actor, when, row.reason)
+        if stable is not None and index and row.number == stable.number:
+            mark = "[green]stable[/green]"
+        table.add_row(
+            mark,
+            str(row.number),
+            answers(row.share),
+            row.clip or "base",
+            row.vlm or "base",
+            row.actor,
+            when,
+            row.reason,
+        )
     Console().print(table)
     open_or_failed = [p for p in ledger.proposals(limit) if p.state != "committed"]
     if open_or_failed:
@@ -63,8 +75,13 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
     release = ledger.release(number)
     facts: dict[str, Any] = {
         "release": release.number, "clip": release.clip or "base", "vlm": release.vlm or "base",
-        "actor": release.actor, "reason": release.reason, "at": f"{release.created_at:%Y-%m-%d %H:%M:%S} UTC",
+        "answers": answers(release.share), "actor": release.actor, "reason": release.reason,
+        "at": f"{release.created_at:%Y-%m-%d %H:%M:%S} UTC",
     }  # fmt: skip
+    for name, why in ledger.withdrawn([release.clip, release.vlm]).items():
+        facts[f"{name} was withdrawn"] = why
+    if release.proposal_id is not None and ledger.proposal(release.proposal_id).forced:
+        facts["forced"] = "no gate had passed it"
     updates = {update.adapter: update for update in reversed(ledger.updates(1000)) if update.adapter is not None}
     for family in ("clip", "vlm"):
         update = updates.get(getattr(release, family))
@@ -111,17 +128,42 @@ def release(
     reason: Reason,
     clip: Annotated[str | None, typer.Option(help="CLIP adapter to serve, or 'base'; what is live if unset.")] = None,
     vlm: Annotated[str | None, typer.Option(help="VLM adapter to serve, or 'base'; what is live if unset.")] = None,
+    share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="A canary for this share of the requests; 1: everybody.")
+    ] = 1.0,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Answer nobody: only compare with what is live.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also what no gate passed and was never live; the audit log says so.")
+    ] = False,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
 ) -> None:
     """Release adapters by name, e.g. to roll forward again; returns when every replica serves them.
 
     Examples:  ratchet releases release --clip clip-0123456789ab -r "right after all"    |    ... --vlm base -r "why"
+    |    ... --share 0.1 -r "a tenth first"    |    ... --shadow -r "only look"
     """
     named = {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not None}
     if not named:
         raise ReleaseError("no adapter is named.", "Give --clip, --vlm, or both.")
+    if shadow and share not in (0.0, 1.0):
+        raise ReleaseError("a shadow has no share.", "Give either --shadow or --share.")
+    how: dict[str, Any] = {"share": 0.0 if shadow else share, "force": force}
     with _operator(ctx.of(context).settings) as client:
-        _tell(client.release(reason=reason, expected_live=expected_live, **named))
+        _tell(client.release(reason=reason, expected_live=expected_live, **named, **how))
+
+
+@app.command()
+def promote(
+    context: typer.Context,
+    reason: Reason,
+    expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+) -> None:
+    """Let the canary or shadow that is live answer everybody, as a new release.
+
+    Example:  ratchet releases promote -r "a day without complaints"
+    """
+    with _operator(ctx.of(context).settings) as client:
+        _tell(client.promote(reason, expected_live=expected_live))
 
 
 @app.command()
@@ -140,6 +182,13 @@ def resume(context: typer.Context, reason: Reason) -> None:
     typer.echo("updates go on")
 
 
+def answers(share: float) -> str:
+    """Whom a release answers, in words."""
+    if share >= 1:
+        return "all"
+    return f"canary {share:.0%}" if share > 0 else "shadow"
+
+
 def _sets(row: ProposalRow) -> str:
     named = {"clip": row.clip or "base", "vlm": row.vlm or "base"}
     return " + ".join(f"{family} {name}" for family, name in named.items() if row.family in (family, "both"))
@@ -155,6 +204,7 @@ def _operator(settings: Settings) -> Any:
 def _tell(result: dict[str, Any]) -> None:
     seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
     typer.echo(
-        f"release {result['number']} is live everywhere: clip {result.get('clip') or 'base'} "
-        f"vlm {result.get('vlm') or 'base'} " + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
+        f"release {result['number']} ({answers(result['share'])}) is live everywhere: "
+        f"clip {result.get('clip') or 'base'} vlm {result.get('vlm') or 'base'} "
+        + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
     )

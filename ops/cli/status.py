@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli.releases import answers
 from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
@@ -69,7 +70,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         "fragments": store.fragments(),
         "offsets": store.offsets(),
         "health": _health(settings),
-        "vlm": _vlm(settings),
+        "stable": ledger.stable(),
+        **_controller(settings),
     }
     ledger.close()
     return facts
@@ -95,21 +97,36 @@ def _health(settings: Settings) -> dict[str, Any]:
         return {"ready": False, "reason": type(error).__name__}
 
 
-def _vlm(settings: Settings) -> dict[str, Any]:
-    """The VLM base, whether it is registered, and what each replica says of itself."""
+def _controller(settings: Settings) -> dict[str, Any]:
+    """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``rollout``: what the
+    guard watches.
+    """
     from serving.client import Client
     from serving.engines.base import list_bases
 
     base = settings.base.vlm
-    found: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
-    if found["registered"]:
-        url = f"http://{settings.serve.host}:{settings.serve.port}"
-        try:
-            with Client(url, operator_key=settings.operator_key(), timeout=3.0) as client:
-                found["replicas"] = client.status()["controller"]["vlm"]
-        except RatchetError:
-            return found
-    return found
+    vlm: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
+    rollout: dict[str, Any] = {"state": "unknown"}
+    url = f"http://{settings.serve.host}:{settings.serve.port}"
+    try:
+        with Client(url, operator_key=settings.operator_key(), timeout=3.0) as client:
+            told = client.status()["controller"]
+            vlm["replicas"], rollout = told["vlm"], told["rollout"]
+    except RatchetError:
+        pass
+    return {"vlm": vlm, "rollout": rollout}
+
+
+def rollout_line(told: dict[str, Any]) -> str:
+    """What the guard watches, in one line; empty when it watches nothing."""
+    if "release" not in told:
+        return ""
+    what = {"guard": "guard watches", "shadow": "shadow"}.get(told["state"], f"canary {told['share']:.0%}")
+    agree = ", ".join(
+        f"{family} agrees on {seen['agreed']} of {seen['inputs']}" for family, seen in sorted(told["compared"].items())
+    )
+    left = "" if told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"
+    return f"{what} release {told['release']} against {told['incumbent']}: {agree}{left}\n"
 
 
 def _vlm_line(vlm: dict[str, Any]) -> str:
@@ -133,6 +150,11 @@ def _serving(facts: dict[str, Any]) -> Panel:
         lines.append(f"release {live.number}: clip {live.clip or 'base'}, vlm {live.vlm or 'base'}\n")
     else:
         lines.append("no release yet\n")
+    if live and not live.plain and facts["stable"]:
+        stable = facts["stable"]
+        lines.append(f"release {stable.number} answers the rest: clip {stable.clip or 'base'}, ", "yellow")
+        lines.append(f"vlm {stable.vlm or 'base'}\n", "yellow")
+    lines.append(rollout_line(facts["rollout"]), "cyan")
     lines.append(_vlm_line(facts["vlm"]))
     if facts["held"]:
         lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
@@ -181,8 +203,10 @@ def _updates(facts: dict[str, Any]) -> Table:
 
 
 def _releases(facts: dict[str, Any]) -> Table:
-    table = Table("release", "clip", "vlm", "who", "why", "when (UTC)", title="Releases", expand=True)
+    table = Table("release", "answers", "clip", "vlm", "who", "why", "when (UTC)", title="Releases", expand=True)
     for row in facts["releases"]:
         when = f"{row.created_at:%m-%d %H:%M:%S}"
-        table.add_row(str(row.number), row.clip or "base", row.vlm or "base", row.actor, row.reason, when)
+        table.add_row(
+            str(row.number), answers(row.share), row.clip or "base", row.vlm or "base", row.actor, row.reason, when
+        )
     return table

@@ -14,6 +14,7 @@ from serving.deployments.targets import rollback_target
 
 BASE = "base"
 AGAINST = {"rejected": "The gate rejected this adapter", "inconclusive": "The gate found this adapter inconclusive"}
+UNPROVEN = "No gate has passed this adapter, and it was never live"
 OFFERED = 60
 """Releases and adapters that a form offers."""
 
@@ -57,6 +58,8 @@ class Plan:
     happens: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     possible: bool = True
+    force: bool = False
+    """Whether the server wants to be told that an adapter nothing has proved harmless is meant."""
     targets: tuple[ReleaseRow, ...] = ()
     adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Choices by family: name and what the gate said."""
@@ -105,12 +108,14 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     named = {family: None if name == BASE else name for family, name in choice.adapters.items()}
     wanted = {family: named.get(family, live.adapter(family)) for family in FAMILIES}
     warnings = tuple(
-        f"{AGAINST[said[name]]}: {name}." for name in choice.adapters.values() if said.get(name) in AGAINST
+        f"{AGAINST.get(said.get(name, ''), UNPROVEN)}: {name}."
+        for name in named.values()
+        if name and ledger.unproven(name)
     )
     slow = "Every replica loads it first, and the search index follows; until all are ready nothing changes."
     happens = (*_moves(live, wanted), slow, _requests(number))
     same = _serves(live, wanted)
-    return Plan(title, verb, number, happens, warnings, possible=not same, adapters=offered)
+    return Plan(title, verb, number, happens, warnings, not same, force=bool(warnings), adapters=offered)
 
 
 def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:

@@ -147,6 +147,37 @@ def dashboard() -> make.Dashboard:
     )  # fmt: skip
     row(
         board,
+        "Rollout and guard",
+        number(
+            "Watched release", "Number of the release that the guard looks at; 0: none.", "none",
+            ("max(ratchet_guard_release)", ""), trend=False,
+        ),
+        number(
+            "Share of the live release", "Share of requests that the live release answers: less than 100% while it is a"
+            " canary, 0% while it is a shadow.", "percentunit", ("max(ratchet_release_share_ratio)", ""), decimals=0,
+        ),
+        lines(
+            "Sides", "Requests a second while a canary or a shadow is live: those of the trial, and of the stable "
+            "side.", "reqps", (f"sum by (side) (rate(ratchet_rollout_requests_total{RATE}))", "{{side}}"), stacked=True,
+            width=4, height=4,
+        ),
+        lines(
+            "Comparisons", "Inputs a second that both sides answered, one of them unseen.", "cps",
+            (f"sum by (outcome) (rate(ratchet_rollout_comparisons_total{RATE}))", "{{outcome}}"), width=4, height=4,
+        ),
+        number(
+            "Agreement", "Share of inputs on which the watched release and its incumbent agree.", "percentunit",
+            ("min by (family) (ratchet_rollout_agreement_ratio)", "{{family}}"), nothing="nothing compared", decimals=0,
+        ),
+        number(
+            "Ended by the guard", "Releases that the guard promoted or took back since serving started. "
+            "`ratchet audit` has its evidence.", "none",
+            ("sum by (decision, guardrail) (ratchet_guard_decisions_total) or vector(0)",
+             "{{decision}} {{guardrail}}"), trend=False,
+        ),
+    )  # fmt: skip
+    row(
+        board,
         "Catalog",
         number(
             "Coverage", "Embedded share of the corpus, in the least complete resident space.", "percentunit",

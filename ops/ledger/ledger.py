@@ -9,9 +9,10 @@ from ops.ledger.keys import KeyVerbs
 from ops.ledger.learning import LearningVerbs
 from ops.ledger.releases import ReleaseVerbs
 from ops.ledger.resubmissions import ResubmissionVerbs
+from ops.ledger.rollout import RolloutVerbs
 
 
-class Ledger(LearningVerbs, ReleaseVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, AuditVerbs):
+class Ledger(LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, AuditVerbs):
     """Safe to use from several threads and processes; every verb is one transaction."""
 
     def __init__(self, database: Database) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import select
+from typing import Any
+
+from sqlalchemy import or_, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -29,15 +31,22 @@ class ReleaseVerbs:
         reason: str,
         update_id: str | None = None,
         expected_live: int | None = None,
+        share: float = 1.0,
+        forced: bool = False,
     ) -> ProposalRow:
         """Record a wish to release. An update proposes once: a second call returns the first proposal.
 
         Args:
             family: which of ``clip`` and ``vlm`` is meant; the other stays what is live when this is committed.
+            share: of the requests, 0 to 1; see :attr:`ReleaseRow.share`.
+            forced: an operator insists, though no gate passed it.
 
         Raises:
             ReleaseConflict: ``expected_live`` is not the live release any more.
+            LedgerError: the share is not one.
         """
+        if not 0.0 <= share <= 1.0:
+            raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
         with self.database.write() as session:
             if update_id is not None:
                 found = session.scalars(select(t.Proposal).where(t.Proposal.update_id == update_id)).first()
@@ -51,7 +60,7 @@ class ReleaseVerbs:
                 )
             row = t.Proposal(
                 kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
-                update_id=update_id, expected_live=expected_live,
+                update_id=update_id, expected_live=expected_live, share=share, forced=forced,
             )  # fmt: skip
             session.add(row)
             session.flush()
@@ -60,7 +69,7 @@ class ReleaseVerbs:
                 actor,
                 f"propose {kind}",
                 f"proposal {row.id}",
-                {"family": family, "clip": clip, "vlm": vlm, "reason": reason},
+                {"family": family, "clip": clip, "vlm": vlm, "reason": reason, **_rollout(share, forced)},
             )
             return as_row(ProposalRow, row)
 
@@ -100,6 +109,7 @@ class ReleaseVerbs:
         actor: str,
         reason: str,
         proposal_id: int | None,
+        share: float = 1.0,
     ) -> ReleaseRow:
         """Append a release, and mark its proposal committed, in one transaction.
 
@@ -114,17 +124,21 @@ class ReleaseVerbs:
                     raise ReleaseConflict(
                         f"release {number} cannot be next: {expected} is.", "Prepare again from what is live."
                     )
-                row = t.Release(number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id)
+                row = t.Release(
+                    number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share
+                )
                 session.add(row)
+                forced = False
                 if proposal_id is not None:
                     proposal = _proposal(session, proposal_id)
-                    proposal.state, proposal.release = "committed", number
+                    proposal.state, proposal.release, proposal.share = "committed", number, share
+                    forced = proposal.forced
                 note(
                     session,
                     actor,
                     "release",
                     f"release {number}",
-                    {"clip": clip, "vlm": vlm, "reason": reason},
+                    {"clip": clip, "vlm": vlm, "reason": reason, **_rollout(share, forced)},
                 )
                 session.flush()
                 return as_row(ReleaseRow, row)
@@ -154,9 +168,16 @@ class ReleaseVerbs:
             return [as_row(ReleaseRow, row) for row in found]
 
     def before(self, family: Family, adapter: str | None) -> ReleaseRow | None:
-        """The newest release whose adapter of this family is another one, if there is one."""
+        """The newest plain release whose adapter of this family is another one, and was not withdrawn."""
         column = t.Release.clip if family == "clip" else t.Release.vlm
-        query = select(t.Release).where(column.is_distinct_from(adapter)).order_by(t.Release.number.desc()).limit(1)
+        withdrawn = select(t.Adapter.name).where(t.Adapter.withdrawn.is_not(None))
+        query = (
+            select(t.Release)
+            .where(t.Release.share >= 1, column.is_distinct_from(adapter))
+            .where(or_(column.is_(None), column.not_in(withdrawn)))
+            .order_by(t.Release.number.desc())
+            .limit(1)
+        )
         with self.database.read() as session:
             found = session.scalars(query).first()
             return None if found is None else as_row(ReleaseRow, found)
@@ -186,6 +207,11 @@ class ReleaseVerbs:
         with self.database.read() as session:
             row = _open_hold(session)
             return None if row is None else as_row(HoldRow, row)
+
+
+def _rollout(share: float, forced: bool) -> dict[str, Any]:
+    """What the audit says beyond a plain release."""
+    return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
 
 
 def _live(session: Session) -> t.Release | None:

@@ -12,7 +12,7 @@ Scope = Literal["clip", "vlm", "both"]
 """Which adapters a proposal sets; the other stays what is live when it is committed."""
 Outcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
-ProposalKind = Literal["initial", "update", "rollback", "release"]
+ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
 KeyScope = Literal["infer", "publish", "operate"]
 """What a key may do: ask the models; send quarantined records again; release, roll back, hold and resume."""
@@ -30,6 +30,8 @@ class AdapterRow:
     text_space: str
     meta: dict[str, Any]
     created_at: datetime
+    withdrawn: str | None = None
+    """Why the guard took it back; such an adapter is not released again unless an operator forces it."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class ProposalRow:
     expected_live: int | None
     created_at: datetime
     updated_at: datetime
+    share: float = 1.0
+    """See :attr:`ReleaseRow.share`. An update's is decided when it is released, by ``rollout.mode``."""
+    forced: bool = False
+    """An operator released adapters that no gate had passed."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,14 @@ class ReleaseRow:
     reason: str
     proposal_id: int | None
     created_at: datetime
+    share: float = 1.0
+    """1: a plain release. Between: a canary, which answers this share of the requests while the newest older plain
+    release answers the others. 0: a shadow, which answers nobody and is only compared."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it answers everybody."""
+        return self.share >= 1.0
 
     def adapter(self, family: Family) -> str | None:
         """The adapter of one family."""

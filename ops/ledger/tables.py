@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator
+from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -43,6 +43,7 @@ class Adapter(Base):
     image_space: Mapped[str] = mapped_column(String(64))
     text_space: Mapped[str] = mapped_column(String(64))
     meta: Mapped[dict[str, Any]]
+    withdrawn: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -89,6 +90,8 @@ class Proposal(Base):
     release: Mapped[int | None]
     update_id: Mapped[str | None] = mapped_column(ForeignKey("updates.id"), unique=True)
     expected_live: Mapped[int | None]
+    share: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    forced: Mapped[bool] = mapped_column(default=False, server_default=false())
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
 
@@ -101,6 +104,7 @@ class Release(Base):
     actor: Mapped[str] = mapped_column(String(200))
     reason: Mapped[str] = mapped_column(Text)
     proposal_id: Mapped[int | None] = mapped_column(ForeignKey("proposals.id"))
+    share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 

@@ -9,10 +9,11 @@ from ops.metrics.declared import names
 from ops.metrics.exposition import PARTS, Part, exposition, listen
 from ops.metrics.learning import gate, update
 from ops.metrics.models import catalog, drift, encoder, vlm
+from ops.metrics.rollout import rollout
 from ops.metrics.serving import build, http, operator, release
 from ops.metrics.stream import ingest
 
 __all__ = [
     "PARTS", "Part", "build", "catalog", "drift", "encoder", "exposition", "gate", "http", "ingest", "listen", "names",
-    "operator", "release", "update", "vlm",
+    "operator", "release", "rollout", "update", "vlm",
 ]  # fmt: skip

@@ -20,16 +20,18 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LATEST: Literal["livemostrecent"] = "livemostrecent"
 
 LABELS = {
-    "action": "release, rollback, hold, resume, resubmit: what an operator can do",
+    "action": "release, promote, rollback, hold, resume, resubmit: what an operator can do",
     "age": "live, incumbent (the one before it), older: a release, seen from the live one",
     "caller": "names of keys, which only operators make, and anonymous",
+    "decision": "rolled_back, promoted",
     "direction": "prompt, completion",
     "family": "clip, vlm",
+    "guardrail": "bounds that the guard watches, and `none` for a promotion",
     "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
     "proposal: initial, update, rollback, release",
     "model": "base, incumbent, candidate",
     "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of an action: done, "
-    "refused; of an answer: ok, late, ask, adapter, gone, dead",
+    "refused; of an answer: ok, late, ask, adapter, gone, dead; of a comparison: agree, differ, failed, dropped",
     "part": "ingest, update, ingress, encoder, vlm, catalog, controller",
     "partition": "partitions of the topic",
     "phase": "prepare, commit, rollback",
@@ -37,6 +39,7 @@ LABELS = {
     "reason": "codes of refusals, all written in the source",
     "role": "retention, gain",
     "route": "route templates of the application, and `unmatched`",
+    "side": "trial, stable: which release a request went to",
     "space": "image: the only tower whose vectors are kept",
     "split": "train, fresh_eval",
     "state": "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
@@ -114,6 +117,21 @@ RELEASE_FORGETTING = Gauge(
     "Mean loss of the live adapter to the base over its retention suites, negative where it became better; NaN for an "
     "adapter that was never judged.",
     ["family"], multiprocess_mode=_LATEST,
+)  # fmt: skip
+RELEASE_SHARE = Gauge(
+    "ratchet_release_share_ratio", "Share of requests that the live release answers.", multiprocess_mode=_LATEST
+)
+GUARD_RELEASE = Gauge(
+    "ratchet_guard_release", "Number of the release that is watched; 0: none.", multiprocess_mode=_LATEST
+)
+GUARD_DECISIONS = Counter("ratchet_guard_decisions_total", "Releases ended by the guard.", ["decision", "guardrail"])
+ROLLOUT_REQUESTS = Counter("ratchet_rollout_requests_total", "Requests while a canary or shadow is live.", ["side"])
+ROLLOUT_COMPARISONS = Counter(
+    "ratchet_rollout_comparisons_total", "Inputs given to both sides unseen.", ["family", "outcome"]
+)
+ROLLOUT_AGREEMENT = Gauge(
+    "ratchet_rollout_agreement_ratio", "Share of inputs on which both sides agree.", ["family"],
+    multiprocess_mode=_LATEST,
 )  # fmt: skip
 OPERATOR = Counter("ratchet_operator_actions_total", "What operators did.", ["action", "outcome"])
 BUILD = Gauge("ratchet_build_info", "1, for each process that runs.", ["version", "part"], multiprocess_mode="livesum")
@@ -200,7 +218,12 @@ for _kind in ("reply", "stream", "score"):
     VLM_SECONDS.labels(_kind)
 for _reason in ("overloaded", "unavailable", "deadline_exceeded", "internal"):  # those that are ours
     HTTP_REFUSED.labels(_reason)
-for _action in ("release", "rollback", "hold", "resume"):
+for _side in ("trial", "stable"):
+    ROLLOUT_REQUESTS.labels(_side)
+for _outcome in ("agree", "differ", "failed", "dropped"):
+    ROLLOUT_COMPARISONS.labels("clip", _outcome)
+    ROLLOUT_COMPARISONS.labels("vlm", _outcome)
+for _action in ("release", "promote", "rollback", "hold", "resume"):
     for _outcome in ("done", "refused"):
         OPERATOR.labels(_action, _outcome)
 

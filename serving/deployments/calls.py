@@ -32,6 +32,10 @@ class Unavailable(RatchetError):
     """No encoder could answer."""
 
 
+class Unservable(Unavailable):
+    """The release itself cannot be served: another replica would not help. The guard counts these."""
+
+
 class EncoderCalls:
     """Cuts a request into items that fit a batch, and gathers the vectors again."""
 
@@ -84,7 +88,7 @@ class EncoderCalls:
             if answer.code == "late":
                 break
             if answer.code:
-                raise Unavailable(f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it.")
+                raise Unservable(f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it.")
             return answer
         if trouble:
             raise Unavailable(f"no encoder answered before the deadline ({trouble}).", "Try again shortly.")

@@ -44,7 +44,7 @@ class CatalogReplica:
             return preprocess.pixels(decode_image(data, **bounds))
 
         async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
-            answer: Answer = await encoder.encode_background.remote(batch, clip)
+            answer: Answer = await encoder.encode_background.remote("image", batch, clip)
             if answer.vectors is None:
                 raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
             return answer.vectors

@@ -20,9 +20,12 @@ from serving.deployments.loopback import close_replica_port
 from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome
+from serving.rollout.keeper import Keeper
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
+GUARD_PAUSE_SECONDS = 5.0
+"""After a look that failed: what the guard could not release now it will hardly release a second later."""
 Result = TypeVar("Result")
 
 
@@ -40,23 +43,36 @@ class ReleaseController:
         metrics.build.started("controller")
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         self.fleet = RayFleet(encoder, catalog, vlm)
-        self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window)
         self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
+        rollout = settings.rollout
+        share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
+        self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window, update_share=share)
+        self.keeper = Keeper(self.ledger, self.protocol, rollout, self.fleet.observations)
         self._started = asyncio.Event()
         self._trouble = ""
         self._running: set[asyncio.Task[Any]] = set()
-        self._loop: asyncio.Task[None] | None = None
+        self._loops: dict[str, asyncio.Task[None]] = {}
 
     async def check_health(self) -> None:
-        """Keeps the loop running."""
-        if self._loop is None or self._loop.done():
-            self._loop = asyncio.get_running_loop().create_task(self._run())
+        """Keeps the loops running. The guard has its own: a release in preparation may take minutes."""
+        for name, work in (("proposals", self._run), ("guard", self._guard)):
+            if name not in self._loops or self._loops[name].done():
+                self._loops[name] = asyncio.get_running_loop().create_task(work())
 
     async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
     ) -> Outcome | RatchetError:
-        """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica."""
-        return await self._finish(self._release(adapters, actor, reason, expected_live), "release")
+        """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica.
+
+        Adapters that no gate passed and that were never live need ``force``.
+        """
+        work = self._release(adapters, force, actor=actor, reason=reason, expected_live=expected_live, share=share)
+        return await self._finish(work, "release")
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.promote`."""
+        work = self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
+        return await self._finish(work, "promotion")
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
@@ -92,14 +108,16 @@ class ReleaseController:
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
             "resident": [
                 {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
-                 "vlm": s.vlm_adapter}
+                 "vlm": s.vlm_adapter, "share": s.share}
                 for s in (resident.window if resident else ())
             ],
+            "rollout": self.keeper.status(),
             "vlm": await self.fleet.vlm_status(),
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 
-    async def _release(self, adapters: Adapters, actor: str, reason: str, expected_live: int) -> Outcome:
+    async def _release(self, adapters: Adapters, force: bool, **how: Any) -> Outcome:
+        unproven: list[str] = []
         for family, name in adapters.items():
             if name is None:
                 continue
@@ -109,7 +127,13 @@ class ReleaseController:
                 raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
             if row.family != family:
                 raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
-        return await self.protocol.release(adapters, actor=actor, reason=reason, expected_live=expected_live)
+            if why := await asyncio.to_thread(self.ledger.unproven, name):
+                unproven.append(why)
+        if unproven and not force:
+            raise ReleaseError(
+                f"{'; '.join(unproven)}.", 'Judge it with `ratchet gate run`, or insist: --force (HTTP: "force": true).'
+            )
+        return await self.protocol.release(adapters, forced=bool(unproven), **how)
 
     async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
         return await asyncio.shield(self._spawn(self._judged(work, kind)))
@@ -152,6 +176,20 @@ class ReleaseController:
             await self.protocol.retire()
         except RatchetError as error:
             log.warning("retire: %s", error)
+
+    async def _guard(self) -> None:
+        await self._started.wait()
+        while True:
+            try:
+                outcome = await self.keeper.step()
+                if outcome is not None:
+                    self._recorded(outcome)
+            except RatchetError as error:
+                log.warning("guard: %s", error)
+                await asyncio.sleep(GUARD_PAUSE_SECONDS)
+            except Exception:
+                log.exception("guard")
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:
         while True:

@@ -12,11 +12,12 @@ from ray import serve
 
 from ops import metrics
 from ops.artifacts import Artifacts
-from ops.ledger import Ledger, ReleaseRow
+from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.deployments.lane import Lane
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import IMAGE_COST, Answer, Kind, Work, batch_cost
+from serving.deployments.resident import ResidentRows, read_resident
 from serving.deployments.terms import Prepared
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
@@ -42,9 +43,11 @@ class Encoder:
         self._in_step = time.monotonic()
         self._trouble = ""
         self._inside = self._running = 0
-        for clip in self._wanted():
+        rows = self._resident()
+        needed = [row.clip for row in rows.answering] or [None]
+        for clip in dict.fromkeys([*needed, *rows.clips]):
             prepared = self.lane.prepare_now(clip)
-            if prepared.error and clip == self._wanted()[0]:
+            if prepared.error and clip in needed:
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
         self._follower: asyncio.Task[None] | None = None
 
@@ -70,9 +73,9 @@ class Encoder:
             self._running = 0
             self._tell()
 
-    async def encode_background(self, pixels: Any, adapter: str | None) -> Answer:
-        """Vectors for the catalog, at low priority."""
-        return await self.lane.encode_background(pixels, adapter)
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+        """Vectors for the catalog and for comparisons, at low priority."""
+        return await self.lane.encode_background(kind, payload, adapter)
 
     async def prepare(self, clip: str | None) -> Prepared:
         """Phase one of a release; see :meth:`Lane.prepare`."""
@@ -95,11 +98,8 @@ class Encoder:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _wanted(self) -> list[str | None]:
-        return list(dict.fromkeys(row.clip for row in self._window())) or [None]
-
-    def _window(self) -> list[ReleaseRow]:
-        return self.ledger.releases(self.settings.serve.rollback_window)
+    def _resident(self) -> ResidentRows:
+        return read_resident(self.ledger, self.settings.serve.rollback_window)
 
     def _tell(self) -> None:
         metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
@@ -108,13 +108,14 @@ class Encoder:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                window = await asyncio.to_thread(self._window)
-                prepared = await self.lane.prepare(window[0].clip if window else None)
-                self._trouble = prepared.error
-                if not prepared.error:
+                rows = await asyncio.to_thread(self._resident)
+                needed = dict.fromkeys([row.clip for row in rows.answering] or [None])
+                prepared = [await self.lane.prepare(clip) for clip in needed]
+                self._trouble = "; ".join(each.error for each in prepared if each.error)
+                if not self._trouble:
                     self._in_step = time.monotonic()
-                    if window:
-                        metrics.release.live("encoder", window[0].number)
+                    if rows.window:
+                        metrics.release.live("encoder", rows.window[0].number)
             except Exception as error:  # the ledger is away: serve on with what is loaded
                 self._trouble = f"{type(error).__name__}: {error}"
                 log.warning("cannot follow the ledger: %s", self._trouble)

@@ -19,6 +19,7 @@ from serving.deployments.calls import Late, Unavailable
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
 from serving.deployments.terms import NO_VLM, Prepared
+from serving.rollout.observations import Observations
 
 log = logging.getLogger("ratchet.fleet")
 APP = "ratchet"
@@ -110,6 +111,10 @@ class RayFleet:
         )
         self._told = resident.vlms
         return sum(len(answer) for answer in answers)
+
+    async def observations(self) -> list[Observations]:
+        """What each ingress replica saw of the release that is watched."""
+        return await everywhere(self.ingress, "observations", timeout_seconds=ACKNOWLEDGE_SECONDS)
 
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, over all ingress replicas."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
+from serving.deployments.messages import Answer, Kind
 from serving.deployments.refused import RefusedRecords
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
@@ -31,6 +33,10 @@ from serving.http.app import build_app
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake
 from serving.http.token_texts import token_texts
+from serving.rollout.comparer import Comparer
+from serving.rollout.observations import Observations
+from serving.rollout.observed import ObservedEncoders, ObservedVlms
+from serving.rollout.watched import watched
 
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
@@ -42,13 +48,23 @@ class ControllerCalls:
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
 
-    async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome:
         """Release adapters by family."""
         with metrics.operator.action("release"):
             found: Outcome = outcome_of(
                 await self.handle.release.remote(
-                    dict(adapters), actor=actor, reason=reason, expected_live=expected_live
+                    dict(adapters), actor=actor, reason=reason, expected_live=expected_live, share=share, force=force
                 )
+            )
+        return found
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Let what is on trial answer everybody."""
+        with metrics.operator.action("promote"):
+            found: Outcome = outcome_of(
+                await self.handle.promote.remote(actor=actor, reason=reason, expected_live=expected_live)
             )
         return found
 
@@ -101,12 +117,20 @@ class Ingress:
         self.admission = Admission()
         self.access = Access(self.ledger, settings)
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
-        self._follower: asyncio.Task[None] | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        encoders = EncoderCalls(encoder, settings.serve.max_batch)
+        vlms = None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue)
+
+        async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> Answer:
+            answer: Answer = await encoder.encode_background.remote(kind, payload, adapter)
+            return answer
+
+        self.comparer = Comparer(settings.rollout, unhurried, vlms, settings.serve.deadline_seconds)
         self.gateway = Gateway(
             settings=settings.serve,
             dim=base.dim,
             admission=self.admission,
-            encoders=EncoderCalls(encoder, settings.serve.max_batch),
+            encoders=ObservedEncoders(encoders, self.comparer),
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
             intake=ImageIntake(base.preprocess, settings.serve),
@@ -114,7 +138,7 @@ class Ingress:
             quarantine=RefusedRecords(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
-            vlms=None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue),
+            vlms=None if vlms is None else ObservedVlms(vlms, self.comparer),
             token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
 
@@ -131,10 +155,15 @@ class Ingress:
         """Requests being answered, by release."""
         return self.admission.in_flight()
 
+    async def observations(self) -> Observations:
+        """What was seen of the release that is watched; the controller adds it up over replicas."""
+        return self.comparer.observations(self.admission.answered())
+
     async def check_health(self) -> None:
-        """Keeps the follower running."""
-        if self._follower is None or self._follower.done():
-            self._follower = asyncio.get_running_loop().create_task(self._follow())
+        """Keeps the follower and the comparisons running."""
+        for name, work in (("follow", self._follow), ("compare", self.comparer.run)):
+            if name not in self._tasks or self._tasks[name].done():
+                self._tasks[name] = asyncio.get_running_loop().create_task(work())
 
     async def refresh(self) -> None:
         """Adopt what the ledger says."""
@@ -147,6 +176,7 @@ class Ingress:
         while True:
             try:
                 await self.refresh()
+                self.comparer.watch(await asyncio.to_thread(watched, self.ledger, self.settings.rollout, time.time()))
             except Exception as error:  # the ledger or the encoders are away: serve on with what is known
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
             await asyncio.sleep(FOLLOW_SECONDS)

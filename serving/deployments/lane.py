@@ -22,14 +22,14 @@ import numpy.typing as npt
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
-from serving.deployments.messages import Answer, Kind, Work
+from serving.deployments.messages import IMAGE_COST, TEXT_COST, Answer, Kind, Work
 from serving.deployments.terms import Prepared
 from serving.engines.clip import ClipEngine
 
 LOADING_NICE = 19
 """Of the thread that loads adapters and runs golden inputs; requests come first."""
-BACKGROUND_IMAGES = 4
-"""Images of one background piece: at 12 ms an image, a request waits at most 50 ms for one."""
+BACKGROUND_COST = 4 * IMAGE_COST
+"""Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
 
 
 def step_back() -> None:
@@ -89,15 +89,16 @@ class Lane:
         finally:
             self._waiting -= 1
 
-    async def encode_background(self, pixels: npt.NDArray[np.uint8], adapter: str | None) -> Answer:
-        """Encode images that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+        """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
         parts: list[Answer] = []
-        for start in range(0, len(pixels), BACKGROUND_IMAGES):
+        size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
+        for start in range(0, len(payload), size):
             patience = time.monotonic() + 1.0
             while self._waiting and time.monotonic() < patience:
                 await asyncio.sleep(0.002)
-            work = Work("image", pixels[start : start + BACKGROUND_IMAGES], adapter, time.time() + 3600)
+            work = Work(kind, payload[start : start + size], adapter, time.time() + 3600)
             parts += await loop.run_in_executor(self._compute, self.encode_now, [work])
             if parts[-1].vectors is None:
                 return parts[-1]

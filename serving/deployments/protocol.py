@@ -1,7 +1,8 @@
 """The release protocol: propose, prepare, commit, announce, retire. No Ray here.
 
 A release names a CLIP adapter and a VLM adapter. A proposal sets one of them or both; what it does not set stays what
-is live at the moment of the commit, and is neither prepared nor touched.
+is live at the moment of the commit, and is neither prepared nor touched. Beside a canary or a shadow that is what the
+newest plain release has: whatever is released next ends the trial, and only a promotion takes over what was tried.
 
 What is live changes at one point only, the ledger row of ``commit``. Before it, nothing that clients see has changed,
 so a failure costs nothing; after it, every later step may be repeated by whoever comes next.
@@ -42,7 +43,9 @@ class _Work:
 class ReleaseProtocol:
     """Runs proposals one at a time, called from one event loop; the ledger guards against other processes."""
 
-    def __init__(self, ledger: Ledger, fleet: Fleet, window: int) -> None:
+    def __init__(self, ledger: Ledger, fleet: Fleet, window: int, update_share: float = 1.0) -> None:
+        """``update_share``: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`."""
+        self.update_share = update_share
         self.ledger = ledger
         self.fleet = fleet
         self.size = window
@@ -66,13 +69,17 @@ class ReleaseProtocol:
             return None
 
     async def step(self) -> Outcome | None:
-        """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold."""
+        """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, and while
+        another one is on trial as a canary or a shadow.
+        """
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
+            live = await asyncio.to_thread(self.ledger.live)
+            waits = held is not None or (live is not None and not live.plain)
             waiting = await asyncio.to_thread(self.ledger.pending_proposals)
             metrics.release.waiting(len(waiting), held is not None)
             for proposal in waiting:
-                if proposal.kind == "update" and held is not None:
+                if proposal.kind == "update" and waits:
                     continue
                 try:
                     return await self._run(proposal)
@@ -81,10 +88,18 @@ class ReleaseProtocol:
             return None
 
     async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, kind: ProposalKind = "release"
+        self,
+        adapters: Adapters,
+        *,
+        actor: str,
+        reason: str,
+        expected_live: int,
+        kind: ProposalKind = "release",
+        share: float = 1.0,
+        forced: bool = False,
     ) -> Outcome:
         """Release adapters by family (None: the base alone) for an operator who decided when ``expected_live`` was
-        live. A family that is not named keeps what is live.
+        live. A family that is not named keeps what is live. ``share``: see :attr:`ReleaseRow.share`.
 
         Raises:
             ReleaseConflict: something else is live by now.
@@ -93,7 +108,23 @@ class ReleaseProtocol:
         if not adapters:
             raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
         async with self._turn:
-            return await self._run(await self._propose(kind, adapters, actor, reason, expected_live))
+            return await self._run(await self._propose(kind, adapters, actor, reason, expected_live, share, forced))
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """A plain release of what is on trial. It is loaded everywhere, so this is a commit without a preparation.
+
+        Raises:
+            ReleaseError: nothing is on trial.
+            ReleaseConflict: something else is live by now.
+        """
+        live = await asyncio.to_thread(self.ledger.live)
+        if live is None or live.plain:
+            raise ReleaseError(
+                "no canary and no shadow is live, so nothing can be promoted.",
+                "Start one: `ratchet releases release --share 0.1` or `--shadow`.",
+            )
+        both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.fleet.has_vlm else {"clip": live.clip}
+        return await self.release(both, actor=actor, reason=reason, expected_live=expected_live, kind="promotion")
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None = None, family: Family | None = None
@@ -120,12 +151,13 @@ class ReleaseProtocol:
         """What stays loaded. Spaces come from the encoders and are remembered.
 
         Raises:
-            ReleaseError: the live CLIP adapter cannot be served.
+            ReleaseError: a CLIP adapter that answers requests cannot be served.
         """
         rows = await asyncio.to_thread(read_resident, self.ledger, self.size)
         resident = await stamped(rows, self._known)
         if rows.window and not resident.window:
-            await self._prepare(rows.window[0].clip)  # says why
+            for row in rows.answering:
+                await self._prepare(row.clip)  # says why
         return resident
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
@@ -142,12 +174,19 @@ class ReleaseProtocol:
             await asyncio.sleep(0.1)
 
     async def _propose(
-        self, kind: ProposalKind, adapters: Adapters, actor: str, reason: str, expected: int
+        self,
+        kind: ProposalKind,
+        adapters: Adapters,
+        actor: str,
+        reason: str,
+        expected: int,
+        share: float = 1.0,
+        forced: bool = False,
     ) -> ProposalRow:
         return await asyncio.to_thread(
             lambda: self.ledger.propose(
                 kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=actor,
-                reason=reason, expected_live=expected,
+                reason=reason, expected_live=expected, share=share, forced=forced,
             )
         )  # fmt: skip
 
@@ -181,24 +220,34 @@ class ReleaseProtocol:
             )
         if proposal.family == "vlm" and not self.fleet.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
+        if proposal.kind == "update":
+            await self._refuse_withdrawn(proposal)
         await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "preparing")
+        stable = await asyncio.to_thread(self.ledger.stable)
+        share = self.update_share if proposal.kind == "update" else proposal.share
         goal: Mapping[Family, str | None] = {
-            family: sets(proposal).get(family, live.adapter(family) if live else None) for family in ("clip", "vlm")
+            family: sets(proposal).get(family, stable.adapter(family) if stable else None) for family in ("clip", "vlm")
         }
         await self._make_ready(proposal, goal, live)
         prepared = time.perf_counter()
         await asyncio.to_thread(
             lambda: self.ledger.commit_release(
                 number + 1, clip=goal["clip"], vlm=goal["vlm"], actor=proposal.actor, reason=proposal.reason,
-                proposal_id=proposal.id,
+                proposal_id=proposal.id, share=share,
             )
         )  # fmt: skip
         acknowledged = await self._announce()
         done = time.perf_counter()
         return Outcome(
             number + 1, goal["clip"], goal["vlm"], proposal.kind, proposal.family, proposal.id, prepared - began,
-            done - prepared, acknowledged,
+            done - prepared, acknowledged, share,
         )  # fmt: skip
+
+    async def _refuse_withdrawn(self, proposal: ProposalRow) -> None:
+        """An update may make again what the guard took back: same data, same recipe, same adapter."""
+        found = await asyncio.to_thread(self.ledger.withdrawn, [*sets(proposal).values()])
+        for name, why in found.items():
+            raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
 
     async def _make_ready(
         self, proposal: ProposalRow, goal: Mapping[Family, str | None], live: ReleaseRow | None

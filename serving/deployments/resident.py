@@ -22,7 +22,8 @@ class ResidentRows:
     """
 
     window: tuple[ReleaseRow, ...]
-    """The newest releases, newest first: requests may name them."""
+    """Newest first: requests may name them. The live release and its incumbent (what a canary leaves to answer, what
+    a release is compared with, what a rollback goes back to), and the newest others that there is room for."""
     behind: ReleaseRow | None
     """What a rollback of CLIP alone goes back to, where it is not in the window."""
     vlms: tuple[str | None, ...]
@@ -33,6 +34,12 @@ class ResidentRows:
         """CLIP adapters, the live one first."""
         rows = self.window if self.behind is None else (*self.window, self.behind)
         return tuple(dict.fromkeys(row.clip for row in rows))
+
+    @property
+    def answering(self) -> tuple[ReleaseRow, ...]:
+        """What answers requests that name no release: the live one and, beside a canary or a shadow, the stable one."""
+        stable = next((row for row in self.window if row.plain), None)
+        return self.window[:1] if stable is None or self.window[0].plain else (self.window[0], stable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +59,15 @@ class Resident:
 
 
 def read_resident(ledger: Ledger, size: int) -> ResidentRows:
-    """From the ledger: ``size`` newest releases, and for each family the newest other adapter."""
-    window = ledger.releases(size)
-    if not window:
+    """From the ledger: ``size`` releases, and for each family the newest other adapter."""
+    newest = ledger.releases(size)
+    if not newest:
         return ResidentRows((), None, ())
-    live = window[0]
+    live = newest[0]
+    incumbent = ledger.incumbent(live.number)
+    first = {row.number: row for row in (live, incumbent) if row is not None}
+    others = [row for row in newest if row.number not in first]
+    window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
     behind = None
     if all(row.clip == live.clip for row in window):
         behind = ledger.before("clip", live.clip)
@@ -67,13 +78,14 @@ def read_resident(ledger: Ledger, size: int) -> ResidentRows:
 
 
 async def stamped(rows: ResidentRows, spaces: Spaces) -> Resident:
-    """Put spaces to the rows. What cannot be served is left out; nothing is resident when that is the live one."""
+    """Put spaces to the rows. What cannot be served is left out; nothing is resident when that answers requests."""
     window: list[Stamp] = []
+    answering = {row.number for row in rows.answering}
     for row in rows.window:
         found = await spaces(row.clip)
         if found is not None:
-            window.append(Stamp(row.number, row.clip, *found, row.vlm))
-        elif not window:
+            window.append(Stamp(row.number, row.clip, *found, row.vlm, row.share))
+        elif row.number in answering:
             return Resident((), (), rows.vlms)
     indexed = list(window)
     if rows.behind is not None and (found := await spaces(rows.behind.clip)) is not None:

@@ -5,7 +5,7 @@ One :class:`Admission` lives in each ingress replica. It is used from one event 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,8 @@ from ops import metrics
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
 from ops.metrics.serving import Age
+from serving.rollout.observations import Answered
+from serving.rollout.split import place
 
 FAMILY: Family = "clip"
 BASE = "base"
@@ -39,6 +41,8 @@ class Stamp:
     image_space: str
     text_space: str
     vlm: str | None = None
+    share: float = 1.0
+    """Of the requests, that it answers; see :attr:`ops.ledger.rows.ReleaseRow.share`."""
 
     @property
     def adapter(self) -> str:
@@ -60,7 +64,16 @@ class Admission:
 
     def __init__(self) -> None:
         self._window: tuple[Stamp, ...] = ()
+        self._stable: Stamp | None = None
         self._in_flight: dict[int, int] = {}
+        self._answered: dict[int, Answered] = {}
+        self.splits = False
+        """Whether a canary or a shadow is live, so that it matters who asks."""
+
+    @property
+    def stable(self) -> Stamp | None:
+        """The newest plain release: it answers whom the live one does not."""
+        return self._stable
 
     @property
     def live(self) -> Stamp | None:
@@ -77,11 +90,18 @@ class Admission:
         ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
             self._window = ordered
+            self._stable = next((stamp for stamp in ordered if stamp.share >= 1), None)
+            self.splits = ordered[0].share < 1
+            numbers = {stamp.release for stamp in ordered} | set(self._in_flight)
+            self._answered = {number: self._answered.get(number, Answered()) for number in numbers}
             self._tell()
         return self.live.release if self.live else 0
 
-    def resolve(self, model: str, family: Family = FAMILY) -> Stamp:
+    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> Stamp:
         """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
+
+        Args:
+            key: of the caller. While a canary is live it says which side answers; without one, the stable side does.
 
         Raises:
             UnknownModel: names what is resident.
@@ -91,7 +111,7 @@ class Admission:
         if live is None:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
         if model == family:
-            return live
+            return self._side(live, key) if self.splits else live
         for stamp in self._window:
             if model in (f"{family}@{stamp.release}", stamp.shown(family)):
                 return stamp
@@ -103,20 +123,37 @@ class Admission:
         return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
 
     @contextmanager
-    def admit(self, model: str = FAMILY, family: Family = FAMILY) -> Iterator[Stamp]:
-        """Stamp one request, and count it until the block ends."""
-        stamp = self.resolve(model, family)
-        self._in_flight[stamp.release] = self._in_flight.get(stamp.release, 0) + 1
+    def admit(
+        self,
+        model: str = FAMILY,
+        family: Family = FAMILY,
+        key: str = "",
+        is_fault: Callable[[Exception], bool] = lambda error: True,
+    ) -> Iterator[Stamp]:
+        """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
+        against the release.
+        """
+        stamp = self.resolve(model, family, key)
+        number = stamp.release
+        self._in_flight[number] = self._in_flight.get(number, 0) + 1
         self._tell()
         try:
             yield stamp
+        except Exception as error:
+            if is_fault(error):
+                self.failed(number)
+            raise
         finally:
-            left = self._in_flight[stamp.release] - 1
+            left = self._in_flight[number] - 1
             if left:
-                self._in_flight[stamp.release] = left
+                self._in_flight[number] = left
             else:
-                del self._in_flight[stamp.release]
+                del self._in_flight[number]
             self._tell()
+            if (counted := self._answered.get(number)) is not None:
+                counted.requests += 1
+            if self.splits:
+                metrics.rollout.answered("stable" if stamp.share >= 1 else "trial")
 
     def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number."""
@@ -132,3 +169,16 @@ class Admission:
 
     def _tell(self) -> None:
         metrics.release.in_flight(self.by_age())
+
+    def failed(self, release: int) -> None:
+        """A request of this release failed through no fault of its client."""
+        if release in self._answered:
+            self._answered[release].failed += 1
+
+    def answered(self) -> dict[int, Answered]:
+        """Requests that ended, by resident release, since this process knows the release."""
+        return dict(self._answered)
+
+    def _side(self, live: Stamp, key: str) -> Stamp:
+        chosen = bool(key) and place(live.clip, live.vlm, key) < live.share
+        return live if chosen else self._stable or live

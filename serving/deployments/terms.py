@@ -8,6 +8,7 @@ from typing import Protocol
 from ops.ledger.rows import ProposalKind, Scope
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
+from serving.rollout.observations import Observations
 
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 
@@ -39,6 +40,7 @@ class Outcome:
     prepare_seconds: float
     commit_seconds: float
     acknowledged: int
+    share: float = 1.0
 
 
 class Fleet(Protocol):
@@ -59,6 +61,9 @@ class Fleet(Protocol):
 
     async def announce(self, resident: Resident) -> int:
         """Tell every replica what is resident; returns how many acknowledged."""
+
+    async def observations(self) -> list[Observations]:
+        """What each ingress replica saw of the release that is watched."""
 
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""

@@ -52,11 +52,12 @@ class VlmReplica:
         self._in_step = time.monotonic()
         self._trouble = ""
         self._follower: asyncio.Task[None] | None = None
-        wanted = self._resident().vlms or (None,)
+        rows = self._resident()
+        wanted, needed = rows.vlms or (None,), _needed(rows)
         self.lane.adopt(wanted)
-        for index, vlm in enumerate(wanted):
+        for vlm in wanted:
             prepared = await self.lane.prepare(vlm)
-            if prepared.error and index == 0:
+            if prepared.error and vlm in needed:
                 await engine.close()
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
 
@@ -113,16 +114,21 @@ class VlmReplica:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
         while True:
             try:
-                resident = await asyncio.to_thread(self._resident)
-                wanted = resident.vlms or (None,)
-                prepared = await self.lane.prepare(wanted[0])
-                self._trouble = prepared.error
-                if not prepared.error:
+                rows = await asyncio.to_thread(self._resident)
+                wanted, needed = rows.vlms or (None,), _needed(rows)
+                prepared = [await self.lane.prepare(vlm) for vlm in wanted if vlm in needed]
+                self._trouble = "; ".join(each.error for each in prepared if each.error)
+                if not self._trouble:
                     self.lane.adopt(wanted)
                     self._in_step = time.monotonic()
-                    if resident.window:
-                        metrics.release.live("vlm", resident.window[0].number)
+                    if rows.window:
+                        metrics.release.live("vlm", rows.window[0].number)
             except Exception as error:  # the ledger is away: serve on with what is loaded
                 self._trouble = f"{type(error).__name__}: {error}"
                 log.warning("cannot follow the ledger: %s", self._trouble)
             await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _needed(rows: ResidentRows) -> set[str | None]:
+    """Those of the resident adapters without which requests cannot be answered."""
+    return {row.vlm for row in rows.answering} or {None}

@@ -15,7 +15,7 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.deployments.calls import Late, Overloaded, Unavailable
+from serving.deployments.calls import Late, Overloaded, Unavailable, Unservable
 from serving.deployments.messages import Refusal
 from serving.deployments.stamps import Stamp
 from serving.engines.vlm.ask import Ask, AskError, Message, Piece, Reply
@@ -151,7 +151,7 @@ def _value(answer: Any, stamp: Stamp) -> Any:
         raise AskError(answer.message, answer.fix)
     if answer.code == "late":
         raise Late(answer.message, answer.fix)
-    raise Unavailable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
+    raise Unservable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
 
 
 def _overloaded() -> Overloaded:

@@ -52,7 +52,7 @@ async def chat_completions(request: Request) -> Response:
     deadline = at.deadline()
     text_of = at.token_text if asked.logprobs else None
     async with contextlib.AsyncExitStack() as held:
-        stamp = held.enter_context(at.admission.admit(asked.model, VLM))
+        stamp = held.enter_context(at.admit(request, asked.model, VLM, asked.caller))
         headers = stamp_headers(stamp, VLM)
         async with attended(request.receive, deadline):
             pictures = await at.intake.pictures(images) if images else ()
@@ -70,7 +70,7 @@ async def chat_completions(request: Request) -> Response:
             raise Unavailable("the model gave no answer.", "Try again.")
         events = chunks(first, pieces, Answered(stamp, text_of, asked.include_usage))
         held.push_async_callback(events.aclose)
-        return EventStream(events, held.pop_all(), headers, deadline)
+        return EventStream(events, held.pop_all(), headers, deadline, lambda error: at.failed(stamp, error))
 
 
 def opened(

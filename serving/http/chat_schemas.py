@@ -115,6 +115,12 @@ class ChatRequest(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def caller(self) -> str | None:
+        """OpenAI's ``user``: who asks."""
+        name = (self.model_extra or {}).get("user")
+        return name if isinstance(name, str) else None
+
+    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage

@@ -41,7 +41,7 @@ async def classify(request: Request) -> JSONResponse:
     at.check_texts(prompts, "templates", at.settings.max_texts * PROMPTS_PER_TEXT)
     deadline = at.deadline()
     sources: Sequence[str | bytes] = uploads or asked.images
-    with at.admission.admit(asked.model) as stamp:
+    with at.admit(request, asked.model) as stamp:
         async with attended(request.receive, deadline):
             pixels = await at.intake.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
             images = await at.encoders.encode("image", pixels, stamp, deadline)

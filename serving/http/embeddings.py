@@ -37,7 +37,7 @@ async def embeddings(request: Request) -> JSONResponse:
             code="unsupported_dimensions",
         )  # fmt: skip
     deadline = at.deadline()
-    with at.admission.admit(asked.model) as stamp:
+    with at.admit(request, asked.model, user=asked.user) as stamp:
         async with attended(request.receive, deadline):
             vectors, tokens = await embed(at, stamp, asked.items(), "input", deadline)
         data = [

@@ -27,7 +27,7 @@ from ops.errors import (
     StoreError,
     UnknownRecord,
 )
-from serving.deployments.calls import Late, Overloaded, Unavailable
+from serving.deployments.calls import Late, Overloaded, Unavailable, Unservable
 from serving.deployments.stamps import NotReady, UnknownModel
 from serving.engines.vlm.ask import AskError, EngineDead
 
@@ -156,6 +156,15 @@ def described(error: Exception) -> Described:
                 return Described(status, str(error), "model" if status == 404 else None, code)
         return Described(500, str(error), None, "internal")
     return Described(500, "the server made a mistake; its log says which.", None, "internal")
+
+
+def is_fault(error: Exception) -> bool:
+    """Whether a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
+    do not: they would fail any release.
+    """
+    if isinstance(error, Unservable):
+        return True
+    return described(error).status == 500
 
 
 def install(app: FastAPI) -> None:

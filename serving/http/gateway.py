@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -22,7 +23,8 @@ from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
 from serving.deployments.terms import Outcome
 from serving.engines.vlm.ask import Ask, Piece, Reply
-from serving.http.errors import ApiError, from_validation
+from serving.http.callers import caller_key
+from serving.http.errors import ApiError, from_validation, is_fault
 from serving.http.intake import ImageIntake
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -70,8 +72,13 @@ class Index(Protocol):
 class Operations(Protocol):
     """See :class:`serving.deployments.controller.ReleaseController`."""
 
-    async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome:
         """Release adapters by family; a family that is not there keeps what is live."""
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Let what is on trial answer everybody."""
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
@@ -128,6 +135,18 @@ class Gateway:
                 code="no_vlm",
             )
         return self.vlms
+
+    def admit(
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+    ) -> AbstractContextManager[Stamp]:
+        """Stamp one request and count how it ends. ``user``: what its body says of who asks."""
+        key = caller_key(request, user) if self.admission.splits else ""
+        return self.admission.admit(model, family, key, is_fault)
+
+    def failed(self, stamp: Stamp, error: Exception) -> None:
+        """A stream broke off after :meth:`admit`'s block had begun to answer."""
+        if is_fault(error):
+            self.admission.failed(stamp.release)
 
     def deadline(self) -> float:
         """When an answer to a request that comes now is too late; seconds since the epoch."""

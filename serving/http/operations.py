@@ -13,7 +13,7 @@ from serving.deployments.terms import Outcome
 from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.gateway import Gateway, gateway, json_body, json_schema
-from serving.http.schemas import ReasonRequest, ReleaseRequest, RollbackRequest
+from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 
 router = APIRouter(tags=["Operations"])
 MAX_ROWS = 500
@@ -21,7 +21,10 @@ MAX_ROWS = 500
 
 @router.get("/v1/releases", summary="What was live, and is")
 async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50) -> JSONResponse:
-    """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`."""
+    """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`.
+
+    While the `live` one is a canary or a shadow it answers its `share` of the requests, the `stable` one the others.
+    """
     at = gateway(request)
     rows = await asyncio.to_thread(at.ledger.releases, limit)
     live = at.admission.live
@@ -35,7 +38,9 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
         }
         for row in rows
     ]  # fmt: skip
-    return JSONResponse({"object": "list", "live": live.release if live else None, "data": data})
+    stable = at.admission.stable
+    found = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
+    return JSONResponse({"object": "list", **found})
 
 
 @router.post("/admin/v1/releases", summary="Release adapters", openapi_extra=json_schema(ReleaseRequest))
@@ -49,7 +54,22 @@ async def release(request: Request) -> JSONResponse:
     if "vlm" in adapters:
         _needs_vlm(at, "vlm")
     given = expected if asked.expected_live is None else asked.expected_live
-    return _done(await at.operations.release(adapters, actor=actor, reason=asked.reason, expected_live=given))
+    return _done(
+        await at.operations.release(
+            adapters, actor=actor, reason=asked.reason, expected_live=given, share=asked.share, force=asked.force
+        )
+    )
+
+
+@router.post("/admin/v1/promote", summary="Let a canary answer everybody", openapi_extra=json_schema(PromoteRequest))
+async def promote(request: Request) -> JSONResponse:
+    """A plain release of what is live as a canary or a shadow."""
+    at = gateway(request)
+    actor = operator(request)
+    expected = await _live_number(at)
+    asked = await json_body(request, PromoteRequest)
+    given = expected if asked.expected_live is None else asked.expected_live
+    return _done(await at.operations.promote(actor=actor, reason=asked.reason, expected_live=given))
 
 
 @router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))

@@ -79,7 +79,9 @@ class EmbeddingsRequest(Body):
     model: str = MODEL
     encoding_format: Literal["float", "base64"] = Field("float", description="base64 is little-endian float32.")
     dimensions: int | None = Field(None, description="Only the model's own dimension is taken.")
-    user: str | None = Field(None, max_length=200, description="Taken and ignored.")
+    user: str | None = Field(
+        None, max_length=200, description="Who asks: while a canary is live, one user is always answered by one side."
+    )
 
     @field_validator("input", mode="before")
     @classmethod
@@ -185,6 +187,10 @@ class ReleaseRequest(Body):
     vlm: str | None = Field(None, max_length=200, description="VLM adapter; null or `base`: the base alone.")
     reason: Reason
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+    share: float = Field(
+        1.0, ge=0, le=1, description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers nobody."
+    )
+    force: bool = Field(False, description="Also adapters that no gate passed and that were never live.")
 
     @model_validator(mode="after")
     def names_one(self) -> ReleaseRequest:
@@ -205,6 +211,13 @@ class RollbackRequest(Body):
     reason: Reason
     to: int | None = Field(None, ge=1)
     family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
+    expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
+
+
+class PromoteRequest(Body):
+    """Let the canary or shadow that is live answer everybody."""
+
+    reason: Reason
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
 
 

@@ -41,7 +41,7 @@ async def search(request: Request) -> JSONResponse:
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
     deadline = at.deadline()
-    with at.admission.admit(asked.model) as stamp:
+    with at.admit(request, asked.model) as stamp:
         async with attended(request.receive, deadline):
             if asked.text is not None:
                 at.check_texts([asked.text], "text")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -56,18 +56,21 @@ class EventStream(Response):
         events: whole events; several may come at once. What it raises is sent as the last event.
         held: closed when the stream ends, however it ends.
         deadline: seconds since the epoch.
+        failed: told what ``events`` raised.
     """
 
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], held: contextlib.AsyncExitStack, headers: Mapping[str, str], deadline: float
-    ) -> None:
+        self, events: AsyncIterator[bytes], held: contextlib.AsyncExitStack, headers: Mapping[str, str],
+        deadline: float, failed: Callable[[Exception], object] = lambda error: None,
+    ) -> None:  # fmt: skip
         self.status_code = 200
         self.background = None
         self.events = events
         self.held = held
         self.deadline = deadline
+        self.failed = failed
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,4 +86,5 @@ class EventStream(Response):
         try:
             return await anext(self.events, b"")
         except Exception as error:  # its generator has ended by this: the next one is the empty end
+            self.failed(error)
             return failure(error)

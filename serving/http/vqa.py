@@ -38,7 +38,7 @@ async def vqa(request: Request) -> JSONResponse:
         asked = await json_body(request, VqaRequest)
     at.check_length("question", asked.question)
     deadline = at.deadline()
-    with at.admission.admit(asked.model, VLM) as stamp:
+    with at.admit(request, asked.model, VLM) as stamp:
         async with attended(request.receive, deadline):
             (picture,) = await at.intake.pictures([("image", uploads[0] if uploads else asked.image)])
             ask = question(picture, asked.question)

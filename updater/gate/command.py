@@ -125,7 +125,7 @@ def _base(settings: Settings, family: Family) -> ClipBase | VlmBase:
 def _live(settings: Settings, family: Family) -> str | None:
     ledger = Ledger.open(settings.ledger)
     try:
-        live = ledger.live()
+        live = ledger.stable()
     finally:
         ledger.close()
     if live is None:

@@ -57,6 +57,7 @@ def act(
     family: Annotated[str, Form(max_length=8)] = "",
     clip: Name = "",
     vlm: Name = "",
+    force: Annotated[bool, Form()] = False,
 ) -> Response:
     """Do it, under the visitor's own key; the server writes who and why into the audit log."""
     choice = Choice.of(to, family, clip, vlm)
@@ -65,7 +66,7 @@ def act(
         return _asked(at, action, choice, wrong="Say why: it is kept in the audit log.", status=400)
     try:
         with at.client(ACTION_SECONDS) as client:
-            made = _do(client, action, choice, reason, expected_live)
+            made = _do(client, action, choice, reason, expected_live, force)
     except ReleaseConflict as conflict:
         live = at.desk.live()
         return at.dialog(
@@ -87,12 +88,15 @@ def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: st
     )
 
 
-def _do(client: Client, action: Action, choice: Choice, reason: str, expected_live: int) -> dict[str, object]:
+def _do(
+    client: Client, action: Action, choice: Choice, reason: str, expected_live: int, force: bool
+) -> dict[str, object]:
     if action == "rollback":
         return client.rollback(reason, to=choice.to, expected_live=expected_live, timeout=ACTION_SECONDS,
                                family=choice.family)  # fmt: skip
     if action == "release":
-        return client.release(reason=reason, expected_live=expected_live, timeout=ACTION_SECONDS, **choice.adapters)
+        return client.release(choice.clip or ..., reason, expected_live, ACTION_SECONDS, vlm=choice.vlm or ...,
+                              force=force)  # fmt: skip
     if action == "hold":
         client.hold(reason)
     else:

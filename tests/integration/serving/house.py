@@ -59,8 +59,11 @@ class House:
     _seeds: int = 100
 
     @classmethod
-    def make(cls, home: Path, vlm_engine: str = "", **serve: Any) -> House:
-        """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty."""
+    def make(cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any) -> House:
+        """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
+
+        Without ``rollout`` nothing is guarded: the guard would take random adapters back.
+        """
         home.mkdir(parents=True, exist_ok=True)
         base = tiny_base(home)
         vlm = tiny_vlm_base(home) if vlm_engine else None
@@ -70,8 +73,10 @@ class House:
         config = home / "ratchet.yaml"
         bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
                   "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
+        guard = {"guard_seconds": 0} if rollout is None else rollout
         watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
-        config.write_text(yaml.safe_dump({"home": str(home), "base": bases, "serve": bounds | serve, "watch": watch}))
+        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
+        config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
     @property
@@ -141,8 +146,8 @@ class House:
                 continue
         self.process.wait(10)
 
-    def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text")) -> str:
-        """A new random adapter, stored and in the ledger."""
+    def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text"), passed: bool = True) -> str:
+        """A new random adapter, stored and in the ledger, with a passed verdict if wanted."""
         self._seeds += 1
         folder = self.settings.home / "made" / str(self._seeds)
         name = tiny_adapter(self.base, folder, self._seeds, scale, towers)
@@ -151,7 +156,18 @@ class House:
         self.ledger.register_adapter(
             name, family="clip", base=self.base.digest, image_space=spaces.image, text_space=spaces.text, meta={}
         )
+        if passed:
+            self.judged(name, "clip")
         return name
+
+    def judged(self, name: str, family: Family) -> None:
+        """Write down that the gate passed an adapter."""
+        ledger, update = self.ledger, f"judged-{name}"
+        ledger.begin_update(
+            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        )
+        ledger.advance_update(update, "done", adapter=name)
+        ledger.record_verdict(update, name, "passed", "reports/none", {})
 
     def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
         """A new random VLM adapter, stored and in the ledger."""
@@ -165,6 +181,7 @@ class House:
         assert self.vlm is not None
         Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
         self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})
+        self.judged(name, "vlm")
         return name
 
     def propose_update(self, name: str, family: Family = "clip") -> None:

@@ -136,7 +136,7 @@ def test_an_adapter_of_nans_is_refused_at_prepare(house: House) -> None:
     with house.client() as client:
         before = client.live()
         with pytest.raises(ServerError, match="finite") as caught:
-            client.release(name, reason="nan")
+            client.release(name, reason="nan", force=True)
         assert caught.value.status == 422
         assert client.live() == before
 

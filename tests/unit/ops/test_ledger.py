@@ -98,6 +98,74 @@ def _open_together(url: str) -> list[BaseException]:
     return failures
 
 
+def test_releases_of_an_older_schema_answer_everybody(url: str) -> None:
+    opened = Ledger.open(url)
+    _release(opened, 1)
+    with opened.database._writing.connect() as connection, connection.begin():
+        command.downgrade(alembic_config(connection), "0002")
+    opened.close()
+    upgraded = Ledger.open(url)
+    assert [(row.share, row.plain) for row in upgraded.releases()] == [(1.0, True)]
+    assert upgraded.stable() == upgraded.live()
+    upgraded.close()
+
+
+def test_the_stable_release_is_the_newest_plain_one(ledger: Ledger) -> None:
+    assert ledger.stable() is None
+    for number, share in enumerate((1.0, 0.1, 1.0, 0.0, 0.5), 1):
+        ledger.commit_release(number, clip="a", vlm=None, actor="t", reason="t", proposal_id=None, share=share)
+    stable = ledger.stable()
+    assert stable is not None
+    assert (stable.number, ledger.live().number) == (3, 5)  # type: ignore[union-attr]
+    before = [ledger.incumbent(number) for number in (5, 3, 2, 1)]
+    assert [row.number if row else None for row in before] == [3, 1, 1, None]
+
+
+def test_a_share_is_between_nothing_and_everything(ledger: Ledger) -> None:
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(LedgerError, match="not between 0 and 1"):
+            ledger.propose("release", clip="a", actor="a", reason="r", share=wrong)
+
+
+def test_what_was_forced_or_is_a_canary_is_in_the_audit(ledger: Ledger) -> None:
+    _release(ledger, 1)
+    proposal = ledger.propose("release", clip="a", actor="ann", reason="sure", share=0.2, forced=True)
+    assert (proposal.share, proposal.forced) == (0.2, True)
+    ledger.commit_release(2, clip="a", vlm=None, actor="ann", reason="sure", proposal_id=proposal.id, share=0.2)
+    release, propose, first = ledger.audit_rows(3)
+    assert {(row.detail["share"], row.detail["forced"]) for row in (release, propose)} == {(0.2, True)}
+    assert {"share", "forced"} & set(first.detail) == set()
+
+
+def test_an_adapter_needs_force_until_it_passed_the_gate_or_was_live(ledger: Ledger) -> None:
+    for name in ("passed", "served", "tried", "rejected"):
+        ledger.register_adapter(name, "clip", "base", f"i-{name}", "t", {})
+        _update(ledger, name)
+    ledger.record_verdict("passed", "passed", "passed", "r", {})
+    ledger.record_verdict("rejected", "rejected", "rejected", "r", {})
+    _release(ledger, 1, "served")
+    ledger.commit_release(2, clip="tried", vlm=None, actor="t", reason="t", proposal_id=None, share=0.1)
+    assert [ledger.unproven(name) for name in ("passed", "served")] == ["", ""]
+    for name in ("tried", "rejected"):
+        assert ledger.unproven(name) == f"{name} has no passed verdict in the ledger and was never live"
+    ledger.withdraw(["passed", None], actor="guard", subject="release 3", reason="disagrees", evidence={"of": 40})
+    ledger.withdraw(["passed"], actor="guard", subject="release 4", reason="again", evidence={})
+    assert ledger.unproven("passed") == "passed was withdrawn: disagrees"
+    assert ledger.withdrawn(["passed", "served", None]) == {"passed": "disagrees"}
+    assert ledger.audit_rows(2)[1].detail == {"reason": "disagrees", "adapters": ["passed"], "of": 40}
+
+
+def test_what_was_withdrawn_or_only_tried_is_nothing_to_go_back_to(ledger: Ledger) -> None:
+    for number, (clip, share) in enumerate([(None, 1.0), ("a", 1.0), ("b", 0.1), ("c", 1.0)], 1):
+        if clip is not None:
+            ledger.register_adapter(clip, "clip", "base", f"i-{clip}", "t", {})
+        ledger.commit_release(number, clip=clip, vlm=None, actor="t", reason="t", proposal_id=None, share=share)
+    assert ledger.before("clip", "c").number == 2  # type: ignore[union-attr]
+    ledger.withdraw(["a"], actor="guard", subject="release 2", reason="disagrees", evidence={})
+    assert ledger.before("clip", "c").number == 1  # type: ignore[union-attr]
+    assert ledger.before("vlm", "v").number == 4  # type: ignore[union-attr]
+
+
 def test_processes_that_start_together_migrate_once(url: str) -> None:
     assert _open_together(url) == []
 

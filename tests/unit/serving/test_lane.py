@@ -101,7 +101,7 @@ async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(
 
 async def test_background_work_gives_the_same_vectors(lane: Lane) -> None:
     batch = pixels(11)
-    answer = await lane.encode_background(batch, None)
+    answer = await lane.encode_background("image", batch, None)
     np.testing.assert_allclose(answer.vectors, lane.engine.encode_images(batch), atol=1e-5)
 
 

@@ -1,0 +1,21 @@
+"""a release says which share of the requests it answers; an adapter can be withdrawn"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    for table in ("proposals", "releases"):
+        op.add_column(table, sa.Column("share", sa.Double(), nullable=False, server_default="1"))
+    op.add_column("proposals", sa.Column("forced", sa.Boolean(), nullable=False, server_default=sa.false()))
+    op.add_column("adapters", sa.Column("withdrawn", sa.Text(), nullable=True))
+
+
+def downgrade() -> None:
+    op.drop_column("adapters", "withdrawn")
+    op.drop_column("proposals", "forced")
+    for table in ("releases", "proposals"):
+        op.drop_column(table, "share")

@@ -1,0 +1,73 @@
+"""Verbs of the guarded rollout: what answers beside a canary, and which adapters may be released without force."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from ops.ledger import tables as t
+from ops.ledger.database import Database, as_row
+from ops.ledger.rows import ReleaseRow
+
+PLAIN = 1.0
+
+
+class RolloutVerbs:
+    """What canaries, shadows and the guard need. All of it follows from rows that are never changed."""
+
+    database: Database
+
+    def stable(self) -> ReleaseRow | None:
+        """The newest plain release: what answers the requests that a canary does not. None before the first start."""
+        with self.database.read() as session:
+            return _newest_plain(session)
+
+    def incumbent(self, number: int) -> ReleaseRow | None:
+        """The newest plain release before ``number``: what it is compared with, and what the guard goes back to."""
+        with self.database.read() as session:
+            return _newest_plain(session, number)
+
+    def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
+        """Those of some adapters that the guard took back, with the reason."""
+        wanted = [name for name in names if name is not None]
+        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.withdrawn.is_not(None))
+        with self.database.read() as session:
+            return {row.name: row.withdrawn or "" for row in session.scalars(query)}
+
+    def withdraw(
+        self, names: Sequence[str | None], *, actor: str, subject: str, reason: str, evidence: dict[str, Any]
+    ) -> None:
+        """Mark adapters, so that they are not released again by themselves, and write down why. The first reason
+        stays."""
+        with self.database.write() as session:
+            for name in names:
+                found = None if name is None else session.get(t.Adapter, name)
+                if found is not None:
+                    found.withdrawn = found.withdrawn or reason
+            detail = {"reason": reason, "adapters": [name for name in names if name is not None], **evidence}
+            session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
+
+    def unproven(self, name: str) -> str:
+        """Why an adapter needs force to be released; empty when it passed the gate, or was live before."""
+        with self.database.read() as session:
+            adapter = session.get(t.Adapter, name)
+            if adapter is not None and adapter.withdrawn:
+                return f"{name} was withdrawn: {adapter.withdrawn}"
+            served = select(t.Release.number).where(
+                or_(t.Release.clip == name, t.Release.vlm == name), t.Release.share >= PLAIN
+            )
+            passed = select(t.Verdict.id).where(t.Verdict.adapter == name, t.Verdict.outcome == "passed")
+            if session.scalars(served.limit(1)).first() or session.scalars(passed.limit(1)).first():
+                return ""
+            return f"{name} has no passed verdict in the ledger and was never live"
+
+
+def _newest_plain(session: Session, before: int | None = None) -> ReleaseRow | None:
+    query = select(t.Release).where(t.Release.share >= PLAIN).order_by(t.Release.number.desc()).limit(1)
+    if before is not None:
+        query = query.where(t.Release.number < before)
+    found = session.scalars(query).first()
+    return None if found is None else as_row(ReleaseRow, found)

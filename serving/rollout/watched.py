@@ -1,0 +1,47 @@
+"""Which release is watched, against which, and until when: all of it from the ledger, so every process agrees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ops.ledger.ledger import Ledger
+from ops.ledger.rows import Family, ProposalKind, ReleaseRow
+from ops.settings import Rollout
+
+UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
+"""A first release has no incumbent; a rollback is what the guard itself does, and is never taken back by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A release under guard."""
+
+    release: ReleaseRow
+    incumbent: ReleaseRow
+    kind: ProposalKind
+    until: float
+    """Seconds since the epoch; infinite for a canary or a shadow, which is watched for as long as it is one."""
+
+    @property
+    def began(self) -> float:
+        """When it was committed; seconds since the epoch."""
+        return self.release.created_at.timestamp()
+
+    def differs(self, family: Family) -> bool:
+        """Whether it changes this model. What it leaves alone needs no comparing."""
+        return self.release.adapter(family) != self.incumbent.adapter(family)
+
+
+def watched(ledger: Ledger, settings: Rollout, now: float) -> Watched | None:
+    """The live release, if it is watched at ``now`` (seconds since the epoch)."""
+    live = ledger.live()
+    incumbent = None if live is None else ledger.incumbent(live.number)
+    if live is None or incumbent is None:
+        return None
+    kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
+    until = live.created_at.timestamp() + settings.guard_seconds if live.plain else math.inf
+    found = Watched(live, incumbent, kind, until)
+    if kind in UNWATCHED or now >= until or not (found.differs("clip") or found.differs("vlm")):
+        return None
+    return found

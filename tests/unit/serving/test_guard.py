@@ -1,0 +1,121 @@
+"""The guard's statistics: silent on noise, certain about each kind of breach."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ops.settings import Rollout
+from serving.rollout.guard import FALSE_ALARM, Evidence, broken, look
+from serving.rollout.observations import Answered, Compared, Observations, together
+
+SETTINGS = Rollout()
+LIVE, INCUMBENT = 7, 6
+LOOKS = 150
+"""Five minutes, at one look in two seconds."""
+
+
+class Life:
+    """A watched release under traffic, look by look."""
+
+    def __init__(self, seed: int, *, errors: float = 0.002, slower: float = 0.3, agrees: float = 0.95) -> None:
+        self.random = np.random.default_rng(seed)
+        self.rates = (errors, slower, agrees)
+        self.seen = Observations(
+            LIVE, {LIVE: Answered(), INCUMBENT: Answered(5000, int(self.random.binomial(5000, 0.002)))},
+            {"clip": Compared()},
+        )  # fmt: skip
+
+    def step(self, requests: int = 50, inputs: int = 3) -> None:
+        errors, slower, agrees = self.rates
+        self.seen.requests[LIVE].add(Answered(requests, int(self.random.binomial(requests, errors))))
+        counted = Compared(inputs, int(self.random.binomial(inputs, agrees)), inputs,
+                           int(self.random.binomial(inputs, slower)), inputs)  # fmt: skip
+        self.seen.compared["clip"].add(counted)
+
+    def until_broken(self) -> tuple[int, str] | None:
+        """The look at which a guardrail breaks, and which one."""
+        for number in range(LOOKS):
+            self.step()
+            if bad := broken(look(SETTINGS, self.seen, INCUMBENT, number * 2.0)):
+                return number, bad[0].guardrail
+        return None
+
+
+def test_a_release_like_its_incumbent_is_never_taken_back() -> None:
+    assert [seed for seed in range(60) if Life(seed).until_broken()] == []
+
+
+def test_a_release_that_is_just_within_every_bound_is_seldom_taken_back() -> None:
+    bounds = {"errors": 0.004, "slower": 0.5, "agrees": SETTINGS.min_agreement}
+    alarms = sum(Life(seed, **bounds).until_broken() is not None for seed in range(100, 160))
+    assert alarms <= 60 * FALSE_ALARM + 4
+
+
+@pytest.mark.parametrize(
+    ("breach", "guardrail"),
+    [({"errors": 0.2}, "errors"), ({"slower": 0.98}, "latency"), ({"agrees": 0.1}, "agreement")],
+)
+def test_each_breach_is_caught_within_thirty_seconds(breach: dict[str, float], guardrail: str) -> None:
+    for seed in range(30):
+        found = Life(seed, **breach).until_broken()
+        assert found is not None, seed
+        assert (found[1], found[0] <= 15) == (guardrail, True), seed
+
+
+def evidence(seen: Observations, guardrail: str, seconds: float = 10.0) -> Evidence:
+    (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, seconds) if one.guardrail == guardrail]
+    return found
+
+
+def test_without_observations_nothing_is_broken() -> None:
+    assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 0.0)) == []
+    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": Compared()}), INCUMBENT, 1e6)) == []
+
+
+def test_an_incumbent_that_answered_nothing_yet_is_not_held_to_be_perfect() -> None:
+    assert not evidence(Observations(LIVE, {LIVE: Answered(1000, 15)}), "errors").broken
+    assert evidence(Observations(LIVE, {LIVE: Answered(60, 60)}), "errors").broken
+
+
+def test_an_incumbent_that_fails_as_often_excuses_the_release() -> None:
+    outage = {LIVE: Answered(400, 200), INCUMBENT: Answered(4000, 2000)}
+    assert not evidence(Observations(LIVE, outage), "errors").broken
+    assert evidence(Observations(LIVE, {**outage, INCUMBENT: Answered(4000, 20)}), "errors").broken
+
+
+def test_failures_in_comparisons_count_for_a_shadow_that_answers_nobody() -> None:
+    shadow = Observations(LIVE, {LIVE: Answered(), INCUMBENT: Answered(900, 0)}, {"vlm": Compared(tried=40, failed=40)})
+    found = evidence(shadow, "errors")
+    assert found.broken
+    assert (found.bad, found.shown) == (40, "40 of 40 requests failed, 0 of 940 of release 6")
+
+
+def test_each_look_spends_a_part_of_the_false_alarms() -> None:
+    levels = [evidence(Observations(LIVE), "errors", seconds=2.0 * number).level for number in range(5000)]
+    assert levels == sorted(levels, reverse=True)
+    assert sum(levels) * 5 <= FALSE_ALARM
+
+
+def test_the_evidence_says_what_was_counted() -> None:
+    seen = Observations(LIVE, {}, {"clip": Compared(inputs=40, agreed=2)})
+    found = evidence(seen, "agreement")
+    assert found.detail() | {"chance": 0} == {
+        "guardrail": "agreement", "family": "clip", "bad": 38, "of": 40, "allowed": 0.3, "chance": 0,
+        "level": found.level, "broken": True, "shown": "2 of 40 inputs agree (5%), at least 70% must",
+    }  # fmt: skip
+    assert found.chance == pytest.approx(sum_of_tail(38, 40, 0.3))
+
+
+def sum_of_tail(bad: int, of: int, allowed: float) -> float:
+    from math import comb
+
+    return sum(comb(of, k) * allowed**k * (1 - allowed) ** (of - k) for k in range(bad, of + 1))
+
+
+def test_processes_add_up_and_comparisons_of_another_release_do_not_count() -> None:
+    ours = Observations(LIVE, {LIVE: Answered(3, 1)}, {"clip": Compared(2, 1)})
+    late = Observations(INCUMBENT, {INCUMBENT: Answered(5, 0), LIVE: Answered(1, 0)}, {"clip": Compared(9, 9)})
+    total = together(LIVE, [ours, late, ours])
+    assert (total.requests[LIVE], total.requests[INCUMBENT]) == (Answered(7, 2), Answered(5, 0))
+    assert (total.compared["clip"].inputs, total.compared["clip"].agreed) == (4, 2)

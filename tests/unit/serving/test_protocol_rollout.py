@@ -1,0 +1,262 @@
+"""Canaries, shadows, promotions and the guard, without Ray: a fleet of plain objects, and a real ledger."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from ops.errors import ReleaseConflict, ReleaseError
+from ops.ledger import Family, Ledger
+from ops.ledger import tables as t
+from ops.settings import Rollout
+from serving.deployments.protocol import ReleaseProtocol
+from serving.deployments.resident import read_resident
+from serving.deployments.terms import Outcome
+from serving.rollout.keeper import Keeper
+from serving.rollout.observations import Answered, Compared, Observations
+from serving.rollout.watched import watched
+from tests.unit.serving.test_protocol import PlainFleet
+
+SETTINGS = Rollout(observe_seconds=60, min_comparisons=20)
+GOOD, BAD = Compared(inputs=40, agreed=39, timed=40, tried=40), Compared(inputs=40, agreed=2, timed=40, tried=40)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    made = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    for name in ("a", "b", "c"):
+        made.register_adapter(name, family="clip", base="x", image_space=f"i-{name}", text_space="t", meta={})
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fleet() -> PlainFleet:
+    return PlainFleet()
+
+
+@pytest.fixture
+async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, fleet, window=2, update_share=0.1)
+    await made.start()
+    return made
+
+
+async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> Outcome:
+    named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
+    return await protocol.release(named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
+
+
+def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]:
+    row = protocol.ledger.live()
+    assert row is not None
+    return row.number, row.clip, row.vlm, row.share
+
+
+async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
+    return await protocol.rollback(actor="me", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
+
+
+def keeper(protocol: ReleaseProtocol, **compared: Compared) -> Keeper:
+    """A guard whose ingress saw this of the live release."""
+
+    async def observe() -> list[Observations]:
+        number = live(protocol)[0]
+        return [Observations(number, {number: Answered(50)}, dict(compared))]  # type: ignore[arg-type]
+
+    return Keeper(protocol.ledger, protocol, SETTINGS, observe)
+
+
+def age(ledger: Ledger, seconds: float) -> None:
+    """Let every release be older than it is."""
+    with ledger.database.write() as session:
+        for row in session.query(t.Release):
+            row.created_at -= timedelta(seconds=seconds)
+
+
+async def test_a_canary_leaves_the_stable_release_resident_whatever_the_window(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, clip="a")
+    for share in (0.0, 0.1, 0.5):
+        await release(protocol, share, clip="b")
+    assert fleet.windows[-1] == [5, 2]
+    rows = read_resident(protocol.ledger, 2)
+    assert [(row.number, row.share) for row in rows.answering] == [(5, 0.5), (2, 1.0)]
+    assert rows.clips == ("b", "a")
+
+
+async def test_a_restart_during_a_canary_goes_on_with_both_sides(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, 0.1, clip="b")
+    fleet = PlainFleet()
+    assert await ReleaseProtocol(ledger, fleet, window=2).start() is None
+    assert fleet.windows == [[3, 2]]
+
+
+async def test_nothing_is_announced_when_one_side_of_a_canary_cannot_be_served(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, 0.1, clip="b")
+    with pytest.raises(ReleaseError, match="a cannot be served: gone"):
+        await ReleaseProtocol(ledger, PlainFleet(broken={"a": "gone"}), window=2).start()
+
+
+async def test_a_promotion_is_a_plain_release_of_the_same_adapters_without_preparation(
+    protocol: ReleaseProtocol, fleet: PlainFleet
+) -> None:
+    await release(protocol, 0.1, clip="a", vlm="v")
+    prepared = (list(fleet.prepared), list(fleet.prepared_vlm))
+    made = await protocol.promote(actor="me", reason="fine", expected_live=2)
+    assert live(protocol) == (3, "a", "v", 1.0)
+    assert (made.kind, made.share) == ("promotion", 1.0)
+    assert (fleet.prepared, fleet.prepared_vlm) == prepared
+    assert fleet.windows[-1] == [3, 1]
+    with pytest.raises(ReleaseError, match="nothing can be promoted"):
+        await protocol.promote(actor="me", reason="again", expected_live=3)
+
+
+async def test_a_promotion_of_what_is_not_live_any_more_conflicts(protocol: ReleaseProtocol) -> None:
+    await release(protocol, 0.1, clip="a")
+    await release(protocol, 0.1, clip="b")
+    with pytest.raises(ReleaseConflict):
+        await protocol.promote(actor="me", reason="late", expected_live=2)
+
+
+async def test_a_canary_is_taken_back_to_what_answers_beside_it(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, vlm="v")
+    await release(protocol, 0.1, clip="b")
+    await back(protocol)
+    assert live(protocol) == (5, "a", "v", 1.0)
+    await release(protocol, 0.1, vlm="w")
+    await back(protocol, "vlm")
+    assert live(protocol) == (7, "a", "v", 1.0)
+
+
+async def test_a_rollback_never_goes_to_what_was_only_on_trial_or_was_withdrawn(protocol: ReleaseProtocol) -> None:
+    await release(protocol, 0.1, clip="a")
+    await back(protocol)
+    with pytest.raises(ReleaseError, match="no release before 3 has another"):
+        await back(protocol)
+    await release(protocol, clip="b")
+    await release(protocol, clip="c")
+    protocol.ledger.withdraw(["b"], actor="guard", subject="release 4", reason="disagrees", evidence={})
+    await back(protocol)
+    assert live(protocol)[:2] == (6, None)
+    with pytest.raises(ReleaseError, match=r"b was withdrawn: disagrees .*--force"):
+        await back(protocol, to=4)
+
+
+async def test_a_release_of_the_other_model_ends_a_trial_without_promoting_it(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, 0.1, clip="b")
+    await release(protocol, vlm="v")
+    assert live(protocol) == (4, "a", "v", 1.0)
+
+
+async def test_an_update_is_a_canary_by_the_settings_and_the_next_one_waits_for_its_end(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    for name in ("a", "b"):
+        ledger.propose("update", clip=name, actor="updater", reason="passed")
+    await protocol.step()
+    assert live(protocol) == (2, "a", None, 0.1)
+    assert await protocol.step() is None
+    await protocol.promote(actor="me", reason="fine", expected_live=2)
+    await protocol.step()
+    assert live(protocol) == (4, "b", None, 0.1)
+    assert ledger.stable() == ledger.release(3)
+
+
+async def test_an_update_that_makes_a_withdrawn_adapter_again_fails(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    ledger.withdraw(["a"], actor="guard", subject="release 9", reason="disagrees", evidence={})
+    ledger.propose("update", clip="a", actor="updater", reason="passed")
+    with pytest.raises(ReleaseError, match="a was withdrawn: disagrees"):
+        await protocol.step()
+    assert ledger.proposals(1)[0].state == "failed"
+    assert live(protocol)[0] == 1
+
+
+async def test_the_guard_takes_a_bad_release_back_once_and_says_why(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    await release(protocol, clip="a", vlm="v")
+    await release(protocol, clip="b")
+    guard = keeper(protocol, clip=BAD)
+    made = await guard.step()
+    assert made is not None
+    assert (made.kind, live(protocol)) == ("rollback", (4, "a", "v", 1.0))
+    row = next(row for row in ledger.audit_rows() if row.action == "withdraw")
+    assert (row.actor, row.subject, row.detail["adapters"], row.detail["back_to"]) == ("guard", "release 3", ["b"], 2)
+    assert row.detail["compared"]["clip"]["inputs"] == 40
+    broken = [one["guardrail"] for one in row.detail["guardrails"] if one["broken"]]
+    assert broken == ["agreement"]
+    assert ledger.live().reason == row.detail["reason"]  # type: ignore[union-attr]
+    assert await guard.step() is None  # a rollback is not guarded: nothing flaps
+    assert guard.status() == {"state": "idle"}
+    assert live(protocol)[0] == 4
+
+
+async def test_the_guard_goes_back_to_the_stable_release_from_a_canary_also_while_held(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    await release(protocol, clip="a")
+    await release(protocol, 0.1, clip="b")
+    ledger.hold("me", "quiet")
+    assert (await keeper(protocol, clip=BAD).step()) is not None
+    assert live(protocol) == (4, "a", None, 1.0)
+
+
+async def test_a_good_release_is_left_alone_and_its_status_shows_what_was_seen(protocol: ReleaseProtocol) -> None:
+    await release(protocol, clip="a")
+    guard = keeper(protocol, clip=GOOD)
+    assert await guard.step() is None
+    told = guard.status()
+    assert (told["state"], told["release"], told["incumbent"], told["kind"]) == ("guard", 2, 1, "release")
+    assert told["compared"]["clip"]["agreed"] == 39
+    assert 0 < told["seconds_left"] <= SETTINGS.guard_seconds
+
+
+async def test_an_update_on_trial_is_promoted_when_it_was_watched_long_and_often_enough(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    ledger.propose("update", clip="a", actor="updater", reason="passed")
+    await protocol.step()
+    assert await keeper(protocol, clip=GOOD).step() is None  # too early
+    age(ledger, 61)
+    assert await keeper(protocol, clip=Compared(inputs=19, agreed=19)).step() is None  # too few
+    ledger.hold("me", "wait")
+    assert await keeper(protocol, clip=GOOD).step() is None
+    ledger.resume("me", "go")
+    assert (await keeper(protocol, clip=GOOD).step()) is not None
+    assert live(protocol) == (3, "a", None, 1.0)
+    assert "39 of 40 inputs agree" in ledger.live().reason  # type: ignore[union-attr]
+
+
+async def test_a_trial_of_an_operator_is_theirs_to_promote(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    await release(protocol, 0.1, clip="a")
+    age(ledger, 10_000)
+    assert await keeper(protocol, clip=GOOD).step() is None
+    assert live(protocol)[3] == 0.1
+
+
+async def test_what_is_watched_follows_from_the_ledger_alone(protocol: ReleaseProtocol, ledger: Ledger) -> None:
+    now = time.time()
+    assert watched(ledger, SETTINGS, now) is None  # the first release has no incumbent
+    await release(protocol, clip="a")
+    found = watched(ledger, SETTINGS, now)
+    assert found is not None
+    assert (found.release.number, found.incumbent.number) == (2, 1)
+    assert (found.differs("clip"), found.differs("vlm")) == (True, False)
+    assert watched(ledger, SETTINGS, now + SETTINGS.guard_seconds + 5) is None
+    assert watched(ledger, SETTINGS.model_copy(update={"guard_seconds": 0.0}), time.time()) is None
+    await release(protocol, clip="a")  # the same again: there is nothing to take back
+    assert watched(ledger, SETTINGS, time.time()) is None
+    await release(protocol, 0.1, clip="b")
+    assert watched(ledger, SETTINGS, now + 1e9) is not None  # a trial, for as long as it lasts
+    await back(protocol)
+    assert watched(ledger, SETTINGS, time.time()) is None
