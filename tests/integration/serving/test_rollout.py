@@ -26,7 +26,7 @@ ROLLOUT = {
 }  # fmt: skip
 GENTLE, BROKEN = 0.02, 8.0
 """Sizes of random changes to the tiny base: one keeps what is near what, the other does not."""
-KEYS = 1500
+KEYS = 600
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 from ops.cli.context import Context
 from ops.cli.main import app
+from ops.cli.status import rollout_line
+from ops.errors import ReleaseError
 from ops.ledger import Ledger
 
 runner = CliRunner()
@@ -112,3 +114,36 @@ def test_the_ledger_is_migrated_as_often_as_one_likes_and_its_password_is_not_sh
     assert away.returncode == 1
     assert "127.0.0.1:1" in away.stderr
     assert "hunter2" not in away.stderr
+
+
+def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.register_adapter("clip-b", "clip", "base", "i", "t", {})
+    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first", proposal_id=None)
+    forced = ledger.propose("release", clip="clip-b", actor="ann", reason="sure", share=0.25, forced=True)
+    ledger.commit_release(
+        2, clip="clip-b", vlm=None, actor="ann", reason="sure", proposal_id=forced.id, share=forced.share
+    )
+    ledger.withdraw(["clip-b"], actor="guard", subject="release 2", reason="it disagrees", evidence={})
+    ledger.close()
+    arguments, wide = ["--set", f"home={tmp_path}", "releases"], {"COLUMNS": "200"}
+    listed = runner.invoke(app, [*arguments, "list"], env=wide).output.splitlines()
+    assert any(all(word in line for word in ("live", "2", "canary 25%", "clip-b")) for line in listed)
+    assert any(all(word in line for word in ("stable", "1", "all", "base")) for line in listed)
+    shown = runner.invoke(app, [*arguments, "show", "2"], env=wide).output
+    for fact in ("canary 25%", "no gate had passed it", "clip-b was withdrawn", "it disagrees"):
+        assert fact in shown
+    refused = runner.invoke(app, [*arguments, "release", "--clip", "x", "-r", "y", "--shadow", "--share", "0.5"])
+    assert isinstance(refused.exception, ReleaseError)
+    assert "a shadow has no share" in str(refused.exception)
+
+
+def test_the_screen_says_what_is_on_trial_and_what_was_seen() -> None:
+    told = {
+        "state": "canary", "release": 7, "incumbent": 6, "share": 0.1, "seconds_left": None,
+        "compared": {"clip": {"agreed": 39, "inputs": 40}},
+    }  # fmt: skip
+    assert rollout_line(told) == "canary 10% release 7 against 6: clip agrees on 39 of 40\n"
+    watched = {**told, "state": "guard", "share": 1.0, "seconds_left": 61.4}
+    assert rollout_line(watched) == "guard watches release 7 against 6: clip agrees on 39 of 40, 61 s left\n"
+    assert rollout_line({"state": "idle"}) == ""
