@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi import Request
 
+from ops.access import OPERATOR, Principal
 from serving.deployments.calls import Late, Overloaded, Unavailable, Unservable
 from serving.deployments.stamps import Stamp
 from serving.engines.vlm.ask import AskError
@@ -17,21 +18,19 @@ from tests.unit.serving.vlm_edge import ScriptedVlms, about_image, client, gatew
 CANARY = (Stamp(4, "clip-a", "i3", "t3", "vlm-c", share=0.3), Stamp(3, "clip-a", "i3", "t3", "vlm-b"))
 
 
-def request(**headers: str) -> Request:
+def request(caller: Principal | None = None, **headers: str) -> Request:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return Request({"type": "http", "headers": raw})
+    return Request({"type": "http", "headers": raw, "state": {} if caller is None else {"principal": caller}})
 
 
 def test_a_caller_is_its_api_key_else_what_it_says_of_itself_else_the_request() -> None:
     told = {"authorization": "Bearer secret", "x_ratchet_key": "mine", "x_request_id": "r1"}
-    assert caller_key(request(**told), "ann") == "secret"
-    del told["authorization"]
-    assert caller_key(request(**told), "ann") == "mine"
+    assert caller_key(request(Principal("bot", frozenset(), key_id="0123abcd"), **told), "ann") == "0123abcd"
+    assert caller_key(request(OPERATOR, **told), "ann") == "mine"
     del told["x_ratchet_key"]
-    assert caller_key(request(**told), "ann") == "ann"
-    assert caller_key(request(**told)) == "r1"
+    assert caller_key(request(OPERATOR, **told), "ann") == "ann"
+    assert caller_key(request(Principal("anonymous", frozenset(), "anonymous"), **told)) == "r1"
     assert caller_key(request()) != caller_key(request())
-    assert caller_key(request(authorization="Basic abc", x_request_id="r1")) == "r1"
 
 
 @pytest.mark.parametrize(
