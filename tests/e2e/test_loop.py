@@ -214,7 +214,7 @@ def test_after_a_crash_of_everything_it_goes_on_where_it_was(house: House) -> No
     assert paged["labels"]["severity"] == "page"
     assert paged["annotations"]["runbook_url"].endswith("docs/runbooks/RatchetServingAbsent.md")
     house.ledger.hold("test", "a row that is written while everything is down")
-    wait(lambda: house.parts.tend() or house.client.is_ready())
+    wait(lambda: house.parts.tend() or house.client.is_ready(), seconds=180)
     assert house.client.live() == live
     assert abs(house.client.embed(["a red circle"]) - before).max() < 1e-5
     assert (house.store.count(), house.store.offsets()) == (stored, offsets)
