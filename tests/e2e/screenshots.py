@@ -24,7 +24,7 @@ from ops.settings import Settings, load_settings
 from tests.support.browser import DESKTOP, PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0
-COLOURS = 128
+COLOURS = 256
 """A picture of a page needs no more, and has a third of the bytes."""
 SIZES = {"desktop": DESKTOP, "phone": PHONE}
 SCHEMES = ("light", "dark")
@@ -94,7 +94,7 @@ MOMENTS: dict[str, tuple[Callable[[Ledger], bool], tuple[Visit, ...]]] = {
     "before": (lambda ledger: ledger.live() is not None, (overview, playground)),
     "rejected": (lambda ledger: any(v.outcome == "rejected" for v in ledger.verdicts()), (overview, gate)),
     "live": (
-        lambda ledger: any(row.actor == "updater" for row in ledger.releases()),
+        lambda ledger: any(row.actor == "updater" for row in ledger.releases()) and not ledger.pending_proposals(),
         (overview, releases, gate, compare, budget, rollback),
     ),
 }
@@ -150,7 +150,9 @@ def take(browser: Browser, url: str, settings: Settings, pages: list[Visit], out
 def save(picture: bytes, path: Path) -> None:
     """As a small PNG with a palette."""
     with Image.open(io.BytesIO(picture)) as image:
-        image.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+            path, optimize=True
+        )
     print(f"{path} ({path.stat().st_size / 1000:.0f} kB)", flush=True)
 
 

@@ -58,7 +58,8 @@ def problems(status: dict[str, Any] | None) -> list[str]:
         found.append("No release is being served yet.")
     if controller["trouble"]:
         found.append(f"The last release could not be made: {controller['trouble']}")
-    coverage = catalog.get("coverage")
-    if isinstance(coverage, (int, float)) and coverage < 1:
-        found.append(f"{coverage:.0%} of the samples can be found; the others are being prepared.")
+    live = max(controller["resident"], key=lambda row: row["release"], default=None)
+    space = catalog["spaces"].get(live["image_space"]) if live else None
+    if space is not None and space["coverage"] < 1:
+        found.append(f"{space['coverage']:.0%} of the pictures can be found; the others are being prepared.")
     return found

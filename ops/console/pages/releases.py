@@ -82,9 +82,18 @@ def act(
 
 
 def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200) -> Response:
+    picking = at.request.headers.get("hx-trigger", "").startswith("pick-")  # then the place in the form is kept
     plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows(fresh=True))
     return at.dialog(
-        "action.html", plan.title, status, plan=plan, choice=choice, action=action, wrong=wrong, typed=typed
+        "action.html",
+        plan.title,
+        status,
+        plan=plan,
+        choice=choice,
+        action=action,
+        wrong=wrong,
+        typed=typed,
+        picking=picking,
     )
 
 

@@ -1,0 +1,71 @@
+"""Facts are asked for once however many look, and trouble is told in words."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.console.desk import Desk, words
+from ops.console.drawing import ago, duration, number, pairs, percent, points
+from ops.console.pages.overview import problems
+from tests.unit.console.test_pages import settings
+
+
+def test_many_viewers_cost_one_question(tmp_path: Path) -> None:
+    desk, asked = Desk(settings(tmp_path)), []
+
+    def question() -> int:
+        asked.append(1)
+        return len(asked)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: desk.kept("overview", question, seconds=60), range(40)))
+    assert found == [1] * 40
+    assert desk.kept("overview", question, seconds=0.0) == 2, "who wants it fresh gets it fresh"
+    desk.forget()
+    assert desk.kept("overview", question, seconds=60) == 3
+
+
+def test_a_question_that_fails_is_asked_again(tmp_path: Path) -> None:
+    desk = Desk(settings(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        desk.kept("x", lambda: 1 // 0)
+    assert desk.kept("x", lambda: 7) == 7
+
+
+def test_what_is_not_well_is_said_in_words() -> None:
+    assert problems(None) == ["The model server does not answer."]
+    assert problems(status(live=1.0, next_one=0.04)) == [], "an index that is not live yet is no trouble"
+    assert "93% of the pictures" in problems(status(live=0.93))[0]
+    assert "because" in problems(status(trouble="because"))[0]
+
+
+def status(live: float = 1.0, next_one: float = 1.0, trouble: str = "") -> dict[str, Any]:
+    rows = [{"release": 2, "image_space": "a"}, {"release": 1, "image_space": "old"}]
+    spaces = {"a": {"coverage": live}, "b": {"coverage": next_one}}
+    return {"controller": {"started": True, "trouble": trouble, "resident": rows}, "catalog": {"spaces": spaces}}
+
+
+def test_suggestions_are_short_and_each_is_given_once() -> None:
+    rows = [{"text": text} for text in ("", "a cat", "a cat", "x" * 41, " a dog ")]
+    assert words(rows) == ["a cat", "a dog"]
+
+
+def test_numbers_are_written_for_people() -> None:
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    assert [ago(now - timedelta(seconds=s), now) for s in (1, 61, 7200)] == ["just now", "1 minute ago", "2 hours ago"]
+    assert [duration(s) for s in (None, 0.02, 3.0, 100, 600, 9000)] == [
+        "–",
+        "20 ms",
+        "3.0 s",
+        "100 s",
+        "10 min",
+        "2.5 h",
+    ]
+    assert (number(5801.5), number(0.25), points(-0.05), percent(0.5), pairs({"a": 1, "b": None})) == (
+        "5,802", "0.2", "−5.0", "50%", "a 1",
+    )  # fmt: skip
