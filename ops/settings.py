@@ -215,7 +215,10 @@ class Rollout(Section):
     )
     max_error_ratio: float = Field(2.0, ge=1, description="Failed requests, as a multiple of the incumbent's share.")
     max_latency_ratio: float = Field(2.0, ge=1, description="Time for the same input, as a multiple.")
-    min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both sides must agree.")
+    min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both CLIPs must agree.")
+    min_vlm_agreement: float = Field(
+        0.2, ge=0, lt=1, description="The same of VLMs: an update may change most answers about what it learned."
+    )
 
 
 class Settings(Section):

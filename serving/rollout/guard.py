@@ -4,7 +4,7 @@ Each guardrail counts bad events, and says how likely one may be for a release t
 
 ``errors``     of all failures, those of the watched release; it may have its part by requests, times the ratio
 ``latency``    inputs for which it took longer than the ratio allows; half of them may
-``agreement``  inputs on which it disagrees with the incumbent; ``1 - min_agreement`` of them may
+``agreement``  inputs on which it disagrees with the incumbent; ``1 - min_agreement`` (``min_vlm_agreement``) may
 
 It is broken when so many bad events would be too unlikely (binomial). The guard looks again and again, so each look
 spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more.
@@ -104,11 +104,12 @@ def _latency(settings: Rollout, family: Family, compared: Compared, level: float
 
 def _agreement(settings: Rollout, family: Family, compared: Compared, level: float) -> Evidence:
     bad = compared.inputs - compared.agreed
+    least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
     shown = (
         f"{compared.agreed} of {compared.inputs} inputs agree ({compared.agreed / compared.inputs:.0%}), "
-        f"at least {settings.min_agreement:.0%} must"
+        f"at least {least:.0%} must"
     )
-    return _tested("agreement", family, bad, compared.inputs, 1 - settings.min_agreement, level, shown)
+    return _tested("agreement", family, bad, compared.inputs, 1 - least, level, shown)
 
 
 def _tested(

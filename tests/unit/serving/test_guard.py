@@ -63,6 +63,14 @@ def test_each_breach_is_caught_within_thirty_seconds(breach: dict[str, float], g
         assert (found[1], found[0] <= 15) == (guardrail, True), seed
 
 
+def test_a_vlm_may_change_most_answers_about_what_it_learned_but_not_all() -> None:
+    def agreeing(agreed: int) -> Observations:
+        return Observations(LIVE, {}, {"vlm": Compared(80, agreed)})
+
+    assert not evidence(agreeing(32), "agreement").broken
+    assert evidence(agreeing(0), "agreement").broken
+
+
 def evidence(seen: Observations, guardrail: str, seconds: float = 10.0) -> Evidence:
     (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, seconds) if one.guardrail == guardrail]
     return found
