@@ -203,8 +203,9 @@ def _operator(settings: Settings) -> Any:
 
 def _tell(result: dict[str, Any]) -> None:
     seconds = {name: value for name, value in result.items() if name.endswith("seconds")}
+    trial = f" ({answers(result['share'])})" if result["share"] < 1 else ""
     typer.echo(
-        f"release {result['number']} ({answers(result['share'])}) is live everywhere: "
+        f"release {result['number']}{trial} is live everywhere: "
         f"clip {result.get('clip') or 'base'} vlm {result.get('vlm') or 'base'} "
         + " ".join(f"{name}={value:.3f}" for name, value in seconds.items())
     )
