@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ops.access import Access
 from ops.errors import ConfigError
 from ops.ledger import Ledger
 from ops.progress import say, step
@@ -162,6 +163,7 @@ def _start(settings: Settings, server: Server) -> None:
             http_options=HTTPOptions(host=settings.serve.host, port=settings.serve.port),
             logging_config=quiet,
         )
+    _tell_of_keys(settings)
     with step("loading the model and its releases"):
         from serving.deployments.fleet import APP
 
@@ -170,6 +172,18 @@ def _start(settings: Settings, server: Server) -> None:
             client.wait_ready(START_SECONDS)
         if settings.base.vlm and not serves_vlm(settings):
             say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
+
+
+def _tell_of_keys(settings: Settings) -> None:
+    """Say at the start what surprises later: that clients need a key, or that nobody does."""
+    if settings.serve.on_loopback:
+        return
+    ledger = Ledger.open(settings.ledger)
+    if Access(ledger, settings).open:
+        say(f"[red]whoever reaches {settings.serve.host} may ask the models[/red] (access.require_keys is never)")
+    elif not any("infer" in key.scopes for key in ledger.api_keys()):
+        say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer`")
+    ledger.close()
 
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:

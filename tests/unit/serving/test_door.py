@@ -22,6 +22,7 @@ from ops.access import KEYS_SECONDS, Access
 from ops.errors import AlreadyResubmitted, BrokerError, RecordError, UnknownRecord
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
+from serving import app as start
 from serving.http.auth import Guard, needs
 from serving.http.gateway import Gateway
 from serving.http.rates import Rates
@@ -376,3 +377,21 @@ async def test_who_is_refused_is_not_listened_to(closed: Door) -> None:
     scope_seen = await closed.send("POST", "/v1/embeddings", content=body())
     assert scope_seen.status_code == 401
     assert not read
+
+
+def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(start, "say", said.append)
+
+    def told(host: str, require: str = "auto") -> str:
+        said.clear()
+        start._tell_of_keys(Settings(home=tmp_path, serve={"host": host}, access={"require_keys": require}))
+        return " ".join(said)
+
+    assert told("127.0.0.1") == ""
+    assert "ratchet keys create" in told("0.0.0.0")
+    assert "whoever reaches 0.0.0.0" in told("0.0.0.0", "never")
+    ledger = Ledger.open(Settings(home=tmp_path).ledger)
+    ledger.create_key("page", ["infer"], actor="t")
+    ledger.close()
+    assert told("0.0.0.0") == ""
