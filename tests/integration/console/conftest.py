@@ -58,8 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[
     make_topics(settings)
     _, operator = house.ledger.create_key("ana", ["infer", "operate"], actor="test")
     _, reader = house.ledger.create_key("guest", ["infer"], actor="test")
-    house.start()
     try:
+        house.start()
         with (
             reading(settings) as ingest,
             console(house.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
