@@ -59,11 +59,25 @@ class Edge:
         vectors = run(payload, stamp.clip)
         return Answer(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
 
-    async def release(self, adapters: Adapters, *, actor: str, reason: str, expected_live: int) -> Outcome:
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome:
         for name in adapters.values():
             if name is not None:
                 self.ledger.adapter(name)
-        return await self.protocol.release(adapters, actor=actor, reason=reason, expected_live=expected_live)
+        return await self.protocol.release(
+            adapters, actor=actor, reason=reason, expected_live=expected_live, share=share, forced=force
+        )
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Half of the time something is on trial: the first call for a plain release begins a canary, and fails."""
+        live = self.ledger.live()
+        assert live is not None
+        if live.share >= 1:
+            await self.protocol.release(
+                {"clip": live.clip}, actor=actor, reason=reason, expected_live=expected_live, share=0.5
+            )
+        return await self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
 
     async def rollback(
         self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
