@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Debian packages that the tests use beside Python: kcat (a Kafka producer that is none of ours), PostgreSQL, and
-# Chromium (the console's visitor) and
-# Prometheus with its Alertmanager.
+# Debian packages that the tests use beside Python: kcat (a Kafka producer that is none of ours), PostgreSQL, Chromium
+# (the console's visitor), Prometheus and Alertmanager.
 set -euo pipefail
 missing=()
 command -v kcat >/dev/null || missing+=(kcat)
