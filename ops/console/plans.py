@@ -20,6 +20,7 @@ AGAINST = {"rejected": "The gate rejected this adapter", "inconclusive": "The ga
 UNPROVEN = "No gate has passed this adapter, and it was never live"
 PERCENT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
 NO_SHARE = "Say how many percent of the requests it answers: more than 0 and less than 100."
+REQUESTS = "Requests that have begun end under the release that they began with; no request fails or waits."
 OFFERED = 60
 """Releases and adapters that a form offers."""
 How = Literal["all", "canary", "shadow"]
@@ -127,7 +128,7 @@ def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident:
         if loaded
         else "Its models are not loaded any more, so it takes as long as a new release. Until then nothing changes."
     )
-    happens = (f"Release {number + 1} is made.", *_moves(live, others, wanted), speed, _requests(number))
+    happens = (f"Release {number + 1} is made.", *_moves(live, others, wanted), speed, REQUESTS)
     possible = not (live.plain and _serves(live, wanted))
     return Plan(title, verb, number, happens, targets=targets, possible=possible)
 
@@ -147,7 +148,7 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     wanted = {family: named.get(family, others.adapter(family)) for family in FAMILIES}
     warned = unproven(ledger, list(named.values()))
     slow = "Every replica loads it first, and the search index follows; until all are ready nothing changes."
-    happens = (*_answering(choice, number + 1, others.number), *_moves(live, others, wanted), slow, _requests(number))
+    happens = (*_answering(choice, number + 1, others.number), *_moves(live, others, wanted), slow, REQUESTS)
     same = _serves(others, wanted) if live.plain or choice.share != 1 else False
     same = same or (_serves(live, wanted) and live.share == choice.share)
     return Plan(title, verb, number, happens, tuple(warned.values()), not same, force=tuple(warned), adapters=offered)
@@ -164,7 +165,7 @@ def _promote(ledger: Ledger, live: ReleaseRow | None) -> Plan:
         f"({answers(trial.share)}) answers everybody.",
         *_moves(None, ledger.stable() or trial, wanted),
         "Its models are loaded already, so it takes less than a second. The trial is over then.",
-        _requests(trial.number),
+        REQUESTS,
     )
     warnings = unproven(ledger, list(wanted.values()))
     return Plan(title, verb, trial.number, happens, tuple(warnings.values()))
@@ -225,10 +226,6 @@ def _moves(live: ReleaseRow | None, others: ReleaseRow, wanted: Mapping[Family, 
         else:
             lines.append(f"The {NAMES[family]} changes from {adapter(before)} to {adapter(after)}.")
     return lines
-
-
-def _requests(number: int) -> str:
-    return f"Requests that have begun end under release {number}; no request fails or waits."
 
 
 def _serves(row: ReleaseRow, wanted: Mapping[Family, str | None]) -> bool:
