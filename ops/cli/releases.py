@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ops.cli import context as ctx
 from ops.errors import ReleaseError
-from ops.ledger import Ledger, ProposalRow
+from ops.ledger import Ledger, ProposalRow, answers
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
@@ -180,13 +180,6 @@ def resume(context: typer.Context, reason: Reason) -> None:
     with _operator(ctx.of(context).settings) as client:
         client.resume(reason)
     typer.echo("updates go on")
-
-
-def answers(share: float) -> str:
-    """Whom a release answers, in words."""
-    if share >= 1:
-        return "all"
-    return f"canary {share:.0%}" if share > 0 else "shadow"
 
 
 def _sets(row: ProposalRow) -> str:

@@ -15,9 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ops.cli import context as ctx
-from ops.cli.releases import answers
 from ops.errors import RatchetError
-from ops.ledger import Ledger
+from ops.ledger import Ledger, answers
 from ops.settings import Settings
 
 if TYPE_CHECKING:

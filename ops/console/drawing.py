@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from ops.console.timeline import ranges, records
+from ops.ledger import answers
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -20,10 +21,10 @@ TEMPLATES = jinja2.Environment(
 )
 STEPS = ((60, "second"), (60, "minute"), (24, "hour"), (7, "day"), (52, "week"))
 TONES = {
-    "passed": "good", "committed": "good", "done": "good", "sent": "good", "ready": "good",
-    "rejected": "bad", "failed": "bad", "away": "bad",
+    "passed": "good", "committed": "good", "done": "good", "sent": "good", "ready": "good", "stable": "good",
+    "rejected": "bad", "failed": "bad", "away": "bad", "withdrawn": "bad",
     "inconclusive": "open", "held": "open", "pending": "open", "preparing": "open", "abandoned": "open",
-    "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy",
+    "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy", "canary": "busy", "shadow": "busy",
 }  # fmt: skip
 """The colour that goes with a word; the word is always there too."""
 STATES = {
@@ -32,6 +33,7 @@ STATES = {
 }  # fmt: skip
 KINDS = {
     "initial": "first start", "update": "learned", "rollback": "taken back", "release": "released by hand",
+    "promotion": "promoted",
 }  # fmt: skip
 
 
@@ -89,6 +91,11 @@ def percent(share: float | None, digits: int = 0) -> str:
     return "–" if share is None else f"{100 * share:.{digits}f}%"
 
 
+def odds(chance: float) -> str:
+    """How seldom something happens by chance."""
+    return "less than once in a billion times" if chance < 1e-9 else f"once in {1 / chance:,.0f} times"
+
+
 def adapter(name: str | None) -> str:
     """An adapter as people say it."""
     return name or "the base alone"
@@ -105,6 +112,6 @@ def pairs(value: Any) -> str:
 
 TEMPLATES.filters |= {
     "ago": ago, "utc": utc, "iso": iso, "duration": duration, "number": number, "points": points, "percent": percent,
-    "adapter": adapter, "pairs": pairs,
+    "adapter": adapter, "pairs": pairs, "answers": answers, "odds": odds,
 }  # fmt: skip
 TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS, "records": records, "ranges": ranges}

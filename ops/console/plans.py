@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 from urllib.parse import urlencode
 
 from ops.console.drawing import adapter
+from ops.console.rollout import on_trial
 from ops.console.timeline import FAMILIES, NAMES, trained
 from ops.errors import RatchetError
-from ops.ledger import Family, Ledger, ReleaseRow
+from ops.ledger import Family, Ledger, ReleaseRow, answers
 from serving.deployments.targets import rollback_target
 
 BASE = "base"
 AGAINST = {"rejected": "The gate rejected this adapter", "inconclusive": "The gate found this adapter inconclusive"}
 UNPROVEN = "No gate has passed this adapter, and it was never live"
+PERCENT = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3})?")
+NO_SHARE = "Say how many percent of the requests it answers: more than 0 and less than 100."
+REQUESTS = "Requests that have begun end under the release that they began with; no request fails or waits."
 OFFERED = 60
 """Releases and adapters that a form offers."""
+How = Literal["all", "canary", "shadow"]
+"""Whom a release answers: everybody, a share, or nobody."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +35,16 @@ class Choice:
     family: Family | None = None
     clip: str = ""
     vlm: str = ""
+    how: How = "all"
+    percent: str = ""
+    """Of the requests, as typed; for a canary."""
 
     @classmethod
-    def of(cls, to: str, family: str, clip: str, vlm: str) -> Choice:
-        """From a form's fields; what makes no sense counts as not said."""
+    def of(cls, to: str, family: str, clip: str, vlm: str, how: How = "all", percent: str = "") -> Choice:
+        """From a form's fields; what makes no sense counts as not said, but a percentage stays as it was typed."""
         number = int(to) if to.isascii() and to.isdigit() and int(to) > 0 else None
-        return cls(number, next((each for each in FAMILIES if each == family), None), clip.strip(), vlm.strip())
+        named = next((each for each in FAMILIES if each == family), None)
+        return cls(number, named, clip.strip(), vlm.strip(), how, percent.strip() if how == "canary" else "")
 
     @property
     def adapters(self) -> dict[str, str]:
@@ -40,9 +52,18 @@ class Choice:
         return {family: name for family, name in (("clip", self.clip), ("vlm", self.vlm)) if name}
 
     @property
+    def share(self) -> float | None:
+        """Of the requests, see :attr:`ReleaseRow.share`; None when the percentage is none."""
+        if self.how != "canary":
+            return 1.0 if self.how == "all" else 0.0
+        share = float(self.percent) / 100 if PERCENT.fullmatch(self.percent) else 0.0
+        return share if share > 0 else None
+
+    @property
     def query(self) -> str:
         """The same choice as a link's query."""
         said = {"to": self.to, "family": self.family, "clip": self.clip, "vlm": self.vlm}
+        said |= {"how": self.how, "percent": self.percent} if self.how != "all" else {}
         return urlencode({name: value for name, value in said.items() if value})
 
 
@@ -58,8 +79,8 @@ class Plan:
     happens: tuple[str, ...]
     warnings: tuple[str, ...] = ()
     possible: bool = True
-    force: bool = False
-    """Whether the server wants to be told that an adapter nothing has proved harmless is meant."""
+    force: tuple[str, ...] = ()
+    """Adapters that the warnings are about. The server wants to be told that just these are meant."""
     targets: tuple[ReleaseRow, ...] = ()
     adapters: Mapping[Family, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """Choices by family: name and what the gate said."""
@@ -72,7 +93,22 @@ def plan(ledger: Ledger, action: str, choice: Choice, resident: Mapping[int, obj
         return _rollback(ledger, live, choice, resident)
     if action == "release":
         return _release(ledger, live, choice)
+    if action == "promote":
+        return _promote(ledger, live)
     return _hold(ledger, live) if action == "hold" else _resume(ledger, live)
+
+
+def unproven(ledger: Ledger, names: Sequence[str | None]) -> dict[str, str]:
+    """Those of some adapters that are not released without force, and why, in words."""
+    withdrawn = ledger.withdrawn(names)
+    judged = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
+    return {
+        name: f"The guard withdrew {name}: {withdrawn[name]}."
+        if name in withdrawn
+        else f"{AGAINST.get(judged.get(name, ''), UNPROVEN)}: {name}."
+        for name in names
+        if name is not None and ledger.unproven(name)
+    }
 
 
 def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident: Mapping[int, object]) -> Plan:
@@ -84,15 +120,17 @@ def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident:
     except RatchetError as error:
         return Plan(title, verb, number, (error.message,), possible=False, targets=targets)
     assert live is not None
-    wanted = {family: target.get(family, live.adapter(family)) for family in FAMILIES}
+    others = ledger.stable() or live
+    wanted = {family: target.get(family, others.adapter(family)) for family in FAMILIES}
     loaded = any(row.number in resident and _serves(row, wanted) for row in targets)
     speed = (
         "Its models are still loaded, so it takes less than a second."
         if loaded
         else "Its models are not loaded any more, so it takes as long as a new release. Until then nothing changes."
     )
-    happens = (*_moves(live, wanted), speed, _requests(number))
-    return Plan(title, verb, number, happens, targets=targets, possible=not _serves(live, wanted))
+    happens = (f"Release {number + 1} is made.", *_moves(live, others, wanted), speed, REQUESTS)
+    possible = not (live.plain and _serves(live, wanted))
+    return Plan(title, verb, number, happens, targets=targets, possible=possible)
 
 
 def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
@@ -106,16 +144,31 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
         first = "Choose an adapter. What you do not name stays as it is."
         return Plan(title, verb, number, (first,), possible=False, adapters=offered)
     named = {family: None if name == BASE else name for family, name in choice.adapters.items()}
-    wanted = {family: named.get(family, live.adapter(family)) for family in FAMILIES}
-    warnings = tuple(
-        f"{AGAINST.get(said.get(name, ''), UNPROVEN)}: {name}."
-        for name in named.values()
-        if name and ledger.unproven(name)
-    )
+    others = ledger.stable() or live
+    wanted = {family: named.get(family, others.adapter(family)) for family in FAMILIES}
+    warned = unproven(ledger, list(named.values()))
     slow = "Every replica loads it first, and the search index follows; until all are ready nothing changes."
-    happens = (*_moves(live, wanted), slow, _requests(number))
-    same = _serves(live, wanted)
-    return Plan(title, verb, number, happens, warnings, not same, force=bool(warnings), adapters=offered)
+    happens = (*_answering(choice, number + 1, others.number), *_moves(live, others, wanted), slow, REQUESTS)
+    same = _serves(others, wanted) if live.plain or choice.share != 1 else False
+    same = same or (_serves(live, wanted) and live.share == choice.share)
+    return Plan(title, verb, number, happens, tuple(warned.values()), not same, force=tuple(warned), adapters=offered)
+
+
+def _promote(ledger: Ledger, live: ReleaseRow | None) -> Plan:
+    title, verb, trial = "Promote", "Promote now", on_trial(live)
+    if trial is None:
+        nothing = "No canary and no shadow is live, so nothing can be promoted."
+        return Plan(title, verb, live.number if live else 0, (nothing,), possible=False)
+    wanted = {family: trial.adapter(family) for family in FAMILIES}
+    happens = (
+        f"Release {trial.number + 1} is made. What release {trial.number} tries "
+        f"({answers(trial.share)}) answers everybody.",
+        *_moves(None, ledger.stable() or trial, wanted),
+        "Its models are loaded already, so it takes less than a second. The trial is over then.",
+        REQUESTS,
+    )
+    warnings = unproven(ledger, list(wanted.values()))
+    return Plan(title, verb, trial.number, happens, tuple(warnings.values()))
 
 
 def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:
@@ -138,23 +191,41 @@ def _resume(ledger: Ledger, live: ReleaseRow | None) -> Plan:
     held = ledger.held()
     if held is None:
         return Plan("Resume updates", "Resume", live.number if live else 0, ("Nothing is on hold.",), possible=False)
-    number = live.number if live else 0
+    number, trial = live.number if live else 0, on_trial(live)
+    if trial is not None:
+        happens = f"Release {trial.number} is on trial. Updates wait until that is over."
     return Plan("Resume updates", "Resume", number, (f"On hold by {held.actor}: {held.reason}", happens))
 
 
-def _moves(live: ReleaseRow, wanted: Mapping[Family, str | None]) -> list[str]:
-    lines = [f"Release {live.number + 1} is made."]
+def _answering(choice: Choice, number: int, stable: int) -> list[str]:
+    """Whom a release that is made by hand answers."""
+    lasts = (
+        "The guard compares both, and takes it back when a bound is broken. Otherwise the trial lasts until somebody "
+        "promotes it, rolls back or releases something else; updates wait until then."
+    )
+    if choice.share is None:
+        return [NO_SHARE]
+    if choice.share >= 1:
+        return [f"Release {number} is made. It answers everybody."]
+    if choice.share > 0:
+        first = f"Release {number} is made as a canary: {100 * choice.share:.5g}% of the requests get it"
+        return [f"{first}, a caller always or never. Release {stable} answers the others.", lasts]
+    first = f"Release {number} is made as a shadow: it answers nobody, and is only compared with release {stable}."
+    return [first, lasts]
+
+
+def _moves(live: ReleaseRow | None, others: ReleaseRow, wanted: Mapping[Family, str | None]) -> list[str]:
+    """What changes for those who are answered by ``others``, and that a trial ends."""
+    lines, trial = [], on_trial(live)
+    if trial is not None:
+        lines.append(f"The trial of release {trial.number} ({answers(trial.share)}) ends.")
     for family in FAMILIES:
-        before, after = live.adapter(family), wanted[family]
+        before, after = others.adapter(family), wanted[family]
         if before == after:
             lines.append(f"The {NAMES[family]} stays as it is ({adapter(before)}).")
         else:
             lines.append(f"The {NAMES[family]} changes from {adapter(before)} to {adapter(after)}.")
     return lines
-
-
-def _requests(number: int) -> str:
-    return f"Requests that have begun end under release {number}; no request fails or waits."
 
 
 def _serves(row: ReleaseRow, wanted: Mapping[Family, str | None]) -> bool:
@@ -163,8 +234,10 @@ def _serves(row: ReleaseRow, wanted: Mapping[Family, str | None]) -> bool:
 
 def _said(ledger: Ledger) -> dict[str, str]:
     """Adapters that could be released, newest first, and what is known of each."""
-    verdicts = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
+    verdicts: dict[str, str] = {verdict.adapter: verdict.outcome for verdict in reversed(ledger.verdicts(OFFERED))}
     known = dict.fromkeys(name for name, _ in reversed(trained(ledger).items()))
     for row in ledger.releases(OFFERED):
         known |= dict.fromkeys(name for name in (row.clip, row.vlm) if name)
-    return {name: verdicts.get(name, "not judged") for name in list(known)[:OFFERED]}
+    offered = list(known)[:OFFERED]
+    verdicts |= dict.fromkeys(ledger.withdrawn(offered), "withdrawn")
+    return {name: verdicts.get(name, "not judged") for name in offered}

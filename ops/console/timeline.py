@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from ops.console.rollout import TakenBack, taken_back
 from ops.ledger import Family, Ledger, ProposalRow, ReleaseRow, UpdateRow, VerdictRow
 
 FAMILIES: Final[tuple[Family, Family]] = ("clip", "vlm")
@@ -24,6 +25,8 @@ class Change:
     update: UpdateRow | None
     """What trained the adapter, where it was trained here."""
     verdict: VerdictRow | None
+    withdrawn: str = ""
+    """Why the guard withdrew the adapter, if it did."""
 
     @property
     def name(self) -> str:
@@ -40,22 +43,35 @@ class Entry:
     changes: tuple[Change, ...]
     live: bool
     resident: bool
+    stable: bool = False
+    """Whether it answers what a trial leaves."""
+    taken_back: TakenBack | None = None
 
 
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
     """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
-    made = trained(ledger)
+    made, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
+    withdrawn = ledger.withdrawn([row.adapter(family) for row in rows for family in FAMILIES])
     entries = []
     for index, row in enumerate(rows[:limit]):
         older = rows[index + 1] if index + 1 < len(rows) else None
-        changed = changes(ledger, older, row, made)
-        entries.append(Entry(row, _kind(ledger, row), changed, live=index == 0, resident=row.number in resident))
+        entries.append(
+            Entry(
+                row, _kind(ledger, row), changes(ledger, older, row, made, withdrawn), live=index == 0,
+                resident=row.number in resident, taken_back=back.get(row.number),
+                stable=index > 0 and stable is not None and row.number == stable.number,
+            )
+        )  # fmt: skip
     return entries
 
 
 def changes(
-    ledger: Ledger, older: ReleaseRow | None, row: ReleaseRow, made: Mapping[str, UpdateRow]
+    ledger: Ledger,
+    older: ReleaseRow | None,
+    row: ReleaseRow,
+    made: Mapping[str, UpdateRow],
+    withdrawn: Mapping[str, str],
 ) -> tuple[Change, ...]:
     """The models that differ between two releases."""
     found = []
@@ -65,7 +81,7 @@ def changes(
         if older is not None and before != after:
             update = made.get(after or "")
             verdict = ledger.verdict_of(update.id) if update else None
-            found.append(Change(family, before, after, update, verdict))
+            found.append(Change(family, before, after, update, verdict, withdrawn.get(after or "", "")))
     return tuple(found)
 
 

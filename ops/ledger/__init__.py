@@ -23,6 +23,7 @@ from ops.ledger.rows import (
     UpdateRow,
     UpdateState,
     VerdictRow,
+    answers,
 )
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "UpdateRow",
     "UpdateState",
     "VerdictRow",
+    "answers",
 ]

@@ -133,6 +133,13 @@ class ReleaseRow:
         return self.clip if family == "clip" else self.vlm
 
 
+def answers(share: float) -> str:
+    """Whom a release with this share answers, in words."""
+    if share >= 1:
+        return "all"
+    return f"canary {100 * share:.3g}%" if share > 0 else "shadow"
+
+
 @dataclass(frozen=True)
 class HoldRow:
     """While held, update proposals wait."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import numpy as np
 
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
-from ops.settings import Settings
+from ops.settings import Rollout, Settings
+from serving.rollout.guard import look
+from serving.rollout.observations import Answered, Compared, Observations
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
 from updater.gate.report import write_report
@@ -54,6 +56,26 @@ def tell(settings: Settings, folder: Path, adapter: str = "clip-0123456789ab") -
     passed = _update(ledger, artifacts, folder, "update-default", "default", adapter, lost=4, won=80)
     ledger.close()
     return Story(rejected, passed, adapter)
+
+
+def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
+    """What the guard tells of a watched release: the real statistics, on made-up counts of 40 inputs."""
+    requests = {number: Answered(120, 0), incumbent: Answered(900, 1)}
+    compared = Compared(inputs=40, agreed=agreed, timed=40, slower=9, tried=40)
+    evidence = look(Rollout(), Observations(number, requests, {"clip": compared}), incumbent, seconds=20.0)
+    return {
+        "requests": {str(release): asdict(answered) for release, answered in requests.items()},
+        "compared": {"clip": asdict(compared)},
+        "guardrails": [one.detail() for one in evidence],
+    }
+
+
+def withdraw(ledger: Ledger, number: int, incumbent: int, adapter: str) -> str:
+    """Write down what the guard does when a release agrees with the one before on 4 of 40 inputs. Returns why."""
+    reason = f"agreement (clip) of release {number} is out of bounds: 4 of 40 inputs agree (10%), at least 70% must"
+    detail = {**seen(number, incumbent, agreed=4), "back_to": incumbent, "share": 1.0}
+    ledger.withdraw([adapter], actor="guard", subject=f"release {number}", reason=reason, evidence=detail)
+    return reason
 
 
 def _update(

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from ops.console import charts
 from ops.console.desk import Desk
 from ops.console.learning import lessons, purse
+from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline
 from ops.console.visit import Reader
 
@@ -31,11 +32,14 @@ def now(at: Reader) -> Response:
 
 def facts(desk: Desk) -> dict[str, Any]:
     """From the ledger, the store and the server, each asked once for all viewers."""
-    status = desk.status()
+    status, live = desk.status(), desk.live()
     learned = lessons(desk.ledger, limit=20)
     return {
         "server": status,
-        "live": desk.live(),
+        "live": live,
+        "trial": on_trial(live),
+        "stable": desk.ledger.stable(),
+        "watch": watching(status, live),
         "held": desk.ledger.held(),
         "waiting": desk.ledger.pending_proposals(),
         "lessons": learned,

@@ -9,14 +9,15 @@ from fastapi.responses import Response
 
 from ops.console import plans
 from ops.console.desk import ACTION_SECONDS
-from ops.console.plans import Choice, Plan
+from ops.console.plans import BASE, NO_SHARE, Choice, How, Plan
+from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline, unreleased
 from ops.console.visit import Operator, Reader, Visit
 from ops.errors import ReleaseConflict
 from serving.client import Client, ServerError
 
 router = APIRouter()
-Action = Literal["rollback", "release", "hold", "resume"]
+Action = Literal["rollback", "release", "promote", "hold", "resume"]
 PAGE = 30
 MOST = 500
 Name = Annotated[str, Form(max_length=64)]
@@ -25,11 +26,12 @@ Name = Annotated[str, Form(max_length=64)]
 @router.get("/releases")
 def releases(at: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
     """What was live, and is."""
-    ledger = at.desk.ledger
+    ledger, live = at.desk.ledger, at.desk.live()
     entries = timeline(ledger, at.desk.windows(), limit + 1)
     return at.page(
         "releases.html", "Releases", entries=entries[:limit], more=limit + PAGE if len(entries) > limit < MOST else 0,
         held=ledger.held(), proposals=unreleased(ledger), away=at.desk.status() is None,
+        trial=on_trial(live), stable=ledger.stable(), watch=watching(at.desk.status(), live),
     )  # fmt: skip
 
 
@@ -41,10 +43,13 @@ def ask(
     family: Annotated[str, Query(max_length=8)] = "",
     clip: Annotated[str, Query(max_length=64)] = "",
     vlm: Annotated[str, Query(max_length=64)] = "",
+    how: Annotated[How, Query()] = "all",
+    percent: Annotated[str, Query(max_length=12)] = "",
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> Response:
     """What will happen, and the question why."""
-    return _asked(at, action, Choice.of(to, family, clip, vlm), typed=reason)
+    usual = f"{100 * at.desk.settings.rollout.share:.5g}"
+    return _asked(at, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
 
 
 @router.post("/releases/{action}")
@@ -57,16 +62,22 @@ def act(
     family: Annotated[str, Form(max_length=8)] = "",
     clip: Name = "",
     vlm: Name = "",
-    force: Annotated[bool, Form()] = False,
+    how: Annotated[How, Form()] = "all",
+    percent: Annotated[str, Form(max_length=12)] = "",
+    force: Annotated[str, Form(max_length=200)] = "",
 ) -> Response:
     """Do it, under the visitor's own key; the server writes who and why into the audit log."""
-    choice = Choice.of(to, family, clip, vlm)
+    choice = Choice.of(to, family, clip, vlm, how, percent)
     reason = reason.strip()
     if not reason:
         return _asked(at, action, choice, wrong="Say why: it is kept in the audit log.", status=400)
+    if action == "release" and choice.share is None:
+        return _asked(at, action, choice, wrong=NO_SHARE, typed=reason, status=400)
+    named = [name for name in choice.adapters.values() if name != BASE]
+    meant = bool(force) and set(plans.unproven(at.desk.ledger, named)) <= set(force.split())  # warned of just these
     try:
         with at.client(ACTION_SECONDS) as client:
-            made = _do(client, action, choice, reason, expected_live, force)
+            made = _do(client, action, choice, reason, expected_live, meant)
     except ReleaseConflict as conflict:
         live = at.desk.live()
         return at.dialog(
@@ -105,7 +116,9 @@ def _do(
                                family=choice.family)  # fmt: skip
     if action == "release":
         return client.release(choice.clip or ..., reason, expected_live, ACTION_SECONDS, vlm=choice.vlm or ...,
-                              force=force)  # fmt: skip
+                              share=1.0 if choice.share is None else choice.share, force=force)  # fmt: skip
+    if action == "promote":
+        return client.promote(reason, expected_live)
     if action == "hold":
         client.hold(reason)
     else:

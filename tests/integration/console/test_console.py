@@ -12,6 +12,7 @@ from playwright.sync_api import Page, expect
 from tests.integration.console.conftest import Place, sign_in
 from tests.support.browser import PHONE, serious
 from tests.support.kafka import picture, produce, records_seen, wait_for
+from tests.support.story import withdraw
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 PAGES = ("/", "/playground", "/compare", "/releases", "/gate", "/quarantine", "/budget", "/audit", "/sign-in")
@@ -111,7 +112,7 @@ def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place)
         keys.press("ArrowDown")
         expect(picker.locator("option[selected]")).to_have_attribute("value", value)
     said(ana, f"to {name}")
-    for _ in range(2):
+    for _ in range(3):
         keys.press("Tab")
     expect(ana.get_by_label("Reason")).to_be_focused()
     keys.type("right after all")
@@ -121,6 +122,59 @@ def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place)
     said(ana, "is live everywhere")
     row = ledger.live()
     assert row is not None and (row.clip, row.reason) == (name, "right after all")
+
+
+def test_a_canary_is_released_to_a_quarter_of_the_requests_and_promoted(ana: Page, place: Place) -> None:
+    name, stable = place.house.adapter(), place.live
+    ana.goto("/releases")
+    open_dialog(ana, "Release an adapter…")
+    dialog = ana.get_by_role("dialog")
+    dialog.get_by_label("CLIP").select_option(name)
+    said(ana, f"to {name}")
+    dialog.get_by_label("Whom it answers").select_option("canary")
+    percent = dialog.get_by_label("Percent of the requests")
+    expect(percent).to_have_value("10")
+    percent.fill("25")
+    percent.press("Tab")
+    said(ana, "25% of the requests get it")
+    confirm(ana, "a quarter first", "Release now")
+    said(ana, f"Release {stable + 1} is live everywhere, as a canary 25%")
+    ana.goto("/")
+    expect(ana.locator("#now")).to_contain_text(f"On trial: release {stable + 1}")
+    expect(ana.locator("#now")).to_contain_text(f"release {stable}, the stable one, the others")
+    ana.goto("/releases")
+    expect(ana.locator(".is-live")).to_contain_text("canary 25%")
+    assert serious(Axe().run(ana, options={"resultTypes": ["violations"]}).response["violations"]) == []
+    open_dialog(ana, "Promote…")
+    said(ana, f"What release {stable + 1} tries (canary 25%) answers everybody")
+    confirm(ana, "a quiet day", "Promote now")
+    said(ana, f"Release {stable + 2} is live everywhere")
+    row = place.house.ledger.live()
+    assert row is not None and (row.clip, row.share, row.reason) == (name, 1.0, "a quiet day")
+    assert row.actor.startswith("key:ana")
+
+
+def test_what_the_guard_took_back_says_why_and_is_released_again_only_knowingly(ana: Page, place: Place) -> None:
+    stable = place.live
+    (bad,) = releases(place, 1)
+    reason = withdraw(place.house.ledger, stable + 1, stable, bad)
+    with place.house.client(actor="ben") as client:  # nobody can call himself guard
+        client.rollback(reason, to=stable)
+    ana.goto("/releases")
+    card = ana.locator(".timeline .card", has_text="The guard took it back")
+    expect(card).to_contain_text("4 of 40 inputs agree (10%), at least 70% must")
+    expect(card).to_contain_text(f"{bad} is withdrawn")
+    ana.set_viewport_size(PHONE)
+    assert ana.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert serious(Axe().run(ana, options={"resultTypes": ["violations"]}).response["violations"]) == []
+    open_dialog(ana, "Release an adapter…")
+    ana.get_by_role("dialog").get_by_label("CLIP").select_option(bad)
+    said(ana, f"The guard withdrew {bad}: {reason}")
+    confirm(ana, "it was the test set", "Release now")
+    said(ana, "is live everywhere")
+    row = place.house.ledger.live()
+    assert row is not None and row.clip == bad and row.proposal_id is not None
+    assert place.house.ledger.proposal(row.proposal_id).forced
 
 
 def test_updates_are_held_and_resumed(ana: Page, place: Place) -> None:

@@ -34,7 +34,9 @@ def operator(tmp_path: Path) -> Iterator[TestClient]:
         yield client
 
 
-@pytest.mark.parametrize("action", ["rollback", "rollback?to=1&family=clip", "release?clip=base", "hold", "resume"])
+@pytest.mark.parametrize(
+    "action", ["rollback", "rollback?to=1&family=clip", "release?clip=base", "promote", "hold", "resume"]
+)
 def test_an_action_is_a_part_in_a_page_and_a_page_without_a_script(operator: TestClient, action: str) -> None:
     part = operator.get(f"/releases/{action}", headers=PARTIAL).text
     assert "What will happen" in part and "<html" not in part
@@ -50,7 +52,7 @@ def test_an_action_while_the_server_is_away_says_so_and_keeps_what_was_typed(ope
 
 
 def test_a_reason_of_blanks_is_none(operator: TestClient) -> None:
-    for action in ("rollback", "release", "hold", "resume"):
+    for action in ("rollback", "release", "promote", "hold", "resume"):
         answer = operator.post(f"/releases/{action}", data={"reason": "  ", "expected_live": "2", "clip": "base"})
         assert answer.status_code == 400 and "Say why" in answer.text, action
 
