@@ -105,7 +105,7 @@ def _parts(text: str) -> Iterator[Block | str]:
 
 
 def resolve(line: str) -> click.Context:
-    """Find the command of a line and read its arguments, without running it. Raises click's error if it does not fit."""
+    """Find the command of a line and read its arguments, without running it. Raises click's error."""
     command: click.Command = typer.main.get_command(app)
     words = shlex.split(line)[1:]
     context = command.make_context("ratchet", words)
