@@ -12,6 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli.audit import lines
 from ops.errors import ReleaseError
 from ops.ledger import Ledger, ProposalRow
 from ops.settings import Settings
@@ -91,7 +92,7 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
         told = {
             "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
             "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
-            "cost": update.cost, "verdict": verdict.outcome if verdict else "none",
+            "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
         facts |= {f"{family}: {name}": value for name, value in told.items()}

@@ -147,6 +147,9 @@ def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_
         shown = runner.invoke(app, ["--set", f"home={tmp_path}", *words], env={"COLUMNS": "80"})
         assert shown.exit_code == 0, shown.output
         assert {"clip-0123456789ab", "vlm-ba9876543210", "[/b]"} <= set(shown.output.replace("│", " ").split())
+    Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}").create_key("search-page-of-the-shop", ["infer"], actor="ann")
+    listed = runner.invoke(app, ["--set", f"home={tmp_path}", "keys", "list"], env={"COLUMNS": "80"}).output
+    assert "search-page-of-the-shop" in listed
     settings = runner.invoke(app, ["config", "show"], env={"COLUMNS": "80"}).output
     assert "serve.encoder_replicas" in settings
 
