@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ops.cli import context as ctx
@@ -32,18 +32,20 @@ def audit(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], default=str, indent=2))
         return
-    table = Table("when (UTC)", "who", "did", "to", "details", title="Audit")
+    table = Table("when (UTC)", "who", "did", "to", Column("details", overflow="fold"), title="Audit")
     for row in rows:
         when = f"{row.created_at:%Y-%m-%d %H:%M:%S}" if row.created_at else ""
-        table.add_row(*(Text(cell) for cell in (when, row.actor, row.action, row.subject, _told(row.detail))))
+        table.add_row(*(Text(cell) for cell in (when, row.actor, row.action, row.subject, lines(row.detail))))
     Console().print(table)
 
 
-def _told(detail: dict[str, Any]) -> str:
-    """The reason first, then what else is known."""
+def lines(detail: dict[str, Any]) -> str:
+    """One fact a line: the reason first, then what else is known. Numbers are cut to what somebody reads."""
     order = sorted(detail.items(), key=lambda item: item[0] != "reason")
-    return "\n".join(
-        f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in order
-        if value is not None
-    )
+    return "\n".join(f"{name}: {_short(value)}" for name, value in order if value is not None)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(round(value, 3) if isinstance(value, float) else value)

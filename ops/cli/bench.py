@@ -13,9 +13,9 @@ def bench(
     context: typer.Context,
     name: Annotated[str, typer.Argument(help="Benchmark, e.g. swap.")],
 ) -> None:
-    """Run a benchmark: a table, then one line of JSON. Its own flags follow its name.
+    """Run a benchmark: a table, then one line of JSON. Its own flags follow its name; `-- --help` tells them.
 
-    Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap --help
+    Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap -- --help
     """
     from benchmarks import run
     from ops.cli.shipped import make_base_ready

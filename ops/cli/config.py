@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from ops.cli import context as ctx
 from ops.cli.checks import examine
@@ -30,10 +31,10 @@ def show(
     if as_json:
         typer.echo(json.dumps({name: {"value": str(value), "origin": origin} for name, value, origin, _ in rows}))
         return
-    table = Table("setting", "value", "origin", "meaning", title="Settings")
+    table = Table(Column("setting", no_wrap=True), "value", "origin", "meaning", title="Settings")
     for name, value, origin, meaning in rows:
         style = "" if origin == "default" else "bold"
-        table.add_row(name, str(value), origin, meaning, style=style)
+        table.add_row(name, Text(str(value)), Text(origin), meaning, style=style)
     Console().print(table)
 
 

@@ -65,15 +65,9 @@ def list_keys(
     """
     settings = ctx.of(context).settings
     table = Table(
-        Column("id", no_wrap=True),
-        "name",
-        "scopes",
-        "per minute",
-        "made by",
-        "when (UTC)",
-        "last used (UTC)",
-        title="Keys",
-    )
+        Column("id", no_wrap=True), Column("name", no_wrap=True), "scopes", "per minute", "made by", "when (UTC)",
+        "last used (UTC)", title="Keys",
+    )  # fmt: skip
     if everything:
         table.add_column("revoked (UTC)")
     for row in Ledger.open(settings.ledger).api_keys(revoked=everything):

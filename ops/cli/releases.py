@@ -7,9 +7,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli.audit import lines
 from ops.errors import ReleaseError
 from ops.ledger import Ledger, ProposalRow, answers
 from ops.settings import Settings
@@ -34,7 +37,9 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
     Example:  ratchet releases list --limit 5
     """
     ledger = Ledger.open(ctx.of(context).settings.ledger)
-    table = Table("", "release", "answers", "clip", "vlm", "who", "when (UTC)", "why", title="Releases")
+    table = Table(
+        "", "release", "answers", Column("adapters", no_wrap=True), "who", "when (UTC)", "why", title="Releases"
+    )
     rows, stable = ledger.releases(limit), ledger.stable()
     for index, row in enumerate(rows):
         when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
@@ -42,26 +47,22 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
         if stable is not None and index and row.number == stable.number:
             mark = "[green]stable[/green]"
         table.add_row(
-            mark,
-            str(row.number),
-            answers(row.share),
-            row.clip or "base",
-            row.vlm or "base",
-            row.actor,
-            when,
-            row.reason,
-        )
+            mark, str(row.number), answers(row.share), adapters(row.clip, row.vlm),
+            Text(row.actor), when, Text(row.reason),
+        )  # fmt: skip
     Console().print(table)
     open_or_failed = [p for p in ledger.proposals(limit) if p.state != "committed"]
     if open_or_failed:
         table = Table("proposal", "kind", "state", "sets", "who", "why", "error", title="Proposals not released")
         for row_ in open_or_failed:
-            table.add_row(str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or "")
+            cells = (str(row_.id), row_.kind, row_.state, _sets(row_), row_.actor, row_.reason, row_.error or "")
+            table.add_row(*map(Text, cells))
         Console().print(table)
     held = ledger.held()
     if held is not None:
         Console().print(
-            f"[yellow]updates are on hold[/yellow] by {held.actor} since {held.created_at:%H:%M}: {held.reason}"
+            "[yellow]updates are on hold[/yellow] by "
+            + escape(f"{held.actor} since {held.created_at:%Y-%m-%d %H:%M} UTC: {held.reason}")
         )
 
 
@@ -91,13 +92,13 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
         told = {
             "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
             "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
-            "cost": update.cost, "verdict": verdict.outcome if verdict else "none",
+            "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
         facts |= {f"{family}: {name}": value for name, value in told.items()}
     table = Table(show_header=False, title=f"Release {number}")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     Console().print(table)
 
 
@@ -180,6 +181,11 @@ def resume(context: typer.Context, reason: Reason) -> None:
     with _operator(ctx.of(context).settings) as client:
         client.resume(reason)
     typer.echo("updates go on")
+
+
+def adapters(clip: str | None, vlm: str | None) -> Text:
+    """The names of both, one below the other, so that they are whole in a narrow terminal too."""
+    return Text(f"{clip or 'clip: base'}\n{vlm or 'vlm: base'}")
 
 
 def _sets(row: ProposalRow) -> str:

@@ -11,10 +11,11 @@ import typer
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli.releases import adapters
 from ops.errors import RatchetError
 from ops.ledger import Ledger, answers
 from ops.settings import Settings
@@ -188,24 +189,24 @@ def _parts(parts: Supervisor) -> Panel:
 
 
 def _updates(facts: dict[str, Any]) -> Table:
-    table = Table(
-        "update", "recipe", "state", "verdict", "adapter", "MAF-GFLOPs", "when (UTC)", title="Updates", expand=True
-    )
+    names = Column("update, adapter", no_wrap=True)
+    table = Table(names, "recipe", "state", "verdict", "MAF-GFLOPs", "when (UTC)", title="Updates", expand=True)
     for update, verdict in facts["updates"]:
         outcome = verdict.outcome if verdict else "-"
         table.add_row(
-            update.id[:12], str(update.recipe.get("name", "")), update.state,
-            Text(outcome, COLOURS.get(outcome, "")), update.adapter or "-",
-            f"{update.cost.get('gflops_spent', 0):,.0f}", f"{update.created_at:%m-%d %H:%M}",
+            Text(f"{update.id}\n{update.adapter or '-'}"), str(update.recipe.get("name", "")), update.state,
+            Text(outcome, COLOURS.get(outcome, "")), f"{update.cost.get('gflops_spent', 0):,.0f}",
+            f"{update.created_at:%m-%d %H:%M}",
         )  # fmt: skip
     return table
 
 
 def _releases(facts: dict[str, Any]) -> Table:
-    table = Table("release", "answers", "clip", "vlm", "who", "why", "when (UTC)", title="Releases", expand=True)
+    names = Column("adapters", no_wrap=True)
+    table = Table("release", "answers", names, "who", "why", "when (UTC)", title="Releases", expand=True)
     for row in facts["releases"]:
         when = f"{row.created_at:%m-%d %H:%M:%S}"
         table.add_row(
-            str(row.number), answers(row.share), row.clip or "base", row.vlm or "base", row.actor, row.reason, when
+            str(row.number), answers(row.share), adapters(row.clip, row.vlm), Text(row.actor), Text(row.reason), when
         )
     return table

@@ -58,6 +58,8 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),

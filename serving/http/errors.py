@@ -58,6 +58,8 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     BrokerError: (503, "broker"),
     StoreError: (503, "store"),
 }
+PARAMS: dict[type[RatchetError], str] = {UnknownModel: "model", UnknownRecord: "place"}
+"""The field that is wrong, where the kind of failure tells."""
 
 
 class ErrorDetail(BaseModel):
@@ -153,7 +155,7 @@ def described(error: Exception) -> Described:
         for kind in type(error).__mro__:
             if kind in KNOWN:
                 status, code = KNOWN[kind]
-                return Described(status, str(error), "model" if status == 404 else None, code)
+                return Described(status, str(error), PARAMS.get(kind), code)
         return Described(500, str(error), None, "internal")
     return Described(500, "the server made a mistake; its log says which.", None, "internal")
 

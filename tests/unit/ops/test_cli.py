@@ -138,6 +138,22 @@ def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_pa
     assert "a shadow has no share" in str(refused.exception)
 
 
+def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_it_is(tmp_path: Path) -> None:
+    names = {"clip": "clip-0123456789ab", "vlm": "vlm-ba9876543210"}
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    ledger.commit_release(1, **names, actor="ann", reason="[/b] why", proposal_id=None)
+    ledger.close()
+    for words in (("releases", "list"), ("releases", "show", "1"), ("status",)):
+        shown = runner.invoke(app, ["--set", f"home={tmp_path}", *words], env={"COLUMNS": "80"})
+        assert shown.exit_code == 0, shown.output
+        assert {"clip-0123456789ab", "vlm-ba9876543210", "[/b]"} <= set(shown.output.replace("│", " ").split())
+    Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}").create_key("search-page-of-the-shop", ["infer"], actor="ann")
+    listed = runner.invoke(app, ["--set", f"home={tmp_path}", "keys", "list"], env={"COLUMNS": "80"}).output
+    assert "search-page-of-the-shop" in listed
+    settings = runner.invoke(app, ["config", "show"], env={"COLUMNS": "80"}).output
+    assert "serve.encoder_replicas" in settings
+
+
 def test_the_screen_says_what_is_on_trial_and_what_was_seen() -> None:
     told = {
         "state": "canary", "release": 7, "incumbent": 6, "share": 0.1, "seconds_left": None,

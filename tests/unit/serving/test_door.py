@@ -282,6 +282,7 @@ async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: Doo
         closed.desk.failure = failure
         refused = await closed.send("POST", "/admin/v1/quarantine/resubmit", OPERATOR, json=asked)
         refusal(refused, status, code)
+        assert refused.json()["error"]["param"] == ("place" if status in (400, 404) else None)
 
 
 async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: Door) -> None:

@@ -1,12 +1,15 @@
-"""What a killed session leaves behind is found again, and nothing else is."""
+"""What a killed session leaves behind is found again, and nothing else is; and what Serve is told, it reads."""
 
 from __future__ import annotations
 
+import re
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from serving.deployments import session
 from serving.deployments.session import end_leftovers
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -34,3 +37,12 @@ def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path:
         other.kill()
         ours.kill()
         other.wait(5)
+
+
+def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> None:
+    told = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(session.__file__).read_text()))
+    spec = find_spec("ray.serve._private.constants")
+    assert spec is not None and spec.origin is not None
+    read = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(spec.origin).read_text()))
+    assert len(told) > 15
+    assert told <= read

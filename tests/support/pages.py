@@ -1,0 +1,116 @@
+"""What the pages under docs/ and the README say, as data: their code blocks, commands, links and settings."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import click
+import typer
+
+from ops.cli.main import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A code block; ``language`` is empty for an indented one."""
+
+    language: str
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """One Markdown file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its path from the root of the repository."""
+        return str(self.path.relative_to(ROOT))
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """Its code blocks, fenced and indented (an indented one is four spaces deep, seven inside a list)."""
+        return [each for each in self._parts if isinstance(each, Block)]
+
+    @cached_property
+    def prose(self) -> str:
+        """What is not in a code block."""
+        return "\n".join(each for each in self._parts if isinstance(each, str))
+
+    @cached_property
+    def spans(self) -> list[str]:
+        """Inline code of the prose."""
+        return re.findall(r"`([^`\n]+)`", self.prose)
+
+    def commands(self, program: str) -> list[str]:
+        """Command lines of a program, in blocks and in the prose, without comments and what is piped on."""
+        return [*self.shown(program), *(span for span in self.spans if span.startswith(f"{program} "))]
+
+    def shown(self, program: str) -> list[str]:
+        """Command lines of a program in code blocks, also those inside ``$(...)``."""
+        found = []
+        for block in self.blocks:
+            if block.language in ("", "bash"):
+                for line in block.text.replace("\\\n", " ").splitlines():
+                    inner = re.search(rf"\$\(({program} [^)]*)\)", line)
+                    text = inner.group(1) if inner else line.strip()
+                    if text.startswith(f"{program} "):
+                        found.append(re.split(r"\s#|\s>|\s\|", text)[0].strip())
+        return found
+
+    @cached_property
+    def headings(self) -> set[str]:
+        """The anchors of its headings, as GitHub makes them."""
+        titles = re.findall(r"^#+ (.*)$", self.prose, re.M)
+        return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    @cached_property
+    def links(self) -> list[str]:
+        """Targets of links and images."""
+        return re.findall(r"\]\(([^)\s]+)\)", self.prose)
+
+    @cached_property
+    def _parts(self) -> list[Block | str]:
+        return list(_parts(self.path.read_text()))
+
+
+def _parts(text: str) -> Iterator[Block | str]:
+    lines = text.splitlines()
+    at = 0
+    while at < len(lines):
+        line, start = lines[at], at
+        fence = re.match(r"\s*```(\w*)", line)
+        at += 1
+        if fence:
+            while not lines[at].strip().startswith("```"):
+                at += 1
+            yield Block(fence.group(1), "\n".join(lines[start + 1 : at]))
+            at += 1
+        elif line.startswith("    ") and (start == 0 or not lines[start - 1].strip()):
+            while at < len(lines) and (lines[at].startswith("    ") or not lines[at].strip()):
+                at += 1
+            yield Block("", "\n".join(lines[start:at]))
+        else:
+            yield line
+
+
+def resolve(line: str) -> click.Context:
+    """Find the command of a line and read its arguments, without running it. Raises click's error."""
+    command: click.Command = typer.main.get_command(app)
+    words = shlex.split(line)[1:]
+    context = command.make_context("ratchet", words)
+    while isinstance(command, click.Group):
+        name, child, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert child is not None
+        command, context = child, child.make_context(name, words, parent=context)
+    return context
