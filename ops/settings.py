@@ -1,29 +1,17 @@
-"""All settings, typed and in one place, and where each value came from.
-
-Order of precedence: flags, environment (``RATCHET_SERVE__PORT=9000``), ``ratchet.yaml``, defaults. In containers
-``RATCHET_CONFIG`` names the file: Ray's processes have working directories of their own.
-Load once at start with :func:`load_settings`; nothing else in Ratchet reads the environment.
-"""
+"""All settings, typed and in one place. :mod:`ops.loading` reads them, and knows where each value came from."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from ops.errors import ConfigError
 from ops.places import HostRule, NetworkRule, UriRule
 
-PREFIX = "RATCHET_"
-FILE = "ratchet.yaml"
-FILE_VARIABLE = "RATCHET_CONFIG"
 MIB = 1024 * 1024
 
 
@@ -283,135 +271,3 @@ class Settings(Section):
             finally:
                 staging.unlink()
         return SecretStr(path.read_text().strip())
-
-
-def load_settings(
-    path: Path | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> Settings:
-    """Read the settings, check them, and remember where each came from.
-
-    Args:
-        path: a YAML file; by default the one that ``RATCHET_CONFIG`` names, or ``ratchet.yaml`` in the working
-            directory, if there is one.
-        overrides: values from flags, by dotted name (``{"serve.port": 9000}``).
-        environ: instead of ``os.environ``.
-
-    Raises:
-        ConfigError: names the key or value that is wrong, its origin and the fix.
-    """
-    origins: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    environ = os.environ if environ is None else environ
-    named = environ.get(FILE_VARIABLE)
-    for name, value in _file_values(path or (Path(named) if named else None)):
-        _put(values, origins, name, value[0], value[1])
-    for key, text in environ.items():
-        if key.startswith(PREFIX) and key != FILE_VARIABLE and not key.startswith(f"{PREFIX}TEST_"):
-            name = key[len(PREFIX) :].lower().replace("__", ".")
-            if _field(name) is None:
-                raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
-            _put(values, origins, name, _parse(text), f"environment {key}")
-    for name, value in (overrides or {}).items():
-        _put(values, origins, name, value, "flag")
-    try:
-        return Settings(**values, origins=origins)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        origin = next((o for n, o in origins.items() if name.startswith(n) or n.startswith(name)), "defaults")
-        shown = "" if "key" in name or "client" in name else f" = {first['input']!r}"
-        raise ConfigError(
-            f"setting {name}{shown} (from {origin}) is not valid: {first['msg']}.",
-            "See `ratchet config show` for every setting and its meaning.",
-        ) from None
-
-
-def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
-    """Every setting as (dotted name, value, origin, meaning); secrets are masked."""
-    rows = []
-    for name, field in _leaves(Settings):
-        value: Any = settings
-        for part in name.split("."):
-            value = getattr(value, part)
-        if name == "kafka.client" and value:
-            value = dict.fromkeys(value, "**********")
-        rows.append((name, value, settings.origins.get(name, "default"), field.description or ""))
-    return rows
-
-
-def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
-    file = path or Path(FILE)
-    if not file.exists():
-        if path is not None:
-            raise ConfigError(f"settings file {path} does not exist.", f"Check --config, or {FILE_VARIABLE}.")
-        return []
-    try:
-        loaded = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "Mend the line it names.") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
-    found: list[tuple[str, tuple[Any, str]]] = []
-
-    def walk(prefix: str, value: Any) -> None:
-        name = prefix
-        if isinstance(value, dict) and (name == "" or _is_section(name)):
-            for key, child in value.items():
-                walk(f"{name}.{key}" if name else str(key), child)
-            return
-        if _field(name) is None:
-            raise ConfigError(f"{file}: unknown setting {name!r}.", _nearest(name))
-        found.append((name, (value, str(file))))
-
-    walk("", loaded)
-    return found
-
-
-def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any, origin: str) -> None:
-    if _field(name) is None:
-        raise ConfigError(f"unknown setting {name!r} (from {origin}).", _nearest(name))
-    *sections, leaf = name.split(".")
-    target = values
-    for section in sections:
-        target = target.setdefault(section, {})
-    target[leaf] = value
-    origins[name] = origin
-
-
-def _parse(text: str) -> Any:
-    """Environment values are YAML scalars or flow lists: ``3``, ``true``, ``[a, b]``."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return value if isinstance(value, (list, dict, bool)) else text
-
-
-def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:
-    rows: list[tuple[str, FieldInfo]] = []
-    for name, field in model.model_fields.items():
-        if name == "origins":
-            continue
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            rows += _leaves(field.annotation, f"{prefix}{name}.")
-        else:
-            rows.append((f"{prefix}{name}", field))
-    return rows
-
-
-def _field(name: str) -> FieldInfo | None:
-    return dict(_leaves(Settings)).get(name)
-
-
-def _is_section(name: str) -> bool:
-    field = Settings.model_fields.get(name)
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-
-
-def _nearest(name: str) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(name, [leaf for leaf, _ in _leaves(Settings)], n=1, cutoff=0.4)
-    return f"Did you mean {close[0]!r}? " if close else "See `ratchet config show` for the names."

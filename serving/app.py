@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 from ops.access import Access
 from ops.errors import ConfigError
 from ops.ledger import Ledger
+from ops.loading import load_settings
 from ops.progress import say, step
-from ops.settings import Settings, load_settings
+from ops.settings import Settings
 from serving.client import Client
 from serving.deployments import loopback, session
 

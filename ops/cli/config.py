@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ops.cli import context as ctx
 from ops.cli.checks import examine
-from ops.settings import describe
+from ops.loading import describe
 
 app = typer.Typer(help="Show the settings and where each comes from.", no_args_is_help=True)
 

@@ -14,7 +14,8 @@ import yaml
 
 from ops.access import OPERATOR
 from ops.errors import AccessError, ConfigError
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 
 
 @dataclass

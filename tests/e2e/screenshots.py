@@ -20,7 +20,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from ops.ledger import Ledger
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from tests.support.browser import DESKTOP, PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0

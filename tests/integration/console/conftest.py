@@ -9,7 +9,8 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Page
 
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from streams.ingest import Ingest
 from tests.integration.serving.house import House, free_port
 from tests.support.broker import Broker, broker

@@ -14,7 +14,8 @@ from ops.artifacts import Artifacts
 from ops.digests import digest_bytes
 from ops.errors import GateError
 from ops.ledger import Ledger, UpdateRow
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.ask import EngineDead
 from serving.engines.vlm.base import load_vlm_base

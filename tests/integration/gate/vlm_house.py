@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from serving.engines.adapters import write_adapter
 from serving.engines.vlm.ask import question
 from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base

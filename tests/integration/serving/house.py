@@ -21,7 +21,8 @@ from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
 from ops.artifacts import Artifacts
 from ops.ledger import Family, Ledger
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from serving.client import Client
 from serving.deployments.session import is_engine, session_directory
 from serving.engines.base import ClipBase

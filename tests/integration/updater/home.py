@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ops.digests import digest_bytes
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore

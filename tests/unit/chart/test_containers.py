@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from ops.cli.metrics import targets_of
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from tests.support.chart import ROOT, render
 
 BIN = Path(sys.executable).parent

@@ -11,7 +11,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from serving.app import build
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
 from tests.support.tiny import tiny_base

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ops.cli.main import app
 from ops.cli.shipped import make_base_ready
 from ops.errors import RatchetError
-from ops.settings import load_settings
+from ops.loading import load_settings
 from serving.engines.base import list_bases
 from tests.support.tiny import tiny_base
 from tests.support.tiny_vlm import tiny_vlm_base

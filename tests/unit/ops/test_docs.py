@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ops.settings import Settings, describe, load_settings
+from ops.loading import describe, load_settings
+from ops.settings import Settings
 from tests.support.pages import PAGES, ROOT, Page, resolve
 
 ALL = [Page(path) for path in PAGES]

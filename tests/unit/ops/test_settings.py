@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ops.errors import ConfigError
-from ops.settings import describe, load_settings
+from ops.loading import describe, load_settings
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:

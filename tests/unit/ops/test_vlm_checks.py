@@ -10,7 +10,8 @@ import pytest
 
 from ops.cli.checks import Finding, examine
 from ops.cli.status import collect
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from tests.support.tiny_vlm import tiny_vlm_base
 
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 import pytest
 
 from ops.errors import ConfigError
-from ops.settings import Settings, load_settings
+from ops.loading import load_settings
+from ops.settings import Settings
 from streams.folders import FolderItem, write_folder
 from streams.store import SampleStore
 from tests.support.tiny import tiny_base
