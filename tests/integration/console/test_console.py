@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.integration.console.conftest import Place, sign_in
 from tests.support.browser import PHONE, serious
@@ -152,6 +152,20 @@ def test_a_canary_is_released_to_a_quarter_of_the_requests_and_promoted(ana: Pag
     row = place.house.ledger.live()
     assert row is not None and (row.clip, row.share, row.reason) == (name, 1.0, "a quiet day")
     assert row.actor.startswith("key:ana")
+
+
+def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looked_up(ana: Page, place: Place) -> None:
+    name = place.house.adapter()
+    ana.goto("/releases")
+    slow: list[Route] = []
+    ana.route("**/releases/release?*", lambda route: route.continue_() if slow else slow.append(route))
+    open_dialog(ana, "Release an adapter…")
+    dialog = ana.get_by_role("dialog")
+    dialog.get_by_label("CLIP").select_option(name)
+    dialog.get_by_label("Whom it answers").select_option("canary")
+    expect(dialog.get_by_label("Percent of the requests")).to_have_value("10")
+    said(ana, f"to {name}")
+    assert len(slow) == 1, "the first pick was never asked for"
 
 
 def test_what_the_guard_took_back_says_why_and_is_released_again_only_knowingly(ana: Page, place: Place) -> None:
