@@ -11,9 +11,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@bash tests/packages.sh
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/mypy && $(BIN)/lint-imports
-	@$(BIN)/pytest
+	@bash tests/run.sh $(BIN)
 
 check: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# All checks and tests. Linters, types and unit tests need a processor, the others mostly wait for servers to start: so
+# they run beside each other. What the first say is shown when they are done.
+set -uo pipefail
+bin="$1"
+said="$(mktemp)"
+trap 'rm -f "$said"' EXIT
+{ "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports" && nice -n 5 "$bin/pytest" tests/unit; } >"$said" 2>&1 &
+units=$!
+trap 'kill "$units" 2>/dev/null; exit 130' INT TERM
+"$bin/pytest" tests/e2e tests/integration
+rest=$?
+wait "$units"
+unit=$?
+cat "$said"
+[ "$unit" -eq 0 ] && [ "$rest" -eq 0 ]
