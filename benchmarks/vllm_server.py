@@ -35,14 +35,10 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
         RatchetError: it does not start in time; its log is named.
     """
     port = _free_port()
-    arguments = {name: value for name, value in engine_arguments(base, serve).items() if name not in _OURS}
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-    for name, value in arguments.items():
-        flags += _flag(name.replace("_", "-"), value)
-    flags += ["--lora-modules", f"{adapter}={directory}"]
     with log.open("wb") as out, child_environment(serve):
+        command = ["-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.vllm_server", *flags], stdout=out, stderr=subprocess.STDOUT,
+            [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL, start_new_session=True, cwd=Path(__file__).resolve().parent.parent,
         )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
@@ -59,8 +55,18 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
             process.wait()
 
 
-_OURS = {"worker_extension_cls", "use_tqdm_on_load", "mm_processor_cache_gb"}
-"""Ratchet's LoRA code, and what only says how it uses the engine: vLLM keeps its default cache of processed images."""
+_OURS = {"worker_extension_cls", "use_tqdm_on_load", "mm_processor_cache_gb", "disable_log_stats"}
+"""Ratchet's LoRA code, and what only says how it uses the engine: vLLM keeps its default cache of processed images, and
+its statistics, which its server keeps anyway."""
+
+
+def flags(base: VlmBase, serve: Serve, adapter: str, directory: Path, port: int) -> list[str]:
+    """Its command line for the same engine as Ratchet's."""
+    made = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
+    for name, value in engine_arguments(base, serve).items():
+        if name not in _OURS:
+            made += _flag(name.replace("_", "-"), value)
+    return [*made, "--lora-modules", f"{adapter}={directory}"]
 
 
 def _flag(name: str, value: Any) -> list[str]:
