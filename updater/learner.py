@@ -6,7 +6,7 @@ What differs between a CLIP and a VLM is in ``updater/families``: the course of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,28 +14,45 @@ from torch import Tensor, nn
 
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
-from updater import objectives
-from updater.adapters import LoraModel
+from updater import objectives, optimizers, regularizers
+from updater.adapters import AdapterModel
+from updater.gradients import harmonized_backward
+from updater.momentum import Momentum
 from updater.objectives import Batch
 from updater.pools import Pair, Question
-from updater.recipes import Part, Recipe
+from updater.recipes import Part, Recipe, Term
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
 
 
 class Learner(ABC, Generic[E]):
-    """A LoRA model, its optimizer and the recipe's loss."""
+    """A model with an adapter in training, its optimizer and the recipe's loss."""
 
-    def __init__(self, base: Base, recipe: Recipe, model: LoraModel) -> None:
+    def __init__(self, base: Base, recipe: Recipe, model: AdapterModel) -> None:
         self.base = base
         self.recipe = recipe
         self.model = model
         self.objectives = objectives.build(recipe.objectives, recipe.family)
+        self.regularizers = regularizers.build(recipe)
         self.parameters = model.parameters
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=0.0, weight_decay=recipe.weight_decay, betas=(0.9, 0.98), foreach=False
-        )
+        self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
+        for _, regularizer in self.regularizers:
+            regularizer.begin(self.parameters)
+        taught = [o for term, o in self.objectives if o.teacher == "momentum" and term.weight > 0]
+        self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
+        self._last: Batch | None = None
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor on their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(self.rate_of(name), []).append(parameter)
+        return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+
+    def rate_of(self, parameter: str) -> float:
+        """The recipe's factor on the learning rate of a parameter."""
+        return 1.0
 
     def takes(self, example: E) -> bool:
         """Whether the model can learn from an example at all; others are left out of every pool."""
@@ -62,32 +79,67 @@ class Learner(ABC, Generic[E]):
     def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
         """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
 
-    def loss(self, rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted loss of some examples, and each term alone."""
-        return objectives.total(self.objectives, self.batch(rows))
-
-    def backward(self, rows: Sequence[int]) -> tuple[float, dict[str, float]]:
-        """Loss and gradients of some examples; parameters stay."""
+    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+        """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss, terms = self.loss(rows)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self._last = batch = self.batch(rows)
+        alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
+        if regularized:
+            alone += [(t, r(self.parameters)) for t, r in self.regularizers if t.weight > 0]
+        weighted: list[Tensor] = [term.weight * value for term, value in alone]
+        loss = torch.stack([batch.zero(), *weighted]).sum()
+        if self.recipe.gradients.harmonize and len(weighted) > 1:
+            harmonized_backward(weighted, list(self.parameters.values()))
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
         self.model.restore()
-        return float(loss.detach()), {name: float(value) for name, value in terms.items()}
+        return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
-    def update(self, rate: float) -> None:
-        """One optimizer step at a learning rate, the gradient's norm bounded."""
+    def update(self, rate: float, step: int = 0, steps: int = 1) -> None:
+        """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it."""
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         self.optimizer.step()
+        with torch.no_grad():
+            self.model.stepped(step, steps)
+            for term, objective in self.objectives:
+                if self._last is not None and (rows := self._last.rows(term.over)):
+                    objective.stepped(self._last.select(rows))
+            for _, regularizer in self.regularizers:
+                regularizer.stepped(self.parameters)
+            if self.momentum is not None:
+                self.momentum.stepped(self.parameters)
+
+    def remembered(self) -> dict[str, Tensor]:
+        """What objectives and regularizers keep for the next update, by name."""
+        found = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
+        found |= {
+            f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
+        }
+        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""
+        device = self.model.device
+        for term, objective in self.objectives:
+            if own := _under(tensors, f"objective.{term.name}."):
+                objective.load_state({key: value.to(device) for key, value in own.items()})
+        for term, regularizer in self.regularizers:
+            if own := _under(tensors, f"regularizer.{term.name}."):
+                regularizer.load_state({key: value.to(device) for key, value in own.items()})
 
     def state(self) -> dict[str, Tensor]:
-        """LoRA parameters and optimizer moments by name."""
+        """Parameters, optimizer moments, and what terms and teachers remember, by name."""
         tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-        return tensors
+        if self.momentum is not None:
+            tensors |= {f"momentum.{name}": value.cpu().clone() for name, value in self.momentum.values.items()}
+        tensors |= {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state().items()}
+        # Two names of one tensor, a queue and its copy say, cannot both be in a file of safetensors.
+        return tensors | {name: value.clone() for name, value in self.remembered().items()}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -95,14 +147,23 @@ class Learner(ABC, Generic[E]):
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             moments = {
-                key: tensors[f"optimizer.{key}.{name}"].clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"optimizer.{key}.{name}" in tensors
+                key.split(".", 2)[1]: value.clone()
+                for key, value in tensors.items()
+                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
             }
             if moments:
                 self.optimizer.state[parameter] = {
                     key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
                 }
+        if self.momentum is not None:
+            for name, value in self.momentum.values.items():
+                value.copy_(tensors[f"momentum.{name}"])
+        self.model.load_state(_under(tensors, "model."))
+        self.remember(tensors)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 AnyLearner = Learner[Any]

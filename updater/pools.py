@@ -22,11 +22,12 @@ READ_ROWS = 256
 
 @dataclass(frozen=True)
 class Pair:
-    """One image with its text. ``id`` names the content, ``read`` gives the encoded image."""
+    """One image with its text, and a class label if it has one. ``id`` names the content, ``read`` gives the image."""
 
     id: str
     text: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Question:
     question: str
     answer: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
+    label: str = ""
 
     @property
     def text(self) -> str:
@@ -64,9 +66,9 @@ class Pools:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the ids and texts of all pools in order, 64 hex digits."""
+        """SHA-256 over the ids, texts and labels of all pools in order, 64 hex digits."""
         parts: tuple[Part, ...] = ("new", "reference", "replay")
-        return digest_bytes(*(f"{part} {p.id} {p.text}".encode() for part in parts for p in self.of(part)))
+        return digest_bytes(*(f"{part} {p.id} {p.text} {p.label}".encode() for part in parts for p in self.of(part)))
 
 
 def draw_pools(
@@ -92,7 +94,7 @@ def draw_pools(
     old = [row for row in rows if row["id"] not in fresh]
     wanted = recipe.mixture.replay > 0
     earlier = [Candidate(row["id"], _concept(row, recipe.family)) for row in old] if wanted else []
-    kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed))
+    kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed, recipe.replay_balanced))
     replay = [row for row in old if row["id"] in kept]
     lazy = _LazyImages(store, version, [row["id"] for row in (*new, *replay)])
     folders = reference if recipe.mixture.reference > 0 else ()
@@ -104,7 +106,9 @@ def draw_pools(
 
 
 def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], family: Family) -> Example:
-    return Question(name, row["question"], row["answer"], read) if family == "vlm" else Pair(name, row["text"], read)
+    if family == "vlm":
+        return Question(name, row["question"], row["answer"], read, row["label"] or "")
+    return Pair(name, row["text"], read, row["label"] or "")
 
 
 def _concept(row: Mapping[str, str | None], family: Family) -> str:
@@ -137,7 +141,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
     return tuple(
         _example(
             f"reference-{key.hex()[:32]}",
-            {"text": item.text, "question": item.question, "answer": item.answer},
+            {"text": item.text, "question": item.question, "answer": item.answer, "label": item.label},
             item.bytes,
             family,
         )

@@ -22,13 +22,17 @@ class Candidate(NamedTuple):
     concept: str
 
 
-def reservoir(rows: Sequence[Candidate], capacity: int, half_life: float, seed: int) -> list[str]:
-    """Ids of at most ``capacity`` rows, in row order. ``rows`` are oldest first."""
+def reservoir(
+    rows: Sequence[Candidate], capacity: int, half_life: float, seed: int, balanced: bool = True
+) -> list[str]:
+    """Ids of at most ``capacity`` rows, in row order. ``rows`` are oldest first; unbalanced, all are as likely."""
     if len(rows) <= capacity:
         return [row.id for row in rows]
-    counts = decayed_counts((row.concept for row in rows), half_life)
+    counts = decayed_counts((row.concept for row in rows), half_life) if balanced else {}
     # log(u^(1/w)) = log(u) / w = log(u) x count; log keeps tiny keys apart.
-    keys = [(math.log(_uniform(row.id, seed)) * counts[row.concept], number) for number, row in enumerate(rows)]
+    keys = [
+        (math.log(_uniform(row.id, seed)) * counts.get(row.concept, 1.0), number) for number, row in enumerate(rows)
+    ]
     kept = sorted(number for _, number in heapq.nlargest(capacity, keys))
     return [rows[number].id for number in kept]
 

@@ -39,6 +39,8 @@ class TrainResult:
     cost: dict[str, Any]
     samples: dict[str, int]
     """Examples in each pool."""
+    memory: Path | None = None
+    """Directory with what the next update from this adapter wants to know, if there is something."""
 
 
 def cost_of(result: TrainResult) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Learning rates without a horizon: a stream has no last step, so that no phase may depend on one.
+"""Learning rates, by default without a horizon: a stream has no last step, so that no phase may depend on one.
 
 *infinite* (Infinite LR): linear warm-up, cosine cool-down to a constant rate, constant for as long as it takes; an
 exponential anneal only before a candidate is handed over. Updates that start from an incumbent skip warm-up and
-cool-down. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same anneal.
+cool-down. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same anneal. *cosine*: linear warm-up,
+then down to ``final`` over the steps of the update, anew in each: the papers' usual one, which has a horizon.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ def learning_rate(schedule: Schedule, step: int, steps: int, first: bool) -> flo
         steps: steps of this update, which only the anneal before the hand-over looks at.
         first: whether the update starts from the base; later ones start in the constant phase.
     """
+    if schedule.kind == "cosine":
+        return _cosine(schedule, step, steps)
     rate = _endless(schedule, step, first)
     anneal = min(schedule.anneal_steps, steps)
     left = steps - step
@@ -27,6 +30,14 @@ def learning_rate(schedule: Schedule, step: int, steps: int, first: bool) -> flo
     start = _endless(schedule, steps - anneal, first)
     done = (anneal - left + 1) / anneal
     return float(start * (schedule.final / start) ** done)
+
+
+def _cosine(schedule: Schedule, step: int, steps: int) -> float:
+    warm = min(schedule.warmup_steps, steps)
+    if step < warm:
+        return schedule.peak * (step + 1) / warm
+    done = (step - warm + 1) / (steps - warm)
+    return schedule.final + (schedule.peak - schedule.final) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _endless(schedule: Schedule, step: int, first: bool) -> float:

@@ -23,11 +23,13 @@ from ops import metrics
 from ops.digests import digest_json
 from ops.errors import TrainingError
 from ops.progress import say, track
-from updater.adapters import Delta, merge, read_delta
+from updater.adapters import Delta, read_delta
 from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
 from updater.cost import Cost, measure
 from updater.families import make_learner
 from updater.learner import AnyLearner, Base
+from updater.memory import Memory
+from updater.merging import merged
 from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Pools
 from updater.recipes import Part, Recipe
@@ -49,6 +51,7 @@ def train(
     limits: Limits,
     out_dir: Path,
     work_dir: Path,
+    memory: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
     device: str | None = None,
 ) -> TrainResult:
@@ -56,6 +59,7 @@ def train(
 
     Args:
         incumbent: adapter directory to start from; None starts from the base.
+        memory: what the update that made the incumbent left for the next one, if its recipe left something.
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
@@ -67,22 +71,27 @@ def train(
         Stopped: see ``stop``.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    start = read_delta(incumbent) if incumbent else {}
-    run = digest_json([base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None])
+    start = read_delta(incumbent, base) if incumbent else {}
+    recalled = Memory.read(memory) if memory else Memory()
+    run = digest_json(
+        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
+    )
     with _reproducible(limits.threads):
-        return _Run(base, recipe, pools, start, seed, limits, out_dir, work_dir, stop, place, run).go()
+        return _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, place, run).go()
 
 
 class _Run:
     """The course of one call of :func:`train`."""
 
     def __init__(
-        self, base: Base, recipe: Recipe, pools: Pools, start: Delta, seed: int, limits: Limits,
+        self, base: Base, recipe: Recipe, pools: Pools, served: Delta, memory: Memory, seed: int, limits: Limits,
         out_dir: Path, work_dir: Path, stop: Callable[[], bool], device: str, run: str,
     ) -> None:  # fmt: skip
-        self.recipe, self.start, self.limits, self.run = recipe, start, limits, run
+        self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
         self.out_dir, self.work_dir, self.stop = out_dir, work_dir, stop
-        self.learner: AnyLearner = make_learner(base, recipe, start, seed, device)
+        self.start: Delta = {} if recipe.merge.start == "base" else memory.start or served
+        self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
+        self.learner.remember(memory.terms)
         self.pools = pools = _usable(pools, self.learner)
         self.examples = [example for part in PARTS for example in pools.of(part)]
         self.parts: list[Part] = [part for part in PARTS for _ in pools.of(part)]
@@ -107,13 +116,16 @@ class _Run:
         progress = self._steps(progress)
         trained = learner.model.delta()
         _refuse_non_finite(trained, progress.step)
-        whole = merge(self.start, trained, self.recipe.merge.weight) if self.recipe.merge.kind == "ema" else trained
+        for _, regularizer in learner.regularizers:
+            regularizer.finish(learner.parameters, self._gradients)
+        whole = merged(self.recipe.merge, self.served, trained)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
             name = learner.model.write(whole, Path(staging) / "adapter")
             directory = self.out_dir / name
             if not directory.exists():
                 (Path(staging) / "adapter").rename(directory)
+        memory = Memory(trained if self.recipe.merge.start == "trained" else {}, learner.remembered())
         return TrainResult(
             adapter=name,
             directory=directory,
@@ -126,10 +138,14 @@ class _Run:
             losses=progress.losses,
             cost={**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step},
             samples={part: len(self.pools.of(part)) for part in PARTS},
+            memory=memory.write(self.out_dir / f"{name}.memory"),
         )
 
     def _rows(self, step: int) -> list[int]:
         return [self.offset[part] + row for part, row in self.plan.batch(step)]
+
+    def _gradients(self, step: int) -> None:
+        self.learner.backward(self._rows(step), regularized=False)
 
     def _cost(self) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
@@ -155,7 +171,8 @@ class _Run:
                     f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
                     "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
                 )
-            self.learner.update(learning_rate(self.recipe.schedule, step, progress.steps, first))
+            rate = learning_rate(self.recipe.schedule, step, progress.steps, first)
+            self.learner.update(rate, step, progress.steps)
             for name, value in {"loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value)
             metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
@@ -195,8 +212,8 @@ def _usable(pools: Pools, learner: AnyLearner) -> Pools:
 
 
 def _refuse_non_finite(delta: Delta, step: int) -> None:
-    for name, factor in delta.items():
-        if not all(bool(torch.isfinite(side).all()) for side in (factor.a, factor.b)):
+    for name, part in delta.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in part.tensors()):
             raise TrainingError(
                 f"after step {step} the adapter of {name} is not finite; nothing was written.",
                 "Lower schedule.peak in the recipe.",

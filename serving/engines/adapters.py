@@ -2,7 +2,8 @@
 
 An adapter directory holds three files and is never rewritten:
 
-    adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r]
+    adapter_model.safetensors   PEFT's tensors: <module>.lora_A.weight [r, in], <module>.lora_B.weight [out, r];
+                                for what low rank cannot say (norms, biases, whole weights) the parameter itself
     adapter_config.json         PEFT's configuration, in canonical order
     ratchet.json                {"format", "family", "name", "base", "base_digest"}
 
@@ -55,6 +56,8 @@ _UNSUPPORTED = (
     "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens", "velora_config", "kasa_config",
     "arrow_config", "monteclora_config",
 )  # fmt: skip
+PREFIX = "base_model.model."
+"""What PEFT puts before every name."""
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -168,6 +171,15 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     return AdapterFiles(name, family, base_digest, canonical_config(config), tensors)
 
 
+def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
+    """Parameters that the adapter replaces as a whole, by parameter name: norms, biases, or full fine-tuning."""
+    return {
+        key.removeprefix(PREFIX): tensor
+        for key, tensor in files.tensors.items()
+        if key.startswith(PREFIX) and not _KEY.fullmatch(key)
+    }
+
+
 def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
     """``lora_A``, ``lora_B`` and the scale of each layer, by the name that its tensors have.
 
@@ -175,7 +187,10 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
     Raises :class:`AdapterError` for other tensors, half a pair, or a rank that is not the configured one.
     """
     sides: dict[str, dict[str, torch.Tensor]] = {}
+    whole = whole_weights(files)
     for key, tensor in files.tensors.items():
+        if key.removeprefix(PREFIX) in whole:
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(f"Adapter {files.name}: {key!r} is no LoRA tensor.", "Save it with PEFT's LoRA.")
@@ -207,8 +222,8 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[
             )
         parameter = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
         weight = getattr(module, parameter)
-        if module_name.endswith(_INNER_OUT_PROJ):
-            scale *= _OUT_PROJ_TIMES
+        if module_name.endswith(INNER_OUT_PROJ):
+            scale *= OUT_PROJ_TIMES
         deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, a, b, scale, weight)
     return deltas
 
@@ -216,13 +231,23 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
     """``W + s B A`` of each parameter that really differs from the model's, by parameter name.
 
-    Raises :class:`AdapterError` also when the sum overflows.
+    W is the model's own, or the one that the adapter replaces it with.
+    Raises :class:`AdapterError` also when the sum overflows, or when a whole weight does not fit the model.
     """
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     parameters = dict(model.named_parameters())
+    whole = whole_weights(files)
+    for name, tensor in whole.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            shape = list(tensor.shape)
+            raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", _OTHER_BASE)
+    deltas = delta_weights(files, model)
     changed: dict[str, torch.Tensor] = {}
-    for name, delta in delta_weights(adapter, model).items():
+    for name in {**whole, **deltas}:
         weight = parameters[name].detach()
-        merged = weight + delta.to(weight.device, weight.dtype)
+        merged = whole[name].to(weight.device, weight.dtype) if name in whole else weight
+        if name in deltas:
+            merged = merged + deltas[name].to(weight.device, weight.dtype)
         if not bool(torch.isfinite(merged).all()):
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
         if not torch.equal(merged, weight):
@@ -230,8 +255,8 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
     return changed
 
 
-_INNER_OUT_PROJ = ".base_layer.out_proj"
-_OUT_PROJ_TIMES = 2.0
+INNER_OUT_PROJ = ".base_layer.out_proj"
+OUT_PROJ_TIMES = 2.0
 """PEFT 0.21 adds the delta of a MultiheadAttention's out_proj twice: its wrapper merges it, and then lets the layer
 merge itself (``MultiheadAttention.merge``), in training and in ``merge_and_unload`` alike. What was trained must be
 what is served, so the factor is part of the format; tests compare with PEFT and fail when PEFT changes."""
@@ -263,7 +288,7 @@ def _delta(name: str, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     # The out_proj inside PEFT's wrapper has rank and alpha of its MultiheadAttention.
-    owner = module.removesuffix(_INNER_OUT_PROJ)
+    owner = module.removesuffix(INNER_OUT_PROJ)
     declared = _by_pattern(config["rank_pattern"] or {}, owner, config["r"])
     if declared != rank:
         raise AdapterError(

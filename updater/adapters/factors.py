@@ -1,11 +1,11 @@
-"""Low-rank algebra on ΔW = B A, without ever forming ΔW.
+"""The algebra of deltas: sums and compression of ΔW, low-rank ones without ever forming ΔW.
 
 Everything is float64 inside: a merge repeated over hundreds of updates must not lose digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +28,46 @@ class Factor:
         """ΔW [out, in]."""
         return self.b @ self.a
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.a, self.b
 
-Delta = Mapping[str, Factor]
-"""Factors by module name, as PEFT spells it."""
+
+@dataclass(frozen=True)
+class Whole:
+    """The difference of one whole parameter, for what low rank cannot say: float64, in the parameter's shape."""
+
+    value: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.value,)
 
 
-def merge(incumbent: Delta, trained: Delta, weight: float) -> dict[str, Factor]:
+Delta = Mapping[str, Factor | Whole]
+"""Factors by module name as PEFT spells it; whole differences by parameter name."""
+
+
+def merge(incumbent: Delta, trained: Delta, weight: float) -> dict[str, Factor | Whole]:
     """ΔW = (1 - weight) ΔW_incumbent + weight ΔW_trained, exactly: ranks add up until :func:`compress`."""
-    merged: dict[str, Factor] = {}
-    for name in sorted({*incumbent, *trained}):
-        parts = [(1 - weight, incumbent.get(name)), (weight, trained.get(name))]
-        kept = [(share, factor) for share, factor in parts if factor is not None and share != 0]
-        if kept:
-            merged[name] = Factor(
-                a=torch.cat([factor.a for _, factor in kept]),
-                b=torch.cat([share * factor.b for share, factor in kept], dim=1),
+    return combine([(1 - weight, incumbent), (weight, trained)])
+
+
+def combine(shares: Sequence[tuple[float, Delta]]) -> dict[str, Factor | Whole]:
+    """ΔW = the weighted sum of deltas, exactly; where one has nothing, its ΔW is 0."""
+    combined: dict[str, Factor | Whole] = {}
+    for name in sorted({name for _, delta in shares for name in delta}):
+        parts = [(share, delta[name]) for share, delta in shares if name in delta and share != 0]
+        factors = [(share, part) for share, part in parts if isinstance(part, Factor)]
+        wholes = [share * part.value for share, part in parts if isinstance(part, Whole)]
+        if wholes:
+            combined[name] = Whole(torch.stack(wholes).sum(dim=0))
+        elif factors:
+            combined[name] = Factor(
+                a=torch.cat([factor.a for _, factor in factors]),
+                b=torch.cat([share * factor.b for share, factor in factors], dim=1),
             )
-    return merged
+    return combined
 
 
 def compress(factor: Factor, rank: int) -> Factor:

@@ -12,34 +12,42 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from ops.errors import AdapterError
-from serving.engines.adapters import AdapterFiles, read_adapter, write_adapter
+from serving.engines.adapters import AdapterFiles, read_adapter, whole_weights
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
-from updater.adapters.factors import Delta, Factor, compress
+from updater.adapters.factors import Delta, Factor, Whole, compress
+from updater.adapters.model import AdapterModel, WholeWeights, write_delta
 
 NEGLIGIBLE = 1e-9
 """A singular value below this share of the largest is no direction: it starts anew instead of being stuck at zero."""
 _PREFIX = "base_model.model."
 
 
-def read_delta(directory: Path) -> dict[str, Factor]:
-    """The factors of an adapter directory, by PEFT's module name. Raises AdapterError."""
-    return delta_of(read_adapter(directory))
+def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
+    """What an adapter directory changes of its base. Raises AdapterError."""
+    return delta_of(read_adapter(directory), base)
 
 
-def delta_of(files: AdapterFiles) -> dict[str, Factor]:
-    """Factors with the scale alpha/r folded in."""
+def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
+    """Factors with the scale alpha/r folded in, and differences of whole weights."""
     if files.config["rank_pattern"] or files.config["alpha_pattern"] or files.config["use_rslora"]:
         raise AdapterError(
             f"Adapter {files.name} has ranks of its own per layer, which the trainer does not go on from.",
             "Release the base, or an adapter that Ratchet trained, and update from there.",
         )
     scale = files.config["lora_alpha"] / files.config["r"]
-    delta: dict[str, Factor] = {}
+    delta: dict[str, Factor | Whole] = {}
+    whole = whole_weights(files)
+    if whole:
+        own = dict(base.build_model().named_parameters())
+        unknown = sorted(set(whole) - set(own))
+        if unknown:
+            raise AdapterError(f"Adapter {files.name} replaces {unknown[0]}, which the base lacks.", _OTHER_BASE)
+        delta |= {name: Whole(value.double() - own[name].detach().double()) for name, value in whole.items()}
     for key, a in files.tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removesuffix(".lora_A.weight")
@@ -48,7 +56,7 @@ def delta_of(files: AdapterFiles) -> dict[str, Factor]:
     return delta
 
 
-class LoraModel:
+class LoraModel(AdapterModel):
     """A base with LoRA layers on ``trained`` modules, and frozen ones on what the incumbent has besides.
 
     The same module is the teacher: inside :meth:`base` the adapter is switched off.
@@ -69,7 +77,8 @@ class LoraModel:
         self.rank = rank
         self.alpha = alpha
         self.device = torch.device(device)
-        carried = {plain_name(name) for name in start} - {"", *trained}
+        factors = {name: part for name, part in start.items() if isinstance(part, Factor)}
+        carried = {plain_name(name) for name in factors} - {"", *trained}
         # MultiheadAttention is one target for PEFT, which reaches its out_proj by itself.
         self.targets = sorted(
             {*trained, *(name.removesuffix(".out_proj") if _in_attention(name, start) else name for name in carried)}
@@ -79,9 +88,11 @@ class LoraModel:
             r=rank, lora_alpha=alpha, target_modules=f"(?:{pattern})", lora_dropout=0.0, bias="none"
         )
         model = base.build_model()
+        self._whole = WholeWeights(model, start)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = inject_adapter_in_model(self.config, model).eval().to(self.device)
+            injected = inject_adapter_in_model(self.config, model) if self.targets else model
+        self.model = injected.eval().to(self.device)
         self.layers: dict[str, nn.Module] = {
             name: module for name, module in self.model.named_modules() if "default" in getattr(module, "lora_A", {})
         }
@@ -92,8 +103,8 @@ class LoraModel:
                 layer.weight.requires_grad_(name in learns)
                 if name in learns:
                     self.parameters[f"{name}.lora_{side}"] = layer.weight
-        self._start_delta = dict(start)
-        self._start(start)
+        self._start_delta = factors
+        self._start(factors)
         self._attention = [
             (layer, layer.get_base_layer().in_proj_weight.detach().clone(),
              layer.get_base_layer().out_proj.get_base_layer().weight.detach().clone())
@@ -109,12 +120,12 @@ class LoraModel:
         return layer.lora_A["default"], layer.lora_B["default"]
 
     @torch.no_grad()
-    def _start(self, start: Delta) -> None:
+    def _start(self, start: Mapping[str, Factor]) -> None:
         unknown = sorted(set(start) - set(self.layers))
         if unknown:
             raise AdapterError(
                 f"The incumbent changes {unknown[0]}, where base {self.frozen.name!r} has no layer that takes LoRA.",
-                "It belongs to another base: release the base alone, and update from there.",
+                _OTHER_BASE,
             )
         scale = self.alpha / self.rank
         for name, factor in start.items():
@@ -147,9 +158,11 @@ class LoraModel:
         """Inside, the model is the base alone."""
         for layer in self._all():
             layer.enable_adapters(False)
+        self._whole.use(False)
         try:
             yield
         finally:
+            self._whole.use(True)
             for layer in self._all():
                 layer.enable_adapters(True)
             # PEFT switches gradients on with the adapter; carried layers stay frozen.
@@ -157,10 +170,10 @@ class LoraModel:
                 for side, part in zip("AB", self._sides(name), strict=True):
                     part.weight.requires_grad_(f"{name}.lora_{side}" in self.parameters)
 
-    def delta(self) -> dict[str, Factor]:
+    def delta(self) -> dict[str, Factor | Whole]:
         """The factors as they are now, the scale folded in."""
         scale = self.alpha / self.rank
-        return {
+        return self._whole.delta | {
             name: Factor(
                 a.weight.detach().flatten(1).double().cpu(), scale * b.weight.detach().flatten(1).double().cpu()
             )
@@ -168,21 +181,11 @@ class LoraModel:
         }
 
     def write(self, delta: Delta, directory: Path) -> str:
-        """Compress ``delta`` to the rank and write it as an adapter directory; returns the adapter's name.
-
-        A layer that did not learn is written as the incumbent had it, bit by bit if its rank is the same: a locked
-        tower keeps its embedding space, and with it every search index.
-        """
-        tensors: dict[str, Tensor] = {}
-        scale = self.alpha / self.rank
-        for name in sorted(delta):
-            a, b = self._sides(name)
-            untouched = self._start_delta.get(name) if f"{name}.lora_A" not in self.parameters else None
-            same = untouched is not None and untouched.rank == self.rank
-            small = untouched if same and untouched is not None else compress(delta[name], self.rank)
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = small.a.reshape(a.weight.shape).float()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = (small.b / scale).reshape(b.weight.shape).float()
-        return write_adapter(directory, tensors, self.config.to_dict(), self.frozen)
+        learned = {name for name in self.layers if f"{name}.lora_A" in self.parameters}
+        kept = {name: factor for name, factor in self._start_delta.items() if name not in learned}
+        return write_delta(
+            self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=self.config.to_dict(), kept=kept
+        )
 
 
 def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uint8], list[str]], tuple[Any, Any]]:
@@ -191,7 +194,7 @@ def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uin
     The returned function takes uint8 [n, S, S, 3] and texts; it returns two float32 arrays [n, dim] of unit length.
     """
     files = read_adapter(directory)
-    delta = delta_of(files)
+    delta = delta_of(files, base)
     model = LoraModel(base, (), files.config["r"], files.config["lora_alpha"], delta, seed=0)
     tokenize = base.tokenizer()
 
@@ -210,7 +213,10 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-def _in_attention(name: str, start: Mapping[str, Factor]) -> bool:
+_OTHER_BASE = "It belongs to another base: release the base alone, and update from there."
+
+
+def _in_attention(name: str, start: Mapping[str, Any]) -> bool:
     return name.endswith(".out_proj") and f"{name.removesuffix('.out_proj')}.base_layer.out_proj" in start
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from ops.errors import ConfigError
-from updater.objectives.base import Answers, Batch, Features, Objective, Teacher
+from updater.objectives.base import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
 
-__all__ = ["Answers", "Batch", "Features", "Objective", "Teacher", "build", "names", "total"]
+__all__ = ["Answers", "Batch", "Features", "Objective", "Sides", "Teacher", "Texts", "build", "names", "values"]
 
 Terms = Sequence[tuple[Term, Objective[Any]]]
 """A recipe's terms with what computes them."""
@@ -45,18 +45,14 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
     return built
 
 
-def total(objectives: Terms, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum over all terms (scalar), and each term alone, unweighted and detached."""
-    loss = batch.zero()
-    alone: dict[str, torch.Tensor] = {}
+def values(objectives: Terms, batch: Batch) -> list[tuple[Term, torch.Tensor]]:
+    """Each term that has a weight and rows to see, with its value, unweighted."""
+    found = []
     for term, objective in objectives:
         rows = batch.rows(term.over)
-        if term.weight == 0 or len(rows) == 0:
-            continue
-        value = objective(batch.select(rows))
-        loss = loss + term.weight * value
-        alone[term.name] = value.detach()
-    return loss, alone
+        if term.weight > 0 and rows:
+            found.append((term, objective(batch.select(rows))))
+    return found
 
 
 def _kind(name: str) -> type[Objective[Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Self, TypeVar
 
 import torch
@@ -36,19 +36,55 @@ class Batch(ABC):
 
 
 @dataclass(frozen=True)
-class Features(Batch):
-    """What a CLIP made of pairs. All are L2-normalised float32 [n, dim]; gradients flow into image and text only.
+class Sides:
+    """What another model made of the same pairs: unit features [n, dim] without gradients."""
 
-    ``caption`` [n] holds one integer per distinct caption: rows with the same number describe each other.
-    ``scale`` is 1 / temperature.
+    image: Tensor
+    text: Tensor
+
+    def __getitem__(self, index: Tensor) -> Sides:
+        """The same of some of the rows."""
+        return Sides(self.image[index], self.text[index])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Further texts of an objective's own: the student's features [m, dim] and each teacher's, of unit length.
+
+    ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch.
+    """
+
+    text: Tensor
+    teachers: Mapping[str, Tensor]
+    row: Tensor
+
+    def select(self, rows: Sequence[int], size: int) -> Texts:
+        """Those of some rows of a batch of ``size``, renumbered, and those of no row."""
+        place = torch.full((size + 1,), -2, device=self.row.device)
+        place[torch.tensor(rows, device=place.device)] = torch.arange(len(rows), device=place.device)
+        place[-1] = -1
+        new = place[self.row]
+        index = (new >= -1).nonzero().flatten()
+        return Texts(self.text[index], {name: t[index] for name, t in self.teachers.items()}, new[index])
+
+
+@dataclass(frozen=True)
+class Features(Batch):
+    """What a CLIP made of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
+
+    ``caption`` int [n] holds one number per distinct caption: rows with the same number describe each other.
+    ``label`` int [n] holds one number per distinct label, -1 where a pair has none. ``scale`` is 1 / temperature.
+    ``teachers`` are by name, those that an objective asks for: ``base``, ``incumbent`` (the model with which the update
+    begins), ``momentum`` (a running mean of the student). ``texts`` are by objective.
     """
 
     image: Tensor
     text: Tensor
-    teacher_image: Tensor
-    teacher_text: Tensor
+    teachers: Mapping[str, Sides]
     caption: Tensor
+    label: Tensor
     scale: float
+    texts: Mapping[str, Texts] = field(default_factory=dict)
 
     def zero(self) -> Tensor:
         return self.image.new_zeros(())
@@ -59,10 +95,11 @@ class Features(Batch):
             part=tuple(self.part[row] for row in rows),
             image=self.image[index],
             text=self.text[index],
-            teacher_image=self.teacher_image[index],
-            teacher_text=self.teacher_text[index],
+            teachers={name: sides[index] for name, sides in self.teachers.items()},
             caption=self.caption[index],
+            label=self.label[index],
             scale=self.scale,
+            texts={name: texts.select(rows, len(self.part)) for name, texts in self.texts.items()},
         )
 
 
@@ -127,7 +164,35 @@ class Objective(ABC, Generic[B]):
 
     family: ClassVar[Family]
     """The models whose batches it takes."""
+    teacher: str | None = None
+    """The teacher that it compares with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
+    momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
 
     @abstractmethod
     def __call__(self, batch: B) -> Tensor:
         """The term's value: a scalar, a mean over rows, so that it does not grow with the batch."""
+
+    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+        """Texts that it needs besides the captions, each with the number of its example, -1 for one in every batch.
+
+        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
+        """
+        return []
+
+    def stepped(self, batch: B) -> None:
+        """Called after the optimizer's step on ``batch``, without gradients."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers: kept in checkpoints, and for the next update."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave, in this update or in the one before."""
+
+
+def known_teacher(name: str, *allowed: str) -> str:
+    """The name, if it is one of those allowed. Raises TypeError, as for a wrong argument."""
+    if name not in allowed:
+        raise TypeError(f"teacher is {name!r}, not one of {', '.join(allowed)}")
+    return name

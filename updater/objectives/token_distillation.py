@@ -7,10 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.objectives.base import Answers, Objective, Teacher
+from updater.objectives.base import Answers, Objective, Teacher, known_teacher
 from updater.recipes import Family
-
-TEACHERS = ("base", "incumbent")
 
 
 class TokenDistillation(Objective[Answers]):
@@ -26,9 +24,7 @@ class TokenDistillation(Objective[Answers]):
     family: ClassVar[Family] = "vlm"
 
     def __init__(self, teacher: str = "base") -> None:
-        if teacher not in TEACHERS:
-            raise TypeError(f"teacher is {teacher!r}, not one of {', '.join(TEACHERS)}")
-        self.teacher = teacher
+        self.teacher: str = known_teacher(teacher, "base", "incumbent")
 
     def __call__(self, batch: Answers) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""

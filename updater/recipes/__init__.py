@@ -6,8 +6,11 @@
 
 from ops.ledger.rows import Family
 from updater.recipes.recipe import (
+    Adapter,
+    Gradients,
     Merge,
     Mixture,
+    Optimizer,
     Part,
     Recipe,
     Schedule,
@@ -18,9 +21,12 @@ from updater.recipes.recipe import (
 )
 
 __all__ = [
+    "Adapter",
     "Family",
+    "Gradients",
     "Merge",
     "Mixture",
+    "Optimizer",
     "Part",
     "Recipe",
     "Schedule",

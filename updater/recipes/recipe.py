@@ -30,6 +30,28 @@ class Tower(Section):
     blocks: int | None = Field(
         None, ge=0, description="Last blocks that learn (0: only what follows the blocks); all when unset."
     )
+    rate: float = Field(1.0, gt=0, le=100, description="Factor on the learning rate (SLCA's slow tower: below 1).")
+
+
+class Adapter(Section):
+    """What learns in the layers that learn, found by name in ``updater/adapters/kinds``."""
+
+    kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+
+class Optimizer(Section):
+    """What moves the parameters, found by name in ``updater/optimizers``."""
+
+    kind: str = "adamw"
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+
+class Gradients(Section):
+    """Gradient harmonization: what happens where terms pull in opposite directions."""
+
+    harmonize: bool = Field(False, description="Project each term's gradient off those that it conflicts with.")
+    drop: float = Field(0.0, ge=0, lt=1, description="Share of new rows left out: the most conflicting ones (noise).")
 
 
 class Mixture(Section):
@@ -48,7 +70,7 @@ class Mixture(Section):
 
 
 class Term(Section):
-    """One objective of the loss, found by name in ``updater/objectives``."""
+    """One term of the loss, found by name in ``updater/objectives``, or in ``updater/regularizers``."""
 
     name: str
     weight: float = Field(1.0, ge=0)
@@ -59,7 +81,7 @@ class Term(Section):
 class Schedule(Section):
     """Learning rate over steps; see ``updater/schedules.py``. No field is a horizon."""
 
-    kind: Literal["infinite", "rsqrt"] = "infinite"
+    kind: Literal["infinite", "rsqrt", "cosine"] = "infinite"
     peak: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up.")
     constant: float = Field(5e-4, gt=0, description="Learning rate of the constant phase (infinite only).")
     final: float = Field(5e-5, gt=0, description="Learning rate at the end of the anneal.")
@@ -69,10 +91,16 @@ class Schedule(Section):
 
 
 class Merge(Section):
-    """How the trained delta joins the incumbent's: ΔW <- (1 - weight) ΔW_incumbent + weight ΔW_trained."""
+    """What is served after an update: the incumbent's delta and the trained one, merged by a rule.
 
-    kind: Literal["ema", "none"] = "ema"
-    weight: float = Field(0.9, gt=0, le=1)
+    Rules are found by name in ``updater/merging``; ``none`` serves what was trained. ``start`` is what the next update
+    trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot merge).
+    """
+
+    rule: str = "linear"
+    weight: float = Field(0.9, gt=0, le=1, description="Weight of the trained delta.")
+    start: Literal["served", "trained", "base"] = "served"
+    options: dict[str, float | int | str | bool] = Field(default_factory=dict)
 
 
 class Recipe(Section):
@@ -90,8 +118,13 @@ class Recipe(Section):
     mixture: Mixture = Field(default_factory=Mixture)
     reference_limit: int = Field(1500, ge=0, description="Reference examples drawn for one update.")
     replay_limit: int = Field(1500, ge=0, description="Capacity of the replay reservoir.")
+    replay_balanced: bool = Field(True, description="Balanced over concepts; else every earlier row is as likely.")
     replay_half_life: float = Field(10_000, gt=0, description="Rows after which a concept's count is halved.")
+    adapter: Adapter = Field(default_factory=Adapter)
     objectives: tuple[Term, ...] = Field(min_length=1)
+    regularizers: tuple[Term, ...] = ()
+    gradients: Gradients = Field(default_factory=Gradients)
+    optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     merge: Merge = Field(default_factory=Merge)
     max_steps: int = Field(200, ge=1, description="Bound on steps, whatever the budget.")
@@ -111,6 +144,8 @@ class Recipe(Section):
     def _learns(self) -> Self:
         if self.family == "clip" and not self.connector.locked:
             raise ValueError("a CLIP has no connector that could learn")
+        if self.family == "vlm" and self.adapter.kind != "lora":
+            raise ValueError(f"adapter.kind is {self.adapter.kind!r}, and a VLM is served with LoRA alone")
         if self.image.locked and self.text.locked and self.connector.locked:
             raise ValueError("both towers are locked, so that nothing would learn")
         if not any(term.weight > 0 for term in self.objectives):

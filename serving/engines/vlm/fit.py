@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ops.errors import AdapterError
-from serving.engines.adapters import AdapterFiles, lora_layers, read_adapter
+from serving.engines.adapters import AdapterFiles, lora_layers, read_adapter, whole_weights
 from serving.engines.vlm.base import VlmBase
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -46,6 +46,12 @@ def read_fitting(base: VlmBase, shapes: Shapes, name: str, directory: Path, max_
             f"Adapter {name} belongs to the base {files.base_digest[:12]}; "
             f"this engine has {base.name!r} ({base.digest[:12]}).",
             "Start the server with that base, or train the adapter for this one.",
+        )
+    whole = whole_weights(files)
+    if whole:
+        raise AdapterError(
+            f"Adapter {name} replaces {next(iter(whole))}, and a VLM is served with LoRA alone.",
+            "Train it with a recipe whose adapter is low-rank.",
         )
     for module, (a, b, _) in lora_layers(files).items():
         shape = shapes.get(module)

@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
+from updater import objectives
 from updater.adapters import Delta
 from updater.families.vlm.learner import VlmLearner
-from updater.objectives import Answers, Features
+from updater.objectives import Answers, Batch, Features, Sides
 from updater.objectives.token_distillation import summarise
 from updater.pools import Pair, Pools, Question
-from updater.recipes import Part, Recipe, load_recipe
+from updater.recipes import Family, Part, Recipe, Term, load_recipe
 from updater.train import Limits, TrainResult, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
@@ -75,12 +76,18 @@ def batch(captions: list[int], parts: list[Part] | None = None, dim: int = 6, se
     return Features(
         image=image.requires_grad_(),
         text=text.requires_grad_(),
-        teacher_image=old_image,
-        teacher_text=old_text,
+        teachers={"base": Sides(old_image, old_text)},
         caption=torch.tensor(captions),
+        label=torch.full((len(captions),), -1),
         part=tuple(parts or ["new"] * len(captions)),
         scale=7.0,
     )
+
+
+def total(terms: list[Term], made: Batch, family: Family = "clip") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum over terms, and each one's own value."""
+    found = objectives.values(objectives.build(terms, family), made)
+    return torch.stack([t.weight * v for t, v in found]).sum(), {t.name: v for t, v in found}
 
 
 def questions(tag: str, count: int) -> tuple[Question, ...]:

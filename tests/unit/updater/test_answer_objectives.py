@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ops.errors import ConfigError
-from tests.unit.updater.builders import answers, batch
+from tests.unit.updater.builders import answers, batch, total
 from updater import objectives
 from updater.objectives.answer_likelihood import AnswerLikelihood
 from updater.objectives.token_distillation import TokenDistillation, divergence, summarise
@@ -81,7 +81,7 @@ def test_terms_see_only_the_rows_of_their_parts() -> None:
         Term(name="answer_likelihood", weight=2.0, over=("new",)),
         Term(name="token_distillation", weight=3.0, over=("reference", "replay")),
     ]
-    loss, alone = objectives.total(objectives.build(terms, "vlm"), made)
+    loss, alone = total(terms, made, "vlm")
     new = -made.logits.log_softmax(1)[torch.arange(2), made.target[:2]].mean()
     kl = divergence(summarise(teacher, 7), made.logits)
     held = (kl[2] + kl[3:].mean()) / 2

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.unit.updater.builders import batch
-from updater import objectives
+from tests.unit.updater.builders import batch, total
 from updater.objectives.contrastive import Contrastive
 from updater.objectives.feature_distillation import FeatureDistillation
 from updater.recipes import Part, Term
@@ -39,7 +39,7 @@ def test_pictures_of_one_caption_do_not_push_it_away() -> None:
     made = batch([0, 0])
     same = torch.ones(2, 6) / math.sqrt(6)
     image = same.clone().requires_grad_()
-    alike = objectives.Features(made.part, image, same, same, same, made.caption, made.scale)
+    alike = replace(made, image=image, text=same)
     Contrastive()(alike).backward()
     assert image.grad is not None
     assert float(image.grad.abs().max()) < 1e-6
@@ -51,8 +51,8 @@ def test_distillation_equals_the_plain_sum_in_both_towers() -> None:
     def squared(new: list[list[float]], old: list[list[float]]) -> float:
         return sum((a - b) ** 2 for x, y in zip(new, old, strict=True) for a, b in zip(x, y, strict=True)) / len(new)
 
-    image = squared(made.image.tolist(), made.teacher_image.tolist())
-    text = squared(made.text.tolist(), made.teacher_text.tolist())
+    image = squared(made.image.tolist(), made.teachers["base"].image.tolist())
+    text = squared(made.text.tolist(), made.teachers["base"].text.tolist())
     assert float(FeatureDistillation()(made)) == pytest.approx((image + text) / 2, rel=1e-5)
     assert float(FeatureDistillation(image=0, text=3)(made)) == pytest.approx(1.5 * text, rel=1e-5)
     FeatureDistillation()(made).backward()
@@ -66,7 +66,7 @@ def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
         Term(name="contrastive", weight=2.0, over=("new", "reference", "replay")),
         Term(name="feature_distillation", weight=3.0, over=("reference", "replay")),
     ]
-    loss, alone = objectives.total(objectives.build(terms, "clip"), made)
+    loss, alone = total(terms, made)
     held = FeatureDistillation()(made.select([1, 2, 3]))
     assert float(loss) == pytest.approx(2 * float(Contrastive()(made)) + 3 * float(held), rel=1e-5)
     assert set(alone) == {"contrastive", "feature_distillation"}
@@ -75,6 +75,6 @@ def test_terms_add_up_by_weight_and_see_only_their_parts() -> None:
 def test_a_term_without_rows_counts_nothing() -> None:
     made = batch([0, 1], ["new", "new"])
     terms = [Term(name="feature_distillation", over=("replay",)), Term(name="contrastive")]
-    loss, alone = objectives.total(objectives.build(terms, "clip"), made)
+    loss, alone = total(terms, made)
     assert set(alone) == {"contrastive"}
     assert float(loss) == pytest.approx(float(Contrastive()(made)))

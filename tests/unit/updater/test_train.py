@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_stops_the_update_and_writes_nothing(
 def test_parameters_that_are_not_finite_are_never_written(
     base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def poison(self: AnyLearner, rate: float) -> None:
+    def poison(self: AnyLearner, rate: float, step: int, steps: int) -> None:
         with torch.no_grad():
             next(iter(self.parameters.values())).fill_(float("inf"))
 

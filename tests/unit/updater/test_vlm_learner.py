@@ -71,7 +71,7 @@ def test_features_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmB
 def test_the_base_teaches_without_the_adapter_and_the_incumbent_with_it(base: VlmBase, tmp_path: Path) -> None:
     """Also where the incumbent has changed the image tower, which is locked now: it sees on with its own eyes."""
     tiny_vlm_adapter(base, tmp_path / "adapter", seed=1, parts=("image", "text"))
-    start = read_delta(tmp_path / "adapter")
+    start = read_delta(tmp_path / "adapter", base)
     pools = question_pools(new=3, reference=4)
     rows = [3, 4, 6]
     said = {}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.progress import track
 from serving.engines.base import ClipBase
-from updater.adapters import LoraModel
+from updater.adapters import AdapterModel
 from updater.families.clip.towers import SplitTower, Which
 from updater.pools import Pair
 
@@ -28,14 +28,63 @@ CACHE_BYTES = 4 << 30
 class TowerCache:
     """One tower's part. Lists are indexed by sample.
 
-    ``teacher`` [n, dim] are the base's features. A tower in which nothing learns has its own features in ``fixed``;
-    one with a prefix has its boundaries; an image tower without one has its pixels, uint8 [S, S, 3].
+    ``teachers`` [n, dim] are features of each teacher. A tower in which nothing learns has its own features in
+    ``fixed``; one with a prefix has its boundaries; an image tower without one has its pixels, uint8 [S, S, 3].
     """
 
-    teacher: Tensor
+    teachers: dict[str, Tensor] = field(default_factory=dict)
     fixed: Tensor | None = None
     boundary: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
+    passes: int = 0
+    """Passes of one sample through this tower that filling it took."""
+
+
+@dataclass
+class Filler:
+    """Fills the cache of one tower, chunk by chunk, with the model at its start."""
+
+    model: AdapterModel
+    tower: SplitTower
+    count: int
+    dim: int
+    learns: bool
+    teachers: Sequence[str]
+    cache: TowerCache = field(default_factory=TowerCache)
+
+    def __post_init__(self) -> None:
+        self.keep = self.learns and self.tower.cut > 0
+        self.cache.teachers = {name: torch.empty(self.count, self.dim) for name in self.teachers}
+        self.cache.fixed = None if self.learns else torch.empty(self.count, self.dim)
+
+    @torch.no_grad()
+    def take(self, inputs: Tensor, start: int) -> None:
+        """Normalised pixels or token ids of the samples from number ``start`` on."""
+        end = start + len(inputs)
+        if self.keep or "base" in self.teachers:
+            with self.model.base():
+                features = self._whole(inputs)
+            if "base" in self.teachers:
+                self.cache.teachers["base"][start:end] = features
+        if self.cache.fixed is not None or "incumbent" in self.teachers:
+            features = self.tower.whole(inputs).cpu()  # what the incumbent changed in a locked tower stays in force
+            self.cache.passes += len(inputs)
+            if self.cache.fixed is not None:
+                self.cache.fixed[start:end] = features
+            if "incumbent" in self.teachers:
+                self.cache.teachers["incumbent"][start:end] = features
+        self.model.restore()
+        if self.keep and start == 0:
+            self.keep = _bytes(self.cache.boundary) / len(inputs) * self.count <= CACHE_BYTES
+            self.cache.boundary = self.cache.boundary if self.keep else []
+
+    def _whole(self, inputs: Tensor) -> Tensor:
+        self.cache.passes += len(inputs)
+        if not self.keep:
+            return self.tower.whole(inputs).cpu()
+        features, boundary = self.tower.record(inputs)
+        self.cache.boundary += [row.clone() for row in boundary.cpu()]
+        return features.cpu()
 
 
 @dataclass
@@ -46,57 +95,47 @@ class Prepared:
     text: TowerCache
     texts: list[str]
 
+    @property
+    def passes(self) -> int:
+        """Passes of one sample through the whole model: those of the tower that took more."""
+        return max(self.image.passes, self.text.passes)
+
 
 def prepare(
     base: ClipBase,
-    model: LoraModel,
+    model: AdapterModel,
     towers: dict[Which, SplitTower],
     learning: dict[Which, bool],
     pairs: Sequence[Pair],
+    teachers: Sequence[str] = ("base",),
     between: Callable[[], None] = lambda: None,
 ) -> Prepared:
-    """Run every pair through the base once. ``between`` is called after each chunk (duty cycle, signals)."""
+    """Run every pair through base and teachers once. ``between`` is called after each chunk (duty cycle, signals)."""
     tokenize = base.tokenizer()
-    made: dict[Which, TowerCache] = {
-        which: TowerCache(torch.empty(len(pairs), base.dim)) for which in ("image", "text")
+    fillers: dict[Which, Filler] = {
+        which: Filler(model, towers[which], len(pairs), base.dim, learning[which], teachers)
+        for which in ("image", "text")
     }
-    kept: dict[Which, bool] = {which: learning[which] and towers[which].cut > 0 for which in made}
-    for which, cache in made.items():
-        cache.fixed = None if learning[which] else torch.empty(len(pairs), base.dim)
     for start in track(range(0, len(pairs), CHUNK), "teacher features"):
         rows = pairs[start : start + CHUNK]
         pixels = [base.preprocess.pixels(pair.read()) for pair in rows]
-        inputs: dict[Which, Tensor] = {
-            "image": base.preprocess.normalise(np.stack(pixels), model.device),
-            "text": tokenize([pair.text for pair in rows]).to(model.device),
-        }
-        for which, cache in made.items():
-            _one_tower(model, towers[which], inputs[which], cache, start, kept[which])
-            if kept[which] and start == 0:
-                kept[which] = _bytes(cache.boundary) / len(rows) * len(pairs) <= CACHE_BYTES
-        if learning["image"] and not kept["image"]:
-            made["image"].pixels += [torch.from_numpy(image.copy()) for image in pixels]
+        fillers["image"].take(base.preprocess.normalise(np.stack(pixels), model.device), start)
+        fillers["text"].take(tokenize([pair.text for pair in rows]).to(model.device), start)
+        if learning["image"] and not fillers["image"].keep:
+            fillers["image"].cache.pixels += [torch.from_numpy(image.copy()) for image in pixels]
         between()
-    for which, cache in made.items():
-        if not kept[which]:
-            cache.boundary = []
-    return Prepared(made["image"], made["text"], [pair.text for pair in pairs])
+    return Prepared(fillers["image"].cache, fillers["text"].cache, [pair.text for pair in pairs])
 
 
-@torch.no_grad()
-def _one_tower(model: LoraModel, tower: SplitTower, inputs: Tensor, cache: TowerCache, start: int, keep: bool) -> None:
-    end = start + len(inputs)
-    with model.base():
-        if keep:
-            features, boundary = tower.record(inputs)
-            cache.boundary += [row.clone() for row in boundary.cpu()]
-        else:
-            features = tower.whole(inputs)
-    cache.teacher[start:end] = features.cpu()
-    if cache.fixed is not None:
-        # What the incumbent changed in a tower that is locked now stays in force.
-        cache.fixed[start:end] = tower.whole(inputs).cpu()
-    model.restore()
+def prepare_texts(
+    base: ClipBase, model: AdapterModel, tower: SplitTower, learns: bool, texts: Sequence[str], teachers: Sequence[str]
+) -> TowerCache:
+    """The same for texts alone."""
+    tokenize = base.tokenizer()
+    filler = Filler(model, tower, len(texts), base.dim, learns, teachers)
+    for start in range(0, len(texts), CHUNK):
+        filler.take(tokenize(list(texts[start : start + CHUNK])).to(model.device), start)
+    return filler.cache
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

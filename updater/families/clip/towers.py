@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from serving.engines.base import ClipBase
 from serving.engines.spaces import tower_of
+from updater.adapters.kinds.base import Selects
 from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
 from updater.recipes import Recipe, Tower
 
 Which = Literal["image", "text"]
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def find_blocks(model: nn.Module, which: Which) -> tuple[str, int]:
@@ -40,6 +42,43 @@ def trained_modules(base: ClipBase, model: nn.Module, recipe: Recipe) -> list[st
         names = [name for name, _ in model.named_modules() if name and pattern.fullmatch(name)]
         chosen += late_layers(names, which, tower, *find_blocks(model, which), recipe)
     return some(chosen, recipe, base.name)
+
+
+def trained_parameters(base: ClipBase, model: nn.Module, recipe: Recipe, selects: Selects) -> list[str]:
+    """Names of the parameters that learn under a recipe whose adapter kind works on whole weights.
+
+    Where a tower's last blocks learn, what comes before its blocks (stems, embeddings) does not.
+    Raises ConfigError when that is none.
+    """
+    if selects == "layers":
+        modules = dict(model.named_modules())
+        return [name for layer in trained_modules(base, model, recipe) for name in _weights(layer, modules[layer])]
+    order = {name: place for place, (name, _) in enumerate(model.named_modules())}
+    norms = {name for name, module in model.named_modules() if isinstance(module, NORMS)}
+    wanted: dict[Which, Tower] = {"image": recipe.image, "text": recipe.text}
+    chosen: list[str] = []
+    for which, tower in wanted.items():
+        blocks, count = find_blocks(model, which)
+        names = [
+            name
+            for name, _ in model.named_parameters()
+            if tower_of(name) == which
+            and (selects == "all" or (name.endswith("bias") if selects == "biases" else _layer(name) in norms))
+            and (tower.blocks is None or order[_layer(name)] > order.get(blocks, 0))
+        ]
+        chosen += late_layers(names, which, tower, blocks, count, recipe)
+    return some(chosen, recipe, base.name)
+
+
+def _weights(layer: str, module: nn.Module) -> list[str]:
+    """The parameters of a layer that LoRA would change."""
+    if isinstance(module, nn.MultiheadAttention):
+        return [f"{layer}.in_proj_weight", f"{layer}.out_proj.weight"]
+    return [f"{layer}.weight"]
+
+
+def _layer(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:

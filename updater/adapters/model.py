@@ -1,0 +1,150 @@
+"""A base in training, whatever it is that learns: the same module is student and teacher."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES, PREFIX, write_adapter
+from serving.engines.base import ClipBase
+from serving.engines.vlm.base import VlmBase
+from updater.adapters.factors import Delta, Factor, Whole, compress
+
+
+class AdapterModel(ABC):
+    """What a learner trains. ``parameters`` are what the optimizer moves, by name."""
+
+    frozen: ClipBase | VlmBase
+    model: nn.Module
+    device: torch.device
+    rank: int
+    alpha: float
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    @abstractmethod
+    def base_names(self) -> list[str]:
+        """Every layer that differs from the base or may come to, by its name in the base."""
+
+    @abstractmethod
+    def base(self) -> AbstractContextManager[None]:
+        """Inside, the model is the base alone."""
+
+    @abstractmethod
+    def delta(self) -> dict[str, Factor | Whole]:
+        """The difference to the base as it is now."""
+
+    @abstractmethod
+    def write(self, delta: Delta, directory: Path) -> str:
+        """Write ``delta`` as an adapter directory, compressed to the rank; returns the adapter's name."""
+
+    def stepped(self, step: int, steps: int) -> None:  # noqa: B027 - most have nothing to do then
+        """Called after each step of the optimizer."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed update needs besides the parameters."""
+        return {}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Take back what :meth:`state` gave."""
+
+    def restore(self) -> None:  # noqa: B027
+        """Undo what a pass left behind in frozen weights."""
+
+    @contextmanager
+    def holding(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the parameters have these values: the student of another time, as a teacher."""
+        own = {name: parameter.data for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+            self.restore()
+
+
+class WholeWeights:
+    """Whole parameters that an incumbent replaced: in force, but for when the base alone is asked for."""
+
+    def __init__(self, model: nn.Module, delta: Delta) -> None:
+        named = dict(model.named_parameters())
+        self._own: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self.delta: dict[str, Factor | Whole] = {}
+        for name, part in delta.items():
+            if isinstance(part, Whole):
+                parameter = named[name]
+                plain = parameter.detach().clone()
+                self._own.append((parameter, plain, applied(plain, part)))
+                self.delta[name] = part
+        self.use(True)
+
+    def use(self, on: bool) -> None:
+        """Put the incumbent's values in force, or the base's."""
+        for parameter, plain, replaced in self._own:
+            parameter.data.copy_(replaced if on else plain)
+
+
+def applied(plain: Tensor, part: Whole) -> Tensor:
+    """A parameter's value under a whole difference; exact where the difference was taken of float32 values."""
+    return (plain.double().cpu() + part.value).to(plain.device, plain.dtype)
+
+
+def dense_delta(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
+    """ΔW of every parameter that a delta touches, by parameter name, float64 in the parameter's shape."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    dense: dict[str, Tensor] = {}
+    for name, part in delta.items():
+        parameter = parameter_of(name, modules) if isinstance(part, Factor) else name
+        times = OUT_PROJ_TIMES if name.endswith(INNER_OUT_PROJ) else 1.0
+        value = times * part.dense().reshape(shapes[parameter]) if isinstance(part, Factor) else part.value
+        dense[parameter] = dense[parameter] + value if parameter in dense else value
+    return dense
+
+
+def parameter_of(layer: str, modules: Mapping[str, nn.Module]) -> str:
+    """The parameter that a factor changes, from the layer's name as PEFT spells it."""
+    plain = ".".join(part for part in layer.split(".") if part != "base_layer")
+    return f"{plain}.in_proj_weight" if isinstance(modules[plain], nn.MultiheadAttention) else f"{plain}.weight"
+
+
+def write_delta(
+    frozen: ClipBase | VlmBase,
+    delta: Delta,
+    directory: Path,
+    *,
+    rank: int,
+    alpha: float,
+    config: Mapping[str, Any],
+    kept: Delta,
+) -> str:
+    """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name.
+
+    What is in ``kept`` with the same rank is written as it is there, bit by bit: a locked tower keeps its embedding
+    space, and with it every search index.
+    """
+    model = frozen.build_model()
+    scale = alpha / rank
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    modules = dict(model.named_modules())
+    tensors: dict[str, Tensor] = {}
+    for name, part in sorted(delta.items()):
+        if isinstance(part, Whole):
+            tensors[f"{PREFIX}{name}"] = applied(parameters[name], part)
+            continue
+        same = kept.get(name)
+        small = same if isinstance(same, Factor) and same.rank == rank else compress(part, rank)
+        shape = parameters[parameter_of(name, modules)].shape
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = small.a.reshape(rank, *shape[1:]).float()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (
+            (small.b / scale).reshape(shape[0], rank, *[1] * (len(shape) - 2)).float()
+        )
+    return write_adapter(directory, tensors, config, frozen)

@@ -1,0 +1,159 @@
+"""A base whose weights learn through parametrizations: everything but plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ops.errors import AdapterError, ConfigError
+from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
+from serving.engines.base import ClipBase
+from updater.adapters.factors import Delta, Factor, Whole, combine
+from updater.adapters.kinds import Kind, find
+from updater.adapters.model import AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
+
+
+class WeightModel(AdapterModel):
+    """A base with a :class:`Kind` on each of ``trained``; the incumbent's ΔW is in the weights from the start."""
+
+    def __init__(
+        self,
+        base: ClipBase,
+        trained: Sequence[str],
+        kind: str,
+        options: Mapping[str, Any],
+        rank: int,
+        alpha: float,
+        start: Delta,
+        seed: int,
+        device: str = "cpu",
+    ) -> None:
+        """``trained``: names of parameters of the base. Raises ConfigError for an unknown kind or option."""
+        self.frozen, self.rank, self.alpha = base, rank, alpha
+        self.device = torch.device(device)
+        self.model = base.build_model().eval()
+        self._plain = {name: parameter.detach().clone() for name, parameter in self.model.named_parameters()}
+        self._modules = dict(self.model.named_modules())
+        self._start = dict(start)
+        self._start_dense = _dense(start, self.model, base)
+        self._whole = WholeWeights(self.model, {name: Whole(value) for name, value in self._start_dense.items()})
+        self.model.requires_grad_(False)
+        self.kinds: dict[str, Kind] = {}
+        for number, name in enumerate(sorted(trained)):
+            owner, _, attribute = name.rpartition(".")
+            weight = getattr(self._modules[owner], attribute)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+            try:
+                made = find(kind)(weight.detach().clone(), rank, alpha, generator, **options)
+            except TypeError as error:
+                raise ConfigError(f"adapter kind {kind!r}: {error}.", "See its file for its options.") from None
+            switch = _Switch(made)
+            parametrize.register_parametrization(self._modules[owner], attribute, switch)
+            self.kinds[name] = made
+        self._switches = [m for m in self.model.modules() if isinstance(m, _Switch)]
+        self.model.to(self.device)
+        self.parameters = {
+            f"{name}.{part}": parameter
+            for name, made in self.kinds.items()
+            for part, parameter in made.named_parameters()
+            if parameter.requires_grad
+        }
+
+    @property
+    def base_names(self) -> list[str]:
+        return sorted({name.rpartition(".")[0] for name in (*self.kinds, *self._start_dense)})
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        self._use(False)
+        try:
+            yield
+        finally:
+            self._use(True)
+
+    def _use(self, on: bool) -> None:
+        for switch in self._switches:
+            switch.on = on
+        self._whole.use(on)
+
+    @torch.no_grad()
+    def delta(self) -> dict[str, Factor | Whole]:
+        learned: dict[str, Factor | Whole] = {}
+        replaced: set[str] = set()
+        for name, made in self.kinds.items():
+            factors = made.factors()
+            if factors is None:
+                effective = made(self._started(name).to(self.device)).cpu().double()
+                learned[name] = Whole(effective - self._plain[name].double())
+                replaced.add(name)
+                continue
+            layer = self._layer(name)
+            times = OUT_PROJ_TIMES if layer.endswith(INNER_OUT_PROJ) else 1.0
+            a, b = (side.detach().double().cpu() for side in factors)
+            learned[layer] = Factor(a, b / times)
+        carried = {
+            name: part
+            for name, part in self._start.items()
+            if (parameter_of(name, self._modules) if isinstance(part, Factor) else name) not in replaced
+        }
+        return combine([(1.0, carried), (1.0, learned)])
+
+    def _started(self, name: str) -> Tensor:
+        owner, _, attribute = name.rpartition(".")
+        original: Tensor = self._modules[owner].parametrizations[attribute].original
+        return original.detach()
+
+    def _layer(self, parameter: str) -> str:
+        """The layer of a factor as PEFT spells it, from its parameter."""
+        layer = parameter.rpartition(".")[0]
+        owner, _, last = layer.rpartition(".")
+        inside = last == "out_proj" and isinstance(self._modules.get(owner), nn.MultiheadAttention)
+        return f"{owner}{INNER_OUT_PROJ}" if inside else layer
+
+    def write(self, delta: Delta, directory: Path) -> str:
+        learned = {self._layer(name) for name in self.kinds}
+        kept = {name: part for name, part in self._start.items() if name not in learned}
+        targets = sorted(name for name, part in delta.items() if isinstance(part, Factor))
+        config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
+        return write_delta(self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, kept=kept)
+
+    def stepped(self, step: int, steps: int) -> None:
+        for made in self.kinds.values():
+            made.stepped(step, steps)
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}/{key}": value for name, made in self.kinds.items() for key, value in made.state().items()}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, made in self.kinds.items():
+            own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+            if own:
+                made.load_state(own)
+
+
+class _Switch(nn.Module):
+    """A parametrization that can be taken out of force."""
+
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.on = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.kind(weight) if self.on else weight
+
+
+def _dense(start: Delta, model: nn.Module, base: ClipBase) -> dict[str, Tensor]:
+    try:
+        return dense_delta(start, model)
+    except KeyError as error:
+        raise AdapterError(
+            f"The incumbent changes {error}, which base {base.name!r} does not have.",
+            "It belongs to another base: release the base alone, and update from there.",
+        ) from None

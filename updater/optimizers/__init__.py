@@ -1,0 +1,34 @@
+"""What moves the parameters, one file each, found by its module's name.
+
+A new one is one file here that defines ``OPTIMIZER``: a function ``(groups, weight_decay, **options)`` that gives a
+``torch.optim.Optimizer``. Its state must be tensors by parameter, so that a checkpoint can hold it without pickle.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Any
+
+import torch
+
+from ops.errors import ConfigError
+from updater.recipes import Optimizer
+
+__all__ = ["make", "names"]
+
+
+def names() -> list[str]:
+    """Names that a recipe's ``optimizer.kind`` may have."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
+    """The optimizer of a recipe. Raises ConfigError for an unknown kind or option."""
+    if optimizer.kind not in names():
+        raise ConfigError(f"there is no optimizer {optimizer.kind!r}.", f"Use one of {', '.join(names())}.")
+    try:
+        made = importlib.import_module(f"{__name__}.{optimizer.kind}").OPTIMIZER
+        return made(groups, weight_decay, **optimizer.options)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise ConfigError(f"optimizer {optimizer.kind!r}: {error}.", "See its file for its options.") from None
