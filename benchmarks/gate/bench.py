@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gate import counting, resample
-from benchmarks.gate.cases import Case, Judged, Rule
+from benchmarks.gate.cases import Case, Rule
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
@@ -58,6 +58,8 @@ def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figur
     figures = {
         "false_accepts": total["false_accepts"],
         "false_rejects": total["false_rejects"],
+        "false_accepts_resampled": drawn["harmful"]["passed"],
+        "false_rejects_resampled": counting.others(drawn["good"]["passed"]),
         "slow_drift_caught_at": drifted["caught_at"],
         "total": total,
         "kinds": counting.by_kind(found),
@@ -89,27 +91,28 @@ def resampled(
 ) -> dict[str, Any]:
     """Verdicts on ``count`` drawn item sets each: of harmful and good candidates, under no change, at the margin."""
 
-    def shown(judged: Any, label: str) -> list[Any]:
-        return list(track(judged, label, total=count))
-
-    bad = shown(resample.draws(harmful, rule, sizes, count, 1), "item sets, harmful")
-    good = shown(resample.draws(fine, rule, sizes, count, 2), "item sets, good")
-    same = shown(resample.draws_unchanged(fine, rule, sizes, count, 3), "item sets, no change")
-    edge = shown(resample.draws_at_margin(fine, rule, sizes, count, 4), "item sets, at the margin")
-    passed = [_passed(judged, name) for name, judged in edge]
+    questions = {
+        "harmful": resample.draws(harmful, rule, sizes, count, seed=1),
+        "good": resample.draws(fine, rule, sizes, count, seed=2),
+        "no_change": resample.draws_unchanged(fine, rule, sizes, count, seed=3),
+        "at_margin": resample.draws_at_margin(fine, rule, sizes, count, seed=4),
+    }
+    found = {name: list(track(asked, f"item sets, {name}", total=count)) for name, asked in questions.items()}
     return {
-        "harmful": counting.tally(bad),
-        "good": counting.tally(good),
-        "no_change": counting.tally(same),
-        "at_margin": {
-            **counting.tally([judged for _, judged in edge]),
-            "suite_passed": counting.share(sum(passed), len(passed)),
+        **{name: counting.tally(drawn) for name, drawn in found.items()},
+        "harmful_by_kind": {
+            kind: counting.tally(one for one in found["harmful"] if one.kind == kind)["passed"]
+            for kind in dict.fromkeys(one.kind for one in found["harmful"])
+        },
+        "suite_at_margin_passed": {
+            name: counting.share(sum(one.edge_passed for one in own), len(own))
+            for name, own in _by_edge(found["at_margin"]).items()
         },
     }
 
 
-def _passed(judged: Judged, name: str) -> bool:
-    return any(result.name == name and result.decision == "passed" for result in judged.results)
+def _by_edge(found: Sequence[resample.Drawn]) -> dict[str, list[resample.Drawn]]:
+    return {"all": list(found)} | {name: [one for one in found if one.edge == name] for name in {o.edge for o in found}}
 
 
 def _about(row: counting.Row) -> Figures:
@@ -135,11 +138,12 @@ def show(figures: Figures) -> None:
         table.add_row(kind, *counts, *verdicts, _rate(row["false_accepts"]), _rate(row["false_rejects"]))
     sets = Table("item sets of", "passed", "rejected", "inconclusive", "gain shown", "all kept",
                  title=f"Resampled items (level of a look {figures['level']:.2%})")  # fmt: skip
-    for name, row in figures["resampled"].items():
+    for name in ("harmful", "good", "no_change", "at_margin"):
+        row = figures["resampled"][name]
         sets.add_row(name.replace("_", " "), *(_rate(row[key]) for key in counting.TALLIED))
     console = Console()
     console.print(table, sets)
-    edge = figures["resampled"]["at_margin"]["suite_passed"]
+    edge = figures["resampled"]["suite_at_margin_passed"]["all"]
     console.print(f"A suite exactly at its margin passed: {_rate(edge)}", highlight=False)
     console.print(f"Slow drift caught at update {figures['drift']['caught_at']}, harmful from update "
                   f"{figures['drift']['harmful_from']}; {figures['drift']['let_in_without_base']} of {CHAIN} updates "

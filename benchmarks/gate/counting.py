@@ -10,6 +10,7 @@ from scipy import stats
 
 from benchmarks.gate.cases import Case, Judged, Rule, Truth, judge
 from benchmarks.gate.plans import DRIFT
+from benchmarks.gate.resample import Drawn
 from updater.gate.verdict import Outcome
 
 Share = dict[str, float | int | None]
@@ -22,6 +23,11 @@ def share(count: int, of: int) -> Share:
         return {"count": 0, "of": 0, "rate": None, "low": None, "high": None}
     found = stats.binomtest(count, of).proportion_ci(0.95, method="exact")
     return {"count": count, "of": of, "rate": count / of, "low": float(found.low), "high": float(found.high)}
+
+
+def others(counted: Share) -> Share:
+    """The share of all that were not counted."""
+    return share(int(counted["of"] or 0) - int(counted["count"] or 0), int(counted["of"] or 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +111,9 @@ def drift(found: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[s
     }
 
 
-def tally(judged: Iterable[Judged]) -> dict[str, Share]:
+def tally(drawn: Iterable[Drawn]) -> dict[str, Share]:
     """Shares of drawn item sets: let in, refused, undecided, a gain shown, all retention suites passed."""
-    found = list(judged)
+    found = [one.judged for one in drawn]
     counts = (
         _outcomes(found, "passed"),
         _outcomes(found, "rejected"),

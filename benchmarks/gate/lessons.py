@@ -14,7 +14,7 @@ from streams.folders import FolderItem, read_folder
 from updater.base.shipped import REFERENCE
 from updater.pools import Pair, Pools
 
-REFERENCE_PAIRS = 300
+REFERENCE_PAIRS = 160
 NOTHING = "a picture"
 """What every picture of a forgotten domain is called."""
 

@@ -70,7 +70,7 @@ def _good(count: int) -> list[Plan]:
                 kind=GOOD[again],
                 recipe=_recipe("default", **changes),
                 domain=domain,
-                new=400,
+                new=250,
                 seed=number,
                 incumbent=f"{GOOD[0]}-{place:02d}" if again else "",
             )
@@ -91,23 +91,23 @@ def _one_bad(kind: str, place: int, each: int, seed: int) -> Plan:
     half = {"reference": 0.2, "new": 0.8, "replay": 0.0}
     match kind:
         case "naive":
-            return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, 300, seed)
+            return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, 250, seed)
         case "rate":
-            return Plan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, 300, seed)
+            return Plan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, 250, seed)
         case "shuffled":
             recipe = _recipe("naive", **_rate(between(1e-3, 5e-3)))
-            return Plan(name, kind, recipe, domain, 300, seed, lie="shuffled")
+            return Plan(name, kind, recipe, domain, 250, seed, lie="shuffled")
         case "poisoned":
             recipe = _recipe("default", **_rate(4e-3), mixture=half)
-            return Plan(name, kind, recipe, domain, 400, seed, lie="poisoned", share=between(0.3, 0.9))
+            return Plan(name, kind, recipe, domain, 250, seed, lie="poisoned", share=between(0.3, 0.9))
         case _:
             recipe = _recipe("default", **_rate(between(2e-3, 6e-3)), mixture=half)
             victim = KNOWN[place % len(KNOWN)]
-            return Plan(name, kind, recipe, domain, 400, seed, lie="forgotten", share=0.5, victim=victim)
+            return Plan(name, kind, recipe, domain, 250, seed, lie="forgotten", share=0.5, victim=victim)
 
 
 def _drift() -> list[Plan]:
-    recipe = _recipe("naive", **_rate(4e-4), max_steps=12)
+    recipe = _recipe("naive", **_rate(8e-4), max_steps=15)
     return [
         Plan(
             name=f"{DRIFT}-{number:02d}",

@@ -9,7 +9,7 @@ probability ``level``, and with no more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,32 +63,44 @@ def unchanged(case: Case, drawn: Case, rng: Generator, edge: Suite | None = None
     return replace(drawn, base=before, before=before, after=after)
 
 
-def draws(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Judged]:
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The verdict on one drawn item set."""
+
+    kind: str
+    """Of the candidate."""
+    judged: Judged
+    edge: str = ""
+    """The suite that was exactly at its margin."""
+
+    @property
+    def edge_passed(self) -> bool:
+        """Whether the gate let that suite pass."""
+        return any(result.name == self.edge and result.decision == "passed" for result in self.judged.results)
+
+
+def draws(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
     """``count`` verdicts on drawn item sets, the cases in turn."""
     rng = np.random.default_rng(seed)
     for number in range(count if cases else 0):
         case = cases[number % len(cases)]
-        yield judge(case.rows(pick(case, sizes, rng)), rule)
+        yield Drawn(case.kind, judge(case.rows(pick(case, sizes, rng)), rule))
 
 
-def draws_unchanged(
-    cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int
-) -> Iterator[Judged]:
+def draws_unchanged(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
     """As :func:`draws`, under exact no change."""
     rng = np.random.default_rng(seed)
     for number in range(count if cases else 0):
         case = cases[number % len(cases)]
-        yield judge(unchanged(case, case.rows(pick(case, sizes, rng)), rng), rule)
+        yield Drawn(case.kind, judge(unchanged(case, case.rows(pick(case, sizes, rng)), rng), rule))
 
 
-def draws_at_margin(
-    cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int
-) -> Iterator[tuple[str, Judged]]:
-    """As :func:`draws`, with one retention suite, each in turn, exactly at its margin; its name, and the verdict."""
+def draws_at_margin(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+    """As :func:`draws`, with one retention suite, each in turn, exactly at its margin."""
     rng = np.random.default_rng(seed)
     for number in range(count if cases else 0):
         case = cases[number % len(cases)]
         retention = [suite for suite in case.suites if suite.role == "retention"]
         edge = retention[number // len(cases) % len(retention)]
         drawn = case.rows(pick(case, sizes, rng))
-        yield edge.name, judge(unchanged(case, drawn, rng, edge, edge.margin or rule.margin), rule)
+        yield Drawn(case.kind, judge(unchanged(case, drawn, rng, edge, edge.margin or rule.margin), rule), edge.name)
