@@ -53,7 +53,8 @@ def rows(cases: Sequence[Case], drawn: Sequence[Case], rule: Rule) -> list[Row]:
 def counted(found: Iterable[Row]) -> dict[str, Any]:
     """Candidates by truth and by verdict, false accepts among the harmful and false rejects among the good.
 
-    A good candidate that is not let in counts as a false reject, whether it was rejected or left undecided.
+    A good candidate that is not let in counts as a false reject, whether it was rejected or left undecided, and whether
+    retention (``good_not_kept``) or an unproven gain kept it out.
     """
     kept = list(found)
     harmful = [row for row in kept if row.truth == "harmful"]
@@ -68,6 +69,7 @@ def counted(found: Iterable[Row]) -> dict[str, Any]:
         "false_accepts": share(_with(harmful, "passed"), len(harmful)),
         "false_rejects": share(len(good) - _with(good, "passed"), len(good)),
         "good_rejected": share(_with(good, "rejected"), len(good)),
+        "good_not_kept": share(sum(not row.judged.kept for row in good), len(good)),
         "idle_accepted": share(_with(idle, "passed"), len(idle)),
     }
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from updater.recipes import Recipe, load_recipe
 
 Lie = Literal["", "shuffled", "poisoned", "forgotten"]
-NEW = ("fluent3d", "pixel_mshock", "pixel_retro")
+NEW = ("fluent3d", "pixel_mshock", "fluent_mono")
 """What the updates learn: domains that the base has not seen."""
 KNOWN = ("noto", "pixel_ultica", "openclipart")
 """Domains that the base knows, whose training split can be lied about."""
@@ -123,8 +123,8 @@ def _drift() -> list[Plan]:
 
 
 def _between(low: float, high: float, place: int, count: int) -> float:
-    """From ``low`` to ``high`` in equal ratios."""
-    return float(low * (high / low) ** (place / max(count - 1, 1)))
+    """From ``low`` to ``high`` in equal ratios; a single one is in the middle."""
+    return float(low * (high / low) ** (place / (count - 1) if count > 1 else 0.5))
 
 
 def _rate(peak: float) -> dict[str, Any]:

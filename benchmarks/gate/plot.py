@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 PAPER, INK, MUTED, LINE = "#ffffff", "#1a211d", "#5c6660", "#e0e5dd"
-COLOURS = ("#b23232", "#c7772e", "#875b06", "#17704a", "#1f5fa8")
+COLOURS = ("#b23232", "#d98032", "#9a8a10", "#17704a", "#1f5fa8")
 """From the smallest margin to the largest."""
 TITLES = {"retrieval": "Retrieval, recall@5 both ways", "classification": "Classification, accuracy"}
 AIM = 0.8
@@ -20,7 +20,7 @@ AIM = 0.8
 def draw(power: Sequence[Mapping[str, Any]], shipped: Mapping[str, Sequence[int]], path: Path) -> Path:
     """Write a PNG. ``shipped``: sizes of the built-in suites, by task, which are marked on the axis."""
     tasks = list(dict.fromkeys(str(row["task"]) for row in power))
-    made = Figure(figsize=(5.2 * len(tasks), 3.9), dpi=150, layout="constrained", facecolor=PAPER)
+    made = Figure(figsize=(5.0 * len(tasks) + 1.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(made)
     for axes, task in zip(made.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         own = [row for row in power if row["task"] == task]
@@ -47,7 +47,9 @@ def draw(power: Sequence[Mapping[str, Any]], shipped: Mapping[str, Sequence[int]
         axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
     first = made.axes[0]
     first.set_ylabel("shown to be inside the margin, %", color=MUTED)
-    made.axes[-1].legend(title="margin", frameon=False, fontsize=8.5, title_fontsize=8.5, labelcolor=INK, loc="best")
+    handles, labels = first.get_legend_handles_labels()
+    made.legend(handles, labels, title="margin", loc="outside right upper", frameon=False, fontsize=8.5,
+                title_fontsize=8.5, labelcolor=INK)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     made.savefig(path)
     return path
