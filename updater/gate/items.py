@@ -85,9 +85,13 @@ def without_lonely(items: Iterable[Item]) -> list[Item]:
 
 def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:
     """A draw by hash of seed and image: in any order of rows, and alike for two suites over one folder."""
+    return sorted(in_order_of_draw(items, seed)[:limit], key=lambda item: item.id)
+
+
+def in_order_of_draw(items: Iterable[Item], seed: int) -> list[Item]:
+    """Every different item once, those that any limit draws first."""
     unique = {item.id: item for item in items}.values()
-    drawn = sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))[:limit]
-    return sorted(drawn, key=lambda item: item.id)
+    return sorted(unique, key=lambda item: (digest_json([seed, item.name]), item.id))
 
 
 def of_half(items: Iterable[Item], half: Half) -> list[Item]:

@@ -1,0 +1,18 @@
+"""``ratchet bench gate``: how often the gate is wrong, on candidates that were really trained.
+
+plans       which candidates, bad and good, from mild to strong; lessons: what each is trained on
+trial       trains one with the updater's own trainer, and keeps its outcomes in a file (engine: quick scoring)
+population  all held-out items of each suite: they decide what is true of a candidate
+cases       truth and verdict of one candidate, the latter by the gate's own decision on the suites' own draw
+resample    other draws of items, also under exact no change and exactly at the margin
+counting    false accepts, false rejects and the slow drift; power, plot: how many items a suite needs
+
+A killed run goes on: what was trained is not trained again. The engineering checks are left out of the verdicts; they
+can only keep more candidates out.
+"""
+
+from __future__ import annotations
+
+from benchmarks.gate.bench import main, run
+
+__all__ = ["main", "run"]

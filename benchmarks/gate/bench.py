@@ -1,0 +1,177 @@
+"""The benchmark's course, its flags, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gate import counting, resample
+from benchmarks.gate.cases import Case, Rule
+from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
+from benchmarks.gate.plot import draw
+from benchmarks.gate.power import power
+from benchmarks.gate.trial import Trial, Workshop, run_all
+from benchmarks.machine import machine
+from ops.errors import ConfigError
+from ops.progress import say, track
+from ops.settings import Settings
+from updater.checkpoint import write_json
+
+Figures = dict[str, Any]
+FEWEST = CHAIN + len(BAD)
+
+
+def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figures:
+    """Train, judge and resample; returns the figures and leaves results.json and power.png in ``out``.
+
+    Raises RatchetError when base or data cannot be had.
+    """
+    started = time.monotonic()
+    workshop = Workshop.open(settings, out)
+    wanted = plans(bad, good)
+    trials = run_all(workshop, wanted)
+    cases = [made for plan in wanted if (made := case(workshop, plan, trials)) is not None]
+    rule = Rule.of(settings.gate)
+    sizes = {name: population.drawn for name, population in workshop.populations.items()}
+    own = {one.name: one.rows({s.name: np.arange(sizes[s.name]) for s in one.suites}) for one in cases}
+    found = counting.rows(cases, [own[one.name] for one in cases], rule)
+    drifted = counting.drift(found, rule, own)
+    harmful = [row.case for row in found if row.truth == "harmful"]
+    fine = [row.case for row in found if row.truth == "good"]
+    drawn = resampled(harmful, fine, rule, sizes, draws)
+    curves = power(fine, rule, draws, seed=5)
+    shipped: dict[str, list[int]] = defaultdict(list)
+    for one in workshop.populations.values():
+        if one.suite.role == "retention":
+            shipped[one.suite.task].append(one.drawn)
+    plot = draw(curves, shipped, out / "power.png") if curves else None
+    total = counting.counted(found)
+    figures = {
+        "false_accepts": total["false_accepts"],
+        "false_rejects": total["false_rejects"],
+        "false_accepts_resampled": drawn["harmful"]["passed"],
+        "false_rejects_resampled": counting.others(drawn["good"]["passed"]),
+        "slow_drift_caught_at": drifted["caught_at"],
+        "total": total,
+        "kinds": counting.by_kind(found),
+        "drift": drifted,
+        "resampled": drawn,
+        "not_trained": {name: trial.trouble for name, trial in trials.items() if trial.trouble},
+        "level": rule.level,
+        "items": {name: [sizes[name], one.n] for name, one in workshop.populations.items()},
+        "seconds": round(time.monotonic() - started, 1),
+        "seconds_of_candidates": round(sum(trial.seconds for trial in trials.values()), 1),
+        "machine": machine(),
+    }
+    results = out / "results.json"
+    write_json(results, {**figures, "power": curves, "candidates": [_about(row) for row in found]})
+    return {**figures, "results": str(results), "plot": str(plot)}
+
+
+def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | None:
+    """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
+    after, base = trials[plan.name], trials["base"].hits
+    if after.trouble:
+        return None
+    before = trials[plan.incumbent].hits if plan.incumbent else base
+    return Case(plan.name, plan.kind, workshop.suites(plan.domain), base, before, after.hits)
+
+
+def resampled(
+    harmful: Sequence[Case], fine: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int
+) -> dict[str, Any]:
+    """Verdicts on ``count`` drawn item sets each: of harmful and good candidates, under no change, at the margin."""
+
+    questions = {
+        "harmful": resample.draws(harmful, rule, sizes, count, seed=1),
+        "good": resample.draws(fine, rule, sizes, count, seed=2),
+        "no_change": resample.draws_unchanged(fine, rule, sizes, count, seed=3),
+        "at_margin": resample.draws_at_margin(fine, rule, sizes, count, seed=4),
+    }
+    found = {name: list(track(asked, f"item sets, {name}", total=count)) for name, asked in questions.items()}
+    return {
+        **{name: counting.tally(drawn) for name, drawn in found.items()},
+        "harmful_by_kind": {
+            kind: counting.tally(one for one in found["harmful"] if one.kind == kind)["passed"]
+            for kind in dict.fromkeys(one.kind for one in found["harmful"])
+        },
+        "suite_at_margin_passed": {
+            name: counting.share(sum(one.edge_passed for one in own), len(own))
+            for name, own in _by_edge(found["at_margin"]).items()
+        },
+    }
+
+
+def _by_edge(found: Sequence[resample.Drawn]) -> dict[str, list[resample.Drawn]]:
+    return {"all": list(found)} | {name: [one for one in found if one.edge == name] for name in {o.edge for o in found}}
+
+
+def _about(row: counting.Row) -> Figures:
+    return {
+        "name": row.case.name,
+        "kind": row.case.kind,
+        "truth": row.truth,
+        "beyond_margin": row.beyond,
+        "gained": row.case.gained,
+        "lost": {s.name: row.case.lost(s) for s in row.case.suites if s.role == "retention"},
+        "outcome": row.judged.outcome,
+        "held_by": [r.name for r in row.judged.results if r.decision != "passed"],
+    }
+
+
+def show(figures: Figures) -> None:
+    """Tables for people, one JSON line for machines (last)."""
+    table = Table("kind", "candidates", "harmful", "idle", "good", "passed", "rejected", "inconclusive",
+                  "false accepts", "false rejects", title="Truth and verdict by kind")  # fmt: skip
+    for kind, row in {**figures["kinds"], "all": figures["total"]}.items():
+        counts = [str(row[key]) for key in ("candidates", "harmful", "idle", "good")]
+        verdicts = [str(row[key]) for key in ("passed", "rejected", "inconclusive")]
+        table.add_row(kind, *counts, *verdicts, _rate(row["false_accepts"]), _rate(row["false_rejects"]))
+    sets = Table("item sets of", "passed", "rejected", "inconclusive", "gain shown", "all kept",
+                 title=f"Resampled items (level of a look {figures['level']:.2%})")  # fmt: skip
+    for name in ("harmful", "good", "no_change", "at_margin"):
+        row = figures["resampled"][name]
+        sets.add_row(name.replace("_", " "), *(_rate(row[key]) for key in counting.TALLIED))
+    console = Console()
+    console.print(table, sets)
+    edge = figures["resampled"]["suite_at_margin_passed"]["all"]
+    console.print(f"A suite exactly at its margin passed: {_rate(edge)}", highlight=False)
+    console.print(f"Slow drift caught at update {figures['drift']['caught_at']}, harmful from update "
+                  f"{figures['drift']['harmful_from']}; {figures['drift']['let_in_without_base']} of {CHAIN} updates "
+                  "would be kept by a comparison with the incumbent alone.", highlight=False)  # fmt: skip
+    console.print(f"Plot {figures['plot']}, results {figures['results']}", highlight=False, soft_wrap=True)
+    print(json.dumps(figures), flush=True)
+
+
+def _rate(share: Mapping[str, Any]) -> str:
+    if share["rate"] is None:
+        return "-"
+    return f"{share['count']}/{share['of']} ({share['low']:.1%} to {share['high']:.1%})"
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench gate``."""
+    parser = argparse.ArgumentParser(prog="ratchet bench gate", description="How often the gate is wrong.")
+    parser.add_argument("--candidates", type=int, default=40, help=f"bad ones, and as many good ones (>= {FEWEST})")
+    parser.add_argument("--fast", action="store_true", help="a candidate or two of each kind, and 100 draws")
+    parser.add_argument("--draws", type=int, default=1000, help="item sets for each question")
+    parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate")
+    asked = parser.parse_args(arguments)
+    if not FEWEST <= asked.candidates <= 150 or asked.draws < 1:
+        raise ConfigError(
+            f"--candidates {asked.candidates} --draws {asked.draws}: too few or too many.",
+            f"Ask for {FEWEST} to 150 candidates (every kind, and {CHAIN} updates of {DRIFT}), and for some draws.",
+        )
+    bad, good, draws = (FEWEST, 2 * len(GOOD), 100) if asked.fast else (asked.candidates, asked.candidates, asked.draws)
+    out = asked.out or settings.home / "bench" / "gate"
+    say(f"{bad} bad and {good} good candidates, {draws} item sets; outcomes are kept in {out / 'outcomes'}")
+    show(run(settings, bad, good, draws, out))

@@ -1,0 +1,120 @@
+"""One candidate's outcomes on all items, what is true of it by them, and what the gate says of any draw of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ops.settings import Gate
+from updater.gate.decision import Scores, conclude, decide
+from updater.gate.statistics import spend
+from updater.gate.suites import Suite
+from updater.gate.verdict import Outcome, SuiteResult
+
+Hits = NDArray[np.float64]
+Outcomes = Mapping[str, Hits]
+"""By suite name, 0 or 1: [items, views]."""
+Truth = Literal["harmful", "idle", "good"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What the gate decides by, at its first look."""
+
+    level: float
+    margin: float
+    min_items: int
+
+    @classmethod
+    def of(cls, settings: Gate) -> Rule:
+        return cls(spend(settings.alpha, 0), settings.margin, settings.min_items)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Aligned outcomes of base, incumbent (``before``) and candidate (``after``).
+
+    ``before is base`` says that nothing was released. ``suites`` are all retention suites and the gain suites.
+    """
+
+    name: str
+    kind: str
+    suites: tuple[Suite, ...]
+    base: Outcomes
+    before: Outcomes
+    after: Outcomes
+
+    def rows(self, picked: Mapping[str, NDArray[np.int_]]) -> Case:
+        """The same models on some of the items, by suite."""
+
+        def some(outcomes: Outcomes) -> Outcomes:
+            return {suite.name: outcomes[suite.name][picked[suite.name]] for suite in self.suites}
+
+        base = some(self.base)
+        return replace(
+            self, base=base, before=base if self.before is self.base else some(self.before), after=some(self.after)
+        )
+
+    def without_base(self) -> Case:
+        """As a gate would see it that compares with the incumbent alone."""
+        return replace(self, base=self.before)
+
+    def lost(self, suite: Suite) -> float:
+        """Share lost on all items, against the better of incumbent and base."""
+        name = suite.name
+        return float(max(self.before[name].mean(), self.base[name].mean()) - self.after[name].mean())
+
+    def beyond(self, rule: Rule) -> float:
+        """Most that a retention suite lost beyond its margin; negative where all are inside."""
+        return max(self.lost(s) - (s.margin or rule.margin) for s in self.suites if s.role == "retention")
+
+    @property
+    def gained(self) -> float:
+        """The largest gain on all items of a gain suite, against the incumbent."""
+        return max(float((self.after[s.name] - self.before[s.name]).mean()) for s in self.suites if s.role == "gain")
+
+    def truth(self, rule: Rule) -> Truth:
+        """Harmful if a retention suite lost more than its margin; else good if it gained anything, and idle if not."""
+        if self.beyond(rule) > 0:
+            return "harmful"
+        return "good" if self.gained > 0 else "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What the gate says."""
+
+    outcome: Outcome
+    results: tuple[SuiteResult, ...]
+
+    @property
+    def kept(self) -> bool:
+        """Whether every retention suite passed."""
+        return all(result.decision == "passed" for result in self.results if result.role == "retention")
+
+    @property
+    def gained(self) -> bool:
+        """Whether a gain suite passed."""
+        return any(result.decision == "passed" for result in self.results if result.role == "gain")
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    ids: NDArray[np.str_]
+    hits: Hits
+
+
+def judge(case: Case, rule: Rule) -> Judged:
+    """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
+    scores = []
+    for suite in case.suites:
+        ids = np.arange(len(case.after[suite.name])).astype(str)
+        base = _Marks(ids, case.base[suite.name])
+        before = base if case.before is case.base else _Marks(ids, case.before[suite.name])
+        scores.append(Scores(suite, base, before, _Marks(ids, case.after[suite.name])))
+    results = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
+    return Judged(conclude(results, ())[0], tuple(results))

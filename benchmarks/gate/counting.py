@@ -1,0 +1,134 @@
+"""Counts of verdicts, as shares with exact intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy import stats
+
+from benchmarks.gate.cases import Case, Judged, Rule, Truth, judge
+from benchmarks.gate.plans import DRIFT
+from benchmarks.gate.resample import Drawn
+from updater.gate.verdict import Outcome
+
+Share = dict[str, float | int | None]
+TALLIED = ("passed", "rejected", "inconclusive", "gain_shown", "all_kept")
+
+
+def share(count: int, of: int) -> Share:
+    """``count`` of ``of`` with its 95% interval (Clopper and Pearson); None where there was nothing to count."""
+    if of == 0:
+        return {"count": 0, "of": 0, "rate": None, "low": None, "high": None}
+    found = stats.binomtest(count, of).proportion_ci(0.95, method="exact")
+    return {"count": count, "of": of, "rate": count / of, "low": float(found.low), "high": float(found.high)}
+
+
+def others(counted: Share) -> Share:
+    """The share of all that were not counted."""
+    return share(int(counted["of"] or 0) - int(counted["count"] or 0), int(counted["of"] or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One candidate."""
+
+    case: Case
+    truth: Truth
+    beyond: float
+    """Most that a suite lost beyond its margin, on all items."""
+    judged: Judged
+    """By the suites' own draws."""
+
+
+def rows(cases: Sequence[Case], drawn: Sequence[Case], rule: Rule) -> list[Row]:
+    """Every case with its truth, and the verdict on ``drawn``, the same models on the suites' own items."""
+    return [
+        Row(case, case.truth(rule), case.beyond(rule), judge(sample, rule))
+        for case, sample in zip(cases, drawn, strict=True)
+    ]
+
+
+def counted(found: Iterable[Row]) -> dict[str, Any]:
+    """Candidates by truth and by verdict, false accepts among the harmful and false rejects among the good.
+
+    A good candidate that is not let in counts as a false reject, whether it was rejected or left undecided, and whether
+    retention (``good_not_kept``) or an unproven gain kept it out.
+    """
+    kept = list(found)
+    harmful = [row for row in kept if row.truth == "harmful"]
+    good = [row for row in kept if row.truth == "good"]
+    idle = [row for row in kept if row.truth == "idle"]
+    return {
+        "candidates": len(kept),
+        "harmful": len(harmful),
+        "idle": len(idle),
+        "good": len(good),
+        **{outcome: _with(kept, outcome) for outcome in ("passed", "rejected", "inconclusive")},
+        "false_accepts": share(_with(harmful, "passed"), len(harmful)),
+        "false_rejects": share(len(good) - _with(good, "passed"), len(good)),
+        "good_rejected": share(_with(good, "rejected"), len(good)),
+        "good_not_kept": share(sum(not row.judged.kept for row in good), len(good)),
+        "idle_accepted": share(_with(idle, "passed"), len(idle)),
+    }
+
+
+def by_kind(found: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """:func:`counted` for each kind, in order of appearance."""
+    kinds = dict.fromkeys(row.case.kind for row in found)
+    return {kind: counted(row for row in found if row.case.kind == kind) for kind in kinds}
+
+
+def drift(found: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[str, Any]:
+    """The slow drift, update by update, with and without the comparison with the base.
+
+    It is *caught* at the first update that retention keeps out with the base and would have let in without it.
+    """
+    steps = []
+    for number, row in enumerate([row for row in found if row.case.kind == DRIFT], 1):
+        blind = judge(drawn[row.case.name].without_base(), rule)
+        alone = row.case.without_base()
+        steps.append(
+            {
+                "update": number,
+                "truth": row.truth,
+                "beyond_base_margin": row.beyond,
+                "within_margin_of_incumbent": alone.beyond(rule) <= 0,
+                "outcome": row.judged.outcome,
+                "outcome_without_base": blind.outcome,
+                "kept": row.judged.kept,
+                "kept_without_base": blind.kept,
+                "gained": row.judged.gained,
+                "by": [r.name for r in row.judged.results if r.role == "retention" and r.decision != "passed"],
+            }
+        )
+    caught = [step["update"] for step in steps if step["kept_without_base"] and not step["kept"]]
+    harmful = [step["update"] for step in steps if step["truth"] == "harmful"]
+    return {
+        "steps": steps,
+        "caught_at": caught[0] if caught else None,
+        "harmful_from": harmful[0] if harmful else None,
+        "let_in_without_base": sum(step["kept_without_base"] for step in steps),
+    }
+
+
+def tally(drawn: Iterable[Drawn]) -> dict[str, Share]:
+    """Shares of drawn item sets: let in, refused, undecided, a gain shown, all retention suites passed."""
+    found = [one.judged for one in drawn]
+    counts = (
+        _outcomes(found, "passed"),
+        _outcomes(found, "rejected"),
+        _outcomes(found, "inconclusive"),
+        sum(one.gained for one in found),
+        sum(one.kept for one in found),
+    )
+    return {name: share(count, len(found)) for name, count in zip(TALLIED, counts, strict=True)}
+
+
+def _with(found: Sequence[Row], outcome: Outcome) -> int:
+    return _outcomes([row.judged for row in found], outcome)
+
+
+def _outcomes(found: Sequence[Judged], outcome: Outcome) -> int:
+    return sum(one.outcome == outcome for one in found)

@@ -1,0 +1,60 @@
+"""How many items a suite needs: the chance that non-inferiority is shown when nothing has changed.
+
+Items disagree between two models that are equally good; the disagreement is that of the good candidates, symmetric by
+a coin. A suite is tested at the level of Holm's first and hardest step, as when each is as near its margin as another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gate.cases import Case, Rule
+from benchmarks.gate.resample import swapped
+from ops.progress import track
+from updater.gate.statistics import Comparison, compare_accuracy, compare_recall
+from updater.gate.suites import Suite, Task
+
+SIZES = (100, 150, 250, 400, 600, 1000, 1600)
+MARGINS = (0.03, 0.04, 0.05, 0.06, 0.08)
+TASKS: tuple[Task, ...] = ("retrieval", "classification")
+
+
+def power(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> list[dict[str, Any]]:
+    """Power by task, suite size and margin: ``count`` item sets for each size, from the good candidates in turn."""
+    found = []
+    rng = np.random.default_rng(seed)
+    for task in TASKS:
+        sources = [(case, suite) for case in cases for suite in case.suites if _guards(suite, task)]
+        if not sources:
+            continue
+        local = rule.level / len([s for s in cases[0].suites if s.role == "retention"])
+        for size in track(SIZES, f"power, {task}"):
+            lows = np.array([_low(sources[i % len(sources)], size, local, rng) for i in range(count)])
+            found += [
+                {"task": task, "items": size, "margin": margin, "power": float((lows >= -margin).mean()),
+                 "draws": count, "level": local}
+                for margin in MARGINS
+            ]  # fmt: skip
+    return found
+
+
+def _guards(suite: Suite, task: Task) -> bool:
+    return suite.role == "retention" and suite.task == task
+
+
+def _low(source: tuple[Case, Suite], size: int, level: float, rng: np.random.Generator) -> float:
+    """The lower bound of the difference on one draw; above -margin is what the test at ``level`` asks for."""
+    case, suite = source
+    before, after = case.before[suite.name], case.after[suite.name]
+    rows = rng.integers(len(before), size=size)
+    first, second = swapped(before[rows], after[rows], rng)
+    return _compare(suite, first, second, level).bounds(level)[0]
+
+
+def _compare(suite: Suite, before: np.ndarray, after: np.ndarray, level: float) -> Comparison:
+    if suite.task == "classification":
+        return compare_accuracy(before[:, 0], after[:, 0], margin=0.05)
+    return compare_recall(before, after, margin=0.05, level=level)

@@ -1,0 +1,106 @@
+"""What the gate would have said of other items: draws with replacement from a candidate's outcomes on all of them.
+
+Two kinds of outcomes are made of real ones, so that the truth is known exactly. Under *no change* each drawn item's
+two sides are swapped by a fair coin: items disagree as often as they did, and the true difference is 0. *At the margin*
+hits are lost besides, so that the true difference is the margin: there the gate may let the suite pass with
+probability ``level``, and with no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gate.cases import Case, Hits, Judged, Rule, judge
+from updater.gate.suites import Suite
+
+Generator = np.random.Generator
+Pick = dict[str, NDArray[np.int_]]
+
+
+def pick(case: Case, sizes: dict[str, int], rng: Generator) -> Pick:
+    """So many items of each suite, with replacement."""
+    return {s.name: rng.integers(len(case.after[s.name]), size=sizes[s.name]) for s in case.suites}
+
+
+def swapped(before: Hits, after: Hits, rng: Generator) -> tuple[Hits, Hits]:
+    """Both sides of each item, exchanged or not."""
+    coin = rng.random(len(before))[:, None] < 0.5
+    return np.where(coin, after, before), np.where(coin, before, after)
+
+
+def lowered(after: Hits, share: float, rng: Generator) -> Hits:
+    """Each hit lost with probability ``share``."""
+    return np.where(rng.random(after.shape) < share, 0.0, after)
+
+
+def share_to_lose(before: Hits, after: Hits, margin: float) -> float:
+    """Of the hits of both sides taken together: losing it costs ``margin``. Raises ValueError where it cannot."""
+    common = float(before.mean() + after.mean()) / 2
+    if common < margin:
+        raise ValueError(f"a share of {common:.3f} right answers cannot lose {margin}")
+    return margin / common
+
+
+def unchanged(case: Case, drawn: Case, rng: Generator, edge: Suite | None = None, margin: float = 0.0) -> Case:
+    """``drawn`` with the true difference of every retention suite made 0; that of suite ``edge`` becomes -margin.
+
+    ``case`` holds the outcomes on all items. Base and incumbent are one here: one comparison is under test. Without
+    an ``edge`` the gain suites do not change either; with one they keep what was learnt, so that only it is in the way.
+    """
+    before, after = {}, {}
+    for suite in drawn.suites:
+        name = suite.name
+        first, second = drawn.before[name], drawn.after[name]
+        if suite.role == "retention" or edge is None:
+            first, second = swapped(first, second, rng)
+        if edge is not None and name == edge.name:
+            second = lowered(second, share_to_lose(case.before[name], case.after[name], margin), rng)
+        before[name], after[name] = first, second
+    return replace(drawn, base=before, before=before, after=after)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The verdict on one drawn item set."""
+
+    kind: str
+    """Of the candidate."""
+    judged: Judged
+    edge: str = ""
+    """The suite that was exactly at its margin."""
+
+    @property
+    def edge_passed(self) -> bool:
+        """Whether the gate let that suite pass."""
+        return any(result.name == self.edge and result.decision == "passed" for result in self.judged.results)
+
+
+def draws(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+    """``count`` verdicts on drawn item sets, the cases in turn."""
+    rng = np.random.default_rng(seed)
+    for number in range(count if cases else 0):
+        case = cases[number % len(cases)]
+        yield Drawn(case.kind, judge(case.rows(pick(case, sizes, rng)), rule))
+
+
+def draws_unchanged(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+    """As :func:`draws`, under exact no change."""
+    rng = np.random.default_rng(seed)
+    for number in range(count if cases else 0):
+        case = cases[number % len(cases)]
+        yield Drawn(case.kind, judge(unchanged(case, case.rows(pick(case, sizes, rng)), rng), rule))
+
+
+def draws_at_margin(cases: Sequence[Case], rule: Rule, sizes: dict[str, int], count: int, seed: int) -> Iterator[Drawn]:
+    """As :func:`draws`, with one retention suite, each in turn, exactly at its margin."""
+    rng = np.random.default_rng(seed)
+    for number in range(count if cases else 0):
+        case = cases[number % len(cases)]
+        retention = [suite for suite in case.suites if suite.role == "retention"]
+        edge = retention[number // len(cases) % len(retention)]
+        drawn = case.rows(pick(case, sizes, rng))
+        yield Drawn(case.kind, judge(unchanged(case, drawn, rng, edge, edge.margin or rule.margin), rule), edge.name)

@@ -1,0 +1,150 @@
+"""Train one candidate, ask it everything, and keep its outcomes in one file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gate.engine import LateEngine
+from benchmarks.gate.lessons import pools
+from benchmarks.gate.plans import KNOWN, NEW, Plan
+from benchmarks.gate.population import Hits, Population
+from ops.digests import digest_json
+from ops.errors import RatchetError, TrainingError
+from ops.progress import step
+from ops.settings import Settings
+from serving.engines.base import ClipBase, load_base
+from streams.demo import DOMAINS, prepare_domain
+from updater.gate.kept import keep, kept
+from updater.gate.score import Scorer
+from updater.gate.suites import Suite, load_suites
+from updater.result import Limits
+from updater.train import train
+
+LIMITS = Limits(gflops=1e9, seconds=3600.0, threads=1, checkpoint_steps=1000)
+"""Steps are bounded by the recipes, not by the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One model and what it answered. ``hits`` is empty where training itself refused the candidate."""
+
+    name: str
+    adapter: str
+    """Empty for the base."""
+    hits: dict[str, Hits]
+    """By suite name, of every item: [n, views]."""
+    seconds: float
+    trouble: str = ""
+
+
+class Workshop:
+    """The base, its serving engine, the suites with all their items, and a folder of what was found."""
+
+    def __init__(self, home: Path, base: ClipBase, suites: Sequence[Suite], out: Path) -> None:
+        """Raises GateError when the data of a suite are missing."""
+        self.home, self.base, self.out = home, base, out
+        self.populations = {suite.name: Population.of(suite) for suite in suites}
+        self.engine = LateEngine(base)
+        self.scorer = Scorer(self.engine)
+        self._asked = digest_json([population.digest for population in self.populations.values()])
+
+    @classmethod
+    def open(cls, settings: Settings, out: Path) -> Workshop:
+        """With the settings' base, and data that are prepared where they are missing. Raises RatchetError."""
+        retention = [s for s in load_suites([], settings.home, "clip") if s.role == "retention"]
+        for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
+            prepare_domain(domain, settings.home)
+        gains = [fresh(settings.home, domain) for domain in NEW]
+        return cls(settings.home, load_base(settings.home, settings.base.clip), [*retention, *gains], out)
+
+    def suites(self, domain: str) -> tuple[Suite, ...]:
+        """What a candidate that learnt a domain is asked: every retention suite, and this domain."""
+        wanted = fresh_name(domain)
+        asked = [population.suite for population in self.populations.values()]
+        return tuple(suite for suite in asked if suite.role == "retention" or suite.name == wanted)
+
+    def of_base(self) -> Trial:
+        """What the base answers."""
+        key = digest_json([self.base.digest, self._asked])
+        return self._kept("base", key) or self._keep(Trial("base", "", self._hits(None), 0.0), key)
+
+    def of(self, plan: Plan, incumbent: Trial | None) -> Trial:
+        """What a candidate answers; trained unless its file is there. ``incumbent``: the trial it goes on from."""
+        given = {**asdict(plan), "recipe": plan.recipe.digest}
+        key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._asked])
+        return self._kept(plan.name, key) or self._keep(self._made(plan, incumbent), key)
+
+    def _made(self, plan: Plan, incumbent: Trial | None) -> Trial:
+        started = time.monotonic()
+        adapters, work = self.out / "adapters", self.out / "work" / plan.name
+        before = adapters / incumbent.adapter if incumbent else None
+        with step(f"candidate {plan.name}"):
+            lessons = pools(plan, self.home)
+            try:
+                result = train(
+                    self.base, plan.recipe, lessons, before, seed=plan.seed, limits=LIMITS, out_dir=adapters,
+                    work_dir=work, device="cpu",
+                )  # fmt: skip
+            except TrainingError as error:
+                return Trial(plan.name, "", {}, time.monotonic() - started, error.message)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+            self.engine.load(result.adapter, result.directory)
+            hits = self._hits(result.adapter)
+            self.scorer.forget(result.adapter)
+            self.engine.unload(result.adapter)
+        return Trial(plan.name, result.adapter, hits, time.monotonic() - started)
+
+    def _hits(self, adapter: str | None) -> dict[str, Hits]:
+        return {name: population.hits(self.scorer, adapter) for name, population in self.populations.items()}
+
+    def _path(self, name: str) -> Path:
+        return self.out / "outcomes" / f"{name}.npz"
+
+    def _keep(self, trial: Trial, key: str) -> Trial:
+        about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.trouble}
+        arrays = {name: hits.astype(np.uint8) for name, hits in trial.hits.items()}
+        keep(self._path(trial.name), about=np.array(json.dumps(about)), **arrays)
+        return trial
+
+    def _kept(self, name: str, key: str) -> Trial | None:
+        found = kept(self._path(name), ("about",))
+        about: dict[str, Any] = json.loads(str(found[0])) if found else {}
+        if about.get("key") != key:
+            return None
+        names = [] if about["trouble"] else list(self.populations)
+        arrays = kept(self._path(name), names)
+        if arrays is None:
+            return None
+        hits = {suite: array.astype(np.float64) for suite, array in zip(names, arrays, strict=True)}
+        return Trial(name, about["adapter"], hits, about["seconds"], about["trouble"])
+
+
+def fresh_name(domain: str) -> str:
+    """Name of a domain's gain suite, as the gate's own."""
+    return f"fresh.{domain}"
+
+
+def fresh(home: Path, domain: str) -> Suite:
+    """A domain's held-out items as the gain suite that its `fresh_eval` samples would be."""
+    data = str(home / "data" / domain)
+    return Suite(name=fresh_name(domain), role="gain", task="retrieval", data=data, split="test", limit=400)
+
+
+def run_all(workshop: Workshop, wanted: Sequence[Plan]) -> Mapping[str, Trial]:
+    """Every plan's trial by name. Raises RatchetError when a plan's incumbent could not be trained."""
+    found: dict[str, Trial] = {"base": workshop.of_base()}
+    for plan in wanted:
+        incumbent = found[plan.incumbent] if plan.incumbent else None
+        if incumbent is not None and incumbent.trouble:
+            raise RatchetError(f"{plan.name} goes on from {plan.incumbent}: {incumbent.trouble}", "Lower its rate.")
+        found[plan.name] = workshop.of(plan, incumbent)
+    return found

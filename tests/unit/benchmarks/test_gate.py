@@ -1,0 +1,168 @@
+"""The gate's benchmark on made-up outcomes: draws keep the truth they promise, and counts are what they are called."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.gate import counting
+from benchmarks.gate.cases import Case, Rule, judge
+from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
+from benchmarks.gate.power import power
+from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
+from ops.settings import Gate
+from tests.unit.gate.builders import suite_over
+from updater.gate.suites import Suite
+
+RULE = Rule.of(Gate())
+N = 400
+
+
+def hits(share: float, views: int, seed: int) -> np.ndarray:
+    return (np.random.default_rng(seed).random((N, views)) < share).astype(float)
+
+
+def after(before: np.ndarray, lost: float, gained: float, seed: int) -> np.ndarray:
+    """``before`` with such shares of its hits lost and of its misses found."""
+    chance = np.random.default_rng(seed).random(before.shape)
+    return np.where(before > 0, chance >= lost, chance < gained).astype(float)
+
+
+KNOWN, CLASSES, NEW = (
+    suite_over(hits(0.5, 2, 0), "known", "retention", "retrieval", 0.08),
+    suite_over(hits(0.5, 1, 0), "classes", "retention", "classification", 0.08),
+    suite_over(hits(0.3, 2, 0), "fresh.new", "gain", "retrieval"),
+)
+SUITES: tuple[Suite, ...] = (KNOWN, CLASSES, NEW)
+SIZES = {suite.name: N for suite in SUITES}
+BASE = {suite.name: hits(0.45, len(suite.views), seed) for seed, suite in enumerate(SUITES)}
+
+
+def case(name: str, lost: float, gained: float = 0.25, kind: str = "kind", before: dict | None = None) -> Case:
+    """Loses such a share of all hits of the retention suites, and finds such a share of the new domain's misses."""
+    given = before or BASE
+    found = {s.name: after(given[s.name], lost, min(lost, 0.02) * 0.8, 10 + i) for i, s in enumerate((KNOWN, CLASSES))}
+    found[NEW.name] = after(given[NEW.name], 0.02, gained, 20)
+    return Case(name, kind, SUITES, BASE, given, found)
+
+
+GOOD_ONE, BAD_ONE = case("good", 0.02), case("bad", 0.9)
+
+
+def test_truth_is_decided_by_all_items() -> None:
+    assert GOOD_ONE.truth(RULE) == "good"
+    assert BAD_ONE.truth(RULE) == "harmful" and BAD_ONE.beyond(RULE) > 0
+    assert case("idle", 0.0, gained=0.0).truth(RULE) == "idle"
+
+
+def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -> None:
+    """The incumbent has lost 13 points already; the candidate leaves things as they are."""
+    incumbent = {name: after(found, 0.3, 0.0, 30) for name, found in BASE.items()}
+    late = case("late", 0.01, before=incumbent)
+    assert late.truth(RULE) == "harmful" and late.without_base().truth(RULE) == "good"
+    assert not judge(late, RULE).kept and judge(late.without_base(), RULE).kept
+    (found,) = counting.rows([replace(late, kind=DRIFT)], [late], RULE)
+    drifted = counting.drift([found], RULE, {"late": late})
+    assert drifted["caught_at"] == drifted["harmful_from"] == 1
+    assert drifted["steps"][0]["by"] == ["known", "classes"]
+    assert drifted["let_in_without_base"] == 1
+
+
+def test_swapping_sides_leaves_no_difference_and_all_disagreement() -> None:
+    before, later = BASE["known"], BAD_ONE.after["known"]
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(300):
+        first, second = swapped(before, later, rng)
+        assert np.array_equal(first != second, before != later)
+        means.append((second - first).mean())
+    assert abs(np.mean(means)) < 4 * np.std(means) / 300**0.5
+    assert abs((later - before).mean()) > 0.05, "the real difference is one that would have been seen"
+
+
+def test_lowering_costs_the_margin_exactly_on_average() -> None:
+    before, later = BASE["known"], GOOD_ONE.after["known"]
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(300):
+        first, second = swapped(before, later, rng)
+        found.append((lowered(second, share_to_lose(before, later, 0.08), rng) - first).mean())
+    assert abs(np.mean(found) + 0.08) < 4 * np.std(found) / 300**0.5
+    with pytest.raises(ValueError, match="cannot lose"):
+        share_to_lose(np.zeros((9, 1)), np.ones((9, 1)) * 0.1, 0.08)
+
+
+def test_draws_take_the_same_items_of_all_models() -> None:
+    numbered = {name: np.arange(2.0 * N).reshape(N, 2) for name in SIZES}
+    one = replace(GOOD_ONE, base=numbered, before=numbered, after=numbered)
+    drawn = one.rows(pick(one, {**SIZES, "known": 50}, np.random.default_rng(1)))
+    assert drawn.before is drawn.base, "nothing was released there either"
+    for name, found in drawn.after.items():
+        assert np.array_equal(found, drawn.base[name])
+        assert len(found) == (50 if name == "known" else N)
+
+
+def test_harmful_candidates_are_kept_out_and_good_ones_let_in_whatever_the_draw() -> None:
+    assert counting.tally(draws([BAD_ONE], RULE, SIZES, 12, seed=0))["passed"]["count"] == 0
+    assert counting.tally(draws([GOOD_ONE], RULE, SIZES, 12, seed=0))["passed"]["count"] == 12
+    assert list(draws([], RULE, SIZES, 12, seed=0)) == []
+
+
+def test_without_change_no_gain_is_shown_and_nothing_is_rejected() -> None:
+    found = counting.tally(draws_unchanged([GOOD_ONE], RULE, SIZES, 40, seed=3))
+    assert found["gain_shown"]["count"] <= 5, "3% of 40 are expected"
+    assert found["all_kept"]["count"] >= 35
+    assert found["rejected"]["count"] <= 2
+
+
+def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
+    found = list(draws_at_margin([GOOD_ONE], RULE, SIZES, 60, seed=4))
+    assert {one.edge for one in found} == {"known", "classes"}
+    assert sum(one.edge_passed for one in found) <= 7, "3% of 60 are expected"
+    assert sum(one.judged.gained for one in found) > 50, "what was learnt is still there"
+    lax = list(draws_at_margin([GOOD_ONE], Rule(0.4, 0.05, 50), SIZES, 60, seed=4))
+    assert 12 <= sum(one.edge_passed for one in lax) <= 36, "the size of the test is its level"
+
+
+def test_shares_carry_exact_intervals() -> None:
+    found = counting.share(0, 60)
+    assert found["low"] == 0.0
+    assert found["high"] == pytest.approx(1 - 0.025 ** (1 / 60))
+    assert counting.share(0, 0)["rate"] is None
+    assert counting.others(counting.share(2, 60)) == counting.share(58, 60)
+
+
+def test_false_accepts_are_of_the_harmful_and_false_rejects_of_the_good() -> None:
+    """Verdicts fall on the suites' own draw, which may show something else than all items."""
+    cases = [GOOD_ONE, BAD_ONE, case("unlucky", 0.02), case("lucky", 0.9)]
+    seen = [GOOD_ONE, BAD_ONE, replace(BAD_ONE, name="unlucky"), replace(GOOD_ONE, name="lucky")]
+    found = counting.counted(counting.rows(cases, seen, RULE))
+    assert (found["harmful"], found["good"], found["idle"]) == (2, 2, 0)
+    assert (found["false_accepts"]["count"], found["false_accepts"]["of"]) == (1, 2)
+    assert [found[key]["count"] for key in ("false_rejects", "good_rejected", "good_not_kept")] == [1, 1, 1]
+    assert counting.by_kind(counting.rows(cases, seen, RULE))["kind"] == found
+
+
+def test_power_grows_with_items_and_with_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gate.power.SIZES", (100, 600))
+    curve = {(r["task"], r["items"], r["margin"]): r["power"] for r in power([case("shaky", 0.1)], RULE, 25, seed=0)}
+    for task in ("retrieval", "classification"):
+        assert curve[task, 100, 0.03] < curve[task, 600, 0.08] == 1.0
+        assert curve[task, 600, 0.03] <= curve[task, 600, 0.05]
+
+
+def test_every_kind_is_there_and_an_incumbent_comes_first() -> None:
+    found = plans(40, 40)
+    kinds = [plan.kind for plan in found]
+    assert len(found) == 80 and set(kinds) == {*BAD, *GOOD, DRIFT}
+    assert kinds.count(DRIFT) == CHAIN and sum(kind in GOOD for kind in kinds) == 40
+    before: set[str] = {""}
+    for plan in found:
+        assert plan.incumbent in before
+        before.add(plan.name)
+    assert len(before) == 81, "names are unique"
+    assert {plan.kind for plan in plans(15, 2)} == set(kinds)
+    with pytest.raises(ValueError, match="every kind"):
+        plans(14, 2)

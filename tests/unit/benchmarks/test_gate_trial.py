@@ -1,0 +1,157 @@
+"""What the gate's benchmark asks, and with which engine: galleries, kept boundaries, and lies about pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.gate.engine import LateEngine
+from benchmarks.gate.lessons import NOTHING, pools
+from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
+from benchmarks.gate.population import Population
+from benchmarks.gate.trial import Workshop, fresh, run_all
+from ops.errors import AdapterError, RatchetError, TrainingError
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.builders import recipe, run
+from updater.gate.score import Scorer
+from updater.gate.suites import Suite
+from updater.train import TrainResult
+
+LAST = {"blocks": 1}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    for domain in {*NEW, *KNOWN}:
+        folder_dataset(home / "data" / domain, split="train")
+    return home
+
+
+@pytest.fixture(scope="module")
+def base(home: Path) -> ClipBase:
+    return tiny_base(home)
+
+
+@pytest.fixture(scope="module")
+def late(base: ClipBase, home: Path) -> TrainResult:
+    """Trained in the last blocks alone."""
+    return run(base, home / "late", recipe=recipe(image=LAST, text=LAST))
+
+
+def test_kept_boundaries_change_no_vector(base: ClipBase, late: TrainResult) -> None:
+    plain, quick = ClipEngine(base), LateEngine(base)
+    for engine in (plain, quick):
+        engine.load(late.adapter, late.directory)
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 32, 32, 3), dtype=np.uint8)
+    texts = ["a red car", "a house", "two trees beside a long road", "a red car"]
+    base_first = quick.encode_texts(texts[::-1], None)
+    assert np.allclose(base_first, plain.encode_texts(texts[::-1], None), atol=1e-5)
+    for rows in ([0, 1, 2, 3, 4, 5], [4, 0, 4], [5]):  # the later ones are known
+        for adapter in (None, late.adapter):
+            expected = plain.encode_images(pixels[rows], adapter)
+            assert np.allclose(quick.encode_images(pixels[rows], adapter), expected, atol=1e-5)
+    moved = quick.encode_texts(texts, late.adapter)
+    assert np.allclose(moved, plain.encode_texts(texts, late.adapter), atol=1e-5)
+    assert not np.allclose(moved, base_first[::-1], atol=1e-4), "the adapter does change them"
+
+
+def test_an_adapter_of_early_blocks_is_refused(base: ClipBase, tmp_path: Path) -> None:
+    quick = LateEngine(base)
+    name = tiny_adapter(base, tmp_path / "early", seed=1)
+    with pytest.raises(AdapterError, match="before the last ones"):
+        quick.load(name, tmp_path / "early")
+    assert quick.resident == ()
+    with pytest.raises(AdapterError, match="not resident"):
+        quick.encode_texts(["a"], name)
+
+
+@pytest.mark.parametrize("limit", [15, 40, 60])
+def test_every_item_is_asked_once_and_the_first_are_the_suites_own(base: ClipBase, home: Path, limit: int) -> None:
+    suite = Suite(name="things", task="retrieval", data=str(home / "data" / NEW[0]), limit=limit)
+    population = Population.of(suite)
+    assert population.n == 40 and population.drawn == min(limit, 40)
+    asked = [i.id for g in population.galleries for i, own in zip(g.suite.items(), g.counted, strict=True) if own]
+    assert len(set(asked)) == len(asked) == 40
+    assert {len(gallery.suite.items()) for gallery in population.galleries} == {min(limit, 40)}
+    scorer = Scorer(ClipEngine(base))
+    hits = population.hits(scorer, None)
+    assert hits.shape == (40, 2)
+    assert np.array_equal(hits[: population.drawn], scorer.score(suite, None).hits)
+
+
+def plan(lie: str) -> Plan:
+    found = next(plan for plan in plans(40, 40) if plan.lie == lie)
+    return replace(found, new=20, share=0.6 if found.share else 0.0)
+
+
+def test_lies_are_about_the_pictures_that_they_should_be_about(home: Path) -> None:
+    truth = {i: f"thing number {i}" for i in range(40)}
+
+    def honest(lie: str, domain: str = "") -> list[bool]:
+        return [
+            pair.text == truth[int(pair.id.split("/")[1].split(".")[0])]
+            for pair in pools(plan(lie), home).new
+            if pair.id.startswith(domain)
+        ]
+
+    assert all(honest(""))
+    assert sum(honest("shuffled")) < 5
+    for lie in ("poisoned", "forgotten"):
+        assert all(honest(lie, plan(lie).domain)) and not all(honest(lie))
+    forgotten = pools(plan("forgotten"), home)
+    victim = plan("forgotten").victim
+    assert {pair.text for pair in forgotten.new if pair.id.startswith(victim)} == {NOTHING}
+    assert not any(pair.id.startswith(victim) for pair in forgotten.reference)
+    poisoned = Counter(pair.text for pair in pools(plan("poisoned"), home).new)
+    assert len(poisoned) > 10 and pools(plan("poisoned"), home).digest == pools(plan("poisoned"), home).digest
+
+
+@pytest.fixture
+def workshop(base: ClipBase, home: Path, tmp_path: Path) -> Workshop:
+    held = Suite(name="held", task="retrieval", data=str(home / "data" / KNOWN[0]), limit=15)
+    gain = fresh(home, NEW[0]).model_copy(update={"split": None})
+    return Workshop(home, base, [held, gain], tmp_path / "out")
+
+
+def short(name: str, incumbent: str = "") -> Plan:
+    small = recipe("naive", image=LAST, text=LAST, max_steps=2, reference_limit=0)
+    return Plan(name, "naive", small, NEW[0], new=12, seed=1, incumbent=incumbent)
+
+
+def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [short("one"), short("two", incumbent="one")]
+    first = run_all(workshop, wanted)
+    assert workshop.engine.resident == ()
+
+    def never(*_: object, **__: object) -> TrainResult:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("benchmarks.gate.trial.train", never)
+    again = run_all(Workshop(workshop.home, workshop.base, [p.suite for p in workshop.populations.values()],
+                             workshop.out), wanted)  # fmt: skip
+    for name, trial in first.items():
+        assert again[name].adapter == trial.adapter
+        assert all(np.array_equal(again[name].hits[suite], hits) for suite, hits in trial.hits.items())
+    assert first["two"].adapter != first["one"].adapter
+    with pytest.raises(AssertionError, match="trained again"):
+        workshop.of(replace(wanted[0], new=13), None)  # another plan of that name
+
+
+def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(*_: object, **__: object) -> TrainResult:
+        raise TrainingError("the loss of step 3 is nan")
+
+    monkeypatch.setattr("benchmarks.gate.trial.train", diverges)
+    found = run_all(workshop, [short("one")])["one"]
+    assert found.trouble == "the loss of step 3 is nan" and not found.hits
+    assert workshop.of(short("one"), None) == found
+    with pytest.raises(RatchetError, match="two goes on from one"):
+        run_all(workshop, [short("one"), short("two", incumbent="one")])
