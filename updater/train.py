@@ -50,6 +50,7 @@ def train(
     out_dir: Path,
     work_dir: Path,
     stop: Callable[[], bool] = lambda: False,
+    give_way: Callable[[], float] = lambda: 1.0,
     device: str | None = None,
 ) -> TrainResult:
     """Train one update.
@@ -59,6 +60,7 @@ def train(
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
+        give_way: asked between steps for the share of the duty cycle that may be used just now.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
@@ -70,7 +72,7 @@ def train(
     start = read_delta(incumbent) if incumbent else {}
     run = digest_json([base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None])
     with _reproducible(limits.threads):
-        return _Run(base, recipe, pools, start, seed, limits, out_dir, work_dir, stop, place, run).go()
+        return _Run(base, recipe, pools, start, seed, limits, out_dir, work_dir, stop, give_way, place, run).go()
 
 
 class _Run:
@@ -78,10 +80,10 @@ class _Run:
 
     def __init__(
         self, base: Base, recipe: Recipe, pools: Pools, start: Delta, seed: int, limits: Limits,
-        out_dir: Path, work_dir: Path, stop: Callable[[], bool], device: str, run: str,
+        out_dir: Path, work_dir: Path, stop: Callable[[], bool], give_way: Callable[[], float], device: str, run: str,
     ) -> None:  # fmt: skip
         self.recipe, self.start, self.limits, self.run = recipe, start, limits, run
-        self.out_dir, self.work_dir, self.stop = out_dir, work_dir, stop
+        self.out_dir, self.work_dir, self.stop, self.give_way = out_dir, work_dir, stop, give_way
         self.learner: AnyLearner = make_learner(base, recipe, start, seed, device)
         self.pools = pools = _usable(pools, self.learner)
         self.examples = [example for part in PARTS for example in pools.of(part)]
@@ -178,8 +180,9 @@ class _Run:
                 save_checkpoint(self.work_dir, self.learner.state(), progress)
             raise Stopped
         worked = time.monotonic() - self.slept
-        if self.limits.duty_cycle < 1:
-            time.sleep(worked * (1 / self.limits.duty_cycle - 1))
+        share = self.limits.duty_cycle * self.give_way()
+        if share < 1:
+            time.sleep(worked * (1 / share - 1))
         self.slept = time.monotonic()
 
 
