@@ -18,9 +18,9 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 class Section(BaseModel):
-    """A group of fields; unknown keys are errors."""
+    """A group of fields; unknown keys are errors, and so are numbers that are not finite (``.inf``, ``.nan``)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Tower(Section):

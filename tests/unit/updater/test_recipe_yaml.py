@@ -8,11 +8,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import pytest
 from annotated_types import MinLen, Predicate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from ops.errors import ConfigError
 from updater.recipes import Mixture, Recipe, load_recipe
 
 
@@ -78,6 +80,15 @@ def test_any_recipe_survives_the_way_through_yaml(recipe: Recipe) -> None:
         again = load_recipe(file)
     assert again == recipe
     assert again.digest == recipe.digest
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+def test_a_number_that_is_not_finite_is_refused_by_name(number: float) -> None:
+    values = load_recipe("default").model_dump(mode="json")
+    with pytest.raises(ConfigError, match=r"schedule\.peak"):
+        Recipe.parse({**values, "schedule": {"peak": number}})
+    with pytest.raises(ConfigError, match=r"objectives\.0\.options\.size"):
+        Recipe.parse({**values, "objectives": [{"name": "contrastive", "options": {"size": number}}]})
 
 
 def test_the_recipes_that_are_tried_set_every_field() -> None:
