@@ -124,7 +124,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # Beyond ASCII everything is escaped: PyYAML writes one of the line breaks (U+0085) as it is, and reads a space.
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe") -> Recipe:

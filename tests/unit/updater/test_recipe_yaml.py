@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pytest
 from annotated_types import MinLen, Predicate
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
@@ -71,8 +71,9 @@ def shares() -> st.SearchStrategy[Mixture]:
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(model(Recipe))
+@example(load_recipe("default").model_copy(update={"description": "ΔW\x85and\r\nlines\x00"}))
 def test_any_recipe_survives_the_way_through_yaml(recipe: Recipe) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "recipe.yaml"
@@ -95,7 +96,7 @@ def test_the_recipes_that_are_tried_set_every_field() -> None:
     """Otherwise the test above could pass by leaving a field at its default."""
     seen: dict[str, set[str]] = {name: set() for name in Recipe.model_fields}
 
-    @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(model(Recipe))
     def look(recipe: Recipe) -> None:
         for name in seen:
