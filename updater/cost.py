@@ -32,8 +32,8 @@ class Cost:
     """Forward and backward of one batch."""
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
-    samples: int
-    """Such passes before the first step: one of each sample, and those of further teachers."""
+    prepare_gflops: float
+    """All that is computed before the first step: teachers' passes, and what no step changes."""
     peak_bytes: float
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
@@ -50,8 +50,8 @@ class Cost:
 
     @property
     def maf_prepare(self) -> float:
-        """Memory-adjusted GFLOPs of all teacher passes."""
-        return self.sample_gflops * self.samples * self.memory_ratio
+        """Memory-adjusted GFLOPs before the first step."""
+        return self.prepare_gflops * self.memory_ratio
 
     def maf(self, steps: int) -> float:
         """Memory-adjusted GFLOPs of an update of so many steps."""
@@ -73,9 +73,9 @@ class Cost:
         return asdict(self)
 
 
-def measure(learner: AnyLearner, examples: list[Example], rows: list[int]) -> Cost:
+def measure(learner: AnyLearner, examples: list[Example], rows: list[int], prepare_gflops: float) -> Cost:
     """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
-    with _counted() as flops, _peak(learner.model.device) as peak:
+    with counted() as flops, _peak(learner.model.device) as peak:
         learner.backward(rows)
     learner.optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) for p in learner.parameters.values())
@@ -88,7 +88,7 @@ def measure(learner: AnyLearner, examples: list[Example], rows: list[int]) -> Co
     return Cost(
         step_gflops=flops.get_total_flops() / 1e9,
         sample_gflops=sample_gflops,
-        samples=learner.passes,
+        prepare_gflops=prepare_gflops,
         # Gradient and two moments of what learns, beside weights and what autograd keeps.
         peak_bytes=weights + 3 * trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
@@ -100,19 +100,28 @@ def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
     model = learner.base.build_model()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    with _counted() as flops, _peak(torch.device("cpu")) as peak:
+    with counted() as flops, _peak(torch.device("cpu")) as peak:
         learner.plain(model, examples)
     return peak(), flops.get_total_flops() / 1e9 / len(examples)
 
 
-def _counted() -> FlopCounterMode:
-    """torch's counter, and the CPU's attention kernel, which it does not know."""
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """torch's counter, that sees all attention: the CPU's kernel, which it does not know, is told it, and the fused
+    layers of inference, of which it knows nothing, are switched off.
+    """
     aten = torch.ops.aten
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=attention) as flops:
+            yield flops
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -49,11 +49,6 @@ class Learner(ABC, Generic[E]):
         after each chunk (duty cycle, signals).
         """
 
-    @property
-    @abstractmethod
-    def passes(self) -> int:
-        """Forward passes of one example that :meth:`prepare` took, teachers included."""
-
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
         """What the objectives compare, of some examples."""

@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ops.errors import TrainingError
 from ops.progress import say, track
 from updater.adapters import Delta, merge, read_delta
 from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
-from updater.cost import Cost, measure
+from updater.cost import Cost, counted, measure
 from updater.families import make_learner
 from updater.learner import AnyLearner, Base
 from updater.mixture import PARTS, BatchPlan, plan_batches
@@ -97,8 +97,9 @@ class _Run:
     def go(self) -> TrainResult:
         """Prepare, measure, step, and write the adapter."""
         learner = self.learner
-        learner.prepare(self.examples, self.parts, self._between)
-        cost = self._cost()
+        with counted() as flops:
+            learner.prepare(self.examples, self.parts, self._between)
+        cost = self._cost(flops.get_total_flops() / 1e9)
         steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
         found = load_checkpoint(self.work_dir, self.run)
         progress = Progress(self.run, 0, steps, 0.0)
@@ -133,13 +134,14 @@ class _Run:
     def _rows(self, step: int) -> list[int]:
         return [self.offset[part] + row for part, row in self.plan.batch(step)]
 
-    def _cost(self) -> Cost:
+    def _cost(self, prepare_gflops: float) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         kept = read_json(path)
         if isinstance(kept, dict) and kept.get("run") == self.run:
-            return Cost(**kept["cost"])
-        cost = measure(self.learner, self.examples, self._rows(0))
+            with suppress(TypeError):  # an older version kept other fields
+                return Cost(**kept["cost"])
+        cost = measure(self.learner, self.examples, self._rows(0), prepare_gflops)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost

@@ -49,10 +49,6 @@ class ClipLearner(Learner[Pair]):
         self.parts = list(parts)
         self.captions = torch.tensor([numbers[pair.text.strip().lower()] for pair in examples])
 
-    @property
-    def passes(self) -> int:
-        return len(self.parts)
-
     def batch(self, rows: Sequence[int]) -> Features:
         index = torch.tensor(rows)
         device = self.model.device
