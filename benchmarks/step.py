@@ -188,7 +188,8 @@ def _figures(settings: Settings, recipe: Recipe, prepared: Prepared, seconds: di
     per_pair = prepared.seconds / len(prepared.examples)
     pairs = settings.updater.min_new_samples + recipe.reference_limit + recipe.replay_limit
     rows = prepared.rows(0)
-    cost = measure(prepared.learner, list(prepared.examples), rows, prepared.gflops)
+    batches = [prepared.rows(number) for number in range(recipe.max_steps)]
+    cost = measure(prepared.learner, list(prepared.examples), batches, prepared.gflops)
     whole = replace(cost, prepare_gflops=prepared.gflops / len(prepared.examples) * pairs)
     steps = whole.steps_within(settings.budget.gflops_per_update, recipe.max_steps)
     share = per_pair * pairs / steps

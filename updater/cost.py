@@ -6,7 +6,7 @@ GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). A mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class Cost:
     """Measured once per update, and kept with it, so that a resumed update plans the same number of steps."""
 
     step_gflops: float
-    """Forward and backward of one batch."""
+    """Forward and backward of one batch, on average."""
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
     prepare_gflops: float
@@ -73,10 +73,23 @@ class Cost:
         return asdict(self)
 
 
-def measure(learner: AnyLearner, examples: list[Example], rows: list[int], prepare_gflops: float) -> Cost:
-    """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
+def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list[int]], prepare_gflops: float) -> Cost:
+    """Count real steps (nothing is learned by them), and a small step of full fine-tuning.
+
+    ``batches`` are the first ones that will be learned. A batch costs what its longest text makes it cost: the one with
+    the shortest and the one with the longest are counted, and what lies between is linear.
+    """
+    lengths = [max(learner.length(row) for row in rows) for rows in batches]
+    least, most = min(lengths), max(lengths)
+    rows = batches[lengths.index(most)]
     with counted() as flops, _peak(learner.model.device) as peak:
         learner.backward(rows)
+    step = long = flops.get_total_flops() / 1e9
+    if least < most:
+        with counted() as flops:
+            learner.backward(batches[lengths.index(least)])
+        short = flops.get_total_flops() / 1e9
+        step = short + (long - short) * (sum(lengths) / len(lengths) - least) / (most - least)
     learner.optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) for p in learner.parameters.values())
     weights = sum(_bytes(p) for p in learner.model.model.parameters())
@@ -86,7 +99,7 @@ def measure(learner: AnyLearner, examples: list[Example], rows: list[int], prepa
     everything = sum(_bytes(p) for p in plain.parameters())
     per_row = (large - small) / (LARGE - SMALL)
     return Cost(
-        step_gflops=flops.get_total_flops() / 1e9,
+        step_gflops=step,
         sample_gflops=sample_gflops,
         prepare_gflops=prepare_gflops,
         # Gradient and two moments of what learns, beside weights and what autograd keeps.

@@ -50,6 +50,10 @@ class Learner(ABC, Generic[E]):
         """
 
     @abstractmethod
+    def length(self, row: int) -> int:
+        """Tokens of an example; a batch takes as long as its longest."""
+
+    @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
         """What the objectives compare, of some examples."""
 

@@ -34,6 +34,9 @@ from updater.recipes import Part, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
 
+MEASURED = 100
+"""Batches whose mean length a step's cost follows from."""
+
 
 class Stopped(Exception):
     """Training was asked to stop; what was done is in the checkpoint."""
@@ -141,7 +144,8 @@ class _Run:
         if isinstance(kept, dict) and kept.get("run") == self.run:
             with suppress(TypeError):  # an older version kept other fields
                 return Cost(**kept["cost"])
-        cost = measure(self.learner, self.examples, self._rows(0), prepare_gflops)
+        first = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
+        cost = measure(self.learner, self.examples, first, prepare_gflops)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost

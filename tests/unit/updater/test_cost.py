@@ -20,7 +20,7 @@ def _cost(base: ClipBase, **changes: object) -> Cost:
     pool = pools(new=12, reference=0)
     learner = ClipLearner(base, recipe("naive", **changes), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
-    return measure(learner, list(pool.new), list(range(12)), prepare_gflops=0)
+    return measure(learner, list(pool.new), [list(range(12))], prepare_gflops=0)
 
 
 def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_locked_image_tower_is_cheaper(base: VlmBase) -> None:
     open_eyes = learner_of(base, pools, image={"locked": False})
     late = learner_of(base, pools, text={"blocks": 1})
     costs = {
-        name: measure(each, examples, rows, 0)
+        name: measure(each, examples, [rows], 0)
         for name, each in (("locked", locked), ("eyes", open_eyes), ("late", late))
     }
     assert costs["late"].step_gflops < costs["locked"].step_gflops < costs["eyes"].step_gflops

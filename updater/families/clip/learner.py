@@ -47,7 +47,11 @@ class ClipLearner(Learner[Pair]):
         self.made = prepare(self.base, self.model, self.towers, self.learning, examples, between)
         numbers = caption_numbers(examples)
         self.parts = list(parts)
+        self.lengths = [self._tokenize([pair.text]).shape[1] for pair in examples]
         self.captions = torch.tensor([numbers[pair.text.strip().lower()] for pair in examples])
+
+    def length(self, row: int) -> int:
+        return self.lengths[row]
 
     def batch(self, rows: Sequence[int]) -> Features:
         index = torch.tensor(rows)

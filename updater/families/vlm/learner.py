@@ -99,6 +99,9 @@ class VlmLearner(Learner[Question]):
     def _some(self, start: int, rows: Sequence[int], encoded: Sequence[bytes]) -> tuple[list[Question], list[bytes]]:
         return [self.examples[start + row] for row in rows], [encoded[row] for row in rows]
 
+    def length(self, row: int) -> int:
+        return len(self.sequences[row])
+
     def batch(self, rows: Sequence[int]) -> Answers:
         logits, target, row = self._logits(
             self.model.model, [self.sequences[number] for number in rows], self._eyes(rows)
