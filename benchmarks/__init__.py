@@ -10,7 +10,9 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
+    "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",
+    "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "vqa": "benchmarks.vqa",
 }

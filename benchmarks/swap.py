@@ -71,7 +71,7 @@ def _measure(
     probes: dict[str, Any] = {"images": pictures(6), "texts": TEXTS, "settings": settings}
     with step("measuring capacity"), Traffic(url, concurrency=CAPACITY_CONCURRENCY, **probes) as closed:
         time.sleep(capacity_seconds)
-    capacity = _throughput(closed.report())
+    capacity = throughput(closed.report())
     outcomes: list[dict[str, Any]] = []
     rollbacks: list[float] = []
     windows: list[tuple[float, float]] = []
@@ -127,7 +127,7 @@ def split(report: Report, windows: Sequence[tuple[float, float]]) -> tuple[list[
     return inside, outside
 
 
-def _throughput(report: Report) -> float:
+def throughput(report: Report) -> float:
     answered = [sample for sample in report.samples if sample.release]
     if len(answered) < 2:
         raise RatchetError(f"the server answered {len(answered)} requests: {report.problems}.", "See its log.")

@@ -144,6 +144,10 @@ class Updater(Section):
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
     nice: int = Field(15, ge=0, le=19, description="Niceness of the trainer process.")
     duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
+    max_latency_ratio: float = Field(
+        1.25, ge=1, description="The trainer gives way while a route's p99 is above this multiple of that before."
+    )
+    least_duty_cycle: float = Field(0.25, gt=0, le=1, description="Share of time it keeps when it gives way.")
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")
     metrics_port: int = Field(9465, ge=0, le=65535, description="Prometheus port of the updater; 0 is off.")
 

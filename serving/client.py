@@ -117,6 +117,10 @@ class Client:
         """Controller, VLM engines and catalog at a glance; needs the key."""
         return self.get("/admin/v1/status")
 
+    def metrics(self) -> str:
+        """The server's metrics, as Prometheus scrapes them."""
+        return self._send("GET", "/metrics").text
+
     def release(
         self,
         clip: str | EllipsisType | None = ...,

@@ -6,7 +6,7 @@ GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). A mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,11 +29,11 @@ class Cost:
     """Measured once per update, and kept with it, so that a resumed update plans the same number of steps."""
 
     step_gflops: float
-    """Forward and backward of one batch."""
+    """Forward and backward of one batch, on average."""
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
-    samples: int
-    """Such passes before the first step: one of each sample, and those of further teachers."""
+    prepare_gflops: float
+    """All that is computed before the first step: teachers' passes, and what no step changes."""
     peak_bytes: float
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
@@ -50,8 +50,8 @@ class Cost:
 
     @property
     def maf_prepare(self) -> float:
-        """Memory-adjusted GFLOPs of all teacher passes."""
-        return self.sample_gflops * self.samples * self.memory_ratio
+        """Memory-adjusted GFLOPs before the first step."""
+        return self.prepare_gflops * self.memory_ratio
 
     def maf(self, steps: int) -> float:
         """Memory-adjusted GFLOPs of an update of so many steps."""
@@ -73,10 +73,23 @@ class Cost:
         return asdict(self)
 
 
-def measure(learner: AnyLearner, examples: list[Example], rows: list[int]) -> Cost:
-    """Count one real step on ``rows`` (nothing is learned by it), and a small step of full fine-tuning."""
-    with _counted() as flops, _peak(learner.model.device) as peak:
+def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list[int]], prepare_gflops: float) -> Cost:
+    """Count real steps (nothing is learned by them), and a small step of full fine-tuning.
+
+    ``batches`` are the first ones that will be learned. A batch costs what its longest text makes it cost: the one with
+    the shortest and the one with the longest are counted, and what lies between is linear.
+    """
+    lengths = [max(learner.length(row) for row in rows) for rows in batches]
+    least, most = min(lengths), max(lengths)
+    rows = batches[lengths.index(most)]
+    with counted() as flops, _peak(learner.model.device) as peak:
         learner.backward(rows)
+    step = long = flops.get_total_flops() / 1e9
+    if least < most:
+        with counted() as flops:
+            learner.backward(batches[lengths.index(least)])
+        short = flops.get_total_flops() / 1e9
+        step = short + (long - short) * (sum(lengths) / len(lengths) - least) / (most - least)
     learner.optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) for p in learner.parameters.values())
     weights = sum(_bytes(p) for p in learner.model.model.parameters())
@@ -86,9 +99,9 @@ def measure(learner: AnyLearner, examples: list[Example], rows: list[int]) -> Co
     everything = sum(_bytes(p) for p in plain.parameters())
     per_row = (large - small) / (LARGE - SMALL)
     return Cost(
-        step_gflops=flops.get_total_flops() / 1e9,
+        step_gflops=step,
         sample_gflops=sample_gflops,
-        samples=learner.passes,
+        prepare_gflops=prepare_gflops,
         # Gradient and two moments of what learns, beside weights and what autograd keeps.
         peak_bytes=weights + 3 * trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
@@ -100,19 +113,28 @@ def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
     model = learner.base.build_model()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    with _counted() as flops, _peak(torch.device("cpu")) as peak:
+    with counted() as flops, _peak(torch.device("cpu")) as peak:
         learner.plain(model, examples)
     return peak(), flops.get_total_flops() / 1e9 / len(examples)
 
 
-def _counted() -> FlopCounterMode:
-    """torch's counter, and the CPU's attention kernel, which it does not know."""
+@contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """torch's counter, that sees all attention: the CPU's kernel, which it does not know, is told it, and the fused
+    layers of inference, of which it knows nothing, are switched off.
+    """
     aten = torch.ops.aten
     attention = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
     }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=attention) as flops:
+            yield flops
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -66,10 +66,9 @@ class Learner(ABC, Generic[E]):
         after each chunk (duty cycle, signals).
         """
 
-    @property
     @abstractmethod
-    def passes(self) -> int:
-        """Forward passes of one example that :meth:`prepare` took, teachers included."""
+    def length(self, row: int) -> int:
+        """Tokens of an example; a batch takes as long as its longest."""
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,9 +53,21 @@ def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], s
             target: Part = heir if sizes[heir] else "new"  # type: ignore[index,assignment]
             shares[target] += shares[empty]  # type: ignore[index]
             shares[empty] = 0.0  # type: ignore[index]
-    counts = {part: round(batch_size * share) for part, share in shares.items()}
-    counts["new"] = max(1, batch_size - counts["reference"] - counts["replay"])
+    counts = _apportioned(batch_size, shares)
     return BatchPlan({part: counts[part] for part in PARTS if counts[part]}, dict(sizes), seed)
+
+
+def _apportioned(rows: int, shares: Mapping[Part, float]) -> dict[Part, int]:
+    """Whole rows within one of each share, by largest remainders; something new is in every batch."""
+    exact = {part: rows * share for part, share in shares.items()}
+    counts = {part: math.floor(value) for part, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda part: counts[part] - exact[part])
+    for part in by_remainder[: rows - sum(counts.values())]:
+        counts[part] += 1
+    if counts["new"] == 0:
+        counts["new"] = 1
+        counts[max(counts, key=lambda part: counts[part] - exact[part] if part != "new" else -math.inf)] -= 1
+    return counts
 
 
 @lru_cache(maxsize=8)

@@ -21,6 +21,7 @@ from ops.errors import BudgetError, ConfigError, GateError, LedgerError, Ratchet
 from ops.ledger import Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
+from serving.client import Client
 from streams.store import SampleStore
 from updater import triggers
 from updater.facts import Facts
@@ -31,6 +32,7 @@ from updater.pools import draw_pools, mixed_seed
 from updater.process import StopSignal
 from updater.recipes import Family, Recipe
 from updater.result import Limits, TrainResult, cost_of
+from updater.throttle import Throttle, latencies
 from updater.train import train
 from updater.triggers import Ready, Waiting
 
@@ -78,6 +80,11 @@ class UpdaterService:
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
         self._facts = Facts(self.ledger)
+        server = Client(settings.console_server, settings.operator_key(), actor="updater", timeout=2.0)
+        at = settings.updater
+        self._throttle = Throttle(
+            lambda: latencies(server), at.max_latency_ratio, min(1.0, at.least_duty_cycle / at.duty_cycle)
+        )
 
     def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
@@ -219,6 +226,7 @@ class UpdaterService:
             checkpoint_steps=settings.updater.checkpoint_steps,
         )
         incumbent = self.artifacts.fetch(f"adapters/{update.incumbent}") if update.incumbent else None
+        self._throttle.begin()
         with self.stop.training():
             result = train(
                 base,
@@ -230,6 +238,7 @@ class UpdaterService:
                 out_dir=work / "adapter",
                 work_dir=work,
                 stop=self.stop,
+                give_way=self._throttle,
             )
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
         self._register(update, recipe, base, result)

@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ops.errors import TrainingError
 from ops.progress import say, track
 from updater.adapters import Delta, read_delta
 from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
-from updater.cost import Cost, measure
+from updater.cost import Cost, counted, measure
 from updater.families import make_learner
 from updater.learner import AnyLearner, Base
 from updater.memory import Memory
@@ -35,6 +35,9 @@ from updater.pools import Pools
 from updater.recipes import Part, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
+
+MEASURED = 100
+"""Batches whose mean length a step's cost follows from."""
 
 
 class Stopped(Exception):
@@ -53,6 +56,7 @@ def train(
     work_dir: Path,
     memory: Path | None = None,
     stop: Callable[[], bool] = lambda: False,
+    give_way: Callable[[], float] = lambda: 1.0,
     device: str | None = None,
 ) -> TrainResult:
     """Train one update.
@@ -63,6 +67,7 @@ def train(
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
+        give_way: asked between steps for the share of the duty cycle that may be used just now.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
@@ -77,7 +82,9 @@ def train(
         [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
     )
     with _reproducible(limits.threads):
-        return _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, place, run).go()
+        return _Run(
+            base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run
+        ).go()
 
 
 class _Run:
@@ -85,10 +92,10 @@ class _Run:
 
     def __init__(
         self, base: Base, recipe: Recipe, pools: Pools, served: Delta, memory: Memory, seed: int, limits: Limits,
-        out_dir: Path, work_dir: Path, stop: Callable[[], bool], device: str, run: str,
+        out_dir: Path, work_dir: Path, stop: Callable[[], bool], give_way: Callable[[], float], device: str, run: str,
     ) -> None:  # fmt: skip
         self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
-        self.out_dir, self.work_dir, self.stop = out_dir, work_dir, stop
+        self.out_dir, self.work_dir, self.stop, self.give_way = out_dir, work_dir, stop, give_way
         self.start: Delta = {} if recipe.merge.start == "base" else memory.start or served
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
         self.learner.remember(memory.terms)
@@ -104,8 +111,9 @@ class _Run:
     def go(self) -> TrainResult:
         """Prepare, measure, step, and write the adapter."""
         learner = self.learner
-        learner.prepare(self.examples, self.parts, self._between)
-        cost = self._cost()
+        with counted() as flops:
+            learner.prepare(self.examples, self.parts, self._between)
+        cost = self._cost(flops.get_total_flops() / 1e9)
         steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
         found = load_checkpoint(self.work_dir, self.run)
         progress = Progress(self.run, 0, steps, 0.0)
@@ -147,13 +155,15 @@ class _Run:
     def _gradients(self, step: int) -> None:
         self.learner.backward(self._rows(step), regularized=False)
 
-    def _cost(self) -> Cost:
+    def _cost(self, prepare_gflops: float) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
         path = self.work_dir / "cost.json"
         kept = read_json(path)
         if isinstance(kept, dict) and kept.get("run") == self.run:
-            return Cost(**kept["cost"])
-        cost = measure(self.learner, self.examples, self._rows(0))
+            with suppress(TypeError):  # an older version kept other fields
+                return Cost(**kept["cost"])
+        first = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
+        cost = measure(self.learner, self.examples, first, prepare_gflops)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
@@ -195,8 +205,9 @@ class _Run:
                 save_checkpoint(self.work_dir, self.learner.state(), progress)
             raise Stopped
         worked = time.monotonic() - self.slept
-        if self.limits.duty_cycle < 1:
-            time.sleep(worked * (1 / self.limits.duty_cycle - 1))
+        share = self.limits.duty_cycle * self.give_way()
+        if share < 1:
+            time.sleep(worked * (1 / share - 1))
         self.slept = time.monotonic()
 
 

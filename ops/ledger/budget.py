@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError
@@ -16,16 +17,19 @@ class BudgetVerbs:
     database: Database
 
     def bucket_level(self, now: float, rate: float, capacity: float) -> float:
-        """What can be spent at ``now`` (seconds since 1970). A clock that goes back never refills."""
+        """What can be spent at ``now`` (seconds since 1970).
+
+        A clock that goes back never refills, and time counts anew after a full refill's worth of it at the latest.
+        """
         with self.database.write() as session:
             return _refill(session, now, rate, capacity).level
 
     def charge(self, key: str, amount: float, *, now: float, rate: float, capacity: float) -> bool:
         """Take ``amount`` for ``key`` if the bucket holds it. A key is charged once: again is True and free."""
         with self.database.write() as session:
+            bucket = _refill(session, now, rate, capacity)
             if session.get(t.Charge, key) is not None:
                 return True
-            bucket = _refill(session, now, rate, capacity)
             if amount > bucket.level:
                 return False
             bucket.level -= amount
@@ -35,12 +39,12 @@ class BudgetVerbs:
     def settle(self, key: str, actual: float, *, capacity: float) -> None:
         """Replace what was charged by what was spent, once; the difference goes back or is taken (debt is allowed)."""
         with self.database.write() as session:
+            bucket = _locked(session)
             charge = session.get(t.Charge, key)
             if charge is None:
                 raise LedgerError(f"nothing was charged for {key!r}.", "Charge before you settle.")
             if charge.settled:
                 return
-            bucket = session.get(t.Bucket, 1)
             if bucket is not None:
                 bucket.level = min(capacity, bucket.level + charge.amount - actual)
             charge.amount, charge.settled = actual, True
@@ -55,12 +59,25 @@ class BudgetVerbs:
 
 
 def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Bucket:
-    bucket = session.get(t.Bucket, 1)
-    if bucket is None:
-        bucket = t.Bucket(id=1, level=capacity, refilled_at=now)
-        session.add(bucket)
+    bucket = _locked(session) or _made(session, now, capacity)
     elapsed = now - bucket.refilled_at
     if elapsed > 0:
         bucket.level = min(capacity, bucket.level + elapsed * rate)
         bucket.refilled_at = now
+    # A clock that was far ahead gave a full bucket and no more: that much is waited for, not until the far day.
+    bucket.refilled_at = min(bucket.refilled_at, now + capacity / rate)
     return bucket
+
+
+def _locked(session: Session) -> t.Bucket | None:
+    """The bucket, and nobody else's until this transaction ends (SQLite locks the whole file anyway)."""
+    return session.get(t.Bucket, 1, with_for_update=True)
+
+
+def _made(session: Session, now: float, capacity: float) -> t.Bucket:
+    try:
+        with session.begin_nested():
+            session.add(t.Bucket(id=1, level=capacity, refilled_at=now))
+    except IntegrityError:  # another process was first
+        session.expire_all()
+    return session.get_one(t.Bucket, 1, with_for_update=True)

@@ -18,9 +18,9 @@ ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
 class Section(BaseModel):
-    """A group of fields; unknown keys are errors."""
+    """A group of fields; unknown keys are errors, and so are numbers that are not finite (``.inf``, ``.nan``)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Tower(Section):
@@ -159,7 +159,8 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe as YAML that :func:`load_recipe` reads back to an equal one."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        # Beyond ASCII everything is escaped: PyYAML writes one of the line breaks (U+0085) as it is, and reads a space.
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
     @classmethod
     def parse(cls, values: Any, origin: str = "recipe") -> Recipe:

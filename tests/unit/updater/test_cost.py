@@ -20,7 +20,7 @@ def _cost(base: ClipBase, **changes: object) -> Cost:
     pool = pools(new=12, reference=0)
     learner = ClipLearner(base, recipe("naive", **changes), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
-    return measure(learner, list(pool.new), list(range(12)))
+    return measure(learner, list(pool.new), [list(range(12))], prepare_gflops=0)
 
 
 def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
 
 
 def test_steps_follow_from_the_budget() -> None:
-    cost = Cost(step_gflops=10, sample_gflops=0.1, samples=100, peak_bytes=1, full_bytes=2)
+    cost = Cost(step_gflops=10, sample_gflops=0.1, prepare_gflops=10, peak_bytes=1, full_bytes=2)
     assert cost.maf_per_step == 5
     assert cost.maf_prepare == 5
     assert cost.steps_within(5 + 5 * 7.5, most=100) == 7

@@ -61,6 +61,7 @@ class ClipLearner(Learner[Pair]):
         self.made: Prepared = prepare(self.base, self.model, self.towers, self.learning, examples, self.cached, between)
         numbers = caption_numbers(examples)
         self.parts = list(parts)
+        self.lengths = [self._tokenize([pair.text]).shape[1] for pair in examples]
         self.captions = torch.tensor([numbers[pair.text.strip().lower()] for pair in examples])
         known = sorted({pair.label for pair in examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
@@ -76,10 +77,8 @@ class ClipLearner(Learner[Pair]):
                 self.further[term.name] = Further(texts, [example for example, _ in wanted], cache)
                 between()
 
-    @property
-    def passes(self) -> int:
-        # A text alone is about half of a pair.
-        return self.made.passes + sum(further.cache.passes for further in self.further.values()) // 2
+    def length(self, row: int) -> int:
+        return self.lengths[row]
 
     def batch(self, rows: Sequence[int]) -> Features:
         index = torch.tensor(rows)

@@ -36,8 +36,6 @@ class TowerCache:
     fixed: Tensor | None = None
     boundary: list[Tensor] = field(default_factory=list)
     pixels: list[Tensor] = field(default_factory=list)
-    passes: int = 0
-    """Passes of one sample through this tower that filling it took."""
 
 
 @dataclass
@@ -68,7 +66,6 @@ class Filler:
                 self.cache.teachers["base"][start:end] = features
         if self.cache.fixed is not None or "incumbent" in self.teachers:
             features = self.tower.whole(inputs).cpu()  # what the incumbent changed in a locked tower stays in force
-            self.cache.passes += len(inputs)
             if self.cache.fixed is not None:
                 self.cache.fixed[start:end] = features
             if "incumbent" in self.teachers:
@@ -79,7 +76,6 @@ class Filler:
             self.cache.boundary = self.cache.boundary if self.keep else []
 
     def _whole(self, inputs: Tensor) -> Tensor:
-        self.cache.passes += len(inputs)
         if not self.keep:
             return self.tower.whole(inputs).cpu()
         features, boundary = self.tower.record(inputs)
@@ -94,11 +90,6 @@ class Prepared:
     image: TowerCache
     text: TowerCache
     texts: list[str]
-
-    @property
-    def passes(self) -> int:
-        """Passes of one sample through the whole model: those of the tower that took more."""
-        return max(self.image.passes, self.text.passes)
 
 
 def prepare(

@@ -62,7 +62,6 @@ class VlmLearner(Learner[Question]):
         self.beside: list[dict[str, Tensor]] = []
         self.encoded: list[bytes] = []
         self.taught: dict[str, dict[int, Teacher]] = {name: {} for name in self.teachers}
-        self._passes = 0
         for start in track(range(0, len(examples), CHUNK), "teacher answers"):
             encoded = [each.read() for each in examples[start : start + CHUNK]]
             read = self.reader.read(examples[start : start + CHUNK], encoded)
@@ -80,10 +79,9 @@ class VlmLearner(Learner[Question]):
         if self.keeps_features:
             self.features += features
             self.beside += read.beside_pixels()
-            self._passes += count
         else:
             self.encoded += encoded
-        for number, (name, parts) in enumerate(self.teachers.items()):
+        for name, parts in self.teachers.items():
             rows = [row for row in range(count) if self.parts[start + row] in parts]
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
             if rows and shared:
@@ -92,7 +90,6 @@ class VlmLearner(Learner[Question]):
                 eyes = self.reader.read(*self._some(start, rows, encoded)).images
             else:
                 continue
-            self._passes += len(rows) if number or not shared else 0
             with self.model.base() if name == "base" else nullcontext():
                 logits, _, owner = self._logits(self.model.model, [read.sequences[row] for row in rows], eyes)
             said = summarise(logits.cpu(), TOP)
@@ -102,9 +99,8 @@ class VlmLearner(Learner[Question]):
     def _some(self, start: int, rows: Sequence[int], encoded: Sequence[bytes]) -> tuple[list[Question], list[bytes]]:
         return [self.examples[start + row] for row in rows], [encoded[row] for row in rows]
 
-    @property
-    def passes(self) -> int:
-        return self._passes
+    def length(self, row: int) -> int:
+        return len(self.sequences[row])
 
     def batch(self, rows: Sequence[int]) -> Answers:
         logits, target, row = self._logits(

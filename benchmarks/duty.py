@@ -1,0 +1,179 @@
+"""``ratchet bench duty``: what an update in training costs the requests that are answered meanwhile.
+
+A server under open-loop load at half of the measured capacity; beside it, in turns, nothing and a trainer: the real
+process with the settings' priority, threads and duty cycle, which starts, takes steps for a phase, and is stopped with
+a checkpoint from which the next phase goes on. Requests count by when they were due. What lies between two phases, the
+trainer's start and its teachers' passes among it, counts for neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.inputs import pictures
+from benchmarks.load import Report, Sample, Traffic, percentile
+from benchmarks.machine import machine
+from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, throughput
+from benchmarks.trainer import BusyTrainer, prepare_data
+from ops.errors import RatchetError
+from ops.progress import step, track
+from ops.settings import Settings
+from serving.app import start
+
+REST_SECONDS = 3.0
+"""Between two phases, so that none answers what waited in the other."""
+SHARES = (0.5, 0.95, 0.99)
+RESAMPLES = 2_000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """When a phase was (seconds since 1970), and the steps that the trainer took in it; None: it did not run."""
+
+    begin: float
+    end: float
+    steps: int | None = None
+
+
+def run(
+    settings: Settings, rounds: int = 4, seconds: float = 45.0, share: float = 0.5, capacity_seconds: float = 8.0
+) -> dict[str, Any]:
+    """Measure on a home of its own with the settings' CLIP. Returns the figures.
+
+    Args:
+        rounds: phases of each kind.
+        seconds: length of a phase.
+        share: of capacity.
+
+    Raises:
+        RatchetError: the base is not registered, or server or trainer do not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
+        home = Path(folder)
+        source = settings.home / "bases" / settings.base.clip
+        if not source.is_dir():
+            raise RatchetError(f"base {settings.base.clip!r} is not in {settings.home}.", "Run `ratchet base build`.")
+        shutil.copytree(source, home / "bases" / settings.base.clip)
+        base = settings.base.model_copy(update={"vlm": ""})
+        urls = {"ledger_url": None, "artifacts_url": None, "lake_url": None}
+        ours = prepare_data(settings.model_copy(update={"home": home, "base": base, **urls}))
+        server = start(ours)
+        trainer = BusyTrainer(ours, home / "trainer.yaml")
+        try:
+            return _measure(ours, server.url, trainer, rounds, seconds, share, capacity_seconds)
+        finally:
+            trainer.stop()
+            server.stop()
+
+
+def _measure(
+    settings: Settings, url: str, trainer: BusyTrainer, rounds: int, seconds: float, share: float,
+    capacity_seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    probes: dict[str, Any] = {"images": pictures(6), "texts": TEXTS, "settings": settings}
+    with step("measuring capacity"), Traffic(url, concurrency=CAPACITY_CONCURRENCY, **probes) as closed:
+        time.sleep(capacity_seconds)
+    rate = max(1.0, throughput(closed.report()) * share)
+    phases: list[Phase] = []
+    with Traffic(url, rate=rate, **probes) as load:
+        for _ in track(range(rounds), "without and with a trainer"):
+            time.sleep(REST_SECONDS)
+            phases.append(_wait(seconds))
+            trainer.start()
+            before = trainer.steps()
+            phase = _wait(seconds)
+            phases.append(Phase(phase.begin, phase.end, trainer.steps() - before))
+            trainer.stop()
+    return _figures(settings, load.report(), phases, rate)
+
+
+def _wait(seconds: float) -> Phase:
+    began = time.time()
+    time.sleep(seconds)
+    return Phase(began, time.time())
+
+
+def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: float) -> dict[str, Any]:
+    quiet = [_within(report.samples, phase) for phase in phases if phase.steps is None]
+    busy = [_within(report.samples, phase) for phase in phases if phase.steps is not None]
+    training = [phase for phase in phases if phase.steps is not None]
+    figures: dict[str, Any] = {}
+    for name, parts in (("without", quiet), ("with", busy)):
+        took = [each for part in parts for each in part]
+        figures[f"requests_{name}"] = len(took)
+        figures |= {f"p{share * 100:.0f}_{name}": round(percentile(took, share), 4) for share in SHARES}
+    low, high = _interval(quiet, busy)
+    steps = sum(phase.steps or 0 for phase in training)
+    at = settings.updater
+    return figures | {
+        "ratio_p50": round(figures["p50_with"] / figures["p50_without"], 3),
+        "ratio_p99": round(figures["p99_with"] / figures["p99_without"], 3),
+        "ratio_p99_low": round(low, 3),
+        "ratio_p99_high": round(high, 3),
+        "ratio_p99_by_round": [
+            round(percentile(b, 0.99) / percentile(q, 0.99), 3) for q, b in zip(quiet, busy, strict=True)
+        ],
+        "failed": report.failed,
+        "mixed": report.mixed,
+        "problems": list(report.problems[:3]),
+        "rate_per_second": round(rate, 1),
+        "steps_per_second": round(steps / sum(phase.end - phase.begin for phase in training), 3),
+        "nice": at.nice,
+        "threads": at.threads,
+        "duty_cycle": at.duty_cycle,
+        "least_duty_cycle": at.least_duty_cycle,
+        "max_latency_ratio": at.max_latency_ratio,
+        "base": settings.base.clip,
+        "machine": machine(),
+    }
+
+
+def _within(samples: Sequence[Sample], phase: Phase) -> list[float]:
+    """Latencies of the answered requests that were due in a phase, seconds."""
+    return [each.seconds for each in samples if each.release and phase.begin <= each.due < phase.end]
+
+
+def _interval(quiet: Sequence[Sequence[float]], busy: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """95% of the ratio of both p99 when requests are drawn again within each kind (Efron's bootstrap)."""
+    random = np.random.default_rng(0)
+    tails = []
+    for parts in (busy, quiet):
+        took = np.concatenate([np.array(part) for part in parts])
+        tails.append([np.quantile(random.choice(took, len(took)), 0.99) for _ in range(RESAMPLES)])
+    low, high = np.quantile(np.array(tails[0]) / np.array(tails[1]), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    table = Table("", "without", "with", title="Requests beside a trainer, seconds")
+    for share in SHARES:
+        name = f"p{share * 100:.0f}"
+        table.add_row(name, str(figures[f"{name}_without"]), str(figures[f"{name}_with"]))
+    table.add_row("p99, with / without", "", f"{figures['ratio_p99']} ({figures['ratio_p99_low']} to "
+                  f"{figures['ratio_p99_high']})")  # fmt: skip
+    table.add_row("trainer's steps a second", "", str(figures["steps_per_second"]))
+    Console().print(table)
+    print(json.dumps(figures), flush=True)
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench duty``."""
+    parser = argparse.ArgumentParser(prog="ratchet bench duty", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=4, help="phases without and with a trainer (4)")
+    parser.add_argument("--seconds", type=float, default=45.0, help="length of a phase (45)")
+    parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")
+    asked = parser.parse_args(arguments)
+    show(run(settings, rounds=asked.rounds, seconds=asked.seconds, share=asked.share))

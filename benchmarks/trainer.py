@@ -1,0 +1,115 @@
+"""A trainer that is busy for as long as a benchmark wants: the real process, on data of its own.
+
+>>> busy = BusyTrainer(prepare_data(settings), settings.home / "ratchet.yaml")
+>>> busy.start()                    # returns when it takes steps
+>>> busy.steps()
+3
+>>> busy.stop()                     # with a checkpoint; the next start goes on from it
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from benchmarks.inputs import pictures
+from ops.cli.context import Context
+from ops.cli.supervisor import STOP_SECONDS, Part, tail
+from ops.digests import digest_bytes
+from ops.errors import RatchetError
+from ops.settings import Settings
+from streams.folders import FolderItem, write_folder
+from streams.rows import Position
+from streams.store import SampleStore
+from updater.recipes import Recipe, load_recipe
+
+SAMPLES = 96
+"""In each pool: preparing them takes seconds, and a batch has as many rows as ever."""
+FOREVER = 10**6
+START_SECONDS = 300.0
+FIRST_STEPS = 2
+COLOURS = ("red", "green", "blue", "yellow", "black", "white")
+
+
+def prepare_data(settings: Settings) -> Settings:
+    """Fill the sample store and a reference folder, and return settings with which an update has no end."""
+    images = pictures(2 * SAMPLES)
+    store = SampleStore(settings.lake)
+    rows = [_row(number, image) for number, image in enumerate(images[:SAMPLES])]
+    store.commit(lambda snapshot: (rows, [Position("bench", 0, SAMPLES)]))
+    folder = settings.home / "data" / "bench"
+    write_folder(
+        folder,
+        [
+            FolderItem(Path(f"{number}.png"), _caption(number), split="train", inline=image)
+            for number, image in enumerate(images[SAMPLES:])
+        ],
+    )
+    recipe = load_recipe(settings.updater.recipe)
+    endless = Recipe.parse({**recipe.model_dump(mode="json"), "max_steps": FOREVER})
+    path = settings.home / "endless.yaml"
+    path.write_text(endless.to_yaml())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    updater = {"recipe": str(path), "reference": [folder], "min_new_samples": 1, "metrics_port": port}
+    budget = dict.fromkeys(("gflops_per_day", "gflops_per_update", "seconds_per_update"), 1e15)
+    return settings.model_copy(
+        update={
+            "updater": settings.updater.model_copy(update=updater),
+            "budget": settings.budget.model_copy(update=budget),
+        }
+    )
+
+
+class BusyTrainer:
+    """``ratchet update`` as ``ratchet up`` runs it: a session of its own, its priority and its duty cycle."""
+
+    def __init__(self, settings: Settings, file: Path) -> None:
+        """``file``: where the settings are written for the process."""
+        values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
+        file.write_text(yaml.safe_dump(values))
+        self.url = f"http://127.0.0.1:{settings.updater.metrics_port}/metrics"
+        self.part = Part("update", Context(file, []).command("update", "--family", "clip"), file.with_suffix(".log"))
+
+    def start(self) -> None:
+        """Start it, and return when it has taken some steps. Raises RatchetError when it does not."""
+        self.part.start()
+        end = time.monotonic() + START_SECONDS
+        while self.steps() < FIRST_STEPS:
+            if not self.part.running or time.monotonic() > end:
+                raise RatchetError(f"the trainer takes no steps:\n{tail(self.part.log)}", f"See {self.part.log}.")
+            time.sleep(0.5)
+
+    def steps(self) -> int:
+        """Steps since it was started last; 0 while it does not answer."""
+        try:
+            page = httpx.get(self.url, timeout=5.0, trust_env=False).text
+        except httpx.TransportError:
+            return 0
+        found = re.search(r'^ratchet_update_steps_total\{family="clip"\} (\S+)', page, re.MULTILINE)
+        return int(float(found[1])) if found else 0
+
+    def stop(self) -> None:
+        """End it with a checkpoint."""
+        self.part.stop(time.monotonic() + STOP_SECONDS)
+
+
+def _caption(number: int) -> str:
+    return f"a {COLOURS[number % len(COLOURS)]} drawing, number {number}"
+
+
+def _row(number: int, image: bytes) -> dict[str, Any]:
+    words = {"text": _caption(number), "question": "", "answer": "", "label": "", "domain": "bench", "concept": ""}
+    place = {"topic": "bench", "partition": 0, "offset": number, "ingested_at": datetime.now(UTC)}
+    return {
+        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "phash": "0" * 16,
+        **words, **place,
+    }  # fmt: skip

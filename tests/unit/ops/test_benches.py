@@ -1,0 +1,90 @@
+"""The benchmarks measure what they say: small runs of the real thing, and figures from requests made up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import BENCHMARKS, duty, step
+from benchmarks.duty import Phase
+from benchmarks.load import Report, Sample
+from benchmarks.trainer import SAMPLES, prepare_data
+from ops.errors import RatchetError
+from ops.loading import load_settings
+from ops.settings import Settings
+from streams.folders import read_folder
+from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.unit.gate.builders import folder_dataset
+from updater.recipes import load_recipe
+
+
+def tiny_home(home: Path) -> Settings:
+    tiny_base(home)
+    folder_dataset(home / "data" / "things", count=30)
+    overrides = {
+        "home": home, "base.clip": "tiny", "updater.threads": 1, "updater.reference": [home / "data" / "things"]
+    }  # fmt: skip
+    return load_settings(overrides=overrides, environ={})
+
+
+def test_a_step_is_measured_beside_open_clips_and_told_as_one_line_of_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny_home(tmp_path)
+    before = torch.get_num_threads()
+    figures = step.run(settings, steps=3, pairs=30)
+    assert torch.get_num_threads() == before
+    step.show(figures)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    assert figures["ratio"] == pytest.approx(figures["seconds_default"] / figures["seconds_open_clip"], abs=0.02)
+    assert figures["ratio_low"] <= figures["ratio"] <= figures["ratio_high"]
+    assert figures["ratio_with_preparation"] > figures["ratio"]
+    recipe = load_recipe("default")
+    assert figures["batch_size"] == recipe.batch_size
+    assert figures["pairs_of_an_update"] == 256 + recipe.reference_limit + recipe.replay_limit
+
+
+def test_without_a_reference_pool_there_is_nothing_to_step_on(tmp_path: Path) -> None:
+    settings = tiny_home(tmp_path)
+    bare = settings.model_copy(update={"updater": settings.updater.model_copy(update={"reference": []})})
+    with pytest.raises(RatchetError, match="no reference pool for 'tiny'"):
+        step.run(bare)
+
+
+def test_requests_count_for_the_phase_in_which_they_were_due_and_only_if_they_were_answered(tmp_path: Path) -> None:
+    """A second each without, with, without, with: 10 ms and 30 ms, and between them what is in neither."""
+    phases = [Phase(0, 1), Phase(2, 3, steps=4), Phase(4, 5), Phase(6, 7, steps=2)]
+    samples = [
+        Sample(number / 100, 0.01 if number // 100 in (0, 4) else 0.03 if number // 100 in (2, 6) else 9.0, release=1)
+        for number in range(800)
+    ]
+    refused = Sample(0.5, 60.0, release=0, problem="429")
+    report = Report(801, failed=1, mixed=0, releases=(1,), samples=(*samples, refused))
+    figures = duty._figures(tiny_home(tmp_path), report, phases, rate=100)
+    assert (figures["requests_without"], figures["requests_with"]) == (200, 200)
+    assert (figures["p99_without"], figures["p99_with"]) == (0.01, 0.03)
+    assert (figures["ratio_p99"], figures["ratio_p99_by_round"]) == (3.0, [3.0, 3.0])
+    assert (figures["ratio_p99_low"], figures["ratio_p99_high"]) == (3.0, 3.0)
+    assert (figures["failed"], figures["steps_per_second"]) == (1, 3.0)
+
+
+def test_the_busy_trainer_gets_both_pools_and_an_update_without_an_end(tmp_path: Path) -> None:
+    settings = prepare_data(tiny_home(tmp_path))
+    store = SampleStore(settings.lake)
+    assert store.count(version=store.version(), split="train", having="text") == SAMPLES
+    (folder,) = settings.updater.reference
+    assert len(read_folder(folder, split="train")) == SAMPLES
+    endless, default = load_recipe(settings.updater.recipe), load_recipe("default")
+    assert endless.model_copy(update={"max_steps": default.max_steps}) == default
+    assert endless.max_steps >= 10**6
+
+
+def test_every_benchmark_can_be_started() -> None:
+    from importlib import import_module
+
+    for module in BENCHMARKS.values():
+        assert callable(import_module(module).main)
