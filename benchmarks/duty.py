@@ -131,6 +131,7 @@ def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: 
         "rate_per_second": round(rate, 1),
         "steps_per_second": round(steps / sum(phase.end - phase.begin for phase in training), 3),
         "nice": at.nice,
+        "idle": at.idle,
         "threads": at.threads,
         "duty_cycle": at.duty_cycle,
         "least_duty_cycle": at.least_duty_cycle,

@@ -99,7 +99,8 @@ class BusyTrainer:
 
     def stop(self) -> None:
         """End it with a checkpoint."""
-        self.part.stop(time.monotonic() + STOP_SECONDS)
+        if self.part.running:
+            self.part.stop(time.monotonic() + STOP_SECONDS)
 
 
 def _caption(number: int) -> str:

@@ -143,9 +143,10 @@ class Updater(Section):
     seed: int = Field(0, ge=0, description="Seed of training.")
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
     nice: int = Field(15, ge=0, le=19, description="Niceness of the trainer process.")
+    idle: bool = Field(False, description="Linux: the trainer runs only where no other process wants to (SCHED_IDLE).")
     duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
     max_latency_ratio: float = Field(
-        1.25, ge=1, description="The trainer gives way while a route's p99 is above this multiple of that before."
+        1.25, ge=1, description="The trainer gives way while a route takes this multiple of what it did before."
     )
     least_duty_cycle: float = Field(0.25, gt=0, le=1, description="Share of time it keeps when it gives way.")
     checkpoint_steps: int = Field(10, ge=1, description="Steps between checkpoints.")

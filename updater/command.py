@@ -33,7 +33,7 @@ def run_update(
     """
     if reexec:
         use_environment()
-    be_nice(settings.updater.nice)
+    be_nice(settings.updater.nice, settings.updater.idle)
     stop = StopSignal()
     stop.install()
     with only_one(settings.home):

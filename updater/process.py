@@ -35,8 +35,11 @@ def use_environment() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**ENVIRONMENT, **os.environ})  # noqa: S606
 
 
-def be_nice(nice: int) -> None:
+def be_nice(nice: int, idle: bool = False) -> None:
     """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up.
+
+    A nice process still ends its time slice, some milliseconds, when another one wakes up, and a request wakes up four
+    or five of them in turn. With ``idle`` it gives way at once (Linux's SCHED_IDLE); threads inherit that.
 
     Where Linux schedules by session (``sched_autogroup_enabled``), niceness counts only among the processes of one
     session, and parts run in sessions of their own: so the session gets the same niceness. See sched(7).
@@ -44,6 +47,8 @@ def be_nice(nice: int) -> None:
     missing = nice - os.nice(0)
     if missing > 0:
         os.nice(missing)
+    if idle and hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     group = Path("/proc/self/autogroup")
     if os.getsid(0) == os.getpid() and group.exists():  # not the session of the shell that it was started from
         with suppress(OSError):  # a kernel that takes no niceness here has no groups either

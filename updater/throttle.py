@@ -1,9 +1,13 @@
 """How far the trainer gives way to serving: it computes less of the time while requests take longer than before.
 
-The server's own histogram of latencies is read between steps. A route is slow when its p99, in the requests of the
-last moments, is more than so many times what it was before the update began. Then the share of time that the trainer
+The server's own count of latencies is read between steps. A route is slow when its requests of the last moments took,
+on average, more than so many times what they did before the update began. Then the share of time that the trainer
 takes is halved, down to a least one; it grows again, in tenths, while nothing is slow (additive increase and
 multiplicative decrease, as in TCP). Results never depend on it: it decides when a step is computed, and not what.
+
+It looks at the mean because that is what a share of time can move: a trainer that computes a quarter of the time slows
+a quarter of the requests, and the p99 is made of those. What a single request feels is a matter of priority, which is
+in ``updater/process.py``.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,17 +23,23 @@ from ops.progress import say
 from serving.client import Client, ServerError
 
 POLL_SECONDS = 5.0
-WINDOW_REQUESTS = 200
-"""Requests of one route whose p99 is compared; with fewer it is their second worst, and says little."""
+WINDOW_REQUESTS = 50
+"""Requests of one route whose mean is compared."""
 WINDOW_SECONDS = 60.0
 """After this long without enough requests, nobody is there who could be slowed down."""
 GROWTH = 0.1
-METRIC = "ratchet_http_request_seconds_bucket"
+METRIC = "ratchet_http_request_seconds"
 
-Buckets = Mapping[float, float]
-"""Requests that took at most so many seconds (cumulative, as Prometheus has them); the last bound is infinite."""
-Latencies = Mapping[str, Buckets]
-"""Buckets of each route, counted since the server started."""
+
+class Took(NamedTuple):
+    """Requests of a route since the server started, and the seconds that they took together."""
+
+    requests: float = 0.0
+    seconds: float = 0.0
+
+
+Latencies = Mapping[str, Took]
+"""By route."""
 
 
 class Throttle:
@@ -75,24 +85,23 @@ class Throttle:
             self._before = {} if self._window is not None else self._before
             self._open(found)
             return
-        counts = {route: _since(buckets, self._window.get(route, {})) for route, buckets in found.items()}
-        if max((_total(each) for each in counts.values()), default=0) < WINDOW_REQUESTS:
-            if self.clock() - self._began < WINDOW_SECONDS:
-                return
+        lately = {route: _since(took, self._window.get(route, Took())) for route, took in found.items()}
+        if max((took.requests for took in lately.values()), default=0) >= WINDOW_REQUESTS:
+            worst, route = max((self._ratio(route, took), route) for route, took in lately.items())
+            share = self.share / 2 if worst > self.most_ratio else self.share + GROWTH
+            self._set(share, f"{route} takes {worst:.2f} times what it did" if worst else "nothing can be compared")
+        elif self.clock() - self._began >= WINDOW_SECONDS:
             self._set(self.share + GROWTH, "there are few requests")
         else:
-            worst, route = max((self._ratio(route, each), route) for route, each in counts.items())
-            slow = worst > self.most_ratio
-            share = self.share / 2 if slow else self.share + GROWTH
-            self._set(share, f"the p99 of {route} is {worst:.2f} times what it was" if worst else "serving is quick")
+            return
         self._open(found)
 
-    def _ratio(self, route: str, counts: Buckets) -> float:
-        """p99 of a route now over its p99 before the update; 0 where too few requests tell."""
-        before = self._before.get(route, {})
-        if min(_total(counts), _total(before)) < WINDOW_REQUESTS:
+    def _ratio(self, route: str, lately: Took) -> float:
+        """Mean of a route lately over its mean before the update; 0 where too few requests tell."""
+        before = self._before.get(route, Took())
+        if min(lately.requests, before.requests) < WINDOW_REQUESTS:
             return 0.0
-        return quantile(counts, 0.99) / quantile(before, 0.99)
+        return (lately.seconds / lately.requests) / (before.seconds / before.requests)
 
     def _open(self, found: Latencies) -> None:
         self._window, self._began = found, self.clock()
@@ -110,32 +119,21 @@ def latencies(client: Client) -> Latencies | None:
         page = client.metrics()
     except ServerError:
         return None
-    lines = "\n".join(line for line in page.splitlines() if line.startswith(METRIC)) + "\n"
-    found: dict[str, dict[float, float]] = {}
-    for family in text_string_to_metric_families(lines):
+    lines = "\n".join(line for line in page.splitlines() if line.startswith((f"{METRIC}_count", f"{METRIC}_sum")))
+    found: dict[str, Took] = {}
+    for family in text_string_to_metric_families(f"{lines}\n"):
         for sample in family.samples:
-            if sample.labels["route"].startswith("/v1"):
-                found.setdefault(sample.labels["route"], {})[float(sample.labels["le"])] = sample.value
-    return {route: dict(sorted(buckets.items())) for route, buckets in found.items()}
+            route = sample.labels["route"]
+            if route.startswith("/v1"):
+                field = "requests" if sample.name.endswith("_count") else "seconds"
+                found[route] = found.get(route, Took())._replace(**{field: sample.value})
+    return found
 
 
-def quantile(counts: Buckets, share: float) -> float:
-    """Seconds, as ``histogram_quantile`` of Prometheus has it: linear within a bucket, the last finite bound above."""
-    rank = share * _total(counts)
-    for (low, below), (high, upto) in pairwise([(0.0, 0.0), *counts.items()]):
-        if upto >= rank:
-            return low if math.isinf(high) else low + (high - low) * (rank - below) / (upto - below)
-    return 0.0
-
-
-def _total(counts: Buckets) -> float:
-    return max(counts.values(), default=0.0)
-
-
-def _since(now: Buckets, then: Buckets) -> Buckets:
-    return {bound: count - then.get(bound, 0.0) for bound, count in now.items()}
+def _since(now: Took, then: Took) -> Took:
+    return Took(now.requests - then.requests, now.seconds - then.seconds)
 
 
 def _restarted(now: Latencies, then: Latencies) -> bool:
     """Whether the server counts anew."""
-    return any(_total(now.get(route, {})) < _total(buckets) for route, buckets in then.items())
+    return any(now.get(route, Took()).requests < took.requests for route, took in then.items())
