@@ -6,6 +6,7 @@ nothing, its outcomes on all held-out items do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ KNOWN = ("noto", "pixel_ultica", "openclipart")
 BAD = ("naive", "rate", "shuffled", "poisoned", "forgotten")
 GOOD = ("first", "second")
 DRIFT = "drift"
+NEW_PAIRS = 250
 CHAIN = 10
 """Updates of the slow drift, each from the one before."""
 
@@ -47,84 +49,64 @@ class Plan:
 def plans(bad: int, good: int) -> list[Plan]:
     """So many of each, the drift's chain among the bad ones; an incumbent comes before what goes on from it.
 
-    Raises ValueError when there are too few to have one of each kind.
+    Those of a smaller call are among those of a larger one. Raises ValueError when there are too few to have one of
+    each kind.
     """
     if bad < CHAIN + len(BAD) or good < len(GOOD):
         raise ValueError(f"at least {CHAIN + len(BAD)} bad and {len(GOOD)} good candidates show every kind")
-    return [*_good(good), *_bad(bad - CHAIN), *_drift()]
+    kinds = {**_places(GOOD, good), **_places(BAD, bad - CHAIN)}
+    in_turn = sorted((place, kind) for kind, count in kinds.items() for place in range(count))
+    return [*(_drift(number) for number in range(CHAIN)), *(_one(kind, place) for place, kind in in_turn)]
 
 
-def _good(count: int) -> list[Plan]:
-    first = (count + 1) // 2
-    towers: tuple[dict[str, Any], ...] = ({}, {"image": {"locked": True}}, {"text": {"locked": True}})
-    found = []
-    for number in range(count):
-        again = number >= first
-        place = number - first if again else number
-        rate = _between(5e-4, 2e-3, place, first)
-        changes = _rate(rate) | (towers[place % 3] if not again else {})
-        domain = NEW[(place // 3 + place + again) % len(NEW)]
-        found.append(
-            Plan(
-                name=f"{GOOD[again]}-{place:02d}",
-                kind=GOOD[again],
-                recipe=_recipe("default", **changes),
-                domain=domain,
-                new=250,
-                seed=number,
-                incumbent=f"{GOOD[0]}-{place:02d}" if again else "",
-            )
-        )
-    return found
+def _places(kinds: Sequence[str], count: int) -> dict[str, int]:
+    """``count`` divided among kinds."""
+    return {kind: len(range(number, count, len(kinds))) for number, kind in enumerate(kinds)}
 
 
-def _bad(count: int) -> list[Plan]:
-    each = -(-count // len(BAD))
-    return [_one_bad(BAD[number % len(BAD)], number // len(BAD), each, seed=1000 + number) for number in range(count)]
+def _one(kind: str, place: int) -> Plan:
+    """The candidate of a kind with a number: how strong it is goes to and fro between mild and strong."""
 
-
-def _one_bad(kind: str, place: int, each: int, seed: int) -> Plan:
     def between(low: float, high: float) -> float:
-        return _between(low, high, place, each)
+        return float(low * (high / low) ** _spread(place))
 
-    name, domain = f"{kind}-{place:02d}", NEW[place % len(NEW)]
-    half = {"reference": 0.2, "new": 0.8, "replay": 0.0}
+    name, seed = f"{kind}-{place:02d}", 100 * ((*GOOD, *BAD).index(kind) + 1) + place
+    domain, half = NEW[(place // 3 + place) % len(NEW)], {"reference": 0.2, "new": 0.8, "replay": 0.0}
+    towers: dict[str, Any] = ({}, {"image": {"locked": True}}, {"text": {"locked": True}})[place % 3]
     match kind:
+        case "first":
+            recipe = _recipe("default", **_rate(between(5e-4, 2e-3)), **towers)
+            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed)
+        case "second":
+            recipe, domain = _recipe("default", **_rate(between(5e-4, 2e-3))), NEW[(place // 3 + place + 1) % len(NEW)]
+            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, incumbent=f"first-{place:02d}")
         case "naive":
-            return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, 250, seed)
+            return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, NEW_PAIRS, seed)
         case "rate":
-            return Plan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, 250, seed)
+            return Plan(name, kind, _recipe("default", **_rate(between(1e-2, 1e-1))), domain, NEW_PAIRS, seed)
         case "shuffled":
             recipe = _recipe("naive", **_rate(between(1e-3, 5e-3)))
-            return Plan(name, kind, recipe, domain, 250, seed, lie="shuffled")
+            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="shuffled")
         case "poisoned":
             recipe = _recipe("default", **_rate(4e-3), mixture=half)
-            return Plan(name, kind, recipe, domain, 250, seed, lie="poisoned", share=between(0.3, 0.9))
+            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="poisoned", share=between(0.3, 0.9))
         case _:
             recipe = _recipe("default", **_rate(between(2e-3, 6e-3)), mixture=half)
             victim = KNOWN[place % len(KNOWN)]
-            return Plan(name, kind, recipe, domain, 250, seed, lie="forgotten", share=0.5, victim=victim)
+            return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="forgotten", share=0.5, victim=victim)
 
 
-def _drift() -> list[Plan]:
+def _drift(number: int) -> Plan:
+    """One update of the chain: a small step away from what the base knew, with nothing that holds the model."""
     recipe = _recipe("naive", **_rate(8e-4), max_steps=15)
-    return [
-        Plan(
-            name=f"{DRIFT}-{number:02d}",
-            kind=DRIFT,
-            recipe=recipe,
-            domain=NEW[number % len(NEW)],
-            new=100,
-            seed=2000 + number,
-            incumbent=f"{DRIFT}-{number - 1:02d}" if number else "",
-        )
-        for number in range(CHAIN)
-    ]
+    incumbent = f"{DRIFT}-{number - 1:02d}" if number else ""
+    return Plan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
 
 
-def _between(low: float, high: float, place: int, count: int) -> float:
-    """From ``low`` to ``high`` in equal ratios; a single one is in the middle."""
-    return float(low * (high / low) ** (place / (count - 1) if count > 1 else 0.5))
+def _spread(place: int) -> float:
+    """1/2, 1/4, 3/4, 1/8, 5/8, ...: any first few lie evenly in (0, 1) (van der Corput)."""
+    digits = f"{place + 1:b}"[::-1]
+    return float(int(digits, 2) / 2 ** len(digits))
 
 
 def _rate(peak: float) -> dict[str, Any]:
