@@ -72,7 +72,8 @@ class Texts:
 class Features(Batch):
     """What a CLIP made of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
 
-    ``caption`` int [n] holds one number per distinct caption: rows with the same number describe each other.
+    ``caption`` int [n] holds one number per distinct caption, the same in every update: rows with the same number
+    describe each other.
     ``label`` int [n] holds one number per distinct label, -1 where a pair has none. ``scale`` is 1 / temperature.
     ``teachers`` are by name, those that an objective asks for: ``base``, ``incumbent`` (the model with which the update
     begins), ``momentum`` (a running mean of the student). ``texts`` are by objective.
