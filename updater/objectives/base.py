@@ -197,3 +197,10 @@ def known_teacher(name: str, *allowed: str) -> str:
     if name not in allowed:
         raise TypeError(f"teacher is {name!r}, not one of {', '.join(allowed)}")
     return name
+
+
+def positive(**options: float) -> None:
+    """Raise TypeError, as for a wrong argument, for an option that is not above 0."""
+    for name, value in options.items():
+        if not value > 0:
+            raise TypeError(f"{name} is {value}, and must be above 0")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective, Sides
+from updater.objectives.base import Features, Objective, Sides, positive
 from updater.recipes import Family
 
 
@@ -30,6 +30,9 @@ class CompatibleMomentumContrast(Objective[Features]):
     teacher: str = "momentum"
 
     def __init__(self, temperature: float = 0.07, queue: int = 1024, keep: float = 0.9, new: float = 0.05) -> None:
+        positive(temperature=temperature, queue=queue, keep=keep, new=new)
+        if keep + new > 1:
+            raise TypeError(f"keep and new add up to {keep + new:g}, and the start has the rest of 1")
         self.temperature = temperature
         self.size = queue
         self.momentum = (keep, new, 1 - keep - new)

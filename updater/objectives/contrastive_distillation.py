@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective, known_teacher
+from updater.objectives.base import Features, Objective, known_teacher, positive
 from updater.recipes import Family
 
 
@@ -26,6 +26,7 @@ class ContrastiveDistillation(Objective[Features]):
     family: ClassVar[Family] = "clip"
 
     def __init__(self, temperature: float = 2.0, teacher: str = "base") -> None:
+        positive(temperature=temperature)
         self.temperature = temperature
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
 

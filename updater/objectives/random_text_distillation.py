@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective, known_teacher
+from updater.objectives.base import Features, Objective, known_teacher, positive
 from updater.recipes import Family
 
 NAME = "random_text_distillation"
@@ -41,6 +41,7 @@ class RandomTextDistillation(Objective[Features]):
         temperature: float = 2.0,
         teacher: str = "incumbent",
     ) -> None:
+        positive(count=count, length=length, temperature=temperature)
         self.texts = random_texts(count, length, seed)
         self.temperature = temperature
         self.teacher: str = known_teacher(teacher, "base", "incumbent")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from updater.divergence import row_divergence
-from updater.objectives.base import Features, Objective, known_teacher
+from updater.objectives.base import Features, Objective, known_teacher, positive
 from updater.recipes import Family
 
 
@@ -26,6 +26,7 @@ class TopologyPreservation(Objective[Features]):
     family: ClassVar[Family] = "clip"
 
     def __init__(self, temperature: float = 0.07, teacher: str = "incumbent") -> None:
+        positive(temperature=temperature)
         self.temperature = temperature
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
 

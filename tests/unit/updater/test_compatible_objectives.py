@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ops.errors import ConfigError
 from serving.engines.base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
+from updater import objectives
 from updater.families.clip.learner import ClipLearner
 from updater.objectives import Features, Sides
 from updater.objectives.backward_compatible import BackwardCompatible
 from updater.objectives.compatible_momentum_contrast import CompatibleMomentumContrast
-from updater.recipes import Part
+from updater.recipes import Part, Term
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +132,21 @@ def test_the_momentum_model_of_a_learner_lags_between_student_and_start(base: Cl
     assert not torch.allclose(features.teachers["momentum"].image, features.image, atol=1e-4), "it lags"
     assert not torch.allclose(features.teachers["momentum"].image, first["image"], atol=1e-4), "and moves"
     assert not features.teachers["momentum"].image.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("compatible_momentum_contrast", {"queue": 0}, "queue is 0"),
+        ("compatible_momentum_contrast", {"keep": 0.9, "new": 0.2}, "keep and new add up to 1.1"),
+        ("contrastive_distillation", {"temperature": 0.0}, "temperature is 0"),
+        ("topology_preservation", {"temperature": -1.0}, "temperature is -1"),
+        ("random_text_distillation", {"count": 0}, "count is 0"),
+        ("backward_compatible", {"teacher": "momentum"}, "teacher is 'momentum'"),
+    ],
+)
+def test_an_option_without_a_meaning_is_refused_by_name(
+    name: str, options: dict[str, float | int | str | bool], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}.*{said}"):
+        objectives.build([Term(name=name, options=options)], "clip")
