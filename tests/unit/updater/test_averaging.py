@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from serving.engines.base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
+from updater.adapters import Factor, read_delta
 from updater.averaging import Average
 from updater.learner import AnyLearner, Learner
 
@@ -75,10 +76,15 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
     monkeypatch.setattr(Learner, "update", update)
     monkeypatch.setattr(Learner, "settle", settle)
     plan = recipe("zscl", average_every=2, max_steps=5)
-    averaged = run(base, tmp_path / "averaged", recipe=plan)
+    result = run(base, tmp_path, recipe=plan)
     assert len(passed) == 6 and set(handed) == set(passed[0])
     for name, value in handed.items():
         expected = torch.stack([passed[step][name] for step in (0, 2, 4, 5)]).mean(dim=0)
         assert torch.allclose(value, expected, atol=1e-7)
-    last = run(base, tmp_path / "last", recipe=recipe("zscl", average_every=0, max_steps=5))
-    assert averaged.adapter != last.adapter
+    written = read_delta(result.directory, base)
+    layers = [name for name in written if name.endswith("c_fc")]
+    assert layers
+    for name in layers:
+        factors = handed[f"{name}.lora_B"].double() @ handed[f"{name}.lora_A"].double()
+        part = written[name]
+        assert isinstance(part, Factor) and torch.allclose(part.dense(), plan.alpha / plan.rank * factors, atol=1e-7)
