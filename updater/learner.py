@@ -16,6 +16,7 @@ from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
+from updater.averaging import Average
 from updater.gradients import harmonized_backward
 from updater.momentum import Momentum
 from updater.objectives import Batch
@@ -41,6 +42,7 @@ class Learner(ABC, Generic[E]):
             regularizer.begin(self.parameters)
         taught = [o for term, o in self.objectives if o.teacher == "momentum" and term.weight > 0]
         self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
+        self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
         self._last: Batch | None = None
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -103,12 +105,19 @@ class Learner(ABC, Generic[E]):
         with torch.no_grad():
             self.model.stepped(step, steps)
             for term, objective in self.objectives:
-                if self._last is not None and (rows := self._last.rows(term.over)):
+                if self._last is not None and term.weight > 0 and (rows := self._last.rows(term.over)):
                     objective.stepped(self._last.select(rows))
             for _, regularizer in self.regularizers:
                 regularizer.stepped(self.parameters)
             if self.momentum is not None:
                 self.momentum.stepped(self.parameters)
+            if self.average is not None:
+                self.average.stepped(self.parameters)
+
+    def settle(self) -> None:
+        """After the last step: bring the parameters to what the update hands over."""
+        if self.average is not None:
+            self.average.settle(self.parameters)
 
     def remembered(self) -> dict[str, Tensor]:
         """What objectives and regularizers keep for the next update, by name."""
@@ -136,6 +145,8 @@ class Learner(ABC, Generic[E]):
                 tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
         if self.momentum is not None:
             tensors |= {f"momentum.{name}": value.cpu().clone() for name, value in self.momentum.values.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value.cpu().clone() for name, value in self.average.state().items()}
         tensors |= {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state().items()}
         # Two names of one tensor, a queue and its copy say, cannot both be in a file of safetensors.
         return tensors | {name: value.clone() for name, value in self.remembered().items()}
@@ -157,6 +168,8 @@ class Learner(ABC, Generic[E]):
         if self.momentum is not None:
             for name, value in self.momentum.values.items():
                 value.copy_(tensors[f"momentum.{name}"])
+        if self.average is not None:
+            self.average.load_state(_under(tensors, "average."))
         self.model.load_state(_under(tensors, "model."))
         self.remember(tensors)
 

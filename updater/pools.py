@@ -184,11 +184,9 @@ class _LazyImages:
 
 
 def caption_numbers(pairs: Sequence[Pair]) -> dict[str, int]:
-    """One number per distinct caption (case and surrounding spaces do not count)."""
-    numbers: dict[str, int] = {}
-    for pair in pairs:
-        numbers.setdefault(pair.text.strip().lower(), len(numbers))
-    return numbers
+    """One number per distinct caption (case and surrounding spaces do not count), the same in every update."""
+    captions = {pair.text.strip().lower() for pair in pairs}
+    return {caption: int(digest12(caption.encode()), 16) for caption in captions}
 
 
 def mixed_seed(seed: int, version: int) -> int:

@@ -122,6 +122,7 @@ class _Run:
             progress = found[1]
             say(f"training goes on at step {progress.step} of {steps}")
         progress = self._steps(progress)
+        learner.settle()
         trained = learner.model.delta()
         _refuse_non_finite(trained, progress.step)
         for _, regularizer in learner.regularizers:

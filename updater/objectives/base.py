@@ -72,7 +72,8 @@ class Texts:
 class Features(Batch):
     """What a CLIP made of pairs. All are L2-normalised float32 [n, dim]; gradients flow into the student's only.
 
-    ``caption`` int [n] holds one number per distinct caption: rows with the same number describe each other.
+    ``caption`` int [n] holds one number per distinct caption, the same in every update: rows with the same number
+    describe each other.
     ``label`` int [n] holds one number per distinct label, -1 where a pair has none. ``scale`` is 1 / temperature.
     ``teachers`` are by name, those that an objective asks for: ``base``, ``incumbent`` (the model with which the update
     begins), ``momentum`` (a running mean of the student). ``texts`` are by objective.
@@ -196,3 +197,10 @@ def known_teacher(name: str, *allowed: str) -> str:
     if name not in allowed:
         raise TypeError(f"teacher is {name!r}, not one of {', '.join(allowed)}")
     return name
+
+
+def positive(**options: float) -> None:
+    """Raise TypeError, as for a wrong argument, for an option that is not above 0."""
+    for name, value in options.items():
+        if not value > 0:
+            raise TypeError(f"{name} is {value}, and must be above 0")

@@ -127,6 +127,7 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule = Field(default_factory=Schedule)
     merge: Merge = Field(default_factory=Merge)
+    average_every: int = Field(0, ge=0, description="Steps between the parameters whose mean is trained; 0: the last.")
     max_steps: int = Field(200, ge=1, description="Bound on steps, whatever the budget.")
     temperature: float | None = Field(None, gt=0, description="Softmax temperature; the base's when unset.")
     weight_decay: float = Field(0.0, ge=0)

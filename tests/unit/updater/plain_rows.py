@@ -1,0 +1,51 @@
+"""Distributions over rows with loops over Python's floats: what terms of the loss are compared with."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+Rows = list[list[float]]
+
+
+def dots(one: torch.Tensor, other: torch.Tensor, scale: float = 1.0) -> Rows:
+    """Each row of one with each of the other, times a scale."""
+    return [
+        [scale * sum(a * b for a, b in zip(x, y, strict=True)) for y in other.double().tolist()]
+        for x in one.double().tolist()
+    ]
+
+
+def columns(rows: Rows) -> Rows:
+    """The transpose."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def softmax(scores: list[float]) -> list[float]:
+    """Probabilities."""
+    total = sum(math.exp(score) for score in scores)
+    return [math.exp(score) / total for score in scores]
+
+
+def cross_entropy(old: Rows, new: Rows) -> float:
+    """Mean over rows of the cross entropy of softmax(new) under softmax(old)."""
+    values = []
+    for x, y in zip(old, new, strict=True):
+        values.append(-sum(p * math.log(q) for p, q in zip(softmax(x), softmax(y), strict=True)))
+    return sum(values) / len(values)
+
+
+def kl(old: list[float], new: list[float]) -> float:
+    """KL(softmax(old) || softmax(new)); 0 of nothing."""
+    return sum(p * math.log(p / q) for p, q in zip(softmax(old), softmax(new), strict=True))
+
+
+def mean_kl(old: Rows, new: Rows) -> float:
+    """Mean over rows."""
+    return sum(kl(x, y) for x, y in zip(old, new, strict=True)) / len(old)
+
+
+def without_diagonal(rows: Rows) -> Rows:
+    """Each row without itself."""
+    return [[value for column, value in enumerate(row) if column != number] for number, row in enumerate(rows)]
