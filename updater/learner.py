@@ -17,9 +17,9 @@ from serving.engines.vlm.base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.averaging import Average
-from updater.gradients import harmonized_backward
+from updater.gradients import harmonized_backward, without_conflicts
 from updater.momentum import Momentum
-from updater.objectives import Batch
+from updater.objectives import Batch, Features
 from updater.pools import Pair, Question
 from updater.recipes import Part, Recipe, Term
 
@@ -40,10 +40,12 @@ class Learner(ABC, Generic[E]):
         self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
         for _, regularizer in self.regularizers:
             regularizer.begin(self.parameters)
-        taught = [o for term, o in self.objectives if o.teacher == "momentum" and term.weight > 0]
+        taught = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
         self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
         self._last: Batch | None = None
+        self.left_out: list[int] = []
+        """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by the factor on their learning rate."""
@@ -83,14 +85,19 @@ class Learner(ABC, Generic[E]):
     def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
-        self._last = batch = self.batch(rows)
+        batch = self.batch(rows)
         alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
+        if self.recipe.gradients.drop and isinstance(batch, Features):
+            kept = without_conflicts(_total(batch, alone), batch, self.recipe.gradients.drop)
+            self.left_out = [row for number, row in enumerate(rows) if number not in kept]
+            batch = batch.select(kept)
+            alone = objectives.values(self.objectives, batch)
+        self._last = batch
         if regularized:
             alone += [(t, r(self.parameters)) for t, r in self.regularizers if t.weight > 0]
-        weighted: list[Tensor] = [term.weight * value for term, value in alone]
-        loss = torch.stack([batch.zero(), *weighted]).sum()
-        if self.recipe.gradients.harmonize and len(weighted) > 1:
-            harmonized_backward(weighted, list(self.parameters.values()))
+        loss = _total(batch, alone)
+        if self.recipe.gradients.harmonize and len(alone) > 1:
+            harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
         else:
             loss.backward()  # type: ignore[no-untyped-call]
         self.model.restore()
@@ -172,6 +179,10 @@ class Learner(ABC, Generic[E]):
             self.average.load_state(_under(tensors, "average."))
         self.model.load_state(_under(tensors, "model."))
         self.remember(tensors)
+
+
+def _total(batch: Batch, alone: Sequence[tuple[Term, Tensor]]) -> Tensor:
+    return torch.stack([batch.zero(), *(term.weight * value for term, value in alone)]).sum()
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

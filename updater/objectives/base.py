@@ -51,12 +51,14 @@ class Sides:
 class Texts:
     """Further texts of an objective's own: the student's features [m, dim] and each teacher's, of unit length.
 
-    ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch.
+    ``row`` int [m] is the row of the batch that a text belongs to, -1 for one that is in every batch. ``number`` int
+    [m] is its place in what the objective asked for. With ``Objective.frozen_texts``, ``text`` is of the incumbent.
     """
 
     text: Tensor
     teachers: Mapping[str, Tensor]
     row: Tensor
+    number: Tensor
 
     def select(self, rows: Sequence[int], size: int) -> Texts:
         """Those of some rows of a batch of ``size``, renumbered, and those of no row."""
@@ -65,7 +67,8 @@ class Texts:
         place[-1] = -1
         new = place[self.row]
         index = (new >= -1).nonzero().flatten()
-        return Texts(self.text[index], {name: t[index] for name, t in self.teachers.items()}, new[index])
+        teachers = {name: features[index] for name, features in self.teachers.items()}
+        return Texts(self.text[index], teachers, new[index], self.number[index])
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ class Features(Batch):
     texts: Mapping[str, Texts] = field(default_factory=dict)
 
     def zero(self) -> Tensor:
-        return self.image.new_zeros(())
+        # With gradients, all 0: a step in which no term has rows to see is a step like others, and costs as much.
+        return 0.0 * (self.image.sum() + self.text.sum())
 
     def _select(self, rows: list[int]) -> Self:
         index = torch.tensor(rows, device=self.image.device)
@@ -169,15 +173,28 @@ class Objective(ABC, Generic[B]):
     """The teacher that it compares with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
     momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
+    frozen_texts: ClassVar[bool] = False
+    """Whether its further texts are needed as its teachers see them alone, so that the student never runs them."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """All teachers that it compares with, for one that has several."""
+        return (self.teacher,) if self.teacher else ()
 
     @abstractmethod
     def __call__(self, batch: B) -> Tensor:
         """The term's value: a scalar, a mean over rows, so that it does not grow with the batch."""
 
+    def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
+        """Called once per update, before the first step; what an earlier update left is loaded by then.
+
+        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
+        """
+
     def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
         """Texts that it needs besides the captions, each with the number of its example, -1 for one in every batch.
 
-        ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
+        The arguments are those of :meth:`begin`.
         """
         return []
 

@@ -51,7 +51,7 @@ class Gradients(Section):
     """Gradient harmonization: what happens where terms pull in opposite directions."""
 
     harmonize: bool = Field(False, description="Project each term's gradient off those that it conflicts with.")
-    drop: float = Field(0.0, ge=0, lt=1, description="Share of new rows left out: the most conflicting ones (noise).")
+    drop: float = Field(0.0, ge=0, lt=1, description="Share of new rows left out at most: those most in conflict.")
 
 
 class Mixture(Section):
@@ -147,6 +147,8 @@ class Recipe(Section):
             raise ValueError("a CLIP has no connector that could learn")
         if self.family == "vlm" and self.adapter.kind != "lora":
             raise ValueError(f"adapter.kind is {self.adapter.kind!r}, and a VLM is served with LoRA alone")
+        if self.family == "vlm" and self.gradients.drop:
+            raise ValueError("gradients.drop compares the features of pairs, and a VLM has none")
         if self.image.locked and self.text.locked and self.connector.locked:
             raise ValueError("both towers are locked, so that nothing would learn")
         if not any(term.weight > 0 for term in self.objectives):

@@ -48,7 +48,8 @@ class ClipLearner(Learner[Pair]):
             which: SplitTower(self.model.model, which, first_touched(touched, plain, which)) for which in WHICH
         }
         self.scale = 1 / recipe.temperature if recipe.temperature else float(plain.logit_scale.exp())  # type: ignore[operator]
-        self.cached = sorted({o.teacher for term, o in self.objectives if o.teacher and term.weight > 0} - {"momentum"})
+        taught = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
+        self.cached = sorted(taught - {"momentum"})
         self._tokenize = base.tokenizer()
         self._blank = torch.zeros(1, 3, base.preprocess.size, base.preprocess.size, device=self.model.device)
 
@@ -68,12 +69,12 @@ class ClipLearner(Learner[Pair]):
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in examples])
         self.further: dict[str, Further] = {}
         for term, objective in self.objectives:
+            objective.begin(self.made.texts, known)
             wanted = objective.further_texts(self.made.texts, known) if term.weight > 0 else []
             if wanted:
                 texts = [text for _, text in wanted]
-                cache = prepare_texts(
-                    self.base, self.model, self.towers["text"], self.learning["text"], texts, self.cached
-                )
+                learns = self.learning["text"] and not objective.frozen_texts
+                cache = prepare_texts(self.base, self.model, self.towers["text"], learns, texts, self.cached)
                 self.further[term.name] = Further(texts, [example for example, _ in wanted], cache)
                 between()
 
@@ -133,6 +134,7 @@ class ClipLearner(Learner[Pair]):
             text=self._texts(further.cache, further.texts, chosen) if chosen else empty,
             teachers={name: values[index].to(device) for name, values in further.cache.teachers.items()},
             row=torch.tensor([place[further.example[number]] for number in chosen], dtype=torch.long, device=device),
+            number=index.to(device),
         )
 
     def plain(self, model: nn.Module, examples: Sequence[Pair]) -> Tensor:

@@ -1,0 +1,51 @@
+"""Language-guided supervision: images are classified by frozen texts, which no update moves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from updater.objectives.base import Features, Objective
+from updater.recipes import Family
+
+
+class LanguageGuided(Objective[Features]):
+    """Cross entropy of each image against the base's text features of all classes (LingoCL, Ni et al. 2024).
+
+    A class is a label in a prompt. The targets are the same in every update, so that images of one class meet at one
+    place whenever they arrive; the text tower gets no gradient. Rows without a label do not count. Where no example of
+    an update has a label, each distinct caption is a class, without the prompt.
+
+    Args:
+        template: the prompt, with {} for the label.
+    """
+
+    family: ClassVar[Family] = "clip"
+    frozen_texts: ClassVar[bool] = True
+    teacher: str | None = "base"
+
+    def __init__(self, template: str = "a photo of a {}.") -> None:
+        if template.count("{}") != 1:
+            raise TypeError(f"template is {template!r}, which does not have one {{}} for the label")
+        self.template = template
+        self.labelled = True
+
+    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+        self.labelled = bool(labels)
+        prompts = [self.template.replace("{}", label) for label in labels]
+        return [(-1, text) for text in prompts or dict.fromkeys(text.strip().lower() for text in captions)]
+
+    def __call__(self, batch: Features) -> Tensor:
+        """Mean over rows that have a class, in nats; 0 where none has."""
+        classes = batch.label if self.labelled else batch.caption
+        rows = (classes >= 0).nonzero().flatten()
+        if not len(rows):
+            return batch.zero()
+        targets = batch.texts["language_guided"].teachers["base"]
+        return F.cross_entropy(batch.scale * batch.image[rows] @ targets.T, classes[rows])
+
+
+TERM = LanguageGuided
