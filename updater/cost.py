@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ops.errors import BudgetError
+from updater import optimizers
+from updater.adapters.kinds import Kind
 from updater.learner import AnyLearner
 from updater.pools import Example
 
@@ -37,6 +39,8 @@ class Cost:
     peak_bytes: float
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
+    closing: int = 0
+    """Steps' worth of passes after the last step: gradients that regularizers measure."""
 
     @property
     def memory_ratio(self) -> float:
@@ -54,19 +58,20 @@ class Cost:
         return self.prepare_gflops * self.memory_ratio
 
     def maf(self, steps: int) -> float:
-        """Memory-adjusted GFLOPs of an update of so many steps."""
-        return self.maf_prepare + steps * self.maf_per_step
+        """Memory-adjusted GFLOPs of an update of so many steps, and of what comes before and after them."""
+        return self.maf_prepare + (steps + self.closing) * self.maf_per_step
 
     def steps_within(self, gflops: float, most: int) -> int:
         """Steps that a budget pays for, at most ``most``. Raises BudgetError when it pays for none."""
-        steps = int((gflops - self.maf_prepare) / self.maf_per_step) if self.maf_per_step else most
-        if steps < 1:
+        affordable = int((gflops - self.maf_prepare) / self.maf_per_step) - self.closing if self.maf_per_step else most
+        if affordable < 1:
+            closing = f", {self.closing} such passes at the end" if self.closing else ""
             raise BudgetError(
                 f"a budget of {gflops:,.0f} MAF-GFLOPs does not pay for one step "
-                f"(teacher passes {self.maf_prepare:,.0f}, a step {self.maf_per_step:,.1f}).",
+                f"(teacher passes {self.maf_prepare:,.0f}, a step {self.maf_per_step:,.1f}{closing}).",
                 "Raise budget.gflops_per_update, or use a recipe with a smaller batch or fewer reference pairs.",
             )
-        return min(steps, most)
+        return min(affordable, most)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -79,10 +84,11 @@ def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list
     ``batches`` are the first ones that will be learned. A batch costs what its longest text makes it cost: the one with
     the shortest and the one with the longest are counted, and what lies between is linear.
     """
+    model, optimizer = learner.model.model, learner.optimizer
     lengths = [max(learner.length(row) for row in rows) for rows in batches]
     least, most = min(lengths), max(lengths)
     rows = batches[lengths.index(most)]
-    with counted() as flops, _peak(learner.model.device) as peak:
+    with counted() as flops, _peak(learner.model.device, model) as peak:
         learner.backward(rows)
     step = long = flops.get_total_flops() / 1e9
     if least < most:
@@ -90,9 +96,10 @@ def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list
             learner.backward(batches[lengths.index(least)])
         short = flops.get_total_flops() / 1e9
         step = short + (long - short) * (sum(lengths) / len(lengths) - least) / (most - least)
-    learner.optimizer.zero_grad(set_to_none=True)
-    trained = sum(_bytes(p) for p in learner.parameters.values())
-    weights = sum(_bytes(p) for p in learner.model.model.parameters())
+    optimizer.zero_grad(set_to_none=True)
+    trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
+    twice = sum(_bytes(p) for kind in _in_place(model) for p in kind.parameters())
+    weights = sum(_bytes(p) for p in model.parameters()) - twice
     small, sample_gflops = _full(learner, examples[:SMALL])
     large, _ = _full(learner, (examples * LARGE)[:LARGE])
     plain = learner.base.build_model()
@@ -102,9 +109,10 @@ def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list
         step_gflops=step,
         sample_gflops=sample_gflops,
         prepare_gflops=prepare_gflops,
-        # Gradient and two moments of what learns, beside weights and what autograd keeps.
-        peak_bytes=weights + 3 * trained + peak(),
+        # Gradient and optimizer state of what learns, beside weights and what autograd keeps.
+        peak_bytes=weights + trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
+        closing=sum(regularizer.passes for _, regularizer in learner.regularizers),
     )
 
 
@@ -113,7 +121,7 @@ def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
     model = learner.base.build_model()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    with counted() as flops, _peak(torch.device("cpu")) as peak:
+    with counted() as flops, _peak(torch.device("cpu"), model) as peak:
         learner.plain(model, examples)
     return peak(), flops.get_total_flops() / 1e9 / len(examples)
 
@@ -146,8 +154,10 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **
 
 
 @contextmanager
-def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
+def _peak(device: torch.device, model: nn.Module) -> Iterator[Callable[[], float]]:
     """Bytes that the forward pass inside keeps for the backward pass; parameters do not count.
+
+    Nor do weights of the model that could stand where a parameter does.
 
     On a GPU the allocator knows; on a CPU each storage that autograd saves is counted once.
     """
@@ -159,17 +169,29 @@ def _peak(device: torch.device) -> Iterator[Callable[[], float]]:
     seen: dict[int, int] = {}
     held: list[Tensor] = []  # a freed storage's address may be used again
 
+    def keep(tensor: Tensor, size: int) -> None:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in seen:
+            held.append(tensor.detach())
+            seen[place] = size
+
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                held.append(tensor.detach())
-            seen[storage.data_ptr()] = storage.nbytes()
+            keep(tensor, tensor.untyped_storage().nbytes())
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: float(sum(seen.values()))
-    held.clear()
+    hooks = [kind.register_forward_hook(lambda _, __, weight: keep(weight, 0)) for kind in _in_place(model)]
+    try:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield lambda: float(sum(seen.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        held.clear()
+
+
+def _in_place(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, Kind) and module.in_place]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -29,10 +29,10 @@ class Spaces:
 
 
 def tower_of(name: str) -> Tower | None:
-    """The tower that owns a tensor of an open_clip model; None for logit scale and bias."""
+    """The tower that owns a tensor or module of an open_clip model; None for logit scale and bias."""
     if name in _OUTSIDE:
         return None
-    return "image" if name.startswith("visual.") else "text"
+    return "image" if name.split(".", 1)[0] == "visual" else "text"
 
 
 def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:

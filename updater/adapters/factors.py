@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NEGLIGIBLE = 1e-6
+"""A share of a ΔW below this is rounding: its factors came from float32."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -68,6 +71,14 @@ def combine(shares: Sequence[tuple[float, Delta]]) -> dict[str, Factor | Whole]:
                 b=torch.cat([share * factor.b for share, factor in factors], dim=1),
             )
     return combined
+
+
+def fits(factor: Factor, rank: int) -> bool:
+    """Whether :func:`compress` to ``rank`` loses nothing that float32 could hold."""
+    if factor.rank <= rank:
+        return True
+    dense = factor.dense()
+    return bool((dense - compress(factor, rank).dense()).norm() <= NEGLIGIBLE * dense.norm())
 
 
 def compress(factor: Factor, rank: int) -> Factor:

@@ -44,9 +44,12 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor 
     whole = whole_weights(files)
     if whole:
         own = dict(base.build_model().named_parameters())
-        unknown = sorted(set(whole) - set(own))
+        unknown = sorted(name for name, value in whole.items() if name not in own or own[name].shape != value.shape)
         if unknown:
-            raise AdapterError(f"Adapter {files.name} replaces {unknown[0]}, which the base lacks.", _OTHER_BASE)
+            shape = list(whole[unknown[0]].shape)
+            raise AdapterError(
+                f"Adapter {files.name} replaces {unknown[0]} {shape}, which the base lacks.", _OTHER_BASE
+            )
         delta |= {name: Whole(value.double() - own[name].detach().double()) for name, value in whole.items()}
     for key, a in files.tensors.items():
         if key.endswith(".lora_A.weight"):
@@ -139,8 +142,8 @@ class LoraModel(AdapterModel):
 
     @property
     def base_names(self) -> list[str]:
-        """Every layer with LoRA, trained or carried, by its name in the base."""
-        return sorted(plain_name(name) for name in self.layers)
+        """Every layer with LoRA, trained or carried, or with whole weights of the incumbent's."""
+        return sorted({*map(plain_name, self.layers), *(name.rpartition(".")[0] for name in self._whole.delta)})
 
     def restore(self) -> None:
         """Undo rounding in attention weights: PEFT adds and subtracts ΔW there at every pass, and W drifts.

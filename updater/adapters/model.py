@@ -75,21 +75,23 @@ class WholeWeights:
     """Whole parameters that an incumbent replaced: in force, but for when the base alone is asked for."""
 
     def __init__(self, model: nn.Module, delta: Delta) -> None:
-        named = dict(model.named_parameters())
-        self._own: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._own: list[tuple[nn.Module, str, nn.Parameter, Tensor, Tensor]] = []
         self.delta: dict[str, Factor | Whole] = {}
         for name, part in delta.items():
             if isinstance(part, Whole):
-                parameter = named[name]
+                owner, _, leaf = name.rpartition(".")
+                module, parameter = model.get_submodule(owner), model.get_parameter(name)
                 plain = parameter.detach().clone()
-                self._own.append((parameter, plain, applied(plain, part)))
+                self._own.append((module, leaf, parameter, plain, applied(plain, part)))
                 self.delta[name] = part
         self.use(True)
 
     def use(self, on: bool) -> None:
         """Put the incumbent's values in force, or the base's."""
-        for parameter, plain, replaced in self._own:
-            parameter.data.copy_(replaced if on else plain)
+        for module, leaf, parameter, plain, replaced in self._own:
+            # PEFT gives attention a new parameter at every pass; a parametrization takes the old one along.
+            current = module._parameters.get(leaf)
+            (parameter if current is None else current).data.copy_(replaced if on else plain)
 
 
 def applied(plain: Tensor, part: Whole) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from ops.errors import AdapterError, ConfigError
 from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.base import ClipBase
-from updater.adapters.factors import Delta, Factor, Whole, combine
+from updater.adapters.factors import Delta, Factor, Whole, combine, fits
 from updater.adapters.kinds import Kind, find
 from updater.adapters.model import AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
 
@@ -117,8 +117,19 @@ class WeightModel(AdapterModel):
         return f"{owner}{INNER_OUT_PROJ}" if inside else layer
 
     def write(self, delta: Delta, directory: Path) -> str:
-        learned = {self._layer(name) for name in self.kinds}
-        kept = {name: part for name, part in self._start.items() if name not in learned}
+        """As of every adapter, but for factors that the rank no longer holds: those are written as whole weights.
+
+        Ranks add up where an update begins with new factors, and these methods merge each update into the weights;
+        compressed again and again, what earlier ones learned would be lost.
+        """
+        kept = {
+            name: part
+            for name, part in self._start.items()
+            if isinstance(part, Factor) and parameter_of(name, self._modules) not in self.kinds
+        }
+        over = {n: part for n, part in delta.items() if isinstance(part, Factor) and not fits(part, self.rank)}
+        wholes = {name: Whole(value) for name, value in dense_delta(over, self.frozen.build_model()).items()}
+        delta = combine([(1.0, {n: part for n, part in delta.items() if n not in over}), (1.0, wholes)])
         targets = sorted(name for name, part in delta.items() if isinstance(part, Factor))
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
         return write_delta(self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, kept=kept)

@@ -11,11 +11,12 @@ import pkgutil
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ops.errors import ConfigError
 from updater.recipes import Optimizer
 
-__all__ = ["make", "names"]
+__all__ = ["make", "names", "state_bytes"]
 
 
 def names() -> list[str]:
@@ -32,3 +33,9 @@ def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float
         return made(groups, weight_decay, **optimizer.options)  # type: ignore[no-any-return]
     except TypeError as error:
         raise ConfigError(f"optimizer {optimizer.kind!r}: {error}.", "See its file for its options.") from None
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """Bytes of an optimizer's state for a parameter: its own ``state_bytes`` if it has one, else Adam's two moments."""
+    own = getattr(optimizer, "state_bytes", None)
+    return int(own(parameter)) if own else 2 * parameter.numel() * parameter.element_size()

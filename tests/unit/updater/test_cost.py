@@ -11,14 +11,15 @@ from torch import nn
 from ops.errors import BudgetError
 from serving.engines.base import ClipBase
 from tests.support.tiny import tiny_base
-from tests.unit.updater.builders import pools, recipe
-from updater.cost import Cost, _peak, measure
+from tests.unit.updater.builders import pools, recipe, run
+from updater.cost import Cost, _counted, _peak, measure
 from updater.families.clip.learner import ClipLearner
+from updater.result import Limits
 
 
-def _cost(base: ClipBase, **changes: object) -> Cost:
+def _cost(base: ClipBase, name: str = "naive", **changes: object) -> Cost:
     pool = pools(new=12, reference=0)
-    learner = ClipLearner(base, recipe("naive", **changes), {}, seed=0)
+    learner = ClipLearner(base, recipe(name, **changes), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
     return measure(learner, list(pool.new), [list(range(12))], prepare_gflops=0)
 
@@ -50,7 +51,7 @@ def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> No
 def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
     layer = nn.Linear(100, 50)
     x = torch.randn(10, 100)
-    with _peak(torch.device("cpu")) as peak:
+    with _peak(torch.device("cpu"), layer) as peak:
         kept = layer(x).relu()
         (layer(x) * kept).sum()
     # x once (used twice), relu's output once, the second product's other side once; the weights never.
@@ -66,3 +67,59 @@ def test_steps_follow_from_the_budget() -> None:
     assert cost.maf(7) == 40
     with pytest.raises(BudgetError, match="Raise budget"):
         cost.steps_within(9, most=100)
+
+
+def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    ratio = {
+        name: _cost(base, name, **changes).memory_ratio
+        for name, changes in {
+            "full": {}, "galore": {}, "ln-fit": {}, "bit-fit": {}, "dora": {"image": {}, "text": {}},
+        }.items()
+    }  # fmt: skip
+    assert ratio["full"] == pytest.approx(1, abs=0.03)
+    locked = [_cost(base, "full", **{tower: {"locked": True}}).memory_ratio for tower in ("image", "text")]
+    assert max(locked) < ratio["full"] - 0.02
+    assert max(ratio["ln-fit"], ratio["bit-fit"], ratio["dora"]) < 0.5
+    # Its moments are those of a subspace: what it saves of two whole moments.
+    assert ratio["galore"] < ratio["full"] - 0.25
+
+
+def test_measuring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
+    pool = pools(new=6, reference=0)
+    learner = ClipLearner(tiny_base(tmp_path), recipe("full", text={"locked": True}), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 6)
+    first = measure(learner, list(pool.new), list(range(6)))
+    assert not any(module._forward_hooks for module in learner.model.model.modules())
+    assert all(parameter.grad is None for parameter in learner.parameters.values())
+    assert measure(learner, list(pool.new), list(range(6))) == first
+
+
+def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "home")
+    images = {"text": {"locked": True}}
+    with_ewc = recipe("full", regularizers=[{"name": "ewc", "options": {"batches": 3}}], **images)
+    plain = run(base, tmp_path / "plain", recipe=recipe("full", **images))
+    held = run(base, tmp_path / "held", recipe=with_ewc)
+    assert held.cost["closing"] == 3 and plain.cost["closing"] == 0
+    per_step = held.cost["maf_per_step"]
+    assert held.maf == held.maf_planned == pytest.approx(plain.maf + 3 * per_step, rel=1e-3)
+    tight = Limits(gflops=plain.maf + per_step / 2, seconds=120, threads=1)
+    short = run(base, tmp_path / "short", recipe=with_ewc, limits=tight)
+    assert short.steps == plain.steps - 3
+    assert short.maf <= tight.gflops
+
+
+@pytest.mark.parametrize("name", ["dora", "vera", "codyra", "nusa-cl", "full", "ln-fit", "bit-fit", "galore"])
+def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str) -> None:
+    """Budgets are planned from one step: the others must not differ (masks, pruned ranks, projections)."""
+    pool = pools(new=12, reference=0)
+    learner = ClipLearner(tiny_base(tmp_path), recipe(name, image={"blocks": 1}, text={"blocks": 1}), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 12)
+    rows = list(range(9))
+    planned = measure(learner, list(pool.new), rows)
+    for step in range(3):
+        with _counted() as flops:
+            learner.backward(rows)
+        learner.update(1e-3, step, 3)
+        assert flops.get_total_flops() / 1e9 == pytest.approx(planned.step_gflops, rel=1e-9)

@@ -20,6 +20,8 @@ class Kind(nn.Module, ABC):
     """
 
     selects: ClassVar[Selects] = "layers"
+    in_place: ClassVar[bool] = False
+    """Whether W' could stand where W does, with nothing besides: what full fine-tuning needs is counted that way."""
 
     @abstractmethod
     def forward(self, weight: Tensor) -> Tensor:

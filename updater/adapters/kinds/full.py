@@ -14,6 +14,7 @@ class Full(Kind):
     """W' = W + D, D of the weight's shape, 0 at first. Weight decay then pulls towards the start, not towards 0."""
 
     selects: ClassVar[Selects] = "all"
+    in_place: ClassVar[bool] = True
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
