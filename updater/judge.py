@@ -13,10 +13,10 @@ from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
-from streams.store import Having, SampleStore
-from updater.gate import Verdict, fresh_suites, load_suites, run_gate, write_report
+from streams.store import SampleStore
+from updater.gate import Verdict, run_gate, write_report
 from updater.gate.open import open_asker
-from updater.gate.suites import Family
+from updater.tuning import tuned_on, update_suites
 
 
 def judge(
@@ -56,7 +56,6 @@ def _gate(
     update: UpdateRow,
     adapter: str,
 ) -> Verdict:
-    family: Family = "vlm" if isinstance(base, VlmBase) else "clip"
     meta: dict[str, Any] = {
         "update": update.id,
         "recipe": update.recipe.get("name"),
@@ -66,9 +65,9 @@ def _gate(
         "data_to": update.data_to,
         "rank": update.recipe.get("rank"),
     }
-    suites = load_suites(settings.gate.suites, settings.home, family)
-    having: Having = "text" if family == "clip" else "question"
-    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=having)
+    suites, fresh = update_suites(settings, store, update)
+    if update.recipe.get("merge", {}).get("search"):
+        meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
     with open_asker(settings, base) as asker:
         if update.incumbent:
             asker.load(update.incumbent, artifacts.fetch(f"adapters/{update.incumbent}"))
@@ -83,8 +82,8 @@ def _gate(
             candidate=adapter,
             incumbent=update.incumbent,
             suites=suites,
-            fresh=fresh_suites(fresh, family=family, min_items=settings.gate.min_items),
-            looks=ledger.looks_since_release(family),
+            fresh=fresh,
+            looks=ledger.looks_since_release(base.family),
             settings=settings.gate,
             cost=update.cost,
             meta=meta,

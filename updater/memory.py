@@ -1,4 +1,4 @@
-"""What an update leaves for the next one, beside the adapter: where to start from, and what terms of the loss remember.
+"""What an update leaves for the next one, beside the adapter: where to start from, what terms of the loss remember.
 
 One safetensors file in a directory of its own, kept under the adapter's name: an update that starts from another
 adapter, after a rollback say, finds that one's.
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,15 +24,21 @@ NAME = "memory.safetensors"
 
 @dataclass(frozen=True)
 class Memory:
-    """``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name."""
+    """``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
+
+    ``updates``: how many came before, where the schedule looks at that.
+    """
 
     start: Delta = field(default_factory=dict)
     terms: Mapping[str, Tensor] = field(default_factory=dict)
+    updates: int = 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         made = {f"term/{name}": value for name, value in self.terms.items()}
+        if self.updates:
+            made["updates"] = torch.tensor(self.updates)
         for name, part in self.start.items():
             if isinstance(part, Factor):
                 made |= {f"start/{name}/a": part.a, f"start/{name}/b": part.b}
@@ -73,4 +80,4 @@ class Memory:
                 start[name] = Whole(value)
             elif kind == "start" and side == "a":
                 start[name] = Factor(value, tensors[f"start/{name}/b"])
-        return cls(start, terms)
+        return cls(start, terms, int(tensors.get("updates", 0)))

@@ -4,6 +4,8 @@
 exponential anneal only before a candidate is handed over. Updates that start from an incumbent skip warm-up and
 cool-down. *rsqrt*: linear warm-up, then peak x sqrt(W / step). Both end in the same anneal. *cosine*: linear warm-up,
 then down to ``final`` over the steps of the update, anew in each: the papers' usual one, which has a horizon.
+
+Over all of them a meta-schedule (FoMo-in-Flux) may lower the rates from update to update.
 """
 
 from __future__ import annotations
@@ -13,13 +15,29 @@ import math
 from updater.recipes import Schedule
 
 
-def learning_rate(schedule: Schedule, step: int, steps: int, first: bool) -> float:
+def learning_rate(schedule: Schedule, step: int, steps: int, first: bool, update: int = 0) -> float:
     """The rate of ``step`` (from 0).
 
     Args:
         steps: steps of this update, which only the anneal before the hand-over looks at.
         first: whether the update starts from the base; later ones start in the constant phase.
+        update: how many updates came before, for the meta-schedule.
     """
+    return meta_factor(schedule, update, steps) * _rate(schedule, step, steps, first)
+
+
+def meta_factor(schedule: Schedule, update: int, steps: int) -> float:
+    """*rsqrt*: sqrt((k + 1) W / (k S + W)) after k updates of S steps, with W warm-up steps; 1 in the first update.
+
+    It falls to sqrt(W / S), and not to 0: an endless stream is still learned from. Nothing is raised where W > S.
+    """
+    warm = max(schedule.warmup_steps, 1)
+    if schedule.updates == "constant" or warm >= steps:
+        return 1.0
+    return math.sqrt((update + 1) * warm / (update * steps + warm))
+
+
+def _rate(schedule: Schedule, step: int, steps: int, first: bool) -> float:
     if schedule.kind == "cosine":
         return _cosine(schedule, step, steps)
     rate = _endless(schedule, step, first)

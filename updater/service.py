@@ -1,6 +1,7 @@
 """The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
 
-training   charged once (by the update's id); trains from its last checkpoint; writes the adapter, then the ledger
+training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
+           leaves for the next one (its memory), then the ledger
 trained    the adapter is in the artifacts and in the ledger; the gate judges it
 gated      the verdict and its report are stored; what passed is proposed
 done       or failed, with the reason
@@ -35,6 +36,7 @@ from updater.result import Limits, TrainResult, cost_of
 from updater.throttle import Throttle, latencies
 from updater.train import train
 from updater.triggers import Ready, Waiting
+from updater.tuning import TuningScores
 
 QUIET_SECONDS = 60.0
 """How often the reason for waiting is repeated when it stays the same."""
@@ -226,6 +228,7 @@ class UpdaterService:
             checkpoint_steps=settings.updater.checkpoint_steps,
         )
         incumbent = self.artifacts.fetch(f"adapters/{update.incumbent}") if update.incumbent else None
+        scored = TuningScores.of(settings, self.store, base, update) if recipe.merge.search else None
         self._throttle.begin()
         with self.stop.training():
             result = train(
@@ -237,15 +240,24 @@ class UpdaterService:
                 limits=limits,
                 out_dir=work / "adapter",
                 work_dir=work,
+                memory=self._memory(update.incumbent),
+                scored=scored,
                 stop=self.stop,
                 give_way=self._throttle,
             )
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
+        if result.memory is not None:
+            self.artifacts.put_directory(result.memory, f"memories/{result.adapter}")
         self._register(update, recipe, base, result)
         self.ledger.settle(update.id, result.maf, capacity=capacity)
         metrics.update.trained(family, result.seconds, result.maf)
         say(f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s")
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
+
+    def _memory(self, incumbent: str | None) -> Path | None:
+        """What the update that made the incumbent left behind, if it left something."""
+        key = f"memories/{incumbent}"
+        return self.artifacts.fetch(key) if incumbent and self.artifacts.exists(key) else None
 
     def _register(self, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
         image_space, text_space = spaces_of(base, result.directory)

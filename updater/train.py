@@ -28,11 +28,12 @@ from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkp
 from updater.cost import Cost, counted, measure
 from updater.families import make_learner
 from updater.learner import AnyLearner, Base
+from updater.linesearch import Scored, check_searchable, search
 from updater.memory import Memory
 from updater.merging import merged
 from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Pools
-from updater.recipes import Part, Recipe
+from updater.recipes import Merge, Part, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
 
@@ -55,6 +56,7 @@ def train(
     out_dir: Path,
     work_dir: Path,
     memory: Path | None = None,
+    scored: Scored | None = None,
     stop: Callable[[], bool] = lambda: False,
     give_way: Callable[[], float] = lambda: 1.0,
     device: str | None = None,
@@ -66,15 +68,17 @@ def train(
         memory: what the update that made the incumbent left for the next one, if its recipe left something.
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
+        scored: scores merged adapters, for recipes whose merge searches its weight.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
         give_way: asked between steps for the share of the duty cycle that may be used just now.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
-        ConfigError: the recipe is of another family than the base.
+        ConfigError: the recipe is of another family than the base, or searches its merge's weight without ``scored``.
         BudgetError: the budget does not pay for one step.
         Stopped: see ``stop``.
     """
+    check_searchable(recipe, scored)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = read_delta(incumbent, base) if incumbent else {}
     recalled = Memory.read(memory) if memory else Memory()
@@ -82,9 +86,10 @@ def train(
         [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
     )
     with _reproducible(limits.threads):
-        return _Run(
+        course = _Run(
             base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run
-        ).go()
+        )
+        return course.go(scored)
 
 
 class _Run:
@@ -96,9 +101,11 @@ class _Run:
     ) -> None:  # fmt: skip
         self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
         self.out_dir, self.work_dir, self.stop, self.give_way = out_dir, work_dir, stop, give_way
-        self.start: Delta = {} if recipe.merge.start == "base" else memory.start or served
+        starts = {"served": served, "trained": memory.start or served, "base": {}}
+        self.start: Delta = starts[recipe.merge.start]
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
         self.learner.remember(memory.terms)
+        self.updates = memory.updates
         self.pools = pools = _usable(pools, self.learner)
         self.examples = [example for part in PARTS for example in pools.of(part)]
         self.parts: list[Part] = [part for part in PARTS for _ in pools.of(part)]
@@ -108,7 +115,7 @@ class _Run:
         self.began = time.monotonic()
         self.slept = self.began
 
-    def go(self) -> TrainResult:
+    def go(self, scored: Scored | None) -> TrainResult:
         """Prepare, measure, step, and write the adapter."""
         learner = self.learner
         with counted() as flops:
@@ -127,14 +134,23 @@ class _Run:
         _refuse_non_finite(trained, progress.step)
         for _, regularizer in learner.regularizers:
             regularizer.finish(learner.parameters, self._gradients)
-        whole = merged(self.recipe.merge, self.served, trained)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
-            name = learner.model.write(whole, Path(staging) / "adapter")
+
+            def write(merge: Merge, place: Path) -> str:
+                return learner.model.write(merged(merge, self.served, trained, self.start), place)
+
+            weighed = search(self.recipe.merge, scored, write, Path(staging), self._between)
+            name = write(weighed.merge, Path(staging) / "adapter")
             directory = self.out_dir / name
             if not directory.exists():
                 (Path(staging) / "adapter").rename(directory)
-        memory = Memory(trained if self.recipe.merge.start == "trained" else {}, learner.remembered())
+        memory = Memory(
+            start=trained if self.recipe.merge.start == "trained" else {},
+            terms=learner.remembered(),
+            updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
+        )
+        told = {**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step}
         return TrainResult(
             adapter=name,
             directory=directory,
@@ -145,7 +161,7 @@ class _Run:
             seconds=progress.seconds,
             truncated=progress.truncated,
             losses=progress.losses,
-            cost={**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step},
+            cost=told | weighed.to_json(cost.sample_gflops),
             samples={part: len(self.pools.of(part)) for part in PARTS},
             memory=memory.write(self.out_dir / f"{name}.memory"),
         )
@@ -182,7 +198,7 @@ class _Run:
                     f"the loss of step {step} is {loss}: recipe {self.recipe.name!r} diverged.",
                     "Lower schedule.peak in the recipe, or look for broken samples in the newest data.",
                 )
-            rate = learning_rate(self.recipe.schedule, step, progress.steps, first)
+            rate = learning_rate(self.recipe.schedule, step, progress.steps, first, self.updates)
             self.learner.update(rate, step, progress.steps)
             for name, value in {"loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value)

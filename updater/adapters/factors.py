@@ -31,6 +31,13 @@ class Factor:
         """ΔW [out, in]."""
         return self.b @ self.a
 
+    @classmethod
+    def of(cls, matrix: Tensor) -> Factor:
+        """A ΔW [out, in] that has no low rank, exactly; the writer's compression finds its best approximation."""
+        out, inner = matrix.shape
+        eye = torch.eye(min(out, inner), dtype=matrix.dtype)
+        return cls(eye, matrix) if inner <= out else cls(matrix, eye)
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What it is made of."""
         return self.a, self.b

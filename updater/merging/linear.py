@@ -5,9 +5,15 @@ from __future__ import annotations
 from updater.adapters import Delta, merge
 
 
-def linear(served: Delta, trained: Delta, weight: float) -> Delta:
-    """ΔW = (1 - weight) ΔW_served + weight ΔW_trained, exactly."""
-    return merge(served, trained, weight)
+def linear(served: Delta, trained: Delta, start: Delta, weight: float, towards: str = "served") -> Delta:
+    """ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly.
+
+    ``towards``: the other end, ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT,
+    Wortsman et al. 2022).
+    """
+    if towards not in ("served", "base"):
+        raise TypeError(f"towards is {towards!r}, not one of served, base")
+    return merge(served if towards == "served" else {}, trained, weight)
 
 
 RULE = linear

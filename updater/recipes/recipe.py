@@ -88,6 +88,9 @@ class Schedule(Section):
     warmup_steps: int = Field(10, ge=0)
     cooldown_steps: int = Field(30, ge=0, description="Cosine from peak to constant (infinite only).")
     anneal_steps: int = Field(20, ge=0, description="Exponential anneal before a candidate is handed over.")
+    updates: Literal["constant", "rsqrt"] = Field(
+        "constant", description="What becomes of rates from update to update."
+    )
 
 
 class Merge(Section):
@@ -95,12 +98,23 @@ class Merge(Section):
 
     Rules are found by name in ``updater/merging``; ``none`` serves what was trained. ``start`` is what the next update
     trains from: what is served (EMA merge), what was trained (finetuned merge), or the base (zero-shot merge).
+    ``search`` lists weights to try: the one that scores best on the tuning half of the gate's suites takes the place of
+    ``weight``, and the gate then judges by the hidden half.
     """
 
     rule: str = "linear"
     weight: float = Field(0.9, gt=0, le=1, description="Weight of the trained delta.")
     start: Literal["served", "trained", "base"] = "served"
+    search: tuple[float, ...] = Field((), max_length=20, description="Weights of a line search; each is scored once.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        if self.search and self.rule == "none":
+            raise ValueError("search looks for the weight of a rule, and rule is none")
+        if any(not 0 < weight <= 1 for weight in self.search) or len(set(self.search)) < len(self.search):
+            raise ValueError(f"search is {list(self.search)}: weights differ, above 0 and at most 1")
+        return self
 
 
 class Recipe(Section):

@@ -58,10 +58,19 @@ def recipe(name: str = "default", **changes: Any) -> Recipe:
     return Recipe.parse({**values, **small, **changes})
 
 
+class Small:
+    """Scores adapters for recipes that search their merge's weight: the smaller file is the better one."""
+
+    passes = 1
+
+    def __call__(self, directory: Path) -> float:
+        return -float((directory / "adapter_model.safetensors").stat().st_size)
+
+
 def run(base: ClipBase | VlmBase, folder: Path, **options: Any) -> TrainResult:
     """Train into ``folder`` with small defaults."""
     given: dict[str, Any] = {
-        "recipe": recipe(), "pools": pools(), "incumbent": None, "seed": 3, "limits": LIMITS,
+        "recipe": recipe(), "scored": Small(), "pools": pools(), "incumbent": None, "seed": 3, "limits": LIMITS,
         "out_dir": folder / "adapters", "work_dir": folder / "work", "device": "cpu", **options,
     }  # fmt: skip
     return train(base, **given)

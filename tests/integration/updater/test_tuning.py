@@ -1,0 +1,85 @@
+"""A merge whose weight is searched for: on one half of the suites, judged by the other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ops.artifacts import Artifacts
+from ops.ledger import UpdateRow
+from ops.settings import Settings
+from serving.engines.base import load_base
+from tests.integration.updater.home import add_samples, make_home
+from tests.unit.gate.builders import folder_dataset
+from tests.unit.updater.builders import recipe
+from updater.gate import load_suites
+from updater.gate.open import open_asker
+from updater.service import UpdaterService
+from updater.tuning import TuningScores, tuned_on, update_suites
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    home = tmp_path / "home"
+    made = make_home(home)
+    plan = recipe("paint", max_steps=4, reference_limit=20, merge={"rule": "linear", "search": [0.3, 1.0]})
+    (home / "default.yaml").write_text(plan.to_yaml())
+    folder_dataset(home / "data" / "few", count=6)
+    (home / "suites" / "few.yaml").write_text("task: retrieval\ndata: ${home}/data/few\n")
+    return made
+
+
+def test_the_weight_is_chosen_on_one_half_and_judged_by_the_other(settings: Settings) -> None:
+    add_samples(settings, 12)
+    add_samples(settings, 48, split="fresh_eval")
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "done", update
+    scores = update.cost["search_scores"]
+    assert set(scores) == {"0.3", "1"}
+    assert scores[f"{update.cost['merge_weight']:g}"] == max(scores.values())
+    assert update.cost["search_gflops"] > 0
+    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
+    halves = {suite["name"]: suite["half"] for suite in report["suites"]}
+    assert halves == {"few": "all", "things": "hidden", "fresh.things": "hidden"}
+    assert sorted(report["meta"]["tuned_on"]) == ["fresh.things", "things"]
+    assert _expected(settings, update) == pytest.approx(scores[f"{update.cost['merge_weight']:g}"])
+
+
+def _expected(settings: Settings, update: UpdateRow) -> float:
+    """The chosen adapter's score, from the ranks of each tuning half."""
+    service = UpdaterService(settings)
+    directory = service.artifacts.fetch(f"adapters/{update.adapter}")
+    suites, fresh = update_suites(settings, service.store, update)
+    with open_asker(settings, load_base(settings.home, "tiny")) as asker:
+        asker.load(str(update.adapter), directory)
+        marks = {
+            suite.name: asker.score(suite.half("tuning"), str(update.adapter)).hits.mean()
+            for suite in (*suites, *fresh)
+            if suite.name != "few"
+        }
+    return float(marks["things"] + marks["fresh.things"]) / 2
+
+
+def test_a_suite_too_small_to_be_divided_is_left_to_the_gate(settings: Settings) -> None:
+    suites = load_suites(settings.gate.suites, settings.home, "clip")
+    assert {suite.name for suite in suites} == {"few", "things"}
+    assert [suite.name for suite in tuned_on(suites, min_items=5)] == ["things"]
+    assert tuned_on(suites, min_items=30) == []
+    scores = TuningScores(settings, load_base(settings.home, "tiny"), tuned_on(suites, min_items=5))
+    assert 5 <= scores.passes <= 25
+
+
+def test_a_fixed_weight_leaves_the_suites_whole(settings: Settings) -> None:
+    (settings.home / "default.yaml").write_text(recipe("ema-merge", max_steps=4, reference_limit=20).to_yaml())
+    add_samples(settings, 12)
+    add_samples(settings, 48, split="fresh_eval")
+    update = UpdaterService(settings).step().update
+    assert update is not None and "merge_weight" not in update.cost
+    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
+    assert {suite["half"] for suite in report["suites"]} == {"all"}
+    assert "tuned_on" not in report["meta"]

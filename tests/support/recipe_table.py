@@ -1,0 +1,53 @@
+"""The table of recipes in docs/recipes.md, from the YAML files: all of a row but when to use it.
+
+python -m tests.support.recipe_table     # rows that are missing or out of date, to be pasted
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from updater.recipes import Recipe, load_recipe, recipe_names
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
+
+
+def made_of(recipe: Recipe) -> str:
+    """Adapter kind, terms, merge rule and schedule, in one cell."""
+    terms = [f"`{t.name}` × {t.weight:g}" for t in (*recipe.objectives, *recipe.regularizers) if t.weight > 0]
+    parts = [f"`{recipe.adapter.kind}`", " + ".join(terms)]
+    if recipe.gradients.harmonize or recipe.gradients.drop:
+        parts.append("harmonized gradients")
+    merge = recipe.merge
+    if merge.rule == "none":
+        parts.append("no merge")
+    else:
+        weight = f"{merge.weight:g}" if not merge.search else "searched"
+        options = "".join(f", {name} {value}" for name, value in merge.options.items())
+        parts.append(f"`{merge.rule}` {weight}{options}, from `{merge.start}`")
+    if recipe.optimizer.kind != "adamw":
+        parts.append(f"`{recipe.optimizer.kind}`")
+    parts.append(f"`{recipe.schedule.kind}`")
+    return "; ".join(parts)
+
+
+def row(name: str) -> str:
+    """The row of a recipe, but for its last cell."""
+    recipe = load_recipe(name)
+    return f"| `{name}` | {recipe.description.rstrip('.')} | {made_of(recipe)} |"
+
+
+def told() -> dict[str, str]:
+    """Rows of the page by name."""
+    return {found[1]: found[0] for found in re.finditer(r"^\| `([a-z0-9._-]+)` \|.*$", PAGE.read_text(), re.M)}
+
+
+def missing() -> list[str]:
+    """Rows that the page lacks or tells otherwise, as they should be; the last cell is for a person to write."""
+    there = told()
+    return [row(name) for name in recipe_names() if not there.get(name, "").startswith(row(name))]
+
+
+if __name__ == "__main__":
+    print("\n".join(missing()))

@@ -1,0 +1,16 @@
+"""Task arithmetic: what an update learned is added to what is served (Ilharco et al. 2023)."""
+
+from __future__ import annotations
+
+from updater.adapters import Delta, combine
+
+
+def task_arithmetic(served: Delta, trained: Delta, start: Delta, weight: float) -> Delta:
+    """ΔW = ΔW_served + weight (ΔW_trained - ΔW_start), exactly.
+
+    With ``start: base`` the sum of all task vectors so far, each with its weight; nothing that was learned fades.
+    """
+    return combine([(1.0, served), (weight, trained), (-weight, start)])
+
+
+RULE = task_arithmetic
