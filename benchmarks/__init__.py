@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from ops.errors import ConfigError
 from ops.settings import Settings
 
-BENCHMARKS = {"agreement": "benchmarks.agreement", "swap": "benchmarks.swap", "vqa": "benchmarks.vqa"}
+BENCHMARKS = {
+    "agreement": "benchmarks.agreement",
+    "continual": "benchmarks.continual.command",
+    "swap": "benchmarks.swap",
+    "vqa": "benchmarks.vqa",
+}
 """Name to module; a module has ``main(settings, arguments)``."""
 
 
