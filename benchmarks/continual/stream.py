@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ class Source:
 
     def takes(self, item: FolderItem) -> bool:
         """Whether a row of the domain belongs here."""
-        return bool(item.text) and (not self.only or item.label in self.only) and item.label not in self.without
+        return (not self.only or item.label in self.only) and item.label not in self.without
 
 
 UPDATES = (
@@ -111,8 +112,12 @@ def prepare(home: Path) -> None:
 def load_stream(home: Path, protocol: Protocol) -> Stream:
     """Read what :func:`prepare` made."""
 
+    @cache
+    def whole(domain: str) -> list[FolderItem]:
+        return [item for item in read_folder(home / "data" / domain) if item.text]
+
     def rows(domain: str, split: str) -> list[FolderItem]:
-        return read_folder(home / "data" / domain, split or None)
+        return [item for item in whole(domain) if not split or item.split in ("", split)]
 
     def chosen(source: Source, split: str, limit: int) -> tuple[Pair, ...]:
         return _drawn([_pair(item) for item in rows(source.domain, split) if source.takes(item)], limit)
@@ -121,7 +126,7 @@ def load_stream(home: Path, protocol: Protocol) -> Stream:
         templates = ("{}", *DOMAINS[source.domain].templates) if source.task == "classification" else ()
         return Suite(source.name, role, source.task, chosen(source, source.split, protocol.items), templates)
 
-    reference = [_pair(item) for domain in REFERENCE for item in rows(domain, "train") if item.text]
+    reference = [_pair(item) for domain in REFERENCE for item in rows(domain, "train")]
     return Stream(
         updates={source.name: chosen(source, "train", protocol.new) for source in UPDATES},
         reference=_drawn(reference, protocol.reference),
