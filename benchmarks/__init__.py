@@ -10,6 +10,7 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
+    "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",
     "step": "benchmarks.step",

@@ -1,0 +1,168 @@
+"""One method along one order with one seed: train, serve, ask; then the next update.
+
+After each update one JSON file is written; what a killed run has not written is done again, and training goes on from
+its own checkpoint. Only the adapter, the memory and the vectors of the last update are kept.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.continual.asking import Asker, Bools, Encoded
+from benchmarks.continual.plan import Plan, draw, plan
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.stream import Stream
+from ops.digests import digest_json
+from ops.progress import say
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from updater.checkpoint import read_json, write_json
+from updater.pools import mixed_seed
+from updater.recipes import Recipe
+from updater.result import Limits, TrainResult, cost_of
+from updater.train import train
+
+ZERO_SHOT = "zero-shot.json"
+BASE_VECTORS = "base-vectors.npz"
+SECONDS = 3600.0
+"""Wall-clock bound of an update; none comes near it unless the machine stands still."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A chain of updates."""
+
+    method: str
+    order: int = 0
+    seed: int = 0
+
+    def folder(self, results: Path) -> Path:
+        """Where its files are."""
+        return results / "units" / self.method / f"order{self.order}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"{self.method} (order {self.order}, seed {self.seed})"
+
+
+def update_path(folder: Path, number: int) -> Path:
+    """The file of an update, counted from 1."""
+    return folder / f"update-{number:02d}.json"
+
+
+def chain_name(recipe: Recipe, unit: Unit) -> str:
+    """Stands in the file of each update: those of another recipe under the same name do not count."""
+    return digest_json([recipe.digest, unit.order, unit.seed])
+
+
+def updates_done(results: Path, recipe: Recipe, unit: Unit) -> list[dict[str, Any]]:
+    """What is there of a unit: the files of its updates, up to the first that is missing."""
+    found: list[dict[str, Any]] = []
+    while True:
+        row = read_json(update_path(unit.folder(results), len(found) + 1))
+        if not isinstance(row, dict) or row.get("chain") != chain_name(recipe, unit):
+            return found
+        found.append(row)
+
+
+class Chain:
+    """Runs a unit in this process."""
+
+    def __init__(
+        self, base: ClipBase, stream: Stream, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path,
+        asker: Asker | None = None,
+    ) -> None:  # fmt: skip
+        """``asker``: of an engine of this base, to save making one. Raises BudgetError."""
+        self.base, self.stream, self.protocol, self.unit, self.results = base, stream, protocol, unit, results
+        self.recipe = recipe
+        self.folder = unit.folder(results)
+        self.order = stream.order(unit.order)
+        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
+        self.asker = asker or Asker(ClipEngine(base, "cpu"), stream.suites)
+        self.base_vectors = self._zero_shot()
+
+    def _zero_shot(self) -> Encoded:
+        """The base's answers, written once for all chains, and its vectors."""
+        path, answers = self.results / BASE_VECTORS, self.results / ZERO_SHOT
+        if not path.is_file() or not answers.is_file():
+            vectors = self.asker.encode(None)
+            self.results.mkdir(parents=True, exist_ok=True)
+            vectors.write(path)
+            roles = {suite.name: suite.role for suite in self.stream.suites}
+            write_json(answers, {"hits": packed(self.asker.outcomes(vectors)), "roles": roles})
+        return self.asker.read(path)
+
+    def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
+        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.train.train` raises."""
+        rows = updates_done(self.results, self.recipe, self.unit)
+        for number in range(len(rows), min(updates, len(self.order))):
+            say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")
+            rows.append(self._update(number, rows[-1] if rows else {}, stop))
+
+    def _vectors_path(self, number: int) -> Path:
+        return self.folder / f"vectors-{number:02d}.npz" if number else self.results / BASE_VECTORS
+
+    def _update(self, number: int, last: dict[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+        adapters, work = self.folder / "adapters", self.folder / "work" / str(number + 1)
+        began = time.process_time()
+        result = train(
+            self.base,
+            self.plan.recipe,
+            draw(self.stream, self.order, number, self.plan.recipe, self.protocol, self.unit.seed),
+            adapters / last["adapter"] if last else None,
+            seed=mixed_seed(self.unit.seed, number),
+            limits=Limits(self.protocol.gflops, SECONDS, threads=1, checkpoint_steps=20),
+            out_dir=adapters,
+            work_dir=work,
+            memory=adapters / last["memory"] if last.get("memory") else None,
+            stop=stop,
+            device="cpu",
+        )
+        trained = time.process_time()
+        vectors = self._vectors(result)
+        row = {
+            "chain": chain_name(self.recipe, self.unit),
+            "update": self.order[number],
+            "adapter": result.adapter,
+            "memory": result.memory.name if result.memory else None,
+            "hits": packed(self.asker.outcomes(vectors)),
+            "cross": self._cross(self.asker.read(self._vectors_path(number)), vectors),
+            "cost": cost_of(result),
+            "cpu_seconds": {"training": trained - began, "asking": time.process_time() - trained},
+            "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        vectors.write(self._vectors_path(number + 1))
+        write_json(update_path(self.folder, number + 1), row)
+        shutil.rmtree(work, ignore_errors=True)
+        for path in adapters.iterdir():
+            if path.name not in (row["adapter"], row["memory"]):
+                shutil.rmtree(path, ignore_errors=True)
+        if number:
+            self._vectors_path(number).unlink(missing_ok=True)
+        return row
+
+    def _vectors(self, result: TrainResult) -> Encoded:
+        self.asker.engine.load(result.adapter, result.directory)
+        try:
+            return self.asker.encode(result.adapter)
+        finally:
+            self.asker.engine.unload(result.adapter)
+
+    def _cross(self, previous: Encoded, now: Encoded) -> dict[str, float]:
+        """Recall at 5 of texts in an index of images, by the versions of both."""
+        return {
+            "old_old": self.asker.cross(previous, previous),
+            "new_old": self.asker.cross(now, previous),
+            "new_new": self.asker.cross(now, now),
+            "new_base": self.asker.cross(now, self.base_vectors),
+        }
+
+
+def packed(outcomes: dict[str, Bools]) -> dict[str, list[str]]:
+    """One string of 0 and 1 for each view of a suite, so that intervals can be computed later."""
+    return {name: ["".join("01"[int(hit)] for hit in view) for view in hits.T] for name, hits in outcomes.items()}

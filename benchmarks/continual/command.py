@@ -1,0 +1,173 @@
+"""``ratchet bench continual``: methods of continual learning side by side on a stream, at equal compute.
+
+Every CLIP recipe learns eight updates in a row; the best eight do so in three orders with three seeds. What is there is
+not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to read them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.continual.chain import Unit
+from benchmarks.continual.outcomes import read_asked, read_course
+from benchmarks.continual.plots import all_plots
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.report import figures
+from benchmarks.continual.runner import Runner, best
+from benchmarks.continual.stream import ORDERS, UPDATES, load_stream, prepare
+from benchmarks.continual.table import markdown
+from ops.digests import digest12, digest_json
+from ops.errors import ConfigError
+from ops.progress import say
+from ops.settings import Settings
+from serving.engines.base import load_base
+from updater.checkpoint import write_json
+from updater.recipes import load_recipe, recipe_names
+
+FAST = ("naive", "replay", "zscl", "default")
+FAST_UPDATES = 5
+BEST = 8
+
+
+@dataclass
+class Wanted:
+    """What is to be run. ``methods``: all that there are by default."""
+
+    methods: Sequence[str] = field(default_factory=lambda: clip_methods())
+    orders: int = ORDERS
+    seeds: int = 3
+    updates: int = len(UPDATES)
+    minutes: float = float("inf")
+    jobs: int = 0
+    report_only: bool = False
+    again: bool = False
+    out: Path | None = None
+
+
+def clip_methods() -> list[str]:
+    """Every CLIP recipe that comes with Ratchet."""
+    return [name for name in recipe_names() if load_recipe(name).family == "clip"]
+
+
+def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) -> dict[str, Any]:
+    """Run what is missing, write tables and plots, and return the figures.
+
+    Raises:
+        ConfigError: a method is not known.
+        PackageError: data cannot be had.
+        RatchetError: with ``report_only``, and nothing was run yet.
+    """
+    began, protocol = time.monotonic(), protocol or Protocol()
+    unknown = sorted(set(wanted.methods) - set(clip_methods()))
+    if unknown:
+        raise ConfigError(f"there is no CLIP recipe {unknown[0]!r}.", f"There are: {', '.join(clip_methods())}.")
+    if not wanted.report_only:
+        prepare(settings.home)
+    stream = load_stream(settings.home, protocol)
+    key = digest12(digest_json([load_base(settings.home, settings.base.clip).digest, protocol.digest, stream.digest]))
+    results = settings.home / "bench" / "continual" / key
+    if not wanted.report_only:
+        if wanted.again:
+            for name in wanted.methods:
+                shutil.rmtree(results / "units" / name, ignore_errors=True)
+        jobs = wanted.jobs or len(os.sched_getaffinity(0))
+        deadline = began + 60 * wanted.minutes
+        _run(Runner(settings.home, settings.base.clip, results, protocol, wanted.updates, jobs, deadline), wanted)
+    found = figures(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates, protocol)
+    _write(found, wanted.out or results)
+    return found
+
+
+def _run(runner: Runner, wanted: Wanted) -> None:
+    """Every method once; then, if there is time, the best ones in all orders with all seeds."""
+    if not runner.run([Unit(name) for name in wanted.methods]):
+        return say("the time is over; call again to go on")
+    asked = read_asked(runner.results)
+
+    def score(name: str) -> float | None:
+        course = read_course(runner.results, Unit(name), runner.updates, asked)
+        return float(course.trajectory(asked).gm[-1]) if course else None
+
+    chosen = best(score, wanted.methods, BEST)
+    more = [
+        Unit(name, order, seed) for order in range(wanted.orders) for seed in range(wanted.seeds) for name in chosen
+    ]
+    if not runner.run(more):
+        say("the time is over; call again to go on")
+    return None
+
+
+def _write(found: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", found)
+    drawings = all_plots(found) if found["methods"] else {}
+    (folder / "README.md").write_text(markdown(found) + _pictures(drawings))
+    for name, drawing in drawings.items():
+        (folder / name).write_text(drawing)
+    say(f"tables and plots are in {folder}")
+
+
+def _pictures(drawings: dict[str, str]) -> str:
+    return "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in drawings)
+
+
+def show(found: dict[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    title = f"After {found['updates']} updates, points against zero-shot"
+    table = Table("method", "learned (A_KA)", "kept (A_ZS)", "geometric mean", "MAF", "steps", "seconds", title=title)
+    for name, m in found["methods"].items():
+        spans = [m["intervals"][key] for key in ("a_ka", "a_zs", "gm")]
+        cells = [f"{i['value']:+.1f} [dim]({i['low']:+.1f} to {i['high']:+.1f})[/dim]" for i in spans]
+        table.add_row(name, *cells, f"{m['maf']:,.0f}", str(m["steps"]), f"{m['seconds']:.0f}")
+    for name, reason in found["failed"].items():
+        table.add_row(name, reason)
+    Console().print(table)
+    keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
+    line = {
+        "methods": {name: {key: m[key] for key in keys} for name, m in found["methods"].items()},
+        **{key: found[key] for key in ("zero_shot", "failed", "updates", "commit", "date", "machine")},
+    }
+    print(json.dumps(line), flush=True)
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench continual``."""
+    parser = argparse.ArgumentParser(
+        prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these methods, with commas between them")
+    parser.add_argument("--orders", type=int, default=ORDERS, help=f"orders for the best methods ({ORDERS})")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds for the best methods (3)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after about so many")
+    parser.add_argument("--jobs", type=int, default=0, help="processes, one core each (all cores)")
+    parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
+    parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
+    parser.add_argument("--out", type=Path, help="folder for tables and plots (beside the results)")
+    parser.add_argument(
+        "--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 10 minutes"
+    )
+    asked = parser.parse_args(arguments)
+    there = clip_methods()
+    wanted = Wanted(
+        methods=asked.only or ([name for name in FAST if name in there] if asked.fast else there),
+        orders=1 if asked.fast else asked.orders,
+        seeds=1 if asked.fast else asked.seeds,
+        updates=FAST_UPDATES if asked.fast else len(UPDATES),
+        minutes=asked.minutes,
+        jobs=asked.jobs,
+        report_only=asked.report,
+        again=asked.again,
+        out=asked.out,
+    )
+    show(run(settings, wanted))

@@ -1,0 +1,88 @@
+"""What finished units left: hits by item, suite and update, and what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
+from benchmarks.continual.metrics import Floats, Trajectory, trajectory
+from ops.errors import RatchetError
+from updater.checkpoint import read_json
+from updater.recipes import load_recipe
+
+Hits = dict[str, Floats]
+"""By suite [items]: the share of an item's views that were answered rightly."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The base's answers, and which suites are of which kind."""
+
+    base: Hits
+    adaptation: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A unit's updates. ``hits`` has one entry more than ``rows``: the base's."""
+
+    unit: Unit
+    hits: tuple[Hits, ...]
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the updates in the order in which they were learned."""
+        return [row["update"] for row in self.rows]
+
+    def path(self, suites: Sequence[str]) -> Floats:
+        """Scores [updates + 1, suites]."""
+        return np.array([[hits[name].mean() for name in suites] for hits in self.hits])
+
+    def trajectory(self, asked: Asked) -> Trajectory:
+        """A_KA and A_ZS along the stream."""
+        return trajectory(self.path(asked.adaptation), self.path(asked.held_out))
+
+    def total(self, key: str) -> float:
+        """Sum of a cost over all updates."""
+        return float(sum(row["cost"][key] for row in self.rows))
+
+    def most(self, key: str) -> float:
+        """Largest of a cost over all updates."""
+        return float(max(row["cost"][key] for row in self.rows))
+
+
+def read_asked(results: Path) -> Asked:
+    """Raises RatchetError when nothing was run yet."""
+    found = read_json(results / ZERO_SHOT)
+    if not isinstance(found, dict):
+        raise RatchetError(f"there are no results in {results}.", "Run `ratchet bench continual` without --report.")
+    roles: dict[str, str] = found["roles"]
+    return Asked(
+        _unpacked(found["hits"]),
+        tuple(name for name, role in roles.items() if role == "adaptation"),
+        tuple(name for name, role in roles.items() if role == "held-out"),
+    )
+
+
+def read_course(results: Path, unit: Unit, updates: int, asked: Asked) -> Course | None:
+    """The first ``updates`` updates of a unit; None unless all of them are there."""
+    rows = updates_done(results, load_recipe(unit.method), unit)[:updates]
+    if len(rows) < updates:
+        return None
+    return Course(unit, (asked.base, *(_unpacked(row["hits"]) for row in rows)), tuple(rows))
+
+
+def _unpacked(hits: dict[str, list[str]]) -> Hits:
+    return {name: np.mean([_bits(view) for view in views], axis=0) for name, views in hits.items()}
+
+
+def _bits(view: str) -> NDArray[np.float64]:
+    return np.array([float(letter) for letter in view])

@@ -1,0 +1,79 @@
+"""A recipe at the benchmark's sizes: one batch size, one budget, and a schedule that fits the steps this pays for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.stream import Stream
+from ops.digests import digest12, digest_json
+from serving.engines.base import ClipBase
+from updater.checkpoint import read_json, write_json
+from updater.cost import Cost, measure
+from updater.families import make_learner
+from updater.mixture import PARTS, plan_batches
+from updater.pools import Pools
+from updater.recipes import Part, Recipe, Schedule
+from updater.replay import Candidate, reservoir
+
+PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
+
+
+def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
+    """The pools of an update: its pairs, the base's, and a reservoir over those of earlier updates.
+
+    Shares that the recipe sets to 0 are empty, as in production. Replay is balanced over captions.
+    """
+    earlier = [pair for name in order[:number] for pair in stream.updates[name]]
+    candidates = [Candidate(pair.id, pair.text.lower()) for pair in earlier] if recipe.mixture.replay > 0 else []
+    kept = set(reservoir(candidates, protocol.replay, recipe.replay_half_life, seed, recipe.replay_balanced))
+    return Pools(
+        new=stream.updates[order[number]],
+        reference=stream.reference if recipe.mixture.reference > 0 else (),
+        replay=tuple(pair for pair in earlier if pair.id in kept),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``recipe`` at the benchmark's sizes; ``steps``: about as many as an update's budget pays for."""
+
+    recipe: Recipe
+    steps: int
+
+
+def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, folder: Path) -> Plan:
+    """Measure one step, or find what was measured, and fit the recipe to it.
+
+    The phases of a schedule are counted in steps, for an update of ``max_steps``; they keep their shares of the steps
+    that the budget pays for. Raises BudgetError when it pays for none.
+    """
+    sized = recipe.model_copy(update={"batch_size": protocol.batch_size, "max_steps": protocol.max_steps})
+    path = folder / f"{digest12(digest_json([base.digest, sized.digest]))}.json"
+    kept = read_json(path)
+    if not isinstance(kept, dict):
+        kept = _measured(base, sized, stream, protocol)
+        write_json(path, kept)
+    steps = Cost(**kept["cost"]).steps_within(protocol.gflops, protocol.max_steps)
+    return Plan(sized.model_copy(update={"schedule": _fitted(recipe.schedule, steps / recipe.max_steps)}), steps)
+
+
+def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
+    """Cost of a step and of preparing the last update, which has the fullest pools, from one batch of it."""
+    order = stream.order(0)
+    pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
+    sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
+    batch = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0).batch(0)
+    learner = make_learner(base, recipe, {}, 0)
+    examples = [pools.of(part)[row] for part, row in batch]
+    learner.prepare(examples, [part for part, _ in batch])
+    cost = measure(learner, examples, list(range(len(examples)))).to_json()
+    cost["samples"] = round(cost["samples"] / len(examples) * sum(sizes.values()))
+    return {"recipe": recipe.name, "cost": cost}
+
+
+def _fitted(schedule: Schedule, factor: float) -> Schedule:
+    phases = {name: getattr(schedule, name) for name in PHASES}
+    return schedule.model_copy(update={name: max(min(n, 1), round(n * factor)) for name, n in phases.items()})

@@ -1,0 +1,139 @@
+"""Three drawings of the results, SVG that fits dark and light grounds, in the colours of the gate's report."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+from benchmarks.continual.report import STANDARD
+from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
+
+WIDTH, HEIGHT = 7.2, 4.4
+LABELLED = 8
+"""Methods that are named in the drawings: the best ones, and the two that everybody looks for."""
+ALWAYS = (STANDARD, "naive", "replay", "zscl", "full")
+
+
+def all_plots(found: dict[str, Any]) -> dict[str, str]:
+    """SVG by name of the file."""
+    methods = found["methods"]
+    return {
+        "trajectories.svg": _trajectories(methods, found["updates"]),
+        "retention.svg": _retention(methods),
+        "cost.svg": _cost(methods),
+    }
+
+
+def _named(methods: dict[str, Any]) -> list[str]:
+    best = list(methods)[:LABELLED]
+    return best + [name for name in ALWAYS if name in methods and name not in best]
+
+
+def _colour(name: str, methods: dict[str, Any]) -> str:
+    if name == STANDARD:
+        return INK
+    if name == "naive":
+        return BAD
+    return GOOD if methods[name]["intervals"]["gm"]["low"] > 0 else OPEN
+
+
+def _trajectories(methods: dict[str, Any], updates: int) -> str:
+    made = figure(HEIGHT, WIDTH)
+    axes = made.add_axes((0.09, 0.13, 0.7, 0.83))
+    named = _named(methods)
+    for name in sorted(methods, key=named.__contains__):
+        line = methods[name]["trajectory"]["geometric_mean"]
+        colour = _colour(name, methods) if name in named else BEFORE
+        axes.plot(range(updates + 1), line, color=colour, linewidth=1.8 if name in named else 0.8)
+    axes.axhline(0, color=MUTED, linewidth=0.9)
+    ends = {name: methods[name]["trajectory"]["geometric_mean"][-1] for name in named}
+    low, high = axes.get_ylim()
+    for name, y in _apart(ends, (high - low) * 0.05).items():
+        axes.annotate(
+            name, (updates, ends[name]), (updates * 1.04, y), color=_colour(name, methods), fontsize=8.5, va="center",
+            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8},
+        )  # fmt: skip
+    axes.set_xlim(0, updates)
+    axes.set_xlabel("updates", color=MUTED)
+    axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
+    return _finished(made, axes, "Geometric mean along the stream, against zero-shot", "t")
+
+
+def _retention(methods: dict[str, Any]) -> str:
+    made = figure(HEIGHT, WIDTH)
+    axes = made.add_axes((0.09, 0.13, 0.88, 0.83))
+    named = _named(methods)
+    for name, method in methods.items():
+        x, y = (method["intervals"][key] for key in ("a_ka", "a_zs"))
+        colour = _colour(name, methods)
+        axes.plot([x["low"], x["high"]], [y["value"]] * 2, color=colour, linewidth=0.9, alpha=0.5)
+        axes.plot([x["value"]] * 2, [y["low"], y["high"]], color=colour, linewidth=0.9, alpha=0.5)
+        axes.plot(x["value"], y["value"], "o", color=colour, markersize=6 if name in named else 4)
+    points = {name: (methods[name]["a_ka_delta"], methods[name]["a_zs_delta"]) for name in named}
+    _name_points(axes, points, methods)
+    axes.axhline(0, color=MUTED, linewidth=0.9)
+    axes.axvline(0, color=MUTED, linewidth=0.9)
+    axes.set_xlabel("learned: adaptation suites − zero-shot, points", color=MUTED)
+    axes.set_ylabel("kept: held-out suites − zero-shot, points", color=MUTED)
+    return _finished(made, axes, "What was kept against what was learned", "r")
+
+
+def _cost(methods: dict[str, Any]) -> str:
+    made = figure(HEIGHT, WIDTH)
+    axes = made.add_axes((0.09, 0.13, 0.88, 0.83))
+    named = _named(methods)
+    for name, method in methods.items():
+        gm = method["intervals"]["gm"]
+        colour = _colour(name, methods)
+        axes.plot([method["cpu_seconds"]] * 2, [gm["low"], gm["high"]], color=colour, linewidth=0.9, alpha=0.5)
+        axes.plot(method["cpu_seconds"], gm["value"], "o", color=colour, markersize=6 if name in named else 4)
+    axes.axhline(0, color=MUTED, linewidth=0.9)
+    axes.set_xlim(left=0)
+    points = {name: (methods[name]["cpu_seconds"], methods[name]["geometric_mean_delta"]) for name in named}
+    _name_points(axes, points, methods)
+    axes.set_xlabel("CPU seconds of training, whole stream", color=MUTED)
+    axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
+    return _finished(made, axes, "Geometric mean against the time that training took", "c")
+
+
+def _name_points(axes: Any, points: dict[str, tuple[float, float]], methods: dict[str, Any]) -> None:
+    """Names beside their points, moved up or down where they would lie on each other."""
+    low, high = axes.get_ylim()
+    heights = _apart({name: y for name, (_, y) in points.items()}, (high - low) * 0.045)
+    right = axes.get_xlim()[1]
+    left = axes.get_xlim()[0]
+    for name, (x, y) in points.items():
+        beyond = x > left + 0.8 * (right - left)
+        axes.annotate(name, (x, y), (x + (right - left) * (-0.02 if beyond else 0.02), heights[name]), fontsize=8.5,
+                      color=_colour(name, methods), va="center", ha="right" if beyond else "left",
+                      arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8})  # fmt: skip
+
+
+def _apart(values: dict[str, float], gap: float) -> dict[str, float]:
+    """The values, moved so that neighbours are at least ``gap`` from each other, around their own middle."""
+    names = sorted(values, key=values.__getitem__)
+    placed: list[float] = []
+    for name in names:
+        placed.append(max(values[name], placed[-1] + gap) if placed else values[name])
+    shift = sum(at - values[name] for at, name in zip(placed, names, strict=True)) / max(len(names), 1)
+    return {name: at - shift for name, at in zip(names, placed, strict=True)}
+
+
+def _finished(made: Any, axes: Any, title: str, prefix: str) -> str:
+    style(axes)
+    axes.grid(axis="y", color=LINE, linewidth=0.7)
+    axes.tick_params(axis="y", colors=MUTED, labelsize=8.5)
+    return alone(drawn(made, title, prefix))
+
+
+def alone(svg: str) -> str:
+    """A drawing that stands by itself: with its size, its ground and the palette, dark where the reader's page is."""
+    palette = (files("updater.gate") / "templates" / "palette.css").read_text()
+    box: Sequence[str] = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0]
+    size = f'width="{box[0]}pt" height="{box[1]}pt"'
+    ground = '<rect width="100%" height="100%" rx="6" fill="var(--card)"/>'
+    text = "text { fill: var(--ink); font-family: system-ui, sans-serif; }"
+    head, _, rest = svg.partition(">")
+    return f"{head} {size}><style>{palette}\n{text}</style>{ground}{rest}"

@@ -1,0 +1,34 @@
+"""The sizes of the benchmark. All of them are in the name of the folder that its results are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ops.digests import digest_json
+
+VERSION = 1
+"""Raise it when the same sizes come to mean something else."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every method gets alike. An update costs about half a minute on one core with these values."""
+
+    gflops: float = 240.0
+    """Memory-adjusted GFLOPs of one update, teacher passes included."""
+    batch_size: int = 48
+    new: int = 288
+    """Pairs of an update, at most."""
+    reference: int = 192
+    """Pairs of the base's own domains that every update of a chain may use."""
+    replay: int = 192
+    """Pairs of earlier updates, at most."""
+    items: int = 100
+    """Items of a suite, at most."""
+    max_steps: int = 10_000
+    """Beyond what any method can afford: the budget decides."""
+
+    @property
+    def digest(self) -> str:
+        """64 hex digits."""
+        return digest_json([VERSION, asdict(self)])

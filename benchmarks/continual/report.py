@@ -1,0 +1,161 @@
+"""Figures of everything that is there: one entry a method, plain values, points are hundredths."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.continual.chain import Unit
+from benchmarks.continual.intervals import Draws, Interval, resampled
+from benchmarks.continual.metrics import mtil, tic
+from benchmarks.continual.outcomes import Asked, Course, read_asked, read_course
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.runner import failure
+from benchmarks.machine import machine
+from updater.recipes import load_recipe
+
+BASE = "zero-shot"
+STANDARD = "default"
+"""What every method is compared with beside zero-shot, when it was run."""
+
+
+def figures(
+    results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int, protocol: Protocol
+) -> dict[str, Any]:
+    """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
+    asked = read_asked(results)
+    first = {name: course for name in methods if (course := read_course(results, Unit(name), updates, asked))}
+    draws = resampled({BASE: asked.base} | {name: course.hits[-1] for name, course in first.items()}, asked)
+    zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
+    found = {name: _method(name, course, asked, draws) for name, course in first.items()}
+    for name in first:
+        found[name]["all"] = _all(_courses(results, name, orders, seeds, updates, asked), asked)
+    failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
+    return {
+        "methods": dict(sorted(found.items(), key=lambda each: -each[1]["geometric_mean"])),
+        "failed": failed,
+        "zero_shot": {
+            "a_ka": _points(zero.a_ka[0]),
+            "a_zs": _points(zero.a_zs[0]),
+            "geometric_mean": _points(zero.gm[0]),
+            "suites": {name: _points(hits.mean()) for name, hits in asked.base.items()},
+        },
+        "items": {name: len(hits) for name, hits in asked.base.items()},
+        "adaptation": list(asked.adaptation),
+        "held_out": list(asked.held_out),
+        "updates": updates,
+        "protocol": vars(protocol),
+        "machine": machine(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def _method(name: str, course: Course, asked: Asked, draws: Draws) -> dict[str, Any]:
+    path = course.trajectory(asked)
+    kept = {key: draws.difference(key, name, BASE) for key in ("a_ka", "a_zs", "gm")}
+    against = draws.difference("gm", name, STANDARD) if STANDARD in draws.names and name != STANDARD else None
+    return {
+        "description": load_recipe(name).description,
+        "a_ka_delta": round(kept["a_ka"].value, 2),
+        "a_zs_delta": round(kept["a_zs"].value, 2),
+        "geometric_mean": _points(path.gm[-1]),
+        "geometric_mean_delta": round(kept["gm"].value, 2),
+        "intervals": {key: _bounds(value) for key, value in kept.items()},
+        "against_default": _bounds(against) if against else None,
+        "trajectory": {
+            "a_ka": _deltas(path.a_ka), "a_zs": _deltas(path.a_zs), "geometric_mean": _deltas(path.gm)
+        },
+        "suites": {suite: _points(hits.mean()) for suite, hits in course.hits[-1].items()},
+        **_matrices(course),
+        "cross_version": _cross(course),
+        "maf": round(course.total("gflops_spent"), 1),
+        "maf_prepare": round(sum(_prepared(row["cost"]) for row in course.rows), 1),
+        "steps": int(course.total("steps")),
+        "seconds": round(course.total("seconds"), 1),
+        "cpu_seconds": round(sum(row["cpu_seconds"]["training"] for row in course.rows), 1),
+        "asking_seconds": round(sum(row["cpu_seconds"]["asking"] for row in course.rows), 1),
+        "peak_mib": round(course.most("peak_bytes") / 2**20, 1),
+        "memory_ratio": round(course.most("memory_ratio"), 3),
+    }  # fmt: skip
+
+
+def _matrices(course: Course) -> dict[str, Any]:
+    """MTIL's and TiC's means; none of a stream that is too short for them."""
+    if len(course.rows) < 2:
+        return {}
+    matrix = course.path(course.order)[1:]
+    whole, parts = mtil(matrix), tic(matrix)
+    return {
+        "mtil": {
+            "transfer": _points(whole.transfer), "average": _points(whole.average), "last": _points(whole.last)
+        },
+        "tic": {
+            "in_domain": _points(parts.in_domain),
+            "backward": _points(parts.backward),
+            "forward": _points(parts.forward),
+        },
+        "matrix": {"updates": course.order, "scores": [[_points(value) for value in row] for row in matrix]},
+    }  # fmt: skip
+
+
+def _cross(course: Course) -> dict[str, float]:
+    """Points that a search loses when new queries meet an index that was not rebuilt."""
+    rows = [row["cross"] for row in course.rows]
+    return {
+        "new_old": _points(np.mean([row["new_old"] - row["old_old"] for row in rows])),
+        "new_base": _points(rows[-1]["new_base"] - rows[0]["old_old"]),
+        "new_new": _points(rows[-1]["new_new"] - rows[0]["old_old"]),
+    }
+
+
+def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, asked: Asked) -> list[Course]:
+    units = [Unit(name, order, seed) for order in range(orders) for seed in range(seeds)]
+    return [course for unit in units if (course := read_course(results, unit, updates, asked))]
+
+
+def _all(courses: Sequence[Course], asked: Asked) -> dict[str, Any]:
+    """Mean and spread over orders and seeds."""
+    paths = [course.trajectory(asked) for course in courses]
+    ends = {
+        key: np.array([100 * (getattr(path, key)[-1] - getattr(path, key)[0]) for path in paths])
+        for key in ("a_ka", "a_zs", "gm")
+    }
+    return {
+        "chains": len(courses),
+        **{f"{key}_delta": round(float(values.mean()), 2) for key, values in ends.items()},
+        **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
+        "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
+    }
+
+
+def _prepared(cost: dict[str, Any]) -> float:
+    """Memory-adjusted GFLOPs of all passes before the first step, those of teachers among them."""
+    return float(cost["sample_gflops"] * cost["samples"] * cost["memory_ratio"])
+
+
+def _points(value: float) -> float:
+    return round(100 * float(value), 2)
+
+
+def _deltas(path: Any) -> list[float]:
+    return [_points(value) for value in path - path[0]]
+
+
+def _bounds(interval: Interval) -> dict[str, Any]:
+    return {
+        "value": round(interval.value, 2), "low": round(interval.low, 2), "high": round(interval.high, 2),
+        "clear": interval.clear,
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    """The commit that this runs from; empty outside a repository."""
+    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return asked.stdout.strip()

@@ -1,0 +1,135 @@
+"""Runs units in processes of their own, as many at a time as there are cores, and says how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.continual.chain import Unit, updates_done
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.worker import FAILED
+from ops.progress import say
+from updater.checkpoint import read_json, write_json
+from updater.process import ENVIRONMENT
+from updater.recipes import load_recipe
+
+POLL_SECONDS = 0.5
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass
+class Job:
+    """A unit in a process."""
+
+    unit: Unit
+    process: subprocess.Popen[bytes]
+    seen: int
+    """Updates that were there when it was last looked at."""
+
+
+@dataclass
+class Runner:
+    """``deadline``: monotonic second after which running units are asked to stop, and no other is started."""
+
+    home: Path
+    base: str
+    results: Path
+    protocol: Protocol
+    updates: int
+    jobs: int
+    deadline: float = float("inf")
+    _began: float = field(default_factory=time.monotonic)
+    _finished: int = 0
+
+    def run(self, units: Sequence[Unit]) -> bool:
+        """Run what is missing of these units; whether all of it was tried. Failed units have their reason kept."""
+        waiting = [unit for unit in units if self.done(unit) < self.updates]
+        running: list[Job] = []
+        try:
+            while waiting or running:
+                late = time.monotonic() > self.deadline
+                while waiting and len(running) < self.jobs and not late:
+                    running.append(self._start(waiting.pop(0)))
+                if late:
+                    self._stop(running)
+                    return False
+                time.sleep(POLL_SECONDS)
+                for job in list(running):
+                    ended = job.process.poll() is not None
+                    self._look(job, waiting, running)
+                    if ended:
+                        running.remove(job)
+                        self._end(job)
+        except BaseException:
+            self._stop(running)
+            raise
+        return True
+
+    def done(self, unit: Unit) -> int:
+        """Updates of a unit that are there."""
+        return len(updates_done(self.results, load_recipe(unit.method), unit))
+
+    def _start(self, unit: Unit) -> Job:
+        folder = unit.folder(self.results)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = (self.home, self.base, self.results, unit.method, unit.order, unit.seed, self.updates)
+        command = [sys.executable, "-m", "benchmarks.continual.worker", *map(str, values)]
+        with (folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, json.dumps(asdict(self.protocol))],
+                env={**os.environ, **ENVIRONMENT, **ONE_THREAD},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        return Job(unit, process, self.done(unit))
+
+    def _look(self, job: Job, waiting: Sequence[Unit], running: Sequence[Job]) -> None:
+        done = self.done(job.unit)
+        if done > job.seen:
+            self._finished += done - job.seen
+            job.seen = done
+            left = sum(self.updates - self.done(unit) for unit in (*waiting, *(each.unit for each in running)))
+            each = (time.monotonic() - self._began) / self._finished
+            say(f"{job.unit}: {done} of {self.updates} updates; {left} updates left, about {_spoken(left * each)}")
+
+    def _end(self, job: Job) -> None:
+        path = job.unit.folder(self.results) / FAILED
+        if job.process.returncode and not path.is_file():
+            code = job.process.returncode
+            reason = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with {code}"
+            write_json(path, {"reason": f"{reason}; see log.txt beside this file"})
+        if path.is_file():
+            say(f"{job.unit} failed: {failure(self.results, job.unit)}")
+
+    def _stop(self, running: Sequence[Job]) -> None:
+        """Ask the processes to write their checkpoints and end."""
+        for job in running:
+            if job.process.poll() is None:
+                job.process.send_signal(signal.SIGTERM)
+        for job in running:
+            job.process.wait()
+
+
+def failure(results: Path, unit: Unit) -> str:
+    """Why a unit failed; empty when it did not."""
+    found = read_json(unit.folder(results) / FAILED)
+    return str(found.get("reason", "")) if isinstance(found, dict) else ""
+
+
+def best(scores: Callable[[str], float | None], methods: Sequence[str], count: int) -> list[str]:
+    """Names of the methods with the highest scores; those without one are left out."""
+    known = {name: score for name in methods if (score := scores(name)) is not None}
+    return sorted(known, key=lambda name: -known[name])[:count]
+
+
+def _spoken(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

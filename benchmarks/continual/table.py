@@ -1,0 +1,115 @@
+"""The results as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Method = dict[str, Any]
+QUALITY = """\
+Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
+seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
+`≈` marks what cannot be told from `default` by its GM."""
+STREAM = """\
+MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
+learned, on earlier ones, on later ones. Old index: points of text-to-image recall that new queries gain or lose in the
+index of the version before; then, at the end and against the base, in the base's index and in a new one."""
+COST = """\
+All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
+REPEATED = """\
+Mean and standard deviation over chains; lowest: the lowest GM of any chain at any point of its stream."""
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The report: what was done, three tables, and how to read them."""
+    where, zero, methods = found["machine"], found["zero_shot"], found["methods"]
+    repeated = {name: m for name, m in methods.items() if m["all"]["chains"] > 1}
+    parts = [
+        "# Learning on a stream",
+        f"`ratchet bench continual`, {found['date']}, commit `{found['commit'] or 'unknown'}`, on {where['cores']} "
+        f"cores of {where['cpu']}, torch {where['torch']}.",
+        f"{found['updates']} updates of at most {found['protocol']['new']} pairs each, one after another, with "
+        f"{found['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
+        f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "
+        f"({', '.join(found['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
+        f"({', '.join(found['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
+        *("## Learned and kept", QUALITY, _table(methods, _QUALITY)),
+        *("## Along the stream", STREAM, _table(methods, _STREAM)),
+        *("## Cost", COST, _table(methods, _COST)),
+    ]
+    if repeated:
+        parts += ["## Orders and seeds", REPEATED, _table(repeated, _REPEATED)]
+    if found["failed"]:
+        parts += ["## Not run", "\n".join(f"- `{name}`: {reason}" for name, reason in found["failed"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Method], str]]]) -> str:
+    names = ["method", *(title for title, _ in columns)]
+    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for name, method in methods.items():
+        lines.append(f"| `{name}` | " + " | ".join(cell(method) for _, cell in columns) + " |")
+    return "\n".join(lines)
+
+
+def _interval(key: str) -> Callable[[Method], str]:
+    def cell(method: Method) -> str:
+        found = method["intervals"][key]
+        shown = f"{found['value']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
+        return f"**{shown}**" if found["clear"] else shown
+
+    return cell
+
+
+def _like_default(method: Method) -> str:
+    found = method["against_default"]
+    if not found:
+        return "–"
+    return f"{found['value']:+.1f}" if found["clear"] else f"≈ {found['value']:+.1f}"
+
+
+def _within(group: str, key: str) -> Callable[[Method], str]:
+    return lambda method: f"{method[group][key]:.1f}" if group in method else "–"
+
+
+def _signed(group: str, key: str) -> Callable[[Method], str]:
+    return lambda method: f"{method[group][key]:+.1f}"
+
+
+def _spread(key: str) -> Callable[[Method], str]:
+    return lambda method: f"{method['all'][f'{key}_delta']:+.1f} ± {method['all'][f'{key}_sd']:.1f}"
+
+
+_QUALITY = (
+    ("A_KA", _interval("a_ka")),
+    ("A_ZS", _interval("a_zs")),
+    ("GM", _interval("gm")),
+    ("GM − default", _like_default),
+)
+_STREAM = (
+    ("Transfer", _within("mtil", "transfer")),
+    ("Avg", _within("mtil", "average")),
+    ("Last", _within("mtil", "last")),
+    ("in-domain", _within("tic", "in_domain")),
+    ("backward", _within("tic", "backward")),
+    ("forward", _within("tic", "forward")),
+    ("old index", _signed("cross_version", "new_old")),
+    ("base's index", _signed("cross_version", "new_base")),
+    ("new index", _signed("cross_version", "new_new")),
+)
+_COST = (
+    ("MAF", lambda m: f"{m['maf']:,.0f}"),
+    ("of it before steps", lambda m: f"{m['maf_prepare']:,.0f}"),
+    ("steps", lambda m: f"{m['steps']}"),
+    ("seconds", lambda m: f"{m['seconds']:.0f}"),
+    ("CPU seconds", lambda m: f"{m['cpu_seconds']:.0f}"),
+    ("peak MiB", lambda m: f"{m['peak_mib']:.0f}"),
+    ("of full fine-tuning's", lambda m: f"{m['memory_ratio']:.0%}"),
+)
+_REPEATED = (
+    ("chains", lambda m: f"{m['all']['chains']}"),
+    ("A_KA", _spread("a_ka")),
+    ("A_ZS", _spread("a_zs")),
+    ("GM", _spread("gm")),
+    ("lowest GM", _signed("all", "gm_lowest")),
+)

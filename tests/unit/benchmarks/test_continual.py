@@ -1,0 +1,170 @@
+"""Chains on a tiny base: equal budgets, and a killed one that ends like one that ran through."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import count, pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.continual.asking import Asker
+from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
+from benchmarks.continual.outcomes import read_asked, read_course
+from benchmarks.continual.plan import plan
+from benchmarks.continual.plots import all_plots
+from benchmarks.continual.report import figures
+from benchmarks.continual.stream import ORDERS, UPDATES
+from benchmarks.continual.table import markdown
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from tests.support.tiny import tiny_base
+from tests.unit.benchmarks.builders import PROTOCOL, stream
+from updater.recipes import load_recipe
+from updater.train import Stopped
+
+METHODS = ("default", "locked-text")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
+    return tiny_base(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def results(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two methods over two updates."""
+    folder = tmp_path_factory.mktemp("results")
+    for name in METHODS:
+        _chain(base, folder, name).run(2)
+    return folder
+
+
+def _chain(base: ClipBase, folder: Path, name: str = "default", order: int = 0) -> Chain:
+    return Chain(base, stream(), PROTOCOL, load_recipe(name), Unit(name, order), folder)
+
+
+def _rows(folder: Path, name: str = "default") -> list[dict[str, object]]:
+    return updates_done(folder, load_recipe(name), Unit(name))
+
+
+def _after(calls: int) -> Callable[[], bool]:
+    asked = count()
+    return lambda: next(asked) >= calls
+
+
+def test_every_method_gets_the_same_compute_and_uses_it_up(base: ClipBase, results: Path) -> None:
+    for name in METHODS:
+        for row in _rows(results, name):
+            cost = row["cost"]
+            assert isinstance(cost, dict)
+            assert cost["gflops_spent"] <= PROTOCOL.gflops < cost["gflops_spent"] + cost["maf_per_step"]
+    steps = {name: sum(row["cost"]["steps"] for row in _rows(results, name)) for name in METHODS}  # type: ignore[index]
+    assert steps["locked-text"] > steps["default"] > 2
+
+
+def test_a_schedule_keeps_its_shares_of_the_steps_that_are_paid_for(base: ClipBase, tmp_path: Path) -> None:
+    recipe = load_recipe("default")
+    made = plan(base, recipe, stream(), PROTOCOL, tmp_path)
+    wanted = recipe.schedule.cooldown_steps * made.steps / recipe.max_steps
+    assert made.recipe.schedule.cooldown_steps == max(1, round(wanted))
+    assert made.recipe.schedule.warmup_steps >= 1
+    assert plan(base, recipe, stream(), PROTOCOL, tmp_path) == made
+
+
+def test_a_stopped_chain_goes_on_and_ends_alike(base: ClipBase, results: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        _chain(base, tmp_path).run(2, stop=_after(6))
+    done = len(_rows(tmp_path))
+    assert done < 2
+    _chain(base, tmp_path).run(2)
+    again, whole = _rows(tmp_path), _rows(results)
+    for key in ("adapter", "hits", "cross", "update"):
+        assert [row[key] for row in again] == [row[key] for row in whole]
+
+
+def test_an_update_that_is_lost_is_done_again_and_the_last_adapter_alone_is_kept(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    _chain(base, tmp_path).run(1)
+    folder = Unit("default").folder(tmp_path)
+    first = _rows(tmp_path)[0]
+    _chain(base, tmp_path).run(2)
+    kept = {path.name for path in (folder / "adapters").iterdir()}
+    assert kept == {_rows(tmp_path)[1]["adapter"]}
+    assert _rows(tmp_path)[0] == first
+    update_path(folder, 1).write_text("{")
+    assert _rows(tmp_path) == []
+    _chain(base, tmp_path).run(1)
+    assert _rows(tmp_path)[0]["adapter"] == first["adapter"]
+
+
+def test_results_of_another_recipe_under_the_same_name_do_not_count(results: Path) -> None:
+    changed = load_recipe("default").model_copy(update={"rank": 4})
+    assert len(updates_done(results, load_recipe("default"), Unit("default"))) == 2
+    assert updates_done(results, changed, Unit("default")) == []
+
+
+def test_orders_are_permutations_of_the_same_updates() -> None:
+    whole = replace(stream(), updates={source.name: () for source in UPDATES})
+    orders = [tuple(whole.order(number)) for number in range(ORDERS)]
+    assert orders[0] == tuple(source.name for source in UPDATES)
+    assert len(set(orders)) == ORDERS
+    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+
+
+def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
+    suites = stream().suites
+    asker = Asker(ClipEngine(base, "cpu"), suites)
+    made = asker.encode(None)
+    found = asker.outcomes(made)
+    for suite in suites:
+        for row, pair in enumerate(suite.items):
+            if suite.task == "classification":
+                classes = sorted({other.label for other in suite.items})
+                heads = []
+                for name in classes:
+                    head = sum(made.texts[template.replace("{}", name)] for template in suite.templates)
+                    heads.append(head / np.linalg.norm(head))
+                scores = [float(made.images[pair.id] @ head) for head in heads]
+                assert found[suite.name][row, 0] == (classes[int(np.argmax(scores))] == pair.label)
+                continue
+            images = sorted(suite.items, key=lambda other: -float(made.texts[pair.text] @ made.images[other.id]))
+            texts = sorted(
+                {o.text for o in suite.items}, key=lambda text: -float(made.images[pair.id] @ made.texts[text])
+            )
+            assert found[suite.name][row].tolist() == [
+                pair.text in texts[:5],
+                any(other.text == pair.text for other in images[:5]),
+            ]
+
+
+def test_new_queries_meet_the_index_of_the_version_before(base: ClipBase, results: Path) -> None:
+    rows = _rows(results)
+    for before, after in pairwise(rows):
+        assert after["cross"]["old_old"] == pytest.approx(before["cross"]["new_new"], abs=0.05)  # type: ignore[index]
+    locked = _rows(results, "locked-text")
+    changed = [row["cross"]["new_old"] - row["cross"]["old_old"] for row in locked]  # type: ignore[index]
+    assert changed == [0.0, 0.0]
+
+
+def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) -> None:
+    asked = read_asked(results)
+    course = read_course(results, Unit("default"), 2, asked)
+    assert course is not None
+    failed = Unit("full").folder(results)
+    failed.mkdir(parents=True, exist_ok=True)
+    (failed / "failed.json").write_text(json.dumps({"reason": "the budget does not pay"}))
+    found = figures(results, [*METHODS, "full"], 1, 1, 2, PROTOCOL)
+    assert set(found["methods"]) == set(METHODS)
+    gm = course.trajectory(asked).gm
+    assert found["methods"]["default"]["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)
+    assert found["methods"]["default"]["maf"] <= 2 * PROTOCOL.gflops
+    text = markdown(found)
+    assert "the budget does not pay" in text
+    assert all(text.count(f"| `{name}` |") == 3 for name in METHODS)
+    for drawing in all_plots(found).values():
+        assert drawing.startswith("<svg") and ">default<" in drawing
