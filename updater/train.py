@@ -86,9 +86,7 @@ def train(
         [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
     )
     with _reproducible(limits.threads):
-        course = _Run(
-            base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run
-        )
+        course = _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run)
         return course.go(scored)
 
 
