@@ -11,7 +11,7 @@ from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
 from serving.engines.base import ClipBase
 from updater.checkpoint import read_json, write_json
-from updater.cost import Cost, measure
+from updater.cost import Cost, counted, measure
 from updater.families import make_learner
 from updater.mixture import PARTS, plan_batches
 from updater.pools import Pools
@@ -68,10 +68,10 @@ def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol
     batch = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0).batch(0)
     learner = make_learner(base, recipe, {}, 0)
     examples = [pools.of(part)[row] for part, row in batch]
-    learner.prepare(examples, [part for part, _ in batch])
-    cost = measure(learner, examples, list(range(len(examples)))).to_json()
-    cost["samples"] = round(cost["samples"] / len(examples) * sum(sizes.values()))
-    return {"recipe": recipe.name, "cost": cost}
+    with counted() as flops:
+        learner.prepare(examples, [part for part, _ in batch])
+    whole = flops.get_total_flops() / 1e9 / len(examples) * sum(sizes.values())
+    return {"recipe": recipe.name, "cost": measure(learner, examples, [list(range(len(examples)))], whole).to_json()}
 
 
 def _fitted(schedule: Schedule, factor: float) -> Schedule:
