@@ -12,7 +12,7 @@ from ops.errors import BudgetError
 from serving.engines.base import ClipBase
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
-from updater.cost import Cost, _counted, _peak, measure
+from updater.cost import Cost, _peak, counted, measure
 from updater.families.clip.learner import ClipLearner
 from updater.result import Limits
 
@@ -89,10 +89,10 @@ def test_measuring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
     pool = pools(new=6, reference=0)
     learner = ClipLearner(tiny_base(tmp_path), recipe("full", text={"locked": True}), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 6)
-    first = measure(learner, list(pool.new), list(range(6)))
+    first = measure(learner, list(pool.new), [list(range(6))], 0)
     assert not any(module._forward_hooks for module in learner.model.model.modules())
     assert all(parameter.grad is None for parameter in learner.parameters.values())
-    assert measure(learner, list(pool.new), list(range(6))) == first
+    assert measure(learner, list(pool.new), [list(range(6))], 0) == first
 
 
 def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str)
     learner = ClipLearner(tiny_base(tmp_path), recipe(name, image={"blocks": 1}, text={"blocks": 1}), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
     rows = list(range(9))
-    planned = measure(learner, list(pool.new), rows)
+    planned = measure(learner, list(pool.new), [rows], 0)
     for step in range(3):
-        with _counted() as flops:
+        with counted() as flops:
             learner.backward(rows)
         learner.update(1e-3, step, 3)
         assert flops.get_total_flops() / 1e9 == pytest.approx(planned.step_gflops, rel=1e-9)
