@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 
+from updater.recipes import load_recipe
 from updater.replay import Candidate, decayed_counts, reservoir
 
 
@@ -24,6 +25,25 @@ def test_a_rare_concept_is_not_drowned_by_a_common_one() -> None:
     assert len(kept) == len(set(kept)) == 100
     dogs = Counter(name.split("-")[0] for name in kept)["dog"]
     assert 35 <= dogs <= 60
+
+
+def test_an_unbalanced_draw_is_uniform_over_rows() -> None:
+    """Whatever its concept, each of 100 rows is among the 20 drawn one time in five."""
+    many = rows(cat=90, dog=10)
+    seeds = 400
+    drawn = Counter(name for seed in range(seeds) for name in reservoir(many, 20, 50, seed, balanced=False))
+    expected, deviation = seeds * 0.2, (seeds * 0.2 * 0.8) ** 0.5
+    assert sum(drawn.values()) == 20 * seeds
+    # Chi-square over 99 degrees of freedom, within five standard deviations of its mean on either side.
+    chi_square = sum(((drawn[row.id] - expected) / deviation) ** 2 for row in many) * 0.99
+    assert abs(chi_square - 99) < 5 * (2 * 99) ** 0.5
+    dogs = sum(count for name, count in drawn.items() if name.startswith("dog"))
+    assert dogs / seeds == pytest.approx(2, abs=0.25)
+
+
+def test_the_replay_recipes_differ_in_the_draw_alone() -> None:
+    plain, balanced = (load_recipe(name).model_dump() for name in ("replay", "balanced-replay"))
+    assert {key for key in plain if plain[key] != balanced[key]} == {"name", "description", "replay_balanced"}
 
 
 def test_the_draw_depends_on_rows_and_seed_alone() -> None:
