@@ -82,9 +82,9 @@ class Chain:
         self.recipe = recipe
         self.folder = unit.folder(results)
         self.order = stream.order(unit.order)
-        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
         self.asker = asker or Asker(ClipEngine(base, "cpu"), stream.suites)
         self.base_vectors = self._zero_shot()
+        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
 
     def _zero_shot(self) -> Encoded:
         """The base's answers, written once for all chains, and its vectors."""
