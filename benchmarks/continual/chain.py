@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.continual.asking import Asker, Bools, Encoded
+from benchmarks.continual.origin import origin
 from benchmarks.continual.plan import Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream
@@ -82,9 +83,9 @@ class Chain:
         self.recipe = recipe
         self.folder = unit.folder(results)
         self.order = stream.order(unit.order)
-        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
         self.asker = asker or Asker(ClipEngine(base, "cpu"), stream.suites)
         self.base_vectors = self._zero_shot()
+        self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
 
     def _zero_shot(self) -> Encoded:
         """The base's answers, written once for all chains, and its vectors."""
@@ -134,6 +135,7 @@ class Chain:
             "cross": self._cross(self.asker.read(self._vectors_path(number)), vectors),
             "cost": cost_of(result),
             "cpu_seconds": {"training": trained - began, "asking": time.process_time() - trained},
+            "origin": origin(),
             "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         vectors.write(self._vectors_path(number + 1))

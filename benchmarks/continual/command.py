@@ -136,7 +136,7 @@ def show(found: dict[str, Any]) -> None:
     keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
     line = {
         "methods": {name: {key: m[key] for key in keys} for name, m in found["methods"].items()},
-        **{key: found[key] for key in ("zero_shot", "failed", "updates", "commit", "date", "machine")},
+        **{key: found[key] for key in ("zero_shot", "failed", "updates", "origin")},
     }
     print(json.dumps(line), flush=True)
 

@@ -19,6 +19,8 @@ from updater.recipes import Part, Recipe, Schedule
 from updater.replay import Candidate, reservoir
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
+COUNTED = ("average_every",)
+"""Fields of a recipe that are counted in steps, too, where it has them."""
 
 
 def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
@@ -57,7 +59,9 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
         kept = _measured(base, sized, stream, protocol)
         write_json(path, kept)
     steps = Cost(**kept["cost"]).steps_within(protocol.gflops, protocol.max_steps)
-    return Plan(sized.model_copy(update={"schedule": _fitted(recipe.schedule, steps / recipe.max_steps)}), steps)
+    factor = steps / recipe.max_steps
+    counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
+    return Plan(sized.model_copy(update={"schedule": _fitted(recipe.schedule, factor), **counted}), steps)
 
 
 def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
@@ -75,5 +79,9 @@ def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol
 
 
 def _fitted(schedule: Schedule, factor: float) -> Schedule:
-    phases = {name: getattr(schedule, name) for name in PHASES}
-    return schedule.model_copy(update={name: max(min(n, 1), round(n * factor)) for name, n in phases.items()})
+    return schedule.model_copy(update={name: _scaled(getattr(schedule, name), factor) for name in PHASES})
+
+
+def _scaled(steps: int, factor: float) -> int:
+    """At least one, unless it is none."""
+    return max(min(steps, 1), round(steps * factor))

@@ -11,9 +11,14 @@ from benchmarks.continual.report import STANDARD
 from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 WIDTH, HEIGHT = 7.2, 4.4
-LABELLED = 8
+LABELLED = 6
 """Methods that are named in the drawings: the best ones, and the two that everybody looks for."""
 ALWAYS = (STANDARD, "naive", "replay", "zscl", "full")
+LABEL: dict[str, Any] = {
+    "fontsize": 8.5,
+    "color": INK,
+    "arrowprops": {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 2},
+}
 
 
 def all_plots(found: dict[str, Any]) -> dict[str, str]:
@@ -48,14 +53,11 @@ def _trajectories(methods: dict[str, Any], updates: int) -> str:
         colour = _colour(name, methods) if name in named else BEFORE
         axes.plot(range(updates + 1), line, color=colour, linewidth=1.8 if name in named else 0.8)
     axes.axhline(0, color=MUTED, linewidth=0.9)
-    ends = {name: methods[name]["trajectory"]["geometric_mean"][-1] for name in named}
-    low, high = axes.get_ylim()
-    for name, y in _apart(ends, (high - low) * 0.05).items():
-        axes.annotate(
-            name, (updates, ends[name]), (updates * 1.04, y), color=_colour(name, methods), fontsize=8.5, va="center",
-            annotation_clip=False, arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8},
-        )  # fmt: skip
     axes.set_xlim(0, updates)
+    ends = {name: (float(updates), methods[name]["trajectory"]["geometric_mean"][-1]) for name in named}
+    low, high = axes.get_ylim()
+    for name, y in _apart(ends, 1.0, (high - low) * 0.05).items():
+        axes.annotate(name, ends[name], (updates * 1.04, y), va="center", annotation_clip=False, **LABEL)
     axes.set_xlabel("updates", color=MUTED)
     axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
     return _finished(made, axes, "Geometric mean along the stream, against zero-shot", "t")
@@ -72,7 +74,7 @@ def _retention(methods: dict[str, Any]) -> str:
         axes.plot([x["value"]] * 2, [y["low"], y["high"]], color=colour, linewidth=0.9, alpha=0.5)
         axes.plot(x["value"], y["value"], "o", color=colour, markersize=6 if name in named else 4)
     points = {name: (methods[name]["a_ka_delta"], methods[name]["a_zs_delta"]) for name in named}
-    _name_points(axes, points, methods)
+    _name_points(axes, points)
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.axvline(0, color=MUTED, linewidth=0.9)
     axes.set_xlabel("learned: adaptation suites − zero-shot, points", color=MUTED)
@@ -92,33 +94,36 @@ def _cost(methods: dict[str, Any]) -> str:
     axes.axhline(0, color=MUTED, linewidth=0.9)
     axes.set_xlim(left=0)
     points = {name: (methods[name]["cpu_seconds"], methods[name]["geometric_mean_delta"]) for name in named}
-    _name_points(axes, points, methods)
+    _name_points(axes, points)
     axes.set_xlabel("CPU seconds of training, whole stream", color=MUTED)
     axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
     return _finished(made, axes, "Geometric mean against the time that training took", "c")
 
 
-def _name_points(axes: Any, points: dict[str, tuple[float, float]], methods: dict[str, Any]) -> None:
+def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     """Names beside their points, moved up or down where they would lie on each other."""
     low, high = axes.get_ylim()
-    heights = _apart({name: y for name, (_, y) in points.items()}, (high - low) * 0.045)
-    right = axes.get_xlim()[1]
-    left = axes.get_xlim()[0]
+    left, right = axes.get_xlim()
+    width = right - left
+    heights = _apart(points, 0.2 * width, (high - low) * 0.05)
     for name, (x, y) in points.items():
-        beyond = x > left + 0.8 * (right - left)
-        axes.annotate(name, (x, y), (x + (right - left) * (-0.02 if beyond else 0.02), heights[name]), fontsize=8.5,
-                      color=_colour(name, methods), va="center", ha="right" if beyond else "left",
-                      arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.8})  # fmt: skip
+        beyond = x > left + 0.8 * width
+        at = (x - 0.02 * width if beyond else x + 0.02 * width, heights[name])
+        axes.annotate(name, (x, y), at, va="center", ha="right" if beyond else "left", **LABEL)
 
 
-def _apart(values: dict[str, float], gap: float) -> dict[str, float]:
-    """The values, moved so that neighbours are at least ``gap`` from each other, around their own middle."""
-    names = sorted(values, key=values.__getitem__)
-    placed: list[float] = []
-    for name in names:
-        placed.append(max(values[name], placed[-1] + gap) if placed else values[name])
-    shift = sum(at - values[name] for at, name in zip(placed, names, strict=True)) / max(len(names), 1)
-    return {name: at - shift for name, at in zip(names, placed, strict=True)}
+def _apart(points: dict[str, tuple[float, float]], near: float, gap: float) -> dict[str, float]:
+    """Heights of the points, moved so that those nearer than ``near`` across are ``gap`` from each other upwards."""
+    names = sorted(points, key=lambda name: points[name][1])
+    heights = {name: points[name][1] for name in names}
+    for _ in range(100):
+        for place, lower in enumerate(names):
+            for upper in names[place + 1 :]:
+                missing = gap - (heights[upper] - heights[lower])
+                if missing > 0 and abs(points[upper][0] - points[lower][0]) < near:
+                    heights[lower] -= missing / 2
+                    heights[upper] += missing / 2
+    return heights
 
 
 def _finished(made: Any, axes: Any, title: str, prefix: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import numpy as np
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import Draws, Interval, resampled
 from benchmarks.continual.metrics import mtil, tic
+from benchmarks.continual.origin import together
 from benchmarks.continual.outcomes import Asked, Course, read_asked, read_course
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.runner import failure
-from benchmarks.machine import machine
 from updater.recipes import load_recipe
 
 BASE = "zero-shot"
@@ -50,9 +48,7 @@ def figures(
         "held_out": list(asked.held_out),
         "updates": updates,
         "protocol": vars(protocol),
-        "machine": machine(),
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "origin": together([row["origin"] for course in first.values() for row in course.rows]),
     }
 
 
@@ -152,10 +148,3 @@ def _bounds(interval: Interval) -> dict[str, Any]:
         "value": round(interval.value, 2), "low": round(interval.low, 2), "high": round(interval.high, 2),
         "clear": interval.clear,
     }  # fmt: skip
-
-
-def _commit() -> str:
-    """The commit that this runs from; empty outside a repository."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
-    asked = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return asked.stdout.strip()

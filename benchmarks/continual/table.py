@@ -22,12 +22,13 @@ Mean and standard deviation over chains; lowest: the lowest GM of any chain at a
 
 def markdown(found: dict[str, Any]) -> str:
     """The report: what was done, three tables, and how to read them."""
-    where, zero, methods = found["machine"], found["zero_shot"], found["methods"]
+    zero, methods = found["zero_shot"], found["methods"]
+    where = {name: ", ".join(values) or "unknown" for name, values in found["origin"].items()}
     repeated = {name: m for name, m in methods.items() if m["all"]["chains"] > 1}
     parts = [
         "# Learning on a stream",
-        f"`ratchet bench continual`, {found['date']}, commit `{found['commit'] or 'unknown'}`, on {where['cores']} "
-        f"cores of {where['cpu']}, torch {where['torch']}.",
+        f"`ratchet bench continual`, {where['date']}, commit `{where['commit']}`, on {where['cpu']}, "
+        f"torch {where['torch']}.",
         f"{found['updates']} updates of at most {found['protocol']['new']} pairs each, one after another, with "
         f"{found['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
         f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "

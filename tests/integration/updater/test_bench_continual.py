@@ -1,0 +1,101 @@
+"""`ratchet bench continual` with its real processes, on a tiny base and on drawn stand-ins for the demo domains."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.continual.chain import Unit
+from benchmarks.continual.command import Wanted, main, run
+from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.runner import Runner, failure
+from benchmarks.continual.stream import CREATURES, HELD_OUT, REFERENCE, UPDATES
+from ops.settings import BaseModels, Settings
+from streams.demo.domain import RECEIPT, VERSION
+from streams.folders import FolderItem, write_folder
+from tests.support.tiny import tiny_base
+from tests.unit.updater.builders import COLOURS, picture
+
+pytestmark = pytest.mark.integration
+PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    home = tmp_path_factory.mktemp("home")
+    tiny_base(home)
+    for number, domain in enumerate(sorted({s.domain for s in (*UPDATES, *HELD_OUT)} | set(REFERENCE))):
+        folder = home / "data" / domain
+        (folder / "images").mkdir(parents=True)
+        rows = []
+        for row in range(24):
+            path = folder / "images" / f"{row}.png"
+            path.write_bytes(picture(1000 * number + row))
+            label = next(iter(CREATURES)) if row % 4 < 2 else COLOURS[row % 6]
+            split = "test" if row % 2 else "train"
+            rows.append(FolderItem(path, f"a {COLOURS[row % 6]} {domain}", label, split=split, domain=domain))
+        write_folder(folder, rows)
+        (folder / RECEIPT).write_text(json.dumps({"version": VERSION}))
+    return Settings(home=home, base=BaseModels(clip="tiny"))
+
+
+def _runner(settings: Settings, folder: Path, **options: Any) -> Runner:
+    return Runner(settings.home, "tiny", folder, PROTOCOL, updates=2, jobs=2, **options)
+
+
+def test_a_killed_worker_fails_its_unit_alone_and_goes_on_when_asked_again(settings: Settings, tmp_path: Path) -> None:
+    victim, other = Unit("default"), Unit("naive")
+
+    def kill() -> None:
+        while not (pids := _workers(tmp_path, "default")):
+            time.sleep(0.05)
+        os.kill(pids[0], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert _runner(settings, tmp_path).run([victim, other])
+    runner = _runner(settings, tmp_path)
+    assert runner.done(other) == 2
+    assert runner.done(victim) < 2
+    assert "signal 9" in failure(tmp_path, victim)
+    assert runner.run([victim, other])
+    assert runner.done(victim) == 2
+    assert failure(tmp_path, victim) == ""
+
+
+def test_a_run_whose_time_is_over_stops_cleanly(settings: Settings, tmp_path: Path) -> None:
+    assert not _runner(settings, tmp_path, deadline=time.monotonic() + 4).run([Unit("default")])
+    assert _workers(tmp_path, "default") == []
+    assert failure(tmp_path, Unit("default")) == ""
+
+
+def test_a_method_that_the_budget_does_not_pay_for_is_reported(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = Protocol(gflops=0.02, batch_size=6, new=12, reference=8, replay=8, items=8)
+    found = run(settings, Wanted(methods=["full"], orders=1, seeds=1, updates=2, jobs=1), small)
+    assert "does not pay for one step" in found["failed"]["full"]
+    assert found["methods"] == {}
+    with pytest.raises(SystemExit):
+        main(settings, ["--help"])
+    assert "--minutes" in capsys.readouterr().out
+
+
+def _workers(folder: Path, method: str) -> list[int]:
+    """Processes that work on a method in this folder of results."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                command = (process / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if str(folder) in command and method in command:
+                found.append(int(process.name))
+    return found
