@@ -56,8 +56,10 @@ class Wanted:
 
 
 def clip_methods() -> list[str]:
-    """Every CLIP recipe that comes with Ratchet."""
-    return [name for name in recipe_names() if load_recipe(name).family == "clip"]
+    """Every CLIP recipe that comes with Ratchet, but those that search on the gate's suites: they would see more data
+    than the others."""
+    recipes = map(load_recipe, recipe_names())
+    return [recipe.name for recipe in recipes if recipe.family == "clip" and not recipe.merge.search]
 
 
 def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) -> dict[str, Any]:
