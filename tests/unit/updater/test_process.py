@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from updater import process
+from updater.process import Waits
+
 SCRIPT = """
 import os
 from pathlib import Path
@@ -23,3 +28,41 @@ def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_u
     process, session = done.stdout.split()
     assert int(process) == 15
     assert session == ("15" if Path("/proc/self/autogroup").exists() else "none")
+
+
+ENDS = """
+import atexit, os, signal
+from updater.process import StopSignal
+
+def asked_again() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+
+atexit.register(asked_again)
+StopSignal().install()
+os.kill(os.getpid(), signal.SIGTERM)
+print("went on", flush=True)
+"""
+
+
+def test_a_second_signal_does_not_break_off_what_the_first_one_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")
+
+
+def test_a_reason_to_wait_is_said_again_for_other_words_or_after_a_while_but_not_for_other_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Waits()
+    for seconds in (6, 12, 20):
+        waits.tell(f"2 of 256 new samples, the oldest waiting for {seconds} s")
+    waits.tell("the budget lacks 5,994 MAF-GFLOPs")
+    waits.tell("the budget lacks 812 MAF-GFLOPs")
+    monkeypatch.setattr(process, "QUIET_SECONDS", -1.0)
+    waits.tell("the budget lacks 7 MAF-GFLOPs")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("waits: ")[2] for line in said] == [
+        "2 of 256 new samples, the oldest waiting for 6 s",
+        "the budget lacks 5,994 MAF-GFLOPs",
+        "the budget lacks 7 MAF-GFLOPs",
+    ]
