@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_u
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True,
                           start_new_session=True)  # fmt: skip
     process, session = done.stdout.split()
-    assert int(process) == 15
+    assert int(process) == max(15, os.nice(0))  # a test run that is nicer itself stays so
     assert session == ("15" if Path("/proc/self/autogroup").exists() else "none")
 
 
