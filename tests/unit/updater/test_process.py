@@ -27,8 +27,9 @@ def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_u
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True,
                           start_new_session=True)  # fmt: skip
     process, session = done.stdout.split()
-    assert int(process) == max(15, os.nice(0))  # a test run that is nicer itself stays so
-    assert session == ("15" if Path("/proc/self/autogroup").exists() else "none")
+    nice = max(15, os.nice(0))  # a test run that is nicer itself stays so
+    assert int(process) == nice
+    assert session == (str(nice) if Path("/proc/self/autogroup").exists() else "none")
 
 
 ENDS = """
