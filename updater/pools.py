@@ -183,10 +183,9 @@ class _LazyImages:
         return self.held[name]
 
 
-def caption_numbers(pairs: Sequence[Pair]) -> dict[str, int]:
-    """One number per distinct caption (case and surrounding spaces do not count), the same in every update."""
-    captions = {pair.text.strip().lower() for pair in pairs}
-    return {caption: int(digest12(caption.encode()), 16) for caption in captions}
+def caption_number(caption: str) -> int:
+    """A number for a caption (case and surrounding spaces do not count), the same in every update."""
+    return int(digest12(caption.strip().lower().encode()), 16)
 
 
 def mixed_seed(seed: int, version: int) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +15,8 @@ from types import FrameType
 
 from ops.progress import say
 
+QUIET_SECONDS = 60.0
+"""How often the reason for waiting is repeated when it stays the same."""
 ENVIRONMENT = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
@@ -100,5 +104,23 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._training or self.wanted:
+            signal.signal(number, signal.SIG_IGN)  # asked again, it would break off what runs at the exit
             raise SystemExit(128 + number if number == signal.SIGINT else 0)
         self.wanted = True
+
+
+class Waits:
+    """Why the updater waits, said when the reason is another one, and else once a minute.
+
+    The figures in a reason change with every look: they alone are no news.
+    """
+
+    def __init__(self) -> None:
+        self._said, self._at = "", 0.0
+
+    def tell(self, reason: str) -> None:
+        """Say the reason, if it is time to."""
+        kind = re.sub(r"\d[\d.,]*", "", reason)
+        if kind != self._said or time.monotonic() - self._at > QUIET_SECONDS:
+            say(f"updater waits: {reason}")
+            self._said, self._at = kind, time.monotonic()

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ops.digests import digest12
 from updater.objectives.base import Features
+from updater.pools import caption_number
 
 
 class Prototypes:
     """One mean per concept and per side: the images and the texts of a teacher, say.
 
-    A concept is a label or a caption, known by its words: their numbers are an update's own.
+    A concept is a label or a caption, known by its words: a caption by its number, which is the same in every update,
+    a label by what its number would be as a caption.
 
     Args:
         sides: names of what means are kept of.
@@ -35,18 +36,17 @@ class Prototypes:
         """By concept [sides, dim]; the one seen last is last."""
         self.counts: dict[int, int] = {}
         self._labels: list[int] = []
-        self._captions: list[int] = []
+        self._named = captions
 
-    def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        """Learn the words behind the numbers of an update's captions and labels."""
-        self._labels = [_key(label) for label in labels]
-        named = self.captions or not labels
-        self._captions = [_key(text) for text in dict.fromkeys(map(_plain, captions))] if named else []
+    def begin(self, labels: Sequence[str]) -> None:
+        """Learn the words behind the numbers of an update's labels."""
+        self._labels = [caption_number(label) for label in labels]
+        self._named = self.captions or not labels
 
     def concepts(self, batch: Features) -> list[int | None]:
         """The concept of each row, None for a row that has none."""
         return [
-            self._labels[label] if label >= 0 else self._captions[caption] if self._captions else None
+            self._labels[label] if label >= 0 else caption if self._named else None
             for label, caption in zip(batch.label.tolist(), batch.caption.tolist(), strict=True)
         ]
 
@@ -82,11 +82,3 @@ class Prototypes:
         concepts = tensors["concepts"].tolist()
         self.means = dict(zip(concepts, tensors["means"], strict=True))
         self.counts = dict(zip(concepts, tensors["counts"].tolist(), strict=True))
-
-
-def _plain(words: str) -> str:
-    return words.strip().lower()
-
-
-def _key(words: str) -> int:
-    return int(digest12(_plain(words).encode()), 16)

@@ -30,16 +30,13 @@ from updater.families import families_with_a_base, family_base, family_recipe, r
 from updater.judge import judge
 from updater.learner import Base
 from updater.pools import draw_pools, mixed_seed
-from updater.process import StopSignal
+from updater.process import StopSignal, Waits
 from updater.recipes import Family, Recipe
 from updater.result import Limits, TrainResult, cost_of
 from updater.throttle import Throttle, latencies
 from updater.train import train
 from updater.triggers import Ready, Waiting
 from updater.tuning import TuningScores
-
-QUIET_SECONDS = 60.0
-"""How often the reason for waiting is repeated when it stays the same."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class UpdaterService:
         """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
         for family in self.turns:
             metrics.update.now(family, "waiting")
-        said, at = "", 0.0
+        waits = Waits()
         while not self.stop():
             try:
                 self._tell_budget()
@@ -139,9 +136,8 @@ class UpdaterService:
                 wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
             except RatchetError as error:
                 reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
-            if wait and (reason != said or time.monotonic() - at > QUIET_SECONDS):
-                say(f"updater waits: {reason}")
-                said, at = reason, time.monotonic()
+            if wait:
+                waits.tell(reason)
             time.sleep(wait)
 
     def _tell_budget(self) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ from ops.errors import RatchetError
 from ops.progress import say
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
+READY_SECONDS = 900.0  # serve gives up by itself and says why: leave it the time, also on a machine that is busy
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
@@ -74,12 +76,11 @@ class Part:
         self.signal(signal.SIGTERM)
         try:
             self.process.wait(max(0.1, deadline - time.monotonic()))
+            say(f"{self.name} stopped")
         except subprocess.TimeoutExpired:
             say(f"[yellow]{self.name} did not stop in time and is killed[/yellow]")
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            say(f"{self.name} stopped")
         self.process.wait()
         if self._file is not None:
             self._file.close()
@@ -123,7 +124,7 @@ class Supervisor:
         for part in self.parts:
             part.tend(now)
 
-    def wait_until_ready(self, timeout: float = 180.0) -> None:
+    def wait_until_ready(self, timeout: float = READY_SECONDS) -> None:
         """Wait for ``/health/ready``. Raises RatchetError with the end of the log when a part ends instead."""
         from serving.client import Client
 

@@ -65,7 +65,8 @@ def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Buc
         bucket.level = min(capacity, bucket.level + elapsed * rate)
         bucket.refilled_at = now
     # A clock that was far ahead gave a full bucket and no more: that much is waited for, not until the far day.
-    bucket.refilled_at = min(bucket.refilled_at, now + capacity / rate)
+    if rate > 0:
+        bucket.refilled_at = min(bucket.refilled_at, now + capacity / rate)
     return bucket
 
 

@@ -131,7 +131,8 @@ class ReleaseController:
                 unproven.append(why)
         if unproven and not force:
             raise ReleaseError(
-                f"{'; '.join(unproven)}.", 'Judge it with `ratchet gate run`, or insist: --force (HTTP: "force": true).'
+                f"{'; '.join(unproven)}.",
+                'Judge it with `ratchet gate run`; if you are sure, say --force (HTTP: "force": true).',
             )
         return await self.protocol.release(adapters, forced=bool(unproven), **how)
 

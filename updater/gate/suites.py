@@ -206,7 +206,7 @@ def _read(suite: Suite) -> list[Item]:
     if not suite.folder.is_dir():
         raise GateError(
             f"suite {suite.name}: its data folder {suite.folder} does not exist.",
-            "Prepare it (`ratchet base build` makes the built-in data) or take the suite out of gate.suites.",
+            f"Prepare it (`ratchet data prepare {suite.folder.name}`, if it is built in), or correct gate.suites.",
         )
     try:
         index = suite.folder / INDEX

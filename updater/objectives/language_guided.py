@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from updater.objectives.base import Features, Objective
+from updater.pools import caption_number
 from updater.recipes import Family
 
 
@@ -31,16 +33,22 @@ class LanguageGuided(Objective[Features]):
         if template.count("{}") != 1:
             raise TypeError(f"template is {template!r}, which does not have one {{}} for the label")
         self.template = template
-        self.labelled = True
+        self._captions: list[int] = []
 
     def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
-        self.labelled = bool(labels)
-        prompts = [self.template.replace("{}", label) for label in labels]
-        return [(-1, text) for text in prompts or dict.fromkeys(text.strip().lower() for text in captions)]
+        if labels:
+            self._captions = []
+            return [(-1, self.template.replace("{}", label)) for label in labels]
+        distinct = {caption_number(text): text for text in captions}
+        self._captions = list(distinct)
+        return [(-1, text) for text in distinct.values()]
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over rows that have a class, in nats; 0 where none has."""
-        classes = batch.label if self.labelled else batch.caption
+        classes = batch.label
+        if self._captions:
+            place = {number: place for place, number in enumerate(self._captions)}
+            classes = torch.tensor([place.get(number, -1) for number in batch.caption.tolist()], device=classes.device)
         rows = (classes >= 0).nonzero().flatten()
         if not len(rows):
             return batch.zero()

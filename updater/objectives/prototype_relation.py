@@ -42,7 +42,7 @@ class PrototypeRelation(Objective[Features]):
         self.before: dict[int, Tensor] = {}
 
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        self.prototypes.begin(captions, labels)
+        self.prototypes.begin(labels)
         self.before = dict(self.prototypes.means)
 
     def __call__(self, batch: Features) -> Tensor:

@@ -44,7 +44,7 @@ class TwoTeacherRelations(Objective[Features]):
         return TEACHERS
 
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        self.prototypes.begin(captions, labels)
+        self.prototypes.begin(labels)
 
     def __call__(self, batch: Features) -> Tensor:
         """Mean over rows, in nats."""

@@ -113,8 +113,9 @@ def test_a_wrong_suite_says_what_is_wrong(tmp_path: Path, text: str, message: st
 
 
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="does not exist"):
+    with pytest.raises(GateError, match="does not exist") as missing:
         _suite(tmp_path, "task: retrieval\ndata: ${home}/nowhere\n").items()
+    assert "ratchet data prepare nowhere" in missing.value.fix
     (tmp_path / "empty").mkdir()
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

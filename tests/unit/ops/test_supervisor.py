@@ -59,6 +59,25 @@ def test_stopping_asks_first_and_then_kills_the_whole_group(tmp_path: Path) -> N
     _wait(lambda: not _alive(child))
 
 
+def test_a_part_that_ended_as_asked_is_said_to_have_stopped_though_a_child_had_to_be_killed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaves_a_child = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(100)'])\n"
+        "print('child', child.pid, flush=True)\n"
+        "time.sleep(100)\n"
+    )
+    part = Part("part", [sys.executable, "-c", leaves_a_child], tmp_path / "log")
+    part.start()
+    _wait(lambda: "child" in tail(part.log))
+    child = int(tail(part.log).split()[1])
+    part.stop(time.monotonic() + 10)
+    _wait(lambda: not _alive(child))
+    said = capsys.readouterr()
+    assert "part stopped" in said.out + said.err
+
+
 def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None:
     context = Context(None, [f"home={tmp_path}", "kafka.bootstrap=127.0.0.1:1"])
     names = list(Supervisor.ORDER)

@@ -30,7 +30,7 @@ def _taught(captions: list[int], seed: int = 0) -> Features:
     made, other = batch(captions, seed=seed), batch(list(range(6)), seed=seed + 50)
     incumbent = batch(captions, seed=seed + 100)
     sides = Sides(incumbent.image.detach(), incumbent.text.detach())
-    texts = Texts(other.image, {"incumbent": other.text.detach()}, torch.full((6,), -1))
+    texts = Texts(other.image, {"incumbent": other.text.detach()}, torch.full((6,), -1), torch.arange(6))
     return replace(made, teachers={**made.teachers, "incumbent": sides}, texts={NAME: texts})
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from updater import process
+from updater.process import Waits
+
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -28,12 +31,50 @@ def after(*words: str) -> list[str]:
 
 
 def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_up() -> None:
-    process, session, policy = after()
-    assert int(process) == max(15, os.nice(0))
-    assert session == (process if Path("/proc/self/autogroup").exists() else "none")
+    nice, session, policy = after()
+    assert int(nice) == max(15, os.nice(0))
+    assert session == (nice if Path("/proc/self/autogroup").exists() else "none")
     assert int(policy) == os.sched_getscheduler(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a policy of Linux")
 def test_an_idle_trainer_runs_where_nobody_else_wants_to() -> None:
     assert int(after("idle")[2]) == os.SCHED_IDLE
+
+
+ENDS = """
+import atexit, os, signal
+from updater.process import StopSignal
+
+def asked_again() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+
+atexit.register(asked_again)
+StopSignal().install()
+os.kill(os.getpid(), signal.SIGTERM)
+print("went on", flush=True)
+"""
+
+
+def test_a_second_signal_does_not_break_off_what_the_first_one_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")
+
+
+def test_a_reason_to_wait_is_said_again_for_other_words_or_after_a_while_but_not_for_other_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Waits()
+    for seconds in (6, 12, 20):
+        waits.tell(f"2 of 256 new samples, the oldest waiting for {seconds} s")
+    waits.tell("the budget lacks 5,994 MAF-GFLOPs")
+    waits.tell("the budget lacks 812 MAF-GFLOPs")
+    monkeypatch.setattr(process, "QUIET_SECONDS", -1.0)
+    waits.tell("the budget lacks 7 MAF-GFLOPs")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("waits: ")[2] for line in said] == [
+        "2 of 256 new samples, the oldest waiting for 6 s",
+        "the budget lacks 5,994 MAF-GFLOPs",
+        "the budget lacks 7 MAF-GFLOPs",
+    ]

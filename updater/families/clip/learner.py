@@ -18,7 +18,7 @@ from updater.families.clip.prepare import Prepared, TowerCache, prepare, prepare
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
 from updater.learner import Learner
 from updater.objectives import Features, Sides, Texts
-from updater.pools import Pair, caption_numbers
+from updater.pools import Pair, caption_number
 from updater.recipes import Part, Recipe
 
 WHICH: tuple[Which, Which] = ("image", "text")
@@ -60,10 +60,9 @@ class ClipLearner(Learner[Pair]):
         self, examples: Sequence[Pair], parts: Sequence[Part], between: Callable[[], None] = lambda: None
     ) -> None:
         self.made: Prepared = prepare(self.base, self.model, self.towers, self.learning, examples, self.cached, between)
-        numbers = caption_numbers(examples)
         self.parts = list(parts)
         self.lengths = [self._tokenize([pair.text]).shape[1] for pair in examples]
-        self.captions = torch.tensor([numbers[pair.text.strip().lower()] for pair in examples])
+        self.captions = torch.tensor([caption_number(pair.text) for pair in examples])
         known = sorted({pair.label for pair in examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in examples])
