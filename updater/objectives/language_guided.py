@@ -39,7 +39,7 @@ class LanguageGuided(Objective[Features]):
         if labels:
             self._captions = []
             return [(-1, self.template.replace("{}", label)) for label in labels]
-        distinct = {caption_number(text): text for text in captions}
+        distinct = {caption_number(text): text.strip().lower() for text in captions}
         self._captions = list(distinct)
         return [(-1, text) for text in distinct.values()]
 

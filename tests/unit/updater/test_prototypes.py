@@ -59,7 +59,7 @@ def mean(rows: Rows) -> list[float]:
 def test_a_prototype_is_the_mean_of_its_label_and_of_its_caption_where_there_is_none() -> None:
     made = taught([0, -1, 0, -1])
     kept = Prototypes(["image", "text"], most=9, window=9, captions=True)
-    kept.begin(CAPTIONS, ["car"])
+    kept.begin(["car"])
     kept.add(made, {"image": made.image, "text": made.text})
     image = made.image.tolist()
     expected = [image[1], unit(mean([image[0], image[2]])), image[3]]  # the one seen last is last
@@ -69,17 +69,17 @@ def test_a_prototype_is_the_mean_of_its_label_and_of_its_caption_where_there_is_
 
 def test_rows_without_a_label_make_no_prototype_unless_no_row_has_one() -> None:
     some, none = (Prototypes(["image"], most=9, window=9, captions=False) for _ in range(2))
-    some.begin(CAPTIONS, ["car"])
+    some.begin(["car"])
     some.add(taught([0, -1, 0, -1]), {"image": taught([0, -1, 0, -1]).image})
     assert len(some.means) == 1
-    none.begin(CAPTIONS, [])
+    none.begin([])
     none.add(taught([-1, -1, -1, -1]), {"image": taught([-1, -1, -1, -1]).image})
     assert len(none.means) == 4
 
 
 def test_after_its_window_a_mean_forgets_exponentially() -> None:
     kept = Prototypes(["image"], most=9, window=2, captions=False)
-    kept.begin(CAPTIONS, ["car"])
+    kept.begin(["car"])
     made = taught([0, 0, 0, 0])
     kept.add(made, {"image": made.image})
     image = made.image.detach()
@@ -89,7 +89,7 @@ def test_after_its_window_a_mean_forgets_exponentially() -> None:
 
 def test_only_the_concepts_seen_last_are_kept() -> None:
     kept = Prototypes(["image"], most=2, window=9, captions=False)
-    kept.begin(CAPTIONS, ["a", "b", "c"])
+    kept.begin(["a", "b", "c"])
     made = taught([0, 1, 2, 0])
     kept.add(made, {"image": made.image})
     image = made.image.tolist()
@@ -98,10 +98,10 @@ def test_only_the_concepts_seen_last_are_kept() -> None:
 
 def test_prototypes_are_found_again_by_their_words_when_the_numbers_are_others() -> None:
     first, second = (Prototypes(["image"], most=9, window=9, captions=False) for _ in range(2))
-    first.begin(CAPTIONS, ["bird", "car"])
+    first.begin(["bird", "car"])
     made = taught([0, 1, 1, 0])
     first.add(made, {"image": made.image})
-    second.begin(CAPTIONS, ["car"])
+    second.begin(["car"])
     second.load_state(first.state())
     later = taught([0, -1, -1, -1], seed=1)
     second.add(later, {"image": later.image})

@@ -16,7 +16,7 @@ from updater.families.clip.learner import ClipLearner
 from updater.objectives import Features, Texts
 from updater.objectives.language_guided import LanguageGuided
 from updater.objectives.subcaptions import Subcaptions, split
-from updater.pools import Pair
+from updater.pools import Pair, caption_number
 
 LONG = "A red car on a wet road, seen from above. Two men wait; a dog (brown) runs past them!"
 
@@ -141,10 +141,11 @@ def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -
 def test_without_any_label_captions_are_the_classes() -> None:
     objective = LanguageGuided()
     assert objective.further_texts(["A car", "a tree", "a car "], []) == [(-1, "a car"), (-1, "a tree")]
-    made = guided(objective, batch([0, 1, 0]), 2)
+    car, tree = caption_number("a car"), caption_number("A tree")
+    made = guided(objective, batch([car, tree, car]), 2)
     labelled = LanguageGuided()
     labelled.further_texts([], ["a car", "a tree"])
-    assert float(objective(made)) == float(labelled(replace(made, label=made.caption)))
+    assert float(objective(made)) == float(labelled(replace(made, label=torch.tensor([0, 1, 0]))))
 
 
 def test_a_batch_without_labels_among_labelled_ones_counts_nothing() -> None:
