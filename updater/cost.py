@@ -180,6 +180,8 @@ def _peak(device: torch.device, model: nn.Module) -> Iterator[Callable[[], float
             keep(tensor, tensor.untyped_storage().nbytes())
         return tensor
 
+    for parameter in model.parameters():  # of which layers save views: a linear layer its transpose
+        keep(parameter, 0)
     hooks = [kind.register_forward_hook(lambda _, __, weight: keep(weight, 0)) for kind in _in_place(model)]
     try:
         with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -50,7 +50,7 @@ def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> No
 
 def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
     layer = nn.Linear(100, 50)
-    x = torch.randn(10, 100)
+    x = torch.randn(10, 100, requires_grad=True) * 1  # its gradient needs the weights
     with _peak(torch.device("cpu"), layer) as peak:
         kept = layer(x).relu()
         (layer(x) * kept).sum()
