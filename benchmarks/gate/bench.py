@@ -130,25 +130,34 @@ def _about(row: counting.Row) -> Figures:
 
 def show(figures: Figures) -> None:
     """Tables for people, one JSON line for machines (last)."""
-    table = Table("kind", "candidates", "harmful", "idle", "good", "passed", "rejected", "inconclusive",
-                  "false accepts", "false rejects", title="Truth and verdict by kind")  # fmt: skip
+    table = Table("kind", "harmful", "idle", "good", "passed", "rejected", "undecided", "false accepts",
+                  "false rejects", title="Candidates: truth, verdicts, errors")  # fmt: skip
     for kind, row in {**figures["kinds"], "all": figures["total"]}.items():
-        counts = [str(row[key]) for key in ("candidates", "harmful", "idle", "good")]
-        verdicts = [str(row[key]) for key in ("passed", "rejected", "inconclusive")]
-        table.add_row(kind, *counts, *verdicts, _rate(row["false_accepts"]), _rate(row["false_rejects"]))
-    sets = Table("item sets of", "passed", "rejected", "inconclusive", "gain shown", "all kept",
+        counts = [str(row[key]) for key in ("harmful", "idle", "good", "passed", "rejected", "inconclusive")]
+        errors = [f"{row[key]['count']}/{row[key]['of']}" for key in ("false_accepts", "false_rejects")]
+        table.add_row(kind, *counts, *errors)
+    sets = Table("item sets of", "passed", "rejected", "undecided", "gain shown", "all kept",
                  title=f"Resampled items (level of a look {figures['level']:.2%})")  # fmt: skip
+    resampled = figures["resampled"]
     for name in ("harmful", "good", "no_change", "at_margin"):
-        row = figures["resampled"][name]
-        sets.add_row(name.replace("_", " "), *(_rate(row[key]) for key in counting.TALLIED))
+        shares = [resampled[name][key]["rate"] for key in counting.TALLIED]
+        sets.add_row(name.replace("_", " "), *("-" if rate is None else f"{rate:.1%}" for rate in shares))
+    drifted = figures["drift"]
+    within = sum(step["within_margin_of_incumbent"] for step in drifted["steps"])
+    lines = {
+        "False accepts": f"{_rate(figures['false_accepts'])}, resampled {_rate(figures['false_accepts_resampled'])}",
+        "False rejects": f"{_rate(figures['false_rejects'])}, resampled {_rate(figures['false_rejects_resampled'])}",
+        "A suite exactly at its margin passed": _rate(resampled["suite_at_margin_passed"]["all"]),
+        "Slow drift": f"caught at update {drifted['caught_at']}, harmful from {drifted['harmful_from']}; {within} of "
+        f"{CHAIN} updates stay inside the margin of their incumbent, which alone would keep "
+        f"{drifted['let_in_without_base']}",
+        "Plot": figures["plot"],
+        "Results": figures["results"],
+    }
     console = Console()
     console.print(table, sets)
-    edge = figures["resampled"]["suite_at_margin_passed"]["all"]
-    console.print(f"A suite exactly at its margin passed: {_rate(edge)}", highlight=False)
-    console.print(f"Slow drift caught at update {figures['drift']['caught_at']}, harmful from update "
-                  f"{figures['drift']['harmful_from']}; {figures['drift']['let_in_without_base']} of {CHAIN} updates "
-                  "would be kept by a comparison with the incumbent alone.", highlight=False)  # fmt: skip
-    console.print(f"Plot {figures['plot']}, results {figures['results']}", highlight=False, soft_wrap=True)
+    for name, line in lines.items():
+        console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
     print(json.dumps(figures), flush=True)
 
 

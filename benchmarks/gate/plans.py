@@ -75,10 +75,10 @@ def _one(kind: str, place: int) -> Plan:
     towers: dict[str, Any] = ({}, {"image": {"locked": True}}, {"text": {"locked": True}})[place % 3]
     match kind:
         case "first":
-            recipe = _recipe("default", **_rate(between(5e-4, 2e-3)), **towers)
+            recipe = _recipe("default", **_rate(between(8e-4, 3e-3)), **towers)
             return Plan(name, kind, recipe, domain, NEW_PAIRS, seed)
         case "second":
-            recipe, domain = _recipe("default", **_rate(between(5e-4, 2e-3))), NEW[(place // 3 + place + 1) % len(NEW)]
+            recipe, domain = _recipe("default", **_rate(between(8e-4, 3e-3))), NEW[(place // 3 + place + 1) % len(NEW)]
             return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, incumbent=f"first-{place:02d}")
         case "naive":
             return Plan(name, kind, _recipe("naive", **_rate(between(2e-3, 1e-2))), domain, NEW_PAIRS, seed)
@@ -88,17 +88,17 @@ def _one(kind: str, place: int) -> Plan:
             recipe = _recipe("naive", **_rate(between(1e-3, 5e-3)))
             return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="shuffled")
         case "poisoned":
-            recipe = _recipe("default", **_rate(4e-3), mixture=half)
+            recipe = _recipe("default", **_rate(8e-3), mixture=half)
             return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="poisoned", share=between(0.3, 0.9))
         case _:
-            recipe = _recipe("default", **_rate(between(2e-3, 6e-3)), mixture=half)
+            recipe = _recipe("default", **_rate(between(4e-3, 1e-2)), mixture=half)
             victim = KNOWN[place % len(KNOWN)]
             return Plan(name, kind, recipe, domain, NEW_PAIRS, seed, lie="forgotten", share=0.5, victim=victim)
 
 
 def _drift(number: int) -> Plan:
     """One update of the chain: a small step away from what the base knew, with nothing that holds the model."""
-    recipe = _recipe("naive", **_rate(8e-4), max_steps=15)
+    recipe = _recipe("naive", **_rate(4e-4), max_steps=15)
     incumbent = f"{DRIFT}-{number - 1:02d}" if number else ""
     return Plan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
 
