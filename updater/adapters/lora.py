@@ -16,15 +16,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ops.errors import AdapterError
-from serving.engines.adapters import AdapterFiles, read_adapter, whole_weights
+from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter, whole_weights
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater.adapters.factors import Delta, Factor, Whole, compress
-from updater.adapters.model import AdapterModel, WholeWeights, write_delta
+from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, write_delta
 
 NEGLIGIBLE = 1e-9
 """A singular value below this share of the largest is no direction: it starts anew instead of being stuck at zero."""
-_PREFIX = "base_model.model."
 
 
 def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
@@ -47,15 +46,13 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor 
         unknown = sorted(name for name, value in whole.items() if name not in own or own[name].shape != value.shape)
         if unknown:
             shape = list(whole[unknown[0]].shape)
-            raise AdapterError(
-                f"Adapter {files.name} replaces {unknown[0]} {shape}, which the base lacks.", _OTHER_BASE
-            )
+            raise AdapterError(f"Adapter {files.name} replaces {unknown[0]} {shape}, which the base lacks.", OTHER_BASE)
         delta |= {name: Whole(value.double() - own[name].detach().double()) for name, value in whole.items()}
     for key, a in files.tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removesuffix(".lora_A.weight")
             b = files.tensors[f"{module}.lora_B.weight"]
-            delta[module.removeprefix(_PREFIX)] = Factor(a.flatten(1).double(), scale * b.flatten(1).double())
+            delta[module.removeprefix(PREFIX)] = Factor(a.flatten(1).double(), scale * b.flatten(1).double())
     return delta
 
 
@@ -128,7 +125,7 @@ class LoraModel(AdapterModel):
         if unknown:
             raise AdapterError(
                 f"The incumbent changes {unknown[0]}, where base {self.frozen.name!r} has no layer that takes LoRA.",
-                _OTHER_BASE,
+                OTHER_BASE,
             )
         scale = self.alpha / self.rank
         for name, factor in start.items():
@@ -214,9 +211,6 @@ def trainer_encoder(base: ClipBase, directory: Path) -> Callable[[NDArray[np.uin
 def plain_name(name: str) -> str:
     """A layer's name in the base, from PEFT's (which goes through ``base_layer`` inside attention)."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
-_OTHER_BASE = "It belongs to another base: release the base alone, and update from there."
 
 
 def _in_attention(name: str, start: Mapping[str, Any]) -> bool:

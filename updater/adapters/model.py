@@ -16,6 +16,8 @@ from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater.adapters.factors import Delta, Factor, Whole, compress
 
+OTHER_BASE = "It belongs to another base: release the base alone, and update from there."
+
 
 class AdapterModel(ABC):
     """What a learner trains. ``parameters`` are what the optimizer moves, by name."""

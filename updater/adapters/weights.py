@@ -16,7 +16,7 @@ from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.base import ClipBase
 from updater.adapters.factors import Delta, Factor, Whole, combine, fits
 from updater.adapters.kinds import Kind, find
-from updater.adapters.model import AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
+from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
 
 
 class WeightModel(AdapterModel):
@@ -165,6 +165,5 @@ def _dense(start: Delta, model: nn.Module, base: ClipBase) -> dict[str, Tensor]:
         return dense_delta(start, model)
     except KeyError as error:
         raise AdapterError(
-            f"The incumbent changes {error}, which base {base.name!r} does not have.",
-            "It belongs to another base: release the base alone, and update from there.",
+            f"The incumbent changes {error}, which base {base.name!r} does not have.", OTHER_BASE
         ) from None
