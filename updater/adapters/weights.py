@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ops.errors import AdapterError, ConfigError
+from ops.errors import AdapterError
 from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
 from serving.engines.base import ClipBase
 from updater.adapters.factors import Delta, Factor, Whole, combine, fits
 from updater.adapters.kinds import Kind, find
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
+from updater.found import options_of
 
 
 class WeightModel(AdapterModel):
@@ -49,10 +50,8 @@ class WeightModel(AdapterModel):
             owner, _, attribute = name.rpartition(".")
             weight = getattr(self._modules[owner], attribute)
             generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-            try:
+            with options_of("adapter kind", kind):
                 made = find(kind)(weight.detach().clone(), rank, alpha, generator, **options)
-            except TypeError as error:
-                raise ConfigError(f"adapter kind {kind!r}: {error}.", "See its file for its options.") from None
             switch = _Switch(made)
             parametrize.register_parametrization(self._modules[owner], attribute, switch)
             self.kinds[name] = made

@@ -6,12 +6,10 @@ over :class:`updater.adapters.Delta`, all differences to the base; ranks may add
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Protocol
 
-from ops.errors import ConfigError
 from updater.adapters import Delta
+from updater.found import file_names, find, options_of
 from updater.recipes import Merge
 
 __all__ = ["NONE", "merged", "names"]
@@ -30,17 +28,13 @@ class Rule(Protocol):
 
 def names() -> list[str]:
     """Names that a recipe's ``merge.rule`` may have."""
-    return sorted({NONE, *(module.name for module in pkgutil.iter_modules(__path__))})
+    return sorted([NONE, *file_names(__name__)])
 
 
 def merged(merge: Merge, served: Delta, trained: Delta, start: Delta) -> Delta:
     """What is served after an update. Raises ConfigError for an unknown rule or option."""
     if merge.rule == NONE:
         return trained
-    if merge.rule not in names():
-        raise ConfigError(f"there is no merge rule {merge.rule!r}.", f"Use one of {', '.join(names())}.")
-    rule: Rule = importlib.import_module(f"{__name__}.{merge.rule}").RULE
-    try:
+    rule: Rule = find(__name__, "RULE", "merge rule", merge.rule, names())
+    with options_of("merge rule", merge.rule):
         return rule(served, trained, start, merge.weight, **merge.options)
-    except TypeError as error:
-        raise ConfigError(f"merge rule {merge.rule!r}: {error}.", "See its file for its options.") from None

@@ -6,13 +6,13 @@ A new term is one file here that defines ``TERM``, a subclass of :class:`updater
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ops.errors import ConfigError
+from updater.found import file_names, options_of
 from updater.objectives.base import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
 
@@ -24,8 +24,7 @@ Terms = Sequence[tuple[Term, Objective[Any]]]
 
 def names(family: Family) -> list[str]:
     """Names of the objectives that a recipe of a family may use."""
-    found = (module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-    return sorted(name for name in found if _kind(name).family == family)
+    return [name for name in file_names(__name__) if _kind(name).family == family]
 
 
 def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[Any]]]:
@@ -38,10 +37,8 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
                 f"there is no objective {term.name!r} for a {family.upper()}.", f"Use one of {', '.join(known)}."
             )
         kind = _kind(term.name)
-        try:
+        with options_of("objective", term.name):
             built.append((term, kind(**term.options)))
-        except TypeError as error:
-            raise ConfigError(f"objective {term.name!r}: {error}.", "See its file for its options.") from None
     return built
 
 

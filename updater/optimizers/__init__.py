@@ -6,14 +6,12 @@ A new one is one file here that defines ``OPTIMIZER``: a function ``(groups, wei
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.errors import ConfigError
+from updater.found import file_names, find, options_of
 from updater.recipes import Optimizer
 
 __all__ = ["make", "names", "state_bytes"]
@@ -21,18 +19,14 @@ __all__ = ["make", "names", "state_bytes"]
 
 def names() -> list[str]:
     """Names that a recipe's ``optimizer.kind`` may have."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return file_names(__name__)
 
 
 def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer of a recipe. Raises ConfigError for an unknown kind or option."""
-    if optimizer.kind not in names():
-        raise ConfigError(f"there is no optimizer {optimizer.kind!r}.", f"Use one of {', '.join(names())}.")
-    try:
-        made = importlib.import_module(f"{__name__}.{optimizer.kind}").OPTIMIZER
+    made = find(__name__, "OPTIMIZER", "optimizer", optimizer.kind, names())
+    with options_of("optimizer", optimizer.kind):
         return made(groups, weight_decay, **optimizer.options)  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise ConfigError(f"optimizer {optimizer.kind!r}: {error}.", "See its file for its options.") from None
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
