@@ -2,8 +2,9 @@
 
 Retention: per suite a non-inferiority test against the incumbent and one against the base; both must hold, so the
 suite's p is the larger one (intersection-union: no correction inside a suite). Holm runs over the retention suites.
-A suite *failed* if it is shown to be worse than before and not shown to stay inside the margin; it is *inconclusive*
-if neither is shown. Neither is a pass.
+A suite *failed* if it is shown to be worse than before, at the level that Holm gave it, and not shown to stay inside
+the margin; it is *inconclusive* if neither is shown. Neither is a pass. (Without the correction every further suite
+would make it likelier that one which did not change looks worse.)
 
 Gain: superiority over the incumbent; Holm over the gain suites. One must be shown; one that is shown to be worse and
 not shown to stay inside the default margin rejects the candidate.
@@ -64,7 +65,7 @@ def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: 
         tested = {i: (shown, local) for (i, _), shown, local in zip(able, refused, levels, strict=True)}
         for i, pair in family:
             shown, local = tested.get(i, (False, level / max(len(family), 1)))
-            results[i] = _result(scores[i], pair, shown, local, level, min_items)
+            results[i] = _result(scores[i], pair, shown, local, min_items)
     return [results[i] for i in range(len(scores))]
 
 
@@ -121,12 +122,12 @@ def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> C
     return compare_recall(reference.hits, scores.after.hits, margin=margin, level=level, seed=seed)
 
 
-def _result(scores: Scores, pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> SuiteResult:
+def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: int) -> SuiteResult:
     suite, against = scores.suite, pair.incumbent
     low, high = against.bounds(local)
     base_low, base_high = pair.base.bounds(local)
     retention = suite.role == "retention"
-    decision, reason = (_retention if retention else _gain)(pair, shown, local, level, min_items)
+    decision, reason = (_retention if retention else _gain)(pair, shown, local, min_items)
     if retention and against.before - scores.chance <= against.margin:
         reason += "; weak guard: the incumbent is no further above chance than the margin"
     before, after = scores.before.hits, scores.after.hits
@@ -164,7 +165,7 @@ def _result(scores: Scores, pair: _Pair, shown: bool, local: float, level: float
     )
 
 
-def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> tuple[Decision, str]:
+def _retention(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
     names = (("the incumbent", pair.incumbent), ("the base", pair.base))
     name, worst = max(names, key=lambda entry: entry[1].p_noninferior)
     low = worst.bounds(local)[0]
@@ -173,7 +174,7 @@ def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: 
     if shown:
         return "passed", f"at most {points(-low)} lost, {points(worst.margin)} allowed" if low < 0 else "nothing lost"
     for reference, side in names:
-        if side.p_worse <= level:
+        if side.p_worse <= local:
             change = f"from {percent(side.before)} to {percent(side.after)}"
             return "failed", f"lost {points(-side.difference)} against {reference} ({change})"
     return "inconclusive", (
@@ -182,14 +183,14 @@ def _retention(pair: _Pair, shown: bool, local: float, level: float, min_items: 
     )
 
 
-def _gain(pair: _Pair, shown: bool, local: float, level: float, min_items: int) -> tuple[Decision, str]:
+def _gain(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
     side = pair.incumbent
     change = f"from {percent(side.before)} to {percent(side.after)}"
     if side.units < min_items:
         return "inconclusive", _too_few(side, min_items)
     if shown:
         return "passed", f"gained {points(side.difference)} ({change})"
-    if side.p_worse <= level < side.p_noninferior:
+    if side.p_worse <= local < side.p_noninferior:
         return "failed", f"lost {points(-side.difference)} on new data ({change})"
     return "inconclusive", f"no gain shown ({change}, p = {side.p_superior:.2g} at level {local:.2g})"
 

@@ -43,6 +43,16 @@ def test_a_proven_loss_rejects_whatever_was_learnt() -> None:
     assert reasons[0].startswith("lost: lost 18.3 points against the incumbent")
 
 
+def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_failure() -> None:
+    """Nine worse and one better of a hundred: p = 0.011, shown at 3% alone, and not as one of four."""
+    doubtful = scores("doubtful", hits(100, 0.5), changed(hits(100, 0.5), 9, 1))
+    assert judge(doubtful)[0].decision == "failed"
+    others = [scores(f"other{n}", hits(100, 0.5), changed(hits(100, 0.5), 6, 6)) for n in range(3)]
+    results = judge(doubtful, *others, LEARNT)
+    assert [r.decision for r in results[:4]] == ["inconclusive"] * 4
+    assert conclude(results, FINE)[0] == "inconclusive"
+
+
 def test_too_little_data_is_inconclusive_and_not_a_pass() -> None:
     few = scores("few", hits(30, 0.5), hits(30, 0.5))
     results = judge(few, LEARNT)
