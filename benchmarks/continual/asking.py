@@ -69,15 +69,6 @@ class Asker:
         """By suite: whether each item was answered rightly; [n, 2] for retrieval both ways, [n, 1] for classes."""
         return {suite.name: _outcome(suite, made) for suite in self.suites}
 
-    def cross(self, queries: Encoded, index: Encoded) -> float:
-        """Recall at 5 of texts of one version in an index of images of another, mean over retrieval suites."""
-        found = [
-            float((_to_image(suite, queries, index) < RECALL_AT).mean())
-            for suite in self.suites
-            if suite.task == "retrieval"
-        ]
-        return sum(found) / len(found)
-
 
 def _texts(suite: Suite) -> list[str]:
     if suite.task == "retrieval":
@@ -101,15 +92,10 @@ def _outcome(suite: Suite, made: Encoded) -> Bools:
     own = np.array([texts.index(pair.text) for pair in suite.items])
     similarity = images @ np.stack([made.texts[text] for text in texts]).T
     to_text = rank_of_best(similarity, own[:, None] == np.arange(len(texts))[None, :])
-    return np.stack([to_text, _to_image(suite, made, made)], axis=1) < RECALL_AT
-
-
-def _to_image(suite: Suite, queries: Encoded, index: Encoded) -> NDArray[np.int32]:
-    """Rank of the first right image for each item's text."""
-    images = np.stack([index.images[pair.id] for pair in suite.items])
-    asked = np.stack([queries.texts[pair.text] for pair in suite.items])
+    asked = np.stack([made.texts[pair.text] for pair in suite.items])
     words = np.array([pair.text for pair in suite.items])
-    return rank_of_best(asked @ images.T, words[:, None] == words[None, :])
+    to_image = rank_of_best(asked @ images.T, words[:, None] == words[None, :])
+    return np.stack([to_text, to_image], axis=1) < RECALL_AT
 
 
 def _classified(suite: Suite, made: Encoded) -> Bools:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.continual.asking import Asker, Bools, Encoded
+from benchmarks.continual.crossing import crossing
+from benchmarks.continual.nearest import NAME as NEAREST
+from benchmarks.continual.nearest import nearest_means
 from benchmarks.continual.origin import origin
 from benchmarks.continual.plan import Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
@@ -95,7 +98,9 @@ class Chain:
             self.results.mkdir(parents=True, exist_ok=True)
             vectors.write(path)
             roles = {suite.name: suite.role for suite in self.stream.suites}
-            write_json(answers, {"hits": packed(self.asker.outcomes(vectors)), "roles": roles})
+            nearest = nearest_means(self.asker.engine, self.stream, vectors)
+            hits = packed(self.asker.outcomes(vectors))
+            write_json(answers, {"hits": hits, "roles": roles, NEAREST: packed(nearest)})
         return self.asker.read(path)
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
@@ -132,7 +137,9 @@ class Chain:
             "adapter": result.adapter,
             "memory": result.memory.name if result.memory else None,
             "hits": packed(self.asker.outcomes(vectors)),
-            "cross": self._cross(self.asker.read(self._vectors_path(number)), vectors),
+            "cross": crossing(
+                self.stream.suites, self.asker.read(self._vectors_path(number)), vectors, self.base_vectors
+            ),
             "cost": cost_of(result),
             "cpu_seconds": {"training": trained - began, "asking": time.process_time() - trained},
             "origin": origin(),
@@ -154,15 +161,6 @@ class Chain:
             return self.asker.encode(result.adapter)
         finally:
             self.asker.engine.unload(result.adapter)
-
-    def _cross(self, previous: Encoded, now: Encoded) -> dict[str, float]:
-        """Recall at 5 of texts in an index of images, by the versions of both."""
-        return {
-            "old_old": self.asker.cross(previous, previous),
-            "new_old": self.asker.cross(now, previous),
-            "new_new": self.asker.cross(now, now),
-            "new_base": self.asker.cross(now, self.base_vectors),
-        }
 
 
 def packed(outcomes: dict[str, Bools]) -> dict[str, list[str]]:

@@ -102,8 +102,9 @@ def _run(runner: Runner, wanted: Wanted) -> None:
         return float(course.trajectory(asked).gm[-1]) if course else None
 
     chosen = best(score, wanted.methods, BEST)
+    # All orders first: a run that is stopped early then shows every order with one seed.
     more = [
-        Unit(name, order, seed) for order in range(wanted.orders) for seed in range(wanted.seeds) for name in chosen
+        Unit(name, order, seed) for seed in range(wanted.seeds) for order in range(wanted.orders) for name in chosen
     ]
     if not runner.run(more):
         say("the time is over; call again to go on")
@@ -128,7 +129,8 @@ def show(found: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
     title = f"After {found['updates']} updates, points against zero-shot"
     table = Table("method", "learned (A_KA)", "kept (A_ZS)", "geometric mean", "MAF", "steps", "seconds", title=title)
-    for name, m in found["methods"].items():
+    rows = {**found["methods"], **found["untrained"]}
+    for name, m in rows.items():
         spans = [m["intervals"][key] for key in ("a_ka", "a_zs", "gm")]
         cells = [f"{i['value']:+.1f} [dim]({i['low']:+.1f} to {i['high']:+.1f})[/dim]" for i in spans]
         table.add_row(name, *cells, f"{m['maf']:,.0f}", str(m["steps"]), f"{m['seconds']:.0f}")
@@ -137,7 +139,9 @@ def show(found: dict[str, Any]) -> None:
     Console().print(table)
     keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
     line = {
-        "methods": {name: {key: m[key] for key in keys} for name, m in found["methods"].items()},
+        "methods": {
+            name: {key: m[key] for key in keys} for name, m in {**found["untrained"], **found["methods"]}.items()
+        },
         **{key: found[key] for key in ("zero_shot", "failed", "updates", "origin")},
     }
     print(json.dumps(line), flush=True)

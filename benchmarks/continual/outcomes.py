@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
+from benchmarks.continual.nearest import NAME as NEAREST
 from ops.errors import RatchetError
 from updater.checkpoint import read_json
 from updater.recipes import load_recipe
@@ -27,6 +28,8 @@ class Asked:
     base: Hits
     adaptation: tuple[str, ...]
     held_out: tuple[str, ...]
+    nearest: Hits
+    """The base's answers, but for suites where nearest class means answer."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,12 @@ def read_asked(results: Path) -> Asked:
     if not isinstance(found, dict):
         raise RatchetError(f"there are no results in {results}.", "Run `ratchet bench continual` without --report.")
     roles: dict[str, str] = found["roles"]
+    base = _unpacked(found["hits"])
     return Asked(
-        _unpacked(found["hits"]),
+        base,
         tuple(name for name, role in roles.items() if role == "adaptation"),
         tuple(name for name, role in roles.items() if role == "held-out"),
+        base | _unpacked(found[NEAREST]),
     )
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import Draws, Interval, resampled
-from benchmarks.continual.metrics import mtil, tic
+from benchmarks.continual.metrics import Trajectory, mtil, tic
+from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.origin import together
-from benchmarks.continual.outcomes import Asked, Course, read_asked, read_course
+from benchmarks.continual.outcomes import Asked, Course, Hits, read_asked, read_course
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
@@ -28,7 +29,8 @@ def figures(
     """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
     asked = read_asked(results)
     first = {name: course for name in methods if (course := read_course(results, Unit(name), updates, asked))}
-    draws = resampled({BASE: asked.base} | {name: course.hits[-1] for name, course in first.items()}, asked)
+    untrained = {BASE: asked.base, NEAREST: asked.nearest}
+    draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, asked)
     zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
     found = {name: _method(name, course, asked, draws) for name, course in first.items()}
     for name in first:
@@ -36,6 +38,7 @@ def figures(
     failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
     return {
         "methods": dict(sorted(found.items(), key=lambda each: -each[1]["geometric_mean"])),
+        "untrained": {name: _untrained(name, hits, asked, draws) for name, hits in untrained.items()},
         "failed": failed,
         "zero_shot": {
             "a_ka": _points(zero.a_ka[0]),
@@ -52,22 +55,35 @@ def figures(
     }
 
 
-def _method(name: str, course: Course, asked: Asked, draws: Draws) -> dict[str, Any]:
-    path = course.trajectory(asked)
+def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
+    """At the end of a path, with intervals."""
     kept = {key: draws.difference(key, name, BASE) for key in ("a_ka", "a_zs", "gm")}
     against = draws.difference("gm", name, STANDARD) if STANDARD in draws.names and name != STANDARD else None
     return {
-        "description": load_recipe(name).description,
         "a_ka_delta": round(kept["a_ka"].value, 2),
         "a_zs_delta": round(kept["a_zs"].value, 2),
         "geometric_mean": _points(path.gm[-1]),
         "geometric_mean_delta": round(kept["gm"].value, 2),
         "intervals": {key: _bounds(value) for key, value in kept.items()},
         "against_default": _bounds(against) if against else None,
+        "suites": {suite: _points(each.mean()) for suite, each in hits.items()},
+    }
+
+
+def _untrained(name: str, hits: Hits, asked: Asked, draws: Draws) -> dict[str, Any]:
+    """What costs nothing."""
+    path = Course(Unit(name), (hits,), ()).trajectory(asked)
+    return {**_quality(name, path, hits, draws), "maf": 0.0, "steps": 0, "seconds": 0.0}
+
+
+def _method(name: str, course: Course, asked: Asked, draws: Draws) -> dict[str, Any]:
+    path = course.trajectory(asked)
+    return {
+        "description": load_recipe(name).description,
+        **_quality(name, path, course.hits[-1], draws),
         "trajectory": {
             "a_ka": _deltas(path.a_ka), "a_zs": _deltas(path.a_zs), "geometric_mean": _deltas(path.gm)
         },
-        "suites": {suite: _points(hits.mean()) for suite, hits in course.hits[-1].items()},
         **_matrices(course),
         "cross_version": _cross(course),
         "maf": round(course.total("gflops_spent"), 1),
@@ -101,12 +117,16 @@ def _matrices(course: Course) -> dict[str, Any]:
 
 
 def _cross(course: Course) -> dict[str, float]:
-    """Points that a search loses when new queries meet an index that was not rebuilt."""
+    """Points that a search gains or loses when new queries meet an index that is not rebuilt, or not wholly.
+
+    ``..._at_...``: against the version before, mean over updates. The others: at the end, against the base.
+    """
     rows = [row["cross"] for row in course.rows]
+    steps = [name for name in rows[0] if "_at_" in name]
     return {
-        "new_old": _points(np.mean([row["new_old"] - row["old_old"] for row in rows])),
-        "new_base": _points(rows[-1]["new_base"] - rows[0]["old_old"]),
-        "new_new": _points(rows[-1]["new_new"] - rows[0]["old_old"]),
+        **{name: _points(np.mean([row[name] - row["old_old"] for row in rows])) for name in steps},
+        **{name: _points(rows[-1][name] - rows[0]["old_old"]) for name in ("new_base", "mapped_base")},
+        "new_new": _points(rows[-1]["new_at_1"] - rows[0]["old_old"]),
     }
 
 

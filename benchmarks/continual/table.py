@@ -9,11 +9,15 @@ Method = dict[str, Any]
 QUALITY = """\
 Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
 seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
-`≈` marks what cannot be told from `default` by its GM."""
+`≈` marks what cannot be told from `default` by its GM. `nearest-mean` answers the suites with classes by the nearest
+class mean on the base's features, and all others as the base does."""
 STREAM = """\
 MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
-learned, on earlier ones, on later ones. Old index: points of text-to-image recall that new queries gain or lose in the
-index of the version before; then, at the end and against the base, in the base's index and in a new one."""
+learned, on earlier ones, on later ones."""
+CROSSING = """\
+Points of text-to-image recall that new queries gain or lose. In the index of the version before, mean over updates: as
+it is; with a backward map (Procrustes, fitted on a quarter of its images); with the map and half of it embedded anew.
+At the end and against the base: in the base's index, without a map and with one, and in a new index."""
 COST = """\
 All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
 REPEATED = """\
@@ -34,8 +38,9 @@ def markdown(found: dict[str, Any]) -> str:
         f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "
         f"({', '.join(found['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
         f"({', '.join(found['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
-        *("## Learned and kept", QUALITY, _table(methods, _QUALITY)),
+        *("## Learned and kept", QUALITY, _table(methods | found["untrained"], _QUALITY)),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
+        *("## Searches that cross versions", CROSSING, _table(methods, _CROSSING)),
         *("## Cost", COST, _table(methods, _COST)),
     ]
     if repeated:
@@ -94,8 +99,13 @@ _STREAM = (
     ("in-domain", _within("tic", "in_domain")),
     ("backward", _within("tic", "backward")),
     ("forward", _within("tic", "forward")),
-    ("old index", _signed("cross_version", "new_old")),
+)
+_CROSSING = (
+    ("old index", _signed("cross_version", "new_at_0")),
+    ("with a map", _signed("cross_version", "mapped_at_0")),
+    ("half of it new", _signed("cross_version", "mapped_at_0.5")),
     ("base's index", _signed("cross_version", "new_base")),
+    ("with a map", _signed("cross_version", "mapped_base")),
     ("new index", _signed("cross_version", "new_new")),
 )
 _COST = (

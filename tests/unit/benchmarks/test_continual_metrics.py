@@ -48,7 +48,7 @@ def test_draws_take_the_same_items_for_all_methods() -> None:
     rng = np.random.default_rng(0)
     one = {"a": rng.random(20), "b": rng.random(10), "z": rng.random(15)}
     worse = {name: hits - 0.25 for name, hits in one.items()}
-    asked = Asked(one, ("a", "b"), ("z",))
+    asked = Asked(one, ("a", "b"), ("z",), one)
     draws = resampled({"base": one, "worse": worse}, asked, draws=200)
     found = draws.difference("a_ka", "worse", "base")
     assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25))
@@ -63,7 +63,9 @@ def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
     rng = np.random.default_rng(1)
     base = {"a": (rng.random(30) < 0.5).astype(float), "z": np.ones(5)}
     other = {"a": (rng.random(30) < 0.6).astype(float), "z": np.ones(5)}
-    found = resampled({"base": base, "other": other}, Asked(base, ("a",), ("z",))).difference("a_ka", "other", "base")
+    found = resampled({"base": base, "other": other}, Asked(base, ("a",), ("z",), base)).difference(
+        "a_ka", "other", "base"
+    )
     means = []
     for _ in range(4000):
         rows = [int(rng.integers(30)) for _ in range(30)]

@@ -1,0 +1,79 @@
+"""Searches that cross versions: texts of a new model in an index that the old one made, wholly or in part.
+
+A backward map takes new queries into the old space. It is fitted on the quarter of the index that is embedded anew
+first, images alone: what a release would have after some minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from benchmarks.continual.asking import Encoded, Vectors
+from benchmarks.continual.stream import RECALL_AT, Suite
+from updater.backward import SHARES, BackwardMap, Index, fit, recall, recall_while_backfilling
+
+FITTED = 0.25
+
+
+def crossing(suites: Sequence[Suite], previous: Encoded, now: Encoded, base: Encoded) -> dict[str, float]:
+    """Recall at 5 of texts in images, mean over retrieval suites, by the versions of both.
+
+    ``old_old`` is the version before; ``new_at_0`` to ``new_at_1`` are new queries while 0 to all of its index are
+    embedded anew, ``mapped_at_...`` the same with a map for what is still old; ``new_base``, ``mapped_base`` meet the
+    index of the base.
+    """
+    asked = [suite for suite in suites if suite.task == "retrieval"]
+    back, to_base = _map(asked, now, previous), _map(asked, now, base)
+    found = [_one(suite, previous, now, back) | _base(suite, base, now, to_base) for suite in asked]
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+
+
+def _one(suite: Suite, previous: Encoded, now: Encoded, back: BackwardMap) -> dict[str, float]:
+    index = Index(_images(suite, previous), _images(suite, now))
+    texts, right = _texts(suite, now), _right(suite)
+    plain = recall_while_backfilling(texts, index, right, k=RECALL_AT)
+    mapped = recall_while_backfilling(texts, index, right, back=back, k=RECALL_AT)
+    return {
+        "old_old": recall(_texts(suite, previous), index.old, right, RECALL_AT),
+        **{f"new_at_{share:g}": plain[share] for share in SHARES},
+        **{f"mapped_at_{share:g}": mapped[share] for share in SHARES},
+    }
+
+
+def _base(suite: Suite, base: Encoded, now: Encoded, back: BackwardMap) -> dict[str, float]:
+    index, texts, right = _images(suite, base), _texts(suite, now), _right(suite)
+    return {
+        "new_base": recall(texts, index, right, RECALL_AT),
+        "mapped_base": recall(back.apply(texts), index, right, RECALL_AT),
+    }
+
+
+def _map(suites: Sequence[Suite], new: Encoded, old: Encoded) -> BackwardMap:
+    """Only turns the space: with so few samples a freer map would fit them and nothing else."""
+    sides: list[Vectors] = []
+    for version in (new, old):
+        parts = []
+        for suite in suites:
+            vectors = _images(suite, version)
+            parts.append(vectors[Index(vectors, vectors).backfilled(FITTED)])
+        sides.append(np.concatenate(parts))
+    return fit(sides[0], sides[1], "procrustes")
+
+
+def _images(suite: Suite, made: Encoded) -> Vectors:
+    return _rows(made.images, [pair.id for pair in suite.items])
+
+
+def _texts(suite: Suite, made: Encoded) -> Vectors:
+    return _rows(made.texts, [pair.text for pair in suite.items])
+
+
+def _rows(made: Mapping[str, Vectors], names: Sequence[str]) -> Vectors:
+    return np.stack([made[name] for name in names])
+
+
+def _right(suite: Suite) -> np.ndarray:
+    words = np.array([pair.text for pair in suite.items])
+    return np.asarray(words[:, None] == words[None, :])
