@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ops.progress import track
 from serving.engines.base import ClipBase
+from serving.engines.layout import images_per_pass
 from updater.adapters import AdapterModel
 from updater.families.clip.towers import SplitTower, Which
 from updater.pools import Pair
@@ -103,6 +104,7 @@ def prepare(
 ) -> Prepared:
     """Run every pair through base and teachers once. ``between`` is called after each chunk (duty cycle, signals)."""
     tokenize = base.tokenizer()
+    few = images_per_pass(model.model.get_submodule("visual"), model.device)
     fillers: dict[Which, Filler] = {
         which: Filler(model, towers[which], len(pairs), base.dim, learning[which], teachers)
         for which in ("image", "text")
@@ -110,7 +112,9 @@ def prepare(
     for start in track(range(0, len(pairs), CHUNK), "teacher features"):
         rows = pairs[start : start + CHUNK]
         pixels = [base.preprocess.pixels(pair.read()) for pair in rows]
-        fillers["image"].take(base.preprocess.normalise(np.stack(pixels), model.device), start)
+        for first in range(0, len(rows), few):
+            some = np.stack(pixels[first : first + few])
+            fillers["image"].take(base.preprocess.normalise(some, model.device), start + first)
         fillers["text"].take(tokenize([pair.text for pair in rows]).to(model.device), start)
         if learning["image"] and not fillers["image"].keep:
             fillers["image"].cache.pixels += [torch.from_numpy(image.copy()) for image in pixels]
