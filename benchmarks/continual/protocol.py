@@ -14,16 +14,16 @@ VERSION = 1
 class Protocol:
     """What every method gets alike. An update costs about half a minute on one core with these values."""
 
-    gflops: float = 230.0
+    gflops: float = 160.0
     """Memory-adjusted GFLOPs of one update, teacher passes included."""
     batch_size: int = 48
     new: int = 256
     """Pairs of an update, at most."""
-    reference: int = 160
+    reference: int = 96
     """Pairs of the base's own domains that every update of a chain may use."""
-    replay: int = 160
+    replay: int = 96
     """Pairs of earlier updates, at most."""
-    items: int = 100
+    items: int = 64
     """Items of a suite, at most."""
     max_steps: int = 10_000
     """Beyond what any method can afford: the budget decides."""
