@@ -20,7 +20,7 @@ from updater.checkpoint import read_json, write_json
 from updater.process import ENVIRONMENT
 from updater.recipes import load_recipe
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 2.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
