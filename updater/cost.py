@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from ops.errors import BudgetError
 from updater import optimizers
@@ -129,17 +129,19 @@ def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """torch's counter, that sees all attention: the CPU's kernel, which it does not know, is told it, and the fused
-    layers of inference, of which it knows nothing, are switched off.
+    layers of inference, of which it knows nothing, are switched off. Nor does it count the weights' gradient of a
+    depthwise convolution as one of all channels with all channels.
     """
     aten = torch.ops.aten
-    attention = {
+    told = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+        aten.convolution_backward: _convolution_backward,
     }
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=attention) as flops:
+        with FlopCounterMode(display=False, custom_mapping=told) as flops:
             yield flops
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
@@ -151,6 +153,12 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _convolution_backward(grad: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
+    """Of inputs and of weights, each as much as the forward pass, whatever the groups."""
+    _, _, _, _, transposed, _, _, wanted = rest
+    return int(conv_flop_count(inputs, weight, grad, transposed=transposed)) * sum(map(bool, wanted[:2]))
 
 
 @contextmanager

@@ -15,12 +15,14 @@ from updater.cost import Cost, counted, measure
 from updater.families import make_learner
 from updater.mixture import PARTS, plan_batches
 from updater.pools import Pools
-from updater.recipes import Part, Recipe, Schedule
+from updater.recipes import Part, Recipe, Schedule, Term
 from updater.replay import Candidate, reservoir
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
 COUNTED = ("average_every",)
 """Fields of a recipe that are counted in steps, too, where it has them."""
+PASSES = "batches"
+"""The option of a regularizer that is counted in steps: EWC's passes after the last one."""
 
 
 def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
@@ -58,10 +60,12 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
     if not isinstance(kept, dict):
         kept = _measured(base, sized, stream, protocol)
         write_json(path, kept)
-    steps = Cost(**kept["cost"]).steps_within(protocol.gflops, protocol.max_steps)
+    steps = Cost(**kept["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps)
     factor = steps / recipe.max_steps
     counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
-    return Plan(sized.model_copy(update={"schedule": _fitted(recipe.schedule, factor), **counted}), steps)
+    terms = tuple(_sized(term, factor) for term in recipe.regularizers)
+    fitted = {"schedule": _fitted(recipe.schedule, factor), "regularizers": terms, **counted}
+    return Plan(sized.model_copy(update=fitted), steps)
 
 
 def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
@@ -80,6 +84,13 @@ def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol
 
 def _fitted(schedule: Schedule, factor: float) -> Schedule:
     return schedule.model_copy(update={name: _scaled(getattr(schedule, name), factor) for name in PHASES})
+
+
+def _sized(term: Term, factor: float) -> Term:
+    if PASSES not in term.options:
+        return term
+    options = {**term.options, PASSES: _scaled(int(term.options[PASSES]), factor)}
+    return term.model_copy(update={"options": options})
 
 
 def _scaled(steps: int, factor: float) -> int:

@@ -48,6 +48,19 @@ def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> No
     assert cost.sample_gflops * 1e9 == pytest.approx(layers + attention + patches + heads, rel=0.01)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_costs_backward_twice_what_it_costs_forward(groups: int) -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False)
+    image = torch.rand(2, 8, 5, 5, requires_grad=True)
+    forward = 2 * 2 * 5 * 5 * 16 * (8 // groups) * 3 * 3
+    with counted() as flops:
+        made = layer(image).sum()
+    assert flops.get_total_flops() == forward
+    with counted() as flops:
+        made.backward()
+    assert flops.get_total_flops() == 2 * forward
+
+
 def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
     layer = nn.Linear(100, 50)
     x = torch.randn(10, 100, requires_grad=True) * 1  # its gradient needs the weights

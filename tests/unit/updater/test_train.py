@@ -15,8 +15,9 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
-from updater.adapters import trainer_encoder
+from updater.adapters import read_delta, trainer_encoder
 from updater.checkpoint import load_checkpoint
+from updater.families.clip.learner import ClipLearner
 from updater.learner import AnyLearner, Learner
 from updater.pools import Pair, Pools
 from updater.train import Stopped
@@ -177,3 +178,26 @@ def test_each_image_is_read_once(base: ClipBase, tmp_path: Path) -> None:
     run(base, tmp_path, recipe=recipe(max_steps=10), pools=counting)
     assert len(reads) == 40
     assert sum(reads.values()) <= 40 + 6
+
+
+def test_the_incumbent_teaches_from_the_boundary_on_what_it_says_of_the_whole_input(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    last = {"image": {"blocks": 1}, "text": {"blocks": 1}}
+    first = run(base, tmp_path, recipe=recipe("naive", **last))
+    learner = ClipLearner(base, recipe("lwf", **last), read_delta(first.directory, base), seed=0)
+    assert all(tower.cut > 0 for tower in learner.towers.values())
+    taught = pairs("car", 12)
+    learner.prepare(taught, ["new"] * 12)
+    pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in taught])
+    inputs = {
+        "image": base.preprocess.normalise(pixels),
+        "text": base.tokenizer()([pair.text for pair in taught]),
+    }
+    for which, cache in (("image", learner.made.image), ("text", learner.made.text)):
+        with torch.no_grad():
+            whole = learner.towers[which].whole(inputs[which])
+            with learner.model.base():
+                plain = learner.towers[which].whole(inputs[which])
+        assert torch.allclose(cache.teachers["incumbent"], whole, atol=1e-5)
+        assert not torch.allclose(whole, plain, atol=1e-3)

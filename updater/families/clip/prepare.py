@@ -59,14 +59,15 @@ class Filler:
     @torch.no_grad()
     def take(self, inputs: Tensor, start: int) -> None:
         """Normalised pixels or token ids of the samples from number ``start`` on."""
-        end = start + len(inputs)
+        end, boundary = start + len(inputs), None
         if self.keep or "base" in self.teachers:
             with self.model.base():
-                features = self._whole(inputs)
+                features, boundary = self._whole(inputs)
             if "base" in self.teachers:
                 self.cache.teachers["base"][start:end] = features
         if self.cache.fixed is not None or "incumbent" in self.teachers:
-            features = self.tower.whole(inputs).cpu()  # what the incumbent changed in a locked tower stays in force
+            # What the incumbent changed in a locked tower stays in force; below the boundary it changed nothing.
+            features = (self.tower.whole(inputs) if boundary is None else self._resumed(boundary, inputs)).cpu()
             if self.cache.fixed is not None:
                 self.cache.fixed[start:end] = features
             if "incumbent" in self.teachers:
@@ -76,12 +77,15 @@ class Filler:
             self.keep = _bytes(self.cache.boundary) / len(inputs) * self.count <= CACHE_BYTES
             self.cache.boundary = self.cache.boundary if self.keep else []
 
-    def _whole(self, inputs: Tensor) -> Tensor:
+    def _whole(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.keep:
-            return self.tower.whole(inputs).cpu()
+            return self.tower.whole(inputs).cpu(), None
         features, boundary = self.tower.record(inputs)
         self.cache.boundary += [row.clone() for row in boundary.cpu()]
-        return features.cpu()
+        return features.cpu(), boundary
+
+    def _resumed(self, boundary: Tensor, inputs: Tensor) -> Tensor:
+        return self.tower.resume(boundary, inputs[:1] if self.tower.which == "image" else inputs)
 
 
 @dataclass
