@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         "--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 10 minutes"
     )
     asked = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes end with it
     there = clip_methods()
     wanted = Wanted(
         methods=asked.only or ([name for name in FAST if name in there] if asked.fast else there),
