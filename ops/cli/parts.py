@@ -127,7 +127,7 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the demo keeps everything.")] = Path(".ratchet/demo"),
     keep: Annotated[bool, typer.Option("--keep", help="Leave it running at the end, until Ctrl-C.")] = False,
 ) -> None:
-    """Show the whole loop in about ten minutes: stream, learn, reject, pass, swap under load, roll back.
+    """Show the whole loop in a quarter of an hour: stream, learn, reject, pass, swap under load, roll back.
 
     Example:  ratchet demo
     """
