@@ -70,6 +70,23 @@ class Asker:
         return {suite.name: _outcome(suite, made) for suite in self.suites}
 
 
+def images_of(suite: Suite, made: Encoded) -> Vectors:
+    """Vectors of a suite's images, [n, dim]."""
+    return np.stack([made.images[pair.id] for pair in suite.items])
+
+
+def texts_of(suite: Suite, made: Encoded) -> Vectors:
+    """Vectors of the items' own texts, [n, dim]."""
+    return np.stack([made.texts[pair.text] for pair in suite.items])
+
+
+def right_images(suite: Suite) -> Bools:
+    """Which images answer the text of which item, [n, n]: those that carry the same one."""
+    words = np.array([pair.text for pair in suite.items])
+    same: Bools = words[:, None] == words[None, :]
+    return same
+
+
 def _texts(suite: Suite) -> list[str]:
     if suite.task == "retrieval":
         return [pair.text for pair in suite.items]
@@ -87,14 +104,12 @@ def _prompt(template: str, name: str) -> str:
 def _outcome(suite: Suite, made: Encoded) -> Bools:
     if suite.task == "classification":
         return _classified(suite, made)[:, None]
-    images = np.stack([made.images[pair.id] for pair in suite.items])
+    images = images_of(suite, made)
     texts = sorted({pair.text for pair in suite.items})
     own = np.array([texts.index(pair.text) for pair in suite.items])
     similarity = images @ np.stack([made.texts[text] for text in texts]).T
     to_text = rank_of_best(similarity, own[:, None] == np.arange(len(texts))[None, :])
-    asked = np.stack([made.texts[pair.text] for pair in suite.items])
-    words = np.array([pair.text for pair in suite.items])
-    to_image = rank_of_best(asked @ images.T, words[:, None] == words[None, :])
+    to_image = rank_of_best(texts_of(suite, made) @ images.T, right_images(suite))
     return np.stack([to_text, to_image], axis=1) < RECALL_AT
 
 
@@ -105,6 +120,6 @@ def _classified(suite: Suite, made: Encoded) -> Bools:
     ])  # fmt: skip
     heads /= np.linalg.norm(heads, axis=1, keepdims=True)
     right = np.array([[pair.label == name for name in classes] for pair in suite.items])
-    similarity = np.stack([made.images[pair.id] for pair in suite.items]) @ heads.T
+    similarity = images_of(suite, made) @ heads.T
     ranks: Bools = rank_of_best(similarity, right) == 0
     return ranks

@@ -140,9 +140,7 @@ def show(found: dict[str, Any]) -> None:
     Console().print(table)
     keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
     line = {
-        "methods": {
-            name: {key: m[key] for key in keys} for name, m in {**found["untrained"], **found["methods"]}.items()
-        },
+        "methods": {name: {key: m[key] for key in keys} for name, m in rows.items()},
         **{key: found[key] for key in ("zero_shot", "failed", "updates", "origin")},
     }
     print(json.dumps(line), flush=True)

@@ -6,11 +6,11 @@ first, images alone: what a release would have after some minutes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.continual.asking import Encoded, Vectors
+from benchmarks.continual.asking import Encoded, Vectors, images_of, right_images, texts_of
 from benchmarks.continual.stream import RECALL_AT, Suite
 from updater.backward import SHARES, BackwardMap, Index, fit, recall, recall_while_backfilling
 
@@ -31,19 +31,19 @@ def crossing(suites: Sequence[Suite], previous: Encoded, now: Encoded, base: Enc
 
 
 def _one(suite: Suite, previous: Encoded, now: Encoded, back: BackwardMap) -> dict[str, float]:
-    index = Index(_images(suite, previous), _images(suite, now))
-    texts, right = _texts(suite, now), _right(suite)
+    index = Index(images_of(suite, previous), images_of(suite, now))
+    texts, right = texts_of(suite, now), right_images(suite)
     plain = recall_while_backfilling(texts, index, right, k=RECALL_AT)
     mapped = recall_while_backfilling(texts, index, right, back=back, k=RECALL_AT)
     return {
-        "old_old": recall(_texts(suite, previous), index.old, right, RECALL_AT),
+        "old_old": recall(texts_of(suite, previous), index.old, right, RECALL_AT),
         **{f"new_at_{share:g}": plain[share] for share in SHARES},
         **{f"mapped_at_{share:g}": mapped[share] for share in SHARES},
     }
 
 
 def _base(suite: Suite, base: Encoded, now: Encoded, back: BackwardMap) -> dict[str, float]:
-    index, texts, right = _images(suite, base), _texts(suite, now), _right(suite)
+    index, texts, right = images_of(suite, base), texts_of(suite, now), right_images(suite)
     return {
         "new_base": recall(texts, index, right, RECALL_AT),
         "mapped_base": recall(back.apply(texts), index, right, RECALL_AT),
@@ -56,24 +56,7 @@ def _map(suites: Sequence[Suite], new: Encoded, old: Encoded) -> BackwardMap:
     for version in (new, old):
         parts = []
         for suite in suites:
-            vectors = _images(suite, version)
+            vectors = images_of(suite, version)
             parts.append(vectors[Index(vectors, vectors).backfilled(FITTED)])
         sides.append(np.concatenate(parts))
     return fit(sides[0], sides[1], "procrustes")
-
-
-def _images(suite: Suite, made: Encoded) -> Vectors:
-    return _rows(made.images, [pair.id for pair in suite.items])
-
-
-def _texts(suite: Suite, made: Encoded) -> Vectors:
-    return _rows(made.texts, [pair.text for pair in suite.items])
-
-
-def _rows(made: Mapping[str, Vectors], names: Sequence[str]) -> Vectors:
-    return np.stack([made[name] for name in names])
-
-
-def _right(suite: Suite) -> np.ndarray:
-    words = np.array([pair.text for pair in suite.items])
-    return np.asarray(words[:, None] == words[None, :])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.continual.asking import Bools, Encoded
+from benchmarks.continual.asking import Bools, Encoded, images_of
 from benchmarks.continual.stream import Stream, Suite
 from serving.engines.clip import ClipEngine
 from updater.baselines import NearestMean
@@ -37,7 +37,7 @@ def _features(engine: ClipEngine, pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def _right(suite: Suite, means: NearestMean, base: Encoded) -> Bools:
-    scores = means.scores(np.stack([base.images[pair.id] for pair in suite.items]))
+    scores = means.scores(images_of(suite, base))
     own = {pair.label for pair in suite.items}
     allowed = np.array([name in own for name in means.classes])
     chosen = np.where(allowed, scores, -np.inf).argmax(axis=1)
