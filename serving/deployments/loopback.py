@@ -13,7 +13,8 @@ from typing import Any
 
 NODE = "127.0.0.2"
 """Address of the private session's node: loopback, but not one that Ray replaces by the machine's own address."""
-SWITCH = "RATCHET_SESSION_LOOPBACK"
+SWITCH = "SERVE_REPLICAS_ON_LOOPBACK"
+"""Not with the prefix of Ratchet's settings: a command that inherits it would be told that it names none."""
 
 
 def close_replica_port() -> None:

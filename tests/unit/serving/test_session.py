@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from importlib.util import find_spec
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.deployments import session
+from ops.loading import load_settings
+from serving.deployments import loopback, session
 from serving.deployments.session import end_leftovers
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
@@ -46,3 +48,13 @@ def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> N
     read = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(spec.origin).read_text()))
     assert len(told) > 15
     assert told <= read
+
+
+def test_a_command_that_inherits_the_servers_environment_reads_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", environ)
+    session.prepare_environment(load_settings(overrides={"home": tmp_path}, environ={}))
+    assert environ[loopback.SWITCH] == "1"
+    load_settings(overrides={"home": tmp_path}, environ=environ)
