@@ -2,8 +2,8 @@
 
 A server under open-loop load at half of the measured capacity; beside it, in turns, nothing and a trainer: the real
 process with the settings' priority, threads and duty cycle, which starts, takes steps for a phase, and is stopped with
-a checkpoint from which the next phase goes on. Requests count by when they were due. What lies between two phases, the
-trainer's start and its teachers' passes among it, counts for neither.
+a checkpoint from which the next phase goes on. Requests count by when they were due. The trainer's start, its imports
+and its teachers' passes, is a phase of its own; what lies between two phases counts for none.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from rich.console import Console
@@ -35,16 +35,20 @@ from serving.app import start
 REST_SECONDS = 3.0
 """Between two phases, so that none answers what waited in the other."""
 SHARES = (0.5, 0.95, 0.99)
+Kind = Literal["without", "starting", "with"]
+"""What the trainer does: it does not run, it starts, it takes steps."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 RESAMPLES = 2_000
 
 
 @dataclass(frozen=True)
 class Phase:
-    """When a phase was (seconds since 1970), and the steps that the trainer took in it; None: it did not run."""
+    """When a phase was (seconds since 1970), of which kind, and the steps that the trainer took in it."""
 
     begin: float
     end: float
-    steps: int | None = None
+    kind: Kind
+    steps: int = 0
 
 
 def run(
@@ -90,36 +94,38 @@ def _measure(
     with Traffic(url, rate=rate, **probes) as load:
         for _ in track(range(rounds), "without and with a trainer"):
             time.sleep(REST_SECONDS)
-            phases.append(_wait(seconds))
-            trainer.start()
+            phases.append(_phase("without", lambda: time.sleep(seconds)))
+            phases.append(_phase("starting", trainer.start))
+            time.sleep(REST_SECONDS)
             before = trainer.steps()
-            phase = _wait(seconds)
-            phases.append(Phase(phase.begin, phase.end, trainer.steps() - before))
+            phase = _phase("with", lambda: time.sleep(seconds))
+            phases.append(replace(phase, steps=trainer.steps() - before))
             trainer.stop()
     return _figures(settings, load.report(), phases, rate)
 
 
-def _wait(seconds: float) -> Phase:
+def _phase(kind: Kind, act: Callable[[], None]) -> Phase:
     began = time.time()
-    time.sleep(seconds)
-    return Phase(began, time.time())
+    act()
+    return Phase(began, time.time(), kind)
 
 
 def _figures(settings: Settings, report: Report, phases: Sequence[Phase], rate: float) -> dict[str, Any]:
-    quiet = [_within(report.samples, phase) for phase in phases if phase.steps is None]
-    busy = [_within(report.samples, phase) for phase in phases if phase.steps is not None]
-    training = [phase for phase in phases if phase.steps is not None]
+    took = {kind: [_within(report.samples, phase) for phase in phases if phase.kind == kind] for kind in KINDS}
     figures: dict[str, Any] = {}
-    for name, parts in (("without", quiet), ("with", busy)):
-        took = [each for part in parts for each in part]
-        figures[f"requests_{name}"] = len(took)
-        figures |= {f"p{share * 100:.0f}_{name}": round(percentile(took, share), 4) for share in SHARES}
+    for kind, parts in took.items():
+        together = [each for part in parts for each in part]
+        figures[f"requests_{kind}"] = len(together)
+        figures |= {f"p{share * 100:.0f}_{kind}": round(percentile(together, share), 4) for share in SHARES}
+    quiet, busy = took["without"], took["with"]
     low, high = _interval(quiet, busy)
-    steps = sum(phase.steps or 0 for phase in training)
+    training = [phase for phase in phases if phase.kind == "with"]
+    steps = sum(phase.steps for phase in training)
     at = settings.updater
     return figures | {
         "ratio_p50": round(figures["p50_with"] / figures["p50_without"], 3),
         "ratio_p99": round(figures["p99_with"] / figures["p99_without"], 3),
+        "ratio_p99_starting": round(figures["p99_starting"] / figures["p99_without"], 3),
         "ratio_p99_low": round(low, 3),
         "ratio_p99_high": round(high, 3),
         "ratio_p99_by_round": [
@@ -159,13 +165,13 @@ def _interval(quiet: Sequence[Sequence[float]], busy: Sequence[Sequence[float]])
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table("", "without", "with", title="Requests beside a trainer, seconds")
+    table = Table("", *KINDS, title="Requests beside a trainer, seconds")
     for share in SHARES:
         name = f"p{share * 100:.0f}"
-        table.add_row(name, str(figures[f"{name}_without"]), str(figures[f"{name}_with"]))
-    table.add_row("p99, with / without", "", f"{figures['ratio_p99']} ({figures['ratio_p99_low']} to "
-                  f"{figures['ratio_p99_high']})")  # fmt: skip
-    table.add_row("trainer's steps a second", "", str(figures["steps_per_second"]))
+        table.add_row(name, *(str(figures[f"{name}_{kind}"]) for kind in KINDS))
+    ratio, low, high = (figures[name] for name in ("ratio_p99", "ratio_p99_low", "ratio_p99_high"))
+    table.add_row("p99, over that without", "1", str(figures["ratio_p99_starting"]), f"{ratio} ({low} to {high})")
+    table.add_row("trainer's steps a second", "", "", str(figures["steps_per_second"]))
     Console().print(table)
     print(json.dumps(figures), flush=True)
 

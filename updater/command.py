@@ -6,7 +6,7 @@ from ops import metrics
 from ops.errors import TrainingError
 from ops.progress import say
 from ops.settings import Settings
-from updater.process import StopSignal, be_nice, only_one, use_environment
+from updater.process import StopSignal, only_one
 from updater.recipes import Family, load_recipe
 from updater.service import Outcome, UpdaterService
 from updater.train import Stopped
@@ -19,9 +19,8 @@ def run_update(
     recipe: str | None = None,
     family: Family | None = None,
     retry: bool = False,
-    reexec: bool = True,
 ) -> Outcome | None:
-    """``ratchet update``: the updater as a process of low priority, until SIGTERM; with ``once``, one update.
+    """The updater, until SIGTERM; with ``once``, one update.
 
     Args:
         recipe: train with this one, and only its family.
@@ -31,9 +30,6 @@ def run_update(
         ConfigError: ``recipe`` is of another family than ``family``.
         TrainingError: with ``once``, when there is nothing to train, or the update failed.
     """
-    if reexec:
-        use_environment()
-    be_nice(settings.updater.nice, settings.updater.idle)
     stop = StopSignal()
     stop.install()
     with only_one(settings.home):

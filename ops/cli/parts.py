@@ -97,9 +97,15 @@ def update(
 
     Examples:  ratchet update    |    ratchet update --once --recipe vlm-naive --retry
     """
+    from updater.process import be_nice, use_environment
+
+    settings = ctx.of(context).settings
+    be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
+    use_environment()
+
     from updater.command import run_update
 
-    run_update(ctx.of(context).settings, once=once, recipe=recipe, family=family, retry=retry)
+    run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
 
 
 def console(context: typer.Context) -> None:

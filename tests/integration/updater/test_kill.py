@@ -30,7 +30,7 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 {hook}
-command.run_update(make_home(Path(sys.argv[1])), once=True, reexec=False)
+command.run_update(make_home(Path(sys.argv[1])), once=True)
 """
 AT_STEP_4 = """
 real = learner.Learner.backward

@@ -201,11 +201,11 @@ def _killed(*_: object, **__: object) -> None:
 
 def test_once_says_why_nothing_was_trained(settings: Settings) -> None:
     with pytest.raises(TrainingError, match="no new samples"):
-        run_update(settings, once=True, reexec=False)
+        run_update(settings, once=True)
 
 
 def test_once_begins_with_fewer_samples_than_the_trigger_wants(settings: Settings, verdict: dict[str, str]) -> None:
     add_samples(settings, 4)
-    outcome = run_update(settings, once=True, recipe=str(settings.home / "naive.yaml"), reexec=False)
+    outcome = run_update(settings, once=True, recipe=str(settings.home / "naive.yaml"))
     assert outcome is not None and outcome.update is not None
     assert outcome.update.recipe["name"] == "naive"

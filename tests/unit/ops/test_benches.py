@@ -56,17 +56,19 @@ def test_without_a_reference_pool_there_is_nothing_to_step_on(tmp_path: Path) ->
 
 
 def test_requests_count_for_the_phase_in_which_they_were_due_and_only_if_they_were_answered(tmp_path: Path) -> None:
-    """A second each without, with, without, with: 10 ms and 30 ms, and between them what is in neither."""
-    phases = [Phase(0, 1), Phase(2, 3, steps=4), Phase(4, 5), Phase(6, 7, steps=2)]
-    samples = [
-        Sample(number / 100, 0.01 if number // 100 in (0, 4) else 0.03 if number // 100 in (2, 6) else 9.0, release=1)
-        for number in range(800)
-    ]
+    """A second each without, starting, with, and after them what is in none; twice."""
+    phases = [
+        Phase(0, 1, "without"), Phase(1, 2, "starting"), Phase(2, 3, "with", steps=4),
+        Phase(4, 5, "without"), Phase(5, 6, "starting"), Phase(6, 7, "with", steps=2),
+    ]  # fmt: skip
+    took = (0.01, 0.05, 0.03, 9.0)
+    samples = [Sample(number / 100, took[number // 100 % 4], release=1) for number in range(800)]
     refused = Sample(0.5, 60.0, release=0, problem="429")
     report = Report(801, failed=1, mixed=0, releases=(1,), samples=(*samples, refused))
     figures = duty._figures(tiny_home(tmp_path), report, phases, rate=100)
     assert (figures["requests_without"], figures["requests_with"]) == (200, 200)
-    assert (figures["p99_without"], figures["p99_with"]) == (0.01, 0.03)
+    assert (figures["p99_without"], figures["p99_starting"], figures["p99_with"]) == (0.01, 0.05, 0.03)
+    assert figures["ratio_p99_starting"] == 5.0
     assert (figures["ratio_p99"], figures["ratio_p99_by_round"]) == (3.0, [3.0, 3.0])
     assert (figures["ratio_p99_low"], figures["ratio_p99_high"]) == (3.0, 3.0)
     assert (figures["failed"], figures["steps_per_second"]) == (1, 3.0)

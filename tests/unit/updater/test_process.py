@@ -42,6 +42,21 @@ def test_an_idle_trainer_runs_where_nobody_else_wants_to() -> None:
     assert int(after("idle")[2]) == os.SCHED_IDLE
 
 
+EARLY = """
+import sys
+from updater import process
+process.be_nice = lambda *_: sys.exit("too late" if "torch" in sys.modules else 0)
+from ops.cli.main import main
+main()
+"""
+
+
+def test_ratchet_update_gives_way_before_it_imports_what_takes_seconds(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EARLY, "--set", f"home={tmp_path}", "update"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 ENDS = """
 import atexit, os, signal
 from updater.process import StopSignal
