@@ -131,6 +131,7 @@ class UpdaterService:
             try:
                 self._tell_budget()
                 self._facts.tell(self.turns)
+                self._throttle.watch()
                 outcome = self.step()
                 reason = outcome.reason
                 wait = 0.0 if outcome.update else self.settings.updater.poll_seconds

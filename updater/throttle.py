@@ -1,9 +1,9 @@
 """How far the trainer gives way to serving: it computes less of the time while requests take longer than before.
 
 The server's own count of latencies is read between steps. A route is slow when its requests of the last moments took,
-on average, more than so many times what they did before the update began. Then the share of time that the trainer
-takes is halved, down to a least one; it grows again, in tenths, while nothing is slow (additive increase and
-multiplicative decrease, as in TCP). Results never depend on it: it decides when a step is computed, and not what.
+on average, more than so many times what they did in the minutes before the update began. Then the share of time that
+the trainer takes is halved, down to a least one; it grows again, in tenths, while nothing is slow (additive increase
+and multiplicative decrease, as in TCP). Results never depend on it: it decides when a step is computed, and not what.
 
 It looks at the mean because that is what a share of time can move: a trainer that computes a quarter of the time slows
 a quarter of the requests, and the p99 is made of those. What a single request feels is a matter of priority, which is
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ WINDOW_REQUESTS = 50
 """Requests of one route whose mean is compared."""
 WINDOW_SECONDS = 60.0
 """After this long without enough requests, nobody is there who could be slowed down."""
+BEFORE_SECONDS = 600.0
+"""Requests of so long before an update are what later ones are compared with: a busy hour of yesterday is not."""
 GROWTH = 0.1
 METRIC = "ratchet_http_request_seconds"
 
@@ -60,14 +63,38 @@ class Throttle:
         self.least = least
         self.clock = clock
         self.share = 1.0
+        self._seen: deque[tuple[float, Latencies]] = deque()
         self._before: Latencies = {}
         self._window: Latencies | None = None
         self._began = self._polled = -math.inf
 
+    def watch(self) -> None:
+        """Nothing is trained: remember, about once a minute, what the server has answered until now."""
+        now = self.clock()
+        if self._seen and now - self._seen[-1][0] < WINDOW_SECONDS:
+            return
+        found = self.read()
+        if found is None or (self._seen and _restarted(found, self._seen[-1][1])):
+            self._seen.clear()
+        if found is not None:
+            self._seen.append((now, found))
+        while len(self._seen) > 1 and self._seen[1][0] <= now - BEFORE_SECONDS:
+            self._seen.popleft()
+
     def begin(self) -> None:
-        """An update begins: what the server has answered until now is what later requests are compared with."""
-        self._before = self.read() or {}
-        self._open(self._before)
+        """An update begins: what was answered since it was first watched is what later requests are compared with.
+
+        A route with too few requests since then is compared with all that it answered, as is everything when nothing
+        was watched: the updater has just been started.
+        """
+        found = self.read() or {}
+        then = self._seen[0][1] if self._seen else {}
+        self._seen.clear()
+        lately = {route: _since(took, then.get(route, Took())) for route, took in found.items()}
+        self._before = {
+            route: took if took.requests >= WINDOW_REQUESTS else found[route] for route, took in lately.items()
+        }
+        self._open(found)
 
     def __call__(self) -> float:
         """The share now; looks at the server when it did not for a while."""

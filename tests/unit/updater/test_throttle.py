@@ -73,6 +73,47 @@ def test_serving_that_was_slow_before_the_update_is_not_the_trainers_fault() -> 
     assert house.ask() == 1.0
 
 
+def test_what_was_slow_long_before_the_update_does_not_hide_that_it_is_slow_now() -> None:
+    house = House()
+    house.serve(SLOW, count=3000)  # yesterday's rush
+    for _ in range(15):
+        house.now += WINDOW_SECONDS
+        house.throttle.watch()
+        house.serve(QUICK)
+    house.throttle.begin()
+    house.serve(2 * QUICK)
+    assert house.ask() == 0.5
+
+
+def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_counts_anew() -> None:
+    house = House()
+    house.throttle.watch()
+    house.serve(SLOW)
+    for _ in range(11):
+        house.now += WINDOW_SECONDS
+        house.throttle.watch()
+    house.serve(QUICK, count=100)
+    house.routes["/v1/embeddings"] = [QUICK] * 60  # it was restarted
+    house.now += WINDOW_SECONDS
+    house.throttle.watch()
+    house.serve(QUICK)
+    house.throttle.begin()
+    house.serve(2 * QUICK)
+    assert house.ask() == 0.5
+
+
+def test_few_requests_in_those_minutes_leave_all_that_there_were_to_compare_with() -> None:
+    house = House()
+    house.serve(QUICK)
+    house.throttle.watch()
+    house.serve(SLOW, count=10)
+    house.throttle.begin()
+    house.serve(1.5 * QUICK, count=100)
+    assert house.ask() == 1.0  # all of them took 26 ms on average
+    house.serve(4 * QUICK, count=100)
+    assert house.ask() == 0.5
+
+
 def test_a_slow_route_is_compared_with_itself_and_not_with_a_quick_one() -> None:
     house = begun()
     house.serve(SLOW, route="/v1/chat/completions")  # was not asked before: nothing to compare it with
