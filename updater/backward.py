@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.linalg import orthogonal_procrustes
 
 from ops.errors import TrainingError
+from updater.ranking import rank_of_best
 
 Rows = NDArray[np.floating]
 Method = Literal["ridge", "procrustes"]
@@ -125,7 +126,7 @@ class Index:
 
 def recall(queries: Rows, rows: Rows, right: NDArray[np.bool_], k: int) -> float:
     """Share of queries [m, dim] with a right row among the k most similar of [n, dim]; ``right`` is [m, n]."""
-    return _recall(np.asarray(queries) @ np.asarray(rows).T, right, k)
+    return _share(np.asarray(queries) @ np.asarray(rows).T, right, k)
 
 
 def recall_while_backfilling(
@@ -146,11 +147,8 @@ def recall_while_backfilling(
     """
     across = back.apply(queries) if back else np.asarray(queries)
     old, new = across @ np.asarray(index.old).T, np.asarray(queries) @ np.asarray(index.new).T
-    return {share: _recall(np.where(index.backfilled(share)[None], new, old), right, k) for share in shares}
+    return {share: _share(np.where(index.backfilled(share)[None], new, old), right, k) for share in shares}
 
 
-def _recall(similarity: NDArray[np.floating], right: NDArray[np.bool_], k: int) -> float:
-    """A tie counts against the model."""
-    best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    ahead = (~(similarity < best) & ~right).sum(axis=1)
-    return float((ahead < k).mean())
+def _share(similarity: NDArray[np.floating], right: NDArray[np.bool_], k: int) -> float:
+    return float((rank_of_best(similarity, right) < k).mean())

@@ -26,6 +26,7 @@ from serving.engines.clip import ClipEngine
 from updater.gate.items import Item, open_picture
 from updater.gate.kept import keep, kept
 from updater.gate.suites import Suite
+from updater.ranking import rank_of_best
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -198,16 +199,6 @@ class Scorer:
             return None
         spaces = self.engine.spaces(adapter)
         return folder / f"{digest12(digest_json([suite.digest(), spaces.image, spaces.text]))}.npz"
-
-
-def rank_of_best(similarity: NDArray[np.floating], right: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """How many wrong answers do not score below the best right one. Both arrays have shape [n, choices].
-
-    "Not below" and not "above": a tie or a NaN on either side counts against the model.
-    """
-    best = np.where(right, similarity, -np.inf).max(axis=1, keepdims=True)
-    ranks: NDArray[np.int32] = (~(similarity < best) & ~right).sum(axis=1, dtype=np.int32)
-    return ranks
 
 
 def _outcomes(
