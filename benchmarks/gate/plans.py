@@ -98,7 +98,7 @@ def _one(kind: str, place: int) -> Plan:
 
 def _drift(number: int) -> Plan:
     """One update of the chain: a small step away from what the base knew, with nothing that holds the model."""
-    recipe = _recipe("naive", **_rate(4e-4), max_steps=15)
+    recipe = _recipe("naive", **_rate(2.5e-4), max_steps=15)
     incumbent = f"{DRIFT}-{number - 1:02d}" if number else ""
     return Plan(f"{DRIFT}-{number:02d}", DRIFT, recipe, NEW[number % len(NEW)], 100, number, incumbent=incumbent)
 
