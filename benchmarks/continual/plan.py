@@ -69,17 +69,22 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
 
 
 def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
-    """Cost of a step and of preparing the last update, which has the fullest pools, from one batch of it."""
+    """Cost of a step and of preparing the last update, which has the fullest pools.
+
+    All of it is prepared: some terms have texts of their own, as many for a batch as for all pairs.
+    """
     order = stream.order(0)
     pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
     sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
     batch = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0).batch(0)
     learner = make_learner(base, recipe, {}, 0)
-    examples = [pools.of(part)[row] for part, row in batch]
+    everything = [(part, row) for part in PARTS for row in range(sizes[part])]
+    examples = [pools.of(part)[row] for part, row in everything]
     with counted() as flops:
-        learner.prepare(examples, [part for part, _ in batch])
-    whole = flops.get_total_flops() / 1e9 / len(examples) * sum(sizes.values())
-    return {"recipe": recipe.name, "cost": measure(learner, examples, [list(range(len(examples)))], whole).to_json()}
+        learner.prepare(examples, [part for part, _ in everything])
+    rows = [everything.index(each) for each in batch]
+    cost = measure(learner, [examples[row] for row in rows], [rows], flops.get_total_flops() / 1e9)
+    return {"recipe": recipe.name, "cost": cost.to_json()}
 
 
 def _fitted(schedule: Schedule, factor: float) -> Schedule:
