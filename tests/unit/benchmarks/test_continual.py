@@ -75,6 +75,17 @@ def test_a_schedule_keeps_its_shares_of_the_steps_that_are_paid_for(base: ClipBa
     assert plan(base, recipe, stream(), PROTOCOL, tmp_path) == made
 
 
+def test_a_schedule_is_made_for_the_steps_that_are_taken_also_with_texts_of_a_terms_own(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    """Random strings are as many for a batch as for the whole update. This budget just pays for the third step."""
+    rich = replace(PROTOCOL, gflops=1.02)
+    chain = Chain(base, stream(), rich, load_recipe("vr-lwf"), Unit("vr-lwf"), tmp_path)
+    chain.run(1)
+    (row,) = _rows(tmp_path, "vr-lwf")
+    assert chain.plan.steps == row["cost"]["steps"] == 3  # type: ignore[index]
+
+
 def test_a_stopped_chain_goes_on_and_ends_alike(base: ClipBase, results: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         _chain(base, tmp_path).run(2, stop=_after(6))
