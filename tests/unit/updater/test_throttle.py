@@ -33,6 +33,10 @@ class House:
     def serve(self, seconds: float, count: int = 300, route: str = "/v1/embeddings") -> None:
         self.routes.setdefault(route, []).extend([seconds] * count)
 
+    def watch(self) -> None:
+        self.now += WINDOW_SECONDS
+        self.throttle.watch()
+
     def ask(self, after: float = POLL_SECONDS) -> float:
         self.now += after
         return self.throttle()
@@ -73,16 +77,19 @@ def test_serving_that_was_slow_before_the_update_is_not_the_trainers_fault() -> 
     assert house.ask() == 1.0
 
 
+def share_at_twice_the_quick_time(house: House) -> float:
+    house.throttle.begin()
+    house.serve(2 * QUICK)
+    return house.ask()
+
+
 def test_what_was_slow_long_before_the_update_does_not_hide_that_it_is_slow_now() -> None:
     house = House()
     house.serve(SLOW, count=3000)  # yesterday's rush
     for _ in range(15):
-        house.now += WINDOW_SECONDS
-        house.throttle.watch()
+        house.watch()
         house.serve(QUICK)
-    house.throttle.begin()
-    house.serve(2 * QUICK)
-    assert house.ask() == 0.5
+    assert share_at_twice_the_quick_time(house) == 0.5
 
 
 def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_counts_anew() -> None:
@@ -90,16 +97,12 @@ def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_count
     house.throttle.watch()
     house.serve(SLOW)
     for _ in range(11):
-        house.now += WINDOW_SECONDS
-        house.throttle.watch()
+        house.watch()
     house.serve(QUICK, count=100)
     house.routes["/v1/embeddings"] = [QUICK] * 60  # it was restarted
-    house.now += WINDOW_SECONDS
-    house.throttle.watch()
+    house.watch()
     house.serve(QUICK)
-    house.throttle.begin()
-    house.serve(2 * QUICK)
-    assert house.ask() == 0.5
+    assert share_at_twice_the_quick_time(house) == 0.5
 
 
 def test_few_requests_in_those_minutes_leave_all_that_there_were_to_compare_with() -> None:
