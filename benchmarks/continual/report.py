@@ -15,6 +15,7 @@ from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.origin import together
 from benchmarks.continual.outcomes import Asked, Course, Hits, read_asked, read_course
 from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.repeated import beside, repeated
 from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
 
@@ -33,8 +34,10 @@ def figures(
     draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, asked)
     zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
     found = {name: _method(name, course, asked, draws) for name, course in first.items()}
-    for name in first:
-        found[name]["all"] = _all(_courses(results, name, orders, seeds, updates, asked), asked)
+    chains = {name: _courses(results, name, orders, seeds, updates, asked) for name in first}
+    for name, courses in chains.items():
+        against = beside(courses, chains[STANDARD], asked) if STANDARD in chains and name != STANDARD else None
+        found[name]["all"] = {**repeated(courses, asked), "against_default": _bounds(against) if against else None}
     failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
     return {
         "methods": dict(sorted(found.items(), key=lambda each: -each[1]["geometric_mean"])),
@@ -133,21 +136,6 @@ def _cross(course: Course) -> dict[str, float]:
 def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, asked: Asked) -> list[Course]:
     units = [Unit(name, order, seed) for order in range(orders) for seed in range(seeds)]
     return [course for unit in units if (course := read_course(results, unit, updates, asked))]
-
-
-def _all(courses: Sequence[Course], asked: Asked) -> dict[str, Any]:
-    """Mean and spread over orders and seeds."""
-    paths = [course.trajectory(asked) for course in courses]
-    ends = {
-        key: np.array([100 * (getattr(path, key)[-1] - getattr(path, key)[0]) for path in paths])
-        for key in ("a_ka", "a_zs", "gm")
-    }
-    return {
-        "chains": len(courses),
-        **{f"{key}_delta": round(float(values.mean()), 2) for key, values in ends.items()},
-        **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
-        "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
-    }
 
 
 def _prepared(cost: dict[str, Any]) -> float:

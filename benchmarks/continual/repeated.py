@@ -1,0 +1,57 @@
+"""A method over several orders and seeds: its mean, its spread, each order, and how it stands to the default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.continual.intervals import Interval, resampled
+from benchmarks.continual.metrics import Trajectory
+from benchmarks.continual.outcomes import Asked, Course, Hits
+
+FIGURES = ("a_ka", "a_zs", "gm")
+
+
+def repeated(courses: Sequence[Course], asked: Asked) -> dict[str, Any]:
+    """Mean and spread over chains, points against zero-shot; ``by_order`` has the mean over the seeds of each."""
+    paths = [course.trajectory(asked) for course in courses]
+    ends = {key: np.array([_end(path, key) for path in paths]) for key in FIGURES}
+    orders = np.array([course.unit.order for course in courses])
+    return {
+        "chains": len(courses),
+        **{f"{key}_delta": round(float(values.mean()), 2) for key, values in ends.items()},
+        **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
+        "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
+        "by_order": {
+            str(order): {key: round(float(values[orders == order].mean()), 2) for key, values in ends.items()}
+            for order in sorted(set(orders.tolist()))
+        },
+    }
+
+
+def beside(ours: Sequence[Course], others: Sequence[Course], asked: Asked) -> Interval | None:
+    """How much higher the GM is than others', where both were run; None where they share no chain.
+
+    Items are drawn anew, with the mean over the shared chains for each of them.
+    """
+    shared = {_place(course) for course in ours} & {_place(course) for course in others}
+    if not shared:
+        return None
+    sides = {"ours": _mean(ours, shared), "others": _mean(others, shared)}
+    return resampled(sides, asked).difference("gm", "ours", "others")
+
+
+def _end(path: Trajectory, key: str) -> float:
+    values = getattr(path, key)
+    return float(100 * (values[-1] - values[0]))
+
+
+def _place(course: Course) -> tuple[int, int]:
+    return course.unit.order, course.unit.seed
+
+
+def _mean(courses: Sequence[Course], wanted: set[tuple[int, int]]) -> Hits:
+    ends: list[Mapping[str, Any]] = [course.hits[-1] for course in courses if _place(course) in wanted]
+    return {suite: np.mean([end[suite] for end in ends], axis=0) for suite in ends[0]}
