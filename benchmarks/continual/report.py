@@ -140,7 +140,7 @@ def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, as
 
 def _prepared(cost: dict[str, Any]) -> float:
     """Memory-adjusted GFLOPs of all passes before the first step, those of teachers among them."""
-    return float(cost["sample_gflops"] * cost["samples"] * cost["memory_ratio"])
+    return float(cost["prepare_gflops"] * cost["memory_ratio"])
 
 
 def _points(value: float) -> float:

@@ -174,6 +174,8 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     gm = course.trajectory(asked).gm
     assert found["methods"]["default"]["geometric_mean_delta"] == pytest.approx(100 * (gm[-1] - gm[0]), abs=0.01)
     assert found["methods"]["default"]["maf"] <= 2 * PROTOCOL.gflops
+    steps = sum(row["cost"]["maf_per_step"] * row["cost"]["steps"] for row in course.rows)
+    assert found["methods"]["default"]["maf_prepare"] == pytest.approx(course.total("gflops_spent") - steps, abs=0.06)
     text = markdown(found)
     assert "the budget does not pay" in text
     assert all(text.count(f"| `{name}` |") == 4 for name in METHODS)
