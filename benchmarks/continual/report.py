@@ -54,7 +54,7 @@ def figures(
         "held_out": list(asked.held_out),
         "updates": updates,
         "protocol": vars(protocol),
-        "origin": together([row["origin"] for course in first.values() for row in course.rows]),
+        "origin": together([row["origin"] for each in chains.values() for course in each for row in course.rows]),
     }
 
 
