@@ -38,10 +38,10 @@ from updater.cost import counted, measure
 from updater.families import make_learner
 from updater.families.clip.towers import trained_modules
 from updater.learner import AnyLearner
-from updater.mixture import PARTS, BatchPlan, plan_batches
-from updater.pools import Pair
+from updater.mixture import BatchPlan, plan_batches
+from updater.pools import Pair, Pools
 from updater.process import use_environment
-from updater.recipes import Part, Recipe, load_recipe
+from updater.recipes import Recipe, load_recipe
 from updater.schedules import learning_rate
 
 WARM_UP = 3
@@ -57,15 +57,15 @@ class Prepared:
 
     learner: AnyLearner
     plan: BatchPlan
+    pools: Pools
     examples: list[Pair]
-    offset: dict[Part, int]
     seconds: float
     """For all examples."""
     gflops: float
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the examples in a batch."""
-        return [self.offset[part] + row for part, row in self.plan.batch(step)]
+        return self.pools.rows(self.plan.batch(step))
 
 
 def run(settings: Settings, steps: int = 20, pairs: int = 480, recipe: str = "default") -> dict[str, Any]:
@@ -116,15 +116,14 @@ def _examples(settings: Settings, pairs: int) -> list[Pair]:
 
 def _prepare(base: ClipBase, recipe: Recipe, examples: list[Pair]) -> Prepared:
     learner = make_learner(base, recipe, {}, seed=0)
-    parts: list[Part] = [PARTS[number * len(PARTS) // len(examples)] for number in range(len(examples))]
-    sizes = {part: parts.count(part) for part in PARTS}
+    third = len(examples) // 3
+    pools = Pools(tuple(examples[:third]), tuple(examples[third : 2 * third]), tuple(examples[2 * third :]))
     began = time.perf_counter()
     with counted() as flops:  # as in training
-        learner.prepare(examples, parts)
+        learner.prepare(pools.examples, pools.parts)
     seconds = time.perf_counter() - began
-    plan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0)
-    offset = {part: parts.index(part) for part in PARTS}
-    return Prepared(learner, plan, examples, offset, seconds, flops.get_total_flops() / 1e9)
+    plan = plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0)
+    return Prepared(learner, plan, pools, examples, seconds, flops.get_total_flops() / 1e9)
 
 
 class _Batches:

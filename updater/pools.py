@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from ops.digests import digest12, digest_bytes
@@ -13,6 +14,7 @@ from ops.errors import ConfigError
 from ops.progress import say
 from streams.folders import FolderItem, read_folder
 from streams.store import Having, SampleStore
+from updater.mixture import PARTS
 from updater.recipes import Family, Part, Recipe
 from updater.replay import Candidate, reservoir
 
@@ -65,10 +67,30 @@ class Pools:
         return pools[part]
 
     @property
+    def sizes(self) -> dict[Part, int]:
+        """Examples in each pool."""
+        return {part: len(self.of(part)) for part in PARTS}
+
+    @property
+    def examples(self) -> list[Example]:
+        """All of them, one pool after the other: what a learner prepares."""
+        return [example for part in PARTS for example in self.of(part)]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The pool of each of :attr:`examples`."""
+        return [part for part in PARTS for _ in self.of(part)]
+
+    def rows(self, batch: Sequence[tuple[Part, int]]) -> list[int]:
+        """Where the (pool, row) of a batch are among :attr:`examples`."""
+        ends = accumulate(self.sizes.values(), initial=0)
+        first = dict(zip(PARTS, ends, strict=False))
+        return [first[part] + row for part, row in batch]
+
+    @property
     def digest(self) -> str:
         """SHA-256 over the ids, texts and labels of all pools in order, 64 hex digits."""
-        parts: tuple[Part, ...] = ("new", "reference", "replay")
-        return digest_bytes(*(f"{part} {p.id} {p.text} {p.label}".encode() for part in parts for p in self.of(part)))
+        return digest_bytes(*(f"{part} {p.id} {p.text} {p.label}".encode() for part in PARTS for p in self.of(part)))
 
 
 def draw_pools(

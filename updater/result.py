@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from updater.recipes import Part
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -37,7 +39,7 @@ class TrainResult:
     losses: dict[str, list[float]]
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
-    samples: dict[str, int]
+    samples: dict[Part, int]
     """Examples in each pool."""
     memory: Path | None = None
     """Directory with what the next update from this adapter wants to know, if there is something."""

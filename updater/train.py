@@ -33,7 +33,7 @@ from updater.memory import Memory
 from updater.merging import merged
 from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Pools
-from updater.recipes import Merge, Part, Recipe
+from updater.recipes import Merge, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
 
@@ -104,12 +104,8 @@ class _Run:
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
         self.learner.remember(memory.terms)
         self.updates = memory.updates
-        self.pools = pools = _usable(pools, self.learner)
-        self.examples = [example for part in PARTS for example in pools.of(part)]
-        self.parts: list[Part] = [part for part in PARTS for _ in pools.of(part)]
-        sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
-        self.offset = {part: self.parts.index(part) if sizes[part] else 0 for part in PARTS}
-        self.plan: BatchPlan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed)
+        self.pools = _usable(pools, self.learner)
+        self.plan: BatchPlan = plan_batches(recipe.mixture, recipe.batch_size, self.pools.sizes, seed)
         self.began = time.monotonic()
         self.slept = self.began
 
@@ -117,7 +113,7 @@ class _Run:
         """Prepare, measure, step, and write the adapter."""
         learner = self.learner
         with counted() as flops:
-            learner.prepare(self.examples, self.parts, self._between)
+            learner.prepare(self.pools.examples, self.pools.parts, self._between)
         cost = self._cost(flops.get_total_flops() / 1e9)
         steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
         found = load_checkpoint(self.work_dir, self.run)
@@ -160,12 +156,12 @@ class _Run:
             truncated=progress.truncated,
             losses=progress.losses,
             cost=told | weighed.to_json(cost.sample_gflops),
-            samples={part: len(self.pools.of(part)) for part in PARTS},
+            samples=self.pools.sizes,
             memory=memory.write(self.out_dir / f"{name}.memory"),
         )
 
     def _rows(self, step: int) -> list[int]:
-        return [self.offset[part] + row for part, row in self.plan.batch(step)]
+        return self.pools.rows(self.plan.batch(step))
 
     def _gradients(self, step: int) -> None:
         self.learner.backward(self._rows(step), regularized=False)
@@ -178,7 +174,7 @@ class _Run:
             with suppress(TypeError):  # an older version kept other fields
                 return Cost(**kept["cost"])
         first = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        cost = measure(self.learner, self.examples, first, prepare_gflops)
+        cost = measure(self.learner, self.pools.examples, first, prepare_gflops)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
@@ -229,7 +225,7 @@ class _Run:
 def _usable(pools: Pools, learner: AnyLearner) -> Pools:
     """The pools without what the model cannot learn from. Raises TrainingError when nothing new is left."""
     kept = Pools(*(tuple(filter(learner.takes, pools.of(part))) for part in PARTS))
-    left_out = sum(len(pools.of(part)) - len(kept.of(part)) for part in PARTS)
+    left_out = len(pools.examples) - len(kept.examples)
     if left_out:
         say(f"{left_out} examples are left out: too long, or not to be asked of this model")
     if not kept.new:

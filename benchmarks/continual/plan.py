@@ -13,9 +13,9 @@ from serving.engines.base import ClipBase
 from updater.checkpoint import read_json, write_json
 from updater.cost import Cost, counted, measure
 from updater.families import make_learner
-from updater.mixture import PARTS, plan_batches
+from updater.mixture import plan_batches
 from updater.pools import Pools
-from updater.recipes import Part, Recipe, Schedule, Term
+from updater.recipes import Recipe, Schedule, Term
 from updater.replay import Candidate, reservoir
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
@@ -75,14 +75,10 @@ def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol
     """
     order = stream.order(0)
     pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
-    sizes: dict[Part, int] = {part: len(pools.of(part)) for part in PARTS}
-    batch = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0).batch(0)
-    learner = make_learner(base, recipe, {}, 0)
-    everything = [(part, row) for part in PARTS for row in range(sizes[part])]
-    examples = [pools.of(part)[row] for part, row in everything]
+    rows = pools.rows(plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0).batch(0))
+    learner, examples = make_learner(base, recipe, {}, 0), pools.examples
     with counted() as flops:
-        learner.prepare(examples, [part for part, _ in everything])
-    rows = [everything.index(each) for each in batch]
+        learner.prepare(examples, pools.parts)
     cost = measure(learner, [examples[row] for row in rows], [rows], flops.get_total_flops() / 1e9)
     return {"recipe": recipe.name, "cost": cost.to_json()}
 
