@@ -29,12 +29,13 @@ def figures(
 ) -> dict[str, Any]:
     """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
     asked = read_asked(results)
-    first = {name: course for name in methods if (course := read_course(results, Unit(name), updates, asked))}
+    chains = {name: _courses(results, name, orders, seeds, updates, asked) for name in methods}
+    chains = {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
+    first = {name: courses[0] for name, courses in chains.items()}
     untrained = {BASE: asked.base, NEAREST: asked.nearest}
     draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, asked)
     zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
     found = {name: _method(name, course, asked, draws) for name, course in first.items()}
-    chains = {name: _courses(results, name, orders, seeds, updates, asked) for name in first}
     for name, courses in chains.items():
         against = beside(courses, chains[STANDARD], asked) if STANDARD in chains and name != STANDARD else None
         found[name]["all"] = {**repeated(courses, asked), "against_default": _bounds(against) if against else None}
