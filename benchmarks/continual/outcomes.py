@@ -66,7 +66,10 @@ def read_asked(results: Path) -> Asked:
     """Raises RatchetError when nothing was run yet."""
     found = read_json(results / ZERO_SHOT)
     if not isinstance(found, dict):
-        raise RatchetError(f"there are no results in {results}.", "Run `ratchet bench continual` without --report.")
+        raise RatchetError(
+            f"there are no results in {results}.",
+            "Run `ratchet bench continual` without --report, for longer than --minutes allowed, or unpack results there.",
+        )
     roles: dict[str, str] = found["roles"]
     base = _unpacked(found["hits"])
     return Asked(
