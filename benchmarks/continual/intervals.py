@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,11 @@ class Interval:
     def clear(self) -> bool:
         """Whether it lies on one side of zero."""
         return self.low > 0 or self.high < 0
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON, in hundredths of points."""
+        bounds = {"value": round(self.value, 2), "low": round(self.low, 2), "high": round(self.high, 2)}
+        return {**bounds, "clear": self.clear}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def read_asked(results: Path) -> Asked:
     if not isinstance(found, dict):
         raise RatchetError(
             f"there are no results in {results}.",
-            "Run `ratchet bench continual` without --report, for longer than --minutes allowed, or unpack results there.",
+            "Run `ratchet bench continual` without --report, with more minutes, or unpack results there.",
         )
     roles: dict[str, str] = found["roles"]
     base = _unpacked(found["hits"])

@@ -14,20 +14,28 @@ from benchmarks.continual.outcomes import Asked, Course, Hits
 FIGURES = ("a_ka", "a_zs", "gm")
 
 
-def repeated(courses: Sequence[Course], asked: Asked) -> dict[str, Any]:
-    """Mean and spread over chains, points against zero-shot; ``by_order`` has the mean over the seeds of each."""
+def repeated(courses: Sequence[Course], asked: Asked, standard: Sequence[Course] = ()) -> dict[str, Any]:
+    """Mean and spread over chains, points against zero-shot, and how much higher the GM is than ``standard``'s.
+
+    ``by_order`` has the means over the seeds of each order, with the same comparison within it.
+    """
     paths = [course.trajectory(asked) for course in courses]
     ends = {key: np.array([_end(path, key) for path in paths]) for key in FIGURES}
     orders = np.array([course.unit.order for course in courses])
+
+    def figures(wanted: np.ndarray, suffix: str) -> dict[str, Any]:
+        against = beside(
+            [course for course, asked_for in zip(courses, wanted, strict=True) if asked_for], standard, asked
+        )
+        means = {f"{key}{suffix}": round(float(values[wanted].mean()), 2) for key, values in ends.items()}
+        return {**means, "against_default": against.plain() if against else None}
+
     return {
         "chains": len(courses),
-        **{f"{key}_delta": round(float(values.mean()), 2) for key, values in ends.items()},
+        **figures(np.ones(len(courses), bool), "_delta"),
         **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
         "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
-        "by_order": {
-            str(order): {key: round(float(values[orders == order].mean()), 2) for key, values in ends.items()}
-            for order in sorted(set(orders.tolist()))
-        },
+        "by_order": {str(order): figures(orders == order, "") for order in sorted(set(orders.tolist()))},
     }
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.continual.chain import Unit
-from benchmarks.continual.intervals import Draws, Interval, resampled
+from benchmarks.continual.intervals import Draws, resampled
 from benchmarks.continual.metrics import Trajectory, mtil, tic
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.origin import together
 from benchmarks.continual.outcomes import Asked, Course, Hits, read_asked, read_course
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.repeated import beside, repeated
+from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
 
@@ -37,8 +37,7 @@ def figures(
     zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
     found = {name: _method(name, course, asked, draws) for name, course in first.items()}
     for name, courses in chains.items():
-        against = beside(courses, chains[STANDARD], asked) if STANDARD in chains and name != STANDARD else None
-        found[name]["all"] = {**repeated(courses, asked), "against_default": _bounds(against) if against else None}
+        found[name]["all"] = repeated(courses, asked, () if name == STANDARD else chains.get(STANDARD, ()))
     failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
     return {
         "methods": dict(sorted(found.items(), key=lambda each: -each[1]["geometric_mean"])),
@@ -68,8 +67,8 @@ def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str,
         "a_zs_delta": round(kept["a_zs"].value, 2),
         "geometric_mean": _points(path.gm[-1]),
         "geometric_mean_delta": round(kept["gm"].value, 2),
-        "intervals": {key: _bounds(value) for key, value in kept.items()},
-        "against_default": _bounds(against) if against else None,
+        "intervals": {key: value.plain() for key, value in kept.items()},
+        "against_default": against.plain() if against else None,
         "suites": {suite: _points(each.mean()) for suite, each in hits.items()},
     }
 
@@ -150,10 +149,3 @@ def _points(value: float) -> float:
 
 def _deltas(path: Any) -> list[float]:
     return [_points(value) for value in path - path[0]]
-
-
-def _bounds(interval: Interval) -> dict[str, Any]:
-    return {
-        "value": round(interval.value, 2), "low": round(interval.low, 2), "high": round(interval.high, 2),
-        "clear": interval.clear,
-    }  # fmt: skip

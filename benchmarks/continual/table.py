@@ -22,7 +22,7 @@ COST = """\
 All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
 REPEATED = """\
 Mean and standard deviation over chains, one for each order and seed. GM − default: over the chains that both have, by a
-bootstrap over items as above; `≈` marks what cannot be told apart. By order: means over its seeds, the first order is
+bootstrap over items as above; `≈` marks what cannot be told apart. By order: over its seeds, the first order is
 that of the tables above. Lowest: the lowest GM of any chain at any point of its stream."""
 
 
@@ -30,7 +30,8 @@ def markdown(found: dict[str, Any]) -> str:
     """The report: what was done, three tables, and how to read them."""
     zero, methods = found["zero_shot"], found["methods"]
     where = {name: ", ".join(values) or "unknown" for name, values in found["origin"].items()}
-    repeated = {name: m for name, m in methods.items() if m["all"]["chains"] > 1}
+    several = [(name, m) for name, m in methods.items() if m["all"]["chains"] > 1]
+    repeated = dict(sorted(several, key=lambda each: -each[1]["all"]["gm_delta"]))
     parts = [
         "# Learning on a stream",
         f"`ratchet bench continual`, {where['date']}, commit `{where['commit']}`, on {where['cpu']}, "
@@ -85,7 +86,11 @@ def _signed(group: str, key: str) -> Callable[[Method], str]:
 
 
 def _by_order(key: str) -> Callable[[Method], str]:
-    return lambda method: ", ".join(f"{order[key]:+.1f}" for order in method["all"]["by_order"].values())
+    return _each_order(lambda order: f"{order[key]:+.1f}")
+
+
+def _each_order(cell: Callable[[dict[str, Any]], str]) -> Callable[[Method], str]:
+    return lambda method: ", ".join(cell(order) for order in method["all"]["by_order"].values())
 
 
 def _spread(key: str) -> Callable[[Method], str]:
@@ -131,5 +136,6 @@ _REPEATED = (
     ("GM − default", lambda m: _like_default(m["all"])),
     ("A_ZS by order", _by_order("a_zs")),
     ("GM by order", _by_order("gm")),
+    ("GM − default by order", _each_order(_like_default)),
     ("lowest GM", _signed("all", "gm_lowest")),
 )

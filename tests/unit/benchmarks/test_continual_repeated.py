@@ -58,3 +58,14 @@ def test_two_methods_are_compared_over_the_chains_that_both_have() -> None:
     assert same is not None
     assert not same.clear
     assert beside(ours[2:], others, ASKED) is None
+
+
+def test_each_order_is_compared_for_itself() -> None:
+    standard = [course("a", 0, 0, 20), course("a", 0, 1, 20), course("a", 1, 0, 0)]
+    found = repeated([course("b", 0, 0, 60), course("b", 0, 1, 60), course("b", 1, 0, 0)], ASKED, standard)
+    first, second = (found["by_order"][order]["against_default"] for order in ("0", "1"))
+    assert first["clear"]
+    assert first["value"] == round(beside([course("b", 0, 0, 60)], standard[:1], ASKED).value, 2)  # type: ignore[union-attr]
+    assert (second["value"], second["clear"]) == (0, False)
+    assert first["value"] > found["against_default"]["value"] > 0
+    assert repeated(standard, ASKED)["against_default"] is None
