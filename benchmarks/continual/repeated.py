@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,7 @@ def repeated(courses: Sequence[Course], asked: Asked, standard: Sequence[Course]
     orders = np.array([course.unit.order for course in courses])
 
     def figures(wanted: np.ndarray, suffix: str) -> dict[str, Any]:
-        against = beside(
-            [course for course, asked_for in zip(courses, wanted, strict=True) if asked_for], standard, asked
-        )
+        against = beside(list(compress(courses, wanted)), standard, asked)
         means = {f"{key}{suffix}": round(float(values[wanted].mean()), 2) for key, values in ends.items()}
         return {**means, "against_default": against.plain() if against else None}
 
