@@ -83,18 +83,20 @@ def test_the_incumbent_is_what_must_not_be_lost(house: House) -> None:
 
 
 def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
-    name = house.noise(0.0)
-    first = house.gate(name)
-    again = VlmAsker(house.asker.vlm, house.asker.vlm.engine, house.settings.serve, cache=house.asker.cache)
-    scores = {suite.name: again.score(suite, None).hits.mean() for suite in (*house.suites, *house.fresh)}
-    assert again.asked == 0
-    assert scores == {suite.name: suite.base for suite in first.suites}
-    damaged = next(iter(sorted((house.home / "cache" / "gate").glob("*.npz"))))
-    damaged.write_bytes(b"not a zip")
-    for adapter in (None, name):
-        for suite in (*house.suites, *house.fresh):
-            VlmAsker(again.vlm, again.vlm.engine, again.serve, cache=again.cache).score(suite, adapter)
-    assert damaged.read_bytes() != b"not a zip", "written anew"
+    first = house.gate(house.noise(0.0))
+
+    def ask_again() -> tuple[int, dict[str, float]]:
+        asker = VlmAsker(house.asker.vlm, house.asker.vlm.engine, house.settings.serve, cache=house.asker.cache)
+        scores = {suite.name: float(asker.score(suite, None).hits.mean()) for suite in (*house.suites, *house.fresh)}
+        return asker.asked, scores
+
+    base = {suite.name: suite.base for suite in first.suites}
+    assert ask_again() == (0, base)
+    for kept in (house.home / "cache" / "gate").glob("*.npz"):
+        kept.write_bytes(b"not a zip")
+    asked, scores = ask_again()
+    assert asked > 0 and scores == base, "what is damaged is asked again"
+    assert ask_again() == (0, base), "and written anew"
 
 
 def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(house: House) -> None:
