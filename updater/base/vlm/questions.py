@@ -16,7 +16,7 @@ from serving.engines.vlm.prompts import answer_tokens, inputs
 from streams.folders import FolderItem
 from updater.base.vlm.model import SIDE
 from updater.base.vlm.pictures import read_pictures, recolour, seen, shade, warp
-from updater.base.vlm.recipe import Optimizer, VlmRecipe
+from updater.base.vlm.recipe import Optimizer, VlmRecipe, half_precision
 
 SHAPE_SHARE = 0.5
 """Share of pictures that are shown in other colours, and asked about shape alone."""
@@ -129,7 +129,7 @@ def answer_loss(model: Any, pixels: torch.Tensor, rows: Sequence[Row], owner: to
         ids[i, :start] = torch.tensor(row.prompt)
         ids[i, start:end] = torch.tensor(row.answer)
         target[i, start - 1 : end - 1] = torch.tensor(row.answer)
-    with torch.autocast("cpu", torch.bfloat16):
+    with half_precision():
         features = model.model.connector(model.model.vision_model(pixel_values=pixels).last_hidden_state)
         embedded = model.model.text_model.get_input_embeddings()(ids)
         seats = ids == model.config.image_token_id

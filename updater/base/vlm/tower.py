@@ -25,7 +25,7 @@ from streams.folders import FolderItem, read_folder
 from updater.base import towers
 from updater.base.vlm.model import JOINED, VISION
 from updater.base.vlm.pictures import read_pictures, recolour, seen, shade, warp
-from updater.base.vlm.recipe import Optimizer, VlmRecipe
+from updater.base.vlm.recipe import Optimizer, VlmRecipe, half_precision
 
 DOMAINS = ("game_icons", "pixel_mshock", "pixel_retro")
 """More pictures for the tower, without questions: their train splits."""
@@ -75,7 +75,7 @@ def warm_up(model: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
             order = torch.cat([order, torch.randperm(len(views.pixels), generator=made)])
         rows, order = order[: how.tower_batch], order[how.tower_batch :]
         pixels = views.pixels[rows].float() / 127.5 - 1
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             patches = vision(pixel_values=pixels).last_hidden_state
             tokens = model.model.connector.pixel_shuffle(patches, JOINED)
             last, middle = heads["last"](tokens).float(), heads["middle"](patches).float()
@@ -124,7 +124,7 @@ class _Teacher:
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``float16 [n, 16, LAST]`` and ``[n, 64, MIDDLE]`` of images in 0..1, each component of like variance."""
         x = (images * 2 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision():
             x = self.net.bn1(self.net.conv_stem(x))
             for block in self.net.blocks[:5]:
                 x = block(x)

@@ -103,10 +103,11 @@ def test_recolouring_keeps_shapes_and_shading_keeps_colours() -> None:
     assert bool((shaded[:, 0, 60, 60] > shaded[:, 1, 60, 60] + 0.5).all())
 
 
+@pytest.mark.timeout(600)  # Muon multiplies in bfloat16: eight times slower on processors without AVX-512
 def test_it_learns_colours_in_a_few_steps(parts: tuple[Any, Any], tmp_path: Path) -> None:
     model, processor = parts
     rows = items(tmp_path)
-    how = VlmRecipe(steps=(24,), pictures=16, warmup_steps=3, lr=3e-3)
+    how = VlmRecipe(steps=(14,), pictures=16, warmup_steps=3, lr=3e-3)
     learn(model, processor, rows, how)
     assert accuracy(rows, answer(model, processor, rows)) > 0.9
     assert accuracy(rows, answer(model, processor, rows, blank=True)) < 0.6
