@@ -79,6 +79,8 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.store = store
         self.topic = topic
         self.topic_id = topic_id
+        self.joined = False
+        """Whether the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
         self._lock = threading.Lock()
         self._cursors: dict[int, Cursor] = {}
 
@@ -87,9 +89,11 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         snapshot = self.store.snapshot()
         for partition in sorted(each.partition for each in assigned):
             self._start(open_cursor(snapshot, self.topic, self.topic_id, partition))
+        self.joined = True
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Forget them; what was read and not stored is read again by the next owner."""
+        self.joined = False
         with self._lock:
             for each in revoked:
                 self._cursors.pop(each.partition, None)

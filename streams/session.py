@@ -35,6 +35,8 @@ WATCH_SECONDS = 2.0
 CONNECT_SECONDS = 3.0
 #: A process that was killed is noticed after this long, and its partitions go to another.
 SESSION_SECONDS = 6.0
+#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
+JOIN_SECONDS = 6.0
 COMPACT_FRAGMENTS = 64
 
 
@@ -113,7 +115,7 @@ class Session:
             raise explain(error, self.kafka, "reading") from error
         finally:
             if self.consumer is not None:
-                self.consumer.close(autocommit=False, timeout_ms=2000)
+                self._leave()
             self.admin.close()
 
     def _connect(self) -> None:
@@ -137,6 +139,16 @@ class Session:
         self.assignment = Assignment(self.consumer, self.store, self.kafka.topic, self.topic_id)
         self.consumer.subscribe([self.kafka.topic], listener=self.assignment)
         self._looked_at = time.monotonic()
+
+    def _leave(self) -> None:
+        """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""
+        deadline = time.monotonic() + JOIN_SECONDS
+        try:
+            while not self.assignment.joined and self.host.status.state != "waiting" and time.monotonic() < deadline:
+                self.consumer.poll(timeout_ms=int(POLL_SECONDS * 1000))  # not taken in: the next member reads it
+        except KafkaError as error:
+            log.info("the group was left before it was joined: %s", error)
+        self.consumer.close(autocommit=False, timeout_ms=2000)
 
     def _turn(self) -> None:
         """One poll, and a commit when it is due."""
@@ -185,15 +197,15 @@ class Session:
         """
         found = self.admin.topic_id(self.kafka.topic)
         self._looked_at = time.monotonic()
+        metrics.ingest.broker(True)
+        if self.host.status.state != "reading":
+            self.host.change(state="reading", problem="")
         if found != self.topic_id:
             raise LogLost(
                 f"topic {self.kafka.topic} has lost its log (its id was {self.topic_id}, is {found or 'gone'}).",
                 "The new one is read from its beginning.",
             )
-        metrics.ingest.broker(True)
         self._measure_lag()
-        if self.host.status.state != "reading":
-            self.host.change(state="reading", problem="")
 
     def _recover(self) -> None:
         """Publish what an earlier life stored as refused and may not have published."""

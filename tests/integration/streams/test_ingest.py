@@ -307,6 +307,18 @@ def test_an_embedded_broker_that_lost_its_log_is_noticed(tmp_path: Path) -> None
         assert SampleStore(settings.lake).offsets() == {f"{topic}:0": 6, f"{topic}@1:0": 9}
 
 
+def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    places = produce(settings.kafka, [good(n) for n in range(4)])
+    with reading(settings) as first:
+        wait_for(lambda: first.status.state == "reading", "the first reads")  # within 3 s it is only joining
+    with reading(settings) as second:
+        wait_for(lambda: first.status.samples + second.status.samples == 4, "4 samples")
+    rows = SampleStore(settings.lake).records().select(["topic", "partition", "offset"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == sorted(places)
+
+
 def test_two_processes_share_the_partitions_and_one_takes_over(broker: Broker, tmp_path: Path) -> None:
     settings = broker.settings(tmp_path)
     make_topics(settings)
