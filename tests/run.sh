@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# All checks and tests. Linters, types, unit tests and the updater's tests need a processor, the others mostly wait for
-# servers to start: so they run beside each other, the first in a session of low priority (Linux shares processors out
-# by session, see sched(7)). What they say is shown when they are done.
+# All checks and tests, in three strands: what mostly waits for servers to start; beside it, in a session of low
+# priority (Linux shares processors out by session, see sched(7)), linters, types and unit tests; and the updater's
+# tests, which wait for processes and files. What the last two say is shown when all are done.
 set -uo pipefail
 bin="$1"
 updater=tests/integration/updater
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
+  nice -n 10 "$bin/pytest" "$updater" >"$3" 2>&1 &
   "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports" &&
-    nice -n 10 "$bin/pytest" tests/unit "$updater"
-  exit
+    nice -n 10 "$bin/pytest" tests/unit
+  unit=$?
+  wait "$!" && exit "$unit"
+  exit 1
 fi
-said="$(mktemp)"
-trap 'rm -f "$said"' EXIT
-setsid bash "$0" "$bin" beside >"$said" 2>&1 &
+said="$(mktemp -d)"
+trap 'rm -rf "$said"' EXIT
+setsid bash "$0" "$bin" beside "$said/updater" >"$said/unit" 2>&1 &
 beside=$!
 trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
 "$bin/pytest" tests/e2e tests/integration --ignore "$updater"
 rest=$?
 wait "$beside"
 first=$?
-cat "$said"
+cat "$said/updater" "$said/unit"
 [ "$first" -eq 0 ] && [ "$rest" -eq 0 ]
