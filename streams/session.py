@@ -37,6 +37,8 @@ CONNECT_SECONDS = 3.0
 SESSION_SECONDS = 6.0
 #: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
 JOIN_SECONDS = 6.0
+#: A group that lets nobody in for so long is a problem that somebody has to look at.
+GROUP_PATIENCE_SECONDS = 30.0
 COMPACT_FRAGMENTS = 64
 
 
@@ -49,7 +51,7 @@ class IngestStatus:
     """Where ingest stands."""
 
     state: str = "starting"
-    """``starting``, ``reading``, ``waiting`` (for the broker) or ``stopped``."""
+    """``starting``, ``joining`` (the group), ``reading``, ``waiting`` (for the broker) or ``stopped``."""
     samples: int = 0
     duplicates: int = 0
     quarantined: int = 0
@@ -94,6 +96,7 @@ class Session:
         self.assignment: Assignment
         self.topic_id = ""
         self._looked_at = 0.0
+        self._outside_since = 0.0
 
     def run(self) -> None:
         """Read until asked to stop.
@@ -138,7 +141,7 @@ class Session:
         self.consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
         self.assignment = Assignment(self.consumer, self.store, self.kafka.topic, self.topic_id)
         self.consumer.subscribe([self.kafka.topic], listener=self.assignment)
-        self._looked_at = time.monotonic()
+        self._looked_at = self._outside_since = time.monotonic()
 
     def _leave(self) -> None:
         """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""
@@ -198,14 +201,28 @@ class Session:
         found = self.admin.topic_id(self.kafka.topic)
         self._looked_at = time.monotonic()
         metrics.ingest.broker(True)
-        if self.host.status.state != "reading":
-            self.host.change(state="reading", problem="")
+        self._tell_state()
         if found != self.topic_id:
             raise LogLost(
                 f"topic {self.kafka.topic} has lost its log (its id was {self.topic_id}, is {found or 'gone'}).",
                 "The new one is read from its beginning.",
             )
         self._measure_lag()
+
+    def _tell_state(self) -> None:
+        """The broker answers: so this session reads, or the group has not let it in, which is said after a while."""
+        state = "reading" if self.assignment.joined else "joining"
+        if self.host.status.state != state:
+            self._outside_since = time.monotonic()
+            self.host.change(state=state, problem="")
+        outside = time.monotonic() - self._outside_since
+        if state == "joining" and not self.host.status.problem and outside > GROUP_PATIENCE_SECONDS:
+            problem = (
+                f"group {self.kafka.group} has not let this process in for {outside:.0f} s. Look at its members"
+                " (Apache Kafka: kafka-consumer-groups.sh --describe --members); restart an embedded broker."
+            )
+            self.host.change(problem=problem)
+            say(f"ingest: [red]{problem}[/red]")
 
     def _recover(self) -> None:
         """Publish what an earlier life stored as refused and may not have published."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kafka import KafkaConsumer
 from prometheus_client import REGISTRY
 
 from ops.settings import Settings
@@ -312,11 +313,26 @@ def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(brok
     make_topics(settings)
     places = produce(settings.kafka, [good(n) for n in range(4)])
     with reading(settings) as first:
-        wait_for(lambda: first.status.state == "reading", "the first reads")  # within 3 s it is only joining
+        wait_for(lambda: first.status.state == "joining", "the first joins")
     with reading(settings) as second:
         wait_for(lambda: first.status.samples + second.status.samples == 4, "4 samples")
     rows = SampleStore(settings.lake).records().select(["topic", "partition", "offset"]).to_pylist()
     assert [tuple(row.values()) for row in rows] == sorted(places)
+
+
+def test_a_group_that_lets_nobody_in_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.session.GROUP_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("streams.session.JOIN_SECONDS", 1.0)
+    with EmbeddedBroker() as embedded:
+        settings = Broker(embedded.address, embedded=True).settings(tmp_path)
+        make_topics(settings)
+        other = KafkaConsumer(settings.kafka.topic, bootstrap_servers=embedded.address, group_id=settings.kafka.group)
+        other.poll(timeout_ms=500)
+        other.close(timeout_ms=1000)  # while it joins: the embedded broker's group waits for it for ever
+        with reading(settings) as ingest:
+            wait_for(lambda: bool(ingest.status.problem), "the problem was told")
+            assert ingest.status.state == "joining"
+            assert settings.kafka.group in ingest.status.problem
 
 
 def test_two_processes_share_the_partitions_and_one_takes_over(broker: Broker, tmp_path: Path) -> None:
