@@ -16,6 +16,7 @@ EACH = 80
 
 
 @pytest.mark.integration
+@pytest.mark.timeout(600)  # six domains are drawn for it: 70 s alone, and 240 were too few beside two other strands
 def test_the_committed_scores_can_be_reproduced(tmp_path: Path) -> None:
     found = score_vlm(build_vlm(tmp_path), limit=EACH)
     written = committed_scores()
