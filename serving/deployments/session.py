@@ -27,6 +27,7 @@ OBJECT_STORE_BYTES = 160 * 1024 * 1024
 """Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
 MAX_TEMPORARY_CHARS = 12
 ENGINE_TITLE = b"VLLM::"
+SPAWNED = b"--multiprocessing-fork"
 
 
 def session_directory(settings: Settings) -> Path:
@@ -151,22 +152,25 @@ def _is_ours(pid: int, mark: bytes) -> bool:
     process = Path(f"/proc/{pid}")
     try:
         command = (process / "cmdline").read_bytes()
-        if not any(part in command for part in (b"ray::", b"/ray/", b"haproxy", b"multiprocessing")):
-            return is_engine(pid, mark)
-        return mark in command or mark in (process / "environ").read_bytes()
+        known = any(part in command for part in (b"ray::", b"/ray/", b"haproxy", b"multiprocessing"))
+        if known and (mark in command or mark in (process / "environ").read_bytes()):
+            return True
     except OSError:
         return False
+    return is_engine(pid, mark)
 
 
 def is_engine(pid: int, mark: bytes) -> bool:
     """Whether this is a process of vLLM that a replica of this session started.
 
-    vLLM writes its title over command and environment; what still tells is the log file of the replica, which it
-    inherited as its output.
+    vLLM writes its title over command and environment, but for the first seconds, and for ever where an import changed
+    the variable that happens to be the first of its environment (setproctitle then finds nothing to write over). What
+    always tells is the log file of the replica, which it inherited as its output.
     """
     process = Path(f"/proc/{pid}")
     try:
-        if not (process / "cmdline").read_bytes().startswith(ENGINE_TITLE):
+        command = (process / "cmdline").read_bytes()
+        if not command.startswith(ENGINE_TITLE) and SPAWNED not in command:
             return False
         return any(mark in bytes(entry.readlink()) for entry in (process / "fd").iterdir())
     except OSError:

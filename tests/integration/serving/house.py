@@ -137,6 +137,11 @@ class House:
                 found.append(int(entry.name))
         return found
 
+    def engines(self) -> list[int]:
+        """Processes in which vLLM answers for this session, whatever their title."""
+        mark = str(session_directory(self.settings)).encode()
+        return [pid for pid in self.pids() if is_engine(pid, mark)]
+
     def kill_everything(self) -> None:
         """SIGKILL the server and all of its processes at once."""
         assert self.process is not None

@@ -219,7 +219,7 @@ def test_a_killed_engine_shows_and_comes_back_with_what_is_live(house: House) ->
         number = client.release(vlm=vlm, reason="before the kill")["number"]
         before = client.vqa(house.images[0], "what is this?")
         own = house.settings.serve.vlm_engine == "vllm"  # else the engine is the replica's process itself
-        (victim,) = house.pids("VLLM::EngineCore" if own else "ServeReplica:ratchet:Vlm")
+        (victim,) = house.engines() if own else house.pids("ServeReplica:ratchet:Vlm")
         os.kill(victim, signal.SIGKILL)
         with httpx.Client(base_url=house.url, timeout=30, trust_env=False) as plain:
             assert plain.get("/health/live").status_code == 503 or not own
@@ -227,7 +227,7 @@ def test_a_killed_engine_shows_and_comes_back_with_what_is_live(house: House) ->
             until(lambda: plain.get("/health/live").status_code == 200, house, 120)
         after = client.vqa(house.images[0], "what is this?")
         assert (after["answer"], after["release"], after["adapter"]) == (before["answer"], number, vlm)
-    until(lambda: len(house.pids("VLLM::EngineCore")) <= 1, house, 20)
+    until(lambda: len(house.engines()) <= 1, house, 20)
 
 
 def test_no_engine_outlives_its_replica_or_its_server(house: House) -> None:
@@ -236,11 +236,11 @@ def test_no_engine_outlives_its_replica_or_its_server(house: House) -> None:
     assert house.process is not None
     with house.client() as client:
         before = client.vqa(house.images[0], "what is this?")
-    first = set(house.pids("VLLM::EngineCore"))
+    first = set(house.engines())
     os.kill(house.pids("ServeReplica:ratchet:Vlm")[0], signal.SIGKILL)
-    until(lambda: not first & set(house.pids("VLLM::EngineCore")), house)
-    until(lambda: house.pids("VLLM::EngineCore"), house)
-    second = house.pids("VLLM::EngineCore")
+    until(lambda: not first & set(house.engines()), house)
+    until(house.engines, house)
+    second = house.engines()
     for pid in [house.process.pid, *(pid for pid in house.pids() if pid not in second)]:
         try:
             os.kill(pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,20 +18,24 @@ from serving.deployments.session import end_leftovers
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 
 
-def engine(log: Path) -> subprocess.Popen[bytes]:
-    """A process with the title of vLLM's, and nothing but its output to tell whose it is."""
+TITLED = "exec -a VLLM::EngineCore sleep 60"
+UNTITLED = f"exec {sys.executable} -c 'import time; time.sleep(60)' --multiprocessing-fork"
+
+
+def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
+    """A process with a command line of vLLM's, and nothing but its output to tell whose it is."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = ["bash", "-c", "exec -a VLLM::EngineCore sleep 60"]
     with log.open("wb") as out:
-        made = subprocess.Popen(command, stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
-    while not Path(f"/proc/{made.pid}/cmdline").read_bytes().startswith(b"VLLM::"):
+        made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
+    while Path(f"/proc/{made.pid}/cmdline").read_bytes().startswith(b"bash"):
         assert made.poll() is None
     return made
 
 
-def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path) -> None:
-    ours = engine(tmp_path / "session" / "logs" / "worker.out")
-    other = engine(tmp_path / "elsewhere" / "worker.out")
+@pytest.mark.parametrize("command", [TITLED, UNTITLED])
+def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path, command: str) -> None:
+    ours = engine(tmp_path / "session" / "logs" / "worker.out", command)
+    other = engine(tmp_path / "elsewhere" / "worker.out", command)
     try:
         end_leftovers(tmp_path / "session")
         assert ours.wait(5) == -9
