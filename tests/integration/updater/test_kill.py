@@ -76,7 +76,7 @@ def start(code: str, home: Path) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], expected: int) -> str:
     """Its output, after it ended as expected."""
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=400)
     assert process.returncode == expected, output
     return output
 
@@ -142,9 +142,8 @@ def test_sigterm_ends_training_with_a_checkpoint(
     settings = filled(tmp_path / "home")
     process = trainer(settings.home, SLOW)
     update_dir = settings.home / "updates"
-    deadline = time.monotonic() + 60
     while not list(update_dir.glob("*/checkpoint.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     assert "goes on from its checkpoint next time" in finish(process, 0)
