@@ -27,7 +27,7 @@ def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
-    while Path(f"/proc/{made.pid}/cmdline").read_bytes().startswith(b"bash"):
+    while Path(f"/proc/{made.pid}/cmdline").read_bytes().split(b"\0")[0] in (b"bash", b""):  # empty amid exec
         assert made.poll() is None
     return made
 
