@@ -28,6 +28,7 @@ OBJECT_STORE_BYTES = 160 * 1024 * 1024
 MAX_TEMPORARY_CHARS = 12
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
+"""Ends the command line of a process that Python's multiprocessing spawned, as vLLM does its engine."""
 
 
 def session_directory(settings: Settings) -> Path:

@@ -237,6 +237,7 @@ def test_no_engine_outlives_its_replica_or_its_server(house: House) -> None:
     with house.client() as client:
         before = client.vqa(house.images[0], "what is this?")
     first = set(house.engines())
+    assert first
     os.kill(house.pids("ServeReplica:ratchet:Vlm")[0], signal.SIGKILL)
     until(lambda: not first & set(house.engines()), house)
     until(house.engines, house)
