@@ -13,7 +13,7 @@ import pytest
 from ops.settings import Serve
 from serving.deployments.calls import Late, Overloaded, Unavailable
 from serving.engines.vlm.ask import AskError, EngineDead, Message
-from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png, uri
+from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png, skip, uri
 
 URL = "/v1/chat/completions"
 
@@ -193,7 +193,10 @@ async def test_a_failure_before_the_first_piece_is_a_status(
 async def test_the_deadline_holds_for_the_first_piece_too(stream: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     body = {"messages": about_image(), "stream": stream}
-    answer = await post(vlms, body, SETTINGS.model_copy(update={"deadline_seconds": 0.05}))
+    asking = asyncio.create_task(post(vlms, body, SETTINGS.model_copy(update={"deadline_seconds": 3600})))
+    await vlms.waiting.wait()
+    skip(3600)
+    answer = await asking
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "deadline_exceeded"
     assert vlms.closed == 1

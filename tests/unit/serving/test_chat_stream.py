@@ -18,7 +18,7 @@ from serving.http.chat import chunks
 from serving.http.chunks import Answered
 from serving.http.errors import ApiError
 from serving.http.sse import dumps, event, failure
-from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway
+from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, skip
 
 URL = "/v1/chat/completions"
 STAMP = Stamp(3, None, "i", "t", "vlm-b")
@@ -147,15 +147,20 @@ async def test_a_connection_that_breaks_aborts_the_request_before_its_release_ma
 async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.http.sse.GRACE_SECONDS", 0.0)
     vlms = ScriptedVlms()
-    at = gateway(vlms, SETTINGS.model_copy(update={"deadline_seconds": 0.2}))
+    at = gateway(vlms, SETTINGS.model_copy(update={"deadline_seconds": 3600}))
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())
+    reading = asyncio.Event()
 
     async def stuck(message: Any) -> None:
         if message["type"] == "http.response.body":
-            await asyncio.sleep(60)
+            reading.set()
+            await asyncio.Event().wait()
 
     visitor.send = stuck  # type: ignore[method-assign]
-    await asyncio.wait_for(visitor.start(), 5)
+    task = visitor.start()
+    await reading.wait()
+    skip(3600)
+    await asyncio.wait_for(task, 60)
     assert vlms.closed == 1
     assert at.admission.in_flight() == {}
 
