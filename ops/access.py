@@ -106,6 +106,7 @@ class Access:
         self._clock = clock
         self._keys: dict[str, KeyRow] = {}
         self._read_at = NEVER
+        self._current = False
         self._used: dict[str, datetime] = {}
         self._reading = threading.Lock()
 
@@ -139,6 +140,12 @@ class Access:
         age = self._clock() - self._read_at
         return parsed is not None and age >= (KEYS_SECONDS if parsed[0] in self._keys else NEW_KEY_SECONDS)
 
+    def unread(self, token: str | None) -> bool:
+        """Whether this token may be of a new key: no key that was read is meant, and the last reading failed or still
+        waits for the ledger."""
+        parsed = parse_token(token or "")
+        return parsed is not None and parsed[0] not in self._keys and not self._current
+
     def refresh(self) -> None:
         """Read the keys. While another thread does, or the ledger is away, those that were read last stay."""
         if not self._reading.acquire(blocking=self._read_at == NEVER):
@@ -154,8 +161,10 @@ class Access:
         began = self._clock()
         if began - self._read_at < NEW_KEY_SECONDS:
             return  # another thread just did
+        self._current = False
         try:
             self._keys = {row.id: row for row in self._ledger.api_keys()}
+            self._current = True
         finally:
             self._read_at = began
         used, self._used = self._used, {}

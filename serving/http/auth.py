@@ -43,7 +43,7 @@ def needs(path: str) -> tuple[KeyScope, ...]:
 
 
 class Guard:
-    """Answers 401, 403 and 429 for those who may not, and leaves the :class:`Principal` of others in the request."""
+    """Answers 401, 403, 429 or 503 to those who may not, and leaves the :class:`Principal` of others in the request."""
 
     def __init__(self, app: ASGIApp, access: Access, rates: Rates | None = None) -> None:
         self.app = app
@@ -72,6 +72,11 @@ class Guard:
             return None
         token = bearer(Headers(scope=scope))
         caller = await self._identify(token)
+        if caller is None and self.access.unread(token):
+            raise ApiError(
+                503, "this key is not among those that were read last, and the ledger does not answer: it may be new.",
+                code="unavailable",
+            )  # fmt: skip
         if caller is None and token:
             raise ApiError(
                 401, "this key is not valid: it is mistyped, cut short, or was revoked.",

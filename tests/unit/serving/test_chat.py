@@ -13,7 +13,18 @@ import pytest
 from ops.settings import Serve
 from serving.deployments.calls import Late, Overloaded, Unavailable
 from serving.engines.vlm.ask import AskError, EngineDead, Message
-from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png, skip, uri
+from tests.unit.serving.vlm_edge import (
+    SETTINGS,
+    ScriptedVlms,
+    Visitor,
+    about_image,
+    app_of,
+    client,
+    gateway,
+    png,
+    skip,
+    uri,
+)
 
 URL = "/v1/chat/completions"
 

@@ -21,6 +21,7 @@ from serving.engines.vlm.ask import Ask, Reply, question
 from serving.rollout.comparer import ITEMS, WAITING, Comparer
 from serving.rollout.observations import Compared
 from serving.rollout.watched import Watched
+from tests.support.waiting import until
 
 DIM = 16
 NOW = datetime.now(UTC)
@@ -83,12 +84,6 @@ async def comparer_of() -> AsyncIterator[Callable[[Models, Watched], Comparer]]:
 
 def seen(comparer: Comparer, family: Any = "clip") -> Compared:
     return comparer.observations({}).compared[family]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def send_texts(comparer: Comparer, count: int) -> None:

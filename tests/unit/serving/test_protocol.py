@@ -15,6 +15,7 @@ from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.resident import Resident
 from serving.deployments.stamps import Stamp
 from serving.deployments.terms import Outcome, Prepared
+from tests.support.waiting import until
 
 
 @dataclass
@@ -35,9 +36,11 @@ class PlainFleet:
     deaf: bool = False
     stuck: str = ""
     gate: asyncio.Event | None = None
+    waiting: bool = False
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         if self.gate is not None:
+            self.waiting = True
             await self.gate.wait()
         self.prepared.append(clip)
         error = self.broken.get(clip or "", "")
@@ -48,6 +51,7 @@ class PlainFleet:
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         if self.gate is not None:
+            self.waiting = True
             await self.gate.wait()
         self.prepared_vlm.append(vlm)
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
@@ -157,7 +161,7 @@ async def test_another_process_that_commits_in_between_wins(
 ) -> None:
     fleet.gate = asyncio.Event()
     ours = asyncio.create_task(protocol.release({"clip": "a"}, actor="me", reason="slow", expected_live=1))
-    await asyncio.sleep(0.05)
+    await until(lambda: fleet.waiting)
     ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
     fleet.gate.set()
     with pytest.raises(ReleaseConflict):
@@ -200,7 +204,7 @@ async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
 ) -> None:
     fleet.gate = asyncio.Event()
     slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=1))
-    await asyncio.sleep(0.05)
+    await until(lambda: fleet.waiting)
     retiring = asyncio.create_task(protocol.retire())
     await asyncio.sleep(0.05)
     assert fleet.kept == []

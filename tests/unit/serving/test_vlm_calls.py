@@ -16,6 +16,7 @@ from serving.deployments.messages import Refusal
 from serving.deployments.stamps import Stamp
 from serving.deployments.vlm_calls import PROBE, VlmCalls
 from serving.engines.vlm.ask import Ask, AskError, Message, Piece, Reply
+from tests.support.waiting import until
 
 ASK = Ask((Message("user", ("is it?",)),))
 STAMP = Stamp(3, None, "i", "t", "vlm-a")
@@ -76,7 +77,7 @@ class Handle:
 
 
 def soon() -> float:
-    return time.time() + 5
+    return time.time() + 60
 
 
 async def texts(calls: VlmCalls, deadline: float | None = None) -> list[str]:
@@ -132,7 +133,7 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
     handle = Handle([never], [REPLY], [BackPressureError(1, 1)])
     calls = VlmCalls(handle, limit=1)  # type: ignore[arg-type]
     waiting = asyncio.create_task(calls.reply(ASK, STAMP, soon()))
-    await asyncio.sleep(0.01)
+    await until(lambda: handle.made)
     with pytest.raises(Overloaded):
         await calls.reply(ASK, STAMP, soon())
     with pytest.raises(Overloaded):

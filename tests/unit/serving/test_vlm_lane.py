@@ -13,6 +13,7 @@ from serving.deployments.messages import Refusal
 from serving.deployments.pieces import gathered, merged
 from serving.deployments.vlm_lane import VlmLane
 from serving.engines.vlm.ask import Ask, EngineDead, Message, Piece, Reply
+from tests.support.waiting import until
 from tests.unit.serving.memory_vlm import MemoryVlm
 
 ASK = Ask((Message("user", ("is it?",)),))
@@ -41,7 +42,7 @@ def lane(engine: MemoryVlm, artifacts: Artifacts) -> VlmLane:
 
 
 def soon() -> float:
-    return time.time() + 5
+    return time.time() + 60
 
 
 async def words(lane: VlmLane, adapter: str | None, deadline: float | None = None) -> list[str]:
@@ -85,14 +86,13 @@ async def test_what_is_retired_goes_when_its_last_request_has_ended(lane: VlmLan
     await lane.prepare("b")
     engine.gate = asyncio.Event()
     asked = asyncio.create_task(lane.reply(ASK, "a", soon()))
-    await asyncio.sleep(0.01)
+    await until(engine.running)
     assert await lane.retire(["b"]) == []
     assert engine.resident() == {"a", "b"}
     engine.gate.set()
     reply = await asked
     assert isinstance(reply, Reply) and reply.text.startswith("a ")
-    await asyncio.sleep(0.01)
-    assert engine.resident() == {"b"}
+    await until(lambda: engine.resident() == {"b"})
 
 
 async def test_a_late_request_for_a_retired_adapter_loads_it_again(lane: VlmLane, engine: MemoryVlm) -> None:
@@ -102,8 +102,7 @@ async def test_a_late_request_for_a_retired_adapter_loads_it_again(lane: VlmLane
     assert engine.resident() == frozenset()
     reply = await lane.reply(ASK, "a", soon())
     assert isinstance(reply, Reply) and reply.text.startswith("a ")
-    await asyncio.sleep(0.01)
-    assert engine.resident() == frozenset()
+    await until(lambda: engine.resident() == frozenset())
 
 
 async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(lane: VlmLane, engine: MemoryVlm) -> None:
@@ -111,8 +110,7 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(lane: Vl
     await lane.prepare("a")
     await lane.prepare("b")
     await lane.reply(ASK, "c", soon())
-    await asyncio.sleep(0.01)
-    assert engine.resident() == {"a", "b"}
+    await until(lambda: engine.resident() == {"a", "b"})
     lane.adopt(["b", "a"])
     await lane.reply(ASK, "b", soon())
     await asyncio.sleep(0.01)
@@ -125,7 +123,7 @@ async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(lan
         await lane.prepare(name)
     engine.gate = asyncio.Event()
     busy = [asyncio.create_task(lane.reply(ASK, name, soon())) for name in ("c", "d")]
-    await asyncio.sleep(0.05)
+    await until(lambda: engine.running() == 2)
     assert engine.resident() == {"a", "b", "c", "d"}
     coming = asyncio.create_task(lane.prepare("e"))
     await asyncio.sleep(0.05)
@@ -195,7 +193,7 @@ async def test_closing_a_stream_aborts_its_request(lane: VlmLane, engine: Memory
 async def test_status_counts_what_waits_for_a_place_in_the_batch(lane: VlmLane, engine: MemoryVlm) -> None:
     engine.gate = asyncio.Event()
     asked = [asyncio.create_task(lane.reply(ASK, None, soon())) for _ in range(5)]
-    await asyncio.sleep(0.01)
+    await until(lambda: lane.status()["running"] == 5)
     told = lane.status()
     assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
     engine.gate.set()
