@@ -21,6 +21,7 @@ from serving.engines.vlm.ask import Ask, AskError, Message, VlmEngine, question
 from tests.integration.engines.conftest import House
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import picture
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="module")]
 CLOSE = 1e-4
@@ -198,8 +199,7 @@ async def test_a_stream_that_is_closed_early_frees_its_slot(loaded: VlmEngine, h
 
 async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, house: House) -> None:
     task = asyncio.create_task(engine.reply(dataclasses.replace(house.asks[0], max_tokens=200), None))
-    await asyncio.sleep(0.05)
-    assert engine.running() == 1
+    await until(engine.running)
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,6 +117,13 @@ class House:
     def log(self) -> str:
         """The end of the server's log."""
         return (self.settings.home / "serve.log").read_text()[-4000:]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait for a condition; shows the server's log when it does not come."""
+        end = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.1)
 
     def pids(self, *names: str) -> list[int]:
         """Processes of this session whose command contains one of the names; all when none is given."""

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -49,15 +49,6 @@ def traffic(house: House) -> Traffic:
     return Traffic(house.url, images=pictures(36), texts=texts, settings=house.settings, rate=25)
 
 
-def until(condition: Callable[[], object], house: House, seconds: float) -> float:
-    """Wait for a condition; returns how long it took."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, house.log()
-        time.sleep(0.1)
-    return time.monotonic() - began
-
-
 def audited(house: House, actor: str, action: str) -> AuditRow:
     """The newest row of an action."""
     return next(row for row in house.ledger.audit_rows(200) if (row.actor, row.action) == (actor, action))
@@ -79,7 +70,7 @@ def test_a_bad_release_forced_past_the_gate_is_taken_back_under_traffic(house: H
         assert caught.value.status == 422
         before = client.live()
         number = client.release(bad, reason="I am sure", force=True)["number"]
-        assert until(lambda: client.live() > number, house, 60) < 30
+        house.until(lambda: client.live() > number)
         traffic.wait_for(300)
         assert client.live() == number + 1
     traffic.stop()
@@ -106,7 +97,7 @@ def test_what_was_taken_back_does_not_come_again(house: House) -> None:
         with pytest.raises(ServerError, match=f"{bad} was withdrawn: agreement"):
             client.release(bad, reason="again")
         house.propose_update(bad)
-        until(lambda: house.ledger.proposals(1)[0].state == "failed", house, 20)
+        house.until(lambda: house.ledger.proposals(1)[0].state == "failed")
         assert "was withdrawn" in (house.ledger.proposals(1)[0].error or "")
         with pytest.raises(ServerError, match="no release before"):
             client.rollback(reason="there is nothing sound behind")
@@ -140,8 +131,8 @@ def test_a_controller_killed_during_a_canary_goes_on_and_its_promotion_is_one_co
         (controller,) = house.pids("ServeReplica:ratchet:Controller")
         os.kill(controller, signal.SIGKILL)
         assert {key: answered_by(house, http, key) for key in sides} == sides
-        until(lambda: house.pids("ServeReplica:ratchet:Controller") not in ([], [controller]), house, 60)
-        until(lambda: rollout(house).get("state") == "canary", house, 60)
+        house.until(lambda: house.pids("ServeReplica:ratchet:Controller") not in ([], [controller]))
+        house.until(lambda: rollout(house).get("state") == "canary")
         assert (rollout(house)["release"], rollout(house)["share"]) == (canary, 0.1)
         promoted = client.promote("well behaved", expected_live=canary)
         assert (promoted["number"], promoted["share"], promoted["kind"]) == (canary + 1, 1.0, "promotion")
@@ -156,7 +147,7 @@ def test_a_shadow_answers_nobody_and_is_compared(house: House, traffic: Traffic)
         shadow = client.release(house.adapter(scale=GENTLE), reason="only look", share=0)["number"]
         traffic.wait_for(20)
         seen = len(traffic._rows())
-        until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12, house, 60)
+        house.until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12)
         assert rollout(house)["state"] == "shadow"
         back = client.rollback(reason="seen enough")
         traffic.wait_for(seen + 20)
@@ -172,14 +163,14 @@ def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(hou
     with house.client() as client, traffic:
         before = client.live()
         house.propose_update(name)
-        until(lambda: client.live() > before, house, 30)
+        house.until(lambda: client.live() > before)
         assert house.ledger.release(before + 1).share == 0.1
         client.hold("while I look")
-        until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30, house, 60)
+        house.until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30)
         time.sleep(2.5)  # two looks of the guard
         assert client.live() == before + 1
         client.resume("looks good")
-        until(lambda: client.live() > before + 1, house, 30)
+        house.until(lambda: client.live() > before + 1)
     traffic.stop()
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
@@ -196,7 +187,7 @@ def test_a_broken_canary_is_taken_back_even_while_updates_are_on_hold(house: Hou
         traffic.wait_for(10)
         client.hold("nothing new, please")
         canary = client.release(bad, reason="my own trial", share=0.1)["number"]
-        until(lambda: client.live() > canary, house, 30)
+        house.until(lambda: client.live() > canary)
         client.resume("over")
         metrics = client._http.get("/metrics").text
     assert 'ratchet_guard_decisions_total{decision="rolled_back",guardrail="agreement"}' in metrics
