@@ -9,8 +9,10 @@ A tokenizer of a base is described by a small dict in ``base.json``:
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,18 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
     """The tokenizer that ``config`` describes; it reads only files of the base directory and of open_clip."""
     kwargs = dict(config.get("kwargs") or {})
     if config["kind"] == "simple":
-        simple = open_clip.tokenizer.SimpleTokenizer(context_length=context_length, **kwargs)
-        return lambda texts: simple(texts)
+        return _simple(context_length, json.dumps(kwargs, sort_keys=True))
     files = directory / config["directory"]
     if (files / "tokenizer.json").is_file() and not config.get("mode") and set(kwargs) <= {"clean"}:
         return _Fast(files / "tokenizer.json", context_length, bool(config.get("trim")), **kwargs)
     return _Slow(files, context_length, bool(config.get("trim")), config.get("mode"), kwargs)
+
+
+@cache
+def _simple(context_length: int, kwargs: str) -> Tokenizer:
+    """open_clip's, read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
+    simple = open_clip.tokenizer.SimpleTokenizer(context_length=context_length, **json.loads(kwargs))
+    return lambda texts: simple(texts)
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:

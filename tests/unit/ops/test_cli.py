@@ -79,9 +79,8 @@ def test_doctor_tells_what_is_missing_and_fails_only_for_what_stops_ratchet(tmp_
 
 
 def test_doctor_fails_when_the_ledger_cannot_be_reached(tmp_path: Path) -> None:
-    result = runner.invoke(
-        app, ["--set", f"home={tmp_path}", "--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "doctor"]
-    )
+    away = ["--set", "ledger_url=postgresql://a@127.0.0.1:1/b", "--set", 'base.vlm=""']
+    result = runner.invoke(app, ["--set", f"home={tmp_path}", *away, "doctor"])
     assert result.exit_code == 1
 
 
