@@ -27,6 +27,8 @@ def sign_in(
     """A key that is known opens a session of its own; its use is written into the audit log."""
     key = key.strip()
     principal = at.desk.access.identify(key) if key else None
+    if principal is None and at.desk.access.unread(key):
+        return _form(at, next, "The ledger does not answer, and this key may be new. Try again in a while.", 503)
     if principal is None or principal.kind == "anonymous":
         return _form(at, next, "This key is not known here, or it was revoked.", 401)
     if not principal.may("infer", "operate"):

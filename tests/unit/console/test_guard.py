@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
+from ops.access import NEW_KEY_SECONDS
 from ops.console import guard
 from ops.console.app import build_console
 from ops.console.pages.signin import _local
 from ops.console.sessions import COOKIE, Session, Sessions
-from ops.ledger import Ledger
+from ops.errors import LedgerError
+from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
 
 LOCAL = "http://127.0.0.1:8001"
@@ -68,6 +71,22 @@ def test_the_cookie_is_for_this_site_and_for_tls_alone(tmp_path: Path, key: str)
     for part in ("HttpOnly", "Secure", "SameSite=Strict", "Path=/", "Max-Age=43200"):
         assert part in cookie
     assert key not in cookie
+
+
+def test_a_new_key_is_not_called_wrong_while_the_ledger_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(_ledger: Ledger) -> list[KeyRow]:
+        raise LedgerError("the ledger is away.")
+
+    client = from_afar(tmp_path)
+    new = Ledger.open(Settings(home=tmp_path).ledger).create_key("ann", ["operate"], actor="t")[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "api_keys", away)
+        answer = client.post("/sign-in", data={"key": new, "csrf": csrf(client)})
+    assert answer.status_code == 503 and "may be new" in answer.text
+    time.sleep(NEW_KEY_SECONDS)
+    signed_in(client, new)
 
 
 def test_a_wrong_key_is_told_apart_from_none(tmp_path: Path) -> None:
