@@ -324,7 +324,7 @@ def test_clients_that_went_away_are_not_computed_for(house: House) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(leave())
-    seen, later = before, encoded_texts(house)
+    seen, later = -1.0, encoded_texts(house)
     while later != seen:  # the batch that was being encoded is finished
         time.sleep(2.0)
         seen, later = later, encoded_texts(house)
