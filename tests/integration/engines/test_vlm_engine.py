@@ -200,6 +200,7 @@ async def test_a_stream_that_is_closed_early_frees_its_slot(loaded: VlmEngine, h
 async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, house: House) -> None:
     task = asyncio.create_task(engine.reply(dataclasses.replace(house.asks[0], max_tokens=200), None))
     await until(engine.running)
+    assert engine.running() == 1
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

@@ -62,7 +62,9 @@ def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(house: House)
         traffic.wait_for(12)
         for count in range(SWAPS):
             if count % 5 == 4:
+                held = replica(house)["resident"]
                 made.append(client.rollback("back", family="vlm"))
+                assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
             else:
                 made.append(client.release(vlm=names[count % len(names)], reason="swap"))
             if count in (6, 13):

@@ -19,6 +19,7 @@ from serving.catalog.tables import Tables
 from serving.deployments.stamps import Stamp
 from streams.rows import Position
 from streams.store import SampleStore
+from tests.support.waiting import until
 
 DIM = 8
 HERE = Stamp(1, None, "aaaa", "t")
@@ -138,8 +139,7 @@ async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_wh
     await catalog.adopt([HERE])
     encoder.gate = asyncio.Event()
     stepping = asyncio.create_task(catalog.step())
-    while not encoder.calls:
-        await asyncio.sleep(0.01)
+    await until(lambda: encoder.calls)
     await catalog.retire([])
     encoder.gate.set()
     await stepping

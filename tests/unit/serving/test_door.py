@@ -1,12 +1,9 @@
-"""The door of the real application: who gets in, where, how often, and what the audit log calls him."""
+"""The door of the real application: who gets in, where, and what the audit log calls him."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,137 +11,26 @@ import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from prometheus_client import REGISTRY
-from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
 
-from ops.access import KEYS_SECONDS, Access
+from ops.access import KEYS_SECONDS
 from ops.errors import AlreadyResubmitted, BrokerError, LedgerError, RecordError, UnknownRecord
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
 from serving import app as start
-from serving.http.auth import Guard, needs
-from serving.http.gateway import Gateway
-from serving.http.rates import Rates
-from tests.unit.serving.vlm_edge import app_of, gateway
+from serving.http.auth import needs
+from tests.unit.serving.door_edge import OPERATOR, Door, Keys, refusal
 
-OPERATOR = "bootstrap-key"
 PATHS = {"model": "clip", "sample_id": "0" * 64}
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
-class Recorder:
-    """Operations and quarantine that remember who asked; ``failure`` is raised instead of an answer."""
-
-    actors: list[str] = field(default_factory=list)
-    failure: Exception | None = None
-
-    async def hold(self, *, actor: str, reason: str) -> None:
-        self.actors.append(actor)
-
-    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
-        return [{"place": "t:0:1", "limit": limit, "reason": reason}]
-
-    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
-        self.actors.append(actor)
-        if self.failure is not None:
-            raise self.failure
-        return {"topic": "t", "partition": 0, "offset": 9}
-
-
-class Door:
-    """The application as the ingress builds it, around a ledger with keys."""
-
-    def __init__(self, ledger: Ledger, home: Path, host: str = "0.0.0.0", **rules: Any) -> None:
-        self.ledger = ledger
-        self.settings = Settings(home=home, serve={"host": host, "operator_key": OPERATOR}, access=rules)
-        self.clock = Clock()
-        self.access = Access(self, self.settings, self.clock)
-        self.desk = Recorder()
-        self.slow: threading.Event | None = None
-        self.app: FastAPI = app_of(self.gateway())
-
-    def gateway(self) -> Gateway:
-        desk = cast(Any, self.desk)
-        return replace(
-            gateway(None, self.settings.serve), access=self.access, ledger=self.ledger, operations=desk, quarantine=desk
-        )
-
-    def api_keys(self) -> list[KeyRow]:
-        if self.slow is not None:
-            self.slow.wait(30)
-        return self.ledger.api_keys()
-
-    def touch_keys(self, used: Mapping[str, datetime]) -> None:
-        self.ledger.touch_keys(used)
-
-    async def send(self, method: str, path: str, key: str = "", said: str = "", **options: Any) -> httpx.Response:
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        if said:
-            headers["x-ratchet-actor"] = said
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://ratchet") as http:
-            return await http.request(method, path, headers=headers, **options)
-
-    async def get(self, path: str, key: str = "") -> httpx.Response:
-        return await self.send("GET", path, key)
 
 
 def away() -> list[KeyRow]:
     raise LedgerError("the ledger is away.")
 
 
-@dataclass
-class Keys:
-    """Tokens of one ledger for all tests of this module."""
-
-    ledger: Ledger
-    made: dict[str, str] = field(default_factory=dict)
-
-    def of(self, *scopes: str, limit: int | None = None) -> str:
-        name = "-".join([*scopes, str(limit)]).lower()
-        if name not in self.made:
-            self.made[name] = self.ledger.create_key(name, scopes, actor="t", requests_per_minute=limit)[1]
-        return self.made[name]
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('door') / 'ledger.db'}")
-    yield Keys(ledger)
-    ledger.close()
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may read a ledger for longer than a server waits for it."""
-    monkeypatch.setattr("serving.http.auth.READ_SECONDS", 60.0)
-
-
-@pytest.fixture
-def closed(keys: Keys, tmp_path: Path) -> Door:
-    """A server that other machines can reach."""
-    return Door(keys.ledger, tmp_path)
-
-
 @pytest.fixture
 def local(keys: Keys, tmp_path: Path) -> Door:
     """A server on loopback."""
     return Door(keys.ledger, tmp_path, host="127.0.0.1")
-
-
-def refusal(answer: httpx.Response, status: int, code: str) -> str:
-    """The message of an OpenAI error object."""
-    assert answer.status_code == status, answer.text
-    error = answer.json()["error"]
-    assert error["code"] == code
-    return str(error["message"])
 
 
 def calls(app: FastAPI) -> list[tuple[str, str]]:
@@ -331,74 +217,6 @@ async def test_the_schema_tells_of_keys(local: Door) -> None:
     assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert {"401", "403", "429"} <= schema["paths"]["/v1/models"]["get"]["responses"].keys()
     assert "security" not in schema["paths"]["/health/ready"]["get"]
-
-
-async def hello(scope: Scope, receive: Receive, send: Send) -> None:
-    await PlainTextResponse("hello")(scope, receive, send)
-
-
-class Limited:
-    """The guard alone, with a clock that stands still."""
-
-    def __init__(self, door: Door) -> None:
-        self.clock = Clock()
-        self.guard = Guard(hello, door.access, Rates(self.clock))
-
-    async def get(self, key: str = "", path: str = "/v1/models", peer: str = "192.0.2.1") -> httpx.Response:
-        transport = httpx.ASGITransport(self.guard, client=(peer, 1))
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=headers) as http:
-            return await http.get(path)
-
-
-async def test_a_key_over_its_limit_is_told_when_to_come_again(closed: Door, keys: Keys) -> None:
-    door, token, other = Limited(closed), keys.of("infer", limit=3), keys.of("infer", limit=2)
-    assert [(await door.get(token)).status_code for _ in range(3)] == [200] * 3
-    refused = await door.get(token)
-    assert "'infer-3' may make 3 requests a minute" in refusal(refused, 429, "rate_limited")
-    assert refused.headers["retry-after"] == "20"
-    assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert (await door.get(other)).status_code == 200  # its own bucket
-    assert (await door.get(token, "/health/ready")).status_code == 200
-    door.clock.now += 20
-    assert [(await door.get(token)).status_code for _ in range(2)] == [200, 429]
-    assert REGISTRY.get_sample_value("ratchet_http_rate_limited_total", {"caller": "infer-3"}) == 2
-
-
-async def test_the_operator_is_never_limited(keys: Keys, tmp_path: Path) -> None:
-    door = Limited(Door(keys.ledger, tmp_path, requests_per_minute=1))
-    assert [(await door.get(OPERATOR)).status_code for _ in range(5)] == [200] * 5
-    assert [(await door.get(keys.of("infer"))).status_code for _ in range(2)] == [200, 429]
-
-
-async def test_strangers_share_the_limit_of_their_address(keys: Keys, tmp_path: Path) -> None:
-    door = Limited(Door(keys.ledger, tmp_path, require_keys="never", anonymous_per_minute=2))
-    first = [(await door.get(key)).status_code for key in ("", "none", "sk-other")]
-    assert first == [200, 200, 429]
-    assert (await door.get(peer="192.0.2.2")).status_code == 200
-    neighbours = [(await door.get(peer=f"2001:db8::{number}")).status_code for number in range(3)]
-    assert neighbours == [200, 200, 429]
-    assert (await door.get(peer="2001:db8:0:1::1")).status_code == 200
-
-
-def test_buckets_are_bounded_and_the_idle_are_forgotten_first() -> None:
-    clock = Clock()
-    rates = Rates(clock, most=3)
-    assert rates.take("busy", 1) == 0
-    for number in range(100):
-        rates.take(f"address:{number}", 5)
-        assert rates.take("busy", 1) > 0
-        assert len(rates) <= 3
-
-
-def test_a_bucket_never_holds_more_than_a_minute_of_requests() -> None:
-    clock = Clock()
-    rates = Rates(clock)
-    rates.take("a", 2)
-    clock.now += 3600
-    assert [rates.take("a", 2) > 0 for _ in range(3)] == [False, False, True]
-    clock.now -= 7200  # clocks of tests may go back; a bucket is never in debt for that
-    assert rates.take("b", 0) == 0
 
 
 async def test_who_is_refused_is_not_listened_to(closed: Door) -> None:

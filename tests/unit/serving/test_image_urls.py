@@ -17,6 +17,7 @@ from serving.engines.preprocess import Preprocess
 from serving.http.gateway import Gateway
 from serving.http.intake import ImageIntake, fetcher_of
 from tests.support.site import Site, redirect, reply, site
+from tests.support.waiting import until
 from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png
 
 RED = png()
@@ -130,8 +131,7 @@ async def test_nothing_is_fetched_for_a_client_that_has_gone(web: Site) -> None:
     body = json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode()
     visitor = Visitor(app_of(at), "/v1/chat/completions", body)
     running = visitor.start()
-    while not web.asked:
-        await asyncio.sleep(0.01)
+    await until(lambda: web.asked)
     visitor.gone.set()
     await asyncio.wait_for(running, 10)
     assert await asyncio.to_thread(web.hung_up.wait, 10)
@@ -142,8 +142,7 @@ async def test_others_are_answered_while_a_slow_server_is_waited_for(web: Site) 
     web.pages["/drip"] = web.endless(b"x", 0.01)
     at, _ = serving(fetching(web, deadline_seconds=60, image_seconds=60))
     slow = asyncio.create_task(chat(at, address(web, "/drip")))
-    while not web.asked:
-        await asyncio.sleep(0.01)
+    await until(lambda: web.asked)
     began = time.monotonic()
     assert (await chat(at, address(web))).status_code == 200
     assert not slow.done() and time.monotonic() - began < 30

@@ -36,13 +36,11 @@ class PlainFleet:
     deaf: bool = False
     stuck: str = ""
     gate: asyncio.Event | None = None
-    waiting: bool = False
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
-        if self.gate is not None:
-            self.waiting = True
-            await self.gate.wait()
         self.prepared.append(clip)
+        if self.gate is not None:
+            await self.gate.wait()
         error = self.broken.get(clip or "", "")
         return [
             Prepared(f"r{replica}", clip, self.spaces.get((replica, clip), f"i-{clip}"), f"t-{clip}", error)
@@ -50,10 +48,9 @@ class PlainFleet:
         ]
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
-        if self.gate is not None:
-            self.waiting = True
-            await self.gate.wait()
         self.prepared_vlm.append(vlm)
+        if self.gate is not None:
+            await self.gate.wait()
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
 
     async def cover(self, stamp: Stamp, wait: bool) -> int:
@@ -161,7 +158,7 @@ async def test_another_process_that_commits_in_between_wins(
 ) -> None:
     fleet.gate = asyncio.Event()
     ours = asyncio.create_task(protocol.release({"clip": "a"}, actor="me", reason="slow", expected_live=1))
-    await until(lambda: fleet.waiting)
+    await until(lambda: "a" in fleet.prepared)
     ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
     fleet.gate.set()
     with pytest.raises(ReleaseConflict):
@@ -189,8 +186,7 @@ async def test_a_rollback_does_not_queue_behind_a_long_preparation(
     await release(protocol, "a")
     fleet.stuck = "i-b"
     slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=2))
-    while ("i-b", True) not in fleet.covered:
-        await asyncio.sleep(0.01)
+    await until(lambda: ("i-b", True) in fleet.covered)
     back = await asyncio.wait_for(protocol.rollback(actor="me", reason="bad", expected_live=2), 5)
     assert (back.number, back.clip) == (3, None)
     with pytest.raises(ReleaseConflict, match="me rolled back while it was being prepared"):
@@ -204,7 +200,7 @@ async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
 ) -> None:
     fleet.gate = asyncio.Event()
     slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=1))
-    await until(lambda: fleet.waiting)
+    await until(lambda: "b" in fleet.prepared)
     retiring = asyncio.create_task(protocol.retire())
     await asyncio.sleep(0.05)
     assert fleet.kept == []

@@ -12,6 +12,7 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.terms import Outcome
+from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainFleet
 
 
@@ -171,8 +172,7 @@ async def test_an_update_waits_while_the_other_family_is_rolled_back(
     fleet.stuck = "i-a"
     proposal = protocol.ledger.propose("update", family="clip", clip="a", actor="updater", reason="passed")
     stepping = asyncio.create_task(protocol.step())
-    while ("i-a", True) not in fleet.covered:
-        await asyncio.sleep(0.01)
+    await until(lambda: ("i-a", True) in fleet.covered)
     await asyncio.wait_for(back(protocol, "vlm"), 5)
     assert await stepping is None
     assert live(protocol) == (3, None, None)
@@ -187,8 +187,7 @@ async def test_an_update_judged_against_what_is_taken_back_fails(protocol: Relea
     fleet.stuck = "i-b"
     proposal = protocol.ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
     stepping = asyncio.create_task(protocol.step())
-    while ("i-b", True) not in fleet.covered:
-        await asyncio.sleep(0.01)
+    await until(lambda: ("i-b", True) in fleet.covered)
     await asyncio.wait_for(back(protocol, "clip"), 5)
     with pytest.raises(ReleaseConflict, match="me rolled back"):
         await stepping

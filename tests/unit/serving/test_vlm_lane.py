@@ -115,6 +115,7 @@ async def test_what_is_being_prepared_is_not_swept_before_it_is_adopted(lane: Vl
     await lane.reply(ASK, "b", soon())
     await asyncio.sleep(0.01)
     assert engine.resident() == {"a", "b"}
+    assert engine.loads == ["a", "b", "c"]  # none was swept and loaded again
 
 
 async def test_a_full_engine_makes_room_of_idle_ones_and_waits_for_busy_ones(lane: VlmLane, engine: MemoryVlm) -> None:

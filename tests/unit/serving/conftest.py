@@ -1,0 +1,30 @@
+"""Doors with the keys of one ledger for each module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ops.ledger import Ledger
+from tests.unit.serving.door_edge import Door, Keys
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
+    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('door') / 'ledger.db'}")
+    yield Keys(ledger)
+    ledger.close()
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may read a ledger for longer than a server waits for it."""
+    monkeypatch.setattr("serving.http.auth.READ_SECONDS", 60.0)
+
+
+@pytest.fixture
+def closed(keys: Keys, tmp_path: Path) -> Door:
+    """A server that other machines can reach."""
+    return Door(keys.ledger, tmp_path)
