@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from ops.places import HostRule, NetworkRule, UriRule
+from ops.allow_rules import HostRule, NetworkRule, UriRule
 
 MIB = 1024 * 1024
 

@@ -1,9 +1,10 @@
 """Images by URL, for ingest and for serving: the one way in which Ratchet fetches what somebody else named.
 
-Every hop, redirects included, goes through the same checks: the address is in the operator's list (:mod:`ops.places`);
-its name is looked up once; every address that it has is public or in a named network (:mod:`streams.addresses`); and
-the connection goes to those very addresses, so that a second look-up cannot lead elsewhere. ``Host``, SNI and the
-certificate stay with the name. Proxies and credentials from the environment play no part.
+Every hop, redirects included, goes through the same checks: the address is in the operator's list
+(:mod:`ops.allow_rules`); its name is looked up once; every address that it has is public or in a named network
+(:mod:`streams.addresses`); and the connection goes to those very addresses, so that a second look-up cannot lead
+elsewhere. ``Host``, SNI and the certificate stay with the name. Proxies and credentials from the environment play no
+part.
 
 Bytes are counted while they come, and one deadline holds for all hops. Bodies are taken as they are: a compressed one,
 or one of another length than it declared, is refused.
@@ -25,10 +26,10 @@ from dataclasses import dataclass
 import httpcore
 import httpx
 
+from ops.allow_rules import PORTS, AllowRule
 from ops.errors import RecordError
-from ops.places import PORTS, Place
 from streams.addresses import is_allowed, networks_of
-from streams.wire import PinnedBackend
+from streams.pinned_transport import PinnedBackend
 
 log = logging.getLogger(__name__)
 MAX_URL_CHARS = 2048
@@ -50,7 +51,7 @@ class Rules:
     """What may be fetched."""
 
     places: Sequence[str]
-    """Entries as in :mod:`ops.places`; none: nothing is fetched."""
+    """Entries as in :mod:`ops.allow_rules`; none: nothing is fetched."""
     networks: Sequence[str]
     """Networks that are allowed although they are not public."""
     max_bytes: int
@@ -59,12 +60,12 @@ class Rules:
     """Longest time for one image, redirects included."""
     connections: int = 16
     """Images fetched at once; more wait."""
-    places_setting: str = "serve.image_hosts"
+    rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
     """What these two are called in the settings, for messages."""
 
 
-class Purse:
+class ByteBudget:
     """Bytes that several fetches may spend together."""
 
     def __init__(self, size: int) -> None:
@@ -92,17 +93,17 @@ class Fetcher:
     def __init__(self, rules: Rules, resolve: Resolver | None = None, trust: ssl.SSLContext | None = None) -> None:
         self.rules = rules
         self.resolve = resolve or SystemResolver(rules.connections)
-        self.places = [Place.parse(text) for text in rules.places]
+        self.places = [AllowRule.parse(text) for text in rules.places]
         self.networks = networks_of(rules.networks)
         self._trust = trust or httpcore.default_ssl_context()
         self._seats = asyncio.Semaphore(rules.connections)
 
-    async def fetch(self, url: str, purse: Purse | None = None) -> bytes:
+    async def fetch(self, url: str, budget: ByteBudget | None = None) -> bytes:
         """The bytes of an image.
 
         Args:
             url: http or https, without credentials.
-            purse: what it may spend together with other fetches.
+            budget: what it may spend together with other fetches.
 
         Raises:
             RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
@@ -110,15 +111,15 @@ class Fetcher:
         async with self._seats:
             try:
                 async with asyncio.timeout(self.rules.seconds):
-                    return await self._follow(url, purse or Purse(self.rules.max_bytes))
+                    return await self._follow(url, budget or ByteBudget(self.rules.max_bytes))
             except TimeoutError:
                 raise _unreachable(f"{shown(url)} took longer than {self.rules.seconds:g} s.") from None
 
-    async def _follow(self, url: str, purse: Purse) -> bytes:
+    async def _follow(self, url: str, budget: ByteBudget) -> bytes:
         here = self._checked(url, None)
         for _ in range(MAX_REDIRECTS + 1):
             try:
-                found = await self._hop(here, purse)
+                found = await self._hop(here, budget)
             except FAILURES as error:
                 # What the network said may name inner addresses: it is for the log, not for who asked.
                 log.info("%s could not be fetched: %s: %s", shown(str(here)), type(error).__name__, error)
@@ -147,7 +148,7 @@ class Fetcher:
             raise self._not_allowed(f"{shown(str(url))} is no address that images are fetched from.")
         return url
 
-    async def _hop(self, url: httpx.URL, purse: Purse) -> bytes | str:
+    async def _hop(self, url: httpx.URL, budget: ByteBudget) -> bytes | str:
         """The image, or where to look instead."""
         port = url.port or PORTS[url.scheme]
         pinned = PinnedBackend(await self._addresses(url, port))
@@ -172,7 +173,7 @@ class Fetcher:
             data = bytearray()
             async for chunk in response.aiter_stream():
                 data += chunk
-                purse.spend(len(chunk))
+                budget.spend(len(chunk))
                 if len(data) > self.rules.max_bytes:
                     raise self._too_large(url)
             if declared is not None and pinned.arrived != declared:  # too few bytes are a protocol error already
@@ -212,7 +213,7 @@ class Fetcher:
         return found[:MAX_ADDRESSES]
 
     def _not_allowed(self, message: str, fix: str = "") -> RecordError:
-        fix = fix or f"Send the image itself, or ask an operator to list its host in `{self.rules.places_setting}`."
+        fix = fix or f"Send the image itself, or ask an operator to list its host in `{self.rules.rules_setting}`."
         return RecordError("uri_not_allowed", message, fix)
 
     def _too_large(self, url: httpx.URL) -> RecordError:

@@ -49,7 +49,7 @@ class Delivery:
 Report = Callable[[Delivery | BrokerError], None]
 
 
-class Outlet:
+class RecordSender:
     """Sends encoded records to any topic, with an acknowledgement for each. Thread safe.
 
     The connection is made at once; BrokerError after ``connect_seconds`` without one.
@@ -158,7 +158,7 @@ class Producer:
         self.encoding: Encoding = encoding
         self.on_delivery = on_delivery
         self.delivery_seconds = delivery_seconds
-        self._outlet = Outlet(self.kafka, connect_seconds, delivery_seconds)
+        self._sender = RecordSender(self.kafka, connect_seconds, delivery_seconds)
         self._failures: deque[BrokerError] = deque(maxlen=100)
 
     def send(self, sample: Sample | None = None, /, **fields: Any) -> Future[Delivery]:
@@ -166,13 +166,13 @@ class Producer:
         checked = sample if sample is not None else make_sample(fields)
         check_text(checked, self.limits.max_text_chars)
         decode_image(checked.image, self.limits.max_pixels, self.limits.max_image_bytes, self.limits.min_side)
-        future = self._outlet.send(self.kafka.topic, encode(checked, self.encoding), note=checked.id)
+        future = self._sender.send(self.kafka.topic, encode(checked, self.encoding), note=checked.id)
         future.add_done_callback(self._report)
         return future
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait for the acknowledgement of all that was sent. Raises BrokerError like leaving the block does."""
-        self._outlet.flush(self.delivery_seconds if timeout is None else timeout)
+        self._sender.flush(self.delivery_seconds if timeout is None else timeout)
         if self._failures:
             failure = self._failures[0]
             self._failures.clear()
@@ -180,7 +180,7 @@ class Producer:
 
     def close(self) -> None:
         """Let the connection go without waiting for long."""
-        self._outlet.close()
+        self._sender.close()
 
     def __enter__(self) -> Producer:
         return self

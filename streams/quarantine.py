@@ -29,7 +29,7 @@ from ops.errors import BrokerError
 from ops.settings import Kafka
 from streams.clients import CONNECT_SECONDS, client_options, explain
 from streams.codecs import Encoded, Headers
-from streams.producer import Delivery, Outlet
+from streams.producer import Delivery, RecordSender
 
 log = logging.getLogger(__name__)
 PUBLISH_SECONDS = 20.0
@@ -76,7 +76,7 @@ class Quarantine:
 
     def __init__(self, kafka: Kafka) -> None:
         self.kafka = kafka
-        self._outlet: Outlet | None = None
+        self._sender: RecordSender | None = None
 
     def publish(self, rows: Sequence[Row]) -> None:
         """Publish rows that are known not to be in the topic, and wait for all acknowledgements.
@@ -87,12 +87,12 @@ class Quarantine:
         if not rows:
             return
         try:
-            if self._outlet is None:
-                self._outlet = Outlet(self.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
+            if self._sender is None:
+                self._sender = RecordSender(self.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
             sent: list[Future[Delivery]] = [
-                self._outlet.send(self.kafka.quarantine_topic, message(row)) for row in rows
+                self._sender.send(self.kafka.quarantine_topic, message(row)) for row in rows
             ]
-            self._outlet.flush(PUBLISH_SECONDS)
+            self._sender.flush(PUBLISH_SECONDS)
             for future in sent:
                 future.result(timeout=1)
         except BrokerError:
@@ -131,9 +131,9 @@ class Quarantine:
 
     def close(self) -> None:
         """Give up the connection."""
-        outlet, self._outlet = self._outlet, None
-        if outlet is not None:
-            outlet.close(timeout=1.0)
+        sender, self._sender = self._sender, None
+        if sender is not None:
+            sender.close(timeout=1.0)
 
     def _read(self, consumer: Any, since_ms: int) -> set[Place]:
         topic = self.kafka.quarantine_topic

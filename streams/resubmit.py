@@ -20,7 +20,7 @@ from ops.ledger import Ledger, ResubmissionRow
 from ops.settings import Settings
 from streams.clients import CONNECT_SECONDS
 from streams.codecs import Encoded
-from streams.producer import Delivery, Outlet
+from streams.producer import Delivery, RecordSender
 from streams.quarantine import PUBLISH_SECONDS, original
 from streams.store import SampleStore
 
@@ -94,13 +94,13 @@ def resubmit(
 
 
 def _send(settings: Settings, record: Encoded) -> Delivery:
-    outlet = Outlet(settings.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
+    sender = RecordSender(settings.kafka, CONNECT_SECONDS, PUBLISH_SECONDS)
     try:
-        sent = outlet.send(settings.kafka.topic, record)
-        outlet.flush(PUBLISH_SECONDS)
+        sent = sender.send(settings.kafka.topic, record)
+        sender.flush(PUBLISH_SECONDS)
         return sent.result(timeout=1)
     finally:
-        outlet.close(timeout=1.0)
+        sender.close(timeout=1.0)
 
 
 def _parse(place: str) -> tuple[str, int, int]:

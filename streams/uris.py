@@ -1,8 +1,8 @@
 """Images that a record names instead of carrying: only from places that the operator listed.
 
 An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), or a place on the network as in :mod:`ops.places` (``https://cdn.example.org/images/`` allows what
-lies under that path on that host and port). With an empty list nothing is fetched.
+links are followed), or a place on the network as in :mod:`ops.allow_rules` (``https://cdn.example.org/images/`` allows
+what lies under that path on that host and port). With an empty list nothing is fetched.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _fetcher(places: tuple[str, ...], networks: tuple[str, ...], max_bytes: int)
     return Fetcher(
         Rules(
             places, networks, max_bytes, TIMEOUT_SECONDS, connections=2,
-            places_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
+            rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
         )
     )  # fmt: skip
 

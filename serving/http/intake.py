@@ -17,7 +17,7 @@ from ops.errors import RecordError
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError, from_record
-from streams.fetching import Fetcher, Purse, Rules
+from streams.fetching import ByteBudget, Fetcher, Rules
 from streams.images import decode_image
 
 THREADS = 2
@@ -67,8 +67,8 @@ class ImageIntake:
                 400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
                 param=param, code="too_many_images",
             )  # fmt: skip
-        purse = Purse(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
-        made = [asyncio.create_task(self._one(place, image, finish, purse)) for place, image in images]
+        budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
+        made = [asyncio.create_task(self._one(place, image, finish, budget)) for place, image in images]
         try:
             return list(await asyncio.gather(*made))
         finally:
@@ -76,7 +76,7 @@ class ImageIntake:
                 task.cancel()
 
     async def _one(
-        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]], purse: Purse
+        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]], budget: ByteBudget
     ) -> npt.NDArray[np.uint8]:
         if isinstance(image, str) and image[:8].lower().startswith(("http:", "https:")):
             if self._fetcher is None:
@@ -85,7 +85,7 @@ class ImageIntake:
                     "operator to list its host in `serve.image_hosts`.", param=place, code="image_url_off",
                 )  # fmt: skip
             try:
-                image = await self._fetcher.fetch(image, purse)
+                image = await self._fetcher.fetch(image, budget)
             except RecordError as error:
                 raise from_record(error, place) from None
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._decoded, place, image, finish)

@@ -17,7 +17,7 @@ import lance
 from ops.settings import Settings
 from streams.batch import Batch
 from streams.ingest import run_ingest
-from streams.producer import Outlet
+from streams.producer import RecordSender
 from streams.session import Session
 from streams.store import SampleStore
 
@@ -43,7 +43,7 @@ def after(function: Callable[..., Any], times: int) -> Callable[..., Any]:
 
 
 def delivered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``Outlet.send``, but the process dies when the first record of the third batch of refusals is in the topic."""
+    """``RecordSender.send``, but the process dies when the first record of the third batch of refusals is there."""
     calls = [0]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,7 +61,7 @@ def delivered(function: Callable[..., Any]) -> Callable[..., Any]:
 POINTS: dict[str, Callable[[], None]] = {
     "files_written_but_not_committed": lambda: setattr(lance.LanceDataset, "commit", staticmethod(die)),
     "committed_but_refusals_not_published": lambda: setattr(Batch, "commit", after(Batch.commit, 2)),
-    "some_refusals_of_a_batch_published": lambda: setattr(Outlet, "send", delivered(Outlet.send)),
+    "some_refusals_of_a_batch_published": lambda: setattr(RecordSender, "send", delivered(RecordSender.send)),
     "refusals_published_but_kafka_not_told": lambda: setattr(Session, "_tell_kafka", die),
     "refusals_recovered_but_not_marked": lambda: setattr(Session, "_mark_published", die),
     "positions_read_but_nothing_else": lambda: setattr(SampleStore, "snapshot", after(SampleStore.snapshot, 3)),

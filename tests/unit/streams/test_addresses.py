@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from ops.places import Place
+from ops.allow_rules import AllowRule
 from ops.settings import Serve
 from streams.addresses import is_allowed, networks_of
 
@@ -76,7 +76,7 @@ def test_a_place_covers_what_it_says(rule: str, inside: list[str], outside: list
 
     def covered(url: str) -> bool:
         parts = urlsplit(url)
-        return Place.parse(rule).covers(parts.scheme, parts.hostname or "", parts.port, parts.path)
+        return AllowRule.parse(rule).covers(parts.scheme, parts.hostname or "", parts.port, parts.path)
 
     assert [url for url in inside if not covered(url)] == []
     assert [url for url in outside if covered(url)] == []

@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from ops.errors import RecordError
-from streams.fetching import MAX_REDIRECTS, Fetcher, Purse, Rules
+from streams.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
 from tests.support.site import Site, redirect, reply, site
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
@@ -263,11 +263,11 @@ async def test_a_proxy_in_the_environment_is_not_used(web: Site, monkeypatch: py
 
 
 async def test_several_images_spend_from_one_purse(web: Site) -> None:
-    purse = Purse(2 * len(PICTURE))
+    budget = ByteBudget(2 * len(PICTURE))
     made = fetcher(web)
-    assert [await made.fetch(url(web), purse) for _ in range(2)] == [PICTURE, PICTURE]
+    assert [await made.fetch(url(web), budget) for _ in range(2)] == [PICTURE, PICTURE]
     with pytest.raises(RecordError, match="together"):
-        await made.fetch(url(web), purse)
+        await made.fetch(url(web), budget)
 
 
 async def test_only_so_many_are_fetched_at_once(web: Site) -> None:

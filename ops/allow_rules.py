@@ -20,7 +20,7 @@ PORTS = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AllowRule:
     """One entry of an allow-list."""
 
     scheme: str
@@ -30,7 +30,7 @@ class Place:
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> AllowRule:
         """Read one entry. Raises ValueError saying what is wrong with it."""
         parts = urlsplit(text if "://" in text else f"//{text}")
         if parts.scheme not in ("", *PORTS):
@@ -62,13 +62,13 @@ class Place:
 
 
 def _host(text: str) -> str:
-    Place.parse(text)
+    AllowRule.parse(text)
     return text
 
 
 def _uri(text: str) -> str:
     if not text.startswith("file:///"):
-        Place.parse(text)
+        AllowRule.parse(text)
     return text
 
 
