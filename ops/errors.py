@@ -5,6 +5,9 @@
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
     ├── StoreError         the sample store or the catalog
+    │   ├── StoreUnavailable   it cannot be read or written now
+    │   ├── StoreFull          its disk is full
+    │   ├── Superseded         another process has taken over a partition
     │   └── UnknownRecord      no record was refused at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
@@ -61,6 +64,22 @@ class BrokerError(RatchetError):
 
 class StoreError(RatchetError):
     """The sample store or the catalog."""
+
+
+class StoreUnavailable(StoreError):
+    """The sample store cannot be read or written now; to be tried again."""
+
+
+class StoreFull(StoreUnavailable):
+    """The disk of the sample store is full."""
+
+
+class Superseded(StoreError):
+    """Another process has claimed partitions that this one wanted to write. ``keys`` names them."""
+
+    def __init__(self, keys: list[str]) -> None:
+        super().__init__(f"{', '.join(keys)}: another process has claimed it since.", "It goes on from there.")
+        self.keys = keys
 
 
 class UnknownRecord(StoreError):

@@ -1,4 +1,4 @@
-"""Which partitions this process reads, and how far it has come in each: the store decides where it starts."""
+"""Which partitions this process reads, and where it goes on in each: the store decides that, not Kafka."""
 
 from __future__ import annotations
 
@@ -10,46 +10,51 @@ from typing import Any
 
 from kafka import ConsumerRebalanceListener, TopicPartition
 
-from streams.rows import Position, Snapshot, parse_stream, stream_name
-from streams.store import SampleStore
+from streams.rows import Position, newest_of_topic, parse_stream, stream_name
+from streams.writer import Claim
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class Cursor:
-    """Reading one partition, from its assignment to its loss."""
+class Reading:
+    """Reading one partition, from its claim to its loss."""
 
-    stream: str
-    partition: int
-    topic_id: str
-    stored: int | None
-    """Next offset in the store; None while the store has none for this stream."""
-    published: int = 0
-    next: int = 0
-    """Next offset to take in; ahead of ``stored`` by what is in the batch."""
-    recovered: bool = False
-    """Whether refusals of an earlier life have been published."""
+    claim: Claim
+    next: int
+    """Next offset to take in; ahead of the claim's position by what has not been stored yet."""
+    leader_epoch: int = -1
+    """Of the record before it."""
 
     @property
-    def key(self) -> str:
-        """As in the store's offsets."""
-        return f"{self.stream}:{self.partition}"
+    def stream(self) -> str:
+        """The topic with its generation."""
+        return self.claim.position.stream
+
+    @property
+    def partition(self) -> int:
+        """The partition's number."""
+        return self.claim.position.partition
+
+    @property
+    def stored(self) -> int:
+        """Next offset as the store has it."""
+        return self.claim.position.next
 
 
-def open_cursor(snapshot: Snapshot, topic: str, topic_id: str, partition: int) -> Cursor:
-    """Where to go on with a partition.
+def start_position(known: Iterable[Position], topic: str, topic_id: str, partition: int, first: int) -> Position:
+    """Where to go on with a partition whose log begins at offset ``first``.
 
     A topic whose id is not the one in the store has lost its log (an embedded broker that was restarted, a topic that
     was deleted and made again): its offsets mean other records now, so it is read from its beginning, as a new
     generation.
     """
-    newest = snapshot.of_topic(topic)
+    newest = newest_of_topic(known, topic)
     mine = newest.get(partition)
     if mine is not None and mine.topic_id == topic_id:
-        return Cursor(mine.stream, partition, topic_id, mine.next, mine.published, mine.next)
+        return mine
     generations = {parse_stream(each.stream)[1]: each.topic_id for each in newest.values()}
-    same = [number for number, known in generations.items() if known == topic_id]
+    same = [number for number, id_ in generations.items() if id_ == topic_id]
     generation = max(same) if same else max(generations, default=-1) + 1
     if mine is not None:
         log.warning(
@@ -57,38 +62,47 @@ def open_cursor(snapshot: Snapshot, topic: str, topic_id: str, partition: int) -
             " from its beginning as %s",
             topic, topic_id, mine.topic_id, partition, mine.next, stream_name(topic, generation),
         )  # fmt: skip
-    return Cursor(stream_name(topic, generation), partition, topic_id, None)
+    return Position(stream_name(topic, generation), partition, first, topic_id, published=first)
 
 
-def next_generation(cursor: Cursor, snapshot: Snapshot) -> Cursor:
-    """A cursor for a log that was cut behind what had been read, though the topic kept its id."""
-    topic, _ = parse_stream(cursor.stream)
-    highest = max(parse_stream(each.stream)[1] for each in snapshot.positions.values())
-    return Cursor(stream_name(topic, highest + 1), cursor.partition, cursor.topic_id, None)
+def new_generation(known: Iterable[Position], position: Position, start: int) -> Position:
+    """Where to go on with a log that was cut off at ``start``, behind which other records stand now."""
+    topic, _ = parse_stream(position.stream)
+    highest = max(parse_stream(each.stream)[1] for each in (*known, position))
+    stream = stream_name(topic, highest + 1)
+    return Position(stream, position.partition, start, position.topic_id, published=start)
+
+
+def is_later(position: Position, other: Position) -> bool:
+    """Whether ``position`` is in a later generation of the same topic."""
+    return parse_stream(position.stream)[1] > parse_stream(other.stream)[1]
 
 
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
-    """The cursors of the partitions that the group gave to this process.
+    """The partitions that the group gave to this process.
 
-    Kafka's thread calls the two listener methods; the ingest loop reads. A partition that is lost and comes back has a
-    new cursor, so what was read under the old one can be told apart and is dropped.
+    Kafka's thread calls the two listener methods, which only take notes: it must not wait for the store. The consumer's
+    loop claims what is new. A partition that is lost and comes back has a new reading, so what was read under the old
+    one can be told apart and is dropped.
     """
 
-    def __init__(self, consumer: Any, store: SampleStore, topic: str, topic_id: str) -> None:
+    def __init__(self, consumer: Any, topic: str) -> None:
         self.consumer = consumer
-        self.store = store
         self.topic = topic
-        self.topic_id = topic_id
         self.joined = False
         """Whether the group has said what is ours, be it nothing; not while it is being joined, again or at first."""
         self._lock = threading.Lock()
-        self._cursors: dict[int, Cursor] = {}
+        self._assigned: set[int] = set()
+        self._readings: dict[int, Reading] = {}
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Go on where the store says, whatever Kafka remembers."""
-        snapshot = self.store.snapshot()
-        for partition in sorted(each.partition for each in assigned):
-            self._start(open_cursor(snapshot, self.topic, self.topic_id, partition))
+        """Nothing is fetched of them before they are claimed."""
+        for partition in assigned:
+            self.consumer.seek(partition, 0)
+            self.consumer.pause(partition)
+            with self._lock:
+                self._assigned.add(partition.partition)
+                self._readings.pop(partition.partition, None)
         self.joined = True
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
@@ -96,44 +110,52 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         self.joined = False
         with self._lock:
             for each in revoked:
-                self._cursors.pop(each.partition, None)
+                self._assigned.discard(each.partition)
+                self._readings.pop(each.partition, None)
 
-    def replace(self, cursor: Cursor) -> None:
-        """Read a partition on with another cursor."""
-        self._start(cursor)
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        """The group went on without this process."""
+        self.on_partitions_revoked(lost)
 
-    def rewind(self, partition: int) -> None:
-        """Read a partition, if it is ours, from where its cursor stands."""
-        cursor = self.cursor(partition)
-        if cursor is not None:
-            self._start(cursor)
-
-    def cursor(self, partition: int) -> Cursor | None:
-        """The cursor of a partition, or None when it is not ours (any more)."""
+    def unclaimed(self) -> list[int]:
+        """Partitions that are ours and that nobody reads yet."""
         with self._lock:
-            return self._cursors.get(partition)
+            return sorted(self._assigned - self._readings.keys())
 
-    def holds(self, cursor: Cursor) -> bool:
-        """Whether what was read under ``cursor`` is still ours to store."""
-        return self.cursor(cursor.partition) is cursor
-
-    def all(self) -> list[Cursor]:
-        """All cursors."""
+    def begin(self, reading: Reading) -> bool:
+        """Read a partition on from where ``reading`` stands. False when it is not ours any more."""
+        partition = TopicPartition(self.topic, reading.partition)
         with self._lock:
-            return [self._cursors[number] for number in sorted(self._cursors)]
+            if reading.partition not in self._assigned:
+                return False
+            self._readings[reading.partition] = reading
+        seek(self.consumer, partition, reading.next, reading.claim.position.leader_epoch)
+        self.consumer.resume(partition)
+        return True
 
-    def _start(self, cursor: Cursor) -> None:
-        partition = TopicPartition(self.topic, cursor.partition)
+    def give_up(self, reading: Reading) -> None:
+        """Another process has claimed it, or its log is another: it has to be claimed anew."""
         with self._lock:
-            self._cursors[cursor.partition] = cursor
-        if cursor.stored is None:
-            self.consumer.seek_to_beginning(partition)
-        else:
-            self.consumer.seek(partition, cursor.stored)
+            if self._readings.get(reading.partition) is reading:
+                del self._readings[reading.partition]
+                if reading.partition in self._assigned:
+                    self.consumer.pause(TopicPartition(self.topic, reading.partition))
+
+    def reading(self, partition: int) -> Reading | None:
+        """The reading of a partition, or None when it is not ours (any more)."""
+        with self._lock:
+            return self._readings.get(partition)
+
+    def holds(self, reading: Reading) -> bool:
+        """Whether what was read under ``reading`` is still ours to store."""
+        return self.reading(reading.partition) is reading
+
+    def all(self) -> list[Reading]:
+        """All readings."""
+        with self._lock:
+            return [self._readings[number] for number in sorted(self._readings)]
 
 
-def position_after(cursor: Cursor, refused: bool) -> Position:
-    """The position to store with a batch: ``refused`` tells whether it holds refusals, which are published after it."""
-    clean = not refused and cursor.published == (cursor.stored or 0)
-    published = cursor.next if clean else cursor.published
-    return Position(cursor.stream, cursor.partition, cursor.next, cursor.topic_id, published)
+def seek(consumer: Any, partition: TopicPartition, offset: int, leader_epoch: int) -> None:
+    """Go on at an offset, known to follow a record of this leader epoch (-1: unknown)."""
+    consumer.seek(partition, offset)

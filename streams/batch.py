@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ops.errors import RatchetError
 from ops.settings import Kafka
-from streams.assignment import Cursor, position_after
-from streams.quality.duplicates import Looks, StoredLooks
-from streams.quality.judge import Accepted, Refused
-from streams.rows import Position, Snapshot
-from streams.store import SampleStore
+from streams.assignment import Reading
+from streams.quality.duplicates import DuplicateIndex
+from streams.quality.validate import Accepted, Row
+from streams.rows import Position, tally_of
+from streams.writer import StoreWriter
 
-
-class Superseded(RatchetError):
-    """Another process has stored records of a partition that this one still held: it must ask the store again."""
+Entry = tuple[Reading, int, Accepted | Row, int]
+"""Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
+Watermark = Callable[[Reading], int | None]
+"""Offset of a reading's first refusal that is not published yet, or None where there is none."""
 
 
 @dataclass
@@ -31,37 +31,38 @@ class Outcome:
     """By split."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """By kind."""
-    refused: list[dict[str, Any]] = field(default_factory=list)
-    """Rows to publish to the quarantine topic."""
-    cursors: list[Cursor] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """What was stored."""
+    readings: list[Reading] = field(default_factory=list)
     records: int = 0
     size: int = 0
     """Bytes of the records."""
 
+    def of_kind(self, kind: str) -> list[Row]:
+        """The rows of one kind."""
+        return [row for row in self.rows if row["kind"] == kind]
+
 
 class Batch:
-    """Judged records that wait for their commit."""
+    """Validated records that wait for their commit."""
 
-    def __init__(self, kafka: Kafka, looks: StoredLooks) -> None:
+    def __init__(self, kafka: Kafka, writer: StoreWriter, index: DuplicateIndex) -> None:
         self.kafka = kafka
-        self.looks = looks
-        self._entries: list[tuple[Cursor, Accepted | Refused, int]] = []
+        self.writer = writer
+        self.index = index
+        self._entries: list[Entry] = []
         self._bytes = 0
         self._since = 0.0
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, cursor: Cursor, judged: Accepted | Refused, size: int) -> None:
-        """Take in a record of ``size`` bytes."""
+    def add(self, reading: Reading, end: int, result: Accepted | Row, size: int) -> None:
+        """Take in a record of ``size`` bytes, behind which the next one to read is ``end``."""
         if not self._entries:
             self._since = time.monotonic()
-        self._entries.append((cursor, judged, size))
+        self._entries.append((reading, end, result, size))
         self._bytes += size
-
-    def fits(self, size: int) -> bool:
-        """Whether a record of ``size`` bytes still has room. The first always has: the broker bounds one record."""
-        return not self._entries or self._bytes + size <= self.kafka.batch_bytes
 
     @property
     def due(self) -> bool:
@@ -79,76 +80,65 @@ class Batch:
             return float("inf")
         return self._since + self.kafka.batch_seconds - time.monotonic()
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self._entries = []
-        self._bytes = 0
+    def drop(self, holds: Callable[[Reading], bool]) -> None:
+        """Forget what was read under readings that do not hold any more: others read it again."""
+        self._entries = [entry for entry in self._entries if holds(entry[0])]
+        self._bytes = sum(size for *_, size in self._entries)
 
-    def commit(self, store: SampleStore, holds: Callable[[Cursor], bool]) -> Outcome:
-        """Store, in one commit, what was read under cursors that still hold, and empty the batch.
+    def commit(self, watermark: Watermark) -> Outcome:
+        """Store all of it in one commit, and empty the batch.
 
         Raises:
-            Superseded: another process was faster; nothing was stored.
-            StoreError: nothing was stored.
+            Superseded: another process has claimed partitions of it; nothing was stored. To be tried again without
+                them (:meth:`drop`).
+            StoreUnavailable: nothing was stored; to be tried again.
         """
-        held = [entry for entry in self._entries if holds(entry[0])]
-        entries = [(cursor, judged) for cursor, judged, _ in held]
+        ends: dict[Reading, int] = {reading: end for reading, end, _, _ in self._entries}
         outcome = Outcome(
-            cursors=list(dict.fromkeys(cursor for cursor, _ in entries)),
-            records=len(held),
-            size=sum(size for _, _, size in held),
+            readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
         )
-        if not entries:
-            self.clear()
+        if not ends:
             return outcome
-
-        moved: list[Position] = []
-
-        def build(snapshot: Snapshot) -> tuple[list[dict[str, Any]], list[Position]]:
-            for cursor in outcome.cursors:
-                _check_owner(cursor, snapshot)
-            outcome.samples, outcome.duplicates, outcome.refused = Counter(), Counter(), []
-            self.looks.follow(snapshot)
-            rows = self._decide(entries, outcome)
-            refused = {(row["topic"], row["partition"]) for row in outcome.refused}
-            moved[:] = [
-                position_after(cursor, (cursor.stream, cursor.partition) in refused) for cursor in outcome.cursors
+        with self.index.deciding():
+            self.index.follow(self.writer.table)
+            outcome.rows = self._decide(outcome)
+            moves = [
+                (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
+                for reading, end in ends.items()
             ]
-            return rows, moved
-
-        outcome.version = store.commit(build)
-        for cursor, position in zip(outcome.cursors, moved, strict=True):
-            cursor.stored, cursor.published = position.next, position.published
-        self.clear()
+            outcome.version = self.writer.commit(outcome.rows, moves)
+        self._entries, self._bytes = [], 0
         return outcome
 
-    def _decide(self, entries: list[tuple[Cursor, Accepted | Refused]], outcome: Outcome) -> list[dict[str, Any]]:
-        """The rows to store: a sample, a repetition (of the store or of this batch), or a refusal."""
+    def _decide(self, outcome: Outcome) -> list[Row]:
+        """The rows to store: a sample, or a repetition of the store or of this batch; and what is no sample as it is."""
         rows = []
-        here = Looks(self.looks.distance)
-        for _, judged in entries:
-            if isinstance(judged, Refused):
-                outcome.refused.append(judged.row)
-                rows.append(judged.row)
+        for _, _, result, _ in self._entries:
+            if not isinstance(result, Accepted):
+                rows.append(result)
                 continue
-            row, words = judged.row, judged.words
-            about = (row["id"], row["phash"], words)
-            twin = self.looks.twin(*about) or here.twin(*about)
-            if twin is not None:
-                outcome.duplicates[twin.kind] += 1
-                rows.append(judged.duplicate(twin.kind, twin.id))
+            about = (result.row["id"], result.row["look"], result.words)
+            duplicate = self.index.find(*about)
+            if duplicate is not None:
+                outcome.duplicates[duplicate.kind] += 1
+                rows.append(result.duplicate(duplicate.kind, duplicate.id))
                 continue
-            here.add(*about)
-            outcome.samples[row["split"]] += 1
-            rows.append(row)
+            self.index.add(*about)
+            outcome.samples[result.row["split"]] += 1
+            rows.append(result.row)
         return rows
 
 
-def _check_owner(cursor: Cursor, snapshot: Snapshot) -> None:
-    position = snapshot.positions.get(cursor.key)
-    found = None if position is None else position.next
-    if found != cursor.stored:
-        raise Superseded(
-            f"{cursor.key} was expected at {cursor.stored} and is at {found} in the store: another process reads it.",
-            "It goes on from there.",
-        )
+def _position(reading: Reading, end: int, rows: list[Row], unpublished: int | None) -> Position:
+    """Where the partition stands behind the batch. Refusals are published after it."""
+    position = reading.claim.position
+    own = [row for row in rows if _is_of(row, position)]
+    first = min((row["offset"] for row in own if row["kind"] == "quarantine"), default=end)
+    published = min(end, first, end if unpublished is None else unpublished)
+    return replace(
+        position, next=end, published=published, tally=position.tally + tally_of(own), leader_epoch=reading.leader_epoch
+    )
+
+
+def _is_of(row: Mapping[str, Any], position: Position) -> bool:
+    return bool(row["topic"] == position.stream and row["partition"] == position.partition)

@@ -6,6 +6,8 @@ Every record of the topic becomes one row, so that each can be accounted for:
     sample      an accepted sample                                               all sample columns
     duplicate   a record whose sample was there already                          position, id, reason, duplicate_of
     quarantine  a refused record: the outbox of the quarantine topic             position, reason, original bytes
+    gap         offsets that were lost before they were read                     position (first), until, reason
+    deleted     the receipt of a deletion; of a sample, or of a tombstone        position, id, reason, detail
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
 Readers of the store see samples only.
@@ -13,6 +15,10 @@ Readers of the store see samples only.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -34,10 +40,11 @@ SAMPLE_SCHEMA: Final = pa.schema(
         ("concept", pa.string()),
         ("label", pa.string()),
         ("tags", pa.list_(pa.string())),
+        ("extra", pa.string()),  # JSON object of the fields that Ratchet does not know; empty where there are none
         ("time", _UTC),
         ("ingested_at", _UTC),
         ("split", pa.string()),
-        ("phash", pa.string()),
+        ("look", pa.string()),  # hex of streams.quality.look.Look
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("topic", pa.string()),
@@ -47,21 +54,59 @@ SAMPLE_SCHEMA: Final = pa.schema(
 )
 SAMPLE_COLUMNS: Final = tuple(SAMPLE_SCHEMA.names)
 
+#: Columns of a position. A fragment that has only these holds positions: so they are found without a scan.
+POSITION_COLUMNS: Final = (
+    "kind", "topic", "partition", "offset", "topic_id", "leader_epoch", "published", "epoch", "tally",
+)  # fmt: skip
+
 #: The whole table.
 SCHEMA: Final = pa.schema(
     [
         ("kind", pa.string()),
         *SAMPLE_SCHEMA,
+        ("key", pa.binary()),  # see record_key
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("duplicate_of", pa.string()),
+        ("until", pa.int64()),  # of a gap: the first offset behind it
         ("original", pa.large_binary()),
         ("original_key", pa.large_binary()),
         ("original_headers", pa.string()),  # JSON: [[name, base64 or null], ...]
         ("topic_id", pa.string()),
+        ("leader_epoch", pa.int32()),
         ("published", pa.int64()),
+        ("epoch", pa.int64()),
+        ("tally", pa.string()),  # JSON of a Tally
     ]
 )
+POSITION_SCHEMA: Final = pa.schema([SCHEMA.field(name) for name in POSITION_COLUMNS])
+KEY_BYTES: Final = 256
+"""Longest key that is stored as it is."""
+
+Tally = Counter[str]
+"""Numbers of rows: of each kind; of samples also ``train`` and ``fresh_eval``, and of each of those ``train/text`` and
+``train/question``; ``bytes`` of images and texts. Kept with the positions, so that nothing is counted by a scan."""
+
+
+def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
+    """The tally of new rows."""
+    tally: Tally = Counter()
+    for row in rows:
+        tally[row["kind"]] += 1
+        if row["kind"] == "sample":
+            split = row["split"]
+            tally[split] += 1
+            tally[f"{split}/text"] += bool(row.get("text"))
+            tally[f"{split}/question"] += bool(row.get("question"))
+            tally["bytes"] += len(row["image"])
+        elif row["kind"] == "gap":
+            tally["gap_offsets"] += row["until"] - row["offset"]
+    return tally
+
+
+def record_key(key: bytes | None) -> bytes | None:
+    """What is stored of a record's key, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
+    return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
 
 
 def stream_name(topic: str, generation: int) -> str:
@@ -88,6 +133,12 @@ class Position:
     """Kafka's id of the topic, or empty where the broker has none: tells a lost log from a known one."""
     published: int = 0
     """Refused records below this offset are known to be in the quarantine topic."""
+    leader_epoch: int = -1
+    """Kafka's leader epoch of the record before ``next``, or -1: tells a truncated log from a whole one (KIP-320)."""
+    epoch: int = 0
+    """How often the partition has been claimed. A commit under an older claim fails."""
+    tally: Tally = field(default_factory=Counter)
+    """All rows of this partition since its beginning."""
 
     @property
     def key(self) -> str:
@@ -102,25 +153,27 @@ class Position:
             "partition": self.partition,
             "offset": self.next,
             "topic_id": self.topic_id,
+            "leader_epoch": self.leader_epoch,
             "published": self.published,
+            "epoch": self.epoch,
+            "tally": json.dumps(self.tally, sort_keys=True),
         }
 
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> Position:
+        """From a table row."""
+        return cls(
+            row["topic"], row["partition"], row["offset"], row["topic_id"], row["published"], row["leader_epoch"],
+            row["epoch"], Counter(json.loads(row["tally"])),
+        )  # fmt: skip
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """What a commit is based on: a version of the store, and the positions it holds."""
 
-    version: int
-    positions: dict[str, Position] = field(default_factory=dict)
-    fence: tuple[int, ...] = ()
-    """Fragments that hold the positions; the next commit replaces them."""
-
-    def of_topic(self, topic: str) -> dict[int, Position]:
-        """The newest position of each partition of a topic."""
-        newest: dict[int, Position] = {}
-        for position in self.positions.values():
-            name, generation = parse_stream(position.stream)
-            old = newest.get(position.partition)
-            if name == topic and (old is None or generation > parse_stream(old.stream)[1]):
-                newest[position.partition] = position
-        return newest
+def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Position]:
+    """The position in the newest generation of a topic, by partition."""
+    newest: dict[int, Position] = {}
+    for position in positions:
+        name, generation = parse_stream(position.stream)
+        old = newest.get(position.partition)
+        if name == topic and (old is None or generation > parse_stream(old.stream)[1]):
+            newest[position.partition] = position
+    return newest

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from ops.metrics import declared as d
+
+DEPENDENCIES = ("broker", "store", "disk", "registry")
 
 
 class ingest:
@@ -35,6 +38,23 @@ class ingest:
     def lag(partition: int, records: int) -> None:
         """How far the store is behind one partition."""
         d.INGEST_LAG.labels(str(partition)).set(records)
+
+    @staticmethod
+    def no_lag(partition: int) -> None:
+        """A partition is not read here any more."""
+        with suppress(KeyError):
+            d.INGEST_LAG.remove(str(partition))
+
+    @staticmethod
+    def lost(offsets: int, reason: str) -> None:
+        """Offsets were gone before they were read; reason is ``retention`` or ``truncated``."""
+        d.INGEST_LOST.labels(reason).inc(offsets)
+
+    @staticmethod
+    def waiting(dependency: str) -> None:
+        """What ingest waits for: one of :data:`DEPENDENCIES`, or nothing."""
+        for each in DEPENDENCIES:
+            d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
     @staticmethod
     def committed(seconds: float) -> None:

@@ -1,85 +1,238 @@
 """Finding samples that are there already: the same content, or the same look with the same words.
 
-The index is held in memory, some 300 bytes a sample, and follows the store by reading new fragments only.
+The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
+disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
+
+A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly. To find those
+without comparing with all, a hash is cut into ``distance + 1`` bands: two hashes that differ in fewer bits than there
+are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in Hamming Space, 2012).
 """
 
 from __future__ import annotations
 
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final, Literal
 
-import imagehash
-from PIL import Image
+import lance
 
-from ops.digests import digest_bytes
-from streams.rows import Snapshot
-from streams.store import SampleStore
+from ops.errors import StoreFull, StoreUnavailable
+from streams.quality.look import Look, similar
+from streams.table import SampleTable, fences
 
 Kind = Literal["exact", "perceptual"]
-Words = tuple[str, str, str]  # text, question, answer
+Words = tuple[str, str, str]
+"""Text, question and answer."""
+OFF: Final = -1
+"""The distance at which looks are not compared."""
+CANDIDATES: Final = 64
+"""Looks compared with in one band. More share words and hash only in a stream of plain pictures, which may then keep
+near duplicates: nothing is lost by that."""
+RECENT_VERSIONS: Final = 256
+"""Versions whose transactions are read to leave out what compaction only moved."""
+CHUNK_ROWS: Final = 65_536
+CACHE_KIB: Final = 32_768
+WAIT_SECONDS: Final = 60.0
+_FORMAT: Final = "1"
+_COLUMNS: Final = ["kind", "id", "look", "text", "question", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
-class Twin:
+class Duplicate:
     """Why a sample is a duplicate, and of which sample."""
 
     kind: Kind
     id: str
 
 
-def phash(image: Image.Image) -> str:
-    """Perceptual hash of an RGB image: the signs of its 8x8 lowest DCT coefficients. 16 hex digits."""
-    return str(imagehash.phash(image))
+class DuplicateIndex:
+    """Samples to compare with. Several processes may share a file; use each object from one thread."""
 
+    def __init__(self, path: Path | str, store: str, distance: int = 0) -> None:
+        """
+        Args:
+            path: the file; ``:memory:`` for none.
+            store: name of the store that it follows.
+            distance: bits in which the hashes of near duplicates may differ; 0 wants equal ones, :data:`OFF` none.
 
-class Looks:
-    """Samples to compare with."""
-
-    def __init__(self, distance: int = 0) -> None:
-        """``distance``: bits in which the perceptual hashes of twins may differ; 0 wants equal hashes."""
+        Raises:
+            StoreUnavailable: the file cannot be written.
+        """
+        self.path = path
         self.distance = distance
-        self._ids: set[bytes] = set()
-        self._looks: dict[bytes, dict[int, bytes]] = {}  # words -> perceptual hash -> id
+        self._bands = _bands(distance)
+        self._identity = f"{_FORMAT} {store} {distance}"
+        with _told(path):
+            self._open()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return int(self._db.execute("SELECT count(*) FROM ids").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
+
+    @contextmanager
+    def deciding(self) -> Iterator[None]:
+        """What is added inside is kept when the block ends well, and forgotten when it raises.
+
+        Other processes that share the file wait meanwhile.
+
+        Raises:
+            StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
+        """
+        with _told(self.path):
+            self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        with _told(self.path):
+            self._db.execute("COMMIT")
+
+    def find(self, sample_id: str, look: str, words: Words) -> Duplicate | None:
+        """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
+        with _told(self.path):
+            if self._has(bytes.fromhex(sample_id)):
+                return Duplicate("exact", sample_id)
+            if self.distance == OFF:
+                return None
+            mine = Look.parse(look)
+            query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
+            for band in self._bands_of(mine, words):
+                for other, theirs in self._db.execute(query, (band, CANDIDATES)):
+                    if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
+                        return Duplicate("perceptual", other.hex())
+        return None
 
     def add(self, sample_id: str, look: str, words: Words) -> None:
         """Remember a sample."""
-        key = bytes.fromhex(sample_id)
-        self._ids.add(key)
-        self._looks.setdefault(_words_key(words), {}).setdefault(int(look, 16), key)
+        self._insert([(bytes.fromhex(sample_id), look, words)])
 
-    def twin(self, sample_id: str, look: str, words: Words) -> Twin | None:
-        """The sample that this one repeats, if any. Different words are never twins, however alike the images."""
-        if bytes.fromhex(sample_id) in self._ids:
-            return Twin("exact", sample_id)
-        looks = self._looks.get(_words_key(words), {})
-        value = int(look, 16)
-        if value in looks:
-            return Twin("perceptual", looks[value].hex())
-        if self.distance:
-            for other, key in looks.items():
-                if (value ^ other).bit_count() <= self.distance:
-                    return Twin("perceptual", key.hex())
-        return None
+    def follow(self, table: SampleTable) -> None:
+        """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`."""
+        dataset = table.open()
+        if dataset is None:
+            return
+        last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
+        if dataset.version == version:
+            return
+        known = {fragment.fragment_id for fragment in fences(dataset)} | _moved(dataset, version)
+        fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
+        with _told(self.path):
+            for fragment in (each for each in fresh if each.fragment_id not in known):
+                self._take(dataset, fragment)
+            self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
+            self._set_meta("version", int(dataset.version))
+
+    def _take(self, dataset: Any, fragment: Any) -> None:
+        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
+        for batch in rows.to_batches():
+            kinds, ids, looks, *words = (batch[name].to_pylist() for name in _COLUMNS)
+            samples = sorted(
+                (bytes.fromhex(sample), look, said)
+                for kind, sample, look, said in zip(kinds, ids, looks, zip(*words, strict=True), strict=True)
+                if kind == "sample"
+            )
+            self._insert(samples)
+            for sample in (name for kind, name in zip(kinds, ids, strict=True) if kind == "deleted" and name):
+                if not dataset.count_rows(filter=f"kind = 'sample' AND id = '{bytes.fromhex(sample).hex()}'"):
+                    self._db.execute("DELETE FROM ids WHERE id = ?", (bytes.fromhex(sample),))
+
+    def _insert(self, samples: Iterable[tuple[bytes, str, Words]]) -> None:
+        rows = list(samples)
+        with _told(self.path):
+            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
+            if self.distance != OFF:
+                bands = sorted(
+                    (band, sample, look)
+                    for sample, look, words in rows
+                    for band in self._bands_of(Look.parse(look), words)
+                )
+                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", bands)
+
+    def _has(self, sample: bytes) -> bool:
+        return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
+
+    def _bands_of(self, look: Look, words: Words) -> list[int]:
+        """One number for each band: of the words and of the hash's bits there."""
+        text = "\0".join((*map(str, map(len, words)), *words)).encode()
+        return [
+            int.from_bytes(
+                blake2b(text, digest_size=8, key=(look.phash & mask).to_bytes(8, "big"), salt=bytes([n])).digest(),
+                "big",
+                signed=True,
+            )
+            for n, mask in enumerate(self._bands)
+        ]
+
+    def _open(self) -> None:
+        self._db = self._connect()
+        try:
+            if self._meta("identity") == self._identity:
+                return
+        except sqlite3.DatabaseError:  # no index, or a damaged one
+            pass
+        self._db.close()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        self._db = self._connect()
+        self._db.executescript(
+            "BEGIN IMMEDIATE;"
+            "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);"
+            "CREATE TABLE IF NOT EXISTS ids (id BLOB PRIMARY KEY) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS looks (band INTEGER, id BLOB, look TEXT, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+            "COMMIT;"
+        )
+        self._set_meta("identity", self._identity)
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.path != ":memory:":
+            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = NORMAL")
+        db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        return db
+
+    def _meta(self, name: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def _set_meta(self, name: str, value: str | int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
 
 
-class StoredLooks(Looks):
-    """The samples of a store, as of the last :meth:`follow`."""
-
-    def __init__(self, store: SampleStore, distance: int = 0) -> None:
-        super().__init__(distance)
-        self.store = store
-        self._fragments: set[int] = set()
-
-    def follow(self, snapshot: Snapshot) -> None:
-        """Take in what the snapshot holds beyond what is known."""
-        for number, table in self.store.identities(snapshot, self._fragments):
-            for row in table.to_pylist():
-                self.add(row["id"], row["phash"], (row["text"], row["question"], row["answer"]))
-            self._fragments.add(number)
+def _bands(distance: int) -> list[int]:
+    """Masks of 64 bits that cover each bit once, ``distance + 1`` of them."""
+    ends = [64 * number // (distance + 1) for number in range(distance + 2)] if distance >= 0 else []
+    return [((1 << (end - start)) - 1) << start for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def _words_key(words: Words) -> bytes:
-    return bytes.fromhex(digest_bytes(*(word.encode() for word in words))[:32])
+def _moved(dataset: Any, since: int) -> set[int]:
+    """Fragments of rows that were in the store at version ``since``, and were only moved by compaction."""
+    if since < 0 or dataset.version - since > RECENT_VERSIONS:
+        return set()
+    moved: set[int] = set()
+    for transaction in dataset.get_transactions(int(dataset.version - since)):
+        operation = getattr(transaction, "operation", None)
+        if isinstance(operation, lance.LanceOperation.Rewrite):
+            moved.update(each.id for group in operation.groups for each in group.new_fragments)
+    return moved
+
+
+@contextmanager
+def _told(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        if "full" in str(error) or "No space left" in str(error):
+            raise StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.") from error
+        raise StoreUnavailable(
+            f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
+        ) from error

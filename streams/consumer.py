@@ -1,0 +1,539 @@
+"""The consumer: from the topic into the sample store.
+
+Read, validate, store samples and offsets in one commit, publish the refusals, and only then tell Kafka. What Kafka
+remembers is for others to look at (lag); where to go on is read from the store. Killed at any instant, every record is
+in the store or in the quarantine topic exactly once.
+
+The loop is total: whatever bytes come, a record ends as a sample, a duplicate, a tombstone or a refusal, and offsets
+that cannot be read any more as a gap. Only what is away is waited for: the broker, the store, the disk, the registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
+
+from ops import metrics
+from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, StoreFull, Superseded
+from ops.progress import say
+from ops.settings import Settings
+from streams import tolerant_fetch
+from streams.assignment import Assignment, Reading, new_generation, start_position
+from streams.batch import Batch, Outcome
+from streams.clients import MAX_RECORD_BYTES, Admin, client_options, explain
+from streams.crash_guard import CrashGuard
+from streams.ingest_status import Dependency, IngestStatus
+from streams.log_watch import LogLost, LogWatch, gap
+from streams.quality.duplicates import DuplicateIndex
+from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
+from streams.refusal_publisher import RefusalPublisher
+from streams.registry import SchemaRegistry
+from streams.rows import parse_stream
+from streams.store import SampleStore
+from streams.uris import UriFetcher
+from streams.validation_pool import ValidationPool
+from streams.writer import StoreWriter
+
+log = logging.getLogger(__name__)
+POLL_SECONDS: Final = 0.25
+#: Records of one poll: they wait in memory while those before them are validated and committed.
+POLL_RECORDS: Final = 256
+CONNECT_SECONDS: Final = 3.0
+#: A process that was killed is noticed after this long, and its partitions go to another.
+SESSION_SECONDS: Final = 6.0
+#: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
+JOIN_SECONDS: Final = 6.0
+#: A group that lets nobody in for so long is a problem that somebody has to look at.
+GROUP_PATIENCE_SECONDS: Final = 30.0
+#: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
+PUBLISH_SECONDS: Final = 5.0
+BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
+AWAY: Final = (BrokerError, StoreError, RegistryUnavailable, KafkaError, OSError)
+"""Errors of what may be away, and is waited for."""
+
+
+class Consumer:
+    """Reads the topic until :meth:`stop`.
+
+    >>> consumer = Consumer(settings)
+    >>> threading.Thread(target=consumer.run).start()
+    >>> consumer.status.samples
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: SampleStore | None = None,
+        on_change: Callable[[IngestStatus], None] | None = None,
+    ) -> None:
+        """``on_change`` is called with the status after every commit and change of state."""
+        self.settings = settings
+        self.kafka = settings.kafka
+        self.store = store or SampleStore(settings.lake)
+        self.status = IngestStatus()
+        self._on_change = on_change
+        self._stopping = threading.Event()
+        self._admin = Admin(self.kafka, CONNECT_SECONDS)
+        self._consumer: Any = None
+        self._opened = False
+        self._outside_since = 0.0
+
+    def stop(self) -> None:
+        """Ask :meth:`run` to store what it has read, and return. From any thread or a signal handler."""
+        self._stopping.set()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Read until :meth:`stop`; what is away is waited for.
+
+        Raises:
+            ConfigError: an option of the Kafka client is wrong.
+        """
+        failures = 0
+        try:
+            while not self._stopping.is_set():
+                commits = self.status.commits
+                try:
+                    self._connect()
+                    while not self._stopping.is_set():
+                        self._step()
+                    self._finish()
+                except LogLost as error:
+                    say(f"ingest: [yellow]{error}[/yellow]")
+                except AWAY as error:
+                    failures = 0 if self.status.commits > commits else failures
+                    self._wait(error, failures)
+                    failures += 1
+                finally:
+                    self._disconnect()
+        finally:
+            self._close()
+        self._change(state="stopped", waiting_for="", problem="")
+
+    def _step(self) -> None:
+        """One turn of the loop."""
+        self._claim()
+        self._poll()
+        self._collect()
+        if self._batch.due:
+            self._commit()
+        self._mark_published()
+
+    def _finish(self) -> None:
+        """Asked to stop: store what is validated, and leave the rest to the next owner."""
+        self._collect()
+        self._commit()
+        self._publisher.wait_until_published(PUBLISH_SECONDS)
+        self._mark_published()
+
+    # -- beginning and end ------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Make what outlives a connection to the broker. Raises StoreUnavailable."""
+        limits, folder = self.settings.ingest, self.settings.home / "ingest"
+        name, split_key = self.store.table.identity()
+        if limits.split_key is not None:
+            split_key = limits.split_key.get_secret_value().encode()
+        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
+        with index.deciding():
+            index.follow(self.store.table)
+        cores = limits.threads or os.cpu_count() or 1
+        threads = cores + (limits.uri_concurrency if limits.allowed_uris else 0)
+        self._guard = CrashGuard(folder, threads)
+        self._fetcher = UriFetcher(limits)
+        self._rules = Rules(limits, split_key, self._fetcher.fetch, SchemaRegistry.of(self.kafka))
+        self._writer = StoreWriter(self.store.table)
+        self._batch = Batch(self.kafka, self._writer, index)
+        records = 2 * self.kafka.batch_records + POLL_RECORDS
+        self._pool = ValidationPool(self._validate, threads, 2 * self.kafka.batch_bytes, records)
+        self._publisher = RefusalPublisher(self.kafka, self.store)
+        self._opened = True
+
+    def _close(self) -> None:
+        if self._opened:
+            self._pool.close()
+            self._publisher.close()
+            self._fetcher.close()
+            self._batch.index.close()
+            self._guard.close()
+        self._admin.close()
+
+    def _connect(self) -> None:
+        """Join the group. Raises BrokerError, StoreUnavailable."""
+        if not self._opened:
+            self._open()
+        topic_id = self._ensure_topics()
+        bounds = {
+            "group_id": self.kafka.group,
+            "enable_auto_commit": False,
+            "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
+            "isolation_level": self.kafka.isolation_level,
+            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
+            "session_timeout_ms": int(SESSION_SECONDS * 1000),
+            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
+            "reconnect_backoff_max_ms": 1000,
+            "max_poll_records": POLL_RECORDS,
+            "fetch_max_bytes": self.kafka.batch_bytes,
+            "max_partition_fetch_bytes": max(1, self.kafka.batch_bytes // 2),
+            "receive_message_max_bytes": MAX_RECORD_BYTES + self.kafka.batch_bytes,
+        }
+        self._consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
+        tolerant_fetch.install(self._consumer, MAX_RECORD_BYTES)
+        self._assignment = Assignment(self._consumer, self.kafka.topic)
+        self._log = LogWatch(self._admin, self._consumer, self.kafka.topic, topic_id)
+        self._consumer.subscribe([self.kafka.topic], listener=self._assignment)
+        self._outside_since = time.monotonic()
+
+    def _ensure_topics(self) -> str:
+        """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
+        topic = self.kafka.topic
+        if not any(parse_stream(position.stream)[0] == topic for position in self.store.positions().values()):
+            self._admin.ensure_topics([topic], self.kafka.partitions)
+        self._admin.ensure_topics([self.kafka.quarantine_topic])
+        topic_id = self._admin.topic_id(topic)
+        if topic_id is None:
+            raise BrokerError(
+                f"topic {topic} is gone, which had been read before.",
+                "Make it again, with the partitions and settings that it had; its new log is then read from the beginning.",
+            )
+        return topic_id
+
+    def _disconnect(self) -> None:
+        """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""
+        consumer = self._consumer
+        if consumer is None:
+            return
+        if not self._stopping.is_set():
+            self._pool.finish()
+        self._salvage()
+        deadline = time.monotonic() + JOIN_SECONDS
+        try:
+            while not self._assignment.joined and self.status.state != "waiting" and time.monotonic() < deadline:
+                consumer.poll(timeout_ms=int(POLL_SECONDS * 1000))  # nothing is fetched of what is not claimed
+        except KafkaError as error:
+            log.info("the group was left before it was joined: %s", error)
+        self._consumer = None
+        consumer.close(autocommit=False, timeout_ms=2000)
+        self._drop(lambda reading: False)
+        self._log.forget_lag()
+
+    # -- claiming ---------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Take over the partitions that the group has given to this process."""
+        self._drop(self._assignment.holds)
+        partitions = self._assignment.unclaimed()
+        if partitions:
+            self._patiently(partial(self._claim_all, partitions))
+
+    def _claim_all(self, partitions: Sequence[int]) -> None:
+        topic, known = self.kafka.topic, list(self.store.positions().values())
+        firsts = {number: self._log.range(number)[0] for number in partitions}
+        starts = [start_position(known, topic, self._log.topic_id, number, firsts[number]) for number in partitions]
+        for claim in self._writer.claim(starts):
+            position = claim.position
+            reading = Reading(claim, position.next, position.leader_epoch)
+            self._publisher.recover(reading)
+            if self._assignment.begin(reading):
+                log.info("reading %s from %d", claim.key, reading.next)
+                self._skip_to(reading, firsts[position.partition])
+
+    def _drop(self, holds: Callable[[Reading], bool]) -> None:
+        """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
+        self._pool.drop(holds)
+        self._batch.drop(holds)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        """Take new records to the threads that validate them."""
+        if not self._pool.has_room:
+            self._pool.wait(POLL_SECONDS)
+            return
+        busy = len(self._pool) > 0
+        seconds = 0.0 if busy else max(0.0, min(POLL_SECONDS, self._batch.seconds_left))
+        readings = {each.partition: each for each in self._assignment.all()}
+        try:
+            polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
+        except OffsetOutOfRangeError:
+            self._patiently(self._find_range)
+            return
+        except LogTruncationError as error:
+            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
+            return
+        if (polled or self._log.due) and not self._patiently(self._look):
+            return  # asked to stop while the broker was away: what was polled stays in the log
+        for partition, records in polled.items():
+            reading = readings.get(partition.partition)
+            if reading is not None and self._assignment.holds(reading):
+                for record in records:
+                    self._take(reading, record)
+            elif (current := self._assignment.reading(partition.partition)) is not None:
+                self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
+        if busy and not polled:
+            self._pool.wait(0.02)
+
+    def _take(self, reading: Reading, record: Any) -> None:
+        if record.offset < reading.next:
+            return  # taken before
+        reading.next = record.offset + 1
+        position = (reading.stream, reading.partition, record.offset)
+        if isinstance(record, tolerant_fetch.Corrupt):
+            received = Received(*position, record.raw)
+            self._pool.add_result(reading, received, refuse(received, "corrupt", record.detail))
+            return
+        received = Received(*position, record.value, record.key, record.headers, record.timestamp)
+        alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
+        if alone:
+            self._pool.finish()
+        self._pool.add(reading, received, record.leader_epoch)
+        if alone:
+            self._pool.finish()
+
+    def _validate(self, received: Received) -> Accepted | Row:
+        position = (received.stream, received.partition, received.offset)
+        if self._guard.is_poison(position):
+            deaths = self._guard.deaths(position)
+            return refuse(received, "crashed", f"the process died {deaths} times while it validated this record.")
+        with self._guard.validating(position):
+            return validate(received, self._rules)
+
+    def _collect(self) -> None:
+        """Move what is validated to the batch, in the order of each partition."""
+        try:
+            for each in self._pool.done():
+                if self._assignment.holds(each.reading):
+                    each.reading.leader_epoch = each.leader_epoch
+                    self._batch.add(each.reading, each.end, each.result, each.size)
+                if self._batch.due:
+                    self._commit()
+        except RegistryUnavailable as error:
+            self._wait(error, 1)
+
+    # -- storing ----------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Store the batch, publish its refusals, tell Kafka: in this order."""
+        if len(self._batch):
+            self._patiently(self._store)
+
+    def _store(self) -> None:
+        self._batch.drop(self._assignment.holds)
+        started = time.monotonic()
+        try:
+            outcome = self._batch.commit(self._publisher.unpublished)
+        except Superseded as error:
+            log.warning("%s", error)
+            for reading in self._assignment.all():
+                if reading.claim.key in error.keys:
+                    self._assignment.give_up(reading)
+            return
+        if outcome.readings:
+            metrics.ingest.committed(time.monotonic() - started)
+            self._publish(outcome)
+            self._tell_kafka(outcome.readings)
+            self._count(outcome)
+
+    def _publish(self, outcome: Outcome) -> None:
+        refused = outcome.of_kind("quarantine")
+        for reading in outcome.readings:
+            mine = [row for row in refused if (row["topic"], row["partition"]) == (reading.stream, reading.partition)]
+            self._publisher.publish(reading, mine)
+        self._guard.forget((row["topic"], row["partition"], row["offset"]) for row in outcome.rows)
+
+    def _mark_published(self) -> None:
+        """Remember that refusals are in the topic, where no batch is going to say so soon."""
+        if len(self._batch) or len(self._pool):
+            return
+        moves = []
+        for reading in self._assignment.all():
+            position = reading.claim.position
+            waiting = self._publisher.unpublished(reading)
+            published = position.next if waiting is None else min(waiting, position.next)
+            if published > position.published:
+                moves.append((reading.claim, replace(position, published=published)))
+        if moves:
+            try:
+                self._writer.commit((), moves)
+            except StoreError as error:  # with the next batch, or by the next owner
+                log.info("what was published is remembered later: %s", error)
+
+    def _tell_kafka(self, readings: Sequence[Reading]) -> None:
+        topic = self.kafka.topic
+        offsets = {TopicPartition(topic, each.partition): OffsetAndMetadata(each.stored, "", -1) for each in readings}
+        try:
+            self._consumer.commit(offsets, timeout_ms=5000)
+        except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
+            log.info("offsets were stored, and could not be told to Kafka: %s", error)
+
+    # -- what happens to the log ------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        self._log.look()
+        metrics.ingest.broker(True)
+        self._tell_state()
+        lag = self._log.lag(self._assignment.all()) if self._assignment.joined else None
+        if lag != self.status.lag:
+            self._change(lag=lag)
+
+    def _find_range(self) -> None:
+        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
+        for reading in self._assignment.all():
+            first, end = self._log.range(reading.partition)
+            if reading.next > end:
+                self._cut_off(reading, None, end)
+            else:
+                self._skip_to(reading, first)
+
+    def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
+        """Records that were read are gone, and others stand in their place (KIP-320)."""
+        for reading in self._assignment.all():
+            if reading.partition in divergences:
+                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
+
+    def _skip_to(self, reading: Reading, first: int) -> None:
+        """Go on at ``first``; what lies before it was deleted unread, which is a row."""
+        if reading.next >= first:
+            return
+        self._collect_all()
+        self._lose(gap(reading, reading.next, first, "retention"), reading, first)
+        reading.next = first
+        self._assignment.begin(reading)
+
+    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
+        """Read on as a new generation from where the log diverges; from its beginning where that is not known."""
+        self._collect_all()
+        start = min(end if divergence is None else divergence, reading.next)
+        self._lose(gap(reading, start, reading.next, "truncated"), reading, reading.next)
+        self._commit()
+        begin = self._log.range(reading.partition)[0] if divergence is None else divergence
+        [claim] = self._writer.claim([new_generation(self.store.positions().values(), reading.claim.position, begin)])
+        self._assignment.begin(Reading(claim, claim.position.next))
+
+    def _lose(self, row: Row, reading: Reading, end: int) -> None:
+        say(f"ingest: [red]{reading.claim.key}: {row['detail']} ({row['offset']} to {row['until'] - 1})[/red]")
+        self._batch.add(reading, end, row, 0)
+
+    def _collect_all(self) -> None:
+        self._pool.finish()
+        self._collect()
+
+    # -- waiting and telling ----------------------------------------------------------------------------------------
+
+    def _patiently(self, act: Callable[[], None]) -> bool:
+        """Do what needs something that may be away, when it is there; False when asked to stop before. Raises LogLost."""
+        failures = 0
+        while True:
+            try:
+                act()
+                return True
+            except LogLost:
+                raise
+            except AWAY as error:
+                self._wait(error, failures)
+                failures += 1
+            if self._stopping.is_set():
+                return False
+
+    def _wait(self, error: Exception, failures: int) -> None:
+        """Say what is away, store what can be stored, and wait: longer after more failures."""
+        known = error if isinstance(error, RatchetError) else explain(error, self.kafka, "reading")
+        dependency = _dependency(known)
+        if dependency == "broker":
+            metrics.ingest.broker(False)
+            if self._consumer is not None:
+                self._salvage()
+        metrics.ingest.waiting(dependency)
+        self._change(state="waiting", waiting_for=dependency, problem=str(known))
+        seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
+        say(f"ingest: [yellow]{known}[/yellow] Trying again in {seconds:g} s.")
+        self._stopping.wait(seconds)
+        if dependency != "broker" and self._consumer is not None:
+            self._stay_in_group()
+
+    def _salvage(self) -> None:
+        """Store what has been read though the broker is away; its refusals are published when it is back."""
+        for each in self._pool.done():
+            if self._assignment.holds(each.reading):
+                self._batch.add(each.reading, each.end, each.result, each.size)
+        try:
+            self._store()
+        except AWAY as error:
+            log.warning("what was read is stored later: %s", error)
+
+    def _stay_in_group(self) -> None:
+        """Poll without taking anything: a member that does not poll for minutes is put out of the group."""
+        readings = self._assignment.all()
+        try:
+            self._consumer.pause(*(TopicPartition(self.kafka.topic, each.partition) for each in readings))
+            self._consumer.poll(timeout_ms=0)
+            for reading in readings:
+                if self._assignment.holds(reading):
+                    self._assignment.begin(reading)
+        except (KafkaError, ValueError) as error:
+            log.info("the group could not be asked while waiting: %s", error)
+
+    def _tell_state(self) -> None:
+        """The broker answers: so this process reads, or the group has not let it in, which is said after a while."""
+        state = "reading" if self._assignment.joined else "joining"
+        if self.status.state != state:
+            self._outside_since = time.monotonic()
+            metrics.ingest.waiting("")
+            self._change(state=state, waiting_for="", problem="")
+        outside = time.monotonic() - self._outside_since
+        if state == "joining" and not self.status.problem and outside > GROUP_PATIENCE_SECONDS:
+            problem = (
+                f"group {self.kafka.group} has not let this process in for {outside:.0f} s. Look at its members"
+                " (Apache Kafka: kafka-consumer-groups.sh --describe --members); restart an embedded broker."
+            )
+            self._change(problem=problem)
+            say(f"ingest: [red]{problem}[/red]")
+
+    def _change(self, **changes: Any) -> None:
+        """Change fields of the status, and tell who listens."""
+        self.status = replace(self.status, **changes)
+        if self._on_change is not None:
+            self._on_change(self.status)
+
+    def _count(self, outcome: Outcome) -> None:
+        """Count a commit, in the metrics and in the status."""
+        refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
+        metrics.ingest.received(outcome.records, outcome.size)
+        for split, count in outcome.samples.items():
+            metrics.ingest.stored(count, split)
+        for kind, count in outcome.duplicates.items():
+            metrics.ingest.duplicates(count, kind)
+        for row in refused:
+            metrics.ingest.refused(row["reason"])
+        for row in gaps:
+            metrics.ingest.lost(row["until"] - row["offset"], row["reason"])
+        now = self.status
+        self._change(
+            samples=now.samples + outcome.samples.total(),
+            duplicates=now.duplicates + outcome.duplicates.total(),
+            quarantined=now.quarantined + len(refused),
+            tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
+            gap_offsets=now.gap_offsets + sum(row["until"] - row["offset"] for row in gaps),
+            commits=now.commits + 1,
+            version=outcome.version,
+            offsets={**now.offsets, **{reading.claim.key: reading.stored for reading in outcome.readings}},
+            lag=self._log.lag(self._assignment.all()),
+        )
+
+
+def _dependency(error: RatchetError) -> Dependency:
+    if isinstance(error, StoreFull):
+        return "disk"
+    if isinstance(error, StoreError):
+        return "store"
+    return "registry" if isinstance(error, RegistryUnavailable) else "broker"

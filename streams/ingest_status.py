@@ -1,0 +1,30 @@
+"""Where ingest stands, for whoever watches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+State = Literal["starting", "joining", "reading", "waiting", "stopped"]
+Dependency = Literal["", "broker", "store", "disk", "registry"]
+
+
+@dataclass(frozen=True, slots=True)
+class IngestStatus:
+    """Where ingest stands."""
+
+    state: State = "starting"
+    """``joining`` is of the consumer group; ``waiting`` is for :attr:`waiting_for`."""
+    waiting_for: Dependency = ""
+    samples: int = 0
+    duplicates: int = 0
+    quarantined: int = 0
+    tombstones: int = 0
+    gap_offsets: int = 0
+    """Offsets that were lost before they were read."""
+    commits: int = 0
+    version: int = 0
+    lag: int | None = None
+    """Records between the store and the end of the log; None until it is known."""
+    offsets: dict[str, int] = field(default_factory=dict)
+    problem: str = ""

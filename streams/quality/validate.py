@@ -1,0 +1,183 @@
+"""One record from outside: is it a sample?
+
+Whatever its bytes are, a record ends as a sample, as a tombstone (a wish to delete), or as a refusal with its reason.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from ops.errors import RatchetError, RecordError
+from ops.settings import Ingest as Limits
+from streams.codecs import Fetch, decode
+from streams.images import decode_image
+from streams.quality.duplicates import Words
+from streams.quality.look import look_of, split_of
+from streams.records import Sample, check_text
+from streams.registry import SchemaRegistry
+from streams.rows import record_key
+
+log = logging.getLogger(__name__)
+DETAIL_CHARS: Final = 500
+ID_HEADER: Final = "ratchet_id"
+"""Header of a tombstone that names the sample to delete by its id instead of by the record's key."""
+_LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong; units are
+
+Row = dict[str, Any]
+"""A row of the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A record as it came from Kafka. ``stream`` is the topic with its generation."""
+
+    stream: str
+    partition: int
+    offset: int
+    value: bytes | None
+    key: bytes | None = None
+    headers: Sequence[tuple[str, bytes | None]] = ()
+    timestamp: int = -1
+    """CreateTime as it came: milliseconds since 1970 where the producer kept to the protocol."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a batch."""
+        return len(self.value or b"") + len(self.key or b"") + sum(len(n) + len(v or b"") for n, v in self.headers)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """The columns that tell where it is from."""
+        return {"topic": self.stream, "partition": self.partition, "offset": self.offset}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a record is held against."""
+
+    limits: Limits
+    split_key: bytes
+    """Of the store: see :func:`streams.quality.look.split_of`."""
+    fetch: Fetch | None = None
+    """Gets images that a record names; without it such records are refused."""
+    registry: SchemaRegistry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A valid sample: its row in the store, and what it is compared with others by."""
+
+    row: Row
+    words: Words
+
+    def duplicate(self, kind: str, of: str) -> Row:
+        """The row to store instead when it repeats the sample ``of``."""
+        keep = {name: self.row[name] for name in ("id", "topic", "partition", "offset", "ingested_at", "key", "source")}
+        return {**keep, "kind": "duplicate", "reason": f"duplicate_{kind}", "duplicate_of": of}
+
+
+def validate(record: Received, rules: Rules) -> Accepted | Row:
+    """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
+
+    Raises:
+        RatchetError: something that validation needs is away (a schema registry): to be tried again.
+    """
+    now = datetime.now(UTC)
+    try:
+        if record.value is None and (record.key or _named_id(record)):
+            return _tombstone(record, now)
+        sample = decode(
+            record.value,
+            record.headers,
+            max_image_bytes=rules.limits.max_image_bytes,
+            fetch=rules.fetch,
+            registry=rules.registry,
+        )
+        return _accept(sample, record, rules, now)
+    except RecordError as error:
+        return refuse(record, error.reason, str(error), now)
+    except RatchetError:
+        raise
+    except Exception as error:  # a fault of ours must not stop the stream: the record is kept, and can be sent again
+        log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
+        return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
+
+
+def refuse(record: Received, reason: str, detail: str, now: datetime | None = None) -> Row:
+    """The row of a refused record, which is also the message to the quarantine topic."""
+    headers = [
+        [name.encode(errors="replace").decode(), None if value is None else base64.b64encode(value).decode()]
+        for name, value in record.headers
+    ]
+    return {
+        "kind": "quarantine",
+        **record.position,
+        "reason": reason,
+        "detail": detail.encode(errors="replace").decode()[:DETAIL_CHARS],
+        "source": _source(record),
+        "ingested_at": now or datetime.now(UTC),
+        "original": record.value,
+        "original_key": record.key,
+        "original_headers": json.dumps(headers),
+    }
+
+
+def record_time(timestamp: int) -> datetime | None:
+    """A record's CreateTime; None where there is none. Microseconds and nanoseconds, sent by mistake, are told apart."""
+    seconds = timestamp / 1000
+    for _ in range(2):
+        if seconds > _LATEST_SECONDS:
+            seconds /= 1000
+    return datetime.fromtimestamp(seconds, UTC) if 0 < seconds <= _LATEST_SECONDS else None
+
+
+def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Accepted:
+    limits = rules.limits
+    check_text(sample, limits.max_text_chars)
+    image = decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)
+    look = look_of(image)
+    row = {
+        "kind": "sample",
+        **sample.model_dump(),
+        "id": sample.id,
+        "tags": list(sample.tags),
+        "extra": json.dumps(sample.extra, sort_keys=True) if sample.extra else "",
+        "time": sample.time or record_time(record.timestamp) or now,
+        "ingested_at": now,
+        "split": split_of(look, rules.split_key, limits.fresh_eval_share),
+        "look": look.hex(),
+        "width": image.width,
+        "height": image.height,
+        "key": record_key(record.key),
+        **record.position,
+    }
+    return Accepted(row, (sample.text, sample.question, sample.answer))
+
+
+def _tombstone(record: Received, now: datetime) -> Row:
+    named = _named_id(record)
+    return {"kind": "tombstone", **record.position, "id": named, "key": record_key(record.key), "ingested_at": now}
+
+
+def _named_id(record: Received) -> str | None:
+    for name, value in record.headers:
+        if name.lower() == ID_HEADER and value is not None:
+            text = value.decode(errors="replace")
+            if len(text) == 64 and all(digit in "0123456789abcdef" for digit in text):
+                return text
+            raise RecordError("headers", f"header {ID_HEADER} is no sample id.", "It has 64 hex digits, in lower case.")
+    return None
+
+
+def _source(record: Received) -> str:
+    """Who sent it, as far as its headers say."""
+    for name, value in record.headers:
+        if name.lower() in ("ratchet_source", "ce_source") and value is not None:
+            return value.decode(errors="replace")[:256]
+    return ""

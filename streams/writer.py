@@ -1,0 +1,160 @@
+"""Writing the sample store: claims of partitions, and commits under them.
+
+A commit appends the rows of a batch and, in the same Lance transaction, replaces the position of each partition that
+they came from. A position's fragment is also the partition's fence: a commit has to remove the very fragment that its
+claim wrote last, and when another process has claimed the partition since, that one is gone. So records are stored
+together with their offsets or not at all; of two processes that read the same partition only the newer one can store;
+and processes on different partitions never wait for each other: Lance rebases one commit on the other.
+
+Data files are written once, whatever the retries: only the manifest is tried again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import lance
+import pyarrow as pa
+from lance.commit import CommitConflictError
+from lance.fragment import write_fragments
+
+from ops.errors import StoreUnavailable, Superseded
+from streams.rows import POSITION_SCHEMA, SCHEMA, Position, tally_of
+from streams.table import ROOT, SampleTable, outage, positions
+
+Rows = Sequence[Mapping[str, Any]]
+ATTEMPTS: Final = 30
+"""Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
+
+
+@dataclass(eq=False, slots=True)
+class Claim:
+    """The right to store records of one partition, until somebody else claims it."""
+
+    position: Position
+    """As stored last."""
+    fragment: int
+    """The fragment that holds it."""
+
+    @property
+    def key(self) -> str:
+        """``topic:partition``."""
+        return self.position.key
+
+
+class StoreWriter:
+    """Commits to the sample store. Use from one thread at a time."""
+
+    def __init__(self, table: SampleTable) -> None:
+        self.table = table
+
+    def claim(self, starts: Iterable[Position]) -> list[Claim]:
+        """Take over partitions, each where the store says, or at the given position where it knows none.
+
+        Raises:
+            StoreUnavailable: nothing was claimed; to be tried again.
+        """
+        wanted = list(starts)
+        for _ in range(ATTEMPTS):
+            dataset = self.table.create()
+            known = {position.key: (fragment, position) for fragment, position in positions(dataset)}
+            taken = [known.get(start.key, (-1, start)) for start in wanted]
+            claimed = [Claim(replace(position, epoch=position.epoch + 1), fragment) for fragment, position in taken]
+            moves = [(claim, claim.position) for claim in claimed]
+            if any(claim.fragment < 0 for claim in claimed):
+                fragment, root = known[ROOT.key]
+                moves.append((Claim(root, fragment), root))
+            try:
+                self._commit((), moves)
+            except Superseded:
+                continue  # somebody claims the same partitions, or makes others: in turn
+            return claimed
+        raise StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.",
+            "Are there more ingest processes than partitions? Stop some.",
+        )
+
+    def commit(self, rows: Rows | pa.Table, moves: Sequence[tuple[Claim, Position]]) -> int:
+        """Store rows and the new positions of their partitions in one transaction. Returns the version.
+
+        Raises:
+            Superseded: a claim is not the newest; nothing was stored.
+            StoreUnavailable: nothing was stored; to be tried again.
+        """
+        return self._commit(rows, moves)
+
+    def put(self, rows: Rows, ends: Iterable[Position]) -> int:
+        """Claim, and store rows with the positions behind them: for data that does not come from a consumer."""
+        ends = list(ends)
+        claims = self.claim(replace(end, next=0) for end in ends)
+        moves = []
+        for claim, end in zip(claims, ends, strict=True):
+            own = [row for row in rows if (row["topic"], row["partition"]) == (end.stream, end.partition)]
+            tally = claim.position.tally + tally_of(own)
+            moves.append((claim, replace(end, epoch=claim.position.epoch, tally=tally)))
+        return self._commit(rows, moves)
+
+    def _commit(self, rows: Rows | pa.Table, moves: Sequence[tuple[Claim, Position]]) -> int:
+        url = self.table.url
+        base = self.table.create()
+        try:
+            new = _write(rows, base, SCHEMA) if len(rows) else []
+            marks = _write([position.row() for _, position in moves], base, POSITION_SCHEMA, max_rows_per_file=1)
+            dataset = self._replace(base, [claim.fragment for claim, _ in moves], new, marks)
+        except OSError as error:
+            raise outage(url, "written", error) from error
+        if dataset is None:
+            present = {fragment.fragment_id for fragment in self._newest().get_fragments()}
+            raise Superseded([claim.key for claim, _ in moves if claim.fragment not in present and claim.fragment >= 0])
+        paths = [mark.files[0].path for mark in marks]
+        numbers = _fragments_by_path(dataset, paths)
+        for (claim, position), path in zip(moves, paths, strict=True):
+            claim.position, claim.fragment = position, numbers[path]
+        return int(dataset.version)
+
+    def _replace(self, base: Any, old: Sequence[int], new: Sequence[Any], marks: Sequence[Any]) -> Any | None:
+        """The version in which ``marks`` stand for the fragments ``old``; None when one of those is gone."""
+        removed = {number for number in old if number >= 0}
+        operation = lance.LanceOperation.Update(
+            removed_fragment_ids=sorted(removed), updated_fragments=[], new_fragments=[*new, *marks], fields_modified=[]
+        )
+        trouble: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
+                base = self._newest()
+                if trouble is not None and _fragments_by_path(base, [marks[0].files[0].path]):
+                    return base  # the answer was lost, the commit was not
+            if removed - {fragment.fragment_id for fragment in base.get_fragments()}:
+                return None
+            try:
+                return lance.LanceDataset.commit(self.table.url, operation, read_version=base.version)
+            except CommitConflictError:
+                continue
+            except OSError as error:
+                trouble = error
+        raise trouble or StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
+        )
+
+    def _newest(self) -> Any:
+        return self.table.create()
+
+
+def _write(rows: Rows | pa.Table, base: Any, schema: pa.Schema, **options: Any) -> list[Any]:
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=schema)
+    return list(write_fragments(table, base, mode="append", **options))
+
+
+def _fragments_by_path(dataset: Any, paths: Sequence[str]) -> dict[str, int]:
+    wanted = set(paths)
+    return {
+        file.path: int(fragment.fragment_id)
+        for fragment in dataset.get_fragments()
+        for file in fragment.data_files()
+        if file.path in wanted
+    }
