@@ -152,7 +152,9 @@ def _is_secret(name: str) -> bool:
 
 def _is_public(name: str) -> bool:
     """Whether a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
-    parents = (name[:end] for end, char in enumerate(f"{name}.") if char == ".")  # an item's name is below its setting's
+    parents = (
+        name[:end] for end, char in enumerate(f"{name}.") if char == "."
+    )  # an item's name is below its setting's
     leaf = next((each for each in parents if _field(each) is not None), None)
     return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and "url" not in leaf
 

@@ -184,7 +184,9 @@ def _without_quarantine(ours: dict[str, str]) -> dict[str, str]:
     """Without the headers of a record that was taken from the quarantine topic and sent again as it is."""
     for name in ("image", "image_uri"):
         if name in ours:
-            raise RecordError("headers", f"header {_PREFIX}{name}: a header has no room for it.", "Put it in the value.")
+            raise RecordError(
+                "headers", f"header {_PREFIX}{name}: a header has no room for it.", "Put it in the value."
+            )
     if ours.keys() >= {"reason", "refused_at", "offset"}:
         return {name: text for name, text in ours.items() if name not in _QUARANTINE}
     return ours

@@ -36,7 +36,9 @@ def check_extra(fields: object) -> dict[str, Any]:
     for name, value in fields.items():
         shown = repr(name)[:80]
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARS:
-            raise ValueError(f"the name {shown} of an unknown field is empty or longer than {MAX_NAME_CHARS} characters")
+            raise ValueError(
+                f"the name {shown} of an unknown field is empty or longer than {MAX_NAME_CHARS} characters"
+            )
         if len(plain) == MAX_FIELDS:
             raise ValueError(f"{shown} is one unknown field more than {MAX_FIELDS}")
         try:

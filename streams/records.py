@@ -107,7 +107,6 @@ class Sample(BaseModel):
         texts = (part.encode() for part in (self.text, self.question, self.answer))
         return digest_bytes(self.image, *texts)
 
-
     def __hash__(self) -> int:
         return hash(self.id)
 

@@ -35,7 +35,9 @@ def decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], dict[st
         try:
             record = fastavro.schemaless_reader(stream, parsed, None)
         except Exception as error:  # EOFError, IndexError, UnicodeDecodeError, OverflowError, ...
-            raise _refusal(f"the value does not fit its Avro schema: {type(error).__name__} {str(error)[:120]}") from None
+            raise _refusal(
+                f"the value does not fit its Avro schema: {type(error).__name__} {str(error)[:120]}"
+            ) from None
         if stream.tell() != len(value):
             raise _refusal(f"the value has {len(value) - stream.tell()} bytes more than its Avro schema")
         if isinstance(record, bytes):

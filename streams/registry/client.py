@@ -20,7 +20,7 @@ PAUSE_SECONDS: Final = 0.2
 """Before the second try; twice as long before the third."""
 MAX_RESPONSE_BYTES: Final = 2 * 1024 * 1024
 #: The registry's own codes for "no such schema, subject or version": a 404 without one is a wrong URL or a proxy.
-_NOT_FOUND: Final = frozenset({404, 40401, 40402, 40403})
+_NOT_FOUND: Final = frozenset({"404", "40401", "40402", "40403"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ class RegistryClient:
         user, _, password = (auth or "").partition(":")
         self._http = httpx.Client(
             auth=httpx.BasicAuth(user, password) if auth else None,
-            headers={"accept": "application/vnd.schemaregistry.v1+json, application/json", "accept-encoding": "identity"},
+            headers={
+                "accept": "application/vnd.schemaregistry.v1+json, application/json",
+                "accept-encoding": "identity",
+            },
             timeout=timeout_seconds,
         )
         self._timeout_seconds = timeout_seconds
@@ -78,9 +81,11 @@ class RegistryClient:
     def _schema(self, path: str) -> Schema:
         body = self._get(path)
         try:
-            kind = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
+            kind: Any = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
             if kind not in get_args(Kind):
-                raise RecordError("schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON.")
+                raise RecordError(
+                    "schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON."
+                )
             references = tuple(
                 Reference(str(each["name"]), str(each["subject"]), int(each["version"]))
                 for each in body.get("references") or ()
@@ -129,7 +134,9 @@ class RegistryClient:
             raise self._unavailable(f"answers with status {status} and no JSON object")
         if status == 404 and answer.get("error_code") in _NOT_FOUND:
             raise RecordError(
-                "schema", f"the schema registry has no {path.partition('?')[0]}.", "Register the schema, then send it again."
+                "schema",
+                f"the schema registry has no {path.partition('?')[0]}.",
+                "Register the schema, then send it again.",
             )
         if status != 200:
             raise self._unavailable(f"answers with status {status}")

@@ -1,8 +1,8 @@
 """Protobuf values by Google's runtime, with message types made from the descriptors that the registry has.
 
 A registry gives a schema as a serialized FileDescriptorProto when asked for ``format=serialized``, which the official
-Python client relies on, too; so no ``.proto`` text has to be compiled. Values become JSON by Protobuf's own mapping (64-bit
-integers are text, times RFC 3339), but for ``image``, which stays bytes.
+Python client relies on, too; so no ``.proto`` text has to be compiled. Values become JSON by Protobuf's own mapping
+(64-bit integers are text, times RFC 3339), but for ``image``, which stays bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,19 @@ import base64
 from collections.abc import Callable
 from typing import Any, Final
 
-from google.protobuf import any_pb2, api_pb2, duration_pb2, empty_pb2, field_mask_pb2, source_context_pb2, struct_pb2
-from google.protobuf import descriptor_pb2, timestamp_pb2, type_pb2, wrappers_pb2
+from google.protobuf import (
+    any_pb2,
+    api_pb2,
+    descriptor_pb2,
+    duration_pb2,
+    empty_pb2,
+    field_mask_pb2,
+    source_context_pb2,
+    struct_pb2,
+    timestamp_pb2,
+    type_pb2,
+    wrappers_pb2,
+)
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message_factory import GetMessageClass
@@ -61,18 +72,20 @@ def decoder(schema: Schema, client: RegistryClient) -> Callable[[bytes], dict[st
     """Reads values of a schema. Raises RecordError, RegistryUnavailable."""
     try:
         pool = _Pool(client)
-        pool.add(_MAIN, schema)
-        file = pool.pool.FindFileByName(_MAIN)
+        file = pool.add(_MAIN, schema)
+        pool.pool.FindFileByName(_MAIN)
     except (RecordError, RegistryUnavailable, MemoryError):
         raise
     except Exception as error:  # TypeError, KeyError, DecodeError
-        raise _refusal(f"the Protobuf schema is not valid: {type(error).__name__} {str(error)[:120]}") from None
+        raise _refusal(
+            f"the Protobuf schema is not valid, or not serialized as asked: {type(error).__name__} {str(error)[:120]}"
+        ) from None
     classes: dict[tuple[int, ...], Any] = {}
 
     def read(value: bytes) -> dict[str, Any]:
         indexes, start = read_indexes(value)
         if indexes not in classes:
-            classes[indexes] = _message_class(file, indexes)
+            classes[indexes] = _message_class(pool.pool, file, indexes)
         try:
             message = classes[indexes].FromString(value[start:])
             return _fields(message)
@@ -110,15 +123,15 @@ def _varint(value: bytes, start: int) -> tuple[int, int]:
     raise _refusal("the value ends before its message indexes do")
 
 
-def _message_class(file: Any, indexes: tuple[int, ...]) -> Any:
-    types = list(file.message_types_by_name.values())
-    descriptor: Any = None
+def _message_class(pool: Any, file: descriptor_pb2.FileDescriptorProto, indexes: tuple[int, ...]) -> Any:
+    path = [file.package] if file.package else []
+    types: Any = file.message_type
     for index in indexes:
         if not 0 <= index < len(types):
             raise _refusal(f"the Protobuf schema has no message {list(indexes)}")
-        descriptor = types[index]
-        types = list(descriptor.nested_types)
-    return GetMessageClass(descriptor)
+        path.append(types[index].name)
+        types = types[index].nested_type
+    return GetMessageClass(pool.FindMessageTypeByName(".".join(path)))
 
 
 def _fields(message: Any) -> dict[str, Any]:
@@ -141,7 +154,7 @@ class _Pool:
         self._client = client
         self._added: set[str] = set()
 
-    def add(self, name: str, schema: Schema) -> None:
+    def add(self, name: str, schema: Schema) -> descriptor_pb2.FileDescriptorProto:
         """Add a file, after those that it imports, under the name by which it is imported."""
         file = descriptor_pb2.FileDescriptorProto.FromString(base64.b64decode(schema.text, validate=True))
         file.name = name
@@ -159,6 +172,7 @@ class _Pool:
             else:
                 raise _refusal(f"the Protobuf schema imports {imported[:120]!r}, which the registry does not name")
         self.pool.Add(file)
+        return file
 
     def _add_builtin(self, name: str) -> None:
         for imported in BUILTINS[name].dependency:
