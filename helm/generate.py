@@ -16,7 +16,9 @@ from ops.settings import Settings
 
 HERE = Path(__file__).parent
 CHART = HERE / "ratchet"
-SECRET = ("ledger_url", "serve.operator_key", "kafka.client")
+SECRET = (
+    "ledger_url", "serve.operator_key", "kafka.client", "kafka.oauth.client_secret", "kafka.schema_registry_auth",
+)  # fmt: skip
 """Come from Secrets: a value of the chart ends in a ConfigMap."""
 SET_BY_CHART = (
     "home", "origins", "artifacts_url", "lake_url", "metrics_host", "kafka.bootstrap", "serve.host", "serve.port",

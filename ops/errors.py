@@ -4,6 +4,7 @@
     ├── ConfigError        a setting is wrong or missing
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
+    │   └── RegistryUnavailable    the schema registry cannot be reached or refuses
     ├── StoreError         the sample store or the catalog
     │   ├── StoreUnavailable   it cannot be read or written now
     │   ├── StoreFull          its disk is full
@@ -60,6 +61,10 @@ class RecordError(RatchetError):
 
 class BrokerError(RatchetError):
     """Kafka cannot be reached or refuses."""
+
+
+class RegistryUnavailable(BrokerError):
+    """The schema registry cannot be reached or refuses: an outage, which says nothing about the record at hand."""
 
 
 class StoreError(RatchetError):

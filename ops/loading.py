@@ -21,6 +21,8 @@ from ops.settings import Section, Settings
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
+MASKED = ("kafka.client",)
+"""Mappings whose values are not shown, for some are secrets."""
 
 
 def load_settings(
@@ -50,7 +52,7 @@ def load_settings(
             name = key[len(PREFIX) :].lower().replace("__", ".")
             if _field(name) is None:
                 raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
-            _put(values, origins, name, _parse(text), f"environment {key}")
+            _put(values, origins, name, text if _is_secret(name) else _parse(text), f"environment {key}")
     for name, value in (overrides or {}).items():
         _put(values, origins, name, value, "flag")
     try:
@@ -59,7 +61,7 @@ def load_settings(
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         origin = next((o for n, o in origins.items() if name.startswith(n) or n.startswith(name)), "defaults")
-        shown = "" if "key" in name or "client" in name else f" = {first['input']!r}"
+        shown = f" = {first['input']!r}" if _is_public(name) else ""
         raise ConfigError(
             f"setting {name}{shown} (from {origin}) is not valid: {first['msg']}.",
             "See `ratchet config show` for every setting and its meaning.",
@@ -73,7 +75,7 @@ def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
         value: Any = settings
         for part in name.split("."):
             value = getattr(value, part)
-        if name == "kafka.client" and value:
+        if name in MASKED and value:
             value = dict.fromkeys(value, "**********")
         rows.append((name, value, settings.origins.get(name, "default"), field.description or ""))
     return rows
@@ -143,9 +145,28 @@ def _field(name: str) -> FieldInfo | None:
     return dict(_leaves(Settings)).get(name)
 
 
+def _is_secret(name: str) -> bool:
+    field = _field(name)
+    return field is not None and "SecretStr" in str(field.annotation)
+
+
+def _is_public(name: str) -> bool:
+    """Whether a wrong value may be shown: no secret, no group that may hold one, no URL that may."""
+    parents = (
+        name[:end] for end, char in enumerate(f"{name}.") if char == "."
+    )  # an item's name is below its setting's
+    leaf = next((each for each in parents if _field(each) is not None), None)
+    return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and "url" not in leaf
+
+
 def _is_section(name: str) -> bool:
-    field = Settings.model_fields.get(name)
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    model: type[BaseModel] = Settings
+    for part in name.split("."):
+        field = model.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return False
+        model = field.annotation
+    return True
 
 
 def _nearest(name: str) -> str:

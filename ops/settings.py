@@ -7,8 +7,9 @@ import os
 import secrets
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from ops.allow_rules import HostRule, NetworkRule, UriRule
 
@@ -38,6 +39,44 @@ class BaseModels(Section):
     vlm: str = Field("shipped-vlm", description="Name of a registered VLM base; empty: no VLM is served.")
 
 
+def _http_url(value: str) -> str:
+    """Check that a setting is empty, or an http(s) URL without user and password, which would be shown."""
+    if value:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give an http:// or https:// URL")
+        if parts.username or parts.password:
+            raise ValueError("user and password have settings of their own")
+    return value
+
+
+class OAuth(Section):
+    """Bearer tokens for SASL OAUTHBEARER: from a token endpoint (client credentials), or from a file."""
+
+    token_url: str = Field("", description="Token endpoint of the identity provider (client-credentials grant).")
+    client_id: str = Field("", description="Client id for the token endpoint.")
+    client_secret: SecretStr | None = Field(None, description="Client secret for the token endpoint.")
+    scope: str = Field("", description="Scope that the token is asked for; empty: the provider's default.")
+    token_file: Path | None = Field(None, description="File with a token, read again for each connection.")
+    extensions: dict[str, str] = Field(default_factory=dict, description="SASL extensions sent with the token.")
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a source of tokens is set."""
+        return bool(self.token_url or self.token_file)
+
+    _url = field_validator("token_url")(_http_url)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> OAuth:
+        if self.token_url and self.token_file:
+            raise ValueError("set token_url or token_file, not both")
+        for name, value in self.extensions.items():
+            if not (name.isascii() and name.isalpha() and name != "auth" and value.isascii() and value.isprintable()):
+                raise ValueError(f"extension {name!r}: a name has letters only, a value printable ASCII (RFC 7628)")
+        return self
+
+
 class Kafka(Section):
     """The broker and the topics."""
 
@@ -50,6 +89,18 @@ class Kafka(Section):
     batch_records: int = Field(256, ge=1, le=100_000, description="Most records in one commit.")
     batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
+    oauth: OAuth = Field(default_factory=OAuth)
+    schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry; empty: none.")
+    schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
+
+    _url = field_validator("schema_registry")(_http_url)
+
+    @field_validator("schema_registry_auth")
+    @classmethod
+    def _user_and_password(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and ":" not in value.get_secret_value():
+            raise ValueError("give user:password")
+        return value
 
 
 class Ingest(Section):

@@ -18,6 +18,7 @@ from kafka.errors import (
 
 from ops.errors import BrokerError, ConfigError
 from ops.settings import Kafka
+from streams.oauth import oauth_options, token_provider
 
 CONNECT_SECONDS = 10.0
 REQUEST_SECONDS = 10.0
@@ -27,10 +28,10 @@ MAX_RECORD_BYTES = 64 * 1024 * 1024
 
 
 def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a kafka-python client: bootstrap, and those of ``kafka.client`` that this client knows, in their type.
+    """Options of a kafka-python client: bootstrap, tokens, and those of ``kafka.client`` that it knows, in their type.
 
     Raises:
-        ConfigError: an option that no client knows, or one that is not of its type.
+        ConfigError: an option that no client knows, or one that is not of its type; or ``kafka.oauth`` is incomplete.
     """
     options: dict[str, Any] = {"bootstrap_servers": [each.strip() for each in kafka.bootstrap.split(",")]}
     for name, text in kafka.client.items():
@@ -41,7 +42,7 @@ def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
                 f"kafka.client.{name} is no option of kafka-python.",
                 "See https://kafka-python.readthedocs.io/en/master/apidoc/KafkaConsumer.html.",
             )
-    return options
+    return options | oauth_options(kafka)
 
 
 def _typed(name: str, text: str, default: Any) -> Any:
@@ -57,6 +58,9 @@ def _typed(name: str, text: str, default: Any) -> Any:
 def explain(error: Exception, kafka: Kafka, doing: str) -> BrokerError:
     """A message that helps, for an error of a Kafka client."""
     what = f"{doing}: {type(error).__name__}: {error}".rstrip(": ")[:400]
+    if kafka.oauth.enabled and (problem := token_provider(kafka.oauth).last_error):
+        # kafka-python tries on until its own timeout, and tells of that alone
+        return BrokerError(f"there is no token for the broker {kafka.bootstrap}: {problem}.", "See docs/deployer.md.")
     if isinstance(error, (SaslAuthenticationFailedError, AuthorizationError)):
         return BrokerError(f"the broker {kafka.bootstrap} refused {what}.", "Check user, password and ACLs.")
     if isinstance(error, KafkaTimeoutError) and "sasl_mechanism" in kafka.client:

@@ -1,6 +1,6 @@
 """Records as Kafka carries them.
 
-Four encodings, told apart by the record itself, so that a topic may mix them:
+Encodings are told apart by the record itself, so that a topic may mix them. Four are written and read:
 
     json                 {"text": "a red boat", "image": "<base64>", ...}; no header is needed
     raw                  the image's bytes; the other fields in headers: ratchet_text, ratchet_domain, ...
@@ -9,7 +9,14 @@ Four encodings, told apart by the record itself, so that a topic may mix them:
     cloudevents-binary   CloudEvents 1.0 binary: ce_specversion, ce_type, ce_source, ce_id, ...; the value is the
                          image (fields in ce_text, ce_domain, ...) or the JSON record, as content-type says
 
-CloudEvents: https://github.com/cloudevents/spec, Kafka protocol binding 1.0.
+Two more are read:
+
+    Confluent            a zero byte, a schema id and Avro, Protobuf or JSON (:mod:`streams.registry`)
+    Kafka Connect        {"schema": ..., "payload": <the record as JSON>}, as its JsonConverter writes it
+
+Where a field comes twice, a ``ratchet_`` header counts more than the record, and the record more than the attributes of
+its event; of headers with one name, the last counts. A null is a field that is not there. Fields that are not known go
+into ``extra``, which is written as one field: an object in JSON, JSON text in a header.
 """
 
 from __future__ import annotations
@@ -17,21 +24,30 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ops.errors import RecordError
+from streams import cloud_events
+from streams.extra import dump_extra
 from streams.images import CONTENT_TYPES, MAX_BYTES, sniff
-from streams.records import METADATA, SCHEMA, Sample, make_sample
+from streams.records import METADATA, SCHEMA, Sample, check_schema, make_sample
+
+if TYPE_CHECKING:
+    from streams.registry import SchemaRegistry
 
 Encoding = Literal["json", "raw", "cloudevents", "cloudevents-binary"]
 Headers = list[tuple[str, bytes]]
 Fetch = Callable[[str], bytes]
 
-CLOUDEVENTS_JSON = "application/cloudevents+json"
-NO_SOURCE = "urn:ratchet:unknown"  # CloudEvents demands a source; this one stands for none
+#: Room for everything in a record but its image: texts, unknown fields, envelopes with their schemas.
+FIELDS_BYTES: Final = 512 * 1024
+_KNOWN: Final = frozenset({*METADATA, "image", "image_uri", "schema"})
+#: Names of the headers that the quarantine topic adds (:mod:`streams.quarantine`), without their prefix.
+_QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at"})
+_PREFIX: Final = "ratchet_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +67,13 @@ def encode(sample: Sample, encoding: Encoding = "raw") -> Encoded:
         case "json":
             return Encoded(key, _json(_record(sample)), [("content-type", b"application/json")])
         case "raw":
-            headers = [(f"ratchet_{name}", text.encode()) for name, text in _strings(sample).items()]
+            headers = [(f"{_PREFIX}{name}", text.encode()) for name, text in _strings(sample).items()]
             return Encoded(key, sample.image, [("content-type", kind.encode()), *headers])
         case "cloudevents":
-            event = {**_envelope(sample), "datacontenttype": "application/json", "data": _record(sample)}
-            return Encoded(key, _json(event), [("content-type", CLOUDEVENTS_JSON.encode())])
+            event = {**cloud_events.envelope(sample), "datacontenttype": "application/json", "data": _record(sample)}
+            return Encoded(key, _json(event), [("content-type", cloud_events.CONTENT_TYPE.encode())])
         case "cloudevents-binary":
-            attributes = {**_strings(sample), **_envelope(sample)}
+            attributes = {**_strings(sample), **cloud_events.envelope(sample)}
             headers = [(f"ce_{name}", text.encode()) for name, text in attributes.items()]
             return Encoded(key, sample.image, [("content-type", kind.encode()), *headers])
 
@@ -68,34 +84,38 @@ def decode(
     *,
     max_image_bytes: int = MAX_BYTES,
     fetch: Fetch | None = None,
+    registry: SchemaRegistry | None = None,
 ) -> Sample:
-    """Read a record in any of the encodings.
+    """Read a record in any of the encodings. Any bytes end as a sample or one of the errors below.
 
     Args:
         value: the record's value.
         headers: its headers; names are compared without case.
         max_image_bytes: a larger image is refused before it is decoded from base64.
         fetch: gets the bytes of an ``image_uri``; without it such records are refused.
+        registry: has the schemas of records in Confluent's wire format; without it such records are refused.
 
     Raises:
         RecordError: ``reason`` is one of :data:`streams.records.REASONS`.
+        RegistryUnavailable: the registry is away, so the record could not be read: try it again.
     """
     if not value:
         raise RecordError("empty", "the record has no value.", "Send an image or a JSON object.")
-    attributes = _read_headers(headers)
-    content_type = attributes.get("content-type", "")
-    ours = _prefixed(attributes, "ratchet_")
-    event = _prefixed(attributes, "ce_")
+    content_type, event, ours = _read_headers(headers)
+    attributes = cloud_events.read_attributes(event) if event else {}
     if sniff(value) or content_type.startswith("image/"):
-        fields = {**_from_event(event), **_only_known(ours, "header ratchet_")}
-        return make_sample({**fields, "image": value})
-    record = _parse(value)
-    if content_type.startswith(CLOUDEVENTS_JSON) or "specversion" in record:
-        record = _open_event(record)
-    elif event:
-        envelope = _from_event(event)
-        record = {**{name: envelope[name] for name in ("source", "time") if name in envelope}, **record}
-    return _from_record({**record, **_only_known(ours, "header ratchet_")}, max_image_bytes, fetch)
+        return _make(_merge(attributes, ours, {"image": value}), max_image_bytes, fetch)
+    if len(value) > _base64_chars(max_image_bytes) + FIELDS_BYTES:
+        raise RecordError(
+            "image_too_large",
+            f"the record has {len(value)} bytes; an image of {max_image_bytes} and its texts take less.",
+            "Scale the image down.",
+        )
+    record = _read_confluent(value, registry) if value[0] == 0 else _parse(value)
+    record = _open_connect(record)
+    if content_type.startswith(cloud_events.CONTENT_TYPE) or "specversion" in record:
+        attributes, record = cloud_events.open_structured(record)
+    return _make(_merge(attributes, record, ours), max_image_bytes, fetch)
 
 
 def glimpse(
@@ -108,17 +128,18 @@ def glimpse(
     fields: dict[str, Any] = {}
     image: bytes | None = None
     for name, text in headers:
-        plain = name.lower().removeprefix("ratchet_").removeprefix("ce_")
+        plain = name.lower().removeprefix(_PREFIX).removeprefix("ce_")
         fields[plain] = (text or b"").decode(errors="replace")
     if value and sniff(value):
         image = value if len(value) <= max_image_bytes else None
     elif value:
         with suppress(RecordError):
-            record = _parse(value)
+            record = _open_connect(_parse(value[5:] if value[0] == 0 else value))
             inner = record.get("data")
             fields |= {**record, **(inner if isinstance(inner, dict) else {})}
             image = _from_base64(fields.get("image", fields.get("data_base64")), max_image_bytes)
-    return image, {name: text for name in METADATA if isinstance(text := fields.get(name), str) and text}
+    texts = {name: text for name in METADATA if isinstance(text := fields.get(name), str) and text}
+    return image, {name: text.encode(errors="replace").decode() for name, text in texts.items()}
 
 
 def _record(sample: Sample) -> dict[str, Any]:
@@ -128,69 +149,93 @@ def _record(sample: Sample) -> dict[str, Any]:
 
 def _strings(sample: Sample) -> dict[str, str]:
     fields = sample.model_dump(mode="json", exclude={"image"}, exclude_defaults=True)
-    return {name: ";".join(value) if name == "tags" else value for name, value in fields.items()}
-
-
-def _envelope(sample: Sample) -> dict[str, str]:
-    return {"specversion": "1.0", "type": SCHEMA, "id": sample.id, "source": sample.source or NO_SOURCE}
+    written = {"tags": ";".join(sample.tags), "extra": dump_extra(sample.extra)}
+    return {name: written.get(name, value) for name, value in fields.items()}
 
 
 def _json(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def _read_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[str, dict[str, str], dict[str, str]]:
+    """Content type, attributes of a CloudEvent and fields. Headers of other systems are passed over, and nulls."""
+    content_type = ""
+    event: dict[str, str] = {}
+    ours: dict[str, str] = {}
     for name, value in headers:
         lower = name.lower()
-        if value is None or not (lower.startswith(("ce_", "ratchet_")) or lower == "content-type"):
-            continue  # headers of other systems are none of our business
+        if value is None or not (lower.startswith(("ce_", _PREFIX)) or lower == "content-type"):
+            continue
         try:
-            texts[lower] = value.decode()
+            text = value.decode()
         except UnicodeDecodeError:
-            raise RecordError("headers", f"header {name!r} is not UTF-8.", "Encode it as UTF-8.") from None
-    return texts
+            raise RecordError("headers", f"header {name[:80]!r} is not UTF-8.", "Encode it as UTF-8.") from None
+        if lower.startswith("ce_"):
+            event[lower[3:]] = text
+        elif lower.startswith(_PREFIX):
+            rest = lower[len(_PREFIX) :]
+            ours[rest if rest in _KNOWN else name[len(_PREFIX) :]] = text
+        else:
+            content_type = text.strip().lower()
+    return content_type, event, _without_quarantine(ours)
 
 
-def _prefixed(attributes: dict[str, str], prefix: str) -> dict[str, str]:
-    return {name[len(prefix) :]: text for name, text in attributes.items() if name.startswith(prefix)}
-
-
-def _only_known(fields: dict[str, str], what: str) -> dict[str, str]:
-    for name in fields:
-        if name not in METADATA:
+def _without_quarantine(ours: dict[str, str]) -> dict[str, str]:
+    """Without the headers of a record that was taken from the quarantine topic and sent again as it is."""
+    for name in ("image", "image_uri"):
+        if name in ours:
             raise RecordError(
-                "headers", f"{what}{name} is no field of {SCHEMA}.", f"Fields are: {', '.join(METADATA)}."
+                "headers", f"header {_PREFIX}{name}: a header has no room for it.", "Put it in the value."
             )
-    return fields
+    if ours.keys() >= {"reason", "refused_at", "offset"}:
+        return {name: text for name, text in ours.items() if name not in _QUARANTINE}
+    return ours
 
 
-def _from_event(event: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a sample from the attributes of a CloudEvent; extensions that are not ours are passed over."""
-    if not event:
-        return {}
-    for name in ("specversion", "type", "source", "id"):
-        if not event.get(name):
-            raise RecordError("schema", f"the CloudEvent has no `{name}`.", "It is required by CloudEvents.")
-    if event["specversion"] != "1.0" or event["type"] != SCHEMA:
-        got = f"specversion {event['specversion']!r}, type {event['type']!r}"
-        raise RecordError("schema", f"the CloudEvent has {got}.", f"Expected are specversion '1.0', type '{SCHEMA}'.")
-    fields = {name: event[name] for name in METADATA if event.get(name) is not None}
-    if fields["source"] == NO_SOURCE:
-        del fields["source"]
-    return fields
+def _merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a record out of several sources, of which the later count more; unknown ones under ``extra``."""
+    known: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for layer in layers:
+        for name, value in layer.items():
+            if name == "extra" and isinstance(opened := _opened(value), dict):
+                extra |= opened
+            elif name == "extra" or name not in _KNOWN:
+                extra[name] = value
+            elif value is not None:
+                known[name] = value
+    return {**known, "extra": extra} if extra else known
 
 
-def _open_event(event: dict[str, Any]) -> dict[str, Any]:
-    fields = _from_event(event)
-    if "data_base64" in event:
-        return {**fields, "image": event["data_base64"]}
-    data = event.get("data")
-    if not isinstance(data, dict):
+def _opened(value: Any) -> Any:
+    """The object of a field ``extra``, which a header has as JSON text."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+def _read_confluent(value: bytes, registry: SchemaRegistry | None) -> dict[str, Any]:
+    if registry is None:
         raise RecordError(
-            "schema", "`data` of the CloudEvent is no JSON object.", "Put the record there, or use data_base64."
+            "schema",
+            "the record begins with a zero byte, as in Confluent's wire format, and no schema registry is set.",
+            "Set `kafka.schema_registry`, or send JSON.",
         )
-    return {**{name: fields[name] for name in ("source", "time") if name in fields}, **data}
+    return registry.read(value)
+
+
+def _open_connect(record: dict[str, Any]) -> dict[str, Any]:
+    """The payload of Kafka Connect's envelope; any other record as it is."""
+    if record.keys() != {"schema", "payload"} or not isinstance(record["schema"], (dict, type(None))):
+        return record
+    payload = record["payload"]
+    if isinstance(payload, str) and (record["schema"] or {}).get("type") == "bytes":
+        return {"image": payload}
+    if not isinstance(payload, dict):
+        kind = type(payload).__name__
+        raise RecordError("schema", f"`payload` of the Kafka Connect record is a {kind}.", "Send a struct or a map.")
+    return payload
 
 
 def _parse(value: bytes) -> dict[str, Any]:
@@ -207,11 +252,8 @@ def _parse(value: bytes) -> dict[str, Any]:
     return record
 
 
-def _from_record(record: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> Sample:
-    fields = dict(record)
-    schema = fields.pop("schema", SCHEMA)
-    if schema != SCHEMA:
-        raise RecordError("schema", f"schema {str(schema)[:80]!r} is not known.", f"Use {SCHEMA!r}.")
+def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> Sample:
+    check_schema(fields.pop("schema", SCHEMA))
     uri = fields.pop("image_uri", None)
     if uri is not None and fields.get("image"):
         raise RecordError("schema", "the record has both `image` and `image_uri`.", "Keep one of them.")
@@ -221,9 +263,14 @@ def _from_record(record: dict[str, Any], max_image_bytes: int, fetch: Fetch | No
         if fetch is None:
             raise RecordError("uri_not_allowed", "images are not fetched here.", "Send the image itself.")
         fields["image"] = fetch(uri)
-    elif fields.get("image"):
+    elif fields.get("image") and not isinstance(fields["image"], bytes):
         fields["image"] = _from_base64(fields["image"], max_image_bytes)
     return make_sample(fields)
+
+
+def _base64_chars(size: int) -> int:
+    """Length of ``size`` bytes in base64, with room for a line break every 76 characters."""
+    return 4 * (size + 3) // 3 + size // 16 + 4
 
 
 def _from_base64(text: Any, max_bytes: int) -> bytes:
@@ -233,7 +280,7 @@ def _from_base64(text: Any, max_bytes: int) -> bytes:
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise RecordError("image_undecodable", "`image` is a data: URI without base64.", "Use base64.")
-    if len(text) > 4 * (max_bytes + 3) // 3 + max_bytes // 16 + 4:  # room for a line break every 76 characters
+    if len(text) > _base64_chars(max_bytes):
         raise RecordError("image_too_large", f"the image has more than {max_bytes} bytes.", "Scale it down.")
     try:
         return base64.b64decode("".join(text.split()), validate=True)

@@ -3,20 +3,26 @@
 A record is a JSON object of the fields of :class:`Sample`, with the image as base64 (or a ``data:`` URI) in ``image``,
 or as the place to fetch it from in ``image_uri``; or it is the bytes of the image, with the other fields in Kafka
 headers. :mod:`streams.codecs` reads and writes both.
+
+A schema version ``ratchet.sample.v1.N`` only adds fields, so every one of them is read; what this version does not know
+of it goes into ``extra``. ``ratchet.sample.v2`` would change what a field means, and is refused.
 """
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError, field_validator
 
 from ops.digests import digest_bytes
 from ops.errors import RecordError
+from streams.extra import check_extra, dump_extra
 
 SCHEMA: Final = "ratchet.sample.v1"
+_VERSIONS: Final = re.compile(r"ratchet\.sample\.v1(\.[0-9]{1,9})?")
 
 Reason = Literal[
     "empty",
@@ -33,6 +39,9 @@ Reason = Literal[
     "text_too_long",
     "uri_not_allowed",
     "uri_unreachable",
+    "uri_digest",
+    "corrupt",
+    "crashed",
     "internal",
 ]
 #: Why a record may be refused: the labels of the quarantine metric and the ``ratchet_reason`` header. Stable names.
@@ -60,13 +69,23 @@ class Sample(BaseModel):
     tags: Annotated[tuple[Tag, ...], Field(max_length=32)] = ()
     concept: Name = ""
     label: Name = ""
+    extra: dict[str, JsonValue] = Field(default_factory=dict)
+    """Fields that this version does not know; see :mod:`streams.extra` for their bounds."""
 
     @field_validator("time")
     @classmethod
     def _utc(cls, value: datetime | None) -> datetime | None:
         if value is None:
             return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        try:
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+        except OverflowError:  # the first and the last day of the calendar, in a zone that is not UTC
+            raise ValueError("the time is out of range") from None
+
+    @field_validator("extra", mode="before")
+    @classmethod
+    def _bounded(cls, value: Any) -> Any:
+        return check_extra(value)
 
     @field_validator("text", "question", "answer", "domain", "source", "concept", "label", "tags")
     @classmethod
@@ -88,6 +107,13 @@ class Sample(BaseModel):
         texts = (part.encode() for part in (self.text, self.question, self.answer))
         return digest_bytes(self.image, *texts)
 
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def row(self) -> dict[str, Any]:
+        """Columns of the sample store that come from the sample; ``extra`` as JSON text, empty where there is none."""
+        return {**self.model_dump(exclude={"extra"}), "tags": list(self.tags), "extra": dump_extra(self.extra)}
+
 
 #: The fields of a record that are not the image.
 METADATA: Final = tuple(name for name in Sample.model_fields if name != "image")
@@ -108,12 +134,19 @@ def make_sample(fields: dict[str, Any]) -> Sample:
             f"The fields of {SCHEMA} are: image or image_uri, {', '.join(METADATA)}.",
         ) from None
     if not sample.text and not (sample.question and sample.answer):
+        unknown = f" It has unknown fields: {', '.join(map(repr, sample.extra))[:200]}." if sample.extra else ""
         raise RecordError(
             "text_missing",
-            "the record has neither a text nor a question with its answer.",
+            f"the record has neither a text nor a question with its answer.{unknown}",
             "Describe the image in `text`, or give both `question` and `answer`.",
         )
     return sample
+
+
+def check_schema(name: object) -> None:
+    """Raise RecordError ``schema`` unless ``name`` is ``ratchet.sample.v1``, with or without a minor version."""
+    if not (isinstance(name, str) and _VERSIONS.fullmatch(name)):
+        raise RecordError("schema", f"schema {str(name)[:80]!r} is not known.", f"Use {SCHEMA!r}.")
 
 
 def check_text(sample: Sample, max_chars: int) -> None:

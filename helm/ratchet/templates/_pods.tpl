@@ -85,6 +85,12 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: RATCHET_KAFKA__CLIENT
   valueFrom:
     secretKeyRef: {name: {{ .name }}, key: {{ .clientKey }}}
+- name: RATCHET_KAFKA__OAUTH__CLIENT_SECRET
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .oauthClientSecretKey }}, optional: true}
+- name: RATCHET_KAFKA__SCHEMA_REGISTRY_AUTH
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .schemaRegistryAuthKey }}, optional: true}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -1,0 +1,146 @@
+"""Schemas from a registry that speaks Confluent's REST API: Confluent, Redpanda, Karapace, Apicurio (ccompat)."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+from urllib.parse import quote
+
+import httpx
+
+from ops.errors import RecordError, RegistryUnavailable
+
+Kind = Literal["AVRO", "JSON", "PROTOBUF"]
+
+TIMEOUT_SECONDS: Final = 5.0
+TRIES: Final = 3
+PAUSE_SECONDS: Final = 0.2
+"""Before the second try; twice as long before the third."""
+MAX_RESPONSE_BYTES: Final = 2 * 1024 * 1024
+#: The registry's own codes for "no such schema, subject or version": a 404 without one is a wrong URL or a proxy.
+_NOT_FOUND: Final = frozenset({"404", "40401", "40402", "40403"})
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A schema that another one imports under ``name``."""
+
+    name: str
+    subject: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """A schema as the registry has it. ``text`` of Protobuf is a FileDescriptorProto in base64."""
+
+    kind: Kind
+    text: str
+    references: tuple[Reference, ...] = ()
+
+
+class RegistryClient:
+    """GET calls with bounds. Thread safe."""
+
+    def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """``auth`` is ``user:password``."""
+        self.url = url.rstrip("/")
+        user, _, password = (auth or "").partition(":")
+        self._http = httpx.Client(
+            auth=httpx.BasicAuth(user, password) if auth else None,
+            headers={
+                "accept": "application/vnd.schemaregistry.v1+json, application/json",
+                "accept-encoding": "identity",
+            },
+            timeout=timeout_seconds,
+        )
+        self._timeout_seconds = timeout_seconds
+
+    def by_id(self, number: int) -> Schema:
+        """The schema with an id.
+
+        Raises:
+            RecordError: ``schema``: there is none.
+            RegistryUnavailable: the registry is away.
+        """
+        path = f"/schemas/ids/{number}"
+        schema = self._schema(path)
+        return schema if schema.kind != "PROTOBUF" else self._schema(f"{path}?format=serialized")
+
+    def by_reference(self, reference: Reference, kind: Kind) -> Schema:
+        """A schema that another one of the same ``kind`` imports. Raises like :meth:`by_id`."""
+        path = f"/subjects/{quote(reference.subject, safe='')}/versions/{reference.version}"
+        return self._schema(f"{path}?format=serialized" if kind == "PROTOBUF" else path)
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._http.close()
+
+    def _schema(self, path: str) -> Schema:
+        body = self._get(path)
+        try:
+            kind: Any = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
+            if kind not in get_args(Kind):
+                raise RecordError(
+                    "schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON."
+                )
+            references = tuple(
+                Reference(str(each["name"]), str(each["subject"]), int(each["version"]))
+                for each in body.get("references") or ()
+            )
+            return Schema(kind, str(body["schema"]), references)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise self._unavailable("answers with something else than a schema") from None
+
+    def _get(self, path: str) -> dict[str, Any]:
+        for number in range(TRIES):
+            last = number == TRIES - 1
+            try:
+                status, body = self._fetch(path)
+            except httpx.HTTPError as error:
+                if last:
+                    raise self._unavailable(f"does not answer ({type(error).__name__})") from error
+            else:
+                if status < 500 and status != 429:
+                    return self._answer(status, body, path)
+                if last:
+                    raise self._unavailable(f"answers with status {status}")
+            time.sleep(PAUSE_SECONDS * 2**number)
+        raise AssertionError("unreachable")
+
+    def _fetch(self, path: str) -> tuple[int, bytes]:
+        """Status and body, of which no more is read than allowed, nor for longer."""
+        deadline = time.monotonic() + self._timeout_seconds
+        body = bytearray()
+        with self._http.stream("GET", f"{self.url}{path}") as response:
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) > MAX_RESPONSE_BYTES:
+                    raise self._unavailable(f"answers with more than {MAX_RESPONSE_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the body takes too long")
+            return response.status_code, bytes(body)
+
+    def _answer(self, status: int, body: bytes, path: str) -> dict[str, Any]:
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError):
+            answer = None
+        if status in (401, 403):
+            raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.")
+        if not isinstance(answer, dict):
+            raise self._unavailable(f"answers with status {status} and no JSON object")
+        if status == 404 and answer.get("error_code") in _NOT_FOUND:
+            raise RecordError(
+                "schema",
+                f"the schema registry has no {path.partition('?')[0]}.",
+                "Register the schema, then send it again.",
+            )
+        if status != 200:
+            raise self._unavailable(f"answers with status {status}")
+        return answer
+
+    def _unavailable(self, what: str, fix: str = "Check `kafka.schema_registry`.") -> RegistryUnavailable:
+        return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix)

@@ -1,0 +1,148 @@
+"""From values in Confluent's wire format to fields; what was made for a schema is kept."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ops.errors import ConfigError, RecordError, RegistryUnavailable
+from ops.settings import Kafka
+from streams.registry.client import TIMEOUT_SECONDS, RegistryClient, Schema
+
+Decoder = Callable[[bytes], dict[str, Any]]
+
+MAX_SCHEMAS: Final = 512
+"""Decoders kept; the one that was not used for longest goes."""
+REFUSED_SECONDS: Final = 30.0
+"""How long a schema that is not there, or not usable, is not asked for again: it may be registered late."""
+AWAY_SECONDS: Final = 1.0
+"""How long a registry that was away is not asked again, so that threads do not all wait for its timeouts in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    error: RecordError
+    until: float
+
+
+class SchemaRegistry:
+    """Reads records whose schemas a registry has. Thread safe.
+
+    >>> registry = SchemaRegistry.of(settings.kafka)
+    >>> sample = decode(record.value, record.headers, registry=registry)
+    """
+
+    def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        """``auth`` is ``user:password``. Nothing is asked before the first record.
+
+        Raises:
+            ConfigError: the extra ``registry`` is not installed.
+        """
+        try:
+            import fastavro  # noqa: F401
+            import google.protobuf  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"kafka.schema_registry needs a package that is not installed ({error.name}).",
+                "Install `ratchet[registry]`.",
+            ) from None
+        self.client = RegistryClient(url, auth, timeout_seconds=timeout_seconds)
+        self._decoders: OrderedDict[int, Decoder | _Refusal] = OrderedDict()
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._away: tuple[RegistryUnavailable, float] | None = None
+
+    @classmethod
+    def of(cls, kafka: Kafka) -> SchemaRegistry | None:
+        """The registry of the settings, or None where none is set."""
+        if not kafka.schema_registry:
+            return None
+        auth = kafka.schema_registry_auth
+        return cls(kafka.schema_registry, auth.get_secret_value() if auth else None)
+
+    def read(self, value: bytes) -> dict[str, Any]:
+        """Fields of a record; ``image`` may be bytes, or base64 text as in JSON.
+
+        Raises:
+            RecordError: ``schema`` or, of a JSON value, ``not_json``.
+            RegistryUnavailable: the registry is away.
+        """
+        if len(value) < 6 or value[0] != 0:
+            raise RecordError(
+                "schema", "the value ends before its schema id does.", "Send Confluent's wire format, or JSON."
+            )
+        return self._decoder(int.from_bytes(value[1:5], "big"))(value[5:])
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self.client.close()
+
+    def _decoder(self, number: int) -> Decoder:
+        decoder = self._kept(number)
+        if decoder is None:
+            with self._making:  # one thread asks, the others find what it got
+                decoder = self._kept(number) or self._keep(number, self._made(number))
+        if isinstance(decoder, _Refusal):
+            error = decoder.error
+            raise RecordError(error.reason, error.message, error.fix)
+        return decoder
+
+    def _kept(self, number: int) -> Decoder | _Refusal | None:
+        with self._lock:
+            kept = self._decoders.get(number)
+            if isinstance(kept, _Refusal) and time.monotonic() > kept.until:
+                del self._decoders[number]
+                return None
+            if kept is not None:
+                self._decoders.move_to_end(number)
+            return kept
+
+    def _keep(self, number: int, decoder: Decoder | _Refusal) -> Decoder | _Refusal:
+        with self._lock:
+            self._decoders[number] = decoder
+            while len(self._decoders) > MAX_SCHEMAS:
+                self._decoders.popitem(last=False)
+        return decoder
+
+    def _made(self, number: int) -> Decoder | _Refusal:
+        if self._away is not None and time.monotonic() < self._away[1]:
+            error = self._away[0]
+            raise RegistryUnavailable(error.message, error.fix)
+        try:
+            return make_decoder(self.client.by_id(number), self.client)
+        except RecordError as error:
+            return _Refusal(error, time.monotonic() + REFUSED_SECONDS)
+        except RegistryUnavailable as error:
+            self._away = (error, time.monotonic() + AWAY_SECONDS)
+            raise
+
+
+def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:
+    """What reads values of a schema.
+
+    Raises:
+        RecordError: ``schema``: it, or one that it imports, cannot be used.
+        RegistryUnavailable: an imported schema could not be fetched.
+    """
+    if schema.kind == "JSON":
+        return _read_json
+    from streams.registry import avro, protobuf
+
+    return avro.decoder(schema, client) if schema.kind == "AVRO" else protobuf.decoder(schema, client)
+
+
+def _read_json(value: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            "not_json", f"the value is no JSON: {str(error)[:120]}.", "Its schema in the registry says JSON."
+        ) from None
+    if not isinstance(record, dict):
+        raise RecordError("not_json", f"the record is a JSON {type(record).__name__}.", "Send a JSON object.")
+    return record

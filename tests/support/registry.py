@@ -1,0 +1,109 @@
+"""A schema registry as small as can be, over real HTTP: what Confluent's serializers ask when they write, and ours
+when they read. It can be away, slow or wrong."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+
+class Registry:
+    """The schemas, and what to answer instead of them."""
+
+    def __init__(self) -> None:
+        self.schemas: list[dict[str, Any]] = []  # the id is the place, from 1
+        self.subjects: dict[str, list[int]] = {}
+        self.calls: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.answers: list[tuple[int, bytes]] = []
+        """Taken before anything else, first in, first out."""
+        self.always: tuple[int, bytes] | None = None
+        self.url = ""
+
+    def register(self, subject: str, body: dict[str, Any]) -> int:
+        """Id of a schema: a new one unless it was registered before."""
+        schema = {name: body[name] for name in ("schema", "schemaType", "references") if body.get(name)}
+        if schema not in self.schemas:
+            self.schemas.append(schema)
+        number = self.schemas.index(schema) + 1
+        versions = self.subjects.setdefault(subject, [])
+        if number not in versions:
+            versions.append(number)
+        return number
+
+    def answer(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+        """Status and body."""
+        if self.answers:
+            return self.answers.pop(0)
+        if self.always is not None:
+            return self.always
+        parts = [unquote(part) for part in urlsplit(path).path.strip("/").split("/")]
+        form = parse_qs(urlsplit(path).query).get("format")
+        match method, parts:
+            case "POST", ["subjects", subject, "versions"]:
+                return _json({"id": self.register(subject, body)})
+            case "POST", ["subjects", subject]:
+                number = self.register(subject, body)
+                version = self.subjects[subject].index(number) + 1
+                return _json({"subject": subject, "id": number, "version": version, **self.schemas[number - 1]})
+            case "GET", ["schemas", "ids", number] if 0 < int(number) <= len(self.schemas):
+                return _json(self._shown(int(number), form))
+            case "GET", ["subjects", subject, "versions", version] if subject in self.subjects:
+                number = self.subjects[subject][int(version) - 1]
+                return _json({"subject": subject, "version": int(version), "id": number, **self._shown(number, form)})
+        return _json({"error_code": 40403, "message": "Schema not found"}, 404)
+
+    def _shown(self, number: int, form: list[str] | None) -> dict[str, Any]:
+        """As Confluent's does it: Protobuf is text unless the serialized form is asked for."""
+        schema = self.schemas[number - 1]
+        if schema.get("schemaType") == "PROTOBUF" and form != ["serialized"]:
+            return {**schema, "schema": 'syntax = "proto3"; // text'}
+        return schema
+
+
+@contextmanager
+def running(registry: Registry) -> Iterator[Registry]:
+    """The registry, served on ``registry.url`` until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._reply({})
+
+        def do_POST(self) -> None:
+            self._reply(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+        def _reply(self, body: dict[str, Any]) -> None:
+            registry.calls.append(f"{self.command} {self.path}")
+            registry.headers.append({name.lower(): value for name, value in self.headers.items()})
+            status, data = registry.answer(self.command, self.path, body)
+            self.send_response(status)
+            self.send_header("content-type", "application/vnd.schemaregistry.v1+json")
+            self.send_header("content-length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    registry.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield registry
+    finally:
+        server.shutdown()
+        thread.join(10)
+        server.server_close()
+
+
+def _json(value: dict[str, Any], status: int = 200) -> tuple[int, bytes]:
+    return status, json.dumps(value).encode()
