@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ops.errors import RecordError
+from streams.image_digests import check_digest, parse_digest
 from streams.images import CONTENT_TYPES, MAX_BYTES, sniff
 from streams.records import METADATA, SCHEMA, Sample, make_sample
 
@@ -212,6 +213,9 @@ def _from_record(record: dict[str, Any], max_image_bytes: int, fetch: Fetch | No
     schema = fields.pop("schema", SCHEMA)
     if schema != SCHEMA:
         raise RecordError("schema", f"schema {str(schema)[:80]!r} is not known.", f"Use {SCHEMA!r}.")
+    digest = fields.pop("image_digest", None)
+    if digest is not None:
+        parse_digest(digest)  # before anything is fetched
     uri = fields.pop("image_uri", None)
     if uri is not None and fields.get("image"):
         raise RecordError("schema", "the record has both `image` and `image_uri`.", "Keep one of them.")
@@ -223,6 +227,8 @@ def _from_record(record: dict[str, Any], max_image_bytes: int, fetch: Fetch | No
         fields["image"] = fetch(uri)
     elif fields.get("image"):
         fields["image"] = _from_base64(fields["image"], max_image_bytes)
+    if digest is not None and fields.get("image"):
+        check_digest(fields["image"], digest)
     return make_sample(fields)
 
 

@@ -33,6 +33,7 @@ Reason = Literal[
     "text_too_long",
     "uri_not_allowed",
     "uri_unreachable",
+    "uri_digest",
     "internal",
 ]
 #: Why a record may be refused: the labels of the quarantine metric and the ``ratchet_reason`` header. Stable names.
