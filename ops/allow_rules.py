@@ -5,11 +5,13 @@ cdn.example.org:8443                 that host on that port
 *.example.net                        every host below example.net, not example.net itself
 https://cdn.example.org/images/      only https, only what lies under that path
 *                                    every host; the check of its address stays
+s3://bucket/photos/                  what lies under that prefix of that bucket (also gs://)
 """
 
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Annotated
 from urllib.parse import unquote, urlsplit
@@ -61,13 +63,55 @@ class AllowRule:
         return host.endswith(self.host[1:]) if self.host.startswith("*.") else host == self.host
 
 
+OBJECT_SCHEMES = ("s3", "gs")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRule:
+    """One entry of an allow-list that names objects of a store. Also an address of one object.
+
+    Keys are compared as they are written: object stores decode no ``%20`` and resolve no ``..``, but some gateways do,
+    so keys with such steps are refused.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+    """A prefix that ends with a slash, or at one; empty: all of the bucket."""
+
+    @classmethod
+    def parse(cls, text: str) -> ObjectRule:
+        """Read one entry. Raises ValueError saying what is wrong with it."""
+        scheme, _, rest = text.partition("://")
+        bucket, _, key = rest.partition("/")
+        if scheme not in OBJECT_SCHEMES or not _BUCKET.fullmatch(bucket):
+            raise ValueError(f"{text!r}: expected s3://bucket/prefix/ or gs://bucket/prefix/")
+        if len(key.encode()) > 1024 or not key.isprintable() or {".", ".."} & set(key.replace("\\", "/").split("/")):
+            raise ValueError(f"{text!r}: the key is longer than 1024 bytes, or has steps or characters not taken")
+        return cls(scheme, bucket, key)
+
+    def covers(self, other: ObjectRule) -> bool:
+        """Whether an object lies here."""
+        folder = self.key if not self.key or self.key.endswith("/") else f"{self.key}/"
+        inside = other.key == self.key or other.key.startswith(folder)
+        return (other.scheme, other.bucket) == (self.scheme, self.bucket) and inside
+
+
+def is_object(uri: str) -> bool:
+    """Whether a URI is one of an object store."""
+    return uri.partition("://")[0] in OBJECT_SCHEMES
+
+
 def _host(text: str) -> str:
     AllowRule.parse(text)
     return text
 
 
 def _uri(text: str) -> str:
-    if not text.startswith("file:///"):
+    if is_object(text):
+        ObjectRule.parse(text)
+    elif not text.startswith("file:///"):
         AllowRule.parse(text)
     return text
 
@@ -80,6 +124,6 @@ def _network(text: str) -> str:
 HostRule = Annotated[str, AfterValidator(_host)]
 """A setting that is one entry of an allow-list."""
 UriRule = Annotated[str, AfterValidator(_uri)]
-"""The same, or a folder: ``file:///data/photos``."""
+"""The same, or a folder (``file:///data/photos``), or objects (``s3://bucket/photos/``)."""
 NetworkRule = Annotated[str, AfterValidator(_network)]
 """A setting that is a network or an address: ``10.1.0.0/16``, ``fd00::/8``, ``192.0.2.7``."""

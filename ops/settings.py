@@ -116,6 +116,9 @@ class Ingest(Section):
     allowed_networks: list[NetworkRule] = Field(
         default_factory=list, description="Networks that URIs may lead to although they are not public."
     )
+    uri_concurrency: int = Field(32, ge=1, le=1024, description="Images fetched at once by image_uri; more wait.")
+    uri_seconds: float = Field(30.0, gt=0, le=3600, description="Longest time to fetch one image, all tries included.")
+    uri_retries: int = Field(3, ge=0, le=10, description="Further tries after failures that may pass.")
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from ops.errors import RecordError
 from streams import cloud_events
 from streams.extra import dump_extra
+from streams.image_digests import check_digest, parse_digest
 from streams.images import CONTENT_TYPES, MAX_BYTES, sniff
 from streams.records import METADATA, SCHEMA, Sample, check_schema, make_sample
 
@@ -254,6 +255,9 @@ def _parse(value: bytes) -> dict[str, Any]:
 
 def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> Sample:
     check_schema(fields.pop("schema", SCHEMA))
+    digest = fields.pop("image_digest", None)
+    if digest is not None:
+        parse_digest(digest)  # before anything is fetched
     uri = fields.pop("image_uri", None)
     if uri is not None and fields.get("image"):
         raise RecordError("schema", "the record has both `image` and `image_uri`.", "Keep one of them.")
@@ -265,6 +269,8 @@ def _make(fields: dict[str, Any], max_image_bytes: int, fetch: Fetch | None) -> 
         fields["image"] = fetch(uri)
     elif fields.get("image") and not isinstance(fields["image"], bytes):
         fields["image"] = _from_base64(fields["image"], max_image_bytes)
+    if digest is not None and fields.get("image"):
+        check_digest(fields["image"], digest)
     return make_sample(fields)
 
 

@@ -29,6 +29,7 @@ import httpx
 from ops.allow_rules import PORTS, AllowRule
 from ops.errors import RecordError
 from streams.addresses import is_allowed, networks_of
+from streams.fetch_retries import RETRIED_STATUSES, TransientFetchError, parse_retry_after
 from streams.pinned_transport import PinnedBackend
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,8 @@ class Rules:
     """Longest time for one image, redirects included."""
     connections: int = 16
     """Images fetched at once; more wait."""
+    stall_seconds: float | None = None
+    """Longest time for a connection, or without a byte; half of ``seconds`` where it is None."""
     rules_setting: str = "serve.image_hosts"
     networks_setting: str = "serve.image_networks"
     """What these two are called in the settings, for messages."""
@@ -106,14 +109,25 @@ class Fetcher:
             budget: what it may spend together with other fetches.
 
         Raises:
-            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
+            RecordError: ``uri_not_allowed``, ``uri_unreachable`` (a TransientFetchError where another try may help),
+                ``image_too_large`` or ``image_format``.
         """
         async with self._seats:
             try:
                 async with asyncio.timeout(self.rules.seconds):
                     return await self._follow(url, budget or ByteBudget(self.rules.max_bytes))
             except TimeoutError:
-                raise _unreachable(f"{shown(url)} took longer than {self.rules.seconds:g} s.") from None
+                raise TransientFetchError(f"{shown(url)} took longer than {self.rules.seconds:g} s.") from None
+
+    def origin(self, url: str) -> str:
+        """Host and port of a URL. Raises RecordError ``uri_not_allowed`` where it is none that may be fetched."""
+        checked = self._checked(url, None)
+        return f"{checked.raw_host.decode('ascii')}:{checked.port or PORTS[checked.scheme]}"
+
+    def close(self) -> None:
+        """Let the resolver's threads go."""
+        if isinstance(self.resolve, SystemResolver):
+            self.resolve.close()
 
     async def _follow(self, url: str, budget: ByteBudget) -> bytes:
         here = self._checked(url, None)
@@ -125,7 +139,8 @@ class Fetcher:
                 log.info("%s could not be fetched: %s: %s", shown(str(here)), type(error).__name__, error)
                 broken = isinstance(error, httpcore.ProtocolError)
                 how = f"answers what is not HTTP: {str(error)[:200]}" if broken else "cannot be reached"
-                raise _unreachable(f"{shown(str(here))} {how}.") from error
+                kind = TransientFetchError if _may_pass(error) else _unreachable
+                raise kind(f"{shown(str(here))} {how}.") from error
             if isinstance(found, bytes):
                 return found
             here = self._checked(found, here)
@@ -158,7 +173,8 @@ class Fetcher:
             ("Accept-Encoding", "identity"), ("Connection", "close"),
         ]  # fmt: skip
         # A share of the time for each step, so that the second address of a name gets its try.
-        steps = dict.fromkeys(("connect", "read", "write", "pool"), self.rules.seconds / 2)
+        stall = self.rules.stall_seconds or self.rules.seconds / 2
+        steps = dict.fromkeys(("connect", "read", "write", "pool"), stall)
         async with (
             httpcore.AsyncConnectionPool(
                 self._trust, max_connections=1, max_keepalive_connections=0, network_backend=pinned
@@ -182,6 +198,9 @@ class Fetcher:
 
     def _accepted(self, url: httpx.URL, status: int, head: dict[bytes, str]) -> int | None:
         """Refuses an answer that is no image by its head. Returns the declared length."""
+        if status in RETRIED_STATUSES:
+            retry_after = parse_retry_after(head.get(b"retry-after", ""))
+            raise TransientFetchError(f"{shown(str(url))} answers {status}.", retry_after)
         if status != 200:
             raise _unreachable(f"{shown(str(url))} answers {status}.")
         kind = head.get(b"content-type", "").partition(";")[0].strip().lower()
@@ -235,6 +254,10 @@ class SystemResolver:
         )
         return [str(each[4][0]) for each in await look_up]
 
+    def close(self) -> None:
+        """End the threads when their look-ups end."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
 
 def shown(url: str) -> str:
     """A URL for messages and logs: without its query, which often is a key, and without credentials."""
@@ -242,6 +265,16 @@ def shown(url: str) -> str:
     scheme, slashes, rest = bare.partition("://")
     host, slash, path = rest.partition("/")
     return repr(f"{scheme}{slashes}{host.rpartition('@')[2]}{slash}{path}"[:200])
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a failure of the network is one that another try may not meet."""
+    if isinstance(error, httpcore.RemoteProtocolError):  # httpcore and h11 call a connection that broke by that, too
+        return str(error).startswith(("Server disconnected", "peer closed connection"))
+    if isinstance(error, socket.gaierror):
+        return error.errno == socket.EAI_AGAIN
+    certificate = isinstance(error.__cause__, ssl.SSLCertVerificationError)
+    return isinstance(error, (httpcore.TimeoutException, httpcore.NetworkError, OSError)) and not certificate
 
 
 def _unreachable(message: str) -> RecordError:

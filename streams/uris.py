@@ -1,97 +1,153 @@
 """Images that a record names instead of carrying: only from places that the operator listed.
 
 An entry of ``ingest.allowed_uris`` is a folder (``file:///data/photos`` allows the files under it, also after symbolic
-links are followed), or a place on the network as in :mod:`ops.allow_rules` (``https://cdn.example.org/images/`` allows
-what lies under that path on that host and port). With an empty list nothing is fetched.
+links are followed), a place on the network or a prefix in an object store, both as in :mod:`ops.allow_rules`
+(``https://cdn.example.org/images/`` allows what lies under that path on that host and port, ``s3://bucket/images/`` the
+objects under that prefix). With an empty list nothing is fetched.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from functools import lru_cache
-from pathlib import Path
+from itertools import count
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
 
+from ops.allow_rules import ObjectRule, is_object
 from ops.errors import RecordError
+from ops.settings import Ingest
+from streams.fetch_limits import FetchLimits
+from streams.fetch_retries import TransientFetchError, pause_before
+from streams.image_digests import check_digest, parse_digest
+from streams.loop_thread import LoopThread
+from streams.object_stores import ObjectReader
+from streams.uri_files import not_allowed, read_file
 
 if TYPE_CHECKING:
     from streams.fetching import Fetcher
 
-TIMEOUT_SECONDS = 10.0
+
+class UriFetcher:
+    """Fetches images by URI for many threads, on one event loop of its own. Thread safe.
+
+    At most ``uri_concurrency`` images are in flight; what may pass (timeouts, broken connections, 408, 425, 429, 5xx)
+    is tried ``uri_retries`` times more, with growing pauses or those that the server asks for. ``uri_seconds`` bounds
+    one image from the beginning of its first try. Hosts that fail do not hold up others
+    (:mod:`streams.fetch_limits`). Memory: at most ``uri_concurrency`` times ``max_image_bytes``.
+
+    >>> fetcher = UriFetcher(settings.ingest)
+    >>> image = fetcher.fetch("https://cdn.example.org/images/bus.png", "sha256:2cf24dba...")
+    >>> fetcher.close()
+    """
+
+    def __init__(self, limits: Ingest) -> None:
+        self.limits = limits
+        self._folders = [text for text in limits.allowed_uris if text.startswith("file:")]
+        self._objects = [ObjectRule.parse(text) for text in limits.allowed_uris if is_object(text)]
+        self._hosts = [text for text in limits.allowed_uris if not text.startswith("file:") and not is_object(text)]
+        self._stall_seconds = limits.uri_seconds / 4  # so that a try that hangs leaves time for another
+        self._seats = FetchLimits(limits.uri_concurrency, limits.uri_seconds)
+        self._reader = ObjectReader(limits.max_image_bytes, self._stall_seconds, limits.uri_concurrency)
+        self._fetcher = self._http_fetcher() if self._hosts else None
+        self._loop = LoopThread("uris", self._reader.close)
+
+    def fetch(self, uri: str, digest: str | None = None) -> bytes:
+        """The bytes behind ``uri``. Waits for them.
+
+        Args:
+            uri: file, http, https, s3 or gs.
+            digest: what the bytes must have, ``sha256:<hex>``.
+
+        Raises:
+            RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``uri_digest``, ``image_too_large``,
+                ``image_format``, or ``schema`` for a malformed digest.
+            asyncio.CancelledError: the fetcher was closed meanwhile. No ``Exception``: the record is not to blame.
+        """
+        if digest is not None:
+            parse_digest(digest)
+        try:
+            image = self.submit(uri).result()
+        except CancelledError:
+            raise asyncio.CancelledError("the fetcher was closed") from None
+        if digest is not None:
+            check_digest(image, digest)
+        return image
+
+    def submit(self, uri: str) -> Future[bytes]:
+        """Start to fetch; the future has the bytes or :meth:`fetch`'s RecordError. A file is read at once."""
+        done: Future[bytes] = Future()
+        try:
+            if uri[:5].lower() == "file:":
+                done.set_result(read_file(uri, self._folders, self.limits.max_image_bytes))
+                return done
+            if is_object(uri):
+                place = self._object(uri)
+                origin = f"{place.scheme}://{place.bucket}"
+                return self._loop.submit(self._patiently(origin, lambda: self._reader.read(place)))
+            if self._fetcher is None:
+                raise not_allowed(uri)
+            fetcher = self._fetcher
+            return self._loop.submit(self._patiently(fetcher.origin(uri), lambda: fetcher.fetch(uri)))
+        except RecordError as error:
+            done.set_exception(error)
+            return done
+
+    def close(self) -> None:
+        """Cancel what is in flight, close all connections and end the thread."""
+        self._loop.close()
+        if self._fetcher is not None:
+            self._fetcher.close()
+
+    async def _patiently(self, origin: str, attempt: Callable[[], Awaitable[bytes]]) -> bytes:
+        """Try until it is there, cannot come, or the time is over."""
+        clock = asyncio.get_running_loop().time
+        deadline: float | None = None
+        for tries in count(1):
+            try:
+                async with asyncio.timeout_at(deadline), self._seats.seat(origin):
+                    deadline = deadline or clock() + self.limits.uri_seconds
+                    async with asyncio.timeout_at(deadline):
+                        return await attempt()
+            except TransientFetchError as error:
+                failure = error
+            except TimeoutError:
+                failure = TransientFetchError(f"{origin!r} took longer than {self.limits.uri_seconds:g} s.")
+            pause = pause_before(tries, failure.retry_after)
+            if tries > self.limits.uri_retries or clock() + pause >= (deadline or 0.0):
+                raise TransientFetchError(f"{failure.message} Tries: {tries}.", failure.retry_after)
+            await asyncio.sleep(pause)
+        raise AssertionError("count() has no end")
+
+    def _object(self, uri: str) -> ObjectRule:
+        try:
+            place = ObjectRule.parse(uri)
+        except ValueError:
+            raise not_allowed(uri) from None
+        if not place.key or not any(rule.covers(place) for rule in self._objects):
+            raise not_allowed(uri)
+        return place
+
+    def _http_fetcher(self) -> Fetcher:
+        from streams.fetching import Fetcher, Rules  # only deployments that allow URLs pay for it
+
+        limits = self.limits
+        return Fetcher(
+            Rules(
+                self._hosts, limits.allowed_networks, limits.max_image_bytes, limits.uri_seconds,
+                limits.uri_concurrency, self._stall_seconds,
+                rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
+            )
+        )  # fmt: skip
 
 
 def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
-    """The bytes behind ``uri``, at most ``max_bytes``.
-
-    Args:
-        uri: file, http or https.
-        allowed: folders and places.
-        networks: networks that are allowed although they are not public.
-
-    Raises:
-        RecordError: ``uri_not_allowed``, ``uri_unreachable``, ``image_too_large`` or ``image_format``.
-    """
-    try:
-        scheme = urlsplit(uri).scheme
-        if scheme == "file" and any(_file_is_under(uri, prefix) for prefix in allowed):
-            return _read(_path(uri), max_bytes)
-    except ValueError:  # a malformed port, host or path
-        raise _not_allowed(uri) from None
-    places = tuple(prefix for prefix in allowed if not prefix.startswith("file:"))
-    if scheme not in ("http", "https") or not places:
-        raise _not_allowed(uri)
-    return asyncio.run(_fetcher(places, tuple(networks), max_bytes).fetch(uri))
+    """:meth:`UriFetcher.fetch` with a fetcher that stays for the life of the process."""
+    return _shared(tuple(allowed), max_bytes, tuple(networks)).fetch(uri)
 
 
 @lru_cache(4)
-def _fetcher(places: tuple[str, ...], networks: tuple[str, ...], max_bytes: int) -> Fetcher:
-    from streams.fetching import Fetcher, Rules  # only deployments that allow URLs pay for it
-
-    return Fetcher(
-        Rules(
-            places, networks, max_bytes, TIMEOUT_SECONDS, connections=2,
-            rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
-        )
-    )  # fmt: skip
-
-
-def _not_allowed(uri: str) -> RecordError:
-    return RecordError(
-        "uri_not_allowed",
-        f"image_uri {uri[:200]!r} is under no allowed prefix.",
-        "Send the image in the record, or add its prefix to `ingest.allowed_uris`.",
-    )
-
-
-def _path(uri: str) -> Path:
-    return Path(unquote(urlsplit(uri).path)).resolve()
-
-
-def _file_is_under(uri: str, prefix: str) -> bool:
-    allowed = urlsplit(prefix)
-    if allowed.scheme != "file" or urlsplit(uri).netloc not in ("", "localhost"):
-        return False
-    return _path(uri).is_relative_to(_path(prefix))
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
-    try:
-        if not path.is_file():  # a device or a pipe would never end
-            raise FileNotFoundError(path)
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise RecordError(
-            "uri_unreachable",
-            f"{path} cannot be read: {error.strerror or 'no such file'}.",
-            "Put the file in place.",
-        ) from error
-    return _bounded(data, max_bytes)
-
-
-def _bounded(data: bytes, max_bytes: int) -> bytes:
-    if len(data) > max_bytes:
-        raise RecordError("image_too_large", f"the image has more than {max_bytes} bytes.", "Scale it down.")
-    return data
+def _shared(allowed: tuple[str, ...], max_bytes: int, networks: tuple[str, ...]) -> UriFetcher:
+    limits = {"allowed_uris": allowed, "allowed_networks": networks, "max_image_bytes": max_bytes}
+    return UriFetcher(Ingest.model_construct(**{**Ingest().model_dump(), **limits}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import boto3
@@ -11,10 +12,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from ops.artifacts import Artifacts
-from ops.errors import AdapterError, BaseModelError
+from ops.errors import AdapterError, BaseModelError, RecordError
+from ops.settings import Ingest
 from serving.engines.base import load_base
 from streams.rows import Position
 from streams.store import SampleStore
+from streams.uris import UriFetcher
 from tests.support.tiny import tiny_base
 from tests.unit.streams.test_store import TOPIC, put, sample
 from updater.base import pull_base, push_base
@@ -96,6 +99,38 @@ def test_samples_and_offsets_are_one_commit_there_too() -> None:
     assert first.count() == 3
     assert first.count(version=pinned) == 2
     assert first.scan(columns=["text"])["text"].to_pylist() == ["text 0", "text 1", "text 2"]
+
+
+def test_images_are_fetched_from_listed_prefixes_within_their_bounds() -> None:
+    client = boto3.client("s3")
+    for key, size in {"photos/a b%20.png": 1000, "photos/big.png": 1025, "photos/none": 0, "secret/a.png": 9}.items():
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"x" * size)
+    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}/photos/"], max_image_bytes=1024, uri_retries=1))
+    try:
+        uris = [f"s3://{BUCKET}/photos/a b%20.png"] * 50
+        with ThreadPoolExecutor(50) as workers:
+            assert set(workers.map(fetcher.fetch, uris)) == {b"x" * 1000}
+        assert fetcher.fetch(f"s3://{BUCKET}/photos/none") == b""
+        reasons = {
+            "photos/big.png": "image_too_large", "photos/gone.png": "uri_unreachable", "photos": "uri_not_allowed",
+            "secret/a.png": "uri_not_allowed", "photos/../secret/a.png": "uri_not_allowed", "": "uri_not_allowed",
+        }  # fmt: skip
+        for key, reason in reasons.items():
+            with pytest.raises(RecordError) as caught:
+                fetcher.fetch(f"s3://{BUCKET}/{key}")
+            assert (key, caught.value.reason) == (key, reason)
+    finally:
+        fetcher.close()
+
+
+def test_a_store_that_is_away_is_tried_again_and_its_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    fetcher = UriFetcher(Ingest(allowed_uris=[f"s3://{BUCKET}"], uri_retries=1))
+    with pytest.raises(RecordError, match=r"cannot be read now\. Tries: 2") as caught:
+        fetcher.fetch(f"s3://{BUCKET}/photos/a.png")
+    fetcher.close()
+    assert caught.value.reason == "uri_unreachable"
+    assert "127.0.0.1" not in str(caught.value)
 
 
 def test_of_two_writers_that_followed_the_same_version_one_is_sent_back() -> None:

@@ -79,6 +79,7 @@ def site(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = No
     class Server(socketserver.ThreadingTCPServer):
         allow_reuse_address = True
         daemon_threads = True
+        request_queue_size = 128  # more connections at once than that wait a second to try again
 
     with Server((host, port), Handler) as server:
         made = Site(host, server.server_address[1])

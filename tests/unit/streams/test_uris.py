@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from ops.errors import RecordError
-from streams.uris import fetch
+from ops.settings import Ingest
+from streams.uris import UriFetcher
 
 LOOPBACK = ["127.0.0.1/32"]
+
+
+def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
+    """What a fetcher with these limits gets."""
+    limits = {**Ingest().model_dump(), "allowed_uris": allowed, "allowed_networks": networks, "uri_retries": 0}
+    fetcher = UriFetcher(Ingest.model_construct(**{**limits, "max_image_bytes": max_bytes}))  # smaller than is valid
+    try:
+        return fetcher.fetch(uri)
+    finally:
+        fetcher.close()
 
 
 class Handler(BaseHTTPRequestHandler):
