@@ -4,6 +4,8 @@
     ├── ConfigError        a setting is wrong or missing
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
+    │   ├── Fenced             another sender took over, and nothing more may be sent
+    │   └── RecordTooLarge     one record is larger than the broker takes
     ├── StoreError         the sample store or the catalog
     │   └── UnknownRecord      no record was refused at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
@@ -13,7 +15,8 @@
     ├── GateError          a suite is wrong or cannot be scored
     ├── AccessError        a caller's name or key is not acceptable
     ├── LedgerError        a row is missing or contradicts what is there
-    │   └── AlreadyResubmitted    a refused record was sent again before
+    │   ├── AlreadyResubmitted    a refused record was sent again before
+    │   └── LeaseLost          another process holds the lease now
     └── ReleaseError       a proposal could not be released
         └── ReleaseConflict    somebody else released first
 
@@ -59,6 +62,16 @@ class BrokerError(RatchetError):
     """Kafka cannot be reached or refuses."""
 
 
+class Fenced(BrokerError):
+    """Another sender took over, and the broker (or the lease) lets this one send no more."""
+
+
+class RecordTooLarge(BrokerError):
+    """The broker does not take a record of this size. ``index``: which one of those that were sent together."""
+
+    index: int = 0
+
+
 class StoreError(RatchetError):
     """The sample store or the catalog."""
 
@@ -97,6 +110,10 @@ class LedgerError(RatchetError):
 
 class AlreadyResubmitted(LedgerError):
     """A refused record was sent again before."""
+
+
+class LeaseLost(LedgerError):
+    """Another process holds the lease now; what this one was about to write was not written."""
 
 
 class ReleaseError(RatchetError):
