@@ -4,7 +4,9 @@
     ├── ConfigError        a setting is wrong or missing
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
-    │   └── RegistryUnavailable    the schema registry cannot be reached or refuses
+    │   ├── RegistryUnavailable    the schema registry cannot be reached or refuses
+    │   ├── Fenced             another sender took over, and nothing more may be sent
+    │   └── RecordTooLarge     one record is larger than the broker takes
     ├── StoreError         the sample store or the catalog
     │   ├── StoreUnavailable   it cannot be read or written now
     │   ├── StoreFull          its disk is full
@@ -17,7 +19,8 @@
     ├── GateError          a suite is wrong or cannot be scored
     ├── AccessError        a caller's name or key is not acceptable
     ├── LedgerError        a row is missing or contradicts what is there
-    │   └── AlreadyResubmitted    a refused record was sent again before
+    │   ├── AlreadyResubmitted    a refused record was sent again before
+    │   └── LeaseLost          another process holds the lease now
     └── ReleaseError       a proposal could not be released
         └── ReleaseConflict    somebody else released first
 
@@ -65,6 +68,16 @@ class BrokerError(RatchetError):
 
 class RegistryUnavailable(BrokerError):
     """The schema registry cannot be reached or refuses: an outage, which says nothing about the record at hand."""
+
+
+class Fenced(BrokerError):
+    """Another sender took over, and the broker (or the lease) lets this one send no more."""
+
+
+class RecordTooLarge(BrokerError):
+    """The broker does not take a record of this size. ``index``: which one of those that were sent together."""
+
+    index: int = 0
 
 
 class StoreError(RatchetError):
@@ -121,6 +134,10 @@ class LedgerError(RatchetError):
 
 class AlreadyResubmitted(LedgerError):
     """A refused record was sent again before."""
+
+
+class LeaseLost(LedgerError):
+    """Another process holds the lease now; what this one was about to write was not written."""
 
 
 class ReleaseError(RatchetError):

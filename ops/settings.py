@@ -85,8 +85,11 @@ class Kafka(Section):
     quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
     partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
+    isolation_level: Literal["read_committed", "read_uncommitted"] = Field(
+        "read_committed", description="Whether records of transactions that were aborted are left out."
+    )
     batch_bytes: int = Field(16 * MIB, ge=1024, description="Most bytes of records in one commit.")
-    batch_records: int = Field(256, ge=1, le=100_000, description="Most records in one commit.")
+    batch_records: int = Field(512, ge=1, le=100_000, description="Most records in one commit.")
     batch_seconds: float = Field(2.0, gt=0, description="Longest wait before a smaller batch is committed.")
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
     oauth: OAuth = Field(default_factory=OAuth)
@@ -111,7 +114,13 @@ class Ingest(Section):
     min_side: int = Field(8, ge=1, description="Shortest side of an image, in pixels.")
     max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
-    near_duplicate_distance: int = Field(0, ge=0, le=16, description="Perceptual hash bits that may differ.")
+    near_duplicate_distance: int = Field(
+        0, ge=-1, le=16, description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for."
+    )
+    split_key: SecretStr | None = Field(
+        None, description="Key of the split into train and fresh_eval; made with the store if unset."
+    )
+    threads: int = Field(0, ge=0, le=256, description="Threads that validate records; 0: one for each core.")
     allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
     allowed_networks: list[NetworkRule] = Field(
         default_factory=list, description="Networks that URIs may lead to although they are not public."

@@ -58,6 +58,10 @@ INGEST_REFUSED = Counter("ratchet_ingest_quarantined_total", "Records quarantine
 INGEST_DUPLICATES = Counter("ratchet_ingest_duplicates_total", "Records that were already stored.", ["kind"])
 INGEST_LAG = Gauge("ratchet_ingest_lag_records", "Records between the store and the end of the log.", ["partition"])
 INGEST_COMMIT = Histogram("ratchet_ingest_commit_seconds", "Time of one atomic store commit.", buckets=SECONDS)
+INGEST_LOST = Counter(
+    "ratchet_ingest_lost_offsets_total", "Offsets that were gone before they were read (gaps).", ["reason"]
+)
+INGEST_WAITING = Gauge("ratchet_ingest_waiting", "Whether ingest waits for a dependency (1) or not (0).", ["for"])
 INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1) or not (0).")
 STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
 STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
@@ -205,6 +209,10 @@ for _split in ("train", "fresh_eval"):
     INGEST_STORED.labels(_split)
 for _kind in ("exact", "perceptual"):
     INGEST_DUPLICATES.labels(_kind)
+for _reason in ("retention", "truncated"):
+    INGEST_LOST.labels(_reason)
+for _dependency in ("broker", "store", "disk", "registry"):
+    INGEST_WAITING.labels(_dependency)
 for _kind in ("initial", "update", "rollback", "release"):
     for _outcome in ("committed", "failed"):
         RELEASES.labels(_kind, _outcome)

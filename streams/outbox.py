@@ -1,0 +1,88 @@
+"""The sending half of a transactional outbox: each entry is in its topic once, whatever is killed or stopped when.
+
+The entries, and which of them are published, are kept elsewhere (events in the ledger). Here:
+
+1. open a :class:`~streams.fenced_sender.FencedSender`: nobody who was there before can send any more;
+2. read the topic's tail back: what is there now is all that earlier senders have sent;
+3. send what is not there, in one transaction.
+
+After an error of any kind it begins again at 1. A lease is not needed for this to hold, only so that two processes do
+not fence one another all the time. "Is in the topic" means: as consumers with ``isolation.level=read_committed`` see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from ops.settings import Kafka
+from streams.codecs import Encoded
+from streams.fenced_sender import FencedSender
+from streams.producer import Delivery
+from streams.read_back import read_back
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxEntry:
+    """What is to be in the topic once. ``id`` is made from the fact, never at random; it was not sent before ``time``
+    (UTC)."""
+
+    id: str
+    record: Encoded
+    time: datetime
+
+
+class Outbox:
+    """Publishes entries to one topic. Connects when it is needed. Not thread safe."""
+
+    def __init__(self, topic: str, sender: FencedSender, id_of: Callable[[Any], str | None]) -> None:
+        """``id_of`` gives the entry's id of a kafka-python record, None for a record that is not of this outbox."""
+        self.topic = topic
+        self.sender = sender
+        self._id_of = id_of
+        self._deliveries: dict[str, Delivery] = {}
+
+    @property
+    def kafka(self) -> Kafka:
+        """The broker's settings."""
+        return self.sender.kafka
+
+    def publish(self, entries: Sequence[OutboxEntry]) -> dict[str, Delivery]:
+        """Make sure that each entry is in the topic; where each one is, by id. Entries given before cost nothing.
+
+        Raises:
+            Fenced: another process publishes this outbox now.
+            BrokerError: some may not have been published; the next call finds out which.
+        """
+        if not entries:
+            return {}
+        if not self.sender.opened:
+            self._open(min(entry.time for entry in entries))
+        missing = [entry for entry in entries if entry.id not in self._deliveries]
+        deliveries = self.sender.send_all(self.topic, [entry.record for entry in missing])
+        self._deliveries |= {entry.id: place for entry, place in zip(missing, deliveries, strict=True)}
+        return {entry.id: self._deliveries[entry.id] for entry in entries}
+
+    def forget(self, ids: Iterable[str]) -> None:
+        """Drop what is known of entries that are marked as published, and so are not given again."""
+        for each in ids:
+            self._deliveries.pop(each, None)
+
+    def close(self) -> None:
+        """Let the connection go; the next :meth:`publish` begins anew."""
+        self.sender.close()
+        self._deliveries = {}
+
+    def _open(self, since: datetime) -> None:
+        self._deliveries = {}
+        self.sender.open()
+        try:
+            for record in read_back(self.kafka, self.topic, since):
+                entry_id = self._id_of(record)
+                if entry_id is not None:
+                    self._deliveries.setdefault(entry_id, Delivery(record.topic, record.partition, record.offset))
+        except BaseException:
+            self.sender.close()
+            raise
