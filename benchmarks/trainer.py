@@ -43,7 +43,7 @@ def prepare_data(settings: Settings) -> Settings:
     images = pictures(2 * SAMPLES)
     store = SampleStore(settings.lake)
     rows = [_row(number, image) for number, image in enumerate(images[:SAMPLES])]
-    store.commit(lambda snapshot: (rows, [Position("bench", 0, SAMPLES)]))
+    store.put(rows, [Position("bench", 0, SAMPLES)])
     folder = settings.home / "data" / "bench"
     write_folder(
         folder,
@@ -111,6 +111,6 @@ def _row(number: int, image: bytes) -> dict[str, Any]:
     words = {"text": _caption(number), "question": "", "answer": "", "label": "", "domain": "bench", "concept": ""}
     place = {"topic": "bench", "partition": 0, "offset": number, "ingested_at": datetime.now(UTC)}
     return {
-        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "phash": "0" * 16,
+        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "look": "",
         **words, **place,
     }  # fmt: skip

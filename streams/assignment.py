@@ -11,6 +11,7 @@ from typing import Any
 from kafka import ConsumerRebalanceListener, TopicPartition
 
 from streams.rows import Position, newest_of_topic, parse_stream, stream_name
+from streams.tolerant_fetch import seek
 from streams.writer import Claim
 
 log = logging.getLogger(__name__)
@@ -71,11 +72,6 @@ def new_generation(known: Iterable[Position], position: Position, start: int) ->
     highest = max(parse_stream(each.stream)[1] for each in (*known, position))
     stream = stream_name(topic, highest + 1)
     return Position(stream, position.partition, start, position.topic_id, published=start)
-
-
-def is_later(position: Position, other: Position) -> bool:
-    """Whether ``position`` is in a later generation of the same topic."""
-    return parse_stream(position.stream)[1] > parse_stream(other.stream)[1]
 
 
 class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -154,8 +150,3 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
         """All readings."""
         with self._lock:
             return [self._readings[number] for number in sorted(self._readings)]
-
-
-def seek(consumer: Any, partition: TopicPartition, offset: int, leader_epoch: int) -> None:
-    """Go on at an offset, known to follow a record of this leader epoch (-1: unknown)."""
-    consumer.seek(partition, offset)

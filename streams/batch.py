@@ -94,9 +94,7 @@ class Batch:
             StoreUnavailable: nothing was stored; to be tried again.
         """
         ends: dict[Reading, int] = {reading: end for reading, end, _, _ in self._entries}
-        outcome = Outcome(
-            readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
-        )
+        outcome = Outcome(readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries))
         if not ends:
             return outcome
         with self.index.deciding():
@@ -111,7 +109,7 @@ class Batch:
         return outcome
 
     def _decide(self, outcome: Outcome) -> list[Row]:
-        """The rows to store: a sample, or a repetition of the store or of this batch; and what is no sample as it is."""
+        """The rows to store: samples; as duplicates those that repeat the store or this batch; all others as they are."""
         rows = []
         for _, _, result, _ in self._entries:
             if not isinstance(result, Accepted):

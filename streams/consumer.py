@@ -22,8 +22,7 @@ from typing import Any, Final
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
-from ops import metrics
-from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, StoreFull, Superseded
+from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from ops.progress import say
 from ops.settings import Settings
 from streams import tolerant_fetch
@@ -31,7 +30,8 @@ from streams.assignment import Assignment, Reading, new_generation, start_positi
 from streams.batch import Batch, Outcome
 from streams.clients import MAX_RECORD_BYTES, Admin, client_options, explain
 from streams.crash_guard import CrashGuard
-from streams.ingest_status import Dependency, IngestStatus
+from streams.ingest_report import IngestReport
+from streams.ingest_status import IngestStatus
 from streams.log_watch import LogLost, LogWatch, gap
 from streams.quality.duplicates import DuplicateIndex
 from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
@@ -52,8 +52,6 @@ CONNECT_SECONDS: Final = 3.0
 SESSION_SECONDS: Final = 6.0
 #: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
 JOIN_SECONDS: Final = 6.0
-#: A group that lets nobody in for so long is a problem that somebody has to look at.
-GROUP_PATIENCE_SECONDS: Final = 30.0
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
 PUBLISH_SECONDS: Final = 5.0
 BACKOFF_SECONDS: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
@@ -79,13 +77,16 @@ class Consumer:
         self.settings = settings
         self.kafka = settings.kafka
         self.store = store or SampleStore(settings.lake)
-        self.status = IngestStatus()
-        self._on_change = on_change
+        self._report = IngestReport(self.store, self.kafka.group, on_change)
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
         self._consumer: Any = None
         self._opened = False
-        self._outside_since = 0.0
+
+    @property
+    def status(self) -> IngestStatus:
+        """Where it stands."""
+        return self._report.status
 
     def stop(self) -> None:
         """Ask :meth:`run` to store what it has read, and return. From any thread or a signal handler."""
@@ -118,7 +119,7 @@ class Consumer:
                     self._disconnect()
         finally:
             self._close()
-        self._change(state="stopped", waiting_for="", problem="")
+        self._report.stopped()
 
     def _step(self) -> None:
         """One turn of the loop."""
@@ -192,7 +193,6 @@ class Consumer:
         self._assignment = Assignment(self._consumer, self.kafka.topic)
         self._log = LogWatch(self._admin, self._consumer, self.kafka.topic, topic_id)
         self._consumer.subscribe([self.kafka.topic], listener=self._assignment)
-        self._outside_since = time.monotonic()
 
     def _ensure_topics(self) -> str:
         """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
@@ -204,7 +204,7 @@ class Consumer:
         if topic_id is None:
             raise BrokerError(
                 f"topic {topic} is gone, which had been read before.",
-                "Make it again, with the partitions and settings that it had; its new log is then read from the beginning.",
+                "Make it again, with the partitions and settings that it had; its new log is read from the beginning.",
             )
         return topic_id
 
@@ -339,10 +339,10 @@ class Consumer:
                     self._assignment.give_up(reading)
             return
         if outcome.readings:
-            metrics.ingest.committed(time.monotonic() - started)
+            seconds = time.monotonic() - started
             self._publish(outcome)
             self._tell_kafka(outcome.readings)
-            self._count(outcome)
+            self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
 
     def _publish(self, outcome: Outcome) -> None:
         refused = outcome.of_kind("quarantine")
@@ -380,11 +380,8 @@ class Consumer:
 
     def _look(self) -> None:
         self._log.look()
-        metrics.ingest.broker(True)
-        self._tell_state()
-        lag = self._log.lag(self._assignment.all()) if self._assignment.joined else None
-        if lag != self.status.lag:
-            self._change(lag=lag)
+        joined = self._assignment.joined
+        self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
 
     def _find_range(self) -> None:
         """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
@@ -431,7 +428,7 @@ class Consumer:
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
     def _patiently(self, act: Callable[[], None]) -> bool:
-        """Do what needs something that may be away, when it is there; False when asked to stop before. Raises LogLost."""
+        """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
         failures = 0
         while True:
             try:
@@ -448,15 +445,10 @@ class Consumer:
     def _wait(self, error: Exception, failures: int) -> None:
         """Say what is away, store what can be stored, and wait: longer after more failures."""
         known = error if isinstance(error, RatchetError) else explain(error, self.kafka, "reading")
-        dependency = _dependency(known)
-        if dependency == "broker":
-            metrics.ingest.broker(False)
-            if self._consumer is not None:
-                self._salvage()
-        metrics.ingest.waiting(dependency)
-        self._change(state="waiting", waiting_for=dependency, problem=str(known))
         seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)]
-        say(f"ingest: [yellow]{known}[/yellow] Trying again in {seconds:g} s.")
+        dependency = self._report.away(known, seconds)
+        if dependency == "broker" and self._consumer is not None:
+            self._salvage()
         self._stopping.wait(seconds)
         if dependency != "broker" and self._consumer is not None:
             self._stay_in_group()
@@ -482,58 +474,3 @@ class Consumer:
                     self._assignment.begin(reading)
         except (KafkaError, ValueError) as error:
             log.info("the group could not be asked while waiting: %s", error)
-
-    def _tell_state(self) -> None:
-        """The broker answers: so this process reads, or the group has not let it in, which is said after a while."""
-        state = "reading" if self._assignment.joined else "joining"
-        if self.status.state != state:
-            self._outside_since = time.monotonic()
-            metrics.ingest.waiting("")
-            self._change(state=state, waiting_for="", problem="")
-        outside = time.monotonic() - self._outside_since
-        if state == "joining" and not self.status.problem and outside > GROUP_PATIENCE_SECONDS:
-            problem = (
-                f"group {self.kafka.group} has not let this process in for {outside:.0f} s. Look at its members"
-                " (Apache Kafka: kafka-consumer-groups.sh --describe --members); restart an embedded broker."
-            )
-            self._change(problem=problem)
-            say(f"ingest: [red]{problem}[/red]")
-
-    def _change(self, **changes: Any) -> None:
-        """Change fields of the status, and tell who listens."""
-        self.status = replace(self.status, **changes)
-        if self._on_change is not None:
-            self._on_change(self.status)
-
-    def _count(self, outcome: Outcome) -> None:
-        """Count a commit, in the metrics and in the status."""
-        refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
-        metrics.ingest.received(outcome.records, outcome.size)
-        for split, count in outcome.samples.items():
-            metrics.ingest.stored(count, split)
-        for kind, count in outcome.duplicates.items():
-            metrics.ingest.duplicates(count, kind)
-        for row in refused:
-            metrics.ingest.refused(row["reason"])
-        for row in gaps:
-            metrics.ingest.lost(row["until"] - row["offset"], row["reason"])
-        now = self.status
-        self._change(
-            samples=now.samples + outcome.samples.total(),
-            duplicates=now.duplicates + outcome.duplicates.total(),
-            quarantined=now.quarantined + len(refused),
-            tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
-            gap_offsets=now.gap_offsets + sum(row["until"] - row["offset"] for row in gaps),
-            commits=now.commits + 1,
-            version=outcome.version,
-            offsets={**now.offsets, **{reading.claim.key: reading.stored for reading in outcome.readings}},
-            lag=self._log.lag(self._assignment.all()),
-        )
-
-
-def _dependency(error: RatchetError) -> Dependency:
-    if isinstance(error, StoreFull):
-        return "disk"
-    if isinstance(error, StoreError):
-        return "store"
-    return "registry" if isinstance(error, RegistryUnavailable) else "broker"

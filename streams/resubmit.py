@@ -21,10 +21,11 @@ from ops.settings import Settings
 from streams.clients import CONNECT_SECONDS
 from streams.codecs import Encoded
 from streams.producer import Delivery, RecordSender
-from streams.quarantine import PUBLISH_SECONDS, original
+from streams.quarantine import original
 from streams.store import SampleStore
 
 #: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
+PUBLISH_SECONDS: Final = 20.0
 HEADER: Final = "x-ratchet-resubmission-of"
 _PLACE: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 

@@ -83,9 +83,7 @@ class ValidationPool:
                 queue.popleft()
                 self._bytes -= first.received.size
                 self._records -= 1
-                yield Validated(
-                    reading, first.received.offset + 1, first.leader_epoch, first.received.size, result
-                )
+                yield Validated(reading, first.received.offset + 1, first.leader_epoch, first.received.size, result)
             if not queue:
                 del self._pending[reading]
 

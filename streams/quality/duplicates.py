@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -211,7 +212,7 @@ class DuplicateIndex:
 def _bands(distance: int) -> list[int]:
     """Masks of 64 bits that cover each bit once, ``distance + 1`` of them."""
     ends = [64 * number // (distance + 1) for number in range(distance + 2)] if distance >= 0 else []
-    return [((1 << (end - start)) - 1) << start for start, end in zip(ends, ends[1:], strict=False)]
+    return [((1 << (end - start)) - 1) << start for start, end in pairwise(ends)]
 
 
 def _moved(dataset: Any, since: int) -> set[int]:
@@ -232,7 +233,9 @@ def _told(path: Path | str) -> Iterator[None]:
         yield
     except (sqlite3.Error, OSError) as error:
         if "full" in str(error) or "No space left" in str(error):
-            raise StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.") from error
+            raise StoreFull(
+                f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost."
+            ) from error
         raise StoreUnavailable(
             f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
         ) from error

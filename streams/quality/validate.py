@@ -129,7 +129,7 @@ def refuse(record: Received, reason: str, detail: str, now: datetime | None = No
 
 
 def record_time(timestamp: int) -> datetime | None:
-    """A record's CreateTime; None where there is none. Microseconds and nanoseconds, sent by mistake, are told apart."""
+    """A record's CreateTime; None where there is none. Microseconds and nanoseconds are sent by mistake, and known."""
     seconds = timestamp / 1000
     for _ in range(2):
         if seconds > _LATEST_SECONDS:

@@ -194,5 +194,5 @@ def _fill(lake: str, count: int = 6) -> list[Sample]:
         }
         for number, sample in enumerate(samples)
     ]  # fmt: skip
-    SampleStore(lake).commit(lambda _: (list(rows), [Position("t", 0, count)]))
+    SampleStore(lake).put(list(rows), [Position("t", 0, count)])
     return samples

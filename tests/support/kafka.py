@@ -16,7 +16,8 @@ from PIL import Image
 
 from ops.settings import Kafka, Settings
 from streams.clients import ensure_topics
-from streams.ingest import Ingest, IngestStatus
+from streams.consumer import Consumer
+from streams.ingest_status import IngestStatus
 
 Place = tuple[str, int, int]
 Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
@@ -96,9 +97,9 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60.0) ->
 
 
 @contextmanager
-def reading(settings: Settings) -> Iterator[Ingest]:
+def reading(settings: Settings) -> Iterator[Consumer]:
     """An ingest that runs on a thread, and is stopped at the end."""
-    ingest = Ingest(settings)
+    ingest = Consumer(settings)
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -119,7 +120,7 @@ def reading(settings: Settings) -> Iterator[Ingest]:
 
 def records_seen(status: IngestStatus) -> int:
     """Records that a running ingest has dealt with."""
-    return status.samples + status.duplicates + status.quarantined
+    return status.samples + status.duplicates + status.quarantined + status.tombstones
 
 
 class Proxy:

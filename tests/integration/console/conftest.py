@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page
 
 from ops.loading import load_settings
 from ops.settings import Settings
-from streams.ingest import Ingest
+from streams.consumer import Consumer
 from tests.integration.serving.house import House, free_port
 from tests.support.broker import Broker, broker
 from tests.support.browser import DESKTOP, Complaints, chromium, console
@@ -29,7 +29,7 @@ class Place:
     settings: Settings
     url: str
     story: Story
-    ingest: Ingest
+    ingest: Consumer
     operator: str
     """Token of a key that may act, of the name `ana`."""
     reader: str

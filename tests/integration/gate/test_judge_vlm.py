@@ -49,7 +49,7 @@ def settings(tmp_path: Path) -> Settings:
         environ={},
     )
     rows = [_sample(number) for number in range(40)]
-    SampleStore(settings.lake).commit(lambda snapshot: (rows, [Position("samples", 0, 40)]))
+    SampleStore(settings.lake).put(rows, [Position("samples", 0, 40)])
     return settings
 
 
@@ -59,7 +59,7 @@ def _sample(number: int) -> dict[str, Any]:
     return {
         "kind": "sample", "id": digest_bytes(image), "image": image, "text": "", "question": asked.question,
         "answer": asked.answer, "domain": "things", "concept": "", "ingested_at": datetime.now(UTC),
-        "split": "fresh_eval", "phash": "0" * 16, "topic": "samples", "partition": 0, "offset": number,
+        "split": "fresh_eval", "look": "", "topic": "samples", "partition": 0, "offset": number,
     }  # fmt: skip
 
 

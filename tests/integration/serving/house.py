@@ -233,10 +233,10 @@ class House:
                     "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": domain,
                     "source": source, "time": datetime(year, 1, 1 + index % 28, tzinfo=UTC),
                     "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
-                    "phash": f"{offset + index:016x}",
+                    "look": "",
                     "offset": offset + index, "question": "", "answer": "",
                 }
             )  # fmt: skip
             ids.append(sample.id)
-        store.commit(lambda _: (rows, [Position("t", 0, offset + count)]))
+        store.put(rows, [Position("t", 0, offset + count)])
         return ids

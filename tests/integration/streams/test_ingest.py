@@ -21,8 +21,8 @@ from streams import Producer, Sample
 from streams.broker import EmbeddedBroker, free_port
 from streams.clients import Admin
 from streams.codecs import encode
+from streams.consumer import Consumer
 from streams.folders import FolderItem, write_folder
-from streams.ingest import Ingest
 from streams.producer import publish
 from streams.store import SampleStore
 from tests.support.broker import Broker
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.integration
 class Running:
     """An ingest that runs for all tests of this module: joining a group takes seconds."""
 
-    def __init__(self, settings: Settings, ingest: Ingest) -> None:
+    def __init__(self, settings: Settings, ingest: Consumer) -> None:
         self.settings = settings
         self.ingest = ingest
         self.store = SampleStore(settings.lake)
@@ -258,7 +258,9 @@ def test_a_topic_that_was_deleted_and_made_anew_is_read_as_a_new_generation(brok
     with reading(settings) as ingest:
         wait_for(lambda: ingest.status.samples == 5, "5 samples")
         admin._ask("deleting", lambda client: client.delete_topics([topic]))
-        wait_for(lambda: admin.topic_id(topic) is not None, "ingest makes the topic anew")
+        wait_for(lambda: f"topic {topic} is gone" in ingest.status.problem, "the loss was told")
+        assert admin.topic_id(topic) is None, "a topic that was read is not made again with defaults"
+        make_topics(settings)
         produce(settings.kafka, [good(n) for n in range(3, 8)])
         wait_for(lambda: records_seen(ingest.status) == 10, "5 more records")
     admin.close()
@@ -321,8 +323,8 @@ def test_one_that_is_stopped_while_it_joins_the_group_leaves_it_to_the_next(brok
 
 
 def test_a_group_that_lets_nobody_in_is_said_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("streams.session.GROUP_PATIENCE_SECONDS", 1.0)
-    monkeypatch.setattr("streams.session.JOIN_SECONDS", 1.0)
+    monkeypatch.setattr("streams.ingest_report.GROUP_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("streams.consumer.JOIN_SECONDS", 1.0)
     with EmbeddedBroker() as embedded:
         settings = Broker(embedded.address, embedded=True).settings(tmp_path)
         make_topics(settings)

@@ -13,7 +13,7 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from streams import resubmit as module
 from streams.codecs import glimpse
-from streams.ingest import Ingest
+from streams.consumer import Consumer
 from streams.resubmit import HEADER, list_quarantine, quarantined, resubmit
 from streams.store import SampleStore
 from tests.support.broker import Broker
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 class Stream:
     """An ingest that runs for all tests of this module, and a ledger beside it."""
 
-    def __init__(self, settings: Settings, ingest: Ingest, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, ingest: Consumer, ledger: Ledger) -> None:
         self.settings = settings
         self.ingest = ingest
         self.ledger = ledger

@@ -84,7 +84,7 @@ def add_samples(
     store = SampleStore(settings.lake)
     first = store.offsets().get(f"{TOPIC}:{partition}", 0)
     rows = [_row(partition, offset, split, asked(offset)) for offset in range(first, first + count)]
-    return store.commit(lambda snapshot: (rows, [Position(TOPIC, partition, first + count)]))
+    return store.put(rows, [Position(TOPIC, partition, first + count)])
 
 
 def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _row(partition: int, offset: int, split: str, asked: bool) -> dict[str, Any]
         "concept": COLOURS[offset % 6],
         "ingested_at": datetime.now(UTC),
         "split": split,
-        "phash": "0" * 16,
+        "look": "",
         "topic": TOPIC,
         "partition": partition,
         "offset": offset,

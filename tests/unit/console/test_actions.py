@@ -96,4 +96,4 @@ def refuse(home: Path, *values: bytes) -> None:
         }
         for offset, value in enumerate(values)
     ]  # fmt: skip
-    SampleStore(settings(home).lake).commit(lambda _: (rows, [Position("samples", 0, len(rows))]))
+    SampleStore(settings(home).lake).put(rows, [Position("samples", 0, len(rows))])

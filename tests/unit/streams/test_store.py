@@ -35,7 +35,7 @@ def sample(partition: int, offset: int, topic: str = TOPIC, split: str = "train"
         "tags": ["a", "b"],
         "ingested_at": datetime(2026, 1, 2, tzinfo=UTC),
         "split": split,
-        "phash": "0" * 16,
+        "look": "",
         "topic": topic,
         "partition": partition,
         "offset": offset,

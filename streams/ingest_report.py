@@ -1,0 +1,114 @@
+"""What ingest tells: its status, its metrics, and its lines on the screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from ops import metrics
+from ops.errors import RatchetError, RegistryUnavailable, StoreError, StoreFull
+from ops.progress import say
+from streams.batch import Outcome
+from streams.ingest_status import Dependency, IngestStatus
+from streams.store import SampleStore
+
+#: A group that lets nobody in for so long is a problem that somebody has to look at.
+GROUP_PATIENCE_SECONDS: Final = 30.0
+STORE_SECONDS: Final = 5.0
+
+
+class IngestReport:
+    """Keeps :attr:`status`, and tells who listens."""
+
+    def __init__(self, store: SampleStore, group: str, on_change: Callable[[IngestStatus], None] | None) -> None:
+        self.status = IngestStatus()
+        self._store = store
+        self._group = group
+        self._on_change = on_change
+        self._outside_since = time.monotonic()
+        self._measured_at = 0.0
+
+    def connected(self, joined: bool, lag: int | None) -> None:
+        """The broker answers: so this process reads, or the group has not let it in, which is said after a while."""
+        metrics.ingest.broker(True)
+        state = "reading" if joined else "joining"
+        if self.status.state != state:
+            self._outside_since = time.monotonic()
+            metrics.ingest.waiting("")
+            self._change(state=state, waiting_for="", problem="")
+        outside = time.monotonic() - self._outside_since
+        if state == "joining" and not self.status.problem and outside > GROUP_PATIENCE_SECONDS:
+            problem = (
+                f"group {self._group} has not let this process in for {outside:.0f} s. Look at its members"
+                " (Apache Kafka: kafka-consumer-groups.sh --describe --members); restart an embedded broker."
+            )
+            self._change(problem=problem)
+            say(f"ingest: [red]{problem}[/red]")
+        if lag != self.status.lag:
+            self._change(lag=lag)
+        self._measure_store()
+
+    def away(self, error: RatchetError, seconds: float) -> Dependency:
+        """Something is away, and is tried again in ``seconds``. Returns what it is."""
+        dependency = _dependency(error)
+        if dependency == "broker":
+            metrics.ingest.broker(False)
+        metrics.ingest.waiting(dependency)
+        self._change(state="waiting", waiting_for=dependency, problem=str(error))
+        say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
+        return dependency
+
+    def committed(self, outcome: Outcome, lag: int | None, seconds: float) -> None:
+        """A batch was stored in this time."""
+        refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
+        metrics.ingest.committed(seconds)
+        metrics.ingest.received(outcome.records, outcome.size)
+        for split, count in outcome.samples.items():
+            metrics.ingest.stored(count, split)
+        for kind, count in outcome.duplicates.items():
+            metrics.ingest.duplicates(count, kind)
+        for row in refused:
+            metrics.ingest.refused(row["reason"])
+        for row in gaps:
+            metrics.ingest.lost(row["until"] - row["offset"], row["reason"])
+        now = self.status
+        self._change(
+            samples=now.samples + outcome.samples.total(),
+            duplicates=now.duplicates + outcome.duplicates.total(),
+            quarantined=now.quarantined + len(refused),
+            tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
+            gap_offsets=now.gap_offsets + sum(row["until"] - row["offset"] for row in gaps),
+            commits=now.commits + 1,
+            version=outcome.version,
+            offsets={**now.offsets, **{reading.claim.key: reading.stored for reading in outcome.readings}},
+            lag=lag,
+        )
+
+    def stopped(self) -> None:
+        """The consumer has ended."""
+        self._change(state="stopped", waiting_for="", problem="")
+
+    def _measure_store(self) -> None:
+        if time.monotonic() - self._measured_at > STORE_SECONDS:
+            self._measured_at = time.monotonic()
+            try:
+                tally = self._store.tally()
+                rows = {split: tally[split] for split in ("train", "fresh_eval")}
+                metrics.ingest.store(rows, self._store.size(), self._store.fragments())
+            except StoreError:
+                return  # who has to write there will say so
+
+    def _change(self, **changes: Any) -> None:
+        self.status = replace(self.status, **changes)
+        if self._on_change is not None:
+            self._on_change(self.status)
+
+
+def _dependency(error: RatchetError) -> Dependency:
+    if isinstance(error, StoreFull):
+        return "disk"
+    if isinstance(error, StoreError):
+        return "store"
+    return "registry" if isinstance(error, RegistryUnavailable) else "broker"
