@@ -132,12 +132,9 @@ class RegistryClient:
             raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.")
         if not isinstance(answer, dict):
             raise self._unavailable(f"answers with status {status} and no JSON object")
-        if status == 404 and answer.get("error_code") in _NOT_FOUND:
-            raise RecordError(
-                "schema",
-                f"the schema registry has no {path.partition('?')[0]}.",
-                "Register the schema, then send it again.",
-            )
+        if status == 404 and str(answer.get("error_code")) in _NOT_FOUND:
+            missing = f"the schema registry has no {path.partition('?')[0]}."
+            raise RecordError("schema", missing, "Register the schema, then send the record again.")
         if status != 200:
             raise self._unavailable(f"answers with status {status}")
         return answer

@@ -20,6 +20,13 @@ PNG = picture(1)
 B64 = base64.b64encode(PNG).decode()
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+
+
+def FIELDS(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.dictionaries(WORDS, values, max_size=3)
+
+
 SAMPLES = st.builds(
     Sample,
     image=st.sampled_from([PNG, picture(2, kind="JPEG"), picture(3, kind="WEBP"), picture(4, kind="GIF")]),
@@ -32,6 +39,9 @@ SAMPLES = st.builds(
     tags=st.lists(st.from_regex(r"[a-zé]{1,8}", fullmatch=True), max_size=4).map(tuple),
     concept=TEXT,
     label=TEXT,
+    extra=st.dictionaries(
+        WORDS, st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | FIELDS(v), max_leaves=6), max_size=4
+    ),
 )
 
 
@@ -97,11 +107,15 @@ def test_a_binary_event_may_carry_the_record_as_json() -> None:
         ({"image": "data:image/svg+xml,<svg/>", "text": "t"}, "image_undecodable"),
         ({"image": 7, "text": "t"}, "schema"),
         ({"image": B64, "text": 7}, "schema"),
-        ({"image": B64, "text": "t", "colour": "red"}, "schema"),
+        ({"image": B64, "text": "t", "colour": "\ud800"}, "schema"),
+        ({"image": B64, "text": "t", "time": "0001-01-01T00:00:00+14:00"}, "schema"),
         ({"image": B64, "text": "\ud800"}, "schema"),
         ({"image": B64, "text": "t", "time": "yesterday"}, "schema"),
         ({"image": B64, "text": "t", "tags": ["a"] * 33}, "schema"),
-        ({"image": B64, "text": "t", "schema": "ratchet.sample.v9"}, "schema"),
+        ({"image": B64, "text": "t", "schema": "ratchet.sample.v2"}, "schema"),
+        ({"image": B64, "text": "t", "schema": "ratchet.sample.v11"}, "schema"),
+        ({"image": B64, "text": "t", "schema": "ratchet.sample.v1.x"}, "schema"),
+        ({"image": B64, "text": "t", "schema": 1}, "schema"),
         ({"image": B64, "image_uri": "file:///x", "text": "t"}, "schema"),
         ({"image_uri": "file:///etc/passwd", "text": "t"}, "uri_not_allowed"),
         ({"image": "A" * 40_000_000, "text": "t"}, "image_too_large"),
@@ -128,8 +142,9 @@ def test_what_is_no_json_is_refused(value: bytes) -> None:
 def test_the_name_of_a_wrong_field_is_told() -> None:
     with pytest.raises(RecordError, match="'txet'"):
         make_sample({"image": PNG, "text": "t", "txet": "?"})
-    with pytest.raises(RecordError, match="ratchet_txet"):
-        decode(PNG, [("ratchet_text", b"t"), ("ratchet_txet", b"?")])
+    with pytest.raises(RecordError, match="'txet'") as caught:
+        decode(PNG, [("ratchet_txet", b"a red boat")])
+    assert caught.value.reason == "text_missing"
 
 
 def test_the_id_is_of_what_is_learned_from_only() -> None:

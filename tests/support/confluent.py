@@ -1,0 +1,85 @@
+"""Records in Confluent's wire format, written by Confluent's own serializers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from confluent_kafka.schema_registry import SchemaRegistryClient
+from confluent_kafka.schema_registry.avro import AvroSerializer
+from confluent_kafka.schema_registry.json_schema import JSONSerializer
+from confluent_kafka.schema_registry.protobuf import ProtobufSerializer
+from confluent_kafka.serialization import MessageField, SerializationContext
+from google.protobuf import descriptor_pb2, struct_pb2, timestamp_pb2
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
+
+Kind = descriptor_pb2.FieldDescriptorProto
+AVRO = {
+    "type": "record",
+    "name": "Sample",
+    "namespace": "org.example",
+    "fields": [
+        {"name": "image", "type": "bytes"},
+        {"name": "text", "type": ["null", "string"], "default": None},
+        {"name": "question", "type": ["null", "string"], "default": None},
+        {"name": "tags", "type": {"type": "array", "items": "string"}, "default": []},
+        {"name": "time", "type": ["null", {"type": "long", "logicalType": "timestamp-millis"}], "default": None},
+        {"name": "boxes", "type": {"type": "array", "items": {"type": "map", "values": "double"}}, "default": []},
+        {"name": "thumbnail", "type": ["null", "bytes"], "default": None},
+    ],
+}
+
+
+def _context(topic: str) -> SerializationContext:
+    return SerializationContext(topic, MessageField.VALUE)
+
+
+def write_avro(url: str, record: Any, schema: Any = None, topic: str = "avro") -> bytes:
+    """A record by AvroSerializer."""
+    serializer = AvroSerializer(SchemaRegistryClient({"url": url}), json.dumps(schema or AVRO))
+    return bytes(serializer(record, _context(topic)) or b"")
+
+
+def write_json(url: str, record: dict[str, Any], topic: str = "json") -> bytes:
+    """A record by JSONSerializer."""
+    schema = json.dumps({"title": "Sample", "type": "object", "properties": {"text": {"type": "string"}}})
+    return bytes(JSONSerializer(schema, SchemaRegistryClient({"url": url}))(record, _context(topic)) or b"")
+
+
+def write_protobuf(url: str, message: Any, topic: str = "protobuf") -> bytes:
+    """A message by ProtobufSerializer."""
+    serializer = ProtobufSerializer(type(message), SchemaRegistryClient({"url": url}), {"use.deprecated.format": False})
+    return bytes(serializer(message, _context(topic)) or b"")
+
+
+def message_types() -> dict[str, Any]:
+    """Message classes: the first of its file, one nested in the second, and one whose file imports another file."""
+    common = descriptor_pb2.FileDescriptorProto(name="common/box.proto", package="common", syntax="proto3")
+    _message(common.message_type.add(name="Box"), x=Kind.TYPE_DOUBLE, count=Kind.TYPE_INT64)
+    file = descriptor_pb2.FileDescriptorProto(name="sample.proto", package="org.example", syntax="proto3")
+    file.dependency.extend([timestamp_pb2.DESCRIPTOR.name, struct_pb2.DESCRIPTOR.name, common.name])
+    first = _message(file.message_type.add(name="Sample"), image=Kind.TYPE_BYTES, text=Kind.TYPE_STRING)
+    for name, kind, label in (
+        ("time", ".google.protobuf.Timestamp", Kind.LABEL_OPTIONAL),
+        ("extra", ".google.protobuf.Struct", Kind.LABEL_OPTIONAL),
+        ("boxes", ".common.Box", Kind.LABEL_REPEATED),
+    ):
+        first.field.add(name=name, number=len(first.field) + 1, type=Kind.TYPE_MESSAGE, type_name=kind, label=label)
+    first.field.add(name="tags", number=9, type=Kind.TYPE_STRING, label=Kind.LABEL_REPEATED)
+    outer = file.message_type.add(name="Outer")
+    outer.nested_type.add(name="Other")
+    _message(outer.nested_type.add(name="Inner"), image=Kind.TYPE_STRING, text=Kind.TYPE_STRING)
+    pool: Any = DescriptorPool()
+    for builtin in (timestamp_pb2, struct_pb2):
+        pool.AddSerializedFile(builtin.DESCRIPTOR.serialized_pb)
+    pool.Add(common)
+    pool.Add(file)
+    names = ("org.example.Sample", "org.example.Outer.Inner", "common.Box")
+    return {name.rpartition(".")[2]: GetMessageClass(pool.FindMessageTypeByName(name)) for name in names}
+
+
+def _message(message: Any, **fields: int) -> Any:
+    for number, (name, kind) in enumerate(fields.items(), 1):
+        message.field.add(name=name, number=number, type=kind, label=Kind.LABEL_OPTIONAL)
+    return message

@@ -1,0 +1,306 @@
+"""What Confluent's serializers write is read; a registry that is away is an outage, an unknown schema a refusal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from ops.errors import BrokerError, RecordError, RegistryUnavailable
+from ops.settings import Kafka
+from streams.codecs import decode
+from streams.registry import SchemaRegistry, client, decoders
+from tests.support.confluent import AVRO, message_types, write_avro, write_json, write_protobuf
+from tests.support.kafka import picture
+from tests.support.registry import Registry, running
+
+PNG = picture(1)
+B64 = base64.b64encode(PNG).decode()
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(decoders, "AWAY_SECONDS", 0.0)
+
+
+@pytest.fixture
+def server() -> Iterator[Registry]:
+    with running(Registry()) as registry:
+        yield registry
+
+
+@pytest.fixture
+def registry(server: Registry) -> Iterator[SchemaRegistry]:
+    registry = SchemaRegistry(server.url)
+    yield registry
+    registry.close()
+
+
+def framed(number: int, payload: bytes) -> bytes:
+    return b"\0" + number.to_bytes(4, "big") + payload
+
+
+def add(server: Registry, schema: Any, kind: str = "AVRO", **more: Any) -> int:
+    text = schema if isinstance(schema, str) else json.dumps(schema)
+    return server.register("subject", {"schema": text, "schemaType": kind, **more})
+
+
+def reason(value: bytes, registry: SchemaRegistry | None) -> str:
+    with pytest.raises(RecordError) as caught:
+        decode(value, registry=registry)
+    assert caught.value.fix
+    return caught.value.reason
+
+
+def test_avro_by_the_official_serializer(server: Registry, registry: SchemaRegistry) -> None:
+    record = {"image": PNG, "text": "a boat", "question": None, "tags": ["a"], "time": datetime(2026, 1, 2, tzinfo=UTC)}
+    value = write_avro(server.url, {**record, "boxes": [{"x": 0.5}], "thumbnail": b"\1"})
+    sample = decode(value, [("ratchet_domain", b"sea")], registry=registry)
+    assert (sample.image, sample.text, sample.question, sample.tags) == (PNG, "a boat", "", ("a",))
+    assert (sample.time, sample.domain) == (datetime(2026, 1, 2, tzinfo=UTC), "sea")
+    assert sample.extra == {"boxes": [{"x": 0.5}], "thumbnail": "AQ=="}
+
+
+def test_json_by_the_official_serializer(server: Registry, registry: SchemaRegistry) -> None:
+    value = write_json(server.url, {"image": B64, "text": "a boat", "colour": "red"})
+    sample = decode(value, registry=registry)
+    assert (sample.image, sample.text, sample.extra) == (PNG, "a boat", {"colour": "red"})
+
+
+def test_protobuf_by_the_official_serializer(server: Registry, registry: SchemaRegistry) -> None:
+    message = message_types()["Sample"](image=PNG, text="a boat", tags=["a", "b"])
+    message.time.FromDatetime(datetime(2026, 1, 2, tzinfo=UTC))
+    message.boxes.add(x=0.5, count=2**60)
+    message.extra.update({"colour": "red"})
+    sample = decode(write_protobuf(server.url, message), registry=registry)
+    assert (sample.image, sample.text, sample.tags) == (PNG, "a boat", ("a", "b"))
+    assert sample.time == datetime(2026, 1, 2, tzinfo=UTC)
+    assert sample.extra == {"colour": "red", "boxes": [{"x": 0.5, "count": str(2**60)}]}
+
+
+def test_a_protobuf_message_may_be_nested_and_its_image_base64(server: Registry, registry: SchemaRegistry) -> None:
+    value = write_protobuf(server.url, message_types()["Inner"](image=B64, text="a boat"))
+    assert value[5:8] == b"\x04\x02\x02"  # two indexes, each the second of its kind
+    assert decode(value, registry=registry).image == PNG
+
+
+def test_an_avro_schema_may_import_others(server: Registry, registry: SchemaRegistry) -> None:
+    box = {"type": "record", "name": "Box", "namespace": "org.example", "fields": [{"name": "x", "type": "int"}]}
+    server.register("box", {"schema": json.dumps(box)})
+    fields = [*AVRO["fields"][:2], {"name": "box", "type": "org.example.Box"}]
+    number = add(
+        server,
+        {**AVRO, "fields": fields},
+        references=[{"name": "org.example.Box", "subject": "box", "version": 1}],
+    )
+    payload = b"\xf2\x02"  # not the length of the picture: refused below
+    assert reason(framed(number, payload), registry) == "schema"
+    length = bytearray()
+    rest = len(PNG) << 1
+    while rest > 127:
+        length.append(rest & 127 | 128)
+        rest >>= 7
+    payload = bytes([*length, rest]) + PNG + b"\x02\x02t" + b"\x0a"
+    assert decode(framed(number, payload), registry=registry).extra == {"box": {"x": 5}}
+
+
+def test_an_avro_value_may_be_the_image(server: Registry, registry: SchemaRegistry) -> None:
+    value = write_avro(server.url, PNG, "bytes")
+    assert decode(value, [("ratchet_text", b"t")], registry=registry).image == PNG
+
+
+def test_a_schema_is_fetched_once_whatever_the_number_of_threads(server: Registry, registry: SchemaRegistry) -> None:
+    value = write_avro(server.url, {"image": PNG, "text": "t", "tags": [], "boxes": []})
+    server.calls.clear()
+    threads = [threading.Thread(target=decode, args=(value,), kwargs={"registry": registry}) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert server.calls == ["GET /schemas/ids/1"]
+
+
+def test_user_and_password_are_sent_and_never_shown(server: Registry) -> None:
+    settings = Kafka(schema_registry=server.url, schema_registry_auth="us:hush")  # type: ignore[arg-type]
+    registry = SchemaRegistry.of(settings)
+    assert registry is not None
+    server.always = (401, b'{"error_code": 401}')
+    with pytest.raises(RegistryUnavailable, match="schema_registry_auth") as caught:
+        registry.read(framed(1, b"x"))
+    assert server.headers[0]["authorization"] == "Basic " + base64.b64encode(b"us:hush").decode()
+    assert "hush" not in str(caught.value) + repr(settings)
+    assert SchemaRegistry.of(Kafka()) is None
+
+
+def test_an_unknown_id_is_a_refusal_that_is_not_asked_for_again_at_once(
+    server: Registry, registry: SchemaRegistry
+) -> None:
+    assert [reason(framed(7, b"x"), registry) for _ in range(3)] == ["schema"] * 3
+    assert server.calls == ["GET /schemas/ids/7"]
+
+
+def test_a_schema_that_is_registered_late_is_found(
+    server: Registry, registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "REFUSED_SECONDS", 0.0)
+    value = framed(1, json.dumps({"image": B64, "text": "t"}).encode())
+    assert reason(value, registry) == "schema"
+    add(server, {"type": "object"}, "JSON")
+    assert decode(value, registry=registry).text == "t"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (500, b"{}"),
+        (503, b"busy"),
+        (429, b"{}"),
+        (200, b"<html>"),
+        (200, b"[]"),
+        (200, b"{}"),
+        (200, b'{"schema": "x", "references": 7}'),
+        (200, b"[" * 100_000),
+        (404, b"no such page"),
+        (404, b'{"error_code": [40403]}'),
+        (302, b"{}"),
+        (200, b" " * (client.MAX_RESPONSE_BYTES + 1)),
+    ],
+    ids=lambda answer: f"{answer[0]}-{answer[1][:12]!r}",
+)
+def test_a_registry_that_answers_nonsense_is_an_outage(
+    server: Registry, registry: SchemaRegistry, answer: tuple[int, bytes]
+) -> None:
+    value = framed(add(server, {"type": "object"}, "JSON"), json.dumps({"image": B64, "text": "t"}).encode())
+    server.always = answer
+    with pytest.raises(RegistryUnavailable, match=server.url) as caught:
+        decode(value, registry=registry)
+    assert isinstance(caught.value, BrokerError) and "kafka.schema_registry" in caught.value.fix
+    server.always = None
+    assert decode(value, registry=registry).text == "t"
+
+
+def test_a_hiccup_is_not_noticed(server: Registry, registry: SchemaRegistry) -> None:
+    value = framed(add(server, {"type": "object"}, "JSON"), json.dumps({"image": B64, "text": "t"}).encode())
+    server.answers = [(500, b""), (503, b"")]
+    assert decode(value, registry=registry).text == "t"
+    assert len(server.calls) == client.TRIES
+
+
+def test_a_registry_that_is_away_is_an_outage_and_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(Registry()) as server:
+        pass  # the port is free again
+    monkeypatch.setattr(decoders, "AWAY_SECONDS", 60.0)
+    registry = SchemaRegistry(server.url)
+    asked: list[int] = []
+    by_id = registry.client.by_id
+    monkeypatch.setattr(registry.client, "by_id", lambda number: asked.append(number) or by_id(number))
+    for _ in range(3):
+        with pytest.raises(RegistryUnavailable, match="does not answer"):
+            registry.read(framed(1, b"x"))
+    assert asked == [1]
+
+
+def test_a_registry_that_never_ends_its_answer_is_an_outage() -> None:
+    with running(Registry()) as server:
+        released = threading.Event()
+        server.answer = lambda *_: (released.wait(20), (200, b"{}"))[1]  # type: ignore[method-assign, assignment]
+        registry = SchemaRegistry(server.url, timeout_seconds=0.1)
+        started = time.monotonic()
+        with pytest.raises(RegistryUnavailable, match="Timeout"):
+            registry.read(framed(1, b"x"))
+        released.set()
+    assert time.monotonic() - started < 10
+
+
+def test_without_a_registry_such_records_are_refused() -> None:
+    with pytest.raises(RecordError, match=r"kafka\.schema_registry") as caught:
+        decode(framed(1, b"x"))
+    assert caught.value.reason == "schema"
+
+
+RECURSIVE = {"type": "record", "name": "N", "fields": [{"name": "next", "type": ["null", "N"]}]}
+EMPTY = {"type": "record", "name": "E", "fields": [{"name": "a", "type": "null"}]}
+DEEP: Any = "int"
+for _ in range(400):
+    DEEP = {"type": "array", "items": DEEP}
+WIDE: Any = "int"
+for level in range(24):
+    fields = [{"name": "a", "type": WIDE}, {"name": "b", "type": WIDE if level == 0 else f"R{level - 1}"}]
+    WIDE = {"type": "record", "name": f"R{level}", "fields": fields}
+
+
+@pytest.mark.parametrize(
+    ("schema", "payload"),
+    [
+        (RECURSIVE, b"\x02" * 1_000_000),  # ends the process when fastavro reads it
+        ({"type": "array", "items": "null"}, b"\xfe\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        ({"type": "array", "items": EMPTY}, b"\xfe\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        ({"type": "array", "items": {"type": "fixed", "name": "F", "size": 0}}, b"\xfe\xff\xff\xff\x7f"),
+        (DEEP, b"\x02" * 400),
+        (WIDE, b"\x02" * 400),
+        ("int", b"\x02"),
+        ({"type": "map", "values": "bytes"}, b"\x02\x0aimage\x02\x41\x00tail"),
+        ("not a type", b"x"),
+        ("{", b"x"),
+        ([[["null"]]], b"\x00"),
+        ({"type": "record", "name": "X"}, b"\x00"),
+        ({"type": "fixed", "name": "F", "size": "x"}, b"\x00"),
+        ({"type": {"type": {"type": "null"}}}, b"\x00"),
+        (7, b"\x00"),
+    ],
+)
+def test_an_avro_schema_that_cannot_be_read_safely_is_refused(
+    server: Registry, registry: SchemaRegistry, schema: Any, payload: bytes
+) -> None:
+    assert reason(framed(add(server, schema), payload), registry) == "schema"
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"\x80", b"\x04\x00", b"\x02\x7e", b"\x7f\x00", b"\x01\x00", b"\x00\xff\xff", b"\x00\x0a\xff\x01"]
+)
+def test_a_protobuf_value_that_does_not_fit_is_refused(
+    server: Registry, registry: SchemaRegistry, payload: bytes
+) -> None:
+    value = write_protobuf(server.url, message_types()["Sample"](image=PNG, text="t"))
+    assert reason(value[:5] + payload, registry) == "schema"
+
+
+@pytest.mark.parametrize(
+    ("text", "references"),
+    [
+        ('syntax = "proto3";', []),
+        ("AAAA", []),
+        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), []),
+        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), [("gone.proto", "nowhere", 1)]),
+        (base64.b64encode(b"\x0a\x01a\x1a\x09gone.proto").decode(), [("gone.proto", "subject", 1)]),
+    ],
+)
+def test_a_protobuf_schema_that_cannot_be_used_is_refused(
+    server: Registry, registry: SchemaRegistry, text: str, references: list[tuple[str, str, int]]
+) -> None:
+    named = [dict(zip(("name", "subject", "version"), each, strict=True)) for each in references]
+    assert reason(framed(add(server, text, "PROTOBUF", references=named), b"\0x"), registry) == "schema"
+
+
+def test_protobuf_fields_beside_the_image_are_bounded(server: Registry, registry: SchemaRegistry) -> None:
+    message = message_types()["Sample"](image=PNG, text="x" * 600_000)
+    assert reason(write_protobuf(server.url, message), registry) == "schema"
+    message = message_types()["Sample"](image=b"x" * 600_000, text="t")
+    assert len(registry.read(write_protobuf(server.url, message))["image"]) == 600_000
+
+
+def test_schemas_that_were_not_used_for_long_are_dropped(
+    server: Registry, registry: SchemaRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "MAX_SCHEMAS", 2)
+    numbers = [add(server, {"type": "object", "title": str(title)}, "JSON") for title in range(3)]
+    for number in (*numbers, numbers[2], numbers[0]):
+        registry.read(framed(number, b"{}"))
+    assert server.calls == [f"GET /schemas/ids/{number}" for number in (1, 2, 3, 1)]
