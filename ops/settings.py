@@ -83,6 +83,10 @@ class Kafka(Section):
     bootstrap: str = Field("127.0.0.1:19092", description="host:port of one or more brokers, comma separated.")
     topic: str = Field("ratchet.samples", description="Topic that producers write to.")
     quarantine_topic: str = Field("ratchet.quarantine", description="Topic for records that were refused.")
+    events_topic: str = Field("ratchet.events", description="Topic that tells of releases and more; empty is off.")
+    events_source: str = Field(
+        "urn:ratchet", min_length=1, max_length=200, description="CloudEvents `source`: names this installation."
+    )
     group: str = Field("ratchet-ingest", description="Consumer group of ingest.")
     partitions: int = Field(2, ge=1, le=1024, description="Partitions when Ratchet creates the topic.")
     isolation_level: Literal["read_committed", "read_uncommitted"] = Field(

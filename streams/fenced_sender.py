@@ -155,13 +155,14 @@ class FencedSender:
             if self.transactional:
                 self._client.begin_transaction()
             queued = []
-            for index, record in enumerate(records):  # noqa: B007 (the index is for the error)
+            for index in range(len(records)):
+                record = records[index]
                 headers = list(record.headers)
                 queued.append(self._client.send(topic, record.value, key=record.key, headers=headers))
             self._client.flush(self._seconds)
             deliveries = []
-            for index, future in enumerate(queued):
-                metadata = future.get(timeout=1)
+            for index in range(len(queued)):
+                metadata = queued[index].get(timeout=1)
                 deliveries.append(Delivery(metadata.topic, metadata.partition, metadata.offset))
             if self.transactional:
                 _within(self._seconds, self._client.commit_transaction)

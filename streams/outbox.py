@@ -7,7 +7,8 @@ The entries, and which of them are published, are kept elsewhere (events in the 
 3. send what is not there, in one transaction.
 
 After an error of any kind it begins again at 1. A lease is not needed for this to hold, only so that two processes do
-not fence one another all the time. "Is in the topic" means: as consumers with ``isolation.level=read_committed`` see it.
+not fence one another all the time. A record is in the topic when consumers with ``isolation.level=read_committed`` see
+it.
 """
 
 from __future__ import annotations

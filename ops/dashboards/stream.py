@@ -93,6 +93,18 @@ def dashboard() -> make.Dashboard:
     )  # fmt: skip
     row(
         board,
+        "Events for others",
+        lines(
+            "Events", "Events an hour that were put into the events topic, by type: what others are told.", "none",
+            ("sum by (type) (increase(ratchet_events_published_total[1h]))", "{{type}}"), width=12,
+        ),
+        lines(
+            "Events that wait", "Events that are not in the topic yet. Above 0 for minutes: no process publishes them, "
+            "or the broker is away.", "none", ("max(ratchet_events_waiting)", "waiting"), least=0, width=12,
+        ),
+    )  # fmt: skip
+    row(
+        board,
         "Drift of what comes in",
         lines(
             "Mean shift", "Embeddings of the newest samples against those right before them: shift of the mean in "

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from ops.errors import LedgerError
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
+from ops.ledger.events import add_event, clipped
 from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, VerdictRow
 
 FINISHED = ("done", "failed", "abandoned")
@@ -91,6 +92,8 @@ class LearningVerbs:
             if cost is not None:
                 found.cost = {**found.cost, **cost}
             session.flush()
+            if adapter is not None:
+                _tell_candidate(session, found)
             return as_row(UpdateRow, found)
 
     def update(self, update_id: str) -> UpdateRow:
@@ -129,6 +132,7 @@ class LearningVerbs:
                 )
                 session.add(found)
                 session.flush()
+                _tell_verdict(session, found)
             return as_row(VerdictRow, found)
 
     def verdicts(self, limit: int = 50) -> list[VerdictRow]:
@@ -169,3 +173,17 @@ def _update(session: Session, update_id: str) -> t.Update:
     if found is None:
         raise LedgerError(f"update {update_id!r} is not in the ledger.", "See `ratchet status`.")
     return found
+
+
+def _tell_candidate(session: Session, row: t.Update) -> None:
+    data = {
+        "update": row.id, "adapter": row.adapter, "family": row.family, "data_from": row.data_from,
+        "data_to": row.data_to,
+    }  # fmt: skip
+    add_event(session, "ratchet.candidate.v1", f"candidate-{row.id}", f"updates/{row.id}", data)
+
+
+def _tell_verdict(session: Session, row: t.Verdict) -> None:
+    reasons = [clipped(str(reason)) for reason in row.summary.get("reasons", [])][:20]
+    data = {"update": row.update_id, "adapter": row.adapter, "outcome": row.outcome, "reasons": reasons}
+    add_event(session, "ratchet.verdict.v1", f"verdict-{row.update_id}", f"updates/{row.update_id}", data)

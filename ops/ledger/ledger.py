@@ -5,14 +5,19 @@ from __future__ import annotations
 from ops.ledger.audit import AuditVerbs
 from ops.ledger.budget import BudgetVerbs
 from ops.ledger.database import Database, open_database
+from ops.ledger.events import EventVerbs
 from ops.ledger.keys import KeyVerbs
 from ops.ledger.learning import LearningVerbs
+from ops.ledger.leases import LeaseVerbs
 from ops.ledger.releases import ReleaseVerbs
 from ops.ledger.resubmissions import ResubmissionVerbs
 from ops.ledger.rollout import RolloutVerbs
 
 
-class Ledger(LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, AuditVerbs):
+class Ledger(
+    LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, EventVerbs, LeaseVerbs,
+    AuditVerbs,
+):  # fmt: skip
     """Safe to use from several threads and processes; every verb is one transaction."""
 
     def __init__(self, database: Database) -> None:

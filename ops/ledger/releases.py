@@ -12,6 +12,7 @@ from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
 from ops.ledger.audit import note
 from ops.ledger.database import Database, as_row
+from ops.ledger.release_events import tell_proposal, tell_release
 from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
 
 
@@ -71,6 +72,7 @@ class ReleaseVerbs:
                 f"proposal {row.id}",
                 {"family": family, "clip": clip, "vlm": vlm, "reason": reason, **_rollout(share, forced)},
             )
+            tell_proposal(session, row)
             return as_row(ProposalRow, row)
 
     def proposal(self, proposal_id: int) -> ProposalRow:
@@ -98,6 +100,7 @@ class ReleaseVerbs:
             if state == "failed":
                 note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
             session.flush()
+            tell_proposal(session, row)
             return as_row(ProposalRow, row)
 
     def commit_release(
@@ -128,19 +131,21 @@ class ReleaseVerbs:
                     number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share
                 )
                 session.add(row)
-                forced = False
-                if proposal_id is not None:
-                    proposal = _proposal(session, proposal_id)
+                proposal = None if proposal_id is None else _proposal(session, proposal_id)
+                if proposal is not None:
                     proposal.state, proposal.release, proposal.share = "committed", number, share
-                    forced = proposal.forced
                 note(
                     session,
                     actor,
                     "release",
                     f"release {number}",
-                    {"clip": clip, "vlm": vlm, "reason": reason, **_rollout(share, forced)},
-                )
+                    {
+                        "clip": clip, "vlm": vlm, "reason": reason,
+                        **_rollout(share, proposal is not None and proposal.forced),
+                    },
+                )  # fmt: skip
                 session.flush()
+                tell_release(session, row, proposal, previous=number - 1 or None)
                 return as_row(ReleaseRow, row)
         except IntegrityError:
             raise ReleaseConflict(

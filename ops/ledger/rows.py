@@ -16,6 +16,10 @@ ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
 KeyScope = Literal["infer", "publish", "operate"]
 """What a key may do: ask the models; send quarantined records again; release, roll back, hold and resume."""
+EventType = Literal[
+    "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
+    "ratchet.deletion.v1", "ratchet.gap.v1",
+]  # fmt: skip
 ResubmissionState = Literal["sending", "sent", "failed"]
 
 
@@ -186,3 +190,28 @@ class ResubmissionRow:
     actor: str
     reason: str
     updated_at: datetime
+
+
+@dataclass(frozen=True)
+class EventRow:
+    """What others are told of. ``id`` orders events, ``event_id`` follows from the fact."""
+
+    id: int
+    event_id: str
+    type: EventType
+    subject: str
+    data: dict[str, Any]
+    time: datetime
+    published: bool
+    partition: int | None
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class LeaseRow:
+    """Who may do a job until when; the holder is empty when the lease was given back."""
+
+    name: str
+    holder: str
+    epoch: int
+    expires_at: datetime

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import JSON, DateTime, Dialect, ForeignKey, String, Text, TypeDecorator, false
+from sqlalchemy import JSON, BigInteger, DateTime, Dialect, ForeignKey, Index, String, Text, TypeDecorator, false
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 
@@ -171,3 +171,29 @@ class Resubmission(Base):
     actor: Mapped[str] = mapped_column(String(200))
     reason: Mapped[str] = mapped_column(Text)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class Event(Base):
+    """What others are told of. ``partition`` and ``offset``: where its topic has it, once it is published."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_published", "published", "id"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    event_id: Mapped[str] = mapped_column(String(200), unique=True)
+    type: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(300))
+    data: Mapped[dict[str, Any]]
+    time: Mapped[datetime] = mapped_column(default=utc_now)
+    published: Mapped[bool] = mapped_column(default=False)
+    partition: Mapped[int | None]
+    offset: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Lease(Base):
+    """The right to do a job; the epoch grows with each new holder, and the row stays."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    epoch: Mapped[int]
+    expires_at: Mapped[datetime]

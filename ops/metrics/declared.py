@@ -46,6 +46,7 @@ LABELS = {
     "status": "HTTP status codes that the application uses",
     "suite": "suites of the last verdict: YAML files, and at most six domains of fresh samples",
     "term": "terms of the recipe's objective, and `loss`, their weighted sum",
+    "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap",
     "version": "one at a time",
 }
 """Which values each label takes; every one of these sets is bounded."""
@@ -66,6 +67,10 @@ INGEST_BROKER = Gauge("ratchet_ingest_broker_up", "Whether the broker answers (1
 STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["split"])
 STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")
+EVENTS_PUBLISHED = Counter("ratchet_events_published_total", "Events put into the events topic.", ["type"])
+EVENTS_WAITING = Gauge(
+    "ratchet_events_waiting", "Events that are not in the events topic yet.", multiprocess_mode=_LATEST
+)
 
 # -- learning -------------------------------------------------------------------------------------------------------
 UPDATE_STATE = Gauge("ratchet_update_state", "What the trainer does now: 1 for one state, else 0.", ["family", "state"])
@@ -213,6 +218,8 @@ for _reason in ("retention", "truncated"):
     INGEST_LOST.labels(_reason)
 for _dependency in ("broker", "store", "disk", "registry"):
     INGEST_WAITING.labels(_dependency)
+for _type in ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"):
+    EVENTS_PUBLISHED.labels(_type)
 for _kind in ("initial", "update", "rollback", "release"):
     for _outcome in ("committed", "failed"):
         RELEASES.labels(_kind, _outcome)

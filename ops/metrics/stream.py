@@ -73,3 +73,17 @@ class ingest:
             d.STORE_ROWS.labels(split).set(rows)
         d.STORE_BYTES.set(size)
         d.STORE_FRAGMENTS.set(fragments)
+
+
+class events:
+    """Verbs of the events that others are told of."""
+
+    @staticmethod
+    def published(type: str, count: int) -> None:
+        """So many events of a type (``ratchet.release.v1`` counts as ``release``) are in their topic."""
+        d.EVENTS_PUBLISHED.labels(type.removeprefix("ratchet.").removesuffix(".v1")).inc(count)
+
+    @staticmethod
+    def waiting(count: int) -> None:
+        """So many are not in the topic yet."""
+        d.EVENTS_WAITING.set(count)

@@ -1,0 +1,192 @@
+"""An event is in the topic once, whichever publisher is killed, stopped or doubled at which instant."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import BrokerError
+from ops.ledger import Ledger
+from ops.metrics import declared
+from ops.settings import Settings
+from streams.events import EventPublisher
+from streams.read_back import read_back
+from tests.support.broker import Broker
+from tests.support.kafka import wait_for
+from tests.support.mortal_publisher import POINTS
+
+pytestmark = pytest.mark.integration
+EARLY = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def settings(broker: Broker, tmp_path: Path) -> Settings:
+    kafka = {"events_topic": f"events-{uuid.uuid4().hex[:8]}"}
+    return broker.settings(tmp_path, kafka=kafka)
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    with closing(Ledger.open(settings.ledger)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def publisher(settings: Settings, ledger: Ledger) -> Iterator[EventPublisher]:
+    with closing(EventPublisher(settings, ledger)) as made:
+        yield made
+
+
+def record(ledger: Ledger, *numbers: int) -> None:
+    for number in numbers:
+        ledger.record_event("ratchet.gap.v1", f"gap-{number}", "t:0", {"from": number})
+
+
+def in_topic(settings: Settings) -> list[Any]:
+    return list(read_back(settings.kafka, settings.kafka.events_topic, EARLY))
+
+
+def check(settings: Settings, ledger: Ledger, count: int) -> None:
+    """Each event is in the topic once, in order, where the ledger says."""
+    records = in_topic(settings)
+    found = [json.loads(each.value)["id"] for each in records]
+    assert found == [f"gap-{number}" for number in range(count)]
+    places = {json.loads(each.value)["id"]: (each.partition, each.offset) for each in records}
+    assert {row.event_id: (row.partition, row.offset) for row in ledger.events(1000)} == places
+
+
+def start(settings: Settings, point: str, how: str) -> subprocess.Popen[bytes]:
+    file = settings.home / "settings.json"
+    file.write_text(settings.model_dump_json())
+    command = [sys.executable, "-m", "tests.support.mortal_publisher", str(file), point, how]
+    with (settings.home / "publisher.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def test_a_release_becomes_a_cloud_event(settings: Settings, ledger: Ledger, publisher: EventPublisher) -> None:
+    ledger.commit_release(1, clip=None, vlm=None, actor="ann", reason="first", proposal_id=None)
+    before = declared.EVENTS_PUBLISHED.labels("release")._value.get()
+    assert publisher.publish_pending() == 1
+    assert publisher.publish_pending() == 0
+    [message] = in_topic(settings)
+    event = json.loads(message.value)
+    assert (event["specversion"], event["id"], event["type"]) == ("1.0", "release-1", "ratchet.release.v1")
+    assert (event["source"], event["subject"], event["datacontenttype"]) == (
+        "urn:ratchet", "releases/1", "application/json",
+    )  # fmt: skip
+    assert datetime.fromisoformat(event["time"]).tzinfo is not None
+    assert event["data"]["number"] == 1
+    headers = dict(message.headers)
+    assert headers["content-type"] == b"application/cloudevents+json"
+    assert (headers["ce_id"], headers["ce_type"]) == (b"release-1", b"ratchet.release.v1")
+    assert message.key == b"releases/1"
+    assert declared.EVENTS_PUBLISHED.labels("release")._value.get() == before + 1
+    assert declared.EVENTS_WAITING._value.get() == 0
+
+
+def test_more_events_than_one_transaction_takes_are_published_in_order(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streams.events.BATCH", 7)
+    record(ledger, *range(24))
+    assert publisher.publish_pending() == 24
+    check(settings, ledger, 24)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_what_a_killed_publisher_left_is_published_once(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
+) -> None:
+    record(ledger, *range(5))
+    assert start(settings, point, "kill").wait(60) == -signal.SIGKILL, (settings.home / "publisher.log").read_text()
+    assert ledger.count_waiting_events() == 5
+    record(ledger, 5)
+    publisher.publish_pending()
+    check(settings, ledger, 6)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_publisher_that_slept_while_another_took_over_sends_nothing_twice(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
+) -> None:
+    record(ledger, *range(5))
+    process = start(settings, point, "stop")
+    try:
+        state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        assert state is not None and state.si_code == os.CLD_STOPPED, (settings.home / "publisher.log").read_text()
+        record(ledger, 5)
+        publisher.publish_pending()
+        check(settings, ledger, 6)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0, (settings.home / "publisher.log").read_text()
+    finally:
+        process.kill()
+    record(ledger, 6)
+    assert publisher.publish_pending() == 1
+    check(settings, ledger, 7)
+
+
+def test_two_publishers_at_once_publish_each_event_once(settings: Settings, ledger: Ledger) -> None:
+    stopping = threading.Event()
+    publishers = [EventPublisher(settings, ledger) for _ in range(2)]
+    threads = [threading.Thread(target=each.run, args=(stopping,)) for each in publishers]
+    for thread in threads:
+        thread.start()
+    for number in range(30):
+        record(ledger, number)
+    wait_for(lambda: ledger.count_waiting_events() == 0, "all events in the topic")
+    stopping.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    check(settings, ledger, 30)
+    row = ledger.lease("events")
+    assert row is not None and row.holder == ""
+
+
+def test_publishers_without_a_working_lease_fence_one_another_and_still_publish_once(
+    settings: Settings, ledger: Ledger
+) -> None:
+    one, other = (EventPublisher(settings, ledger, lease_seconds=0) for _ in range(2))
+    with closing(one), closing(other):
+        for number in range(6):
+            record(ledger, number)
+            assert (one, other)[number % 2].publish_pending() == 1
+    check(settings, ledger, 6)
+
+
+def test_an_event_waits_until_the_broker_takes_it(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(ledger, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("streams.fenced_sender.FencedSender.open", _unreachable)
+        with pytest.raises(BrokerError):
+            publisher.publish_pending()
+    assert publisher.publish_pending() == 1
+    check(settings, ledger, 1)
+
+
+def test_without_a_topic_events_stay_in_the_ledger(settings: Settings, ledger: Ledger) -> None:
+    off = settings.model_copy(update={"kafka": settings.kafka.model_copy(update={"events_topic": ""})})
+    publisher = EventPublisher(off, ledger)
+    record(ledger, 0)
+    assert publisher.publish_pending() == 0
+    publisher.run(threading.Event())
+    assert ledger.count_waiting_events() == 1
+
+
+def _unreachable(_: object) -> None:
+    raise BrokerError("the broker is away.")
