@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -41,6 +41,33 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
         if now - last >= EVERY_SECONDS:
             last = now
             say(f"{label}: {done}{f'/{total}' if total else ''} after {now - started:.0f} s")
+
+
+@contextmanager
+def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
+    """Show how far work of unknown length is: yields a function that shows, now and then, the text that it is given.
+
+    >>> with meter("publishing") as show:
+    ...     show(lambda: f"{rows} rows")
+    """
+    terminal = sys.stderr.isatty()
+    every = 0.2 if terminal else EVERY_SECONDS
+    status = _console.status(f"{label} ...") if terminal else None
+    last = time.monotonic()
+
+    def show(text: Callable[[], str]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < every:
+            return
+        last = now
+        if status is not None:
+            status.update(f"{label}: {text()}")
+        else:
+            say(f"{label}: {text()}")
+
+    with status or nullcontext():
+        yield show
 
 
 @contextmanager

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
-from pathlib import Path
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError, RecordListTooLargeError
 
-from ops.errors import BrokerError, RecordError
-from ops.progress import track
+from ops.errors import BrokerError
 from ops.settings import Ingest as Limits
-from ops.settings import Kafka, Settings
+from ops.settings import Kafka
 from streams.clients import CONNECT_SECONDS, MAX_RECORD_BYTES, client_options, explain
 from streams.codecs import Encoded, Encoding, Headers, encode
-from streams.folders import FolderItem, read_items
 from streams.images import decode_image
 from streams.records import Sample, check_text, make_sample
 
@@ -164,9 +158,12 @@ class Producer:
     def send(self, sample: Sample | None = None, /, **fields: Any) -> Future[Delivery]:
         """Queue one sample, or the fields of one. Raises RecordError when it is not acceptable."""
         checked = sample if sample is not None else make_sample(fields)
-        check_text(checked, self.limits.max_text_chars)
-        decode_image(checked.image, self.limits.max_pixels, self.limits.max_image_bytes, self.limits.min_side)
-        future = self._sender.send(self.kafka.topic, encode(checked, self.encoding), note=checked.id)
+        check_sample(checked, self.limits)
+        return self.send_checked(checked)
+
+    def send_checked(self, sample: Sample) -> Future[Delivery]:
+        """Queue a sample that :func:`check_sample` let pass."""
+        future = self._sender.send(self.kafka.topic, encode(sample, self.encoding), note=sample.id)
         future.add_done_callback(self._report)
         return future
 
@@ -203,85 +200,7 @@ class Producer:
             self._failures.append(outcome)
 
 
-@dataclass
-class PublishReport:
-    """What became of the rows of a dataset."""
-
-    topic: str
-    delivered: int = 0
-    size: int = 0
-    """Bytes of the images delivered."""
-    seconds: float = 0.0
-    partitions: Counter[int] = field(default_factory=Counter)
-    refused: Counter[str] = field(default_factory=Counter)
-    """Rows that are no valid samples, by reason; they were not sent."""
-    examples: list[str] = field(default_factory=list)
-    """The first few messages about refused rows."""
-
-    def __rich__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        rate = self.delivered / self.seconds if self.seconds else 0.0
-        spread = ", ".join(f"{number}: {count}" for number, count in sorted(self.partitions.items()))
-        lines = [
-            f"{self.delivered} samples ({self.size / 2**20:.1f} MiB) delivered to {self.topic} in {self.seconds:.1f} s"
-            f" ({rate:.0f}/s; by partition {spread or 'none'})"
-        ]
-        if self.refused:
-            reasons = ", ".join(f"{reason}: {count}" for reason, count in self.refused.most_common())
-            lines += [f"{self.refused.total()} rows refused ({reasons})", *(f"  {text}" for text in self.examples)]
-        return "\n".join(lines)
-
-
-def publish(
-    settings: Settings,
-    path: Path | str,
-    *,
-    split: str | None = None,
-    limit: int | None = None,
-    source: str | None = None,
-    encoding: Encoding = "raw",
-) -> PublishReport:
-    """Send a folder dataset, or a CSV or JSONL file, and wait until the broker has acknowledged every row.
-
-    Rows that are no valid samples are counted and left out. ``source`` stands in where a row names none.
-
-    Raises:
-        RecordError: ``path`` is no dataset.
-        BrokerError: the broker cannot be reached, or a row was not delivered.
-    """
-    items = read_items(path, split)
-    report = PublishReport(settings.kafka.topic)
-    lock = threading.Lock()
-    started = time.monotonic()
-
-    def delivered(size: int, future: Future[Delivery]) -> None:
-        if future.exception() is None:
-            with lock:
-                report.delivered += 1
-                report.size += size
-                report.partitions[future.result().partition] += 1
-
-    rows = list(islice(items, limit))
-    with Producer(settings.kafka, limits=settings.ingest, encoding=encoding) as producer:
-        for item in track(rows, f"publishing {path}"):
-            try:
-                sample = _sample(item, settings.ingest.max_image_bytes, source)
-                future = producer.send(sample)
-            except RecordError as error:
-                report.refused[error.reason] += 1
-                if len(report.examples) < 5:
-                    report.examples.append(f"{item.path}: {error}")
-                continue
-            future.add_done_callback(partial(delivered, len(sample.image)))
-    report.seconds = time.monotonic() - started
-    return report
-
-
-def _sample(item: FolderItem, max_bytes: int, source: str | None) -> Sample:
-    names = ("text", "question", "answer", "domain", "concept", "label", "tags")
-    fields: dict[str, Any] = {name: getattr(item, name) for name in names}
-    fields["source"] = item.source or source or ""
-    fields["time"] = item.time or None
-    return make_sample({**fields, "image": item.bytes(max_bytes)})
+def check_sample(sample: Sample, limits: Limits) -> None:
+    """Raise the RecordError that ingest would refuse a sample with."""
+    check_text(sample, limits.max_text_chars)
+    decode_image(sample.image, limits.max_pixels, limits.max_image_bytes, limits.min_side)

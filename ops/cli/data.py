@@ -16,19 +16,57 @@ app = typer.Typer(help="Free image-text data that package registries ship.", no_
 
 def publish(
     context: typer.Context,
-    path: Annotated[Path, typer.Argument(help="A folder with data.csv and images, or a CSV or JSONL file.")],
-    split: Annotated[str | None, typer.Option(help="Only rows of this split.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
-    source: Annotated[str | None, typer.Option(help="Recorded as the source of each sample.")] = None,
+    path: Annotated[
+        Path, typer.Argument(help="A folder, a file, or a pattern of shards in quotes: 'shards/{000..010}.tar'.")
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="folder, webdataset, parquet, csv, llava, jsonl, coco, vqa, sidecars or imagefolder; found by itself."
+        ),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only rows of this split, and those that name none.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many rows in this run.")] = None,
+    source: Annotated[str | None, typer.Option(help="Recorded as the source of samples that name none.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Read and check every row, and send nothing.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that are no valid samples; the first ends it otherwise.")
+    ] = False,
+    rejects: Annotated[
+        Path | None, typer.Option(help="Write what was refused, and why, to this file (JSON Lines).", dir_okay=False)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on behind what an earlier run of this data set delivered.")
+    ] = False,
 ) -> None:
-    """Send image-text samples to the Kafka topic, and report what the broker acknowledged.
+    """Send the samples of a data set to the Kafka topic, and report what the broker acknowledged.
 
-    Examples:  ratchet publish photos/    |    ratchet publish samples.jsonl --limit 100
+    Reads, as a stream: a folder with data.csv, CSV, JSON Lines, WebDataset, img2dataset, Hugging Face Parquet,
+    imagefolder, COCO captions, VQAv2, LLaVA.
+
+    Exit status: 0 every row was delivered; 1 it ended early (broker, settings, a bad row without --skip-bad);
+    3 some rows were refused; 4 all of them were.
+
+    Examples:  ratchet publish photos/    |    ratchet publish 'laion/{00000..00099}.tar' --skip-bad --rejects bad.jsonl
+
+    ratchet publish coco/annotations/captions_train2017.json --dry-run    |    ratchet publish flickr30k/ --resume
     """
-    from streams.producer import publish as send
+    from streams.publish import publish as send
 
-    report = send(ctx.of(context).settings, path, split=split, limit=limit, source=source)
-    Console().print(str(report), highlight=False)
+    report = send(
+        ctx.of(context).settings,
+        path,
+        format=format,
+        split=split,
+        limit=limit,
+        source=source,
+        dry_run=dry_run,
+        skip_bad=skip_bad,
+        resume=resume,
+        rejects=rejects,
+    )
+    Console().print(str(report), highlight=False, markup=False)
+    raise typer.Exit(report.exit_status)
 
 
 @app.command("list")

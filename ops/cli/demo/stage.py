@@ -19,7 +19,7 @@ from ops.ledger.rows import Family
 from ops.progress import say, step
 from ops.settings import Settings
 from serving.client import Client
-from streams.producer import publish
+from streams.publish import publish
 from streams.store import SampleStore
 
 PATIENCE_SECONDS = 240.0

@@ -23,7 +23,7 @@ from streams.clients import Admin
 from streams.codecs import encode
 from streams.consumer import Consumer
 from streams.folders import FolderItem, write_folder
-from streams.producer import publish
+from streams.publish import publish
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import (

@@ -11,8 +11,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ops.errors import RecordError
-from streams.folders import INDEX, FolderItem, read_folder, read_items, write_folder
+from streams.datasets import read_dataset
+from streams.folders import INDEX, FolderItem, read_folder, write_folder
 from tests.unit.data.pictures import png
+
+
+def read_items(path: Path) -> list[FolderItem]:
+    """All rows of a data set; raises what is wrong with the first one that is."""
+    items = []
+    for row in read_dataset(path):
+        if isinstance(row.content, RecordError):
+            raise row.content
+        items.append(row.content)
+    return items
 
 
 @pytest.fixture
@@ -121,7 +132,7 @@ def test_an_error_names_file_line_field_and_fix(folder: Path, row: str, field: s
     assert f"{folder / INDEX}, line 3, field '{field}'" in caught.value.message
     assert said in caught.value.message
     assert caught.value.fix
-    assert caught.value.reason == "folder"
+    assert caught.value.reason == "dataset"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from ops.settings import Kafka, Settings
 from streams import Producer
 from streams.broker import EmbeddedBroker, free_port
 from streams.clients import Admin, client_options, explain
-from streams.producer import publish
+from streams.publish import publish
 from streams.quarantine import message, place
 from tests.support.kafka import picture
 

@@ -1,0 +1,82 @@
+"""Which format a path has, and its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from streams.datasets import coco, imagefolder, index_files, llava, parquet, shards, sidecars, vqa
+from streams.datasets.source import Format, Source
+from streams.folders import DatasetRow, select_split
+from streams.images import MAX_BYTES
+from streams.tables import dataset_error
+
+_ORDERED: Final = (
+    index_files.FOLDER,
+    shards.FORMAT,
+    parquet.FORMAT,
+    index_files.CSV,
+    llava.FORMAT,
+    index_files.JSONL,
+    coco.FORMAT,
+    vqa.FORMAT,
+    sidecars.FORMAT,
+    imagefolder.FORMAT,
+)
+FORMATS: Final[dict[str, Format]] = {each.name: each for each in _ORDERED}
+"""All formats by name, in the order in which `detect` tries them: those with an index before those told by images."""
+
+
+def detect(path: Path | str) -> Format:
+    """The format of a data set. Raises RecordError when it is none that is known."""
+    source = Path(path)
+    _check_exists(source)
+    for candidate in FORMATS.values():
+        if candidate.matches(source):
+            return candidate
+    raise dataset_error(f"{source} is no data set that is known", f"name one of: {_known()}")
+
+
+def read_dataset(
+    path: Path | str,
+    format: str | None = None,
+    split: str | None = None,
+    max_image_bytes: int = MAX_BYTES,
+) -> Iterator[DatasetRow]:
+    """The rows of a data set, one at a time, in an order that is the same each time.
+
+    Args:
+        path: a file, a folder, or a pattern of shards (``shards/{000..010}.tar``).
+        format: a name of :data:`FORMATS`; found by itself where it is None.
+        split: only rows of this split, and those that belong to none.
+        max_image_bytes: a larger image is an error of its row.
+
+    Returns:
+        an iterator. A row that is wrong is in it, with its error; the format is looked at before the first.
+
+    Raises:
+        RecordError: at once, when the path is no data set; later, when it cannot be read any further.
+    """
+    chosen = choose(path, format)
+    source = Source(Path(path), max_image_bytes)
+    return select_split(chosen.read(source), source.path, split)
+
+
+def choose(path: Path | str, name: str | None) -> Format:
+    """The format of this name, or the one that the path has. Raises RecordError."""
+    if name is None:
+        return detect(path)
+    if name not in FORMATS:
+        raise dataset_error(f"{name!r} is no format of data sets", f"name one of: {', '.join(FORMATS)}")
+    _check_exists(Path(path))
+    return FORMATS[name]
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists() and "{" not in path.name:
+        raise dataset_error(f"{path} does not exist", "name a file or a folder")
+
+
+def _known() -> str:
+    return "; ".join(f"{each.name} ({each.holds})" for each in FORMATS.values())
