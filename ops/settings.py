@@ -119,7 +119,10 @@ class Ingest(Section):
     max_text_chars: int = Field(2000, ge=1, description="Longest text, question or answer.")
     fresh_eval_share: float = Field(0.15, ge=0, lt=1, description="Share kept out of training for the gate.")
     near_duplicate_distance: int = Field(
-        0, ge=-1, le=16, description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for."
+        0,
+        ge=-1,
+        le=16,
+        description="Perceptual hash bits in which near duplicates may differ; -1: none are looked for.",
     )
     split_key: SecretStr | None = Field(
         None, description="Key of the split into train and fresh_eval; made with the store if unset."
