@@ -109,7 +109,7 @@ class Batch:
         return outcome
 
     def _decide(self, outcome: Outcome) -> list[Row]:
-        """The rows to store: samples; as duplicates those that repeat the store or this batch; all others as they are."""
+        """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""
         rows = []
         for _, _, result, _ in self._entries:
             if not isinstance(result, Accepted):

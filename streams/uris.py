@@ -9,9 +9,8 @@ objects under that prefix). With an empty list nothing is fetched.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import CancelledError, Future
-from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -140,14 +139,3 @@ class UriFetcher:
                 rules_setting="ingest.allowed_uris", networks_setting="ingest.allowed_networks",
             )
         )  # fmt: skip
-
-
-def fetch(uri: str, allowed: Sequence[str], max_bytes: int, networks: Sequence[str] = ()) -> bytes:
-    """:meth:`UriFetcher.fetch` with a fetcher that stays for the life of the process."""
-    return _shared(tuple(allowed), max_bytes, tuple(networks)).fetch(uri)
-
-
-@lru_cache(4)
-def _shared(allowed: tuple[str, ...], max_bytes: int, networks: tuple[str, ...]) -> UriFetcher:
-    limits = {"allowed_uris": allowed, "allowed_networks": networks, "max_image_bytes": max_bytes}
-    return UriFetcher(Ingest.model_construct(**{**Ingest().model_dump(), **limits}))

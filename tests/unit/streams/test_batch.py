@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from streams.quality.judge import Accepted, Received, Refused, judge
+from streams.quality.split import split_of
 
 from ops.settings import Ingest, Kafka
 from streams.assignment import Cursor, next_generation, open_cursor
 from streams.batch import Batch, Superseded
 from streams.images import decode_image
 from streams.quality.duplicates import Looks, StoredLooks, phash
-from streams.quality.judge import Accepted, Received, Refused, judge
-from streams.quality.split import split_of
 from streams.rows import Position, Snapshot
 from streams.store import SampleStore
 from tests.support.kafka import good, picture
