@@ -19,11 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import lance
-
 from ops.errors import StoreFull, StoreUnavailable
 from streams.quality.look import Look, similar
 from streams.table import SampleTable, fences
+from streams.writer import MOVED
 
 Kind = Literal["exact", "perceptual"]
 Words = tuple[str, str, str]
@@ -67,7 +66,7 @@ class DuplicateIndex:
         self.distance = distance
         self._bands = _bands(distance)
         self._identity = f"{_FORMAT} {store} {distance}"
-        with _told(path):
+        with _errors_named(path):
             self._open()
 
     def __len__(self) -> int:
@@ -86,19 +85,19 @@ class DuplicateIndex:
         Raises:
             StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
         """
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.execute("COMMIT")
 
     def find(self, sample_id: str, look: str, words: Words) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
-        with _told(self.path):
+        with _errors_named(self.path):
             if self._has(bytes.fromhex(sample_id)):
                 return Duplicate("exact", sample_id)
             if self.distance == OFF:
@@ -123,11 +122,12 @@ class DuplicateIndex:
         last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
         if dataset.version == version:
             return
-        known = {fragment.fragment_id for fragment in fences(dataset)} | _moved(dataset, version)
+        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
-        with _told(self.path):
-            for fragment in (each for each in fresh if each.fragment_id not in known):
-                self._take(dataset, fragment)
+        with _errors_named(self.path):
+            for fragment in fresh:
+                if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
+                    self._take(dataset, fragment)
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
@@ -147,7 +147,7 @@ class DuplicateIndex:
 
     def _insert(self, samples: Iterable[tuple[bytes, str, Words]]) -> None:
         rows = list(samples)
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
             if self.distance != OFF:
                 bands = sorted(
@@ -215,20 +215,19 @@ def _bands(distance: int) -> list[int]:
     return [((1 << (end - start)) - 1) << start for start, end in pairwise(ends)]
 
 
-def _moved(dataset: Any, since: int) -> set[int]:
-    """Fragments of rows that were in the store at version ``since``, and were only moved by compaction."""
+def _moved(dataset: Any, since: int) -> set[str]:
+    """Data files of rows that were in the store at version ``since``, and were only moved by maintenance."""
+    moved: set[str] = set()
     if since < 0 or dataset.version - since > RECENT_VERSIONS:
-        return set()
-    moved: set[int] = set()
+        return moved
     for transaction in dataset.get_transactions(int(dataset.version - since)):
-        operation = getattr(transaction, "operation", None)
-        if isinstance(operation, lance.LanceOperation.Rewrite):
-            moved.update(each.id for group in operation.groups for each in group.new_fragments)
+        if transaction is not None and MOVED.items() <= (transaction.transaction_properties or {}).items():
+            moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
     return moved
 
 
 @contextmanager
-def _told(path: Path | str) -> Iterator[None]:
+def _errors_named(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:

@@ -150,6 +150,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "ingested_at": now,
         "split": split_of(look, rules.split_key, limits.fresh_eval_share),
         "look": look.hex(),
+        "size": len(sample.image),
         "width": image.width,
         "height": image.height,
         "key": record_key(record.key),
