@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from ops.errors import StoreFull, StoreUnavailable
-from streams.quality.look import Look, similar
+from streams.quality.look import PHASH_DIGITS, Look, similar
 from streams.table import SampleTable, fences
 from streams.writer import MOVED
 
@@ -38,6 +38,10 @@ CHUNK_ROWS: Final = 65_536
 CACHE_KIB: Final = 32_768
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "1"
+_ALL_BITS: Final = 2**64 - 1
+_SIGN: Final = 2**63
+"""SQLite's integers are signed."""
+_ODD: Final = 0x9E3779B97F4A7C15
 _COLUMNS: Final = ["kind", "id", "look", "text", "question", "answer"]
 
 
@@ -104,7 +108,7 @@ class DuplicateIndex:
                 return None
             mine = Look.parse(look)
             query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
-            for band in self._bands_of(mine, words):
+            for band in self._bands_of(look, words):
                 for other, theirs in self._db.execute(query, (band, CANDIDATES)):
                     if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
                         return Duplicate("perceptual", other.hex())
@@ -151,25 +155,20 @@ class DuplicateIndex:
             self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
             if self.distance != OFF:
                 bands = sorted(
-                    (band, sample, look)
-                    for sample, look, words in rows
-                    for band in self._bands_of(Look.parse(look), words)
+                    (band, sample, look) for sample, look, words in rows if look for band in self._bands_of(look, words)
                 )
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", bands)
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
-    def _bands_of(self, look: Look, words: Words) -> list[int]:
+    def _bands_of(self, look: str, words: Words) -> list[int]:
         """One number for each band: of the words and of the hash's bits there."""
-        text = "\0".join((*map(str, map(len, words)), *words)).encode()
+        text, question, answer = words
+        digest = blake2b(f"{len(text)} {len(question)} {text}{question}{answer}".encode(), digest_size=8).digest()
+        seed, phash = int.from_bytes(digest, "big"), int(look[:PHASH_DIGITS], 16)
         return [
-            int.from_bytes(
-                blake2b(text, digest_size=8, key=(look.phash & mask).to_bytes(8, "big"), salt=bytes([n])).digest(),
-                "big",
-                signed=True,
-            )
-            for n, mask in enumerate(self._bands)
+            ((seed + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in enumerate(self._bands)
         ]
 
     def _open(self) -> None:
