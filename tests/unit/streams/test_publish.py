@@ -108,7 +108,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "a.png").write_bytes(png())
     dry(tmp_path, rows(tmp_path / "first.jsonl", file="a.png"))
     peaks = []
-    for count in (500, 10_000):
+    for count in (250, 2_500):
         file = rows(tmp_path / f"{count}.jsonl", count, bad=range(0, count, 10), file="a.png")
         tracemalloc.start()
         dry(tmp_path, file)
