@@ -89,7 +89,7 @@ def test_topics_are_made_for_the_largest_records_and_their_headers(
     monkeypatch.setattr(KafkaAdminClient, "create_topics", recorded)
     names = [kafka.topic, kafka.quarantine_topic]
     ensure_topics(kafka, names)
-    assert asked == dict.fromkeys(names, {"max.message.bytes": str(TOPIC_RECORD_BYTES)})
+    assert asked == {name: {"max.message.bytes": str(TOPIC_RECORD_BYTES)} for name in names}
     assert TOPIC_RECORD_BYTES >= MAX_RECORD_BYTES + 64 * 1024
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)
     for name in names:
