@@ -68,6 +68,11 @@ class SampleStore:
         dataset = self.table.open()
         return {} if dataset is None else {name: int(tag["version"]) for name, tag in dataset.tags.list().items()}
 
+    def versions(self) -> list[int]:
+        """All versions that are kept."""
+        dataset = self.table.open()
+        return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
+
     def positions(self, version: int | None = None) -> dict[str, Position]:
         """How far each partition has been read, by its key. Costs the same whatever is stored."""
         dataset = self.table.open(version)
