@@ -116,6 +116,9 @@ class Maintainer:
         self._tell_gaps()
         pending = self.ledger.deletions(1000, ["removed"])
         written = compaction.compact(self.store, expunge=bool(pending) or removed > 0)
+        if pending and not compaction.has_deleted_rows(self.store):
+            self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
+            pending = self.ledger.deletions(1000, ["removed"])
         compaction.index(self.store)
         freed = self._clean(pending)
         self._finish(pending)
@@ -177,7 +180,7 @@ class Maintainer:
             return
         oldest = min(self.store.versions(), default=0)
         for each in pending:
-            if each.version is not None and oldest >= each.version and not compaction.has_deleted_rows(self.store):
+            if each.version is not None and oldest >= each.version:
                 self.ledger.deletion_done(each.id)
                 say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
 
