@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import lance
+import pyarrow as pa
 
 from ops.errors import StoreFull, StoreUnavailable
 from streams.quality.look import Look, similar
-from streams.table import SampleTable, fences
+from streams.table import SampleTable, fences, reading
 
 Kind = Literal["exact", "perceptual"]
 Words = tuple[str, str, str]
@@ -132,8 +133,7 @@ class DuplicateIndex:
             self._set_meta("version", int(dataset.version))
 
     def _take(self, dataset: Any, fragment: Any) -> None:
-        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
-        for batch in rows.to_batches():
+        for batch in _batches(dataset, fragment):
             kinds, ids, looks, *words = (batch[name].to_pylist() for name in _COLUMNS)
             samples = sorted(
                 (bytes.fromhex(sample), look, said)
@@ -207,6 +207,12 @@ class DuplicateIndex:
 
     def _set_meta(self, name: str, value: str | int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
+    with reading(dataset.uri):
+        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
+        yield from rows.to_batches()
 
 
 def _bands(distance: int) -> list[int]:
