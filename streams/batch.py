@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ops.errors import StoreUnavailable
 from ops.settings import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex
@@ -15,6 +17,7 @@ from streams.quality.validate import Accepted, Row
 from streams.rows import Position, tally_of
 from streams.writer import StoreWriter
 
+log = logging.getLogger(__name__)
 Entry = tuple[Reading, int, Accepted | Row, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
 Watermark = Callable[[Reading], int | None]
@@ -97,14 +100,19 @@ class Batch:
         outcome = Outcome(readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries))
         if not ends:
             return outcome
-        with self.index.deciding():
-            self.index.follow(self.writer.table)
-            outcome.rows = self._decide(outcome)
-            moves = [
-                (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
-                for reading, end in ends.items()
-            ]
-            outcome.version = self.writer.commit(outcome.rows, moves)
+        try:
+            with self.index.deciding():
+                self.index.follow(self.writer.table)
+                outcome.rows = self._decide(outcome)
+                moves = [
+                    (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
+                    for reading, end in ends.items()
+                ]
+                outcome.version = self.writer.commit(outcome.rows, moves)
+        except StoreUnavailable as error:
+            if not outcome.version:
+                raise
+            log.warning("the batch is stored; the duplicate index takes it from the store later: %s", error)
         self._entries, self._bytes = [], 0
         return outcome
 

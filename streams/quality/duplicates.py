@@ -10,9 +10,10 @@ are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -68,7 +69,8 @@ class DuplicateIndex:
         self.distance = distance
         self._bands = _bands(distance)
         self._identity = f"{_FORMAT} {store} {distance}"
-        with _told(path):
+        self._damaged = True
+        with self._in_use():
             self._open()
 
     def __len__(self) -> int:
@@ -87,19 +89,22 @@ class DuplicateIndex:
         Raises:
             StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
         """
-        with _told(self.path):
+        with self._in_use():
+            if self._damaged:
+                self._open()
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            with self._in_use():
+                self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # a full disk or damage has ended the transaction already
+                self._db.execute("ROLLBACK")
             raise
-        with _told(self.path):
-            self._db.execute("COMMIT")
 
     def find(self, sample_id: str, look: str, words: Words) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
-        with _told(self.path):
+        with self._in_use():
             if self._has(bytes.fromhex(sample_id)):
                 return Duplicate("exact", sample_id)
             if self.distance == OFF:
@@ -126,7 +131,7 @@ class DuplicateIndex:
             return
         known = {fragment.fragment_id for fragment in fences(dataset)} | _moved(dataset, version)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
-        with _told(self.path):
+        with self._in_use():
             for fragment in (each for each in fresh if each.fragment_id not in known):
                 self._take(dataset, fragment)
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
@@ -147,7 +152,7 @@ class DuplicateIndex:
 
     def _insert(self, samples: Iterable[tuple[bytes, str, Words]]) -> None:
         rows = list(samples)
-        with _told(self.path):
+        with self._in_use():
             self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
             if self.distance != OFF:
                 bands = sorted(
@@ -173,33 +178,45 @@ class DuplicateIndex:
         ]
 
     def _open(self) -> None:
-        self._db = self._connect()
-        try:
-            if self._meta("identity") == self._identity:
-                return
-        except sqlite3.DatabaseError:  # no index, or a damaged one
-            pass
-        self._db.close()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-        self._db = self._connect()
-        self._db.executescript(
-            "BEGIN IMMEDIATE;"
-            "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);"
-            "CREATE TABLE IF NOT EXISTS ids (id BLOB PRIMARY KEY) WITHOUT ROWID;"
-            "CREATE TABLE IF NOT EXISTS looks (band INTEGER, id BLOB, look TEXT, PRIMARY KEY (band, id)) WITHOUT ROWID;"
-            "COMMIT;"
-        )
-        self._set_meta("identity", self._identity)
+        """Open the file; make it anew where it is missing, damaged or of another store."""
+        with _alone(self.path):
+            try:
+                self._db = self._connect()
+                if self._meta("identity") == self._identity:
+                    self._damaged = False
+                    return
+                self._db.close()
+            except sqlite3.DatabaseError as error:
+                if not (_is_damage(error) or "no such table" in str(error)):
+                    raise  # it is in use by another process, say: nothing to throw away
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self._db = self._connect()
+            self._db.executescript(
+                "BEGIN IMMEDIATE;"
+                "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
+                "CREATE TABLE ids (id BLOB PRIMARY KEY) WITHOUT ROWID;"
+                "CREATE TABLE looks (band INTEGER, id BLOB, look TEXT, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+                "COMMIT;"
+            )
+            self._set_meta("identity", self._identity)
+            self._damaged = False
 
     def _connect(self) -> sqlite3.Connection:
-        if self.path != ":memory:":
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         return db
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Errors of the file become outages; after damage the next :meth:`deciding` makes it anew."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._damaged = self._damaged or _is_damage(error)
+            raise _outage(self.path, error) from error
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -234,14 +251,25 @@ def _moved(dataset: Any, since: int) -> set[int]:
 
 
 @contextmanager
-def _told(path: Path | str) -> Iterator[None]:
-    try:
+def _alone(path: Path | str) -> Iterator[None]:
+    """Keep other processes from making the file at the same time: each would throw away the other's."""
+    if path == ":memory:":
         yield
-    except (sqlite3.Error, OSError) as error:
-        if "full" in str(error) or "No space left" in str(error):
-            raise StoreFull(
-                f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost."
-            ) from error
-        raise StoreUnavailable(
-            f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
-        ) from error
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_damage(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _outage(path: Path | str, error: Exception) -> StoreUnavailable:
+    if "full" in str(error) or "No space left" in str(error):
+        return StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.")
+    return StoreUnavailable(
+        f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
+    )
