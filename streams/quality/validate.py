@@ -75,6 +75,8 @@ class Accepted:
 
     row: Row
     words: Words
+    record: Received
+    """Its record, to be refused after all should its row not fit the table."""
 
     def duplicate(self, kind: str, of: str) -> Row:
         """The row to store instead when it repeats the sample ``of``."""
@@ -104,7 +106,10 @@ def validate(record: Received, rules: Rules) -> Accepted | Row:
         return refuse(record, error.reason, str(error), now)
     except RatchetError:
         raise
-    except Exception as error:  # a fault of ours must not stop the stream: the record is kept, and can be sent again
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
+        # stop the stream: the record is kept, and can be sent again
         log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
         return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
 
@@ -155,7 +160,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "key": record_key(record.key),
         **record.position,
     }
-    return Accepted(row, (sample.text, sample.question, sample.answer))
+    return Accepted(row, (sample.text, sample.question, sample.answer), record)
 
 
 def _tombstone(record: Received, now: datetime) -> Row:
