@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ops.errors import RatchetError, RecordError
+from ops.errors import BrokerError, RecordError, StoreError
 from ops.settings import Ingest as Limits
 from streams.codecs import Fetch, decode
 from streams.images import decode_image
@@ -88,7 +88,7 @@ def validate(record: Received, rules: Rules) -> Accepted | Row:
     """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
 
     Raises:
-        RatchetError: something that validation needs is away (a schema registry): to be tried again.
+        RegistryUnavailable: to be tried again.
     """
     now = datetime.now(UTC)
     try:
@@ -104,9 +104,7 @@ def validate(record: Received, rules: Rules) -> Accepted | Row:
         return _accept(sample, record, rules, now)
     except RecordError as error:
         return refuse(record, error.reason, str(error), now)
-    except RatchetError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (BrokerError, StoreError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
         # stop the stream: the record is kept, and can be sent again

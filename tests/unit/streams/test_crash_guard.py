@@ -120,7 +120,7 @@ def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     die(tmp_path, "kill", POISON)
-    files = len(os.listdir("/proc/self/fd"))
+    files = len(list(Path("/proc/self/fd").iterdir()))
 
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -132,7 +132,7 @@ def test_a_full_disk_is_told_apart_and_loses_no_death_and_no_file(
                 with pytest.raises(StoreFull, match="full"):
                     CrashGuard(tmp_path, 1)
         die(tmp_path, "kill", POISON)
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(list(Path("/proc/self/fd").iterdir())) == files
     with closing(CrashGuard(tmp_path, 1)) as guard:
         assert guard.deaths(POISON) == DEATHS
     assert not (tmp_path / "validating-1").exists()

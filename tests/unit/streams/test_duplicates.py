@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import subprocess
 import sys
@@ -82,7 +81,8 @@ def test_other_words_are_never_a_perceptual_duplicate() -> None:
 
 def shirt(colour: str) -> Image.Image:
     image = Image.new("RGB", (96, 96), "white")
-    ImageDraw.Draw(image).polygon([(20, 20), (76, 20), (90, 40), (70, 45), (70, 90), (26, 90), (26, 45), (6, 40)], colour)
+    outline = [(20, 20), (76, 20), (90, 40), (70, 45), (70, 90), (26, 90), (26, 45), (6, 40)]
+    ImageDraw.Draw(image).polygon(outline, colour)
     return image
 
 

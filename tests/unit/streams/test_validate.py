@@ -129,7 +129,9 @@ def test_a_null_value_with_a_key_or_an_id_is_a_tombstone() -> None:
     assert (by_both["key"], by_both["id"]) == (b"photo-7", "ab" * 32)
 
 
-@pytest.mark.parametrize("name", [b"", b"ab", b"AB" * 32, b"\xff" * 64, b"' OR kind = '" + b"a" * 51, b"ab" * 32 + b"\n"])
+@pytest.mark.parametrize(
+    "name", [b"", b"ab", b"AB" * 32, b"\xff" * 64, b"' OR kind = '" + b"a" * 51, b"ab" * 32 + b"\n"]
+)
 def test_a_tombstone_whose_id_is_none_is_refused_and_deletes_nothing(name: bytes) -> None:
     for key in (None, b"photo-7"):
         assert refused(validate(received(None, [("ratchet_id", name)], key=key), RULES))["reason"] == "headers"
@@ -194,7 +196,8 @@ def wide_png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
 
 
 STRINGS = ("text", "domain", "source", "concept", "label")
