@@ -25,7 +25,14 @@ class Reading:
     next: int
     """Next offset to take in; ahead of the claim's position by what has not been stored yet."""
     leader_epoch: int = -1
-    """Of the record before it."""
+    """Of the last record that was validated; with what is stored of it, it goes into the position."""
+    next_epoch: int = -1
+    """Of the record before ``next``. An older one would make a newer leader's records look like a truncated log."""
+
+    @classmethod
+    def of(cls, claim: Claim) -> Reading:
+        """Read on from a claim's position."""
+        return cls(claim, claim.position.next, claim.position.leader_epoch, claim.position.leader_epoch)
 
     @property
     def stream(self) -> str:
@@ -125,7 +132,7 @@ class Assignment(ConsumerRebalanceListener):  # type: ignore[misc]
             if reading.partition not in self._assigned:
                 return False
             self._readings[reading.partition] = reading
-        seek(self.consumer, partition, reading.next, reading.claim.position.leader_epoch)
+        seek(self.consumer, partition, reading.next, reading.next_epoch)
         self.consumer.resume(partition)
         return True
 

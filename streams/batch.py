@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pyarrow as pa
+
+from ops.errors import StoreUnavailable
 from ops.settings import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex, Sample
-from streams.quality.validate import Accepted, Row
-from streams.rows import Position, duplicate_row, name_of, tally_of
+from streams.quality.validate import Accepted, Row, refuse
+from streams.rows import SCHEMA, Position, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
 
+log = logging.getLogger(__name__)
 Entry = tuple[Reading, int, Accepted | Row, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
 Watermark = Callable[[Reading], int | None]
@@ -97,18 +102,40 @@ class Batch:
         outcome = Outcome(readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries))
         if not ends:
             return outcome
-        with self.index.deciding():
-            self.index.follow(self.writer.table)
-            outcome.rows = self._decide(outcome)
-            moves = [
-                (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
-                for reading, end in ends.items()
-            ]
-            outcome.version = self.writer.commit(outcome.rows, moves)
+        try:
+            with self.index.deciding():
+                self.index.follow(self.writer.table)
+                outcome.rows = self._decide(outcome)
+                moves = [
+                    (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
+                    for reading, end in ends.items()
+                ]
+                outcome.version = self.writer.commit(outcome.rows, moves)
+        except StoreUnavailable as error:
+            if not outcome.version:
+                raise
+            log.warning("the batch is stored; the duplicate index takes it from the store later: %s", error)
+        except (TypeError, ValueError, OverflowError):
+            if not self._refuse_misfits():
+                raise
+            return self.commit(watermark)
         self._entries, self._bytes = [], 0
         for sample_id, position in self.index.settled():
             self.writer.settle_double(sample_id, position)
         return outcome
+
+    def _refuse_misfits(self) -> bool:
+        """Refuse samples that passed validation and that the table cannot hold; whether there are any.
+
+        None is known. But one would otherwise be read again for ever, and stop its partition.
+        """
+        misfits = 0
+        for number, (reading, end, result, size) in enumerate(self._entries):
+            if isinstance(result, Accepted) and (problem := _misfit(result.row)):
+                log.error("record %s:%d is valid and cannot be stored: %s", reading.claim.key, end - 1, problem)
+                self._entries[number] = (reading, end, refuse(result.record, "internal", problem), size)
+                misfits += 1
+        return misfits > 0
 
     def _decide(self, outcome: Outcome) -> list[Row]:
         """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""
@@ -129,6 +156,15 @@ class Batch:
             outcome.samples[row["split"]] += 1
             rows.append(row)
         return rows
+
+
+def _misfit(row: Row) -> str:
+    """Why the table cannot hold a row, or empty."""
+    try:
+        pa.Table.from_pylist([row], schema=SCHEMA)
+    except (TypeError, ValueError, OverflowError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _position(reading: Reading, end: int, rows: list[Row], unpublished: int | None) -> Position:

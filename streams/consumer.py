@@ -40,7 +40,7 @@ from streams.registry import SchemaRegistry
 from streams.rows import parse_stream
 from streams.store import SampleStore
 from streams.uris import UriFetcher
-from streams.validation_pool import ValidationPool
+from streams.validation_pool import Validated, ValidationPool
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -188,11 +188,12 @@ class Consumer:
             "max_partition_fetch_bytes": max(1, self.kafka.batch_bytes // 2),
             "receive_message_max_bytes": MAX_RECORD_BYTES + self.kafka.batch_bytes,
         }
-        self._consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
-        tolerant_fetch.install(self._consumer, MAX_RECORD_BYTES)
-        self._assignment = Assignment(self._consumer, self.kafka.topic)
-        self._log = LogWatch(self._admin, self._consumer, self.kafka.topic, topic_id)
-        self._consumer.subscribe([self.kafka.topic], listener=self._assignment)
+        consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
+        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)
+        self._assignment = Assignment(consumer, self.kafka.topic)
+        self._log = LogWatch(self._admin, consumer, self.kafka.topic, topic_id)
+        self._consumer = consumer
+        consumer.subscribe([self.kafka.topic], listener=self._assignment)
 
     def _ensure_topics(self) -> str:
         """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
@@ -223,7 +224,10 @@ class Consumer:
         except KafkaError as error:
             log.info("the group was left before it was joined: %s", error)
         self._consumer = None
-        consumer.close(autocommit=False, timeout_ms=2000)
+        try:
+            consumer.close(autocommit=False, timeout_ms=2000)
+        except (KafkaError, OSError) as error:
+            log.info("the group was not left in order: %s", error)
         self._drop(lambda reading: False)
         self._log.forget_lag()
 
@@ -242,7 +246,7 @@ class Consumer:
         starts = [start_position(known, topic, self._log.topic_id, number, firsts[number]) for number in partitions]
         for claim in self._writer.claim(starts):
             position = claim.position
-            reading = Reading(claim, position.next, position.leader_epoch)
+            reading = Reading.of(claim)
             self._publisher.recover(reading)
             if self._assignment.begin(reading):
                 log.info("reading %s from %d", claim.key, reading.next)
@@ -286,7 +290,7 @@ class Consumer:
     def _take(self, reading: Reading, record: Any) -> None:
         if record.offset < reading.next:
             return  # taken before
-        reading.next = record.offset + 1
+        reading.next, reading.next_epoch = record.offset + 1, record.leader_epoch
         position = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
@@ -312,20 +316,22 @@ class Consumer:
         """Move what is validated to the batch, in the order of each partition."""
         try:
             for each in self._pool.done():
-                if self._assignment.holds(each.reading):
-                    each.reading.leader_epoch = each.leader_epoch
-                    self._batch.add(each.reading, each.end, each.result, each.size)
+                self._add(each)
                 if self._batch.due:
                     self._commit()
         except RegistryUnavailable as error:
             self._wait(error, 1)
 
+    def _add(self, each: Validated) -> None:
+        if self._assignment.holds(each.reading):
+            each.reading.leader_epoch = each.leader_epoch
+            self._batch.add(each.reading, each.end, each.result, each.size)
+
     # -- storing ----------------------------------------------------------------------------------------------------
 
-    def _commit(self) -> None:
-        """Store the batch, publish its refusals, tell Kafka: in this order."""
-        if len(self._batch):
-            self._patiently(self._store)
+    def _commit(self) -> bool:
+        """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
+        return self._patiently(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
         self._batch.drop(self._assignment.holds)
@@ -333,16 +339,20 @@ class Consumer:
         try:
             outcome = self._batch.commit(self._publisher.unpublished)
         except Superseded as error:
-            log.warning("%s", error)
-            for reading in self._assignment.all():
-                if reading.claim.key in error.keys:
-                    self._assignment.give_up(reading)
+            self._give_up(error)
             return
         if outcome.readings:
             seconds = time.monotonic() - started
             self._publish(outcome)
             self._tell_kafka(outcome.readings)
             self._report.committed(outcome, self._log.lag(self._assignment.all()), seconds)
+
+    def _give_up(self, error: Superseded) -> None:
+        """Others have claimed partitions of ours; if the group still says that they are ours, they are claimed anew."""
+        log.warning("%s", error)
+        for reading in self._assignment.all():
+            if reading.claim.key in error.keys:
+                self._assignment.give_up(reading)
 
     def _publish(self, outcome: Outcome) -> None:
         refused = outcome.of_kind("quarantine")
@@ -365,6 +375,8 @@ class Consumer:
         if moves:
             try:
                 self._writer.commit((), moves)
+            except Superseded as error:
+                self._give_up(error)
             except StoreError as error:  # with the next batch, or by the next owner
                 log.info("what was published is remembered later: %s", error)
 
@@ -400,30 +412,38 @@ class Consumer:
 
     def _skip_to(self, reading: Reading, first: int) -> None:
         """Go on at ``first``; what lies before it was deleted unread, which is a row."""
-        if reading.next >= first:
+        if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
-        self._collect_all()
         self._lose(gap(reading, reading.next, first, "retention"), reading, first)
-        reading.next = first
+        reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
     def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
         """Read on as a new generation from where the log diverges; from its beginning where that is not known."""
-        self._collect_all()
+        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
+        if not self._collect_all() or not self._assignment.holds(reading):
+            return
         start = min(end if divergence is None else divergence, reading.next)
         self._lose(gap(reading, start, reading.next, "truncated"), reading, reading.next)
-        self._commit()
-        begin = self._log.range(reading.partition)[0] if divergence is None else divergence
-        [claim] = self._writer.claim([new_generation(self.store.positions().values(), reading.claim.position, begin)])
-        self._assignment.begin(Reading(claim, claim.position.next))
+        if self._commit() and self._assignment.holds(reading):
+            self._patiently(partial(self._begin_anew, reading, first if divergence is None else divergence))
+
+    def _begin_anew(self, reading: Reading, start: int) -> None:
+        [claim] = self._writer.claim([new_generation(self.store.positions().values(), reading.claim.position, start)])
+        self._assignment.begin(Reading.of(claim))
 
     def _lose(self, row: Row, reading: Reading, end: int) -> None:
         say(f"ingest: [red]{reading.claim.key}: {row['detail']} ({row['offset']} to {row['until'] - 1})[/red]")
         self._batch.add(reading, end, row, 0)
 
-    def _collect_all(self) -> None:
-        self._pool.finish()
-        self._collect()
+    def _collect_all(self) -> bool:
+        """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
+        while len(self._pool):
+            self._pool.finish()
+            self._collect()
+            if len(self._pool) and self._stopping.is_set():
+                return False
+        return True
 
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
@@ -455,9 +475,11 @@ class Consumer:
 
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""
-        for each in self._pool.done():
-            if self._assignment.holds(each.reading):
-                self._batch.add(each.reading, each.end, each.result, each.size)
+        try:
+            for each in self._pool.done():
+                self._add(each)
+        except RegistryUnavailable as error:
+            log.warning("what was read is validated later: %s", error)
         try:
             self._store()
         except AWAY as error:
@@ -469,8 +491,8 @@ class Consumer:
         try:
             self._consumer.pause(*(TopicPartition(self.kafka.topic, each.partition) for each in readings))
             self._consumer.poll(timeout_ms=0)
-            for reading in readings:
-                if self._assignment.holds(reading):
-                    self._assignment.begin(reading)
-        except (KafkaError, ValueError) as error:
+        except KafkaError as error:
             log.info("the group could not be asked while waiting: %s", error)
+        for reading in readings:
+            if self._assignment.holds(reading):
+                self._assignment.begin(reading)

@@ -7,6 +7,7 @@ death is validated alone from then on, so that no other one is blamed for it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from ops.errors import StoreUnavailable
+from ops.errors import StoreFull, StoreUnavailable
 from streams.rows import RecordPosition, name_of
 
 DEATHS: Final = 3
@@ -38,16 +39,28 @@ class CrashGuard:
         self._counts_file = folder / "crashes.json"
         self._lock = threading.Lock()
         self._free = list(range(threads))
+        self._closed = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file, left = _lock_file(folder, threads)
-            self._slots = mmap.mmap(self._file, threads * SLOT_BYTES)
-            self._counts = Counter(_load(self._counts_file))
-            self._counts.update(left)
-            if left:
-                self._save()
+            self._file = _lock_file(folder)
         except OSError as error:
-            raise StoreUnavailable(f"the folder {folder} cannot be written: {error}.", "Check `home`.") from error
+            raise _outage(folder, error) from error
+        try:
+            self._slots, self._counts = self._take_over(threads)
+        except OSError as error:
+            os.close(self._file)
+            raise _outage(folder, error) from error
+
+    def _take_over(self, threads: int) -> tuple[mmap.mmap, Counter[str]]:
+        """Count the deaths of the dead process that held the file, and begin with an empty one."""
+        counts = Counter(_load(self._counts_file))
+        left = _left_in(self._file)
+        counts.update(left)
+        if left:
+            _save(self._counts_file, counts)
+        os.ftruncate(self._file, 0)
+        os.posix_fallocate(self._file, 0, threads * SLOT_BYTES)  # or writing to it on a full disk is a SIGBUS
+        return mmap.mmap(self._file, threads * SLOT_BYTES), counts
 
     def deaths(self, position: RecordPosition) -> int:
         """How often a process died while it validated this record."""
@@ -62,13 +75,11 @@ class CrashGuard:
         """What is done inside is done to this record."""
         with self._lock:
             slot = self._free.pop()
-        start = slot * SLOT_BYTES
-        text = name_of(position).encode()[:SLOT_BYTES]
-        self._slots[start : start + len(text)] = text
+        self._write(slot, name_of(position).encode())
         try:
             yield
         finally:
-            self._slots[start : start + len(text)] = bytes(len(text))
+            self._write(slot, b"")
             with self._lock:
                 self._free.append(slot)
 
@@ -80,36 +91,52 @@ class CrashGuard:
                 del self._counts[key]
             if known:
                 with suppress(OSError):  # a full disk: it is forgotten with the next one
-                    self._save()
+                    _save(self._counts_file, self._counts)
 
     def close(self) -> None:
-        """Let the file go: nothing was being validated."""
-        self._slots.close()
+        """Let the file go. What a thread is still validating did not kill the process: it is given up by a stop."""
+        with self._lock:
+            self._closed = True
+            self._slots[:] = bytes(len(self._slots))
+            self._slots.close()
         os.close(self._file)
 
-    def _save(self) -> None:
-        partial = self._counts_file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(self._counts))
-        partial.replace(self._counts_file)
+    def _write(self, slot: int, text: bytes) -> None:
+        with self._lock:
+            if not self._closed:
+                self._slots[slot * SLOT_BYTES : (slot + 1) * SLOT_BYTES] = text[:SLOT_BYTES].ljust(SLOT_BYTES, b"\0")
 
 
-def _lock_file(folder: Path, threads: int) -> tuple[int, list[str]]:
-    """A file that no living process holds, and what it says of the dead one that held it."""
+def _lock_file(folder: Path) -> int:
+    """A file that no living process holds."""
     number = 0
     while True:
         file = os.open(folder / f"validating-{number}", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         except BlockingIOError:
             os.close(file)
             number += 1
-            continue
-        content = os.pread(file, os.fstat(file).st_size, 0)
-        slots = (content[start : start + SLOT_BYTES] for start in range(0, len(content), SLOT_BYTES))
-        left = [text for slot in slots if (text := slot.rstrip(b"\0").decode(errors="replace"))]
-        os.ftruncate(file, 0)
-        os.ftruncate(file, threads * SLOT_BYTES)
-        return file, left
+
+
+def _left_in(file: int) -> list[str]:
+    """What the file says of the dead process that held it."""
+    content = os.pread(file, os.fstat(file).st_size, 0)
+    slots = (content[start : start + SLOT_BYTES] for start in range(0, len(content), SLOT_BYTES))
+    return [text for slot in slots if (text := slot.rstrip(b"\0").decode(errors="replace"))]
+
+
+def _save(path: Path, counts: Counter[str]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(counts))
+    partial.replace(path)
+
+
+def _outage(folder: Path, error: OSError) -> StoreUnavailable:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(f"the disk of the folder {folder} is full.", "Free space; nothing is lost.")
+    return StoreUnavailable(f"the folder {folder} cannot be written: {error}.", "Check `home`.")
 
 
 def _load(path: Path) -> dict[str, int]:

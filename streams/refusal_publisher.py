@@ -116,30 +116,39 @@ class RefusalPublisher:
                     break
                 job = self._jobs[0]
             try:
-                self._publish(job)
+                self._publish_or_change(job)
                 failures, self.problem = 0, ""
-            except Fenced:
-                if self._owns(job.reading):
-                    continue  # a former owner woke up and opened its sender: ours is opened anew, and fences it
-                self._forget(job.reading)
-            except RecordTooLarge:
-                if job.page > 1:
-                    job.page = 1  # which one it is shows when they are sent one by one
-                else:
-                    job.oversized = job.start
-            except (BrokerError, StoreError) as error:
-                self.problem = str(error)
-                log.warning("refusals of %s are published later: %s", job.reading.claim.key, error)
-                with self._changed:
-                    if not self._ending:
-                        self._changed.wait(BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS) - 1)])
+            except Exception as error:
                 failures += 1
-            except Exception:
-                log.exception("refusals of %s are published later", job.reading.claim.key)
-                with self._changed:
-                    self._changed.wait(BACKOFF_SECONDS[-1])
+                self._later(job, error, failures)
         for outbox in self._outboxes.values():
             outbox.close()
+
+    def _publish_or_change(self, job: _Job) -> None:
+        """Publish the first page of a job, or change the job so that the next try does."""
+        try:
+            self._publish(job)
+        except Fenced:
+            if not self._owns(job.reading):
+                self._forget(job.reading)
+            # else a former owner woke up and opened its sender: ours is opened anew, and fences it
+        except RecordTooLarge:
+            if job.page > 1:
+                job.page = 1  # which one it is shows when they are sent one by one
+            elif job.oversized != job.start:
+                job.oversized = job.start
+            else:
+                raise  # not even a claim check is small enough
+
+    def _later(self, job: _Job, error: Exception, failures: int) -> None:
+        """Say why nothing is published, and wait: longer after more failures."""
+        self.problem = str(error)
+        key, known = job.reading.claim.key, isinstance(error, (BrokerError, StoreError))
+        log.warning("refusals of %s are published later: %s", key, error, exc_info=None if known else error)
+        deadline = time.monotonic() + BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]
+        with self._changed:
+            while not self._ending and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
 
     def _publish(self, job: _Job) -> None:
         """Publish the first page of a job, and shorten it by that; the last page ends it."""

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from ops.errors import StoreError
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
 from streams.sql import moment, quoted
-from streams.table import ROOT, SampleTable, fences, positions
+from streams.table import ROOT, SampleTable, fences, positions, reading
 from streams.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
@@ -163,7 +163,8 @@ class SampleStore:
         dataset = self.table.open(version)
         if dataset is None:
             return []
-        rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
+        with reading(self.url):
+            rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
         return rows
 
     # -- records ----------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ class ValidationPool:
                 self._records -= 1
                 yield Validated(reading, first.received.offset + 1, first.leader_epoch, first.received.size, result)
             if not queue:
-                del self._pending[reading]
+                self._pending.pop(reading, None)  # whoever takes the results may have asked for more of them
 
     def wait(self, seconds: float) -> None:
         """Wait until the next result of some partition is there, or for ``seconds``."""

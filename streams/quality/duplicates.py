@@ -10,9 +10,10 @@ are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
@@ -26,7 +27,7 @@ from ops.errors import StoreFull, StoreUnavailable
 from streams.quality.look import Look, similar
 from streams.rows import RecordPosition, name_of, parse_position
 from streams.sql import quoted
-from streams.table import SampleTable, fences
+from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
 Kind = Literal["exact", "perceptual"]
@@ -87,7 +88,8 @@ class DuplicateIndex:
         self._bands = list(enumerate(_bands(distance)))
         self._doubles: list[tuple[str, RecordPosition]] = []
         self._identity = f"{_FORMAT} {store} {distance}"
-        with _errors_named(path):
+        self._damaged = True
+        with self._in_use():
             self._open()
 
     def __len__(self) -> int:
@@ -106,19 +108,22 @@ class DuplicateIndex:
         Raises:
             StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
         """
-        with _errors_named(self.path):
+        with self._in_use():
+            if self._damaged:
+                self._open()
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            with self._in_use():
+                self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            with suppress(sqlite3.Error):  # a full disk or damage has ended the transaction already
+                self._db.execute("ROLLBACK")
             raise
-        with _errors_named(self.path):
-            self._db.execute("COMMIT")
 
     def find(self, sample: Sample) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
-        with _errors_named(self.path):
+        with self._in_use():
             if self._has(sample.id):
                 return Duplicate("exact", sample.id.hex())
             if self.distance == OFF or sample.look is None:
@@ -154,7 +159,7 @@ class DuplicateIndex:
             return
         positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
-        with _errors_named(self.path):
+        with self._in_use():
             for fragment in fresh:
                 if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
                     self._take(dataset, fragment)
@@ -162,8 +167,7 @@ class DuplicateIndex:
             self._set_meta("version", int(dataset.version))
 
     def _take(self, dataset: Any, fragment: Any) -> None:
-        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
-        for batch in rows.to_batches():
+        for batch in _batches(dataset, fragment):
             table = pa.Table.from_batches([batch])
             numbers = (table[name].cast(pa.string()) for name in ("partition", "offset"))
             table = table.append_column("position", pc.binary_join_element_wise(table["topic"], *numbers, ":"))
@@ -176,7 +180,7 @@ class DuplicateIndex:
                     self._db.execute("DELETE FROM ids WHERE id = ?", (bytes.fromhex(sample),))
 
     def _insert(self, samples: Sequence[Sample]) -> None:
-        with _errors_named(self.path):
+        with self._in_use():
             before = self._db.total_changes
             self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?, ?)", (sample[:2] for sample in samples))
             if self._db.total_changes - before < len(samples):
@@ -206,33 +210,45 @@ class DuplicateIndex:
         return [((words + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in self._bands]
 
     def _open(self) -> None:
-        self._db = self._connect()
-        try:
-            if self._meta("identity") == self._identity:
-                return
-        except sqlite3.DatabaseError:  # no index, or a damaged one
-            pass
-        self._db.close()
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
-        self._db = self._connect()
-        self._db.executescript(
-            "BEGIN IMMEDIATE;"
-            "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);"
-            "CREATE TABLE IF NOT EXISTS ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
-            "CREATE TABLE IF NOT EXISTS looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
-            "COMMIT;"
-        )
-        self._set_meta("identity", self._identity)
+        """Open the file; make it anew where it is missing, damaged or of another store."""
+        with _alone(self.path):
+            try:
+                self._db = self._connect()
+                if self._meta("identity") == self._identity:
+                    self._damaged = False
+                    return
+                self._db.close()
+            except sqlite3.DatabaseError as error:
+                if not (_is_damage(error) or "no such table" in str(error)):
+                    raise  # it is in use by another process, say: nothing to throw away
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self._db = self._connect()
+            self._db.executescript(
+                "BEGIN IMMEDIATE;"
+                "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT);"
+                "CREATE TABLE ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
+                "CREATE TABLE looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+                "COMMIT;"
+            )
+            self._set_meta("identity", self._identity)
+            self._damaged = False
 
     def _connect(self) -> sqlite3.Connection:
-        if self.path != ":memory:":
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, timeout=WAIT_SECONDS, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
         return db
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Errors of the file become outages; after damage the next :meth:`deciding` makes it anew."""
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            self._damaged = self._damaged or _is_damage(error)
+            raise _outage(self.path, error) from error
 
     def _meta(self, name: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
@@ -240,6 +256,12 @@ class DuplicateIndex:
 
     def _set_meta(self, name: str, value: str | int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
+    with reading(dataset.uri):
+        rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
+        yield from rows.to_batches()
 
 
 def words_hash(text: str, question: str, answer: str) -> int:
@@ -266,14 +288,25 @@ def _moved(dataset: Any, since: int) -> set[str]:
 
 
 @contextmanager
-def _errors_named(path: Path | str) -> Iterator[None]:
-    try:
+def _alone(path: Path | str) -> Iterator[None]:
+    """Keep other processes from making the file at the same time: each would throw away the other's."""
+    if path == ":memory:":
         yield
-    except (sqlite3.Error, OSError) as error:
-        if "full" in str(error) or "No space left" in str(error):
-            raise StoreFull(
-                f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost."
-            ) from error
-        raise StoreUnavailable(
-            f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
-        ) from error
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{path}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_damage(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _outage(path: Path | str, error: Exception) -> StoreUnavailable:
+    if "full" in str(error) or "No space left" in str(error):
+        return StoreFull(f"the disk of the duplicate index {path} is full.", "Free space; nothing is lost.")
+    return StoreUnavailable(
+        f"the duplicate index {path} cannot be used: {error}.", "Check the folder `home`; the file may be removed."
+    )

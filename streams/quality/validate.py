@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from ops.errors import RatchetError, RecordError
+from ops.errors import BrokerError, RecordError, StoreError
 from ops.settings import Ingest as Limits
 from streams.codecs import Fetch, decode
 from streams.images import decode_image
@@ -74,13 +74,15 @@ class Accepted:
     """A valid sample: its row in the store."""
 
     row: Row
+    record: Received
+    """Its record, to be refused after all should its row not fit the table."""
 
 
 def validate(record: Received, rules: Rules) -> Accepted | Row:
     """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
 
     Raises:
-        RatchetError: something that validation needs is away (a schema registry): to be tried again.
+        RegistryUnavailable: to be tried again.
     """
     now = datetime.now(UTC)
     try:
@@ -96,9 +98,10 @@ def validate(record: Received, rules: Rules) -> Accepted | Row:
         return _accept(sample, record, rules, now)
     except RecordError as error:
         return refuse(record, error.reason, str(error), now)
-    except RatchetError:
+    except (BrokerError, StoreError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # a fault of ours must not stop the stream: the record is kept, and can be sent again
+    except BaseException as error:  # a fault of ours, or a panic of a library in Rust, which is no Exception, must not
+        # stop the stream: the record is kept, and can be sent again
         log.exception("record %s:%d at %d could not be validated", record.stream, record.partition, record.offset)
         return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
 
@@ -151,7 +154,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "key": record_key(record.key),
         **record.position,
     }
-    return Accepted(row)
+    return Accepted(row, record)
 
 
 def _tombstone(record: Received, now: datetime) -> Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -12,14 +13,16 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from ops.artifacts import Artifacts
-from ops.errors import AdapterError, BaseModelError, RecordError
+from ops.errors import AdapterError, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
 from serving.engines.base import load_base
-from streams.rows import Position
+from streams.rows import Position, tally_of
 from streams.store import SampleStore
+from streams.table import SampleTable
 from streams.uris import UriFetcher
+from streams.writer import StoreWriter
+from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
-from tests.unit.streams.test_store import TOPIC, put, sample
 from updater.base import pull_base, push_base
 
 pytestmark = pytest.mark.integration
@@ -133,18 +136,32 @@ def test_a_store_that_is_away_is_tried_again_and_its_address_is_not_told(monkeyp
     assert "127.0.0.1" not in str(caught.value)
 
 
-def test_of_two_writers_that_followed_the_same_version_one_is_sent_back() -> None:
+def test_of_two_writers_of_one_partition_only_the_newer_stores() -> None:
     """The fence of the sample store needs conditional writes; an S3 server without them would store both."""
     store = SampleStore(f"s3://{BUCKET}/race")
+    lake = store.url.removesuffix("/samples.lance")
     put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    seen = []
+    [old], [new] = (StoreWriter(SampleTable(lake)).claim([Position(TOPIC, 0, 0)]) for _ in range(2))
+    with pytest.raises(Superseded):
+        StoreWriter(SampleTable(lake)).commit([sample(0, 1)], [(old, replace(old.position, next=2))])
+    tally = new.position.tally + tally_of([sample(0, 1)])
+    StoreWriter(SampleTable(lake)).commit([sample(0, 1)], [(new, replace(new.position, next=2, tally=tally))])
+    assert (store.count(), store.scan(columns=["id"]).num_rows, store.offsets()) == (2, 2, {f"{TOPIC}:0": 2})
 
-    def other_comes_between(snapshot: object) -> tuple[list[dict[str, object]], list[Position]]:
-        seen.append(snapshot)
-        if len(seen) == 1:
-            put(SampleStore(store.url.removesuffix("/samples.lance")), [sample(0, 1)], Position(TOPIC, 0, 2))
-        return [sample(0, len(seen))], [Position(TOPIC, 0, len(seen) + 1)]
 
-    store.commit(other_comes_between)
-    assert len(seen) == 2
-    assert store.count() == 3
+def test_writers_of_different_partitions_lose_nothing_when_they_commit_at_once() -> None:
+    store = SampleStore(f"s3://{BUCKET}/together")
+    lake = store.url.removesuffix("/samples.lance")
+
+    def write(partition: int) -> None:
+        writer = StoreWriter(SampleTable(lake))
+        [claim] = writer.claim([Position(TOPIC, partition, 0)])
+        for number in range(4):
+            row = sample(partition, number)
+            position = replace(claim.position, next=number + 1, tally=claim.position.tally + tally_of([row]))
+            writer.commit([row], [(claim, position)])
+
+    with ThreadPoolExecutor(3) as workers:
+        list(workers.map(write, range(3)))
+    assert store.count() == store.scan(columns=["id"]).num_rows == 12
+    assert store.offsets() == {f"{TOPIC}:{partition}": 4 for partition in range(3)}

@@ -16,7 +16,8 @@ from streams import Producer
 from streams.broker import EmbeddedBroker, free_port
 from streams.clients import Admin, client_options, explain
 from streams.publish import publish
-from streams.quarantine import message, place
+from streams.quality.validate import Received, Rules, validate
+from streams.quarantine import message, position_of
 from tests.support.kafka import picture
 
 
@@ -72,13 +73,11 @@ def test_an_address_in_use_or_malformed_is_named() -> None:
 
 
 def test_a_quarantine_message_can_be_sent_again_as_it_is() -> None:
-    from streams.quality.judge import Received, Refused, judge
-
     headers = [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", None)]
-    judged = judge(Received("t@2", 1, 9, picture(1), b"key", headers), Settings().ingest)
-    assert isinstance(judged, Refused)
-    sent = message(judged.row)
-    assert (sent.key, sent.value, place(judged.row)) == (b"key", picture(1), ("t@2", 1, 9))
+    row = validate(Received("t@2", 1, 9, picture(1), b"key", headers), Rules(Settings().ingest, b"key"))
+    assert isinstance(row, dict)
+    sent = message(row)
+    assert (sent.key, sent.value, position_of(row)) == (b"key", picture(1), ("t@2", 1, 9))
     assert sent.headers[:3] == [("ratchet_text", b""), ("trace", b"\xff\x00"), ("none", b"")]
     ours = dict(sent.headers[3:])
     assert (ours["ratchet_topic"], ours["ratchet_partition"], ours["ratchet_offset"]) == (b"t@2", b"1", b"9")

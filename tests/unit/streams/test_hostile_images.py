@@ -9,7 +9,7 @@ from ops.errors import RecordError
 from ops.settings import Ingest
 from serving.engines.preprocess import Preprocess, ResizeMode
 from streams.images import decode_image
-from streams.quality.judge import Accepted, Received, Refused, judge
+from streams.quality.validate import Accepted, Received, Rules, validate
 from tests.support.hostile_images import LEFT, REFUSED, TAKEN, Hostile, plain
 
 WHOLE = np.asarray(plain(), np.int16)
@@ -69,10 +69,10 @@ def test_of_a_thread_the_middle_is_looked_at() -> None:
 @named([*TAKEN, *REFUSED])
 def test_ingest_says_the_same(image: Hostile) -> None:
     record = Received("t", 0, 0, image.data, None, [("content-type", b"image/png"), ("ratchet_text", b"a picture")])
-    judged = judge(record, Ingest(min_side=1))
+    result = validate(record, Rules(Ingest(min_side=1), b"key"))
     if image.code:
-        assert isinstance(judged, Refused)
-        assert judged.reason == ("empty" if not image.data else image.code)
+        assert not isinstance(result, Accepted)
+        assert (result["kind"], result["reason"]) == ("quarantine", "empty" if not image.data else image.code)
     else:
-        assert isinstance(judged, Accepted)
-        assert judged.row["image"] == image.data
+        assert isinstance(result, Accepted)
+        assert result.row["image"] == image.data

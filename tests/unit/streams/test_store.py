@@ -1,21 +1,18 @@
-"""The store keeps samples and positions in step, whoever writes and whenever."""
+"""Readers of the store see samples, positions and counts of one version, however it was written."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import lance
 import pytest
 
-from ops.digests import digest_bytes
-from ops.errors import StoreError
-from streams.rows import SAMPLE_COLUMNS, Position, Snapshot, parse_stream, stream_name
+from ops.errors import StoreError, StoreUnavailable
+from streams.rows import SAMPLE_COLUMNS, Position, newest_of_topic, parse_stream, stream_name
 from streams.store import SampleStore
-
-TOPIC = "samples"
+from streams.table import FORMAT
+from tests.support.samples import TOPIC, put, refusal, sample
 
 
 @pytest.fixture
@@ -23,35 +20,13 @@ def store(tmp_path: Path) -> SampleStore:
     return SampleStore(str(tmp_path / "lake"))
 
 
-def sample(partition: int, offset: int, topic: str = TOPIC, split: str = "train") -> dict[str, Any]:
-    image = f"{topic}:{partition}:{offset}".encode()
-    return {
-        "kind": "sample",
-        "id": digest_bytes(image),
-        "image": image,
-        "text": f"text {offset}",
-        "question": "",
-        "answer": "",
-        "tags": ["a", "b"],
-        "ingested_at": datetime(2026, 1, 2, tzinfo=UTC),
-        "split": split,
-        "look": None,
-        "words": 0,
-        "topic": topic,
-        "partition": partition,
-        "offset": offset,
-    }
-
-
-def put(store: SampleStore, rows: Sequence[dict[str, Any]], *positions: Position) -> int:
-    return store.commit(lambda snapshot: (rows, positions))
-
-
 def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore) -> None:
     assert (store.version(), store.count(), store.offsets(), store.fragments()) == (0, 0, {}, 0)
     assert store.scan().column_names == list(SAMPLE_COLUMNS)
-    assert store.scan(version=0).num_rows == store.records().num_rows == store.compact() == 0
-    assert store.image([]) == {}
+    assert store.scan(version=0).num_rows == store.records().num_rows == store.size() == 0
+    assert (store.image([]), store.tally(), store.gaps(), store.refusals(5)) == ({}, {}, [], [])
+    assert (store.record(TOPIC, 0, 0), store.refusal(TOPIC, 0, 0), store.pins()) == ([], None, {})
+    assert store.outbox(Position(TOPIC, 0, 5), 10) == []
 
 
 def test_samples_and_offsets_appear_together(store: SampleStore) -> None:
@@ -62,16 +37,40 @@ def test_samples_and_offsets_appear_together(store: SampleStore) -> None:
     assert table["offset"].to_pylist() == [0, 1]
     assert table["image"].to_pylist() == [b"samples:0:0", b"samples:0:1"]
     assert table["tags"].to_pylist() == [["a", "b"]] * 2
-    assert table["ingested_at"].to_pylist()[0] == datetime(2026, 1, 2, tzinfo=UTC)
+    assert table["ingested_at"].to_pylist()[0] == sample(0, 0)["ingested_at"]
 
 
-def test_a_pinned_version_does_not_change(store: SampleStore) -> None:
-    pinned = put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+def test_a_position_comes_back_whole(store: SampleStore) -> None:
+    put(store, [sample(0, 0), refusal(0, 1)], Position(TOPIC, 0, 10, "id-1", 9, leader_epoch=4))
+    position = store.positions()["samples:0"]
+    assert (position.next, position.topic_id, position.published, position.leader_epoch) == (10, "id-1", 9, 4)
+    assert position.epoch == 1, "it was claimed once"
+    assert position.tally["sample"] == position.tally["quarantine"] == 1
+
+
+def test_an_old_version_does_not_change(store: SampleStore) -> None:
+    old = put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
     put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
-    store.compact()
-    assert (store.count(version=pinned), store.count()) == (1, 2)
-    assert store.offsets(pinned) == {"samples:0": 1}
+    assert (store.count(version=old), store.count()) == (1, 2)
+    assert store.offsets(old) == {"samples:0": 1}
+    assert store.scan(version=old)["offset"].to_pylist() == [0]
+
+
+def test_a_pinned_version_outlives_a_cleanup_and_an_unpinned_one_does_not(store: SampleStore) -> None:
+    pinned = put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    store.pin("update-1", pinned)
+    other = put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
+    put(store, [sample(0, 2)], Position(TOPIC, 0, 3))
+    lance.dataset(store.url).cleanup_old_versions(retain_versions=1, error_if_tagged_old_versions=False)
+    assert (store.count(version=pinned), store.pins()) == (1, {"update-1": pinned})
     assert store.scan(version=pinned)["offset"].to_pylist() == [0]
+    with pytest.raises(StoreError, match=f"no version {other}"):
+        store.count(version=other)
+    store.pin("update-1", store.version())
+    assert store.pins() == {"update-1": store.version()}, "the same name moves"
+    for _ in range(2):
+        store.unpin("update-1")
+    assert store.pins() == {}
 
 
 def test_an_unknown_version_is_named(store: SampleStore) -> None:
@@ -107,100 +106,69 @@ def test_splits_ids_and_columns_select(store: SampleStore) -> None:
 
 def test_a_split_name_cannot_escape_its_quotes(store: SampleStore) -> None:
     put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    assert store.scan(split="x' OR 'a' = 'a").num_rows == 0
+    assert store.count(split="x' OR 'a' = 'a", after={"samples:0": 0}) == 0
     assert store.count(split="x' OR 'a' = 'a") == 0
+
+
+@pytest.mark.parametrize("split", [None, "train", "fresh_eval"])
+@pytest.mark.parametrize("having", [None, "text", "question"])
+def test_what_is_counted_by_the_tally_is_what_a_scan_finds(store: SampleStore, split: Any, having: Any) -> None:
+    kinds: list[dict[str, Any]] = [{}, {"text": "", "question": "what?", "answer": "that"}, {"question": "which?"}]
+    rows = [sample(n % 2, n, split=("train", "fresh_eval")[n % 5 == 0], **kinds[n % 3]) for n in range(30)]
+    first = put(store, rows[:11], Position(TOPIC, 0, 11), Position(TOPIC, 1, 11))
+    put(store, [*rows[11:], refusal(0, 40)], Position(TOPIC, 0, 41), Position(TOPIC, 1, 30))
+    for version in (first, None):
+        scanned = store.scan(version, split, having=having, columns=["id"]).num_rows
+        assert store.count(version, split, having=having) == scanned
+        assert store.count(version, split, having=having, after={"samples:0": 0}) == scanned
 
 
 def test_refused_and_repeated_records_are_accounted_for_but_are_no_samples(store: SampleStore) -> None:
     rows = [
         sample(0, 0),
         {"kind": "duplicate", "topic": TOPIC, "partition": 0, "offset": 1, "reason": "duplicate_exact"},
-        {"kind": "quarantine", "topic": TOPIC, "partition": 0, "offset": 2, "reason": "not_json"},
+        refusal(0, 2),
     ]
     put(store, rows, Position(TOPIC, 0, 3))
     assert store.count() == store.scan().num_rows == 1
     assert store.records()["kind"].to_pylist() == ["sample", "duplicate", "quarantine"]
+    assert [row["kind"] for row in store.record(TOPIC, 0, 1)] == ["duplicate"]
+    assert store.record(TOPIC, 0, 3) == store.record("other", 0, 1) == []
+    refused = store.refusal(TOPIC, 0, 2)
+    assert refused is not None and refused["original"] == b"bad"
+    assert store.refusal(TOPIC, 0, 0) is None
+
+
+def test_the_newest_refusals_come_first_and_can_be_chosen_by_reason(store: SampleStore) -> None:
+    put(store, [refusal(0, n, reason=("schema", "empty")[n % 2]) for n in range(6)], Position(TOPIC, 0, 6))
+    assert [row["offset"] for row in store.refusals(2)] == [5, 4]
+    assert [row["offset"] for row in store.refusals(9, "schema")] == [4, 2, 0]
+    assert store.refusals(9, "' OR 1=1 --") == []
 
 
 def test_the_outbox_holds_refused_records_until_they_are_marked_published(store: SampleStore) -> None:
-    refused = [
-        {"kind": "quarantine", "topic": TOPIC, "partition": p, "offset": n, "original": b"x%d" % n}
-        for p in (0, 1)
-        for n in (5, 2)
-    ]
+    refused = [refusal(p, n, b"x%d" % n) for p in (0, 1) for n in (5, 2)]
     put(store, refused, Position(TOPIC, 0, 6), Position(TOPIC, 1, 6))
-    assert [row["original"] for row in store.outbox(Position(TOPIC, 0, 6))] == [b"x2", b"x5"]
-    assert [row["offset"] for row in store.outbox(Position(TOPIC, 0, 6, published=3))] == [5]
-    assert store.outbox(Position(TOPIC, 0, 6, published=6)) == []
+    assert [row["original"] for row in store.outbox(Position(TOPIC, 0, 6), 10)] == [b"x2", b"x5"]
+    assert [row["offset"] for row in store.outbox(Position(TOPIC, 0, 6), 1)] == [2], "the oldest first"
+    assert [row["offset"] for row in store.outbox(Position(TOPIC, 0, 6, published=3), 10)] == [5]
+    assert [row["offset"] for row in store.outbox(Position(TOPIC, 0, 5), 10)] == [2]
+    assert store.outbox(Position(TOPIC, 0, 6, published=6), 10) == []
 
 
-def test_a_commit_that_fails_leaves_nothing(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-
-    def give_up(snapshot: Snapshot) -> Any:
-        raise LookupError("no longer ours")
-
-    with pytest.raises(LookupError):
-        store.commit(give_up)
-    with pytest.raises(Exception, match="list type"):
-        put(store, [{**sample(0, 1), "tags": 7}], Position(TOPIC, 0, 2))
-    assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
-
-
-def test_of_two_writers_on_one_position_the_second_sees_the_first(store: SampleStore) -> None:
-    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
-    seen: list[int] = []
-
-    def slow(snapshot: Snapshot) -> Any:
-        seen.append(snapshot.positions["samples:0"].next)
-        if len(seen) == 1:  # another process stores the same records meanwhile
-            put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
-        start = snapshot.positions["samples:0"].next
-        return [sample(0, n) for n in range(start, 2)], [Position(TOPIC, 0, 2)]
-
-    store.commit(slow)
-    assert seen == [1, 2]
-    assert store.scan(columns=["offset"])["offset"].to_pylist() == [0, 1]
-
-
-def test_writers_at_once_lose_nothing_and_store_nothing_twice(store: SampleStore) -> None:
-    rounds = 8
-
-    def write(partition: int) -> None:
-        for number in range(rounds):
-            put(store, [sample(partition, number)], Position(TOPIC, partition, number + 1))
-
-    def compact() -> None:
-        for _ in range(4):
-            store.compact()
-
-    threads = [threading.Thread(target=write, args=(p,)) for p in range(3)]
-    threads.append(threading.Thread(target=compact))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    got = store.scan(columns=["partition", "offset"]).to_pylist()
-    assert [tuple(row.values()) for row in got] == [(p, n) for p in range(3) for n in range(rounds)]
-    assert store.offsets() == {f"samples:{p}": rounds for p in range(3)}
-
-
-def test_compaction_keeps_samples_offsets_and_the_fence(store: SampleStore) -> None:
-    for number in range(10):
-        put(store, [sample(0, number)], Position(TOPIC, 0, number + 1, "id-1", number))
-    before = store.scan()
-    assert store.fragments() == 11
-    assert store.compact(keep=timedelta(0)) == 2
-    assert store.scan().equals(before)
-    assert store.snapshot().positions["samples:0"] == Position(TOPIC, 0, 10, "id-1", 9)
-    put(store, [sample(0, 10)], Position(TOPIC, 0, 11))
-    assert (store.count(), store.offsets()) == (11, {"samples:0": 11})
+def test_a_gap_is_a_row_with_its_ends_and_its_cause(store: SampleStore) -> None:
+    lost = {"kind": "gap", "topic": TOPIC, "partition": 0, "offset": 4, "until": 9, "reason": "retention"}
+    put(store, [sample(0, 3), {**lost, "ingested_at": sample(0, 0)["ingested_at"]}], Position(TOPIC, 0, 9))
+    [gap] = store.gaps()
+    assert (gap["offset"], gap["until"], gap["reason"]) == (4, 9, "retention")
+    assert (store.tally()["gap"], store.tally()["gap_offsets"]) == (1, 5)
 
 
 def test_only_the_newest_generation_of_a_topic_is_read_on() -> None:
     positions = [Position(TOPIC, 0, 9), Position("samples@2", 0, 1), Position("samples@10", 0, 4)]
     positions += [Position(TOPIC, 1, 5), Position("other", 0, 3)]
-    snapshot = Snapshot(1, {each.key: each for each in positions})
-    assert snapshot.of_topic(TOPIC) == {0: positions[2], 1: positions[3]}
+    assert newest_of_topic(positions, TOPIC) == {0: positions[2], 1: positions[3]}
 
 
 def test_stream_names_go_both_ways() -> None:
@@ -209,10 +177,34 @@ def test_stream_names_go_both_ways() -> None:
 
 
 def test_the_size_is_that_of_the_files_of_the_latest_version(store: SampleStore) -> None:
-    assert store.size() == 0
     put(store, [sample(0, n) for n in range(20)], Position(TOPIC, 0, 20))
     first = store.size()
     put(store, [sample(0, n) for n in range(20, 40)], Position(TOPIC, 0, 40))
     assert 0 < first < store.size()
     on_disk = sum(file.stat().st_size for file in Path(store.url).glob("data/*"))
     assert store.size() <= on_disk  # files of older versions are not counted
+    assert store.fragments() == 2, "positions do not count"
+
+
+def test_a_table_of_another_ratchet_is_not_touched(tmp_path: Path) -> None:
+    store = SampleStore(str(tmp_path))
+    store.table.create()
+    lance.dataset(store.url).update_schema_metadata({"ratchet.format": f"{FORMAT}0"}, replace=True)
+    with pytest.raises(StoreError, match="another version of Ratchet"):
+        store.positions()
+
+
+def test_a_store_that_cannot_be_read_is_said_to_be_away_and_not_to_be_empty(store: SampleStore) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    for manifest in Path(store.url).glob("_versions/*.manifest"):
+        manifest.write_bytes(b"damaged")
+    with pytest.raises(StoreUnavailable, match="cannot be read"):
+        SampleStore(str(Path(store.url).parent)).offsets()
+
+
+def test_positions_whose_file_is_gone_are_an_outage_of_the_store(store: SampleStore) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    for file in Path(store.url).glob("data/*"):
+        file.unlink()
+    with pytest.raises(StoreUnavailable, match=r"samples\.lance cannot be read"):
+        SampleStore(str(Path(store.url).parent)).offsets()

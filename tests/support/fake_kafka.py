@@ -1,0 +1,262 @@
+"""A broker in this process, for what a real one does seldom: cut a log off, delete what was not read, refuse a size.
+
+:func:`install` puts it in the place of Ratchet's Kafka clients; the consumer, the store and all between are the real
+ones. A record is in the quarantine topic when :attr:`FakeKafka.quarantine` has it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.errors import LogTruncationError, OffsetOutOfRangeError
+
+from ops.errors import BrokerError, Fenced, RecordTooLarge
+from streams.codecs import Encoded
+from streams.producer import Delivery
+
+
+@dataclass
+class FakePartition:
+    """A log: what lies before ``start`` was deleted."""
+
+    start: int = 0
+    records: list[Any] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The next offset to be written."""
+        return self.start + len(self.records)
+
+
+class FakeKafka:
+    """One topic, and the quarantine topic. Thread safe."""
+
+    def __init__(self, topic: str, partitions: int = 1) -> None:
+        self.topic = topic
+        self.topic_id: str | None = "id-1"
+        self.logs = {number: FakePartition() for number in range(partitions)}
+        self.assigned = set(self.logs)
+        """What the group gives to the consumer."""
+        self.away = False
+        self.max_bytes = 1 << 30
+        """Largest record of the quarantine topic."""
+        self.quarantine: list[Encoded] = []
+        self.owners: Counter[str] = Counter()
+        """Newest sender of each transactional id."""
+        self.committed: dict[int, int] = {}
+        self.created: list[str] = []
+        self.options: dict[str, Any] = {}
+        """Of the newest consumer."""
+        self.fetched_from: list[tuple[int, int, int]] = []
+        """Partition, offset and leader epoch of each seek."""
+        self.polls = 0
+        self.changed = threading.Condition()
+
+    def send(self, *messages: tuple[bytes | None, Any], partition: int = 0, epoch: int = 0, **fields: Any) -> None:
+        """Append records."""
+        with self.changed:
+            log = self.logs[partition]
+            for value, headers in messages:
+                plain = {"value": value, "key": None, "headers": headers, "timestamp": -1, **fields}
+                log.records.append(SimpleNamespace(offset=log.end, leader_epoch=epoch, **plain))
+            self.changed.notify_all()
+
+    def delete_before(self, offset: int, partition: int = 0) -> None:
+        """Retention."""
+        with self.changed:
+            log = self.logs[partition]
+            del log.records[: offset - log.start]
+            log.start = offset
+            self.changed.notify_all()
+
+    def cut_off(self, offset: int, partition: int = 0) -> None:
+        """An unclean election: everything from ``offset`` on is gone."""
+        with self.changed:
+            del self.logs[partition].records[offset - self.logs[partition].start :]
+            self.changed.notify_all()
+
+    def assign(self, *partitions: int) -> None:
+        """Let the group give other partitions to the consumer at its next poll."""
+        with self.changed:
+            self.assigned = set(partitions)
+            self.changed.notify_all()
+
+    def reason_of(self, record: Encoded) -> str:
+        """Why a record in the quarantine topic was refused."""
+        return dict(record.headers)["ratchet_reason"].decode()
+
+    def names(self) -> list[str]:
+        """Places of the records in the quarantine topic."""
+        found = [dict(record.headers) for record in self.quarantine]
+        return [
+            f"{h['ratchet_topic'].decode()}:{int(h['ratchet_partition'])}:{int(h['ratchet_offset'])}" for h in found
+        ]
+
+
+class FakeConsumer:
+    """What Ratchet uses of a KafkaConsumer."""
+
+    DEFAULT_CONFIG = KafkaConsumer.DEFAULT_CONFIG
+
+    def __init__(self, broker: FakeKafka, **options: Any) -> None:
+        self.broker = broker
+        broker.options = options
+        self._positions: dict[int, OffsetAndMetadata] = {}
+        self._paused: set[int] = set()
+        self._highwater: dict[int, int] = {}
+        self._subscription = SimpleNamespace(seek=self._seek)
+
+    def subscribe(self, topics: Sequence[str], listener: Any) -> None:
+        self._listener = listener
+
+    def poll(self, timeout_ms: int) -> dict[TopicPartition, list[Any]]:
+        with self.broker.changed:
+            self.broker.polls += 1
+            self._rebalance()
+            found = self._fetch()
+            if not found:
+                self.broker.changed.wait(timeout_ms / 1000)
+                self._rebalance()
+                found = self._fetch()
+            return found
+
+    def _rebalance(self) -> None:
+        ours = set(self._positions)
+        if ours - self.broker.assigned:
+            self._listener.on_partitions_revoked([self._partition(n) for n in ours])
+            self._positions, ours = {}, set()
+        if new := self.broker.assigned - ours:
+            self._positions |= dict.fromkeys(new, OffsetAndMetadata(0, "", -1))
+            self._listener.on_partitions_assigned([self._partition(n) for n in new])
+
+    def _fetch(self) -> dict[TopicPartition, list[Any]]:
+        found, cut = {}, {}
+        for number, position in self._positions.items():
+            log = self.broker.logs[number]
+            if number in self._paused or self.broker.away:
+                continue
+            past = [record for record in log.records if record.leader_epoch <= position.leader_epoch]
+            known_end = past[-1].offset + 1 if past else log.start
+            if position.leader_epoch >= 0 and known_end < position.offset:
+                cut[self._partition(number)] = OffsetAndMetadata(known_end, "", position.leader_epoch) if past else None
+                continue
+            if not log.start <= position.offset <= log.end:
+                raise OffsetOutOfRangeError({self._partition(number): position.offset})
+            records = log.records[position.offset - log.start :][: self.broker.options["max_poll_records"]]
+            self._highwater[number] = log.end
+            if records:
+                found[self._partition(number)] = records
+                self._positions[number] = OffsetAndMetadata(records[-1].offset + 1, "", records[-1].leader_epoch)
+        if cut:
+            raise LogTruncationError(cut)
+        return found
+
+    def _partition(self, number: int) -> TopicPartition:
+        return TopicPartition(self.broker.topic, number)
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        self._seek(partition, OffsetAndMetadata(offset, "", -1))
+
+    def _seek(self, partition: TopicPartition, position: OffsetAndMetadata) -> None:
+        self._positions[partition.partition] = position
+        self.broker.fetched_from.append((partition.partition, position.offset, position.leader_epoch))
+
+    def pause(self, *partitions: TopicPartition) -> None:
+        self._paused |= {each.partition for each in partitions}
+
+    def resume(self, *partitions: TopicPartition) -> None:
+        self._paused -= {each.partition for each in partitions}
+
+    def beginning_offsets(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        return {each: self.broker.logs[each.partition].start for each in partitions}
+
+    def end_offsets(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        return {each: self.broker.logs[each.partition].end for each in partitions}
+
+    def highwater(self, partition: TopicPartition) -> int | None:
+        return self._highwater.get(partition.partition)
+
+    def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata], timeout_ms: int) -> None:
+        self.broker.committed |= {partition.partition: at.offset for partition, at in offsets.items()}
+
+    def close(self, autocommit: bool, timeout_ms: int) -> None:
+        self._positions = {}
+
+
+class FakeAdmin:
+    """What Ratchet uses of its own Admin."""
+
+    def __init__(self, broker: FakeKafka) -> None:
+        self.broker = broker
+
+    def topic_id(self, topic: str) -> str | None:
+        if self.broker.away:
+            raise BrokerError("the broker is away.")
+        return self.broker.topic_id
+
+    def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
+        if self.broker.away:
+            raise BrokerError("the broker is away.")
+        self.broker.created += topics
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class FakeSender:
+    """A FencedSender."""
+
+    def __init__(self, broker: FakeKafka, kafka: Any, name: str, still_owner: Any) -> None:
+        self.broker, self.kafka, self.name, self._still_owner = broker, kafka, name, still_owner
+        self._number = 0
+        self.opened = False
+
+    def open(self) -> None:
+        if self.broker.away:
+            raise BrokerError("the broker is away.")
+        self.broker.owners[self.name] += 1
+        self._number, self.opened = self.broker.owners[self.name], True
+
+    def send_all(self, topic: str, records: Sequence[Encoded]) -> list[Delivery]:
+        if self.broker.away:
+            raise BrokerError("the broker is away.")
+        if not self._still_owner() or self._number != self.broker.owners[self.name]:
+            raise Fenced("there is a newer one.")
+        for record in records:
+            size = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v) for n, v in record.headers)
+            if size > self.broker.max_bytes:
+                raise RecordTooLarge("it is too large.")
+        with self.broker.changed:
+            first = len(self.broker.quarantine)
+            self.broker.quarantine += records
+            self.broker.changed.notify_all()
+        return [Delivery(topic, 0, first + number) for number in range(len(records))]
+
+    def close(self) -> None:
+        self.opened = False
+
+
+def install(broker: FakeKafka, patch: pytest.MonkeyPatch) -> None:
+    """Let every Consumer talk to this broker."""
+
+    class Client(FakeConsumer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(broker, **options)
+
+    def read_back(kafka: Any, topic: str, since: datetime) -> Iterator[Any]:
+        for number, record in enumerate(list(broker.quarantine)):
+            yield SimpleNamespace(topic=topic, partition=0, offset=number, headers=record.headers)
+
+    patch.setattr("streams.consumer.KafkaConsumer", Client)
+    patch.setattr("streams.consumer.Admin", lambda kafka, seconds: FakeAdmin(broker))
+    patch.setattr("streams.consumer.tolerant_fetch.install", lambda consumer, limit: None)
+    patch.setattr("streams.refusal_publisher.FencedSender", lambda *args: FakeSender(broker, *args))
+    patch.setattr("streams.outbox.read_back", read_back)

@@ -1,0 +1,55 @@
+"""Rows for the sample store, without a stream that they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from ops.digests import digest_bytes
+from streams.rows import Position
+from streams.store import SampleStore
+
+TOPIC = "samples"
+
+
+def sample(partition: int, offset: int, topic: str = TOPIC, split: str = "train", **fields: Any) -> dict[str, Any]:
+    """A sample's row, unlike that of any other position."""
+    image = f"{topic}:{partition}:{offset}".encode()
+    return {
+        "kind": "sample",
+        "id": digest_bytes(image),
+        "image": image,
+        "text": f"text {offset}",
+        "question": "",
+        "answer": "",
+        "tags": ["a", "b"],
+        "ingested_at": datetime(2026, 1, 2, tzinfo=UTC),
+        "split": split,
+        "look": f"{offset:016x}" + "00" * 27,
+        "topic": topic,
+        "partition": partition,
+        "offset": offset,
+        **fields,
+    }
+
+
+def refusal(partition: int, offset: int, original: bytes = b"bad", reason: str = "not_json") -> dict[str, Any]:
+    """A refused record's row."""
+    return {
+        "kind": "quarantine",
+        "topic": TOPIC,
+        "partition": partition,
+        "offset": offset,
+        "reason": reason,
+        "detail": "no good",
+        "ingested_at": datetime(2026, 1, 2, tzinfo=UTC),
+        "original": original,
+        "original_key": None,
+        "original_headers": "[]",
+    }
+
+
+def put(store: SampleStore, rows: Sequence[dict[str, Any]], *positions: Position) -> int:
+    """Store rows with the positions behind them. Returns the version."""
+    return store.put(rows, positions)

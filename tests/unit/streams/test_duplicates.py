@@ -1,0 +1,317 @@
+"""Repeated samples are found on disk, by content and by look; the index is no truth, and comes back from the store."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+from ops.errors import StoreFull, StoreUnavailable
+from streams.quality import duplicates as module
+from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex
+from streams.quality.look import look_of
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.samples import TOPIC, put, sample
+
+WORDS = ("a boat", "", "")
+GREY = "80" * 27
+
+
+def look(phash: int, colours: str = GREY) -> str:
+    return f"{phash:016x}{colours}"
+
+
+def name(number: int) -> str:
+    return f"{number:064x}"
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Iterator[DuplicateIndex]:
+    with closing(DuplicateIndex(tmp_path / "duplicates.db", "store")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))
+
+
+def test_the_same_content_is_an_exact_duplicate_whatever_it_looks_like(index: DuplicateIndex) -> None:
+    index.add(name(1), look(0xFF), WORDS)
+    assert index.find(name(1), look(0x1234), ("other", "", "")) == Duplicate("exact", name(1))
+    assert index.find(name(2), look(0x1234), ("other", "", "")) is None
+
+
+@pytest.mark.parametrize(("distance", "found"), [(0, False), (2, False), (3, True), (16, True)])
+def test_near_duplicates_are_within_the_distance(distance: int, found: bool) -> None:
+    index = DuplicateIndex(":memory:", "store", distance)
+    index.add(name(1), look(0), WORDS)
+    assert (index.find(name(2), look(0b1000_0000_0001_0001), WORDS) is not None) == found
+    assert index.find(name(2), look(0), WORDS) == Duplicate("perceptual", name(1))
+
+
+@pytest.mark.parametrize("distance", [1, 5, 16])
+def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance: int) -> None:
+    index = DuplicateIndex(":memory:", "store", distance)
+    index.add(name(1), look(0), WORDS)
+    for start in range(0, 64, 3):
+        bits = sum(1 << (start + step * 7) % 64 for step in range(distance))
+        assert bits.bit_count() == distance
+        assert index.find(name(2), look(bits), WORDS) is not None
+        assert index.find(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS) is None
+
+
+def test_other_words_are_never_a_perceptual_duplicate() -> None:
+    index = DuplicateIndex(":memory:", "store", 16)
+    index.add(name(1), look(0), WORDS)
+    assert index.find(name(2), look(0), ("a boat", "what?", "a boat")) is None
+    assert index.find(name(2), look(0), ("", "a boat", "")) is None
+    assert index.find(name(2), look(0), ("a bo", "at", "")) is None
+    assert index.find(name(2), look(0), WORDS) is not None
+
+
+def shirt(colour: str) -> Image.Image:
+    image = Image.new("RGB", (96, 96), "white")
+    outline = [(20, 20), (76, 20), (90, 40), (70, 45), (70, 90), (26, 90), (26, 45), (6, 40)]
+    ImageDraw.Draw(image).polygon(outline, colour)
+    return image
+
+
+def test_shirts_in_six_colours_and_plain_pictures_are_not_one() -> None:
+    index = DuplicateIndex(":memory:", "store")
+    pictures = [shirt(colour) for colour in ("red", "green", "blue", "yellow", "purple", "orange")]
+    pictures += [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "grey", "red", "navy")]
+    for number, picture in enumerate(pictures):
+        own = look_of(picture).hex()
+        assert index.find(name(number), own, WORDS) is None, f"picture {number}"
+        index.add(name(number), own, WORDS)
+        assert index.find(name(99), own, WORDS) == Duplicate("perceptual", name(number))
+
+
+def test_looks_are_not_compared_when_that_is_off() -> None:
+    index = DuplicateIndex(":memory:", "store", OFF)
+    index.add(name(1), look(0), WORDS)
+    assert index.find(name(2), look(0), WORDS) is None
+    assert index.find(name(1), look(0), WORDS) == Duplicate("exact", name(1))
+
+
+def test_what_is_added_is_forgotten_when_the_commit_fails(index: DuplicateIndex) -> None:
+    with pytest.raises(LookupError), index.deciding():
+        index.add(name(1), look(0), WORDS)
+        raise LookupError
+    assert (len(index), index.find(name(1), look(0), WORDS)) == (0, None)
+    with index.deciding():
+        index.add(name(1), look(0), WORDS)
+    assert len(index) == 1
+
+
+def stored(store: SampleStore, *offsets: int, partition: int = 0) -> None:
+    put(store, [sample(partition, offset) for offset in offsets], Position(TOPIC, partition, max(offsets) + 1))
+
+
+def follow(index: DuplicateIndex, store: SampleStore) -> None:
+    with index.deciding():
+        index.follow(store.table)
+
+
+def test_the_index_takes_in_only_what_is_new_in_the_store(
+    index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follow(index, store)
+    stored(store, 0, 1)
+    follow(index, store)
+    stored(store, 2, partition=1)
+    taken: list[int] = []
+    take = DuplicateIndex._take
+
+    def watch(self: DuplicateIndex, dataset: Any, fragment: Any) -> None:
+        taken.append(fragment.count_rows())
+        take(self, dataset, fragment)
+
+    monkeypatch.setattr(DuplicateIndex, "_take", watch)
+    follow(index, store)
+    follow(index, store)
+    assert (len(index), taken) == (3, [1])
+    assert index.find(sample(1, 2)["id"], look(77), WORDS) == Duplicate("exact", sample(1, 2)["id"])
+
+
+def test_a_later_start_reads_what_was_stored_meanwhile_and_no_more(tmp_path: Path, store: SampleStore) -> None:
+    stored(store, *range(5))
+    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as first:
+        follow(first, store)
+    stored(store, 5)
+    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as second:
+        assert len(second) == 5, "it is on disk"
+        follow(second, store)
+        assert len(second) == 6
+
+
+def corrupt_whole(path: Path) -> None:
+    path.write_bytes(b"this is no database, and was never one " * 100)
+
+
+def corrupt_pages(path: Path) -> None:
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    db.close()
+    data = bytearray(path.read_bytes())
+    data[4096:] = b"\xa5" * (len(data) - 4096)
+    path.write_bytes(data)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [corrupt_whole, corrupt_pages, emptied, Path.unlink])
+def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, store: SampleStore, damage: Any) -> None:
+    path = tmp_path / "d.db"
+    stored(store, *range(50))
+    with closing(DuplicateIndex(path, "store")) as index:
+        follow(index, store)
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    damage(path)
+    with closing(DuplicateIndex(path, "store")) as index:
+        for _ in range(2):  # what shows only when it is used costs one try
+            try:
+                follow(index, store)
+                duplicate = index.find(sample(0, 7)["id"], look(7), WORDS)
+                break
+            except StoreUnavailable:
+                continue
+        assert (len(index), duplicate) == (50, Duplicate("exact", sample(0, 7)["id"]))
+
+
+def test_damage_that_shows_while_it_is_used_costs_one_try(tmp_path: Path, store: SampleStore) -> None:
+    path = tmp_path / "d.db"
+    stored(store, *range(2000))
+    with closing(DuplicateIndex(path, "store")) as index:
+        follow(index, store)
+        index._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        data = bytearray(path.read_bytes())
+        data[4096:] = b"\xa5" * (len(data) - 4096)
+        path.write_bytes(data)
+        index._db.execute("PRAGMA shrink_memory")
+        with pytest.raises(StoreUnavailable), index.deciding():
+            for number in range(2000):
+                index.find(sample(0, number)["id"], look(number), WORDS)
+                index.add(name(number), look(number), WORDS)
+        follow(index, store)
+        assert len(index) == 2000
+        assert index.find(sample(0, 1999)["id"], look(5), WORDS) is not None
+
+
+@pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
+def test_an_index_of_another_store_or_distance_is_made_anew(tmp_path: Path, store_name: str, distance: int) -> None:
+    with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
+        index.add(name(1), look(0), WORDS)
+    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
+        assert len(index) == 0
+    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
+        index.add(name(1), look(0), WORDS)
+    with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
+        assert len(index) == 1
+
+
+def test_two_workers_share_a_file_and_never_both_take_a_sample(tmp_path: Path) -> None:
+    taken: list[str] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
+                for number in range(40):
+                    with index.deciding():
+                        if index.find(name(number), look(number), WORDS) is None:
+                            index.add(name(number), look(number), WORDS)
+                            taken.append(name(number))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert sorted(taken) == [name(number) for number in range(40)]
+
+
+def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "d.db"
+    with closing(DuplicateIndex(path, "store")) as index:
+        index.add(name(1), look(0), WORDS)
+    hold = "import sqlite3,sys; db=sqlite3.connect(sys.argv[1], isolation_level=None);" \
+        "db.execute('PRAGMA locking_mode=EXCLUSIVE'); db.execute('BEGIN EXCLUSIVE');" \
+        "db.execute('SELECT * FROM meta').fetchall(); print('held', flush=True); sys.stdin.read()"  # fmt: skip
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    monkeypatch.setattr(module, "WAIT_SECONDS", 0.2)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        with pytest.raises(StoreUnavailable, match="locked"):
+            DuplicateIndex(path, "store")
+    finally:
+        holder.communicate("", timeout=20)
+    with closing(DuplicateIndex(path, "store")) as index:
+        assert len(index) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_an_outage(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreUnavailable, match="duplicate index"):
+        DuplicateIndex(tmp_path / "file" / "d.db", "store")
+
+
+def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
+    with index.deciding():
+        index.add(name(1), look(1), WORDS)
+    pages = index._db.execute("PRAGMA page_count").fetchone()[0]
+    index._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(StoreFull, match="full"), index.deciding():
+        for number in range(2, 500):
+            index.add(name(number), look(number), WORDS)
+    assert len(index) == 1
+    index._db.execute("PRAGMA max_page_count = 1000000")
+    with index.deciding():
+        index.add(name(2), look(2), WORDS)
+    assert len(index) == 2
+
+
+def test_its_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    """A hundred thousand samples, whose index is larger than its cache, within some megabytes of the process."""
+    script = """
+import resource, sys
+from streams.quality import duplicates
+duplicates.CACHE_KIB = 2048
+index = duplicates.DuplicateIndex(sys.argv[1], "store")
+def fill(numbers):
+    with index.deciding():
+        for n in numbers:
+            index.add(f"{n * 0x9E3779B97F4A7C15 % 2**256:064x}", f"{n % 2**64:016x}" + "80" * 27, ("a boat", "", ""))
+fill(range(2000))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for start in range(2000, 42000, 2000):
+    fill(range(start, start + 2000))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
+"""
+    answer = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "d.db")], capture_output=True, text=True, check=True
+    )
+    grown_kib, count = map(int, answer.stdout.split())
+    assert count == 42_000
+    assert grown_kib < 8 * 1024, "twenty times the samples"
+    assert (tmp_path / "d.db").stat().st_size > 4 << 20

@@ -1,0 +1,317 @@
+"""Rows and positions are stored together, by the newest claim alone, and their files are written once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lance
+import pytest
+from lance.commit import CommitConflictError
+
+from ops.errors import StoreError, StoreFull, StoreUnavailable, Superseded
+from streams import writer as writer_module
+from streams.rows import POSITION_COLUMNS, Position, tally_of
+from streams.store import SampleStore
+from streams.table import SampleTable, fences, positions
+from streams.writer import Claim, StoreWriter
+from tests.support.samples import TOPIC, put, refusal, sample
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def writer(store: SampleStore) -> StoreWriter:
+    return StoreWriter(store.table)
+
+
+def files(store: SampleStore) -> int:
+    return len(list(Path(store.url).glob("data/*")))
+
+
+def claim_of(writer: StoreWriter, partition: int = 0) -> Claim:
+    [claim] = writer.claim([Position(TOPIC, partition, 0)])
+    return claim
+
+
+def commit(writer: StoreWriter, rows: list[dict[str, Any]], *ends: tuple[Claim, int]) -> int:
+    """Store rows, and for each claim the offset behind them."""
+    moves = []
+    for claim, end in ends:
+        own = [row for row in rows if row["partition"] == claim.position.partition]
+        moves.append((claim, replace(claim.position, next=end, tally=claim.position.tally + tally_of(own))))
+    return writer.commit(rows, moves)
+
+
+def test_a_claim_starts_at_the_given_position_or_goes_on_where_the_store_is(writer: StoreWriter) -> None:
+    [first] = writer.claim([Position(TOPIC, 0, 7, "id-1", 7)])
+    assert (first.position.next, first.position.epoch, first.key) == (7, 1, "samples:0")
+    commit(writer, [sample(0, 7)], (first, 8))
+    second, new = writer.claim([Position(TOPIC, 0, 0), Position(TOPIC, 1, 3)])
+    assert (second.position.next, second.position.epoch, second.position.topic_id) == (8, 2, "id-1")
+    assert (new.position.next, new.position.epoch) == (3, 1)
+
+
+def test_an_older_claim_stores_nothing(store: SampleStore, writer: StoreWriter) -> None:
+    sleeper = claim_of(writer)
+    other = claim_of(StoreWriter(SampleTable(str(Path(store.url).parent))))
+    with pytest.raises(Superseded, match="samples:0") as caught:
+        commit(writer, [sample(0, 0)], (sleeper, 1))
+    assert caught.value.keys == ["samples:0"]
+    assert (store.count(), store.offsets()) == (0, {"samples:0": 0})
+    commit(writer, [sample(0, 0)], (other, 1))
+    with pytest.raises(Superseded):
+        commit(writer, [sample(0, 0)], (sleeper, 1))
+    assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
+
+
+def test_of_several_partitions_only_those_that_were_claimed_since_are_named(writer: StoreWriter) -> None:
+    mine = writer.claim([Position(TOPIC, 0, 0), Position(TOPIC, 1, 0)])
+    claim_of(writer, 1)
+    with pytest.raises(Superseded) as caught:
+        commit(writer, [sample(0, 0)], *((claim, 1) for claim in mine))
+    assert caught.value.keys == ["samples:1"]
+    commit(writer, [sample(0, 0)], (mine[0], 1))
+
+
+def test_a_row_that_does_not_fit_the_table_leaves_nothing(store: SampleStore, writer: StoreWriter) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    claim = claim_of(writer)
+    with pytest.raises(Exception, match="list type"):
+        commit(writer, [{**sample(0, 1), "tags": 7}], (claim, 2))
+    assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
+    commit(writer, [sample(0, 1)], (claim, 2))
+    assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
+
+
+def test_writers_of_different_partitions_commit_at_once_and_none_is_sent_back(
+    store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, workers = 8, 3
+    writers = [StoreWriter(SampleTable(str(Path(store.url).parent))) for _ in range(workers)]
+    claims = [claim_of(each, partition) for partition, each in enumerate(writers)]
+    before = files(store)
+    together = threading.Barrier(workers)
+    failures: list[BaseException] = []
+
+    def write(partition: int) -> None:
+        try:
+            for number in range(rounds):
+                together.wait(30)
+                commit(writers[partition], [sample(partition, number)], (claims[partition], number + 1))
+        except BaseException as error:
+            failures.append(error)
+            together.abort()
+
+    threads = [threading.Thread(target=write, args=(p,)) for p in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    got = store.scan(columns=["partition", "offset"]).to_pylist()
+    assert [tuple(row.values()) for row in got] == [(p, n) for p in range(workers) for n in range(rounds)]
+    assert store.offsets() == {f"samples:{p}": rounds for p in range(workers)}
+    assert files(store) - before == 2 * workers * rounds, "rows and position of a commit, once each"
+
+
+def test_processes_that_claim_the_first_partitions_at_once_all_get_theirs(store: SampleStore) -> None:
+    tables = [SampleTable(str(Path(store.url).parent)) for _ in range(4)]
+    together = threading.Barrier(len(tables))
+    claims: list[Claim] = []
+
+    def claim(number: int) -> None:
+        together.wait(30)
+        claims.extend(StoreWriter(tables[number]).claim([Position(TOPIC, number, 0), Position(TOPIC, 9, 0)]))
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(len(tables))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert store.offsets() == {f"samples:{number}": 0 for number in (0, 1, 2, 3, 9)}
+    assert sorted(each.position.epoch for each in claims if each.position.partition == 9) == [1, 2, 3, 4]
+
+
+def test_data_files_are_written_once_however_often_the_commit_is_tried(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_of(writer)
+    before, original, tries = files(store), lance.LanceDataset.commit, [0]
+
+    def conflicts(*args: Any, **kwargs: Any) -> Any:
+        tries[0] += 1
+        if tries[0] < 6:
+            raise CommitConflictError("somebody was faster")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(conflicts))
+    commit(writer, [sample(0, 0)], (claim, 1))
+    assert (tries[0], files(store) - before) == (6, 2)
+    assert (store.count(), store.offsets()) == (1, {"samples:0": 1})
+
+
+def test_a_commit_whose_answer_was_lost_is_not_made_again(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_of(writer)
+    original, tries = lance.LanceDataset.commit, [0]
+
+    def unanswered(*args: Any, **kwargs: Any) -> Any:
+        tries[0] += 1
+        original(*args, **kwargs)
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", staticmethod(unanswered))
+    version = commit(writer, [sample(0, 0)], (claim, 1))
+    monkeypatch.undo()
+    assert (tries[0], version, store.count()) == (1, store.version(), 1)
+    commit(writer, [sample(0, 1)], (claim, 2))
+    assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
+
+
+def test_without_end_conflicts_are_an_outage_after_which_the_claim_still_holds(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_of(writer)
+
+    def conflict(*args: Any, **kwargs: Any) -> Any:
+        raise CommitConflictError("somebody was faster")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer_module, "ATTEMPTS", 3)
+        patch.setattr(lance.LanceDataset, "commit", staticmethod(conflict))
+        with pytest.raises(StoreUnavailable, match="3 conflicts"):
+            commit(writer, [sample(0, 0)], (claim, 1))
+    commit(writer, [sample(0, 0)], (claim, 1))
+    assert store.count() == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("LanceError(IO): No space left on device (os error 28)", StoreFull),
+        ("Disk quota exceeded", StoreFull),
+        ("Permission denied (os error 13)", StoreUnavailable),
+        ("Generic S3 error: connection refused", StoreUnavailable),
+    ],
+)
+def test_a_full_disk_is_told_from_a_store_that_is_away(
+    writer: StoreWriter, monkeypatch: pytest.MonkeyPatch, text: str, kind: type[StoreError]
+) -> None:
+    claim = claim_of(writer)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(text)
+
+    monkeypatch.setattr(writer_module, "write_fragments", fail)
+    with pytest.raises(StoreUnavailable) as caught:
+        commit(writer, [sample(0, 0)], (claim, 1))
+    assert type(caught.value) is kind
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
+def test_a_commit_to_a_full_disk_stores_nothing_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    mounted = tmp_path / "disk"
+    mounted.mkdir()
+    if os.system(f"mount -t tmpfs -o size=2m tmpfs {mounted} 2>/dev/null"):
+        pytest.skip("mounting is not allowed here")
+    try:
+        store = SampleStore(str(mounted / "lake"))
+        writer = StoreWriter(store.table)
+        claim = claim_of(writer)
+        filler = mounted / "filler"
+        filler.write_bytes(bytes(1 << 20))
+        rows = [sample(0, 0, image=os.urandom(700_000)), sample(0, 1, image=os.urandom(600_000))]
+        for _ in range(3):
+            with pytest.raises(StoreFull):
+                commit(writer, rows, (claim, 2))
+        assert (store.count(), store.offsets()) == (0, {"samples:0": 0})
+        filler.unlink()
+        commit(writer, rows, (claim, 2))
+        assert (store.count(), store.offsets()) == (2, {"samples:0": 2})
+    finally:
+        os.system(f"umount -l {mounted}")
+
+
+def test_the_positions_are_found_without_reading_a_row_of_a_record(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = writer.claim([Position(TOPIC, number, 0) for number in range(2)])
+    for end in range(1, 6):
+        rows = [sample(number, end - 1) for number in range(2)]
+        commit(writer, rows, *((claim, end) for claim in claims))
+    dataset = store.table.open()
+    assert dataset is not None
+    held = fences(dataset)
+    assert len(held) == 3, "one for each partition, and the root"
+    assert len(dataset.get_fragments()) - len(held) == store.fragments() == 5
+    assert dict(Counter(position.key for _, position in positions(dataset))) == {
+        ":-1": 1, "samples:0": 1, "samples:1": 1,
+    }  # fmt: skip
+    names = {dataset.lance_schema.field(name).id() for name in POSITION_COLUMNS}
+    for fragment in held:
+        if fragment.fragment_id:
+            assert all(set(file.fields) <= names for file in fragment.data_files())
+    scanned: list[Any] = []
+    scanner = lance.LanceDataset.scanner
+
+    def watch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scanned.append(kwargs)
+        return scanner(self, *args, **kwargs)
+
+    monkeypatch.setattr(lance.LanceDataset, "scanner", watch)
+    writer.claim([Position(TOPIC, 0, 0)])
+    assert store.offsets() == {"samples:0": 5, "samples:1": 5}
+    assert store.count() == 10, "counts are kept, not counted"
+    assert scanned and all(len(call["fragments"]) == 3 for call in scanned)
+
+
+def test_a_commit_scans_nothing_and_adds_one_version(
+    store: SampleStore, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claim_of(writer)
+    commit(writer, [sample(0, 0)], (claim, 1))
+    version = store.version()
+
+    def scanned(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a commit scanned")
+
+    for name in ("scanner", "to_table", "count_rows", "to_batches"):
+        monkeypatch.setattr(lance.LanceDataset, name, scanned)
+    assert commit(writer, [sample(0, 1)], (claim, 2)) == version + 1
+    assert store.version() == version + 1
+
+
+def test_what_put_stores_is_counted_with_its_position(store: SampleStore) -> None:
+    put(store, [sample(0, 0), sample(1, 0), refusal(1, 1)], Position(TOPIC, 0, 1), Position(TOPIC, 1, 2))
+    put(store, [sample(0, 1)], Position(TOPIC, 0, 2))
+    tallies = {key: position.tally for key, position in store.positions().items()}
+    assert (tallies["samples:0"]["sample"], tallies["samples:1"]["sample"]) == (2, 1)
+    assert (tallies["samples:0"]["quarantine"], tallies["samples:1"]["quarantine"]) == (0, 1)
+
+
+def test_of_tables_that_are_made_at_once_one_stays(tmp_path: Path) -> None:
+    tables = [SampleTable(str(tmp_path)) for _ in range(4)]
+    together = threading.Barrier(len(tables))
+    identities: list[tuple[str, bytes]] = []
+
+    def make(table: SampleTable) -> None:
+        together.wait(30)
+        identities.append(table.identity())
+
+    threads = [threading.Thread(target=make, args=(table,)) for table in tables]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(identities) == len(tables) and len(set(identities)) == 1
+    assert len(identities[0][1]) == 32
+    assert SampleTable(str(tmp_path / "other")).identity() != identities[0]
