@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import lance
@@ -103,9 +104,22 @@ def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
     found = fences(dataset)
     if not found:
         return
-    table = dataset.scanner(columns=list(POSITION_COLUMNS), fragments=found, with_row_address=True).to_table()
+    with reads(dataset.uri):
+        table = dataset.scanner(columns=list(POSITION_COLUMNS), fragments=found, with_row_address=True).to_table()
     for row in table.to_pylist():
         yield int(row["_rowaddr"]) >> 32, Position.parse(row)
+
+
+@contextmanager
+def reads(url: str) -> Iterator[None]:
+    """What is done inside reads the table: raises StoreUnavailable where that fails.
+
+    A scan that fails raises ArrowInvalid, which is a ValueError, for files that are away, not OSError.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise outage(url, "read", error) from error
 
 
 def outage(url: str, doing: str, error: Exception) -> StoreError:
