@@ -23,7 +23,7 @@ import lance
 
 from ops.errors import StoreFull, StoreUnavailable
 from streams.quality.look import Look, similar
-from streams.table import SampleTable, fences
+from streams.table import SampleTable, fences, reads
 
 Kind = Literal["exact", "perceptual"]
 Words = tuple[str, str, str]
@@ -127,7 +127,8 @@ class DuplicateIndex:
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with _told(self.path):
             for fragment in (each for each in fresh if each.fragment_id not in known):
-                self._take(dataset, fragment)
+                with reads(dataset.uri):
+                    self._take(dataset, fragment)
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
