@@ -69,6 +69,16 @@ def newest_samples(
     return store.newest(limit, which.where(), columns)
 
 
+def with_images(store: SampleStore, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each row with its image, read a few at a time; those that are gone meanwhile are passed over."""
+    for start in range(0, len(rows), IMAGE_ROWS):
+        group = rows[start : start + IMAGE_ROWS]
+        images = store.image([row["id"] for row in group])
+        for row in group:
+            if row["id"] in images:
+                yield {**row, "image": images[row["id"]]}
+
+
 def find_samples(store: SampleStore, sample_id: str, limit: int = 10) -> list[dict[str, Any]]:
     """Samples, with their images, whose id is or begins with ``sample_id``. Raises RecordError, StoreUnavailable."""
     return store.select(f"kind = 'sample' AND {id_condition(sample_id)}", SAMPLE_COLUMNS, limit)

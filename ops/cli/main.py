@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import audit, base, bench, config, data, gate, keys, ledger, metrics, parts, releases, status
+from ops.cli import audit, base, bench, config, data, gate, keys, ledger, metrics, parts, releases, samples, status
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -48,6 +48,7 @@ app.command(rich_help_panel="Parts")(parts.console)
 app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
+app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
 app.add_typer(base.app, name="base", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
