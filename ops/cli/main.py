@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import audit, base, bench, config, data, gate, keys, ledger, metrics, parts, releases, samples, status
+from ops.cli import audit, base, bench, config, data, gate, ingest, keys, ledger, metrics, parts, releases, samples, status
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -42,7 +42,7 @@ def configure(
 app.command(rich_help_panel="Run")(parts.up)
 app.command(rich_help_panel="Run")(parts.demo)
 app.command(rich_help_panel="Parts")(parts.serve)
-app.command(rich_help_panel="Parts")(parts.ingest)
+app.add_typer(ingest.app, name="ingest", rich_help_panel="Parts")
 app.command(rich_help_panel="Parts")(parts.update)
 app.command(rich_help_panel="Parts")(parts.console)
 app.command(rich_help_panel="Parts")(parts.broker)
