@@ -8,7 +8,7 @@ import typer
 
 from ops.cli import context as ctx
 
-app = typer.Typer(help="Read the Kafka topic into the sample store.")
+app = typer.Typer()
 
 
 @app.callback(invoke_without_command=True)

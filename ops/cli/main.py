@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import audit, base, bench, config, data, gate, ingest, keys, ledger, metrics, parts, releases, samples, status
+from ops.cli import (
+    audit,
+    base,
+    bench,
+    config,
+    data,
+    gate,
+    ingest,
+    keys,
+    ledger,
+    metrics,
+    parts,
+    releases,
+    resubmit,
+    samples,
+    status,
+)
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -53,6 +69,7 @@ app.add_typer(base.app, name="base", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(resubmit.resubmit)
 app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(audit.audit)
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
