@@ -78,7 +78,9 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, counted())
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.", "Make room, or name another.") from error
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}.", "Make room, or name another."
+        ) from error
     return count
 
 
@@ -93,7 +95,7 @@ def _write_folder(path: Path, rows: Iterator[Row]) -> None:
 
 def _item(row: Row) -> FolderItem:
     names = ("text", "label", "concept", "split", "domain", "source", "question", "answer")
-    texts = {name: row[name] or "" for name in names}
+    texts: dict[str, Any] = {name: row[name] or "" for name in names}
     return FolderItem(
         path=Path("images", row["id"][:2], image_name(row)),
         time=_time(row) or "",
@@ -123,7 +125,9 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
         group: list[dict[str, Any]] = []
         size = 0
         for row in rows:
-            group.append({**{name: row[name] for name in _FIELDS}, "image": {"bytes": row["image"], "path": image_name(row)}})
+            group.append(
+                {**{name: row[name] for name in _FIELDS}, "image": {"bytes": row["image"], "path": image_name(row)}}
+            )
             size += len(row["image"])
             if size >= GROUP_BYTES or len(group) >= GROUP_ROWS:
                 writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))

@@ -137,7 +137,9 @@ def _by_position(store: SampleStore, query: RecordQuery) -> list[Receipt]:
     if receipts:
         return receipts
     newest = streams[0]
-    read = any(each.stream == newest and each.partition == query.partition and each.next > query.offset for each in known)
+    read = any(
+        each.stream == newest and each.partition == query.partition and each.next > query.offset for each in known
+    )
     return [Receipt(newest, query.partition, query.offset, "no_record" if read else "not_read_yet")]
 
 

@@ -89,6 +89,11 @@ class ResubmitReport:
         """0: all were sent (or none was left to send); 3: some were not."""
         return SOME_FAILED if self.failed or self.empty else SENT
 
+    def as_json(self) -> dict[str, Any]:
+        """The counts, and the first errors."""
+        names = ("dry_run", "chosen", "sent", "before", "empty", "failed", "errors")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         if self.dry_run:
             return f"{self.chosen} records would be sent again; {self.before} were before"

@@ -15,7 +15,9 @@ def resubmit(
     context: typer.Context,
     why: Annotated[str, typer.Option("--why", prompt="Why", help="Kept in the audit log.")],
     reason: Annotated[str | None, typer.Option(help="Only records refused for this reason.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only records of this source; empty: of none that is known.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Only records of this source; empty: of none that is known.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help=f"Refused {SINCE_HELP[0].lower()}{SINCE_HELP[1:]}")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Without any of these: all refused records.")] = False,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most records, the oldest first.")] = 1000,

@@ -45,8 +45,12 @@ Page = Annotated[Path | None, typer.Option("--html", help="Write a page with thu
 @app.command()
 def trace(
     context: typer.Context,
-    record: Annotated[str | None, typer.Argument(metavar="TOPIC:PARTITION:OFFSET", help="The record's position.")] = None,
-    sample_id: Annotated[str | None, typer.Option("--id", help="Id of a sample, or its first 8 digits or more.")] = None,
+    record: Annotated[
+        str | None, typer.Argument(metavar="TOPIC:PARTITION:OFFSET", help="The record's position.")
+    ] = None,
+    sample_id: Annotated[
+        str | None, typer.Option("--id", help="Id of a sample, or its first 8 digits or more.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What became of a record: stored, a duplicate of what, refused and why, deleted, lost, or not read yet.
@@ -178,7 +182,9 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
 def refused(
     context: typer.Context,
     reason: Annotated[str | None, typer.Option(help="Only records refused for this reason.")] = None,
-    source: Annotated[str | None, typer.Option(help="Only records of this source; empty: of none that is known.")] = None,
+    source: Annotated[
+        str | None, typer.Option(help="Only records of this source; empty: of none that is known.")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most records.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -226,9 +232,7 @@ def export(
     store, which = _store(context), _filter(split, domain, source, concept, text, since)
     version = store.version()
     total = count_samples(store, which, version)
-    count = write(
-        store, path, which, version=version, follow=lambda rows: track(rows, "exporting", total)
-    )
+    count = write(store, path, which, version=version, follow=lambda rows: track(rows, "exporting", total))
     typer.echo(f"{count} samples in {path}")
 
 

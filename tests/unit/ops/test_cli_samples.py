@@ -64,7 +64,9 @@ def test_what_cannot_be_traced_is_said(home: Path) -> None:
 
 def test_samples_are_listed_by_filter_and_text_from_outside_is_shown_as_text(home: Path) -> None:
     assert [row["id"] for row in as_json(home, "samples", "list", "--source", "cam 0")] == [IDS[2], IDS[0]]
-    assert [row["id"] for row in as_json(home, "samples", "list", "--text", "boat 1", "--since", "2020-01-01")] == [IDS[1]]
+    assert [row["id"] for row in as_json(home, "samples", "list", "--text", "boat 1", "--since", "2020-01-01")] == [
+        IDS[1]
+    ]
     shown = ratchet(home, "samples", "list", "--limit", "2")
     assert "[bold]x[/bold]" in shown
     assert "\x1b" not in shown

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from ops.errors import ConfigError
@@ -18,13 +19,13 @@ from streams.sample_queries import SampleFilter, ValueCounts, count_samples, new
 from streams.store import SampleStore
 from tests.support.kafka import picture
 
-import pyarrow as pa
-
 WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 
 def sample_row(number: int, **values: Any) -> dict[str, Any]:
-    sample = Sample(image=picture(number, kind="JPEG" if number % 2 else "PNG"), text=f"Boat {number}, \"red\"\nand 'blue'")
+    sample = Sample(
+        image=picture(number, kind="JPEG" if number % 2 else "PNG"), text=f"Boat {number}, \"red\"\nand 'blue'"
+    )
     own = {
         **sample.row(), "kind": "sample", "id": sample.id, "domain": "harbour", "source": f"cam {number % 2}",
         "concept": "boat", "tags": ["a b", "c"], "split": "fresh_eval" if number == 3 else "train", "time": WHEN,
