@@ -1,4 +1,4 @@
-"""Conditions on rows of the sample store, in Lance's SQL. What comes from outside goes in as a literal, never as text."""
+"""Conditions on rows of the sample store, in Lance's SQL. What comes from outside is written as a literal."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ LIST_COLUMNS: Final = (
 )  # fmt: skip
 IMAGE_ROWS: Final = 16
 """Rows of a batch that holds images: at 8 MiB each 128 MiB."""
+OTHERS: Final = "(others)"
 MAX_VALUES: Final = 50_000
 """Values that are counted beside each other; of more, those seen least are left out."""
 
@@ -119,7 +120,7 @@ class ValueCounts:
         """The most frequent values; the others are summed up as the last."""
         rows = self.counts.most_common(limit)
         others = self.counts.total() + self.omitted - sum(count for _, count in rows)
-        return [*rows, ("(others)", others)] if others else rows
+        return [*rows, (OTHERS, others)] if others else rows
 
 
 @dataclass

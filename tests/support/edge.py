@@ -138,7 +138,8 @@ async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
     gateway = Gateway(
         settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
         operations=edge, intake=ImageIntake(base.preprocess, settings), access=access,
-        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(), ledger=edge.ledger, refresh=_nothing, vlms=FairVlms(),
+        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(), ledger=edge.ledger,
+        refresh=_nothing, vlms=FairVlms(),
     )  # fmt: skip
     return edge, build_app(gateway)
 
