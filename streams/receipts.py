@@ -20,7 +20,7 @@ from streams.store import SampleStore
 Outcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
 """
 stored        a sample; ``split`` says of which split
-duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` says how
+duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact or duplicate_perceptual
 refused       in quarantine, for ``reason``
 tombstone     a wish to delete, taken in
 deleted       what was stored of it, or the tombstone's wish, was deleted at ``time`` for ``reason``
