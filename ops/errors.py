@@ -11,6 +11,7 @@
     │   ├── StoreUnavailable   it cannot be read or written now
     │   ├── StoreFull          its disk is full
     │   ├── Superseded         another process has taken over a partition
+    │   ├── SkipRefused        offsets cannot be skipped
     │   └── UnknownRecord      no record was refused at this place
     ├── BaseModelError     a base checkpoint is missing or unusable
     ├── AdapterError       an adapter directory is missing, damaged or does not fit the base
@@ -98,6 +99,10 @@ class Superseded(StoreError):
     def __init__(self, keys: list[str]) -> None:
         super().__init__(f"{', '.join(keys)}: another process has claimed it since.", "It goes on from there.")
         self.keys = keys
+
+
+class SkipRefused(StoreError):
+    """Offsets of a partition cannot be skipped; its position is as it was."""
 
 
 class UnknownRecord(StoreError):

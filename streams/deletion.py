@@ -26,8 +26,8 @@ from typing import Any, Final
 from ops.digests import digest12, digest_json
 from ops.errors import ConfigError
 from ops.ledger import DeletionRow, Ledger
+from streams.conditions import hexadecimal, moment, quoted
 from streams.rows import name_of, parse_position
-from streams.sql import hexadecimal, moment, quoted
 from streams.store import SampleStore
 from streams.writer import StoreWriter
 

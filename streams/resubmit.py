@@ -19,13 +19,13 @@ from ops.errors import RatchetError, RecordError, UnknownRecord
 from ops.ledger import Ledger, ResubmissionRow
 from ops.settings import Settings
 from streams.clients import CONNECT_SECONDS
-from streams.codecs import Encoded
+from streams.codecs import Encoded, Headers
 from streams.producer import Delivery, RecordSender
 from streams.quarantine import original
 from streams.store import SampleStore
 
-#: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
 PUBLISH_SECONDS: Final = 20.0
+#: Header of a record that was sent again: the place where it was refused. Decoders pass it by: it is no field.
 HEADER: Final = "x-ratchet-resubmission-of"
 _PLACE: Final = re.compile(r"([^:]{1,260}):([0-9]{1,9}):([0-9]{1,18})")
 
@@ -38,20 +38,22 @@ class RefusedRecord:
     reason: str
     """One of :data:`streams.records.REASONS`."""
     detail: str
+    source: str
+    """Who sent it, as far as its headers say."""
     refused_at: datetime
     resubmission: ResubmissionRow | None
     """The last time that it was sent again."""
 
 
 def list_quarantine(
-    settings: Settings, ledger: Ledger, limit: int = 50, reason: str | None = None
+    settings: Settings, ledger: Ledger, limit: int = 50, reason: str | None = None, source: str | None = None
 ) -> list[RefusedRecord]:
-    """The newest refused records, newest first. Raises StoreError."""
-    rows = SampleStore(settings.lake).refusals(limit, reason)
+    """The newest refused records, newest first; of a reason, of a source (empty: of none). Raises StoreError."""
+    rows = SampleStore(settings.lake).refusals(limit, reason, source)
     places = [f"{row['topic']}:{row['partition']}:{row['offset']}" for row in rows]
     again = ledger.resubmissions(places)
     return [
-        RefusedRecord(place, row["reason"], row["detail"], row["ingested_at"], again.get(place))
+        RefusedRecord(place, row["reason"], row["detail"], row["source"] or "", row["ingested_at"], again.get(place))
         for place, row in zip(places, rows, strict=True)
     ]
 
@@ -84,14 +86,18 @@ def resubmit(
     if not record.value:
         raise RecordError("empty", f"record {place} has no value.", "There is nothing to send again.")
     ledger.begin_resubmission(place, actor=actor, reason=reason, force=force)
-    headers = [(name, value) for name, value in record.headers if name != HEADER]
     try:
-        delivery = _send(settings, Encoded(record.key, record.value, [*headers, (HEADER, place.encode())]))
+        delivery = _send(settings, Encoded(record.key, record.value, headers_of(record, place)))
     except RatchetError as error:
         ledger.end_resubmission(place, str(error))
         raise
     ledger.end_resubmission(place)
     return delivery
+
+
+def headers_of(record: Encoded, place: str) -> Headers:
+    """The headers under which a refused record is sent again: its own, and where it was refused."""
+    return [*((name, value) for name, value in record.headers if name != HEADER), (HEADER, place.encode())]
 
 
 def _send(settings: Settings, record: Encoded) -> Delivery:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 
 from ops.settings import Retention
-from streams.sql import moment, quoted
+from streams.conditions import moment, quoted
 from streams.store import SampleStore
 from streams.writer import StoreWriter
 

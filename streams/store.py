@@ -20,16 +20,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ops.errors import StoreError
+from streams.conditions import at_offset, moment, quoted, refused
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
-from streams.sql import moment, quoted
 from streams.table import ROOT, SampleTable, fences, positions, reading
 from streams.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
 IDS_PER_QUERY: Final = 500
+BATCH_ROWS: Final = 8192
+IO_BUFFER_BYTES: Final = 64 << 20
+"""What Lance reads ahead in a scan; its default is 2 GiB."""
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
-_REFUSED = [*_ORDER, "reason", "detail", "ingested_at", "original", "original_key", "original_headers"]
+_REFUSED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
 _RECORD = ["kind", *_ORDER, "id", "reason", "detail", "duplicate_of", "until", "ingested_at", "split", "source"]
 
 
@@ -109,7 +112,8 @@ class SampleStore:
         if dataset is None:
             return 0
         if after:
-            return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
+            with reading(self.url):
+                return int(dataset.count_rows(filter=self._where(dataset, split, after, having)))
         tally = self.tally(version)
         splits = ("train", "fresh_eval") if split is None else (split,)
         return sum(tally[name if having is None else f"{name}/{having}"] for name in splits)
@@ -144,7 +148,8 @@ class SampleStore:
         read = [*wanted, *(name for name in _ORDER if name not in wanted)]
         where = self._where(dataset, split, after, having)
         filters = [where] if ids is None else [f"({where}) AND {part}" for part in _id_filters(ids)]
-        parts = [dataset.to_table(columns=read, filter=each) for each in filters]
+        with reading(self.url):
+            parts = [dataset.to_table(columns=read, filter=each) for each in filters]
         if not parts:
             return schema.empty_table()
         table = pa.concat_tables(parts)
@@ -159,13 +164,49 @@ class SampleStore:
     def select(
         self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
     ) -> list[dict[str, Any]]:
-        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.sql` helps to build."""
+        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.conditions` helps to build."""
         dataset = self.table.open(version)
         if dataset is None:
             return []
         with reading(self.url):
             rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
         return rows
+
+    def batches(
+        self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Like :meth:`select`, batch after batch of at most ``size`` rows, in the order in which they are stored."""
+        dataset = self.table.open(version)
+        if dataset is None:
+            return
+        bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
+        batches = iter(dataset.to_batches(columns=list(columns), filter=where, **bounds))
+        while True:
+            with reading(self.url):  # not around the yield: what the caller raises is no outage
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def newest(self, limit: int, where: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The ``limit`` rows that meet a condition and were stored last, newest first: position, time and columns."""
+        order = ["ingested_at", *_ORDER]
+        keys = [(name, "descending") for name in order]
+        best = pa.schema([SCHEMA.field(name) for name in order]).empty_table()
+        wanted = [*order, *(name for name in columns if name not in order)]
+        # Rows are chosen by their order alone, and their other columns read afterwards: images may be among them.
+        for batch in self.batches(where, order):
+            best = pa.concat_tables([best, pa.Table.from_batches([batch])])
+            best = best.take(pc.select_k_unstable(best, limit, keys)) if best.num_rows > limit else best
+        if not best.num_rows:
+            return []
+        oldest = pc.min(best["ingested_at"]).as_py()
+        rows = [
+            row
+            for batch in self.batches(f"({where}) AND ingested_at >= {moment(oldest)}", wanted, size=64)
+            for row in batch.to_pylist()
+        ]
+        return heapq.nlargest(limit, rows, key=lambda row: tuple(row[name] for name in order))
 
     # -- records ----------------------------------------------------------------------------------------------------
 
@@ -175,21 +216,26 @@ class SampleStore:
         dataset = self.table.open(version)
         if dataset is None:
             return pa.schema([SCHEMA.field(name) for name in columns]).empty_table()
-        table = dataset.to_table(columns=columns, filter="kind != 'position'")
+        with reading(self.url):
+            table = dataset.to_table(columns=columns, filter="kind != 'position'")
         return table.sort_by([(name, "ascending") for name in _ORDER])
 
     def record(self, stream: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """The rows of one record: one, or two after its sample was deleted; none where it was not read yet."""
-        return self.select(f"kind != 'position' AND {_at(stream, partition, offset)}", _RECORD)
+        return self.select(f"kind != 'position' AND {at_offset(stream, partition, offset)}", _RECORD)
 
-    def refusals(self, limit: int, reason: str | None = None) -> list[dict[str, Any]]:
-        """The newest refused records, newest first, without their bytes: position, reason, detail and time."""
-        where = "kind = 'quarantine'" if reason is None else f"kind = 'quarantine' AND reason = {quoted(reason)}"
-        return self._newest(limit, where, [*_ORDER, "reason", "detail", "ingested_at"])
+    def refusals(self, limit: int, reason: str | None = None, source: str | None = None) -> list[dict[str, Any]]:
+        """The newest refused records, newest first, without their bytes: position, reason, detail, source and time.
+
+        Args:
+            reason: only those refused for it.
+            source: only those whose headers name this source; empty for those that name none.
+        """
+        return self.newest(limit, refused(reason, source), ["reason", "detail", "source"])
 
     def refusal(self, stream: str, partition: int, offset: int) -> dict[str, Any] | None:
         """One refused record with its bytes, or None where there is none at this position."""
-        rows = self.select(f"kind = 'quarantine' AND {_at(stream, partition, offset)}", _REFUSED)
+        rows = self.select(f"kind = 'quarantine' AND {at_offset(stream, partition, offset)}", _REFUSED)
         return rows[0] if rows else None
 
     def outbox(self, position: Position, limit: int) -> list[dict[str, Any]]:
@@ -218,7 +264,7 @@ class SampleStore:
         """The newest gaps, newest first: position, until, reason and time."""
         if not self.tally()["gap"]:
             return []
-        return self._newest(limit, "kind = 'gap'", [*_ORDER, "until", "reason", "detail", "ingested_at"])
+        return self.newest(limit, "kind = 'gap'", ["until", "reason", "detail"])
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -236,13 +282,6 @@ class SampleStore:
     def put(self, rows: Rows, ends: Iterable[Position]) -> int:
         """Store rows that do not come from a consumer; see :meth:`streams.writer.StoreWriter.put`."""
         return StoreWriter(self.table).put(rows, ends)
-
-    def _newest(self, limit: int, where: str, columns: list[str]) -> list[dict[str, Any]]:
-        dataset = self.table.open()
-        if dataset is None:
-            return []
-        rows = (row for batch in dataset.to_batches(columns=columns, filter=where) for row in batch.to_pylist())
-        return heapq.nlargest(limit, rows, key=lambda row: (row["ingested_at"], *(row[name] for name in _ORDER)))
 
     def _where(self, dataset: Any, split: str | None, after: Mapping[str, int] | None, having: Having | None) -> str:
         clauses = ["kind = 'sample'"]

@@ -25,8 +25,8 @@ from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
 from ops.errors import StoreUnavailable, Superseded
+from streams.conditions import quoted
 from streams.rows import POSITION_SCHEMA, SCHEMA, Position, RecordPosition, deletion_row, duplicate_row, tally_of
-from streams.sql import quoted
 from streams.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]

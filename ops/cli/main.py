@@ -9,7 +9,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ops.cli import audit, base, bench, config, data, gate, keys, ledger, metrics, parts, releases, status
+from ops.cli import (
+    audit,
+    base,
+    bench,
+    config,
+    data,
+    gate,
+    ingest,
+    keys,
+    ledger,
+    metrics,
+    parts,
+    releases,
+    resubmit,
+    samples,
+    status,
+)
 from ops.cli.context import Context
 from ops.errors import RatchetError
 
@@ -42,17 +58,19 @@ def configure(
 app.command(rich_help_panel="Run")(parts.up)
 app.command(rich_help_panel="Run")(parts.demo)
 app.command(rich_help_panel="Parts")(parts.serve)
-app.command(rich_help_panel="Parts")(parts.ingest)
+app.add_typer(ingest.app, name="ingest", rich_help_panel="Parts")
 app.command(rich_help_panel="Parts")(parts.maintain)
 app.command(rich_help_panel="Parts")(parts.update)
 app.command(rich_help_panel="Parts")(parts.console)
 app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
+app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
 app.add_typer(base.app, name="base", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
+app.command(rich_help_panel="Operate")(resubmit.resubmit)
 app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(audit.audit)
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")

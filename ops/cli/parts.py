@@ -1,4 +1,4 @@
-"""Commands that run a part, or all: ``up``, ``demo``, ``serve``, ``ingest``, ``maintain``, ``update`` and others."""
+"""Commands that run a part: ``up``, ``demo``, ``serve``, ``maintain``, ``update`` and others; ``ingest`` is beside."""
 
 from __future__ import annotations
 
@@ -70,16 +70,6 @@ def serve(context: typer.Context) -> None:
     from serving.app import serve_app
 
     serve_app(ctx.of(context).settings, blocking=True)
-
-
-def ingest(context: typer.Context) -> None:
-    """Read the Kafka topic into the sample store, until SIGTERM.
-
-    Example:  ratchet --set kafka.bootstrap=kafka-1:9092 ingest
-    """
-    from streams.ingest import run_ingest
-
-    run_ingest(ctx.of(context).settings)
 
 
 def maintain(

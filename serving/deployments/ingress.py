@@ -21,6 +21,7 @@ from serving.deployments.controller import outcome_of
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Answer, Kind
+from serving.deployments.receipts import RecordReceipts
 from serving.deployments.refused import RefusedRecords
 from serving.deployments.stamps import Admission, Stamp
 from serving.deployments.targets import Adapters
@@ -136,6 +137,7 @@ class Ingress:
             intake=ImageIntake(base.preprocess, settings.serve),
             access=self.access,
             quarantine=RefusedRecords(settings, self.ledger),
+            receipts=RecordReceipts(settings),
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlms is None else ObservedVlms(vlms, self.comparer),

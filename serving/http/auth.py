@@ -35,7 +35,7 @@ def needs(path: str) -> tuple[KeyScope, ...]:
         return ()
     if path in ANY_KEY or path.startswith("/docs/"):
         return SCOPES
-    if path.startswith("/admin/v1/quarantine"):
+    if path.startswith(("/admin/v1/quarantine", "/v1/records")):
         return ("publish", "operate")
     if path.startswith("/admin"):
         return ("operate",)

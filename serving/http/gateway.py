@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,9 @@ from serving.engines.vlm.ask import Ask, Piece, Reply
 from serving.http.callers import caller_key
 from serving.http.errors import ApiError, from_validation, is_fault
 from serving.http.intake import ImageIntake
+
+if TYPE_CHECKING:
+    from streams.resubmit_many import RefusalFilter
 
 Model = TypeVar("Model", bound=BaseModel)
 CORPUS_WAIT_SECONDS = 10.0
@@ -98,11 +101,27 @@ class Operations(Protocol):
 class Quarantine(Protocol):
     """See :class:`serving.deployments.refused.RefusedRecords`."""
 
-    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
+    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         """Refused records, newest first."""
+
+    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
+        """Refused records by ``reason`` and by ``source``."""
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         """Send one again; where the topic has it now."""
+
+    async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+        """Send many again; counts of what became of them."""
+
+
+class Receipts(Protocol):
+    """See :class:`serving.deployments.receipts.RecordReceipts`. Both raise StoreUnavailable."""
+
+    async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
+        """What became of a record; at least one receipt."""
+
+    async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
+        """What became of the records of a sample. Raises RecordError for what is no id."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,7 @@ class Gateway:
     ledger: Ledger
     refresh: Callable[[], Awaitable[None]]
     quarantine: Quarantine
+    receipts: Receipts
     vlms: Vlms | None = None
     """None: no VLM is served."""
     token_text: Callable[[int], str] = "token_id:{}".format

@@ -1,8 +1,8 @@
-"""Refused records: what they are and why, and sending one again."""
+"""Refused records: what they are and why, and sending them again, one or many."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
@@ -10,8 +10,8 @@ from fastapi.responses import JSONResponse
 from ops.errors import RecordError
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
-from serving.http.gateway import gateway, json_body, json_schema
-from serving.http.schemas import ResubmitRequest
+from serving.http.gateway import Gateway, gateway, json_body, json_schema
+from serving.http.schemas import RefusedSelection, ResubmitRequest
 from streams.records import REASONS
 
 router = APIRouter(tags=["Quarantine"])
@@ -20,27 +20,51 @@ MAX_ROWS = 500
 
 @router.get("/admin/v1/quarantine", summary="Refused records, newest first")
 async def quarantine(
-    request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50, reason: str | None = None
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
+    reason: str | None = None,
+    source: Annotated[str | None, Query(max_length=256, description="As their headers name it; empty: none.")] = None,
+    counts: Annotated[bool, Query(description="Also count all of them by reason and by source.")] = False,
 ) -> JSONResponse:
     """Each with its place, its reason and whether it was sent again. Needs the scope `publish` or `operate`."""
     operator(request, "publish", "operate")
-    if reason is not None and reason not in REASONS:
-        known = ", ".join(sorted(REASONS))
-        raise ApiError(400, f"reason must be one of {known}.", param="reason", code="invalid_value")
-    return JSONResponse({"object": "list", "data": await gateway(request).quarantine.newest(limit, reason)})
+    _check_reason(reason, "reason")
+    service = gateway(request).quarantine
+    body: dict[str, Any] = {"object": "list", "data": await service.newest(limit, reason, source)}
+    if counts:
+        body["counts"] = await service.counts(reason, source)
+    return JSONResponse(body)
 
 
 @router.post(
-    "/admin/v1/quarantine/resubmit", summary="Send a refused record again", openapi_extra=json_schema(ResubmitRequest)
+    "/admin/v1/quarantine/resubmit", summary="Send refused records again", openapi_extra=json_schema(ResubmitRequest)
 )
 async def resubmit(request: Request) -> JSONResponse:
-    """Sends the record as it came, once: again is 409 unless forced. Needs the scope `publish` or `operate`."""
+    """Sends a record as it came, once: again is 409 unless forced. Needs the scope `publish` or `operate`.
+
+    With a `filter`, those that were not sent before are, and the answer counts them.
+    """
     actor = operator(request, "publish", "operate")
     asked = await json_body(request, ResubmitRequest)
+    at = gateway(request)
+    if asked.filter is not None:
+        return await _resubmit_many(at, asked.filter, actor, asked)
     try:
-        sent = await gateway(request).quarantine.resubmit(
-            asked.place, actor=actor, reason=asked.reason, force=asked.force
-        )
+        sent = await at.quarantine.resubmit(asked.place or "", actor=actor, reason=asked.reason, force=asked.force)
     except RecordError as error:
         raise from_record(error, "place") from None
     return JSONResponse({"object": "resubmission", "place": asked.place, **sent})
+
+
+async def _resubmit_many(at: Gateway, chosen: RefusedSelection, actor: str, asked: ResubmitRequest) -> JSONResponse:
+    from streams.resubmit_many import RefusalFilter
+
+    _check_reason(chosen.reason, "filter.reason")
+    which = RefusalFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
+    report = await at.quarantine.resubmit_many(which, actor=actor, reason=asked.reason, dry_run=asked.dry_run)
+    return JSONResponse({"object": "resubmission.report", **report})
+
+
+def _check_reason(reason: str | None, param: str) -> None:
+    if reason is not None and reason not in REASONS:
+        raise ApiError(400, f"{param} must be one of {', '.join(sorted(REASONS))}.", param=param, code="invalid_value")

@@ -27,6 +27,13 @@ Picture = Annotated[str, Field(json_schema_extra={"format": "uri"})]
 """A data URI, or a URL where the server fetches them."""
 
 
+def in_range(value: datetime | None) -> datetime | None:
+    """Refuse a time that not every store can hold."""
+    if value is not None and not 1900 <= value.year <= 2200:
+        raise ValueError("must be between the years 1900 and 2200")
+    return value
+
+
 class Body(BaseModel):
     """A JSON object without unknown fields."""
 
@@ -171,13 +178,7 @@ class SearchRequest(Body):
     until: datetime | None = Field(None, description="Sample time, UTC, not included.")
     model: str = MODEL
 
-    @field_validator("since", "until")
-    @classmethod
-    def in_range(cls, value: datetime | None) -> datetime | None:
-        """Times that every store can hold."""
-        if value is not None and not 1900 <= value.year <= 2200:
-            raise ValueError("must be between the years 1900 and 2200")
-        return value
+    _in_range = field_validator("since", "until")(in_range)
 
 
 class ReleaseRequest(Body):
@@ -227,9 +228,42 @@ class ReasonRequest(Body):
     reason: Reason
 
 
-class ResubmitRequest(Body):
-    """A refused record to send again."""
+class RefusedSelection(Body):
+    """Which refused records, the oldest first. Without any field: all."""
 
-    place: str = Field(min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it.")
+    reason: str | None = Field(None, max_length=40, description="Only those refused for it.")
+    source: str | None = Field(None, max_length=256, description="Only those of this source; empty: of none known.")
+    since: datetime | None = Field(None, description="Refused at or after this time, UTC.")
+    limit: int = Field(100, ge=1, le=500, description="At most so many, of those that were not sent again before.")
+
+    _in_range = field_validator("since")(in_range)
+
+
+class ResubmitRequest(Body):
+    """A refused record to send again; or many, by a filter."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"place": "ratchet.samples:0:42", "reason": "the image is there now"},
+                {"filter": {"reason": "uri_unreachable", "limit": 100}, "reason": "the image server is back"},
+            ]
+        },
+    )
+    place: str | None = Field(
+        None, min_length=1, max_length=300, description="`topic:partition:offset`, as the list names it; or `filter`."
+    )
+    filter: RefusedSelection | None = Field(None, description="Which records; or `place`.")
     reason: Reason
-    force: bool = Field(False, description="Also when it was sent again before.")
+    force: bool = Field(False, description="With `place`: also when it was sent again before.")
+    dry_run: bool = Field(False, description="With `filter`: say how many, and send none.")
+
+    @model_validator(mode="after")
+    def names_one(self) -> ResubmitRequest:
+        """A place or a filter, and what goes with it."""
+        if (self.place is None) == (self.filter is None):
+            raise ValueError("give `place` or `filter`")
+        if (self.force and self.place is None) or (self.dry_run and self.filter is None):
+            raise ValueError("`force` goes with `place`, `dry_run` with `filter`")
+        return self

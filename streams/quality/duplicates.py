@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ops.errors import StoreFull, StoreUnavailable
+from streams.conditions import quoted
 from streams.quality.look import Look, similar
 from streams.rows import RecordPosition, name_of, parse_position
-from streams.sql import quoted
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 

@@ -138,7 +138,8 @@ async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
     gateway = Gateway(
         settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
         operations=edge, intake=ImageIntake(base.preprocess, settings), access=access,
-        quarantine=ScriptedQuarantine(), ledger=edge.ledger, refresh=_nothing, vlms=FairVlms(),
+        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(), ledger=edge.ledger,
+        refresh=_nothing, vlms=FairVlms(),
     )  # fmt: skip
     return edge, build_app(gateway)
 
@@ -153,11 +154,27 @@ class FairVlms(ScriptedVlms):
 class ScriptedQuarantine:
     """One refused record, which may be sent again as often as one likes."""
 
-    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
+    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         return [{"place": "t:0:1", "reason": reason or "no_text"}][:limit]
+
+    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
+        return {"reason": {"no_text": 1}, "source": {"": 1}}
+
+    async def resubmit_many(self, which: Any, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+        return {"chosen": 1, "sent": 1}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         return {"topic": "t", "partition": 0, "offset": 2}
+
+
+class ScriptedReceipts:
+    """Every record was stored; no sample is known whose id begins with `f`."""
+
+    async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
+        return [{"stream": topic, "partition": partition, "offset": offset, "outcome": "stored"}]
+
+    async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
+        return [] if sample_id.startswith("f") else [{"id": sample_id, "outcome": "stored"}]
 
 
 @dataclass

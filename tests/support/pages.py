@@ -110,7 +110,10 @@ def resolve(line: str) -> click.Context:
     words = shlex.split(line)[1:]
     context = command.make_context("ratchet", words)
     while isinstance(command, click.Group):
-        name, child, words = command.resolve_command(context, [*context._protected_args, *context.args])
+        words = [*context._protected_args, *context.args]
+        if not words and command.invoke_without_command:
+            break
+        name, child, words = command.resolve_command(context, words)
         assert child is not None
         command, context = child, child.make_context(name, words, parent=context)
     return context

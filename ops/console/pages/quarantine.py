@@ -14,9 +14,12 @@ from ops.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from streams.codecs import Encoded, glimpse
 from streams.records import Reason
 from streams.resubmit import list_quarantine, quarantined, resubmit
+from streams.sample_queries import OTHERS, refusal_counts
 
 router = APIRouter()
 SHOWN = 48
+SOURCES = 30
+"""Sources to choose from: those with the most refused records."""
 Why = Annotated[str, Form(max_length=1000)]
 WORDS: Final[Mapping[Reason, str]] = {
     "empty": "The record is empty",
@@ -33,20 +36,29 @@ WORDS: Final[Mapping[Reason, str]] = {
     "text_too_long": "The text is too long",
     "uri_not_allowed": "The picture's address is not allowed",
     "uri_unreachable": "The picture could not be fetched",
-    "uri_digest": "The picture fetched is not the one that was named",
-    "corrupt": "The record is damaged",
-    "crashed": "Reading it ended the process",
+    "uri_digest": "The picture is not the one that the record states",
+    "corrupt": "The record is damaged in the log",
+    "crashed": "Validating it ended the process",
     "internal": "Ratchet made a mistake",
 }
 """The reasons as people say them."""
 
 
 @router.get("/quarantine")
-def quarantine(at: Reader, reason: Annotated[str, Query(max_length=40)] = "") -> Response:
-    """The newest refused records; of one reason."""
+def quarantine(
+    at: Reader,
+    reason: Annotated[str, Query(max_length=40)] = "",
+    source: Annotated[str, Query(max_length=256)] = "",
+) -> Response:
+    """The newest refused records; of one reason, of one source."""
     chosen = reason if reason in WORDS else None
-    rows = list_quarantine(at.desk.settings, at.desk.ledger, SHOWN, chosen)
-    return at.page("quarantine.html", "Quarantine", rows=rows, reason=chosen or "", words=WORDS, most=SHOWN)
+    rows = list_quarantine(at.desk.settings, at.desk.ledger, SHOWN, chosen, source or None)
+    counts = at.desk.kept("refusals", lambda: refusal_counts(at.desk.store), seconds=10.0)
+    sources = [(name, count) for name, count in counts["source"].top(SOURCES) if name and name != OTHERS]
+    return at.page(
+        "quarantine.html", "Quarantine", rows=rows, reason=chosen or "", words=WORDS, most=SHOWN, source=source,
+        sources=sources, counts=counts["reason"].counts,
+    )  # fmt: skip
 
 
 @router.get("/quarantine/{place}/picture")

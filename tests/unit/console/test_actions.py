@@ -67,6 +67,10 @@ def test_refused_records_are_shown_with_what_can_be_seen_of_them(operator: TestC
     page = operator.get("/quarantine").text
     assert page.count('class="card"><img') == 2 and "The picture is damaged" in page
     assert "No record was refused for this reason" in operator.get("/quarantine?reason=empty").text
+    assert '<option value="&lt;cam 1&gt;" >&lt;cam 1&gt; (1)</option>' in page and "The picture is damaged (2)" in page
+    of_one = operator.get("/quarantine", params={"source": "<cam 1>"}).text
+    assert of_one.count('class="card"><img') == 1 and "samples:0:1" in of_one
+    assert "No record of this source was refused" in operator.get("/quarantine?source=other").text
     record = operator.get("/quarantine/samples:0:0", headers=PARTIAL).text
     assert "&lt;b&gt;bold&lt;/b&gt;" in record and "byte for byte" in record
     pictures = [operator.get(f"/quarantine/samples:0:{offset}/picture").headers["content-type"] for offset in (0, 1)]
@@ -92,7 +96,7 @@ def refuse(home: Path, *values: bytes) -> None:
         {
             "kind": "quarantine", "topic": "samples", "partition": 0, "offset": offset, "reason": "image_undecodable",
             "detail": "it is broken.", "ingested_at": datetime.now(UTC), "original": value, "original_key": None,
-            "original_headers": "[]",
+            "original_headers": "[]", "source": f"<cam {offset}>",
         }
         for offset, value in enumerate(values)
     ]  # fmt: skip

@@ -38,8 +38,15 @@ class Recorder:
     async def hold(self, *, actor: str, reason: str) -> None:
         self.actors.append(actor)
 
-    async def newest(self, limit: int, reason: str | None) -> list[dict[str, Any]]:
-        return [{"place": "t:0:1", "limit": limit, "reason": reason}]
+    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
+        return [{"place": "t:0:1", "limit": limit, "reason": reason, "source": source}]
+
+    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
+        return {"reason": {"schema": 2}, "source": {"cam": 2}}
+
+    async def resubmit_many(self, which: Any, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+        self.actors.append(actor)
+        return {"limit": which.limit, "source": which.source, "dry_run": dry_run}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         self.actors.append(actor)

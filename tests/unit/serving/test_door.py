@@ -20,7 +20,7 @@ from serving import app as start
 from serving.http.auth import needs
 from tests.unit.serving.door_edge import OPERATOR, Door, Keys, refusal
 
-PATHS = {"model": "clip", "sample_id": "0" * 64}
+PATHS = {"model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
 
 
 def away() -> list[KeyRow]:
@@ -205,10 +205,31 @@ async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: Doo
         assert refused.json()["error"]["param"] == ("place" if status in (400, 404) else None)
 
 
+async def test_refused_records_are_sent_again_by_a_filter(closed: Door, keys: Keys) -> None:
+    path, publish = "/admin/v1/quarantine/resubmit", keys.of("publish")
+    body = {"filter": {"reason": "schema", "source": "cam", "limit": 7}, "reason": "mended", "dry_run": True}
+    answer = await closed.send("POST", path, publish, json=body)
+    assert answer.json() == {"object": "resubmission.report", "limit": 7, "source": "cam", "dry_run": True}
+    assert closed.desk.actors == ["key:publish-none"]
+    for wrong, param in [
+        ({"filter": {"reason": "nonsense"}}, "filter.reason"), ({"filter": {"limit": 501}}, "filter.limit"),
+        ({}, None), ({"filter": {}, "place": "t:0:1"}, None), ({"filter": {}, "force": True}, None),
+        ({"place": "t:0:1", "dry_run": True}, None), ({"filter": {"since": "3000-01-01T00:00:00Z"}}, "filter.since"),
+    ]:  # fmt: skip
+        refused = await closed.send("POST", path, publish, json={"reason": "r", **wrong})
+        refusal(refused, 400, "invalid_value")
+        assert refused.json()["error"]["param"] == param
+    assert len(closed.desk.actors) == 1
+
+
 async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: Door) -> None:
-    listed = await closed.get("/admin/v1/quarantine?limit=7&reason=schema", OPERATOR)
-    assert listed.json()["data"] == [{"place": "t:0:1", "limit": 7, "reason": "schema"}]
-    for query in ("limit=0", "limit=501", "reason=nonsense"):
+    listed = await closed.get("/admin/v1/quarantine?limit=7&reason=schema&source=cam", OPERATOR)
+    [row] = listed.json()["data"]
+    assert row == {"place": "t:0:1", "limit": 7, "reason": "schema", "source": "cam"}
+    assert "counts" not in listed.json()
+    counted = await closed.get("/admin/v1/quarantine?counts=true", OPERATOR)
+    assert counted.json()["counts"] == {"reason": {"schema": 2}, "source": {"cam": 2}}
+    for query in ("limit=0", "limit=501", "reason=nonsense", f"source={'x' * 257}"):
         refusal(await closed.get(f"/admin/v1/quarantine?{query}", OPERATOR), 400, "invalid_value")
 
 

@@ -1,0 +1,100 @@
+"""Receipts over HTTP: what became of a record, for whoever may publish."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from serving.deployments import receipts as module
+from serving.deployments.receipts import RecordReceipts
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.unit.serving.door_edge import OPERATOR, Door, Keys, refusal
+from tests.unit.serving.vlm_edge import app_of
+
+A = "a" * 64
+
+
+@pytest.fixture
+def door(closed: Door) -> Door:
+    """A server over a store with a sample, a duplicate and a refusal."""
+    base = {"topic": "t", "partition": 0, "ingested_at": datetime(2026, 1, 1, tzinfo=UTC)}
+    rows = [
+        {**base, "kind": "sample", "offset": 0, "id": A, "image": b"x", "split": "train"},
+        {**base, "kind": "duplicate", "offset": 1, "id": A, "duplicate_of": A, "reason": "duplicate_exact"},
+        {**base, "kind": "quarantine", "offset": 2, "reason": "schema", "detail": "field x", "original_headers": "[]"},
+    ]
+    SampleStore(closed.settings.lake).put(rows, [Position("t", 0, 3)])
+    closed.app = app_of(replace(closed.gateway(), receipts=RecordReceipts(closed.settings)))
+    return closed
+
+
+async def test_a_position_has_a_receipt(door: Door, keys: Keys) -> None:
+    answer = await door.get("/v1/records/t/0/2", keys.of("publish"))
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "object": "list",
+        "data": [
+            {
+                "position": "t:0:2", "stream": "t", "partition": 0, "offset": 2, "outcome": "refused",
+                "reason": "schema", "detail": "field x", "time": "2026-01-01T00:00:00+00:00",
+            }
+        ],
+    }  # fmt: skip
+    [stored] = (await door.get("/v1/records/t/0/0", OPERATOR)).json()["data"]
+    assert (stored["outcome"], stored["id"]) == ("stored", A)
+
+
+async def test_an_id_has_receipts_of_all_its_records(door: Door) -> None:
+    for text in (A, A[:8]):
+        listed = (await door.get(f"/v1/records?id={text}", OPERATOR)).json()["data"]
+        assert [each["outcome"] for each in listed] == ["stored", "duplicate"]
+    refusal(await door.get(f"/v1/records?id={'f' * 64}", OPERATOR), 404, "record_not_found")
+
+
+async def test_what_has_not_been_read_yet_is_404(door: Door) -> None:
+    for path in ("t/0/3", "t/7/0", "other/0/0", f"t/0/{2**62}"):
+        refused = await door.get(f"/v1/records/{path}", OPERATOR)
+        assert "not been read yet" in refusal(refused, 404, "not_read_yet")
+
+
+async def test_only_who_may_publish_or_operate_gets_receipts(door: Door, keys: Keys) -> None:
+    infer, publish, operate = keys.of("infer"), keys.of("publish"), keys.of("operate")
+    for path in ("/v1/records/t/0/0", f"/v1/records?id={A}"):
+        refusal(await door.get(path), 401, "invalid_api_key")
+        refusal(await door.get(path, infer), 403, "insufficient_scope")
+        for key in (publish, operate):
+            assert (await door.get(path, key)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/t/-1/0", "/t/0/-1", "/t/x/0", f"/t/0/{2**63}", f"/t/{2**31}/0", "/a:b/0/0", f"/{'t' * 261}/0/0", "?id=abc",
+        "?id=zzzzzzzz", "", f"?id={'a' * 65}",
+    ],
+)  # fmt: skip
+async def test_what_is_no_position_and_no_id_is_400(door: Door, path: str) -> None:
+    assert (await door.get(f"/v1/records{path}", OPERATOR)).status_code == 400
+
+
+async def test_a_store_that_is_away_or_hangs_is_503(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in Path(door.settings.lake).rglob("*.lance"):
+        if file.is_file():
+            file.unlink()
+    refusal(await door.get("/v1/records/t/0/0", OPERATOR), 503, "store")
+    monkeypatch.setattr(module, "SECONDS", 0.0)
+    refused = await door.get("/v1/records/t/0/0", OPERATOR)
+    assert "did not answer" in refusal(refused, 503, "store")
+    assert refused.headers["retry-after"]
+
+
+async def test_the_schema_tells_what_a_receipt_is(door: Door) -> None:
+    schema = (await door.get("/openapi.json", OPERATOR)).json()
+    answer = schema["paths"]["/v1/records/{topic}/{partition}/{offset}"]["get"]["responses"]["200"]
+    assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/ReceiptList")
+    outcomes = schema["components"]["schemas"]["ReceiptBody"]["properties"]["outcome"]["enum"]
+    assert {"stored", "duplicate", "refused", "lost", "deleted"} <= set(outcomes)

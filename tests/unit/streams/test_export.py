@@ -1,0 +1,124 @@
+"""What is exported is read again by the readers of data sets, sample by sample the same."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from ops.errors import ConfigError
+from streams.datasets import read_dataset
+from streams.export import export
+from streams.folders import FolderItem
+from streams.records import Sample
+from streams.rows import Position
+from streams.sample_queries import SampleFilter, ValueCounts, count_samples, newest_samples, store_stats
+from streams.store import SampleStore
+from tests.support.kafka import picture
+
+WHEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+def sample_row(number: int, **values: Any) -> dict[str, Any]:
+    sample = Sample(
+        image=picture(number, kind="JPEG" if number % 2 else "PNG"), text=f"Boat {number}, \"red\"\nand 'blue'"
+    )
+    own = {
+        **sample.row(), "kind": "sample", "id": sample.id, "domain": "harbour", "source": f"cam {number % 2}",
+        "concept": "boat", "tags": ["a b", "c"], "split": "fresh_eval" if number == 3 else "train", "time": WHEN,
+        "ingested_at": WHEN.replace(minute=number), "topic": "t", "partition": 0, "offset": number, "width": 32,
+        "height": 32,
+    }  # fmt: skip
+    return {**own, **values}
+
+
+ROWS = [sample_row(number) for number in range(4)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> SampleStore:
+    store = SampleStore(str(tmp_path_factory.mktemp("lake")))
+    refused = {
+        "kind": "quarantine", "topic": "t", "partition": 0, "offset": 4, "reason": "schema", "source": "cam 1",
+        "ingested_at": WHEN, "original": b"{}", "original_headers": "[]",
+    }  # fmt: skip
+    store.put([*ROWS, refused, {**refused, "offset": 5, "source": "", "reason": "empty"}], [Position("t", 0, 6)])
+    return store
+
+
+@pytest.mark.parametrize("name", ["out", "out.parquet", "out.tar"])
+def test_an_export_is_read_again_as_the_same_samples(store: SampleStore, tmp_path: Path, name: str) -> None:
+    assert export(store, tmp_path / name) == 4
+    items = [row.content for row in read_dataset(tmp_path / name)]
+    assert all(isinstance(item, FolderItem) for item in items), items
+    found = {item.bytes(): item for item in items if isinstance(item, FolderItem)}
+    for row in ROWS:
+        item = found[row["image"]]
+        for field in ("text", "domain", "source", "concept", "question", "split"):
+            assert getattr(item, field) == row[field]
+        assert (item.tags, datetime.fromisoformat(item.time)) == (("a b", "c"), WHEN)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_only_what_passes_the_filter_is_exported(store: SampleStore, tmp_path: Path) -> None:
+    assert export(store, tmp_path / "out", SampleFilter(split="fresh_eval")) == 1
+    [row] = read_dataset(tmp_path / "out")
+    assert isinstance(row.content, FolderItem) and row.content.bytes() == ROWS[3]["image"]
+
+
+def test_an_export_that_breaks_off_leaves_no_file_of_its_name(store: SampleStore, tmp_path: Path) -> None:
+    def fail(rows: Any) -> Any:
+        yield next(iter(rows))
+        raise KeyboardInterrupt
+
+    for name in ("out.parquet", "out.tar"):
+        with pytest.raises(KeyboardInterrupt):
+            export(store, tmp_path / name, follow=fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_overwritten(store: SampleStore, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for taken in (tmp_path / "file", tmp_path):
+        with pytest.raises(ConfigError, match="there already"):
+            export(store, taken)
+
+
+@pytest.mark.parametrize(
+    ("which", "offsets"),
+    [
+        (SampleFilter(), [3, 2, 1, 0]),
+        (SampleFilter(source="cam 1"), [3, 1]),
+        (SampleFilter(text="BOAT 2"), [2]),
+        (SampleFilter(text="'blue'"), [3, 2, 1, 0]),
+        (SampleFilter(text="' OR 1=1 --"), []),
+        (SampleFilter(text="%"), []),
+        (SampleFilter(domain="harbour", concept="boat", split="train"), [2, 1, 0]),
+        (SampleFilter(since=WHEN.replace(minute=2)), [3, 2]),
+    ],
+)
+def test_samples_are_listed_by_filter_newest_first(store: SampleStore, which: SampleFilter, offsets: list[int]) -> None:
+    assert [row["offset"] for row in newest_samples(store, which, 10)] == offsets
+    assert [row["offset"] for row in newest_samples(store, which, 1)] == offsets[:1]
+    assert count_samples(store, which) == len(offsets)
+
+
+def test_stats_count_samples_and_refusals(store: SampleStore) -> None:
+    stats = store_stats(store)
+    assert (stats.tally["sample"], stats.tally["fresh_eval"], stats.tally["quarantine"]) == (4, 1, 2)
+    assert stats.samples["source"].top(5) == [("cam 0", 2), ("cam 1", 2)]
+    assert stats.samples["concept"].top(5) == [("boat", 4)]
+    assert dict(stats.refusals["source"].top(5)) == {"cam 1": 1, "": 1}
+    assert dict(stats.refusals["reason"].top(1)) == {"schema": 1, "(others)": 1}
+
+
+def test_more_values_than_can_be_counted_leave_out_the_rarest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.sample_queries.MAX_VALUES", 10)
+    counts = ValueCounts()
+    for start in range(0, 100, 10):
+        counts.add(pa.array(["often"] * 5 + [f"source {start + number}" for number in range(10)]))
+    assert counts.top(1) == [("often", 50), ("(others)", 100)]
+    assert len(counts.counts) <= 10
