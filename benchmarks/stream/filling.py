@@ -1,0 +1,91 @@
+"""Filling a store with samples that cost little to make, and keeping it as a running installation would."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ops.progress import track
+from ops.settings import Settings
+from streams.rows import SCHEMA, Position
+from streams.table import SampleTable
+from streams.writer import StoreWriter
+
+COMMIT_ROWS = 50_000
+STREAM = "filled"
+MAINTENANCE_RUNS = 8
+"""More than any state of the store needs to settle."""
+
+
+def fill(lake: str, count: int, start: int) -> None:
+    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits."""
+    writer = StoreWriter(SampleTable(lake))
+    [claim] = writer.claim([Position(STREAM, 0, start)])
+    pieces = [(first, min(first + COMMIT_ROWS, count)) for first in range(start, count, COMMIT_ROWS)]
+    for first, end in track(pieces, "filling the store"):
+        rows = _rows(first, end, _small_jpeg())
+        number = end - first
+        size = rows["image"].nbytes
+        tally = Counter({"sample": number, "train": number, "train/text": number, "bytes": size})
+        position = claim.position
+        writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
+
+
+def maintainer(settings: Settings) -> Callable[[], Any] | None:
+    """Runs maintenance once; None where there is none."""
+    if find_spec("streams.maintenance") is None:
+        return None
+    from streams.maintenance import Maintainer
+
+    return Maintainer(settings).run_once  # type: ignore[no-any-return]
+
+
+def settle(settings: Settings) -> None:
+    """Run maintenance until it has nothing more to do."""
+    run = maintainer(settings)
+    table = SampleTable(settings.lake)
+    for _ in range(MAINTENANCE_RUNS if run is not None else 0):
+        before = table.create().version
+        run()  # type: ignore[misc]
+        if table.create().version == before:
+            return
+
+
+def _small_jpeg() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize((32, 32)).save(out, "JPEG", quality=60)
+    return out.getvalue()
+
+
+def _rows(first: int, end: int, jpeg: bytes) -> pa.Table:
+    """One image with another tail each: what follows its end marker is not read, and counts for its id."""
+    numbers = range(first, end)
+    images = [jpeg + os.urandom(16) for _ in numbers]
+    now = datetime.now(UTC)
+    constants = {
+        "kind": "sample", "question": "", "answer": "", "domain": "", "source": "bench", "concept": "", "label": "",
+        "tags": [], "extra": "", "time": now, "ingested_at": now, "split": "train", "width": 32, "height": 32,
+        "topic": STREAM, "partition": 0,
+    }  # fmt: skip
+    columns = {
+        "id": [hashlib.sha256(image).hexdigest() for image in images],
+        "image": images,
+        "text": [f"picture {number}" for number in numbers],
+        "look": [os.urandom(35).hex() for _ in numbers],
+        "offset": list(numbers),
+    }
+    constant = {name: [value] * len(images) for name, value in constants.items()}
+    arrays = [pa.array({**constant, **columns}.get(each.name, [None] * len(images)), each.type) for each in SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=SCHEMA)
