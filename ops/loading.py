@@ -7,6 +7,7 @@ Load once at start with :func:`load_settings`; nothing else in Ratchet reads the
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def _is_public(name: str) -> bool:
         name[:end] for end, char in enumerate(f"{name}.") if char == "."
     )  # an item's name is below its setting's
     leaf = next((each for each in parents if _field(each) is not None), None)
-    return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and "url" not in leaf
+    return leaf is not None and leaf not in MASKED and not _is_secret(leaf) and not re.search("url|registry", leaf)
 
 
 def _is_section(name: str) -> bool:

@@ -138,6 +138,26 @@ class Ingest(Section):
     metrics_port: int = Field(9464, ge=0, le=65535, description="Prometheus port of ingest; 0 is off.")
 
 
+class Maintain(Section):
+    """What keeps the sample store compact, deletes what is to be deleted, and publishes events: `ratchet maintain`."""
+
+    seconds: float = Field(30.0, gt=0, le=86_400, description="How often maintenance looks for something to do.")
+    metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
+    keep_seconds: float = Field(
+        3600.0, ge=0, description="How long versions of the sample store are kept that no update is pinned to."
+    )
+
+
+class Retention(Section):
+    """How long samples are kept. Without limits they are kept until somebody deletes them."""
+
+    max_age_days: float = Field(0, ge=0, description="Samples older than this are removed; 0: no limit.")
+    max_bytes: int = Field(0, ge=0, description="The oldest samples over this many bytes are removed; 0: no limit.")
+    keep_samples: int = Field(
+        50_000, ge=0, description="The newest samples that no limit removes, so that training and the gate have data."
+    )
+
+
 class Serve(Section):
     """The HTTP server and its engines."""
 
@@ -293,10 +313,14 @@ class Settings(Section):
         None, description="fsspec URL of adapters and reports; a folder in home when unset."
     )
     lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
-    metrics_host: str = Field("127.0.0.1", description="Address of the metrics ports of ingest and updater.")
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address of the metrics ports of ingest, maintenance and the updater."
+    )
     base: BaseModels = Field(default_factory=BaseModels)
     kafka: Kafka = Field(default_factory=Kafka)
     ingest: Ingest = Field(default_factory=Ingest)
+    maintain: Maintain = Field(default_factory=Maintain)
+    retention: Retention = Field(default_factory=Retention)
     serve: Serve = Field(default_factory=Serve)
     access: AccessRules = Field(default_factory=AccessRules)
     updater: Updater = Field(default_factory=Updater)

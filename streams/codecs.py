@@ -47,7 +47,7 @@ Fetch = Callable[[str], bytes]
 FIELDS_BYTES: Final = 512 * 1024
 _KNOWN: Final = frozenset({*METADATA, "image", "image_uri", "schema"})
 #: Names of the headers that the quarantine topic adds (:mod:`streams.quarantine`), without their prefix.
-_QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at"})
+_QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check"})
 _PREFIX: Final = "ratchet_"
 
 

@@ -3,8 +3,8 @@
 What the fields in front of a batch say is not covered by its checksum where it matters most (its offset and its
 length), so they are believed only where they agree with the fetch: with the position that was asked for, the batch that
 follows, the end of the log. A batch that does not is read a second time before it counts as damaged: the log may be
-sound, and the bytes have been damaged on their way. After a damaged batch nothing else of the fetch is read; the next
-one starts behind it, at a boundary that the broker knows.
+sound, and the bytes have been damaged on their way. Where what follows a damaged batch does not begin with its next
+offset, nothing else of the fetch is read, and the next one starts behind it, at a boundary that the broker knows.
 
 The offsets of a damaged batch are those that its header names, where the header contradicts nothing. Otherwise there
 are fewer of them, at least one, and the next fetch finds the rest: too few cost a fetch more, too many would cost
@@ -14,7 +14,8 @@ records.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kafka import TopicPartition
@@ -39,27 +40,36 @@ ATTRIBUTES_AT = 21
 #: Of magic 0, 1 and 2.
 CRC_AT = (12, 12, 17)
 LAST_DELTA_AT, COUNT_AT = 23, 57
+#: Index of the field.
+PRODUCER = 9
 COMPRESSION = 0x07
-#: How often bytes are read before they count as damaged in the log, and not on their way.
-READS = 2
-
-
-@dataclass
-class Suspects:
-    """Where the last fetch of each partition found damage, and how often."""
-
-    reads: dict[TopicPartition, tuple[int, int]] = field(default_factory=dict)
-
-    def seen(self, partition: TopicPartition, position: int) -> int:
-        """Count one more read at the position: how many there were."""
-        at, reads = self.reads.get(partition, (position, 0))
-        reads = reads + 1 if at == position else 1
-        self.reads[partition] = (position, reads)
-        return reads
+#: A position is fetched no more often than this before its bytes count as damaged in the log, if they differ each time.
+MAX_FETCHES = 3
 
 
 class Unreliable(Exception):
     """A batch that cannot be trusted; the message says why."""
+
+
+class UnreadableMarker(Unreliable):
+    """A batch that should end a transaction. Its checksum is right, so it was written like this."""
+
+
+class Suspects:
+    """Damage that the last fetch of each partition showed, to be told from damage on the way by the next one."""
+
+    def __init__(self) -> None:
+        self._seen: dict[TopicPartition, tuple[int, int, set[int]]] = {}
+
+    def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
+        """Whether the fetch before this one brought the same bytes, or several fetches other damaged ones."""
+        at, fetches, digests = self._seen.get(partition, (-1, 0, set()))
+        return zlib.crc32(view) in digests or (at == position and fetches >= MAX_FETCHES - 1)
+
+    def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
+        """Remember the damaged batches of a fetch that is read no further than ``position``."""
+        at, fetches, _ = self._seen.get(partition, (-1, 0, set()))
+        self._seen[partition] = (position, fetches + 1 if at == position else 1, {zlib.crc32(each) for each in views})
 
 
 class FetchedBatches:
@@ -95,7 +105,7 @@ class FetchedBatches:
                     raise Unreliable("its length does not fit what was fetched")
                 batch, last = self._open(view)
             except Unreliable as problem:
-                return self._damaged(view if view is not None else self.data[self._at :], str(problem))
+                return self._damaged(self.data[self._at :] if view is None else view, problem)
             self._at += len(view)
             if last < self.position:
                 continue  # a batch that ends before the position, as a broker may send in front of the right one
@@ -130,7 +140,7 @@ class FetchedBatches:
             return TolerantLegacyBatch(view, magic, self.partition, self.position, self.limit), last
         batch = TolerantBatch(view, self.partition, self.position, self.limit)
         if batch.unreadable_control:
-            raise Unreliable("it should end a transaction, and has no record that says which way")
+            raise UnreadableMarker("it should end a transaction, and has no record that says which way")
         return batch, last
 
     def _following(self, size: int) -> tuple[int, int] | None:
@@ -146,15 +156,39 @@ class FetchedBatches:
         except Unreliable:
             return None
 
-    def _damaged(self, view: memoryview, problem: str) -> DamagedBatch | None:
+    def _damaged(self, view: memoryview, problem: Unreliable) -> DamagedBatch | None:
         """What comes out for bytes that cannot be trusted: None at first, then a batch of corrupt records."""
-        self._stopped = True
         detail = f"a batch of {len(view)} bytes at offset {self.position} cannot be read: {problem}"
         if self.end <= self.position:
             raise CorruptRecordError(f"{detail}, and the log of {self.partition} ends at {self.end}")
-        if self.suspects.seen(self.partition, self.position) < READS:
+        written = isinstance(problem, UnreadableMarker)
+        if not written and not self.suspects.confirmed(self.partition, self.position, view):
+            self._stopped = True
+            self.suspects.put(self.partition, self.position, [view, *self._damage_behind(len(view))])
             return None
-        return DamagedBatch(self.partition, self._damaged_offsets(view), detail, view)
+        offsets = self._damaged_offsets(view)
+        # Behind a lost marker, which of a producer's records were taken back is known to a new fetch only.
+        ends = written and HEADER.unpack_from(view)[PRODUCER] >= 0
+        self._at += len(view)
+        self._stopped = ends or self._base_at(self._at) != offsets.stop
+        self.position = offsets.stop
+        self._first = False
+        return DamagedBatch(self.partition, offsets, detail, view)
+
+    def _base_at(self, at: int) -> int | None:
+        """What the batch at ``at`` names as its first offset, if it is all there."""
+        view = self._frame(at)
+        return None if view is None else int(struct.unpack_from(">q", view)[0])
+
+    def _damage_behind(self, size: int) -> Iterator[memoryview]:
+        """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
+        at = self._at + size
+        while (view := self._frame(at)) is not None:
+            try:
+                checked(view)
+            except Unreliable:
+                yield view
+            at += len(view)
 
     def _damaged_offsets(self, view: memoryview) -> range:
         follows = self._following(len(view))

@@ -106,7 +106,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         auth = httpx.BasicAuth(quote_plus(self.oauth.client_id), quote_plus(secret.get_secret_value()))
         try:
             status, body = self._post(form, auth)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise KafkaConnectionError(
                 f"kafka.oauth.token_url {self.oauth.token_url} does not answer ({type(error).__name__})"
             ) from None

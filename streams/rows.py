@@ -6,8 +6,9 @@ Every record of the topic becomes one row, so that each can be accounted for:
     sample      an accepted sample                                               all sample columns
     duplicate   a record whose sample was there already                          position, id, reason, duplicate_of
     quarantine  a refused record: the outbox of the quarantine topic             position, reason, original bytes
+    tombstone   a record without a value: a wish to delete                       position, key or id
     gap         offsets that were lost before they were read                     position (first), until, reason
-    deleted     the receipt of a deletion; of a sample, or of a tombstone        position, id, reason, detail
+    deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
 Readers of the store see samples only.
@@ -20,6 +21,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -45,6 +47,7 @@ SAMPLE_SCHEMA: Final = pa.schema(
         ("ingested_at", _UTC),
         ("split", pa.string()),
         ("look", pa.string()),  # hex of streams.quality.look.Look
+        ("size", pa.int64()),  # bytes of the image
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("topic", pa.string()),
@@ -85,7 +88,7 @@ KEY_BYTES: Final = 256
 
 Tally = Counter[str]
 """Numbers of rows: of each kind; of samples also ``train`` and ``fresh_eval``, and of each of those ``train/text`` and
-``train/question``; ``bytes`` of images and texts. Kept with the positions, so that nothing is counted by a scan."""
+``train/question``; ``bytes`` of images. Kept with the positions, so that nothing is counted by a scan."""
 
 
 def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
@@ -98,7 +101,7 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
             tally[split] += 1
             tally[f"{split}/text"] += bool(row.get("text"))
             tally[f"{split}/question"] += bool(row.get("question"))
-            tally["bytes"] += len(row["image"])
+            tally["bytes"] += row.get("size") or len(row.get("image") or b"")
         elif row["kind"] == "gap":
             tally["gap_offsets"] += row["until"] - row["offset"]
     return tally
@@ -177,3 +180,18 @@ def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Posi
         if name == topic and (old is None or generation > parse_stream(old.stream)[1]):
             newest[position.partition] = position
     return newest
+
+
+def deletion_row(row: Mapping[str, Any], reason: str, detail: str, when: datetime) -> dict[str, Any]:
+    """The receipt that stands for a row which was deleted: where it was and its id, nothing of its content."""
+    return {
+        "kind": "deleted",
+        "topic": row["topic"],
+        "partition": row["partition"],
+        "offset": row["offset"],
+        "id": row["id"],
+        "split": row["split"],
+        "reason": reason,
+        "detail": detail,
+        "ingested_at": when,
+    }

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import lance
@@ -23,10 +25,15 @@ from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
 from ops.errors import StoreUnavailable, Superseded
-from streams.rows import POSITION_SCHEMA, SCHEMA, Position, tally_of
+from streams.rows import POSITION_SCHEMA, SCHEMA, Position, deletion_row, tally_of
 from streams.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
+_REMOVED: Final = [
+    "kind", "topic", "partition", "offset", "id", "split", "source", "text", "question", "size", "ingested_at",
+]  # fmt: skip
+MOVED: Final = {"ratchet": "moved"}
+"""Property of a transaction that writes no row that was not there before."""
 ATTEMPTS: Final = 30
 """Lance's own retries pass a conflict of names on; ours begin anew from the newest version: some 10 ms each."""
 
@@ -98,17 +105,88 @@ class StoreWriter:
             moves.append((claim, replace(end, epoch=claim.position.epoch, tally=tally)))
         return self._commit(rows, moves)
 
-    def _commit(self, rows: Rows | pa.Table, moves: Sequence[tuple[Claim, Position]]) -> int:
+    def remove(self, where: str, reason: str, detail: str) -> list[dict[str, Any]]:
+        """Delete the samples and refusals that meet a condition, and leave a receipt for each, in one transaction.
+
+        Their bytes stay in the data files until maintenance has rewritten those and removed the old versions.
+
+        Args:
+            where: in Lance's SQL, as for :meth:`streams.store.SampleStore.select`.
+            reason, detail: for the receipts.
+
+        Returns:
+            What was deleted: kind, position, id, split, source and time of each row.
+
+        Raises:
+            StoreUnavailable: nothing was deleted; to be tried again.
+        """
+        condition = f"kind IN ('sample', 'quarantine') AND ({where})"
+        for _ in range(ATTEMPTS):
+            dataset = self.table.create()
+            table = dataset.to_table(columns=_REMOVED, filter=condition, with_row_address=True)
+            rows = table.to_pylist()
+            if not rows:
+                return []
+            parts = {int(row["_rowaddr"]) >> 32 for row in rows}
+            changed = {number: dataset.get_fragment(number).delete(condition) for number in sorted(parts)}
+            fragment, root = next(each for each in positions(dataset) if each[1].key == ROOT.key)
+            tally = Counter(root.tally)
+            tally.subtract(tally_of(rows))
+            tally.update(tally_of([{"kind": "deleted"} for _ in rows]))
+            now = datetime.now(UTC)
+            receipts = [deletion_row(row, reason, detail, now) for row in rows]
+            moves = [(Claim(root, fragment), replace(root, tally=tally))]
+            try:
+                self._commit(receipts, moves, dataset, changed)
+            except (Superseded, CommitConflictError):
+                continue
+            return list(rows)
+        raise StoreUnavailable(
+            f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
+        )
+
+    def merge(self, fragments: Sequence[int], rows_at_once: int) -> int:
+        """Write the rows of some fragments into one, without those that were deleted. Returns the bytes written.
+
+        0 when somebody else changed one of them meanwhile: then nothing has happened. Not Lance's own compaction, which
+        merges only neighbours, and puts what it writes to the end, where it parts others.
+
+        Raises:
+            StoreUnavailable: nothing has happened; to be tried again.
+        """
+        dataset = self.table.create()
+        parts = [dataset.get_fragment(number) for number in fragments]
+        try:
+            rows = dataset.scanner(fragments=parts, batch_size=rows_at_once, scan_in_order=True).to_reader()
+            new = write_fragments(rows, dataset, mode="append", max_rows_per_file=1 << 30, max_bytes_per_file=1 << 40)
+            operation = lance.LanceOperation.Update(
+                removed_fragment_ids=sorted(fragments), updated_fragments=[], new_fragments=new, fields_modified=[]
+            )
+            moved = lance.Transaction(dataset.version, operation, transaction_properties=MOVED)
+            lance.LanceDataset.commit(self.table.url, moved)
+        except CommitConflictError:
+            return 0
+        except (OSError, RuntimeError) as error:
+            raise outage(self.table.url, "compacted", error) from error
+        return sum(file.file_size_bytes or 0 for fragment in new for file in fragment.files)
+
+    def _commit(
+        self,
+        rows: Rows | pa.Table,
+        moves: Sequence[tuple[Claim, Position]],
+        base: Any = None,
+        changed: Mapping[int, Any] | None = None,
+    ) -> int:
         url = self.table.url
-        base = self.table.create()
+        base = base or self.table.create()
         try:
             new = _write(rows, base, SCHEMA) if len(rows) else []
             marks = _write([position.row() for _, position in moves], base, POSITION_SCHEMA, max_rows_per_file=1)
-            dataset = self._replace(base, [claim.fragment for claim, _ in moves], new, marks)
-        except OSError as error:
+            dataset = self._replace(base, [claim.fragment for claim, _ in moves], [*new, *marks], changed or {})
+        except (OSError, RuntimeError) as error:
             raise outage(url, "written", error) from error
         if dataset is None:
-            present = {fragment.fragment_id for fragment in self._newest().get_fragments()}
+            present = {fragment.fragment_id for fragment in self.table.create().get_fragments()}
             raise Superseded([claim.key for claim, _ in moves if claim.fragment not in present and claim.fragment >= 0])
         paths = [mark.files[0].path for mark in marks]
         numbers = _fragments_by_path(dataset, paths)
@@ -116,33 +194,38 @@ class StoreWriter:
             claim.position, claim.fragment = position, numbers[path]
         return int(dataset.version)
 
-    def _replace(self, base: Any, old: Sequence[int], new: Sequence[Any], marks: Sequence[Any]) -> Any | None:
-        """The version in which ``marks`` stand for the fragments ``old``; None when one of those is gone."""
-        removed = {number for number in old if number >= 0}
+    def _replace(self, base: Any, old: Sequence[int], new: Sequence[Any], changed: Mapping[int, Any]) -> Any | None:
+        """The version in which ``new`` stand for the fragments ``old``; None when one of those is gone.
+
+        ``changed`` are fragments of ``base`` with more rows deleted (None: all of them): when somebody else changes one
+        of those first, that raises CommitConflictError.
+        """
+        fences_removed = {number for number in old if number >= 0}
         operation = lance.LanceOperation.Update(
-            removed_fragment_ids=sorted(removed), updated_fragments=[], new_fragments=[*new, *marks], fields_modified=[]
+            removed_fragment_ids=sorted(fences_removed | {number for number, left in changed.items() if left is None}),
+            updated_fragments=[left for left in changed.values() if left is not None],
+            new_fragments=list(new),
+            fields_modified=[],
         )
         trouble: Exception | None = None
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1 if changed else ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
-                base = self._newest()
-                if trouble is not None and _fragments_by_path(base, [marks[0].files[0].path]):
+                base = self.table.create()
+                if trouble is not None and _fragments_by_path(base, [new[-1].files[0].path]):
                     return base  # the answer was lost, the commit was not
-            if removed - {fragment.fragment_id for fragment in base.get_fragments()}:
+            if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
                 return None
             try:
                 return lance.LanceDataset.commit(self.table.url, operation, read_version=base.version)
             except CommitConflictError:
-                continue
+                if changed:
+                    raise
             except OSError as error:
                 trouble = error
         raise trouble or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
-
-    def _newest(self) -> Any:
-        return self.table.create()
 
 
 def _write(rows: Rows | pa.Table, base: Any, schema: pa.Schema, **options: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from streams.tables import dataset_error
 MAX_ELEMENT_BYTES: Final = 16 * 2**20
 """Longest element of an array, and longest text in what is passed over."""
 MAX_DEPTH: Final = 32
+BUFFER_BYTES: Final = 64 * 1024
 COMMIT_ROWS: Final = 10_000
 _OPEN: Final = ("start_map", "start_array")
 _CLOSE: Final = ("end_map", "end_array")
@@ -56,35 +57,9 @@ def elements(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
     file = _Bounded(path)
     number = 0
     try:
-        array, builder, depth = "", None, 0
-        base = 0
-        for prefix, event, value in ijson.parse(file, use_float=True, buf_size=64 * 1024):
-            if builder is None:
-                file.reset()
-            if event in _CLOSE:
-                depth -= 1
-            elif event in _OPEN:
-                depth += 1
-                if depth > MAX_DEPTH:
-                    raise dataset_error(f"{path} is nested deeper than {MAX_DEPTH}", "flatten it")
-            if builder is not None:
-                builder.event(event, value)
-                if depth == base and event != "map_key":
-                    number += 1
-                    yield array, builder.value
-                    builder = None
-                continue
-            array, is_element = _element_of(prefix)
-            if is_element and array in arrays and event not in ("end_array", "map_key"):
-                if event in _OPEN:
-                    base = depth - 1
-                    builder = ijson.ObjectBuilder()
-                    builder.event(event, value)
-                else:
-                    number += 1
-                    yield array, value
-            elif depth == 1 and prefix in arrays and event in ("string", "number"):
-                yield prefix, value
+        for element in _elements(file, path, arrays):
+            number += 1
+            yield element
     except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
         problem = f"{path}, after element {number}: not JSON ({str(error).strip()[:160]})"
         raise dataset_error(problem, "write it again, or copy it again") from error
@@ -92,12 +67,35 @@ def elements(path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
         file.close()
 
 
-def _element_of(prefix: str) -> tuple[str, bool]:
-    """The array that an event belongs to directly, by ijson's path; elements of the document have the path ``item``."""
-    if prefix == "item":
-        return TOP, True
-    name, _, last = prefix.rpartition(".")
-    return name, last == "item" and bool(name)
+def _elements(file: _Bounded, path: Path, arrays: Collection[str]) -> Iterator[tuple[str, Any]]:
+    depth = 0
+    key, array = TOP, ""  # the last name at the top, and the array that is open
+    inside = -1  # the depth of that array's elements; -1 where none is open
+    builder: ijson.ObjectBuilder | None = None
+    # Not `ijson.parse`: it makes a path for each event, which costs the square of the depth.
+    for event, value in ijson.basic_parse(file, use_float=True, buf_size=BUFFER_BYTES):
+        if builder is None:
+            file.reset()
+        depth -= event in _CLOSE
+        if builder is not None:
+            builder.event(event, value)
+        elif event == "map_key":
+            key = value if depth == 1 else key
+        elif event in _CLOSE:
+            inside = -1 if depth < inside else inside
+        elif depth == inside:
+            builder = ijson.ObjectBuilder()
+            builder.event(event, value)
+        elif event == "start_array" and inside < 0 and depth <= 1 and key in arrays:
+            array, inside = key, depth + 1
+        elif depth == 1 and key in arrays and event in ("string", "number"):
+            yield key, value
+        depth += event in _OPEN
+        if depth > MAX_DEPTH:
+            raise dataset_error(f"{path} is nested deeper than {MAX_DEPTH}", "flatten it")
+        if builder is not None and depth == inside:
+            yield array, builder.value
+            builder = None
 
 
 class DiskIndex:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from lzma import LZMAError
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,11 +32,11 @@ from streams.tables import Where, dataset_error
 SUFFIXES: Final = (".tar", ".tar.gz", ".tgz")
 MAX_HEADER_BYTES: Final = 2**20
 """Longest extended header of a member; Python's tarfile reads one whole."""
-MAX_SHARDS: Final = 1_000_000
+MAX_SHARDS: Final = 100_000
 MAX_MEMBERS: Final = 256
 """Most members of one sample."""
 _TEXTS: Final = ("txt", "text", "caption")
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_RANGE = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}")
 _BRACES = re.compile(r"\{[^{}]*\}")
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, LZMAError)
 
@@ -63,25 +64,21 @@ class _Group:
 def expand(path: Path) -> list[Path]:
     """Files that a pattern with braces names: ``{000..010}`` counts, ``{a,b}`` lists. Raises RecordError."""
     text = str(path)
-    choices = []
-    for brace in _BRACES.findall(text):
-        numbers = _RANGE.fullmatch(brace)
-        if numbers is None:
-            choices.append(brace[1:-1].split(","))
-            continue
-        first, last = numbers.groups()
-        if not 0 <= int(last) - int(first) < MAX_SHARDS:
-            raise dataset_error(f"{brace} in {path} is no range", "write the lower number first: {000..010}")
-        choices.append([f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)])
-    count = 1
-    for choice in choices:
-        count *= len(choice)
-    if count > MAX_SHARDS:
+    choices = [_choices(brace, path) for brace in _BRACES.findall(text)]
+    if (count := prod(len(choice) for choice in choices)) > MAX_SHARDS:
         raise dataset_error(f"{path} names {count} shards", f"name at most {MAX_SHARDS} at once")
     literals = _BRACES.split(text)
-    return [
-        Path("".join(f"{a}{b}" for a, b in zip(literals, (*chosen, ""), strict=True))) for chosen in product(*choices)
-    ]
+    return [Path("".join(map("".join, zip(literals, (*chosen, ""), strict=True)))) for chosen in product(*choices)]
+
+
+def _choices(brace: str, path: Path) -> list[str]:
+    numbers = _RANGE.fullmatch(brace)
+    if numbers is None:
+        return brace[1:-1].split(",")
+    first, last = numbers.groups()
+    if not 0 <= int(last) - int(first) < MAX_SHARDS:
+        raise dataset_error(f"{brace} in {path} is no range", f"write the lower number first, of at most {MAX_SHARDS}")
+    return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
 
 
 def shards_of(path: Path) -> list[Path]:

@@ -19,11 +19,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import lance
-
 from ops.errors import StoreFull, StoreUnavailable
-from streams.quality.look import Look, similar
+from streams.quality.look import PHASH_DIGITS, Look, similar
 from streams.table import SampleTable, fences
+from streams.writer import MOVED
 
 Kind = Literal["exact", "perceptual"]
 Words = tuple[str, str, str]
@@ -39,6 +38,10 @@ CHUNK_ROWS: Final = 65_536
 CACHE_KIB: Final = 32_768
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "1"
+_ALL_BITS: Final = 2**64 - 1
+_SIGN: Final = 2**63
+"""SQLite's integers are signed."""
+_ODD: Final = 0x9E3779B97F4A7C15
 _COLUMNS: Final = ["kind", "id", "look", "text", "question", "answer"]
 
 
@@ -67,7 +70,7 @@ class DuplicateIndex:
         self.distance = distance
         self._bands = _bands(distance)
         self._identity = f"{_FORMAT} {store} {distance}"
-        with _told(path):
+        with _errors_named(path):
             self._open()
 
     def __len__(self) -> int:
@@ -86,26 +89,26 @@ class DuplicateIndex:
         Raises:
             StoreUnavailable, StoreFull: the file cannot be written; nothing was added.
         """
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.execute("COMMIT")
 
     def find(self, sample_id: str, look: str, words: Words) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
-        with _told(self.path):
+        with _errors_named(self.path):
             if self._has(bytes.fromhex(sample_id)):
                 return Duplicate("exact", sample_id)
             if self.distance == OFF:
                 return None
             mine = Look.parse(look)
             query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
-            for band in self._bands_of(mine, words):
+            for band in self._bands_of(look, words):
                 for other, theirs in self._db.execute(query, (band, CANDIDATES)):
                     if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
                         return Duplicate("perceptual", other.hex())
@@ -123,11 +126,12 @@ class DuplicateIndex:
         last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
         if dataset.version == version:
             return
-        known = {fragment.fragment_id for fragment in fences(dataset)} | _moved(dataset, version)
+        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
-        with _told(self.path):
-            for fragment in (each for each in fresh if each.fragment_id not in known):
-                self._take(dataset, fragment)
+        with _errors_named(self.path):
+            for fragment in fresh:
+                if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
+                    self._take(dataset, fragment)
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
@@ -147,29 +151,24 @@ class DuplicateIndex:
 
     def _insert(self, samples: Iterable[tuple[bytes, str, Words]]) -> None:
         rows = list(samples)
-        with _told(self.path):
+        with _errors_named(self.path):
             self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
             if self.distance != OFF:
                 bands = sorted(
-                    (band, sample, look)
-                    for sample, look, words in rows
-                    for band in self._bands_of(Look.parse(look), words)
+                    (band, sample, look) for sample, look, words in rows if look for band in self._bands_of(look, words)
                 )
                 self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", bands)
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
-    def _bands_of(self, look: Look, words: Words) -> list[int]:
+    def _bands_of(self, look: str, words: Words) -> list[int]:
         """One number for each band: of the words and of the hash's bits there."""
-        text = "\0".join((*map(str, map(len, words)), *words)).encode()
+        text, question, answer = words
+        digest = blake2b(f"{len(text)} {len(question)} {text}{question}{answer}".encode(), digest_size=8).digest()
+        seed, phash = int.from_bytes(digest, "big"), int(look[:PHASH_DIGITS], 16)
         return [
-            int.from_bytes(
-                blake2b(text, digest_size=8, key=(look.phash & mask).to_bytes(8, "big"), salt=bytes([n])).digest(),
-                "big",
-                signed=True,
-            )
-            for n, mask in enumerate(self._bands)
+            ((seed + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in enumerate(self._bands)
         ]
 
     def _open(self) -> None:
@@ -215,20 +214,19 @@ def _bands(distance: int) -> list[int]:
     return [((1 << (end - start)) - 1) << start for start, end in pairwise(ends)]
 
 
-def _moved(dataset: Any, since: int) -> set[int]:
-    """Fragments of rows that were in the store at version ``since``, and were only moved by compaction."""
+def _moved(dataset: Any, since: int) -> set[str]:
+    """Data files of rows that were in the store at version ``since``, and were only moved by maintenance."""
+    moved: set[str] = set()
     if since < 0 or dataset.version - since > RECENT_VERSIONS:
-        return set()
-    moved: set[int] = set()
+        return moved
     for transaction in dataset.get_transactions(int(dataset.version - since)):
-        operation = getattr(transaction, "operation", None)
-        if isinstance(operation, lance.LanceOperation.Rewrite):
-            moved.update(each.id for group in operation.groups for each in group.new_fragments)
+        if transaction is not None and MOVED.items() <= (transaction.transaction_properties or {}).items():
+            moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
     return moved
 
 
 @contextmanager
-def _told(path: Path | str) -> Iterator[None]:
+def _errors_named(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:

@@ -60,6 +60,8 @@ _THRESHOLD = _DEAD_ZONE * SIDE * _SCALE**2 * 1000
 """An amplitude of one level is a coefficient of 32 where the transform is orthonormal."""
 _LOWEST = sorted(((i, j) for i in range(8) for j in range(8) if i or j), key=lambda at: (at[0] ** 2 + at[1] ** 2, at))
 
+PHASH_DIGITS: Final = 16
+"""Hex digits of the hash, with which :meth:`Look.hex` begins."""
 _SPLIT_BITS: Final = 12
 _SPLIT_STEP: Final = 32
 _SPLIT_SHIFT: Final = 5
@@ -83,7 +85,7 @@ class Look:
     def parse(cls, text: str) -> Look:
         """The look that :meth:`hex` wrote. Raises ValueError."""
         data = bytes.fromhex(text)  # which skips white space
-        if (len(text), len(data)) != (16 + 6 * GRID**2, 8 + 3 * GRID**2):
+        if (len(text), len(data)) != (PHASH_DIGITS + 6 * GRID**2, 8 + 3 * GRID**2):
             raise ValueError(f"{text[:100]!r} is no look: it is not 70 hex digits")
         return cls(int.from_bytes(data[:8]), data[8:])
 

@@ -144,14 +144,13 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
     look = look_of(image)
     row = {
         "kind": "sample",
-        **sample.model_dump(),
+        **sample.row(),
         "id": sample.id,
-        "tags": list(sample.tags),
-        "extra": json.dumps(sample.extra, sort_keys=True) if sample.extra else "",
         "time": sample.time or record_time(record.timestamp) or now,
         "ingested_at": now,
         "split": split_of(look, rules.split_key, limits.fresh_eval_share),
         "look": look.hex(),
+        "size": len(sample.image),
         "width": image.width,
         "height": image.height,
         "key": record_key(record.key),

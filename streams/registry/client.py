@@ -19,8 +19,10 @@ TRIES: Final = 3
 PAUSE_SECONDS: Final = 0.2
 """Before the second try; twice as long before the third."""
 MAX_RESPONSE_BYTES: Final = 2 * 1024 * 1024
-#: The registry's own codes for "no such schema, subject or version": a 404 without one is a wrong URL or a proxy.
-_NOT_FOUND: Final = frozenset({"404", "40401", "40402", "40403"})
+#: The registry's own codes for "no such subject, version or schema": a 404 without one is a wrong URL or a proxy.
+_NOT_FOUND: Final = frozenset({"40401", "40402", "40403"})
+MAX_ID: Final = 2**31 - 1
+"""Registries count in 32 bits with a sign, and answer a larger id as they do a wrong URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,8 @@ class RegistryClient:
             RegistryUnavailable: the registry is away.
         """
         path = f"/schemas/ids/{number}"
+        if number > MAX_ID:
+            raise _missing(path)
         schema = self._schema(path)
         return schema if schema.kind != "PROTOBUF" else self._schema(f"{path}?format=serialized")
 
@@ -99,7 +103,7 @@ class RegistryClient:
             last = number == TRIES - 1
             try:
                 status, body = self._fetch(path)
-            except httpx.HTTPError as error:
+            except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
                 if last:
                     raise self._unavailable(f"does not answer ({type(error).__name__})") from error
             else:
@@ -118,7 +122,7 @@ class RegistryClient:
             for chunk in response.iter_raw():
                 body += chunk
                 if len(body) > MAX_RESPONSE_BYTES:
-                    raise self._unavailable(f"answers with more than {MAX_RESPONSE_BYTES} bytes")
+                    raise self._too_large(response.status_code, path)
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the body takes too long")
             return response.status_code, bytes(body)
@@ -133,11 +137,22 @@ class RegistryClient:
         if not isinstance(answer, dict):
             raise self._unavailable(f"answers with status {status} and no JSON object")
         if status == 404 and str(answer.get("error_code")) in _NOT_FOUND:
-            missing = f"the schema registry has no {path.partition('?')[0]}."
-            raise RecordError("schema", missing, "Register the schema, then send the record again.")
+            raise _missing(path)
         if status != 200:
             raise self._unavailable(f"answers with status {status}")
         return answer
 
+    def _too_large(self, status: int, path: str) -> RecordError | RegistryUnavailable:
+        if status == 200:  # of this schema only: waiting would not help
+            return RecordError(
+                "schema", f"schema {path} has more than {MAX_RESPONSE_BYTES} bytes.", "Use a smaller one."
+            )
+        return self._unavailable(f"answers with status {status} and more than {MAX_RESPONSE_BYTES} bytes")
+
     def _unavailable(self, what: str, fix: str = "Check `kafka.schema_registry`.") -> RegistryUnavailable:
         return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix)
+
+
+def _missing(path: str) -> RecordError:
+    shown = f"the schema registry has no {path.partition('?')[0]}."
+    return RecordError("schema", shown, "Register the schema, then send the record again.")

@@ -73,7 +73,7 @@ def seal(batch: bytearray) -> bytearray:
 def encode_record(message: RawMessage, offset_delta: int, timestamp_delta: int) -> bytes:
     """One record of a batch."""
     out = bytearray(b"\x00")
-    _varints(out, timestamp_delta, offset_delta)
+    _varints(out, (timestamp_delta + 2**63) % 2**64 - 2**63, offset_delta)  # as 64 bits hold it
     for each in (message.key, message.value):
         _nullable(out, each)
     _varints(out, len(message.headers))

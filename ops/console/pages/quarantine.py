@@ -33,7 +33,9 @@ WORDS: Final[Mapping[Reason, str]] = {
     "text_too_long": "The text is too long",
     "uri_not_allowed": "The picture's address is not allowed",
     "uri_unreachable": "The picture could not be fetched",
-    "uri_digest": "The picture is not the one that the record states",
+    "uri_digest": "The picture fetched is not the one that was named",
+    "corrupt": "The record is damaged",
+    "crashed": "Reading it ended the process",
     "internal": "Ratchet made a mistake",
 }
 """The reasons as people say them."""

@@ -26,6 +26,7 @@ from streams.read_back import read_back
 from tests.support.broker import Broker
 from tests.support.kafka import wait_for
 from tests.support.mortal_publisher import POINTS
+from tests.support.pages import ROOT, Page
 
 pytestmark = pytest.mark.integration
 EARLY = datetime(2026, 1, 1, tzinfo=UTC)
@@ -186,6 +187,31 @@ def test_without_a_topic_events_stay_in_the_ledger(settings: Settings, ledger: L
     assert publisher.publish_pending() == 0
     publisher.run(threading.Event())
     assert ledger.count_waiting_events() == 1
+
+
+def test_the_consumer_on_the_page_reads_what_is_published(
+    settings: Settings, ledger: Ledger, publisher: EventPublisher
+) -> None:
+    ledger.register_adapter("clip-a", "clip", "base", "space-a", "text-a", {})
+    for number, (clip, share) in enumerate([("clip-a", 0.1), ("clip-a", 1.0), ("clip-a", 1.0), (None, 1.0)], 1):
+        ledger.commit_release(number, clip=clip, vlm=None, actor="a", reason="r", proposal_id=None, share=share)
+    publisher.publish_pending()
+    [example] = [block.text for block in Page(ROOT / "docs" / "events.md").blocks if block.language == "python"]
+    kafka = settings.kafka
+    names = {"127.0.0.1:19092": kafka.bootstrap, "ratchet.events": kafka.events_topic, "my-index": kafka.events_topic}
+    for written, actual in names.items():
+        assert f'"{written}"' in example
+        example = example.replace(f'"{written}"', f'"{actual}"')
+    with subprocess.Popen([sys.executable, "-u", "-c", example], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            lines = [process.stdout.readline().strip() for _ in range(2)]
+        finally:
+            process.kill()
+    assert lines == [
+        "embed all again for image space space-a of release 2",
+        "embed all again for image space None of release 4",
+    ]
 
 
 def _unreachable(_: object) -> None:

@@ -175,7 +175,7 @@ def test_poison_between_good_records_is_quarantined_with_its_reason_and_bytes(ru
         "image_missing": (b'{"text": "no image"}', []),
         "text_missing": (picture(4001), []),
         "text_too_long": (picture(4002), [("ratchet_text", b"x" * 301)]),
-        "schema": (json.dumps({"image": "aGk=", "text": "t", "label": 1}).encode(), []),
+        "schema": (json.dumps({"image": "aGk=", "text": 1}).encode(), []),
         "image_format": (json.dumps({"image": base64.b64encode(b"<svg/>").decode(), "text": "t"}).encode(), []),
         "image_too_small": (picture(4003, size=4), [("ratchet_text", b"tiny")]),
         "headers": (picture(4004), [("ratchet_text", b"\xff\xff")]),

@@ -127,7 +127,7 @@ def test_of_two_at_once_one_sends(stream: Stream) -> None:
 
 
 def test_what_is_refused_again_lies_in_quarantine_anew_with_its_history(stream: Stream) -> None:
-    image, headers = good(3, colour="blue")  # no field of a sample
+    image, headers = good(3, image="blue")  # a header has no room for it
     [place] = stream.send((image, headers))
     newest = list_quarantine(stream.settings, stream.ledger, limit=1)[0]
     assert (newest.place, newest.reason, newest.resubmission) == (place, "headers", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from ops.errors import LeaseLost, LedgerError, ReleaseConflict
 from ops.ledger import Ledger
 from ops.ledger import tables as t
-from ops.ledger.events import MAX_DATA_BYTES
+from ops.ledger.events import EVENT_TYPES, MAX_DATA_BYTES
+from ops.ledger.leases import check_lease
+from tests.support.pages import ROOT, Page
 
 
 def events(ledger: Ledger) -> dict[str, dict[str, Any]]:
@@ -94,7 +97,7 @@ def test_a_fact_whose_event_cannot_be_written_is_not_written(ledger: Ledger, mon
     row = ledger.propose("release", clip="clip-a", actor="ann", reason="r")
     for module in ("learning", "release_events"):
         monkeypatch.setattr(f"ops.ledger.{module}.add_event", broken)
-    attempts = [
+    attempts: list[Callable[[], object]] = [
         lambda: release(ledger, 1, None, row.id),
         lambda: ledger.propose("release", clip="clip-b", actor="ann", reason="r"),
         lambda: ledger.advance_proposal(row.id, "failed", "no"),
@@ -182,8 +185,6 @@ def test_a_lease_is_not_taken_while_a_write_under_it_goes_on(ledger: Ledger) -> 
     ledger.record_event("ratchet.gap.v1", "gap-0", "t:0", {})
     epoch = ledger.acquire_lease("events", "a", seconds=0)
     assert epoch is not None
-    from ops.ledger.leases import check_lease
-
     taken: list[int | None] = []
     taker = threading.Thread(target=lambda: taken.append(ledger.acquire_lease("events", "b", 60)))
     with ledger.database.write() as session:
@@ -210,3 +211,17 @@ def test_of_many_that_want_a_lease_at_once_one_gets_it(ledger: Ledger) -> None:
     for thread in threads:
         thread.join(30)
     assert [each for each in results if each is not None] == [1] and len(results) == 5
+
+
+def test_the_page_lists_each_type_with_the_fields_that_its_events_have(ledger: Ledger) -> None:
+    test_the_way_of_an_update_into_service_is_told_step_by_step(ledger)
+    row = ledger.propose("rollback", family="both", clip=None, actor="bob", reason="bad")
+    release(ledger, 2, None, row.id)
+    prose = Page(ROOT / "docs" / "events.md").prose
+    lines = {line.split("`")[1]: line for line in prose.splitlines() if line.startswith("| `ratchet.")}
+    assert set(lines) == set(EVENT_TYPES.values())
+    seen = {event.type: event for event in ledger.events()}
+    assert len(seen) == 5
+    for kind, event in seen.items():
+        assert all(f"`{name}`" in lines[kind] for name in event.data), kind
+        assert event.event_id.split("-")[0] == kind.split(".")[1] and f"`{event.event_id.split('-')[0]}-" in lines[kind]

@@ -16,6 +16,7 @@ from kafka.record import MemoryRecordsBuilder
 
 from ops.errors import ConfigError
 from streams import tolerant_fetch
+from streams.fetched_batches import MAX_FETCHES
 from streams.record_batches import MAX_HEADERS, MAX_RAW_BYTES, Corrupt
 from streams.tolerant_fetch import check_library, install
 from tests.support.raw_batches import CODECS, RawBatch, RawMessage, encode_record, seal
@@ -185,6 +186,27 @@ def test_damage_that_a_second_fetch_does_not_bring_was_on_the_way() -> None:
     first = reader.poll(bytes(damaged), log.end)
     assert offsets(first) == list(log.spans[0])
     assert not corrupt_offsets(reader.read(log)) and reader.position.offset == log.end
+
+
+def test_damage_that_differs_each_time_is_fetched_a_few_times_only() -> None:
+    log = log_of(0)
+    reader = LogReader(FIRST)
+    found: list[Any] = []
+    while not found and reader.fetches < 10:
+        data = bytearray(log.fetch(FIRST))
+        data[100 + reader.fetches] ^= 1
+        found = reader.poll(bytes(data), log.end)
+    assert corrupt_offsets(found) == list(log.spans[0]) and reader.fetches == MAX_FETCHES
+
+
+def test_one_more_fetch_is_enough_for_all_damage_that_it_shows() -> None:
+    log = log_of(0, 1, 2, 3, 4, 0)
+    for number in (0, 1, 3, 5):
+        log.batches[number][-1] ^= 1
+    reader = LogReader(FIRST)
+    records = reader.read(log)
+    assert offsets(records) == list(range(FIRST, log.end)) and len(corrupt_offsets(records)) == 4 * COUNT
+    assert reader.fetches == 2
 
 
 def test_a_claim_of_two_billion_records_makes_no_more_rows_than_the_bytes_can_hold() -> None:

@@ -1,0 +1,138 @@
+"""Publishing to a broker: every row once, and again only what was in flight when it was killed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from webdataset import ShardWriter
+
+from ops.cli.main import app
+from ops.errors import ConfigError, RecordError
+from ops.settings import Settings
+from streams.publish import publish
+from streams.publish_resume import MAX_ROWS, SAVE_ROWS
+from tests.support.broker import Broker
+from tests.support.kafka import make_topics, picture, read_topic, wait_for
+
+pytestmark = pytest.mark.integration
+PICTURE = base64.b64encode(picture(1)).decode()
+
+
+@pytest.fixture
+def settings(broker: Broker, tmp_path: Path) -> Settings:
+    own = broker.settings(tmp_path / "home")
+    make_topics(own)
+    return own
+
+
+def rows(path: Path, count: int, bad: Iterable[int] = ()) -> Path:
+    with path.open("w") as stream:
+        for number in range(count):
+            stream.write(json.dumps({"image": PICTURE, "text": "" if number in bad else f"row {number}"}) + "\n")
+    return path
+
+
+def texts(settings: Settings, at_least: int = 0) -> Counter[str]:
+    """Texts of the records on the topic."""
+    records = read_topic(settings.kafka, settings.kafka.topic, at_least)
+    return Counter(dict(record.headers)["ratchet_text"].decode() for record in records)
+
+
+def expected(numbers: Iterable[int]) -> dict[str, int]:
+    return {f"row {number}": 1 for number in numbers}
+
+
+def test_shards_arrive_with_the_bytes_of_their_images(settings: Settings, tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "%02d.tar"), maxcount=4, verbose=0) as sink:
+        for number in range(10):
+            sink.write({"__key__": f"{number:03d}", "png": picture(number), "txt": f"row {number}"})
+    report = publish(settings, tmp_path / "{00..02}.tar")
+    assert (report.delivered, report.format, report.exit_status) == (10, "webdataset", 0)
+    assert report.size == sum(len(picture(number)) for number in range(10))
+    records = read_topic(settings.kafka, settings.kafka.topic, 10)
+    assert {record.value for record in records} == {picture(number) for number in range(10)}
+    assert texts(settings, 10) == expected(range(10))
+
+
+def test_the_first_bad_row_ends_it_and_a_resumed_run_begins_there(settings: Settings, tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 20, bad=[7])
+    with pytest.raises(RecordError, match=r"line 8, field 'text': is empty.*--skip-bad"):
+        publish(settings, file)
+    assert texts(settings, 7) == expected(range(7))
+    rows(file, 20)
+    report = publish(settings, file, resume=True)
+    assert (report.before, report.delivered, report.exit_status) == (7, 13, 0)
+    assert texts(settings, 20) == expected(range(20))
+
+
+def test_bad_rows_are_left_out_counted_and_written(settings: Settings, tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 20, bad=[7, 9])
+    report = publish(settings, file, skip_bad=True, rejects=tmp_path / "bad.jsonl")
+    assert (report.delivered, report.refused.total(), report.exit_status) == (18, 2, 3)
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+    assert texts(settings, 18) == expected(set(range(20)) - {7, 9})
+
+
+def test_a_limit_goes_on_from_run_to_run(settings: Settings, tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 10)
+    reports = [publish(settings, file, limit=4, resume=True) for _ in range(4)]
+    assert [(report.before, report.delivered) for report in reports] == [(0, 4), (4, 4), (8, 2), (10, 0)]
+    assert {report.exit_status for report in reports} == {0}
+    assert texts(settings, 10) == expected(range(10))
+
+
+def test_without_resume_all_rows_are_sent_again(settings: Settings, tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 3)
+    assert [publish(settings, file).delivered for _ in range(2)] == [3, 3]
+    assert set(texts(settings, 6).values()) == {2}
+
+
+def test_a_data_set_that_changed_is_not_resumed(settings: Settings, tmp_path: Path) -> None:
+    file = rows(tmp_path / "a.jsonl", 10)
+    publish(settings, file)
+    rows(file, 4)
+    with pytest.raises(ConfigError, match=r"has changed: row 10 was .*line 10, and now there is only 4 rows"):
+        publish(settings, file, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words", "status"), [([], [], 0), ([1], [], 1), ([1], ["--skip-bad"], 3), ([0, 1, 2], ["--skip-bad"], 4)]
+)
+def test_the_command_ends_with_a_status_that_tells(
+    settings: Settings, tmp_path: Path, bad: list[int], words: list[str], status: int
+) -> None:
+    kafka = settings.kafka
+    flags = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
+    setting = [word for flag in flags for word in ("--set", flag)]
+    result = CliRunner().invoke(app, [*setting, "publish", str(rows(tmp_path / "a.jsonl", 3, bad)), *words])
+    assert result.exit_code == status, result.output
+
+
+def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
+    settings: Settings, tmp_path: Path
+) -> None:
+    count = 6000
+    file = rows(tmp_path / "a.jsonl", count)
+    kafka = settings.kafka
+    flags = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]
+    words = [word for flag in flags for word in ("--set", flag)]
+    command = [sys.executable, "-m", "ops.cli.main", *words, "publish", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
+        wait_for(lambda: any((settings.home / "publish").glob("*.json")), "the first file of progress")
+        killed.kill()
+    report = publish(settings, file, resume=True)
+    assert report.before >= SAVE_ROWS and report.delivered > 0
+    assert report.before + report.delivered == count
+    arrived = texts(settings, count)
+    assert len(arrived) == count
+    again = [int(text.split()[1]) for text, times in arrived.items() if times > 1]
+    assert arrived.total() - count == len(again) <= MAX_ROWS + SAVE_ROWS
+    assert all(number >= report.before for number in again)

@@ -1,0 +1,36 @@
+"""Reading data sets in tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ops.errors import RecordError
+from streams.datasets import read_dataset
+from streams.folders import FolderItem
+
+
+def items_and_errors(path: Path | str, **options: Any) -> tuple[list[FolderItem], list[RecordError]]:
+    """Samples of a data set, and what is wrong with its other rows."""
+    items: list[FolderItem] = []
+    errors: list[RecordError] = []
+    for row in read_dataset(path, **options):
+        if isinstance(row.content, RecordError):
+            errors.append(row.content)
+        else:
+            items.append(row.content)
+    return items, errors
+
+
+def items_of(path: Path | str, **options: Any) -> list[FolderItem]:
+    """Samples of a data set in which every row is right."""
+    items, errors = items_and_errors(path, **options)
+    assert not errors
+    return items
+
+
+def error_of(path: Path | str, **options: Any) -> RecordError:
+    """The one thing that is wrong with a data set."""
+    [error] = items_and_errors(path, **options)[1]
+    assert error.fix
+    return error

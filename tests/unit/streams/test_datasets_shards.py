@@ -1,0 +1,187 @@
+"""Tar shards as webdataset and img2dataset write them, and such as nobody should."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from webdataset import ShardWriter, TarWriter
+
+from ops.errors import RecordError
+from streams.datasets import detect
+from streams.datasets.shards import MAX_HEADER_BYTES, expand
+from tests.support.datasets import error_of, items_and_errors, items_of
+from tests.unit.data.pictures import png
+
+IMG2DATASET = Path(__file__).parent / "img2dataset"
+
+
+def write(path: Path, *samples: dict[str, Any], **options: Any) -> Path:
+    with TarWriter(str(path), **options) as sink:
+        for sample in samples:
+            sink.write(sample)
+    return path
+
+
+def members(path: Path, *files: tuple[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_a_folder_of_shards_from_webdatasets_own_writer_is_read_in_order(tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "train-%04d.tar"), maxcount=2, verbose=0) as sink:
+        for number in range(5):
+            sink.write({"__key__": f"{number:03d}", "png": png((number, 0, 0)), "txt": f"shade {number}"})
+    assert detect(tmp_path).name == "webdataset"
+    items = items_of(tmp_path)
+    assert [item.text for item in items] == [f"shade {number}" for number in range(5)]
+    assert [item.bytes() for item in items] == [png((number, 0, 0)) for number in range(5)]
+    assert {(item.split, item.domain) for item in items} == {("train", tmp_path.name)}
+
+
+def test_json_members_bring_the_other_fields(tmp_path: Path) -> None:
+    more = {
+        "question": "what colour?",
+        "answers": ["red", "red", "rot"],
+        "tags": ["flat"],
+        "url": "https://a/b",
+        "n": 1,
+    }
+    shard = write(tmp_path / "a.tar", {"__key__": "x", "png": png(), "txt": "a square", "json": more})
+    [item] = items_of(shard)
+    assert (item.text, item.question, item.answer, item.answers) == ("a square", "what colour?", "red", ("red", "rot"))
+    assert (item.tags, item.source, item.domain) == (("flat",), "https://a/b", "a")
+
+
+def test_a_class_is_named_by_the_file_beside_the_shards(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.tar", {"__key__": "x", "png": png(), "cls": 1})
+    assert "class 1 has no name" in error_of(shard).message
+    (tmp_path / "classes.txt").write_text("disc\nred_square\n")
+    [item] = items_of(shard)
+    assert (item.label, item.text) == ("red_square", "red square")
+
+
+def test_a_pattern_names_shards_and_each_must_be_there(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"{number:03d}.tar", {"__key__": "x", "png": png(), "txt": f"shard {number}"})
+    pattern = str(tmp_path / "{001..002}.tar")
+    assert detect(pattern).name == "webdataset"
+    assert [item.text for item in items_of(pattern)] == ["shard 1", "shard 2"]
+    with pytest.raises(RecordError, match=r"003\.tar does not exist"):
+        items_of(tmp_path / "{001..003}.tar")
+
+
+def test_patterns_count_with_leading_zeros_and_list() -> None:
+    assert [str(path) for path in expand(Path("a/{08..10}-{x,y}.tar"))] == [
+        f"a/{number}-{letter}.tar" for number in ("08", "09", "10") for letter in "xy"
+    ]
+    with pytest.raises(RecordError, match="at most"):
+        expand(Path("{0..9999}{0..99}.tar"))
+    with pytest.raises(RecordError, match="no range"):
+        expand(Path("{9..1}.tar"))
+
+
+def test_compressed_shards_are_read(tmp_path: Path) -> None:
+    shard = write(tmp_path / "a.tar.gz", {"__key__": "x", "png": png(), "txt": "packed"}, compress=True)
+    assert [item.text for item in items_of(shard)] == ["packed"]
+
+
+def test_members_that_decoders_would_unpickle_are_not_touched(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "executed",)
+
+    bomb = pickle.dumps(Bomb())
+    files = [("x.png", png()), ("x.txt", b"a square"), ("x.pyd", bomb), ("x.pth", bomb), ("x.pickle", bomb)]
+    assert [item.text for item in items_of(members(tmp_path / "a.tar", *files))] == ["a square"]
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([("b.txt", b"no image")], "field 'image': there is none"),
+        ([("b.png", png())], "field 'text': is empty"),
+        ([("b.png", png()), ("b.txt", b"\xff")], "field 'txt': is not UTF-8"),
+        ([("b.png", png()), ("b.json", b"[1]")], "field 'json': holds a list"),
+        ([("b.png", png()), ("b.json", b"[" * 100_000)], "field 'json': not JSON"),
+        ([("b.png", png()), ("b.json", b'{"text": 3}')], "field 'text': is a int"),
+        ([("b.png", png()), ("b.txt", b"x"), ("b.jpg", png())], "field 'image': the sample has two"),
+        ([("b.png", bytes(5000)), ("b.txt", b"x")], "field 'image': 5000 bytes, more than 4096"),
+        ([("b.png", png()), ("b.txt", bytes(2**20 + 1))], "field 'txt': 1048577 bytes"),
+        ([("b.png", png()), *((f"b.{n}", b"") for n in range(300))], "more than 256"),
+    ],
+)
+def test_a_wrong_sample_is_named_and_the_next_is_read(tmp_path: Path, files: list[Any], said: str) -> None:
+    good = [("a.png", png()), ("a.txt", b"before")], [("c.png", png()), ("c.txt", b"after")]
+    shard = members(tmp_path / "a.tar", *good[0], *files, *good[1])
+    items, [error] = items_and_errors(shard, max_image_bytes=4096)
+    assert [item.text for item in items] == ["before", "after"]
+    assert f"{shard}, sample b" in error.message and said in error.message and error.fix
+
+
+def test_names_that_lead_out_of_the_shard_are_only_names(tmp_path: Path) -> None:
+    shard = members(tmp_path / "a.tar", ("../../b.png", png()), ("../../b.txt", b"outside"))
+    [item] = items_of(shard)
+    assert item.bytes() == png() and item.text == "outside"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_links_and_devices_are_passed_over(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("x.png", tarfile.SYMTYPE), ("x.txt", tarfile.LNKTYPE), ("x.json", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+    assert items_and_errors(tmp_path / "a.tar") == ([], [])
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_shard_that_was_cut_off_is_one_wrong_row_and_the_next_is_read(tmp_path: Path, suffix: str) -> None:
+    noise = [{"__key__": f"{n}", "png": png() + bytes(20_000), "txt": f"t{n}"} for n in range(4)]
+    shard = write(tmp_path / f"a{suffix}", *noise)
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    write(tmp_path / f"b{suffix}", {"__key__": "x", "png": png(), "txt": "whole"})
+    items, [error] = items_and_errors(tmp_path)
+    assert items[-1].text == "whole"
+    assert str(shard) in error.message and "damaged" in error.message
+
+
+def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    class Header(tarfile.TarInfo):
+        """A member whose extended header alone has as many bytes."""
+
+    with gzip.open(tmp_path / "a.tar.gz", "wb") as stream, tarfile.open(fileobj=stream, mode="w") as tar:
+        info = Header("x.png")
+        info.type, info.size = tarfile.XHDTYPE, MAX_HEADER_BYTES + 1
+        tar.addfile(info, io.BytesIO(bytes(info.size)))
+    assert "a header of" in error_of(tmp_path / "a.tar.gz").message
+
+
+def test_what_img2dataset_writes_as_shards_is_read() -> None:
+    folder = IMG2DATASET / "webdataset"
+    assert detect(folder).name == "webdataset"
+    items = items_of(folder)
+    assert [item.text for item in items] == ["a red square", "a green square", "a blue square"]
+    assert items[0].source == "http://127.0.0.1:8765/red.jpg"
+    assert items[0].bytes()[:3] == b"\xff\xd8\xff"
+
+
+def test_what_img2dataset_writes_as_files_is_read() -> None:
+    folder = IMG2DATASET / "files"
+    assert detect(folder).name == "sidecars"
+    items = items_of(folder)
+    assert [(item.text, item.path.name) for item in items] == [
+        ("a red square", "0000000.jpg"),
+        ("a green square", "0000001.jpg"),
+        ("a blue square", "0000002.jpg"),
+    ]

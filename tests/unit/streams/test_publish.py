@@ -1,0 +1,178 @@
+"""Publishing without a broker: what a dry run finds, what the exit status says, and what bounds hold."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import tracemalloc
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ops.cli.main import app
+from ops.errors import BrokerError, ConfigError, RecordError
+from ops.settings import Settings
+from streams import Producer
+from streams.broker import free_port
+from streams.datasets import FORMATS
+from streams.publish import publish
+from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile
+from tests.unit.data.pictures import png
+
+PICTURE = base64.b64encode(png()).decode()
+
+
+def rows(path: Path, count: int = 3, bad: Iterable[int] = ()) -> Path:
+    """A JSON Lines file; the texts of bad rows are empty."""
+    with path.open("w") as stream:
+        for number in range(count):
+            stream.write(json.dumps({"image": PICTURE, "text": "" if number in bad else f"row {number}"}) + "\n")
+    return path
+
+
+def dry(tmp_path: Path, path: Path, **options: Any) -> Any:
+    return publish(Settings(home=tmp_path / "home"), path, dry_run=True, **options)
+
+
+def test_a_dry_run_checks_all_rows_counts_and_shows_some(tmp_path: Path) -> None:
+    report = dry(tmp_path, rows(tmp_path / "a.jsonl", 8, bad=[2]))
+    assert (report.delivered, report.format, report.size) == (7, "jsonl", 7 * len(png()))
+    assert len(report.samples) == 5 and "line 1: row 0" in report.samples[0]
+    assert report.refused == {"dataset": 1} and "line 3, field 'text': is empty" in report.examples[0]
+    assert "nothing was sent" in str(report)
+    assert not (tmp_path / "home/publish").exists()
+
+
+def test_a_dry_run_refuses_what_ingest_would_and_names_the_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    tiny = base64.b64encode(png(size=(2, 2))).decode()
+    contents = [{"image": tiny, "text": "x"}, {"image": "AAAA", "text": "x"}, {"image": PICTURE, "text": "x" * 3000}]
+    file.write_text("\n".join(map(json.dumps, contents)))
+    report = dry(tmp_path, file)
+    assert report.refused == {"image_too_small": 1, "image_format": 1, "text_too_long": 1}
+    assert "line 1, field 'image'" in report.examples[0] and "line 3, field 'text'" in report.examples[2]
+
+
+def test_refused_rows_are_written_with_their_reason_and_fix(tmp_path: Path) -> None:
+    dry(tmp_path, rows(tmp_path / "a.jsonl", 6, bad=[1, 4]), rejects=tmp_path / "bad.jsonl")
+    written = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(each["row"], each["place"].rpartition(", ")[2]) for each in written] == [(2, "line 2"), (5, "line 5")]
+    assert all(each["reason"] == "dataset" and "is empty" in each["message"] and each["fix"] for each in written)
+
+
+@pytest.mark.parametrize(("bad", "status"), [([], 0), ([1], 3), ([0, 1, 2], 4)])
+def test_the_exit_status_tells_what_was_refused(tmp_path: Path, bad: list[int], status: int) -> None:
+    file = rows(tmp_path / "a.jsonl", bad=bad)
+    result = CliRunner().invoke(app, ["--set", f"home={tmp_path}", "publish", str(file), "--dry-run"])
+    assert result.exit_code == status, result.output
+
+
+def test_a_broker_that_is_away_leaves_the_file_of_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.publish.Producer", partial(Producer, connect_seconds=0.3))
+    settings = Settings(home=tmp_path, kafka={"bootstrap": f"127.0.0.1:{free_port()}"})
+    file = rows(tmp_path / "a.jsonl")
+    progress = ProgressFile(tmp_path, str(file), "jsonl", settings.kafka.topic, "", settings.kafka.bootstrap)
+    progress.note(2, f"{file}, line 2")
+    progress.save(2, every=1)
+    for resume in (False, True):
+        with pytest.raises(BrokerError):
+            publish(settings, file, resume=resume)
+    assert progress.load().done == 2
+
+
+def test_a_file_that_cannot_be_written_and_no_rows_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be written"):
+        dry(tmp_path, rows(tmp_path / "a.jsonl"), rejects=tmp_path / "none/bad.jsonl")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(RecordError, match="has no rows"):
+        dry(tmp_path, tmp_path / "empty.jsonl")
+
+
+def test_the_help_names_every_format_and_status() -> None:
+    shown = CliRunner().invoke(app, ["publish", "--help"], env={"COLUMNS": "200"}).output
+    assert all(name in shown for name in FORMATS)
+    assert "Exit status: 0" in shown
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.publish.check_sample", lambda sample, limits: None)  # decodes for 15 s while traced
+    peaks = []
+    for count in (500, 20_000):
+        file = rows(tmp_path / f"{count}.jsonl", count, bad=range(0, count, 10))
+        tracemalloc.start()
+        dry(tmp_path, file)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 256 * 1024, peaks
+
+
+class TestInFlight:
+    def test_done_is_what_lies_before_the_first_row_in_flight(self) -> None:
+        window = InFlight(done=10)
+        for number in (11, 12, 13):
+            window.add(number, 1)
+        window.pass_over(14)
+        window.acknowledged(12)
+        assert window.done == 10
+        window.acknowledged(11)
+        assert window.done == 12
+        window.acknowledged(13)
+        assert window.done == 14
+
+    @pytest.mark.parametrize(("sizes", "more"), [([1] * MAX_ROWS, 1), ([MAX_BYTES - 5], 6)])
+    def test_a_row_waits_while_too_many_rows_or_bytes_are_in_flight(self, sizes: list[int], more: int) -> None:
+        window = InFlight()
+        for number, size in enumerate(sizes, start=1):
+            window.add(number, size)
+        waiting = threading.Thread(target=window.add, args=(len(sizes) + 1, more))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        window.acknowledged(1)
+        waiting.join(10)
+        assert not waiting.is_alive()
+
+    def test_a_larger_image_than_all_may_have_is_let_through_alone(self) -> None:
+        InFlight().add(1, MAX_BYTES + 1)
+
+    def test_a_row_that_was_not_delivered_ends_it_and_is_not_done(self) -> None:
+        window = InFlight()
+        window.add(1, 1)
+        window.add(2, 1)
+        window.failed(BrokerError("no"))
+        window.acknowledged(2)
+        assert window.done == 0
+        with pytest.raises(BrokerError):
+            window.add(3, 1)
+        with pytest.raises(BrokerError):
+            window.wait_empty(1)
+
+
+class TestProgressFile:
+    def test_it_is_of_one_data_set_format_topic_and_split(self, tmp_path: Path) -> None:
+        parts = ("a", "jsonl", "t", "", "b:1")
+        others = [(*parts[:n], "other", *parts[n + 1 :]) for n in range(len(parts))]
+        assert len({ProgressFile(tmp_path, *each).file for each in [parts, *others]}) == 6
+
+    def test_it_is_written_when_enough_rows_are_done(self, tmp_path: Path) -> None:
+        progress = ProgressFile(tmp_path, "a", "jsonl", "t", "", "b:1")
+        for number in range(1, 6):
+            progress.note(number, f"line {number}")
+        progress.save(2, every=3)
+        assert progress.load().done == 0
+        progress.save(4, every=3)
+        assert (progress.load().done, progress.load().place) == (4, "line 4")
+        assert [path.name for path in progress.file.parent.iterdir()] == [progress.file.name]
+
+    @pytest.mark.parametrize("content", ["", "{}", '{"done": "x"}', '{"done": -1}', "[1]"])
+    def test_a_damaged_one_is_an_error_with_a_fix(self, tmp_path: Path, content: str) -> None:
+        progress = ProgressFile(tmp_path, "a", "jsonl", "t", "", "b:1")
+        progress.file.parent.mkdir()
+        progress.file.write_text(content)
+        with pytest.raises(ConfigError, match="Delete it"):
+            progress.load()
