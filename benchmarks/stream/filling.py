@@ -6,11 +6,8 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.util import find_spec
-from typing import Any
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +15,9 @@ from PIL import Image
 
 from ops.progress import track
 from ops.settings import Settings
+from streams.maintenance import clean, compact, index
 from streams.rows import SCHEMA, Position
+from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.writer import StoreWriter
 
@@ -42,23 +41,21 @@ def fill(lake: str, count: int, start: int) -> None:
         writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
 
 
-def maintainer(settings: Settings) -> Callable[[], Any] | None:
-    """Runs maintenance once; None where there is none."""
-    if find_spec("streams.maintenance") is None:
-        return None
-    from streams.maintenance import Maintainer
-
-    return Maintainer(settings).run_once  # type: ignore[no-any-return]
+def maintain(settings: Settings) -> None:
+    """What maintenance does to the sample store in one run."""
+    store = SampleStore(settings.lake)
+    compact(store)
+    index(store)
+    clean(store, timedelta(seconds=settings.maintain.keep_seconds))
 
 
 def settle(settings: Settings) -> None:
     """Run maintenance until it has nothing more to do."""
-    run = maintainer(settings)
-    table = SampleTable(settings.lake)
-    for _ in range(MAINTENANCE_RUNS if run is not None else 0):
-        before = table.create().version
-        run()  # type: ignore[misc]
-        if table.create().version == before:
+    store = SampleStore(settings.lake)
+    for _ in range(MAINTENANCE_RUNS):
+        before = store.version()
+        maintain(settings)
+        if store.version() == before:
             return
 
 
