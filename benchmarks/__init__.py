@@ -10,9 +10,11 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
+    "chaos": "benchmarks.stream.chaos",
     "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",
+    "ingest": "benchmarks.stream.ingest",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "vqa": "benchmarks.vqa",

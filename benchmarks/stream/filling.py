@@ -16,7 +16,7 @@ from PIL import Image
 from ops.progress import track
 from ops.settings import Settings
 from streams.maintenance import clean, compact, index
-from streams.rows import SCHEMA, Position
+from streams.rows import SCHEMA, Position, Tally
 from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.writer import StoreWriter
@@ -33,10 +33,7 @@ def fill(lake: str, count: int, start: int) -> None:
     [claim] = writer.claim([Position(STREAM, 0, start)])
     pieces = [(first, min(first + COMMIT_ROWS, count)) for first in range(start, count, COMMIT_ROWS)]
     for first, end in track(pieces, "filling the store"):
-        rows = _rows(first, end, _small_jpeg())
-        number = end - first
-        size = rows["image"].nbytes
-        tally = Counter({"sample": number, "train": number, "train/text": number, "bytes": size})
+        rows, tally = sample_rows(STREAM, first, end)
         position = claim.position
         writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
 
@@ -66,15 +63,19 @@ def _small_jpeg() -> bytes:
     return out.getvalue()
 
 
-def _rows(first: int, end: int, jpeg: bytes) -> pa.Table:
-    """One image with another tail each: what follows its end marker is not read, and counts for its id."""
-    numbers = range(first, end)
-    images = [jpeg + os.urandom(16) for _ in numbers]
-    now = datetime.now(UTC)
+def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tuple[pa.Table, Tally]:
+    """Rows of samples number ``first`` to ``end``, and their tally.
+
+    All have one image with another tail each, of ``image_bytes`` or as short as may be: what follows an image's end
+    marker is not decoded, but counts for its id.
+    """
+    numbers, jpeg = range(first, end), _small_jpeg()
+    images = [jpeg + os.urandom(max(16, image_bytes - len(jpeg))) for _ in numbers]
+    now, count = datetime.now(UTC), end - first
     constants = {
         "kind": "sample", "question": "", "answer": "", "domain": "", "source": "bench", "concept": "", "label": "",
         "tags": [], "extra": "", "time": now, "ingested_at": now, "split": "train", "width": 32, "height": 32,
-        "topic": STREAM, "partition": 0,
+        "topic": stream, "partition": 0,
     }  # fmt: skip
     columns = {
         "id": [hashlib.sha256(image).hexdigest() for image in images],
@@ -83,6 +84,8 @@ def _rows(first: int, end: int, jpeg: bytes) -> pa.Table:
         "look": [os.urandom(35).hex() for _ in numbers],
         "offset": list(numbers),
     }
-    constant = {name: [value] * len(images) for name, value in constants.items()}
-    arrays = [pa.array({**constant, **columns}.get(each.name, [None] * len(images)), each.type) for each in SCHEMA]
-    return pa.Table.from_arrays(arrays, schema=SCHEMA)
+    constant = {name: [value] * count for name, value in constants.items()}
+    arrays = [pa.array({**constant, **columns}.get(each.name, [None] * count), each.type) for each in SCHEMA]
+    size = sum(map(len, images))
+    tally = Counter({"sample": count, "train": count, "train/text": count, "bytes": size})
+    return pa.Table.from_arrays(arrays, schema=SCHEMA), tally

@@ -124,6 +124,13 @@ class Part:
         return Path(f"/proc/{self.process.pid}/{name}").read_text()
 
 
+def has_command(name: str) -> bool:
+    """Whether ``ratchet NAME`` exists."""
+    from ops.cli.main import app
+
+    return any(name in (each.name, getattr(each.callback, "__name__", "")) for each in app.registered_commands)
+
+
 def wait_for(
     condition: Callable[[], bool],
     what: str,
