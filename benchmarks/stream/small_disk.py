@@ -14,19 +14,18 @@ BALLAST = "ballast"
 class SmallDisk:
     """A folder on a file system of ``size`` bytes; a plain folder where that cannot be had (see :attr:`mounted`)."""
 
-    def __init__(self, folder: Path, size: int = 1 << 30) -> None:
+    def __init__(self, folder: Path, size: int = 256 << 20) -> None:
         self.folder = folder
         self.size = size
         self.mounted = False
 
     def fill(self) -> None:
         """Leave no byte free. Call it again to take what has been freed since."""
-        with (self.folder / BALLAST).open("ab") as ballast:
+        with (self.folder / BALLAST).open("ab", buffering=0) as ballast:
             for block in (1 << 20, 1 << 12):
                 with suppress(OSError):
                     while True:
-                        ballast.write(bytes(block))
-                        ballast.flush()
+                        ballast.write(bytes(block))  # less than a block, before it fails
 
     def free(self) -> None:
         """Take back what :meth:`fill` took."""
