@@ -111,6 +111,6 @@ def _row(number: int, image: bytes) -> dict[str, Any]:
     words = {"text": _caption(number), "question": "", "answer": "", "label": "", "domain": "bench", "concept": ""}
     place = {"topic": "bench", "partition": 0, "offset": number, "ingested_at": datetime.now(UTC)}
     return {
-        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "look": "",
+        "kind": "sample", "id": digest_bytes(image), "image": image, "split": "train", "look": None, "words": 0,
         **words, **place,
     }  # fmt: skip

@@ -10,9 +10,9 @@ from typing import Any
 
 from ops.settings import Kafka
 from streams.assignment import Reading
-from streams.quality.duplicates import DuplicateIndex
+from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.quality.validate import Accepted, Row
-from streams.rows import Position, tally_of
+from streams.rows import Position, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
 
 Entry = tuple[Reading, int, Accepted | Row, int]
@@ -106,6 +106,8 @@ class Batch:
             ]
             outcome.version = self.writer.commit(outcome.rows, moves)
         self._entries, self._bytes = [], 0
+        for sample_id, position in self.index.settled():
+            self.writer.settle_double(sample_id, position)
         return outcome
 
     def _decide(self, outcome: Outcome) -> list[Row]:
@@ -115,15 +117,17 @@ class Batch:
             if not isinstance(result, Accepted):
                 rows.append(result)
                 continue
-            about = (result.row["id"], result.row["look"], result.words)
-            duplicate = self.index.find(*about)
+            row = result.row
+            position = name_of((row["topic"], row["partition"], row["offset"]))
+            sample = Sample(bytes.fromhex(row["id"]), position, row["look"], row["words"])
+            duplicate = self.index.find(sample)
             if duplicate is not None:
                 outcome.duplicates[duplicate.kind] += 1
-                rows.append(result.duplicate(duplicate.kind, duplicate.id))
+                rows.append(duplicate_row(row, duplicate.kind, duplicate.id))
                 continue
-            self.index.add(*about)
-            outcome.samples[result.row["split"]] += 1
-            rows.append(result.row)
+            self.index.add(sample)
+            outcome.samples[row["split"]] += 1
+            rows.append(row)
         return rows
 
 

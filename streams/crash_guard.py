@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ops.errors import StoreUnavailable
-from streams.quarantine import RecordPosition
+from streams.rows import RecordPosition, name_of
 
 DEATHS: Final = 3
 SLOT_BYTES: Final = 512
@@ -51,7 +51,7 @@ class CrashGuard:
 
     def deaths(self, position: RecordPosition) -> int:
         """How often a process died while it validated this record."""
-        return self._counts[_key(position)]
+        return self._counts[name_of(position)]
 
     def is_poison(self, position: RecordPosition) -> bool:
         """Whether it is to be refused instead."""
@@ -63,7 +63,7 @@ class CrashGuard:
         with self._lock:
             slot = self._free.pop()
         start = slot * SLOT_BYTES
-        text = _key(position).encode()[:SLOT_BYTES]
+        text = name_of(position).encode()[:SLOT_BYTES]
         self._slots[start : start + len(text)] = text
         try:
             yield
@@ -75,7 +75,7 @@ class CrashGuard:
     def forget(self, positions: Iterable[RecordPosition]) -> None:
         """These records are stored, and are not validated again."""
         if self._counts:
-            known = [key for key in map(_key, positions) if key in self._counts]
+            known = [key for key in map(name_of, positions) if key in self._counts]
             for key in known:
                 del self._counts[key]
             if known:
@@ -117,7 +117,3 @@ def _load(path: Path) -> dict[str, int]:
         return {str(key): int(count) for key, count in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _key(position: RecordPosition) -> str:
-    return ":".join(map(str, position))

@@ -22,20 +22,14 @@ from datetime import datetime
 from typing import Any
 
 from streams.codecs import Encoded, Headers
+from streams.rows import RecordPosition, name_of
 
 Row = Mapping[str, Any]
-RecordPosition = tuple[str, int, int]
-"""Stream, partition and offset of a record."""
 
 
 def position_of(row: Row) -> RecordPosition:
     """Where a refused record's row is from."""
     return row["topic"], row["partition"], row["offset"]
-
-
-def name_of(position: RecordPosition) -> str:
-    """A position as people write it: ``topic:partition:offset``."""
-    return ":".join(map(str, position))
 
 
 def message(row: Row) -> Encoded:

@@ -21,8 +21,8 @@ from streams.assignment import Reading
 from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
-from streams.quarantine import Row, claim_check, message, name_of, position_of, refused_position
-from streams.rows import Position
+from streams.quarantine import Row, claim_check, message, position_of, refused_position
+from streams.rows import Position, name_of
 from streams.store import SampleStore
 
 log = logging.getLogger(__name__)

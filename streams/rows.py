@@ -27,6 +27,8 @@ from typing import Any, Final, Literal
 import pyarrow as pa
 
 Split = Literal["train", "fresh_eval"]
+RecordPosition = tuple[str, int, int]
+"""Stream, partition and offset of a record."""
 _UTC = pa.timestamp("us", tz="UTC")
 
 #: What :meth:`streams.store.SampleStore.scan` returns.
@@ -46,7 +48,6 @@ SAMPLE_SCHEMA: Final = pa.schema(
         ("time", _UTC),
         ("ingested_at", _UTC),
         ("split", pa.string()),
-        ("look", pa.string()),  # hex of streams.quality.look.Look
         ("size", pa.int64()),  # bytes of the image
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -68,6 +69,8 @@ SCHEMA: Final = pa.schema(
         ("kind", pa.string()),
         *SAMPLE_SCHEMA,
         ("key", pa.binary()),  # see record_key
+        ("look", pa.binary(35)),  # see streams.quality.look.Look
+        ("words", pa.int64()),  # see streams.quality.duplicates.words_hash
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("duplicate_of", pa.string()),
@@ -110,6 +113,17 @@ def tally_of(rows: Iterable[Mapping[str, Any]]) -> Tally:
 def record_key(key: bytes | None) -> bytes | None:
     """What is stored of a record's key, for deletions by it: a key over :data:`KEY_BYTES` as its SHA-256."""
     return key if key is None or len(key) <= KEY_BYTES else hashlib.sha256(key).digest()
+
+
+def name_of(position: RecordPosition) -> str:
+    """A position as people write it: ``topic:partition:offset``."""
+    return ":".join(map(str, position))
+
+
+def parse_position(name: str) -> RecordPosition:
+    """The position that :func:`name_of` wrote. Raises ValueError."""
+    stream, partition, offset = name.rsplit(":", 2)
+    return stream, int(partition), int(offset)
 
 
 def stream_name(topic: str, generation: int) -> str:
@@ -180,6 +194,12 @@ def newest_of_topic(positions: Iterable[Position], topic: str) -> dict[int, Posi
         if name == topic and (old is None or generation > parse_stream(old.stream)[1]):
             newest[position.partition] = position
     return newest
+
+
+def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
+    """The row that stands for a sample which repeats the sample ``of``; ``kind`` is ``exact`` or ``perceptual``."""
+    keep = {name: row[name] for name in ("id", "topic", "partition", "offset", "ingested_at", "key", "source")}
+    return {**keep, "kind": "duplicate", "reason": f"duplicate_{kind}", "duplicate_of": of}
 
 
 def deletion_row(row: Mapping[str, Any], reason: str, detail: str, when: datetime) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from ops.errors import StoreError
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
+from streams.sql import quoted
 from streams.table import ROOT, SampleTable, fences, positions
 from streams.writer import Rows, StoreWriter
 
@@ -152,7 +153,7 @@ class SampleStore:
     def select(
         self, where: str, columns: Sequence[str], limit: int | None = None, version: int | None = None
     ) -> list[dict[str, Any]]:
-        """Rows of any kind that meet a condition in Lance's SQL; build it with :func:`quoted`, never from outside."""
+        """Rows of any kind that meet a condition in Lance's SQL, which :mod:`streams.sql` helps to build."""
         dataset = self.table.open(version)
         if dataset is None:
             return []
@@ -241,11 +242,6 @@ class SampleStore:
                 parts.append(f"(topic = {quoted(stream)} AND partition = {int(partition)} AND offset >= {int(offset)})")
             clauses.append(f"({' OR '.join(parts)})")
         return " AND ".join(clauses)
-
-
-def quoted(text: str) -> str:
-    """A string literal of Lance's SQL."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 def _at(stream: str, partition: int, offset: int) -> str:

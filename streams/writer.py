@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -25,12 +25,13 @@ from lance.commit import CommitConflictError
 from lance.fragment import write_fragments
 
 from ops.errors import StoreUnavailable, Superseded
-from streams.rows import POSITION_SCHEMA, SCHEMA, Position, deletion_row, tally_of
+from streams.rows import POSITION_SCHEMA, SCHEMA, Position, RecordPosition, deletion_row, duplicate_row, tally_of
+from streams.sql import quoted
 from streams.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
 _REMOVED: Final = [
-    "kind", "topic", "partition", "offset", "id", "split", "source", "text", "question", "size", "ingested_at",
+    "kind", "topic", "partition", "offset", "id", "split", "source", "key", "text", "question", "size", "ingested_at",
 ]  # fmt: skip
 MOVED: Final = {"ratchet": "moved"}
 """Property of a transaction that writes no row that was not there before."""
@@ -120,27 +121,40 @@ class StoreWriter:
         Raises:
             StoreUnavailable: nothing was deleted; to be tried again.
         """
-        condition = f"kind IN ('sample', 'quarantine') AND ({where})"
+        now = datetime.now(UTC)
+        return self._swap(
+            f"kind IN ('sample', 'quarantine') AND ({where})", lambda row: deletion_row(row, reason, detail, now)
+        )
+
+    def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
+        """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
+        stream, partition, offset = position
+        where = (
+            f"kind = 'sample' AND id = {quoted(sample_id)} AND topic = {quoted(stream)} AND partition = {partition}"
+            f" AND offset = {offset}"
+        )
+        return bool(self._swap(where, lambda row: duplicate_row(row, "exact", sample_id)))
+
+    def _swap(self, where: str, receipt: Callable[[dict[str, Any]], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Put another row in the place of each that meets a condition. Returns those that were there."""
         for _ in range(ATTEMPTS):
             dataset = self.table.create()
-            table = dataset.to_table(columns=_REMOVED, filter=condition, with_row_address=True)
-            rows = table.to_pylist()
+            table = dataset.to_table(columns=_REMOVED, filter=where, with_row_address=True)
+            rows: list[dict[str, Any]] = table.to_pylist()
             if not rows:
                 return []
             parts = {int(row["_rowaddr"]) >> 32 for row in rows}
-            changed = {number: dataset.get_fragment(number).delete(condition) for number in sorted(parts)}
+            changed = {number: dataset.get_fragment(number).delete(where) for number in sorted(parts)}
+            receipts = [receipt(row) for row in rows]
             fragment, root = next(each for each in positions(dataset) if each[1].key == ROOT.key)
             tally = Counter(root.tally)
             tally.subtract(tally_of(rows))
-            tally.update(tally_of([{"kind": "deleted"} for _ in rows]))
-            now = datetime.now(UTC)
-            receipts = [deletion_row(row, reason, detail, now) for row in rows]
-            moves = [(Claim(root, fragment), replace(root, tally=tally))]
+            tally.update(tally_of(receipts))
             try:
-                self._commit(receipts, moves, dataset, changed)
+                self._commit(receipts, [(Claim(root, fragment), replace(root, tally=tally))], dataset, changed)
             except (Superseded, CommitConflictError):
                 continue
-            return list(rows)
+            return rows
         raise StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )

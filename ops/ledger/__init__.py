@@ -9,6 +9,8 @@ from ops.ledger.ledger import Ledger
 from ops.ledger.rows import (
     AdapterRow,
     AuditRow,
+    DeletionRow,
+    DeletionState,
     EventRow,
     EventType,
     Family,
@@ -32,6 +34,8 @@ from ops.ledger.rows import (
 __all__ = [
     "AdapterRow",
     "AuditRow",
+    "DeletionRow",
+    "DeletionState",
     "EventRow",
     "EventType",
     "Family",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ops.ledger.audit import AuditVerbs
 from ops.ledger.budget import BudgetVerbs
 from ops.ledger.database import Database, open_database
+from ops.ledger.deletions import DeletionVerbs
 from ops.ledger.events import EventVerbs
 from ops.ledger.keys import KeyVerbs
 from ops.ledger.learning import LearningVerbs
@@ -16,7 +17,7 @@ from ops.ledger.rollout import RolloutVerbs
 
 class Ledger(
     LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, EventVerbs, LeaseVerbs,
-    AuditVerbs,
+    DeletionVerbs, AuditVerbs,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every verb is one transaction."""
 

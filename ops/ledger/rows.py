@@ -215,3 +215,30 @@ class LeaseRow:
     holder: str
     epoch: int
     expires_at: datetime
+
+
+DeletionState = Literal["requested", "removed", "done"]
+
+
+@dataclass(frozen=True)
+class DeletionRow:
+    """A deletion, which is also its receipt."""
+
+    id: str
+    selector: dict[str, Any]
+    """What is to be deleted: see :mod:`streams.deletion`."""
+    state: DeletionState
+    """``removed``: no reader finds it any more; ``done``: its bytes are gone from the disk, too."""
+    actor: str
+    reason: str
+    samples: int
+    refusals: int
+    adapters: dict[str, Any]
+    """``learned``: adapters that were trained on some of it; ``may_have_replayed``: those that may have drawn it."""
+    version: int | None
+    """Of the store, from which on it is not there."""
+    update_id: str | None
+    """The first update that was trained without it."""
+    requested_at: datetime
+    removed_at: datetime | None
+    done_at: datetime | None

@@ -197,3 +197,22 @@ class Lease(Base):
     holder: Mapped[str] = mapped_column(String(200))
     epoch: Mapped[int]
     expires_at: Mapped[datetime]
+
+
+class Deletion(Base):
+    """Samples that are to be gone: ``requested``, ``removed`` from the store, ``done`` when no file has them."""
+
+    __tablename__ = "deletions"
+    id: Mapped[str] = mapped_column(String(300), primary_key=True)
+    selector: Mapped[dict[str, Any]]
+    state: Mapped[str] = mapped_column(String(16), default="requested", index=True)
+    actor: Mapped[str] = mapped_column(String(200))
+    reason: Mapped[str] = mapped_column(Text)
+    samples: Mapped[int] = mapped_column(default=0)
+    refusals: Mapped[int] = mapped_column(default=0)
+    adapters: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    version: Mapped[int | None] = mapped_column(BigInteger)
+    update_id: Mapped[str | None] = mapped_column(String(64))
+    requested_at: Mapped[datetime] = mapped_column(default=utc_now)
+    removed_at: Mapped[datetime | None]
+    done_at: Mapped[datetime | None]

@@ -11,22 +11,25 @@ are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from ops.errors import StoreFull, StoreUnavailable
-from streams.quality.look import PHASH_DIGITS, Look, similar
+from streams.quality.look import Look, similar
+from streams.rows import RecordPosition, name_of, parse_position
+from streams.sql import quoted
 from streams.table import SampleTable, fences
 from streams.writer import MOVED
 
 Kind = Literal["exact", "perceptual"]
-Words = tuple[str, str, str]
-"""Text, question and answer."""
 OFF: Final = -1
 """The distance at which looks are not compared."""
 CANDIDATES: Final = 64
@@ -42,7 +45,20 @@ _ALL_BITS: Final = 2**64 - 1
 _SIGN: Final = 2**63
 """SQLite's integers are signed."""
 _ODD: Final = 0x9E3779B97F4A7C15
-_COLUMNS: Final = ["kind", "id", "look", "text", "question", "answer"]
+_COLUMNS: Final = ["kind", "id", "topic", "partition", "offset", "look", "words"]
+
+
+class Sample(NamedTuple):
+    """What the index is made of."""
+
+    id: bytes
+    """SHA-256, 32 bytes."""
+    position: str
+    """As by :func:`streams.rows.name_of`."""
+    look: bytes | None
+    """:attr:`streams.quality.look.Look.data`; None for one that is not compared by it."""
+    words: int
+    """Of :func:`words_hash`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +84,8 @@ class DuplicateIndex:
         """
         self.path = path
         self.distance = distance
-        self._bands = _bands(distance)
+        self._bands = list(enumerate(_bands(distance)))
+        self._doubles: list[tuple[str, RecordPosition]] = []
         self._identity = f"{_FORMAT} {store} {distance}"
         with _errors_named(path):
             self._open()
@@ -99,24 +116,33 @@ class DuplicateIndex:
         with _errors_named(self.path):
             self._db.execute("COMMIT")
 
-    def find(self, sample_id: str, look: str, words: Words) -> Duplicate | None:
+    def find(self, sample: Sample) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
         with _errors_named(self.path):
-            if self._has(bytes.fromhex(sample_id)):
-                return Duplicate("exact", sample_id)
-            if self.distance == OFF:
+            if self._has(sample.id):
+                return Duplicate("exact", sample.id.hex())
+            if self.distance == OFF or sample.look is None:
                 return None
-            mine = Look.parse(look)
-            query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
-            for band in self._bands_of(look, words):
+            mine = Look.parse(sample.look)
+            for band in self._bands_of(mine.phash, sample.words):
+                query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
                 for other, theirs in self._db.execute(query, (band, CANDIDATES)):
                     if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
                         return Duplicate("perceptual", other.hex())
         return None
 
-    def add(self, sample_id: str, look: str, words: Words) -> None:
+    def add(self, sample: Sample) -> None:
         """Remember a sample."""
-        self._insert([(bytes.fromhex(sample_id), look, words)])
+        self._insert([sample])
+
+    def settled(self) -> list[tuple[str, RecordPosition]]:
+        """Samples that :meth:`follow` met at two positions since the last call, with the position that is to go.
+
+        Workers that do not share an index can store the same content at the same moment, from two partitions. All of
+        them name the same position: the later one in the order of the positions.
+        """
+        doubles, self._doubles = self._doubles, []
+        return doubles
 
     def follow(self, table: SampleTable) -> None:
         """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`."""
@@ -138,38 +164,46 @@ class DuplicateIndex:
     def _take(self, dataset: Any, fragment: Any) -> None:
         rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
         for batch in rows.to_batches():
-            kinds, ids, looks, *words = (batch[name].to_pylist() for name in _COLUMNS)
-            samples = sorted(
-                (bytes.fromhex(sample), look, said)
-                for kind, sample, look, said in zip(kinds, ids, looks, zip(*words, strict=True), strict=True)
-                if kind == "sample"
-            )
-            self._insert(samples)
-            for sample in (name for kind, name in zip(kinds, ids, strict=True) if kind == "deleted" and name):
-                if not dataset.count_rows(filter=f"kind = 'sample' AND id = '{bytes.fromhex(sample).hex()}'"):
+            table = pa.Table.from_batches([batch])
+            numbers = (table[name].cast(pa.string()) for name in ("partition", "offset"))
+            table = table.append_column("position", pc.binary_join_element_wise(table["topic"], *numbers, ":"))
+            samples = table.filter(pc.field("kind") == "sample").sort_by("id")
+            ids = map(bytes.fromhex, samples["id"].to_pylist())
+            columns = (samples[name].to_pylist() for name in ("position", "look", "words"))
+            self._insert([Sample(*row) for row in zip(ids, *columns, strict=True)])
+            for sample in table.filter(pc.field("kind") == "deleted")["id"].drop_null().to_pylist():
+                if not dataset.count_rows(filter=f"kind = 'sample' AND id = {quoted(sample)}"):
                     self._db.execute("DELETE FROM ids WHERE id = ?", (bytes.fromhex(sample),))
 
-    def _insert(self, samples: Iterable[tuple[bytes, str, Words]]) -> None:
-        rows = list(samples)
+    def _insert(self, samples: Sequence[Sample]) -> None:
         with _errors_named(self.path):
-            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?)", ((sample,) for sample, _, _ in rows))
+            before = self._db.total_changes
+            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?, ?)", (sample[:2] for sample in samples))
+            if self._db.total_changes - before < len(samples):
+                self._find_doubles(samples)
             if self.distance != OFF:
-                bands = sorted(
-                    (band, sample, look) for sample, look, words in rows if look for band in self._bands_of(look, words)
-                )
-                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", bands)
+                bands = [
+                    (band, id_, look)
+                    for id_, _, look, words in samples
+                    if look is not None
+                    for band in self._bands_of(int.from_bytes(look[:8], "big"), words)
+                ]
+                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", sorted(bands))
+
+    def _find_doubles(self, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (sample.id,)).fetchone()
+            if known != sample.position:
+                first, second = sorted((parse_position(known), parse_position(sample.position)))
+                self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), sample.id))
+                self._doubles.append((sample.id.hex(), second))
 
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
 
-    def _bands_of(self, look: str, words: Words) -> list[int]:
+    def _bands_of(self, phash: int, words: int) -> list[int]:
         """One number for each band: of the words and of the hash's bits there."""
-        text, question, answer = words
-        digest = blake2b(f"{len(text)} {len(question)} {text}{question}{answer}".encode(), digest_size=8).digest()
-        seed, phash = int.from_bytes(digest, "big"), int(look[:PHASH_DIGITS], 16)
-        return [
-            ((seed + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in enumerate(self._bands)
-        ]
+        return [((words + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in self._bands]
 
     def _open(self) -> None:
         self._db = self._connect()
@@ -185,8 +219,8 @@ class DuplicateIndex:
         self._db.executescript(
             "BEGIN IMMEDIATE;"
             "CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);"
-            "CREATE TABLE IF NOT EXISTS ids (id BLOB PRIMARY KEY) WITHOUT ROWID;"
-            "CREATE TABLE IF NOT EXISTS looks (band INTEGER, id BLOB, look TEXT, PRIMARY KEY (band, id)) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS ids (id BLOB PRIMARY KEY, position TEXT) WITHOUT ROWID;"
+            "CREATE TABLE IF NOT EXISTS looks (band INTEGER, id BLOB, look BLOB, PRIMARY KEY (band, id)) WITHOUT ROWID;"
             "COMMIT;"
         )
         self._set_meta("identity", self._identity)
@@ -206,6 +240,12 @@ class DuplicateIndex:
 
     def _set_meta(self, name: str, value: str | int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(value)))
+
+
+def words_hash(text: str, question: str, answer: str) -> int:
+    """64 bits, signed, of the words of a sample."""
+    words = f"{len(text)} {len(question)} {text}{question}{answer}".encode()
+    return int.from_bytes(blake2b(words, digest_size=8).digest(), "big", signed=True)
 
 
 def _bands(distance: int) -> list[int]:

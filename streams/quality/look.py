@@ -60,8 +60,7 @@ _THRESHOLD = _DEAD_ZONE * SIDE * _SCALE**2 * 1000
 """An amplitude of one level is a coefficient of 32 where the transform is orthonormal."""
 _LOWEST = sorted(((i, j) for i in range(8) for j in range(8) if i or j), key=lambda at: (at[0] ** 2 + at[1] ** 2, at))
 
-PHASH_DIGITS: Final = 16
-"""Hex digits of the hash, with which :meth:`Look.hex` begins."""
+LOOK_BYTES: Final = 8 + 3 * GRID**2
 _SPLIT_BITS: Final = 12
 _SPLIT_STEP: Final = 32
 _SPLIT_SHIFT: Final = 5
@@ -77,17 +76,17 @@ class Look:
     colours: bytes
     """27 bytes: the mean R, G and B of each cell of a 3x3 grid, row by row."""
 
-    def hex(self) -> str:
-        """70 hex digits: the hash in 16, then the colours."""
-        return f"{self.phash:016x}{self.colours.hex()}"
+    @property
+    def data(self) -> bytes:
+        """:data:`LOOK_BYTES` bytes: the hash in 8, big-endian, then the colours."""
+        return self.phash.to_bytes(8, "big") + self.colours
 
     @classmethod
-    def parse(cls, text: str) -> Look:
-        """The look that :meth:`hex` wrote. Raises ValueError."""
-        data = bytes.fromhex(text)  # which skips white space
-        if (len(text), len(data)) != (PHASH_DIGITS + 6 * GRID**2, 8 + 3 * GRID**2):
-            raise ValueError(f"{text[:100]!r} is no look: it is not 70 hex digits")
-        return cls(int.from_bytes(data[:8]), data[8:])
+    def parse(cls, data: bytes) -> Look:
+        """The look of which this is :attr:`data`. Raises ValueError."""
+        if len(data) != LOOK_BYTES:
+            raise ValueError(f"{data[:100]!r} is no look: it has not {LOOK_BYTES} bytes")
+        return cls(int.from_bytes(data[:8], "big"), data[8:])
 
 
 def look_of(image: Image.Image) -> Look:

@@ -17,7 +17,7 @@ from ops.errors import RatchetError, RecordError
 from ops.settings import Ingest as Limits
 from streams.codecs import Fetch, decode
 from streams.images import decode_image
-from streams.quality.duplicates import Words
+from streams.quality.duplicates import words_hash
 from streams.quality.look import look_of, split_of
 from streams.records import Sample, check_text
 from streams.registry import SchemaRegistry
@@ -71,15 +71,9 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A valid sample: its row in the store, and what it is compared with others by."""
+    """A valid sample: its row in the store."""
 
     row: Row
-    words: Words
-
-    def duplicate(self, kind: str, of: str) -> Row:
-        """The row to store instead when it repeats the sample ``of``."""
-        keep = {name: self.row[name] for name in ("id", "topic", "partition", "offset", "ingested_at", "key", "source")}
-        return {**keep, "kind": "duplicate", "reason": f"duplicate_{kind}", "duplicate_of": of}
 
 
 def validate(record: Received, rules: Rules) -> Accepted | Row:
@@ -149,14 +143,15 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
         "time": sample.time or record_time(record.timestamp) or now,
         "ingested_at": now,
         "split": split_of(look, rules.split_key, limits.fresh_eval_share),
-        "look": look.hex(),
+        "look": look.data,
+        "words": words_hash(sample.text, sample.question, sample.answer),
         "size": len(sample.image),
         "width": image.width,
         "height": image.height,
         "key": record_key(record.key),
         **record.position,
     }
-    return Accepted(row, (sample.text, sample.question, sample.answer))
+    return Accepted(row)
 
 
 def _tombstone(record: Received, now: datetime) -> Row:

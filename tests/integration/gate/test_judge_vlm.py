@@ -59,7 +59,7 @@ def _sample(number: int) -> dict[str, Any]:
     return {
         "kind": "sample", "id": digest_bytes(image), "image": image, "text": "", "question": asked.question,
         "answer": asked.answer, "domain": "things", "concept": "", "ingested_at": datetime.now(UTC),
-        "split": "fresh_eval", "look": "", "topic": "samples", "partition": 0, "offset": number,
+        "split": "fresh_eval", "look": None, "words": 0, "topic": "samples", "partition": 0, "offset": number,
     }  # fmt: skip
 
 

@@ -233,7 +233,7 @@ class House:
                     "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": domain,
                     "source": source, "time": datetime(year, 1, 1 + index % 28, tzinfo=UTC),
                     "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
-                    "look": "",
+                    "look": None, "words": 0,
                     "offset": offset + index, "question": "", "answer": "",
                 }
             )  # fmt: skip
