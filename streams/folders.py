@@ -102,6 +102,11 @@ class DatasetRow:
     """File and row, as messages name it."""
     content: FolderItem | RecordError
 
+    def __post_init__(self) -> None:
+        # The frames of an error hold the row and the error itself: a cycle, with an image in it, for each bad row.
+        if isinstance(self.content, RecordError):
+            self.content.__traceback__ = self.content.__cause__ = self.content.__context__ = None
+
 
 def read_folder(path: Path | str, split: str | None = None) -> list[FolderItem]:
     """The rows of the folder dataset at `path`, in file order; with `split`, only those that belong to it.

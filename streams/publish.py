@@ -85,8 +85,10 @@ def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
     """Pass over what was dealt with; returns how many rows that were."""
     earlier = progress.load()
     passed, place = 0, ""
-    for row in islice(rows, earlier.done):
-        passed, place = passed + 1, row.place
+    with meter("passing over what was delivered") as show:
+        for row in islice(rows, earlier.done):
+            passed, place = passed + 1, row.place
+            show(partial("{} of {} rows".format, passed, earlier.done))
     if passed < earlier.done or place != earlier.place:
         found = place if passed == earlier.done else f"only {passed} rows"
         raise ConfigError(
@@ -159,18 +161,21 @@ class _Run:
 
     def _sample(self, number: int, row: DatasetRow) -> Sample | None:
         """The sample of a row; None where it is refused and such rows are skipped. Raises RecordError otherwise."""
+        if isinstance(row.content, RecordError):
+            self._refuse(number, row, row.content)
+            return None
         try:
-            if isinstance(row.content, RecordError):
-                raise row.content
             return _checked(row.content, row.place, self._settings, self._source)
         except RecordError as error:
-            self._rejects.write(number, row.place, error)
-            if not self._skip_bad:
-                raise RecordError(
-                    error.reason, error.message, f"{error.fix} Or leave out rows like this: --skip-bad."
-                ) from error
-            self._report.refuse(error)
+            self._refuse(number, row, error)
             return None
+
+    def _refuse(self, number: int, row: DatasetRow, error: RecordError) -> None:
+        self._rejects.write(number, row.place, error)
+        if not self._skip_bad:
+            fix = f"{error.fix} Or leave out rows like this: --skip-bad."
+            raise RecordError(error.reason, error.message, fix) from error
+        self._report.refuse(error)
 
     def _delivered(self, in_flight: InFlight, number: int, place: str, size: int, future: Future[Delivery]) -> None:
         error = future.exception()

@@ -4,10 +4,6 @@ Each format is a module: ``shards`` (WebDataset, img2dataset), ``parquet`` (Hugg
 ``imagefolder``, ``sidecars``, ``coco``, ``vqa``, ``llava``, and ``index_files`` for Ratchet's own. All yield
 :class:`~streams.folders.DatasetRow`: a sample, or the error that names file, row, field and fix. Memory does not grow
 with the number of rows.
-
->>> from streams.datasets import detect
->>> detect("photos").name  # doctest: +SKIP
-'folder'
 """
 
 from __future__ import annotations

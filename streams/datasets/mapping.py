@@ -2,18 +2,23 @@
 
 Columns are found by name, without case. A list of captions, and a conversation of several turns, become a sample each
 of the same image. Where there is nothing but a class with a name, that name is the text as well.
+
+What a sample is made of (texts, questions, answers, classes) must be of its type, or the row is wrong. Of the rest
+(source, concept, domain, split, time, tags) what does not fit is passed over: elsewhere these names mean other things.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
+from ops.errors import RecordError
 from streams.folders import FolderItem
 from streams.row_fields import iso_time, list_field
 from streams.tables import Where
@@ -87,13 +92,13 @@ def items_of(
         raise where.row_error(f"has more than {MAX_SAMPLES} texts or turns", "take the row apart")
     shared = {
         "label": label,
-        "concept": _string(values, "concept", where),
-        "split": _string(values, "split", where) or split,
-        "domain": _string(values, "domain", where) or domain,
-        "source": _first_string(values, SOURCE, where),
+        "concept": _metadata(values, "concept"),
+        "split": _metadata(values, "split") or split,
+        "domain": _metadata(values, "domain") or domain,
+        "source": next((text for name in SOURCE if (text := _metadata(values, name))), ""),
         "time": _time(values, where),
     }
-    tags = list_field(values, "tags", where)
+    tags = _tags(values, where)
     for text, pair in zip_longest(texts, pairs):
         question, answer, answers = pair or ("", "", ())
         yield FolderItem(
@@ -203,8 +208,20 @@ def _first_string(values: Mapping[str, Any], names: Sequence[str], where: Where)
     return next((text for name in names if (text := _string(values, name, where))), "")
 
 
+def _metadata(values: Mapping[str, Any], name: str) -> str:
+    """A string; what is none belongs to somebody else's meaning of the name."""
+    value = values.get(name)
+    return value.strip() if isinstance(value, str) else ""
+
+
+def _tags(values: Mapping[str, Any], where: Where) -> tuple[str, ...]:
+    with suppress(RecordError):
+        return list_field(values, "tags", where)
+    return ()
+
+
 def _time(values: Mapping[str, Any], where: Where) -> str:
     value = values.get("time")
-    if isinstance(value, (date, datetime)):
-        return iso_time(value.isoformat(), where)
-    return iso_time(_string(values, "time", where), where)
+    with suppress(RecordError):
+        return iso_time(value.isoformat() if isinstance(value, date) else _metadata(values, "time"), where)
+    return ""

@@ -67,16 +67,16 @@ def read(source: Source) -> Iterator[DatasetRow]:
         try:
             with pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False) as table:
                 layout = _layout(table.schema_arrow, file)
-                for row in _raw_rows(table, layout, file):
+                for batch, index in _raw_rows(table, layout, file):
                     number += 1
-                    yield from _rows(row, layout, Where(file, f"row {number}"), source, split)
+                    yield from _rows(batch, index, layout, Where(file, f"row {number}"), source, split)
         except _DAMAGE as error:
             where = Where(file, f"after row {number}")
             problem = f"damaged ({str(error)[:200] or type(error).__name__})"
             yield DatasetRow(str(where), where.row_error(problem, "copy the file again"))
 
 
-def _raw_rows(table: pq.ParquetFile, layout: _Layout, file: Path) -> Iterator[dict[str, Any]]:
+def _raw_rows(table: pq.ParquetFile, layout: _Layout, file: Path) -> Iterator[tuple[pa.RecordBatch, int]]:
     for group in range(table.num_row_groups):
         about = table.metadata.row_group(group)
         average = about.total_byte_size // max(1, about.num_rows)
@@ -86,11 +86,14 @@ def _raw_rows(table: pq.ParquetFile, layout: _Layout, file: Path) -> Iterator[di
         batches = table.iter_batches(size, row_groups=[group], columns=list(layout.columns), use_threads=False)
         for batch in batches:
             for index in range(batch.num_rows):
-                yield {name: batch.column(name)[index].as_py() for name in batch.schema.names}
+                yield batch, index
 
 
-def _rows(row: dict[str, Any], layout: _Layout, where: Where, source: Source, split: str) -> Iterator[DatasetRow]:
+def _rows(
+    batch: pa.RecordBatch, index: int, layout: _Layout, where: Where, source: Source, split: str
+) -> Iterator[DatasetRow]:
     try:
+        row = _values(batch, index, where)
         status = row.pop("status", None)
         message = row.pop("error_message", None)
         if isinstance(status, str) and status != "success":
@@ -104,6 +107,17 @@ def _rows(row: dict[str, Any], layout: _Layout, where: Where, source: Source, sp
         return
     for item in items:
         yield DatasetRow(str(where), item)
+
+
+def _values(batch: pa.RecordBatch, index: int, where: Where) -> dict[str, Any]:
+    name = ""
+    row = {}
+    try:
+        for name in batch.schema.names:
+            row[name] = batch.column(name)[index].as_py()
+    except (pa.ArrowException, ValueError, ArithmeticError) as error:  # text that is no UTF-8, a time out of range
+        raise where.error(name, f"cannot be read ({str(error)[:120]})", "correct it, or take the row out") from error
+    return row
 
 
 def _image(value: Any, column: str, where: Where, max_bytes: int) -> ImageRef:

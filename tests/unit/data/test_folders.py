@@ -250,3 +250,12 @@ def test_writing_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
         write_folder(tmp_path / "in", [FolderItem(path=Path("../a.png"), text="x", inline=png())])
     assert not (tmp_path / "a.png").exists()
     assert not (tmp_path / "in" / INDEX).exists()
+
+
+@pytest.mark.parametrize("name", ["more.csv", "more.jsonl"])
+def test_a_row_without_end_is_not_read_into_memory(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streams.tables.MAX_ROW_CHARS", 1000)
+    rows = {"more.csv": 'image,text\nAAAA,"', "more.jsonl": '{"image": "'}
+    (tmp_path / name).write_text(rows[name] + "x" * 5000)
+    with pytest.raises(RecordError, match="1000"):
+        read_items(tmp_path / name)

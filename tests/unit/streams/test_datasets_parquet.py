@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as Pillow
 
 from ops.errors import RecordError
-from streams.datasets import detect
+from streams.datasets import detect, read_dataset
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.unit.data.pictures import png
 
@@ -139,3 +139,26 @@ def test_a_damaged_file_is_one_wrong_row_and_the_next_is_read(tmp_path: Path) ->
     items, [error] = items_and_errors(tmp_path, format="parquet")
     assert [item.text for item in items] == ["whole"]
     assert str(damaged) in error.message and "damaged" in error.message
+
+
+def test_text_that_is_no_utf8_is_one_wrong_row(tmp_path: Path) -> None:
+    texts = pa.array([b"one", b"caf\xe9", b"three"]).view(pa.string())
+    items, [error] = items_and_errors(table(tmp_path / "a.parquet", image=[png()] * 3, text=texts))
+    assert [item.text for item in items] == ["one", "three"]
+    assert "row 2, field 'text': cannot be read" in error.message
+
+
+def test_other_peoples_meaning_of_a_name_does_not_refuse_the_row(tmp_path: Path) -> None:
+    others = {"source": [3], "time": ["noon"], "tags": [[1, 2]], "domain": [{"a": 1}], "concept": [1.5]}
+    [item] = items_of(table(tmp_path / "a.parquet", image=[png()], text=["x"], **others))
+    assert (item.source, item.time, item.tags, item.domain, item.concept) == ("", "", (), "a", "")
+
+
+def test_memory_is_that_of_a_batch_and_not_of_a_row_group(tmp_path: Path) -> None:
+    file = table(tmp_path / "a.parquet", image=[bytes([n % 256]) * 50_000 for n in range(3_000)], text=["x"] * 3_000)
+    before = pa.total_allocated_bytes()
+    most = 0
+    for row in read_dataset(file):
+        assert not isinstance(row.content, RecordError)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 100 * 2**20

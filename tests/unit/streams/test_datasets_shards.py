@@ -6,6 +6,7 @@ import gzip
 import io
 import pickle
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from webdataset import ShardWriter, TarWriter
 
 from ops.errors import RecordError
-from streams.datasets import detect
+from streams.datasets import detect, read_dataset
 from streams.datasets.shards import MAX_HEADER_BYTES, expand
 from tests.support.datasets import error_of, items_and_errors, items_of
 from tests.unit.data.pictures import png
@@ -185,3 +186,13 @@ def test_what_img2dataset_writes_as_files_is_read() -> None:
         ("a green square", "0000001.jpg"),
         ("a blue square", "0000002.jpg"),
     ]
+
+
+def test_memory_does_not_grow_with_the_members(tmp_path: Path) -> None:
+    shard = members(tmp_path / "a.tar", *((f"{n}.{kind}", b"x") for n in range(1500) for kind in ("png", "txt")))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_dataset(shard)) == 1500
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
