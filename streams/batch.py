@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ops.errors import StoreError
 from ops.settings import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.quality.validate import Accepted, Row
-from streams.rows import Position, duplicate_row, name_of, tally_of
+from streams.rows import Position, RecordPosition, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
 
+log = logging.getLogger(__name__)
 Entry = tuple[Reading, int, Accepted | Row, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
 Watermark = Callable[[Reading], int | None]
@@ -53,6 +56,7 @@ class Batch:
         self._entries: list[Entry] = []
         self._bytes = 0
         self._since = 0.0
+        self._doubles: list[tuple[str, RecordPosition]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -97,18 +101,33 @@ class Batch:
         outcome = Outcome(readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries))
         if not ends:
             return outcome
-        with self.index.deciding():
-            self.index.follow(self.writer.table)
-            outcome.rows = self._decide(outcome)
-            moves = [
-                (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
-                for reading, end in ends.items()
-            ]
-            outcome.version = self.writer.commit(outcome.rows, moves)
+        try:
+            with self.index.deciding():
+                self.index.follow(self.writer.table)
+                outcome.rows = self._decide(outcome)
+                moves = [
+                    (reading.claim, _position(reading, end, outcome.rows, watermark(reading)))
+                    for reading, end in ends.items()
+                ]
+                outcome.version = self.writer.commit(outcome.rows, moves)
+        except StoreError as error:
+            if not outcome.version:
+                raise
+            # The batch is stored, so that to try it again would store it twice; the index follows the store.
+            log.warning("what was stored is added to the duplicate index later: %s", error)
         self._entries, self._bytes = [], 0
-        for sample_id, position in self.index.settled():
-            self.writer.settle_double(sample_id, position)
+        self._settle_doubles()
         return outcome
+
+    def _settle_doubles(self) -> None:
+        """Never fails a batch that is stored: what cannot be settled now is with the next one."""
+        self._doubles += self.index.settled()
+        try:
+            while self._doubles:
+                self.writer.settle_double(*self._doubles[0])
+                del self._doubles[0]
+        except StoreError as error:
+            log.warning("a sample that two workers stored is made a duplicate later: %s", error)
 
     def _decide(self, outcome: Outcome) -> list[Row]:
         """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""

@@ -110,11 +110,12 @@ class DuplicateIndex:
             self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            with _errors_named(self.path):
+                self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # after some errors, as a full disk, SQLite has rolled it back itself
+                self._db.execute("ROLLBACK")
             raise
-        with _errors_named(self.path):
-            self._db.execute("COMMIT")
 
     def find(self, sample: Sample) -> Duplicate | None:
         """The sample that this one repeats, if any. Other words are never a duplicate, however alike the images."""
