@@ -20,6 +20,8 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
+WITHOUT_MODELS = frozenset({"chaos", "ingest"})
+"""These need no base."""
 
 
 def run(name: str, settings: Settings, arguments: Sequence[str]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.stream.filling import maintain, sample_rows
+from benchmarks.stream.filling import sample_rows
 from ops.progress import track
-from ops.settings import Settings
+from ops.settings import Kafka, Settings
+from streams.maintenance import Maintainer
 from streams.rows import Position
-from streams.store import SampleStore
 from streams.writer import StoreWriter
 
 STREAM = "committed"
@@ -40,8 +40,9 @@ class Amplification:
 
 def measure(home: Path, rows: int, commit_rows: int, commits_a_run: int, image_bytes: int) -> Amplification:
     """Commit ``rows`` samples, with maintenance beside them."""
-    settings = Settings(home=home)
-    store = SampleStore(settings.lake)
+    home.mkdir(parents=True, exist_ok=True)
+    maintainer = Maintainer(Settings(home=home, kafka=Kafka(events_topic="")))
+    store = maintainer.store
     writer = StoreWriter(store.table)
     [claim] = writer.claim([Position(STREAM, 0, 0)])
     folder = Path(store.url)
@@ -56,10 +57,11 @@ def measure(home: Path, rows: int, commit_rows: int, commits_a_run: int, image_b
         ingested += sum(_new(folder, before).values())
         if number % commits_a_run == 0:
             before = _sizes(folder)
-            maintain(settings)
+            maintainer.run_once()
             written = _new(folder, before)
             data += written.pop("data", 0)
             indexes += sum(written.values())
+    maintainer.close()
     return Amplification(rows, commit_rows, commits_a_run, ingested, data, indexes, store.fragments())
 
 

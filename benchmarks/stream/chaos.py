@@ -11,12 +11,11 @@ again, which is what its clients see of the restart of a broker that keeps its l
 from __future__ import annotations
 
 import argparse
-import heapq
 import json
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from rich.table import Table
 
 from benchmarks.machine import machine
 from benchmarks.proxy import Proxy
-from benchmarks.stream.chaos_audit import OffsetWatch, audit
+from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
 from benchmarks.stream.chaos_plan import Fault, plan
 from benchmarks.stream.chaos_records import SteadyProducer
 from benchmarks.stream.installation import Installation
-from benchmarks.stream.part import Part, has_command
+from benchmarks.stream.part import Part
 from benchmarks.stream.small_disk import SmallDisk
-from ops.errors import RatchetError
 from ops.progress import say, step
 from ops.settings import Settings
 from streams.broker import EmbeddedBroker, free_port
@@ -44,8 +42,15 @@ PRODUCE_SHARE = 0.9
 DRAIN_SECONDS = 240.0
 PRESSURE: dict[str, Any] = {"partitions": 4, "batch_seconds": 0.5}
 """Small commits: more moments at which a process can be between two steps."""
-VIOLATIONS = ("lost", "double", "quarantine_double", "offsets_backwards", "misjudged", "tally_wrong", "ended_by_themselves")
-Action = tuple[float, int, Callable[[], None]]
+VIOLATIONS = (
+    "lost",
+    "double",
+    "quarantine_double",
+    "offsets_backwards",
+    "misjudged",
+    "tally_wrong",
+    "ended_by_themselves",
+)
 
 
 class Run:
@@ -57,17 +62,16 @@ class Run:
         self.installation = installation
         self.proxy = proxy
         self.disk = disk
-        self.parts = {f"worker {number}": self._part("ingest", logs / f"{number}.log") for number in range(WORKERS)}
-        if has_command("maintain"):
-            self.parts["maintain"] = self._part("maintain", logs / "maintain.log")
+        names = {f"worker {number}": "ingest" for number in range(WORKERS)} | {"maintain": "maintain"}
+        self.parts = {
+            target: Part(name, installation.config, logs / f"{target.replace(' ', '-')}.log")
+            for target, name in names.items()
+        }
         self.producer = producer
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0
         self.unexpected = 0
         """Processes that ended by themselves."""
-
-    def _part(self, name: str, log: Path) -> Part:
-        return Part(name, self.installation.config, log)
 
     @property
     def targets(self) -> list[str]:
@@ -77,18 +81,13 @@ class Run:
     def play(self, faults: Sequence[Fault]) -> None:
         """Let each fault happen when it is due, and repair it after its time."""
         began = time.monotonic()
-        actions: list[Action] = []
-        for number, fault in enumerate(faults):
-            heapq.heappush(actions, (fault.at, 2 * number, lambda fault=fault: self._break(fault)))  # type: ignore[misc]
-            repair = lambda fault=fault: self._repair(fault)  # type: ignore[misc]  # noqa: E731
-            heapq.heappush(actions, (fault.at + fault.seconds, 2 * number + 1, repair))
-        while actions:
-            wait = began + actions[0][0] - time.monotonic()
-            if wait > 0:
+        actions = [(fault.at, self._break, fault) for fault in faults]
+        actions += [(fault.at + fault.seconds, self._repair, fault) for fault in faults]
+        for due, act, fault in sorted(actions, key=lambda action: action[0]):
+            while (wait := began + due - time.monotonic()) > 0:
                 time.sleep(min(wait, 0.5))
                 self._revive()
-                continue
-            heapq.heappop(actions)[2]()
+            act(fault)
 
     def _break(self, fault: Fault) -> None:
         say(f"[yellow]{fault}[/yellow]")
@@ -179,7 +178,7 @@ def _play(running: Run, seconds: float, seed: int) -> dict[str, Any]:
         ended_well = [part.stop() for part in running.parts.values()]
         watch.end()
     with step("looking for every record"):
-        result = audit(installation.kafka, installation.store, producer.places)
+        result = audit(installation.kafka.topic, producer.places, installation.store, quarantined(installation.kafka))
     for line in [*result.evidence, *watch.evidence]:
         say(f"[red]{line}[/red]")
     return {
@@ -198,7 +197,6 @@ def _play(running: Run, seconds: float, seed: int) -> dict[str, Any]:
         "broker_cuts": running.counts["cut"],
         "disk_full_seconds": round(running.full_seconds, 1),
         "ended_by_themselves": running.unexpected + ended_well.count(False),
-        "maintenance": "maintain" in running.parts,
         "seed": seed,
         "machine": machine(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,12 @@ from kafka import KafkaConsumer, TopicPartition
 from benchmarks.stream.chaos_records import Made
 from ops.errors import StoreError
 from ops.settings import Kafka
-from streams.quarantine import refused_position
+from streams.quarantine import RecordPosition, refused_position
 from streams.rows import Position
 from streams.store import SampleStore
 
 QUIET_POLLS = 4
 EVIDENCE = 20
-Place = tuple[str, int, int]
 
 
 @dataclass
@@ -45,20 +44,28 @@ class Audit:
             self.evidence.append(text)
 
 
-def audit(kafka: Kafka, store: SampleStore, places: Mapping[tuple[int, int], Made]) -> Audit:
-    """Compare what was produced with the store and the quarantine topic, all of which stand still."""
+def audit(
+    topic: str, places: Mapping[tuple[int, int], Made], store: SampleStore, messages: Iterable[RecordPosition]
+) -> Audit:
+    """Compare what was produced with what became of it, when nothing changes any more.
+
+    Args:
+        topic: the topic of all records.
+        places: what was produced, by partition and offset.
+        messages: of the quarantine topic: the position of the original of each.
+    """
     result = Audit()
     rows = store.records().to_pylist()
-    published = Counter(quarantined(kafka))
-    by_place: dict[Place, list[dict[str, Any]]] = defaultdict(list)
+    published = Counter(messages)
+    by_place: dict[RecordPosition, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_place[row["topic"], row["partition"], row["offset"]].append(row)
         if row["kind"] == "gap":
             result.lost += row["until"] - row["offset"]
             result.note(f"gap: {row}")
     for (partition, offset), record in places.items():
-        _audit_record(result, record, (kafka.topic, partition, offset), by_place, published)
-    for place in by_place.keys() - {(kafka.topic, *each) for each in places}:
+        _audit_record(result, record, (topic, partition, offset), by_place, published)
+    for place in by_place.keys() - {(topic, *each) for each in places}:
         result.double += len(by_place[place])
         result.note(f"rows of no record that was produced: {place} {by_place[place]}")
     _audit_ids(result, rows, places)
@@ -75,7 +82,11 @@ def audit(kafka: Kafka, store: SampleStore, places: Mapping[tuple[int, int], Mad
 
 
 def _audit_record(
-    result: Audit, record: Made, place: Place, by_place: Mapping[Place, list[dict[str, Any]]], published: Counter[Place]
+    result: Audit,
+    record: Made,
+    place: RecordPosition,
+    by_place: Mapping[RecordPosition, list[dict[str, Any]]],
+    published: Counter[RecordPosition],
 ) -> None:
     rows = by_place.get(place, [])
     if not rows:
@@ -109,7 +120,7 @@ def _audit_ids(result: Audit, rows: list[dict[str, Any]], places: Mapping[tuple[
             result.note(f"{place} is accounted for, but there is no sample {record.id}")
 
 
-def quarantined(kafka: Kafka) -> list[Place]:
+def quarantined(kafka: Kafka) -> list[RecordPosition]:
     """Positions of the originals of all messages in the quarantine topic that a careful reader sees."""
     consumer = KafkaConsumer(
         bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest", isolation_level="read_committed", group_id=None
@@ -119,7 +130,7 @@ def quarantined(kafka: Kafka) -> list[Place]:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
         consumer.assign(partitions)
         consumer.seek_to_beginning(*partitions)
-        places: list[Place] = []
+        places: list[RecordPosition] = []
         quiet = 0
         while quiet < QUIET_POLLS:
             records = [each for batch in consumer.poll(timeout_ms=500).values() for each in batch]

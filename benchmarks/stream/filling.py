@@ -7,7 +7,7 @@ import io
 import os
 from collections import Counter
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,9 @@ from PIL import Image
 
 from ops.progress import track
 from ops.settings import Settings
-from streams.maintenance import clean, compact, index
+from streams.maintenance import Maintainer
+from streams.quality.duplicates import words_hash
 from streams.rows import SCHEMA, Position, Tally
-from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.writer import StoreWriter
 
@@ -38,22 +38,18 @@ def fill(lake: str, count: int, start: int) -> None:
         writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
 
 
-def maintain(settings: Settings) -> None:
-    """What maintenance does to the sample store in one run."""
-    store = SampleStore(settings.lake)
-    compact(store)
-    index(store)
-    clean(store, timedelta(seconds=settings.maintain.keep_seconds))
-
-
 def settle(settings: Settings) -> None:
     """Run maintenance until it has nothing more to do."""
-    store = SampleStore(settings.lake)
-    for _ in range(MAINTENANCE_RUNS):
-        before = store.version()
-        maintain(settings)
-        if store.version() == before:
-            return
+    maintainer = Maintainer(settings)
+    store = maintainer.store
+    try:
+        for _ in range(MAINTENANCE_RUNS):
+            before = store.version()
+            maintainer.run_once()
+            if store.version() == before:
+                return
+    finally:
+        maintainer.close()
 
 
 def _small_jpeg() -> bytes:
@@ -80,8 +76,10 @@ def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tupl
     columns = {
         "id": [hashlib.sha256(image).hexdigest() for image in images],
         "image": images,
-        "text": [f"picture {number}" for number in numbers],
-        "look": [os.urandom(35).hex() for _ in numbers],
+        "size": [len(image) for image in images],
+        "text": (texts := [f"picture {number}" for number in numbers]),
+        "words": [words_hash(text, "", "") for text in texts],
+        "look": [os.urandom(35) for _ in numbers],
         "offset": list(numbers),
     }
     constant = {name: [value] * count for name, value in constants.items()}

@@ -30,6 +30,7 @@ class Installation:
             "bootstrap": bootstrap,
             "topic": f"samples-{name}",
             "quarantine_topic": f"quarantine-{name}",
+            "events_topic": f"events-{name}",
             "group": f"ingest-{name}",
             "client": {},
         }

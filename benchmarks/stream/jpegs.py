@@ -1,4 +1,4 @@
-"""JPEG images of a wanted size in bytes, no two alike: crops of a canvas of noise at many scales, as photographs have."""
+"""JPEG images of a wanted size in bytes, no two alike: crops of a canvas of noise at many scales, as in photographs."""
 
 from __future__ import annotations
 

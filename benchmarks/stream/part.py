@@ -11,12 +11,13 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Final
 
 from ops.errors import RatchetError
 from ops.settings import Settings
 from streams.broker import free_port
 
-_SECRETS = {"origins": True, "access": True, "kafka": {"client", "oauth", "schema_registry_auth"}}
+_SECRETS: Final[Any] = {"origins": True, "access": True, "kafka": {"oauth", "schema_registry_auth"}}
 _LINE = re.compile(r"^(\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
 SAMPLE_SECONDS = 0.05
 
@@ -122,13 +123,6 @@ class Part:
         if self.process is None:
             raise RatchetError(f"ratchet {self.name} does not run.", "Start it.")
         return Path(f"/proc/{self.process.pid}/{name}").read_text()
-
-
-def has_command(name: str) -> bool:
-    """Whether ``ratchet NAME`` exists."""
-    from ops.cli.main import app
-
-    return any(name in (each.name, getattr(each.callback, "__name__", "")) for each in app.registered_commands)
 
 
 def wait_for(

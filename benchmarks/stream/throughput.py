@@ -41,7 +41,8 @@ class Throughput:
 
     def rate(self, who: str) -> float:
         """Records a second, the median of the rounds."""
-        return self.records / statistics.median(each["seconds"] for each in getattr(self, who))
+        runs: list[dict[str, float]] = getattr(self, who)
+        return self.records / statistics.median(each["seconds"] for each in runs)
 
     def figures(self) -> dict[str, Any]:
         """For people and machines."""
