@@ -36,7 +36,7 @@ RUN groupadd --gid 10001 ratchet \
     && useradd --uid 10001 --gid ratchet --create-home --home-dir /home/ratchet --shell /usr/sbin/nologin ratchet \
     && install --directory --owner ratchet --group ratchet --mode 0750 /var/lib/ratchet /run/ratchet
 WORKDIR /var/lib/ratchet
-EXPOSE 8000 8001 9464 9465
+EXPOSE 8000 8001 9464 9465 9466
 ENTRYPOINT ["ratchet"]
 CMD ["serve"]
 # Of `ratchet serve`; the other parts have their own checks where they are started (compose.yaml, the chart).

@@ -22,7 +22,8 @@ SECRET = (
 """Come from Secrets: a value of the chart ends in a ConfigMap."""
 SET_BY_CHART = (
     "home", "origins", "artifacts_url", "lake_url", "metrics_host", "kafka.bootstrap", "serve.host", "serve.port",
-    "ingest.metrics_port", "updater.metrics_port", "console.host", "console.port", "console.server",
+    "ingest.metrics_port", "maintain.metrics_port", "updater.metrics_port", "console.host", "console.port",
+    "console.server",
 )  # fmt: skip
 
 

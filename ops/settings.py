@@ -154,7 +154,7 @@ class Retention(Section):
     max_age_days: float = Field(0, ge=0, description="Samples older than this are removed; 0: no limit.")
     max_bytes: int = Field(0, ge=0, description="The oldest samples over this many bytes are removed; 0: no limit.")
     keep_samples: int = Field(
-        50_000, ge=0, description="The newest samples that no limit removes, so that training and the gate have data."
+        50_000, ge=0, description="Of the samples over a limit so many stay, balanced over concepts, to be replayed."
     )
 
 

@@ -25,6 +25,8 @@ REQUEST_SECONDS = 10.0
 #: A base64 image of 8 MiB with its text, and room for larger limits. Brokers have a limit of their own (Apache Kafka:
 #: 1 MB unless ``message.max.bytes``, or ``max.message.bytes`` of the topic, is raised).
 MAX_RECORD_BYTES = 64 * 1024 * 1024
+#: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
+TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
 
 
 def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +93,7 @@ class Admin:
         return str(found["topic_id"] or "")
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
-        """Create the topics that are not there, with the broker's own replication factor."""
+        """Create the topics that are not there: for the largest records, with the broker's own replication factor."""
         for topic in topics:
             if self.topic_id(topic) is None:
                 self._ask("creating a topic", lambda client, name=topic: _create(client, name, partitions))
@@ -119,8 +121,9 @@ class Admin:
 
 
 def _create(client: KafkaAdminClient, topic: str, partitions: int) -> None:
+    configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
     try:
-        client.create_topics([NewTopic(topic, partitions, -1)])
+        client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
     except TopicAlreadyExistsError:
         return  # another process was faster
 

@@ -90,7 +90,6 @@ def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
         samples=len(samples),
         refusals=len(rows) - len(samples),
         adapters=adapters_of(ledger, samples),
-        version=store.version(),
     )
     return len(rows)
 

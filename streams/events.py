@@ -117,6 +117,7 @@ class EventPublisher:
             SQLAlchemyError: the ledger is away.
         """
         total = 0
+        self._measure()
         while self.enabled and (rows := self.ledger.waiting_events(BATCH)):
             if not self._acquire():
                 break
@@ -130,8 +131,7 @@ class EventPublisher:
                 self._outbox.close()
                 self._topic_made = False  # an embedded broker that was restarted has forgotten it
                 raise
-        if self.enabled:
-            metrics.events.waiting(self.ledger.count_waiting_events())
+        self._measure()
         return total
 
     def close(self) -> None:
@@ -143,6 +143,11 @@ class EventPublisher:
                 self.ledger.release_lease(LEASE, epoch)
             except SQLAlchemyError as error:
                 log.info("the lease of events could not be given back (%s); it runs out by itself", error)
+
+    def _measure(self) -> None:
+        """Say how many wait, before they are sent too: a broker that is away lets no more be said."""
+        if self.enabled:
+            metrics.events.waiting(self.ledger.count_waiting_events())
 
     def _try(self) -> str:
         """Publish what waits; the text of the error that hindered it."""

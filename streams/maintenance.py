@@ -1,142 +1,209 @@
-"""Keeping the sample store compact, beside the workers that write it.
+"""``ratchet maintain``: what keeps the sample store compact and its promises kept, beside the workers that write it.
 
-Fragments grow in tiers, as in a log-structured merge tree: the small ones that commits leave are merged when together
-they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions. So each byte
-is written two times more after its commit, whatever the store holds, and the number of fragments stays small.
-
-Indexes cover what is compacted: the id, the offset and the kind of a row. Each run adds what is new as an index of its
-own; those are merged when there are many.
+One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
+indexed, old versions go, gaps are told to others. One process does it at a time, by a lease in the ledger; a second one
+waits. Nothing here holds up reading, and a run that fails is tried again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from lance.commit import CommitConflictError
-
+from ops import metrics
+from ops.errors import RatchetError
+from ops.ledger import DeletionRow, Ledger
+from ops.progress import say
+from ops.settings import Settings
+from streams import compaction, deletion, retention
+from streams.events import EventPublisher
+from streams.rows import name_of
 from streams.store import SampleStore
-from streams.table import fences, outage
-from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
-FULL_ROWS: Final = 65_536
-FULL_BYTES: Final = 256 << 20
-"""A fragment of this size is full: at ten million samples of 20 KB there are 800 of them, and each version's manifest
-takes 200 KB."""
-TIERS: Final = (1 / 512, 1 / 16, 1.0)
-"""Sizes, as shares of a full fragment, at which smaller ones are merged. The first is for streams that
-bring a few records with each commit."""
-MANY: Final = 64
-"""So many fragments below the first tier are merged whatever their size."""
-INDEXES: Final = {"by_id": ("id", "BTREE"), "by_offset": ("offset", "ZONEMAP"), "by_kind": ("kind", "BITMAP")}
-MOST_DELTAS: Final = 8
-ROWS_AT_ONCE: Final = 64
-"""Rows in memory while a fragment is rewritten: at 8 MiB an image, half a gibibyte at most."""
+LEASE: Final = "maintain"
+LEASE_SECONDS: Final = 120.0
+CLEAN_SHARE: Final = 1 / 6
+"""Old versions are looked for after this share of the time for which they are kept: a look lists all files."""
+PIN_HOURS: Final = 24.0
+"""An update that is pinned to a version from before a deletion has this long; then the pin goes, and it begins anew."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fragment:
-    """What planning needs to know of a data file."""
+class Run:
+    """What a run of maintenance did."""
 
-    id: int
-    rows: int
-    size: int
-    deletions: bool
-
-    @property
-    def share(self) -> float:
-        """Of a full fragment."""
-        return max(self.rows / FULL_ROWS, self.size / FULL_BYTES)
-
-
-def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]]:
-    """Sets of fragments to merge, each into one. ``expunge``: rewrite also those with deleted rows."""
-    sets = [[each.id] for each in fragments if expunge and each.deletions]
-    taken = {number for each in sets for number in each}
-    for bound in TIERS:
-        group: list[Fragment] = []
-        for fragment in fragments:
-            if fragment.share >= bound or fragment.id in taken:
-                continue
-            group.append(fragment)
-            enough = sum(each.share for each in group) >= bound or (bound == TIERS[0] and len(group) >= MANY)
-            if enough and len(group) > 1:
-                sets.append([each.id for each in group])
-                taken.update(sets[-1])
-                group = []
-    return sets
+    written: int = 0
+    """Bytes of data files written anew."""
+    removed: int = 0
+    """Rows that deletions and retention took out."""
+    freed: int = 0
+    """Bytes of files removed with old versions."""
+    events: int = 0
+    waiting: bool = False
+    """Another process holds the lease: nothing was done."""
 
 
-def compact(store: SampleStore, expunge: bool = False) -> int:
-    """Merge what :func:`plan` says. Returns the bytes written.
+class Maintainer:
+    """Maintains one sample store.
 
-    Safe beside running workers: they never touch what is merged here, and positions are left alone.
-
-    Raises:
-        StoreUnavailable: the store cannot be read or written.
+    >>> Maintainer(settings).run_once()
+    Run(written=0, removed=0, ...)
     """
-    written = 0
-    while sets := plan(_fragments(store), expunge):
-        size = StoreWriter(store.table).merge(sets[0], ROWS_AT_ONCE)
-        if not size:
-            break  # somebody else changes these; next time
-        written += size
-    return written
 
+    def __init__(self, settings: Settings, ledger: Ledger | None = None, store: SampleStore | None = None) -> None:
+        self.settings = settings
+        self.ledger = ledger or Ledger.open(settings.ledger)
+        self.store = store or SampleStore(settings.lake)
+        self.events = EventPublisher(settings, self.ledger)
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._cleaned_at = 0.0
+        self._gaps = 0
 
-def index(store: SampleStore) -> None:
-    """Let the indexes cover every full fragment."""
-    dataset = store.table.open()
-    if dataset is None:
-        return
-    full = {each.id for each in _fragments(store) if each.share >= TIERS[-1] / 2}
-    described: dict[str, list[set[int]]] = {name: [] for name in INDEXES}
-    for each in dataset.list_indices():
-        described.setdefault(each["name"], []).append(set(each["fragment_ids"]))
-    for name, (column, kind) in INDEXES.items():
-        deltas = described[name]
-        if not full - set().union(*deltas):
-            continue
+    def run_once(self) -> Run:
+        """Do what there is to do.
+
+        Raises:
+            RatchetError: the store, the ledger or the broker is away; to be tried again.
+        """
+        started = time.monotonic()
+        epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
+        if epoch is None:
+            return Run(waiting=True)
         try:
-            if not deltas:
-                dataset.create_scalar_index(column, kind, name=name)
-            else:
-                merged = len(deltas) if len(deltas) >= MOST_DELTAS else 0
-                dataset.optimize.optimize_indices(num_indices_to_merge=merged, index_names=[name])
-        except CommitConflictError as error:
-            log.info("index %s is brought up to date later: %s", name, error)
-        except (OSError, RuntimeError) as error:
-            raise outage(store.url, "indexed", error) from error
+            run = self._run()
+        except Exception:
+            metrics.maintain.ran("failed", time.monotonic() - started)
+            raise
+        metrics.maintain.ran("done", time.monotonic() - started)
+        return run
 
+    def run(self, stopping: threading.Event) -> None:
+        """Run again and again until ``stopping``; what is away is waited for."""
+        publisher = threading.Thread(target=self.events.run, args=(stopping,), name="events")
+        publisher.start()
+        told = ""
+        while not stopping.is_set():
+            try:
+                self.run_once()
+                told = ""
+            except RatchetError as error:
+                if str(error) != told:
+                    told = str(error)
+                    say(f"maintain: [yellow]{error}[/yellow]")
+            except Exception:
+                log.exception("maintenance")
+            stopping.wait(self.settings.maintain.seconds)
+        publisher.join()
 
-def clean(store: SampleStore, keep: timedelta) -> int:
-    """Remove versions older than ``keep`` that nobody pinned, and the files that only they had. Returns their bytes."""
-    dataset = store.table.open()
-    if dataset is None:
-        return 0
-    try:
-        stats = dataset.cleanup_old_versions(older_than=keep, error_if_tagged_old_versions=False)
-    except (OSError, RuntimeError) as error:
-        raise outage(store.url, "cleaned", error) from error
-    return int(stats.bytes_removed)
+    def close(self) -> None:
+        """Let the lease and the connections go."""
+        row = self.ledger.lease(LEASE)
+        if row is not None and row.holder == self._holder:
+            self.ledger.release_lease(LEASE, row.epoch)
+        self.events.close()
 
+    def _run(self) -> Run:
+        removed = self._delete()
+        self._tell_gaps()
+        pending = self.ledger.deletions(1000, ["removed"])
+        written = compaction.compact(self.store, expunge=bool(pending) or removed > 0)
+        if pending and not compaction.has_deleted_rows(self.store):
+            self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
+            pending = self.ledger.deletions(1000, ["removed"])
+        compaction.index(self.store)
+        freed = self._clean(pending)
+        self._finish(pending)
+        metrics.maintain.written(written)
+        self._count_deletions()
+        return Run(written, removed, freed)
 
-def _fragments(store: SampleStore) -> list[Fragment]:
-    dataset = store.table.open()
-    if dataset is None:
-        return []
-    positions = {each.fragment_id for each in fences(dataset)}
-    return [
-        Fragment(
-            int(each.fragment_id),
-            int(each.metadata.physical_rows),
-            sum(file.file_size_bytes or 0 for file in each.data_files()),
-            each.metadata.deletion_file is not None,
+    def _delete(self) -> int:
+        """Take out what deletions and retention want to be gone."""
+        deletion.take_tombstones(self.store, self.ledger)
+        deleted = sum(
+            deletion.remove(self.store, self.ledger, each)
+            for each in reversed(self.ledger.deletions(1000, ["requested"]))
         )
-        for each in dataset.get_fragments()
-        if each.fragment_id not in positions
-    ]
+        expired = retention.expire(self.store, self.settings.retention)
+        metrics.maintain.deleted(deleted, "deletion")
+        metrics.maintain.deleted(expired, "retention")
+        return deleted + expired
+
+    def _tell_gaps(self) -> None:
+        """Record an event for each gap. A gap is a row of the store; the event's id follows from it."""
+        gaps = self.store.tally()["gap"]
+        if gaps == self._gaps:
+            return
+        for row in self.store.gaps(10_000):
+            position = name_of((row["topic"], row["partition"], row["offset"]))
+            data = {
+                "topic": row["topic"], "partition": row["partition"], "from": row["offset"], "to": row["until"],
+                "reason": row["reason"],
+            }  # fmt: skip
+            subject = f"{row['topic']}:{row['partition']}"
+            self.ledger.record_event("ratchet.gap.v1", f"gap-{position}"[:200], subject[:300], data)
+        self._gaps = gaps
+
+    def _clean(self, pending: list[DeletionRow]) -> int:
+        """Remove old versions: now and then, and at each run while a deletion waits for it."""
+        keep = timedelta(seconds=self.settings.maintain.keep_seconds)
+        due = time.monotonic() - self._cleaned_at > keep.total_seconds() * CLEAN_SHARE
+        if not (due or pending):
+            return 0
+        self._cleaned_at = time.monotonic()
+        self._unpin(pending)
+        freed = compaction.clean(self.store, keep)
+        metrics.maintain.versions(len(self.store.versions()))
+        return freed
+
+    def _unpin(self, pending: list[DeletionRow]) -> None:
+        """Let go versions from before a deletion that an update has been pinned to for too long."""
+        late = datetime.now(UTC) - timedelta(hours=PIN_HOURS)
+        versions = [each.version or 0 for each in pending if each.removed_at is not None and each.removed_at < late]
+        for name, version in self.store.pins().items():
+            if versions and version < max(versions):
+                say(f"maintain: {name} is pinned to samples that were deleted; it has to begin anew")
+                self.store.unpin(name)
+
+    def _finish(self, pending: list[DeletionRow]) -> None:
+        """A deletion is done when no version is left that has what it deleted."""
+        if not pending:
+            return
+        oldest = min(self.store.versions(), default=0)
+        for each in pending:
+            if each.version is not None and oldest >= each.version:
+                self.ledger.deletion_done(each.id)
+                say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
+
+    def _count_deletions(self) -> None:
+        waiting = self.ledger.deletions(1000, ["requested", "removed"])
+        oldest = min((each.requested_at for each in waiting), default=None)
+        age = 0.0 if oldest is None else (datetime.now(UTC) - oldest).total_seconds()
+        metrics.maintain.deletions(len(waiting), age)
+
+
+def run_maintain(settings: Settings, once: bool = False) -> None:
+    """Maintain the sample store until SIGTERM or SIGINT; or do one run."""
+    maintainer = Maintainer(settings)
+    try:
+        if once:
+            say(f"maintain: {maintainer.run_once()}")
+            return
+        stopping = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: stopping.set())
+        metrics.build.started("maintain")
+        metrics.listen("maintain", settings.maintain.metrics_port, settings.metrics_host)
+        say(f"maintain: {maintainer.store.url}, every {settings.maintain.seconds:g} s")
+        maintainer.run(stopping)
+    finally:
+        maintainer.close()

@@ -13,6 +13,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 
 from ops.errors import StoreError
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
-from streams.sql import quoted
+from streams.sql import moment, quoted
 from streams.table import ROOT, SampleTable, fences, positions
 from streams.writer import Rows, StoreWriter
 
@@ -67,6 +68,11 @@ class SampleStore:
         """The pinned versions by name."""
         dataset = self.table.open()
         return {} if dataset is None else {name: int(tag["version"]) for name, tag in dataset.tags.list().items()}
+
+    def versions(self) -> list[int]:
+        """All versions that are kept."""
+        dataset = self.table.open()
+        return [] if dataset is None else [int(each["version"]) for each in dataset.versions()]
 
     def positions(self, version: int | None = None) -> dict[str, Position]:
         """How far each partition has been read, by its key. Costs the same whatever is stored."""
@@ -196,6 +202,16 @@ class SampleStore:
             return []
         rows = self.select(f"{where} AND offset <= {order[-1]}", _REFUSED)
         return sorted(rows, key=lambda row: int(row["offset"]))
+
+    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
+        """Ids of deleted samples and when they were deleted (``ingested_at`` of the receipt); those after ``since``."""
+        dataset = self.table.open(version)
+        if dataset is None or not self.tally(version)["deleted"]:
+            return pa.schema([SCHEMA.field(name) for name in ("id", "ingested_at")]).empty_table()
+        where = "kind = 'deleted' AND id IS NOT NULL"
+        if since is not None:
+            where += f" AND ingested_at > {moment(since)}"
+        return dataset.to_table(columns=["id", "ingested_at"], filter=where)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest gaps, newest first: position, until, reason and time."""

@@ -160,7 +160,10 @@ class UpdaterService:
             data_to=ready.data_to,
             incumbent=ready.incumbent,
         )
+        self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
         say(f"{update.id} begins: {ready.new_samples} new samples, recipe {recipe.name}")
+        for deletion in self.ledger.list_deletions_in(update.id):
+            say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
@@ -184,6 +187,7 @@ class UpdaterService:
             metrics.update.now(family, "waiting")
         metrics.update.finished(family, update.state)
         shutil.rmtree(work, ignore_errors=True)
+        self.store.unpin(update.id)
         return update
 
     def _data_is_gone(self, update: UpdateRow) -> bool:
@@ -199,6 +203,7 @@ class UpdaterService:
         error = f"version {update.store_version} of the sample store is not kept any more"
         say(f"{update.id} is abandoned: {error}")
         metrics.update.finished(update.family, "abandoned")
+        self.store.unpin(update.id)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def work_dir(self, update: UpdateRow) -> Path:

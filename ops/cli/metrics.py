@@ -26,6 +26,7 @@ def targets_of(settings: Settings, host: str) -> list[Target]:
     ports = {
         "serve": settings.serve.port,
         "ingest": settings.ingest.metrics_port,
+        "maintain": settings.maintain.metrics_port,
         "update": settings.updater.metrics_port,
         "ray": settings.serve.ray_metrics_port,
     }
@@ -60,8 +61,8 @@ def prometheus(
     Example:  ratchet metrics prometheus --alertmanager 127.0.0.1:9093 > prometheus.yml
     """
     settings = ctx.of(context).settings
-    for name, port in (("ingest", settings.ingest.metrics_port), ("updater", settings.updater.metrics_port)):
-        if port == 0:
+    for name in ("ingest", "maintain", "updater"):
+        if getattr(settings, name).metrics_port == 0:
             typer.echo(f"{name}.metrics_port is 0: nothing is scraped of it, and its absence is alerted.", err=True)
     config = prometheus_config(targets_of(settings, host), alertmanagers=alertmanager, rules=rules)
     typer.echo(as_yaml(config), nl=False)
@@ -84,7 +85,7 @@ def rules(
 @app.command()
 def serve(
     folder: Annotated[Path, typer.Argument(help="Folder that the replicas write into.", exists=True, file_okay=False)],
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9466,
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 9467,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
     """Export what the replicas of this machine write into their PROMETHEUS_MULTIPROC_DIR, until SIGTERM.

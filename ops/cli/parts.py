@@ -1,4 +1,4 @@
-"""Commands that run a part: ``up``, ``demo``, ``serve``, ``ingest``, ``update``, ``console``, ``broker``."""
+"""Commands that run a part, or all: ``up``, ``demo``, ``serve``, ``ingest``, ``maintain``, ``update`` and others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stop(Exception):
 def up(
     context: typer.Context,
     without: Annotated[
-        list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, update, console.")
+        list[str] | None, typer.Option(help="Leave a part out: broker, serve, ingest, maintain, update, console.")
     ] = None,
 ) -> None:
     """Start everything on this machine and show what it is doing; Ctrl-C stops it in order.
@@ -80,6 +80,21 @@ def ingest(context: typer.Context) -> None:
     from streams.ingest import run_ingest
 
     run_ingest(ctx.of(context).settings)
+
+
+def maintain(
+    context: typer.Context,
+    once: Annotated[bool, typer.Option("--once", help="Do what is to be done now, then end.")] = False,
+) -> None:
+    """Keep the sample store compact, delete what is to be deleted, and publish events, until SIGTERM.
+
+    Of several processes one works, and the others wait to take over.
+
+    Examples:  ratchet maintain    |    ratchet maintain --once
+    """
+    from streams.maintenance import run_maintain
+
+    run_maintain(ctx.of(context).settings, once=once)
 
 
 def update(

@@ -93,7 +93,7 @@ class Supervisor:
     >>> with Supervisor(context, ["broker", "serve", "ingest"]) as parts: ...
     """
 
-    ORDER = ("broker", "serve", "ingest", "update", "console")
+    ORDER = ("broker", "serve", "ingest", "maintain", "update", "console")
 
     def __init__(self, context: Context, names: list[str]) -> None:
         settings = context.settings

@@ -19,29 +19,40 @@ def dashboard() -> make.Dashboard:
         "At a glance",
         number(
             "Broker", "Whether ingest reaches the broker. Away: ingest waits, and reads on where it was.", "none",
-            ("max(ratchet_ingest_broker_up)", ""), words={"1": ("up", GREEN), "0": ("away", RED)}, trend=False,
+            ("max(ratchet_ingest_broker_up)", ""), words={"1": ("up", GREEN), "0": ("away", RED)}, trend=False, width=3,
+        ),
+        number(
+            "Ingest waits for", "What holds ingest up now; it reads on by itself when that is back.", "none",
+            ("max by (for) (ratchet_ingest_waiting) > 0", "{{for}}"), names=True, trend=False, nothing="nothing",
+            width=3,
+        ),
+        number(
+            "Offsets lost", "Offsets of the shown time that were gone before they were read: deleted by the topic's "
+            "retention, or cut off. `ratchet status` names the gaps.", "short",
+            ("sum(increase(ratchet_ingest_lost_offsets_total[$__range]))", ""), trend=False, decimals=0,
+            steps=[(None, GREEN), (0.5, RED)], width=3,
         ),
         number(
             "Records behind", "Records in the topic that are not stored yet.", "short", (LAG, ""),
-            steps=[(None, GREEN), (1_000, ORANGE), (10_000, RED)],
+            steps=[(None, GREEN), (1_000, ORANGE), (10_000, RED)], width=3,
         ),
         number(
             "Records", "Records a second that ingest decided about.", "cps",
-            (f"sum(rate(ratchet_ingest_records_total{RATE}))", ""),
+            (f"sum(rate(ratchet_ingest_records_total{RATE}))", ""), width=3,
         ),
         number(
             "Quarantined", "Share of records that were refused, over the shown time. Above some percent a producer is "
             "broken: see the reasons below.", "percentunit", (QUARANTINED_SHARE, ""), trend=False, decimals=1,
-            steps=[(None, GREEN), (0.01, ORANGE), (0.05, RED)], nothing="no records",
+            steps=[(None, GREEN), (0.01, ORANGE), (0.05, RED)], nothing="no records", width=3,
         ),
         number(
             "Samples", "Samples in the store. `fresh_eval` is never trained on: it shows what an update gains.",
-            "short", ("max by (split) (ratchet_store_samples)", "{{split}}"),
+            "short", ("max by (split) (ratchet_store_samples)", "{{split}}"), width=3,
         ),
         number(
             "Drift", "Shift of the newest samples' mean embedding in standard errors. About 1 is no drift.", "none",
             ("max(ratchet_drift_mean_shift)", ""), decimals=1, nothing="too few samples",
-            steps=[(None, GREEN), (1.5, ORANGE), (2.5, RED)],
+            steps=[(None, GREEN), (1.5, ORANGE), (2.5, RED)], width=3,
         ),
     )  # fmt: skip
     row(
@@ -66,6 +77,11 @@ def dashboard() -> make.Dashboard:
             "hangs.", "short", ("max by (partition) (ratchet_ingest_lag_records)", "{{partition}}"), least=0,
         ),
         lines(
+            "Offsets lost over time", "Offsets an hour that were gone before they were read, by reason: keep records "
+            "in the topic for longer than ingest may be away.", "none",
+            ("sum by (reason) (increase(ratchet_ingest_lost_offsets_total[1h]))", "{{reason}}"), least=0,
+        ),
+        lines(
             "Time of a commit", "One atomic commit of samples, decisions and offsets. It grows with fragments and with "
             "a slow disk.", "s", (mean("ratchet_ingest_commit_seconds"), "mean"),
             (quantile(0.95, "ratchet_ingest_commit_seconds"), "95%"),
@@ -86,9 +102,53 @@ def dashboard() -> make.Dashboard:
         lines("Bytes of the store", "Data files of its newest version.", "bytes", ("max(ratchet_store_bytes)", "bytes"),
               least=0),
         lines(
-            "Fragments", "Data files. From 64 on, ingest compacts them: a saw's teeth are healthy, a slope is not.",
+            "Fragments", "Data files. Maintenance puts small ones together: a saw's teeth are healthy, a steep slope "
+            "is not.",
             "none", ("max(ratchet_store_fragments)", "sample store"), ("max(ratchet_catalog_fragments)", "catalog"),
             least=0,
+        ),
+    )  # fmt: skip
+    row(
+        board,
+        "Maintenance",
+        number(
+            "Last run", "Since the last run of maintenance that came to its end; one begins every `maintain.seconds`.",
+            "s",
+            ('time() - max(ratchet_maintain_last_run_timestamp_seconds{outcome="done"})', ""), nothing="none yet",
+            steps=[(None, GREEN), (600, ORANGE), (1800, RED)], trend=False, width=6,
+        ),
+        number(
+            "Versions kept", "Versions of the sample store: those of the last `maintain.keep_seconds`, and those that "
+            "an update is pinned to.", "none", ("max(ratchet_maintain_versions)", ""), width=6,
+        ),
+        number(
+            "Deletions waiting", "Deletions that were asked for and are not complete.", "none",
+            ("max(ratchet_deletions_waiting)", ""), width=6,
+        ),
+        number(
+            "Oldest deletion", "Age of the oldest deletion that is not complete; a day is promised.", "s",
+            ("max(ratchet_deletion_oldest_seconds)", ""), width=6,
+            steps=[(None, GREEN), (43_200, ORANGE), (86_400, RED)],
+        ),
+        lines(
+            "Runs", "Runs of maintenance an hour. Failed ones: see its log.", "none",
+            ("sum by (outcome) (increase(ratchet_maintain_runs_total[1h]))", "{{outcome}}"), least=0,
+        ),
+        lines(
+            "Time of a run", "Compaction, clean-up, retention and deletion together.", "s",
+            (mean("ratchet_maintain_seconds"), "mean"), (quantile(0.95, "ratchet_maintain_seconds"), "95%"),
+        ),
+        lines(
+            "Written anew", "Bytes a second that compaction and deletion write, beside what comes in. Several times "
+            "what comes in, for long: too much is rewritten.", "Bps",
+            (f"sum(rate(ratchet_maintain_written_bytes_total{RATE}))", "maintenance"),
+            (f"sum(rate(ratchet_ingest_bytes_total{RATE}))", "ingest"), least=0,
+        ),
+        lines(
+            "Samples removed", "Samples an hour that left the store, by reason; of samples that two workers stored at "
+            "once, one is taken out again.", "none",
+            ("sum by (reason) (increase(ratchet_maintain_deleted_samples_total[1h]))", "{{reason}}"),
+            ("sum(increase(ratchet_store_doubles_settled_total[1h]))", "stored twice"), width=24, least=0,
         ),
     )  # fmt: skip
     row(

@@ -32,17 +32,21 @@ class DeletionVerbs:
                 session.flush()
             return as_row(DeletionRow, row)
 
-    def deletion_removed(
-        self, deletion_id: str, *, samples: int, refusals: int, adapters: Mapping[str, Any], version: int
-    ) -> None:
+    def deletion_removed(self, deletion_id: str, *, samples: int, refusals: int, adapters: Mapping[str, Any]) -> None:
         """No reader of the store finds it any more. Once more, after a crash: the numbers add up."""
         with self.database.write() as session:
             row = session.get(t.Deletion, deletion_id, with_for_update=True)
             if row is None or row.state == "done":
                 return
-            row.state, row.version = "removed", version
+            row.state = "removed"
             row.samples, row.refusals = row.samples + samples, row.refusals + refusals
             row.adapters, row.removed_at = dict(adapters), row.removed_at or t.utc_now()
+
+    def deletions_rewritten(self, ids: Sequence[str], version: int) -> None:
+        """From this version of the store on, no data file has them: when older versions are gone, they are done."""
+        with self.database.write() as session:
+            mine = update(t.Deletion).where(t.Deletion.id.in_(ids), t.Deletion.state == "removed")
+            session.execute(mine.where(t.Deletion.version.is_(None)).values(version=version))
 
     def deletion_done(self, deletion_id: str) -> None:
         """Its bytes are gone, too: that is told to others, and an audit row is the receipt."""

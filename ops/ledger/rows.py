@@ -236,7 +236,7 @@ class DeletionRow:
     adapters: dict[str, Any]
     """``learned``: adapters that were trained on some of it; ``may_have_replayed``: those that may have drawn it."""
     version: int | None
-    """Of the store, from which on it is not there."""
+    """Of the store, from which on no data file has it."""
     update_id: str | None
     """The first update that was trained without it."""
     requested_at: datetime

@@ -26,17 +26,20 @@ LABELS = {
     "decision": "rolled_back, promoted",
     "direction": "prompt, completion",
     "family": "clip, vlm",
+    "for": "broker, store, disk, registry: what ingest can wait for",
     "guardrail": "bounds that the guard watches, and `none` for a promotion",
     "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
     "proposal: initial, update, rollback, release",
     "model": "base, incumbent, candidate",
-    "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of an action: done, "
-    "refused; of an answer: ok, late, ask, adapter, gone, dead; of a comparison: agree, differ, failed, dropped",
-    "part": "ingest, update, ingress, encoder, vlm, catalog, controller",
+    "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
+    "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
+    "comparison: agree, differ, failed, dropped",
+    "part": "ingest, maintain, update, ingress, encoder, vlm, catalog, controller",
     "partition": "partitions of the topic",
     "phase": "prepare, commit, rollback",
     "purpose": "train, gate",
-    "reason": "codes of refusals, all written in the source",
+    "reason": "codes of refusals, all written in the source; of lost offsets: retention, truncated; of deleted "
+    "samples: retention, deletion",
     "role": "retention, gain",
     "route": "route templates of the application, and `unmatched`",
     "side": "trial, stable: which release a request went to",
@@ -68,8 +71,20 @@ STORE_ROWS = Gauge("ratchet_store_samples", "Samples in the sample store.", ["sp
 STORE_BYTES = Gauge("ratchet_store_bytes", "Data files of the sample store's newest version.")
 STORE_FRAGMENTS = Gauge("ratchet_store_fragments", "Fragments of the sample store; compaction keeps them few.")
 EVENTS_PUBLISHED = Counter("ratchet_events_published_total", "Events put into the events topic.", ["type"])
-EVENTS_WAITING = Gauge(
-    "ratchet_events_waiting", "Events that are not in the events topic yet.", multiprocess_mode=_LATEST
+EVENTS_WAITING = Gauge("ratchet_events_waiting", "Events that are not in the events topic yet.")
+MAINTAIN_RUNS = Counter("ratchet_maintain_runs_total", "Runs of maintenance.", ["outcome"])
+MAINTAIN_LAST = Gauge(
+    "ratchet_maintain_last_run_timestamp_seconds", "When a run of maintenance ended last; absent before the first.",
+    ["outcome"],
+)  # fmt: skip
+MAINTAIN_SECONDS = Histogram("ratchet_maintain_seconds", "Time of one run of maintenance.", buckets=LONG_SECONDS)
+MAINTAIN_WRITTEN = Counter("ratchet_maintain_written_bytes_total", "Bytes that compaction and deletion wrote anew.")
+MAINTAIN_VERSIONS = Gauge("ratchet_maintain_versions", "Versions of the sample store that are kept.")
+MAINTAIN_DELETED = Counter("ratchet_maintain_deleted_samples_total", "Samples removed from the store.", ["reason"])
+DELETIONS_WAITING = Gauge("ratchet_deletions_waiting", "Deletions that were asked for and are not complete.")
+DELETION_OLDEST = Gauge("ratchet_deletion_oldest_seconds", "Age of the oldest of them; 0 where there is none.")
+DOUBLES_SETTLED = Counter(
+    "ratchet_store_doubles_settled_total", "Samples stored by two workers at once, of which one was taken out again."
 )
 
 # -- learning -------------------------------------------------------------------------------------------------------
@@ -218,6 +233,10 @@ for _reason in ("retention", "truncated"):
     INGEST_LOST.labels(_reason)
 for _dependency in ("broker", "store", "disk", "registry"):
     INGEST_WAITING.labels(_dependency)
+for _outcome in ("done", "failed"):
+    MAINTAIN_RUNS.labels(_outcome)
+for _reason in ("retention", "deletion"):
+    MAINTAIN_DELETED.labels(_reason)
 for _type in ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"):
     EVENTS_PUBLISHED.labels(_type)
 for _kind in ("initial", "update", "rollback", "release"):

@@ -1,8 +1,8 @@
 """How Prometheus gets the metrics.
 
 Serving runs in several processes, on several machines perhaps. With ``PROMETHEUS_MULTIPROC_DIR`` set before the first
-import, the processes of one machine share a folder, and :func:`exposition` adds them up. Ingest and the updater are one
-process each, and listen on a port of their own.
+import, the processes of one machine share a folder, and :func:`exposition` adds them up. Ingest, maintenance and the
+updater are one process each, and listen on a port of their own.
 
 Every process imports all declarations, and one without labels exists with the value 0 from then on. A part therefore
 shows only what is its own: serving must not say that the broker is down.
@@ -20,12 +20,14 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, mult
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-Part = Literal["ingest", "update", "serve"]
+Part = Literal["ingest", "maintain", "update", "serve"]
 PARTS: dict[Part, tuple[str, ...]] = {
     "ingest": ("ratchet_ingest_", "ratchet_store_"),
+    "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_", "ratchet_store_doubles_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
-"""Beginnings of the names that one part alone exports; serving exports all others. Build information is everybody's."""
+"""Beginnings of the names that one part alone exports, of which the longest decides; serving exports all others. Build
+information is everybody's."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -48,10 +50,14 @@ def belongs(name: str, part: Part) -> bool:
     """
     if name == "ratchet_build_info":
         return True
-    if part in PARTS:
-        return name.startswith(PARTS[part]) or not name.startswith("ratchet_")
-    ours = name.startswith("ratchet_") and not any(name.startswith(beginnings) for beginnings in PARTS.values())
-    return ours or name.startswith("vllm:")
+    if name.startswith("ratchet_"):
+        return _owner(name) == part
+    return part != "serve" or name.startswith("vllm:")
+
+
+def _owner(name: str) -> Part:
+    beginnings = [(len(each), part) for part, names in PARTS.items() for each in names if name.startswith(each)]
+    return max(beginnings)[1] if beginnings else "serve"
 
 
 class _Own(Collector):

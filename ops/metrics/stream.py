@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Literal
 
 from ops.metrics import declared as d
 
@@ -87,3 +88,40 @@ class events:
     def waiting(count: int) -> None:
         """So many are not in the topic yet."""
         d.EVENTS_WAITING.set(count)
+
+
+class maintain:
+    """Verbs of what keeps the sample store compact, and deletes."""
+
+    @staticmethod
+    def ran(outcome: Literal["done", "failed"], seconds: float) -> None:
+        """A run of maintenance has ended."""
+        d.MAINTAIN_RUNS.labels(outcome).inc()
+        d.MAINTAIN_LAST.labels(outcome).set_to_current_time()
+        d.MAINTAIN_SECONDS.observe(seconds)
+
+    @staticmethod
+    def written(size: int) -> None:
+        """So many bytes were written anew."""
+        d.MAINTAIN_WRITTEN.inc(size)
+
+    @staticmethod
+    def versions(count: int) -> None:
+        """So many versions of the store are kept."""
+        d.MAINTAIN_VERSIONS.set(count)
+
+    @staticmethod
+    def deleted(count: int, reason: Literal["retention", "deletion"]) -> None:
+        """So many samples left the store."""
+        d.MAINTAIN_DELETED.labels(reason).inc(count)
+
+    @staticmethod
+    def deletions(waiting: int, oldest_seconds: float) -> None:
+        """Deletions that are not complete, and the age of the oldest one (0 where there is none)."""
+        d.DELETIONS_WAITING.set(waiting)
+        d.DELETION_OLDEST.set(oldest_seconds)
+
+    @staticmethod
+    def settled(count: int) -> None:
+        """So many samples that were stored twice are stored once again."""
+        d.DOUBLES_SETTLED.inc(count)

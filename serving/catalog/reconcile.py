@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 BATCH_ROWS = 32
 """Rows of one append: 32 images are 0.4 s of encoding, so progress shows and a kill loses little."""
 IDLE_SECONDS = 0.5
+EXPUNGE_SECONDS = 120.0
+"""After deletions, the bytes go after this long: far longer than a search takes."""
 
 Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]."""
@@ -45,6 +47,9 @@ class Corpus(Protocol):
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
         """Next offset of each partition at a version."""
+
+    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
+        """Ids of the samples that were deleted, and when."""
 
     def scan(
         self,
@@ -75,6 +80,8 @@ class Catalog:
         self._wanted: list[str] = []
         self._offsets: dict[str, int] = {}
         self._complete: dict[str, int] = {}
+        self._deleted_until: datetime | None = None
+        self._expunge_at: float | None = None
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._live_space = ""
@@ -180,8 +187,9 @@ class Catalog:
             rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=columns, having="text"))
             self._wanted += rows.sort_by("ingested_at")["id"].to_pylist()
             self._offsets = await self._in_io(self.corpus.offsets, version)
+            await self._follow_deletions(version)
             self._version = version
-        worked = False
+        worked = await self._expunge()
         # The live space first: what is searched now matters most.
         for space, clip in sorted(self._resident.items(), key=lambda item: item[0] != self._live_space):
             if self._complete.get(space) == version or space not in self._resident:
@@ -191,6 +199,9 @@ class Catalog:
                 have = await self._in_io(self.tables.ids, space)
                 if space not in self._resident:
                     continue
+                if gone := have.difference(self._wanted):  # deleted while nobody followed
+                    await self._remove(space, gone)
+                    have -= gone
                 self._have[space] = have
             done = have | self._bad
             missing = [sample for sample in self._wanted if sample not in done]
@@ -207,6 +218,35 @@ class Catalog:
             rows_live = status["spaces"].get(self._live_space, {}).get("rows", 0)
             metrics.catalog.covered(rows_live, status["coverage"])
         return worked
+
+    async def _follow_deletions(self, version: int) -> None:
+        """Take out of every table what was deleted from the store since the last look."""
+        rows = await self._in_io(lambda: self.corpus.deleted(version, self._deleted_until))
+        if not rows.num_rows:
+            return
+        gone = set(rows["id"].to_pylist())
+        stored = await self._in_io(lambda: self.corpus.scan(version, columns=["id"], ids=sorted(gone), having="text"))
+        gone -= set(stored["id"].to_pylist())  # deleted, and sent again since
+        self._wanted = [sample for sample in self._wanted if sample not in gone]
+        for space, have in self._have.items():
+            if here := have & gone:
+                await self._remove(space, here)
+                have -= here
+        self._deleted_until = max(rows["ingested_at"].to_pylist())
+
+    async def _remove(self, space: str, ids: set[str]) -> None:
+        await self._in_io(self.tables.remove, space, ids)
+        log.info("%d deleted samples left the catalog of %s", len(ids), space)
+        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS
+
+    async def _expunge(self) -> bool:
+        """Remove the bytes of deleted rows, once no search reads the versions that have them."""
+        if self._expunge_at is None or time.monotonic() < self._expunge_at:
+            return False
+        self._expunge_at = None
+        for space in list(self._have):
+            await self._in_io(self.tables.expunge, space, timedelta(seconds=EXPUNGE_SECONDS / 2))
+        return True
 
     async def _embed(self, space: str, clip: str | None, have: set[str], ids: list[str]) -> None:
         rows = await self._in_io(lambda: self.corpus.scan(columns=COLUMNS, ids=ids))

@@ -6,7 +6,8 @@ approximate index would be measured against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import timedelta
 from typing import Any
 
 import lancedb
@@ -17,6 +18,7 @@ import pyarrow as pa
 from ops.errors import StoreError
 from serving.catalog.queries import Filters, Hit
 
+IDS_AT_ONCE = 500
 COMPACT_EVERY = 32
 """Appends between two compactions. Each append is a fragment; scans of thousands of fragments are slow."""
 
@@ -100,6 +102,20 @@ class Tables:
         found = column.flatten().to_numpy().reshape(len(rows), -1)
         place = {each: index for index, each in enumerate(rows["id"].to_pylist())}
         return np.asarray(found[[place[each] for each in ids if each in place]], np.float32)
+
+    def remove(self, space: str, ids: Collection[str]) -> None:
+        """Take rows out of a space's table. Their bytes go with :meth:`expunge`."""
+        table = self._table(space)
+        wanted = sorted(each for each in ids if each.isalnum())
+        for start in range(0, len(wanted) if table is not None else 0, IDS_AT_ONCE):
+            names = ", ".join(f"'{each}'" for each in wanted[start : start + IDS_AT_ONCE])
+            table.delete(f"id IN ({names})")
+
+    def expunge(self, space: str, older_than: timedelta) -> None:
+        """Rewrite the data files that still hold removed rows, and remove older versions with their files."""
+        table = self._table(space)
+        if table is not None:
+            table.optimize(cleanup_older_than=older_than)
 
     def fragments(self, space: str) -> int:
         """Data files of a space's table."""

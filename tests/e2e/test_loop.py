@@ -102,6 +102,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
                 "kafka": {"bootstrap": f"127.0.0.1:{free_port()}", "batch_seconds": 0.5},
                 "serve": {"port": free_port(), "encoder_replicas": 1, "vlm_engine": "transformers", "vlm_max_rank": 8},
                 "ingest": {"metrics_port": free_port()},
+                "maintain": {"metrics_port": free_port(), "seconds": 1.0},
                 "updater": {
                     "metrics_port": free_port(),
                     "min_new_samples": TRIGGER,
@@ -119,7 +120,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     settings = context.settings
     watched = home / "watched"
     with (
-        Supervisor(context, ["broker", "serve", "ingest", "update"]) as parts,
+        Supervisor(context, ["broker", "serve", "ingest", "maintain", "update"]) as parts,
         alertmanager(watched) as pager,
     ):
         rules = impatient_rules(watched / "rules.yml", seconds=1)
@@ -175,7 +176,7 @@ def test_an_update_goes_from_the_stream_into_service_and_back_under_load(house: 
 
 
 def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(house: House) -> None:
-    wait(lambda: house.monitor.healthy_targets() == {"serve", "ingest", "update"})
+    wait(lambda: house.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
 
     def silent() -> list[str]:
         asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in expressions()]

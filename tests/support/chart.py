@@ -34,7 +34,7 @@ EVERYTHING: dict[str, Any] = {
             "existingSecret": {"name": "redis", "usernameKey": "user"},
         }
     },
-    "ingest": {"keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"}},
+    "ingest": {"storage": {"storageClass": "fast"}, "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"}},
     "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}},
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
     "monitoring": {

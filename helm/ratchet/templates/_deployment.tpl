@@ -14,7 +14,7 @@ spec:
   {{- if .replicas }}
   replicas: {{ .replicas }}
   {{- end }}
-  {{- if eq .part "updater" }}
+  {{- if has .part (list "updater" "maintain") }}
   strategy: {type: Recreate}
   {{- else }}
   strategy: {type: RollingUpdate, rollingUpdate: {maxSurge: 0, maxUnavailable: 1}}
@@ -61,10 +61,18 @@ spec:
       volumes:
         {{- include "ratchet.volumes" (list $top .part) | nindent 8 }}
         - name: home
+          {{- $size := dig "storage" "sizeLimit" "1Gi" .values }}
           {{- if dig "storage" "existingClaim" "" .values }}
           persistentVolumeClaim: {claimName: {{ .values.storage.existingClaim }}}
+          {{- else if dig "storage" "storageClass" "" .values }}
+          ephemeral: # a volume of each pod's own, which goes with it
+            volumeClaimTemplate:
+              spec:
+                accessModes: [ReadWriteOnce]
+                storageClassName: {{ .values.storage.storageClass }}
+                resources: {requests: {storage: {{ $size }}}}
           {{- else }}
-          emptyDir: {sizeLimit: {{ dig "storage" "sizeLimit" "1Gi" .values }}}
+          emptyDir: {sizeLimit: {{ $size }}}
           {{- end }}
         {{- if .values.sharedMemory }}
         - name: shm

@@ -79,7 +79,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
     secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
 {{- end }}
 {{- end }}
-{{- if has $part (list "ingest" "console") }}
+{{- if has $part (list "ingest" "maintain" "console") }}
 {{- with $top.Values.kafka.existingSecret }}
 {{- if .name }}
 - name: RATCHET_KAFKA__CLIENT
@@ -88,9 +88,11 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: RATCHET_KAFKA__OAUTH__CLIENT_SECRET
   valueFrom:
     secretKeyRef: {name: {{ .name }}, key: {{ .oauthClientSecretKey }}, optional: true}
+{{- if ne $part "maintain" }}
 - name: RATCHET_KAFKA__SCHEMA_REGISTRY_AUTH
   valueFrom:
     secretKeyRef: {name: {{ .name }}, key: {{ .schemaRegistryAuthKey }}, optional: true}
+{{- end }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -126,7 +128,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - {name: tmp, mountPath: /tmp}
 - {name: home, mountPath: /var/lib/ratchet}
 {{- with $top.Values.kafka.existingSecret }}
-{{- if and .name (has $part (list "ingest" "console")) }}
+{{- if and .name (has $part (list "ingest" "maintain" "console")) }}
 - {name: kafka, mountPath: {{ .mountPath }}, readOnly: true}
 {{- end }}
 {{- end }}
@@ -144,7 +146,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: tmp
   emptyDir: {sizeLimit: 10Gi}
 {{- with $top.Values.kafka.existingSecret }}
-{{- if and .name (has $part (list "ingest" "console")) }}
+{{- if and .name (has $part (list "ingest" "maintain" "console")) }}
 - name: kafka
   secret: {secretName: {{ .name }}, defaultMode: 0440}
 {{- end }}

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.errors import OffsetOutOfRangeError
 
 from ops.settings import Kafka
+from streams.clients import MAX_RECORD_BYTES, TOPIC_RECORD_BYTES, ensure_topics
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics
 
@@ -71,3 +73,35 @@ def test_an_offset_beyond_the_end_is_an_error(log: Any) -> None:
     with pytest.raises(OffsetOutOfRangeError):
         for _ in range(4):
             consumer.poll(timeout_ms=500)
+
+
+def test_topics_are_made_for_the_largest_records_and_their_headers(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kafka = broker.settings(tmp_path).kafka
+    asked: dict[str, dict[str, str]] = {}
+    create = KafkaAdminClient.create_topics
+
+    def recorded(client: KafkaAdminClient, topics: Any, **options: Any) -> Any:
+        asked.update({topic.name: topic.topic_configs for topic in topics})
+        return create(client, topics, **options)
+
+    monkeypatch.setattr(KafkaAdminClient, "create_topics", recorded)
+    names = [kafka.topic, kafka.quarantine_topic]
+    ensure_topics(kafka, names)
+    assert asked == {name: {"max.message.bytes": str(TOPIC_RECORD_BYTES)} for name in names}
+    assert TOPIC_RECORD_BYTES >= MAX_RECORD_BYTES + 64 * 1024
+    producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)
+    for name in names:
+        assert producer.send(name, bytes(3_000_000), headers=[("ratchet_detail", bytes(4000))]).get(30).topic == name
+    producer.close()
+
+
+@pytest.mark.usefixtures("known_fault")
+def test_a_topics_record_size_is_kept(broker: Broker, tmp_path: Path) -> None:
+    kafka = broker.settings(tmp_path).kafka
+    ensure_topics(kafka, [kafka.topic])
+    admin = KafkaAdminClient(bootstrap_servers=kafka.bootstrap)
+    configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, kafka.topic)])["topic"][kafka.topic]
+    admin.close()
+    assert configs["max.message.bytes"]["value"] == str(TOPIC_RECORD_BYTES)

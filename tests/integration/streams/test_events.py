@@ -176,7 +176,9 @@ def test_an_event_waits_until_the_broker_takes_it(
         patch.setattr("streams.fenced_sender.FencedSender.open", _unreachable)
         with pytest.raises(BrokerError):
             publisher.publish_pending()
+    assert declared.EVENTS_WAITING._value.get() == 1, "what waits while the broker is away has to be seen"
     assert publisher.publish_pending() == 1
+    assert declared.EVENTS_WAITING._value.get() == 0
     check(settings, ledger, 1)
 
 

@@ -80,7 +80,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
                 assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     assert names["migration"] == {"ratchet-ledger"}
     assert names["updater"] == {"ratchet-ledger", "ratchet-s3"}
-    assert names["ingest"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
+    assert names["ingest"] == names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
     assert names["serving-worker"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}
     assert not of_kind(objects, "Secret")
 
@@ -126,6 +126,7 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
         assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(objects, component, labels)[0].items()
     assert outward(objects, "migration", labels) == {dns, ledger}
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, store}
+    assert outward(objects, "maintain", labels) == {dns, ledger, kafka, store}
     assert outward(objects, "updater", labels) == {dns, ledger, store}
     assert outward(objects, "console", labels) == {dns, ledger, kafka, store, serve}
     assert outward(objects, "serving-worker", labels) == {dns, ledger, store, redis}
@@ -142,7 +143,7 @@ def test_rays_ports_are_open_to_ray_alone(objects: list[dict[str, Any]], labels:
 def test_the_metrics_ports_are_open_to_prometheus(
     objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
 ) -> None:
-    for component in ("ingest", "updater"):
+    for component in ("ingest", "maintain", "updater"):
         rules = [rule for spec in policies(objects, component, labels) for rule in spec.get("ingress", [])]
         assert [rule["ports"][0]["port"] for rule in rules] == ["metrics"]
 

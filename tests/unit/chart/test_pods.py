@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.chart import EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
 
-WORKLOADS = {"serving-head", "serving-worker", "ingest", "updater", "console"}
+WORKLOADS = {"serving-head", "serving-worker", "ingest", "maintain", "updater", "console"}
 CASES = [profile(name) for name in PROFILES] + [merged(profile(name), EVERYTHING) for name in PROFILES]
 IDS = [*PROFILES, *(f"{name} with everything" for name in PROFILES)]
 
@@ -114,6 +114,30 @@ def test_there_is_one_trainer_and_nothing_scales_it(objects: list[dict[str, Any]
     for scaler in of_kind(objects, "ScaledObject"):
         assert scaler["spec"]["scaleTargetRef"]["name"] == "live-ratchet-ingest"
     assert not of_kind(objects, "HorizontalPodAutoscaler")
+
+
+def test_maintenance_is_one_process_that_ends_before_the_next_begins(objects: list[dict[str, Any]]) -> None:
+    maintain = next(each for each in of_kind(objects, "Deployment") if each["metadata"]["name"].endswith("-maintain"))
+    assert maintain["spec"]["replicas"] == 1
+    assert maintain["spec"]["strategy"] == {"type": "Recreate"}
+    container = maintain["spec"]["template"]["spec"]["containers"][0]
+    assert container["command"] == ["ratchet", "maintain"]
+
+
+def test_each_ingest_pod_has_a_disk_of_its_own_for_the_index_of_duplicates() -> None:
+    def home(values: dict[str, Any]) -> dict[str, Any]:
+        template = dict(pods(render({"ingest": {"replicas": 3, "storage": values}})))["ingest"]
+        mounts = {mount["name"]: mount["mountPath"] for mount in template["spec"]["containers"][0]["volumeMounts"]}
+        assert mounts["home"] == "/var/lib/ratchet"
+        return next(volume for volume in template["spec"]["volumes"] if volume["name"] == "home")
+
+    assert home({}) == {"name": "home", "emptyDir": {"sizeLimit": "10Gi"}}
+    claim = home({"storageClass": "fast", "sizeLimit": "20Gi"})["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert claim == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "fast",
+        "resources": {"requests": {"storage": "20Gi"}},
+    }
 
 
 def test_pods_spread_over_nodes_and_zones(objects: list[dict[str, Any]]) -> None:

@@ -70,6 +70,7 @@ def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:
         for port in container.get("ports", [])
     }
     assert ports["ingest", "metrics"] == settings.ingest.metrics_port
+    assert ports["maintain", "metrics"] == settings.maintain.metrics_port
     assert ports["updater", "metrics"] == settings.updater.metrics_port
     assert ports["console", "http"] == settings.console.port
     assert ports["serving-worker", "serve"] == settings.serve.port == serve_config(objects).http_options.port

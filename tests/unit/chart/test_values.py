@@ -21,6 +21,8 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     ("a local folder as a store", {"objectStore": {"lake": "/var/lake"}}, ["/objectStore/lake", "s3|gs|az"]),
     ("a broker without a port", {"kafka": {"bootstrap": "kafka"}}, ["/kafka/bootstrap"]),
     ("two trainers", {"updater": {"replicas": 2}}, ["/updater", "replicas"]),
+    ("two that maintain", {"maintain": {"replicas": 2}}, ["/maintain", "replicas"]),
+    ("a claim that pods of ingest would share", {"ingest": {"storage": {"existingClaim": "x"}}}, ["/ingest/storage"]),
     ("no worker", {"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
     ("text for a number", {"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
     ("an image that is not built", {"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),

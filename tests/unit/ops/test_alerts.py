@@ -78,7 +78,7 @@ def test_rules_name_only_series_labels_and_buckets_that_exist() -> None:
 def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
     exported = [
         sample
-        for part in ("ingest", "update", "serve")
+        for part in (*metrics.PARTS, "serve")
         for each in text_string_to_metric_families(metrics.exposition(part).decode())
         for sample in each.samples
     ]
@@ -93,14 +93,14 @@ def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
 
 
 def test_prometheus_is_told_the_ports_of_the_settings() -> None:
-    flags = ["serve.port=9000", "ingest.metrics_port=0", "updater.metrics_port=9999"]
+    flags = ["serve.port=9000", "ingest.metrics_port=0", "updater.metrics_port=9999", "maintain.metrics_port=9998"]
     words = [word for flag in flags for word in ("--set", flag)]
     words += ["metrics", "prometheus", "--host", "box", "--alertmanager", "am:9093", "--rules", "a.yml"]
     done = CliRunner().invoke(app, words)
     told = yaml.safe_load(done.stdout)
     (job,) = told["scrape_configs"]
     assert {each["labels"]["process"]: each["targets"] for each in job["static_configs"]} == {
-        "serve": ["box:9000"], "update": ["box:9999"],
+        "serve": ["box:9000"], "maintain": ["box:9998"], "update": ["box:9999"],
     }  # fmt: skip
     assert told["rule_files"] == ["a.yml"]
     assert told["alerting"] == {"alertmanagers": [{"static_configs": [{"targets": ["am:9093"]}]}]}

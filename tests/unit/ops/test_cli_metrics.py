@@ -28,13 +28,14 @@ def targets(*settings: str, host: str = "127.0.0.1") -> dict[str, str]:
 
 
 def test_targets_are_the_ports_of_the_settings() -> None:
-    found = targets("serve.port=9001", "ingest.metrics_port=9002", "updater.metrics_port=9003", host="box")
-    assert found == {"serve": "box:9001", "ingest": "box:9002", "update": "box:9003"}
+    ports = ("serve.port=9001", "ingest.metrics_port=9002", "updater.metrics_port=9003", "maintain.metrics_port=9004")
+    found = targets(*ports, host="box")
+    assert found == {"serve": "box:9001", "ingest": "box:9002", "maintain": "box:9004", "update": "box:9003"}
 
 
 def test_what_is_off_is_no_target_and_ray_is_one_when_it_is_on() -> None:
     found = targets("ingest.metrics_port=0", "serve.ray_metrics_port=9004")
-    assert set(found) == {"serve", "update", "ray"} and found["ray"] == "127.0.0.1:9004"
+    assert set(found) == {"serve", "maintain", "update", "ray"} and found["ray"] == "127.0.0.1:9004"
 
 
 def test_who_exports_the_metrics_of_replicas_does_not_write_among_them(

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ DECLARED: dict[str, MetricWrapperBase] = {
 UNITS = ("_seconds", "_bytes", "_flops", "_ratio", "_info")
 COUNTS = (
     "_records", "_samples", "_requests", "_rows", "_fragments", "_size", "_up", "_state", "_loss", "_live", "_held",
-    "_proposals", "_distance", "_shift", "_release", "_waiting",
+    "_proposals", "_distance", "_shift", "_release", "_waiting", "_versions",
 )  # fmt: skip
 """Endings of gauges and histograms that have no unit: numbers of things, and numbers without a dimension."""
 
@@ -115,12 +116,29 @@ def test_verbs_record_under_the_names_that_prometheus_scrapes() -> None:
 
 def test_a_part_exports_what_is_its_own() -> None:
     metrics.build.started("ingest")
-    ours = {"ingest": "ratchet_ingest_broker_up", "update": "ratchet_budget_level_flops",
-            "serve": "ratchet_http_in_flight_requests"}  # fmt: skip
+    ours = {"ingest": "ratchet_ingest_broker_up", "maintain": "ratchet_events_waiting",
+            "update": "ratchet_budget_level_flops", "serve": "ratchet_http_in_flight_requests"}  # fmt: skip
     for part in (*metrics.PARTS, "serve"):
-        names = {name.split(" ")[0] for name in exported(part)}  # type: ignore[arg-type]
+        names = {name.split(" ")[0] for name in exported(part)}
         assert {other for other in ours.values() if other in names} == {ours[part]}
         assert "ratchet_build_info" in names
+
+
+def test_of_two_parts_whose_names_begin_alike_the_longer_beginning_decides() -> None:
+    metrics.maintain.settled(1)
+    assert "ratchet_store_doubles_settled_total" in exported("maintain")
+    assert "ratchet_store_doubles_settled_total" not in exported("ingest")
+    assert "ratchet_store_fragments" in exported("ingest")
+
+
+def test_a_run_of_maintenance_says_when_it_ended_and_how() -> None:
+    begun = time.time()
+    done = exported("maintain")["ratchet_maintain_runs_total outcome=done"]
+    metrics.maintain.ran("done", 1.5)
+    assert exported("maintain")["ratchet_maintain_runs_total outcome=done"] == done + 1
+    assert begun <= exported("maintain")["ratchet_maintain_last_run_timestamp_seconds outcome=done"] <= time.time()
+    metrics.maintain.deletions(2, 60.0)
+    assert exported("maintain")["ratchet_deletion_oldest_seconds"] == 60.0
 
 
 def test_suites_of_an_older_verdict_are_gone_after_the_next() -> None:

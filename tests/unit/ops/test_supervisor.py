@@ -83,4 +83,5 @@ def test_up_starts_the_console_last_and_can_leave_it_out(tmp_path: Path) -> None
     names = list(Supervisor.ORDER)
     assert [part.name for part in Supervisor(context, names).parts][-1] == "console"
     assert Supervisor(context, names).part("console").command[-1] == "console"
+    assert Supervisor(context, names).part("maintain").command[-1] == "maintain"
     assert "console" not in [part.name for part in Supervisor(context, names[:-1]).parts]
