@@ -32,7 +32,7 @@ from benchmarks.stream.installation import Installation
 from benchmarks.stream.part import Part
 from benchmarks.stream.small_disk import SmallDisk
 from ops.progress import say, step
-from ops.settings import Settings
+from ops.settings import Maintain, Settings
 from streams.broker import EmbeddedBroker, free_port
 from streams.store import SampleStore
 
@@ -40,8 +40,12 @@ WORKERS = 2
 PRODUCE_SHARE = 0.9
 """Of the time; faults go on until its end."""
 DRAIN_SECONDS = 240.0
-PRESSURE: dict[str, Any] = {"partitions": 4, "batch_seconds": 0.5}
-"""Small commits: more moments at which a process can be between two steps."""
+PRESSURE: dict[str, Any] = {
+    "kafka": {"partitions": 4, "batch_seconds": 0.5},
+    "maintain": Maintain(seconds=2.0, keep_seconds=60.0),
+}
+"""Small commits and much maintenance: more moments at which a process can be between two steps. Old versions are kept
+for longer than a process is stopped; by default it is an hour."""
 VIOLATIONS = (
     "lost",
     "double",

@@ -48,9 +48,8 @@ def measure(settings: Settings, home: Path, sizes: Sequence[int], commits: int) 
     """Measure at these numbers of stored samples, in rising order. Raises RatchetError when something stands still."""
     results: list[Growth] = []
     with EmbeddedBroker() as broker:
-        installation = Installation(
-            settings, home, broker.address, batch_records=BATCH_RECORDS, batch_seconds=5.0, partitions=1
-        )
+        batches = {"batch_records": BATCH_RECORDS, "batch_seconds": 5.0, "partitions": 1}
+        installation = Installation(settings, home, broker.address, batches)
         filled = 0
         for size in sizes:
             with step(f"a store of {size:,} samples"):

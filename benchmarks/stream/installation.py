@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ HELD_SESSION_SECONDS = 120
 class Installation:
     """What belongs to one group of workers."""
 
-    def __init__(self, base: Settings, home: Path, bootstrap: str, **kafka: Any) -> None:
+    def __init__(
+        self, base: Settings, home: Path, bootstrap: str, kafka: Mapping[str, Any] | None = None, **sections: Any
+    ) -> None:
         """``base``: where the limits of ingest come from. The topics are made."""
         name = uuid.uuid4().hex[:8]
         own = {
@@ -35,7 +37,8 @@ class Installation:
             "client": {},
         }
         home.mkdir(parents=True, exist_ok=True)
-        self.settings = Settings(home=home, ingest=base.ingest, kafka=base.kafka.model_copy(update={**own, **kafka}))
+        ours = base.kafka.model_copy(update={**own, **(kafka or {})})
+        self.settings = Settings(home=home, ingest=base.ingest, kafka=ours, **sections)
         self.kafka = self.settings.kafka
         self.store = SampleStore(self.settings.lake)
         self.config = write_settings(self.settings, home / "settings.json")

@@ -72,11 +72,11 @@ def measure(settings: Settings, home: Path, sizes: Sequence[tuple[int, int]], ro
         for number in range(rounds):
             with EmbeddedBroker() as broker:  # which keeps all that it was given
                 folder = home / f"{size}-{number}"
-                one = _measure_workers(Installation(settings, folder / "one", broker.address, **_held()), 1, images)
+                one = _measure_workers(Installation(settings, folder / "one", broker.address, _held()), 1, images)
                 topic = one.pop("topic")
                 result.one.append(one)
                 result.bare.append(run_bare(broker.address, topic, records))
-                two = _measure_workers(Installation(settings, folder / "two", broker.address, **_held()), 2, images)
+                two = _measure_workers(Installation(settings, folder / "two", broker.address, _held()), 2, images)
                 result.two.append(two)
                 rates = (records / each[-1]["seconds"] for each in (result.bare, result.one, result.two))
                 say("records/s: bare {:.0f}, one worker {:.0f}, two {:.0f}".format(*rates))
