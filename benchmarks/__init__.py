@@ -10,14 +10,18 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
+    "chaos": "benchmarks.stream.chaos",
     "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",
+    "ingest": "benchmarks.stream.ingest",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
+WITHOUT_MODELS = frozenset({"chaos", "ingest"})
+"""These need no base."""
 
 
 def run(name: str, settings: Settings, arguments: Sequence[str]) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from ops.errors import StoreUnavailable
+from ops.errors import StoreError, StoreUnavailable
 from ops.settings import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex, Sample
 from streams.quality.validate import Accepted, Row, refuse
-from streams.rows import SCHEMA, Position, duplicate_row, name_of, tally_of
+from streams.rows import SCHEMA, Position, RecordPosition, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class Batch:
         self._entries: list[Entry] = []
         self._bytes = 0
         self._since = 0.0
+        self._doubles: list[tuple[str, RecordPosition]] = []
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -120,8 +121,7 @@ class Batch:
                 raise
             return self.commit(watermark)
         self._entries, self._bytes = [], 0
-        for sample_id, position in self.index.settled():
-            self.writer.settle_double(sample_id, position)
+        self._settle_doubles()
         return outcome
 
     def _refuse_misfits(self) -> bool:
@@ -136,6 +136,16 @@ class Batch:
                 self._entries[number] = (reading, end, refuse(result.record, "internal", problem), size)
                 misfits += 1
         return misfits > 0
+
+    def _settle_doubles(self) -> None:
+        """Never fails a batch that is stored: what cannot be settled now is with the next one."""
+        self._doubles += self.index.settled()
+        try:
+            while self._doubles:
+                self.writer.settle_double(*self._doubles[0])
+                del self._doubles[0]
+        except StoreError as error:
+            log.warning("a sample that two workers stored is made a duplicate later: %s", error)
 
     def _decide(self, outcome: Outcome) -> list[Row]:
         """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""

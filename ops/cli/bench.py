@@ -17,8 +17,9 @@ def bench(
 
     Examples:  ratchet bench swap    |    ratchet bench swap --swaps 40    |    ratchet bench swap -- --help
     """
-    from benchmarks import run
+    from benchmarks import WITHOUT_MODELS, run
     from ops.cli.shipped import make_base_ready
 
-    make_base_ready(ctx.of(context).settings)
+    if name not in WITHOUT_MODELS:
+        make_base_ready(ctx.of(context).settings)
     run(name, ctx.of(context).settings, context.args)

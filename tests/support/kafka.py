@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import io
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -121,44 +120,3 @@ def reading(settings: Settings) -> Iterator[Consumer]:
 def records_seen(status: IngestStatus) -> int:
     """Records that a running ingest has dealt with."""
     return status.samples + status.duplicates + status.quarantined + status.tombstones
-
-
-class Proxy:
-    """A TCP relay that can be cut and mended: a broker that goes away and comes back with its log."""
-
-    def __init__(self, port: int, target: str) -> None:
-        self.port = port
-        self.target = target.rpartition(":")
-        self._listener: socket.socket | None = None
-        self._links: list[socket.socket] = []
-
-    def open(self) -> None:
-        """Take connections."""
-        self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
-
-    def cut(self) -> None:
-        """Refuse new connections and break those that are there."""
-        links, self._links = self._links, []
-        for each in [self._listener, *links]:
-            if each is not None:
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-                each.close()
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = listener.accept()
-                far = socket.create_connection((self.target[0], int(self.target[2])))
-                self._links += [near, far]
-                for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._relay, args=pair, daemon=True).start()
-
-    def _relay(self, source: socket.socket, sink: socket.socket) -> None:
-        with suppress(OSError):
-            while data := source.recv(1 << 16):
-                sink.sendall(data)
-        for each in (source, sink):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)

@@ -16,6 +16,7 @@ import pytest
 from kafka import KafkaConsumer
 from prometheus_client import REGISTRY
 
+from benchmarks.proxy import Proxy
 from ops.settings import Settings
 from streams import Producer, Sample
 from streams.broker import EmbeddedBroker, free_port
@@ -28,7 +29,6 @@ from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import (
     Message,
-    Proxy,
     good,
     make_topics,
     picture,

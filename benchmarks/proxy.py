@@ -1,0 +1,66 @@
+"""A TCP relay in front of a broker: what makes a broker go away and come back with its log."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import suppress
+
+
+class Proxy:
+    """A TCP relay that can be cut and opened again."""
+
+    def __init__(self, port: int, target: str) -> None:
+        """``port``: of 127.0.0.1 to listen on. ``target``: host:port to pass everything to."""
+        self.port = port
+        self.target = target.rpartition(":")
+        self._listener: socket.socket | None = None
+        self._links: list[socket.socket] = []
+        self._lock = threading.Lock()
+
+    def open(self) -> None:
+        """Take connections."""
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def cut(self) -> None:
+        """Refuse new connections and break those that are there."""
+        with self._lock:
+            sockets = [*self._links, *([self._listener] if self._listener else [])]
+            self._links, self._listener = [], None
+        for each in sockets:
+            _break(each)
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                try:
+                    far = socket.create_connection((self.target[0], int(self.target[2])))
+                except OSError:
+                    near.close()
+                    continue
+                with self._lock:
+                    current = self._listener is listener
+                    self._links += [near, far] if current else []
+                if not current:  # cut meanwhile
+                    _break(near)
+                    _break(far)
+                    return
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=_relay, args=pair, daemon=True).start()
+
+
+def _relay(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    for each in (source, sink):
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+
+
+def _break(link: socket.socket) -> None:
+    with suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
+    link.close()

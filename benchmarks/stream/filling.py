@@ -1,0 +1,89 @@
+"""Filling a store with samples that cost little to make, and keeping it as a running installation would."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from ops.progress import track
+from ops.settings import Settings
+from streams.maintenance import Maintainer
+from streams.quality.duplicates import words_hash
+from streams.rows import SCHEMA, Position, Tally
+from streams.table import SampleTable
+from streams.writer import StoreWriter
+
+COMMIT_ROWS = 50_000
+STREAM = "filled"
+MAINTENANCE_RUNS = 8
+"""More than any state of the store needs to settle."""
+
+
+def fill(lake: str, count: int, start: int) -> None:
+    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits."""
+    writer = StoreWriter(SampleTable(lake))
+    [claim] = writer.claim([Position(STREAM, 0, start)])
+    pieces = [(first, min(first + COMMIT_ROWS, count)) for first in range(start, count, COMMIT_ROWS)]
+    for first, end in track(pieces, "filling the store"):
+        rows, tally = sample_rows(STREAM, first, end)
+        position = claim.position
+        writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
+
+
+def settle(settings: Settings) -> None:
+    """Run maintenance until it has nothing more to do."""
+    maintainer = Maintainer(settings)
+    store = maintainer.store
+    try:
+        for _ in range(MAINTENANCE_RUNS):
+            before = store.version()
+            maintainer.run_once()
+            if store.version() == before:
+                return
+    finally:
+        maintainer.close()
+
+
+def _small_jpeg() -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).resize((32, 32)).save(out, "JPEG", quality=60)
+    return out.getvalue()
+
+
+def sample_rows(stream: str, first: int, end: int, image_bytes: int = 0) -> tuple[pa.Table, Tally]:
+    """Rows of samples number ``first`` to ``end``, and their tally.
+
+    All have one image with another tail each, of ``image_bytes`` or as short as may be: what follows an image's end
+    marker is not decoded, but counts for its id.
+    """
+    numbers, jpeg = range(first, end), _small_jpeg()
+    images = [jpeg + os.urandom(max(16, image_bytes - len(jpeg))) for _ in numbers]
+    now, count = datetime.now(UTC), end - first
+    constants = {
+        "kind": "sample", "question": "", "answer": "", "domain": "", "source": "bench", "concept": "", "label": "",
+        "tags": [], "extra": "", "time": now, "ingested_at": now, "split": "train", "width": 32, "height": 32,
+        "topic": stream, "partition": 0,
+    }  # fmt: skip
+    columns = {
+        "id": [hashlib.sha256(image).hexdigest() for image in images],
+        "image": images,
+        "size": [len(image) for image in images],
+        "text": (texts := [f"picture {number}" for number in numbers]),
+        "words": [words_hash(text, "", "") for text in texts],
+        "look": [os.urandom(35) for _ in numbers],
+        "offset": list(numbers),
+    }
+    constant = {name: [value] * count for name, value in constants.items()}
+    arrays = [pa.array({**constant, **columns}.get(each.name, [None] * count), each.type) for each in SCHEMA]
+    size = sum(map(len, images))
+    tally = Counter({"sample": count, "train": count, "train/text": count, "bytes": size})
+    return pa.Table.from_arrays(arrays, schema=SCHEMA), tally

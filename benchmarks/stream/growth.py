@@ -1,0 +1,102 @@
+"""What a commit, the memory of a worker and its start cost, at stores of different sizes.
+
+One store grows. At each size the worker starts twice: without its duplicate index, which it builds from the store, and
+with it. Then it gets batch after batch, each after the one before it is stored, so that each commit's time can be read
+from its own metrics.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.stream.filling import fill, settle
+from benchmarks.stream.installation import Installation, produce
+from benchmarks.stream.jpegs import canvas, jpegs
+from benchmarks.stream.part import Part
+from ops.progress import step
+from ops.settings import Settings
+from streams.broker import EmbeddedBroker
+
+IMAGE_BYTES = 2_000
+BATCH_RECORDS = 100
+START_SECONDS = 300.0
+COUNT, SUM = "ratchet_ingest_commit_seconds_count", "ratchet_ingest_commit_seconds_sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What was measured at one size."""
+
+    stored: int
+    commit_seconds: float
+    """The median."""
+    commit_seconds_worst: float
+    memory: int
+    """Resident bytes after the work."""
+    start_seconds: float
+    """From the start of the process to its first commit, without a duplicate index."""
+    start_seconds_warm: float
+    """The same with the index of the run before."""
+
+
+def measure(settings: Settings, home: Path, sizes: Sequence[int], commits: int) -> list[Growth]:
+    """Measure at these numbers of stored samples, in rising order. Raises RatchetError when something stands still."""
+    results: list[Growth] = []
+    with EmbeddedBroker() as broker:
+        batches = {"batch_records": BATCH_RECORDS, "batch_seconds": 5.0, "partitions": 1}
+        installation = Installation(settings, home, broker.address, batches)
+        filled = 0
+        for size in sizes:
+            with step(f"a store of {size:,} samples"):
+                stored = installation.store.tally()["sample"]
+                fill(installation.settings.lake, filled + size - stored, filled)
+                filled += size - stored
+                settle(installation.settings)
+                results.append(_measure(installation, size, commits))
+    return results
+
+
+def _measure(installation: Installation, size: int, commits: int) -> Growth:
+    images = iter(list(jpegs(canvas(IMAGE_BYTES), (commits + 2) * BATCH_RECORDS, seed=size)))
+    shutil.rmtree(installation.settings.home / "ingest", ignore_errors=True)
+    cold = installation.worker()
+    start_seconds = _start(installation, cold, images)
+    cold.stop()
+    warm = installation.worker()
+    start_seconds_warm = _start(installation, warm, images)
+    try:
+        times = [_commit(installation, warm, images) for _ in range(commits)]
+        memory = warm.memory()
+    finally:
+        warm.stop()
+    return Growth(size, statistics.median(times), max(times), memory, start_seconds, start_seconds_warm)
+
+
+def _start(installation: Installation, worker: Part, images: Iterator[bytes]) -> float:
+    """Start a worker that finds a batch in its topic; seconds until that is stored."""
+    end = installation.stored() + _send(installation, images)
+    began = time.time()
+    worker.start()
+    worker.wait_for(lambda: installation.stored() >= end, "the first commit", START_SECONDS)
+    return installation.stored_at() - began
+
+
+def _commit(installation: Installation, worker: Part, images: Iterator[bytes]) -> float:
+    """Seconds of the commit of one batch, by the worker's own metrics."""
+    before = worker.metrics()
+    end = installation.stored() + _send(installation, images)
+    worker.wait_for(lambda: installation.stored() >= end, "a commit", START_SECONDS)
+    worker.wait_for(lambda: worker.metrics()[COUNT] > before[COUNT], "the metrics of a commit")
+    after = worker.metrics()
+    return (after[SUM] - before[SUM]) / (after[COUNT] - before[COUNT])
+
+
+def _send(installation: Installation, images: Iterator[bytes]) -> int:
+    kafka = installation.kafka
+    batch = [next(images) for _ in range(BATCH_RECORDS)]
+    return produce(kafka.bootstrap, kafka.topic, batch, kafka.partitions, first=installation.stored())

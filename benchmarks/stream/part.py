@@ -1,0 +1,142 @@
+"""A part of Ratchet as a process of its own, as people start it, and what it takes from the machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ops.errors import RatchetError
+from ops.settings import Settings
+from streams.broker import free_port
+
+_SECRETS: Final[Any] = {"origins": True, "access": True, "kafka": {"oauth", "schema_registry_auth"}}
+_LINE = re.compile(r"^(\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
+SAMPLE_SECONDS = 0.05
+
+
+def write_settings(settings: Settings, path: Path) -> Path:
+    """A settings file for child processes; JSON is YAML. Secrets are not written."""
+    path.write_text(settings.model_dump_json(exclude=_SECRETS, exclude_none=True))
+    return path
+
+
+class Part:
+    """``ratchet NAME``, which can be killed, stopped and started again.
+
+    >>> with Part("ingest", write_settings(settings, path), log) as worker: ...
+    """
+
+    def __init__(self, name: str, config: Path, log: Path) -> None:
+        """``log``: file that gets all it prints, of every start."""
+        self.name = name
+        self.config = config
+        self.log = log
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether its process lives (a stopped one does)."""
+        return self.process is not None and self.process.poll() is None
+
+    def start(self) -> None:
+        """Start it; it is not ready yet."""
+        self.port = free_port()
+        section = "maintain" if self.name == "maintain" else "ingest"
+        flags = ["--config", str(self.config), "--set", f"{section}.metrics_port={self.port}"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RATCHET_")}
+        with self.log.open("ab") as out:
+            command = [sys.executable, "-m", "ops.cli.main", *flags, self.name]
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it lives."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it as ``kill -9`` does."""
+        self.signal(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+    def stop(self, seconds: float = 60.0) -> bool:
+        """Ask it to end; False when it had to be killed after ``seconds``, or ended with an error."""
+        if self.process is None:
+            return True
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        try:
+            return self.process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+
+    def __enter__(self) -> Part:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+        """Wait until a condition holds.
+
+        Raises:
+            RatchetError: it does not come, or the process ended.
+        """
+        wait_for(condition, what, seconds, lambda: self.running, f"See {self.log}.")
+
+    def metrics(self) -> dict[str, float]:
+        """Its metrics by name with labels; none while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=2) as answer:
+                text = answer.read().decode()
+        except OSError:
+            return {}
+        return {name + (labels or ""): float(value) for name, labels, value in _LINE.findall(text)}
+
+    def lags(self) -> dict[str, float]:
+        """Its lag by partition; of the partitions alone that it reads."""
+        prefix = 'ratchet_ingest_lag_records{partition="'
+        return {name[len(prefix) : -2]: value for name, value in self.metrics().items() if name.startswith(prefix)}
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the process so far, user and system, all threads."""
+        fields = self._proc("stat").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self, peak: bool = False) -> int:
+        """Resident bytes: now, or the most so far."""
+        found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", self._proc("status"), re.MULTILINE)
+        return int(found.group(1)) * 1024 if found else 0
+
+    def _proc(self, name: str) -> str:
+        if self.process is None:
+            raise RatchetError(f"ratchet {self.name} does not run.", "Start it.")
+        return Path(f"/proc/{self.process.pid}/{name}").read_text()
+
+
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    seconds: float = 120.0,
+    alive: Callable[[], bool] = lambda: True,
+    fix: str = "Run it again on a machine that has less to do.",
+) -> None:
+    """Wait until a condition holds. Raises RatchetError when it does not come, or ``alive`` does not hold any more."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if not alive():
+            raise RatchetError(f"a process ended before {what}.", fix)
+        if time.monotonic() > deadline:
+            raise RatchetError(f"{what} did not come within {seconds:.0f} s.", fix)
+        time.sleep(SAMPLE_SECONDS)
