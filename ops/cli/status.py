@@ -174,7 +174,7 @@ def _stream(facts: dict[str, Any]) -> Panel:
         last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
         lines.append(f"{stream.lost:,} offsets lost{last}\n", "red")
     if stream.waiting_for is None:
-        lines.append("ingest tells nothing\n", "dim")
+        lines.append("ingest: no metrics here\n", "dim")
     elif stream.waiting_for:
         lines.append(f"ingest waits for the {stream.waiting_for}\n", "yellow")
     lines.append(*maintenance_line(stream))
@@ -187,10 +187,12 @@ def _stream(facts: dict[str, Any]) -> Panel:
 def maintenance_line(stream: StreamState) -> tuple[str, str]:
     """What is known of maintenance, and the style that it is written in."""
     if stream.maintained is None:
-        return ("maintenance fails", "red") if stream.maintenance_failing else ("maintenance tells nothing", "dim")
+        if stream.maintenance_failing:
+            return "maintenance fails", "red"
+        return "maintenance: no metrics here" if stream.deletions is None else "no maintenance yet", "dim"
     seconds = (datetime.now(UTC) - stream.maintained).total_seconds()
-    told = f"maintained {seconds:,.0f} s ago"
-    return (f"{told}; it fails since", "red") if stream.maintenance_failing else (told, "")
+    since = f"maintained {seconds:,.0f} s ago"
+    return (f"{since}, failing since", "red") if stream.maintenance_failing else (since, "")
 
 
 def _learning(facts: dict[str, Any]) -> Panel:

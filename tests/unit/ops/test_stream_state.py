@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from ops import metrics
 from ops.cli.main import app
+from ops.cli.status import maintenance_line
 from ops.console.app import build_console
 from ops.metrics import declared
 from ops.settings import Settings
@@ -95,6 +96,16 @@ def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Set
     assert state.problems() == ["Ingest waits for the disk.", "A deletion is not complete after a day."]
     metrics.maintain.ran("failed", 1.0)
     assert "The last run of maintenance failed." in stream_state(settings, store).problems()
+
+
+def test_the_line_about_maintenance_says_what_is_known() -> None:
+    now = datetime.now(UTC)
+    assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
+    assert maintenance_line(StreamState(deletions=0)) == ("no maintenance yet", "dim")
+    assert maintenance_line(StreamState(deletions=0, maintenance_failing=True)) == ("maintenance fails", "red")
+    assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
+    failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
+    assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
 
 
 def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings) -> None:
