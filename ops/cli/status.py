@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from ops.cli.releases import adapters
 from ops.errors import RatchetError
 from ops.ledger import Ledger, answers
 from ops.settings import Settings
+from ops.stream_state import StreamState, stream_state
 
 if TYPE_CHECKING:
     from ops.cli.supervisor import Supervisor
@@ -37,7 +39,8 @@ def status(
     """
     settings = ctx.of(context).settings
     if as_json:
-        typer.echo(json.dumps(collect(settings), default=str))
+        facts = {name: value for name, value in collect(settings).items() if name != "stream"}  # its parts are there
+        typer.echo(json.dumps(facts, default=str))
         return
     console = Console()
     if not watch:
@@ -57,7 +60,7 @@ def collect(settings: Settings) -> dict[str, Any]:
 
     ledger = Ledger.open(settings.ledger)
     capacity = settings.budget.gflops_per_day
-    store = SampleStore(settings.lake)
+    stream = stream_state(settings, SampleStore(settings.lake))
     facts: dict[str, Any] = {
         "live": ledger.live(),
         "releases": ledger.releases(5),
@@ -66,9 +69,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         "proposals": ledger.pending_proposals(),
         "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
         "budget_capacity": capacity,
-        "samples": {split: store.count(split=split) for split in ("train", "fresh_eval")},
-        "fragments": store.fragments(),
-        "offsets": store.offsets(),
+        **asdict(stream),
+        "stream": stream,
         "health": _health(settings),
         "stable": ledger.stable(),
         **_controller(settings),
@@ -163,10 +165,34 @@ def _serving(facts: dict[str, Any]) -> Panel:
 
 
 def _stream(facts: dict[str, Any]) -> Panel:
-    samples = facts["samples"]
-    read = sum(facts["offsets"].values())
-    text = f"{samples['train']:,} to train on\n{samples['fresh_eval']:,} for the gate\n{read:,} records read\n"
-    return Panel(text + f"{facts['fragments']} fragments", title="stream")
+    stream: StreamState = facts["stream"]
+    read = sum(stream.offsets.values())
+    lines = Text()
+    lines.append(f"{stream.samples['train']:,} to train on\n{stream.samples['fresh_eval']:,} for the gate\n")
+    lines.append(f"{read:,} records read, {stream.fragments} fragments\n")
+    if stream.lost:
+        last = f", last: {stream.gaps[0].shown}" if stream.gaps else ""
+        lines.append(f"{stream.lost:,} offsets lost{last}\n", "red")
+    if stream.waiting_for is None:
+        lines.append("ingest: no metrics here\n", "dim")
+    elif stream.waiting_for:
+        lines.append(f"ingest waits for the {stream.waiting_for}\n", "yellow")
+    lines.append(*maintenance_line(stream))
+    if stream.deletions:
+        hours = stream.oldest_deletion.total_seconds() / 3600
+        lines.append(f"\ndeletions waiting: {stream.deletions}, the oldest for {hours:.1f} h", "yellow")
+    return Panel(lines, title="stream", border_style="red" if stream.problems() else "")
+
+
+def maintenance_line(stream: StreamState) -> tuple[str, str]:
+    """What is known of maintenance, and the style that it is written in."""
+    if stream.maintained is None:
+        if stream.maintenance_failing:
+            return "maintenance fails", "red"
+        return "maintenance: no metrics here" if stream.deletions is None else "no maintenance yet", "dim"
+    seconds = (datetime.now(UTC) - stream.maintained).total_seconds()
+    since = f"maintained {seconds:,.0f} s ago"
+    return (f"{since}, failing since", "red") if stream.maintenance_failing else (since, "")
 
 
 def _learning(facts: dict[str, Any]) -> Panel:

@@ -17,6 +17,7 @@ from ops.artifacts import Artifacts
 from ops.errors import RatchetError, RecordError
 from ops.ledger import Ledger, ReleaseRow
 from ops.settings import Settings
+from ops.stream_state import StreamState, stream_state
 from serving.client import Client, ServerError
 from streams.images import decode_image
 from streams.store import SampleStore
@@ -24,6 +25,8 @@ from streams.store import SampleStore
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0
 """Facts that many viewers poll are asked for once in so long, however many look."""
+STREAM_SECONDS = 5.0
+"""The same for the stream, where gaps are looked for in the whole store."""
 PATIENCE_SECONDS = 5.0
 """How long a page waits for the server before it shows what it can without."""
 ACTION_SECONDS = 900.0
@@ -151,9 +154,9 @@ class Desk:
         found: list[dict[str, Any]] = rows.take(pa.array(places, pa.int64())).to_pylist()
         return found
 
-    def samples(self) -> dict[str, int]:
-        """Samples of each split."""
-        return self.kept("samples", lambda: {split: self.store.count(split=split) for split in ("train", "fresh_eval")})
+    def stream(self) -> StreamState:
+        """How the stream stands."""
+        return self.kept("stream", lambda: stream_state(self.settings, self.store), STREAM_SECONDS)
 
     def live(self) -> ReleaseRow | None:
         """The live release, as the ledger has it."""

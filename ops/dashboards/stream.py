@@ -5,7 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard as make
 
 from ops.dashboards import panels
-from ops.dashboards.panels import GREEN, ORANGE, RED, lines, number, row
+from ops.dashboards.panels import GREEN, ORANGE, RED, lines, number, row, states
 from ops.dashboards.queries import LAG, QUARANTINED_SHARE, mean, quantile
 
 RATE = "[$__rate_interval]"
@@ -22,8 +22,8 @@ def dashboard() -> make.Dashboard:
             ("max(ratchet_ingest_broker_up)", ""), words={"1": ("up", GREEN), "0": ("away", RED)}, trend=False, width=3,
         ),
         number(
-            "Ingest waits for", "What holds ingest up now; it reads on by itself when that is back.", "none",
-            ("max by (for) (ratchet_ingest_waiting) > 0", "{{for}}"), names=True, trend=False, nothing="nothing",
+            "Ingest", "Whether ingest reads, or waits for something (see below). It reads on by itself.", "none",
+            ("max(ratchet_ingest_waiting)", ""), words={"0": ("reads", GREEN), "1": ("waits", RED)}, trend=False,
             width=3,
         ),
         number(
@@ -80,6 +80,11 @@ def dashboard() -> make.Dashboard:
             "Offsets lost over time", "Offsets an hour that were gone before they were read, by reason: keep records "
             "in the topic for longer than ingest may be away.", "none",
             ("sum by (reason) (increase(ratchet_ingest_lost_offsets_total[1h]))", "{{reason}}"), least=0,
+        ),
+        states(
+            "What ingest waits for", "Broker, store, disk or schema registry. Records stay in the topic meanwhile.",
+            "none", ("max by (for) (ratchet_ingest_waiting)", "{{for}}"),
+            words={"0": ("no", GREEN), "1": ("waits", RED)}, width=8,
         ),
         lines(
             "Time of a commit", "One atomic commit of samples, decisions and offsets. It grows with fragments and with "

@@ -34,7 +34,11 @@ EVERYTHING: dict[str, Any] = {
             "existingSecret": {"name": "redis", "usernameKey": "user"},
         }
     },
-    "ingest": {"storage": {"storageClass": "fast"}, "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"}},
+    "ingest": {
+        "storage": {"storageClass": "fast"},
+        "splitKey": {"existingSecret": {"name": "ratchet-split"}},
+        "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"},
+    },
     "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}},
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
     "monitoring": {

@@ -96,6 +96,15 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 {{- end }}
 {{- end }}
 {{- end }}
+{{- if eq $part "ingest" }}
+{{- with $top.Values.ingest.splitKey.existingSecret }}
+{{- if .name }}
+- name: RATCHET_INGEST__SPLIT_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- with $top.Values.objectStore }}
 - name: AWS_REGION
   value: {{ .region | quote }}

@@ -32,7 +32,7 @@ def now(at: Reader) -> Response:
 
 def facts(desk: Desk) -> dict[str, Any]:
     """From the ledger, the store and the server, each asked once for all viewers."""
-    status, live = desk.status(), desk.live()
+    status, live, stream = desk.status(), desk.live(), desk.stream()
     learned = lessons(desk.ledger, limit=20)
     return {
         "server": status,
@@ -46,9 +46,10 @@ def facts(desk: Desk) -> dict[str, Any]:
         "current": next((lesson for lesson in learned if lesson.running), None),
         "judged": next((lesson for lesson in learned if lesson.verdict is not None), None),
         "purse": purse(desk.ledger, desk.settings),
-        "samples": desk.samples(),
+        "samples": stream.samples,
+        "stream": stream,
         "entries": timeline(desk.ledger, {}, limit=5),
-        "problems": problems(status),
+        "problems": [*problems(status), *stream.problems()],
     }
 
 

@@ -80,7 +80,8 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
                 assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     assert names["migration"] == {"ratchet-ledger"}
     assert names["updater"] == {"ratchet-ledger", "ratchet-s3"}
-    assert names["ingest"] == names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
+    assert names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
+    assert names["ingest"] == {*names["maintain"], "ratchet-split"}
     assert names["serving-worker"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}
     assert not of_kind(objects, "Secret")
 

@@ -15,6 +15,7 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     ("no ledger", {"ledger": {"existingSecret": {"name": ""}}}, ["/ledger/existingSecret/name"]),
     ("a secret as a value", {"ledger": {"url": "postgresql://me:secret@db/x"}}, ["/ledger", "url"]),
     ("a secret among the settings", {"settings": {"ledger_url": "postgresql://x"}}, ["/settings", "ledger_url"]),
+    ("the split's key as a value", {"settings": {"ingest": {"split_key": "k"}}}, ["/settings/ingest", "split_key"]),
     ("a setting that does not exist", {"settings": {"serve": {"prt": 1}}}, ["/settings/serve", "prt"]),
     ("a setting out of range", {"settings": {"gate": {"alpha": 0.7}}}, ["/settings/gate/alpha", "0.5"]),
     ("a port that the chart sets", {"settings": {"serve": {"port": 9000}}}, ["/settings/serve", "port"]),

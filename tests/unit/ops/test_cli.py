@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -151,6 +152,18 @@ def test_names_are_whole_in_a_narrow_terminal_and_what_people_wrote_is_shown_as_
     assert "search-page-of-the-shop" in listed
     settings = runner.invoke(app, ["config", "show"], env={"COLUMNS": "80"}).output
     assert "serve.encoder_replicas" in settings
+
+
+@pytest.mark.parametrize(("words", "once"), [((), False), (("--once",), True)])
+def test_maintain_runs_maintenance_under_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], once: bool
+) -> None:
+    ran: list[tuple[Path, bool]] = []
+    part = ModuleType("streams.maintenance")
+    part.run_maintain = lambda settings, *, once: ran.append((settings.home, once))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "streams.maintenance", part)
+    assert runner.invoke(app, ["--set", f"home={tmp_path}", "maintain", *words]).exit_code == 0
+    assert ran == [(tmp_path, once)]
 
 
 def test_the_screen_says_what_is_on_trial_and_what_was_seen() -> None:

@@ -1,0 +1,150 @@
+"""How the stream stands, for the command line and the console: what was lost, what is waited for, what is maintained.
+
+What lasts comes from the sample store. What ingest and maintenance are doing now is read from their metrics, where they
+run on this machine; it is None where they cannot be reached, as from another container.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+from ops.metrics import PARTS
+from ops.settings import Settings
+
+if TYPE_CHECKING:
+    from streams.store import SampleStore
+
+SCRAPE_SECONDS: Final = 1.0
+MAX_METRICS_BYTES: Final = 4 << 20
+GAPS: Final = 5
+RECENT: Final = timedelta(days=1)
+"""For how long a loss counts as a problem of the present, and how long a deletion may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Offsets that were gone before they were read."""
+
+    partition: str
+    """``topic:partition``."""
+    first: int
+    last: int
+    reason: str
+    """``retention`` or ``truncated``."""
+    time: datetime
+
+    @property
+    def shown(self) -> str:
+        """For people."""
+        return f"{self.partition} {self.first}..{self.last} ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamState:
+    """Counts of the store, and the state of the parts that write to it."""
+
+    samples: dict[str, int] = field(default_factory=lambda: {"train": 0, "fresh_eval": 0})
+    """By split."""
+    offsets: dict[str, int] = field(default_factory=dict)
+    """Next offset of each partition."""
+    fragments: int = 0
+    lost: int = 0
+    """Offsets that were lost, ever."""
+    gaps: tuple[Gap, ...] = ()
+    """The newest ones, newest first."""
+    waiting_for: str | None = None
+    """What ingest waits for; empty: nothing; None: not known."""
+    maintained: datetime | None = None
+    """When a run of maintenance last came to its end; None: not known, or none yet."""
+    maintenance_failing: bool = False
+    """Whether the newest run failed."""
+    deletions: int | None = None
+    """Deletions that are not complete; None: not known."""
+    oldest_deletion: timedelta = timedelta(0)
+
+    def problems(self) -> list[str]:
+        """What is not well, in words; empty when all is."""
+        found = []
+        if self.waiting_for:
+            found.append(f"Ingest waits for the {self.waiting_for}.")
+        if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
+            found.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
+        if self.maintenance_failing:
+            found.append("The last run of maintenance failed.")
+        if self.oldest_deletion > RECENT:
+            found.append("A deletion is not complete after a day.")
+        return found
+
+
+def stream_state(settings: Settings, store: SampleStore) -> StreamState:
+    """Ask the store and, on this machine, ingest and maintenance.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    tally = store.tally()
+    ingest, maintain = scrape(settings, "ingest"), scrape(settings, "maintain")
+    runs = {outcome: maintain.get(f"ratchet_maintain_last_run_timestamp_seconds {outcome}") for outcome in _OUTCOMES}
+    done, failed = runs["done"], runs["failed"]
+    deletions = maintain.get("ratchet_deletions_waiting")
+    return StreamState(
+        samples={split: tally[split] for split in ("train", "fresh_eval")},
+        offsets=store.offsets(),
+        fragments=store.fragments(),
+        lost=tally["gap_offsets"],
+        gaps=tuple(_gap(row) for row in store.gaps(GAPS)) if tally["gap_offsets"] else (),
+        waiting_for=_waiting_for(ingest),
+        maintained=None if done is None else datetime.fromtimestamp(done, UTC),
+        maintenance_failing=failed is not None and failed > (done or 0.0),
+        deletions=None if deletions is None else int(deletions),
+        oldest_deletion=timedelta(seconds=maintain.get("ratchet_deletion_oldest_seconds", 0.0)),
+    )
+
+
+def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str, float]:
+    """Own metrics of a part on this machine, by their name and, where there are labels, a space and their values.
+
+    Empty where it does not answer.
+    """
+    port = settings.ingest.metrics_port if part == "ingest" else settings.maintain.metrics_port
+    if not port:
+        return {}
+    host = "127.0.0.1" if settings.metrics_host in ("0.0.0.0", "::") else settings.metrics_host  # noqa: S104
+    try:
+        text = _get(f"http://{host}:{port}/metrics")
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return {
+        " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
+        for sample in samples
+        if sample.name.startswith(PARTS[part])
+    }
+
+
+_OUTCOMES = ("done", "failed")
+
+
+def _get(url: str) -> str:
+    with httpx.stream("GET", url, timeout=SCRAPE_SECONDS, trust_env=False) as response:
+        response.raise_for_status()
+        body = b""
+        for chunk in response.iter_bytes():
+            body += chunk
+            if len(body) > MAX_METRICS_BYTES:
+                raise ValueError(f"{url} answers more than {MAX_METRICS_BYTES} bytes")
+    return body.decode()
+
+
+def _waiting_for(ingest: dict[str, float]) -> str | None:
+    waits = {name.split(" ")[1]: value for name, value in ingest.items() if name.startswith("ratchet_ingest_waiting ")}
+    return next((dependency for dependency, value in waits.items() if value), "") if waits else None
+
+
+def _gap(row: dict[str, Any]) -> Gap:
+    return Gap(f"{row['topic']}:{row['partition']}", row["offset"], row["until"] - 1, row["reason"], row["ingested_at"])

@@ -1,0 +1,144 @@
+"""What operators are told of the stream: from a real store, and from the metrics that the parts export."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from typer.testing import CliRunner
+
+from ops import metrics
+from ops.cli.main import app
+from ops.cli.status import maintenance_line
+from ops.console.app import build_console
+from ops.metrics import declared
+from ops.settings import Settings
+from ops.stream_state import StreamState, stream_state
+from streams.rows import Position
+from streams.store import SampleStore
+
+LOST = {
+    "kind": "gap", "topic": "t", "partition": 0, "offset": 100, "until": 612, "reason": "retention",
+    "detail": "512 offsets", "ingested_at": datetime.now(UTC),
+}  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def ports() -> tuple[int, int]:
+    """Where this process exports the metrics of ingest and of maintenance."""
+    found = free_port(), free_port()
+    metrics.listen("ingest", found[0])
+    metrics.listen("maintain", found[1])
+    return found
+
+
+@pytest.fixture
+def settings(tmp_path: Path, ports: tuple[int, int]) -> Settings:
+    home = {"home": tmp_path, "base": {"vlm": ""}, "serve": {"port": 1}, "kafka": {"bootstrap": "127.0.0.1:1"}}
+    return Settings.model_validate(
+        {**home, "ingest": {"metrics_port": ports[0]}, "maintain": {"metrics_port": ports[1]}}
+    )
+
+
+@pytest.fixture
+def store(settings: Settings) -> SampleStore:
+    made = SampleStore(settings.lake)
+    made.put([LOST], [Position("t", 0, 612)])
+    return made
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """The metrics of this process as they are when all is well."""
+    yield
+    metrics.ingest.waiting("")
+    metrics.maintain.deletions(0, 0.0)
+    declared.MAINTAIN_LAST.clear()
+
+
+def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store: SampleStore) -> None:
+    state = stream_state(settings, store)
+    assert (state.lost, state.offsets) == (512, {"t:0": 612})
+    assert [gap.shown for gap in state.gaps] == ["t:0 100..611 (retention)"]
+    assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
+
+
+def test_counts_are_those_of_the_positions(settings: Settings) -> None:
+    made = SampleStore(settings.lake)
+    row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
+    made.put([row], [Position("t", 0, 1)])
+    assert stream_state(settings, made).samples == {"train": 1, "fresh_eval": 0}
+
+
+def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings) -> None:
+    store = SampleStore(settings.lake)
+    metrics.ingest.waiting("")
+    assert stream_state(settings, store) == StreamState(waiting_for="", deletions=0)
+    metrics.ingest.waiting("disk")
+    metrics.maintain.ran("done", 1.0)
+    metrics.maintain.deletions(2, 90_000.0)
+    state = stream_state(settings, store)
+    assert state.waiting_for == "disk"
+    assert state.maintained is not None and datetime.now(UTC) - state.maintained < timedelta(minutes=1)
+    assert (state.deletions, state.oldest_deletion) == (2, timedelta(hours=25))
+    assert state.problems() == ["Ingest waits for the disk.", "A deletion is not complete after a day."]
+    metrics.maintain.ran("failed", 1.0)
+    assert "The last run of maintenance failed." in stream_state(settings, store).problems()
+
+
+def test_the_line_about_maintenance_says_what_is_known() -> None:
+    now = datetime.now(UTC)
+    assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
+    assert maintenance_line(StreamState(deletions=0)) == ("no maintenance yet", "dim")
+    assert maintenance_line(StreamState(deletions=0, maintenance_failing=True)) == ("maintenance fails", "red")
+    assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
+    failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
+    assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
+
+
+def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings) -> None:
+    away = settings.model_copy(
+        update={
+            "ingest": settings.ingest.model_copy(update={"metrics_port": free_port()}),
+            "maintain": settings.maintain.model_copy(update={"metrics_port": 0}),
+        }
+    )
+    state = stream_state(away, SampleStore(away.lake))
+    assert (state.waiting_for, state.maintained, state.deletions, state.problems()) == (None, None, None, [])
+
+
+@pytest.mark.usefixtures("store")
+def test_status_and_the_console_tell_the_same(settings: Settings) -> None:
+    metrics.ingest.waiting("store")
+    metrics.maintain.ran("done", 1.0)
+    metrics.maintain.deletions(1, 7200.0)
+    flags = [
+        f"home={settings.home}", "serve.port=1", f"ingest.metrics_port={settings.ingest.metrics_port}",
+        f"maintain.metrics_port={settings.maintain.metrics_port}",
+    ]  # fmt: skip
+    words = [word for flag in flags for word in ("--set", flag)]
+    done = CliRunner().invoke(app, [*words, "status"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.exception
+    shown = " ".join(done.output.split())
+    for told in ("512 offsets lost, last: t:0 100..611 (retention)", "ingest waits for the store", "maintained",
+                 "deletions waiting: 1, the oldest for 2.0 h"):  # fmt: skip
+        assert told in shown
+    facts = json.loads(CliRunner().invoke(app, [*words, "status", "--json"]).output)
+    assert (facts["lost"], facts["waiting_for"], facts["gaps"][0]["first"]) == (512, "store", 100)
+    with TestClient(build_console(settings), base_url="http://127.0.0.1:8001") as visitor:
+        page = visitor.get("/").text
+    for told in ("t:0 100..611 (retention)", "Ingest waits for the store", "1 deletion is", "512 offsets were lost"):
+        assert told in page
+    assert Counter(page.split())["Maintenance"] == 0, "it runs"
