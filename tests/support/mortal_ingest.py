@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import lance
-
 from ops.settings import Settings
-from streams.batch import Batch
+from streams.consumer import Consumer
+from streams.fenced_sender import FencedSender
 from streams.ingest import run_ingest
-from streams.producer import RecordSender
-from streams.session import Session
-from streams.store import SampleStore
+from streams.outbox import Outbox
+from streams.quality.duplicates import DuplicateIndex
+from streams.writer import StoreWriter
 
 
 def die(*_: Any, **__: Any) -> NoReturn:
@@ -42,29 +41,34 @@ def after(function: Callable[..., Any], times: int) -> Callable[..., Any]:
     return call
 
 
-def delivered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``RecordSender.send``, but the process dies when the first record of the third batch of refusals is there."""
-    calls = [0]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        future = function(*args, **kwargs)
-        calls[0] += 1
-        if calls[0] == 3:
-            future.result(timeout=20)
-            die()
-        return future
-
-    return call
+def replaced_with_records(self: StoreWriter, base: Any, old: Any, new: Any, marks: Any) -> Any:
+    """``StoreWriter._replace``, but the process dies when the files of records are there and not yet committed."""
+    if new:
+        die()
+    return replace(self, base, old, new, marks)
 
 
+def one_then_die(self: FencedSender, topic: str, records: Any) -> Any:
+    """``FencedSender._send``, but of a batch only the first record is sent and committed, and the process dies."""
+    result = send(self, topic, records[:1])
+    if len(records) > 1:
+        die()
+    return result
+
+
+replace = StoreWriter._replace
+send = FencedSender._send
 #: Where it dies: name -> what arranges it.
 POINTS: dict[str, Callable[[], None]] = {
-    "files_written_but_not_committed": lambda: setattr(lance.LanceDataset, "commit", staticmethod(die)),
-    "committed_but_refusals_not_published": lambda: setattr(Batch, "commit", after(Batch.commit, 2)),
-    "some_refusals_of_a_batch_published": lambda: setattr(RecordSender, "send", delivered(RecordSender.send)),
-    "refusals_published_but_kafka_not_told": lambda: setattr(Session, "_tell_kafka", die),
-    "refusals_recovered_but_not_marked": lambda: setattr(Session, "_mark_published", die),
-    "positions_read_but_nothing_else": lambda: setattr(SampleStore, "snapshot", after(SampleStore.snapshot, 3)),
+    "claimed_but_nothing_else": lambda: setattr(StoreWriter, "claim", after(StoreWriter.claim, 1)),
+    "files_written_but_not_committed": lambda: setattr(StoreWriter, "_replace", replaced_with_records),
+    "committed_but_index_not": lambda: setattr(StoreWriter, "commit", after(StoreWriter.commit, 2)),
+    "index_committed_but_refusals_not_published": lambda: setattr(Consumer, "_publish", die),
+    "some_refusals_of_a_batch_published": lambda: setattr(FencedSender, "_send", one_then_die),
+    "published_but_not_marked": lambda: setattr(Outbox, "publish", after(Outbox.publish, 1)),
+    "published_but_kafka_not_told": lambda: setattr(Consumer, "_tell_kafka", die),
+    "marking_published": lambda: setattr(Consumer, "_mark_published", die),
+    "index_followed_but_not_committed": lambda: setattr(DuplicateIndex, "follow", after(DuplicateIndex.follow, 2)),
 }
 
 

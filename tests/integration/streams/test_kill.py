@@ -16,6 +16,7 @@ from ops.settings import Settings
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import Message, Place, good, make_topics, produce, quarantined_places, wait_for
+from tests.support.mortal_ingest import POINTS
 
 pytestmark = pytest.mark.integration
 
@@ -23,10 +24,11 @@ RECORDS = 80
 POISON_EVERY = 3
 #: Deaths of one ingest after another on the same topic; the life after the last one finishes the work.
 LIVES = {
-    "before its first commit": ["positions_read_but_nothing_else", "files_written_but_not_committed"],
-    "between store and quarantine": ["committed_but_refusals_not_published", "refusals_recovered_but_not_marked"],
-    "while publishing refusals": ["some_refusals_of_a_batch_published"],
-    "before Kafka is told": ["refusals_published_but_kafka_not_told"] * 2,
+    "before its first commit": ["claimed_but_nothing_else", "files_written_but_not_committed"],
+    "between store and index": ["committed_but_index_not", "index_followed_but_not_committed"],
+    "between store and quarantine": ["index_committed_but_refusals_not_published", "marking_published"],
+    "while publishing refusals": ["some_refusals_of_a_batch_published", "published_but_not_marked"],
+    "before Kafka is told": ["published_but_kafka_not_told"] * 2,
     "at random": ["random"] * 3,
 }
 
@@ -64,12 +66,20 @@ def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
 
 def finish(settings: Settings) -> None:
     """The last life: takes in the rest, and stops when it is asked to."""
+    log = settings.home / "ingest.log"
+    before = log.stat().st_size
     process = start(settings, "never")
     store = SampleStore(settings.lake)
+
+    def finished() -> bool:
+        positions = store.positions().values()
+        return sum(each.next for each in positions) == sum(each.published for each in positions) == RECORDS + 1
+
     try:
-        wait_for(lambda: sum(store.offsets().values()) == RECORDS + 1, "all records", 60)
+        wait_for(lambda: b"->" in log.read_bytes()[before:], "its first line", 60)
+        wait_for(finished, "all records, and all refusals published", 60)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, (settings.home / "ingest.log").read_text()[-3000:]
+        assert process.wait(30) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
 
@@ -106,3 +116,7 @@ def check(settings: Settings, places: list[Place]) -> None:
     assert sorted(kinds["quarantine"]) == poison
     assert len(kinds["duplicate"]) == 1
     assert sorted(quarantined_places(settings.kafka, len(poison))) == poison
+
+
+def test_every_point_of_death_is_in_a_story() -> None:
+    assert {point for deaths in LIVES.values() for point in deaths} - {"random"} == POINTS.keys()
