@@ -1,0 +1,72 @@
+"""A worker that slept (SIGSTOP) while another took over stores nothing and publishes nothing a second time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Settings
+from streams.store import SampleStore
+from tests.support.broker import Broker
+from tests.support.kafka import Message, good, make_topics, produce, quarantined_places, reading, wait_for
+from tests.support.stopping_ingest import POINTS
+
+pytestmark = pytest.mark.integration
+
+
+def fall_asleep(settings: Settings, point: str) -> subprocess.Popen[bytes]:
+    """A worker of the same group on a machine of its own, until it is stopped."""
+    home = settings.home / "sleeper"
+    home.mkdir()
+    own = settings.model_copy(update={"home": home, "lake_url": settings.lake})
+    file = home / "settings.json"
+    file.write_text(own.model_dump_json())
+    command = [sys.executable, "-m", "tests.support.stopping_ingest", str(file), point]
+    with (home / "log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+    assert state is not None and state.si_code == os.CLD_STOPPED, (home / "log").read_text()
+    return process
+
+
+def sleep_through(broker: Broker, home: Path, point: str) -> None:
+    """One story; in the end every record has one row and every refusal is published once."""
+    home.mkdir()
+    settings = broker.settings(home, kafka={"partitions": 1}, ingest={"metrics_port": 0})
+    make_topics(settings)
+    first: list[Message] = [good(0), (b"poison 1", []), good(1), (b"poison 3", []), good(0)]
+    places = produce(settings.kafka, first)
+    store = SampleStore(settings.lake)
+
+    def done() -> bool:
+        positions = list(store.positions().values())
+        return [each.next for each in positions] == [each.published for each in positions] == [len(places)]
+
+    sleeper = fall_asleep(settings, point)
+    try:
+        with reading(settings):
+            wait_for(done, "everything stored and published by the other")
+            sleeper.send_signal(signal.SIGCONT)
+            places += produce(settings.kafka, [(b"poison 5", []), good(5)])
+            wait_for(done, "what came later")
+        sleeper.send_signal(signal.SIGTERM)
+        assert sleeper.wait(60) == 0, (settings.home / "sleeper" / "log").read_text()[-3000:]
+    finally:
+        sleeper.kill()
+    rows = store.records().to_pylist()
+    assert [(row["topic"], row["partition"], row["offset"]) for row in rows] == places
+    kinds = ["sample", "quarantine", "sample", "quarantine", "duplicate", "quarantine", "sample"]
+    assert [row["kind"] for row in rows] == kinds
+    assert sorted(quarantined_places(settings.kafka, 3)) == [places[1], places[3], places[5]]
+
+
+def test_a_worker_that_slept_while_another_took_over(broker: Broker, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(len(POINTS)) as pool:
+        stories = {point: pool.submit(sleep_through, broker, tmp_path / point, point) for point in POINTS}
+    assert {point: error for point, story in stories.items() if (error := story.exception()) is not None} == {}

@@ -1,0 +1,51 @@
+"""An ingest that stops itself once (SIGSTOP) at a chosen point, and goes on from there when it is continued:
+``python -m tests.support.stopping_ingest SETTINGS POINT``. SETTINGS is a JSON file, POINT one of :data:`POINTS`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ops.settings import Settings
+from streams.fenced_sender import FencedSender
+from streams.ingest import run_ingest
+from streams.refusal_publisher import RefusalPublisher
+from streams.writer import StoreWriter
+
+
+def asleep_before(owner: type, name: str) -> None:
+    """Stop before the first call of a method, and make the call once continued."""
+    method: Callable[..., Any] = getattr(owner, name)
+    slept: list[bool] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not slept and (owner is not RefusalPublisher or args[2]):  # it is given what to publish
+            slept.append(True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return method(*args, **kwargs)
+
+    setattr(owner, name, call)
+
+
+POINTS: dict[str, tuple[type, str]] = {
+    "before_the_commit": (StoreWriter, "commit"),
+    "between_commit_and_publish": (RefusalPublisher, "publish"),
+    "before_its_sender_is_open": (FencedSender, "open"),
+    "between_reading_back_and_sending": (FencedSender, "send_all"),
+    "with_its_ownership_checked": (FencedSender, "_send"),
+}
+
+
+def main() -> None:
+    """Run until asked to stop."""
+    asleep_before(*POINTS[sys.argv[2]])
+    run_ingest(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
+
+
+if __name__ == "__main__":
+    main()
