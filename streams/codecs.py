@@ -45,7 +45,7 @@ Fetch = Callable[[str], bytes]
 
 #: Room for everything in a record but its image: texts, unknown fields, envelopes with their schemas.
 FIELDS_BYTES: Final = 512 * 1024
-_KNOWN: Final = frozenset({*METADATA, "image", "image_uri", "schema"})
+_KNOWN: Final = frozenset({*METADATA, "image", "image_digest", "image_uri", "schema"})
 #: Names of the headers that the quarantine topic adds (:mod:`streams.quarantine`), without their prefix.
 _QUARANTINE: Final = frozenset({"reason", "detail", "topic", "partition", "offset", "refused_at", "claim_check"})
 _PREFIX: Final = "ratchet_"

@@ -66,11 +66,11 @@ class Run:
         self.installation = installation
         self.proxy = proxy
         self.disk = disk
-        names = {f"worker {number}": "ingest" for number in range(WORKERS)} | {"maintain": "maintain"}
+        workers = {f"worker {number}": installation.config_of(number) for number in range(WORKERS)}
         self.parts = {
-            target: Part(name, installation.config, logs / f"{target.replace(' ', '-')}.log")
-            for target, name in names.items()
+            name: Part("ingest", config, logs / f"{name.replace(' ', '-')}.log") for name, config in workers.items()
         }
+        self.parts["maintain"] = Part("maintain", installation.config, logs / "maintain.log")
         self.producer = producer
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0
@@ -143,7 +143,9 @@ class Run:
         return False
 
 
-def run(settings: Settings, seconds: float, records: int, seed: int, folder: Path) -> dict[str, Any]:
+def run(
+    settings: Settings, seconds: float, records: int, seed: int, folder: Path, homes: str = "one"
+) -> dict[str, Any]:
     """Run on a home of its own in ``folder``, where the logs stay. Returns the figures.
 
     Raises:
@@ -160,6 +162,7 @@ def run(settings: Settings, seconds: float, records: int, seed: int, folder: Pat
         proxy.open()
         stack.callback(proxy.cut)
         installation = Installation(settings, disk.folder, f"127.0.0.1:{port}", **PRESSURE)
+        installation.apart = homes == "two"
         producer = SteadyProducer(installation.kafka, records, seconds * PRODUCE_SHARE, seed)
         running = Run(installation, producer, proxy, disk, folder)
         return _play(running, seconds, seed) | {"seconds": round(time.time() - began, 1)}
@@ -201,6 +204,7 @@ def _play(running: Run, seconds: float, seed: int) -> dict[str, Any]:
         "broker_cuts": running.counts["cut"],
         "disk_full_seconds": round(running.full_seconds, 1),
         "ended_by_themselves": running.unexpected + ended_well.count(False),
+        "homes": 2 if installation.apart else 1,
         "seed": seed,
         "machine": machine(),
     }
@@ -224,11 +228,14 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=600, help="time in which things break (600)")
     parser.add_argument("--records", type=int, default=50_000, help="records to produce (50000)")
     parser.add_argument("--seed", type=int, default=0, help="of the records and of what breaks when (0)")
+    parser.add_argument(
+        "--homes", choices=["one", "two"], default="one", help="workers on one machine, or on two (one)"
+    )
     parser.add_argument("--logs", type=Path, default=None, help="folder for the logs of the processes")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="ratchet-chaos-") as temporary:
         folder = options.logs or Path(temporary)
-        figures = run(settings, options.seconds, options.records, options.seed, folder)
+        figures = run(settings, options.seconds, options.records, options.seed, folder, options.homes)
     show(figures)
     if not figures["drained"] or any(figures[name] for name in VIOLATIONS):
         raise SystemExit(1)

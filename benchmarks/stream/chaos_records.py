@@ -22,7 +22,7 @@ from streams.records import Sample
 
 BAD_SHARE = 0.05
 REPEAT_SHARE = 0.01
-REPEATS_WITHIN = 500
+REPEATS_WITHIN = 100
 """A repetition is of one of so many samples before it."""
 GROUP = 20
 """Records that are sent at once."""

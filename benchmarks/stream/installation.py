@@ -42,6 +42,8 @@ class Installation:
         self.kafka = self.settings.kafka
         self.store = SampleStore(self.settings.lake)
         self.config = write_settings(self.settings, home / "settings.json")
+        self.apart = False
+        """Whether each worker has a home, and so a duplicate index, of its own, as on different machines."""
         ensure_topics(self.kafka, [self.kafka.topic], self.kafka.partitions)
         ensure_topics(self.kafka, [self.kafka.quarantine_topic])
 
@@ -61,9 +63,18 @@ class Installation:
         """Wait until so many records are stored. Raises RatchetError."""
         wait_for(lambda: self.stored() >= count, f"{count} stored records", seconds)
 
+    def config_of(self, number: int) -> Path:
+        """The settings file of a worker."""
+        if not self.apart:
+            return self.config
+        home = self.settings.home / f"home-{number}"
+        home.mkdir(exist_ok=True)
+        urls = {"lake_url": self.settings.lake, "ledger_url": self.settings.ledger}
+        return write_settings(self.settings.model_copy(update={"home": home, **urls}), home / "settings.json")
+
     def worker(self, number: int = 0) -> Part:
         """A worker that is not started yet."""
-        return Part("ingest", self.config, self.settings.home / f"ingest-{number}.log")
+        return Part("ingest", self.config_of(number), self.settings.home / f"ingest-{number}.log")
 
     @contextmanager
     def workers(self, count: int) -> Iterator[list[Part]]:

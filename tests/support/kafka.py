@@ -96,9 +96,9 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60.0) ->
 
 
 @contextmanager
-def reading(settings: Settings) -> Iterator[Consumer]:
+def reading(settings: Settings, on_change: Callable[[IngestStatus], None] | None = None) -> Iterator[Consumer]:
     """An ingest that runs on a thread, and is stopped at the end."""
-    ingest = Consumer(settings)
+    ingest = Consumer(settings, on_change=on_change)
     failures: list[BaseException] = []
 
     def run() -> None:

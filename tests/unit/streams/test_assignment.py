@@ -63,7 +63,7 @@ def assignment() -> Assignment:
 
 
 def reading(partition: int, start: int = 0, epoch: int = -1) -> Reading:
-    return Reading(Claim(Position("t", partition, start, leader_epoch=epoch), 1), start)
+    return Reading.of(Claim(Position("t", partition, start, leader_epoch=epoch), 1))
 
 
 def test_nothing_is_fetched_of_a_partition_before_it_is_claimed(assignment: Assignment) -> None:

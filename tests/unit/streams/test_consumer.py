@@ -72,7 +72,9 @@ def metric(name: str, **labels: str) -> float | None:
 
 
 def seen(store: SampleStore, count: int) -> None:
-    wait_for(lambda: sum(store.tally()[kind] for kind in ("sample", "duplicate", "quarantine")) >= count, f"{count}", 20)
+    wait_for(
+        lambda: sum(store.tally()[kind] for kind in ("sample", "duplicate", "quarantine")) >= count, f"{count}", 20
+    )
 
 
 # -- the plain path ------------------------------------------------------------------------------------------------
@@ -136,7 +138,12 @@ def test_a_record_that_the_log_gives_twice_is_taken_once(
 def test_corrupt_records_are_refused_in_their_place(settings: Settings, store: SampleStore, kafka: FakeKafka) -> None:
     kafka.send(good(1), good(2), good(3))
     corrupt = tolerant_fetch.Corrupt.__new__(tolerant_fetch.Corrupt)
-    for name, value in {"offset": 1, "raw": b"\x00broken", "detail": "its checksum is wrong", "leader_epoch": 0}.items():
+    for name, value in {
+        "offset": 1,
+        "raw": b"\x00broken",
+        "detail": "its checksum is wrong",
+        "leader_epoch": 0,
+    }.items():
         object.__setattr__(corrupt, name, value)
     kafka.logs[0].records[1] = corrupt
     with run(settings, 3):
@@ -493,9 +500,7 @@ def test_what_is_away_is_named_and_waited_for_and_nothing_is_lost(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can mount")
-def test_a_full_disk_is_waited_for_and_nothing_is_lost(
-    tmp_path: Path, kafka: FakeKafka, settings: Settings
-) -> None:
+def test_a_full_disk_is_waited_for_and_nothing_is_lost(tmp_path: Path, kafka: FakeKafka, settings: Settings) -> None:
     mounted = tmp_path / "disk"
     mounted.mkdir()
     if os.system(f"mount -t tmpfs -o size=4m tmpfs {mounted} 2>/dev/null"):

@@ -16,18 +16,22 @@ from PIL import Image, ImageDraw
 
 from ops.errors import StoreFull, StoreUnavailable
 from streams.quality import duplicates as module
-from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex
+from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample, words_hash
 from streams.quality.look import look_of
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 
 WORDS = ("a boat", "", "")
-GREY = "80" * 27
+GREY = b"\x80" * 27
 
 
-def look(phash: int, colours: str = GREY) -> str:
-    return f"{phash:016x}{colours}"
+def look(phash: int, colours: bytes = GREY) -> bytes:
+    return phash.to_bytes(8, "big") + colours
+
+
+def item(sample_id: str, own_look: bytes, words: tuple[str, str, str], offset: int = 0) -> Sample:
+    return Sample(bytes.fromhex(sample_id), f"{TOPIC}:0:{offset}", own_look, words_hash(*words))
 
 
 def name(number: int) -> str:
@@ -46,37 +50,37 @@ def store(tmp_path: Path) -> SampleStore:
 
 
 def test_the_same_content_is_an_exact_duplicate_whatever_it_looks_like(index: DuplicateIndex) -> None:
-    index.add(name(1), look(0xFF), WORDS)
-    assert index.find(name(1), look(0x1234), ("other", "", "")) == Duplicate("exact", name(1))
-    assert index.find(name(2), look(0x1234), ("other", "", "")) is None
+    index.add(item(name(1), look(0xFF), WORDS))
+    assert index.find(item(name(1), look(0x1234), ("other", "", ""))) == Duplicate("exact", name(1))
+    assert index.find(item(name(2), look(0x1234), ("other", "", ""))) is None
 
 
 @pytest.mark.parametrize(("distance", "found"), [(0, False), (2, False), (3, True), (16, True)])
 def test_near_duplicates_are_within_the_distance(distance: int, found: bool) -> None:
     index = DuplicateIndex(":memory:", "store", distance)
-    index.add(name(1), look(0), WORDS)
-    assert (index.find(name(2), look(0b1000_0000_0001_0001), WORDS) is not None) == found
-    assert index.find(name(2), look(0), WORDS) == Duplicate("perceptual", name(1))
+    index.add(item(name(1), look(0), WORDS))
+    assert (index.find(item(name(2), look(0b1000_0000_0001_0001), WORDS)) is not None) == found
+    assert index.find(item(name(2), look(0), WORDS)) == Duplicate("perceptual", name(1))
 
 
 @pytest.mark.parametrize("distance", [1, 5, 16])
 def test_every_look_within_the_distance_is_found_whichever_bits_differ(distance: int) -> None:
     index = DuplicateIndex(":memory:", "store", distance)
-    index.add(name(1), look(0), WORDS)
+    index.add(item(name(1), look(0), WORDS))
     for start in range(0, 64, 3):
         bits = sum(1 << (start + step * 7) % 64 for step in range(distance))
         assert bits.bit_count() == distance
-        assert index.find(name(2), look(bits), WORDS) is not None
-        assert index.find(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS) is None
+        assert index.find(item(name(2), look(bits), WORDS)) is not None
+        assert index.find(item(name(2), look(bits ^ (1 << (start + 1) % 64)), WORDS)) is None
 
 
 def test_other_words_are_never_a_perceptual_duplicate() -> None:
     index = DuplicateIndex(":memory:", "store", 16)
-    index.add(name(1), look(0), WORDS)
-    assert index.find(name(2), look(0), ("a boat", "what?", "a boat")) is None
-    assert index.find(name(2), look(0), ("", "a boat", "")) is None
-    assert index.find(name(2), look(0), ("a bo", "at", "")) is None
-    assert index.find(name(2), look(0), WORDS) is not None
+    index.add(item(name(1), look(0), WORDS))
+    assert index.find(item(name(2), look(0), ("a boat", "what?", "a boat"))) is None
+    assert index.find(item(name(2), look(0), ("", "a boat", ""))) is None
+    assert index.find(item(name(2), look(0), ("a bo", "at", ""))) is None
+    assert index.find(item(name(2), look(0), WORDS)) is not None
 
 
 def shirt(colour: str) -> Image.Image:
@@ -91,26 +95,26 @@ def test_shirts_in_six_colours_and_plain_pictures_are_not_one() -> None:
     pictures = [shirt(colour) for colour in ("red", "green", "blue", "yellow", "purple", "orange")]
     pictures += [Image.new("RGB", (64, 64), colour) for colour in ("black", "white", "grey", "red", "navy")]
     for number, picture in enumerate(pictures):
-        own = look_of(picture).hex()
-        assert index.find(name(number), own, WORDS) is None, f"picture {number}"
-        index.add(name(number), own, WORDS)
-        assert index.find(name(99), own, WORDS) == Duplicate("perceptual", name(number))
+        own = look_of(picture).data
+        assert index.find(item(name(number), own, WORDS)) is None, f"picture {number}"
+        index.add(item(name(number), own, WORDS))
+        assert index.find(item(name(99), own, WORDS)) == Duplicate("perceptual", name(number))
 
 
 def test_looks_are_not_compared_when_that_is_off() -> None:
     index = DuplicateIndex(":memory:", "store", OFF)
-    index.add(name(1), look(0), WORDS)
-    assert index.find(name(2), look(0), WORDS) is None
-    assert index.find(name(1), look(0), WORDS) == Duplicate("exact", name(1))
+    index.add(item(name(1), look(0), WORDS))
+    assert index.find(item(name(2), look(0), WORDS)) is None
+    assert index.find(item(name(1), look(0), WORDS)) == Duplicate("exact", name(1))
 
 
 def test_what_is_added_is_forgotten_when_the_commit_fails(index: DuplicateIndex) -> None:
     with pytest.raises(LookupError), index.deciding():
-        index.add(name(1), look(0), WORDS)
+        index.add(item(name(1), look(0), WORDS))
         raise LookupError
-    assert (len(index), index.find(name(1), look(0), WORDS)) == (0, None)
+    assert (len(index), index.find(item(name(1), look(0), WORDS))) == (0, None)
     with index.deciding():
-        index.add(name(1), look(0), WORDS)
+        index.add(item(name(1), look(0), WORDS))
     assert len(index) == 1
 
 
@@ -141,7 +145,7 @@ def test_the_index_takes_in_only_what_is_new_in_the_store(
     follow(index, store)
     follow(index, store)
     assert (len(index), taken) == (3, [1])
-    assert index.find(sample(1, 2)["id"], look(77), WORDS) == Duplicate("exact", sample(1, 2)["id"])
+    assert index.find(item(sample(1, 2)["id"], look(77), WORDS)) == Duplicate("exact", sample(1, 2)["id"])
 
 
 def test_a_later_start_reads_what_was_stored_meanwhile_and_no_more(tmp_path: Path, store: SampleStore) -> None:
@@ -185,7 +189,7 @@ def test_a_lost_or_damaged_index_is_made_anew_from_the_store(tmp_path: Path, sto
         for _ in range(2):  # what shows only when it is used costs one try
             try:
                 follow(index, store)
-                duplicate = index.find(sample(0, 7)["id"], look(7), WORDS)
+                duplicate = index.find(item(sample(0, 7)["id"], look(7), WORDS))
                 break
             except StoreUnavailable:
                 continue
@@ -204,21 +208,21 @@ def test_damage_that_shows_while_it_is_used_costs_one_try(tmp_path: Path, store:
         index._db.execute("PRAGMA shrink_memory")
         with pytest.raises(StoreUnavailable), index.deciding():
             for number in range(2000):
-                index.find(sample(0, number)["id"], look(number), WORDS)
-                index.add(name(number), look(number), WORDS)
+                index.find(item(sample(0, number)["id"], look(number), WORDS))
+                index.add(item(name(number), look(number), WORDS))
         follow(index, store)
         assert len(index) == 2000
-        assert index.find(sample(0, 1999)["id"], look(5), WORDS) is not None
+        assert index.find(item(sample(0, 1999)["id"], look(5), WORDS)) is not None
 
 
 @pytest.mark.parametrize(("store_name", "distance"), [("another", 0), ("store", 3), ("store", OFF)])
 def test_an_index_of_another_store_or_distance_is_made_anew(tmp_path: Path, store_name: str, distance: int) -> None:
     with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
-        index.add(name(1), look(0), WORDS)
+        index.add(item(name(1), look(0), WORDS))
     with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
         assert len(index) == 0
     with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
-        index.add(name(1), look(0), WORDS)
+        index.add(item(name(1), look(0), WORDS))
     with closing(DuplicateIndex(tmp_path / "d.db", store_name, distance)) as index:
         assert len(index) == 1
 
@@ -232,8 +236,8 @@ def test_two_workers_share_a_file_and_never_both_take_a_sample(tmp_path: Path) -
             with closing(DuplicateIndex(tmp_path / "d.db", "store")) as index:
                 for number in range(40):
                     with index.deciding():
-                        if index.find(name(number), look(number), WORDS) is None:
-                            index.add(name(number), look(number), WORDS)
+                        if index.find(item(name(number), look(number), WORDS)) is None:
+                            index.add(item(name(number), look(number), WORDS))
                             taken.append(name(number))
         except BaseException as error:
             failures.append(error)
@@ -252,7 +256,7 @@ def test_a_file_that_another_process_holds_is_waited_for_and_never_thrown_away(
 ) -> None:
     path = tmp_path / "d.db"
     with closing(DuplicateIndex(path, "store")) as index:
-        index.add(name(1), look(0), WORDS)
+        index.add(item(name(1), look(0), WORDS))
     hold = "import sqlite3,sys; db=sqlite3.connect(sys.argv[1], isolation_level=None);" \
         "db.execute('PRAGMA locking_mode=EXCLUSIVE'); db.execute('BEGIN EXCLUSIVE');" \
         "db.execute('SELECT * FROM meta').fetchall(); print('held', flush=True); sys.stdin.read()"  # fmt: skip
@@ -278,16 +282,16 @@ def test_a_folder_that_cannot_be_written_is_an_outage(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said_to_be_full_and_nothing_is_added(index: DuplicateIndex) -> None:
     with index.deciding():
-        index.add(name(1), look(1), WORDS)
+        index.add(item(name(1), look(1), WORDS))
     pages = index._db.execute("PRAGMA page_count").fetchone()[0]
     index._db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StoreFull, match="full"), index.deciding():
         for number in range(2, 500):
-            index.add(name(number), look(number), WORDS)
+            index.add(item(name(number), look(number), WORDS))
     assert len(index) == 1
     index._db.execute("PRAGMA max_page_count = 1000000")
     with index.deciding():
-        index.add(name(2), look(2), WORDS)
+        index.add(item(name(2), look(2), WORDS))
     assert len(index) == 2
 
 
@@ -301,7 +305,8 @@ index = duplicates.DuplicateIndex(sys.argv[1], "store")
 def fill(numbers):
     with index.deciding():
         for n in numbers:
-            index.add(f"{n * 0x9E3779B97F4A7C15 % 2**256:064x}", f"{n % 2**64:016x}" + "80" * 27, ("a boat", "", ""))
+            id_ = (n * 0x9E3779B97F4A7C15 % 2**256).to_bytes(32, "big")
+            index.add(duplicates.Sample(id_, f"t:0:{n}", n.to_bytes(8, "big") + bytes(27), 7))
 fill(range(2000))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start in range(2000, 42000, 2000):

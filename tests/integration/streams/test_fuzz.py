@@ -1,0 +1,51 @@
+"""Twenty thousand records, mutated at every level: each is accounted for exactly once, and ingest is never down."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from streams.store import SampleStore
+from tests.support.broker import Broker
+from tests.support.fuzz_records import publish_mutated
+from tests.support.kafka import make_topics, quarantined_places, reading, wait_for
+
+pytestmark = pytest.mark.integration
+RECORDS = 20_000
+
+
+@pytest.mark.timeout(600)
+def test_any_bytes_end_as_a_sample_a_duplicate_a_tombstone_or_a_refusal(broker: Broker, tmp_path: Path) -> None:
+    settings = broker.settings(tmp_path)
+    make_topics(settings)
+    sent = publish_mutated(settings.kafka, RECORDS, seed=1)
+    assert len(sent.records) + len(sent.refused) == RECORDS and len(sent.records) > RECORDS * 0.9
+    store = SampleStore(settings.lake)
+    states: Counter[str] = Counter()
+    with reading(settings, lambda status: states.update([status.state])) as consumer:
+        wait_for(lambda: store.tally().total() > 0 and accounted(store) >= len(sent.records), "every record", 400)
+        refusals = store.tally()["quarantine"]
+        wait_for(lambda: len(quarantined_places(settings.kafka, refusals)) >= refusals, "every refusal", 100)
+    assert "waiting" not in states, f"ingest was down: {consumer.status.problem}"
+
+    rows = store.records().to_pylist()
+    kinds = {(row["partition"], row["offset"]): row["kind"] for row in rows}
+    assert len(rows) == len(kinds), "a record was accounted for twice"
+    assert kinds.keys() == sent.records.keys()
+    stored = {row["id"]: (row["partition"], row["offset"]) for row in rows if row["kind"] == "sample"}
+    assert sent.valid.items() <= stored.items(), "a valid record was not stored as what it is"
+    reasons = {(row["partition"], row["offset"]): row["reason"] for row in rows}
+    assert {position: reasons[position] for position in sent.corrupt} == dict.fromkeys(sent.corrupt, "corrupt")
+    assert reasons and "internal" not in reasons.values(), "a fault of ours refused a record"
+
+    published = quarantined_places(settings.kafka, refusals)
+    refused = [(row["topic"], row["partition"], row["offset"]) for row in rows if row["kind"] == "quarantine"]
+    assert sorted(published) == sorted(refused), "each refusal is in the quarantine topic once"
+
+
+def accounted(store: SampleStore) -> int:
+    """Records that have a row."""
+    tally = store.tally()
+    return sum(tally[kind] for kind in ("sample", "duplicate", "quarantine", "tombstone"))
