@@ -19,18 +19,18 @@ from streams import tolerant_fetch
 from streams.assignment import Reading
 from streams.consumer import Consumer
 from streams.crash_guard import DEATHS
-from streams.quality.validate import Received
+from streams.quality.validate import Received, validate
 from streams.refusal_publisher import RefusalPublisher
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.writer import StoreWriter
 from tests.support.fake_kafka import FakeConsumer, FakeKafka, FakeSender, install
-from tests.support.kafka import good, reading, records_seen, wait_for
+from tests.support.kafka import Message, good, reading, records_seen, wait_for
 from tests.support.samples import refusal
 from tests.unit.streams.test_crash_guard import die
 
-POISON = (b"poison", [])
+POISON: Message = (b"poison", [])
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
     settings: Settings, store: SampleStore, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     later = threading.Event()
-    real = module.validate
+    real = validate
 
     def slow(received: Received, rules: Any) -> Any:
         if received.offset == 0:
@@ -542,7 +542,7 @@ def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
 ) -> None:
     away = threading.Event()
     away.set()
-    real = module.validate
+    real = validate
 
     def needs_registry(received: Received, rules: Any) -> Any:
         if received.offset == 1 and away.is_set():
@@ -568,7 +568,7 @@ def test_a_gap_waits_for_the_records_before_it(
     """While the registry is away a record waits; what retention deletes behind it is not to be stored before it."""
     away = threading.Event()
     away.set()
-    real = module.validate
+    real = validate
 
     def needs_registry(received: Received, rules: Any) -> Any:
         if received.offset == 0 and away.is_set():
@@ -636,7 +636,7 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
         die(settings.home / "ingest", "kill", names[2])
     inside: set[int] = set()
     together: list[set[int]] = []
-    real = module.validate
+    real = validate
 
     def watch(received: Received, rules: Any) -> Any:
         inside.add(received.offset)
