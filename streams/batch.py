@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from ops import metrics
 from ops.errors import StoreError, StoreUnavailable
 from ops.settings import Kafka
 from streams.assignment import Reading
@@ -142,7 +143,8 @@ class Batch:
         self._doubles += self.index.settled()
         try:
             while self._doubles:
-                self.writer.settle_double(*self._doubles[0])
+                settled = self.writer.settle_double(*self._doubles[0])
+                metrics.ingest.settled(int(settled))
                 del self._doubles[0]
         except StoreError as error:
             log.warning("a sample that two workers stored is made a duplicate later: %s", error)

@@ -37,7 +37,7 @@ from streams.quality.duplicates import DuplicateIndex
 from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
 from streams.refusal_publisher import RefusalPublisher
 from streams.registry import SchemaRegistry
-from streams.rows import parse_stream
+from streams.rows import parse_stream, tally_of
 from streams.store import SampleStore
 from streams.uris import UriFetcher
 from streams.validation_pool import Validated, ValidationPool
@@ -414,7 +414,7 @@ class Consumer:
         """Go on at ``first``; what lies before it was deleted unread, which is a row."""
         if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
             return
-        self._lose(gap(reading, reading.next, first, "retention"), reading, first)
+        self._batch.add(reading, first, gap(reading, reading.next, first, "retention"), 0)
         reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
         self._assignment.begin(reading)
 
@@ -424,17 +424,23 @@ class Consumer:
         if not self._collect_all() or not self._assignment.holds(reading):
             return
         start = min(end if divergence is None else divergence, reading.next)
-        self._lose(gap(reading, start, reading.next, "truncated"), reading, reading.next)
         if self._commit() and self._assignment.holds(reading):
-            self._patiently(partial(self._begin_anew, reading, first if divergence is None else divergence))
+            lost = gap(reading, start, reading.next, "truncated")
+            self._patiently(partial(self._begin_anew, reading, lost, first if divergence is None else divergence))
 
-    def _begin_anew(self, reading: Reading, start: int) -> None:
-        [claim] = self._writer.claim([new_generation(self.store.positions().values(), reading.claim.position, start)])
+    def _begin_anew(self, reading: Reading, lost: Row, start: int) -> None:
+        """Store the gap and the new generation in one commit."""
+        position = reading.claim.position
+        generation = new_generation(self.store.positions().values(), position, start)
+        end = replace(position, tally=position.tally + tally_of([lost]))
+        try:
+            [claim] = self._writer.claim([generation], [lost], [(reading.claim, end)])
+        except Superseded as error:
+            log.warning("%s", error)
+            self._assignment.give_up(reading)
+            return
+        self._report.lost(lost)
         self._assignment.begin(Reading.of(claim))
-
-    def _lose(self, row: Row, reading: Reading, end: int) -> None:
-        say(f"ingest: [red]{reading.claim.key}: {row['detail']} ({row['offset']} to {row['until'] - 1})[/red]")
-        self._batch.add(reading, end, row, 0)
 
     def _collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""

@@ -12,6 +12,7 @@ from ops.errors import RatchetError, RegistryUnavailable, StoreError, StoreFull
 from ops.progress import say
 from streams.batch import Outcome
 from streams.ingest_status import Dependency, IngestStatus
+from streams.quality.validate import Row
 from streams.store import SampleStore
 
 #: A group that lets nobody in for so long is a problem that somebody has to look at.
@@ -71,20 +72,26 @@ class IngestReport:
             metrics.ingest.duplicates(count, kind)
         for row in refused:
             metrics.ingest.refused(row["reason"])
-        for row in gaps:
-            metrics.ingest.lost(row["until"] - row["offset"], row["reason"])
         now = self.status
         self._change(
             samples=now.samples + outcome.samples.total(),
             duplicates=now.duplicates + outcome.duplicates.total(),
             quarantined=now.quarantined + len(refused),
             tombstones=now.tombstones + len(outcome.of_kind("tombstone")),
-            gap_offsets=now.gap_offsets + sum(row["until"] - row["offset"] for row in gaps),
             commits=now.commits + 1,
             version=outcome.version,
             offsets={**now.offsets, **{reading.claim.key: reading.stored for reading in outcome.readings}},
             lag=lag,
         )
+        for row in gaps:
+            self.lost(row)
+
+    def lost(self, row: Row) -> None:
+        """A gap was stored."""
+        count = row["until"] - row["offset"]
+        metrics.ingest.lost(count, row["reason"])
+        self._change(gap_offsets=self.status.gap_offsets + count)
+        say(f"ingest: [red]{row['topic']}:{row['partition']}: {row['detail']} (from {row['offset']})[/red]")
 
     def stopped(self) -> None:
         """The consumer has ended."""

@@ -177,7 +177,8 @@ class RefusalPublisher:
         return list(self.store.outbox(part, job.page))
 
     def _open(self, reading: Reading) -> Outbox:
-        name = f"{self.kafka.group}.{self.kafka.quarantine_topic}.{reading.claim.key}"
+        store, _ = self.store.table.identity()
+        name = f"ratchet-quarantine:{store}:{reading.claim.key}"
         sender = FencedSender(self.kafka, name, lambda: self._owns(reading))
         outbox = Outbox(self.kafka.quarantine_topic, sender, _id_of)
         self._outboxes[reading] = outbox

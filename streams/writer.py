@@ -60,10 +60,15 @@ class StoreWriter:
     def __init__(self, table: SampleTable) -> None:
         self.table = table
 
-    def claim(self, starts: Iterable[Position]) -> list[Claim]:
+    def claim(
+        self, starts: Iterable[Position], rows: Rows = (), moves: Sequence[tuple[Claim, Position]] = ()
+    ) -> list[Claim]:
         """Take over partitions, each where the store says, or at the given position where it knows none.
 
+        ``rows`` and ``moves`` are committed with it, as by :meth:`commit`.
+
         Raises:
+            Superseded: a claim in ``moves`` is not the newest; nothing was claimed.
             StoreUnavailable: nothing was claimed; to be tried again.
         """
         wanted = list(starts)
@@ -72,13 +77,15 @@ class StoreWriter:
             known = {position.key: (fragment, position) for fragment, position in positions(dataset)}
             taken = [known.get(start.key, (-1, start)) for start in wanted]
             claimed = [Claim(replace(position, epoch=position.epoch + 1), fragment) for fragment, position in taken]
-            moves = [(claim, claim.position) for claim in claimed]
+            taken_over = [(claim, claim.position) for claim in claimed]
             if any(claim.fragment < 0 for claim in claimed):
                 fragment, root = known[ROOT.key]
-                moves.append((Claim(root, fragment), root))
+                taken_over.append((Claim(root, fragment), root))
             try:
-                self._commit((), moves)
-            except Superseded:
+                self._commit(rows, [*moves, *taken_over])
+            except Superseded as error:
+                if {claim.key for claim, _ in moves} & set(error.keys):
+                    raise
                 continue  # somebody claims the same partitions, or makes others: in turn
             return claimed
         raise StoreUnavailable(

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 Part = Literal["ingest", "maintain", "update", "serve"]
 PARTS: dict[Part, tuple[str, ...]] = {
     "ingest": ("ratchet_ingest_", "ratchet_store_"),
-    "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_", "ratchet_store_doubles_"),
+    "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
 """Beginnings of the names that one part alone exports, of which the longest decides; serving exports all others. Build

@@ -58,6 +58,11 @@ class ingest:
             d.INGEST_WAITING.labels(each).set(int(each == dependency))
 
     @staticmethod
+    def settled(count: int) -> None:
+        """So many samples that were stored twice are stored once again."""
+        d.DOUBLES_SETTLED.inc(count)
+
+    @staticmethod
     def committed(seconds: float) -> None:
         """One atomic commit took this long."""
         d.INGEST_COMMIT.observe(seconds)
@@ -120,8 +125,3 @@ class maintain:
         """Deletions that are not complete, and the age of the oldest one (0 where there is none)."""
         d.DELETIONS_WAITING.set(waiting)
         d.DELETION_OLDEST.set(oldest_seconds)
-
-    @staticmethod
-    def settled(count: int) -> None:
-        """So many samples that were stored twice are stored once again."""
-        d.DOUBLES_SETTLED.inc(count)

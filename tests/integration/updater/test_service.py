@@ -180,6 +180,7 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
 ) -> None:
     from datetime import timedelta
 
+    from streams import compaction
     from updater import service as service_module
 
     add_samples(settings, 12)
@@ -189,7 +190,8 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
         service.step()
     monkeypatch.undo()
     add_samples(settings, 12)
-    service.store.compact(keep=timedelta(0))
+    service.store.unpin(service.ledger.updates(1)[0].id)
+    compaction.clean(service.store, keep=timedelta(0))
     update = service.step().update
     assert update is not None and update.state == "abandoned"
     assert "not kept" in str(update.error)
