@@ -16,8 +16,8 @@ from streams.clients import MAX_RECORD_BYTES, ensure_topics
 from streams.store import SampleStore
 
 FLUSH_EVERY = 200
-HELD_SESSION_SECONDS = 120
-"""How long a worker may be stopped while its records are made."""
+HELD_SESSION_SECONDS = 20
+"""How long a worker may be stopped while its records are made. The embedded broker lets nobody in for half of it."""
 
 
 class Installation:

@@ -1,0 +1,41 @@
+"""The benchmarks of the stream, small: real workers, a real broker, real faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.stream import chaos, ingest
+from benchmarks.stream.ingest import Sizes
+from ops.loading import load_settings
+
+pytestmark = pytest.mark.integration
+SMALL = Sizes(images=((20_000, 60),), rounds=1, stores=(200, 400), commits=2, writes=((2_000, 50, 10, 500),))
+
+
+def test_ingest_is_measured_beside_a_bare_consumer_and_told_as_one_line_of_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    figures = ingest.run(load_settings(environ={}), SMALL)
+    ingest.show(figures)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    [size] = figures["throughput"]
+    assert figures["ratio_to_bare"] == size["ratio_to_bare"] > 0.02
+    assert all(size[who]["records_per_second"] > 0 < size[who]["cpu_seconds"] for who in ("bare", "one", "two"))
+    assert [each["stored"] for each in figures["growth"]] == [200, 400]
+    assert all(0 < each["commit_seconds"] < each["start_seconds"] for each in figures["growth"])
+    assert 0.5 < figures["memory_growth"] < 2
+    assert 0 < figures["write_amplification"] < 5
+
+
+def test_nothing_is_lost_or_stored_twice_while_workers_die_the_broker_goes_away_and_the_disk_is_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figures = chaos.run(load_settings(environ={}), seconds=25, records=500, seed=7, folder=tmp_path)
+    chaos.show(figures)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
+    assert figures["produced"] == 500 and figures["drained"]
+    assert {name: figures[name] for name in chaos.VIOLATIONS} == dict.fromkeys(chaos.VIOLATIONS, 0)
+    assert figures["kills"] + figures["stops"] > 0 < figures["broker_cuts"]
