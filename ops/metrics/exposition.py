@@ -26,8 +26,7 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
 }
-"""Beginnings of the names that one part alone exports, of which the longest decides; serving exports all others. Build
-information is everybody's."""
+"""Beginnings of the names that one part alone exports; serving exports all others. Build information is everybody's."""
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -56,8 +55,7 @@ def belongs(name: str, part: Part) -> bool:
 
 
 def _owner(name: str) -> Part:
-    beginnings = [(len(each), part) for part, names in PARTS.items() for each in names if name.startswith(each)]
-    return max(beginnings)[1] if beginnings else "serve"
+    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), "serve")
 
 
 class _Own(Collector):

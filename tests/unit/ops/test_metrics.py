@@ -124,13 +124,6 @@ def test_a_part_exports_what_is_its_own() -> None:
         assert "ratchet_build_info" in names
 
 
-def test_of_two_parts_whose_names_begin_alike_the_longer_beginning_decides() -> None:
-    metrics.maintain.settled(1)
-    assert "ratchet_store_doubles_settled_total" in exported("maintain")
-    assert "ratchet_store_doubles_settled_total" not in exported("ingest")
-    assert "ratchet_store_fragments" in exported("ingest")
-
-
 def test_a_run_of_maintenance_says_when_it_ended_and_how() -> None:
     begun = time.time()
     done = exported("maintain")["ratchet_maintain_runs_total outcome=done"]

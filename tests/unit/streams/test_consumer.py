@@ -391,13 +391,13 @@ def test_a_gap_is_written_once_though_the_store_goes_away_in_the_middle(
     kafka.send(*(good(n) for n in range(5)), epoch=3)
     claim, calls = StoreWriter.claim, [0]
 
-    def unsteady(self: StoreWriter, starts: Any) -> Any:
+    def unsteady(self: StoreWriter, starts: Any, *more: Any) -> Any:
         starts = list(starts)
         if starts[0].stream == "t@1":
             calls[0] += 1
             if calls[0] < 4:
                 raise StoreUnavailable("away")
-        return claim(self, starts)
+        return claim(self, starts, *more)
 
     monkeypatch.setattr(StoreWriter, "claim", unsteady)
     with run(settings, 5):
