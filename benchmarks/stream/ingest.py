@@ -51,7 +51,7 @@ FULL = Sizes(
     stores=(10_000, 100_000, 1_000_000),
     commits=30,
     # a busy stream, and one that brings a few records with each commit
-    writes=((150_000, 512, 8, 3_000), (24_000, 16, 15, 3_000)),
+    writes=((150_000, 512, 8, 3_000), (12_000, 16, 15, 3_000)),
 )
 FAST = Sizes(
     images=((20_000, 300), (100_000, 100)),
