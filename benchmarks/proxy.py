@@ -48,16 +48,15 @@ class Proxy:
                     _break(far)
                     return
                 for pair in ((near, far), (far, near)):
-                    threading.Thread(target=_relay, args=pair, daemon=True).start()
+                    threading.Thread(target=self._relay, args=pair, daemon=True).start()
 
-
-def _relay(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    for each in (source, sink):
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
-            each.shutdown(socket.SHUT_RDWR)
+            while data := source.recv(1 << 16):
+                sink.sendall(data)
+        for each in (source, sink):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
 
 def _break(link: socket.socket) -> None:

@@ -6,7 +6,7 @@ import socket
 import threading
 from contextlib import suppress
 
-from tests.support.kafka import Proxy
+from benchmarks.proxy import Proxy
 
 
 class DamagingProxy(Proxy):
