@@ -40,7 +40,7 @@ from streams.registry import SchemaRegistry
 from streams.rows import parse_stream, tally_of
 from streams.store import SampleStore
 from streams.uris import UriFetcher
-from streams.validation_pool import Validated, ValidationPool
+from streams.validation_pool import ValidationPool
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -284,6 +284,7 @@ class Consumer:
                     self._take(reading, record)
             elif (current := self._assignment.reading(partition.partition)) is not None:
                 self._assignment.begin(current)  # claimed while polling: whose records these are is not certain
+        self._pool.flush()
         if busy and not polled:
             self._pool.wait(0.02)
 
@@ -294,7 +295,7 @@ class Consumer:
         position = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
-            self._pool.add_result(reading, received, refuse(received, "corrupt", record.detail))
+            self._pool.add(reading, received, record.leader_epoch, refuse(received, "corrupt", record.detail))
             return
         received = Received(*position, record.value, record.key, record.headers, record.timestamp)
         alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
@@ -315,17 +316,20 @@ class Consumer:
     def _collect(self) -> None:
         """Move what is validated to the batch, in the order of each partition."""
         try:
-            for each in self._pool.done():
-                self._add(each)
+            while self._take_results():
                 if self._batch.due:
                     self._commit()
         except RegistryUnavailable as error:
             self._wait(error, 1)
 
-    def _add(self, each: Validated) -> None:
-        if self._assignment.holds(each.reading):
-            each.reading.leader_epoch = each.leader_epoch
-            self._batch.add(each.reading, each.end, each.result, each.size)
+    def _take_results(self) -> bool:
+        """Move the next results to the batch. False where there are none. Raises RegistryUnavailable."""
+        results = self._pool.take()
+        for each in results:
+            if self._assignment.holds(each.reading):
+                each.reading.leader_epoch = each.leader_epoch
+                self._batch.add(each.reading, each.end, each.result, each.size)
+        return bool(results)
 
     # -- storing ----------------------------------------------------------------------------------------------------
 
@@ -482,8 +486,8 @@ class Consumer:
     def _salvage(self) -> None:
         """Store what has been read though the broker is away; its refusals are published when it is back."""
         try:
-            for each in self._pool.done():
-                self._add(each)
+            while self._take_results():
+                pass
         except RegistryUnavailable as error:
             log.warning("what was read is validated later: %s", error)
         try:

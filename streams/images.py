@@ -119,7 +119,7 @@ def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # damaged EXIF says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode in _DEEP_MODES:
         return Image.fromarray(_to_8_bit(image, image.info.get("transparency"))).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
