@@ -57,6 +57,7 @@ class Batch:
         self.writer = writer
         self.index = index
         self._entries: list[Entry] = []
+        self._readings: set[Reading] = set()
         self._bytes = 0
         self._since = 0.0
         self._doubles: list[tuple[str, RecordPosition]] = []
@@ -69,6 +70,7 @@ class Batch:
         if not self._entries:
             self._since = time.monotonic()
         self._entries.append((reading, end, result, size))
+        self._readings.add(reading)
         self._bytes += size
 
     @property
@@ -89,8 +91,11 @@ class Batch:
 
     def drop(self, holds: Callable[[Reading], bool]) -> None:
         """Forget what was read under readings that do not hold any more: others read it again."""
-        self._entries = [entry for entry in self._entries if holds(entry[0])]
-        self._bytes = sum(size for *_, size in self._entries)
+        lost = {reading for reading in self._readings if not holds(reading)}
+        if lost:
+            self._readings -= lost
+            self._entries = [entry for entry in self._entries if entry[0] not in lost]
+            self._bytes = sum(size for *_, size in self._entries)
 
     def commit(self, watermark: Watermark) -> Outcome:
         """Store all of it in one commit, and empty the batch.
@@ -113,6 +118,7 @@ class Batch:
                     for reading, end in ends.items()
                 ]
                 outcome.version = self.writer.commit(outcome.rows, moves)
+                self.index.stored(outcome.version, max(reading.claim.fragment for reading in ends))
         except StoreUnavailable as error:
             if not outcome.version:
                 raise
@@ -121,7 +127,7 @@ class Batch:
             if not self._refuse_misfits():
                 raise
             return self.commit(watermark)
-        self._entries, self._bytes = [], 0
+        self._entries, self._readings, self._bytes = [], set(), 0
         self._settle_doubles()
         return outcome
 

@@ -10,6 +10,7 @@ that cannot be read any more as a gap. Only what is away is waited for: the brok
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -144,7 +145,7 @@ class Consumer:
         limits, folder = self.settings.ingest, self.settings.home / "ingest"
         name, split_key = self.store.table.identity()
         if limits.split_key is not None:
-            split_key = limits.split_key.get_secret_value().encode()
+            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
         with index.deciding():
             index.follow(self.store.table)

@@ -140,6 +140,16 @@ class DuplicateIndex:
         """Remember a sample."""
         self._insert([sample])
 
+    def stored(self, version: int, fragment: int) -> None:
+        """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
+
+        It need not be read from there, unless another process stored something in between.
+        """
+        with self._in_use():
+            if self._meta("version") == str(version - 1):
+                self._set_meta("fragment", fragment)
+                self._set_meta("version", version)
+
     def settled(self) -> list[tuple[str, RecordPosition]]:
         """Samples that :meth:`follow` met at two positions since the last call, with the position that is to go.
 

@@ -12,8 +12,8 @@ machine.
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final
 
 import numpy as np
@@ -136,5 +136,5 @@ def split_of(picture: Look | Image.Image, key: bytes, fresh_eval_share: float) -
         (sum(look.colours[channel::3]) + cells * _SPLIT_SHIFT) // (cells * _SPLIT_STEP) for channel in range(3)
     )
     shape = (look.phash & _SPLIT_MASK).to_bytes(8)
-    bucket = int.from_bytes(hmac.digest(key, b"split" + shape + steps, "sha256")[:8])
+    bucket = int.from_bytes(blake2b(shape + steps, key=key, person=b"split", digest_size=8).digest())
     return "fresh_eval" if bucket < fresh_eval_share * 2**64 else "train"
