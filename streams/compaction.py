@@ -2,7 +2,7 @@
 
 Fragments grow in tiers, as in a log-structured merge tree: the small ones that commits leave are merged when together
 they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions. So each byte
-is written two times more after its commit, whatever the store holds, and the number of fragments stays small.
+is written three times more after its commit at most, whatever the store holds, and the number of fragments stays small.
 
 Indexes cover what is compacted: the id, the offset and the kind of a row. Each run adds what is new as an index of its
 own; those are merged when there are many.
