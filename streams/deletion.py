@@ -82,9 +82,7 @@ def condition(selector: Mapping[str, str]) -> str:
     if unknown := set(selector) - set(FIELDS):
         raise ConfigError(f"a deletion cannot select by {sorted(unknown)}.", f"Fields: {', '.join(FIELDS)}.")
     if not set(selector) - set(BOUNDS):
-        raise ConfigError(
-            "a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}."
-        )
+        raise ConfigError("a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}.")
     if long := [name for name, value in selector.items() if len(str(value)) > MAX_CHARS]:
         raise ConfigError(f"`{long[0]}` of the deletion is too long.", f"At most {MAX_CHARS} characters.")
     parts = [_clause(name, str(value)) for name, value in sorted(selector.items()) if name not in BOUNDS]
