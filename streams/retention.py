@@ -2,9 +2,9 @@
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
 ``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
-by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using bottom-k
-sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes the
-reservoir is one of the whole past, whenever retention ran.
+by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using
+bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
+the reservoir is one of the whole past, whenever retention ran.
 """
 
 from __future__ import annotations
