@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from ops.digests import digest12, digest_json
-from ops.errors import ConfigError
+from ops.errors import SelectorError
 from ops.ledger import DeletionRow, Ledger
 from streams.conditions import at_offset, hexadecimal, moment, quoted
 from streams.rows import RecordPosition, name_of, parse_position, record_key
@@ -61,7 +61,7 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
     """Ask for a deletion. Maintenance carries it out.
 
     Raises:
-        ConfigError: the selector is not one.
+        SelectorError: the selector is not one.
     """
     chosen = {name: value for name, value in selector.items() if value}
     condition(chosen)
@@ -72,19 +72,22 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
 
 
 def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
-    """How many samples and refusals a selector selects now. Raises ConfigError, StoreError."""
+    """How many samples and refusals a selector selects now. Raises SelectorError, StoreError."""
     where = condition({name: value for name, value in selector.items() if value})
     return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
 
 def condition(selector: Mapping[str, str]) -> str:
-    """A selector in Lance's SQL. Raises ConfigError naming the field that is wrong."""
+    """A selector in Lance's SQL. Raises SelectorError naming the field that is wrong."""
     if unknown := set(selector) - set(FIELDS):
-        raise ConfigError(f"a deletion cannot select by {sorted(unknown)}.", f"Fields: {', '.join(FIELDS)}.")
+        name = sorted(unknown)[0]
+        raise SelectorError(name, f"a deletion cannot select by `{name}`.", f"Fields: {', '.join(FIELDS)}.")
     if not set(selector) - set(BOUNDS):
-        raise ConfigError("a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}.")
+        raise SelectorError(
+            "selector", "a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}."
+        )
     if long := [name for name, value in selector.items() if len(str(value)) > MAX_CHARS]:
-        raise ConfigError(f"`{long[0]}` of the deletion is too long.", f"At most {MAX_CHARS} characters.")
+        raise SelectorError(long[0], f"`{long[0]}` of the deletion is too long.", f"At most {MAX_CHARS} characters.")
     parts = [_clause(name, str(value)) for name, value in sorted(selector.items()) if name not in BOUNDS]
     return f"({' AND '.join([*parts, *_bounds(selector)])})"
 
@@ -115,7 +118,7 @@ def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
     the ledger is told follows from the receipts in the store, so a crash in between loses nothing.
 
     Raises:
-        ConfigError: the selector is not one.
+        SelectorError: the selector is not one.
         StoreUnavailable: to be tried again.
     """
     selection = condition(deletion.selector)
@@ -137,6 +140,23 @@ def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
         store_version=version,
     )
     return len(rows)
+
+
+def as_json(row: DeletionRow) -> dict[str, Any]:
+    """A deletion as others are told of it: its receipt."""
+    times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "done_at")}
+    return {
+        "id": row.id,
+        "state": row.state,
+        "selector": row.selector,
+        "actor": row.actor,
+        "reason": row.reason,
+        "samples": row.samples,
+        "refusals": row.refusals,
+        "adapters": {"learned": [], "may_have_replayed": [], **row.adapters},
+        "first_update_without": row.update_id,
+        **{name: None if time is None else time.isoformat() for name, time in times.items()},
+    }
 
 
 def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -177,11 +197,11 @@ def _clause(name: str, value: str) -> str:
     match name:
         case "id":
             if not _ID.fullmatch(value):
-                raise ConfigError("`id` of the deletion is no sample id.", "It has 64 hex digits, in lower case.")
+                raise SelectorError("id", "`id` of the deletion is no sample id.", "It has 64 hex digits.")
             return f"id = {quoted(value)}"
         case "key":
             if not _HEX.fullmatch(value):
-                raise ConfigError("`key` of the deletion is not in hex.", "Write the bytes of the key in hex digits.")
+                raise SelectorError("key", "`key` of the deletion is not in hex.", "Write its bytes in hex digits.")
             key = record_key(bytes.fromhex(value)) or b""
             # The rows of refused records have theirs as it came.
             return f"(key = {hexadecimal(key)} OR original_key = {hexadecimal(bytes.fromhex(value))})"
@@ -207,8 +227,10 @@ def _position(field: str, value: str) -> RecordPosition:
     except ValueError:
         topic, partition, offset = "", -1, -1
     if not topic or not (0 <= partition < _NUMBERS[0] and 0 <= offset < _NUMBERS[1]):
-        raise ConfigError(
-            f"`{field}` of the deletion, {value[:300]!r}, is no record.", "A record reads topic:partition:offset."
+        raise SelectorError(
+            field,
+            f"`{field}` of the deletion, {value[:300]!r}, is no record.",
+            "A record reads topic:partition:offset.",
         )
     return topic, partition, offset
 
@@ -218,4 +240,6 @@ def _time(value: str) -> datetime:
         time = datetime.fromisoformat(value)
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise ConfigError(f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31.") from None
+        raise SelectorError(
+            "before", f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31."
+        ) from None

@@ -205,7 +205,7 @@ async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
 
     class Behind(datetime):
         @classmethod
-        def now(cls, tz: Any = None) -> datetime:
+        def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) - timedelta(minutes=5)
 
     monkeypatch.setattr("streams.writer.datetime", Behind)
@@ -235,18 +235,18 @@ async def test_a_deleted_sample_that_is_sent_again_is_embedded_with_what_it_says
 
 
 async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_is_found(
-    catalog: Catalog, store: SampleStore
+    catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, rows(0, 2), 2)
     await catalog.adopt([HERE])
     embed = catalog._embed
 
     async def deleted_meanwhile(*given: Any) -> None:
-        catalog._embed = embed  # type: ignore[method-assign]
+        monkeypatch.setattr(catalog, "_embed", embed)
         delete(store, "offset = 1")
         await embed(*given)
 
-    catalog._embed = deleted_meanwhile  # type: ignore[method-assign]
+    monkeypatch.setattr(catalog, "_embed", deleted_meanwhile)
     await settle(catalog)
     assert len(catalog.tables.ids("aaaa")) == 1
     put(store, [{**rows(1, 1)[0], "offset": 2}], 3)

@@ -11,7 +11,6 @@ import pytest
 
 from ops.errors import ConfigError
 from ops.ledger import Ledger
-from streams import deletion
 from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
 from streams.rows import Position, record_key
 from streams.store import SampleStore
@@ -269,21 +268,21 @@ def test_a_receipt_in_the_store_has_nothing_of_the_content(store: SampleStore, l
     assert receipt["tags"] == ["text"]
 
 
-def test_a_deletion_beside_a_worker_that_commits_loses_neither(store: SampleStore, ledger: Ledger) -> None:
+def test_a_deletion_beside_a_worker_that_commits_loses_neither(
+    store: SampleStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(store, [sample(0, n, source="cam" if n % 2 else "eye") for n in range(6)], Position(TOPIC, 0, 6))
     writer = StoreWriter(store.table)
     row = ask(ledger, source="cam")
-    original = StoreWriter._commit
+    commit: Any = StoreWriter._commit
 
     def commit_with_a_worker_between(self: StoreWriter, *given: Any) -> int:
-        StoreWriter._commit = original  # type: ignore[method-assign]
+        monkeypatch.setattr(StoreWriter, "_commit", commit)
         writer.put([sample(1, 0)], [Position(TOPIC, 1, 1)])
-        return original(self, *given)
+        version: int = commit(self, *given)
+        return version
 
-    StoreWriter._commit = commit_with_a_worker_between  # type: ignore[method-assign]
-    try:
-        assert deletion.remove(store, ledger, row) == 3
-    finally:
-        StoreWriter._commit = original  # type: ignore[method-assign]
+    monkeypatch.setattr(StoreWriter, "_commit", commit_with_a_worker_between)
+    assert remove(store, ledger, row) == 3
     assert left(store) == [(0, 0), (0, 2), (0, 4), (1, 0)]
     assert store.tally()["sample"] == 4 and store.tally()["deleted"] == 3
