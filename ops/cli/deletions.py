@@ -56,9 +56,10 @@ def delete(
         raise typer.BadParameter(f"--reason has 1 to {MAX_REASON} characters")
     settings = ctx.of(context).settings
     moment = parse_since(before)
-    options = {
+    options: dict[str, str | None] = {
         "id": sample_id, "source": source, "domain": domain, "concept": concept, "label": label,
-        "key": key and _hex(key), "record": record, "before": moment and moment.isoformat(),
+        "key": None if key is None else _hex(key), "record": record,
+        "before": None if moment is None else moment.isoformat(),
     }  # fmt: skip
     selector = {name: value for name, value in options.items() if value is not None}
     selected = count_selected(SampleStore(settings.lake), selector)

@@ -28,7 +28,7 @@ def door(closed: Door) -> Door:
     return closed
 
 
-async def ask(door: Door, key: str | None = OPERATOR, **body: Any) -> Any:
+async def ask(door: Door, key: str = OPERATOR, **body: Any) -> Any:
     return await door.send("POST", PATH, key, json={"reason": "asked to", **body})
 
 
