@@ -2,6 +2,7 @@
 
     RatchetError
     ├── ConfigError        a setting is wrong or missing
+    │   └── SelectorError      what is to be deleted is not said in a way that can be carried out
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
     │   ├── RegistryUnavailable    the schema registry cannot be reached or refuses
@@ -53,6 +54,14 @@ def _rebuild(kind: type[RatchetError], message: str, fix: str, state: dict[str, 
 
 class ConfigError(RatchetError):
     """A setting is wrong or missing."""
+
+
+class SelectorError(ConfigError):
+    """What is to be deleted is not said in a way that can be carried out. ``field`` is the one that is wrong."""
+
+    def __init__(self, field: str, message: str, fix: str = "") -> None:
+        super().__init__(message, fix)
+        self.field = field
 
 
 class RecordError(RatchetError):

@@ -1,7 +1,7 @@
 """How the stream stands, for the command line and the console: what was lost, what is waited for, what is maintained.
 
-What lasts comes from the sample store. What ingest and maintenance are doing now is read from their metrics, where they
-run on this machine; it is None where they cannot be reached, as from another container.
+What lasts comes from the sample store, and deletions from the ledger. What ingest and maintenance are doing now is read
+from their metrics, where they run on this machine; it is None where they cannot be reached, as from another container.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ops.metrics import PARTS
 from ops.settings import Settings
 
 if TYPE_CHECKING:
+    from ops.ledger import Ledger
     from streams.store import SampleStore
 
 SCRAPE_SECONDS: Final = 1.0
@@ -63,8 +64,10 @@ class StreamState:
     """When a run of maintenance last came to its end; None: not known, or none yet."""
     maintenance_failing: bool = False
     """Whether the newest run failed."""
-    deletions: int | None = None
-    """Deletions that are not complete; None: not known."""
+    maintenance_known: bool = False
+    """Whether maintenance could be asked."""
+    deletions: int = 0
+    """Deletions that are not complete."""
     oldest_deletion: timedelta = timedelta(0)
 
     def problems(self) -> list[str]:
@@ -81,17 +84,18 @@ class StreamState:
         return found
 
 
-def stream_state(settings: Settings, store: SampleStore) -> StreamState:
-    """Ask the store and, on this machine, ingest and maintenance.
+def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> StreamState:
+    """Ask the store, the ledger and, on this machine, ingest and maintenance.
 
     Raises:
         StoreError: the store cannot be read.
+        LedgerError: the ledger cannot be read.
     """
     tally = store.tally()
     ingest, maintain = scrape(settings, "ingest"), scrape(settings, "maintain")
     runs = {outcome: maintain.get(f"ratchet_maintain_last_run_timestamp_seconds {outcome}") for outcome in _OUTCOMES}
     done, failed = runs["done"], runs["failed"]
-    deletions = maintain.get("ratchet_deletions_waiting")
+    oldest = ledger.oldest_deletion()
     return StreamState(
         samples={split: tally[split] for split in ("train", "fresh_eval")},
         offsets=store.offsets(),
@@ -101,8 +105,9 @@ def stream_state(settings: Settings, store: SampleStore) -> StreamState:
         waiting_for=_waiting_for(ingest),
         maintained=None if done is None else datetime.fromtimestamp(done, UTC),
         maintenance_failing=failed is not None and failed > (done or 0.0),
-        deletions=None if deletions is None else int(deletions),
-        oldest_deletion=timedelta(seconds=maintain.get("ratchet_deletion_oldest_seconds", 0.0)),
+        maintenance_known=bool(maintain),
+        deletions=0 if oldest is None else ledger.count_deletions(states=["requested", "removed"]),
+        oldest_deletion=timedelta(0) if oldest is None else datetime.now(UTC) - oldest.requested_at,
     )
 
 

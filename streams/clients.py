@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
@@ -27,6 +28,9 @@ REQUEST_SECONDS = 10.0
 MAX_RECORD_BYTES = 64 * 1024 * 1024
 #: ``max.message.bytes`` of topics that Ratchet makes: the largest record, and the headers that quarantine puts on it.
 TOPIC_RECORD_BYTES = MAX_RECORD_BYTES + 1024 * 1024
+#: How long a topic for refused records that Ratchet makes keeps them. The sample store has them as well, and deletions
+#: reach only that.
+REFUSALS_SECONDS = 7 * 24 * 3600
 
 
 def client_options(kafka: Kafka, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,10 +97,16 @@ class Admin:
         return str(found["topic_id"] or "")
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
-        """Create the topics that are not there: for the largest records, with the broker's own replication factor."""
+        """Create the topics that are not there: for the largest records, with the broker's own replication factor.
+
+        That for refused records keeps them for :data:`REFUSALS_SECONDS`.
+        """
         for topic in topics:
             if self.topic_id(topic) is None:
-                self._ask("creating a topic", lambda client, name=topic: _create(client, name, partitions))
+                configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
+                if topic == self.kafka.quarantine_topic:
+                    configs["retention.ms"] = str(REFUSALS_SECONDS * 1000)
+                self._ask("creating a topic", partial(_create, topic=topic, partitions=partitions, configs=configs))
 
     def close(self) -> None:
         """Give up the connection."""
@@ -120,8 +130,7 @@ class Admin:
             raise explain(error, self.kafka, doing) from error
 
 
-def _create(client: KafkaAdminClient, topic: str, partitions: int) -> None:
-    configs = {"max.message.bytes": str(TOPIC_RECORD_BYTES)}
+def _create(client: KafkaAdminClient, topic: str, partitions: int, configs: dict[str, str]) -> None:
     try:
         client.create_topics([NewTopic(topic, partitions, -1, topic_configs=configs)])
     except TopicAlreadyExistsError:

@@ -2,7 +2,7 @@
 
 Fragments grow in tiers, as in a log-structured merge tree: the small ones that commits leave are merged when together
 they fill a medium one, and those when they fill a large one, which is never rewritten but for deletions. So each byte
-is written two times more after its commit, whatever the store holds, and the number of fragments stays small.
+is written three times more after its commit at most, whatever the store holds, and the number of fragments stays small.
 
 Indexes cover what is compacted: the id, the offset and the kind of a row. Each run adds what is new as an index of its
 own; those are merged when there are many.
@@ -32,6 +32,8 @@ TIERS: Final = (1 / 512, 1 / 16, 1.0)
 bring a few records with each commit."""
 MANY: Final = 64
 """So many fragments below the first tier are merged whatever their size."""
+HOLES: Final = 0.5
+"""Share of deleted rows from which on a fragment is written anew for the space that this frees."""
 INDEXES: Final = {"by_id": ("id", "BTREE"), "by_offset": ("offset", "ZONEMAP"), "by_kind": ("kind", "BITMAP")}
 MOST_DELTAS: Final = 8
 ROWS_AT_ONCE: Final = 64
@@ -44,8 +46,10 @@ class Fragment:
 
     id: int
     rows: int
+    """Deleted ones included."""
     size: int
-    deletions: bool
+    deleted: int
+    """Rows of it that were deleted; their bytes are still there."""
 
     @property
     def share(self) -> float:
@@ -54,8 +58,13 @@ class Fragment:
 
 
 def plan(fragments: Sequence[Fragment], expunge: bool = False) -> list[list[int]]:
-    """Sets of fragments to merge, each into one. ``expunge``: rewrite also those with deleted rows."""
-    sets = [[each.id] for each in fragments if expunge and each.deletions]
+    """Sets of fragments to merge, each into one.
+
+    One of which half was deleted is written anew, so that retention costs less than a byte for each that it removes;
+    with ``expunge`` each with any deleted row.
+    """
+    most = 0 if expunge else HOLES
+    sets = [[each.id] for each in fragments if each.deleted > most * each.rows]
     taken = {number for each in sets for number in each}
     for bound in TIERS:
         group: list[Fragment] = []
@@ -135,7 +144,7 @@ def _fragments(store: SampleStore) -> list[Fragment]:
             int(each.fragment_id),
             int(each.metadata.physical_rows),
             sum(file.file_size_bytes or 0 for file in each.data_files()),
-            each.metadata.deletion_file is not None,
+            each.num_deletions,
         )
         for each in dataset.get_fragments()
         if each.fragment_id not in positions
@@ -144,4 +153,4 @@ def _fragments(store: SampleStore) -> list[Fragment]:
 
 def has_deleted_rows(store: SampleStore) -> bool:
     """Whether a data file of the newest version still has the bytes of rows that were deleted."""
-    return any(each.deletions for each in _fragments(store))
+    return any(each.deleted for each in _fragments(store))

@@ -12,7 +12,8 @@ def quoted(text: str) -> str:
 
 def moment(time: datetime) -> str:
     """A time as a literal."""
-    return f"timestamp '{time.astimezone(UTC).strftime('%Y-%m-%d %H:%M:%S.%f')}'"
+    # Not strftime: it writes the year 1 as "1", which Lance cannot read.
+    return f"timestamp '{time.astimezone(UTC).replace(tzinfo=None).isoformat(' ', 'microseconds')}'"
 
 
 def hexadecimal(data: bytes) -> str:

@@ -8,6 +8,7 @@ A *selector* says what is to be deleted. All that it names has to hold, and it n
     key       the record's key, in hex
     record    topic:partition:offset, also of a refused record
     before    only what was ingested before this time (ISO 8601)
+    until     topic:partition:offset: of this partition what lies before the offset, of others what ``before`` says
 
 A tombstone in the topic (a null value with the record's key, or with the header ``ratchet_id``) is a deletion, too, of
 what came before it.
@@ -19,28 +20,48 @@ makes for refusals keep them for a week), and the weights of adapters that learn
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from ops.digests import digest12, digest_json
-from ops.errors import ConfigError
+from ops.errors import SelectorError
 from ops.ledger import DeletionRow, Ledger
-from streams.conditions import hexadecimal, moment, quoted
-from streams.rows import name_of, parse_position
+from streams.conditions import at_offset, hexadecimal, moment, quoted
+from streams.rows import RecordPosition, name_of, parse_position, record_key
 from streams.store import SampleStore
-from streams.writer import StoreWriter
+from streams.writer import CONTENT, StoreWriter
 
-FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before")
+FIELDS: Final = ("id", "source", "domain", "concept", "label", "key", "record", "before", "until")
+BOUNDS: Final = ("before", "until")
+"""Fields that bound a selection and select nothing alone."""
 TOMBSTONES: Final = "tombstone "
+MAX_CHARS: Final = 4096
+"""Of a field. Keys of records may be long; texts of samples are shorter."""
+UPDATES: Final = 10_000
+"""The newest updates that are looked through for what learned from a sample."""
 _HEX = re.compile(r"(?:[0-9a-f]{2})+")
+_ID = re.compile(r"[0-9a-f]{64}")
+_NUMBERS: Final = (2**31, 2**63)
+"""Bounds of a partition and of an offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """How much a selector selects."""
+
+    samples: int
+    refusals: int
 
 
 def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str, reason: str) -> DeletionRow:
     """Ask for a deletion. Maintenance carries it out.
 
     Raises:
-        ConfigError: the selector is not one.
+        SelectorError: the selector is not one.
     """
     chosen = {name: value for name, value in selector.items() if value}
     condition(chosen)
@@ -50,87 +71,175 @@ def request_deletion(ledger: Ledger, selector: Mapping[str, str], *, actor: str,
     return ledger.request_deletion(f"deletion-{digest12(digest_json(chosen))}", chosen, actor=actor, reason=reason)
 
 
-def count_selected(store: SampleStore, selector: Mapping[str, str]) -> int:
-    """How many samples and refusals a selector selects now. Raises ConfigError, StoreError."""
-    return len(store.select(f"kind IN ('sample', 'quarantine') AND {condition(selector)}", ["offset"]))
+def count_selected(store: SampleStore, selector: Mapping[str, str]) -> Selected:
+    """How many samples and refusals a selector selects now. Raises SelectorError, StoreError."""
+    where = condition({name: value for name, value in selector.items() if value})
+    return Selected(*(store.count_rows(f"kind = '{kind}' AND {where}") for kind in ("sample", "quarantine")))
 
 
 def condition(selector: Mapping[str, str]) -> str:
-    """A selector in Lance's SQL. Raises ConfigError naming the field that is wrong."""
+    """A selector in Lance's SQL. Raises SelectorError naming the field that is wrong."""
     if unknown := set(selector) - set(FIELDS):
-        raise ConfigError(f"a deletion cannot select by {sorted(unknown)}.", f"Fields: {', '.join(FIELDS)}.")
-    if not set(selector) - {"before"}:
-        raise ConfigError("a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[:-1])}.")
-    parts = [_clause(name, str(value)) for name, value in sorted(selector.items())]
-    return f"({' AND '.join(parts)})"
+        name = sorted(unknown)[0]
+        raise SelectorError(name, f"a deletion cannot select by `{name}`.", f"Fields: {', '.join(FIELDS)}.")
+    if not set(selector) - set(BOUNDS):
+        raise SelectorError(
+            "selector", "a deletion of everything is not one.", f"Name one of {', '.join(FIELDS[: -len(BOUNDS)])}."
+        )
+    if long := [name for name, value in selector.items() if len(str(value)) > MAX_CHARS]:
+        raise SelectorError(long[0], f"`{long[0]}` of the deletion is too long.", f"At most {MAX_CHARS} characters.")
+    parts = [_clause(name, str(value)) for name, value in sorted(selector.items()) if name not in BOUNDS]
+    return f"({' AND '.join([*parts, *_bounds(selector)])})"
 
 
 def take_tombstones(store: SampleStore, ledger: Ledger) -> int:
     """Record the tombstones that ingest has stored as deletions. Returns how many were new."""
     if store.tally()["tombstone"] <= ledger.count_deletions(TOMBSTONES):
         return 0
-    new = 0
-    columns = ["topic", "partition", "offset", "id", "key", "ingested_at"]
-    for row in store.select("kind = 'tombstone'", columns):
-        name = f"{TOMBSTONES}{name_of((row['topic'], row['partition'], row['offset']))}"
-        if ledger.deletion(name) is None:
+    known, new = ledger.deletion_ids(TOMBSTONES), 0
+    for batch in store.batches("kind = 'tombstone'", ["topic", "partition", "offset", "id", "key", "ingested_at"]):
+        for row in batch.to_pylist():
+            position = name_of((row["topic"], row["partition"], row["offset"]))
+            if f"{TOMBSTONES}{position}" in known:
+                continue
             what = {"id": row["id"]} if row["id"] else {"key": row["key"].hex()}
-            selector = {**what, "before": row["ingested_at"].isoformat()}
-            ledger.request_deletion(name, selector, actor="producer", reason="a tombstone in the topic")
+            selector = {**what, "before": row["ingested_at"].isoformat(), "until": position}
+            ledger.request_deletion(
+                f"{TOMBSTONES}{position}", selector, actor="producer", reason="a tombstone in the topic"
+            )
             new += 1
     return new
 
 
 def remove(store: SampleStore, ledger: Ledger, deletion: DeletionRow) -> int:
-    """Take what a deletion selects out of the newest version of the store. Returns the number of rows."""
-    rows = StoreWriter(store.table).remove(condition(deletion.selector), "deletion", deletion.id)
-    samples = [row for row in rows if row["kind"] == "sample"]
+    """Take what a deletion selects out of the newest version of the store. Returns the number of rows.
+
+    To be called again until the deletion is done: records that were validated before it may be stored after it. What
+    the ledger is told follows from the receipts in the store, so a crash in between loses nothing.
+
+    Raises:
+        SelectorError: the selector is not one.
+        StoreUnavailable: to be tried again.
+    """
+    selection = condition(deletion.selector)
+    if deletion.state == "removed":
+        if deletion.version is not None and not store.count_rows(f"{CONTENT} AND {selection}"):
+            return 0
+        ledger.deletion_reopened(deletion.id)
+    rows = StoreWriter(store.table).remove(selection, "deletion", deletion.id)
+    columns = ["topic", "partition", "offset", "id", "split", "tags"]
+    where = f"kind = 'deleted' AND reason = 'deletion' AND detail = {quoted(deletion.id)}"
+    version = store.version()
+    receipts = store.select(where, columns, version=version)
+    samples = [row for row in receipts if row["id"]]
     ledger.deletion_removed(
         deletion.id,
         samples=len(samples),
-        refusals=len(rows) - len(samples),
+        refusals=len(receipts) - len(samples),
         adapters=adapters_of(ledger, samples),
+        store_version=version,
     )
     return len(rows)
 
 
-def adapters_of(ledger: Ledger, samples: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """The adapters that learned from some of the samples, and those that may have replayed them since."""
+def as_json(row: DeletionRow) -> dict[str, Any]:
+    """A deletion as others are told of it: its receipt."""
+    times = {name: getattr(row, name) for name in ("requested_at", "removed_at", "done_at")}
+    return {
+        "id": row.id,
+        "state": row.state,
+        "selector": row.selector,
+        "actor": row.actor,
+        "reason": row.reason,
+        "samples": row.samples,
+        "refusals": row.refusals,
+        "adapters": {"learned": [], "may_have_replayed": [], **row.adapters},
+        "first_update_without": row.update_id,
+        **{name: None if time is None else time.isoformat() for name, time in times.items()},
+    }
+
+
+def adapters_of(ledger: Ledger, samples: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The adapters that learned from some deleted samples, and those that may have replayed them since.
+
+    Args:
+        ledger: has the updates.
+        samples: their receipts, see :func:`streams.rows.deletion_row`.
+    """
+    offsets: dict[str, dict[str, list[int]]] = {"clip": defaultdict(list), "vlm": defaultdict(list)}
+    for row in samples:
+        for family, field in (("clip", "text"), ("vlm", "question")):
+            if row["split"] == "train" and field in (row["tags"] or ()):
+                offsets[family][f"{row['topic']}:{row['partition']}"].append(row["offset"])
+    for partitions in offsets.values():
+        for each in partitions.values():
+            each.sort()
     learned, replayed = [], []
-    train = [row for row in samples if row["split"] == "train"]
-    for update in reversed(ledger.updates(10_000)):
+    for update in reversed(ledger.updates(UPDATES) if any(offsets.values()) else []):
+        ranges = [
+            (each, update.data_from.get(key, 0), update.data_to.get(key, 0))
+            for key, each in offsets[update.family].items()
+        ]
         if update.adapter is None:
             continue
-        field = "text" if update.family == "clip" else "question"
-        offsets = [(f"{row['topic']}:{row['partition']}", row["offset"]) for row in train if row[field]]
-        if any(update.data_from.get(key, 0) <= offset < update.data_to.get(key, 0) for key, offset in offsets):
+        if any(bisect_left(each, start) < bisect_left(each, end) for each, start, end in ranges):
             learned.append(update.adapter)
-        elif any(offset < update.data_from.get(key, 0) for key, offset in offsets):
+        elif any(each[0] < start for each, start, _ in ranges):
             replayed.append(update.adapter)
-    return {"learned": learned, "may_have_replayed": replayed}
+    # The same adapter may come of several updates; what one of them learned is learned.
+    return {
+        "learned": list(dict.fromkeys(learned)),
+        "may_have_replayed": [name for name in dict.fromkeys(replayed) if name not in learned],
+    }
 
 
 def _clause(name: str, value: str) -> str:
     match name:
-        case "before":
-            return f"ingested_at < {moment(_time(value))}"
+        case "id":
+            if not _ID.fullmatch(value):
+                raise SelectorError("id", "`id` of the deletion is no sample id.", "It has 64 hex digits.")
+            return f"id = {quoted(value)}"
         case "key":
             if not _HEX.fullmatch(value):
-                raise ConfigError("`key` of the deletion is not in hex.", "Write the bytes of the key in hex digits.")
-            return f"key = {hexadecimal(bytes.fromhex(value))}"
+                raise SelectorError("key", "`key` of the deletion is not in hex.", "Write its bytes in hex digits.")
+            key = record_key(bytes.fromhex(value)) or b""
+            # The rows of refused records have theirs as it came.
+            return f"(key = {hexadecimal(key)} OR original_key = {hexadecimal(bytes.fromhex(value))})"
         case "record":
-            try:
-                topic, partition, offset = parse_position(value)
-            except ValueError:
-                raise ConfigError(f"{value[:300]!r} is no record.", "A record reads topic:partition:offset.") from None
-            return f"topic = {quoted(topic)} AND partition = {partition} AND offset = {offset}"
+            return at_offset(*_position(name, value))
         case _:
             return f"{name} = {quoted(value)}"
+
+
+def _bounds(selector: Mapping[str, str]) -> list[str]:
+    before = f"ingested_at < {moment(_time(selector['before']))}" if "before" in selector else ""
+    if "until" not in selector:
+        return [before] if before else []
+    topic, partition, offset = _position("until", selector["until"])
+    here = f"topic = {quoted(topic)} AND partition = {partition}"
+    elsewhere = f" OR (NOT ({here}) AND {before})" if before else ""
+    return [f"(({here} AND offset < {offset}){elsewhere})"]
+
+
+def _position(field: str, value: str) -> RecordPosition:
+    try:
+        topic, partition, offset = parse_position(value)
+    except ValueError:
+        topic, partition, offset = "", -1, -1
+    if not topic or not (0 <= partition < _NUMBERS[0] and 0 <= offset < _NUMBERS[1]):
+        raise SelectorError(
+            field,
+            f"`{field}` of the deletion, {value[:300]!r}, is no record.",
+            "A record reads topic:partition:offset.",
+        )
+    return topic, partition, offset
 
 
 def _time(value: str) -> datetime:
     try:
         time = datetime.fromisoformat(value)
-    except ValueError:
-        raise ConfigError(f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31.") from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise SelectorError(
+            "before", f"`before` of the deletion, {value[:80]!r}, is no time.", "Write 2026-01-31."
+        ) from None

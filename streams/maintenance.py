@@ -8,19 +8,23 @@ waits. Nothing here holds up reading, and a run that fails is tried again.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
 from ops import metrics
-from ops.errors import RatchetError
-from ops.ledger import DeletionRow, Ledger
+from ops.digests import digest12
+from ops.errors import ConfigError, RatchetError
+from ops.ledger import DeletionRow, DeletionState, Ledger
 from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
@@ -33,6 +37,11 @@ LEASE: Final = "maintain"
 LEASE_SECONDS: Final = 120.0
 CLEAN_SHARE: Final = 1 / 6
 """Old versions are looked for after this share of the time for which they are kept: a look lists all files."""
+EXPIRE_SECONDS: Final = 600.0
+"""Retention looks so often: a look reads the times of all samples."""
+SETTLE_SECONDS: Final = 60.0
+"""A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
+DELETIONS_AT_ONCE: Final = 1000
 PIN_HOURS: Final = 24.0
 """An update that is pinned to a version from before a deletion has this long; then the pin goes, and it begins anew."""
 
@@ -65,7 +74,7 @@ class Maintainer:
         self.store = store or SampleStore(settings.lake)
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._cleaned_at = 0.0
+        self._cleaned_at = self._expired_at = -math.inf
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -79,7 +88,8 @@ class Maintainer:
         if epoch is None:
             return Run(waiting=True)
         try:
-            run = self._run()
+            with self._holding(epoch):
+                run = self._run()
         except Exception:
             metrics.maintain.ran("failed", time.monotonic() - started)
             raise
@@ -111,14 +121,34 @@ class Maintainer:
             self.ledger.release_lease(LEASE, row.epoch)
         self.events.close()
 
+    @contextmanager
+    def _holding(self, epoch: int) -> Iterator[None]:
+        """Keep the lease while a run takes long."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            while not ended.wait(LEASE_SECONDS / 4):
+                try:
+                    self.ledger.renew_lease(LEASE, epoch, LEASE_SECONDS)
+                except Exception as error:  # the ledger is away: the lease may run out, and two then do the same work
+                    log.warning("the lease of maintenance is not renewed: %s", error)
+
+        thread = threading.Thread(target=renew, name="maintain-lease", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
     def _run(self) -> Run:
-        removed = self._delete()
+        removed = self._delete() + self._expire()
         self._tell_gaps()
-        pending = self.ledger.deletions(1000, ["removed"])
-        written = compaction.compact(self.store, expunge=bool(pending) or removed > 0)
+        pending = self._deletions("removed")
+        written = compaction.compact(self.store, expunge=bool(pending))
         if pending and not compaction.has_deleted_rows(self.store):
             self.ledger.deletions_rewritten([each.id for each in pending], self.store.version())
-            pending = self.ledger.deletions(1000, ["removed"])
+            pending = self._deletions("removed")
         compaction.index(self.store)
         freed = self._clean(pending)
         self._finish(pending)
@@ -126,17 +156,30 @@ class Maintainer:
         self._count_deletions()
         return Run(written, removed, freed)
 
+    def _deletions(self, *states: DeletionState) -> list[DeletionRow]:
+        return self.ledger.deletions(DELETIONS_AT_ONCE, states, oldest_first=True)
+
     def _delete(self) -> int:
-        """Take out what deletions and retention want to be gone."""
+        """Take out what deletions select; also what came to the store since they were carried out."""
         deletion.take_tombstones(self.store, self.ledger)
-        deleted = sum(
-            deletion.remove(self.store, self.ledger, each)
-            for each in reversed(self.ledger.deletions(1000, ["requested"]))
-        )
+        removed = 0
+        for each in [*self._deletions("requested"), *self._deletions("removed")]:
+            try:
+                removed += deletion.remove(self.store, self.ledger, each)
+            except ConfigError as error:  # of another version of Ratchet; the others are not to wait for it
+                say(f"maintain: {each.id} cannot be carried out: {error}")
+        metrics.maintain.deleted(removed, "deletion")
+        return removed
+
+    def _expire(self) -> int:
+        """Take out what is over the limits of retention."""
+        if time.monotonic() - self._expired_at < EXPIRE_SECONDS:
+            return 0
         expired = retention.expire(self.store, self.settings.retention)
-        metrics.maintain.deleted(deleted, "deletion")
+        if expired < retention.MOST_AT_ONCE:  # else there is more
+            self._expired_at = time.monotonic()
         metrics.maintain.deleted(expired, "retention")
-        return deleted + expired
+        return expired
 
     def _tell_gaps(self) -> None:
         """Record an event for each gap. A gap is a row of the store; the event's id follows from it."""
@@ -150,7 +193,7 @@ class Maintainer:
                 "reason": row["reason"],
             }  # fmt: skip
             subject = f"{row['topic']}:{row['partition']}"
-            self.ledger.record_event("ratchet.gap.v1", f"gap-{position}"[:200], subject[:300], data)
+            self.ledger.record_event("ratchet.gap.v1", _event_id(position), subject[:300], data)
         self._gaps = gaps
 
     def _clean(self, pending: list[DeletionRow]) -> int:
@@ -161,6 +204,7 @@ class Maintainer:
             return 0
         self._cleaned_at = time.monotonic()
         self._unpin(pending)
+        self._drop_pins()
         freed = compaction.clean(self.store, keep)
         metrics.maintain.versions(len(self.store.versions()))
         return freed
@@ -174,21 +218,33 @@ class Maintainer:
                 say(f"maintain: {name} is pinned to samples that were deleted; it has to begin anew")
                 self.store.unpin(name)
 
+    def _drop_pins(self) -> None:
+        """Let go the versions of updates that are over: who finished one may have died before it did."""
+        for name in self.store.pins():
+            if self.ledger.is_finished(name):
+                self.store.unpin(name)
+
     def _finish(self, pending: list[DeletionRow]) -> None:
         """A deletion is done when no version is left that has what it deleted."""
         if not pending:
             return
         oldest = min(self.store.versions(), default=0)
+        settled = datetime.now(UTC) - timedelta(seconds=SETTLE_SECONDS)
         for each in pending:
-            if each.version is not None and oldest >= each.version:
+            if each.version is not None and oldest >= each.version and each.requested_at <= settled:
                 self.ledger.deletion_done(each.id)
                 say(f"maintain: {each.id} is done: {each.samples} samples and {each.refusals} refusals are gone")
 
     def _count_deletions(self) -> None:
-        waiting = self.ledger.deletions(1000, ["requested", "removed"])
-        oldest = min((each.requested_at for each in waiting), default=None)
-        age = 0.0 if oldest is None else (datetime.now(UTC) - oldest).total_seconds()
-        metrics.maintain.deletions(len(waiting), age)
+        oldest = self.ledger.oldest_deletion()
+        age = 0.0 if oldest is None else (datetime.now(UTC) - oldest.requested_at).total_seconds()
+        metrics.maintain.deletions(self.ledger.count_deletions(states=["requested", "removed"]), age)
+
+
+def _event_id(position: str) -> str:
+    """Of a gap; that of a topic with a long name is cut off, and stays one of its own."""
+    name = f"gap-{position}"
+    return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 
 
 def run_maintain(settings: Settings, once: bool = False) -> None:

@@ -1,18 +1,17 @@
 """How long samples are kept: by age and by bytes, with a reservoir of what has to go.
 
 Replay draws from everything that was ever learned. So of the samples over a limit some stay: a reservoir of
-``retention.keep_samples``, balanced over concepts (weighted sampling without replacement, Efraimidis and Spirakis 2006,
-weight 1 / samples of the concept), whose keys are functions of the store's secret and the id. What stays once is
-drawn again from what is there at each run, so that the reservoir is one of the whole past, whenever retention ran.
+``retention.keep_samples``, of each concept equally many as far as there are so many. Which of a concept stay is decided
+by a keyed hash of their ids: those with the lowest (bottom-k sampling; Cohen and Kaplan, "Summarizing data using
+bottom-k sketches", 2007). What stays once is drawn again from what is there at each run, and as the order never changes
+the reservoir is one of the whole past, whenever retention ran.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
-import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
@@ -26,7 +25,9 @@ from streams.writer import StoreWriter
 IDS_AT_ONCE: Final = 2000
 MOST_AT_ONCE: Final = 100_000
 """Samples that one run removes at most: some seconds of work. The next run goes on."""
-_COLUMNS: Final = ["id", "concept", "domain", "split"]
+_COLUMNS: Final = ["id", "concept", "domain"]
+_Heaps = dict[str, list[tuple[int, str]]]
+"""By concept: (negative hash, id) of those with the lowest hashes, the highest of them first."""
 
 
 def expire(store: SampleStore, rules: Retention, now: datetime | None = None) -> int:
@@ -41,7 +42,7 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     expired = _over(store, limit)
     kept = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
     removed = 0
-    for ids in _chunks((name for name, _, _ in expired if name not in kept), IDS_AT_ONCE):
+    for ids in _chunks((name for name, _ in expired if name not in kept), IDS_AT_ONCE):
         where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
@@ -62,10 +63,8 @@ def _limit(store: SampleStore, rules: Retention, now: datetime) -> datetime | No
 
 def _oldest(store: SampleStore, size: int) -> datetime:
     """The time before which so many bytes were ingested: 16 bytes of memory a sample, for this moment."""
-    dataset = store.table.open()
-    batches = dataset.to_batches(columns=["ingested_at", "size"], filter="kind = 'sample'") if dataset else ()
     times, sizes = [], []
-    for batch in batches:
+    for batch in store.batches("kind = 'sample'", ["ingested_at", "size"]):
         times.append(batch["ingested_at"].cast("int64").to_numpy(zero_copy_only=False))
         sizes.append(batch["size"].fill_null(0).to_numpy(zero_copy_only=False))
     moments, weights = np.concatenate(times), np.concatenate(sizes)
@@ -75,30 +74,58 @@ def _oldest(store: SampleStore, size: int) -> datetime:
     return datetime.fromtimestamp(int(last) / 1_000_000, UTC) + timedelta(microseconds=1)
 
 
-def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str, str]]:
-    """Id, concept and split of the samples over the limit."""
-    dataset = store.table.open()
-    where = f"kind = 'sample' AND ingested_at < {moment(limit)}"
-    for batch in dataset.to_batches(columns=_COLUMNS, filter=where) if dataset else ():
+def _over(store: SampleStore, limit: datetime) -> Iterator[tuple[str, str]]:
+    """Id and concept of the samples over the limit."""
+    for batch in store.batches(f"kind = 'sample' AND ingested_at < {moment(limit)}", _COLUMNS):
         for row in batch.to_pylist():
-            yield row["id"], row["concept"] or row["domain"] or "", row["split"]
+            yield row["id"], row["concept"] or row["domain"] or ""
 
 
 def _reservoir(store: SampleStore, limit: datetime, capacity: int) -> set[str]:
-    """Ids of those that stay. Memory: the capacity, and a number for each concept."""
+    """Ids of those that stay. Memory: some twice the capacity, whatever the store holds."""
     _, secret = store.table.identity()
-    counts = Counter((concept, split) for _, concept, split in _over(store, limit))
-    keyed = (
-        (math.log(_uniform(secret, name)) * counts[concept, split], name)
-        for name, concept, split in _over(store, limit)
-    )
-    return {name for _, name in heapq.nlargest(capacity, keyed)}
+    heaps: _Heaps = {}
+    held = 0
+    for name, concept in _over(store, limit):
+        heapq.heappush(heaps.setdefault(concept, []), (-_hash(secret, name), name))
+        held += 1
+        if held > 2 * capacity + 1:
+            heaps = _cut(heaps, capacity)
+            held = sum(map(len, heaps.values()))
+    level = _level(map(len, heaps.values()), capacity)
+    kept, rest = [], []
+    for heap in heaps.values():
+        ordered = sorted(heap, reverse=True)
+        kept += ordered[:level]
+        rest += ordered[level : level + 1]
+    kept += heapq.nlargest(capacity - len(kept), rest)
+    return {name for _, name in kept}
 
 
-def _uniform(secret: bytes, name: str) -> float:
-    """A number in (0, 1) from a hash."""
-    word = hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest()
-    return (int.from_bytes(word, "big") + 0.5) / 2**64
+def _cut(heaps: _Heaps, capacity: int) -> _Heaps:
+    """Drop what cannot be among the ``capacity`` any more, however much is still to come."""
+    level = _level(map(len, heaps.values()), capacity)
+    for heap in heaps.values():
+        while len(heap) > level + 1:
+            heapq.heappop(heap)
+    if level > 0:
+        return heaps
+    return {concept: heaps[concept] for concept in heapq.nlargest(capacity, heaps, key=lambda each: max(heaps[each]))}
+
+
+def _level(sizes: Iterable[int], capacity: int) -> int:
+    """How many each may have at most, so that all fit into the capacity together."""
+    ordered, left = sorted(sizes), capacity
+    for index, size in enumerate(ordered):
+        share = left // (len(ordered) - index)
+        if size > share:
+            return share
+        left -= size
+    return capacity
+
+
+def _hash(secret: bytes, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), key=secret, digest_size=8).digest(), "big")
 
 
 def _chunks(names: Iterator[str], size: int) -> Iterator[list[Any]]:

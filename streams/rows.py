@@ -8,7 +8,8 @@ Every record of the topic becomes one row, so that each can be accounted for:
     quarantine  a refused record: the outbox of the quarantine topic             position, reason, original bytes
     tombstone   a record without a value: a wish to delete                       position, key or id
     gap         offsets that were lost before they were read                     position (first), until, reason
-    deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail
+    deleted     what is left of a deleted sample or refusal: its receipt         position, id, split, reason, detail,
+                                                                                 tags (which of text, question it had)
     position    how far a partition has been read; one per partition             topic, partition, offset = next to read
 
 Readers of the store see samples only.
@@ -203,7 +204,10 @@ def duplicate_row(row: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
 
 
 def deletion_row(row: Mapping[str, Any], reason: str, detail: str, when: datetime) -> dict[str, Any]:
-    """The receipt that stands for a row which was deleted: where it was and its id, nothing of its content."""
+    """The receipt that stands for a row which was deleted: where it was and its id, nothing of its content.
+
+    Its tags say whether it had a text, or a question: so it is known which adapters learned from it.
+    """
     return {
         "kind": "deleted",
         "topic": row["topic"],
@@ -211,6 +215,7 @@ def deletion_row(row: Mapping[str, Any], reason: str, detail: str, when: datetim
         "offset": row["offset"],
         "id": row["id"],
         "split": row["split"],
+        "tags": [name for name in ("text", "question") if row.get(name)],
         "reason": reason,
         "detail": detail,
         "ingested_at": when,

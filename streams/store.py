@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from ops.errors import StoreError
 from streams.conditions import at_offset, moment, quoted, refused
 from streams.rows import SAMPLE_COLUMNS, SAMPLE_SCHEMA, SCHEMA, Position, Tally
-from streams.table import ROOT, SampleTable, fences, positions, reading
+from streams.table import ROOT, SampleTable, fences, outage, positions, reading
 from streams.writer import Rows, StoreWriter
 
 Having = Literal["text", "question"]
@@ -55,11 +55,21 @@ class SampleStore:
         return 0 if dataset is None else int(dataset.version)
 
     def pin(self, name: str, version: int) -> None:
-        """Keep a version until :meth:`unpin`. The same name for another version moves the pin."""
+        """Keep a version until :meth:`unpin`. The same name for another version moves the pin.
+
+        Raises:
+            StoreUnavailable: to be tried again.
+            StoreError: the version is not kept any more.
+        """
         dataset = self.table.open()
-        if dataset is not None and version:
+        if dataset is None or not version:
+            return
+        try:
             known = dataset.tags.list()
             (dataset.tags.update if name in known else dataset.tags.create)(name, version)
+        except (ValueError, OSError) as error:
+            self.table.open(version)  # says so, where it is not kept any more
+            raise outage(self.url, "written", error) from error
 
     def unpin(self, name: str) -> None:
         """Let a pinned version go; no error where there is no such pin."""
@@ -172,6 +182,14 @@ class SampleStore:
             rows: list[dict[str, Any]] = dataset.to_table(columns=list(columns), filter=where, limit=limit).to_pylist()
         return rows
 
+    def count_rows(self, where: str) -> int:
+        """How many rows of any kind meet a condition in Lance's SQL."""
+        dataset = self.table.open()
+        if dataset is None:
+            return 0
+        with reading(self.url):
+            return int(dataset.count_rows(filter=where))
+
     def batches(
         self, where: str, columns: Sequence[str], size: int = BATCH_ROWS, version: int | None = None
     ) -> Iterator[pa.RecordBatch]:
@@ -258,7 +276,8 @@ class SampleStore:
         where = "kind = 'deleted' AND id IS NOT NULL"
         if since is not None:
             where += f" AND ingested_at > {moment(since)}"
-        return dataset.to_table(columns=["id", "ingested_at"], filter=where)
+        with reading(self.url):
+            return dataset.to_table(columns=["id", "ingested_at"], filter=where)
 
     def gaps(self, limit: int = 100) -> list[dict[str, Any]]:
         """The newest gaps, newest first: position, until, reason and time."""
@@ -298,10 +317,6 @@ class SampleStore:
                 parts.append(f"(topic = {quoted(stream)} AND partition = {int(partition)} AND offset >= {int(offset)})")
             clauses.append(f"({' OR '.join(parts)})")
         return " AND ".join(clauses)
-
-
-def _at(stream: str, partition: int, offset: int) -> str:
-    return f"topic = {quoted(stream)} AND partition = {int(partition)} AND offset = {int(offset)}"
 
 
 def _id_filters(ids: Sequence[str]) -> Iterator[str]:

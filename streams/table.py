@@ -6,18 +6,21 @@ fragments have only those, so finding the positions costs as little at ten milli
 
 from __future__ import annotations
 
+import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 import lance
 import pyarrow as pa
+from lance.file import LanceFileSession
 from lance.fragment import write_fragments
 
 from ops.errors import StoreError, StoreFull, StoreUnavailable
 from streams.rows import POSITION_COLUMNS, SCHEMA, Position
 
+log = logging.getLogger(__name__)
 #: Lance's caches of one process. Their defaults are of the size of a server's memory.
 METADATA_CACHE_BYTES: Final = 32 << 20
 INDEX_CACHE_BYTES: Final = 64 << 20
@@ -87,6 +90,15 @@ class SampleTable:
         """Name of this store, and the key of its split, which nobody who publishes can know. Makes the table."""
         metadata = self.create().schema.metadata
         return metadata[b"ratchet.store"].decode(), bytes.fromhex(metadata[b"ratchet.split_key"].decode())
+
+    def discard(self, files: Iterable[str]) -> None:
+        """Remove data files that no version of the table has, by their names in its folder of data."""
+        session = LanceFileSession(f"{self.url}/data")
+        for name in files:
+            try:
+                session.delete_file(name)
+            except (OSError, RuntimeError, ValueError) as error:
+                log.warning("%s is left for Lance to clean up: %s", name, error)
 
 
 def fences(dataset: Any) -> list[Any]:

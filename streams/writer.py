@@ -30,6 +30,8 @@ from streams.rows import POSITION_SCHEMA, SCHEMA, Position, RecordPosition, dele
 from streams.table import ROOT, SampleTable, outage, positions
 
 Rows = Sequence[Mapping[str, Any]]
+CONTENT: Final = "kind IN ('sample', 'quarantine')"
+"""The rows that hold what producers sent."""
 _REMOVED: Final = [
     "kind", "topic", "partition", "offset", "id", "split", "source", "key", "text", "question", "size", "ingested_at",
 ]  # fmt: skip
@@ -129,9 +131,7 @@ class StoreWriter:
             StoreUnavailable: nothing was deleted; to be tried again.
         """
         now = datetime.now(UTC)
-        return self._swap(
-            f"kind IN ('sample', 'quarantine') AND ({where})", lambda row: deletion_row(row, reason, detail, now)
-        )
+        return self._swap(f"{CONTENT} AND ({where})", lambda row: deletion_row(row, reason, detail, now))
 
     def settle_double(self, sample_id: str, position: RecordPosition) -> bool:
         """Make a sample that is stored at another position, too, a duplicate. False where it is one already."""
@@ -177,6 +177,7 @@ class StoreWriter:
         """
         dataset = self.table.create()
         parts = [dataset.get_fragment(number) for number in fragments]
+        new: list[Any] = []
         try:
             rows = dataset.scanner(fragments=parts, batch_size=rows_at_once, scan_in_order=True).to_reader()
             new = write_fragments(rows, dataset, mode="append", max_rows_per_file=1 << 30, max_bytes_per_file=1 << 40)
@@ -185,10 +186,12 @@ class StoreWriter:
             )
             moved = lance.Transaction(dataset.version, operation, transaction_properties=MOVED)
             lance.LanceDataset.commit(self.table.url, moved)
-        except CommitConflictError:
-            return 0
         except (OSError, RuntimeError) as error:
-            raise outage(self.table.url, "compacted", error) from error
+            if not _is_conflict(error):
+                raise outage(self.table.url, "compacted", error) from error
+            # Nothing refers to these files, and they may hold what is deleted next: Lance keeps such for a week.
+            self.table.discard(file.path for fragment in new for file in fragment.files)
+            return 0
         return sum(file.file_size_bytes or 0 for fragment in new for file in fragment.files)
 
     def _commit(
@@ -204,6 +207,8 @@ class StoreWriter:
             new = _write(rows, base, SCHEMA) if len(rows) else []
             marks = _write([position.row() for _, position in moves], base, POSITION_SCHEMA, max_rows_per_file=1)
             dataset = self._replace(base, [claim.fragment for claim, _ in moves], [*new, *marks], changed or {})
+        except CommitConflictError:  # it is an OSError, too
+            raise
         except (OSError, RuntimeError) as error:
             raise outage(url, "written", error) from error
         if dataset is None:
@@ -243,10 +248,17 @@ class StoreWriter:
                 if changed:
                     raise
             except OSError as error:
+                if changed and _is_conflict(error):
+                    raise CommitConflictError(str(error)) from error
                 trouble = error
         raise trouble or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
+
+
+def _is_conflict(error: Exception) -> bool:
+    """Whether somebody else's commit came first. Lance says so by a type of its own, or in an OSError's words."""
+    return isinstance(error, CommitConflictError) or "commit conflict" in str(error).lower()
 
 
 def _write(rows: Rows | pa.Table, base: Any, schema: pa.Schema, **options: Any) -> list[Any]:

@@ -113,6 +113,7 @@ class UpdaterService:
             say(f"{found.id} goes on ({found.state})")
             if found.state == "training" and self._data_is_gone(found):
                 return Outcome(self._abandon(found), "its data is not kept any more")
+            self.store.pin(found.id, found.store_version)  # who began it may have died before that
         else:
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
@@ -162,7 +163,7 @@ class UpdaterService:
         )
         self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
         say(f"{update.id} begins: {ready.new_samples} new samples, recipe {recipe.name}")
-        for deletion in self.ledger.list_deletions_in(update.id):
+        for deletion in self.ledger.list_deletions_in(update.id, update.store_version):
             say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
         return update
 

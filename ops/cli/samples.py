@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 from rich.console import Console
 from rich.table import Column, Table
-from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli import deletions
+from ops.cli.cells import add_texts
 from ops.cli.times import SINCE_HELP, parse_since
 from ops.errors import ConfigError, RecordError, UnknownRecord
 from ops.progress import track
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from streams.sample_queries import SampleFilter
     from streams.store import SampleStore
 
-app = typer.Typer(help="Look at samples, export them, and trace what became of a record.", no_args_is_help=True)
+app = typer.Typer(help="Look at samples, export or delete them; trace a record.", no_args_is_help=True)
 TOP: Final = 15
 
 
@@ -75,7 +76,7 @@ def trace(
                  "split": each.split, "source": each.source}  # fmt: skip
         details = "\n".join(f"{name}: {value}" for name, value in facts.items() if value)
         when = f"{each.time:%Y-%m-%d %H:%M:%S}" if each.time else ""
-        _add(table, each.position, each.outcome, each.id[:12], when, details)
+        add_texts(table, each.position, each.outcome, each.id[:12], when, details)
     Console().print(table)
 
 
@@ -112,7 +113,7 @@ def list_samples(
     for row in rows:
         words = row["text"] or f"{row['question']} -> {row['answer']}"
         when = f"{row['ingested_at']:%Y-%m-%d %H:%M}"
-        _add(table, row["id"][:12], when, row["split"], row["domain"], row["source"], row["concept"], words[:200])
+        add_texts(table, row["id"][:12], when, row["split"], row["domain"], row["source"], row["concept"], words[:200])
     Console().print(table)
 
 
@@ -147,7 +148,7 @@ def show(
         return
     table = Table("field", Column("value", overflow="fold"), show_header=False)
     for name, value in values.items():
-        _add(table, name, value)
+        add_texts(table, name, value)
     Console().print(table)
 
 
@@ -205,7 +206,9 @@ def refused(
     table = Table("record", "reason", "source", "when (UTC)", Column("details", overflow="fold"))
     for row in rows:
         position = f"{row['topic']}:{row['partition']}:{row['offset']}"
-        _add(table, position, row["reason"], row["source"], f"{row['ingested_at']:%Y-%m-%d %H:%M:%S}", row["detail"])
+        add_texts(
+            table, position, row["reason"], row["source"], f"{row['ingested_at']:%Y-%m-%d %H:%M:%S}", row["detail"]
+        )
     Console().print(table)
     for name, values in refusal_counts(store, reason, source).items():
         _print_counts(f"refused records by {name}", values.top(TOP))
@@ -273,14 +276,9 @@ def _write(path: Path, data: bytes) -> None:
 def _print_counts(title: str, rows: list[tuple[str, int]]) -> None:
     table = Table(Column(title, overflow="fold"), Column("count", justify="right"))
     for value, count in rows:
-        _add(table, value or "(none)", f"{count:,}")
+        add_texts(table, value or "(none)", f"{count:,}")
     Console().print(table)
 
 
-def _add(table: Table, *cells: str | None) -> None:
-    """A row of texts from outside: no markup, and nothing that a terminal would act on."""
-    table.add_row(*(Text(_printable(cell or "")) for cell in cells))
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() or char == "\n" else "\N{REPLACEMENT CHARACTER}" for char in text)
+app.command("delete")(deletions.delete)
+app.command("deletions")(deletions.list_deletions)

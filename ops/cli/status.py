@@ -60,7 +60,7 @@ def collect(settings: Settings) -> dict[str, Any]:
 
     ledger = Ledger.open(settings.ledger)
     capacity = settings.budget.gflops_per_day
-    stream = stream_state(settings, SampleStore(settings.lake))
+    stream = stream_state(settings, SampleStore(settings.lake), ledger)
     facts: dict[str, Any] = {
         "live": ledger.live(),
         "releases": ledger.releases(5),
@@ -189,7 +189,7 @@ def maintenance_line(stream: StreamState) -> tuple[str, str]:
     if stream.maintained is None:
         if stream.maintenance_failing:
             return "maintenance fails", "red"
-        return "maintenance: no metrics here" if stream.deletions is None else "no maintenance yet", "dim"
+        return "no maintenance yet" if stream.maintenance_known else "maintenance: no metrics here", "dim"
     seconds = (datetime.now(UTC) - stream.maintained).total_seconds()
     since = f"maintained {seconds:,.0f} s ago"
     return (f"{since}, failing since", "red") if stream.maintenance_failing else (since, "")

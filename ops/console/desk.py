@@ -156,7 +156,7 @@ class Desk:
 
     def stream(self) -> StreamState:
         """How the stream stands."""
-        return self.kept("stream", lambda: stream_state(self.settings, self.store), STREAM_SECONDS)
+        return self.kept("stream", lambda: stream_state(self.settings, self.store, self.ledger), STREAM_SECONDS)
 
     def live(self) -> ReleaseRow | None:
         """The live release, as the ledger has it."""

@@ -109,6 +109,12 @@ class LearningVerbs:
         with self.database.read() as session:
             return [as_row(UpdateRow, found) for found in session.scalars(query)]
 
+    def is_finished(self, update_id: str) -> bool:
+        """Whether there was such an update, and nothing more will be done about it."""
+        with self.database.read() as session:
+            row = session.get(t.Update, update_id)
+            return row is not None and row.state in FINISHED
+
     def unfinished_update(self, family: str) -> UpdateRow | None:
         """The update that a killed trainer left behind, if there is one."""
         query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))

@@ -235,8 +235,10 @@ class DeletionRow:
     refusals: int
     adapters: dict[str, Any]
     """``learned``: adapters that were trained on some of it; ``may_have_replayed``: those that may have drawn it."""
+    removed_version: int | None
+    """Version of the store from which on no reader finds it."""
     version: int | None
-    """Of the store, from which on no data file has it."""
+    """Version of the store from which on no data file has it."""
     update_id: str | None
     """The first update that was trained without it."""
     requested_at: datetime

@@ -211,6 +211,7 @@ class Deletion(Base):
     samples: Mapped[int] = mapped_column(default=0)
     refusals: Mapped[int] = mapped_column(default=0)
     adapters: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    removed_version: Mapped[int | None] = mapped_column(BigInteger)
     version: Mapped[int | None] = mapped_column(BigInteger)
     update_id: Mapped[str | None] = mapped_column(String(64))
     requested_at: Mapped[datetime] = mapped_column(default=utc_now)

@@ -20,7 +20,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LATEST: Literal["livemostrecent"] = "livemostrecent"
 
 LABELS = {
-    "action": "release, promote, rollback, hold, resume, resubmit: what an operator can do",
+    "action": "release, promote, rollback, hold, resume, resubmit, delete: what an operator can do",
     "age": "live, incumbent (the one before it), older: a release, seen from the live one",
     "caller": "names of keys, which only operators make, and anonymous",
     "decision": "rolled_back, promoted",

@@ -31,7 +31,10 @@ BATCH_ROWS = 32
 """Rows of one append: 32 images are 0.4 s of encoding, so progress shows and a kill loses little."""
 IDLE_SECONDS = 0.5
 EXPUNGE_SECONDS = 120.0
-"""After deletions, the bytes go after this long: far longer than a search takes."""
+"""After deletions, removed rows are written out after this long, and the versions that have them go after as long
+again: far longer than a search takes."""
+OVERLAP = timedelta(minutes=10)
+"""Deletions are looked for from this long before the last one: clocks of those who delete differ."""
 
 Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]."""
@@ -47,6 +50,9 @@ class Corpus(Protocol):
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
         """Next offset of each partition at a version."""
+
+    def tally(self, version: int | None = None) -> Mapping[str, int]:
+        """Numbers of rows by kind: ``deleted`` among them."""
 
     def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
         """Ids of the samples that were deleted, and when."""
@@ -77,11 +83,14 @@ class Catalog:
         self._have: dict[str, set[str]] = {}
         self._bad: set[str] = set()
         self._version = -1
-        self._wanted: list[str] = []
+        self._wanted: dict[str, None] = {}  # in the order of ingestion
         self._offsets: dict[str, int] = {}
         self._complete: dict[str, int] = {}
-        self._deleted_until: datetime | None = None
-        self._expunge_at: float | None = None
+        self._deletions = 0
+        self._deleted_until = datetime.min.replace(tzinfo=UTC)
+        self._followed: set[tuple[str, datetime]] = set()
+        self._expunge_at = float("inf")
+        self._expunge_left = 0
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._live_space = ""
@@ -185,7 +194,7 @@ class Catalog:
             seen = dict(self._offsets)
             columns = ["id", "ingested_at"]
             rows = await self._in_io(lambda: self.corpus.scan(version, after=seen, columns=columns, having="text"))
-            self._wanted += rows.sort_by("ingested_at")["id"].to_pylist()
+            self._wanted.update(dict.fromkeys(rows.sort_by("ingested_at")["id"].to_pylist()))
             self._offsets = await self._in_io(self.corpus.offsets, version)
             await self._follow_deletions(version)
             self._version = version
@@ -199,9 +208,6 @@ class Catalog:
                 have = await self._in_io(self.tables.ids, space)
                 if space not in self._resident:
                     continue
-                if gone := have.difference(self._wanted):  # deleted while nobody followed
-                    await self._remove(space, gone)
-                    have -= gone
                 self._have[space] = have
             done = have | self._bad
             missing = [sample for sample in self._wanted if sample not in done]
@@ -220,32 +226,63 @@ class Catalog:
         return worked
 
     async def _follow_deletions(self, version: int) -> None:
-        """Take out of every table what was deleted from the store since the last look."""
-        rows = await self._in_io(lambda: self.corpus.deleted(version, self._deleted_until))
-        if not rows.num_rows:
+        """Take out of every table on the disk, resident or not, what was deleted from the store since the last look."""
+        if self._version < 0:
+            await self._take_stock(version)
             return
-        gone = set(rows["id"].to_pylist())
-        stored = await self._in_io(lambda: self.corpus.scan(version, columns=["id"], ids=sorted(gone), having="text"))
-        gone -= set(stored["id"].to_pylist())  # deleted, and sent again since
-        self._wanted = [sample for sample in self._wanted if sample not in gone]
-        for space, have in self._have.items():
-            if here := have & gone:
-                await self._remove(space, here)
-                have -= here
-        self._deleted_until = max(rows["ingested_at"].to_pylist())
+        deletions = (await self._in_io(self.corpus.tally, version))["deleted"]
+        if deletions == self._deletions:
+            return
+        receipts = await self._receipts(version)
+        gone = {sample for sample, _ in receipts - self._followed}
+        again = await self._in_io(lambda: self.corpus.scan(version, columns=["id"], ids=sorted(gone), having="text"))
+        for sample in gone:
+            self._wanted.pop(sample, None)
+        self._wanted.update(dict.fromkeys(again["id"].to_pylist()))  # deleted, and sent again since: embedded anew
+        self._bad -= gone
+        for space in await self._in_io(self.tables.spaces):
+            await self._remove(space, gone)
+        self._deletions, self._followed = deletions, receipts
+        self._deleted_until = max([self._deleted_until, *(when for _, when in receipts)])
+
+    async def _take_stock(self, version: int) -> None:
+        """At the first look: take out what was deleted while nobody followed, and note what there is to follow."""
+        for space in await self._in_io(self.tables.spaces):
+            await self._remove(space, (await self._in_io(self.tables.ids, space)).difference(self._wanted))
+            self._expunge_soon()  # who removed rows before may have died before their bytes were gone
+        self._deletions = (await self._in_io(self.corpus.tally, version))["deleted"]
+        self._deleted_until = datetime.now(UTC)
+        self._followed = await self._receipts(version)
+
+    async def _receipts(self, version: int) -> set[tuple[str, datetime]]:
+        rows = await self._in_io(self.corpus.deleted, version, self._deleted_until - OVERLAP)
+        return set(zip(rows["id"].to_pylist(), rows["ingested_at"].to_pylist(), strict=True))
 
     async def _remove(self, space: str, ids: set[str]) -> None:
-        await self._in_io(self.tables.remove, space, ids)
-        log.info("%d deleted samples left the catalog of %s", len(ids), space)
-        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS
+        have = self._have.get(space)
+        here = ids if have is None else ids & have
+        if not here:
+            return
+        await self._in_io(self.tables.remove, space, here)
+        if have is not None:
+            have -= here
+        log.info("%d deleted samples left the catalog of %s", len(here), space)
+        self._expunge_soon()
+
+    def _expunge_soon(self) -> None:
+        self._expunge_at, self._expunge_left = time.monotonic() + EXPUNGE_SECONDS, 2
 
     async def _expunge(self) -> bool:
-        """Remove the bytes of deleted rows, once no search reads the versions that have them."""
-        if self._expunge_at is None or time.monotonic() < self._expunge_at:
+        """Remove the bytes of deleted rows, once no search reads the versions that have them.
+
+        In two passes: the first writes the rows that stay anew, the second removes the versions from before the first.
+        """
+        if not self._expunge_left or time.monotonic() < self._expunge_at:
             return False
-        self._expunge_at = None
-        for space in list(self._have):
+        self._expunge_at = time.monotonic() + EXPUNGE_SECONDS  # also when it fails: the loop goes on meanwhile
+        for space in await self._in_io(self.tables.spaces):
             await self._in_io(self.tables.expunge, space, timedelta(seconds=EXPUNGE_SECONDS / 2))
+        self._expunge_left -= 1
         return True
 
     async def _embed(self, space: str, clip: str | None, have: set[str], ids: list[str]) -> None:

@@ -18,6 +18,7 @@ from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.deployments.calls import EncoderCalls
 from serving.deployments.controller import outcome_of
+from serving.deployments.deletions import RequestedDeletions
 from serving.deployments.fleet import CatalogCalls
 from serving.deployments.loopback import close_replica_port
 from serving.deployments.messages import Answer, Kind
@@ -138,6 +139,7 @@ class Ingress:
             access=self.access,
             quarantine=RefusedRecords(settings, self.ledger),
             receipts=RecordReceipts(settings),
+            deletions=RequestedDeletions(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlms is None else ObservedVlms(vlms, self.comparer),

@@ -8,7 +8,19 @@ from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
 from ops.access import MAX_SAID_CHARS
-from serving.http import chat, classify, embeddings, errors, health, operations, quarantine, records, search, vqa
+from serving.http import (
+    chat,
+    classify,
+    deletions,
+    embeddings,
+    errors,
+    health,
+    operations,
+    quarantine,
+    records,
+    search,
+    vqa,
+)
 from serving.http.auth import Guard
 from serving.http.gateway import Gateway
 from serving.http.limits import Bounds
@@ -45,7 +57,7 @@ def build_app(at: Gateway) -> FastAPI:
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
     app.state.gateway = at
     errors.install(app)
-    for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records):
+    for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
         # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from ops.access import Access
 from ops.ledger import Ledger
-from ops.ledger.rows import Family
+from ops.ledger.rows import DeletionState, Family
 from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.deployments.messages import Answer, Kind
@@ -124,6 +124,22 @@ class Receipts(Protocol):
         """What became of the records of a sample. Raises RecordError for what is no id."""
 
 
+class Deletions(Protocol):
+    """See :class:`serving.deployments.deletions.RequestedDeletions`."""
+
+    async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
+        """How many ``samples`` and ``refusals`` are selected. Raises SelectorError, StoreUnavailable."""
+
+    async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
+        """Ask for a deletion; its receipt. Raises SelectorError."""
+
+    async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
+        """Receipts, newest first."""
+
+    async def one(self, deletion_id: str) -> dict[str, Any] | None:
+        """One receipt, or None."""
+
+
 @dataclass(frozen=True)
 class Gateway:
     """Everything a route needs; one per ingress replica, in ``app.state.gateway``."""
@@ -140,6 +156,7 @@ class Gateway:
     refresh: Callable[[], Awaitable[None]]
     quarantine: Quarantine
     receipts: Receipts
+    deletions: Deletions
     vlms: Vlms | None = None
     """None: no VLM is served."""
     token_text: Callable[[int], str] = "token_id:{}".format

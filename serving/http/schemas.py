@@ -267,3 +267,35 @@ class ResubmitRequest(Body):
         if (self.force and self.place is None) or (self.dry_run and self.filter is None):
             raise ValueError("`force` goes with `place`, `dry_run` with `filter`")
         return self
+
+
+class SampleSelector(Body):
+    """What is to be deleted. All that is named has to hold, and one field beside `before` is named."""
+
+    id: str | None = Field(None, min_length=1, max_length=64, description="A sample's id, 64 hex digits.")
+    source: Source | None = Field(None, description="As producers state it; also of refused records.")
+    domain: Source | None = None
+    concept: Source | None = None
+    label: Source | None = None
+    key: str | None = Field(None, min_length=1, max_length=4096, description="The record's key, in hex.")
+    record: str | None = Field(None, min_length=1, max_length=300, description="`topic:partition:offset`.")
+    before: datetime | None = Field(None, description="Only what was ingested before this time, UTC.")
+
+    _in_range = field_validator("before")(in_range)
+
+    def fields(self) -> dict[str, str]:
+        """Those that are given, as :mod:`streams.deletion` takes them."""
+        given = self.model_dump(exclude_none=True)
+        return {name: value.isoformat() if isinstance(value, datetime) else value for name, value in given.items()}
+
+
+class DeletionRequest(Body):
+    """Samples and refused records to delete."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
+    )
+    selector: SampleSelector
+    reason: Reason
+    dry_run: bool = Field(False, description="Say how much is selected now, and delete nothing.")

@@ -39,6 +39,7 @@ near duplicates: nothing is lost by that."""
 RECENT_VERSIONS: Final = 256
 """Versions whose transactions are read to leave out what compaction only moved."""
 CHUNK_ROWS: Final = 65_536
+IDS_PER_QUERY: Final = 500
 CACHE_KIB: Final = 32_768
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "1"
@@ -167,7 +168,7 @@ class DuplicateIndex:
         last, version = (int(self._meta(name) or -1) for name in ("fragment", "version"))
         if dataset.version == version:
             return
-        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version)
+        positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
             for fragment in fresh:
@@ -185,9 +186,24 @@ class DuplicateIndex:
             ids = map(bytes.fromhex, samples["id"].to_pylist())
             columns = (samples[name].to_pylist() for name in ("position", "look", "words"))
             self._insert([Sample(*row) for row in zip(ids, *columns, strict=True)])
-            for sample in table.filter(pc.field("kind") == "deleted")["id"].drop_null().to_pylist():
-                if not dataset.count_rows(filter=f"kind = 'sample' AND id = {quoted(sample)}"):
-                    self._db.execute("DELETE FROM ids WHERE id = ?", (bytes.fromhex(sample),))
+            self._forget(dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist())
+
+    def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
+        """Forget samples that were deleted, unless they were stored again since."""
+        gone = set(deleted)
+        for start in range(0, len(deleted), IDS_PER_QUERY):
+            names = ", ".join(map(quoted, deleted[start : start + IDS_PER_QUERY]))
+            with reading(dataset.uri):
+                stored = dataset.to_table(columns=["id"], filter=f"kind = 'sample' AND id IN ({names})")
+            gone.difference_update(stored["id"].to_pylist())
+        if not gone:
+            return
+        with self._in_use():
+            self._db.execute("CREATE TEMP TABLE IF NOT EXISTS gone (id BLOB PRIMARY KEY)")
+            self._db.executemany("INSERT INTO gone VALUES (?)", ((bytes.fromhex(each),) for each in gone))
+            for name in ("ids", "looks"):  # one pass over the looks, which have no index on the id
+                self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
+            self._db.execute("DELETE FROM gone")
 
     def _insert(self, samples: Sequence[Sample]) -> None:
         with self._in_use():
@@ -286,13 +302,15 @@ def _bands(distance: int) -> list[int]:
     return [((1 << (end - start)) - 1) << start for start, end in pairwise(ends)]
 
 
-def _moved(dataset: Any, since: int) -> set[str]:
-    """Data files of rows that were in the store at version ``since``, and were only moved by maintenance."""
+def _moved(dataset: Any, since: int, last: int) -> set[str]:
+    """Data files of rows that were in fragments up to ``last`` at version ``since``, and were only moved from there."""
     moved: set[str] = set()
     if since < 0 or dataset.version - since > RECENT_VERSIONS:
         return moved
     for transaction in dataset.get_transactions(int(dataset.version - since)):
-        if transaction is not None and MOVED.items() <= (transaction.transaction_properties or {}).items():
+        if transaction is None or not MOVED.items() <= (transaction.transaction_properties or {}).items():
+            continue
+        if max(transaction.operation.removed_fragment_ids, default=-1) <= last:  # else some of it is new here
             moved.update(file.path for each in transaction.operation.new_fragments for file in each.files)
     return moved
 

@@ -19,6 +19,7 @@ from ops.ledger import Family, Ledger
 from ops.settings import Serve, Settings
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
+from serving.deployments.deletions import RequestedDeletions
 from serving.deployments.messages import Answer, Kind
 from serving.deployments.protocol import ReleaseProtocol
 from serving.deployments.resident import Resident
@@ -138,7 +139,8 @@ async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
     gateway = Gateway(
         settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
         operations=edge, intake=ImageIntake(base.preprocess, settings), access=access,
-        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(), ledger=edge.ledger,
+        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
+        deletions=RequestedDeletions(Settings(home=home), edge.ledger), ledger=edge.ledger,
         refresh=_nothing, vlms=FairVlms(),
     )  # fmt: skip
     return edge, build_app(gateway)

@@ -89,7 +89,10 @@ def test_topics_are_made_for_the_largest_records_and_their_headers(
     monkeypatch.setattr(KafkaAdminClient, "create_topics", recorded)
     names = [kafka.topic, kafka.quarantine_topic]
     ensure_topics(kafka, names)
-    assert asked == {name: {"max.message.bytes": str(TOPIC_RECORD_BYTES)} for name in names}
+    assert asked == {
+        kafka.topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES)},
+        kafka.quarantine_topic: {"max.message.bytes": str(TOPIC_RECORD_BYTES), "retention.ms": "604800000"},
+    }
     assert TOPIC_RECORD_BYTES >= MAX_RECORD_BYTES + 64 * 1024
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=MAX_RECORD_BYTES)
     for name in names:

@@ -17,6 +17,8 @@ from ops import metrics
 from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
+from ops.ledger import Ledger
+from ops.ledger import tables as t
 from ops.metrics import declared
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
@@ -59,71 +61,99 @@ def store(settings: Settings) -> SampleStore:
     return made
 
 
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    opened = Ledger.open(settings.ledger)
+    yield opened
+    opened.close()
+
+
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     """The metrics of this process as they are when all is well."""
     yield
     metrics.ingest.waiting("")
-    metrics.maintain.deletions(0, 0.0)
     declared.MAINTAIN_LAST.clear()
 
 
-def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store: SampleStore) -> None:
-    state = stream_state(settings, store)
+def test_a_gap_is_told_with_its_offsets_and_its_reason(settings: Settings, store: SampleStore, ledger: Ledger) -> None:
+    state = stream_state(settings, store, ledger)
     assert (state.lost, state.offsets) == (512, {"t:0": 612})
     assert [gap.shown for gap in state.gaps] == ["t:0 100..611 (retention)"]
     assert state.problems() == ["Records were lost before they were read: t:0 100..611 (retention)."]
 
 
-def test_counts_are_those_of_the_positions(settings: Settings) -> None:
+def test_counts_are_those_of_the_positions(settings: Settings, ledger: Ledger) -> None:
     made = SampleStore(settings.lake)
     row = {"kind": "sample", "id": "0" * 64, "image": b"x", "split": "train", "topic": "t", "partition": 0, "offset": 0}
     made.put([row], [Position("t", 0, 1)])
-    assert stream_state(settings, made).samples == {"train": 1, "fresh_eval": 0}
+    assert stream_state(settings, made, ledger).samples == {"train": 1, "fresh_eval": 0}
 
 
-def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings) -> None:
+def test_what_ingest_and_maintenance_do_is_read_from_their_metrics(settings: Settings, ledger: Ledger) -> None:
     store = SampleStore(settings.lake)
     metrics.ingest.waiting("")
-    assert stream_state(settings, store) == StreamState(waiting_for="", deletions=0)
+    assert stream_state(settings, store, ledger) == StreamState(waiting_for="", maintenance_known=True)
     metrics.ingest.waiting("disk")
     metrics.maintain.ran("done", 1.0)
-    metrics.maintain.deletions(2, 90_000.0)
-    state = stream_state(settings, store)
+    state = stream_state(settings, store, ledger)
     assert state.waiting_for == "disk"
     assert state.maintained is not None and datetime.now(UTC) - state.maintained < timedelta(minutes=1)
-    assert (state.deletions, state.oldest_deletion) == (2, timedelta(hours=25))
-    assert state.problems() == ["Ingest waits for the disk.", "A deletion is not complete after a day."]
+    assert state.problems() == ["Ingest waits for the disk."]
     metrics.maintain.ran("failed", 1.0)
-    assert "The last run of maintenance failed." in stream_state(settings, store).problems()
+    assert "The last run of maintenance failed." in stream_state(settings, store, ledger).problems()
+
+
+def test_deletions_that_wait_are_known_wherever_maintenance_runs(settings: Settings, ledger: Ledger) -> None:
+    store = SampleStore(settings.lake)
+    for number in range(3):
+        request(ledger, f"d{number}", timedelta(hours=25 * number))
+    ledger.deletion_removed("d1", samples=1, refusals=0, adapters={}, store_version=1)
+    state = stream_state(settings, store, ledger)
+    assert state.deletions == 3
+    assert abs(state.oldest_deletion - timedelta(hours=50)) < timedelta(minutes=1)
+    assert state.problems() == ["A deletion is not complete after a day."]
+    for number in range(3):
+        ledger.deletion_done(f"d{number}")
+    state = stream_state(settings, store, ledger)
+    assert (state.deletions, state.oldest_deletion, state.problems()) == (0, timedelta(0), [])
+
+
+def request(ledger: Ledger, name: str, age: timedelta) -> None:
+    ledger.request_deletion(name, {"source": "cam"}, actor="ann", reason="r")
+    with ledger.database.write() as session:
+        session.get_one(t.Deletion, name).requested_at -= age
 
 
 def test_the_line_about_maintenance_says_what_is_known() -> None:
     now = datetime.now(UTC)
     assert maintenance_line(StreamState()) == ("maintenance: no metrics here", "dim")
-    assert maintenance_line(StreamState(deletions=0)) == ("no maintenance yet", "dim")
-    assert maintenance_line(StreamState(deletions=0, maintenance_failing=True)) == ("maintenance fails", "red")
+    assert maintenance_line(StreamState(maintenance_known=True)) == ("no maintenance yet", "dim")
+    assert maintenance_line(StreamState(maintenance_known=True, maintenance_failing=True)) == (
+        "maintenance fails",
+        "red",
+    )
     assert maintenance_line(StreamState(maintained=now)) == ("maintained 0 s ago", "")
     failing = StreamState(maintained=now - timedelta(seconds=90), maintenance_failing=True)
     assert maintenance_line(failing) == ("maintained 90 s ago, failing since", "red")
 
 
-def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings) -> None:
+def test_parts_that_do_not_answer_are_not_known_and_no_problem(settings: Settings, ledger: Ledger) -> None:
     away = settings.model_copy(
         update={
             "ingest": settings.ingest.model_copy(update={"metrics_port": free_port()}),
             "maintain": settings.maintain.model_copy(update={"metrics_port": 0}),
         }
     )
-    state = stream_state(away, SampleStore(away.lake))
-    assert (state.waiting_for, state.maintained, state.deletions, state.problems()) == (None, None, None, [])
+    state = stream_state(away, SampleStore(away.lake), ledger)
+    assert (state.waiting_for, state.maintained, state.maintenance_known, state.problems()) == (None, None, False, [])
 
 
 @pytest.mark.usefixtures("store")
-def test_status_and_the_console_tell_the_same(settings: Settings) -> None:
+def test_status_and_the_console_tell_the_same(settings: Settings, ledger: Ledger) -> None:
     metrics.ingest.waiting("store")
     metrics.maintain.ran("done", 1.0)
-    metrics.maintain.deletions(1, 7200.0)
+    request(ledger, "d1", timedelta(hours=2))
     flags = [
         f"home={settings.home}", "serve.port=1", f"ingest.metrics_port={settings.ingest.metrics_port}",
         f"maintain.metrics_port={settings.maintain.metrics_port}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from serving.catalog.tables import Tables
 from serving.deployments.stamps import Stamp
 from streams.rows import Position
 from streams.store import SampleStore
+from streams.writer import StoreWriter
 from tests.support.waiting import until
 
 DIM = 8
@@ -174,3 +175,166 @@ def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(tmp_path
         tables.search("cccc", vector(0)[:4], 5, Filters())
     with pytest.raises(StoreError, match="no name"):
         tables.search("../x", vector(0), 5, Filters())
+
+
+async def test_a_deleted_sample_leaves_every_table_and_is_not_embedded_again(
+    catalog: Catalog, store: SampleStore, encoder: Encoder
+) -> None:
+    put(store, rows(0, 6), 6)
+    await catalog.adopt([THERE, HERE])
+    await settle(catalog)
+    assert delete(store, "offset IN (1, 4)") == 2
+    encoder.calls.clear()
+    await settle(catalog)
+    for space in ("aaaa", "bbbb"):
+        assert catalog.tables.ids(space) == {row["id"] for row in rows(0, 6) if row["offset"] not in (1, 4)}
+    assert encoder.calls == []
+    assert (catalog.status()["corpus_rows"], catalog.status()["coverage"]) == (4, 1.0)
+    hits = await catalog.search("aaaa", vector(4), 10, Filters())
+    assert {hit.text for hit in hits} == {"text 0", "text 2", "text 3", "text 5"}
+
+
+async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
+    catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, rows(0, 4), 4)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    delete(store, "offset = 0")
+    await settle(catalog)
+
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) - timedelta(minutes=5)
+
+    monkeypatch.setattr("streams.writer.datetime", Behind)
+    delete(store, "offset = 1")
+    await settle(catalog)
+    assert len(catalog.tables.ids("aaaa")) == 2
+
+
+async def test_a_deleted_sample_that_is_sent_again_is_embedded_with_what_it_says_now(
+    catalog: Catalog, store: SampleStore, encoder: Encoder
+) -> None:
+    put(store, rows(0, 3), 3)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    again = {**rows(1, 1)[0], "offset": 3, "source": "new"}
+    delete(store, "offset = 1")
+    put(store, [again], 4)
+    await settle(catalog)
+    hits = await catalog.search("aaaa", vector(1), 1, Filters())
+    assert (hits[0].id, hits[0].source) == (again["id"], "new")
+    assert (catalog.status()["corpus_rows"], catalog.status()["coverage"]) == (3, 1.0)
+    put(store, rows(5, 1), 6)
+    delete(store, "offset = 5")
+    calls = len(encoder.calls)
+    await settle(catalog)
+    assert len(encoder.calls) == calls, "what was followed once is not followed again"
+
+
+async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_is_found(
+    catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, rows(0, 2), 2)
+    await catalog.adopt([HERE])
+    embed = catalog._embed
+
+    async def deleted_meanwhile(*given: Any) -> None:
+        monkeypatch.setattr(catalog, "_embed", embed)
+        delete(store, "offset = 1")
+        await embed(*given)
+
+    monkeypatch.setattr(catalog, "_embed", deleted_meanwhile)
+    await settle(catalog)
+    assert len(catalog.tables.ids("aaaa")) == 1
+    put(store, [{**rows(1, 1)[0], "offset": 2}], 3)
+    await settle(catalog)
+    assert len(catalog.tables.ids("aaaa")) == 2 and catalog.status()["coverage"] == 1.0
+
+
+async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_holds_too(
+    catalog: Catalog, store: SampleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, [*rows(0, 60), *rows(60, 1, text="recognisable words")], 61)
+    await catalog.adopt([THERE, HERE])
+    await settle(catalog)
+    delete(store, "offset = 60")
+    second = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+    await second.adopt([HERE])
+    await settle(second)
+    for space in ("aaaa", "bbbb"):
+        assert len(second.tables.ids(space)) == 59, space  # one image cannot be read
+    assert holds(tmp_path / "catalog", b"recognisable words")
+    # It dies, too: the next one knows nothing of what was removed, and removes its bytes all the same.
+    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
+    third = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+    await third.adopt([HERE])
+    await settle(third)
+    assert not holds(tmp_path / "catalog", b"recognisable words")
+    assert holds(tmp_path / "catalog", b"text 59")
+
+
+async def test_the_bytes_of_one_deleted_row_of_many_go_while_searches_and_appends_go_on(
+    catalog: Catalog, store: SampleStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, [*rows(0, 60), *rows(60, 1, text="recognisable words")], 61)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
+    delete(store, "offset = 60")
+    await settle(catalog)
+    assert not holds(tmp_path / "catalog", b"recognisable words")
+    assert len(await catalog.search("aaaa", vector(3), 100, Filters())) == 59
+    put(store, rows(61, 3), 64)
+    await settle(catalog)
+    assert len(await catalog.search("aaaa", vector(3), 100, Filters())) == 62
+
+
+async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
+    catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, passes = [100.0], list[str]()
+    monkeypatch.setattr("serving.catalog.reconcile.time.monotonic", lambda: now[0])
+    put(store, rows(0, 3), 3)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    delete(store, "offset = 1")
+    failures = [StoreError("away", "")]
+
+    def expunge(space: str, older_than: timedelta) -> None:
+        if failures:
+            raise failures.pop()
+        passes.append(f"{space} at {now[0]:.0f}")
+
+    monkeypatch.setattr(catalog.tables, "expunge", expunge)
+    await settle(catalog)
+    assert passes == []
+    now[0] += 121
+    with pytest.raises(StoreError, match="away"):
+        await catalog.step()
+    put(store, rows(3, 1), 4)
+    await settle(catalog)
+    assert len(catalog.tables.ids("aaaa")) == 3, "what is new does not wait for it"
+    for _ in range(4):
+        now[0] += 121
+        await settle(catalog)
+    assert passes == ["aaaa at 342", "aaaa at 463"]
+
+
+async def test_two_samples_with_one_id_are_one_until_they_are_settled(catalog: Catalog, store: SampleStore) -> None:
+    """Workers that share no index stored the same content at once."""
+    [row] = rows(0, 1)
+    store.put([row, {**row, "partition": 1}], [Position("t", 0, 1), Position("t", 1, 1)])
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    assert (catalog.status()["corpus_rows"], catalog.status()["coverage"]) == (1, 1.0)
+
+
+def delete(store: SampleStore, where: str) -> int:
+    return len(StoreWriter(store.table).remove(where, "deletion", "d"))
+
+
+def holds(folder: Path, needle: bytes) -> bool:
+    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())

@@ -20,7 +20,7 @@ from serving import app as start
 from serving.http.auth import needs
 from tests.unit.serving.door_edge import OPERATOR, Door, Keys, refusal
 
-PATHS = {"model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
+PATHS = {"deletion_id": "d", "model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
 
 
 def away() -> list[KeyRow]:

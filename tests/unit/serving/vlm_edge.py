@@ -83,7 +83,7 @@ def gateway(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> Gateway:
     return Gateway(
         settings=settings, dim=8, admission=admission, encoders=unused, index=unused, operations=unused,
         intake=ImageIntake(Preprocess(size=16), settings), access=access,
-        quarantine=unused, receipts=unused, ledger=unused, refresh=unused, vlms=vlms,
+        quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=vlms,
         token_text=lambda token: f"<{token}>",
     )  # fmt: skip
 

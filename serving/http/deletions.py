@@ -1,0 +1,126 @@
+"""Deleting samples: asking for it, and how far it is."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from ops.errors import SelectorError
+from ops.ledger import DeletionState
+from serving.http.auth import operator
+from serving.http.errors import ApiError
+from serving.http.gateway import gateway, json_body, json_schema
+from serving.http.schemas import DeletionRequest
+
+router = APIRouter(tags=["Deletions"])
+MAX_ROWS: Final = 500
+
+
+class LearnedFrom(BaseModel):
+    """The adapters whose weights a deletion does not reach."""
+
+    learned: list[str]
+    """Trained on some of it."""
+    may_have_replayed: list[str]
+    """Trained later, with replay of what was there."""
+
+
+class DeletionBody(BaseModel):
+    """A deletion, which is also its receipt."""
+
+    object: Literal["deletion"]
+    id: str
+    state: DeletionState
+    """`requested`; `removed`: no reader finds it any more; `done`: no file has it any more."""
+    selector: dict[str, str]
+    actor: str
+    reason: str
+    samples: int
+    refusals: int
+    adapters: LearnedFrom
+    first_update_without: str | None
+    """The first update that was trained without it; null: none yet."""
+    requested_at: datetime
+    removed_at: datetime | None
+    done_at: datetime | None
+
+
+class DeletionList(BaseModel):
+    """Deletions, newest first."""
+
+    object: Literal["list"]
+    data: list[DeletionBody]
+
+
+class SelectionBody(BaseModel):
+    """How much a selector selects now."""
+
+    object: Literal["deletion.selection"]
+    samples: int
+    refusals: int
+
+
+REQUESTED: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": SelectionBody, "description": "With `dry_run`: how much is selected now."},
+    202: {"model": DeletionBody, "description": "It is requested; maintenance carries it out."},
+}
+
+
+@router.post(
+    "/admin/v1/deletions",
+    summary="Delete samples and refused records",
+    status_code=202,
+    responses=REQUESTED,
+    openapi_extra=json_schema(DeletionRequest),
+)
+async def request_deletion(request: Request) -> JSONResponse:
+    """Of what was ingested before now. It leaves store, catalog, replay, quarantine and old versions."""
+    actor = operator(request)
+    wanted = await json_body(request, DeletionRequest)
+    service = gateway(request).deletions
+    try:
+        if wanted.dry_run:
+            selected = await service.selected(wanted.selector.fields())
+            return JSONResponse({"object": "deletion.selection", **selected})
+        receipt = await service.request(wanted.selector.fields(), actor=actor, reason=wanted.reason)
+    except SelectorError as error:
+        param = "selector" if error.field == "selector" else f"selector.{error.field}"
+        raise ApiError(400, str(error), param=param, code="invalid_value") from None
+    return JSONResponse({"object": "deletion", **receipt}, 202)
+
+
+@router.get(
+    "/admin/v1/deletions",
+    summary="Deletions, newest first",
+    responses={200: {"model": DeletionList, "description": "Each with its receipt."}},
+)
+async def deletions(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
+    state: Annotated[DeletionState | None, Query(description="Only those in this state.")] = None,
+) -> JSONResponse:
+    """How far each is, what it took out, and which adapters had learned from it."""
+    operator(request)
+    receipts = await gateway(request).deletions.newest(limit, state)
+    return JSONResponse({"object": "list", "data": [{"object": "deletion", **each} for each in receipts]})
+
+
+@router.get(
+    "/admin/v1/deletions/{deletion_id}",
+    summary="One deletion",
+    responses={
+        200: {"model": DeletionBody, "description": "Its receipt."},
+        404: {"description": "`deletion_not_found`: there is no such deletion."},
+    },
+)
+async def deletion(request: Request, deletion_id: Annotated[str, Path(max_length=300)]) -> JSONResponse:
+    """Its receipt. One that a tombstone asked for is called `tombstone topic:partition:offset`."""
+    operator(request)
+    receipt = await gateway(request).deletions.one(deletion_id)
+    if receipt is None:
+        raise ApiError(404, f"there is no deletion {deletion_id}.", param="deletion_id", code="deletion_not_found")
+    return JSONResponse({"object": "deletion", **receipt})

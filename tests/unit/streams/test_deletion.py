@@ -1,0 +1,288 @@
+"""A deletion takes out what its selector names and what came before it, whatever is killed in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import ConfigError
+from ops.ledger import Ledger
+from streams.deletion import Selected, condition, count_selected, remove, request_deletion, take_tombstones
+from streams.rows import Position, record_key
+from streams.store import SampleStore
+from streams.writer import StoreWriter
+from tests.support.samples import TOPIC, put, refusal, sample
+
+LONG_AGO = datetime(2026, 1, 2, tzinfo=UTC)
+LONG_KEY = b"k" * 300
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    yield opened
+    opened.close()
+
+
+def ask(ledger: Ledger, **selector: str) -> Any:
+    return request_deletion(ledger, selector, actor="ann", reason="asked to")
+
+
+def left(store: SampleStore) -> list[tuple[int, int]]:
+    """Partition and offset of the samples and refusals that are there."""
+    rows = store.select("kind IN ('sample', 'quarantine')", ["partition", "offset"])
+    return sorted((row["partition"], row["offset"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("selector", "gone"),
+    [
+        ({"id": sample(0, 0)["id"]}, {0}),
+        ({"source": "o'cam"}, {1, 5}),
+        ({"domain": "streets"}, {2}),
+        ({"concept": "bus"}, {2, 3}),
+        ({"concept": "bus", "domain": "streets"}, {2}),
+        ({"label": "red"}, {3}),
+        ({"key": b"key-4".hex()}, {4}),
+        ({"key": LONG_KEY.hex()}, {6}),
+        ({"key": b"refused".hex()}, {5}),
+        ({"record": f"{TOPIC}:0:5"}, {5}),
+        ({"record": f"{TOPIC}:0:2", "concept": "tree"}, set()),
+        ({"concept": "bus", "before": "2026-01-03"}, {2}),
+        ({"source": "nobody's"}, set()),
+    ],
+)
+def test_each_field_selects_what_it_names(
+    store: SampleStore, ledger: Ledger, selector: dict[str, str], gone: set[int]
+) -> None:
+    rows = [
+        sample(0, 0),
+        sample(0, 1, source="o'cam"),
+        sample(0, 2, domain="streets", concept="bus"),
+        sample(0, 3, concept="bus", label="red", ingested_at=datetime(2026, 1, 4, tzinfo=UTC)),
+        sample(0, 4, key=b"key-4"),
+        {**refusal(0, 5), "source": "o'cam", "original_key": b"refused"},
+        sample(0, 6, key=record_key(LONG_KEY)),
+    ]
+    put(store, rows, Position(TOPIC, 0, 7))
+    assert count_selected(store, selector) == Selected(len(gone - {5}), len(gone & {5}))
+    row = ask(ledger, **selector)
+    assert remove(store, ledger, row) == len(gone)
+    assert left(store) == [(0, offset) for offset in range(7) if offset not in gone]
+    after = ledger.deletion(row.id)
+    assert after is not None
+    assert (after.state, after.samples, after.refusals) == ("removed", len(gone - {5}), len(gone & {5}))
+    assert store.tally()["sample"] == 6 - after.samples and store.tally()["quarantine"] == 1 - after.refusals
+
+
+@pytest.mark.parametrize(
+    ("selector", "named"),
+    [
+        ({}, "everything"),
+        ({"before": "2026-01-01"}, "everything"),
+        ({"colour": "red"}, "colour"),
+        ({"id": "abc"}, "`id`"),
+        ({"key": "xyz"}, "`key`"),
+        ({"key": "abc"}, "`key`"),
+        ({"record": "topic"}, "`record`"),
+        ({"record": ":0:0"}, "`record`"),
+        ({"record": f"t:{2**31}:0"}, "`record`"),
+        ({"record": f"t:0:{2**63}"}, "`record`"),
+        ({"record": "t:0:-1"}, "`record`"),
+        ({"source": "a", "before": "yesterday"}, "`before`"),
+        ({"source": "a", "before": "0001-01-01T00:00:00+14:00"}, "`before`"),
+        ({"source": "a" * 5000}, "`source`"),
+    ],
+)
+def test_a_wrong_selector_is_refused_by_its_field_and_nothing_is_recorded(
+    ledger: Ledger, selector: dict[str, str], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ask(ledger, **selector)
+    assert ledger.deletions() == []
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"source": "x'; --", "before": "0001-01-01"},
+        {"source": "\x00\n\"'", "before": "9999-12-31T23:59:59.999999"},
+        {"record": f"t:{2**31 - 1}:{2**63 - 1}"},
+        {"key": "00" * 2000},
+        {"label": "ю" * 4000, "until": "t:0:5"},
+    ],
+)
+def test_what_is_accepted_can_be_carried_out(store: SampleStore, selector: dict[str, str]) -> None:
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    assert store.select(condition(selector), ["offset"]) == []
+
+
+def test_only_what_came_before_the_request_is_deleted(store: SampleStore, ledger: Ledger) -> None:
+    put(store, [sample(0, 0, source="cam")], Position(TOPIC, 0, 1))
+    row = ask(ledger, source="cam")
+    later = datetime.now(UTC) + timedelta(seconds=1)
+    put(store, [sample(0, 1, source="cam", ingested_at=later)], Position(TOPIC, 0, 2))
+    assert remove(store, ledger, row) == 1
+    assert left(store) == [(0, 1)]
+
+
+def test_what_was_validated_before_and_stored_after_is_found_by_the_next_call(
+    store: SampleStore, ledger: Ledger
+) -> None:
+    put(store, [sample(0, 0, source="cam")], Position(TOPIC, 0, 1))
+    row = ask(ledger, source="cam")
+    remove(store, ledger, row)
+    ledger.deletions_rewritten([row.id], store.version())
+    put(store, [sample(0, 1, source="cam")], Position(TOPIC, 0, 2))
+    again = ledger.deletion(row.id)
+    assert again is not None and again.version is not None
+    assert remove(store, ledger, again) == 1
+    after = ledger.deletion(row.id)
+    assert after is not None and (after.samples, after.version) == (2, None), "its bytes are in new files"
+    assert left(store) == []
+
+
+def tombstone(partition: int, offset: int, **fields: Any) -> dict[str, Any]:
+    base = {"kind": "tombstone", "topic": TOPIC, "partition": partition, "offset": offset, "ingested_at": LONG_AGO}
+    return {**base, **fields}
+
+
+def test_a_tombstone_by_key_or_by_id_deletes_what_came_before_it(store: SampleStore, ledger: Ledger) -> None:
+    early, late = LONG_AGO - timedelta(seconds=1), LONG_AGO + timedelta(seconds=1)
+    rows = [
+        sample(0, 0, key=b"a", ingested_at=early),
+        sample(0, 1, key=b"a", ingested_at=late),  # decoded by another thread: its clock says later
+        sample(0, 2, key=b"b", ingested_at=late),
+        tombstone(0, 3, key=b"a"),
+        sample(0, 4, key=b"a", ingested_at=early),  # offsets decide, not clocks
+        sample(1, 0, key=b"a", ingested_at=early),
+        sample(1, 1, key=b"a", ingested_at=late),
+        tombstone(1, 2, id=sample(1, 3)["id"]),
+        tombstone(1, 4, id=sample(0, 2)["id"]),
+    ]
+    put(store, rows, Position(TOPIC, 0, 5), Position(TOPIC, 1, 5))
+    assert take_tombstones(store, ledger) == 3
+    for row in ledger.deletions(states=["requested"]):
+        remove(store, ledger, row)
+    # Between partitions there is no order but that of clocks: what came after the tombstone by them stays.
+    assert left(store) == [(0, 2), (0, 4), (1, 1)]
+    assert {row.actor for row in ledger.deletions()} == {"producer"}
+
+
+def test_tombstones_are_taken_once(store: SampleStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, [tombstone(0, n, key=b"%d" % n) for n in range(3)], Position(TOPIC, 0, 3))
+    assert (take_tombstones(store, ledger), take_tombstones(store, ledger)) == (3, 0)
+    put(store, [tombstone(0, 3, key=b"3")], Position(TOPIC, 0, 4))
+    assert take_tombstones(store, ledger) == 1
+    assert len(ledger.deletions()) == 4
+    monkeypatch.setattr(SampleStore, "batches", lambda *_, **__: pytest.fail("nothing is new, and all was read"))
+    assert take_tombstones(store, ledger) == 0
+
+
+def learn(ledger: Ledger, name: str, family: str, start: int, end: int) -> None:
+    ledger.begin_update(
+        f"u-{name}", family=family, recipe={}, seed=0, store_version=1,
+        data_from={f"{TOPIC}:0": start}, data_to={f"{TOPIC}:0": end}, incumbent=None,
+    )  # fmt: skip
+    ledger.advance_update(f"u-{name}", "trained", adapter=name)
+    ledger.advance_update(f"u-{name}", "done")
+
+
+def test_the_receipt_names_the_adapters_that_learned_from_it(store: SampleStore, ledger: Ledger) -> None:
+    rows = [
+        sample(0, 4, source="cam"),
+        sample(0, 5, source="cam", split="fresh_eval"),
+        sample(0, 12, source="cam", text="", question="what?"),
+    ]
+    put(store, rows, Position(TOPIC, 0, 13))
+    learn(ledger, "clip-early", "clip", 0, 4)
+    learn(ledger, "clip-learned", "clip", 4, 10)
+    learn(ledger, "clip-later", "clip", 10, 13)
+    learn(ledger, "vlm-none", "vlm", 0, 12)
+    learn(ledger, "vlm-learned", "vlm", 12, 13)
+    row = ask(ledger, source="cam")
+    remove(store, ledger, row)
+    after = ledger.deletion(row.id)
+    assert after is not None and after.adapters == {
+        "learned": ["clip-learned", "vlm-learned"], "may_have_replayed": ["clip-later"],
+    }  # fmt: skip
+
+
+def test_what_was_only_evaluated_on_was_learned_by_nobody(store: SampleStore, ledger: Ledger) -> None:
+    put(store, [sample(0, 4, source="cam", split="fresh_eval")], Position(TOPIC, 0, 5))
+    learn(ledger, "clip-a", "clip", 0, 5)
+    row = ask(ledger, source="cam")
+    remove(store, ledger, row)
+    after = ledger.deletion(row.id)
+    assert after is not None and after.adapters == {"learned": [], "may_have_replayed": []}
+
+
+def test_a_crash_between_the_store_and_the_ledger_loses_nothing_of_the_receipt(
+    store: SampleStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, [sample(0, 0, source="cam"), {**refusal(0, 1), "source": "cam"}], Position(TOPIC, 0, 2))
+    learn(ledger, "clip-a", "clip", 0, 1)
+    row = ask(ledger, source="cam")
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "deletion_removed", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            remove(store, ledger, row)
+    assert left(store) == [] and ledger.deletions()[0].state == "requested"
+    assert remove(store, ledger, row) == 0
+    after = ledger.deletions()[0]
+    assert (after.state, after.samples, after.refusals) == ("removed", 1, 1)
+    assert after.adapters["learned"] == ["clip-a"]
+    assert after.removed_version == store.version()
+
+
+def test_calling_again_changes_nothing(store: SampleStore, ledger: Ledger) -> None:
+    put(store, [sample(0, 0, source="cam"), sample(0, 1)], Position(TOPIC, 0, 2))
+    row = ask(ledger, source="cam")
+    remove(store, ledger, row)
+    ledger.deletions_rewritten([row.id], store.version())
+    first, version = ledger.deletion(row.id), store.version()
+    assert first is not None and remove(store, ledger, first) == 0
+    assert (ledger.deletion(row.id), store.version()) == (first, version)
+
+
+def test_a_receipt_in_the_store_has_nothing_of_the_content(store: SampleStore, ledger: Ledger) -> None:
+    put(store, [sample(0, 0, source="cam", text="secret words", key=b"ann@example.org")], Position(TOPIC, 0, 1))
+    row = ask(ledger, source="cam")
+    remove(store, ledger, row)
+    dataset = store.table.open()
+    assert dataset is not None
+    [receipt] = dataset.to_table(filter="kind = 'deleted'").to_pylist()
+    kept = {name for name, value in receipt.items() if value is not None}
+    assert kept == {
+        "kind", "topic", "partition", "offset", "id", "split", "tags", "reason", "detail", "ingested_at",
+    }  # fmt: skip
+    assert receipt["tags"] == ["text"]
+
+
+def test_a_deletion_beside_a_worker_that_commits_loses_neither(
+    store: SampleStore, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, [sample(0, n, source="cam" if n % 2 else "eye") for n in range(6)], Position(TOPIC, 0, 6))
+    writer = StoreWriter(store.table)
+    row = ask(ledger, source="cam")
+    commit: Any = StoreWriter._commit
+
+    def commit_with_a_worker_between(self: StoreWriter, *given: Any) -> int:
+        monkeypatch.setattr(StoreWriter, "_commit", commit)
+        writer.put([sample(1, 0)], [Position(TOPIC, 1, 1)])
+        version: int = commit(self, *given)
+        return version
+
+    monkeypatch.setattr(StoreWriter, "_commit", commit_with_a_worker_between)
+    assert remove(store, ledger, row) == 3
+    assert left(store) == [(0, 0), (0, 2), (0, 4), (1, 0)]
+    assert store.tally()["sample"] == 4 and store.tally()["deleted"] == 3

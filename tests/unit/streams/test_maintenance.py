@@ -1,0 +1,328 @@
+"""One process at a time maintains the store: deletions come to their end, pins hold versions, gaps are told once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import StoreUnavailable
+from ops.ledger import DeletionRow, Ledger
+from ops.ledger import tables as t
+from ops.settings import Settings
+from streams import deletion, maintenance
+from streams.maintenance import LEASE, Maintainer
+from streams.rows import Position
+from streams.store import SampleStore
+from streams.writer import StoreWriter
+from tests.support.samples import TOPIC, put, sample
+
+GAP = {
+    "kind": "gap", "topic": TOPIC, "partition": 0, "offset": 5, "until": 9, "reason": "retention",
+    "ingested_at": datetime(2026, 1, 2, tzinfo=UTC),
+}  # fmt: skip
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings.model_validate(
+        {"home": tmp_path, "maintain": {"keep_seconds": 0, "seconds": 0.01}, "kafka": {"events_topic": ""}}
+    )
+
+
+@pytest.fixture
+def ledger(settings: Settings) -> Iterator[Ledger]:
+    opened = Ledger.open(settings.ledger)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store(settings: Settings) -> SampleStore:
+    made = SampleStore(settings.lake)
+    put(made, [sample(0, n, source="cam" if n < 2 else "eye") for n in range(4)], Position(TOPIC, 0, 4))
+    return made
+
+
+@pytest.fixture
+def maintainer(settings: Settings, ledger: Ledger, store: SampleStore) -> Iterator[Maintainer]:
+    made = Maintainer(settings, ledger, store)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No record that was validated before a deletion is still on its way."""
+    monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
+
+
+def change(maintainer: Maintainer, section: str, **values: Any) -> None:
+    """Other settings, as after a new start."""
+    part = getattr(maintainer.settings, section).model_copy(update=values)
+    maintainer.settings = maintainer.settings.model_copy(update={section: part})
+
+
+def delete(ledger: Ledger, **selector: str) -> str:
+    return deletion.request_deletion(ledger, selector or {"source": "cam"}, actor="ann", reason="asked to").id
+
+
+def row_of(ledger: Ledger, name: str) -> DeletionRow:
+    found = ledger.deletion(name)
+    assert found is not None
+    return found
+
+
+def holds(store: SampleStore, needle: bytes) -> bool:
+    return any(needle in path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file())
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_deletion_is_requested_removed_and_done_when_no_file_has_it(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    secret = sample(0, 1)["image"]
+    name = delete(ledger)
+    assert holds(store, secret)
+    run = maintainer.run_once()
+    assert (run.removed, run.waiting) == (2, False) and run.written > 0 and run.freed > 0
+    row = row_of(ledger, name)
+    assert (row.state, row.samples) == ("done", 2)
+    assert row.removed_at is not None and row.done_at is not None and row.version in store.versions()
+    assert not holds(store, secret) and store.count() == 2
+    assert [(each.action, each.actor) for each in ledger.audit_rows(subject=f"deletion {name}")] == [
+        ("deleted", "maintain"), ("delete", "ann"),
+    ]  # fmt: skip
+    [event] = ledger.events()
+    assert (event.type, event.data["samples"]) == ("ratchet.deletion.v1", 2)
+
+
+@pytest.mark.usefixtures("settled")
+def test_old_versions_are_kept_for_their_time_and_the_deletion_waits_for_them(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    change(maintainer, "maintain", keep_seconds=3600)
+    name = delete(ledger)
+    maintainer.run_once()
+    assert row_of(ledger, name).state == "removed" and holds(store, sample(0, 1)["image"])
+    assert store.count() == 2, "no reader of the newest version finds it"
+    change(maintainer, "maintain", keep_seconds=0)
+    maintainer.run_once()
+    assert row_of(ledger, name).state == "done" and not holds(store, sample(0, 1)["image"])
+
+
+def test_a_deletion_is_not_done_while_records_from_before_it_may_still_be_stored(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = delete(ledger)
+    maintainer.run_once()
+    assert row_of(ledger, name).state == "removed"
+    late = sample(0, 4, source="cam")  # validated long ago, and stored now
+    put(store, [late], Position(TOPIC, 0, 5))
+    monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
+    assert maintainer.run_once().removed == 1
+    row = row_of(ledger, name)
+    assert (row.state, row.samples) == ("done", 3)
+    assert not holds(store, late["image"])
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_pinned_version_keeps_the_bytes_until_the_update_is_over_or_too_late(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    store.pin("update-1", store.version())
+    pinned = store.version()
+    name = delete(ledger)
+    for _ in range(2):
+        maintainer.run_once()
+    assert row_of(ledger, name).state == "removed" and pinned in store.versions()
+    assert store.count(version=pinned) == 4, "the update goes on with what it was pinned to"
+    long_ago = datetime.now(UTC) - timedelta(hours=maintenance.PIN_HOURS, minutes=1)
+    with ledger.database.write() as session:
+        session.get_one(t.Deletion, name).removed_at = long_ago
+    maintainer.run_once()
+    assert store.pins() == {} and pinned not in store.versions()
+    assert row_of(ledger, name).state == "done" and not holds(store, sample(0, 1)["image"])
+
+
+def test_a_pin_of_a_version_from_after_the_deletion_is_left_alone(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    name = delete(ledger)
+    maintainer.run_once()
+    store.pin("update-2", store.version())
+    with ledger.database.write() as session:
+        session.get_one(t.Deletion, name).removed_at = datetime.now(UTC) - timedelta(days=9)
+    put(store, [sample(0, 4)], Position(TOPIC, 0, 5))
+    maintainer.run_once()
+    assert set(store.pins()) == {"update-2"}
+
+
+def test_the_pin_of_an_update_that_is_over_goes(maintainer: Maintainer, ledger: Ledger, store: SampleStore) -> None:
+    """Who finished it died before it did."""
+    for name in ("u-over", "u-running"):
+        ledger.begin_update(
+            name, family="clip", recipe={}, seed=0, store_version=store.version(), data_from={}, data_to={},
+            incumbent=None,
+        )  # fmt: skip
+        store.pin(name, store.version())
+    store.pin("by-hand", store.version())
+    ledger.advance_update("u-over", "failed", error="no")
+    maintainer.run_once()
+    assert set(store.pins()) == {"u-running", "by-hand"}
+
+
+def test_a_second_maintainer_waits_until_the_first_lets_go(
+    maintainer: Maintainer, settings: Settings, ledger: Ledger, store: SampleStore
+) -> None:
+    second = Maintainer(settings, ledger, store)
+    assert not maintainer.run_once().waiting
+    name = delete(ledger)
+    assert second.run_once().waiting
+    assert row_of(ledger, name).state == "requested"
+    maintainer.close()
+    assert second.run_once().removed == 2
+    assert maintainer.run_once().waiting
+    second.close()
+
+
+def test_the_lease_is_renewed_while_a_run_takes_long(
+    maintainer: Maintainer, settings: Settings, ledger: Ledger, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "LEASE_SECONDS", 0.4)
+    second = Maintainer(settings, ledger, store)
+    renewed = threading.Event()
+    renew, times = Ledger.renew_lease, []
+
+    def count(self: Ledger, name: str, epoch: int, seconds: float) -> bool:
+        times.append(renew(self, name, epoch, seconds))
+        if len(times) == 6:  # half as long again as the lease
+            renewed.set()
+        return times[-1]
+
+    monkeypatch.setattr(Ledger, "renew_lease", count)
+
+    def slow(*_: Any, **__: Any) -> int:
+        assert renewed.wait(30)
+        assert second.run_once().waiting
+        return 0
+
+    monkeypatch.setattr("streams.compaction.compact", slow)
+    assert not maintainer.run_once().waiting
+    assert all(times)
+
+
+def test_a_gap_is_told_once_whoever_maintains(
+    maintainer: Maintainer, settings: Settings, ledger: Ledger, store: SampleStore
+) -> None:
+    put(store, [GAP], Position(TOPIC, 0, 9))
+    maintainer.run_once()
+    maintainer.run_once()
+    maintainer.close()
+    second = Maintainer(settings, ledger, store)
+    second.run_once()
+    [event] = ledger.events()
+    assert (event.event_id, event.subject) == (f"gap-{TOPIC}:0:5", f"{TOPIC}:0")
+    assert event.data == {"topic": TOPIC, "partition": 0, "from": 5, "to": 9, "reason": "retention"}
+    put(store, [{**GAP, "offset": 20, "until": 21}], Position(TOPIC, 0, 21))
+    second.run_once()
+    assert len(ledger.events()) == 2
+    second.close()
+
+
+def test_two_gaps_of_a_topic_with_a_long_name_are_two_events(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    topic = "t" * 249
+    put(store, [{**GAP, "topic": topic}, {**GAP, "topic": topic, "offset": 20, "until": 22}], Position(topic, 0, 22))
+    maintainer.run_once()
+    assert len(ledger.events()) == 2
+
+
+def test_a_store_that_is_away_is_said_once_and_tried_again(
+    maintainer: Maintainer, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = delete(ledger)
+    away, stopping = 3, threading.Event()
+    original = deletion.take_tombstones
+    calls = 0
+
+    def flaky(*given: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls <= away:
+            raise StoreUnavailable("the store is away.", "Wait.")
+        return original(*given)
+
+    monkeypatch.setattr(deletion, "take_tombstones", flaky)
+    run_once = Maintainer.run_once
+
+    def until_done(self: Maintainer) -> Any:
+        done = run_once(self)
+        stopping.set()
+        return done
+
+    monkeypatch.setattr(Maintainer, "run_once", until_done)
+    thread = threading.Thread(target=maintainer.run, args=(stopping,))
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive() and calls == away + 1
+    assert row_of(ledger, name).state == "removed"
+    assert capsys.readouterr().err.count("the store is away") == 1
+
+
+def test_a_deletion_that_cannot_be_carried_out_holds_up_no_other(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.request_deletion("odd", {"colour": "red"}, actor="a newer version", reason="r")
+    name = delete(ledger)
+    assert maintainer.run_once().removed == 2
+    assert (row_of(ledger, name).state, row_of(ledger, "odd").state) == ("removed", "requested")
+    assert "odd cannot be carried out" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_tombstone_is_carried_out_like_any_deletion(
+    maintainer: Maintainer, ledger: Ledger, store: SampleStore
+) -> None:
+    tombstone = {"kind": "tombstone", "topic": TOPIC, "partition": 0, "offset": 4, "id": sample(0, 3)["id"],
+                 "ingested_at": datetime.now(UTC)}  # fmt: skip
+    put(store, [tombstone], Position(TOPIC, 0, 5))
+    assert maintainer.run_once().removed == 1
+    [row] = ledger.deletions()
+    assert (row.id, row.state, row.samples, row.actor) == (f"tombstone {TOPIC}:0:4", "done", 1, "producer")
+    assert not holds(store, sample(0, 3)["image"])
+
+
+def test_retention_looks_now_and_then_and_goes_on_at_once_where_there_is_more(
+    maintainer: Maintainer, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(maintainer, "retention", max_age_days=1, keep_samples=0)
+    monkeypatch.setattr("streams.retention.IDS_AT_ONCE", 3)
+    monkeypatch.setattr("streams.retention.MOST_AT_ONCE", 3)
+    assert [maintainer.run_once().removed for _ in range(2)] == [3, 1]
+    put(store, [sample(0, 9)], Position(TOPIC, 0, 10))
+    assert maintainer.run_once().removed == 0
+    monkeypatch.setattr(maintenance, "EXPIRE_SECONDS", 0.0)
+    assert maintainer.run_once().removed == 1
+
+
+def test_retention_does_not_rewrite_a_file_for_a_few_rows(maintainer: Maintainer, store: SampleStore) -> None:
+    StoreWriter(store.table).remove("offset = 0", "retention", "old")
+    assert maintainer.run_once().written == 0
+    StoreWriter(store.table).remove("offset IN (1, 2)", "retention", "old")
+    assert maintainer.run_once().written > 0
+
+
+def test_an_empty_store_is_maintained_too(settings: Settings, ledger: Ledger) -> None:
+    settings = settings.model_copy(update={"lake_url": str(settings.home / "other")})
+    maintainer = Maintainer(settings, ledger)
+    name = delete(ledger)
+    assert maintainer.run_once().removed == 0
+    assert row_of(ledger, name).samples == 0
+    assert ledger.lease(LEASE) is not None
+    maintainer.close()
