@@ -25,7 +25,7 @@ def test_ingest_is_measured_beside_a_bare_consumer_and_told_as_one_line_of_json(
     assert figures["ratio_to_bare"] == size["ratio_to_bare"] > 0
     assert all(size[who]["records_per_second"] > 0 < size[who]["cpu_seconds"] for who in ("bare", "one", "two"))
     assert [each["stored"] for each in figures["growth"]] == [200, 400]
-    assert all(0 < each["commit_seconds"] and 0 < each["start_seconds"] for each in figures["growth"])
+    assert all(each["commit_seconds"] > 0 and each["start_seconds"] > 0 for each in figures["growth"])
     assert figures["memory_growth"] > 0
     assert 0 < figures["write_amplification"] < 5, "this counts bytes, not seconds"
 
