@@ -18,6 +18,7 @@ from serving.http.schemas import DeletionRequest
 
 router = APIRouter(tags=["Deletions"])
 MAX_ROWS: Final = 500
+DeletionId = Annotated[str, Path(max_length=300, json_schema_extra={"format": "deletion"})]
 
 
 class LearnedFrom(BaseModel):
@@ -117,7 +118,7 @@ async def deletions(
         404: {"description": "`deletion_not_found`: there is no such deletion."},
     },
 )
-async def deletion(request: Request, deletion_id: Annotated[str, Path(max_length=300)]) -> JSONResponse:
+async def deletion(request: Request, deletion_id: DeletionId) -> JSONResponse:
     """Its receipt. One that a tombstone asked for is called `tombstone topic:partition:offset`."""
     operator(request)
     receipt = await gateway(request).deletions.one(deletion_id)

@@ -126,6 +126,8 @@ def teach(edge: Edge) -> None:
     schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=20))
     schemathesis.openapi.format("model", st.sampled_from(MODELS))
     schemathesis.openapi.format("sample", st.sampled_from([sample.id for sample in edge.samples]) | st.text(max_size=9))
+    deletion = edge.ledger.request_deletion("deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to")
+    schemathesis.openapi.format("deletion", st.just(deletion.id) | st.text(min_size=1, max_size=9))
 
 
 @pytest.mark.timeout(600)
