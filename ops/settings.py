@@ -127,7 +127,7 @@ class Ingest(Section):
     split_key: SecretStr | None = Field(
         None, description="Key of the split into train and fresh_eval; made with the store if unset."
     )
-    threads: int = Field(0, ge=0, le=256, description="Threads that validate records; 0: one for each core.")
+    processes: int = Field(0, ge=0, le=256, description="Processes that validate records; 0: one for each core.")
     allowed_uris: list[UriRule] = Field(default_factory=list, description="Prefixes of image URIs that are fetched.")
     allowed_networks: list[NetworkRule] = Field(
         default_factory=list, description="Networks that URIs may lead to although they are not public."

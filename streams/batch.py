@@ -138,7 +138,7 @@ class Batch:
         """
         misfits = 0
         for number, (reading, end, result, size) in enumerate(self._entries):
-            if isinstance(result, Accepted) and (problem := _misfit(result.row)):
+            if isinstance(result, Accepted) and result.record is not None and (problem := _misfit(result.row)):
                 log.error("record %s:%d is valid and cannot be stored: %s", reading.claim.key, end - 1, problem)
                 self._entries[number] = (reading, end, refuse(result.record, "internal", problem), size)
                 misfits += 1

@@ -35,13 +35,12 @@ from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
 from streams.log_watch import LogLost, LogWatch, gap
 from streams.quality.duplicates import DuplicateIndex
-from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
+from streams.quality.validate import Accepted, Received, Row, refuse, validate
 from streams.refusal_publisher import RefusalPublisher
-from streams.registry import SchemaRegistry
 from streams.rows import parse_stream, tally_of
 from streams.store import SampleStore
-from streams.uris import UriFetcher
-from streams.validation_pool import ValidationPool
+from streams.validation_pool import ThreadValidators, ValidationPool, Validators
+from streams.validation_process import ProcessValidators, Work
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -73,8 +72,14 @@ class Consumer:
         settings: Settings,
         store: SampleStore | None = None,
         on_change: Callable[[IngestStatus], None] | None = None,
+        processes: int = 0,
     ) -> None:
-        """``on_change`` is called with the status after every commit and change of state."""
+        """
+        Args:
+            on_change: is called with the status after every commit and change of state.
+            processes: that validate records; 0 does it on threads of this process, which start at once and share its
+                GIL: about half as fast.
+        """
         self.settings = settings
         self.kafka = settings.kafka
         self.store = store or SampleStore(settings.lake)
@@ -83,6 +88,7 @@ class Consumer:
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
         self._consumer: Any = None
         self._opened = False
+        self._processes = processes
 
     @property
     def status(self) -> IngestStatus:
@@ -149,15 +155,17 @@ class Consumer:
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
         with index.deciding():
             index.follow(self.store.table)
-        cores = limits.threads or os.cpu_count() or 1
-        threads = cores + (limits.uri_concurrency if limits.allowed_uris else 0)
+        work = Work(limits, self.kafka, split_key)
+        threads = (os.cpu_count() or 1) + (limits.uri_concurrency if limits.allowed_uris else 0)
         self._guard = CrashGuard(folder, threads)
-        self._fetcher = UriFetcher(limits)
-        self._rules = Rules(limits, split_key, self._fetcher.fetch, SchemaRegistry.of(self.kafka))
+        self._rules = work.rules()
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(self.kafka, self._writer, index)
         records = 2 * self.kafka.batch_records + POLL_RECORDS
-        self._pool = ValidationPool(self._validate, threads, 2 * self.kafka.batch_bytes, records)
+        validators: Validators = (
+            ProcessValidators(work, self._processes) if self._processes else ThreadValidators(self._validate, threads)
+        )
+        self._pool = ValidationPool(validators, 2 * self.kafka.batch_bytes, records)
         self._publisher = RefusalPublisher(self.kafka, self.store)
         self._opened = True
 
@@ -165,7 +173,7 @@ class Consumer:
         if self._opened:
             self._pool.close()
             self._publisher.close()
-            self._fetcher.close()
+            self._rules.end()
             self._batch.index.close()
             self._guard.close()
         self._admin.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -21,7 +22,8 @@ wait for those that run Python; with this, two threads of an 18 KB image stream 
 def run_ingest(settings: Settings) -> None:
     """Read the topic until SIGTERM or SIGINT, then store what has been read, and return."""
     sys.setswitchinterval(SWITCH_SECONDS)
-    consumer = Consumer(settings, on_change=ThrottledLog())
+    processes = settings.ingest.processes or os.cpu_count() or 1
+    consumer = Consumer(settings, on_change=ThrottledLog(), processes=processes)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: consumer.stop())
     metrics.build.started("ingest")

@@ -1,20 +1,21 @@
-"""Validating records on several threads at once, and getting the results in the order of each partition."""
+"""Validating several records at once, and getting the results in the order of each partition."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 from streams.assignment import Reading
 from streams.quality.validate import Accepted, Received, Row
+from streams.validation_process import restore
 
-Validate = Callable[[Received], Accepted | Row]
 CHUNK_RECORDS: Final = 8
 CHUNK_BYTES: Final = 256 << 10
-"""Records that a thread is given at once: handing over costs some 50 us, as much as a tenth of a small image."""
+"""Records that are handed over at once: handing over costs some 50 us, as much as a tenth of a small image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +39,53 @@ class _Chunk:
     size: int = 0
     future: Future[list[Accepted | Row]] = field(default_factory=Future)
 
+    @property
+    def unknown(self) -> list[Received]:
+        """The records whose results were not known before."""
+        return [received for received, _, known in self.records if known is None]
+
+
+class Validators(Protocol):
+    """What validates: threads here, or processes (:class:`streams.validation_process.ProcessValidators`)."""
+
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+        """Validate some records, in the background."""
+
+    def alone(self, received: Received) -> Accepted | Row:
+        """Validate a record after a process has died over it or over others."""
+
+    def close(self) -> None:
+        """End; what is being validated is given up."""
+
+
+class ThreadValidators:
+    """Validates on threads of this process."""
+
+    def __init__(self, validate: Callable[[Received], Accepted | Row], count: int) -> None:
+        self._validate = validate
+        self._threads = ThreadPoolExecutor(count, "validate")
+
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+        """Validate some records, in the background."""
+        return self._threads.submit(lambda: [self._validate(received) for received in records])
+
+    def alone(self, received: Received) -> Accepted | Row:
+        """Validate a record here."""
+        return self._validate(received)
+
+    def close(self) -> None:
+        """Let the threads end; what is being validated is given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
 
 class ValidationPool:
-    """Threads that validate. Decoding an image releases the GIL, so that each core has its work."""
+    """Records that are being validated, in chunks."""
 
-    def __init__(self, validate: Validate, threads: int, max_bytes: int, max_records: int) -> None:
+    def __init__(self, validators: Validators, max_bytes: int, max_records: int) -> None:
         """``max_bytes`` and ``max_records``: of the records inside; :attr:`has_room` says whether more may come."""
-        self._validate = validate
+        self._validators = validators
         self._max_bytes = max_bytes
         self._max_records = max_records
-        self._threads = ThreadPoolExecutor(threads, "validate")
         self._pending: dict[Reading, deque[_Chunk]] = {}
         self._filling: _Chunk | None = None
         self._bytes = 0
@@ -93,6 +131,8 @@ class ValidationPool:
         chunk = ready[0]
         try:
             results = chunk.future.result()
+        except BrokenProcessPool:
+            results = [self._validators.alone(received) for received in chunk.unknown]
         except BaseException:
             self._start(chunk)
             raise
@@ -100,9 +140,10 @@ class ValidationPool:
         if not ready:
             del self._pending[chunk.reading]
         self._forget(chunk)
+        fresh = iter(results)
         return [
-            Validated(chunk.reading, received.offset + 1, epoch, received.size, result)
-            for (received, epoch, _), result in zip(chunk.records, results, strict=True)
+            Validated(chunk.reading, received.offset + 1, epoch, received.size, known or restore(received, next(fresh)))
+            for received, epoch, known in chunk.records
         ]
 
     def wait(self, seconds: float) -> None:
@@ -127,14 +168,11 @@ class ValidationPool:
                 self._forget(chunk)
 
     def close(self) -> None:
-        """Let the threads end; what is inside is given up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End; what is inside is given up."""
+        self._validators.close()
 
     def _start(self, chunk: _Chunk) -> None:
-        chunk.future = self._threads.submit(self._validate_all, chunk)
-
-    def _validate_all(self, chunk: _Chunk) -> list[Accepted | Row]:
-        return [self._validate(received) if result is None else result for received, _, result in chunk.records]
+        chunk.future = self._validators.submit(chunk.unknown)
 
     def _forget(self, chunk: _Chunk) -> None:
         self._bytes -= chunk.size

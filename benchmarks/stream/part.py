@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -110,19 +111,37 @@ class Part:
         return {name[len(prefix) : -2]: value for name, value in self.metrics().items() if name.startswith(prefix)}
 
     def cpu_seconds(self) -> float:
-        """CPU time of the process so far, user and system, all threads."""
-        fields = self._proc("stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """CPU time so far of the process and of those that it has started: user and system, all threads."""
+        return sum(map(_cpu_seconds, self._processes()))
 
     def memory(self, peak: bool = False) -> int:
-        """Resident bytes: now, or the most so far."""
-        found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", self._proc("status"), re.MULTILINE)
-        return int(found.group(1)) * 1024 if found else 0
+        """Resident bytes of the process and of those that it has started: now, or the most so far of each."""
+        return sum(_memory(each, peak) for each in self._processes())
 
-    def _proc(self, name: str) -> str:
+    def _processes(self) -> list[Path]:
         if self.process is None:
             raise RatchetError(f"ratchet {self.name} does not run.", "Start it.")
-        return Path(f"/proc/{self.process.pid}/{name}").read_text()
+        family = [Path(f"/proc/{self.process.pid}")]
+        for each in family:  # which grows meanwhile
+            with suppress(FileNotFoundError):
+                tasks = (task.read_text().split() for task in each.glob("task/*/children"))
+                family += [Path(f"/proc/{number}") for numbers in tasks for number in numbers]
+        return family
+
+
+def _cpu_seconds(process: Path) -> float:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+def _memory(process: Path, peak: bool) -> int:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        status = (process / "status").read_text()
+        found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status, re.MULTILINE)
+        return int(found.group(1)) * 1024 if found else 0
+    return 0
 
 
 def wait_for(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -67,6 +67,8 @@ class Rules:
     fetch: Fetch | None = None
     """Gets images that a record names; without it such records are refused."""
     registry: SchemaRegistry | None = None
+    end: Callable[[], None] = lambda: None
+    """Lets go of the connections of these two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Accepted:
     """A valid sample: its row in the store."""
 
     row: Row
-    record: Received
+    record: Received | None = None
     """Its record, to be refused after all should its row not fit the table."""
 
 

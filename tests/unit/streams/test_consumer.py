@@ -36,7 +36,7 @@ POISON: Message = (b"poison", [])
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     kafka = {"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"}
-    return Settings(home=tmp_path, kafka=kafka, ingest={"threads": 2})
+    return Settings(home=tmp_path, kafka=kafka, ingest={"processes": 2})
 
 
 @pytest.fixture
