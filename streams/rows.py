@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -71,7 +72,7 @@ SCHEMA: Final = pa.schema(
         *SAMPLE_SCHEMA,
         ("key", pa.binary()),  # see record_key
         ("look", pa.binary(35)),  # see streams.quality.look.Look
-        ("words", pa.int64()),  # see streams.quality.duplicates.words_hash
+        ("words", pa.int64()),  # see words_hash
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("duplicate_of", pa.string()),
@@ -125,6 +126,12 @@ def parse_position(name: str) -> RecordPosition:
     """The position that :func:`name_of` wrote. Raises ValueError."""
     stream, partition, offset = name.rsplit(":", 2)
     return stream, int(partition), int(offset)
+
+
+def words_hash(text: str, question: str, answer: str) -> int:
+    """64 bits, signed, of the words of a sample."""
+    words = f"{len(text)} {len(question)} {text}{question}{answer}".encode()
+    return int.from_bytes(blake2b(words, digest_size=8).digest(), "big", signed=True)
 
 
 def stream_name(topic: str, generation: int) -> str:

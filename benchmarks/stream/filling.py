@@ -16,8 +16,7 @@ from PIL import Image
 from ops.progress import track
 from ops.settings import Settings
 from streams.maintenance import Maintainer
-from streams.quality.duplicates import words_hash
-from streams.rows import SCHEMA, Position, Tally
+from streams.rows import SCHEMA, Position, Tally, words_hash
 from streams.table import SampleTable
 from streams.writer import StoreWriter
 

@@ -15,7 +15,6 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -288,12 +287,6 @@ def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
     with reading(dataset.uri):
         rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
         yield from rows.to_batches()
-
-
-def words_hash(text: str, question: str, answer: str) -> int:
-    """64 bits, signed, of the words of a sample."""
-    words = f"{len(text)} {len(question)} {text}{question}{answer}".encode()
-    return int.from_bytes(blake2b(words, digest_size=8).digest(), "big", signed=True)
 
 
 def _bands(distance: int) -> list[int]:

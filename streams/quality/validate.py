@@ -17,11 +17,10 @@ from ops.errors import BrokerError, RecordError, StoreError
 from ops.settings import Ingest as Limits
 from streams.codecs import Fetch, decode
 from streams.images import decode_image
-from streams.quality.duplicates import words_hash
 from streams.quality.look import look_of, split_of
 from streams.records import Sample, check_text
 from streams.registry import SchemaRegistry
-from streams.rows import record_key
+from streams.rows import record_key, words_hash
 
 log = logging.getLogger(__name__)
 DETAIL_CHARS: Final = 500

@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 
 from ops.errors import StoreFull, StoreUnavailable
 from streams.quality import duplicates as module
-from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample, words_hash
+from streams.quality.duplicates import OFF, Duplicate, DuplicateIndex, Sample
 from streams.quality.look import look_of
-from streams.rows import Position
+from streams.rows import Position, words_hash
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 
