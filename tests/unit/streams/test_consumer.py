@@ -167,6 +167,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
         return real(received, rules)
 
     monkeypatch.setattr(module, "validate", slow)
+    monkeypatch.setattr("streams.validation_pool.CHUNK_RECORDS", 1)
     kafka.send(*(good(n) for n in range(12)))
     with run(settings, 12):
         pass

@@ -1,0 +1,142 @@
+"""Records are validated in processes: as here, in order, and whatever happens to the processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Ingest, Kafka
+from streams.assignment import Reading
+from streams.quality.validate import Accepted, Received, Row, validate
+from streams.rows import Position
+from streams.validation_pool import ThreadValidators, ValidationPool
+from streams.validation_process import ProcessValidators, Work, restore
+from streams.writer import Claim
+from tests.support.kafka import good, picture, wait_for
+
+WORK = Work(Ingest(), Kafka(), b"k" * 32)
+DEADLY = b"deadly"
+
+
+class MortalProcesses(ProcessValidators):
+    """Processes of which one is killed whenever a certain record is among those that are validated."""
+
+    deaths = 0
+
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+        """As always; but the kill comes first."""
+        if any(received.key == DEADLY for received in records):
+            self.deaths += 1
+            self._pool.submit(os.kill, next(iter(self._pool._processes)), signal.SIGKILL)
+        return super().submit(records)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessValidators]:
+    validators = ProcessValidators(WORK, 2)
+    yield validators
+    validators.close()
+
+
+def received(offset: int, key: bytes | None = None) -> Received:
+    value, headers = good(offset) if offset % 3 else (b"poison %d" % offset, [])
+    return Received("t", 0, offset, value, key, headers, 1_700_000_000_000)
+
+
+def reading() -> Reading:
+    return Reading.of(Claim(Position("t", 0, 0), 1))
+
+
+def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | Row]:
+    mine = reading()
+    for record in records:
+        pool.add(mine, record, 0)
+    pool.flush()
+    taken = []
+    while len(pool):
+        pool.wait(20)
+        taken += pool.take()
+    assert [each.end for each in taken] == [record.offset + 1 for record in records]
+    return [each.result for each in taken]
+
+
+def plain(result: Accepted | Row) -> Row:
+    row = dict(result.row if isinstance(result, Accepted) else result)
+    row.pop("ingested_at")
+    return row
+
+
+def test_what_comes_back_is_what_validation_here_gives_with_its_bytes(processes: ProcessValidators) -> None:
+    records = [received(n) for n in range(40)]
+    mine = [plain(validate(record, WORK.rules())) for record in records]
+    theirs = results(ValidationPool(processes, 1 << 24, 1000), records)
+    assert [plain(each) for each in theirs] == mine
+    assert all(
+        each.record is record for each, record in zip(theirs, records, strict=True) if isinstance(each, Accepted)
+    )
+    assert mine[1]["image"] == picture(1) and mine[0]["original"] == b"poison 0"
+
+
+def test_a_record_that_kills_its_process_three_times_is_refused_and_the_others_are_not() -> None:
+    validators = MortalProcesses(WORK, 2)
+    try:
+        records = [received(n, DEADLY if n == 4 else None) for n in range(12)]
+        taken = results(ValidationPool(validators, 1 << 24, 1000), records)
+        refused = plain(taken[4])
+        assert (refused["reason"], refused["original"]) == ("crashed", records[4].value)
+        assert [plain(each)["kind"] for number, each in enumerate(taken) if number != 4] == [
+            "sample" if record.offset % 3 else "quarantine" for record in records if record.offset != 4
+        ]
+        assert validators.deaths == 4, "with its chunk, and three times alone"
+    finally:
+        validators.close()
+
+
+def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
+    script = """
+import sys, time
+from ops.settings import Ingest, Kafka
+from streams.validation_process import ProcessValidators, Work
+if __name__ == "__main__":
+    validators = ProcessValidators(Work(Ingest(), Kafka(), b"k" * 32), 2)
+    validators.submit([]).result()
+    print(*validators._pool._processes, flush=True)
+    time.sleep(600)
+"""
+    file = tmp_path / "consumer.py"
+    file.write_text(script)
+    consumer = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True)
+    assert consumer.stdout is not None
+    children = [int(number) for number in consumer.stdout.readline().split()]
+    assert len(children) == 2 and all(map(_runs, children))
+    consumer.kill()
+    consumer.wait()
+    wait_for(lambda: not any(map(_runs, children)), "the end of the processes")
+
+
+def test_what_was_left_out_is_put_back() -> None:
+    record = received(1)
+    accepted = validate(record, WORK.rules())
+    assert isinstance(accepted, Accepted)
+    whole = restore(record, Accepted({**accepted.row, "image": None}))
+    assert isinstance(whole, Accepted) and whole.row == accepted.row and whole.record is record
+
+
+def test_threads_validate_a_record_alone_as_any_other() -> None:
+    validators = ThreadValidators(lambda record: validate(record, WORK.rules()), 1)
+    assert plain(validators.alone(received(1)))["kind"] == "sample"
+    validators.close()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
