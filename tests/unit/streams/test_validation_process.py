@@ -26,16 +26,23 @@ DEADLY = b"deadly"
 
 
 class MortalProcesses(ProcessValidators):
-    """Processes of which one is killed whenever a certain record is among those that are validated."""
+    """Processes of which one dies over a certain record."""
 
     deaths = 0
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
-        """As always; but the kill comes first."""
-        if any(received.key == DEADLY for received in records):
-            self.deaths += 1
-            self._pool.submit(os.kill, next(iter(self._pool._processes)), signal.SIGKILL)
-        return super().submit(records)
+        """As always; but the process that gets this record dies."""
+        if not any(received.key == DEADLY for received in records):
+            return super().submit(records)
+        self.deaths += 1
+        super().submit([]).result()  # the processes are there
+        return self._pool.submit(die)
+
+
+def die() -> list[Accepted | Row]:
+    """In the process: end as a crash of a decoder would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process went on")
 
 
 @pytest.fixture(scope="module")
