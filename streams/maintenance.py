@@ -100,14 +100,14 @@ class Maintainer:
         """Run again and again until ``stopping``; what is away is waited for."""
         publisher = threading.Thread(target=self.events.run, args=(stopping,), name="events")
         publisher.start()
-        told = ""
+        last_error = ""
         while not stopping.is_set():
             try:
                 self.run_once()
-                told = ""
+                last_error = ""
             except RatchetError as error:
-                if str(error) != told:
-                    told = str(error)
+                if str(error) != last_error:
+                    last_error = str(error)
                     say(f"maintain: [yellow]{error}[/yellow]")
             except Exception:
                 log.exception("maintenance")

@@ -90,8 +90,8 @@ class SampleStore:
     def positions(self, version: int | None = None) -> dict[str, Position]:
         """How far each partition has been read, by its key. Costs the same whatever is stored."""
         dataset = self.table.open(version)
-        found = [] if dataset is None else [position for _, position in positions(dataset)]
-        return {position.key: position for position in found if position.key != ROOT.key}
+        known = [] if dataset is None else [position for _, position in positions(dataset)]
+        return {position.key: position for position in known if position.key != ROOT.key}
 
     def offsets(self, version: int | None = None) -> dict[str, int]:
         """Next offset to read of each partition, by ``topic:partition`` (``topic@n:partition`` after a lost log)."""

@@ -66,9 +66,9 @@ class SampleTable:
 
     def create(self) -> Any:
         """Make the table where there is none. Of processes that start at once one makes it, and the others take it."""
-        found = self.open()
-        if found is not None:
-            return found
+        dataset = self.open()
+        if dataset is not None:
+            return dataset
         identity = {
             "ratchet.format": FORMAT,
             "ratchet.store": secrets.token_hex(16),
@@ -113,11 +113,11 @@ def fences(dataset: Any) -> list[Any]:
 
 def positions(dataset: Any) -> Iterator[tuple[int, Position]]:
     """Fragment and position of every partition, :data:`ROOT` among them."""
-    found = fences(dataset)
-    if not found:
+    fragments = fences(dataset)
+    if not fragments:
         return
     with reading(dataset.uri):
-        table = dataset.scanner(columns=list(POSITION_COLUMNS), fragments=found, with_row_address=True).to_table()
+        table = dataset.scanner(columns=list(POSITION_COLUMNS), fragments=fragments, with_row_address=True).to_table()
     for row in table.to_pylist():
         yield int(row["_rowaddr"]) >> 32, Position.parse(row)
 
