@@ -40,6 +40,9 @@ RECENT_VERSIONS: Final = 256
 CHUNK_ROWS: Final = 65_536
 IDS_PER_QUERY: Final = 500
 CACHE_KIB: Final = 32_768
+CHECKPOINT_PAGES: Final = 8000
+"""Of 4 KiB, between two checkpoints. A batch changes a page for each of its samples once there are many pages: with
+SQLite's 1,000 each fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "1"
 _ALL_BITS: Final = 2**64 - 1
@@ -264,6 +267,7 @@ class DuplicateIndex:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")
         db.execute(f"PRAGMA cache_size = -{CACHE_KIB}")
+        db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         return db
 
     @contextmanager
