@@ -28,6 +28,8 @@ from updater.gate.command import gate_command
 from updater.judge import judge
 
 pytestmark = pytest.mark.integration
+STORED = 3
+"""The version that holds the samples: the table is made, the partition claimed, and the samples stored."""
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def _adapter(settings: Settings, seed: int, scale: float = 0.02) -> str:
 
 def _trained(ledger: Ledger, adapter: str, incumbent: str | None = None) -> UpdateRow:
     update = ledger.begin_update(
-        f"update-{adapter}", family="vlm", recipe={"name": "vlm-x", "rank": 4}, seed=0, store_version=2,
+        f"update-{adapter}", family="vlm", recipe={"name": "vlm-x", "rank": 4}, seed=0, store_version=STORED,
         data_from={}, data_to={"samples:0": 40}, incumbent=incumbent,
     )  # fmt: skip
     ledger.register_adapter(adapter, "vlm", "tiny-vlm", "", "", {})
