@@ -139,8 +139,8 @@ def _cpu_seconds(process: Path) -> float:
 def _memory(process: Path, peak: bool) -> int:
     with suppress(FileNotFoundError, ProcessLookupError):
         status = (process / "status").read_text()
-        found = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status, re.MULTILINE)
-        return int(found.group(1)) * 1024 if found else 0
+        line = re.search(rf"^{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", status, re.MULTILINE)
+        return int(line.group(1)) * 1024 if line else 0
     return 0
 
 
