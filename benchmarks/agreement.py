@@ -25,13 +25,13 @@ from ops.artifacts import Artifacts
 from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
-from serving.deployments.messages import Kind
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.ask import Ask, Reply, question
 from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.generation import Ask, Reply, question
 from serving.engines.vlm.sync import SyncVlm
-from serving.rollout.agreement import TEXTS, Neighbours, same_answer
+from serving.messages import Kind
+from serving.releases.agreement import TEXTS, Neighbours, same_answer
 from streams.folders import FolderItem, read_folder
 from streams.images import decode_image
 

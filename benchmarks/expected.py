@@ -9,11 +9,11 @@ import numpy.typing as npt
 
 from ops.artifacts import Artifacts
 from ops.settings import Settings
-from serving.deployments.stamps import BASE
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.ask import question
 from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.generation import question
+from serving.releases.admission import BASE
 from streams.images import decode_image
 
 Question = tuple[bytes, str]

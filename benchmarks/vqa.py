@@ -31,8 +31,8 @@ from ops.progress import step, track
 from ops.settings import Settings
 from serving.app import start
 from serving.client import Client, data_uri
-from serving.engines.vlm.ask import Ask, question
 from serving.engines.vlm.base import VlmBase, load_vlm_base
+from serving.engines.vlm.generation import Ask, question
 from streams.images import decode_image
 
 LEVELS = (1, 8, 32)

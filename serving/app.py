@@ -28,7 +28,7 @@ from ops.loading import load_settings
 from ops.progress import say, step
 from ops.settings import Settings
 from serving.client import Client
-from serving.deployments import loopback, session
+from serving.ray import loopback, ray_session
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -57,7 +57,7 @@ class Server:
         with contextlib.suppress(Exception):  # a broken session is ended all the same
             serve.shutdown()
         ray.shutdown()
-        session.end_leftovers(self.folder)
+        ray_session.end_leftovers(self.folder)
         os.close(self.lock)
 
 
@@ -66,12 +66,12 @@ def build(settings: Settings | None = None) -> Application:
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
-    from serving.deployments.catalog import CatalogReplica
-    from serving.deployments.controller import ReleaseController
-    from serving.deployments.encoder import Encoder
-    from serving.deployments.fleet import INGRESS
-    from serving.deployments.ingress import Ingress
-    from serving.deployments.vlm import VlmReplica
+    from serving.releases.broadcast import INGRESS
+    from serving.releases.controller import ReleaseController
+    from serving.replicas.catalog import CatalogReplica
+    from serving.replicas.encoder import Encoder
+    from serving.replicas.ingress import Ingress
+    from serving.replicas.vlm import VlmReplica
 
     settings = settings or load_settings()
     at = settings.serve
@@ -124,8 +124,8 @@ def start(settings: Settings) -> Server:
     settings = settings.model_copy(update={"home": settings.home.resolve()})
     Ledger.open(settings.ledger).close()  # migrations run once, before many processes connect
     settings.operator_key()
-    folder = session.session_directory(settings)
-    held = session.lock(folder)
+    folder = ray_session.session_directory(settings)
+    held = ray_session.lock(folder)
     server = Server(f"http://{_reachable(settings.serve.host)}:{settings.serve.port}", folder, held)
     try:
         _start(settings, server)
@@ -136,12 +136,12 @@ def start(settings: Settings) -> Server:
 
 
 def _start(settings: Settings, server: Server) -> None:
-    session.prepare_environment(settings)
-    if not session.is_free(settings.serve.host, settings.serve.port):
+    ray_session.prepare_environment(settings)
+    if not ray_session.is_free(settings.serve.host, settings.serve.port):
         raise ConfigError(
             f"port {settings.serve.port} is taken.", "Stop what listens there, or set serve.port to another one."
         )
-    if settings.serve.ray_metrics_port and not session.is_free("", settings.serve.ray_metrics_port):
+    if settings.serve.ray_metrics_port and not ray_session.is_free("", settings.serve.ray_metrics_port):
         raise ConfigError(  # Ray's agent would end, and with it the node
             f"port {settings.serve.ray_metrics_port} is taken.",
             "Set serve.ray_metrics_port to another one, or to 0: Ray then exports no metrics.",
@@ -156,7 +156,7 @@ def _start(settings: Settings, server: Server) -> None:
             address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
             _temp_dir=str(server.folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
             _metrics_export_port=settings.serve.ray_metrics_port or None,
-            object_store_memory=session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
+            object_store_memory=ray_session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
         )  # fmt: skip
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(
@@ -166,7 +166,7 @@ def _start(settings: Settings, server: Server) -> None:
         )
     _tell_of_keys(settings)
     with step("loading the model and its releases"):
-        from serving.deployments.fleet import APP
+        from serving.releases.broadcast import APP
 
         serve.run(build(settings), name=APP, route_prefix="/", logging_config=quiet)
         with Client(server.url) as client:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ops.errors import AdapterError, ConfigError
 from serving.engines.base import ClipBase
 from serving.engines.clip import GOLDEN_TEXTS, ClipEngine, golden_pixels
-from serving.engines.sharing import shell_of
+from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
 from updater.families.clip.prepare import stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, find_blocks

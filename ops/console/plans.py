@@ -13,7 +13,7 @@ from ops.console.rollout import on_trial
 from ops.console.timeline import FAMILIES, NAMES, trained
 from ops.errors import RatchetError
 from ops.ledger import Family, Ledger, ReleaseRow, answers
-from serving.deployments.targets import rollback_target
+from serving.releases.rollback import rollback_target
 
 BASE = "base"
 AGAINST = {"rejected": "The gate rejected this adapter", "inconclusive": "The gate found this adapter inconclusive"}

@@ -24,8 +24,8 @@ from torch import nn
 from ops.errors import AdapterError
 from serving.engines.adapters import effective_weights, read_adapter
 from serving.engines.base import ClipBase
-from serving.engines.layout import ROWS, images_per_pass, lay_out
-from serving.engines.sharing import private_bytes, shell_of
+from serving.engines.conv_layout import ROWS, images_per_pass, lay_out
+from serving.engines.shared_weights import private_bytes, shell_of
 from serving.engines.spaces import Spaces
 
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")

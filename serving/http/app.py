@@ -21,8 +21,8 @@ from serving.http import (
     search,
     vqa,
 )
+from serving.http.app_state import Gateway
 from serving.http.auth import Guard
-from serving.http.gateway import Gateway
 from serving.http.limits import Bounds
 
 DESCRIPTION = """

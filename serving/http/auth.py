@@ -21,7 +21,7 @@ from ops.ledger.keys import SCOPES
 from ops.ledger.rows import KeyScope
 from serving.http import errors
 from serving.http.errors import ApiError
-from serving.http.rates import Rates, address
+from serving.http.rate_limit import Rates, address
 
 READ_SECONDS = 1.0
 """Longest that a request waits for the keys to be read again; then those that were read last count."""

@@ -9,15 +9,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.deployments.calls import Unavailable
-from serving.deployments.stamps import Stamp
-from serving.engines.vlm.ask import Ask, Message, Piece
+from serving.engines.vlm.generation import Ask, Message, Piece
+from serving.http.app_state import VLM, Gateway, Vlms, gateway, json_body, json_schema, stamp_headers
+from serving.http.cancel_on_disconnect import attended
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import Answered
 from serving.http.errors import ApiError
-from serving.http.gateway import VLM, Gateway, Vlms, gateway, json_body, json_schema, stamp_headers
-from serving.http.presence import attended
 from serving.http.sse import EventStream
+from serving.releases.admission import Stamp
+from serving.replicas.encoder_calls import Unavailable
 
 router = APIRouter(tags=["OpenAI compatible"])
 SEEDS = 2**63

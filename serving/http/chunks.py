@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serving.deployments.stamps import Stamp
-from serving.engines.vlm.ask import Finish, Piece, Reply
+from serving.engines.vlm.generation import Finish, Piece, Reply
 from serving.http.sse import DONE, dumps
+from serving.releases.admission import Stamp
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""

@@ -9,10 +9,10 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from serving.http.app_state import gateway, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import attended
 from serving.http.embeddings import made
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
-from serving.http.gateway import gateway, json_body, stamp_headers
-from serving.http.presence import attended
 from serving.http.schemas import ClassifyRequest
 
 router = APIRouter(tags=["Zero-shot"])

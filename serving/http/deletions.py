@@ -11,9 +11,9 @@ from pydantic import BaseModel
 
 from ops.errors import SelectorError
 from ops.ledger import DeletionState
+from serving.http.app_state import gateway, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError
-from serving.http.gateway import gateway, json_body, json_schema
 from serving.http.schemas import DeletionRequest
 
 router = APIRouter(tags=["Deletions"])

@@ -12,12 +12,12 @@ from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
 from ops.ledger.rows import Family
-from serving.deployments.messages import Answer
-from serving.deployments.stamps import Stamp
+from serving.http.app_state import CLIP, VLM, Gateway, gateway, json_body, json_schema, stamp_headers
+from serving.http.cancel_on_disconnect import attended
 from serving.http.errors import ApiError
-from serving.http.gateway import CLIP, VLM, Gateway, gateway, json_body, json_schema, stamp_headers
-from serving.http.presence import attended
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
+from serving.messages import Answer
+from serving.releases.admission import Stamp
 
 router = APIRouter(tags=["OpenAI compatible"])
 

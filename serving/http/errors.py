@@ -27,9 +27,9 @@ from ops.errors import (
     StoreError,
     UnknownRecord,
 )
-from serving.deployments.calls import Late, Overloaded, Unavailable, Unservable
-from serving.deployments.stamps import NotReady, UnknownModel
-from serving.engines.vlm.ask import AskError, EngineDead
+from serving.engines.vlm.generation import AskError, EngineDead
+from serving.releases.admission import NotReady, UnknownModel
+from serving.replicas.encoder_calls import Late, Overloaded, Unavailable, Unservable
 
 log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = "1"

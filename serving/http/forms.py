@@ -9,8 +9,8 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 
+from serving.http.app_state import Model, inline
 from serving.http.errors import ApiError, from_validation
-from serving.http.gateway import Model, inline
 
 MAX_FIELDS = 1000
 

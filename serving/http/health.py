@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ops import metrics
-from serving.deployments.stamps import Stamp
-from serving.deployments.vlm_calls import PROBE
+from serving.http.app_state import Gateway, gateway, stamp_headers
 from serving.http.errors import answer
-from serving.http.gateway import Gateway, gateway, stamp_headers
+from serving.releases.admission import Stamp
+from serving.replicas.vlm_calls import PROBE
 
 router = APIRouter(tags=["Health"])
 PROBE_SECONDS = 10.0

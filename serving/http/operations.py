@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from serving.deployments.terms import Outcome
+from serving.http.app_state import Gateway, gateway, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError
-from serving.http.gateway import Gateway, gateway, json_body, json_schema
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
+from serving.releases.types import Outcome
 
 router = APIRouter(tags=["Operations"])
 MAX_ROWS = 500

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
+from serving.http.app_state import Gateway, gateway, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
-from serving.http.gateway import Gateway, gateway, json_body, json_schema
 from serving.http.schemas import RefusedSelection, ResubmitRequest
 from streams.records import REASONS
 

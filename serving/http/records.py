@@ -10,9 +10,9 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from ops.errors import RecordError
+from serving.http.app_state import gateway
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
-from serving.http.gateway import gateway
 from streams.receipts import Outcome
 
 router = APIRouter(tags=["Records"])

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from ops.ledger.rows import Family
-from serving.deployments.stamps import BASE
-from serving.deployments.targets import Adapters
+from serving.releases.admission import BASE
+from serving.releases.rollback import Adapters
 
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]

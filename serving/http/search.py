@@ -13,11 +13,11 @@ from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
 from serving.catalog.queries import as_filters
+from serving.http.app_state import gateway, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import attended
 from serving.http.embeddings import made
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
-from serving.http.gateway import gateway, json_body, stamp_headers
-from serving.http.presence import attended
 from serving.http.schemas import SearchRequest
 from streams.images import decode_image
 

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ops import metrics
-from serving.deployments.calls import Late
 from serving.http import errors
-from serving.http.presence import ClientGone, attended
+from serving.http.cancel_on_disconnect import ClientGone, attended
+from serving.replicas.encoder_calls import Late
 
 log = logging.getLogger("ratchet.http")
 DONE = b"data: [DONE]\n\n"

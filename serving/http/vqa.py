@@ -10,12 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serving.engines.vlm.ask import question
+from serving.engines.vlm.generation import question
+from serving.http.app_state import VLM, gateway, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import attended
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
-from serving.http.gateway import VLM, gateway, json_body, stamp_headers
-from serving.http.presence import attended
 from serving.http.schemas import VqaRequest
 
 router = APIRouter(tags=["Questions about images"])

@@ -11,8 +11,8 @@ import numpy as np
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Rollout, Settings
-from serving.rollout.guard import look
-from serving.rollout.observations import Answered, Compared, Observations
+from serving.releases.guard import look
+from serving.releases.observations import Answered, Compared, Observations
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
 from updater.gate.report import write_report

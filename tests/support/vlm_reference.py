@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from serving.engines.vlm.ask import Ask, Image, question
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import Ask, Image, question
 from serving.engines.vlm.prompts import inputs
 
 QUESTIONS = ("what is this?", "is there a red car?", "which colour?", "what is the round apple on?")

@@ -10,8 +10,8 @@ from ops.errors import GateError
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.ask import EngineDead
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import EngineDead
 from updater.gate.asker import Asker
 from updater.gate.clip import ClipAsker
 from updater.gate.vlm import VlmAsker

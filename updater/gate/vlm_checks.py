@@ -16,8 +16,8 @@ from peft import PeftModel
 from torch import nn
 
 from serving.engines.adapters import effective_weights
-from serving.engines.vlm.ask import Ask
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import Ask
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift

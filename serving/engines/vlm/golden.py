@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError
 from serving.engines.clip import golden_pixels
-from serving.engines.vlm.ask import Ask, Reply, question
+from serving.engines.vlm.generation import Ask, Reply, question
 
 SIDE = 64
 QUESTIONS = ("what is this?", "is there something red? answer yes or no.")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from serving.engines.vlm.ask import Ask, EngineDead, Finish
+from serving.engines.vlm.generation import Ask, EngineDead, Finish
 from serving.engines.vlm.prompts import answer_tokens, inputs
 
 

@@ -18,16 +18,16 @@ from torch import nn
 
 from ops.settings import Serve
 from serving.engines.adapters import effective_weights
-from serving.engines.sharing import shell_of
-from serving.engines.vlm.ask import Ask, AskError, EngineDead, Finish, Piece, Reply
+from serving.engines.shared_weights import shell_of
+from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_fitting
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.fit import Shapes, linear_shapes, read_fitting
+from serving.engines.vlm.detokenizer import Words, whole
+from serving.engines.vlm.generation import Ask, AskError, EngineDead, Finish, Piece, Reply
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.hf_batch import Row, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.residents import Residents
-from serving.engines.vlm.words import Words, whole
 
 T = TypeVar("T")
 BASE = ""
@@ -35,7 +35,7 @@ BASE = ""
 
 
 class TransformersEngine:
-    """See :class:`serving.engines.vlm.ask.VlmEngine`."""
+    """See :class:`serving.engines.vlm.generation.VlmEngine`."""
 
     kind: Literal["vllm", "transformers"] = "transformers"
     tower_lora = True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.engines.vlm.ask import EngineDead
+from serving.engines.vlm.generation import EngineDead
 from serving.engines.vlm.hf_batch import Row, Scoring, answer, score
 
 _RESTART = "Start a new engine."

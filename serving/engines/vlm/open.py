@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ops.errors import ConfigError
 from ops.settings import Serve
-from serving.engines.vlm.ask import VlmEngine
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import VlmEngine
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vllm_start import installed

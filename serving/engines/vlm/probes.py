@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from serving.engines.adapters import CONFIG, WEIGHTS
-from serving.engines.vlm.ask import Reply
-from serving.engines.vlm.fit import Shapes
+from serving.engines.vlm.adapter_validation import Shapes
+from serving.engines.vlm.generation import Reply
 
 PROBED = ("image", "connector")
 """Parts of a model whose adapters some engines ignore without a word."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from serving.engines.vlm.ask import Ask, AskError
+from serving.engines.vlm.generation import Ask, AskError
 
 
 def conversation(ask: Ask) -> list[dict[str, Any]]:

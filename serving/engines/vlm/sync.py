@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ops.progress import track
-from serving.engines.vlm.ask import Ask, Reply, VlmEngine
+from serving.engines.vlm.generation import Ask, Reply, VlmEngine
 
 T = TypeVar("T")
 AHEAD = 64

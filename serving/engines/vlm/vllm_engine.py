@@ -22,16 +22,16 @@ from typing import Any, Literal
 
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
-from serving.engines.vlm.ask import Ask, AskError, EngineDead, Piece, Reply
+from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_fitting
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.fit import Shapes, linear_shapes, parts_of, read_fitting
+from serving.engines.vlm.detokenizer import Words, whole
+from serving.engines.vlm.generation import Ask, AskError, EngineDead, Piece, Reply
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, write_probe
 from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
 from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm, slots_of
-from serving.engines.vlm.words import Words, whole
 
 ZERO = "zero"
 CLOSE_SECONDS = 5.0
@@ -40,7 +40,7 @@ _RESTART = "Start a new engine."
 
 
 class VllmEngine:
-    """See :class:`serving.engines.vlm.ask.VlmEngine`."""
+    """See :class:`serving.engines.vlm.generation.VlmEngine`."""
 
     kind: Literal["vllm", "transformers"] = "vllm"
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.engines.vlm.ask import Ask, AskError, Image
+from serving.engines.vlm.generation import Ask, AskError, Image
 from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, render
 from serving.engines.vlm.vllm_start import MAX_IMAGES
 

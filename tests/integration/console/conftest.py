@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 from ops.loading import load_settings
 from ops.settings import Settings
 from streams.consumer import Consumer
-from tests.integration.serving.house import House, free_port
+from tests.integration.serving.server_fixture import House, free_port
 from tests.support.broker import Broker, broker
 from tests.support.browser import DESKTOP, Complaints, chromium, console
 from tests.support.kafka import make_topics, reading

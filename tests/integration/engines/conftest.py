@@ -11,8 +11,8 @@ import pytest_asyncio
 import torch
 
 from ops.settings import Serve
-from serving.engines.vlm.ask import Ask, VlmEngine
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import Ask, VlmEngine
 from serving.engines.vlm.open import open_engine
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, some_asks

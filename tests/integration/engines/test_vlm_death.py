@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ops.settings import Serve
-from serving.engines.vlm.ask import EngineDead, Reply
+from serving.engines.vlm.generation import EngineDead, Reply
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from tests.integration.engines.conftest import House

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ops import metrics
 from ops.errors import AdapterError
-from serving.engines.vlm.ask import Ask, AskError, Message, VlmEngine, question
+from serving.engines.vlm.generation import Ask, AskError, Message, VlmEngine, question
 from tests.integration.engines.conftest import House
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import picture

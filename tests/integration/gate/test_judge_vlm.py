@@ -17,8 +17,8 @@ from ops.ledger import Ledger, UpdateRow
 from ops.loading import load_settings
 from ops.settings import Settings
 from serving.engines.adapters import read_adapter, write_adapter
-from serving.engines.vlm.ask import EngineDead
 from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.generation import EngineDead
 from serving.engines.vlm.hf_engine import TransformersEngine
 from streams.rows import Position
 from streams.store import SampleStore

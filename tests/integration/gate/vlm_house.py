@@ -21,8 +21,8 @@ from torch import nn
 from ops.loading import load_settings
 from ops.settings import Settings
 from serving.engines.adapters import write_adapter
-from serving.engines.vlm.ask import question
 from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base
+from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from tests.support.tiny_vlm import tiny_vlm_base
 

@@ -1,6 +1,6 @@
 """One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live.
 
-Where Ray plays no part, the same application in this process does (:mod:`tests.support.edge`).
+Where Ray plays no part, the same application in this process does (:mod:`tests.support.in_process_app`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 from fastapi import FastAPI
 
 from ops.settings import Serve
-from tests.integration.serving.house import House
-from tests.support.edge import Edge, open_edge
+from tests.integration.serving.server_fixture import House
+from tests.support.in_process_app import Edge, open_edge
 
 
 @pytest.fixture(scope="session")

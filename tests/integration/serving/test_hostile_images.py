@@ -11,8 +11,8 @@ import pytest
 from fastapi import FastAPI
 
 from serving.client import data_uri
-from tests.support.edge import Edge
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
+from tests.support.in_process_app import Edge
 
 pytestmark = pytest.mark.integration
 TOO_MUCH = {"image_too_many_pixels", "image_too_large"}

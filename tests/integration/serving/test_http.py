@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from serving.client import Client, ServerError, data_uri
-from tests.integration.serving.house import QUEUE, House
+from tests.integration.serving.server_fixture import QUEUE, House
 
 LISTENING = "0A"
 pytestmark = pytest.mark.integration

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ops.errors import RatchetError
-from tests.integration.serving.house import House
+from tests.integration.serving.server_fixture import House
 
 pytestmark = pytest.mark.integration
 Samples = dict[str, list[tuple[dict[str, str], float]]]

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
-from tests.support.edge import KEY, Edge
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
+from tests.support.in_process_app import KEY, Edge
 
 pytestmark = pytest.mark.integration
 CALLS = 5000

@@ -17,7 +17,7 @@ from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
 from ops.ledger import AuditRow
 from serving.client import ServerError
-from tests.integration.serving.house import House
+from tests.integration.serving.server_fixture import House
 
 pytestmark = pytest.mark.integration
 ROLLOUT = {

@@ -19,7 +19,7 @@ from ops.artifacts import Artifacts
 from ops.errors import ReleaseConflict
 from serving.client import ServerError
 from serving.engines.adapters import write_adapter
-from tests.integration.serving.house import ROOT, House
+from tests.integration.serving.server_fixture import ROOT, House
 
 pytestmark = pytest.mark.integration
 

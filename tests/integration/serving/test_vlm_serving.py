@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ops.artifacts import Artifacts
 from serving.client import ServerError, data_uri
 from serving.engines.adapters import write_adapter
-from tests.integration.serving.house import House
+from tests.integration.serving.server_fixture import House
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]

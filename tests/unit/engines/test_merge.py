@@ -24,7 +24,7 @@ from serving.engines.adapters import (
 from serving.engines.base import ClipBase, save_base
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.preprocess import Preprocess
-from serving.engines.sharing import shell_of
+from serving.engines.shared_weights import shell_of
 from tests.support.tiny import CONFIG
 
 TEXTS = ["a cat", "two dogs on the beach at night"]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engines.vlm.ask import Ask, AskError, Message, question
+from serving.engines.vlm.generation import Ask, AskError, Message, question
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
 from tests.support.tiny_vlm import tiny_vlm_base
 

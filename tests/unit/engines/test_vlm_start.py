@@ -11,7 +11,7 @@ import pytest
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
 from serving.engines.vlm import vllm_start
-from serving.engines.vlm.fit import linear_shapes, parts_of, read_fitting
+from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_fitting
 from serving.engines.vlm.open import open_engine
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 

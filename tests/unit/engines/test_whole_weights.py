@@ -12,9 +12,9 @@ from ops.errors import AdapterError
 from serving.engines.adapters import effective_weights, read_adapter, whole_weights, write_adapter
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
-from serving.engines.sharing import shell_of
+from serving.engines.shared_weights import shell_of
+from serving.engines.vlm.adapter_validation import read_fitting
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.fit import read_fitting
 
 NORM = "visual.ln_post.weight"
 LAYER = "visual.transformer.resblocks.0.mlp.c_fc"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serving.engines.adapters import effective_weights
-from serving.engines.vlm.ask import question
+from serving.engines.vlm.generation import question
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.verdict import Check
 from updater.gate.vlm_checks import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ops.ledger import Ledger
-from tests.unit.serving.door_edge import Door, Keys
+from tests.unit.serving.auth_app import Door, Keys
 
 
 @pytest.fixture(scope="module")

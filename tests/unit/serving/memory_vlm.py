@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ops.errors import AdapterError
-from serving.engines.vlm.ask import Ask, AskError, EngineDead, Piece, Reply
+from serving.engines.vlm.generation import Ask, AskError, EngineDead, Piece, Reply
 
 
 @dataclass

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ops.settings import Serve
-from serving.deployments.calls import Late, Overloaded, Unavailable
-from serving.engines.vlm.ask import AskError, EngineDead, Message
-from tests.unit.serving.vlm_edge import (
+from serving.engines.vlm.generation import AskError, EngineDead, Message
+from serving.replicas.encoder_calls import Late, Overloaded, Unavailable
+from tests.unit.serving.scripted_vlms import (
     SETTINGS,
     ScriptedVlms,
     Visitor,

@@ -12,8 +12,8 @@ from PIL import Image
 
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
-from serving.http.intake import ImageIntake, fitted
-from tests.unit.serving.vlm_edge import SETTINGS, png, uri
+from serving.http.image_loader import ImageIntake, fitted
+from tests.unit.serving.scripted_vlms import SETTINGS, png, uri
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import openai
 import pytest
 
-from serving.deployments.calls import Overloaded, Unavailable
-from serving.http.gateway import Gateway
-from tests.unit.serving.vlm_edge import ScriptedVlms, about_image, client, gateway
+from serving.http.app_state import Gateway
+from serving.replicas.encoder_calls import Overloaded, Unavailable
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client, gateway
 
 MESSAGES = about_image("what is this?")
 

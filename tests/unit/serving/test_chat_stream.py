@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.deployments.calls import Unavailable
-from serving.deployments.stamps import Stamp
-from serving.engines.vlm.ask import Finish, Piece
+from serving.engines.vlm.generation import Finish, Piece
 from serving.http.chat import chunks
 from serving.http.chunks import Answered
 from serving.http.errors import ApiError
 from serving.http.sse import dumps, event, failure
-from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, skip
+from serving.releases.admission import Stamp
+from serving.replicas.encoder_calls import Unavailable
+from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, skip
 
 URL = "/v1/chat/completions"
 STAMP = Stamp(3, None, "i", "t", "vlm-b")

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from serving.deployments.deletions import RequestedDeletions
+from serving.http.deletion_service import RequestedDeletions
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
-from tests.unit.serving.door_edge import OPERATOR, Door, Keys
-from tests.unit.serving.door_edge import refusal as refused
-from tests.unit.serving.vlm_edge import app_of
+from tests.unit.serving.auth_app import OPERATOR, Door, Keys
+from tests.unit.serving.auth_app import refusal as refused
+from tests.unit.serving.scripted_vlms import app_of
 
 PATH = "/admin/v1/deletions"
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ops.settings import Rollout
-from serving.rollout.guard import FALSE_ALARM, Evidence, broken, look
-from serving.rollout.observations import Answered, Compared, Observations, together
+from serving.releases.guard import FALSE_ALARM, Evidence, broken, look
+from serving.releases.observations import Answered, Compared, Observations, together
 
 SETTINGS = Rollout()
 LIVE, INCUMBENT = 7, 6

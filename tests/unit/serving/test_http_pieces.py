@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from serving.deployments.haproxy import close_binds
 from serving.http.classify import probabilities
 from serving.http.errors import ApiError, from_validation
-from serving.http.intake import from_data_uri
+from serving.http.image_loader import from_data_uri
 from serving.http.limits import Bounds
 from serving.http.schemas import ClassifyRequest, EmbeddingsRequest
+from serving.ray.haproxy import close_binds
 
 
 @pytest.mark.parametrize("tokens", [[1, 2], [[1, 2], [3]], 7])

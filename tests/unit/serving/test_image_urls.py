@@ -14,11 +14,11 @@ import pytest
 
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
-from serving.http.gateway import Gateway
-from serving.http.intake import ImageIntake, fetcher_of
-from tests.support.site import Site, redirect, reply, site
+from serving.http.app_state import Gateway
+from serving.http.image_loader import ImageIntake, fetcher_of
 from tests.support.waiting import until
-from tests.unit.serving.vlm_edge import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png
+from tests.support.web_server import Site, redirect, reply, site
+from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png
 
 RED = png()
 

@@ -11,10 +11,10 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
-from serving.deployments.protocol import ReleaseProtocol
-from serving.deployments.resident import Resident
-from serving.deployments.stamps import Stamp
-from serving.deployments.terms import Outcome, Prepared
+from serving.releases.admission import Stamp
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.residency import Resident
+from serving.releases.types import Outcome, Prepared
 from tests.support.waiting import until
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
-from serving.deployments.protocol import ReleaseProtocol
-from serving.deployments.terms import Outcome
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.types import Outcome
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainFleet
 

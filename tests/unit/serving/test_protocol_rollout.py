@@ -13,12 +13,12 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.ledger import tables as t
 from ops.settings import Rollout
-from serving.deployments.protocol import ReleaseProtocol
-from serving.deployments.resident import read_resident
-from serving.deployments.terms import Outcome
-from serving.rollout.keeper import Keeper
-from serving.rollout.observations import Answered, Compared, Observations
-from serving.rollout.watched import watched
+from serving.releases.guard_target import watched
+from serving.releases.observations import Answered, Compared, Observations
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.residency import read_resident
+from serving.releases.rollout_controller import Keeper
+from serving.releases.types import Outcome
 from tests.unit.serving.test_protocol import PlainFleet
 
 SETTINGS = Rollout(observe_seconds=60, min_comparisons=20)

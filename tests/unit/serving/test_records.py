@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from serving.deployments import receipts as module
-from serving.deployments.receipts import RecordReceipts
+from serving.http import receipt_service as module
+from serving.http.receipt_service import RecordReceipts
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.unit.serving.door_edge import OPERATOR, Door, Keys, refusal
-from tests.unit.serving.vlm_edge import app_of
+from tests.unit.serving.auth_app import OPERATOR, Door, Keys, refusal
+from tests.unit.serving.scripted_vlms import app_of
 
 A = "a" * 64
 

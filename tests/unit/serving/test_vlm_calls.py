@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.deployments.calls import Late, Overloaded, Unavailable
-from serving.deployments.messages import Refusal
-from serving.deployments.stamps import Stamp
-from serving.deployments.vlm_calls import PROBE, VlmCalls
-from serving.engines.vlm.ask import Ask, AskError, Message, Piece, Reply
+from serving.engines.vlm.generation import Ask, AskError, Message, Piece, Reply
+from serving.messages import Refusal
+from serving.releases.admission import Stamp
+from serving.replicas.encoder_calls import Late, Overloaded, Unavailable
+from serving.replicas.vlm_calls import PROBE, VlmCalls
 from tests.support.waiting import until
 
 ASK = Ask((Message("user", ("is it?",)),))

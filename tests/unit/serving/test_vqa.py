@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.deployments.calls import Overloaded
-from serving.engines.vlm.ask import Message
+from serving.engines.vlm.generation import Message
 from serving.http.errors import ApiError
 from serving.http.vqa import normalised
-from tests.unit.serving.vlm_edge import ScriptedVlms, Visitor, app_of, client, gateway, png, uri
+from serving.replicas.encoder_calls import Overloaded
+from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, client, gateway, png, uri
 
 URL = "/v1/vqa"
 

@@ -16,7 +16,7 @@ import trustme
 
 from ops.errors import RecordError
 from streams.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
-from tests.support.site import Site, redirect, reply, site
+from tests.support.web_server import Site, redirect, reply, site
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
 MAX = 4096

@@ -16,7 +16,7 @@ from ops.errors import RecordError
 from ops.settings import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
-from tests.support.site import Answer, Site, reply, site
+from tests.support.web_server import Answer, Site, reply, site
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 DIGEST = "sha256:" + hashlib.sha256(PICTURE).hexdigest()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ops.errors import ConfigError
-from serving.engines.vlm.ask import question
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import inputs
 from streams.images import decode_image
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base

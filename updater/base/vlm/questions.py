@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from ops.progress import say, track
-from serving.engines.vlm.ask import question
+from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from streams.folders import FolderItem
 from updater.base.vlm.model import SIDE

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.engines.base import ClipBase
-from serving.engines.layout import lay_out
+from serving.engines.conv_layout import lay_out
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find

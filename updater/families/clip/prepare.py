@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops.progress import track
 from serving.engines.base import ClipBase
-from serving.engines.layout import images_per_pass
+from serving.engines.conv_layout import images_per_pass
 from updater.adapters import AdapterModel
 from updater.families.clip.towers import SplitTower, Which
 from updater.pools import Pair

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engines.vlm.ask import AskError, question
 from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import AskError, question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
 from streams.images import decode_image
 from updater.pools import Question

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from serving.engines.vlm.ask import question
+from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from streams.folders import FolderItem
 from updater.base.vlm.model import make_model, make_processor, make_tokenizer, write_model

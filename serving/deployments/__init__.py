@@ -1,1 +1,0 @@
-"""The Serve graph's parts. Each is a plain class with a thin Ray shell around it."""

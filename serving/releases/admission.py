@@ -1,0 +1,184 @@
+"""What a request is stamped with at admission, and who may still be answered for which release.
+
+One :class:`Admission` lives in each ingress replica. It is used from one event loop only, so it needs no lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ops import metrics
+from ops.errors import RatchetError
+from ops.ledger.rows import Family
+from ops.metrics.serving import Age
+from serving.releases.canary_bucket import place
+from serving.releases.observations import Answered
+
+FAMILY: Family = "clip"
+BASE = "base"
+
+
+class UnknownModel(RatchetError):
+    """The ``model`` of a request is not resident."""
+
+
+class NotReady(RatchetError):
+    """No release is known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A release as one request sees it, from admission to answer.
+
+    ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:
+    an index is searched only with a query whose text or image space belongs to the same release.
+    """
+
+    release: int
+    clip: str | None
+    image_space: str
+    text_space: str
+    vlm: str | None = None
+    share: float = 1.0
+    """Of the requests, that it answers; see :attr:`ops.ledger.rows.ReleaseRow.share`."""
+
+    @property
+    def adapter(self) -> str:
+        """The CLIP adapter's name as shown to clients."""
+        return self.clip or BASE
+
+    @property
+    def vlm_adapter(self) -> str:
+        """The VLM adapter's name as shown to clients."""
+        return self.vlm or BASE
+
+    def shown(self, family: Family) -> str:
+        """The adapter's name of one family, as shown to clients."""
+        return self.adapter if family == "clip" else self.vlm_adapter
+
+
+class Admission:
+    """The releases that requests may be stamped with, newest first, and how many requests each has in flight."""
+
+    def __init__(self) -> None:
+        self._window: tuple[Stamp, ...] = ()
+        self._stable: Stamp | None = None
+        self._in_flight: dict[int, int] = {}
+        self._answered: dict[int, Answered] = {}
+        self.splits = False
+        """Whether a canary or a shadow is live, so that it matters who asks."""
+
+    @property
+    def stable(self) -> Stamp | None:
+        """The newest plain release: it answers whom the live one does not."""
+        return self._stable
+
+    @property
+    def live(self) -> Stamp | None:
+        """The live release, as far as this replica knows."""
+        return self._window[0] if self._window else None
+
+    @property
+    def window(self) -> tuple[Stamp, ...]:
+        """Resident releases, newest first."""
+        return self._window
+
+    def adopt(self, window: Sequence[Stamp]) -> int:
+        """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
+        ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
+        if ordered and (self.live is None or ordered[0].release >= self.live.release):
+            self._window = ordered
+            self._stable = next((stamp for stamp in ordered if stamp.share >= 1), None)
+            self.splits = ordered[0].share < 1
+            numbers = {stamp.release for stamp in ordered} | set(self._in_flight)
+            self._answered = {number: self._answered.get(number, Answered()) for number in numbers}
+            self._tell()
+        return self.live.release if self.live else 0
+
+    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> Stamp:
+        """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
+
+        Args:
+            key: of the caller. While a canary is live it says which side answers; without one, the stable side does.
+
+        Raises:
+            UnknownModel: names what is resident.
+            NotReady: nothing is live yet.
+        """
+        live = self.live
+        if live is None:
+            raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
+        if model == family:
+            return self._side(live, key) if self.splits else live
+        for stamp in self._window:
+            if model in (f"{family}@{stamp.release}", stamp.shown(family)):
+                return stamp
+        raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names(family))}.")
+
+    def names(self, family: Family = FAMILY) -> list[str]:
+        """Every name that :meth:`resolve` takes."""
+        names: list[str] = [family, *(f"{family}@{stamp.release}" for stamp in self._window)]
+        return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
+
+    @contextmanager
+    def admit(
+        self,
+        model: str = FAMILY,
+        family: Family = FAMILY,
+        key: str = "",
+        is_fault: Callable[[Exception], bool] = lambda error: True,
+    ) -> Iterator[Stamp]:
+        """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
+        against the release.
+        """
+        stamp = self.resolve(model, family, key)
+        number = stamp.release
+        self._in_flight[number] = self._in_flight.get(number, 0) + 1
+        self._tell()
+        try:
+            yield stamp
+        except Exception as error:
+            if is_fault(error):
+                self.failed(number)
+            raise
+        finally:
+            left = self._in_flight[number] - 1
+            if left:
+                self._in_flight[number] = left
+            else:
+                del self._in_flight[number]
+            self._tell()
+            if (counted := self._answered.get(number)) is not None:
+                counted.requests += 1
+            if self.splits:
+                metrics.rollout.answered("stable" if stamp.share >= 1 else "trial")
+
+    def in_flight(self) -> dict[int, int]:
+        """Requests being answered, by release number."""
+        return dict(self._in_flight)
+
+    def by_age(self) -> dict[Age, int]:
+        """The same, by how far behind the live release each one is."""
+        newest = [stamp.release for stamp in self._window[:2]]
+        counts: dict[Age, int] = {"live": 0, "incumbent": 0, "older": 0}
+        for number, count in self._in_flight.items():
+            counts["older" if number not in newest else "live" if number == newest[0] else "incumbent"] += count
+        return counts
+
+    def _tell(self) -> None:
+        metrics.release.in_flight(self.by_age())
+
+    def failed(self, release: int) -> None:
+        """A request of this release failed through no fault of its client."""
+        if release in self._answered:
+            self._answered[release].failed += 1
+
+    def answered(self) -> dict[int, Answered]:
+        """Requests that ended, by resident release, since this process knows the release."""
+        return dict(self._answered)
+
+    def _side(self, live: Stamp, key: str) -> Stamp:
+        chosen = bool(key) and place(live.clip, live.vlm, key) < live.share
+        return live if chosen else self._stable or live

@@ -1,0 +1,240 @@
+"""The release controller: one replica, a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Coroutine, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from ray.serve.handle import DeploymentHandle
+
+from ops import metrics
+from ops.errors import LedgerError, RatchetError, ReleaseError
+from ops.ledger import Family, Ledger
+from ops.settings import Settings
+from serving.ray.loopback import close_replica_port
+from serving.releases.broadcast import RayFleet
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.rollback import Adapters
+from serving.releases.rollout_controller import Keeper
+from serving.releases.types import Outcome
+
+log = logging.getLogger("ratchet.controller")
+POLL_SECONDS = 1.0
+GUARD_PAUSE_SECONDS = 5.0
+"""After a look that failed: what the guard could not release now it will hardly release a second later."""
+Result = TypeVar("Result")
+
+
+class ReleaseController:
+    """Runs proposals, one at a time. An operator who hangs up does not stop a release half way."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        encoder: DeploymentHandle,
+        catalog: DeploymentHandle,
+        vlm: DeploymentHandle | None = None,
+    ) -> None:
+        close_replica_port()
+        metrics.build.started("controller")
+        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.fleet = RayFleet(encoder, catalog, vlm)
+        self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
+        rollout = settings.rollout
+        share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
+        self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window, update_share=share)
+        self.keeper = Keeper(self.ledger, self.protocol, rollout, self.fleet.observations)
+        self._started = asyncio.Event()
+        self._trouble = ""
+        self._running: set[asyncio.Task[Any]] = set()
+        self._loops: dict[str, asyncio.Task[None]] = {}
+
+    async def check_health(self) -> None:
+        """Keeps the loops running. The guard has its own: a release in preparation may take minutes."""
+        for name, work in (("proposals", self._run), ("guard", self._guard)):
+            if name not in self._loops or self._loops[name].done():
+                self._loops[name] = asyncio.get_running_loop().create_task(work())
+
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica.
+
+        Adapters that no gate passed and that were never live need ``force``.
+        """
+        work = self._release(adapters, force, actor=actor, reason=reason, expected_live=expected_live, share=share)
+        return await self._finish(work, "release")
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.promote`."""
+        work = self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
+        return await self._finish(work, "promotion")
+
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome | RatchetError:
+        """See :meth:`ReleaseProtocol.rollback`."""
+        work = self.protocol.rollback(actor=actor, reason=reason, expected_live=expected_live, to=to, family=family)
+        return await self._finish(work, "rollback")
+
+    async def hold(self, *, actor: str, reason: str) -> RatchetError | None:
+        """Let update proposals wait."""
+        try:
+            await asyncio.to_thread(self.ledger.hold, actor, reason)
+        except RatchetError as error:
+            return error
+        return None
+
+    async def resume(self, *, actor: str, reason: str) -> RatchetError | None:
+        """Let update proposals through."""
+        try:
+            await asyncio.to_thread(self.ledger.resume, actor, reason)
+        except RatchetError as error:
+            return error
+        return None
+
+    async def status(self) -> dict[str, Any]:
+        """Resident releases, requests in flight, what is on hold."""
+        held = await asyncio.to_thread(self.ledger.held)
+        resident = await self.protocol.resident() if self._started.is_set() else None
+        flight = await self.fleet.in_flight() if self._started.is_set() else {}
+        return {
+            "started": self._started.is_set(),
+            "trouble": self._trouble,
+            "held": None if held is None else {"actor": held.actor, "reason": held.reason},
+            "resident": [
+                {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
+                 "vlm": s.vlm_adapter, "share": s.share}
+                for s in (resident.window if resident else ())
+            ],
+            "rollout": self.keeper.status(),
+            "vlm": await self.fleet.vlm_status(),
+            "in_flight": {str(number): count for number, count in flight.items()},
+        }  # fmt: skip
+
+    async def _release(self, adapters: Adapters, force: bool, **how: Any) -> Outcome:
+        unproven: list[str] = []
+        for family, name in adapters.items():
+            if name is None:
+                continue
+            try:
+                row = await asyncio.to_thread(self.ledger.adapter, name)
+            except LedgerError as error:
+                raise ReleaseError(error.message, "See `ratchet releases list` for adapters that exist.") from None
+            if row.family != family:
+                raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
+            if why := await asyncio.to_thread(self.ledger.unproven, name):
+                unproven.append(why)
+        if unproven and not force:
+            raise ReleaseError(
+                f"{'; '.join(unproven)}.",
+                'Judge it with `ratchet gate run`; if you are sure, say --force (HTTP: "force": true).',
+            )
+        return await self.protocol.release(adapters, forced=bool(unproven), **how)
+
+    async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
+        return await asyncio.shield(self._spawn(self._judged(work, kind)))
+
+    def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)  # the loop holds tasks weakly
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def _judged(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
+        await self._started.wait()
+        try:
+            outcome = await work
+        except RatchetError as error:
+            metrics.release.decided(kind, "failed")
+            self._spawn(self._retire())  # what a failed proposal loaded goes again
+            return error
+        self._recorded(outcome)
+        return outcome
+
+    def _recorded(self, outcome: Outcome) -> None:
+        kind = outcome.kind
+        metrics.release.decided(kind, "committed")
+        metrics.release.phase("prepare", outcome.prepare_seconds)
+        metrics.release.phase("commit", outcome.commit_seconds)
+        if kind == "rollback":
+            metrics.release.phase("rollback", outcome.prepare_seconds + outcome.commit_seconds)
+        log.info("release %d is live: %s", outcome.number, outcome)
+        self._spawn(self._after(outcome))
+
+    async def _after(self, outcome: Outcome) -> None:
+        detail = asdict(outcome)
+        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
+        await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
+        await self._retire()
+
+    async def _retire(self) -> None:
+        try:
+            await self.protocol.retire()
+        except RatchetError as error:
+            log.warning("retire: %s", error)
+
+    async def _guard(self) -> None:
+        await self._started.wait()
+        while True:
+            try:
+                outcome = await self.keeper.step()
+                if outcome is not None:
+                    self._recorded(outcome)
+            except RatchetError as error:
+                log.warning("guard: %s", error)
+                await asyncio.sleep(GUARD_PAUSE_SECONDS)
+            except Exception:
+                log.exception("guard")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                if not self._started.is_set():
+                    outcome = await self.protocol.start()
+                    self._started.set()
+                    if outcome is None:
+                        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
+                        await self._retire()
+                else:
+                    outcome = await self.protocol.step()
+                self._trouble = ""
+                if outcome is not None:
+                    self._recorded(outcome)
+                    continue
+            except RatchetError as error:
+                log.warning("proposal: %s", error)
+                self._trouble = str(error)
+                metrics.release.decided("update", "failed")
+                self._spawn(self._retire())
+            except Exception as error:
+                log.exception("controller")
+                self._trouble = f"{type(error).__name__}: {error}"[:300]
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:
+    """Export which release is live, since when, and what its adapters gained and forgot."""
+    live = ledger.live()
+    if live is None:
+        return
+    metrics.release.live("controller", live.number)
+    metrics.release.committed(live.created_at.timestamp())
+    for family in families:
+        adapter = live.adapter(family)
+        verdict = None if adapter is None else ledger.verdict_on(adapter)
+        unknown = 0.0 if adapter is None else math.nan  # the base is what is compared with
+        gain, forgetting = (unknown, unknown) if verdict is None else (verdict.gain, verdict.forgetting)
+        metrics.release.learned(family, gain, forgetting)
+
+
+def outcome_of(result: Result | RatchetError) -> Result:
+    """The value, or the returned error raised."""
+    if isinstance(result, RatchetError):
+        raise result
+    return result

@@ -1,0 +1,119 @@
+"""When a release is taken back: exact one-sided tests on counts, so that noise does not trigger it.
+
+Each guardrail counts bad events, and says how likely one may be for a release that is within its bound:
+
+``errors``     of all failures, those of the watched release; it may have its part by requests, times the ratio
+``latency``    inputs for which it took longer than the ratio allows; half of them may
+``agreement``  inputs on which it disagrees with the incumbent; ``1 - min_agreement`` (``min_vlm_agreement``) may
+
+It is broken when so many bad events would be too unlikely (binomial). The guard looks again and again, so each look
+spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from scipy.special import bdtrc
+
+from ops.ledger.rows import Family
+from ops.settings import Rollout
+from serving.releases.observations import Answered, Compared, Observations
+
+FALSE_ALARM = 0.01
+"""Most that a release which is just within all bounds is taken back by chance, over the whole time it is watched."""
+TESTS = 5
+"""Errors once, latency and agreement for each model."""
+LOOK_SECONDS = 2.0
+FORGIVEN = Answered(requests=100, failed=1)
+"""Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
+Guardrail = Literal["errors", "latency", "agreement"]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One guardrail at one look."""
+
+    guardrail: Guardrail
+    family: Family | None
+    bad: int
+    of: int
+    allowed: float
+    """Probability of a bad event that a release within its bound may have."""
+    chance: float
+    """Of so many bad events or more, were the release within its bound."""
+    level: float
+    """The chance below which the guardrail counts as broken."""
+    shown: str
+
+    @property
+    def broken(self) -> bool:
+        """Whether the release is outside of its bound."""
+        return self.chance < self.level
+
+    def detail(self) -> dict[str, Any]:
+        """For the audit log."""
+        return {**asdict(self), "broken": self.broken}
+
+
+def look(settings: Rollout, seen: Observations, incumbent: int, seconds: float) -> list[Evidence]:
+    """Every guardrail that something is known about.
+
+    Args:
+        incumbent: number of the release it is compared with.
+        seconds: since the release was committed; says how often was looked before.
+    """
+    number = 1 + int(max(0.0, seconds) / LOOK_SECONDS)
+    level = FALSE_ALARM / (TESTS * number * (number + 1))
+    found = [_errors(settings, seen, incumbent, level)]
+    for family, compared in sorted(seen.compared.items()):
+        if compared.timed:
+            found.append(_latency(settings, family, compared, level))
+        if compared.inputs:
+            found.append(_agreement(settings, family, compared, level))
+    return found
+
+
+def broken(evidence: Sequence[Evidence]) -> list[Evidence]:
+    """The guardrails that are broken, the surest first."""
+    return sorted((one for one in evidence if one.broken), key=lambda one: one.chance)
+
+
+def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float) -> Evidence:
+    ours, theirs = Answered(), Answered()
+    ours.add(seen.requests.get(seen.release, Answered()))
+    theirs.add(seen.requests.get(incumbent, Answered()))
+    for compared in seen.compared.values():
+        ours.add(Answered(compared.tried, compared.failed))
+        theirs.add(Answered(compared.tried, compared.incumbent_failed))
+    shown = (
+        f"{ours.failed} of {ours.requests} requests failed, {theirs.failed} of {theirs.requests} of release {incumbent}"
+    )
+    theirs.add(FORGIVEN)
+    share = settings.max_error_ratio * ours.requests
+    allowed = share / (share + theirs.requests)
+    return _tested("errors", None, ours.failed, ours.failed + theirs.failed, allowed, level, shown)
+
+
+def _latency(settings: Rollout, family: Family, compared: Compared, level: float) -> Evidence:
+    shown = f"{compared.slower} of {compared.timed} took more than {settings.max_latency_ratio:g} times as long"
+    return _tested("latency", family, compared.slower, compared.timed, 0.5, level, shown)
+
+
+def _agreement(settings: Rollout, family: Family, compared: Compared, level: float) -> Evidence:
+    bad = compared.inputs - compared.agreed
+    least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
+    shown = (
+        f"{compared.agreed} of {compared.inputs} inputs agree ({compared.agreed / compared.inputs:.0%}), "
+        f"at least {least:.0%} must"
+    )
+    return _tested("agreement", family, bad, compared.inputs, 1 - least, level, shown)
+
+
+def _tested(
+    guardrail: Guardrail, family: Family | None, bad: int, of: int, allowed: float, level: float, shown: str
+) -> Evidence:
+    chance = float(bdtrc(bad - 1, of, allowed)) if bad else 1.0
+    return Evidence(guardrail, family, bad, of, round(allowed, 6), chance, level, shown)

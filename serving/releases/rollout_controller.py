@@ -1,0 +1,134 @@
+"""The guard's hand: in the release controller, the one place where a release is taken back or a trial promoted.
+
+It keeps nothing. What is watched is in the ledger, what was seen is in the ingress processes, so a controller that was
+killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ops import metrics
+from ops.errors import ReleaseConflict
+from ops.ledger.ledger import Ledger
+from ops.ledger.rows import Family
+from ops.settings import Rollout
+from serving.releases.guard import Evidence, broken, look
+from serving.releases.guard_target import Watched, watched
+from serving.releases.observations import Compared, Observations, together
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.types import Outcome
+
+log = logging.getLogger("ratchet.guard")
+ACTOR = "guard"
+FAMILIES: tuple[Family, ...] = ("clip", "vlm")
+
+
+class Keeper:
+    """Looks at the watched release: takes it back, promotes it, or lets it be."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        protocol: ReleaseProtocol,
+        settings: Rollout,
+        observe: Callable[[], Awaitable[Sequence[Observations]]],
+    ) -> None:
+        self.ledger = ledger
+        self.protocol = protocol
+        self.settings = settings
+        self._observe = observe
+        self._last: dict[str, Any] = {"state": "idle"}
+
+    async def step(self) -> Outcome | None:
+        """One look. Returns the release that it made.
+
+        Raises:
+            ReleaseError: the ingress does not answer, or what it decided cannot be released; it is tried again.
+        """
+        now = time.time()
+        found = await asyncio.to_thread(watched, self.ledger, self.settings, now)
+        if found is None:
+            self._last = {"state": "idle"}
+            metrics.rollout.watching(0, 1.0)
+            return None
+        seen = together(found.release.number, await self._observe())
+        evidence = look(self.settings, seen, found.incumbent.number, now - found.began)
+        self._tell(found, seen, evidence, now)
+        try:
+            if bad := broken(evidence):
+                return await self._take_back(found, bad, seen, evidence)
+            if await self._is_proven(found, seen, now):
+                return await self._promote(found, seen, evidence)
+        except ReleaseConflict:  # an operator was faster; the next look is at what they released
+            log.info("release %d is not live any more", found.release.number)
+        return None
+
+    def status(self) -> dict[str, Any]:
+        """What was seen at the last look."""
+        return dict(self._last)
+
+    async def _take_back(
+        self, found: Watched, bad: Sequence[Evidence], seen: Observations, evidence: Sequence[Evidence]
+    ) -> Outcome:
+        number, back = found.release.number, found.incumbent.number
+        reason = f"{_named(bad[0])} of release {number} is out of bounds: {bad[0].shown}"
+        log.warning("release %d is taken back to release %d: %s", number, back, reason)
+        names = [found.release.adapter(family) for family in FAMILIES if found.differs(family)]
+        detail = {**_shown(seen, evidence), "back_to": back, "share": found.release.share}
+        await asyncio.to_thread(
+            lambda: self.ledger.withdraw(
+                names, actor=ACTOR, subject=f"release {number}", reason=reason, evidence=detail
+            )
+        )
+        outcome = await self.protocol.rollback(actor=ACTOR, reason=reason, expected_live=number, to=back)
+        metrics.rollout.decided("rolled_back", bad[0].guardrail)
+        return outcome
+
+    async def _is_proven(self, found: Watched, seen: Observations, now: float) -> bool:
+        """Whether an update on trial may answer everybody. An operator's trial is the operator's to end."""
+        if found.release.plain or found.kind != "update" or now - found.began < self.settings.observe_seconds:
+            return False
+        least = min(seen.compared.get(f, Compared()).inputs for f in FAMILIES if found.differs(f))
+        return least >= self.settings.min_comparisons and await asyncio.to_thread(self.ledger.held) is None
+
+    async def _promote(self, found: Watched, seen: Observations, evidence: Sequence[Evidence]) -> Outcome:
+        number = found.release.number
+        counts = ", ".join(one.shown for one in evidence if one.guardrail == "agreement")
+        reason = f"release {number} stayed within bounds for {time.time() - found.began:.0f} s: {counts}"
+        outcome = await self.protocol.promote(actor=ACTOR, reason=reason, expected_live=number)
+        detail = {**_shown(seen, evidence), "promoted": number}
+        await asyncio.to_thread(self.ledger.audit, ACTOR, "promote", f"release {outcome.number}", detail)
+        metrics.rollout.decided("promoted", "none")
+        return outcome
+
+    def _tell(self, found: Watched, seen: Observations, evidence: Sequence[Evidence], now: float) -> None:
+        metrics.rollout.watching(found.release.number, found.release.share)
+        for family, compared in seen.compared.items():
+            if compared.inputs:
+                metrics.rollout.agreement(family, compared.agreed / compared.inputs)
+        share = found.release.share
+        self._last = {
+            "state": "guard" if found.release.plain else "canary" if share > 0 else "shadow",
+            "release": found.release.number, "share": share, "incumbent": found.incumbent.number, "kind": found.kind,
+            "seconds": round(now - found.began, 1),
+            "seconds_left": round(found.until - now, 1) if found.release.plain else None, **_shown(seen, evidence),
+        }  # fmt: skip
+
+
+def _named(one: Evidence) -> str:
+    return one.guardrail if one.family is None else f"{one.guardrail} ({one.family})"
+
+
+def _shown(seen: Observations, evidence: Sequence[Evidence]) -> dict[str, Any]:
+    """Counts and tests, as the audit log and the status show them."""
+    return {
+        "requests": {str(number): asdict(answered) for number, answered in seen.requests.items()},
+        "compared": {family: asdict(compared) for family, compared in seen.compared.items()},
+        "guardrails": [one.detail() for one in evidence],
+    }

@@ -1,0 +1,248 @@
+"""Answers a sample of what clients send by the watched release and by its incumbent too, behind the clients' backs.
+
+One comparison runs at a time, at low priority, and rests afterwards for as long as it took. What finds no place in the
+short queue is dropped, so a busy server compares less and serves all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from ops import metrics
+from ops.errors import RatchetError
+from ops.ledger.rows import Family, ReleaseRow
+from ops.settings import Rollout
+from serving.engines.vlm.generation import Ask, Reply
+from serving.messages import Answer, Kind
+from serving.releases.admission import Stamp
+from serving.releases.agreement import TEXTS, Neighbours, same_answer
+from serving.releases.guard_target import Watched
+from serving.releases.observations import Answered, Compared, Observations
+from serving.replicas.encoder_calls import Unservable
+
+log = logging.getLogger("ratchet.rollout")
+WAITING = 8
+"""Comparisons that may wait. One at a time, these are seconds; more would be old when it is their turn."""
+ITEMS = 4
+"""Of one request: what encoders take in one piece between the batches of clients."""
+ANSWER_TOKENS = 16
+"""Of a VLM's answer: later tokens follow from the first ones, and cost as much again."""
+REMEMBERED = 20_000
+"""Inputs that are known to be compared already: the same one again is no new evidence."""
+Encode = Callable[[Kind, Any, str | None], Awaitable[Answer]]
+"""Items at low priority under an adapter."""
+
+
+class Asked(Protocol):
+    """The part of :class:`serving.replicas.vlm_calls.VlmCalls` that is needed here."""
+
+    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+        """The whole answer."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        """Log-probability of each choice as the whole answer."""
+
+
+class _Dropped(Exception):
+    """One side gave no answer, and that says nothing about its release."""
+
+
+@dataclass
+class _Watch:
+    what: Watched
+    compared: dict[Family, Compared]
+    neighbours: Neighbours = field(default_factory=Neighbours)
+    fixed: bool = False
+    seen: dict[bytes, None] = field(default_factory=dict)
+    turn: int = 0
+
+    def is_new(self, key: bytes) -> bool:
+        """Whether this input was not compared yet; it counts as compared from now on."""
+        if key in self.seen:
+            return False
+        self.seen[key] = None
+        if len(self.seen) > REMEMBERED:
+            del self.seen[next(iter(self.seen))]
+        return True
+
+
+class Comparer:
+    """Of one ingress; used from one event loop. :meth:`run` must run for anything to be compared."""
+
+    def __init__(self, settings: Rollout, encode: Encode, vlms: Asked | None, seconds: float) -> None:
+        """``seconds``: the longest that a VLM's answer may take."""
+        self.settings = settings
+        self._encode = encode
+        self._vlms = vlms
+        self._seconds = seconds
+        self._watch: _Watch | None = None
+        self._jobs: asyncio.Queue[tuple[_Watch, Family, Any]] = asyncio.Queue(WAITING)
+        self.watching = False
+        """Whether inputs are wanted: the one thing that a request has to look at."""
+
+    def watch(self, what: Watched | None) -> None:
+        """Compare for this release from now on; the same one again changes nothing. None: for none."""
+        if what is None:
+            self._watch, self.watching = None, False
+        elif self._watch is None or self._watch.what.release.number != what.release.number:
+            families: tuple[Family, ...] = ("clip", "vlm")
+            self._watch = _Watch(what, {family: Compared() for family in families if what.differs(family)})
+            self.watching = self.settings.compare_share > 0
+
+    def clip(self, kind: Kind, payload: Any) -> None:
+        """Items that a client had encoded."""
+        self._offer("clip", (kind, payload[:ITEMS]))
+
+    def vlm(self, ask: Ask) -> None:
+        """What a client asked."""
+        self._offer("vlm", ask)
+
+    def observations(self, answered: dict[int, Answered]) -> Observations:
+        """What was seen so far, with the requests by release that the admission counted."""
+        watch = self._watch
+        if watch is None:
+            return Observations(0, answered)
+        return Observations(watch.what.release.number, answered, dict(watch.compared))
+
+    async def run(self) -> None:
+        """Compare for ever."""
+        while True:
+            watch, family, what = await self._jobs.get()
+            began = time.monotonic()
+            try:
+                if watch is self._watch:
+                    await (self._clip(watch, *what) if family == "clip" else self._vlm(watch, what))
+            except _Dropped:
+                self._drop(watch, family)
+            except Exception as error:  # replicas that come and go; nobody waits for this
+                log.info("a comparison failed: %s: %s", type(error).__name__, error)
+                self._drop(watch, family)
+            await asyncio.sleep(time.monotonic() - began)
+
+    def _offer(self, family: Family, what: Any) -> None:
+        watch = self._watch
+        if watch is None or family not in watch.compared or random.random() >= self.settings.compare_share:  # noqa: S311
+            return
+        if time.time() >= watch.what.until:
+            self.watch(None)
+            return
+        try:
+            self._jobs.put_nowait((watch, family, what))
+        except asyncio.QueueFull:
+            self._drop(watch, family)
+
+    def _drop(self, watch: _Watch, family: Family) -> None:
+        watch.compared[family].dropped += 1
+        metrics.rollout.compared(family, "dropped")
+
+    async def _clip(self, watch: _Watch, kind: Kind, payload: Any) -> None:
+        if not watch.fixed:
+            fixed = await self._both(watch, "clip", lambda row: self._vectors("text", list(TEXTS), row))
+            if fixed is None:
+                return
+            watch.neighbours.fix(*fixed)
+            watch.fixed = True
+        fresh = [item for item in payload if watch.is_new(_digest(kind, item))]
+        if not fresh:
+            return
+        items: Any = np.stack(fresh) if kind == "image" else fresh
+        found = await self._both(watch, "clip", lambda row: self._vectors(kind, items, row))
+        for ours, theirs in zip(*found, strict=True) if found is not None else ():
+            self._judged(watch, "clip", watch.neighbours.judge(kind, ours, theirs))
+
+    async def _vlm(self, watch: _Watch, asked: Ask) -> None:
+        if not watch.is_new(await asyncio.to_thread(_digest_ask, asked)):
+            return
+        ask = replace(asked, max_tokens=min(asked.max_tokens, ANSWER_TOKENS), temperature=0.0, top_p=1.0, seed=None)
+        found = await self._both(watch, "vlm", lambda row: self._reply(ask, row))
+        if found is None:
+            return
+        ours, theirs = (reply.text for reply in found)
+        if ours.strip() != theirs.strip() and theirs.strip():
+            scores = [await self._score(ask, theirs, row) for row in (watch.what.release, watch.what.incumbent)]
+        else:
+            scores = [0.0, 0.0 if ours.strip() == theirs.strip() else float("nan")]
+        self._judged(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(found[1].tokens)))
+
+    async def _both(self, watch: _Watch, family: Family, call: Callable[[ReleaseRow], Awaitable[Any]]) -> Any:
+        """What both releases answer, the watched one first; None when one of them cannot. They take turns at being
+        asked first, so that what the second one gains is nobody's advantage.
+        """
+        watch.turn += 1
+        compared, rows = watch.compared[family], (watch.what.release, watch.what.incumbent)
+        found: dict[int, Any] = {}
+        took: dict[int, float] = {}
+        failed: set[int] = set()
+        for row in rows if watch.turn % 2 else rows[::-1]:
+            began = time.perf_counter()
+            try:
+                found[row.number] = await call(row)
+            except Unservable:
+                failed.add(row.number)
+            took[row.number] = time.perf_counter() - began
+        compared.tried += 1
+        compared.failed += rows[0].number in failed
+        compared.incumbent_failed += rows[1].number in failed
+        if failed:
+            metrics.rollout.compared(family, "failed")
+            return None
+        compared.timed += 1
+        compared.slower += took[rows[0].number] > self.settings.max_latency_ratio * took[rows[1].number]
+        return found[rows[0].number], found[rows[1].number]
+
+    def _judged(self, watch: _Watch, family: Family, agreed: bool | None) -> None:
+        if agreed is None:
+            return
+        watch.compared[family].inputs += 1
+        watch.compared[family].agreed += agreed
+        metrics.rollout.compared(family, "agree" if agreed else "differ")
+
+    async def _vectors(self, kind: Kind, items: Any, row: ReleaseRow) -> Any:
+        answer = await self._encode(kind, items, row.clip)
+        if answer.code == "adapter":
+            raise Unservable(answer.error)
+        if answer.vectors is None:
+            raise _Dropped
+        return answer.vectors
+
+    async def _reply(self, ask: Ask, row: ReleaseRow) -> Reply:
+        reply: Reply = await self._asked(lambda vlms, stamp, deadline: vlms.reply(ask, stamp, deadline), row)
+        return reply
+
+    async def _score(self, ask: Ask, answer: str, row: ReleaseRow) -> float:
+        (score,) = await self._asked(lambda vlms, stamp, deadline: vlms.score(ask, (answer,), stamp, deadline), row)
+        return float(score)
+
+    async def _asked(self, call: Callable[[Asked, Stamp, float], Awaitable[Any]], row: ReleaseRow) -> Any:
+        if self._vlms is None:
+            raise _Dropped
+        try:
+            return await call(self._vlms, Stamp(row.number, row.clip, "", "", row.vlm), time.time() + self._seconds)
+        except Unservable:
+            raise
+        except RatchetError:  # too busy, too late, no replica
+            raise _Dropped from None
+
+
+def _digest(kind: Kind, item: Any) -> bytes:
+    data = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else np.ascontiguousarray(item).data
+    return hashlib.sha256(kind.encode() + data if isinstance(data, bytes) else data).digest()
+
+
+def _digest_ask(ask: Ask) -> bytes:
+    made = hashlib.sha256(repr(ask.messages).encode("utf-8", "surrogatepass"))
+    for image in ask.images:
+        made.update(repr(image.shape).encode())
+        with suppress(ValueError):  # of an empty image nothing is left to add
+            made.update(np.ascontiguousarray(image).data)
+    return made.digest()

@@ -1,0 +1,72 @@
+"""What the release protocol needs of the replicas, what they answer, and what comes of a release."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from ops.ledger.rows import ProposalKind, Scope
+from serving.releases.admission import Stamp
+from serving.releases.observations import Observations
+from serving.releases.residency import Resident
+
+NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One replica's answer to ``prepare``. ``error`` is empty when it can serve the adapter.
+
+    The spaces are an encoder's; a VLM makes none.
+    """
+
+    replica: str
+    adapter: str | None
+    image_space: str = ""
+    text_space: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A release that is live, and what it took. Times are seconds."""
+
+    number: int
+    clip: str | None
+    vlm: str | None
+    kind: ProposalKind
+    family: Scope
+    proposal: int | None
+    prepare_seconds: float
+    commit_seconds: float
+    acknowledged: int
+    share: float = 1.0
+
+
+class Fleet(Protocol):
+    """The replicas, as the protocol needs them. Each call reaches every replica that runs at that moment."""
+
+    @property
+    def has_vlm(self) -> bool:
+        """Whether there are VLM replicas."""
+
+    async def prepare(self, clip: str | None) -> list[Prepared]:
+        """Every encoder loads the adapter beside what it serves, and runs golden inputs."""
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        """Every VLM replica does the same."""
+
+    async def cover(self, stamp: Stamp, wait: bool) -> int:
+        """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
+
+    async def announce(self, resident: Resident) -> int:
+        """Tell every replica what is resident; returns how many acknowledged."""
+
+    async def observations(self) -> list[Observations]:
+        """What each ingress replica saw of the release that is watched."""
+
+    async def in_flight(self) -> dict[int, int]:
+        """Requests being answered, by release number, over all ingress replicas."""
+
+    async def retire(self, resident: Resident) -> None:
+        """Unload everything else."""

@@ -1,0 +1,117 @@
+"""The catalog deployment: the Ray shell around :class:`serving.catalog.reconcile.Catalog`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from ray.serve.handle import DeploymentHandle
+
+from ops import metrics
+from ops.errors import RatchetError, StoreError
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.reconcile import Catalog
+from serving.catalog.tables import Tables
+from serving.catalog.watch import Watcher
+from serving.engines.base import load_base
+from serving.messages import Answer
+from serving.ray.loopback import close_replica_port
+from serving.releases.admission import Stamp
+from serving.releases.window import LedgerWindow
+from streams.images import decode_image
+from streams.store import SampleStore
+
+log = logging.getLogger("ratchet.catalog")
+HEALTH_SECONDS = 10.0
+
+
+class CatalogReplica:
+    """One replica: LanceDB tables have one writer."""
+
+    def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:
+        close_replica_port()
+        metrics.build.started("catalog")
+        preprocess = load_base(settings.home, settings.base.clip).preprocess
+        bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
+
+        def pixels(data: bytes) -> npt.NDArray[np.uint8]:
+            return preprocess.pixels(decode_image(data, **bounds))
+
+        async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
+            answer: Answer = await encoder.encode_background.remote("image", batch, clip)
+            if answer.vectors is None:
+                raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
+            return answer.vectors
+
+        tables = Tables(f"{settings.lake}/catalog")
+        self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
+        ledger = Ledger.open(settings.ledger, migrate=False)
+        self._window = LedgerWindow(ledger, encoder, settings.serve.rollback_window)
+        self._watcher = Watcher(self.catalog, settings.watch)
+        self._loop: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._told = asyncio.Lock()
+        self._knows = False
+
+    async def _started(self) -> Catalog:
+        """The catalog with its loop running, and told of the resident releases: a replaced replica missed the word."""
+        if self._loop is None or self._loop.done():
+            self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
+        if self._watch is None or self._watch.done():
+            self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
+        async with self._told:
+            if not self._knows:
+                resident = await self._window.read()
+                if resident is not None:
+                    await self._adopt(resident.indexed)
+                    self._knows = True
+        return self.catalog
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
+        try:
+            await asyncio.wait_for(self._started(), HEALTH_SECONDS)
+        except Exception as error:
+            log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
+
+    async def cover(self, stamp: Stamp, wait: bool) -> int | str:
+        """See :meth:`Catalog.cover`; a string says why it could not be done."""
+        try:
+            return await (await self._started()).cover(stamp, wait)
+        except RatchetError as error:
+            return str(error)
+
+    async def adopt(self, window: Sequence[Stamp]) -> None:
+        """See :meth:`Catalog.adopt`."""
+        await self._started()
+        await self._adopt(window)
+
+    async def _adopt(self, window: Sequence[Stamp]) -> None:
+        await self.catalog.adopt(window)
+        if window:
+            metrics.release.live("catalog", window[0].release)
+
+    async def retire(self, keep: Sequence[Stamp]) -> list[str]:
+        """See :meth:`Catalog.retire`."""
+        return await (await self._started()).retire(keep)
+
+    async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
+        """See :meth:`Catalog.search`; a string says why there is no answer."""
+        try:
+            return await (await self._started()).search(space, vector, k, filters)
+        except RatchetError as error:
+            return str(error)
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """The encoded image of one sample."""
+        return await (await self._started()).image(sample_id)
+
+    async def status(self) -> dict[str, Any]:
+        """Rows and coverage."""
+        return (await self._started()).status()

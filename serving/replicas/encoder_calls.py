@@ -1,0 +1,109 @@
+"""Calls to encoder replicas that survive the death of one.
+
+Encoding is idempotent, so a call whose replica died is made again on another one. Replicas answer expected failures as
+values (:class:`Answer`); whatever is *raised* is the transport or a dead replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+
+from ops.errors import RatchetError
+from serving.messages import IMAGE_COST, Answer, Kind
+from serving.releases.admission import Stamp
+
+
+class Overloaded(RatchetError):
+    """The queue in front of the encoders is full."""
+
+
+class Late(RatchetError):
+    """The deadline passed."""
+
+
+class Unavailable(RatchetError):
+    """No encoder could answer."""
+
+
+class Unservable(Unavailable):
+    """The release itself cannot be served: another replica would not help. The guard counts these."""
+
+
+class EncoderCalls:
+    """Cuts a request into items that fit a batch, and gathers the vectors again."""
+
+    def __init__(self, handle: DeploymentHandle, max_batch: int) -> None:
+        self.handle = handle
+        self.budget = max_batch * IMAGE_COST
+
+    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+        """Vectors of all items (uint8 [n, S, S, 3], or n texts), every one by the stamp's adapter.
+
+        Args:
+            deadline: seconds since the epoch.
+
+        Raises:
+            Overloaded, Late, Unavailable.
+        """
+        # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
+        step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
+        pieces = [payload[start : start + step] for start in range(0, len(payload), step)]
+        if len(pieces) == 1:
+            return await self._one(kind, pieces[0], stamp, deadline)
+        tasks = [asyncio.ensure_future(self._one(kind, piece, stamp, deadline)) for piece in pieces]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return _join(answers)
+
+    async def _one(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+        pause, trouble = 0.02, ""
+        while (left := deadline - time.time()) > 0:
+            response = self.handle.encode.remote(kind, payload, stamp.clip, deadline)
+            try:
+                answer: Answer = await asyncio.wait_for(_result(response), left)
+            except BackPressureError:
+                raise Overloaded(
+                    "the queue is full.", "Send the request again after the time in Retry-After."
+                ) from None
+            except (TimeoutError, asyncio.CancelledError) as error:
+                response.cancel()
+                if isinstance(error, asyncio.CancelledError):
+                    raise
+                break
+            except Exception as error:
+                trouble = f"{type(error).__name__}: {str(error)[:200]}"
+                await asyncio.sleep(min(pause, max(left, 0)))
+                pause = min(pause * 2, 0.5)
+                continue
+            if answer.code == "late":
+                break
+            if answer.code:
+                raise Unservable(f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it.")
+            return answer
+        if trouble:
+            raise Unavailable(f"no encoder answered before the deadline ({trouble}).", "Try again shortly.")
+        raise Late("the deadline passed before the answer was ready.", "Send fewer items, or try again later.")
+
+
+async def _result(response: Any) -> Answer:
+    answer: Answer = await response
+    return answer
+
+
+def _join(answers: Sequence[Answer]) -> Answer:
+    first = answers[0]
+    vectors = np.concatenate([answer.vectors for answer in answers if answer.vectors is not None])
+    return Answer(
+        vectors, first.adapter, first.image_space, first.text_space, first.logit_scale,
+        sum(answer.tokens for answer in answers),
+    )  # fmt: skip

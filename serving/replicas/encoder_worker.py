@@ -1,0 +1,161 @@
+"""One encoder replica's work, free of Ray: resident adapters, batches by adapter, and room for background work.
+
+All forward passes go through one thread: the engine uses its own threads inside a pass, and two passes at once would
+only make each other late. Work that nobody waits for (the catalog's) goes in small pieces between the batches that
+somebody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ops import metrics
+from ops.artifacts import Artifacts
+from ops.errors import AdapterError, RatchetError
+from serving.engines.clip import ClipEngine
+from serving.messages import IMAGE_COST, TEXT_COST, Answer, Kind, Work
+from serving.releases.types import Prepared
+
+LOADING_NICE = 19
+"""Of the thread that loads adapters and runs golden inputs; requests come first."""
+BACKGROUND_COST = 4 * IMAGE_COST
+"""Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
+
+
+def step_back() -> None:
+    """Let this thread compute only what others leave (Linux has a niceness per thread): a prepare delays no request."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
+
+
+class Lane:
+    """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
+
+    def __init__(self, engine: ClipEngine, artifacts: Artifacts, replica: str) -> None:
+        self.engine = engine
+        self.artifacts = artifacts
+        self.replica = replica
+        self._tokenizer = engine.base.tokenizer()
+        self._compute = ThreadPoolExecutor(1, "encode")
+        self._loading = ThreadPoolExecutor(1, "load", initializer=step_back)
+        self._lock = threading.Lock()
+        self._prepared: dict[str | None, Prepared] = {}
+        self._waiting = 0
+
+    async def prepare(self, clip: str | None) -> Prepared:
+        """Hold the adapter beside what is served, and check its golden outputs. The answer says what is wrong."""
+        return await asyncio.get_running_loop().run_in_executor(self._loading, self.prepare_now, clip)
+
+    def prepare_now(self, clip: str | None) -> Prepared:
+        """Same, on the caller's thread."""
+        known = self._prepared.get(clip)
+        if known is not None and (clip is None or clip in self.engine.resident):
+            return known
+        try:
+            self._ensure(clip)
+            self.engine.golden(clip)
+            spaces = self.engine.spaces(clip)
+        except RatchetError as error:
+            self._drop(clip)
+            return Prepared(self.replica, clip, error=str(error))
+        except Exception as error:
+            self._drop(clip)
+            return Prepared(self.replica, clip, error=f"{type(error).__name__}: {error}"[:500])
+        self._prepared[clip] = Prepared(self.replica, clip, spaces.image, spaces.text)
+        return self._prepared[clip]
+
+    def retire(self, keep: Sequence[str | None]) -> list[str]:
+        """Unload adapters that are not kept. One that a late request still needs is loaded again by that request."""
+        gone = [name for name in self.engine.resident if name not in keep]
+        for name in gone:
+            self._drop(name)
+        return gone
+
+    async def encode(self, works: Sequence[Work]) -> list[Answer]:
+        """Encode a batch: grouped by kind and adapter, each group in one forward pass. Late items are not computed."""
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, list(works))
+        finally:
+            self._waiting -= 1
+
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+        """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
+        loop = asyncio.get_running_loop()
+        parts: list[Answer] = []
+        size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
+        for start in range(0, len(payload), size):
+            patience = time.monotonic() + 1.0
+            while self._waiting and time.monotonic() < patience:
+                await asyncio.sleep(0.002)
+            work = Work(kind, payload[start : start + size], adapter, time.time() + 3600)
+            parts += await loop.run_in_executor(self._compute, self.encode_now, [work])
+            if parts[-1].vectors is None:
+                return parts[-1]
+        first = parts[0]
+        vectors = np.concatenate([part.vectors for part in parts if part.vectors is not None])
+        return Answer(vectors, adapter, first.image_space, first.text_space, first.logit_scale)
+
+    def encode_now(self, works: list[Work]) -> list[Answer]:
+        """The batch on the caller's thread."""
+        answers: list[Answer | None] = [None] * len(works)
+        groups: dict[tuple[Kind, str | None], list[int]] = {}
+        for index, work in enumerate(works):
+            if time.time() > work.deadline:
+                answers[index] = Answer(None, work.adapter, code="late", error="the deadline passed in the queue")
+            else:
+                groups.setdefault((work.kind, work.adapter), []).append(index)
+        for (kind, adapter), indices in groups.items():
+            made = self._encode_group(kind, adapter, [works[index].payload for index in indices])
+            for index, answer in zip(indices, made, strict=True):
+                answers[index] = answer
+        return [answer for answer in answers if answer is not None]
+
+    def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[Answer]:
+        began = time.perf_counter()
+        try:
+            try:
+                vectors = self._forward(kind, adapter, payloads)
+            except AdapterError:  # unloaded in the moment between: load it again, once
+                vectors = self._forward(kind, adapter, payloads)
+            spaces = self.engine.spaces(adapter)
+        except AdapterError as error:
+            return [Answer(None, adapter, code="adapter", error=str(error))] * len(payloads)
+        metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
+        text = kind == "text"
+        tokens = [int((self._tokenizer(texts) != 0).sum()) if text else 0 for texts in payloads]
+        ends = np.cumsum([len(payload) for payload in payloads])[:-1]
+        scale = float(self.engine.logit_scale)
+        return [
+            Answer(part, adapter, spaces.image, spaces.text, scale, count)
+            for part, count in zip(np.split(vectors, ends), tokens, strict=True)
+        ]
+
+    def _forward(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
+        self._ensure(adapter)
+        if kind == "image":
+            return self.engine.encode_images(np.concatenate(payloads), adapter)
+        return self.engine.encode_texts([text for texts in payloads for text in texts], adapter)
+
+    def _ensure(self, adapter: str | None) -> None:
+        if adapter is None or adapter in self.engine.resident:
+            return
+        with self._lock:
+            if adapter not in self.engine.resident:
+                self.engine.load(adapter, self.artifacts.fetch(f"adapters/{adapter}"))
+
+    def _drop(self, adapter: str | None) -> None:
+        self._prepared.pop(adapter, None)
+        with self._lock:
+            if adapter is not None and adapter in self.engine.resident:
+                self.engine.unload(adapter)

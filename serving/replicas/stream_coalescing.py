@@ -1,0 +1,68 @@
+"""Token pieces on their way: what is ready at the same moment travels as one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+from serving.engines.vlm.generation import Piece
+
+
+def merged(pieces: Sequence[Piece]) -> Piece:
+    """Neighbouring pieces as one."""
+    last = pieces[-1]
+    if len(pieces) == 1:
+        return last
+    return Piece(
+        "".join(piece.text for piece in pieces),
+        tuple(token for piece in pieces for token in piece.tokens),
+        tuple(value for piece in pieces for value in piece.logprobs),
+        last.prompt_tokens,
+        last.completion_tokens,
+        last.finish,
+    )
+
+
+async def gathered(source: AsyncIterator[Piece], seconds: float) -> AsyncIterator[Piece]:
+    """What came since the last look, as one piece: a reader that is slow makes few messages, not a long queue.
+
+    Closing this closes the source.
+
+    Raises:
+        TimeoutError: the source did not end within the time.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    ready: list[Piece] = []
+    news = asyncio.Event()
+
+    async def pump() -> None:
+        try:
+            async for piece in source:
+                ready.append(piece)
+                news.set()
+        finally:
+            news.set()
+
+    task = loop.create_task(pump())
+    try:
+        while True:
+            async with asyncio.timeout_at(end):
+                await news.wait()
+            news.clear()
+            if ready:
+                now, ready[:] = merged(ready), []
+                yield now
+            elif task.done():
+                task.result()
+                return
+            if task.done():
+                news.set()
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+        close = getattr(source, "aclose", None)
+        if close is not None:
+            await close()

@@ -1,0 +1,134 @@
+"""VLM replicas: the Ray shell around :class:`serving.replicas.vlm_worker.VlmLane` and an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray import serve
+
+from ops import metrics
+from ops.artifacts import Artifacts
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.messages import Refusal
+from serving.ray.loopback import close_replica_port
+from serving.releases.residency import ResidentRows, read_resident
+from serving.releases.types import Prepared
+from serving.replicas.vlm_worker import VlmLane
+
+log = logging.getLogger("ratchet.vlm")
+FOLLOW_SECONDS = 2.0
+LAG_SECONDS = 60.0
+"""A replica that could not load the live release for this long says so to Serve, which replaces it."""
+INCOMING, LATE = 1, 1
+"""Places for adapters beside those of the resident releases: one that is being prepared, one for late requests."""
+
+
+class VlmReplica:
+    """Holds one engine, and the adapters of the resident releases. Healthy only when the live one is loaded.
+
+    A dead engine cannot be mended in its process: the replica says so, and Serve starts another one.
+    """
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        close_replica_port()
+        metrics.build.started("vlm")
+        from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
+
+        self.settings = settings
+        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        engine = open_engine(load_vlm_base(settings.home, settings.base.vlm), settings.serve)
+        await engine.start()
+        self.lane = VlmLane(
+            engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag,
+            settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch,
+        )  # fmt: skip
+        self._in_step = time.monotonic()
+        self._trouble = ""
+        self._follower: asyncio.Task[None] | None = None
+        rows = self._resident()
+        wanted, needed = rows.vlms or (None,), _needed(rows)
+        self.lane.adopt(wanted)
+        for vlm in wanted:
+            prepared = await self.lane.prepare(vlm)
+            if prepared.error and vlm in needed:
+                await engine.close()
+                raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica ends: the engine's processes end with it."""
+        await self.lane.engine.close()
+
+    async def reply(self, ask: Ask, adapter: str | None, deadline: float) -> Reply | Refusal:
+        """The whole answer; see :meth:`VlmLane.reply`."""
+        return await self.lane.reply(ask, adapter, deadline)
+
+    async def stream(self, ask: Ask, adapter: str | None, deadline: float) -> AsyncIterator[Piece | Refusal]:
+        """Pieces of the answer; see :meth:`VlmLane.stream`."""
+        async for piece in self.lane.stream(ask, adapter, deadline):
+            yield piece
+
+    async def score(
+        self, ask: Ask, choices: Sequence[str], adapter: str | None, deadline: float
+    ) -> list[float] | Refusal:
+        """Log-probabilities of choices; see :meth:`VlmLane.score`."""
+        return await self.lane.score(ask, choices, adapter, deadline)
+
+    async def prepare(self, vlm: str | None) -> Prepared:
+        """Phase one of a release; see :meth:`VlmLane.prepare`."""
+        return await self.lane.prepare(vlm)
+
+    async def adopt(self, vlms: Sequence[str | None]) -> str:
+        """The controller committed: these adapters are resident, the live one first."""
+        self._in_step = time.monotonic()
+        return self.lane.adopt(vlms)
+
+    async def retire(self, vlms: Sequence[str | None]) -> list[str]:
+        """Unload all others."""
+        return await self.lane.retire(vlms)
+
+    async def status(self) -> dict[str, Any]:
+        """Engine, adapters, and requests inside."""
+        return self.lane.status()
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
+        if trouble := self.lane.engine.trouble():
+            raise RuntimeError(f"the engine is dead: {trouble}")
+        if self._follower is None or self._follower.done():
+            self._follower = asyncio.get_running_loop().create_task(self._follow())
+        lag = time.monotonic() - self._in_step
+        if lag > LAG_SECONDS:
+            raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
+
+    def _resident(self) -> ResidentRows:
+        return read_resident(self.ledger, self.settings.serve.rollback_window)
+
+    async def _follow(self) -> None:
+        """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
+        while True:
+            try:
+                rows = await asyncio.to_thread(self._resident)
+                wanted, needed = rows.vlms or (None,), _needed(rows)
+                prepared = [await self.lane.prepare(vlm) for vlm in wanted if vlm in needed]
+                self._trouble = "; ".join(each.error for each in prepared if each.error)
+                if not self._trouble:
+                    self.lane.adopt(wanted)
+                    self._in_step = time.monotonic()
+                    if rows.window:
+                        metrics.release.live("vlm", rows.window[0].number)
+            except Exception as error:  # the ledger is away: serve on with what is loaded
+                self._trouble = f"{type(error).__name__}: {error}"
+                log.warning("cannot follow the ledger: %s", self._trouble)
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+
+def _needed(rows: ResidentRows) -> set[str | None]:
+    """Those of the resident adapters without which requests cannot be answered."""
+    return {row.vlm for row in rows.answering} or {None}

@@ -1,0 +1,242 @@
+"""A Ratchet server in processes of its own, on a tiny base, that tests may kill and start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.expected import ExpectedVectors
+from benchmarks.inputs import pictures
+from benchmarks.load import Traffic
+from ops.artifacts import Artifacts
+from ops.ledger import Family, Ledger
+from ops.loading import load_settings
+from ops.settings import Settings
+from serving.client import Client
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from serving.engines.vlm.base import VlmBase
+from serving.ray.ray_session import is_engine, session_directory
+from streams.records import Sample
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.tiny import tiny_adapter, tiny_base
+from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+
+ROOT = Path(__file__).resolve().parents[3]
+TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")
+QUESTIONS = ("what is this?", "is there a red car?")
+QUEUE = 48
+
+
+def free_port() -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class House:
+    """Settings, ledger and a server process of one home."""
+
+    settings: Settings
+    base: ClipBase
+    config: Path
+    process: subprocess.Popen[bytes] | None = None
+    vlm: VlmBase | None = None
+    images: list[bytes] = field(default_factory=lambda: pictures(6))
+    _seeds: int = 100
+
+    @classmethod
+    def make(cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any) -> House:
+        """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
+
+        Without ``rollout`` nothing is guarded: the guard would take random adapters back.
+        """
+        home.mkdir(parents=True, exist_ok=True)
+        base = tiny_base(home)
+        vlm = tiny_vlm_base(home) if vlm_engine else None
+        if vlm is not None:
+            serve = {"vlm_engine": vlm_engine, "vlm_max_rank": 8, "vlm_memory_gib": 0.25} | serve
+        bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
+        config = home / "ratchet.yaml"
+        bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
+                  "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
+        guard = {"guard_seconds": 0} if rollout is None else rollout
+        watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
+        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
+        config.write_text(yaml.safe_dump(settings))
+        return cls(load_settings(config, environ={}), base, config, vlm=vlm)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.settings.serve.port}"
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger.open(self.settings.ledger)
+
+    def client(self, actor: str = "test") -> Client:
+        """An operator's client."""
+        return Client(self.url, operator_key=self.settings.operator_key(), actor=actor)
+
+    def start(self) -> None:
+        """Start the server, and wait until it is ready."""
+        log = (self.settings.home / "serve.log").open("ab")
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "serving.app", str(self.config)]
+        self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT, start_new_session=True)
+        end = time.monotonic() + 150
+        with self.client() as client:
+            while not client.is_ready():
+                assert self.process.poll() is None, self.log()
+                assert time.monotonic() < end, self.log()
+                time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End it as an operator would."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.kill_everything()
+
+    def log(self) -> str:
+        """The end of the server's log."""
+        return (self.settings.home / "serve.log").read_text()[-4000:]
+
+    def until(self, condition: Callable[[], object]) -> None:
+        """Wait for a condition; shows the server's log when it does not come."""
+        end = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.1)
+
+    def pids(self, *names: str) -> list[int]:
+        """Processes of this session whose command contains one of the names; all when none is given."""
+        mark = str(session_directory(self.settings)).encode()
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (entry / "cmdline").read_bytes()
+                environ = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            ours = (
+                mark in command
+                or (mark in environ and command.startswith(b"ray::"))
+                or is_engine(int(entry.name), mark)
+            )
+            if ours and (not names or any(name.encode() in command for name in names)):
+                found.append(int(entry.name))
+        return found
+
+    def engines(self) -> list[int]:
+        """Processes in which vLLM answers for this session, whatever their title."""
+        mark = str(session_directory(self.settings)).encode()
+        return [pid for pid in self.pids() if is_engine(pid, mark)]
+
+    def kill_everything(self) -> None:
+        """SIGKILL the server and all of its processes at once."""
+        assert self.process is not None
+        for pid in [self.process.pid, *self.pids()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(10)
+
+    def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text"), passed: bool = True) -> str:
+        """A new random adapter, stored and in the ledger, with a passed verdict if wanted."""
+        self._seeds += 1
+        folder = self.settings.home / "made" / str(self._seeds)
+        name = tiny_adapter(self.base, folder, self._seeds, scale, towers)
+        spaces = ClipEngine(self.base).load(name, folder)
+        Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
+        self.ledger.register_adapter(
+            name, family="clip", base=self.base.digest, image_space=spaces.image, text_space=spaces.text, meta={}
+        )
+        if passed:
+            self.judged(name, "clip")
+        return name
+
+    def judged(self, name: str, family: Family) -> None:
+        """Write down that the gate passed an adapter."""
+        ledger, update = self.ledger, f"judged-{name}"
+        ledger.begin_update(
+            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        )
+        ledger.advance_update(update, "done", adapter=name)
+        ledger.record_verdict(update, name, "passed", "reports/none", {})
+
+    def vlm_adapter(self, parts: tuple[str, ...] = ("text", "image"), scale: float = 1.0) -> str:
+        """A new random VLM adapter, stored and in the ledger."""
+        assert self.vlm is not None
+        self._seeds += 1
+        folder = self.settings.home / "made" / str(self._seeds)
+        return self.keep_vlm(tiny_vlm_adapter(self.vlm, folder, self._seeds, scale, parts), folder)
+
+    def keep_vlm(self, name: str, folder: Path) -> str:
+        """Store a VLM adapter and write it into the ledger."""
+        assert self.vlm is not None
+        Artifacts(self.settings.artifacts).put_directory(folder, f"adapters/{name}")
+        self.ledger.register_adapter(name, family="vlm", base=self.vlm.digest, image_space="", text_space="", meta={})
+        self.judged(name, "vlm")
+        return name
+
+    def propose_update(self, name: str, family: Family = "clip") -> None:
+        """What the updater writes after a passed verdict."""
+        ledger, update = self.ledger, f"update-{name}"
+        ledger.begin_update(
+            update, family=family, recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+        )
+        ledger.propose(
+            "update", family=family, clip=name if family == "clip" else None, vlm=name if family == "vlm" else None,
+            actor="updater", reason="gate passed", update_id=update,
+        )  # fmt: skip
+
+    def traffic(self, rate: float = 30.0) -> Traffic:
+        """A checked load; every third request asks the VLM, where there is one."""
+        asked = [(image, text) for image in self.images for text in QUESTIONS] if self.vlm is not None else []
+        return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate)
+
+    def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
+        """Vectors that a server must answer under an adapter: images first, then texts."""
+        made = ExpectedVectors(self.settings, images or self.images[:1], texts or TEXTS[:1])
+        rows = made.of(adapter or "base")
+        offset = max(1, len(images))
+        return rows[: len(images)] if not texts else rows[offset:] if not images else rows
+
+    def add_samples(self, count: int, domain: str = "cats", source: str = "test", year: int = 2024) -> list[str]:
+        """Accepted samples, as ingest would have stored them. Returns their ids."""
+        store = SampleStore(self.settings.lake)
+        offset = store.offsets().get("t:0", 0)
+        drawn = pictures(offset + count)[offset:]
+        rows, ids = [], []
+        for index, image in enumerate(drawn):
+            sample = Sample(image=image, text=f"{domain} number {offset + index}", domain=domain, source=source)
+            rows.append(
+                {
+                    "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": domain,
+                    "source": source, "time": datetime(year, 1, 1 + index % 28, tzinfo=UTC),
+                    "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
+                    "look": None, "words": 0,
+                    "offset": offset + index, "question": "", "answer": "",
+                }
+            )  # fmt: skip
+            ids.append(sample.id)
+        store.put(rows, [Position("t", 0, offset + count)])
+        return ids

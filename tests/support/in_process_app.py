@@ -1,0 +1,217 @@
+"""The whole HTTP application in one process, without Ray: a real CLIP, ledger, catalog and release protocol; the VLM
+answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from benchmarks.inputs import pictures
+from ops.access import Access
+from ops.ledger import Family, Ledger
+from ops.settings import Serve, Settings
+from serving.catalog.reconcile import Catalog
+from serving.catalog.tables import Tables
+from serving.engines.clip import ClipEngine
+from serving.engines.vlm.generation import Ask
+from serving.http.app import build_app
+from serving.http.app_state import Gateway
+from serving.http.deletion_service import RequestedDeletions
+from serving.http.image_loader import ImageIntake
+from serving.messages import Answer, Kind
+from serving.releases.admission import Admission, Stamp
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.residency import Resident
+from serving.releases.rollback import Adapters
+from serving.releases.types import Outcome, Prepared
+from streams.records import Sample
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.tiny import tiny_base
+from tests.unit.serving.scripted_vlms import ScriptedVlms
+
+KEY = "operator-key"
+
+
+@dataclass
+class Edge:
+    """Implements what the gateway needs of encoders and operations, and the protocol's fleet."""
+
+    engine: ClipEngine
+    ledger: Ledger
+    catalog: Catalog
+    has_vlm: bool = True
+    admission: Admission = field(default_factory=Admission)
+    samples: list[Sample] = field(default_factory=list)
+    protocol: ReleaseProtocol = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.protocol = ReleaseProtocol(self.ledger, self, window=2)
+
+    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+        run = self.engine.encode_images if kind == "image" else self.engine.encode_texts
+        vectors = run(payload, stamp.clip)
+        return Answer(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
+
+    async def release(
+        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
+    ) -> Outcome:
+        for name in adapters.values():
+            if name is not None:
+                self.ledger.adapter(name)
+        return await self.protocol.release(
+            adapters, actor=actor, reason=reason, expected_live=expected_live, share=share, forced=force
+        )
+
+    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+        """Half of the time something is on trial: the first call for a plain release begins a canary, and fails."""
+        live = self.ledger.live()
+        assert live is not None
+        if live.share >= 1:
+            await self.protocol.release(
+                {"clip": live.clip}, actor=actor, reason=reason, expected_live=expected_live, share=0.5
+            )
+        return await self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
+
+    async def rollback(
+        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
+    ) -> Outcome:
+        return await self.protocol.rollback(
+            actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
+        )
+
+    async def hold(self, *, actor: str, reason: str) -> None:
+        self.ledger.hold(actor, reason)
+
+    async def resume(self, *, actor: str, reason: str) -> None:
+        self.ledger.resume(actor, reason)
+
+    async def status(self) -> dict[str, Any]:
+        return {"resident": [stamp.release for stamp in self.admission.window]}
+
+    async def prepare(self, clip: str | None) -> list[Prepared]:
+        spaces = self.engine.spaces(clip)
+        return [Prepared("one", clip, spaces.image, spaces.text)]
+
+    async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
+        return [Prepared("one", vlm)]
+
+    async def cover(self, stamp: Stamp, wait: bool) -> int:
+        while await self.catalog.step():
+            continue
+        return await self.catalog.cover(stamp, wait=False)
+
+    async def announce(self, resident: Resident) -> int:
+        self.admission.adopt(resident.window)
+        await self.catalog.adopt(resident.indexed)
+        while await self.catalog.step():
+            continue
+        return 1
+
+    async def in_flight(self) -> dict[int, int]:
+        return self.admission.in_flight()
+
+    async def retire(self, resident: Resident) -> None:
+        await self.catalog.retire(resident.indexed)
+
+
+async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
+    """A served base with a few samples, and the application around it."""
+    base = tiny_base(home)
+    engine = ClipEngine(base, threads=1)
+    store, samples = SampleStore(str(home / "lake")), _fill(str(home / "lake"))
+
+    async def encode(pixels: Any, clip: str | None) -> Any:
+        return engine.encode_images(pixels, clip)
+
+    catalog = Catalog(Tables(str(home / "lake" / "catalog")), store, base.preprocess.pixels, encode)
+    edge = Edge(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
+    await edge.protocol.start()
+    keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
+    access = Access(edge.ledger, Settings(serve=keyed))
+    gateway = Gateway(
+        settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
+        operations=edge, intake=ImageIntake(base.preprocess, settings), access=access,
+        quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
+        deletions=RequestedDeletions(Settings(home=home), edge.ledger), ledger=edge.ledger,
+        refresh=_nothing, vlms=FairVlms(),
+    )  # fmt: skip
+    return edge, build_app(gateway)
+
+
+class FairVlms(ScriptedVlms):
+    """Finds every choice as likely as the others."""
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        return [-0.5] * len(choices)
+
+
+class ScriptedQuarantine:
+    """One refused record, which may be sent again as often as one likes."""
+
+    async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
+        return [{"place": "t:0:1", "reason": reason or "no_text"}][:limit]
+
+    async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
+        return {"reason": {"no_text": 1}, "source": {"": 1}}
+
+    async def resubmit_many(self, which: Any, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
+        return {"chosen": 1, "sent": 1}
+
+    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
+        return {"topic": "t", "partition": 0, "offset": 2}
+
+
+class ScriptedReceipts:
+    """Every record was stored; no sample is known whose id begins with `f`."""
+
+    async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
+        return [{"stream": topic, "partition": partition, "offset": offset, "outcome": "stored"}]
+
+    async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
+        return [] if sample_id.startswith("f") else [{"id": sample_id, "outcome": "stored"}]
+
+
+@dataclass
+class CatalogIndex:
+    """The catalog as routes call it."""
+
+    catalog: Catalog
+
+    async def search(self, *asked: Any) -> Any:
+        return await self.catalog.search(*asked)
+
+    async def image(self, sample_id: str) -> bytes | None:
+        return await self.catalog.image(sample_id)
+
+    async def status(self) -> dict[str, Any]:
+        return self.catalog.status()
+
+
+async def _nothing() -> None:
+    await asyncio.sleep(0)
+
+
+def _fill(lake: str, count: int = 6) -> list[Sample]:
+    samples: list[Sample] = [
+        Sample(image=image, text=f"picture {number}", domain="cats", source="test")
+        for number, image in enumerate(pictures(count))
+    ]
+    rows: Sequence[dict[str, Any]] = [
+        {
+            "kind": "sample", "id": sample.id, "image": sample.image, "text": sample.text, "domain": sample.domain,
+            "source": sample.source, "time": datetime(2024, 1, 1 + number, tzinfo=UTC),
+            "ingested_at": datetime.now(UTC), "split": "train", "tags": [], "topic": "t", "partition": 0,
+            "offset": number, "question": "", "answer": "",
+        }
+        for number, sample in enumerate(samples)
+    ]  # fmt: skip
+    SampleStore(lake).put(list(rows), [Position("t", 0, count)])
+    return samples

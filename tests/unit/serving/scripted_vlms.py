@@ -1,0 +1,158 @@
+"""The real HTTP application around a VLM that answers from a script."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx
+import numpy as np
+from fastapi import FastAPI
+from PIL import Image
+from pydantic import SecretStr
+
+from ops.access import Access
+from ops.settings import Serve, Settings
+from serving.engines.preprocess import Preprocess
+from serving.engines.vlm.generation import Ask, Finish, Piece, Reply
+from serving.http.app import build_app
+from serving.http.app_state import Gateway
+from serving.http.image_loader import ImageIntake
+from serving.releases.admission import Admission, Stamp
+
+SETTINGS = Serve(max_images=4, max_text_chars=100, vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
+WINDOW = (Stamp(3, "clip-a", "i3", "t3", "vlm-b"), Stamp(2, "clip-a", "i3", "t3", None))
+
+
+@dataclass
+class ScriptedVlms:
+    """Says ``words`` one by one; raises ``failure`` instead of the word at ``fails_at``; waits there if it hangs."""
+
+    words: Sequence[str] = ("a ", "red ", "bus")
+    finish: Finish = "stop"
+    failure: Exception | None = None
+    fails_at: int = 0
+    hangs_at: int | None = None
+    logits: Sequence[float] = ()
+    asked: list[tuple[Ask, Stamp]] = field(default_factory=list)
+    choices: list[str] = field(default_factory=list)
+    closed: int = 0
+    when_closed: Callable[[], object] = lambda: None
+    waiting: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+        self.asked.append((ask, stamp))
+        try:
+            for index, word in enumerate(self.words):
+                if index == self.hangs_at:
+                    self.waiting.set()
+                    await asyncio.Event().wait()
+                if self.failure is not None and index == self.fails_at:
+                    raise self.failure
+                last = index == len(self.words) - 1
+                yield Piece(word, (index,), (-0.5 * index,), 7, index + 1, self.finish if last else "")
+        finally:
+            self.closed += 1
+            self.when_closed()
+
+    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+        pieces = [piece async for piece in self.stream(ask, stamp, deadline)]
+        return Reply(
+            "".join(piece.text for piece in pieces), tuple(t for piece in pieces for t in piece.tokens),
+            tuple(p for piece in pieces for p in piece.logprobs), 7, self.finish,
+        )  # fmt: skip
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        self.asked.append((ask, stamp))
+        self.choices = list(choices)
+        if self.failure is not None:
+            raise self.failure
+        return list(self.logits)
+
+
+def gateway(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> Gateway:
+    """What the routes see; nothing but the VLM and the admission is used here."""
+    admission = Admission()
+    admission.adopt(WINDOW)
+    unused = cast(Any, None)
+    access = Access(unused, Settings(serve=Serve(operator_key=SecretStr("key"))))
+    return Gateway(
+        settings=settings, dim=8, admission=admission, encoders=unused, index=unused, operations=unused,
+        intake=ImageIntake(Preprocess(size=16), settings), access=access,
+        quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=vlms,
+        token_text=lambda token: f"<{token}>",
+    )  # fmt: skip
+
+
+def app_of(at: Gateway) -> FastAPI:
+    """The application as the ingress builds it."""
+    return build_app(at)
+
+
+def client(at: Gateway) -> httpx.AsyncClient:
+    """An HTTP client of the application, without a socket."""
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://ratchet")
+
+
+def png(width: int = 6, height: int = 4, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:
+    """A picture of one colour."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), colour, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def uri(data: bytes | None = None) -> str:
+    """A data URI."""
+    return "data:image/png;base64," + base64.b64encode(png() if data is None else data).decode()
+
+
+def about_image(text: str = "what is this?", image: str | None = None) -> list[dict[str, Any]]:
+    """Messages of one question about one image."""
+    shown = {"type": "image_url", "image_url": {"url": image or uri()}}
+    return [{"role": "user", "content": [shown, {"type": "text", "text": text}]}]
+
+
+def skip(seconds: float) -> None:
+    """Let this much time pass at once for everything in this event loop, so that a deadline passes at a certain point
+    and not after a pause, in which a busy machine may not have come to that point."""
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    loop.time = lambda: now() + seconds  # type: ignore[method-assign]
+
+
+class Visitor:
+    """One request at the ASGI level, whose client can hang up."""
+
+    def __init__(self, app: FastAPI, path: str, body: bytes) -> None:
+        self.scope: dict[str, Any] = {
+            "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
+            "client": ("127.0.0.1", 1), "server": ("ratchet", 80), "scheme": "http", "http_version": "1.1",
+            "root_path": "", "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }  # fmt: skip
+        self.app = app
+        self.body: bytes | None = body
+        self.sent: list[Any] = []
+        self.gone = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        if self.body is not None:
+            body, self.body = self.body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+    def start(self) -> asyncio.Task[None]:
+        """Send the request."""
+
+        async def run() -> None:
+            await self.app(self.scope, self.receive, self.send)
+
+        return asyncio.create_task(run())

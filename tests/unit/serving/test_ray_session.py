@@ -1,0 +1,65 @@
+"""What a killed session leaves behind is found again, and nothing else is; and what Serve is told, it reads."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ops.loading import load_settings
+from serving.ray import loopback, ray_session
+from serving.ray.ray_session import end_leftovers
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+
+
+TITLED = "exec -a VLLM::EngineCore sleep 60"
+UNTITLED = f"exec {sys.executable} -c 'import time; time.sleep(60)' --multiprocessing-fork"
+
+
+def engine(log: Path, command: str) -> subprocess.Popen[bytes]:
+    """A process with a command line of vLLM's, and nothing but its output to tell whose it is."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        made = subprocess.Popen(["bash", "-c", command], stdout=out, stderr=out, env={"PATH": "/usr/bin:/bin"})
+    while Path(f"/proc/{made.pid}/cmdline").read_bytes().split(b"\0")[0] in (b"bash", b""):  # empty amid exec
+        assert made.poll() is None
+    return made
+
+
+@pytest.mark.parametrize("command", [TITLED, UNTITLED])
+def test_an_engine_of_this_session_is_ended_and_that_of_another_is_not(tmp_path: Path, command: str) -> None:
+    ours = engine(tmp_path / "session" / "logs" / "worker.out", command)
+    other = engine(tmp_path / "elsewhere" / "worker.out", command)
+    try:
+        end_leftovers(tmp_path / "session")
+        assert ours.wait(5) == -9
+        assert other.poll() is None
+    finally:
+        other.kill()
+        ours.kill()
+        other.wait(5)
+
+
+def test_every_variable_for_serve_is_one_that_this_version_of_serve_reads() -> None:
+    told = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(ray_session.__file__).read_text()))
+    spec = find_spec("ray.serve._private.constants")
+    assert spec is not None and spec.origin is not None
+    read = set(re.findall(r'"(RAY_SERVE_\w+)"', Path(spec.origin).read_text()))
+    assert len(told) > 15
+    assert told <= read
+
+
+def test_a_command_that_inherits_the_servers_environment_reads_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"TMPDIR": str(tmp_path)}
+    monkeypatch.setattr(os, "environ", environ)
+    ray_session.prepare_environment(load_settings(overrides={"home": tmp_path}, environ={}))
+    assert environ[loopback.SWITCH] == "1"
+    load_settings(overrides={"home": tmp_path}, environ=environ)

@@ -1,0 +1,186 @@
+"""Comparisons behind the clients' backs: what is compared, what is dropped, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ops.ledger import ReleaseRow
+from ops.settings import Rollout
+from serving.engines.vlm.generation import Ask, Reply, question
+from serving.messages import Answer, Kind
+from serving.releases.admission import Stamp
+from serving.releases.guard_target import Watched
+from serving.releases.observations import Compared
+from serving.releases.shadow_traffic import ITEMS, WAITING, Comparer
+from serving.replicas.encoder_calls import Overloaded, Unservable
+from tests.support.waiting import until
+
+DIM = 16
+NOW = datetime.now(UTC)
+
+
+def row(number: int, clip: str | None, vlm: str | None = None, share: float = 1.0) -> ReleaseRow:
+    return ReleaseRow(number, clip, vlm, "me", "test", None, NOW, share)
+
+
+def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> Watched:
+    return Watched(row(number, clip, vlm), row(1, None), "release", until)
+
+
+class Models:
+    """Adapters that answer at once; those in ``broken`` answer something else, those in ``gone`` cannot be served."""
+
+    def __init__(self, broken: Sequence[str] = (), gone: Sequence[str] = (), busy: bool = False) -> None:
+        self.broken, self.gone, self.busy = broken, gone, busy
+        self.asked: list[tuple[str | None, int]] = []
+        self.gate: asyncio.Event | None = None
+
+    async def encode(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.asked.append((adapter, len(payload)))
+        if self.busy:
+            raise RuntimeError("no replica")
+        if adapter in self.gone:
+            return Answer(None, adapter, code="adapter", error="its file is damaged")
+        rows = [hash((str(np.asarray(item).tobytes()), adapter if adapter in self.broken else "")) for item in payload]
+        vectors = [np.random.default_rng(abs(seed)).standard_normal(DIM) for seed in rows]
+        return Answer(np.asarray(vectors, np.float32), adapter)
+
+    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+        self.asked.append((stamp.vlm, ask.max_tokens))
+        if self.busy:
+            raise Overloaded("full")
+        if stamp.vlm in self.gone:
+            raise Unservable("gone")
+        return Reply("noise" if stamp.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
+
+    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+        return [-20.0 if stamp.vlm in self.broken else -0.1 for _ in choices]
+
+
+@pytest.fixture
+async def comparer_of() -> AsyncIterator[Callable[[Models, Watched], Comparer]]:
+    tasks: list[asyncio.Task[None]] = []
+
+    def make(models: Models, what: Watched, share: float = 1.0) -> Comparer:
+        made = Comparer(Rollout(compare_share=share), models.encode, models, 5.0)
+        made.watch(what)
+        tasks.append(asyncio.create_task(made.run()))
+        return made
+
+    yield make
+    for task in tasks:
+        task.cancel()
+
+
+def seen(comparer: Comparer, family: Any = "clip") -> Compared:
+    return comparer.observations({}).compared[family]
+
+
+async def send_texts(comparer: Comparer, count: int) -> None:
+    """As clients would: one after the other, no faster than they are compared."""
+    for number in range(count):
+        before = seen(comparer).tried
+        comparer.clip("text", [f"text {number}"])
+        await until(lambda before=before: seen(comparer).tried > before)  # type: ignore[misc]
+
+
+async def test_a_release_that_says_the_same_agrees_on_every_input(comparer_of: Any) -> None:
+    comparer = comparer_of(Models(), watch())
+    await send_texts(comparer, 10)
+    assert (seen(comparer).inputs, seen(comparer).agreed) == (10, 10)
+    assert comparer.observations({}).release == 2
+
+
+async def test_a_broken_release_agrees_on_hardly_any(comparer_of: Any) -> None:
+    comparer = comparer_of(Models(broken=("new",)), watch())
+    await send_texts(comparer, 12)
+    assert seen(comparer).inputs == 12
+    assert seen(comparer).agreed <= 1
+
+
+async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None:
+    models = Models()
+    comparer = comparer_of(models, watch())
+    await send_texts(comparer, 1)
+    for _ in range(3):
+        comparer.clip("text", ["text 0"])
+    comparer.clip("text", ["another"])
+    await until(lambda: seen(comparer).inputs == 2)
+    assert len([adapter for adapter, _ in models.asked if adapter == "new"]) == 3  # the fixed texts, and two inputs
+
+
+async def test_of_a_large_request_only_some_items_are_compared(comparer_of: Any) -> None:
+    models = Models()
+    comparer = comparer_of(models, watch())
+    comparer.clip("image", np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8))
+    await until(lambda: seen(comparer).inputs == ITEMS)
+    assert models.asked[-1][1] == ITEMS
+
+
+async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(comparer_of: Any) -> None:
+    gone = comparer_of(Models(gone=("new",)), watch())
+    gone.clip("text", ["x"])
+    await until(lambda: seen(gone).tried == 1)
+    assert (seen(gone).failed, seen(gone).incumbent_failed, seen(gone).dropped) == (1, 0, 0)
+    away = comparer_of(Models(busy=True), watch())
+    away.clip("text", ["x"])
+    await until(lambda: seen(away).dropped == 1)
+    assert (seen(away).tried, seen(away).failed) == (0, 0)
+
+
+async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
+    models = Models()
+    models.gate = asyncio.Event()
+    comparer = comparer_of(models, watch())
+    await asyncio.sleep(0)
+    began = time.perf_counter()
+    for number in range(1000):
+        comparer.clip("text", [f"text {number}"])
+    assert time.perf_counter() - began < 5.0
+    assert 1000 - WAITING - 1 <= seen(comparer).dropped <= 1000 - WAITING
+
+
+async def test_a_family_that_the_release_leaves_alone_is_not_compared(comparer_of: Any) -> None:
+    models = Models()
+    comparer = comparer_of(models, watch(clip=None, vlm="v"))
+    comparer.clip("text", ["x"])
+    comparer.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
+    await until(lambda: seen(comparer, "vlm").inputs == 1)
+    assert set(comparer.observations({}).compared) == {"vlm"}
+    assert {adapter for adapter, _ in models.asked} == {"v", None}
+
+
+@pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
+async def test_vlms_agree_by_their_greedy_answers(comparer_of: Any, broken: Sequence[str], agreed: int) -> None:
+    comparer = comparer_of(Models(broken=broken), watch(clip=None, vlm="v"))
+    for number in range(3):
+        comparer.vlm(question(np.full((4, 4, 3), number, np.uint8), "colour?", max_tokens=100))
+    await until(lambda: seen(comparer, "vlm").inputs == 3)
+    assert seen(comparer, "vlm").agreed == agreed
+
+
+async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watch_ends_it(comparer_of: Any) -> None:
+    comparer = comparer_of(Models(), watch())
+    await send_texts(comparer, 3)
+    comparer.watch(watch())
+    assert seen(comparer).inputs == 3
+    comparer.watch(watch(clip="newer", number=3, until=time.time() - 1))
+    assert seen(comparer).inputs == 0
+    comparer.clip("text", ["too late"])
+    assert not comparer.watching
+    assert comparer.observations({}).release == 0
+
+
+async def test_only_a_share_of_the_requests_is_compared(comparer_of: Any) -> None:
+    nobody = comparer_of(Models(), watch(), share=0.0)
+    assert not nobody.watching
