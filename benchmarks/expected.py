@@ -13,7 +13,7 @@ from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.generation import question
-from serving.releases.admission import BASE
+from serving.releases.release_snapshot import BASE
 from streams.images import decode_image
 
 Question = tuple[bytes, str]

@@ -31,7 +31,7 @@ from ops.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Settings
 from serving.client import data_uri
-from serving.releases.admission import BASE
+from serving.releases.release_snapshot import BASE
 
 TOLERANCE = 1e-3
 """Largest difference of a component. Batching changes the sixth digit; adapters differ in the second."""

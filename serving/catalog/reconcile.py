@@ -21,7 +21,7 @@ from ops import metrics
 from ops.errors import RatchetError, RecordError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from streams.store import Having
 
 log = logging.getLogger("ratchet.catalog")

@@ -23,7 +23,8 @@ from serving.http.errors import ApiError, from_validation, is_fault
 from serving.http.image_loader import ImageIntake
 from serving.http.routing_key import caller_key
 from serving.messages import Answer, Kind
-from serving.releases.admission import Admission, Stamp
+from serving.releases.admission import Admission
+from serving.releases.release_snapshot import Stamp
 from serving.releases.rollback import Adapters
 from serving.releases.types import Outcome
 
@@ -46,7 +47,7 @@ class Encoders(Protocol):
 class Vlms(Protocol):
     """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the stamp's VLM adapter.
 
-    Deadlines are seconds since the epoch. All raise Overloaded, Late, Unavailable and AskError.
+    Deadlines are seconds since the epoch. All raise QueueFull, Late, Unavailable and InvalidRequest.
     """
 
     async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:

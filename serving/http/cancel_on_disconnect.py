@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 
 from starlette.types import Receive
 
+from serving.errors import DeadlineExceeded
 from serving.http.errors import ApiError
-from serving.replicas.encoder_calls import Late
 
 GONE = 499
 """nginx's status for a client that closed its connection: it is only ever seen in metrics."""
@@ -54,7 +54,9 @@ async def attended(receive: Receive, deadline: float) -> AsyncIterator[None]:
     except TimeoutError:
         if not limit.expired():
             raise
-        raise Late("the deadline passed before the answer was ready.", "Ask for less at once, or try later.") from None
+        raise DeadlineExceeded(
+            "the deadline passed before the answer was ready.", "Ask for less at once, or try later."
+        ) from None
     except asyncio.CancelledError:
         if gone and here.uncancel() == 0:
             raise ClientGone from None

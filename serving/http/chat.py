@@ -10,14 +10,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import Ask, Message, Piece
+from serving.errors import Unavailable
 from serving.http.app_state import VLM, Gateway, Vlms, gateway, json_body, json_schema, stamp_headers
 from serving.http.cancel_on_disconnect import attended
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import Answered
 from serving.http.errors import ApiError
 from serving.http.sse import EventStream
-from serving.releases.admission import Stamp
-from serving.replicas.encoder_calls import Unavailable
+from serving.releases.release_snapshot import Stamp
 
 router = APIRouter(tags=["OpenAI compatible"])
 SEEDS = 2**63

@@ -12,7 +12,7 @@ from typing import Any
 
 from serving.engines.vlm.generation import Finish, Piece, Reply
 from serving.http.sse import DONE, dumps
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""

@@ -17,7 +17,7 @@ from serving.http.cancel_on_disconnect import attended
 from serving.http.errors import ApiError
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
 from serving.messages import Answer
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 
 router = APIRouter(tags=["OpenAI compatible"])
 

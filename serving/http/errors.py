@@ -27,9 +27,7 @@ from ops.errors import (
     StoreError,
     UnknownRecord,
 )
-from serving.engines.vlm.generation import AskError, EngineDead
-from serving.releases.admission import NotReady, UnknownModel
-from serving.replicas.encoder_calls import Late, Overloaded, Unavailable, Unservable
+from serving.errors import AdapterUnservable, ServingError
 
 log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = "1"
@@ -43,13 +41,6 @@ CODES = {404: "not_found", 405: "method_not_allowed"}
 """Of errors that come from below us: a route that is not there, a broken multipart body."""
 
 KNOWN: dict[type[RatchetError], tuple[int, str]] = {
-    UnknownModel: (404, "model_not_found"),
-    NotReady: (503, "not_ready"),
-    Overloaded: (429, "overloaded"),
-    Late: (504, "deadline_exceeded"),
-    Unavailable: (503, "unavailable"),
-    AskError: (400, "invalid_request"),
-    EngineDead: (503, "unavailable"),
     ReleaseConflict: (409, "release_conflict"),
     ReleaseError: (422, "release_failed"),
     AlreadyResubmitted: (409, "already_resubmitted"),
@@ -58,7 +49,8 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     BrokerError: (503, "broker"),
     StoreError: (503, "store"),
 }
-PARAMS: dict[type[RatchetError], str] = {UnknownModel: "model", UnknownRecord: "place"}
+"""Of failures that are not of :mod:`serving.errors`, which know their own."""
+PARAMS: dict[type[RatchetError], str] = {UnknownRecord: "place"}
 """The field that is wrong, where the kind of failure tells."""
 
 
@@ -151,6 +143,8 @@ def described(error: Exception) -> Described:
     """Any failure as status and error object. What nobody foresaw is not shown to clients."""
     if isinstance(error, ApiError):
         return Described(error.status_code, str(error.detail), error.param, error.code)
+    if isinstance(error, ServingError):
+        return Described(error.status, str(error), error.param, error.code)
     if isinstance(error, RatchetError):
         for kind in type(error).__mro__:
             if kind in KNOWN:
@@ -164,7 +158,7 @@ def is_fault(error: Exception) -> bool:
     """Whether a failure counts against the release that was to answer. Load, deadlines and replicas that come and go
     do not: they would fail any release.
     """
-    if isinstance(error, Unservable):
+    if isinstance(error, AdapterUnservable):
         return True
     return described(error).status == 500
 

@@ -14,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ops import metrics
 from serving.http.app_state import Gateway, gateway, stamp_headers
 from serving.http.errors import answer
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from serving.replicas.vlm_calls import PROBE
 
 router = APIRouter(tags=["Health"])

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from ops.ledger.rows import Family
-from serving.releases.admission import BASE
+from serving.releases.release_snapshot import BASE
 from serving.releases.rollback import Adapters
 
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]

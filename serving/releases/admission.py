@@ -7,56 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from ops import metrics
-from ops.errors import RatchetError
 from ops.ledger.rows import Family
 from ops.metrics.serving import Age
+from serving.errors import NotReady, UnknownModel
 from serving.releases.canary_bucket import place
 from serving.releases.observations import Answered
+from serving.releases.release_snapshot import Stamp
 
 FAMILY: Family = "clip"
-BASE = "base"
-
-
-class UnknownModel(RatchetError):
-    """The ``model`` of a request is not resident."""
-
-
-class NotReady(RatchetError):
-    """No release is known yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stamp:
-    """A release as one request sees it, from admission to answer.
-
-    ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:
-    an index is searched only with a query whose text or image space belongs to the same release.
-    """
-
-    release: int
-    clip: str | None
-    image_space: str
-    text_space: str
-    vlm: str | None = None
-    share: float = 1.0
-    """Of the requests, that it answers; see :attr:`ops.ledger.rows.ReleaseRow.share`."""
-
-    @property
-    def adapter(self) -> str:
-        """The CLIP adapter's name as shown to clients."""
-        return self.clip or BASE
-
-    @property
-    def vlm_adapter(self) -> str:
-        """The VLM adapter's name as shown to clients."""
-        return self.vlm or BASE
-
-    def shown(self, family: Family) -> str:
-        """The adapter's name of one family, as shown to clients."""
-        return self.adapter if family == "clip" else self.vlm_adapter
 
 
 class Admission:

@@ -15,11 +15,11 @@ from ray.serve.handle import DeploymentHandle
 
 from ops.errors import ReleaseError, StoreError
 from serving.catalog.queries import Filters, Hit
-from serving.releases.admission import Stamp
+from serving.errors import DeadlineExceeded, Unavailable
 from serving.releases.observations import Observations
+from serving.releases.release_snapshot import Stamp
 from serving.releases.residency import Resident
 from serving.releases.types import NO_VLM, Prepared
-from serving.replicas.encoder_calls import Late, Unavailable
 
 log = logging.getLogger("ratchet.fleet")
 APP = "ratchet"
@@ -203,7 +203,7 @@ async def _patient(call: Callable[[], Any], timeout_seconds: float) -> Any:
             pause = min(pause * 2, 1.0)
     if trouble:
         raise Unavailable(f"the catalog does not answer ({trouble}).", "Try again shortly.")
-    raise Late("the deadline passed before the catalog answered.", "Try again later.")
+    raise DeadlineExceeded("the deadline passed before the catalog answered.", "Try again later.")
 
 
 async def _value(response: Any) -> Any:

@@ -20,7 +20,7 @@ from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from serving.releases.residency import Resident, read_resident, stamped
 from serving.releases.rollback import Adapters, rollback_target, scope_of, sets
 from serving.releases.types import NO_VLM, Fleet, Outcome, Prepared

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import ReleaseRow
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when it cannot be served."""

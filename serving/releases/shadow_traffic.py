@@ -23,12 +23,12 @@ from ops.errors import RatchetError
 from ops.ledger.rows import Family, ReleaseRow
 from ops.settings import Rollout
 from serving.engines.vlm.generation import Ask, Reply
+from serving.errors import AdapterUnservable
 from serving.messages import Answer, Kind
-from serving.releases.admission import Stamp
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
 from serving.releases.guard_target import Watched
 from serving.releases.observations import Answered, Compared, Observations
-from serving.replicas.encoder_calls import Unservable
+from serving.releases.release_snapshot import Stamp
 
 log = logging.getLogger("ratchet.rollout")
 WAITING = 8
@@ -187,7 +187,7 @@ class Comparer:
             began = time.perf_counter()
             try:
                 found[row.number] = await call(row)
-            except Unservable:
+            except AdapterUnservable:
                 failed.add(row.number)
             took[row.number] = time.perf_counter() - began
         compared.tried += 1
@@ -210,7 +210,7 @@ class Comparer:
     async def _vectors(self, kind: Kind, items: Any, row: ReleaseRow) -> Any:
         answer = await self._encode(kind, items, row.clip)
         if answer.code == "adapter":
-            raise Unservable(answer.error)
+            raise AdapterUnservable(answer.error)
         if answer.vectors is None:
             raise _Dropped
         return answer.vectors
@@ -228,7 +228,7 @@ class Comparer:
             raise _Dropped
         try:
             return await call(self._vlms, Stamp(row.number, row.clip, "", "", row.vlm), time.time() + self._seconds)
-        except Unservable:
+        except AdapterUnservable:
             raise
         except RatchetError:  # too busy, too late, no replica
             raise _Dropped from None

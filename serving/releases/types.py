@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ops.ledger.rows import ProposalKind, Scope
-from serving.releases.admission import Stamp
 from serving.releases.observations import Observations
+from serving.releases.release_snapshot import Stamp
 from serving.releases.residency import Resident
 
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."

@@ -22,7 +22,7 @@ from serving.catalog.watch import Watcher
 from serving.engines.base import load_base
 from serving.messages import Answer
 from serving.ray.loopback import close_replica_port
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from serving.releases.window import LedgerWindow
 from streams.images import decode_image
 from streams.store import SampleStore

@@ -15,25 +15,9 @@ import numpy as np
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from ops.errors import RatchetError
+from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable
 from serving.messages import IMAGE_COST, Answer, Kind
-from serving.releases.admission import Stamp
-
-
-class Overloaded(RatchetError):
-    """The queue in front of the encoders is full."""
-
-
-class Late(RatchetError):
-    """The deadline passed."""
-
-
-class Unavailable(RatchetError):
-    """No encoder could answer."""
-
-
-class Unservable(Unavailable):
-    """The release itself cannot be served: another replica would not help. The guard counts these."""
+from serving.releases.release_snapshot import Stamp
 
 
 class EncoderCalls:
@@ -50,7 +34,7 @@ class EncoderCalls:
             deadline: seconds since the epoch.
 
         Raises:
-            Overloaded, Late, Unavailable.
+            QueueFull, Late, Unavailable.
         """
         # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
         step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
@@ -72,9 +56,7 @@ class EncoderCalls:
             try:
                 answer: Answer = await asyncio.wait_for(_result(response), left)
             except BackPressureError:
-                raise Overloaded(
-                    "the queue is full.", "Send the request again after the time in Retry-After."
-                ) from None
+                raise QueueFull("the queue is full.", "Send the request again after the time in Retry-After.") from None
             except (TimeoutError, asyncio.CancelledError) as error:
                 response.cancel()
                 if isinstance(error, asyncio.CancelledError):
@@ -88,11 +70,15 @@ class EncoderCalls:
             if answer.code == "late":
                 break
             if answer.code:
-                raise Unservable(f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it.")
+                raise AdapterUnservable(
+                    f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it."
+                )
             return answer
         if trouble:
             raise Unavailable(f"no encoder answered before the deadline ({trouble}).", "Try again shortly.")
-        raise Late("the deadline passed before the answer was ready.", "Send fewer items, or try again later.")
+        raise DeadlineExceeded(
+            "the deadline passed before the answer was ready.", "Send fewer items, or try again later."
+        )
 
 
 async def _result(response: Any) -> Answer:

@@ -27,11 +27,12 @@ from serving.http.receipt_service import RecordReceipts
 from serving.http.token_texts import token_texts
 from serving.messages import Answer, Kind
 from serving.ray.loopback import close_replica_port
-from serving.releases.admission import Admission, Stamp
+from serving.releases.admission import Admission
 from serving.releases.broadcast import CatalogCalls
 from serving.releases.controller import outcome_of
 from serving.releases.guard_target import watched
 from serving.releases.observations import Observations
+from serving.releases.release_snapshot import Stamp
 from serving.releases.rollback import Adapters
 from serving.releases.shadow_traffic import Comparer
 from serving.releases.types import Outcome

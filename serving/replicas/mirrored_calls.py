@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.engines.vlm.generation import Ask, Piece, Reply
 from serving.messages import Answer, Kind
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from serving.releases.shadow_traffic import Comparer
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.vlm_calls import PROBE, VlmCalls

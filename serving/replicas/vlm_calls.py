@@ -15,10 +15,10 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.engines.vlm.generation import Ask, AskError, Message, Piece, Reply
+from serving.engines.vlm.generation import Ask, Message, Piece, Reply
+from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
-from serving.releases.admission import Stamp
-from serving.replicas.encoder_calls import Late, Overloaded, Unavailable, Unservable
+from serving.releases.release_snapshot import Stamp
 
 PROBE = Ask((Message("user", ("alive?",)),), max_tokens=1)
 """One forward pass, for health checks: it gets in when the queue is full."""
@@ -40,7 +40,7 @@ class VlmCalls:
             deadline: seconds since the epoch.
 
         Raises:
-            AskError, Overloaded, Late, Unavailable.
+            InvalidRequest, QueueFull, Late, Unavailable.
         """
         with self._place(ask):
             reply: Reply = await self._one(lambda: self.handle.reply.remote(ask, stamp.vlm, deadline), stamp, deadline)
@@ -77,7 +77,7 @@ class VlmCalls:
                     raise _overloaded() from None
                 except TimeoutError:
                     break
-                except (AskError, Late, Unavailable):
+                except (InvalidRequest, DeadlineExceeded, Unavailable):
                     raise
                 except Exception as error:
                     if last is not None:
@@ -138,21 +138,23 @@ class _Pauses:
         await asyncio.sleep(max(0.0, min(self.pause, self.left)))
         self.pause = min(self.pause * 2, 0.5)
 
-    def end(self) -> Late | Unavailable:
+    def end(self) -> DeadlineExceeded | Unavailable:
         if self.trouble:
             return Unavailable(f"no VLM answered before the deadline ({self.trouble}).", "Try again shortly.")
-        return Late("the deadline passed before the answer was ready.", "Ask for fewer tokens, or try again later.")
+        return DeadlineExceeded(
+            "the deadline passed before the answer was ready.", "Ask for fewer tokens, or try again later."
+        )
 
 
 def _value(answer: Any, stamp: Stamp) -> Any:
     if not isinstance(answer, Refusal):
         return answer
     if answer.code == "ask":
-        raise AskError(answer.message, answer.fix)
+        raise InvalidRequest(answer.message, answer.fix)
     if answer.code == "late":
-        raise Late(answer.message, answer.fix)
-    raise Unservable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
+        raise DeadlineExceeded(answer.message, answer.fix)
+    raise AdapterUnservable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
 
 
-def _overloaded() -> Overloaded:
-    return Overloaded("the queue is full.", "Send the request again after the time in Retry-After.")
+def _overloaded() -> QueueFull:
+    return QueueFull("the queue is full.", "Send the request again after the time in Retry-After.")

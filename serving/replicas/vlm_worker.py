@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
-from serving.engines.vlm.generation import Ask, AskError, EngineDead, Piece, Reply, VlmEngine
+from serving.engines.vlm.generation import Ask, Piece, Reply, VlmEngine
+from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
 from serving.releases.types import Prepared
 from serving.replicas.stream_coalescing import gathered
@@ -240,7 +241,7 @@ class VlmLane:
 
 def refused(error: TimeoutError | RatchetError) -> Refusal:
     """An expected failure as a value."""
-    if isinstance(error, AskError):
+    if isinstance(error, InvalidRequest):
         return Refusal("ask", error.message, error.fix)
     if isinstance(error, RatchetError):
         return Refusal("adapter", error.message, error.fix)

@@ -26,8 +26,9 @@ from serving.http.app_state import Gateway
 from serving.http.deletion_service import RequestedDeletions
 from serving.http.image_loader import ImageIntake
 from serving.messages import Answer, Kind
-from serving.releases.admission import Admission, Stamp
+from serving.releases.admission import Admission
 from serving.releases.protocol import ReleaseProtocol
+from serving.releases.release_snapshot import Stamp
 from serving.releases.residency import Resident
 from serving.releases.rollback import Adapters
 from serving.releases.types import Outcome, Prepared

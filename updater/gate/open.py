@@ -11,7 +11,7 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import EngineDead
+from serving.errors import EngineDead
 from updater.gate.asker import Asker
 from updater.gate.clip import ClipAsker
 from updater.gate.vlm import VlmAsker

@@ -22,7 +22,8 @@ from ops.digests import digest12, digest_json
 from ops.errors import AdapterError, GateError
 from ops.settings import Serve
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import Ask, AskError, EngineDead, Reply, VlmEngine, question
+from serving.engines.vlm.generation import Ask, Reply, VlmEngine, question
+from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
 from updater.gate.asker import probe
@@ -234,7 +235,7 @@ def _living(doing: str) -> Iterator[None]:
     the engine does not take."""
     try:
         yield
-    except AskError as error:
+    except InvalidRequest as error:
         raise GateError(f"{doing}: a question cannot be asked: {error.message}", error.fix) from error
     except EngineDead as error:
         raise GateError(

@@ -11,20 +11,12 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ops.errors import RatchetError
 from serving.engines.vlm.base import VlmBase
+from serving.errors import InvalidRequest
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
 Finish = Literal["", "stop", "length"]
-
-
-class AskError(RatchetError):
-    """The question itself cannot be answered: too long, too many images, an unknown role."""
-
-
-class EngineDead(RatchetError):
-    """The engine ended; whoever holds it starts another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +29,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable. Raises :class:`AskError`."""
+    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable. Raises :class:`InvalidRequest`."""
 
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
@@ -49,12 +41,12 @@ class Ask:
 
     def __post_init__(self) -> None:
         if not (self.max_tokens >= 1 and 0.0 <= self.temperature < math.inf and 0.0 < self.top_p <= 1.0):
-            raise AskError(
+            raise InvalidRequest(
                 f"max_tokens {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}: not all are valid.",
                 "max_tokens is 1 or more, temperature 0 or more, top_p above 0 and at most 1.",
             )
         if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise AskError(f"The seed {self.seed} is out of range.", "Take one from 0 to 2^63 - 1.")
+            raise InvalidRequest(f"The seed {self.seed} is out of range.", "Take one from 0 to 2^63 - 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +99,7 @@ class VlmEngine(Protocol):
     def stream(self, ask: Ask, adapter: str | None) -> AsyncIterator[Piece]:
         """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
 
-        Raises AskError, AdapterError (not resident), EngineDead.
+        Raises InvalidRequest, AdapterError (not resident), EngineDead.
         """
 
     async def reply(self, ask: Ask, adapter: str | None) -> Reply:

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from serving.engines.vlm.generation import Ask, EngineDead, Finish
+from serving.engines.vlm.generation import Ask, Finish
 from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.errors import EngineDead
 
 
 @dataclass(eq=False)

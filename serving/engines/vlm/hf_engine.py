@@ -22,12 +22,13 @@ from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_fitting
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Words, whole
-from serving.engines.vlm.generation import Ask, AskError, EngineDead, Finish, Piece, Reply
+from serving.engines.vlm.generation import Ask, Finish, Piece, Reply
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.hf_batch import Row, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.residents import Residents
+from serving.errors import EngineDead, InvalidRequest
 
 T = TypeVar("T")
 BASE = ""
@@ -180,12 +181,14 @@ class TransformersEngine:
         return self._worker
 
     def _length(self, ask: Ask, choices: Sequence[str] = ()) -> int:
-        """Tokens of the prompt. Raises :class:`AskError` when it, or a choice after it, does not fit."""
+        """Tokens of the prompt. Raises :class:`InvalidRequest` when it, or a choice after it, does not fit."""
         with self._reading:
             try:
                 prompt = int(inputs(self._processor, [ask])["input_ids"].shape[1])
             except ValueError as error:
-                raise AskError(f"The request cannot be read: {error}", "Change the messages or the image.") from error
+                raise InvalidRequest(
+                    f"The request cannot be read: {error}", "Change the messages or the image."
+                ) from error
             longest = max((len(answer_tokens(self._processor, choice)) for choice in choices), default=0)
         check_length(prompt + longest, self._serve.vlm_context)
         return prompt

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.engines.vlm.generation import EngineDead
 from serving.engines.vlm.hf_batch import Row, Scoring, answer, score
+from serving.errors import EngineDead
 
 _RESTART = "Start a new engine."
 

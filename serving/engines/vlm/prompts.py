@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from PIL import Image
 
-from serving.engines.vlm.generation import Ask, AskError
+from serving.engines.vlm.generation import Ask
+from serving.errors import InvalidRequest
 
 
 def conversation(ask: Ask) -> list[dict[str, Any]]:
     """The turns as chat templates take them; an image is ``{"type": "image"}``.
 
-    Raises :class:`AskError`: no turn, or images that are not used once each, in reading order.
+    Raises :class:`InvalidRequest`: no turn, or images that are not used once each, in reading order.
     """
     if not ask.messages:
-        raise AskError("There is no message to answer.", "Send at least one message of the user.")
+        raise InvalidRequest("There is no message to answer.", "Send at least one message of the user.")
     used = [part for message in ask.messages for part in message.content if not isinstance(part, str)]
     if used != list(range(len(ask.images))):
-        raise AskError(
+        raise InvalidRequest(
             f"The messages use the images {used}, and there are {len(ask.images)}.",
             "Use every image once, numbered from 0 in reading order.",
         )
@@ -43,23 +44,25 @@ def conversation(ask: Ask) -> list[dict[str, Any]]:
 def render(processor: Any, ask: Ask) -> str:
     """The prompt as text, up to where the answer begins; one image token stands for each image.
 
-    Raises :class:`AskError` also when a text holds the image token, or the chat template refuses the turns.
+    Raises :class:`InvalidRequest` also when a text holds the image token, or the chat template refuses the turns.
     """
     turns = conversation(ask)
     token = image_token(processor)
     if token and any(token in part for message in ask.messages for part in message.content if isinstance(part, str)):
-        raise AskError(f"A text holds {token!r}, which stands for an image.", "Take it out of the text.")
+        raise InvalidRequest(f"A text holds {token!r}, which stands for an image.", "Take it out of the text.")
     from jinja2 import TemplateError
 
     try:
         return str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
-        raise AskError(f"The model's chat template refuses the messages: {error}.", "Change the roles.") from error
+        raise InvalidRequest(
+            f"The model's chat template refuses the messages: {error}.", "Change the roles."
+        ) from error
 
 
 def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
     """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
-    left, and the pixels of the images. Raises :class:`AskError`."""
+    left, and the pixels of the images. Raises :class:`InvalidRequest`."""
     texts = [render(processor, ask) for ask in asks]
     # Not as arrays: of a picture 1 or 3 pixels high the processor would take the first axis for the channels.
     images = [[Image.fromarray(image) for image in ask.images] for ask in asks]
@@ -88,9 +91,9 @@ def answer_tokens(processor: Any, text: str) -> list[int]:
 
 
 def check_length(tokens: int, context: int) -> None:
-    """Raises :class:`AskError` when a request of so many tokens leaves no room for an answer in ``context``."""
+    """Raises :class:`InvalidRequest` when a request of so many tokens leaves no room for an answer in ``context``."""
     if tokens >= context:
-        raise AskError(
+        raise InvalidRequest(
             f"The request has {tokens} tokens, images included; with its answer it may have {context} "
             "(serve.vlm_context).",
             "Shorten it.",

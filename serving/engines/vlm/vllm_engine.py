@@ -25,13 +25,14 @@ from ops.settings import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_fitting
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Words, whole
-from serving.engines.vlm.generation import Ask, AskError, EngineDead, Piece, Reply
+from serving.engines.vlm.generation import Ask, Piece, Reply
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, write_probe
 from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
 from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm, slots_of
+from serving.errors import EngineDead, InvalidRequest
 
 ZERO = "zero"
 CLOSE_SECONDS = 5.0
@@ -264,7 +265,7 @@ class VllmEngine:
         try:
             return await self._prompts.make(ask, answers)
         except ValueError as error:
-            raise AskError(f"The request cannot be read: {error}", "Change the messages or the image.") from error
+            raise InvalidRequest(f"The request cannot be read: {error}", "Change the messages or the image.") from error
 
     async def _outputs(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> AsyncGenerator[Any]:
         """vLLM's outputs, its errors as ours. Closing it aborts the request inside vLLM."""
@@ -277,7 +278,7 @@ class VllmEngine:
                 async for output in outputs:
                     yield output
         except VLLMClientError as error:
-            raise AskError(f"vLLM refuses the request: {error}", "Change the request.") from error
+            raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error
         except (EngineDeadError, EngineGenerateError) as error:
             raise EngineDead(self.trouble() or f"vLLM could not answer: {error!r}", _RESTART) from error
 

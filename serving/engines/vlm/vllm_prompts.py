@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.engines.vlm.generation import Ask, AskError, Image
+from serving.engines.vlm.generation import Ask, Image
 from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, render
 from serving.engines.vlm.vllm_start import MAX_IMAGES
+from serving.errors import InvalidRequest
 
 _ONE_RUN = ("idefics3", "smolvlm")
 """Architectures whose images are one run of tokens each, when images are not split into tiles."""
@@ -37,7 +38,7 @@ class Prompts:
         self.fast = model_type in _ONE_RUN and not splitting
 
     async def make(self, ask: Ask, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
-        """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`AskError`."""
+        """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`InvalidRequest`."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, ask, answers)
 
     def check(self, asks: Sequence[Ask]) -> bool:
@@ -51,7 +52,7 @@ class Prompts:
 
     def _make(self, ask: Ask, answers: Sequence[str] | None) -> list[dict[str, Any]]:
         if len(ask.images) > MAX_IMAGES:
-            raise AskError(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
+            raise InvalidRequest(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
         prompt = self._short(ask) if self.fast else self._long(ask)
         if answers is None:
             check_length(len(prompt["prompt_token_ids"]), self._context)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from ops.settings import Serve
-from serving.engines.vlm.generation import EngineDead, Reply
+from serving.engines.vlm.generation import Reply
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
+from serving.errors import EngineDead
 from tests.integration.engines.conftest import House
 
 pytestmark = pytest.mark.integration

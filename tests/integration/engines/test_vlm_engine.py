@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ops import metrics
 from ops.errors import AdapterError
-from serving.engines.vlm.generation import Ask, AskError, Message, VlmEngine, question
+from serving.engines.vlm.generation import Ask, Message, VlmEngine, question
+from serving.errors import InvalidRequest
 from tests.integration.engines.conftest import House
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import picture
@@ -239,13 +240,13 @@ async def test_questions_that_cannot_be_answered_are_refused_and_the_next_is_ans
     engine: VlmEngine, house: House
 ) -> None:
     long = question(picture(0), "which colour? " * 100)
-    with pytest.raises(AskError, match=r"it may have 256 \(serve.vlm_context\)"):
+    with pytest.raises(InvalidRequest, match=r"it may have 256 \(serve.vlm_context\)"):
         await engine.reply(long, None)
-    with pytest.raises(AskError, match=r"serve.vlm_context"):
+    with pytest.raises(InvalidRequest, match=r"serve.vlm_context"):
         await engine.score(house.asks[0], ["yes", "no " * 300], None)
-    with pytest.raises(AskError, match="stands for an image"):
+    with pytest.raises(InvalidRequest, match="stands for an image"):
         await engine.reply(question(picture(0), "what is <image>?"), None)
-    with pytest.raises(AskError, match="Use every image once"):
+    with pytest.raises(InvalidRequest, match="Use every image once"):
         await engine.reply(Ask((Message("user", ("what?",)),), (picture(0),)), None)
     assert engine.running() == 0
     assert (await engine.reply(house.asks[0], None)).tokens == house.references[None][0].tokens

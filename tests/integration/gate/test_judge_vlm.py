@@ -18,8 +18,8 @@ from ops.loading import load_settings
 from ops.settings import Settings
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.base import load_vlm_base
-from serving.engines.vlm.generation import EngineDead
 from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.vlm_house import encoded, known, unknown, write_questions

@@ -22,7 +22,7 @@ from ops.settings import Settings
 from serving.catalog.queries import Filters
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from streams import maintenance
 from streams.codecs import encode
 from streams.consumer import Consumer

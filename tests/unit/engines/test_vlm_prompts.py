@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engines.vlm.generation import Ask, AskError, Message, question
+from serving.engines.vlm.generation import Ask, Message, question
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
+from serving.errors import InvalidRequest
 from tests.support.tiny_vlm import tiny_vlm_base
 
 PICTURE = np.full((40, 24, 3), 90, np.uint8)
@@ -64,14 +65,14 @@ def test_an_answer_ends_with_the_end_token(processor: Any) -> None:
 def test_messages_that_mean_nothing_are_refused(
     processor: Any, messages: tuple[Message, ...], images: int, message: str
 ) -> None:
-    with pytest.raises(AskError, match=message):
+    with pytest.raises(InvalidRequest, match=message):
         render(processor, Ask(messages, (PICTURE,) * images))
 
 
 def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any) -> None:
     strict = type(processor)(processor.image_processor, processor.tokenizer, image_seq_len=4)
     strict.chat_template = "{{ raise_exception('turns must alternate') }}"
-    with pytest.raises(AskError, match="turns must alternate"):
+    with pytest.raises(InvalidRequest, match="turns must alternate"):
         render(strict, question(PICTURE, "what?"))
 
 
@@ -79,5 +80,5 @@ def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any)
     "how", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"seed": -1}]
 )
 def test_ways_to_answer_that_are_none_are_refused(how: dict[str, Any]) -> None:
-    with pytest.raises(AskError):
+    with pytest.raises(InvalidRequest):
         Ask((Message("user", ("hi",)),), **how)

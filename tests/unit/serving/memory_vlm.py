@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ops.errors import AdapterError
-from serving.engines.vlm.generation import Ask, AskError, EngineDead, Piece, Reply
+from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.errors import EngineDead, InvalidRequest
 
 
 @dataclass
@@ -89,5 +90,5 @@ class MemoryVlm:
         if adapter is not None and adapter not in self.names:
             raise AdapterError(f"{adapter} is not resident.")
         if ask.max_tokens > 100:
-            raise AskError("too many tokens.", "Ask for fewer.")
+            raise InvalidRequest("too many tokens.", "Ask for fewer.")
         return [adapter or "base", " ", "says", " ", "yes"]

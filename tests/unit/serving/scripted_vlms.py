@@ -22,7 +22,8 @@ from serving.engines.vlm.generation import Ask, Finish, Piece, Reply
 from serving.http.app import build_app
 from serving.http.app_state import Gateway
 from serving.http.image_loader import ImageIntake
-from serving.releases.admission import Admission, Stamp
+from serving.releases.admission import Admission
+from serving.releases.release_snapshot import Stamp
 
 SETTINGS = Serve(max_images=4, max_text_chars=100, vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
 WINDOW = (Stamp(3, "clip-a", "i3", "t3", "vlm-b"), Stamp(2, "clip-a", "i3", "t3", None))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from prometheus_client import REGISTRY
 
-from serving.releases.admission import Admission, NotReady, Stamp, UnknownModel
+from serving.errors import NotReady, UnknownModel
+from serving.releases.admission import Admission
+from serving.releases.release_snapshot import Stamp
 
 
 def stamp(release: int, clip: str | None = None, vlm: str | None = None) -> Stamp:

@@ -7,8 +7,9 @@ import hashlib
 import pytest
 from scipy.stats import binom
 
-from serving.releases.admission import Admission, Stamp
+from serving.releases.admission import Admission
 from serving.releases.canary_bucket import place
+from serving.releases.release_snapshot import Stamp
 
 KEYS = [f"key-{number}" for number in range(10_000)]
 

@@ -16,7 +16,7 @@ from ops.errors import RecordError, StoreError
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.reconcile import BATCH_ROWS, Catalog
 from serving.catalog.tables import Tables
-from serving.releases.admission import Stamp
+from serving.releases.release_snapshot import Stamp
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter

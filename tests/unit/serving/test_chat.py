@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ops.settings import Serve
-from serving.engines.vlm.generation import AskError, EngineDead, Message
-from serving.replicas.encoder_calls import Late, Overloaded, Unavailable
+from serving.engines.vlm.generation import Message
+from serving.errors import DeadlineExceeded, EngineDead, InvalidRequest, QueueFull, Unavailable
 from tests.unit.serving.scripted_vlms import (
     SETTINGS,
     ScriptedVlms,
@@ -183,9 +183,9 @@ async def test_without_a_vlm_the_fix_is_told() -> None:
 @pytest.mark.parametrize(
     ("failure", "status", "code"),
     [
-        (Overloaded("full."), 429, "overloaded"), (Late("late."), 504, "deadline_exceeded"),
+        (QueueFull("full."), 429, "overloaded"), (DeadlineExceeded("late."), 504, "deadline_exceeded"),
         (Unavailable("down."), 503, "unavailable"), (EngineDead("dead."), 503, "unavailable"),
-        (AskError("too long."), 400, "invalid_request"),
+        (InvalidRequest("too long."), 400, "invalid_request"),
     ],
 )  # fmt: skip
 async def test_a_failure_before_the_first_piece_is_a_status(

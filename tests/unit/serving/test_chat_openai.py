@@ -5,8 +5,8 @@ from __future__ import annotations
 import openai
 import pytest
 
+from serving.errors import QueueFull, Unavailable
 from serving.http.app_state import Gateway
-from serving.replicas.encoder_calls import Overloaded, Unavailable
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client, gateway
 
 MESSAGES = about_image("what is this?")
@@ -47,7 +47,7 @@ async def test_its_stream_helper_puts_the_answer_together() -> None:
 
 
 async def test_it_raises_its_own_errors() -> None:
-    async with reader(gateway(ScriptedVlms(failure=Overloaded("full.")))) as api:
+    async with reader(gateway(ScriptedVlms(failure=QueueFull("full.")))) as api:
         with pytest.raises(openai.RateLimitError, match="full"):
             await api.chat.completions.create(model="vlm", messages=MESSAGES)
     async with reader(gateway(ScriptedVlms())) as api:

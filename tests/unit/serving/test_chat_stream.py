@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.engines.vlm.generation import Finish, Piece
+from serving.errors import Unavailable
 from serving.http.chat import chunks
 from serving.http.chunks import Answered
 from serving.http.errors import ApiError
 from serving.http.sse import dumps, event, failure
-from serving.releases.admission import Stamp
-from serving.replicas.encoder_calls import Unavailable
+from serving.releases.release_snapshot import Stamp
 from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, skip
 
 URL = "/v1/chat/completions"

@@ -11,8 +11,8 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
-from serving.releases.admission import Stamp
 from serving.releases.protocol import ReleaseProtocol
+from serving.releases.release_snapshot import Stamp
 from serving.releases.residency import Resident
 from serving.releases.types import Outcome, Prepared
 from tests.support.waiting import until

@@ -8,11 +8,10 @@ import pytest
 from fastapi import Request
 
 from ops.access import OPERATOR, Principal
-from serving.engines.vlm.generation import AskError
+from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.http.errors import ApiError, is_fault
 from serving.http.routing_key import caller_key
-from serving.releases.admission import Stamp
-from serving.replicas.encoder_calls import Late, Overloaded, Unavailable, Unservable
+from serving.releases.release_snapshot import Stamp
 from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client, gateway
 
 CANARY = (Stamp(4, "clip-a", "i3", "t3", "vlm-c", share=0.3), Stamp(3, "clip-a", "i3", "t3", "vlm-b"))
@@ -36,9 +35,9 @@ def test_a_caller_is_its_api_key_else_what_it_says_of_itself_else_the_request() 
 @pytest.mark.parametrize(
     ("error", "counts"),
     [
-        (Unservable("gone"), True), (ApiError(500, "not finite"), True), (ZeroDivisionError(), True),
-        (Unavailable("no replica"), False), (Late("late"), False), (Overloaded("full"), False),
-        (AskError("too long"), False), (ApiError(400, "wrong"), False),
+        (AdapterUnservable("gone"), True), (ApiError(500, "not finite"), True), (ZeroDivisionError(), True),
+        (Unavailable("no replica"), False), (DeadlineExceeded("late"), False), (QueueFull("full"), False),
+        (InvalidRequest("too long"), False), (ApiError(400, "wrong"), False),
     ],
 )  # fmt: skip
 def test_faults_of_the_release_count_and_those_of_clients_and_load_do_not(error: Exception, counts: bool) -> None:
@@ -48,7 +47,7 @@ def test_faults_of_the_release_count_and_those_of_clients_and_load_do_not(error:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("failure", "failed"),
-    [(None, 0), (ApiError(500, "not finite"), 1), (Overloaded("full"), 0), (Unservable("gone"), 1)],
+    [(None, 0), (ApiError(500, "not finite"), 1), (QueueFull("full"), 0), (AdapterUnservable("gone"), 1)],
 )
 async def test_every_request_is_counted_for_the_release_that_answered(
     stream: bool, failure: Exception | None, failed: int

@@ -15,12 +15,12 @@ import pytest
 from ops.ledger import ReleaseRow
 from ops.settings import Rollout
 from serving.engines.vlm.generation import Ask, Reply, question
+from serving.errors import AdapterUnservable, QueueFull
 from serving.messages import Answer, Kind
-from serving.releases.admission import Stamp
 from serving.releases.guard_target import Watched
 from serving.releases.observations import Compared
+from serving.releases.release_snapshot import Stamp
 from serving.releases.shadow_traffic import ITEMS, WAITING, Comparer
-from serving.replicas.encoder_calls import Overloaded, Unservable
 from tests.support.waiting import until
 
 DIM = 16
@@ -58,9 +58,9 @@ class Models:
     async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
         self.asked.append((stamp.vlm, ask.max_tokens))
         if self.busy:
-            raise Overloaded("full")
+            raise QueueFull("full")
         if stamp.vlm in self.gone:
-            raise Unservable("gone")
+            raise AdapterUnservable("gone")
         return Reply("noise" if stamp.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
 
     async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.engines.vlm.generation import Ask, AskError, Message, Piece, Reply
+from serving.engines.vlm.generation import Ask, Message, Piece, Reply
+from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
-from serving.releases.admission import Stamp
-from serving.replicas.encoder_calls import Late, Overloaded, Unavailable
+from serving.releases.release_snapshot import Stamp
 from serving.replicas.vlm_calls import PROBE, VlmCalls
 from tests.support.waiting import until
 
@@ -119,7 +119,7 @@ async def test_a_stream_that_ends_without_its_last_piece_is_no_answer() -> None:
 
 @pytest.mark.parametrize(
     ("refusal", "error"),
-    [(Refusal("ask", "too long.", "cut it"), AskError), (Refusal("late", "late."), Late),
+    [(Refusal("ask", "too long.", "cut it"), InvalidRequest), (Refusal("late", "late."), DeadlineExceeded),
      (Refusal("adapter", "its file is damaged."), Unavailable)],
 )  # fmt: skip
 async def test_refusals_are_raised_here(refusal: Refusal, error: type[Exception]) -> None:
@@ -134,16 +134,16 @@ async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> N
     calls = VlmCalls(handle, limit=1)  # type: ignore[arg-type]
     waiting = asyncio.create_task(calls.reply(ASK, STAMP, soon()))
     await until(lambda: handle.made)
-    with pytest.raises(Overloaded):
+    with pytest.raises(QueueFull):
         await calls.reply(ASK, STAMP, soon())
-    with pytest.raises(Overloaded):
+    with pytest.raises(QueueFull):
         await texts(calls)
     assert await calls.reply(PROBE, STAMP, soon()) == REPLY
     waiting.cancel()
     with suppress(asyncio.CancelledError):
         await waiting
     assert handle.made[0].cancelled
-    with pytest.raises(Overloaded):
+    with pytest.raises(QueueFull):
         await calls.reply(ASK, STAMP, soon())
     assert calls.running == 0
 
@@ -157,7 +157,7 @@ async def test_after_the_deadline_it_is_late_or_says_what_went_wrong(stream: boo
         await (texts(calls, end) if stream else calls.reply(ASK, STAMP, end))
         return handle
 
-    with pytest.raises(Late):
+    with pytest.raises(DeadlineExceeded):
         await go([never])
     died: Callable[[], list[Any]] = lambda: [RuntimeError("engine died")]  # noqa: E731
     with pytest.raises(Unavailable, match="engine died"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ops.artifacts import Artifacts
-from serving.engines.vlm.generation import Ask, EngineDead, Message, Piece, Reply
+from serving.engines.vlm.generation import Ask, Message, Piece, Reply
+from serving.errors import EngineDead
 from serving.messages import Refusal
 from serving.replicas.stream_coalescing import gathered, merged
 from serving.replicas.vlm_worker import VlmLane

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.engines.vlm.generation import Message
+from serving.errors import QueueFull
 from serving.http.errors import ApiError
 from serving.http.vqa import normalised
-from serving.replicas.encoder_calls import Overloaded
 from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, client, gateway, png, uri
 
 URL = "/v1/vqa"
@@ -90,7 +90,7 @@ async def test_a_file_in_another_field_and_a_second_file_are_refused() -> None:
 
 
 async def test_failures_are_errors_of_the_api() -> None:
-    full = await ask(ScriptedVlms(failure=Overloaded("full.")), json={"image": uri(), "question": "what?"})
+    full = await ask(ScriptedVlms(failure=QueueFull("full.")), json={"image": uri(), "question": "what?"})
     none = await ask(None, json={"image": uri(), "question": "what?"})
     broken = await ask(
         ScriptedVlms(logits=(math.nan, 0.0)), json={"image": uri(), "question": "?", "choices": ["a", "b"]}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import AskError, question
+from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.errors import InvalidRequest
 from streams.images import decode_image
 from updater.pools import Question
 
@@ -61,7 +62,7 @@ class Reader:
         """Whether a question can be asked at all, and is not too long with its answer."""
         try:
             prompt = render(self.processor, question(np.zeros((1, 1, 3), np.uint8), example.question))
-        except AskError:
+        except InvalidRequest:
             return False
         answer = answer_tokens(self.processor, example.answer)
         return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer) <= LONGEST

@@ -1,0 +1,77 @@
+"""Failures of a request to the models, each with the HTTP status and the code that clients get. Free of Ray and HTTP.
+
+    ServingError
+      InvalidRequest             400  invalid_request
+      UnknownModel               404  model_not_found
+      QueueFull                  429  overloaded
+      NotReady                   503  not_ready
+      Unavailable                503  unavailable
+        AdapterUnservable
+      EngineDead                 503  unavailable
+      DeadlineExceeded           504  deadline_exceeded
+
+:mod:`serving.http.errors` makes answers of them, and of the failures of other parts.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ops.errors import RatchetError
+
+
+class ServingError(RatchetError):
+    """A failure of a request; subclasses say which."""
+
+    status: ClassVar[int] = 500
+    """HTTP status of the answer."""
+    code: ClassVar[str] = "internal"
+    """Stable name of the failure, as clients see it."""
+    param: ClassVar[str | None] = None
+    """The field of the request that is wrong, where the kind of failure tells."""
+
+
+class InvalidRequest(ServingError):
+    """A generation request that cannot be answered: too long, too many images, an unknown role."""
+
+    status, code = 400, "invalid_request"
+
+
+class UnknownModel(ServingError):
+    """The ``model`` of a request is not resident."""
+
+    status, code, param = 404, "model_not_found", "model"
+
+
+class QueueFull(ServingError):
+    """The queue in front of the replicas is full."""
+
+    status, code = 429, "overloaded"
+
+
+class NotReady(ServingError):
+    """No release is known yet."""
+
+    status, code = 503, "not_ready"
+
+
+class Unavailable(ServingError):
+    """No replica could answer."""
+
+    status, code = 503, "unavailable"
+
+
+class AdapterUnservable(Unavailable):
+    """The release itself cannot be served: another replica would not help. The guard counts these."""
+
+
+class EngineDead(ServingError):
+    """The engine ended; whoever holds it starts another one."""
+
+    status, code = 503, "unavailable"
+
+
+class DeadlineExceeded(ServingError):
+    """The deadline passed before the answer was ready."""
+
+    status, code = 504, "deadline_exceeded"
