@@ -28,7 +28,7 @@ from ops.settings import Settings
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import load_vlm_base
-from serving.engines.vlm.generation import Ask, Reply, question
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.engines.vlm.sync import SyncVlm
 from serving.messages import Kind
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
@@ -134,12 +134,14 @@ def _vlm(
             yield {**row, "right": _right(items, after), "equal": equal}
 
 
-def _answers(vlm: SyncVlm, asks: Sequence[Ask], before: Sequence[Reply], name: str) -> tuple[list[Reply], list[float]]:
+def _answers(
+    vlm: SyncVlm, asks: Sequence[GenerationRequest], before: Sequence[GenerationResult], name: str
+) -> tuple[list[GenerationResult], list[float]]:
     scores = vlm.scores(asks, [[reply.text or " "] for reply in before], name)
     return vlm.replies(asks, name), [row[0] for row in scores]
 
 
-def _right(items: Sequence[FolderItem], replies: Sequence[Reply]) -> float:
+def _right(items: Sequence[FolderItem], replies: Sequence[GenerationResult]) -> float:
     pairs = zip(items, replies, strict=True)
     return sum(reply.text.strip().lower() == item.answer.strip().lower() for item, reply in pairs) / len(items)
 

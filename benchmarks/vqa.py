@@ -32,7 +32,7 @@ from ops.settings import Settings
 from serving.app import start
 from serving.client import Client, data_uri
 from serving.engines.vlm.base import VlmBase, load_vlm_base
-from serving.engines.vlm.generation import Ask, question
+from serving.engines.vlm.generation import GenerationRequest, question
 from streams.images import decode_image
 
 LEVELS = (1, 8, 32)
@@ -130,7 +130,7 @@ def _generate(
     model = PeftModel.from_pretrained(base.build_model(), str(directory)).eval()
     processor = base.processor()
 
-    def timed(asks: Sequence[Ask], tokens: int) -> float:
+    def timed(asks: Sequence[GenerationRequest], tokens: int) -> float:
         began = time.perf_counter()
         with torch.inference_mode():
             model.generate(**inputs(processor, asks), max_new_tokens=tokens, do_sample=False)

@@ -15,7 +15,7 @@ IMAGE_COST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class EncodeRequest:
     """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: seconds since the epoch."""
 
     kind: Kind
@@ -30,7 +30,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class EncodeResult:
     """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code`` ``late`` or ``adapter``."""
 
     vectors: npt.NDArray[np.float32] | None
@@ -52,6 +52,6 @@ class Refusal:
     fix: str = ""
 
 
-def batch_cost(items: Sequence[Work]) -> int:
+def batch_cost(items: Sequence[EncodeRequest]) -> int:
     """Cost of a batch, for the batcher's budget."""
     return sum(item.cost for item in items)

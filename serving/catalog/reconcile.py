@@ -21,7 +21,7 @@ from ops import metrics
 from ops.errors import RatchetError, RecordError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from streams.store import Having
 
 log = logging.getLogger("ratchet.catalog")
@@ -97,7 +97,7 @@ class Catalog:
         self._reported = -2
         self.searchable_seconds: float | None = None
 
-    async def cover(self, stamp: Stamp, wait: bool = True) -> int:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool = True) -> int:
         """Make the space resident; with ``wait``, return when it holds every row of the corpus. Returns its rows."""
         fresh = stamp.image_space not in self._resident
         self._resident.setdefault(stamp.image_space, stamp.clip)
@@ -110,7 +110,7 @@ class Catalog:
             log.info("image space %s is resident now", stamp.image_space)
         return len(self._have.get(stamp.image_space, ()))
 
-    async def adopt(self, window: Sequence[Stamp]) -> None:
+    async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         """The resident releases, newest first. Spaces of others stay until :meth:`retire`."""
         for stamp in window:
             self._resident.setdefault(stamp.image_space, stamp.clip)
@@ -118,7 +118,7 @@ class Catalog:
         self._reported = -2  # the rows of another space are to be told
         self._wake.set()
 
-    async def retire(self, keep: Sequence[Stamp]) -> list[str]:
+    async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
         """Drop the tables of spaces that no kept release has. Returns their names."""
         spaces = {stamp.image_space: stamp.clip for stamp in keep}
         self._resident = spaces  # an adapter that made a kept space may be gone: take one that is kept

@@ -24,7 +24,7 @@ from torch import nn
 from ops.errors import AdapterError
 from serving.engines.adapters import effective_weights, read_adapter
 from serving.engines.base import ClipBase
-from serving.engines.conv_layout import ROWS, images_per_pass, lay_out
+from serving.engines.conv_layout import ROWS, images_per_pass, set_conv_layout
 from serving.engines.shared_weights import private_bytes, shell_of
 from serving.engines.spaces import Spaces
 
@@ -50,7 +50,7 @@ class ClipEngine:
         self._tokenize = base.tokenizer()
         model = base.build_model().to(self.device)
         visual = model.get_submodule("visual")
-        self._channels_last = lay_out(visual)
+        self._channels_last = set_conv_layout(visual)
         self._images = images_per_pass(visual, self.device)
         self._model = model
         self._residents: dict[str, _Resident] = {}

@@ -1,4 +1,4 @@
-"""The FastAPI application around a :class:`Gateway`."""
+"""The FastAPI application around a :class:`AppState`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from serving.http import (
     search,
     vqa,
 )
-from serving.http.app_state import Gateway
-from serving.http.auth import Guard
-from serving.http.limits import Bounds
+from serving.http.app_state import AppState
+from serving.http.auth import AuthMiddleware
+from serving.http.limits import RequestLimits
 
 DESCRIPTION = """
 A CLIP model and a vision-language model that keep learning and never slip back.
@@ -52,18 +52,18 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(at: Gateway) -> FastAPI:
+def build_app(at: AppState) -> FastAPI:
     """Routes, error shapes and bounds."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
-    app.state.gateway = at
+    app.state.app_state = at
     errors.install(app)
     for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
         # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
-    app.add_middleware(Guard, access=at.access)
+    app.add_middleware(AuthMiddleware, access=at.access)
     app.add_middleware(
-        Bounds,
+        RequestLimits,
         max_body_bytes=at.settings.max_body_bytes,
         max_requests=at.settings.queue,
         loopback_only=at.settings.on_loopback,

@@ -18,13 +18,13 @@ from ops.ledger import Ledger
 from ops.ledger.rows import DeletionState, Family
 from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
-from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.http.errors import ApiError, from_validation, is_fault
-from serving.http.image_loader import ImageIntake
-from serving.http.routing_key import caller_key
-from serving.messages import Answer, Kind
+from serving.http.image_loader import ImageLoader
+from serving.http.routing_key import routing_key
+from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.rollback import Adapters
 from serving.releases.types import Outcome
 
@@ -40,23 +40,25 @@ VLM: Family = "vlm"
 class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
-    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items, by the stamp's adapter."""
 
 
 class Vlms(Protocol):
     """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the stamp's VLM adapter.
 
-    Deadlines are seconds since the epoch. All raise QueueFull, Late, Unavailable and InvalidRequest.
+    Deadlines are seconds since the epoch. All raise QueueFull, DeadlineExceeded, Unavailable and InvalidRequest.
     """
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
-    def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+    def stream(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
         """The answer piece by piece. Closing the iterator aborts the request."""
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 
 
@@ -100,7 +102,7 @@ class Operations(Protocol):
 
 
 class Quarantine(Protocol):
-    """See :class:`serving.http.quarantine_service.RefusedRecords`."""
+    """See :class:`serving.http.quarantine_service.QuarantineService`."""
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         """Refused records, newest first."""
@@ -116,7 +118,7 @@ class Quarantine(Protocol):
 
 
 class Receipts(Protocol):
-    """See :class:`serving.http.receipt_service.RecordReceipts`. Both raise StoreUnavailable."""
+    """See :class:`serving.http.receipt_service.ReceiptService`. Both raise StoreUnavailable."""
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
         """What became of a record; at least one receipt."""
@@ -126,7 +128,7 @@ class Receipts(Protocol):
 
 
 class Deletions(Protocol):
-    """See :class:`serving.http.deletion_service.RequestedDeletions`."""
+    """See :class:`serving.http.deletion_service.DeletionService`."""
 
     async def selected(self, selector: Mapping[str, str]) -> dict[str, int]:
         """How many ``samples`` and ``refusals`` are selected. Raises SelectorError, StoreUnavailable."""
@@ -142,8 +144,8 @@ class Deletions(Protocol):
 
 
 @dataclass(frozen=True)
-class Gateway:
-    """Everything a route needs; one per ingress replica, in ``app.state.gateway``."""
+class AppState:
+    """Everything a route needs; one per ingress replica, in ``app.state.app_state``."""
 
     settings: Serve
     dim: int
@@ -151,7 +153,7 @@ class Gateway:
     encoders: Encoders
     index: Index
     operations: Operations
-    intake: ImageIntake
+    image_loader: ImageLoader
     access: Access
     ledger: Ledger
     refresh: Callable[[], Awaitable[None]]
@@ -176,12 +178,12 @@ class Gateway:
 
     def admit(
         self, request: Request, model: str, family: Family = CLIP, user: str | None = None
-    ) -> AbstractContextManager[Stamp]:
+    ) -> AbstractContextManager[ReleaseSnapshot]:
         """Stamp one request and count how it ends. ``user``: what its body says of who asks."""
-        key = caller_key(request, user) if self.admission.splits else ""
+        key = routing_key(request, user) if self.admission.splits else ""
         return self.admission.admit(model, family, key, is_fault)
 
-    def failed(self, stamp: Stamp, error: Exception) -> None:
+    def failed(self, stamp: ReleaseSnapshot, error: Exception) -> None:
         """A stream broke off after :meth:`admit`'s block had begun to answer."""
         if is_fault(error):
             self.admission.failed(stamp.release)
@@ -210,13 +212,13 @@ class Gateway:
             )  # fmt: skip
 
 
-def gateway(request: Request) -> Gateway:
+def app_state(request: Request) -> AppState:
     """The gateway of the app that serves this request."""
-    found: Gateway = request.app.state.gateway
+    found: AppState = request.app.state.app_state
     return found
 
 
-def stamp_headers(stamp: Stamp, family: Family = CLIP) -> dict[str, str]:
+def stamp_headers(stamp: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
     """Which release answered, by which adapter."""
     return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.shown(family)}
 

@@ -21,7 +21,7 @@ from ops.ledger.keys import SCOPES
 from ops.ledger.rows import KeyScope
 from serving.http import errors
 from serving.http.errors import ApiError
-from serving.http.rate_limit import Rates, address
+from serving.http.rate_limit import RateLimiter, address
 
 READ_SECONDS = 1.0
 """Longest that a request waits for the keys to be read again; then those that were read last count."""
@@ -42,13 +42,13 @@ def needs(path: str) -> tuple[KeyScope, ...]:
     return ("infer",)
 
 
-class Guard:
+class AuthMiddleware:
     """Answers 401, 403, 429 or 503 to those who may not, and leaves the :class:`Principal` of others in the request."""
 
-    def __init__(self, app: ASGIApp, access: Access, rates: Rates | None = None) -> None:
+    def __init__(self, app: ASGIApp, access: Access, rates: RateLimiter | None = None) -> None:
         self.app = app
         self.access = access
-        self.rates = Rates() if rates is None else rates
+        self.rates = RateLimiter() if rates is None else rates
         self._reading: asyncio.Task[None] | None = None
         self._reading_since = 0.0
 

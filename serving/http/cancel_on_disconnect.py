@@ -24,7 +24,7 @@ class ClientGone(ApiError):
 
 
 @contextlib.asynccontextmanager
-async def attended(receive: Receive, deadline: float) -> AsyncIterator[None]:
+async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterator[None]:
     """Cancel the block when the client leaves or the deadline passes. The request's body must have been read before.
 
     Args:
@@ -32,7 +32,7 @@ async def attended(receive: Receive, deadline: float) -> AsyncIterator[None]:
         deadline: seconds since the epoch.
 
     Raises:
-        Late: the deadline passed.
+        DeadlineExceeded: the deadline passed.
         ClientGone: the client closed its connection.
     """
     here = asyncio.current_task()

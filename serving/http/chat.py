@@ -9,15 +9,15 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from serving.engines.vlm.generation import Ask, Message, Piece
+from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk
 from serving.errors import Unavailable
-from serving.http.app_state import VLM, Gateway, Vlms, gateway, json_body, json_schema, stamp_headers
-from serving.http.cancel_on_disconnect import attended
+from serving.http.app_state import VLM, AppState, Vlms, app_state, json_body, json_schema, stamp_headers
+from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
-from serving.http.chunks import Answered
+from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
 from serving.http.sse import EventStream
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 SEEDS = 2**63
@@ -41,7 +41,7 @@ async def chat_completions(request: Request) -> Response:
 
     Answers are greedy unless `temperature` says otherwise. One release answers all of it, also when streaming.
     """
-    at = gateway(request)
+    at = app_state(request)
     vlms = at.need_vlms()
     asked = await json_body(request, ChatRequest)
     refuse_unknown(asked)
@@ -54,28 +54,28 @@ async def chat_completions(request: Request) -> Response:
     async with contextlib.AsyncExitStack() as held:
         stamp = held.enter_context(at.admit(request, asked.model, VLM, asked.caller))
         headers = stamp_headers(stamp, VLM)
-        async with attended(request.receive, deadline):
-            pictures = await at.intake.pictures(images) if images else ()
-            ask = Ask(
+        async with cancel_on_disconnect(request.receive, deadline):
+            pictures = await at.image_loader.pictures(images) if images else ()
+            ask = GenerationRequest(
                 messages, pictures, max_tokens, asked.temperature or 0.0,
                 1.0 if asked.top_p is None else asked.top_p,
                 None if asked.seed is None else asked.seed % SEEDS, asked.stops,
             )  # fmt: skip
             if not asked.stream:
-                answer = Answered(stamp, text_of).whole(await vlms.reply(ask, stamp, deadline))
+                answer = ChatCompletion(stamp, text_of).whole(await vlms.reply(ask, stamp, deadline))
                 return JSONResponse(answer, headers=headers)
             pieces = opened(vlms, ask, stamp, deadline, held)
             first = await anext(pieces, None)
         if first is None:
             raise Unavailable("the model gave no answer.", "Try again.")
-        events = chunks(first, pieces, Answered(stamp, text_of, asked.include_usage))
+        events = chunks(first, pieces, ChatCompletion(stamp, text_of, asked.include_usage))
         held.push_async_callback(events.aclose)
         return EventStream(events, held.pop_all(), headers, deadline, lambda error: at.failed(stamp, error))
 
 
 def opened(
-    vlms: Vlms, ask: Ask, stamp: Stamp, deadline: float, held: contextlib.AsyncExitStack
-) -> AsyncIterator[Piece]:
+    vlms: Vlms, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float, held: contextlib.AsyncExitStack
+) -> AsyncIterator[TokenChunk]:
     """The pieces of an answer; closing ``held`` closes them, which aborts the request in the engine."""
     pieces = vlms.stream(ask, stamp, deadline)
     if isinstance(pieces, AsyncGenerator):
@@ -83,9 +83,11 @@ def opened(
     return pieces
 
 
-async def chunks(first: Piece, pieces: AsyncIterator[Piece], answer: Answered) -> AsyncGenerator[bytes, None]:
+async def chunks(
+    first: TokenChunk, pieces: AsyncIterator[TokenChunk], answer: ChatCompletion
+) -> AsyncGenerator[bytes, None]:
     """Pieces as events."""
-    piece: Piece | None = first
+    piece: TokenChunk | None = first
     head = answer.first()
     while piece is not None:
         text = head + answer.piece(piece)
@@ -118,7 +120,7 @@ def most_tokens(asked: ChatRequest, limit: int) -> int:
     return limit if wanted is None else wanted
 
 
-def conversation(asked: ChatRequest, at: Gateway) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:
+def conversation(asked: ChatRequest, at: AppState) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:
     """Messages, and the images they point to with their places in the request. Raises ApiError."""
     messages: list[Message] = []
     images: list[tuple[str, str | bytes]] = []

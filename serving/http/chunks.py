@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from serving.engines.vlm.generation import Finish, Piece, Reply
+from serving.engines.vlm.generation import Finish, GenerationResult, TokenChunk
 from serving.http.sse import DONE, dumps
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON has not; OpenAI uses the same number."""
@@ -33,10 +33,12 @@ def listed(tokens: Iterable[int], logprobs: Iterable[float], text_of: Callable[[
     return {"content": rows, "refusal": None}
 
 
-class Answered:
+class ChatCompletion:
     """One answer to one request: its id, its time and its model are the same in all of its chunks."""
 
-    def __init__(self, stamp: Stamp, text_of: Callable[[int], str] | None, include_usage: bool = False) -> None:
+    def __init__(
+        self, stamp: ReleaseSnapshot, text_of: Callable[[int], str] | None, include_usage: bool = False
+    ) -> None:
         """``text_of`` names tokens for log-probabilities; None leaves them out."""
         self.text_of = text_of
         self.include_usage = include_usage
@@ -50,7 +52,7 @@ class Answered:
         self._tail = ',"usage":null}\n\n' if include_usage else "}\n\n"
         self._open = f',"logprobs":null,"finish_reason":null}}]{self._tail}'
 
-    def whole(self, reply: Reply) -> dict[str, Any]:
+    def whole(self, reply: GenerationResult) -> dict[str, Any]:
         """The object of an answer that is not streamed."""
         choice = {
             "index": 0, "message": {"role": "assistant", "content": reply.text, "refusal": None},
@@ -64,7 +66,7 @@ class Answered:
         """The chunk before any text: who speaks."""
         return f'{self._delta}{{"role":"assistant","content":""}}{self._open}'
 
-    def piece(self, piece: Piece) -> str:
+    def piece(self, piece: TokenChunk) -> str:
         """The chunk of one piece; nothing when it says nothing."""
         if self.text_of is None:
             return f'{self._delta}{{"content":{dumps(piece.text)}}}{self._open}' if piece.text else ""

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import gateway, json_body, stamp_headers
-from serving.http.cancel_on_disconnect import attended
+from serving.http.app_state import app_state, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.embeddings import made
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.schemas import ClassifyRequest
@@ -28,7 +28,7 @@ async def classify(request: Request) -> JSONResponse:
 
     As multipart: `images` are files; `labels` and `templates` are repeated fields or JSON lists.
     """
-    at = gateway(request)
+    at = app_state(request)
     uploads: list[bytes] = []
     if is_form(request):
         fields, files = await read_form(request, at.settings.max_images, {"labels", "templates"})
@@ -42,8 +42,8 @@ async def classify(request: Request) -> JSONResponse:
     deadline = at.deadline()
     sources: Sequence[str | bytes] = uploads or asked.images
     with at.admit(request, asked.model) as stamp:
-        async with attended(request.receive, deadline):
-            pixels = await at.intake.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
+        async with cancel_on_disconnect(request.receive, deadline):
+            pixels = await at.image_loader.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
             images = await at.encoders.encode("image", pixels, stamp, deadline)
             texts = await at.encoders.encode("text", prompts, stamp, deadline)
         shares = probabilities(made(images), made(texts), len(asked.templates), images.logit_scale)

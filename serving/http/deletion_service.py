@@ -17,7 +17,7 @@ SECONDS: Final = 60.0
 """Longest that counting what is selected takes: a look at all rows of the store."""
 
 
-class RequestedDeletions:
+class DeletionService:
     """Implements :class:`serving.http.app_state.Deletions`."""
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:

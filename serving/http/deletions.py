@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from ops.errors import SelectorError
 from ops.ledger import DeletionState
-from serving.http.app_state import gateway, json_body, json_schema
+from serving.http.app_state import app_state, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.schemas import DeletionRequest
@@ -82,7 +82,7 @@ async def request_deletion(request: Request) -> JSONResponse:
     """Of what was ingested before now. It leaves store, catalog, replay, quarantine and old versions."""
     actor = operator(request)
     wanted = await json_body(request, DeletionRequest)
-    service = gateway(request).deletions
+    service = app_state(request).deletions
     try:
         if wanted.dry_run:
             selected = await service.selected(wanted.selector.fields())
@@ -106,7 +106,7 @@ async def deletions(
 ) -> JSONResponse:
     """How far each is, what it took out, and which adapters had learned from it."""
     operator(request)
-    receipts = await gateway(request).deletions.newest(limit, state)
+    receipts = await app_state(request).deletions.newest(limit, state)
     return JSONResponse({"object": "list", "data": [{"object": "deletion", **each} for each in receipts]})
 
 
@@ -121,7 +121,7 @@ async def deletions(
 async def deletion(request: Request, deletion_id: DeletionId) -> JSONResponse:
     """Its receipt. One that a tombstone asked for is called `tombstone topic:partition:offset`."""
     operator(request)
-    receipt = await gateway(request).deletions.one(deletion_id)
+    receipt = await app_state(request).deletions.one(deletion_id)
     if receipt is None:
         raise ApiError(404, f"there is no deletion {deletion_id}.", param="deletion_id", code="deletion_not_found")
     return JSONResponse({"object": "deletion", **receipt})

@@ -12,12 +12,12 @@ from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
 from ops.ledger.rows import Family
-from serving.http.app_state import CLIP, VLM, Gateway, gateway, json_body, json_schema, stamp_headers
-from serving.http.cancel_on_disconnect import attended
+from serving.http.app_state import CLIP, VLM, AppState, app_state, json_body, json_schema, stamp_headers
+from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.errors import ApiError
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
-from serving.messages import Answer
-from serving.releases.release_snapshot import Stamp
+from serving.messages import EncodeResult
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 
@@ -29,7 +29,7 @@ async def embeddings(request: Request) -> JSONResponse:
     An image is `{"image": "data:image/png;base64,..."}`, or a URL where the server fetches them.
     Compare vectors of one release by dot product.
     """
-    at = gateway(request)
+    at = app_state(request)
     asked = await json_body(request, EmbeddingsRequest)
     if asked.dimensions is not None and asked.dimensions != at.dim:
         raise ApiError(
@@ -38,7 +38,7 @@ async def embeddings(request: Request) -> JSONResponse:
         )  # fmt: skip
     deadline = at.deadline()
     with at.admit(request, asked.model, user=asked.user) as stamp:
-        async with attended(request.receive, deadline):
+        async with cancel_on_disconnect(request.receive, deadline):
             vectors, tokens = await embed(at, stamp, asked.items(), "input", deadline)
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, asked.encoding_format)}
@@ -54,7 +54,7 @@ async def embeddings(request: Request) -> JSONResponse:
 
 
 async def embed(
-    at: Gateway, stamp: Stamp, items: list[Item], param: str, deadline: float
+    at: AppState, stamp: ReleaseSnapshot, items: list[Item], param: str, deadline: float
 ) -> tuple[npt.NDArray[np.float32], int]:
     """Vectors [n, dim] of mixed items, and the texts' tokens."""
     texts: dict[int, str] = {}
@@ -72,7 +72,7 @@ async def embed(
     vectors = np.zeros((len(items), at.dim), np.float32)
     tokens = 0
     if images:
-        pixels = await at.intake.pixels(list(images.values()))
+        pixels = await at.image_loader.pixels(list(images.values()))
         vectors[list(images)] = made(await at.encoders.encode("image", pixels, stamp, deadline))
     if texts:
         answer = await at.encoders.encode("text", list(texts.values()), stamp, deadline)
@@ -81,7 +81,7 @@ async def embed(
     return vectors, tokens
 
 
-def made(answer: Answer) -> npt.NDArray[np.float32]:
+def made(answer: EncodeResult) -> npt.NDArray[np.float32]:
     """The vectors of an answer that succeeded."""
     if answer.vectors is None:
         raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
@@ -96,7 +96,7 @@ def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
 @router.get("/v1/models", summary="Models that requests may name")
 async def models(request: Request) -> JSONResponse:
     """`clip` and `vlm` are what is live; the others are resident now and stay addressable while in the window."""
-    at = gateway(request)
+    at = app_state(request)
     rows = [described(at, name, CLIP) for name in at.admission.names(CLIP)]
     if at.vlms is not None:
         taken = {row["id"] for row in rows}
@@ -109,12 +109,12 @@ async def model(
     request: Request, model: Annotated[str, PathParameter(json_schema_extra={"format": "model"})]
 ) -> JSONResponse:
     """The release and, for a CLIP, the embedding spaces behind a name."""
-    at = gateway(request)
+    at = app_state(request)
     known = at.vlms is not None and model in at.admission.names(VLM) and model not in at.admission.names(CLIP)
     return JSONResponse(described(at, model, VLM if known else CLIP))
 
 
-def described(at: Gateway, name: str, family: Family) -> dict[str, Any]:
+def described(at: AppState, name: str, family: Family) -> dict[str, Any]:
     """OpenAI's model object, with the release behind it."""
     stamp = at.admission.resolve(name, family)
     found = {

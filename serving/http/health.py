@@ -12,9 +12,9 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ops import metrics
-from serving.http.app_state import Gateway, gateway, stamp_headers
+from serving.http.app_state import AppState, app_state, stamp_headers
 from serving.http.errors import answer
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.vlm_calls import PROBE
 
 router = APIRouter(tags=["Health"])
@@ -24,7 +24,7 @@ PROBE_SECONDS = 10.0
 @router.get("/health/live", summary="Runs a forward pass of every model")
 async def live(request: Request) -> JSONResponse:
     """200 when a text went through an encoder and a VLM under the live release; 503 otherwise."""
-    at = gateway(request)
+    at = app_state(request)
     began = time.perf_counter()
     with at.admission.admit() as stamp:
         await asyncio.gather(*_passes(at, stamp))
@@ -37,7 +37,7 @@ async def live(request: Request) -> JSONResponse:
 @router.get("/health/ready", summary="Whether requests may be sent")
 async def ready(request: Request) -> JSONResponse:
     """200 when a release is live, its adapters are resident and the catalog answers; 503 otherwise."""
-    at = gateway(request)
+    at = app_state(request)
     if at.admission.live is None:
         await at.refresh()
     stamp = at.admission.live
@@ -51,7 +51,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready", "release": stamp.release}, headers=stamp_headers(stamp))
 
 
-def _passes(at: Gateway, stamp: Stamp) -> list[Coroutine[Any, Any, Any]]:
+def _passes(at: AppState, stamp: ReleaseSnapshot) -> list[Coroutine[Any, Any, Any]]:
     """One forward pass of each model; a failure is answered as that of any request."""
     deadline = time.time() + PROBE_SECONDS
     passes: list[Coroutine[Any, Any, Any]] = [at.encoders.encode("text", ["alive"], stamp, deadline)]

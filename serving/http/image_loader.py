@@ -25,7 +25,7 @@ LONGEST_SIDE = 2048
 """Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
 
 
-class ImageIntake:
+class ImageLoader:
     """Turns encoded images into RGB uint8 arrays. Threads, because Pillow decodes outside of the GIL.
 
     Args:

@@ -17,7 +17,7 @@ FREE_ROUTES = ("/health", "/metrics")
 LOOPBACK = ("127.", "::1", "::ffff:127.")
 
 
-class Bounds:
+class RequestLimits:
     """Refuses bodies over ``max_body_bytes`` (413), requests over ``max_requests`` at once (429), and, with
     ``loopback_only``, peers of other machines (403): Ray's tuned ingress binds every address, also when the settings
     say 127.0.0.1.

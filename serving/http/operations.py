@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import Gateway, gateway, json_body, json_schema
+from serving.http.app_state import AppState, app_state, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
@@ -25,7 +25,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
 
     While the `live` one is a canary or a shadow it answers its `share` of the requests, the `stable` one the others.
     """
-    at = gateway(request)
+    at = app_state(request)
     rows = await asyncio.to_thread(at.ledger.releases, limit)
     live = at.admission.live
     resident = {stamp.release: stamp for stamp in at.admission.window}
@@ -46,7 +46,7 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
 @router.post("/admin/v1/releases", summary="Release adapters", openapi_extra=json_schema(ReleaseRequest))
 async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
-    at = gateway(request)
+    at = app_state(request)
     actor = operator(request)
     expected = await _live_number(at)
     asked = await json_body(request, ReleaseRequest)
@@ -64,7 +64,7 @@ async def release(request: Request) -> JSONResponse:
 @router.post("/admin/v1/promote", summary="Let a canary answer everybody", openapi_extra=json_schema(PromoteRequest))
 async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
-    at = gateway(request)
+    at = app_state(request)
     actor = operator(request)
     expected = await _live_number(at)
     asked = await json_body(request, PromoteRequest)
@@ -75,7 +75,7 @@ async def promote(request: Request) -> JSONResponse:
 @router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
 async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
-    at = gateway(request)
+    at = app_state(request)
     actor = operator(request)
     expected = await _live_number(at)
     asked = await json_body(request, RollbackRequest)
@@ -92,7 +92,7 @@ async def rollback(request: Request) -> JSONResponse:
 @router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
-    at = gateway(request)
+    at = app_state(request)
     actor = operator(request)
     await at.operations.hold(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
     return JSONResponse({"held": True})
@@ -101,7 +101,7 @@ async def hold(request: Request) -> JSONResponse:
 @router.post("/admin/v1/resume", summary="Let updates through again", openapi_extra=json_schema(ReasonRequest))
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
-    at = gateway(request)
+    at = app_state(request)
     actor = operator(request)
     await at.operations.resume(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
     return JSONResponse({"held": False})
@@ -110,18 +110,18 @@ async def resume(request: Request) -> JSONResponse:
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
     """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
-    at = gateway(request)
+    at = app_state(request)
     operator(request)
     controller, catalog = await asyncio.gather(at.operations.status(), at.index.status())
     return JSONResponse({"controller": controller, "catalog": catalog})
 
 
-def _needs_vlm(at: Gateway, param: str) -> None:
+def _needs_vlm(at: AppState, param: str) -> None:
     if at.vlms is None:
         raise ApiError(400, f"{param}: no vision-language model is served here.", param=param, code="no_vlm")
 
 
-async def _live_number(at: Gateway) -> int:
+async def _live_number(at: AppState) -> int:
     # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
     row = await asyncio.to_thread(at.ledger.live)
     return row.number if row else 0

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
-from serving.http.app_state import Gateway, gateway, json_body, json_schema
+from serving.http.app_state import AppState, app_state, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
 from serving.http.schemas import RefusedSelection, ResubmitRequest
@@ -29,7 +29,7 @@ async def quarantine(
     """Each with its place, its reason and whether it was sent again. Needs the scope `publish` or `operate`."""
     operator(request, "publish", "operate")
     _check_reason(reason, "reason")
-    service = gateway(request).quarantine
+    service = app_state(request).quarantine
     body: dict[str, Any] = {"object": "list", "data": await service.newest(limit, reason, source)}
     if counts:
         body["counts"] = await service.counts(reason, source)
@@ -46,7 +46,7 @@ async def resubmit(request: Request) -> JSONResponse:
     """
     actor = operator(request, "publish", "operate")
     asked = await json_body(request, ResubmitRequest)
-    at = gateway(request)
+    at = app_state(request)
     if asked.filter is not None:
         return await _resubmit_many(at, asked.filter, actor, asked)
     try:
@@ -56,7 +56,7 @@ async def resubmit(request: Request) -> JSONResponse:
     return JSONResponse({"object": "resubmission", "place": asked.place, **sent})
 
 
-async def _resubmit_many(at: Gateway, chosen: RefusedSelection, actor: str, asked: ResubmitRequest) -> JSONResponse:
+async def _resubmit_many(at: AppState, chosen: RefusedSelection, actor: str, asked: ResubmitRequest) -> JSONResponse:
     from streams.resubmit_many import RefusalFilter
 
     _check_reason(chosen.reason, "filter.reason")

@@ -19,7 +19,7 @@ PER_SECOND: Final = 100.0
 """Records that are sent again by one call: at most 500, so it takes five seconds."""
 
 
-class RefusedRecords:
+class QuarantineService:
     """Implements :class:`serving.http.app_state.Quarantine`. One call at a time: each may hold a large record."""
 
     def __init__(self, settings: Settings, ledger: Ledger) -> None:

@@ -13,7 +13,7 @@ MAX_CALLERS = 10_000
 """Buckets that are kept. Who has not called for longest is forgotten, and begins again with a full bucket."""
 
 
-class Rates:
+class RateLimiter:
     """A caller with N requests a minute may make N at once, and gets one back every 60/N seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MAX_CALLERS) -> None:

@@ -14,7 +14,7 @@ SECONDS: Final = 10.0
 THREADS: Final = 2
 
 
-class RecordReceipts:
+class ReceiptService:
     """Implements :class:`serving.http.app_state.Receipts`."""
 
     def __init__(self, settings: Settings) -> None:

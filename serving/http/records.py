@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from ops.errors import RecordError
-from serving.http.app_state import gateway
+from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
 from streams.receipts import Outcome
@@ -69,7 +69,7 @@ async def record(request: Request, topic: Topic, partition: Partition, offset: O
     There is more than one receipt where more happened: a sample that was deleted since, a topic that was made anew.
     """
     operator(request, "publish", "operate")
-    receipts = await gateway(request).receipts.of_position(topic, partition, offset)
+    receipts = await app_state(request).receipts.of_position(topic, partition, offset)
     if receipts[0]["outcome"] == "not_read_yet":
         raise ApiError(
             404, f"record {topic}:{partition}:{offset} has not been read yet.", param="offset", code="not_read_yet"
@@ -86,7 +86,7 @@ async def records(request: Request, id: SampleId) -> JSONResponse:
     """The record that was stored, and those that repeat it. Needs the scope `publish` or `operate`."""
     operator(request, "publish", "operate")
     try:
-        receipts = await gateway(request).receipts.of_sample(id)
+        receipts = await app_state(request).receipts.of_sample(id)
     except RecordError as error:
         raise from_record(error, "id") from None
     if not receipts:

@@ -11,7 +11,7 @@ from ops.access import Principal
 KEY_HEADER = "x-ratchet-key"
 
 
-def caller_key(request: Request, user: str | None = None) -> str:
+def routing_key(request: Request, user: str | None = None) -> str:
     """A text that is the same for all requests of one caller: its API key, else what it says of itself in
     ``x-ratchet-key`` or in the body's ``user``, else the request alone. It is hashed at once and kept nowhere.
 

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
 from serving.catalog.queries import as_filters
-from serving.http.app_state import gateway, json_body, stamp_headers
-from serving.http.cancel_on_disconnect import attended
+from serving.http.app_state import app_state, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.embeddings import made
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
@@ -29,7 +29,7 @@ SAMPLE_ID = re.compile("[0-9a-f]{64}")
 @router.post("/v1/search", summary="Find samples", openapi_extra=both_schemas(SearchRequest, "image"))
 async def search(request: Request) -> JSONResponse:
     """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space."""
-    at = gateway(request)
+    at = app_state(request)
     uploads: list[bytes] = []
     if is_form(request):
         fields, files = await read_form(request, 1, LISTS)
@@ -42,13 +42,13 @@ async def search(request: Request) -> JSONResponse:
     filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
     deadline = at.deadline()
     with at.admit(request, asked.model) as stamp:
-        async with attended(request.receive, deadline):
+        async with cancel_on_disconnect(request.receive, deadline):
             if asked.text is not None:
                 at.check_texts([asked.text], "text")
                 answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
             else:
                 source: str | bytes = uploads[0] if uploads else str(asked.image)
-                pixels = await at.intake.pixels([("image", source)])
+                pixels = await at.image_loader.pixels([("image", source)])
                 answer = await at.encoders.encode("image", pixels, stamp, deadline)
             hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
         data = [
@@ -76,7 +76,7 @@ async def sample_image(
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
 ) -> Response:
     """Drawn again, so that no byte of what a producer sent reaches a browser."""
-    at = gateway(request)
+    at = app_state(request)
     data = await at.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")

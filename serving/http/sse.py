@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from ops import metrics
 from serving.errors import DeadlineExceeded
 from serving.http import errors
-from serving.http.cancel_on_disconnect import ClientGone, attended
+from serving.http.cancel_on_disconnect import ClientGone, cancel_on_disconnect
 
 log = logging.getLogger("ratchet.http")
 DONE = b"data: [DONE]\n\n"
@@ -76,7 +76,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until the end, a failure or the deadline, or until the client has gone."""
         with contextlib.suppress(ClientGone, DeadlineExceeded, OSError):  # there is nobody left to tell
-            async with self.held, attended(receive, self.deadline + GRACE_SECONDS):
+            async with self.held, cancel_on_disconnect(receive, self.deadline + GRACE_SECONDS):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 while data := await self._next():
                     await send({"type": "http.response.body", "body": data, "more_body": True})

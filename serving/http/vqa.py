@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import question
-from serving.http.app_state import VLM, gateway, json_body, stamp_headers
-from serving.http.cancel_on_disconnect import attended
+from serving.http.app_state import VLM, app_state, json_body, stamp_headers
+from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
@@ -27,7 +27,7 @@ async def vqa(request: Request) -> JSONResponse:
 
     As multipart: `image` is a file; `choices` are repeated fields or one JSON list.
     """
-    at = gateway(request)
+    at = app_state(request)
     vlms = at.need_vlms()
     uploads: list[bytes] = []
     if is_form(request):
@@ -39,8 +39,8 @@ async def vqa(request: Request) -> JSONResponse:
     at.check_length("question", asked.question)
     deadline = at.deadline()
     with at.admit(request, asked.model, VLM) as stamp:
-        async with attended(request.receive, deadline):
-            (picture,) = await at.intake.pictures([("image", uploads[0] if uploads else asked.image)])
+        async with cancel_on_disconnect(request.receive, deadline):
+            (picture,) = await at.image_loader.pictures([("image", uploads[0] if uploads else asked.image)])
             ask = question(picture, asked.question)
             ask = replace(ask, max_tokens=min(ask.max_tokens, at.settings.vlm_max_tokens))
             found: dict[str, Any]

@@ -12,9 +12,9 @@ from ops import metrics
 from ops.ledger.rows import Family
 from ops.metrics.serving import Age
 from serving.errors import NotReady, UnknownModel
-from serving.releases.canary_bucket import place
-from serving.releases.observations import Answered
-from serving.releases.release_snapshot import Stamp
+from serving.releases.canary_bucket import canary_bucket
+from serving.releases.observations import RequestCounts
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 FAMILY: Family = "clip"
 
@@ -23,29 +23,29 @@ class Admission:
     """The releases that requests may be stamped with, newest first, and how many requests each has in flight."""
 
     def __init__(self) -> None:
-        self._window: tuple[Stamp, ...] = ()
-        self._stable: Stamp | None = None
+        self._window: tuple[ReleaseSnapshot, ...] = ()
+        self._stable: ReleaseSnapshot | None = None
         self._in_flight: dict[int, int] = {}
-        self._answered: dict[int, Answered] = {}
+        self._answered: dict[int, RequestCounts] = {}
         self.splits = False
         """Whether a canary or a shadow is live, so that it matters who asks."""
 
     @property
-    def stable(self) -> Stamp | None:
+    def stable(self) -> ReleaseSnapshot | None:
         """The newest plain release: it answers whom the live one does not."""
         return self._stable
 
     @property
-    def live(self) -> Stamp | None:
+    def live(self) -> ReleaseSnapshot | None:
         """The live release, as far as this replica knows."""
         return self._window[0] if self._window else None
 
     @property
-    def window(self) -> tuple[Stamp, ...]:
+    def window(self) -> tuple[ReleaseSnapshot, ...]:
         """Resident releases, newest first."""
         return self._window
 
-    def adopt(self, window: Sequence[Stamp]) -> int:
+    def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
         ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
@@ -53,11 +53,11 @@ class Admission:
             self._stable = next((stamp for stamp in ordered if stamp.share >= 1), None)
             self.splits = ordered[0].share < 1
             numbers = {stamp.release for stamp in ordered} | set(self._in_flight)
-            self._answered = {number: self._answered.get(number, Answered()) for number in numbers}
+            self._answered = {number: self._answered.get(number, RequestCounts()) for number in numbers}
             self._tell()
         return self.live.release if self.live else 0
 
-    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> Stamp:
+    def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> ReleaseSnapshot:
         """``clip`` (or ``vlm``) is what is live, ``clip@12`` a resident release, an adapter's name its newest release.
 
         Args:
@@ -89,7 +89,7 @@ class Admission:
         family: Family = FAMILY,
         key: str = "",
         is_fault: Callable[[Exception], bool] = lambda error: True,
-    ) -> Iterator[Stamp]:
+    ) -> Iterator[ReleaseSnapshot]:
         """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
         against the release.
         """
@@ -135,10 +135,10 @@ class Admission:
         if release in self._answered:
             self._answered[release].failed += 1
 
-    def answered(self) -> dict[int, Answered]:
+    def answered(self) -> dict[int, RequestCounts]:
         """Requests that ended, by resident release, since this process knows the release."""
         return dict(self._answered)
 
-    def _side(self, live: Stamp, key: str) -> Stamp:
-        chosen = bool(key) and place(live.clip, live.vlm, key) < live.share
+    def _side(self, live: ReleaseSnapshot, key: str) -> ReleaseSnapshot:
+        chosen = bool(key) and canary_bucket(live.clip, live.vlm, key) < live.share
         return live if chosen else self._stable or live

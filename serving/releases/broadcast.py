@@ -17,8 +17,8 @@ from ops.errors import ReleaseError, StoreError
 from serving.catalog.queries import Filters, Hit
 from serving.errors import DeadlineExceeded, Unavailable
 from serving.releases.observations import Observations
-from serving.releases.release_snapshot import Stamp
-from serving.releases.residency import Resident
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.residency import Residency
 from serving.releases.types import NO_VLM, Prepared
 
 log = logging.getLogger("ratchet.fleet")
@@ -30,7 +30,7 @@ VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
 
 
-async def everywhere(handle: DeploymentHandle, method: str, *args: Any, timeout_seconds: float) -> list[Any]:
+async def call_every_replica(handle: DeploymentHandle, method: str, *args: Any, timeout_seconds: float) -> list[Any]:
     """Call a method on every running replica. When one dies on the way, all are asked again: methods are idempotent.
 
     Raises:
@@ -57,8 +57,8 @@ async def everywhere(handle: DeploymentHandle, method: str, *args: Any, timeout_
     raise ReleaseError(f"not every replica answered {method!r}: {trouble}.", "See `ratchet status`, then try again.")
 
 
-class RayFleet:
-    """Implements :class:`serving.releases.protocol.Fleet`."""
+class RayBroadcast:
+    """Implements :class:`serving.releases.protocol.Broadcast`."""
 
     def __init__(self, encoder: DeploymentHandle, catalog: DeploymentHandle, vlm: DeploymentHandle | None) -> None:
         self.encoder = encoder
@@ -81,20 +81,20 @@ class RayFleet:
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         """Phase one, on every encoder."""
-        return await everywhere(self.encoder, "prepare", clip, timeout_seconds=PREPARE_SECONDS)
+        return await call_every_replica(self.encoder, "prepare", clip, timeout_seconds=PREPARE_SECONDS)
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         """Phase one, on every VLM replica."""
-        return await everywhere(self._vlm, "prepare", vlm, timeout_seconds=PREPARE_SECONDS)
+        return await call_every_replica(self._vlm, "prepare", vlm, timeout_seconds=PREPARE_SECONDS)
 
-    async def cover(self, stamp: Stamp, wait: bool) -> int:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
         """Coverage of the image space. Raises ReleaseError."""
         rows: int | str = await _patient(lambda: self.catalog.cover.remote(stamp, wait), 3600.0 if wait else 30.0)
         if isinstance(rows, str):
             raise ReleaseError(f"the catalog cannot be brought up to date: {rows}")
         return rows
 
-    async def announce(self, resident: Resident) -> int:
+    async def announce(self, resident: Residency) -> int:
         """What is resident to every replica; returns how many acknowledged.
 
         VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
@@ -107,24 +107,24 @@ class RayFleet:
         if self.vlm is not None and resident.vlms != self._told:
             told.append((self.vlm, list(resident.vlms)))
         answers = await asyncio.gather(
-            *(everywhere(handle, "adopt", what, timeout_seconds=ACKNOWLEDGE_SECONDS) for handle, what in told)
+            *(call_every_replica(handle, "adopt", what, timeout_seconds=ACKNOWLEDGE_SECONDS) for handle, what in told)
         )
         self._told = resident.vlms
         return sum(len(answer) for answer in answers)
 
     async def observations(self) -> list[Observations]:
         """What each ingress replica saw of the release that is watched."""
-        return await everywhere(self.ingress, "observations", timeout_seconds=ACKNOWLEDGE_SECONDS)
+        return await call_every_replica(self.ingress, "observations", timeout_seconds=ACKNOWLEDGE_SECONDS)
 
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, over all ingress replicas."""
         total: dict[int, int] = {}
-        for counts in await everywhere(self.ingress, "in_flight", timeout_seconds=ACKNOWLEDGE_SECONDS):
+        for counts in await call_every_replica(self.ingress, "in_flight", timeout_seconds=ACKNOWLEDGE_SECONDS):
             for number, count in counts.items():
                 total[number] = total.get(number, 0) + count
         return total
 
-    async def retire(self, resident: Resident) -> None:
+    async def retire(self, resident: Residency) -> None:
         """Catalog before encoders: while it reconciles a space it needs that space's adapter."""
         work = [self._retire_clip(resident)]
         if self.vlm is not None:
@@ -136,17 +136,17 @@ class RayFleet:
         if self.vlm is None:
             return []
         try:
-            return await everywhere(self.vlm, "status", timeout_seconds=2.0)
+            return await call_every_replica(self.vlm, "status", timeout_seconds=2.0)
         except ReleaseError:
             return []
 
-    async def _retire_clip(self, resident: Resident) -> None:
-        await everywhere(self.catalog, "retire", list(resident.indexed), timeout_seconds=60.0)
-        await everywhere(self.encoder, "retire", list(resident.clips), timeout_seconds=60.0)
+    async def _retire_clip(self, resident: Residency) -> None:
+        await call_every_replica(self.catalog, "retire", list(resident.indexed), timeout_seconds=60.0)
+        await call_every_replica(self.encoder, "retire", list(resident.clips), timeout_seconds=60.0)
 
-    async def _retire_vlm(self, resident: Resident) -> None:
+    async def _retire_vlm(self, resident: Residency) -> None:
         try:
-            await everywhere(self._vlm, "retire", list(resident.vlms), timeout_seconds=VLM_RETIRE_SECONDS)
+            await call_every_replica(self._vlm, "retire", list(resident.vlms), timeout_seconds=VLM_RETIRE_SECONDS)
         except ReleaseError as error:
             log.info("a VLM replica is not there to unload adapters: %s", error)
 

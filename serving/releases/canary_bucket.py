@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 
 
-def place(clip: str | None, vlm: str | None, key: str) -> float:
+def canary_bucket(clip: str | None, vlm: str | None, key: str) -> float:
     """Where a caller stands, 0 to 1 (not included)."""
     digest = hashlib.sha256(f"{clip}\n{vlm}\n{key}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6]) / (1 << 48)

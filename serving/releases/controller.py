@@ -16,10 +16,10 @@ from ops.errors import LedgerError, RatchetError, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
-from serving.releases.broadcast import RayFleet
+from serving.releases.broadcast import RayBroadcast
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollback import Adapters
-from serving.releases.rollout_controller import Keeper
+from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
 
 log = logging.getLogger("ratchet.controller")
@@ -42,12 +42,12 @@ class ReleaseController:
         close_replica_port()
         metrics.build.started("controller")
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.fleet = RayFleet(encoder, catalog, vlm)
+        self.broadcast = RayBroadcast(encoder, catalog, vlm)
         self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         rollout = settings.rollout
         share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
-        self.protocol = ReleaseProtocol(self.ledger, self.fleet, settings.serve.rollback_window, update_share=share)
-        self.keeper = Keeper(self.ledger, self.protocol, rollout, self.fleet.observations)
+        self.protocol = ReleaseProtocol(self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share)
+        self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
         self._started = asyncio.Event()
         self._trouble = ""
         self._running: set[asyncio.Task[Any]] = set()
@@ -101,7 +101,7 @@ class ReleaseController:
         """Resident releases, requests in flight, what is on hold."""
         held = await asyncio.to_thread(self.ledger.held)
         resident = await self.protocol.resident() if self._started.is_set() else None
-        flight = await self.fleet.in_flight() if self._started.is_set() else {}
+        flight = await self.broadcast.in_flight() if self._started.is_set() else {}
         return {
             "started": self._started.is_set(),
             "trouble": self._trouble,
@@ -111,8 +111,8 @@ class ReleaseController:
                  "vlm": s.vlm_adapter, "share": s.share}
                 for s in (resident.window if resident else ())
             ],
-            "rollout": self.keeper.status(),
-            "vlm": await self.fleet.vlm_status(),
+            "rollout": self.rollout.status(),
+            "vlm": await self.broadcast.vlm_status(),
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 
@@ -182,7 +182,7 @@ class ReleaseController:
         await self._started.wait()
         while True:
             try:
-                outcome = await self.keeper.step()
+                outcome = await self.rollout.step()
                 if outcome is not None:
                     self._recorded(outcome)
             except RatchetError as error:

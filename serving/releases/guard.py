@@ -20,14 +20,14 @@ from scipy.special import bdtrc
 
 from ops.ledger.rows import Family
 from ops.settings import Rollout
-from serving.releases.observations import Answered, Compared, Observations
+from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 
 FALSE_ALARM = 0.01
 """Most that a release which is just within all bounds is taken back by chance, over the whole time it is watched."""
 TESTS = 5
 """Errors once, latency and agreement for each model."""
 LOOK_SECONDS = 2.0
-FORGIVEN = Answered(requests=100, failed=1)
+FORGIVEN = RequestCounts(requests=100, failed=1)
 """Put to the incumbent's count: one that answered nothing yet, or never failed, is not held to be perfect."""
 Guardrail = Literal["errors", "latency", "agreement"]
 
@@ -82,12 +82,12 @@ def broken(evidence: Sequence[Evidence]) -> list[Evidence]:
 
 
 def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float) -> Evidence:
-    ours, theirs = Answered(), Answered()
-    ours.add(seen.requests.get(seen.release, Answered()))
-    theirs.add(seen.requests.get(incumbent, Answered()))
+    ours, theirs = RequestCounts(), RequestCounts()
+    ours.add(seen.requests.get(seen.release, RequestCounts()))
+    theirs.add(seen.requests.get(incumbent, RequestCounts()))
     for compared in seen.compared.values():
-        ours.add(Answered(compared.tried, compared.failed))
-        theirs.add(Answered(compared.tried, compared.incumbent_failed))
+        ours.add(RequestCounts(compared.tried, compared.failed))
+        theirs.add(RequestCounts(compared.tried, compared.incumbent_failed))
     shown = (
         f"{ours.failed} of {ours.requests} requests failed, {theirs.failed} of {theirs.requests} of release {incumbent}"
     )
@@ -97,12 +97,12 @@ def _errors(settings: Rollout, seen: Observations, incumbent: int, level: float)
     return _tested("errors", None, ours.failed, ours.failed + theirs.failed, allowed, level, shown)
 
 
-def _latency(settings: Rollout, family: Family, compared: Compared, level: float) -> Evidence:
+def _latency(settings: Rollout, family: Family, compared: ComparisonCounts, level: float) -> Evidence:
     shown = f"{compared.slower} of {compared.timed} took more than {settings.max_latency_ratio:g} times as long"
     return _tested("latency", family, compared.slower, compared.timed, 0.5, level, shown)
 
 
-def _agreement(settings: Rollout, family: Family, compared: Compared, level: float) -> Evidence:
+def _agreement(settings: Rollout, family: Family, compared: ComparisonCounts, level: float) -> Evidence:
     bad = compared.inputs - compared.agreed
     least = settings.min_agreement if family == "clip" else settings.min_vlm_agreement
     shown = (

@@ -14,7 +14,7 @@ UNWATCHED: tuple[ProposalKind, ...] = ("initial", "rollback")
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class GuardTarget:
     """A release under guard."""
 
     release: ReleaseRow
@@ -33,7 +33,7 @@ class Watched:
         return self.release.adapter(family) != self.incumbent.adapter(family)
 
 
-def watched(ledger: Ledger, settings: Rollout, now: float) -> Watched | None:
+def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTarget | None:
     """The live release, if it is watched at ``now`` (seconds since the epoch)."""
     live = ledger.live()
     incumbent = None if live is None else ledger.incumbent(live.number)
@@ -41,7 +41,7 @@ def watched(ledger: Ledger, settings: Rollout, now: float) -> Watched | None:
         return None
     kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
     until = live.created_at.timestamp() + settings.guard_seconds if live.plain else math.inf
-    found = Watched(live, incumbent, kind, until)
+    found = GuardTarget(live, incumbent, kind, until)
     if kind in UNWATCHED or now >= until or not (found.differs("clip") or found.differs("vlm")):
         return None
     return found

@@ -9,20 +9,20 @@ from ops.ledger.rows import Family
 
 
 @dataclass(slots=True)
-class Answered:
+class RequestCounts:
     """Requests that a release answered, and those of them that failed through no fault of the client."""
 
     requests: int = 0
     failed: int = 0
 
-    def add(self, other: Answered) -> None:
+    def add(self, other: RequestCounts) -> None:
         """Count those of another process too."""
         self.requests += other.requests
         self.failed += other.failed
 
 
 @dataclass(slots=True)
-class Compared:
+class ComparisonCounts:
     """Inputs of one model that the watched release and its incumbent both were given, unseen by clients."""
 
     inputs: int = 0
@@ -39,7 +39,7 @@ class Compared:
     dropped: int = 0
     """Not begun, because there was no room: clients come first."""
 
-    def add(self, other: Compared) -> None:
+    def add(self, other: ComparisonCounts) -> None:
         """Count those of another process too."""
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
@@ -50,9 +50,9 @@ class Observations:
     """Of one ingress, or of all of them. ``release`` is the one that is watched; 0: none."""
 
     release: int = 0
-    requests: dict[int, Answered] = field(default_factory=dict)
+    requests: dict[int, RequestCounts] = field(default_factory=dict)
     """By release number: the resident ones."""
-    compared: dict[Family, Compared] = field(default_factory=dict)
+    compared: dict[Family, ComparisonCounts] = field(default_factory=dict)
 
 
 def together(release: int, seen: Iterable[Observations]) -> Observations:
@@ -60,8 +60,8 @@ def together(release: int, seen: Iterable[Observations]) -> Observations:
     total = Observations(release)
     for one in seen:
         for number, answered in one.requests.items():
-            total.requests.setdefault(number, Answered()).add(answered)
+            total.requests.setdefault(number, RequestCounts()).add(answered)
         if one.release == release:
             for family, compared in one.compared.items():
-                total.compared.setdefault(family, Compared()).add(compared)
+                total.compared.setdefault(family, ComparisonCounts()).add(compared)
     return total

@@ -20,10 +20,10 @@ from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
-from serving.releases.release_snapshot import Stamp
-from serving.releases.residency import Resident, read_resident, stamped
-from serving.releases.rollback import Adapters, rollback_target, scope_of, sets
-from serving.releases.types import NO_VLM, Fleet, Outcome, Prepared
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.residency import Residency, read_residency, resolve_residency
+from serving.releases.rollback import Adapters, proposed_adapters, rollback_target, scope_of
+from serving.releases.types import NO_VLM, Broadcast, Outcome, Prepared
 
 
 class Postponed(Exception):
@@ -43,11 +43,11 @@ class _Work:
 class ReleaseProtocol:
     """Runs proposals one at a time, called from one event loop; the ledger guards against other processes."""
 
-    def __init__(self, ledger: Ledger, fleet: Fleet, window: int, update_share: float = 1.0) -> None:
+    def __init__(self, ledger: Ledger, broadcast: Broadcast, window: int, update_share: float = 1.0) -> None:
         """``update_share``: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`."""
         self.update_share = update_share
         self.ledger = ledger
-        self.fleet = fleet
+        self.broadcast = broadcast
         self.size = window
         self._turn = asyncio.Lock()
         self._spaces: dict[str | None, tuple[str, str]] = {}
@@ -64,7 +64,7 @@ class ReleaseProtocol:
                     initial[0] if initial else await self._propose("initial", both, "ratchet", "first start", 0)
                 )
             resident = await self.resident()
-            await asyncio.gather(*(self.fleet.cover(stamp, wait=False) for stamp in resident.indexed))
+            await asyncio.gather(*(self.broadcast.cover(stamp, wait=False) for stamp in resident.indexed))
             await self._announce()
             return None
 
@@ -123,7 +123,7 @@ class ReleaseProtocol:
                 "no canary and no shadow is live, so nothing can be promoted.",
                 "Start one: `ratchet releases release --share 0.1` or `--shadow`.",
             )
-        both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.fleet.has_vlm else {"clip": live.clip}
+        both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
         return await self.release(both, actor=actor, reason=reason, expected_live=expected_live, kind="promotion")
 
     async def rollback(
@@ -139,7 +139,7 @@ class ReleaseProtocol:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
         """
-        families: tuple[Family, ...] = ("clip", "vlm") if self.fleet.has_vlm else ("clip",)
+        families: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
         target = await asyncio.to_thread(rollback_target, self.ledger, families if family is None else (family,), to)
         if self._work is not None:
             self._work.stopped_by = f"{actor} rolled back while it was being prepared"
@@ -147,14 +147,14 @@ class ReleaseProtocol:
             self._work.task.cancel()
         return await self.release(target, actor=actor, reason=reason, expected_live=expected_live, kind="rollback")
 
-    async def resident(self) -> Resident:
+    async def resident(self) -> Residency:
         """What stays loaded. Spaces come from the encoders and are remembered.
 
         Raises:
             ReleaseError: a CLIP adapter that answers requests cannot be served.
         """
-        rows = await asyncio.to_thread(read_resident, self.ledger, self.size)
-        resident = await stamped(rows, self._known)
+        rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        resident = await resolve_residency(rows, self._known)
         if rows.window and not resident.window:
             for row in rows.answering:
                 await self._prepare(row.clip)  # says why
@@ -166,8 +166,8 @@ class ReleaseProtocol:
         while True:
             async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
                 keep = await self.resident()
-                if not set(await self.fleet.in_flight()) - {stamp.release for stamp in keep.window}:
-                    await self.fleet.retire(keep)
+                if not set(await self.broadcast.in_flight()) - {stamp.release for stamp in keep.window}:
+                    await self.broadcast.retire(keep)
                     return
             if time.monotonic() > deadline:
                 return  # a later release retires it; memory is bounded by what is in flight
@@ -218,7 +218,7 @@ class ReleaseProtocol:
                 f"release {number} is live, not {proposal.expected_live}: somebody released first.",
                 "Look at `ratchet releases list` and decide again.",
             )
-        if proposal.family == "vlm" and not self.fleet.has_vlm:
+        if proposal.family == "vlm" and not self.broadcast.has_vlm:
             raise ReleaseError("no vision-language model is served here.", NO_VLM)
         if proposal.kind == "update":
             await self._refuse_withdrawn(proposal)
@@ -226,7 +226,8 @@ class ReleaseProtocol:
         stable = await asyncio.to_thread(self.ledger.stable)
         share = self.update_share if proposal.kind == "update" else proposal.share
         goal: Mapping[Family, str | None] = {
-            family: sets(proposal).get(family, stable.adapter(family) if stable else None) for family in ("clip", "vlm")
+            family: proposed_adapters(proposal).get(family, stable.adapter(family) if stable else None)
+            for family in ("clip", "vlm")
         }
         await self._make_ready(proposal, goal, live)
         prepared = time.perf_counter()
@@ -245,7 +246,7 @@ class ReleaseProtocol:
 
     async def _refuse_withdrawn(self, proposal: ProposalRow) -> None:
         """An update may make again what the guard took back: same data, same recipe, same adapter."""
-        found = await asyncio.to_thread(self.ledger.withdrawn, [*sets(proposal).values()])
+        found = await asyncio.to_thread(self.ledger.withdrawn, [*proposed_adapters(proposal).values()])
         for name, why in found.items():
             raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
 
@@ -256,7 +257,7 @@ class ReleaseProtocol:
         jobs: list[Coroutine[Any, Any, None]] = []
         if live is None or goal["clip"] != live.clip:
             jobs.append(self._ready_clip(goal["clip"], live.number + 1 if live else 1))
-        if self.fleet.has_vlm and (live is None or goal["vlm"] != live.vlm):
+        if self.broadcast.has_vlm and (live is None or goal["vlm"] != live.vlm):
             jobs.append(self._ready_vlm(goal["vlm"]))
         work = _Work(proposal, asyncio.get_running_loop().create_task(_together(jobs)))
         self._work = work
@@ -274,22 +275,22 @@ class ReleaseProtocol:
 
     async def _ready_clip(self, clip: str | None, number: int) -> None:
         image, text = await self._prepare(clip)
-        resident = await asyncio.to_thread(read_resident, self.ledger, self.size)
+        resident = await asyncio.to_thread(read_residency, self.ledger, self.size)
         # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
-        await self.fleet.cover(Stamp(number, clip, image, text), wait=clip not in resident.clips)
+        await self.broadcast.cover(ReleaseSnapshot(number, clip, image, text), wait=clip not in resident.clips)
 
     async def _ready_vlm(self, vlm: str | None) -> None:
-        _check(await self.fleet.prepare_vlm(vlm), vlm, "the VLM base")
+        _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
 
     async def _announce(self) -> int:
         """The release is committed: what goes wrong here is mended by every replica's own look at the ledger."""
         try:
-            return await self.fleet.announce(await self.resident())
+            return await self.broadcast.announce(await self.resident())
         except Exception:
             return 0
 
     async def _prepare(self, clip: str | None) -> tuple[str, str]:
-        answers = await self.fleet.prepare(clip)
+        answers = await self.broadcast.prepare(clip)
         _check(answers, clip, "the base")
         spaces = {(answer.image_space, answer.text_space) for answer in answers}
         if len(spaces) != 1:

@@ -11,7 +11,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True, slots=True)
-class Stamp:
+class ReleaseSnapshot:
     """A release as one request sees it, from admission to answer.
 
     ``clip`` and ``vlm`` are the adapters' names, None for the base alone. The spaces say which vectors are comparable:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import ReleaseRow
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when it cannot be served."""
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentRows:
+class ResidencyRows:
     """What the ledger says is resident.
 
     The window alone would not do: after two releases of a VLM adapter, what a rollback of CLIP goes back to has left
@@ -43,12 +43,12 @@ class ResidentRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Resident:
+class Residency:
     """The same with stamps: what replicas are told."""
 
-    window: tuple[Stamp, ...]
+    window: tuple[ReleaseSnapshot, ...]
     """Newest first: requests may name these."""
-    indexed: tuple[Stamp, ...]
+    indexed: tuple[ReleaseSnapshot, ...]
     """The window and what is behind it: the catalog keeps their image spaces complete."""
     vlms: tuple[str | None, ...]
 
@@ -58,11 +58,11 @@ class Resident:
         return tuple(dict.fromkeys(stamp.clip for stamp in self.indexed))
 
 
-def read_resident(ledger: Ledger, size: int) -> ResidentRows:
+def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     """From the ledger: ``size`` releases, and for each family the newest other adapter."""
     newest = ledger.releases(size)
     if not newest:
-        return ResidentRows((), None, ())
+        return ResidencyRows((), None, ())
     live = newest[0]
     incumbent = ledger.incumbent(live.number)
     first = {row.number: row for row in (live, incumbent) if row is not None}
@@ -74,20 +74,20 @@ def read_resident(ledger: Ledger, size: int) -> ResidentRows:
     vlms = dict.fromkeys(row.vlm for row in window)
     if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm)) is not None:
         vlms[other.vlm] = None
-    return ResidentRows(tuple(window), behind, tuple(vlms))
+    return ResidencyRows(tuple(window), behind, tuple(vlms))
 
 
-async def stamped(rows: ResidentRows, spaces: Spaces) -> Resident:
+async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
     """Put spaces to the rows. What cannot be served is left out; nothing is resident when that answers requests."""
-    window: list[Stamp] = []
+    window: list[ReleaseSnapshot] = []
     answering = {row.number for row in rows.answering}
     for row in rows.window:
         found = await spaces(row.clip)
         if found is not None:
-            window.append(Stamp(row.number, row.clip, *found, row.vlm, row.share))
+            window.append(ReleaseSnapshot(row.number, row.clip, *found, row.vlm, row.share))
         elif row.number in answering:
-            return Resident((), (), rows.vlms)
+            return Residency((), (), rows.vlms)
     indexed = list(window)
     if rows.behind is not None and (found := await spaces(rows.behind.clip)) is not None:
-        indexed.append(Stamp(rows.behind.number, rows.behind.clip, *found, rows.behind.vlm))
-    return Resident(tuple(window), tuple(indexed), rows.vlms)
+        indexed.append(ReleaseSnapshot(rows.behind.number, rows.behind.clip, *found, rows.behind.vlm))
+    return Residency(tuple(window), tuple(indexed), rows.vlms)

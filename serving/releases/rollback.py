@@ -18,7 +18,7 @@ def scope_of(adapters: Adapters) -> Scope:
     return "both" if len(adapters) == 2 else next(iter(adapters))
 
 
-def sets(proposal: ProposalRow) -> Adapters:
+def proposed_adapters(proposal: ProposalRow) -> Adapters:
     """What a proposal sets."""
     named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
     return named if proposal.family == "both" else {proposal.family: named[proposal.family]}

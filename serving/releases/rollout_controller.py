@@ -19,8 +19,8 @@ from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Rollout
 from serving.releases.guard import Evidence, broken, look
-from serving.releases.guard_target import Watched, watched
-from serving.releases.observations import Compared, Observations, together
+from serving.releases.guard_target import GuardTarget, find_guard_target
+from serving.releases.observations import ComparisonCounts, Observations, together
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import Outcome
 
@@ -29,7 +29,7 @@ ACTOR = "guard"
 FAMILIES: tuple[Family, ...] = ("clip", "vlm")
 
 
-class Keeper:
+class RolloutController:
     """Looks at the watched release: takes it back, promotes it, or lets it be."""
 
     def __init__(
@@ -52,7 +52,7 @@ class Keeper:
             ReleaseError: the ingress does not answer, or what it decided cannot be released; it is tried again.
         """
         now = time.time()
-        found = await asyncio.to_thread(watched, self.ledger, self.settings, now)
+        found = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, now)
         if found is None:
             self._last = {"state": "idle"}
             metrics.rollout.watching(0, 1.0)
@@ -74,7 +74,7 @@ class Keeper:
         return dict(self._last)
 
     async def _take_back(
-        self, found: Watched, bad: Sequence[Evidence], seen: Observations, evidence: Sequence[Evidence]
+        self, found: GuardTarget, bad: Sequence[Evidence], seen: Observations, evidence: Sequence[Evidence]
     ) -> Outcome:
         number, back = found.release.number, found.incumbent.number
         reason = f"{_named(bad[0])} of release {number} is out of bounds: {bad[0].shown}"
@@ -90,14 +90,14 @@ class Keeper:
         metrics.rollout.decided("rolled_back", bad[0].guardrail)
         return outcome
 
-    async def _is_proven(self, found: Watched, seen: Observations, now: float) -> bool:
+    async def _is_proven(self, found: GuardTarget, seen: Observations, now: float) -> bool:
         """Whether an update on trial may answer everybody. An operator's trial is the operator's to end."""
         if found.release.plain or found.kind != "update" or now - found.began < self.settings.observe_seconds:
             return False
-        least = min(seen.compared.get(f, Compared()).inputs for f in FAMILIES if found.differs(f))
+        least = min(seen.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if found.differs(f))
         return least >= self.settings.min_comparisons and await asyncio.to_thread(self.ledger.held) is None
 
-    async def _promote(self, found: Watched, seen: Observations, evidence: Sequence[Evidence]) -> Outcome:
+    async def _promote(self, found: GuardTarget, seen: Observations, evidence: Sequence[Evidence]) -> Outcome:
         number = found.release.number
         counts = ", ".join(one.shown for one in evidence if one.guardrail == "agreement")
         reason = f"release {number} stayed within bounds for {time.time() - found.began:.0f} s: {counts}"
@@ -107,7 +107,7 @@ class Keeper:
         metrics.rollout.decided("promoted", "none")
         return outcome
 
-    def _tell(self, found: Watched, seen: Observations, evidence: Sequence[Evidence], now: float) -> None:
+    def _tell(self, found: GuardTarget, seen: Observations, evidence: Sequence[Evidence], now: float) -> None:
         metrics.rollout.watching(found.release.number, found.release.share)
         for family, compared in seen.compared.items():
             if compared.inputs:

@@ -22,13 +22,13 @@ from ops import metrics
 from ops.errors import RatchetError
 from ops.ledger.rows import Family, ReleaseRow
 from ops.settings import Rollout
-from serving.engines.vlm.generation import Ask, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
-from serving.messages import Answer, Kind
+from serving.messages import EncodeResult, Kind
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
-from serving.releases.guard_target import Watched
-from serving.releases.observations import Answered, Compared, Observations
-from serving.releases.release_snapshot import Stamp
+from serving.releases.guard_target import GuardTarget
+from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.rollout")
 WAITING = 8
@@ -39,17 +39,19 @@ ANSWER_TOKENS = 16
 """Of a VLM's answer: later tokens follow from the first ones, and cost as much again."""
 REMEMBERED = 20_000
 """Inputs that are known to be compared already: the same one again is no new evidence."""
-Encode = Callable[[Kind, Any, str | None], Awaitable[Answer]]
+Encode = Callable[[Kind, Any, str | None], Awaitable[EncodeResult]]
 """Items at low priority under an adapter."""
 
 
 class Asked(Protocol):
     """The part of :class:`serving.replicas.vlm_calls.VlmCalls` that is needed here."""
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 
 
@@ -59,8 +61,8 @@ class _Dropped(Exception):
 
 @dataclass
 class _Watch:
-    what: Watched
-    compared: dict[Family, Compared]
+    what: GuardTarget
+    compared: dict[Family, ComparisonCounts]
     neighbours: Neighbours = field(default_factory=Neighbours)
     fixed: bool = False
     seen: dict[bytes, None] = field(default_factory=dict)
@@ -76,7 +78,7 @@ class _Watch:
         return True
 
 
-class Comparer:
+class ShadowTraffic:
     """Of one ingress; used from one event loop. :meth:`run` must run for anything to be compared."""
 
     def __init__(self, settings: Rollout, encode: Encode, vlms: Asked | None, seconds: float) -> None:
@@ -90,24 +92,24 @@ class Comparer:
         self.watching = False
         """Whether inputs are wanted: the one thing that a request has to look at."""
 
-    def watch(self, what: Watched | None) -> None:
+    def watch(self, what: GuardTarget | None) -> None:
         """Compare for this release from now on; the same one again changes nothing. None: for none."""
         if what is None:
             self._watch, self.watching = None, False
         elif self._watch is None or self._watch.what.release.number != what.release.number:
             families: tuple[Family, ...] = ("clip", "vlm")
-            self._watch = _Watch(what, {family: Compared() for family in families if what.differs(family)})
+            self._watch = _Watch(what, {family: ComparisonCounts() for family in families if what.differs(family)})
             self.watching = self.settings.compare_share > 0
 
     def clip(self, kind: Kind, payload: Any) -> None:
         """Items that a client had encoded."""
         self._offer("clip", (kind, payload[:ITEMS]))
 
-    def vlm(self, ask: Ask) -> None:
+    def vlm(self, ask: GenerationRequest) -> None:
         """What a client asked."""
         self._offer("vlm", ask)
 
-    def observations(self, answered: dict[int, Answered]) -> Observations:
+    def observations(self, answered: dict[int, RequestCounts]) -> Observations:
         """What was seen so far, with the requests by release that the admission counted."""
         watch = self._watch
         if watch is None:
@@ -160,7 +162,7 @@ class Comparer:
         for ours, theirs in zip(*found, strict=True) if found is not None else ():
             self._judged(watch, "clip", watch.neighbours.judge(kind, ours, theirs))
 
-    async def _vlm(self, watch: _Watch, asked: Ask) -> None:
+    async def _vlm(self, watch: _Watch, asked: GenerationRequest) -> None:
         if not watch.is_new(await asyncio.to_thread(_digest_ask, asked)):
             return
         ask = replace(asked, max_tokens=min(asked.max_tokens, ANSWER_TOKENS), temperature=0.0, top_p=1.0, seed=None)
@@ -215,19 +217,21 @@ class Comparer:
             raise _Dropped
         return answer.vectors
 
-    async def _reply(self, ask: Ask, row: ReleaseRow) -> Reply:
-        reply: Reply = await self._asked(lambda vlms, stamp, deadline: vlms.reply(ask, stamp, deadline), row)
+    async def _reply(self, ask: GenerationRequest, row: ReleaseRow) -> GenerationResult:
+        reply: GenerationResult = await self._asked(lambda vlms, stamp, deadline: vlms.reply(ask, stamp, deadline), row)
         return reply
 
-    async def _score(self, ask: Ask, answer: str, row: ReleaseRow) -> float:
+    async def _score(self, ask: GenerationRequest, answer: str, row: ReleaseRow) -> float:
         (score,) = await self._asked(lambda vlms, stamp, deadline: vlms.score(ask, (answer,), stamp, deadline), row)
         return float(score)
 
-    async def _asked(self, call: Callable[[Asked, Stamp, float], Awaitable[Any]], row: ReleaseRow) -> Any:
+    async def _asked(self, call: Callable[[Asked, ReleaseSnapshot, float], Awaitable[Any]], row: ReleaseRow) -> Any:
         if self._vlms is None:
             raise _Dropped
         try:
-            return await call(self._vlms, Stamp(row.number, row.clip, "", "", row.vlm), time.time() + self._seconds)
+            return await call(
+                self._vlms, ReleaseSnapshot(row.number, row.clip, "", "", row.vlm), time.time() + self._seconds
+            )
         except AdapterUnservable:
             raise
         except RatchetError:  # too busy, too late, no replica
@@ -239,7 +243,7 @@ def _digest(kind: Kind, item: Any) -> bytes:
     return hashlib.sha256(kind.encode() + data if isinstance(data, bytes) else data).digest()
 
 
-def _digest_ask(ask: Ask) -> bytes:
+def _digest_ask(ask: GenerationRequest) -> bytes:
     made = hashlib.sha256(repr(ask.messages).encode("utf-8", "surrogatepass"))
     for image in ask.images:
         made.update(repr(image.shape).encode())

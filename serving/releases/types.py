@@ -7,8 +7,8 @@ from typing import Protocol
 
 from ops.ledger.rows import ProposalKind, Scope
 from serving.releases.observations import Observations
-from serving.releases.release_snapshot import Stamp
-from serving.releases.residency import Resident
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.residency import Residency
 
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 
@@ -43,7 +43,7 @@ class Outcome:
     share: float = 1.0
 
 
-class Fleet(Protocol):
+class Broadcast(Protocol):
     """The replicas, as the protocol needs them. Each call reaches every replica that runs at that moment."""
 
     @property
@@ -56,10 +56,10 @@ class Fleet(Protocol):
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         """Every VLM replica does the same."""
 
-    async def cover(self, stamp: Stamp, wait: bool) -> int:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
-    async def announce(self, resident: Resident) -> int:
+    async def announce(self, resident: Residency) -> int:
         """Tell every replica what is resident; returns how many acknowledged."""
 
     async def observations(self) -> list[Observations]:
@@ -68,5 +68,5 @@ class Fleet(Protocol):
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""
 
-    async def retire(self, resident: Resident) -> None:
+    async def retire(self, resident: Residency) -> None:
         """Unload everything else."""

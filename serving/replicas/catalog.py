@@ -20,10 +20,10 @@ from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
 from serving.catalog.watch import Watcher
 from serving.engines.base import load_base
-from serving.messages import Answer
+from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
-from serving.releases.release_snapshot import Stamp
-from serving.releases.window import LedgerWindow
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.window import ResidencyReader
 from streams.images import decode_image
 from streams.store import SampleStore
 
@@ -44,7 +44,7 @@ class CatalogReplica:
             return preprocess.pixels(decode_image(data, **bounds))
 
         async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
-            answer: Answer = await encoder.encode_background.remote("image", batch, clip)
+            answer: EncodeResult = await encoder.encode_background.remote("image", batch, clip)
             if answer.vectors is None:
                 raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
             return answer.vectors
@@ -52,7 +52,7 @@ class CatalogReplica:
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
         ledger = Ledger.open(settings.ledger, migrate=False)
-        self._window = LedgerWindow(ledger, encoder, settings.serve.rollback_window)
+        self._window = ResidencyReader(ledger, encoder, settings.serve.rollback_window)
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -80,24 +80,24 @@ class CatalogReplica:
         except Exception as error:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
-    async def cover(self, stamp: Stamp, wait: bool) -> int | str:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int | str:
         """See :meth:`Catalog.cover`; a string says why it could not be done."""
         try:
             return await (await self._started()).cover(stamp, wait)
         except RatchetError as error:
             return str(error)
 
-    async def adopt(self, window: Sequence[Stamp]) -> None:
+    async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         """See :meth:`Catalog.adopt`."""
         await self._started()
         await self._adopt(window)
 
-    async def _adopt(self, window: Sequence[Stamp]) -> None:
+    async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
         if window:
             metrics.release.live("catalog", window[0].release)
 
-    async def retire(self, keep: Sequence[Stamp]) -> list[str]:
+    async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
         """See :meth:`Catalog.retire`."""
         return await (await self._started()).retire(keep)
 

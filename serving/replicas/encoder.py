@@ -1,4 +1,4 @@
-"""Encoder replicas: the Ray shell around :class:`serving.replicas.encoder_worker.Lane`."""
+"""Encoder replicas: the Ray shell around :class:`serving.replicas.encoder_worker.EncoderWorker`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, Answer, Kind, Work, batch_cost
+from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Kind, batch_cost
 from serving.ray.loopback import close_replica_port
-from serving.releases.residency import ResidentRows, read_resident
+from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Prepared
-from serving.replicas.encoder_worker import Lane
+from serving.replicas.encoder_worker import EncoderWorker
 
 log = logging.getLogger("ratchet.encoder")
 FOLLOW_SECONDS = 2.0
@@ -37,7 +37,7 @@ class Encoder:
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.serve.encoder_threads)
-        self.lane = Lane(engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag)
+        self.worker = EncoderWorker(engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag)
         self.batch.set_max_batch_size(settings.serve.max_batch * IMAGE_COST)
         self.batch.set_batch_wait_timeout_s(settings.serve.batch_wait_seconds)
         self._in_step = time.monotonic()
@@ -46,49 +46,49 @@ class Encoder:
         rows = self._resident()
         needed = [row.clip for row in rows.answering] or [None]
         for clip in dict.fromkeys([*needed, *rows.clips]):
-            prepared = self.lane.prepare_now(clip)
+            prepared = self.worker.prepare_now(clip)
             if prepared.error and clip in needed:
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
         self._follower: asyncio.Task[None] | None = None
 
-    async def encode(self, kind: Kind, payload: Any, adapter: str | None, deadline: float) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, adapter: str | None, deadline: float) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests."""
         self._inside += 1
         self._tell()
         try:
-            answer: Answer = await self.batch(Work(kind, payload, adapter, deadline))
+            answer: EncodeResult = await self.batch(EncodeRequest(kind, payload, adapter, deadline))
             return answer
         finally:
             self._inside -= 1
             self._tell()
 
     @serve.batch(max_batch_size=16 * IMAGE_COST, batch_wait_timeout_s=0.005, batch_size_fn=batch_cost)  # type: ignore[untyped-decorator]
-    async def batch(self, works: list[Work]) -> list[Answer]:
+    async def batch(self, works: list[EncodeRequest]) -> list[EncodeResult]:
         """One dynamic batch, bounded by cost."""
         self._running = len(works)
         self._tell()
         try:
-            return await self.lane.encode(works)
+            return await self.worker.encode(works)
         finally:
             self._running = 0
             self._tell()
 
-    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
         """Vectors for the catalog and for comparisons, at low priority."""
-        return await self.lane.encode_background(kind, payload, adapter)
+        return await self.worker.encode_background(kind, payload, adapter)
 
     async def prepare(self, clip: str | None) -> Prepared:
-        """Phase one of a release; see :meth:`Lane.prepare`."""
-        return await self.lane.prepare(clip)
+        """Phase one of a release; see :meth:`EncoderWorker.prepare`."""
+        return await self.worker.prepare(clip)
 
     async def adopt(self, clips: Sequence[str | None]) -> str:
         """The controller committed: these adapters are resident, the live one first."""
         self._in_step = time.monotonic()
-        return self.lane.replica
+        return self.worker.replica
 
     async def retire(self, keep: Sequence[str | None]) -> list[str]:
         """Unload what left the rollback window."""
-        return self.lane.retire(keep)
+        return self.worker.retire(keep)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long."""
@@ -98,8 +98,8 @@ class Encoder:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _resident(self) -> ResidentRows:
-        return read_resident(self.ledger, self.settings.serve.rollback_window)
+    def _resident(self) -> ResidencyRows:
+        return read_residency(self.ledger, self.settings.serve.rollback_window)
 
     def _tell(self) -> None:
         metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
@@ -110,7 +110,7 @@ class Encoder:
             try:
                 rows = await asyncio.to_thread(self._resident)
                 needed = dict.fromkeys([row.clip for row in rows.answering] or [None])
-                prepared = [await self.lane.prepare(clip) for clip in needed]
+                prepared = [await self.worker.prepare(clip) for clip in needed]
                 self._trouble = "; ".join(each.error for each in prepared if each.error)
                 if not self._trouble:
                     self._in_step = time.monotonic()

@@ -1,7 +1,7 @@
 """Calls to encoder replicas that survive the death of one.
 
 Encoding is idempotent, so a call whose replica died is made again on another one. Replicas answer expected failures as
-values (:class:`Answer`); whatever is *raised* is the transport or a dead replica.
+values (:class:`EncodeResult`); whatever is *raised* is the transport or a dead replica.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable
-from serving.messages import IMAGE_COST, Answer, Kind
-from serving.releases.release_snapshot import Stamp
+from serving.messages import IMAGE_COST, EncodeResult, Kind
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 
 class EncoderCalls:
@@ -27,14 +27,14 @@ class EncoderCalls:
         self.handle = handle
         self.budget = max_batch * IMAGE_COST
 
-    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n texts), every one by the stamp's adapter.
 
         Args:
             deadline: seconds since the epoch.
 
         Raises:
-            QueueFull, Late, Unavailable.
+            QueueFull, DeadlineExceeded, Unavailable.
         """
         # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
         step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
@@ -49,12 +49,12 @@ class EncoderCalls:
                 task.cancel()
         return _join(answers)
 
-    async def _one(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+    async def _one(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
         pause, trouble = 0.02, ""
         while (left := deadline - time.time()) > 0:
             response = self.handle.encode.remote(kind, payload, stamp.clip, deadline)
             try:
-                answer: Answer = await asyncio.wait_for(_result(response), left)
+                answer: EncodeResult = await asyncio.wait_for(_result(response), left)
             except BackPressureError:
                 raise QueueFull("the queue is full.", "Send the request again after the time in Retry-After.") from None
             except (TimeoutError, asyncio.CancelledError) as error:
@@ -81,15 +81,15 @@ class EncoderCalls:
         )
 
 
-async def _result(response: Any) -> Answer:
-    answer: Answer = await response
+async def _result(response: Any) -> EncodeResult:
+    answer: EncodeResult = await response
     return answer
 
 
-def _join(answers: Sequence[Answer]) -> Answer:
+def _join(answers: Sequence[EncodeResult]) -> EncodeResult:
     first = answers[0]
     vectors = np.concatenate([answer.vectors for answer in answers if answer.vectors is not None])
-    return Answer(
+    return EncodeResult(
         vectors, first.adapter, first.image_space, first.text_space, first.logit_scale,
         sum(answer.tokens for answer in answers),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
 from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, TEXT_COST, Answer, Kind, Work
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
 from serving.releases.types import Prepared
 
 LOADING_NICE = 19
@@ -38,7 +38,7 @@ def step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
 
 
-class Lane:
+class EncoderWorker:
     """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
     def __init__(self, engine: ClipEngine, artifacts: Artifacts, replica: str) -> None:
@@ -81,7 +81,7 @@ class Lane:
             self._drop(name)
         return gone
 
-    async def encode(self, works: Sequence[Work]) -> list[Answer]:
+    async def encode(self, works: Sequence[EncodeRequest]) -> list[EncodeResult]:
         """Encode a batch: grouped by kind and adapter, each group in one forward pass. Late items are not computed."""
         self._waiting += 1
         try:
@@ -89,30 +89,30 @@ class Lane:
         finally:
             self._waiting -= 1
 
-    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
         """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
-        parts: list[Answer] = []
+        parts: list[EncodeResult] = []
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
             patience = time.monotonic() + 1.0
             while self._waiting and time.monotonic() < patience:
                 await asyncio.sleep(0.002)
-            work = Work(kind, payload[start : start + size], adapter, time.time() + 3600)
+            work = EncodeRequest(kind, payload[start : start + size], adapter, time.time() + 3600)
             parts += await loop.run_in_executor(self._compute, self.encode_now, [work])
             if parts[-1].vectors is None:
                 return parts[-1]
         first = parts[0]
         vectors = np.concatenate([part.vectors for part in parts if part.vectors is not None])
-        return Answer(vectors, adapter, first.image_space, first.text_space, first.logit_scale)
+        return EncodeResult(vectors, adapter, first.image_space, first.text_space, first.logit_scale)
 
-    def encode_now(self, works: list[Work]) -> list[Answer]:
+    def encode_now(self, works: list[EncodeRequest]) -> list[EncodeResult]:
         """The batch on the caller's thread."""
-        answers: list[Answer | None] = [None] * len(works)
+        answers: list[EncodeResult | None] = [None] * len(works)
         groups: dict[tuple[Kind, str | None], list[int]] = {}
         for index, work in enumerate(works):
             if time.time() > work.deadline:
-                answers[index] = Answer(None, work.adapter, code="late", error="the deadline passed in the queue")
+                answers[index] = EncodeResult(None, work.adapter, code="late", error="the deadline passed in the queue")
             else:
                 groups.setdefault((work.kind, work.adapter), []).append(index)
         for (kind, adapter), indices in groups.items():
@@ -121,7 +121,7 @@ class Lane:
                 answers[index] = answer
         return [answer for answer in answers if answer is not None]
 
-    def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[Answer]:
+    def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         began = time.perf_counter()
         try:
             try:
@@ -130,14 +130,14 @@ class Lane:
                 vectors = self._forward(kind, adapter, payloads)
             spaces = self.engine.spaces(adapter)
         except AdapterError as error:
-            return [Answer(None, adapter, code="adapter", error=str(error))] * len(payloads)
+            return [EncodeResult(None, adapter, code="adapter", error=str(error))] * len(payloads)
         metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
         text = kind == "text"
         tokens = [int((self._tokenizer(texts) != 0).sum()) if text else 0 for texts in payloads]
         ends = np.cumsum([len(payload) for payload in payloads])[:-1]
         scale = float(self.engine.logit_scale)
         return [
-            Answer(part, adapter, spaces.image, spaces.text, scale, count)
+            EncodeResult(part, adapter, spaces.image, spaces.text, scale, count)
             for part, count in zip(np.split(vectors, ends), tokens, strict=True)
         ]
 

@@ -19,26 +19,26 @@ from ops.settings import Settings
 from serving.engines.base import base_directory, load_base
 from serving.engines.vlm.base import MODEL
 from serving.http.app import build_app
-from serving.http.app_state import Gateway
-from serving.http.deletion_service import RequestedDeletions
-from serving.http.image_loader import ImageIntake
-from serving.http.quarantine_service import RefusedRecords
-from serving.http.receipt_service import RecordReceipts
+from serving.http.app_state import AppState
+from serving.http.deletion_service import DeletionService
+from serving.http.image_loader import ImageLoader
+from serving.http.quarantine_service import QuarantineService
+from serving.http.receipt_service import ReceiptService
 from serving.http.token_texts import token_texts
-from serving.messages import Answer, Kind
+from serving.messages import EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
 from serving.releases.admission import Admission
 from serving.releases.broadcast import CatalogCalls
 from serving.releases.controller import outcome_of
-from serving.releases.guard_target import watched
+from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.rollback import Adapters
-from serving.releases.shadow_traffic import Comparer
+from serving.releases.shadow_traffic import ShadowTraffic
 from serving.releases.types import Outcome
-from serving.releases.window import LedgerWindow
+from serving.releases.window import ResidencyReader
 from serving.replicas.encoder_calls import EncoderCalls
-from serving.replicas.mirrored_calls import ObservedEncoders, ObservedVlms
+from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
 from serving.replicas.vlm_calls import VlmCalls
 
 log = logging.getLogger("ratchet.ingress")
@@ -115,7 +115,7 @@ class Ingress:
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.window = LedgerWindow(self.ledger, encoder, settings.serve.rollback_window)
+        self.window = ResidencyReader(self.ledger, encoder, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
         self.access = Access(self.ledger, settings)
@@ -124,33 +124,33 @@ class Ingress:
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
         vlms = None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue)
 
-        async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> Answer:
-            answer: Answer = await encoder.encode_background.remote(kind, payload, adapter)
+        async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+            answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
             return answer
 
-        self.comparer = Comparer(settings.rollout, unhurried, vlms, settings.serve.deadline_seconds)
-        self.gateway = Gateway(
+        self.shadow_traffic = ShadowTraffic(settings.rollout, unhurried, vlms, settings.serve.deadline_seconds)
+        self.app_state = AppState(
             settings=settings.serve,
             dim=base.dim,
             admission=self.admission,
-            encoders=ObservedEncoders(encoders, self.comparer),
+            encoders=MirroredEncoders(encoders, self.shadow_traffic),
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
-            intake=ImageIntake(base.preprocess, settings.serve),
+            image_loader=ImageLoader(base.preprocess, settings.serve),
             access=self.access,
-            quarantine=RefusedRecords(settings, self.ledger),
-            receipts=RecordReceipts(settings),
-            deletions=RequestedDeletions(settings, self.ledger),
+            quarantine=QuarantineService(settings, self.ledger),
+            receipts=ReceiptService(settings),
+            deletions=DeletionService(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
-            vlms=None if vlms is None else ObservedVlms(vlms, self.comparer),
+            vlms=None if vlms is None else MirroredVlms(vlms, self.shadow_traffic),
             token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_app(self.gateway)
+        return build_app(self.app_state)
 
-    async def adopt(self, window: Sequence[Stamp]) -> int:
+    async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """The controller's word: these releases are resident, the newest is live. From the next request on."""
         number = self.admission.adopt(window)
         metrics.release.live("ingress", number)
@@ -162,11 +162,11 @@ class Ingress:
 
     async def observations(self) -> Observations:
         """What was seen of the release that is watched; the controller adds it up over replicas."""
-        return self.comparer.observations(self.admission.answered())
+        return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
         """Keeps the follower and the comparisons running."""
-        for name, work in (("follow", self._follow), ("compare", self.comparer.run)):
+        for name, work in (("follow", self._follow), ("compare", self.shadow_traffic.run)):
             if name not in self._tasks or self._tasks[name].done():
                 self._tasks[name] = asyncio.get_running_loop().create_task(work())
 
@@ -181,7 +181,9 @@ class Ingress:
         while True:
             try:
                 await self.refresh()
-                self.comparer.watch(await asyncio.to_thread(watched, self.ledger, self.settings.rollout, time.time()))
+                self.shadow_traffic.watch(
+                    await asyncio.to_thread(find_guard_target, self.ledger, self.settings.rollout, time.time())
+                )
             except Exception as error:  # the ledger or the encoders are away: serve on with what is known
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
             await asyncio.sleep(FOLLOW_SECONDS)

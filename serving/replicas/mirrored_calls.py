@@ -5,53 +5,55 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from serving.engines.vlm.generation import Ask, Piece, Reply
-from serving.messages import Answer, Kind
-from serving.releases.release_snapshot import Stamp
-from serving.releases.shadow_traffic import Comparer
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
+from serving.messages import EncodeResult, Kind
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.vlm_calls import PROBE, VlmCalls
 
 
-class ObservedEncoders:
+class MirroredEncoders:
     """Implements :class:`serving.http.app_state.Encoders`."""
 
-    def __init__(self, calls: EncoderCalls, comparer: Comparer) -> None:
+    def __init__(self, calls: EncoderCalls, shadow_traffic: ShadowTraffic) -> None:
         self.calls = calls
-        self.comparer = comparer
+        self.shadow_traffic = shadow_traffic
 
-    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
         answer = await self.calls.encode(kind, payload, stamp, deadline)
-        if self.comparer.watching:
-            self.comparer.clip(kind, payload)
+        if self.shadow_traffic.watching:
+            self.shadow_traffic.clip(kind, payload)
         return answer
 
 
-class ObservedVlms:
+class MirroredVlms:
     """Implements :class:`serving.http.app_state.Vlms`."""
 
-    def __init__(self, calls: VlmCalls, comparer: Comparer) -> None:
+    def __init__(self, calls: VlmCalls, shadow_traffic: ShadowTraffic) -> None:
         self.calls = calls
-        self.comparer = comparer
+        self.shadow_traffic = shadow_traffic
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """See :meth:`VlmCalls.reply`."""
         reply = await self.calls.reply(ask, stamp, deadline)
         self._offer(ask)
         return reply
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         """See :meth:`VlmCalls.score`."""
         scores = await self.calls.score(ask, choices, stamp, deadline)
         self._offer(ask)
         return scores
 
-    def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+    def stream(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
         """See :meth:`VlmCalls.stream`: its own iterator, so that a piece costs nothing more."""
         self._offer(ask)
         return self.calls.stream(ask, stamp, deadline)
 
-    def _offer(self, ask: Ask) -> None:
-        if self.comparer.watching and ask is not PROBE:
-            self.comparer.vlm(ask)
+    def _offer(self, ask: GenerationRequest) -> None:
+        if self.shadow_traffic.watching and ask is not PROBE:
+            self.shadow_traffic.vlm(ask)

@@ -6,15 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
-from serving.engines.vlm.generation import Piece
+from serving.engines.vlm.generation import TokenChunk
 
 
-def merged(pieces: Sequence[Piece]) -> Piece:
+def merge_chunks(pieces: Sequence[TokenChunk]) -> TokenChunk:
     """Neighbouring pieces as one."""
     last = pieces[-1]
     if len(pieces) == 1:
         return last
-    return Piece(
+    return TokenChunk(
         "".join(piece.text for piece in pieces),
         tuple(token for piece in pieces for token in piece.tokens),
         tuple(value for piece in pieces for value in piece.logprobs),
@@ -24,7 +24,7 @@ def merged(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-async def gathered(source: AsyncIterator[Piece], seconds: float) -> AsyncIterator[Piece]:
+async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIterator[TokenChunk]:
     """What came since the last look, as one piece: a reader that is slow makes few messages, not a long queue.
 
     Closing this closes the source.
@@ -34,7 +34,7 @@ async def gathered(source: AsyncIterator[Piece], seconds: float) -> AsyncIterato
     """
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    ready: list[Piece] = []
+    ready: list[TokenChunk] = []
     news = asyncio.Event()
 
     async def pump() -> None:
@@ -52,7 +52,7 @@ async def gathered(source: AsyncIterator[Piece], seconds: float) -> AsyncIterato
                 await news.wait()
             news.clear()
             if ready:
-                now, ready[:] = merged(ready), []
+                now, ready[:] = merge_chunks(ready), []
                 yield now
             elif task.done():
                 task.result()

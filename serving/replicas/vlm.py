@@ -1,4 +1,4 @@
-"""VLM replicas: the Ray shell around :class:`serving.replicas.vlm_worker.VlmLane` and an engine."""
+"""VLM replicas: the Ray shell around :class:`serving.replicas.vlm_worker.VlmWorker` and an engine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.vlm.base import load_vlm_base
-from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import Refusal
 from serving.ray.loopback import close_replica_port
-from serving.releases.residency import ResidentRows, read_resident
+from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Prepared
-from serving.replicas.vlm_worker import VlmLane
+from serving.replicas.vlm_worker import VlmWorker
 
 log = logging.getLogger("ratchet.vlm")
 FOLLOW_SECONDS = 2.0
@@ -45,7 +45,7 @@ class VlmReplica:
         self.ledger = Ledger.open(settings.ledger, migrate=False)
         engine = open_engine(load_vlm_base(settings.home, settings.base.vlm), settings.serve)
         await engine.start()
-        self.lane = VlmLane(
+        self.worker = VlmWorker(
             engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag,
             settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch,
         )  # fmt: skip
@@ -54,52 +54,54 @@ class VlmReplica:
         self._follower: asyncio.Task[None] | None = None
         rows = self._resident()
         wanted, needed = rows.vlms or (None,), _needed(rows)
-        self.lane.adopt(wanted)
+        self.worker.adopt(wanted)
         for vlm in wanted:
-            prepared = await self.lane.prepare(vlm)
+            prepared = await self.worker.prepare(vlm)
             if prepared.error and vlm in needed:
                 await engine.close()
                 raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
 
     async def __del__(self) -> None:
         """Serve awaits this when the replica ends: the engine's processes end with it."""
-        await self.lane.engine.close()
+        await self.worker.engine.close()
 
-    async def reply(self, ask: Ask, adapter: str | None, deadline: float) -> Reply | Refusal:
-        """The whole answer; see :meth:`VlmLane.reply`."""
-        return await self.lane.reply(ask, adapter, deadline)
+    async def reply(self, ask: GenerationRequest, adapter: str | None, deadline: float) -> GenerationResult | Refusal:
+        """The whole answer; see :meth:`VlmWorker.reply`."""
+        return await self.worker.reply(ask, adapter, deadline)
 
-    async def stream(self, ask: Ask, adapter: str | None, deadline: float) -> AsyncIterator[Piece | Refusal]:
-        """Pieces of the answer; see :meth:`VlmLane.stream`."""
-        async for piece in self.lane.stream(ask, adapter, deadline):
+    async def stream(
+        self, ask: GenerationRequest, adapter: str | None, deadline: float
+    ) -> AsyncIterator[TokenChunk | Refusal]:
+        """Pieces of the answer; see :meth:`VlmWorker.stream`."""
+        async for piece in self.worker.stream(ask, adapter, deadline):
             yield piece
 
     async def score(
-        self, ask: Ask, choices: Sequence[str], adapter: str | None, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
     ) -> list[float] | Refusal:
-        """Log-probabilities of choices; see :meth:`VlmLane.score`."""
-        return await self.lane.score(ask, choices, adapter, deadline)
+        """Log-probabilities of choices; see :meth:`VlmWorker.score`."""
+        return await self.worker.score(ask, choices, adapter, deadline)
 
     async def prepare(self, vlm: str | None) -> Prepared:
-        """Phase one of a release; see :meth:`VlmLane.prepare`."""
-        return await self.lane.prepare(vlm)
+        """Phase one of a release; see :meth:`VlmWorker.prepare`."""
+        return await self.worker.prepare(vlm)
 
     async def adopt(self, vlms: Sequence[str | None]) -> str:
         """The controller committed: these adapters are resident, the live one first."""
         self._in_step = time.monotonic()
-        return self.lane.adopt(vlms)
+        return self.worker.adopt(vlms)
 
     async def retire(self, vlms: Sequence[str | None]) -> list[str]:
         """Unload all others."""
-        return await self.lane.retire(vlms)
+        return await self.worker.retire(vlms)
 
     async def status(self) -> dict[str, Any]:
         """Engine, adapters, and requests inside."""
-        return self.lane.status()
+        return self.worker.status()
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
-        if trouble := self.lane.engine.trouble():
+        if trouble := self.worker.engine.trouble():
             raise RuntimeError(f"the engine is dead: {trouble}")
         if self._follower is None or self._follower.done():
             self._follower = asyncio.get_running_loop().create_task(self._follow())
@@ -107,8 +109,8 @@ class VlmReplica:
         if lag > LAG_SECONDS:
             raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
 
-    def _resident(self) -> ResidentRows:
-        return read_resident(self.ledger, self.settings.serve.rollback_window)
+    def _resident(self) -> ResidencyRows:
+        return read_residency(self.ledger, self.settings.serve.rollback_window)
 
     async def _follow(self) -> None:
         """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
@@ -116,10 +118,10 @@ class VlmReplica:
             try:
                 rows = await asyncio.to_thread(self._resident)
                 wanted, needed = rows.vlms or (None,), _needed(rows)
-                prepared = [await self.lane.prepare(vlm) for vlm in wanted if vlm in needed]
+                prepared = [await self.worker.prepare(vlm) for vlm in wanted if vlm in needed]
                 self._trouble = "; ".join(each.error for each in prepared if each.error)
                 if not self._trouble:
-                    self.lane.adopt(wanted)
+                    self.worker.adopt(wanted)
                     self._in_step = time.monotonic()
                     if rows.window:
                         metrics.release.live("vlm", rows.window[0].number)
@@ -129,6 +131,6 @@ class VlmReplica:
             await asyncio.sleep(FOLLOW_SECONDS)
 
 
-def _needed(rows: ResidentRows) -> set[str | None]:
+def _needed(rows: ResidencyRows) -> set[str | None]:
     """Those of the resident adapters without which requests cannot be answered."""
     return {row.vlm for row in rows.answering} or {None}

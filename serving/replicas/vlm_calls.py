@@ -15,12 +15,12 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.engines.vlm.generation import Ask, Message, Piece, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
-PROBE = Ask((Message("user", ("alive?",)),), max_tokens=1)
+PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
 """One forward pass, for health checks: it gets in when the queue is full."""
 
 
@@ -33,27 +33,33 @@ class VlmCalls:
         self.limit = limit
         self.running = 0
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer, by the stamp's adapter.
 
         Args:
             deadline: seconds since the epoch.
 
         Raises:
-            InvalidRequest, QueueFull, Late, Unavailable.
+            InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
         """
         with self._place(ask):
-            reply: Reply = await self._one(lambda: self.handle.reply.remote(ask, stamp.vlm, deadline), stamp, deadline)
+            reply: GenerationResult = await self._one(
+                lambda: self.handle.reply.remote(ask, stamp.vlm, deadline), stamp, deadline
+            )
             return reply
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
         with self._place(ask):
             call = lambda: self.handle.score.remote(ask, tuple(choices), stamp.vlm, deadline)  # noqa: E731
             scores: list[float] = await self._one(call, stamp, deadline)
             return scores
 
-    async def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+    async def stream(
+        self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float
+    ) -> AsyncIterator[TokenChunk]:
         """The answer piece by piece; the last one has a ``finish``. Closing it aborts the request.
 
         Raises as :meth:`reply`: before the first piece, or in the middle when the replica died or the time is over.
@@ -89,7 +95,7 @@ class VlmCalls:
                     response.cancel()
             raise pauses.end()
 
-    async def _one(self, call: Callable[[], Any], stamp: Stamp, deadline: float) -> Any:
+    async def _one(self, call: Callable[[], Any], stamp: ReleaseSnapshot, deadline: float) -> Any:
         pauses = _Pauses(deadline)
         while pauses.left > 0:
             response = call()
@@ -111,7 +117,7 @@ class VlmCalls:
         raise pauses.end()
 
     @contextmanager
-    def _place(self, ask: Ask) -> Iterator[None]:
+    def _place(self, ask: GenerationRequest) -> Iterator[None]:
         if self.running >= self.limit and ask is not PROBE:
             raise _overloaded()
         self.running += 1
@@ -146,7 +152,7 @@ class _Pauses:
         )
 
 
-def _value(answer: Any, stamp: Stamp) -> Any:
+def _value(answer: Any, stamp: ReleaseSnapshot) -> Any:
     if not isinstance(answer, Refusal):
         return answer
     if answer.code == "ask":

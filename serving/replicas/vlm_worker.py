@@ -17,18 +17,18 @@ from typing import Any, TypeVar
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
-from serving.engines.vlm.generation import Ask, Piece, Reply, VlmEngine
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk, VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
 from serving.releases.types import Prepared
-from serving.replicas.stream_coalescing import gathered
+from serving.replicas.stream_coalescing import coalesce
 
 ROOM_SECONDS = 20.0
 """How long a new adapter waits for a place. Long answers end by their deadline, which is about this."""
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-class VlmLane:
+class VlmWorker:
     """Answers under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
     def __init__(self, engine: VlmEngine, artifacts: Artifacts, replica: str, places: int, batch: int) -> None:
@@ -82,20 +82,22 @@ class VlmLane:
         self._coming.clear()
         return await self._sweep()
 
-    async def reply(self, ask: Ask, adapter: str | None, deadline: float) -> Reply | Refusal:
+    async def reply(self, ask: GenerationRequest, adapter: str | None, deadline: float) -> GenerationResult | Refusal:
         """The whole answer. ``deadline``: seconds since the epoch. Raises EngineDead."""
         answer = await self._answered("reply", lambda: self.engine.reply(ask, adapter), adapter, deadline)
-        if isinstance(answer, Reply):
+        if isinstance(answer, GenerationResult):
             metrics.vlm.tokens(answer.prompt_tokens, len(answer.tokens))
         return answer
 
     async def score(
-        self, ask: Ask, choices: Sequence[str], adapter: str | None, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
     ) -> list[float] | Refusal:
         """Log-probability of each choice as the whole answer."""
         return await self._answered("score", lambda: self.engine.score(ask, choices, adapter), adapter, deadline)
 
-    async def stream(self, ask: Ask, adapter: str | None, deadline: float) -> AsyncIterator[Piece | Refusal]:
+    async def stream(
+        self, ask: GenerationRequest, adapter: str | None, deadline: float
+    ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
         began, last = time.perf_counter(), None
         outcome = "gone"
@@ -103,7 +105,7 @@ class VlmLane:
             with self._counted(adapter):
                 await self._ensure(adapter)
                 source = self.engine.stream(ask, adapter)
-                async with aclosing(gathered(source, deadline - time.time())) as pieces:  # type: ignore[type-var]
+                async with aclosing(coalesce(source, deadline - time.time())) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         if last is None:
                             metrics.vlm.first_token(time.perf_counter() - began)
@@ -131,8 +133,8 @@ class VlmLane:
         }  # fmt: skip
 
     async def _answered(
-        self, kind: str, work: Callable[[], Awaitable[Answer]], adapter: str | None, deadline: float
-    ) -> Answer | Refusal:
+        self, kind: str, work: Callable[[], Awaitable[Result]], adapter: str | None, deadline: float
+    ) -> Result | Refusal:
         began, outcome = time.perf_counter(), "gone"
         try:
             if time.time() >= deadline:

@@ -20,16 +20,16 @@ from ops.settings import Serve, Settings
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.generation import Ask
+from serving.engines.vlm.generation import GenerationRequest
 from serving.http.app import build_app
-from serving.http.app_state import Gateway
-from serving.http.deletion_service import RequestedDeletions
-from serving.http.image_loader import ImageIntake
-from serving.messages import Answer, Kind
+from serving.http.app_state import AppState
+from serving.http.deletion_service import DeletionService
+from serving.http.image_loader import ImageLoader
+from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.release_snapshot import Stamp
-from serving.releases.residency import Resident
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.residency import Residency
 from serving.releases.rollback import Adapters
 from serving.releases.types import Outcome, Prepared
 from streams.records import Sample
@@ -42,7 +42,7 @@ KEY = "operator-key"
 
 
 @dataclass
-class Edge:
+class InProcessApp:
     """Implements what the gateway needs of encoders and operations, and the protocol's fleet."""
 
     engine: ClipEngine
@@ -56,10 +56,10 @@ class Edge:
     def __post_init__(self) -> None:
         self.protocol = ReleaseProtocol(self.ledger, self, window=2)
 
-    async def encode(self, kind: Kind, payload: Any, stamp: Stamp, deadline: float) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_texts
         vectors = run(payload, stamp.clip)
-        return Answer(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
+        return EncodeResult(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
 
     async def release(
         self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
@@ -104,12 +104,12 @@ class Edge:
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         return [Prepared("one", vlm)]
 
-    async def cover(self, stamp: Stamp, wait: bool) -> int:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
         while await self.catalog.step():
             continue
         return await self.catalog.cover(stamp, wait=False)
 
-    async def announce(self, resident: Resident) -> int:
+    async def announce(self, resident: Residency) -> int:
         self.admission.adopt(resident.window)
         await self.catalog.adopt(resident.indexed)
         while await self.catalog.step():
@@ -119,11 +119,11 @@ class Edge:
     async def in_flight(self) -> dict[int, int]:
         return self.admission.in_flight()
 
-    async def retire(self, resident: Resident) -> None:
+    async def retire(self, resident: Residency) -> None:
         await self.catalog.retire(resident.indexed)
 
 
-async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
+async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp, FastAPI]:
     """A served base with a few samples, and the application around it."""
     base = tiny_base(home)
     engine = ClipEngine(base, threads=1)
@@ -133,24 +133,26 @@ async def open_edge(home: Path, settings: Serve) -> tuple[Edge, FastAPI]:
         return engine.encode_images(pixels, clip)
 
     catalog = Catalog(Tables(str(home / "lake" / "catalog")), store, base.preprocess.pixels, encode)
-    edge = Edge(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
-    await edge.protocol.start()
+    in_process = InProcessApp(engine, Ledger.open(f"sqlite:///{home / 'ledger.db'}"), catalog, samples=samples)
+    await in_process.protocol.start()
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
-    access = Access(edge.ledger, Settings(serve=keyed))
-    gateway = Gateway(
-        settings=settings, dim=base.dim, admission=edge.admission, encoders=edge, index=CatalogIndex(catalog),
-        operations=edge, intake=ImageIntake(base.preprocess, settings), access=access,
+    access = Access(in_process.ledger, Settings(serve=keyed))
+    app_state = AppState(
+        settings=settings, dim=base.dim, admission=in_process.admission, encoders=in_process,
+        index=CatalogIndex(catalog), operations=in_process, image_loader=ImageLoader(base.preprocess, settings), access=access,
         quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
-        deletions=RequestedDeletions(Settings(home=home), edge.ledger), ledger=edge.ledger,
+        deletions=DeletionService(Settings(home=home), in_process.ledger), ledger=in_process.ledger,
         refresh=_nothing, vlms=FairVlms(),
     )  # fmt: skip
-    return edge, build_app(gateway)
+    return in_process, build_app(app_state)
 
 
 class FairVlms(ScriptedVlms):
     """Finds every choice as likely as the others."""
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         return [-0.5] * len(choices)
 
 

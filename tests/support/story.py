@@ -12,7 +12,7 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import Rollout, Settings
 from serving.releases.guard import look
-from serving.releases.observations import Answered, Compared, Observations
+from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
 from updater.gate.report import write_report
@@ -60,8 +60,8 @@ def tell(settings: Settings, folder: Path, adapter: str = "clip-0123456789ab") -
 
 def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
     """What the guard tells of a watched release: the real statistics, on made-up counts of 40 inputs."""
-    requests = {number: Answered(120, 0), incumbent: Answered(900, 1)}
-    compared = Compared(inputs=40, agreed=agreed, timed=40, slower=9, tried=40)
+    requests = {number: RequestCounts(120, 0), incumbent: RequestCounts(900, 1)}
+    compared = ComparisonCounts(inputs=40, agreed=agreed, timed=40, slower=9, tried=40)
     evidence = look(Rollout(), Observations(number, requests, {"clip": compared}), incumbent, seconds=20.0)
     return {
         "requests": {str(release): asdict(answered) for release, answered in requests.items()},

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import Ask, Image, question
+from serving.engines.vlm.generation import GenerationRequest, Image, question
 from serving.engines.vlm.prompts import inputs
 
 QUESTIONS = ("what is this?", "is there a red car?", "which colour?", "what is the round apple on?")
@@ -36,7 +36,7 @@ class Peft:
         self.model = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
     @torch.inference_mode()
-    def greedy(self, ask: Ask) -> Reference:
+    def greedy(self, ask: GenerationRequest) -> Reference:
         """Token by token, each with a whole forward pass: no cache that could be wrong."""
         batch = inputs(self.processor, [ask])
         end = self.processor.tokenizer.eos_token_id
@@ -51,7 +51,7 @@ class Peft:
         return Reference(tuple(tokens), tuple(logprobs), margin)
 
     @torch.inference_mode()
-    def score(self, ask: Ask, choice: str) -> float:
+    def score(self, ask: GenerationRequest, choice: str) -> float:
         """Log-probability of ``choice`` and the end token after the prompt."""
         batch = inputs(self.processor, [ask])
         tokenizer = self.processor.tokenizer
@@ -72,7 +72,7 @@ def picture(seed: int, side: int = 32) -> Image:
     return np.random.default_rng(seed).integers(0, 256, (side, side, 3)).astype(np.uint8)
 
 
-def some_asks(count: int, tokens: int = 8) -> list[Ask]:
+def some_asks(count: int, tokens: int = 8) -> list[GenerationRequest]:
     """Questions about pictures of different sizes."""
     return [
         question(picture(i, 24 + 8 * (i % 4)), QUESTIONS[i % len(QUESTIONS)], max_tokens=tokens) for i in range(count)

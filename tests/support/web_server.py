@@ -29,7 +29,7 @@ def redirect(to: str, status: str = "302 Found") -> bytes:
 
 
 @dataclass
-class Site:
+class WebServer:
     """A server at ``host``; ``pages`` by path. What was asked is in ``asked`` (whole heads)."""
 
     host: str
@@ -57,7 +57,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[Site]:
+def web_server(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None) -> Iterator[WebServer]:
     """A running server; every connection has a thread of its own."""
 
     class Handler(socketserver.BaseRequestHandler):
@@ -82,7 +82,7 @@ def site(host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = No
         request_queue_size = 128  # more connections at once than that wait a second to try again
 
     with Server((host, port), Handler) as server:
-        made = Site(host, server.server_address[1])
+        made = WebServer(host, server.server_address[1])
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

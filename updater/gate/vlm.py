@@ -22,7 +22,7 @@ from ops.digests import digest12, digest_json
 from ops.errors import AdapterError, GateError
 from ops.settings import Serve
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import Ask, Reply, VlmEngine, question
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
@@ -167,12 +167,14 @@ class VlmAsker:
         )
         return Check("finite", not bad, detail, float(bad), 0.0)
 
-    def _golden(self, suites: Sequence[Suite]) -> tuple[list[Ask], list[str]]:
+    def _golden(self, suites: Sequence[Suite]) -> tuple[list[GenerationRequest], list[str]]:
         """A few questions with their reference answer."""
         chosen = spread([item for _, few in probe(suites) for item in few], GOLDEN)
         return [self._ask(item, 1) for item in chosen], [item.answers[0] for item in chosen]
 
-    def _log_probabilities(self, asks: Sequence[Ask], answers: Sequence[str], adapter: str | None) -> list[float]:
+    def _log_probabilities(
+        self, asks: Sequence[GenerationRequest], answers: Sequence[str], adapter: str | None
+    ) -> list[float]:
         """One answer to each question."""
         return [score for (score,) in self.vlm.scores(asks, [[answer] for answer in answers], adapter)]
 
@@ -184,7 +186,9 @@ class VlmAsker:
             self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
         return [self._said[self._key(suite, item, adapter)] for item in items]
 
-    def _replies(self, asks: Sequence[Ask], adapter: str | None, label: str, suite: Suite) -> list[Reply]:
+    def _replies(
+        self, asks: Sequence[GenerationRequest], adapter: str | None, label: str, suite: Suite
+    ) -> list[GenerationResult]:
         self.asked += len(asks)
         with _living(f"answering suite {suite.name}"):
             return self.vlm.replies(asks, adapter, label=label)
@@ -198,7 +202,7 @@ class VlmAsker:
         for start in range(0, len(items), count):
             yield list(items[start : start + count])
 
-    def _ask(self, item: Item, max_tokens: int) -> Ask:
+    def _ask(self, item: Item, max_tokens: int) -> GenerationRequest:
         return question(np.array(open_picture(item), dtype=np.uint8), item.text, max_tokens)
 
     def _tokens(self, suite: Suite) -> int:
@@ -248,9 +252,9 @@ def _same(found: Sequence[NDArray[Any]], ids: NDArray[np.str_]) -> bool:
     return found[0].tolist() == ids.tolist() and found[1].shape == ids.shape
 
 
-def _is_finite(reply: Reply) -> bool:
+def _is_finite(reply: GenerationResult) -> bool:
     return all(math.isfinite(value) for value in reply.logprobs)
 
 
-def _text(reply: Reply) -> str:
+def _text(reply: GenerationResult) -> str:
     return reply.text.strip() if _is_finite(reply) else ""

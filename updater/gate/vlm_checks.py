@@ -17,7 +17,7 @@ from torch import nn
 
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import Ask
+from serving.engines.vlm.generation import GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift
@@ -50,7 +50,7 @@ def check_parity(
     base: VlmBase,
     model: nn.Module,
     directory: Path,
-    asks: Sequence[Ask],
+    asks: Sequence[GenerationRequest],
     answers: Sequence[str],
     served: Sequence[Sequence[float]],
 ) -> Check:
@@ -77,7 +77,7 @@ def check_parity(
     return Check("parity", bool(worst <= limit), detail, worst, limit)
 
 
-def log_probability(model: Any, processor: Any, ask: Ask, answer: str) -> float:
+def log_probability(model: Any, processor: Any, ask: GenerationRequest, answer: str) -> float:
     """Of the whole answer, its end included, by a transformers model."""
     batch = inputs(processor, [ask])
     tokens = torch.tensor([answer_tokens(processor, answer)])

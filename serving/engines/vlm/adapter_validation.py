@@ -30,7 +30,7 @@ def linear_shapes(base: VlmBase) -> Shapes:
     }
 
 
-def read_fitting(base: VlmBase, shapes: Shapes, name: str, directory: Path, max_rank: int) -> AdapterFiles:
+def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: Path, max_rank: int) -> AdapterFiles:
     """The adapter in ``directory``, when it is ``name``, undamaged, finite, of this base, and of a rank that is served.
 
     Raises:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from serving.engines.vlm.generation import Piece, Reply
+from serving.engines.vlm.generation import GenerationResult, TokenChunk
 
 _UNFINISHED = "\ufffd"
 """What a decoder shows for the first bytes of a character whose last bytes have not come yet."""
 
 
-class Words:
+class Detokenizer:
     """The text of one answer. What is said is never taken back: a part that could be the beginning of a stop string, or
     of a character, waits for the tokens after it.
 
@@ -57,10 +57,10 @@ class Words:
         return said
 
 
-async def whole(pieces: AsyncIterator[Piece]) -> Reply:
+async def whole(pieces: AsyncIterator[TokenChunk]) -> GenerationResult:
     """A stream as one reply."""
     parts = [piece async for piece in pieces]
-    return Reply(
+    return GenerationResult(
         "".join(part.text for part in parts),
         tuple(token for part in parts for token in part.tokens),
         tuple(value for part in parts for value in part.logprobs),

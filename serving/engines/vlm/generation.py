@@ -21,14 +21,17 @@ Finish = Literal["", "stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``content`` holds texts, and numbers of images in :attr:`Ask.images`, in reading order."""
+    """One turn.
+
+    ``content`` holds texts, and numbers of images in :attr:`GenerationRequest.images`, in reading order.
+    """
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class GenerationRequest:
     """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable. Raises :class:`InvalidRequest`."""
 
     messages: tuple[Message, ...]
@@ -50,7 +53,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TokenChunk:
     """What came since the last piece. The last one has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
@@ -63,7 +66,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class GenerationResult:
     """A whole answer."""
 
     text: str
@@ -73,9 +76,9 @@ class Reply:
     finish: Finish
 
 
-def question(image: Image, text: str, max_tokens: int = 32) -> Ask:
+def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest:
     """One image and one question, answered greedily: what the trainer, the gate and ``/v1/vqa`` ask."""
-    return Ask((Message("user", (0, text)),), (image,), max_tokens)
+    return GenerationRequest((Message("user", (0, text)),), (image,), max_tokens)
 
 
 class VlmEngine(Protocol):
@@ -96,16 +99,16 @@ class VlmEngine(Protocol):
     def resident(self) -> frozenset[str]:
         """Names that requests may use."""
 
-    def stream(self, ask: Ask, adapter: str | None) -> AsyncIterator[Piece]:
+    def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
         """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
 
         Raises InvalidRequest, AdapterError (not resident), EngineDead.
         """
 
-    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
-    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice as the whole answer (its end included) after the prompt."""
 
     async def golden(self, adapter: str | None) -> str:

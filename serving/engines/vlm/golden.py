@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError
 from serving.engines.clip import golden_pixels
-from serving.engines.vlm.generation import Ask, Reply, question
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 
 SIDE = 64
 QUESTIONS = ("what is this?", "is there something red? answer yes or no.")
 
 
-def golden_asks() -> list[Ask]:
+def golden_asks() -> list[GenerationRequest]:
     """Two pictures made by integer arithmetic, one question each, eight tokens."""
     pictures = golden_pixels(SIDE)
     return [question(pictures[i], text, max_tokens=8) for i, text in enumerate(QUESTIONS)]
 
 
-def fingerprint(adapter: str | None, replies: Sequence[Reply]) -> str:
+def fingerprint(adapter: str | None, replies: Sequence[GenerationResult]) -> str:
     """Twelve hex digits of the answers' tokens, and their mean log-probability.
 
     Raises :class:`AdapterError` when one is not finite.

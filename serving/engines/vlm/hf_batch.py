@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from serving.engines.vlm.generation import Ask, Finish
+from serving.engines.vlm.generation import Finish, GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.errors import EngineDead
 
@@ -19,7 +19,7 @@ from serving.errors import EngineDead
 class Row:
     """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended."""
 
-    ask: Ask
+    ask: GenerationRequest
     most: int
     """Tokens of the longest answer."""
     say: Callable[[int, float, Finish], None]
@@ -53,7 +53,7 @@ class Row:
 class Scoring:
     """The choices of one request. ``tell`` gets a log-probability for each."""
 
-    ask: Ask
+    ask: GenerationRequest
     choices: Sequence[str]
     tell: Callable[[list[float]], None]
     fail: Callable[[EngineDead], None]
@@ -109,7 +109,7 @@ def answer(
 
 
 @torch.inference_mode()
-def score(model: nn.Module, processor: Any, ask: Ask, choices: Sequence[str]) -> list[float]:
+def score(model: nn.Module, processor: Any, ask: GenerationRequest, choices: Sequence[str]) -> list[float]:
     """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
     device = next(model.parameters()).device
     prompt = inputs(processor, [ask])

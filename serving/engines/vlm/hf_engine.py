@@ -19,10 +19,10 @@ from torch import nn
 from ops.settings import Serve
 from serving.engines.adapters import effective_weights
 from serving.engines.shared_weights import shell_of
-from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_fitting
+from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.detokenizer import Words, whole
-from serving.engines.vlm.generation import Ask, Finish, Piece, Reply
+from serving.engines.vlm.detokenizer import Detokenizer, whole
+from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.hf_batch import Row, Scoring
 from serving.engines.vlm.hf_worker import Worker
@@ -86,7 +86,7 @@ class TransformersEngine:
         self._working()
 
         def merged() -> nn.Module:
-            files = read_fitting(self.base, self._shapes, name, directory, self._serve.vlm_max_rank)
+            files = read_validated_adapter(self.base, self._shapes, name, directory, self._serve.vlm_max_rank)
             return shell_of(self._model, effective_weights(files, self._model))
 
         await self._residents.add(name, lambda: asyncio.to_thread(merged))
@@ -113,7 +113,7 @@ class TransformersEngine:
             finally:
                 self._running -= 1
 
-    async def stream(self, ask: Ask, adapter: str | None) -> AsyncGenerator[Piece]:
+    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer piece by piece."""
         with self._using(adapter) as model:
             length = await asyncio.to_thread(self._length, ask)
@@ -121,7 +121,7 @@ class TransformersEngine:
             post = _poster(said.put_nowait)
             most = min(max(1, ask.max_tokens), self._serve.vlm_context - length)
             row = Row(ask, most, lambda *token: post(token), post)
-            words = Words(self._processor.tokenizer, ask.stop)
+            words = Detokenizer(self._processor.tokenizer, ask.stop)
             done = 0
             self._working().put(model, row)
             try:
@@ -133,19 +133,19 @@ class TransformersEngine:
                     done += 1
                     text = words.take((token,), bool(finish))
                     finish = "stop" if words.stopped else finish
-                    yield Piece(text, (token,), (logprob,), length, done, finish)
+                    yield TokenChunk(text, (token,), (logprob,), length, done, finish)
                     if finish:
                         return
             finally:
                 row.aborted = True
 
-    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
         pieces = self.stream(ask, adapter)
         async with contextlib.aclosing(pieces):
             return await whole(pieces)
 
-    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
         with self._using(adapter) as model:
             await asyncio.to_thread(self._length, ask, choices)
@@ -180,7 +180,7 @@ class TransformersEngine:
             raise EngineDead(self.trouble(), "Start a new engine.")
         return self._worker
 
-    def _length(self, ask: Ask, choices: Sequence[str] = ()) -> int:
+    def _length(self, ask: GenerationRequest, choices: Sequence[str] = ()) -> int:
         """Tokens of the prompt. Raises :class:`InvalidRequest` when it, or a choice after it, does not fit."""
         with self._reading:
             try:

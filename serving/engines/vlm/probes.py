@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from serving.engines.adapters import CONFIG, WEIGHTS
 from serving.engines.vlm.adapter_validation import Shapes
-from serving.engines.vlm.generation import Reply
+from serving.engines.vlm.generation import GenerationResult
 
 PROBED = ("image", "connector")
 """Parts of a model whose adapters some engines ignore without a word."""
@@ -39,7 +39,7 @@ def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> 
     return directory
 
 
-def differ(some: Sequence[Reply], others: Sequence[Reply]) -> bool:
+def differ(some: Sequence[GenerationResult], others: Sequence[GenerationResult]) -> bool:
     """Whether two sets of answers to the same questions are not the same."""
     for one, other in zip(some, others, strict=True):
         if one.tokens != other.tokens:

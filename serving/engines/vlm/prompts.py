@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from serving.engines.vlm.generation import Ask
+from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import InvalidRequest
 
 
-def conversation(ask: Ask) -> list[dict[str, Any]]:
+def conversation(ask: GenerationRequest) -> list[dict[str, Any]]:
     """The turns as chat templates take them; an image is ``{"type": "image"}``.
 
     Raises :class:`InvalidRequest`: no turn, or images that are not used once each, in reading order.
@@ -41,7 +41,7 @@ def conversation(ask: Ask) -> list[dict[str, Any]]:
     ]
 
 
-def render(processor: Any, ask: Ask) -> str:
+def render(processor: Any, ask: GenerationRequest) -> str:
     """The prompt as text, up to where the answer begins; one image token stands for each image.
 
     Raises :class:`InvalidRequest` also when a text holds the image token, or the chat template refuses the turns.
@@ -60,7 +60,9 @@ def render(processor: Any, ask: Ask) -> str:
         ) from error
 
 
-def inputs(processor: Any, asks: Sequence[Ask], device: str | torch.device | None = None) -> dict[str, torch.Tensor]:
+def inputs(
+    processor: Any, asks: Sequence[GenerationRequest], device: str | torch.device | None = None
+) -> dict[str, torch.Tensor]:
     """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
     left, and the pixels of the images. Raises :class:`InvalidRequest`."""
     texts = [render(processor, ask) for ask in asks]

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ops.progress import track
-from serving.engines.vlm.generation import Ask, Reply, VlmEngine
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine
 
 T = TypeVar("T")
 AHEAD = 64
@@ -60,12 +60,14 @@ class SyncVlm:
         """Fingerprint of the adapter's answers to fixed questions. Raises AdapterError."""
         return self._do(self.engine.golden(adapter))
 
-    def replies(self, asks: Sequence[Ask], adapter: str | None, label: str = "") -> list[Reply]:
+    def replies(
+        self, asks: Sequence[GenerationRequest], adapter: str | None, label: str = ""
+    ) -> list[GenerationResult]:
         """An answer to each, in order. ``label``: what the progress bar says; none when empty."""
         return self._all(lambda ask: self.engine.reply(ask, adapter), asks, label)
 
     def scores(
-        self, asks: Sequence[Ask], choices: Sequence[Sequence[str]], adapter: str | None, label: str = ""
+        self, asks: Sequence[GenerationRequest], choices: Sequence[Sequence[str]], adapter: str | None, label: str = ""
     ) -> list[list[float]]:
         """Log-probabilities of each ask's own choices, in order."""
         pairs = list(zip(asks, choices, strict=True))

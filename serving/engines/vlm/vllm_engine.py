@@ -22,10 +22,10 @@ from typing import Any, Literal
 
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
-from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_fitting
+from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.detokenizer import Words, whole
-from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.engines.vlm.detokenizer import Detokenizer, whole
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_asks
 from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, write_probe
 from serving.engines.vlm.residents import Residents
@@ -118,7 +118,7 @@ class VllmEngine:
 
         async def checked() -> Any:
             rank = self._serve.vlm_max_rank
-            files = await asyncio.to_thread(read_fitting, self.base, self._shapes, name, directory, rank)
+            files = await asyncio.to_thread(read_validated_adapter, self.base, self._shapes, name, directory, rank)
             unserved = sorted(parts_of(self.base, files) & self._ignored)
             if unserved:
                 raise AdapterError(
@@ -166,11 +166,11 @@ class VllmEngine:
             finally:
                 self._running -= 1
 
-    async def stream(self, ask: Ask, adapter: str | None) -> AsyncGenerator[Piece]:
+    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer piece by piece."""
         with self._using(adapter) as lora:
             (prompt,) = await self._made(ask)
-            words = Words(self._tokenizer, ask.stop)
+            words = Detokenizer(self._tokenizer, ask.stop)
             length, done = len(prompt["prompt_token_ids"]), 0
             outputs = self._outputs(prompt, sampling(ask, every=True), lora)
             async with contextlib.aclosing(outputs):
@@ -181,11 +181,11 @@ class VllmEngine:
                     done += len(tokens)
                     finish = "stop" if words.stopped else finish
                     if tokens or finish:
-                        yield Piece(text, tokens, logprobs_of(one), length, done, finish)
+                        yield TokenChunk(text, tokens, logprobs_of(one), length, done, finish)
                     if words.stopped:
                         return
 
-    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
         if ask.stop:
             return await whole(self.stream(ask, adapter))
@@ -194,9 +194,11 @@ class VllmEngine:
             one = (await self._last(prompt, sampling(ask, every=False), lora)).outputs[0]
             text = self._tokenizer.decode(one.token_ids, skip_special_tokens=True)
             finish = finish_of(one.finish_reason)
-            return Reply(text, tuple(one.token_ids), logprobs_of(one), len(prompt["prompt_token_ids"]), finish)
+            return GenerationResult(
+                text, tuple(one.token_ids), logprobs_of(one), len(prompt["prompt_token_ids"]), finish
+            )
 
-    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
         with self._using(adapter) as lora:
@@ -217,7 +219,7 @@ class VllmEngine:
         """Answer fixed inputs."""
         return fingerprint(adapter, await self._golden(adapter))
 
-    async def _golden(self, adapter: str | None) -> list[Reply]:
+    async def _golden(self, adapter: str | None) -> list[GenerationResult]:
         return [await self.reply(ask, adapter) for ask in golden_asks()]
 
     def running(self) -> int:
@@ -260,7 +262,7 @@ class VllmEngine:
     def _tokenizer(self) -> Any:
         return self._engine.renderer.tokenizer
 
-    async def _made(self, ask: Ask, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def _made(self, ask: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         assert self._prompts is not None
         try:
             return await self._prompts.make(ask, answers)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from serving.engines.vlm.generation import Ask, Image
+from serving.engines.vlm.generation import GenerationRequest, Image
 from serving.engines.vlm.prompts import answer_tokens, check_length, inputs, render
 from serving.engines.vlm.vllm_start import MAX_IMAGES
 from serving.errors import InvalidRequest
@@ -37,11 +37,11 @@ class Prompts:
         splitting = getattr(processor.image_processor, "do_image_splitting", True)
         self.fast = model_type in _ONE_RUN and not splitting
 
-    async def make(self, ask: Ask, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def make(self, ask: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`InvalidRequest`."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, ask, answers)
 
-    def check(self, asks: Sequence[Ask]) -> bool:
+    def check(self, asks: Sequence[GenerationRequest]) -> bool:
         """Use the short way only if it gives vLLM what its own way gives."""
         self.fast = self.fast and all(_same(self._short(ask), self._long(ask)) for ask in asks)
         return self.fast
@@ -50,7 +50,7 @@ class Prompts:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, ask: Ask, answers: Sequence[str] | None) -> list[dict[str, Any]]:
+    def _make(self, ask: GenerationRequest, answers: Sequence[str] | None) -> list[dict[str, Any]]:
         if len(ask.images) > MAX_IMAGES:
             raise InvalidRequest(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
         prompt = self._short(ask) if self.fast else self._long(ask)
@@ -64,7 +64,7 @@ class Prompts:
             made.append(prompt | {"prompt_token_ids": tokens})
         return made
 
-    def _short(self, ask: Ask) -> dict[str, Any]:
+    def _short(self, ask: GenerationRequest) -> dict[str, Any]:
         from vllm.inputs.engine import mm_input, tokens_input
         from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
@@ -90,7 +90,7 @@ class Prompts:
             )
         )
 
-    def _long(self, ask: Ask) -> dict[str, Any]:
+    def _long(self, ask: GenerationRequest) -> dict[str, Any]:
         from PIL import Image as Pictures
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from serving.engines.vlm.generation import Ask, Finish
+from serving.engines.vlm.generation import Finish, GenerationRequest
 
 
-def sampling(ask: Ask, every: bool) -> Any:
+def sampling(ask: GenerationRequest, every: bool) -> Any:
     """SamplingParams of a request. ``every``: an output for each step, with what is new; else one at the end.
 
-    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.detokenizer.Words` does, for both engines.
+    vLLM does not turn tokens into text here: :class:`serving.engines.vlm.detokenizer.Detokenizer` does, for both
+    engines.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 from ops.loading import load_settings
 from ops.settings import Settings
 from streams.consumer import Consumer
-from tests.integration.serving.server_fixture import House, free_port
+from tests.integration.serving.server_fixture import ServerFixture, free_port
 from tests.support.broker import Broker, broker
 from tests.support.browser import DESKTOP, Complaints, chromium, console
 from tests.support.kafka import make_topics, reading
@@ -25,7 +25,7 @@ __all__ = ["broker"]
 class Place:
     """Where the tests happen."""
 
-    house: House
+    server: ServerFixture
     settings: Settings
     url: str
     story: Story
@@ -38,36 +38,36 @@ class Place:
     @property
     def live(self) -> int:
         """The live release."""
-        found = self.house.ledger.live()
+        found = self.server.ledger.live()
         return found.number if found else 0
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("console")
-    house = House.make(home, vlm_engine="transformers", encoder_replicas=1)
+    server = ServerFixture.make(home, vlm_engine="transformers", encoder_replicas=1)
     kafka = broker.settings(home).kafka.model_dump(
         include={"bootstrap", "topic", "quarantine_topic", "group", "batch_seconds"}
     )
     port = free_port()
-    house.config.write_text(
-        yaml.safe_dump({**yaml.safe_load(house.config.read_text()), "console": {"port": port}, "kafka": kafka})
+    server.config.write_text(
+        yaml.safe_dump({**yaml.safe_load(server.config.read_text()), "console": {"port": port}, "kafka": kafka})
     )
-    house.settings = settings = load_settings(house.config, environ={})
-    house.add_samples(24, domain="cats", source="zoo", year=2023)
-    story = tell(settings, home / "made-up", house.adapter())
+    server.settings = settings = load_settings(server.config, environ={})
+    server.add_samples(24, domain="cats", source="zoo", year=2023)
+    story = tell(settings, home / "made-up", server.adapter())
     make_topics(settings)
-    _, operator = house.ledger.create_key("ana", ["infer", "operate"], actor="test")
-    _, reader = house.ledger.create_key("guest", ["infer"], actor="test")
+    _, operator = server.ledger.create_key("ana", ["infer", "operate"], actor="test")
+    _, reader = server.ledger.create_key("guest", ["infer"], actor="test")
     try:
-        house.start()
+        server.start()
         with (
             reading(settings) as ingest,
-            console(house.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
+            console(server.config, f"http://127.0.0.1:{port}", home / "console.log") as url,
         ):
-            yield Place(house, settings, url, story, ingest, operator, reader)
+            yield Place(server, settings, url, story, ingest, operator, reader)
     finally:
-        house.stop()
+        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ def said(page: Page, words: str) -> None:
 
 def releases(place: Place, count: int) -> list[str]:
     """New adapters, released one after the other."""
-    names = [place.house.adapter() for _ in range(count)]
-    with place.house.client() as client:
+    names = [place.server.adapter() for _ in range(count)]
+    with place.server.client() as client:
         for name in names:
             client.release(name, reason="made for the test")
     return names
@@ -79,7 +79,7 @@ def test_an_operator_rolls_back_and_the_log_says_who_and_why(ana: Page, place: P
     said(ana, "less than a second")
     confirm(ana, "wrong colours", "Roll back now")
     said(ana, "is live everywhere")
-    row = place.house.ledger.live()
+    row = place.server.ledger.live()
     assert row is not None and (row.clip, row.reason) == (first, "wrong colours")
     assert row.actor.startswith("key:ana")
     ana.get_by_role("link", name="Back to the releases").click()
@@ -89,8 +89,8 @@ def test_an_operator_rolls_back_and_the_log_says_who_and_why(ana: Page, place: P
 
 
 def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place) -> None:
-    name = place.house.adapter()
-    ledger = place.house.ledger
+    name = place.server.adapter()
+    ledger = place.server.ledger
     ledger.begin_update(
         "update-keys", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
     )
@@ -125,7 +125,7 @@ def test_an_adapter_is_released_with_the_keyboard_alone(ana: Page, place: Place)
 
 
 def test_a_canary_is_released_to_a_quarter_of_the_requests_and_promoted(ana: Page, place: Place) -> None:
-    name, stable = place.house.adapter(), place.live
+    name, stable = place.server.adapter(), place.live
     ana.goto("/releases")
     open_dialog(ana, "Release an adapter…")
     dialog = ana.get_by_role("dialog")
@@ -149,13 +149,13 @@ def test_a_canary_is_released_to_a_quarter_of_the_requests_and_promoted(ana: Pag
     said(ana, f"What release {stable + 1} tries (canary 25%) answers everybody")
     confirm(ana, "a quiet day", "Promote now")
     said(ana, f"Release {stable + 2} is live everywhere")
-    row = place.house.ledger.live()
+    row = place.server.ledger.live()
     assert row is not None and (row.clip, row.share, row.reason) == (name, 1.0, "a quiet day")
     assert row.actor.startswith("key:ana")
 
 
 def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looked_up(ana: Page, place: Place) -> None:
-    name = place.house.adapter()
+    name = place.server.adapter()
     ana.goto("/releases")
     slow: list[Route] = []
     ana.route("**/releases/release?*", lambda route: route.continue_() if slow else slow.append(route))
@@ -171,8 +171,8 @@ def test_two_picks_in_one_breath_both_count_while_the_first_is_still_being_looke
 def test_what_the_guard_took_back_says_why_and_is_released_again_only_knowingly(ana: Page, place: Place) -> None:
     stable = place.live
     (bad,) = releases(place, 1)
-    reason = withdraw(place.house.ledger, stable + 1, stable, bad)
-    with place.house.client(actor="ben") as client:  # nobody can call himself guard
+    reason = withdraw(place.server.ledger, stable + 1, stable, bad)
+    with place.server.client(actor="ben") as client:  # nobody can call himself guard
         client.rollback(reason, to=stable)
     ana.goto("/releases")
     card = ana.locator(".timeline .card", has_text="The guard took it back")
@@ -186,9 +186,9 @@ def test_what_the_guard_took_back_says_why_and_is_released_again_only_knowingly(
     said(ana, f"The guard withdrew {bad}: {reason}")
     confirm(ana, "it was the test set", "Release now")
     said(ana, "is live everywhere")
-    row = place.house.ledger.live()
+    row = place.server.ledger.live()
     assert row is not None and row.clip == bad and row.proposal_id is not None
-    assert place.house.ledger.proposal(row.proposal_id).forced
+    assert place.server.ledger.proposal(row.proposal_id).forced
 
 
 def test_updates_are_held_and_resumed(ana: Page, place: Place) -> None:
@@ -196,22 +196,22 @@ def test_updates_are_held_and_resumed(ana: Page, place: Place) -> None:
     open_dialog(ana, "Hold updates…")
     confirm(ana, "product launch", "Hold updates")
     said(ana, "Updates are on hold")
-    held = place.house.ledger.held()
+    held = place.server.ledger.held()
     assert held is not None and held.reason == "product launch"
     ana.goto("/releases")
     expect(ana.get_by_role("main")).to_contain_text("product launch")
     open_dialog(ana, "Resume updates…")
     confirm(ana, "launched", "Resume")
     said(ana, "Updates go on")
-    assert place.house.ledger.held() is None
+    assert place.server.ledger.held() is None
 
 
 def test_of_two_operators_the_second_is_told_and_changes_nothing(ana: Page, place: Place) -> None:
     releases(place, 1)
     ana.goto("/releases")
     open_dialog(ana, "Roll back…")
-    with place.house.client(actor="ben") as client:
-        made = client.release(place.house.adapter(), reason="Ben was here")
+    with place.server.client(actor="ben") as client:
+        made = client.release(place.server.adapter(), reason="Ben was here")
     confirm(ana, "too late", "Roll back now")
     said(ana, "Nothing was changed")
     said(ana, "Ben was here")
@@ -292,7 +292,7 @@ def test_a_refused_record_is_looked_at_and_sent_again(ana: Page, place: Place) -
     confirm(ana, "the rule was too strict", "Send it again")
     said(ana, "The broker has it")
     wait_for(lambda: records_seen(place.ingest.status) > seen + 1, "the record again")
-    (row,) = [row for row in place.house.ledger.audit_rows() if row.action == "resubmit"]
+    (row,) = [row for row in place.server.ledger.audit_rows() if row.action == "resubmit"]
     assert row.actor == "key:ana" and row.detail["reason"] == "the rule was too strict"
     ana.goto("/quarantine")
     card = ana.locator(".refused .card", has_text="sent again")
@@ -341,7 +341,7 @@ def test_when_the_server_is_away_each_page_says_so_and_shows_the_rest(ana: Page,
     live = place.live
     ana.goto("/releases")
     open_dialog(ana, "Roll back…")
-    place.house.kill_everything()
+    place.server.kill_everything()
     confirm(ana, "is it there?", "Roll back now")
     said(ana, "does not answer")
     ana.goto("/")

@@ -12,7 +12,7 @@ import torch
 
 from ops.settings import Serve
 from serving.engines.vlm.base import VlmBase
-from serving.engines.vlm.generation import Ask, VlmEngine
+from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, some_asks
@@ -29,7 +29,7 @@ class House:
     base: VlmBase
     directories: dict[str, Path]
     """By name, in the order of :data:`PARTS`."""
-    asks: list[Ask]
+    asks: list[GenerationRequest]
     references: dict[str | None, list[Reference]]
     models: dict[str | None, Peft]
 

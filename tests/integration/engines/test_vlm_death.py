@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ops.settings import Serve
-from serving.engines.vlm.generation import Reply
+from serving.engines.vlm.generation import GenerationResult
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from serving.errors import EngineDead
@@ -47,7 +47,7 @@ async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> No
     await anext(stream)
     os.kill(core, signal.SIGKILL)
     ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
-    assert all(isinstance(one, EngineDead | Reply) for one in ended)
+    assert all(isinstance(one, EngineDead | GenerationResult) for one in ended)
     assert any(isinstance(one, EngineDead) for one in ended)
     with pytest.raises(EngineDead):
         async for _ in stream:
@@ -62,7 +62,7 @@ async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> No
     await engine.close()
     assert core not in _engines()
 
-    def again() -> list[Reply]:
+    def again() -> list[GenerationResult]:
         with SyncVlm(open_engine(house.base, Serve())) as vlm:
             vlm.load(house.names[0], house.directories[house.names[0]])
             return vlm.replies(house.asks, house.names[0])

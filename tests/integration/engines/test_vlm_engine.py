@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ops import metrics
 from ops.errors import AdapterError
-from serving.engines.vlm.generation import Ask, Message, VlmEngine, question
+from serving.engines.vlm.generation import GenerationRequest, Message, VlmEngine, question
 from serving.errors import InvalidRequest
 from tests.integration.engines.conftest import House
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
@@ -209,7 +209,7 @@ async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, house: House)
 
 
 async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, house: House) -> None:
-    def ask(seed: int, i: int = 0) -> Ask:
+    def ask(seed: int, i: int = 0) -> GenerationRequest:
         return dataclasses.replace(house.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
 
     alone = await engine.reply(ask(3), None)
@@ -247,7 +247,7 @@ async def test_questions_that_cannot_be_answered_are_refused_and_the_next_is_ans
     with pytest.raises(InvalidRequest, match="stands for an image"):
         await engine.reply(question(picture(0), "what is <image>?"), None)
     with pytest.raises(InvalidRequest, match="Use every image once"):
-        await engine.reply(Ask((Message("user", ("what?",)),), (picture(0),)), None)
+        await engine.reply(GenerationRequest((Message("user", ("what?",)),), (picture(0),)), None)
     assert engine.running() == 0
     assert (await engine.reply(house.asks[0], None)).tokens == house.references[None][0].tokens
 
@@ -269,9 +269,9 @@ async def test_requests_without_an_image_with_two_and_with_turns_are_those_of_tr
         Message("user", ("which colour?",)),
     )
     asks = [
-        Ask((Message("user", ("what is red?",)),), max_tokens=4),
-        Ask(turns, (picture(1), picture(2, 50)), max_tokens=4),
-        Ask(turns, (picture(3, 90), np.zeros((20, 44, 3), np.uint8)), max_tokens=4),
+        GenerationRequest((Message("user", ("what is red?",)),), max_tokens=4),
+        GenerationRequest(turns, (picture(1), picture(2, 50)), max_tokens=4),
+        GenerationRequest(turns, (picture(3, 90), np.zeros((20, 44, 3), np.uint8)), max_tokens=4),
     ]
     for name in (None, house.names[1]):
         replies = await asyncio.gather(*[loaded.reply(ask, name) for ask in asks])

@@ -12,27 +12,27 @@ import pytest
 from fastapi import FastAPI
 
 from ops.settings import Serve
-from tests.integration.serving.server_fixture import House
-from tests.support.in_process_app import Edge, open_edge
+from tests.integration.serving.server_fixture import ServerFixture
+from tests.support.in_process_app import InProcessApp, open_in_process_app
 
 
 @pytest.fixture(scope="session")
-def shared_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    house = House.make(tmp_path_factory.mktemp("house"))
-    house.add_samples(24, domain="cats", source="zoo", year=2023)
-    house.add_samples(16, domain="maps", source="atlas", year=2024)
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
+    server = ServerFixture.make(tmp_path_factory.mktemp("server"))
+    server.add_samples(24, domain="cats", source="zoo", year=2023)
+    server.add_samples(16, domain="maps", source="atlas", year=2024)
     try:
-        yield house
+        yield server
     finally:
-        house.stop()
+        server.stop()
 
 
 @pytest.fixture
-def house(shared_house: House) -> House:
+def server(shared_server: ServerFixture) -> ServerFixture:
     """The shared server, started again if a test before ended it."""
-    if shared_house.process is None or shared_house.process.poll() is not None:
-        shared_house.start()
-    return shared_house
+    if shared_server.process is None or shared_server.process.poll() is not None:
+        shared_server.start()
+    return shared_server
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 
 @pytest.fixture(scope="session")
-def edge(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Edge, FastAPI]:
+def in_process_app(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessApp, FastAPI]:
     """The application without Ray, with small bounds."""
     bounds = Serve(max_images=3, max_pixels=100_000, max_image_bytes=100_000, max_texts=8, max_text_chars=200)
-    return runner.run(open_edge(tmp_path_factory.mktemp("edge"), bounds))
+    return runner.run(open_in_process_app(tmp_path_factory.mktemp("in_process_app"), bounds))

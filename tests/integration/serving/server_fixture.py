@@ -48,7 +48,7 @@ def free_port() -> int:
 
 
 @dataclass
-class House:
+class ServerFixture:
     """Settings, ledger and a server process of one home."""
 
     settings: Settings
@@ -60,7 +60,9 @@ class House:
     _seeds: int = 100
 
     @classmethod
-    def make(cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any) -> House:
+    def make(
+        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
+    ) -> ServerFixture:
         """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
 
         Without ``rollout`` nothing is guarded: the guard would take random adapters back.

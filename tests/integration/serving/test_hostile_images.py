@@ -12,7 +12,7 @@ from fastapi import FastAPI
 
 from serving.client import data_uri
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
-from tests.support.in_process_app import Edge
+from tests.support.in_process_app import InProcessApp
 
 pytestmark = pytest.mark.integration
 TOO_MUCH = {"image_too_many_pixels", "image_too_large"}
@@ -38,8 +38,8 @@ class Client:
 
 
 @pytest.fixture(scope="module")
-def client(runner: asyncio.Runner, edge: tuple[Edge, FastAPI]) -> Client:
-    return Client(runner, edge[1])
+def client(runner: asyncio.Runner, in_process_app: tuple[InProcessApp, FastAPI]) -> Client:
+    return Client(runner, in_process_app[1])
 
 
 @pytest.mark.parametrize("image", TAKEN, ids=[each.name for each in TAKEN])

@@ -21,16 +21,16 @@ import pytest
 from PIL import Image
 
 from serving.client import Client, ServerError, data_uri
-from tests.integration.serving.server_fixture import QUEUE, House
+from tests.integration.serving.server_fixture import QUEUE, ServerFixture
 
 LISTENING = "0A"
 pytestmark = pytest.mark.integration
 
 
-def post(house: House, path: str, body: Any = None, **options: Any) -> httpx.Response:
+def post(server: ServerFixture, path: str, body: Any = None, **options: Any) -> httpx.Response:
     if body is not None:
         options["json"] = body
-    return httpx.post(house.url + path, timeout=30, trust_env=False, **options)
+    return httpx.post(server.url + path, timeout=30, trust_env=False, **options)
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -39,20 +39,20 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def covered(house: House) -> None:
-    with house.client() as client:
-        house.until(lambda: client.status()["catalog"]["corpus_rows"] >= 40)
-        house.until(lambda: client.status()["catalog"]["coverage"] >= 1.0)
+def covered(server: ServerFixture) -> None:
+    with server.client() as client:
+        server.until(lambda: client.status()["catalog"]["corpus_rows"] >= 40)
+        server.until(lambda: client.status()["catalog"]["coverage"] >= 1.0)
 
 
-def test_the_openai_client_embeds_texts_as_floats_and_as_base64(house: House) -> None:
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=0) as client:
+def test_the_openai_client_embeds_texts_as_floats_and_as_base64(server: ServerFixture) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         texts = ["a photo of a cat", "two birds"]
         default = client.embeddings.create(model="clip", input=texts)  # asks for base64 by itself
         floats = client.embeddings.create(model="clip", input=texts, encoding_format="float")
         models = [model.id for model in client.models.list()]
         live = client.models.retrieve("clip")
-    want = house.expected(None if live.adapter == "base" else live.adapter, texts=texts)  # type: ignore[attr-defined]
+    want = server.expected(None if live.adapter == "base" else live.adapter, texts=texts)  # type: ignore[attr-defined]
     for answer in (default, floats):
         got = np.array([row.embedding for row in answer.data], np.float32)
         assert np.abs(got - want).max() < 1e-3
@@ -62,32 +62,32 @@ def test_the_openai_client_embeds_texts_as_floats_and_as_base64(house: House) ->
     assert default.model in models
 
 
-def test_images_as_openai_items_and_as_objects_give_the_engines_vectors(house: House) -> None:
-    image = house.images[0]
+def test_images_as_openai_items_and_as_objects_give_the_engines_vectors(server: ServerFixture) -> None:
+    image = server.images[0]
     items = [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"image": data_uri(image)}, "a cat"]
-    answer = post(house, "/v1/embeddings", {"model": "clip", "input": items})
+    answer = post(server, "/v1/embeddings", {"model": "clip", "input": items})
     assert answer.status_code == 200, answer.text
     adapter = answer.headers["x-ratchet-adapter"]
-    want = house.expected(None if adapter == "base" else adapter, images=[image], texts=["a cat"])
+    want = server.expected(None if adapter == "base" else adapter, images=[image], texts=["a cat"])
     got = np.array([row["embedding"] for row in answer.json()["data"]], np.float32)
     assert np.abs(got - want[[0, 0, 1]]).max() < 1e-3
 
 
-def test_a_request_of_many_items_comes_back_in_order(house: House) -> None:
+def test_a_request_of_many_items_comes_back_in_order(server: ServerFixture) -> None:
     texts = [f"text number {index}" for index in range(200)]
-    with house.client() as client:
+    with server.client() as client:
         together = client.embed(texts)
         alone = client.embed([texts[150]])
-    assert together.shape == (200, house.base.dim)
+    assert together.shape == (200, server.base.dim)
     assert np.abs(together[150] - alone[0]).max() < 1e-3
 
 
-def test_classify_takes_json_and_multipart_and_gives_probabilities(house: House) -> None:
+def test_classify_takes_json_and_multipart_and_gives_probabilities(server: ServerFixture) -> None:
     labels, templates = ["cat", "map"], ["a photo of a {}", "{}"]
-    body = {"images": [data_uri(image) for image in house.images[:2]], "labels": labels, "templates": templates}
-    as_json = post(house, "/v1/classify", body)
-    files = [("images", ("a.png", image, "image/png")) for image in house.images[:2]]
-    as_form = post(house, "/v1/classify", files=files, data={"labels": labels, "templates": templates})
+    body = {"images": [data_uri(image) for image in server.images[:2]], "labels": labels, "templates": templates}
+    as_json = post(server, "/v1/classify", body)
+    files = [("images", ("a.png", image, "image/png")) for image in server.images[:2]]
+    as_form = post(server, "/v1/classify", files=files, data={"labels": labels, "templates": templates})
     assert as_json.status_code == as_form.status_code == 200, as_form.text
     for one, other in zip(as_json.json()["data"], as_form.json()["data"], strict=True):
         assert one["label"] in labels
@@ -95,9 +95,9 @@ def test_classify_takes_json_and_multipart_and_gives_probabilities(house: House)
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-3)
 
 
-def test_search_by_text_and_image_with_filters(house: House) -> None:
-    covered(house)
-    with house.client() as client:
+def test_search_by_text_and_image_with_filters(server: ServerFixture) -> None:
+    covered(server)
+    with server.client() as client:
         hits = client.search(text="cats number 3", k=10)
         assert len(hits) == 10
         assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
@@ -109,56 +109,56 @@ def test_search_by_text_and_image_with_filters(house: House) -> None:
         assert client.search(text="anything", source=["o'reilly'; --"]) == []
         image = client.sample_image(maps[0]["id"], size=64)
         assert Image.open(io.BytesIO(image)).format == "PNG"
-        found = client.search(image=house.images[0], k=1)
+        found = client.search(image=server.images[0], k=1)
         assert found[0]["score"] == pytest.approx(1.0, abs=1e-3)  # the first sample is this very picture
 
 
-def test_after_a_rollback_the_index_is_complete_and_of_the_same_space(house: House) -> None:
-    covered(house)
-    with house.client() as client:
+def test_after_a_rollback_the_index_is_complete_and_of_the_same_space(server: ServerFixture) -> None:
+    covered(server)
+    with server.client() as client:
         before = client.get("/v1/models/clip")
-        client.release(house.adapter(), reason="new space")
+        client.release(server.adapter(), reason="new space")
         swapped = client.get("/v1/models/clip")
         assert swapped["image_space"] != before["image_space"]
-        (added,) = house.add_samples(1, domain="late", year=2025)
-        house.until(lambda: client.search(text="late", domain=["late"]))
+        (added,) = server.add_samples(1, domain="late", year=2025)
+        server.until(lambda: client.search(text="late", domain=["late"]))
         client.rollback(reason="take it back")
-        answer = post(house, "/v1/search", {"text": "late", "k": 100})
+        answer = post(server, "/v1/search", {"text": "late", "k": 100})
         assert answer.json()["space"] == before["image_space"]
         assert added in {hit["id"] for hit in client.search(text="x", k=100, domain=["late"])}
         total = client.status()["catalog"]["corpus_rows"]
         assert len({hit["id"] for hit in answer.json()["data"]}) == min(100, total)
 
 
-def test_a_catalog_that_was_killed_answers_again_from_the_ledger(house: House) -> None:
-    with house.client() as client:
-        client.release(house.adapter(), reason="so that the first start's releases are not the resident ones")
-        covered(house)
-        os.kill(house.pids("ServeReplica:ratchet:Catalog")[0], signal.SIGKILL)
+def test_a_catalog_that_was_killed_answers_again_from_the_ledger(server: ServerFixture) -> None:
+    with server.client() as client:
+        client.release(server.adapter(), reason="so that the first start's releases are not the resident ones")
+        covered(server)
+        os.kill(server.pids("ServeReplica:ratchet:Catalog")[0], signal.SIGKILL)
         hits = client.search(text="maps", k=100, domain=["maps"])
     assert len(hits) == 16
 
 
-def test_a_change_of_the_text_tower_keeps_the_index(house: House) -> None:
-    with house.client() as client:
+def test_a_change_of_the_text_tower_keeps_the_index(server: ServerFixture) -> None:
+    with server.client() as client:
         before = client.get("/v1/models/clip")
-        client.release(house.adapter(towers=("text",)), reason="text only")
+        client.release(server.adapter(towers=("text",)), reason="text only")
         after = client.get("/v1/models/clip")
-    live = house.ledger.release(before["release"])
+    live = server.ledger.release(before["release"])
     if live.clip is None:
         assert after["image_space"] == before["image_space"]
     assert after["text_space"] != before["text_space"]
 
 
-def test_resident_releases_can_be_addressed_and_others_are_named_as_missing(house: House) -> None:
-    with house.client() as client:
-        first = client.release(house.adapter(), reason="one")
-        client.release(house.adapter(), reason="two")
+def test_resident_releases_can_be_addressed_and_others_are_named_as_missing(server: ServerFixture) -> None:
+    with server.client() as client:
+        first = client.release(server.adapter(), reason="one")
+        client.release(server.adapter(), reason="two")
         text = "addressed by number"
         got = client.embed([text], model=f"clip@{first['number']}")
-        assert np.abs(got - house.expected(first["clip"], texts=[text])).max() < 1e-3
+        assert np.abs(got - server.expected(first["clip"], texts=[text])).max() < 1e-3
         assert np.abs(client.embed([text], model=first["clip"]) - got).max() < 1e-3
-    missing = post(house, "/v1/embeddings", {"model": "clip@999999", "input": "x"})
+    missing = post(server, "/v1/embeddings", {"model": "clip@999999", "input": "x"})
     assert missing.status_code == 404
     assert error_of(missing)["code"] == "model_not_found"
     assert f"clip@{first['number']}" in error_of(missing)["message"]
@@ -203,36 +203,36 @@ HOSTILE: list[tuple[str, str, Any, int, str]] = [
 
 @pytest.mark.parametrize(("what", "path", "body", "status", "code"), HOSTILE, ids=[case[0] for case in HOSTILE])
 def test_hostile_input_is_refused_with_an_error_object(
-    house: House, what: str, path: str, body: Any, status: int, code: str
+    server: ServerFixture, what: str, path: str, body: Any, status: int, code: str
 ) -> None:
-    answer = post(house, path, body)
+    answer = post(server, path, body)
     assert answer.status_code == status, answer.text
     assert error_of(answer)["code"] == code
     assert error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"input": "\\ud800"}', b"null"])
-def test_broken_json_is_an_error_object(house: House, content: bytes) -> None:
-    answer = post(house, "/v1/embeddings", content=content, headers={"content-type": "application/json"})
+def test_broken_json_is_an_error_object(server: ServerFixture, content: bytes) -> None:
+    answer = post(server, "/v1/embeddings", content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 400
     assert error_of(answer)["type"] == "invalid_request_error"
 
 
-def test_other_methods_and_media_types_are_error_objects(house: House) -> None:
-    wrong = httpx.get(f"{house.url}/v1/embeddings", trust_env=False)
+def test_other_methods_and_media_types_are_error_objects(server: ServerFixture) -> None:
+    wrong = httpx.get(f"{server.url}/v1/embeddings", trust_env=False)
     assert wrong.status_code == 405
     assert error_of(wrong)["code"] == "method_not_allowed"
-    media = post(house, "/v1/embeddings", content=b"x", headers={"content-type": "text/plain"})
+    media = post(server, "/v1/embeddings", content=b"x", headers={"content-type": "text/plain"})
     assert media.status_code == 415
     error_of(media)
 
 
-def test_a_body_that_is_too_large_is_refused_also_without_a_length(house: House) -> None:
-    limit = house.settings.serve.max_body_bytes
-    declared = post(house, "/v1/embeddings", content=b"x" * (limit + 1))
+def test_a_body_that_is_too_large_is_refused_also_without_a_length(server: ServerFixture) -> None:
+    limit = server.settings.serve.max_body_bytes
+    declared = post(server, "/v1/embeddings", content=b"x" * (limit + 1))
     assert declared.status_code == 413
     assert error_of(declared)["code"] == "body_too_large"
-    with socket.create_connection(("127.0.0.1", house.settings.serve.port), timeout=20) as wire:
+    with socket.create_connection(("127.0.0.1", server.settings.serve.port), timeout=20) as wire:
         wire.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                      b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
         block = b"10000\r\n" + b"y" * 0x10000 + b"\r\n"
@@ -245,25 +245,25 @@ def test_a_body_that_is_too_large_is_refused_also_without_a_length(house: House)
     assert b" 413 " in status.split(b"\r\n")[0]
 
 
-def test_a_wrong_operator_key_and_a_bad_actor_are_refused(house: House) -> None:
-    wrong = post(house, "/admin/v1/hold", {"reason": "x"}, headers={"authorization": "Bearer wrong"})
+def test_a_wrong_operator_key_and_a_bad_actor_are_refused(server: ServerFixture) -> None:
+    wrong = post(server, "/admin/v1/hold", {"reason": "x"}, headers={"authorization": "Bearer wrong"})
     assert wrong.status_code == 401
-    key = house.settings.operator_key().get_secret_value()
+    key = server.settings.operator_key().get_secret_value()
     actor = post(
-        house,
+        server,
         "/admin/v1/hold",
         {"reason": "x"},
         headers={"authorization": f"Bearer {key}", "x-ratchet-actor": "y" * 300},
     )
     assert actor.status_code == 400
     assert error_of(actor)["code"] == "invalid_actor"
-    assert house.ledger.held() is None
+    assert server.ledger.held() is None
 
 
-def test_a_key_made_while_the_server_runs_works_until_it_is_revoked(house: House) -> None:
-    ledger = house.ledger
+def test_a_key_made_while_the_server_runs_works_until_it_is_revoked(server: ServerFixture) -> None:
+    ledger = server.ledger
     row, token = ledger.create_key("shift", ["operate"], actor="test")
-    with Client(house.url, operator_key=token, actor="ann") as client:
+    with Client(server.url, operator_key=token, actor="ann") as client:
         client.hold("a look")
         client.resume("seen")
         assert [(row.actor, row.action) for row in ledger.audit_rows(2)] == [
@@ -280,12 +280,12 @@ def test_a_key_made_while_the_server_runs_works_until_it_is_revoked(house: House
     ledger.close()
 
 
-def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(house: House) -> None:
+def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: ServerFixture) -> None:
     body = {"input": ["words " * 20] * 256}
 
     async def storm() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=4 * QUEUE)
-        async with httpx.AsyncClient(base_url=house.url, timeout=60, limits=limits, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits, trust_env=False) as client:
             return await asyncio.gather(*(client.post("/v1/embeddings", json=body) for _ in range(4 * QUEUE)))
 
     answers = asyncio.run(storm())
@@ -297,26 +297,26 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(house: H
         assert int(answer.headers["retry-after"]) >= 1
         assert error_of(answer)["type"] == "rate_limit_error"
     assert counts.get(200, 0) > 0
-    with house.client() as client:
-        assert client.embed(["calm again"]).shape == (1, house.base.dim)
+    with server.client() as client:
+        assert client.embed(["calm again"]).shape == (1, server.base.dim)
 
 
-def encoded_texts(house: House) -> float:
+def encoded_texts(server: ServerFixture) -> float:
     """Texts that went through the encoders since they started."""
-    page = httpx.get(f"{house.url}/metrics", trust_env=False, timeout=20).text
+    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
     found = [line for line in page.splitlines() if line.startswith('ratchet_encoder_batch_size_sum{kind="text"}')]
     return float(found[0].split()[-1])
 
 
-def test_clients_that_went_away_are_not_computed_for(house: House) -> None:
+def test_clients_that_went_away_are_not_computed_for(server: ServerFixture) -> None:
     texts = ["gone " * 15] * 256
     requests = 24
-    with house.client() as client:
+    with server.client() as client:
         client.embed(["warm"])
-    before = encoded_texts(house)
+    before = encoded_texts(server)
 
     async def leave() -> None:
-        async with httpx.AsyncClient(base_url=house.url, timeout=60, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
             tasks = [asyncio.create_task(client.post("/v1/embeddings", json={"input": texts})) for _ in range(requests)]
             await asyncio.sleep(0.3)
             for task in tasks:
@@ -324,21 +324,21 @@ def test_clients_that_went_away_are_not_computed_for(house: House) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(leave())
-    seen, later = -1.0, encoded_texts(house)
+    seen, later = -1.0, encoded_texts(server)
     while later != seen:  # the batch that was being encoded is finished
         time.sleep(2.0)
-        seen, later = later, encoded_texts(house)
+        seen, later = later, encoded_texts(server)
     assert later - before < requests * len(texts)
 
 
-def test_health_docs_and_metrics(house: House) -> None:
-    alive = httpx.get(f"{house.url}/health/live", trust_env=False, timeout=20)
+def test_health_docs_and_metrics(server: ServerFixture) -> None:
+    alive = httpx.get(f"{server.url}/health/live", trust_env=False, timeout=20)
     assert alive.status_code == 200
     assert alive.json()["release"] == int(alive.headers["x-ratchet-release"])
-    assert httpx.get(f"{house.url}/docs", trust_env=False).status_code == 200
-    schema = httpx.get(f"{house.url}/openapi.json", trust_env=False).json()
+    assert httpx.get(f"{server.url}/docs", trust_env=False).status_code == 200
+    schema = httpx.get(f"{server.url}/openapi.json", trust_env=False).json()
     assert "requestBody" in schema["paths"]["/v1/embeddings"]["post"]
-    metrics = httpx.get(f"{house.url}/metrics", trust_env=False).text
+    metrics = httpx.get(f"{server.url}/metrics", trust_env=False).text
     for name in (
         "ratchet_http_requests_total",
         "ratchet_encoder_batch_size",
@@ -348,16 +348,16 @@ def test_health_docs_and_metrics(house: House) -> None:
         assert name in metrics
 
 
-def test_base64_vectors_are_little_endian_float32(house: House) -> None:
-    answer = post(house, "/v1/embeddings", {"input": "x", "encoding_format": "base64"}).json()
+def test_base64_vectors_are_little_endian_float32(server: ServerFixture) -> None:
+    answer = post(server, "/v1/embeddings", {"input": "x", "encoding_format": "base64"}).json()
     raw = base64.b64decode(answer["data"][0]["embedding"])
-    assert len(raw) == 4 * house.base.dim
+    assert len(raw) == 4 * server.base.dim
     assert np.linalg.norm(np.frombuffer(raw, "<f4")) == pytest.approx(1, abs=1e-4)
 
 
-def test_only_loopback_listens(house: House) -> None:
+def test_only_loopback_listens(server: ServerFixture) -> None:
     """Neither our API, nor HAProxy's pages, nor the calls between deployments answer on other addresses."""
-    inodes = _sockets_of(house.pids("ServeReplica", "haproxy"))
+    inodes = _sockets_of(server.pids("ServeReplica", "haproxy"))
     by_process: dict[str, list[str]] = {}
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         for line in Path(table).read_text().splitlines()[1:]:

@@ -10,15 +10,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ops.errors import RatchetError
-from tests.integration.serving.server_fixture import House
+from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration
 Samples = dict[str, list[tuple[dict[str, str], float]]]
 """Labels and values by name."""
 
 
-def scraped(house: House) -> Samples:
-    page = httpx.get(f"{house.url}/metrics", trust_env=False, timeout=20).text
+def scraped(server: ServerFixture) -> Samples:
+    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
     found: Samples = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -26,14 +26,14 @@ def scraped(house: House) -> Samples:
     return found
 
 
-def value(house: House, name: str, **labels: str) -> float:
+def value(server: ServerFixture, name: str, **labels: str) -> float:
     """The sum of the samples that carry these labels."""
-    return sum(v for ours, v in scraped(house).get(name, []) if labels.items() <= ours.items())
+    return sum(v for ours, v in scraped(server).get(name, []) if labels.items() <= ours.items())
 
 
-def until(house: House, condition: Callable[[Samples], bool]) -> Samples:
+def until(server: ServerFixture, condition: Callable[[Samples], bool]) -> Samples:
     deadline = time.monotonic() + 60
-    while not condition(found := scraped(house)):
+    while not condition(found := scraped(server)):
         assert time.monotonic() < deadline, {name: found[name] for name in found if "catalog" in name or "live" in name}
         time.sleep(0.3)
     return found
@@ -47,21 +47,22 @@ def live(samples: Samples) -> dict[str, list[float]]:
     return parts
 
 
-def test_every_replica_says_which_release_it_serves(house: House) -> None:
-    with house.client("metrics") as client:
-        number = client.release(clip=house.adapter(), reason="to be seen")["number"]
-    replicas = {"ingress": 1, "controller": 1, "catalog": 1, "encoder": house.settings.serve.encoder_replicas}
-    everywhere = {part: [number] * count for part, count in replicas.items()}
-    found = until(house, lambda samples: live(samples) == everywhere)
+def test_every_replica_says_which_release_it_serves(server: ServerFixture) -> None:
+    with server.client("metrics") as client:
+        number = client.release(clip=server.adapter(), reason="to be seen")["number"]
+    replicas = {"ingress": 1, "controller": 1, "catalog": 1, "encoder": server.settings.serve.encoder_replicas}
+    call_every_replica = {part: [number] * count for part, count in replicas.items()}
+    found = until(server, lambda samples: live(samples) == call_every_replica)
     [(_, committed)] = found["ratchet_release_committed_timestamp_seconds"]
     assert 0 <= time.time() - committed < 120
     gains = {labels["family"]: gain for labels, gain in found["ratchet_release_gain_ratio"]}
     assert list(gains) == ["clip"] and gains["clip"] != gains["clip"]  # NaN: nobody judged this adapter
 
 
-def test_the_catalog_is_measured_against_exact_search(house: House) -> None:
+def test_the_catalog_is_measured_against_exact_search(server: ServerFixture) -> None:
     found = until(
-        house, lambda samples: samples["ratchet_catalog_rows"][0][1] >= 40 and "ratchet_catalog_recall_ratio" in samples
+        server,
+        lambda samples: samples["ratchet_catalog_rows"][0][1] >= 40 and "ratchet_catalog_recall_ratio" in samples,
     )
     assert found["ratchet_catalog_recall_ratio"][0][1] == 1.0
     assert found["ratchet_catalog_fragments"][0][1] >= 1
@@ -69,33 +70,33 @@ def test_the_catalog_is_measured_against_exact_search(house: House) -> None:
     assert labels == {"space": "image"} and shift > 0
 
 
-def test_what_operators_do_is_counted_also_when_it_is_refused(house: House) -> None:
+def test_what_operators_do_is_counted_also_when_it_is_refused(server: ServerFixture) -> None:
     name = "ratchet_operator_actions_total"
-    done, refused = (value(house, name, action="rollback", outcome=outcome) for outcome in ("done", "refused"))
-    with house.client("metrics") as client:
-        client.release(clip=house.adapter(), reason="to be taken back")
+    done, refused = (value(server, name, action="rollback", outcome=outcome) for outcome in ("done", "refused"))
+    with server.client("metrics") as client:
+        client.release(clip=server.adapter(), reason="to be taken back")
         client.rollback("seen enough")
         with pytest.raises(RatchetError):
             client.rollback("too late", expected_live=1)
-    assert value(house, name, action="rollback", outcome="done") == done + 1
-    assert value(house, name, action="rollback", outcome="refused") == refused + 1
-    assert value(house, "ratchet_http_refused_total", reason="release_conflict") >= 1
+    assert value(server, name, action="rollback", outcome="done") == done + 1
+    assert value(server, name, action="rollback", outcome="refused") == refused + 1
+    assert value(server, "ratchet_http_refused_total", reason="release_conflict") >= 1
 
 
-def test_requests_are_counted_once_answered_and_nothing_stays_in_flight(house: House) -> None:
+def test_requests_are_counted_once_answered_and_nothing_stays_in_flight(server: ServerFixture) -> None:
     route = {"route": "/v1/embeddings", "status": "200"}
-    before = value(house, "ratchet_http_requests_total", **route)
-    with house.client() as client:
+    before = value(server, "ratchet_http_requests_total", **route)
+    with server.client() as client:
         for _ in range(3):
             client.embed(["counted"])
-    assert value(house, "ratchet_http_requests_total", **route) == before + 3
-    ages = until(house, lambda samples: not sum(v for _, v in samples["ratchet_release_in_flight_requests"]))
+    assert value(server, "ratchet_http_requests_total", **route) == before + 3
+    ages = until(server, lambda samples: not sum(v for _, v in samples["ratchet_release_in_flight_requests"]))
     assert {labels["age"] for labels, _ in ages["ratchet_release_in_flight_requests"]} == {"live", "incumbent", "older"}
-    assert value(house, "ratchet_encoder_waiting_requests") == 0
+    assert value(server, "ratchet_encoder_waiting_requests") == 0
 
 
-def test_only_what_is_servings_own_is_exported(house: House) -> None:
-    names = set(scraped(house))
+def test_only_what_is_servings_own_is_exported(server: ServerFixture) -> None:
+    names = set(scraped(server))
     assert all(name.startswith("ratchet_") for name in names)  # Ray's own are scraped from Ray
     assert not any(name.startswith(("ratchet_ingest_", "ratchet_gate_", "ratchet_budget_")) for name in names)
-    assert value(house, "ratchet_build_info", part="encoder") == house.settings.serve.encoder_replicas
+    assert value(server, "ratchet_build_info", part="encoder") == server.settings.serve.encoder_replicas

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from schemathesis import Case, GenerationMode
 
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN
-from tests.support.in_process_app import KEY, Edge
+from tests.support.in_process_app import KEY, InProcessApp
 
 pytestmark = pytest.mark.integration
 CALLS = 5000
@@ -120,24 +120,28 @@ class Caller:
         return await self.http.request(method, url, headers=headers, content=body)
 
 
-def teach(edge: Edge) -> None:
+def teach(in_process_app: InProcessApp) -> None:
     """What the formats of our schema mean: else no generated image would ever be one."""
     schemathesis.openapi.format("uri", st.sampled_from(URIS) | st.sampled_from(OTHERS))
     schemathesis.openapi.format("binary", st.sampled_from(FILES) | st.binary(max_size=20))
     schemathesis.openapi.format("model", st.sampled_from(MODELS))
-    schemathesis.openapi.format("sample", st.sampled_from([sample.id for sample in edge.samples]) | st.text(max_size=9))
-    deletion = edge.ledger.request_deletion("deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to")
+    schemathesis.openapi.format(
+        "sample", st.sampled_from([sample.id for sample in in_process_app.samples]) | st.text(max_size=9)
+    )
+    deletion = in_process_app.ledger.request_deletion(
+        "deletion-0", {"source": "nobody's"}, actor="ann", reason="asked to"
+    )
     schemathesis.openapi.format("deletion", st.just(deletion.id) | st.text(min_size=1, max_size=9))
 
 
 @pytest.mark.timeout(600)
 def test_no_call_that_the_schema_describes_is_a_mistake_of_the_server(
-    edge: tuple[Edge, FastAPI], runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
+    in_process_app: tuple[InProcessApp, FastAPI], runner: asyncio.Runner, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    teach(edge[0])
-    transport = httpx.ASGITransport(edge[1], raise_app_exceptions=False)
+    teach(in_process_app[0])
+    transport = httpx.ASGITransport(in_process_app[1], raise_app_exceptions=False)
     caller = Caller(runner, httpx.AsyncClient(transport=transport, base_url="http://ratchet"))
-    schema = schemathesis.openapi.from_dict(edge[1].openapi())
+    schema = schemathesis.openapi.from_dict(in_process_app[1].openapi())
     for found in schema.get_all_operations():
         operation = found.ok()
         body, query = bool(operation.body), bool(operation.query)
@@ -154,6 +158,6 @@ def test_no_call_that_the_schema_describes_is_a_mistake_of_the_server(
         print(f"\n{total.total()} calls: {dict(sorted(total.items()))}")
     assert caller.mistakes == []
     assert total.total() >= CALLS
-    assert len(caller.counts) == sum(len(calls) for calls in edge[1].openapi()["paths"].values())
+    assert len(caller.counts) == sum(len(calls) for calls in in_process_app[1].openapi()["paths"].values())
     unreached = [label for label, counts in caller.counts.items() if not any(status < 300 for status in counts)]
     assert unreached == []

@@ -17,7 +17,7 @@ from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
 from ops.ledger import AuditRow
 from serving.client import ServerError
-from tests.integration.serving.server_fixture import House
+from tests.integration.serving.server_fixture import ServerFixture
 
 pytestmark = pytest.mark.integration
 ROLLOUT = {
@@ -30,8 +30,8 @@ KEYS = 600
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    made = House.make(tmp_path_factory.mktemp("rollout"), rollout=ROLLOUT)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
+    made = ServerFixture.make(tmp_path_factory.mktemp("rollout"), rollout=ROLLOUT)
     made.add_samples(8)
     try:
         made.start()
@@ -41,164 +41,168 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 @pytest.fixture
-def traffic(house: House) -> Traffic:
+def traffic(server: ServerFixture) -> Traffic:
     """Many different inputs: the same one again tells the guard nothing new."""
     texts = [
         f"{colour} {thing} {count}" for colour in ("red", "blue") for thing in ("ball", "map") for count in range(9)
     ]
-    return Traffic(house.url, images=pictures(36), texts=texts, settings=house.settings, rate=25)
+    return Traffic(server.url, images=pictures(36), texts=texts, settings=server.settings, rate=25)
 
 
-def audited(house: House, actor: str, action: str) -> AuditRow:
+def audited(server: ServerFixture, actor: str, action: str) -> AuditRow:
     """The newest row of an action."""
-    return next(row for row in house.ledger.audit_rows(200) if (row.actor, row.action) == (actor, action))
+    return next(row for row in server.ledger.audit_rows(200) if (row.actor, row.action) == (actor, action))
 
 
-def answered_by(house: House, http: httpx.Client, key: str, **body: Any) -> int:
+def answered_by(server: ServerFixture, http: httpx.Client, key: str, **body: Any) -> int:
     """Which release answers a caller."""
     answer = http.post("/v1/embeddings", json={"input": "who answers?", **body}, headers={"x-ratchet-key": key})
     assert answer.status_code == 200, answer.text
     return int(answer.headers["x-ratchet-release"])
 
 
-def test_a_bad_release_forced_past_the_gate_is_taken_back_under_traffic(house: House, traffic: Traffic) -> None:
-    bad = house.adapter(scale=BROKEN, passed=False)
-    with house.client(actor="ann") as client, traffic:
+def test_a_bad_release_forced_past_the_gate_is_taken_back_under_traffic(
+    server: ServerFixture, traffic: Traffic
+) -> None:
+    bad = server.adapter(scale=BROKEN, passed=False)
+    with server.client(actor="ann") as client, traffic:
         traffic.wait_for(30)
         with pytest.raises(ServerError, match=f"{bad} has no passed verdict .*--force") as caught:
             client.release(bad, reason="I am sure")
         assert caught.value.status == 422
         before = client.live()
         number = client.release(bad, reason="I am sure", force=True)["number"]
-        house.until(lambda: client.live() > number)
+        server.until(lambda: client.live() > number)
         traffic.wait_for(300)
         assert client.live() == number + 1
     traffic.stop()
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
-    live = house.ledger.live()
+    live = server.ledger.live()
     assert live is not None
-    assert (live.actor, live.clip, live.share) == ("guard", house.ledger.release(before).clip, 1.0)
+    assert (live.actor, live.clip, live.share) == ("guard", server.ledger.release(before).clip, 1.0)
     assert f"agreement (clip) of release {number} is out of bounds" in live.reason
-    why = audited(house, "guard", "withdraw")
+    why = audited(server, "guard", "withdraw")
     assert why.subject == f"release {number}"
     (agreement,) = [row for row in why.detail["guardrails"] if row["guardrail"] == "agreement"]
     assert agreement["broken"]
     assert agreement["chance"] < agreement["level"]
     assert why.detail["compared"]["clip"]["inputs"] == agreement["of"]
-    assert audited(house, "ann", "release").detail["forced"] is True
-    assert bad in house.ledger.withdrawn([bad])
+    assert audited(server, "ann", "release").detail["forced"] is True
+    assert bad in server.ledger.withdrawn([bad])
 
 
-def test_what_was_taken_back_does_not_come_again(house: House) -> None:
-    bad = audited(house, "guard", "withdraw").detail["adapters"][0]
-    with house.client() as client:
+def test_what_was_taken_back_does_not_come_again(server: ServerFixture) -> None:
+    bad = audited(server, "guard", "withdraw").detail["adapters"][0]
+    with server.client() as client:
         before = client.live()
         with pytest.raises(ServerError, match=f"{bad} was withdrawn: agreement"):
             client.release(bad, reason="again")
-        house.propose_update(bad)
-        house.until(lambda: house.ledger.proposals(1)[0].state == "failed")
-        assert "was withdrawn" in (house.ledger.proposals(1)[0].error or "")
+        server.propose_update(bad)
+        server.until(lambda: server.ledger.proposals(1)[0].state == "failed")
+        assert "was withdrawn" in (server.ledger.proposals(1)[0].error or "")
         with pytest.raises(ServerError, match="no release before"):
             client.rollback(reason="there is nothing sound behind")
         assert client.live() == before
 
 
-def test_a_canary_answers_its_share_and_one_key_sees_one_side(house: House) -> None:
-    with house.client() as client, httpx.Client(base_url=house.url, trust_env=False) as http:
+def test_a_canary_answers_its_share_and_one_key_sees_one_side(server: ServerFixture) -> None:
+    with server.client() as client, httpx.Client(base_url=server.url, trust_env=False) as http:
         stable = client.live()
-        made = client.release(house.adapter(scale=GENTLE), reason="a tenth first", share=0.1)
+        made = client.release(server.adapter(scale=GENTLE), reason="a tenth first", share=0.1)
         canary = made["number"]
         assert made["share"] == 0.1
-        sides = {f"key-{index}": answered_by(house, http, f"key-{index}") for index in range(KEYS)}
+        sides = {f"key-{index}": answered_by(server, http, f"key-{index}") for index in range(KEYS)}
         count = Counter(sides.values())
         assert set(count) == {stable, canary}
         assert binom.ppf(0.0001, KEYS, 0.1) <= count[canary] <= binom.ppf(0.9999, KEYS, 0.1)
-        again = {key: answered_by(house, http, key) for key in list(sides)[:200]}
+        again = {key: answered_by(server, http, key) for key in list(sides)[:200]}
         assert again == {key: sides[key] for key in again}
         inside = next(key for key, side in sides.items() if side == canary)
-        assert answered_by(house, http, "", user=inside) == canary  # the body's `user` is a key too
-        assert answered_by(house, http, inside, model=f"clip@{stable}") == stable
-        assert answered_by(house, http, "key-0", model=f"clip@{canary}") == canary
+        assert answered_by(server, http, "", user=inside) == canary  # the body's `user` is a key too
+        assert answered_by(server, http, inside, model=f"clip@{stable}") == stable
+        assert answered_by(server, http, "key-0", model=f"clip@{canary}") == canary
         listed = client.releases(5)
         assert (listed["live"], listed["stable"], listed["data"][0]["share"]) == (canary, stable, 0.1)
 
 
-def test_a_controller_killed_during_a_canary_goes_on_and_its_promotion_is_one_commit(house: House) -> None:
-    with house.client() as client, httpx.Client(base_url=house.url, trust_env=False) as http:
+def test_a_controller_killed_during_a_canary_goes_on_and_its_promotion_is_one_commit(server: ServerFixture) -> None:
+    with server.client() as client, httpx.Client(base_url=server.url, trust_env=False) as http:
         canary = client.live()
-        sides = {f"key-{index}": answered_by(house, http, f"key-{index}") for index in range(60)}
-        (controller,) = house.pids("ServeReplica:ratchet:Controller")
+        sides = {f"key-{index}": answered_by(server, http, f"key-{index}") for index in range(60)}
+        (controller,) = server.pids("ServeReplica:ratchet:Controller")
         os.kill(controller, signal.SIGKILL)
-        assert {key: answered_by(house, http, key) for key in sides} == sides
-        house.until(lambda: house.pids("ServeReplica:ratchet:Controller") not in ([], [controller]))
-        house.until(lambda: rollout(house).get("state") == "canary")
-        assert (rollout(house)["release"], rollout(house)["share"]) == (canary, 0.1)
+        assert {key: answered_by(server, http, key) for key in sides} == sides
+        server.until(lambda: server.pids("ServeReplica:ratchet:Controller") not in ([], [controller]))
+        server.until(lambda: rollout(server).get("state") == "canary")
+        assert (rollout(server)["release"], rollout(server)["share"]) == (canary, 0.1)
         promoted = client.promote("well behaved", expected_live=canary)
         assert (promoted["number"], promoted["share"], promoted["kind"]) == (canary + 1, 1.0, "promotion")
-        assert {answered_by(house, http, key) for key in sides} == {promoted["number"]}
+        assert {answered_by(server, http, key) for key in sides} == {promoted["number"]}
         with pytest.raises(ServerError, match="nothing can be promoted"):
             client.promote("again")
 
 
-def test_a_shadow_answers_nobody_and_is_compared(house: House, traffic: Traffic) -> None:
-    with house.client() as client, traffic:
+def test_a_shadow_answers_nobody_and_is_compared(server: ServerFixture, traffic: Traffic) -> None:
+    with server.client() as client, traffic:
         stable = client.live()
-        shadow = client.release(house.adapter(scale=GENTLE), reason="only look", share=0)["number"]
+        shadow = client.release(server.adapter(scale=GENTLE), reason="only look", share=0)["number"]
         traffic.wait_for(20)
         seen = len(traffic._rows())
-        house.until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12)
-        assert rollout(house)["state"] == "shadow"
+        server.until(lambda: rollout(server).get("compared", {}).get("clip", {}).get("inputs", 0) >= 12)
+        assert rollout(server)["state"] == "shadow"
         back = client.rollback(reason="seen enough")
         traffic.wait_for(seen + 20)
     traffic.stop()
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
     assert shadow not in report.releases
-    assert (back["clip"], back["number"]) == (house.ledger.release(stable).clip, shadow + 1)
+    assert (back["clip"], back["number"]) == (server.ledger.release(stable).clip, shadow + 1)
 
 
-def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(house: House, traffic: Traffic) -> None:
-    name = house.adapter(scale=GENTLE)
-    with house.client() as client, traffic:
+def test_an_update_is_a_canary_first_and_promoted_when_it_was_watched_enough(
+    server: ServerFixture, traffic: Traffic
+) -> None:
+    name = server.adapter(scale=GENTLE)
+    with server.client() as client, traffic:
         before = client.live()
-        house.propose_update(name)
-        house.until(lambda: client.live() > before)
-        assert house.ledger.release(before + 1).share == 0.1
+        server.propose_update(name)
+        server.until(lambda: client.live() > before)
+        assert server.ledger.release(before + 1).share == 0.1
         client.hold("while I look")
-        house.until(lambda: rollout(house).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30)
+        server.until(lambda: rollout(server).get("compared", {}).get("clip", {}).get("inputs", 0) >= 30)
         time.sleep(2.5)  # two looks of the guard
         assert client.live() == before + 1
         client.resume("looks good")
-        house.until(lambda: client.live() > before + 1)
+        server.until(lambda: client.live() > before + 1)
     traffic.stop()
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
-    live = house.ledger.live()
+    live = server.ledger.live()
     assert live is not None
     assert (live.clip, live.share, live.actor) == (name, 1.0, "guard")
     assert "stayed within bounds" in live.reason
-    assert audited(house, "guard", "promote").detail["promoted"] == before + 1
+    assert audited(server, "guard", "promote").detail["promoted"] == before + 1
 
 
-def test_a_broken_canary_is_taken_back_even_while_updates_are_on_hold(house: House, traffic: Traffic) -> None:
-    bad = house.adapter(scale=BROKEN)
-    with house.client() as client, traffic:
+def test_a_broken_canary_is_taken_back_even_while_updates_are_on_hold(server: ServerFixture, traffic: Traffic) -> None:
+    bad = server.adapter(scale=BROKEN)
+    with server.client() as client, traffic:
         traffic.wait_for(10)
         client.hold("nothing new, please")
         canary = client.release(bad, reason="my own trial", share=0.1)["number"]
-        house.until(lambda: client.live() > canary)
+        server.until(lambda: client.live() > canary)
         client.resume("over")
         metrics = client._http.get("/metrics").text
     assert 'ratchet_guard_decisions_total{decision="rolled_back",guardrail="agreement"}' in metrics
     assert 'ratchet_rollout_comparisons_total{family="clip",outcome="agree"}' in metrics
-    assert audited(house, "guard", "withdraw").detail["share"] == 0.1
+    assert audited(server, "guard", "withdraw").detail["share"] == 0.1
 
 
-def rollout(house: House) -> dict[str, Any]:
+def rollout(server: ServerFixture) -> dict[str, Any]:
     """What the guard says of itself; nothing while the controller is being replaced."""
     try:
-        with house.client() as client:
+        with server.client() as client:
             found: dict[str, Any] = client.status()["controller"]["rollout"]
             return found
     except ServerError:

@@ -19,14 +19,14 @@ from ops.artifacts import Artifacts
 from ops.errors import ReleaseConflict
 from serving.client import ServerError
 from serving.engines.adapters import write_adapter
-from tests.integration.serving.server_fixture import ROOT, House
+from tests.integration.serving.server_fixture import ROOT, ServerFixture
 
 pytestmark = pytest.mark.integration
 
 
-def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(house: House) -> None:
-    names = [house.adapter() for _ in range(3)]
-    with house.client() as client, house.traffic(rate=40) as traffic:
+def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(server: ServerFixture) -> None:
+    names = [server.adapter() for _ in range(3)]
+    with server.client() as client, server.traffic(rate=40) as traffic:
         traffic.wait_for(20)
         made = [client.release(name, reason="swap") for name in names]
         held = {row["clip"] for row in client.releases()["data"] if row["resident"]}
@@ -38,12 +38,12 @@ def test_swaps_and_rollbacks_under_load_fail_and_mix_nothing(house: House) -> No
     assert {outcome["number"] for outcome in made} | {back["number"]} <= set(report.releases) | {made[0]["number"]}
     assert back["clip"] == names[1]
     assert back["clip"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
-    assert house.ledger.live().number == back["number"]  # type: ignore[union-attr]
+    assert server.ledger.live().number == back["number"]  # type: ignore[union-attr]
 
 
-def test_a_release_answers_when_every_replica_serves_it(house: House) -> None:
-    name = house.adapter()
-    with house.client() as client:
+def test_a_release_answers_when_every_replica_serves_it(server: ServerFixture) -> None:
+    name = server.adapter()
+    with server.client() as client:
         made = client.release(name, reason="everywhere")
         seen = {
             client._send("POST", "/v1/embeddings", json={"input": "x"}).headers["x-ratchet-release"] for _ in range(40)
@@ -52,23 +52,23 @@ def test_a_release_answers_when_every_replica_serves_it(house: House) -> None:
     assert made["acknowledged"] >= 3  # one ingress, two encoders
 
 
-def test_killing_an_encoder_while_releases_commit_fails_no_request(house: House) -> None:
-    names = [house.adapter() for _ in range(4)]
+def test_killing_an_encoder_while_releases_commit_fails_no_request(server: ServerFixture) -> None:
+    names = [server.adapter() for _ in range(4)]
     stop = threading.Event()
 
     def release_on() -> list[dict[str, object]]:
-        with house.client() as client:
+        with server.client() as client:
             outcomes, count = [], 0
             while not stop.is_set() or count < len(names):
                 outcomes.append(client.release(names[count % len(names)], reason="under fire"))
                 count += 1
             return outcomes
 
-    with house.traffic(rate=30) as traffic, ThreadPoolExecutor(1) as pool:
+    with server.traffic(rate=30) as traffic, ThreadPoolExecutor(1) as pool:
         traffic.wait_for(20)
         releasing = pool.submit(release_on)
         time.sleep(0.3)
-        encoders = house.pids("ServeReplica:ratchet:Encoder")
+        encoders = server.pids("ServeReplica:ratchet:Encoder")
         assert len(encoders) == 2
         os.kill(encoders[0], signal.SIGKILL)
         time.sleep(2)
@@ -79,16 +79,16 @@ def test_killing_an_encoder_while_releases_commit_fails_no_request(house: House)
     assert report.failed == 0, report.problems
     assert report.mixed == 0, report.problems
     assert len(outcomes) >= len(names)
-    house.until(lambda: len(house.pids("ServeReplica:ratchet:Encoder")) == 2)
+    server.until(lambda: len(server.pids("ServeReplica:ratchet:Encoder")) == 2)
 
 
-def test_of_two_operators_at_once_one_wins_and_the_other_is_told(house: House) -> None:
-    names = [house.adapter(), house.adapter()]
-    with house.client() as client:
+def test_of_two_operators_at_once_one_wins_and_the_other_is_told(server: ServerFixture) -> None:
+    names = [server.adapter(), server.adapter()]
+    with server.client() as client:
         live = client.live()
 
     def go(name: str) -> object:
-        with house.client(actor=name) as client:
+        with server.client(actor=name) as client:
             try:
                 return client.release(name, reason="race", expected_live=live)["number"]
             except ReleaseConflict as conflict:
@@ -104,34 +104,34 @@ def test_of_two_operators_at_once_one_wins_and_the_other_is_told(house: House) -
     assert "somebody released first" in lost[0]
 
 
-def test_a_corrupt_adapter_file_is_refused_and_what_is_live_stays_live(house: House) -> None:
-    name = house.adapter()
-    weights = Artifacts(house.settings.artifacts).fetch(f"adapters/{name}") / "adapter_model.safetensors"
+def test_a_corrupt_adapter_file_is_refused_and_what_is_live_stays_live(server: ServerFixture) -> None:
+    name = server.adapter()
+    weights = Artifacts(server.settings.artifacts).fetch(f"adapters/{name}") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
-    with house.client() as client:
+    with server.client() as client:
         before = client.live()
         with pytest.raises(ServerError, match="cannot be served") as caught:
             client.release(name, reason="corrupt")
         assert caught.value.status == 422
         assert client.live() == before
-        assert client.embed(["still here"]).shape == (1, house.base.dim)
-    failed = house.ledger.proposals(1)[0]
+        assert client.embed(["still here"]).shape == (1, server.base.dim)
+    failed = server.ledger.proposals(1)[0]
     assert failed.state == "failed"
     assert name in (failed.error or "")
 
 
-def test_an_adapter_of_nans_is_refused_at_prepare(house: House) -> None:
-    good = Artifacts(house.settings.artifacts).fetch(f"adapters/{house.adapter()}")
+def test_an_adapter_of_nans_is_refused_at_prepare(server: ServerFixture) -> None:
+    good = Artifacts(server.settings.artifacts).fetch(f"adapters/{server.adapter()}")
     tensors = load_file(good / "adapter_model.safetensors")
     first = sorted(tensors)[0]
     tensors[first] = torch.full_like(tensors[first], float("nan"))
-    folder = house.settings.home / "made" / "nan"
-    name = write_adapter(folder, tensors, json.loads((good / "adapter_config.json").read_text()), house.base)
-    Artifacts(house.settings.artifacts).put_directory(folder, f"adapters/{name}")
-    house.ledger.register_adapter(
-        name, family="clip", base=house.base.digest, image_space="0" * 12, text_space="0" * 12, meta={}
+    folder = server.settings.home / "made" / "nan"
+    name = write_adapter(folder, tensors, json.loads((good / "adapter_config.json").read_text()), server.base)
+    Artifacts(server.settings.artifacts).put_directory(folder, f"adapters/{name}")
+    server.ledger.register_adapter(
+        name, family="clip", base=server.base.digest, image_space="0" * 12, text_space="0" * 12, meta={}
     )
-    with house.client() as client:
+    with server.client() as client:
         before = client.live()
         with pytest.raises(ServerError, match="finite") as caught:
             client.release(name, reason="nan", force=True)
@@ -139,45 +139,45 @@ def test_an_adapter_of_nans_is_refused_at_prepare(house: House) -> None:
         assert client.live() == before
 
 
-def test_an_update_waits_while_updates_are_on_hold(house: House) -> None:
-    name = house.adapter()
-    with house.client() as client:
+def test_an_update_waits_while_updates_are_on_hold(server: ServerFixture) -> None:
+    name = server.adapter()
+    with server.client() as client:
         client.hold("looking at something")
         before = client.live()
-        house.propose_update(name)
+        server.propose_update(name)
         time.sleep(2.5)
         assert client.live() == before
         client.resume("looks good")
-        house.until(lambda: client.live() != before)
-    assert house.ledger.live().clip == name  # type: ignore[union-attr]
+        server.until(lambda: client.live() != before)
+    assert server.ledger.live().clip == name  # type: ignore[union-attr]
 
 
-def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(house: House) -> None:
-    name = house.adapter()
-    waiting = house.adapter()
-    with house.client() as client:
+def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(server: ServerFixture) -> None:
+    name = server.adapter()
+    waiting = server.adapter()
+    with server.client() as client:
         live = client.release(name, reason="before the kill")["number"]
         client.hold("so that the proposal waits")
-    house.propose_update(waiting)
-    house.kill_everything()
+    server.propose_update(waiting)
+    server.kill_everything()
     # A controller that died in the middle of preparing leaves this behind.
-    proposal = house.ledger.pending_proposals()[-1]
-    house.ledger.advance_proposal(proposal.id, "preparing")
-    house.start()
-    with house.client() as client:
+    proposal = server.ledger.pending_proposals()[-1]
+    server.ledger.advance_proposal(proposal.id, "preparing")
+    server.start()
+    with server.client() as client:
         assert client.live() == live
         got = client.embed(["a photo of a cat"], model=f"clip@{live}")
-        assert abs(got - house.expected(name, texts=["a photo of a cat"])).max() < 1e-3
+        assert abs(got - server.expected(name, texts=["a photo of a cat"])).max() < 1e-3
         client.resume("go on")
-        house.until(lambda: client.live() != live)
-    assert house.ledger.live().clip == waiting  # type: ignore[union-attr]
+        server.until(lambda: client.live() != live)
+    assert server.ledger.live().clip == waiting  # type: ignore[union-attr]
 
 
-def test_a_home_is_served_once(house: House) -> None:
+def test_a_home_is_served_once(server: ServerFixture) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "serving.app", str(house.config)], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-m", "serving.app", str(server.config)], capture_output=True, text=True, cwd=ROOT, timeout=60
     )
     assert done.returncode != 0
     assert "serves this home already" in done.stderr
-    with house.client() as client:
+    with server.client() as client:
         assert client.is_ready()

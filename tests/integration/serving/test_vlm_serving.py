@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ops.artifacts import Artifacts
 from serving.client import ServerError, data_uri
 from serving.engines.adapters import write_adapter
-from tests.integration.serving.server_fixture import House
+from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
@@ -29,40 +29,40 @@ SWAPS = 20
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    house = House.make(tmp_path_factory.mktemp("vlm-house"), vlm_engine=request.param)
-    house.add_samples(8)
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
+    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param)
+    server.add_samples(8)
     try:
-        house.start()
-        yield house
+        server.start()
+        yield server
     finally:
-        house.stop()
+        server.stop()
 
 
 @pytest.fixture
-def house(shared: House) -> House:
+def server(shared: ServerFixture) -> ServerFixture:
     """The shared server, started again if a test before ended it."""
     if shared.process is None or shared.process.poll() is not None:
         shared.start()
     return shared
 
 
-def replica(house: House) -> dict[str, Any]:
+def replica(server: ServerFixture) -> dict[str, Any]:
     """What the VLM replica says of itself."""
-    with house.client() as client:
+    with server.client() as client:
         found: dict[str, Any] = client.status()["controller"]["vlm"][0]
         return found
 
 
-def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(house: House) -> None:
-    names = [house.vlm_adapter() for _ in range(5)]
-    clips = [house.adapter() for _ in range(2)]
+def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(server: ServerFixture) -> None:
+    names = [server.vlm_adapter() for _ in range(5)]
+    clips = [server.adapter() for _ in range(2)]
     made = []
-    with house.client() as client, house.traffic(rate=12) as traffic:
+    with server.client() as client, server.traffic(rate=12) as traffic:
         traffic.wait_for(12)
         for count in range(SWAPS):
             if count % 5 == 4:
-                held = replica(house)["resident"]
+                held = replica(server)["resident"]
                 made.append(client.rollback("back", family="vlm"))
                 assert made[-1]["vlm"] in held  # nothing has to be loaded for it, so it takes no longer than to say so
             else:
@@ -77,13 +77,13 @@ def test_swaps_and_rollbacks_under_mixed_load_fail_and_mix_nothing(house: House)
     answered = {sample.release for sample in report.samples if sample.family == "vlm"}
     assert len(answered) >= SWAPS // 2
     assert sum(outcome["kind"] == "rollback" for outcome in made) == SWAPS // 5
-    assert len(replica(house)["resident"]) <= house.settings.serve.rollback_window + 1
+    assert len(replica(server)["resident"]) <= server.settings.serve.rollback_window + 1
 
 
-def test_a_release_of_one_keeps_the_other_and_so_does_a_rollback(house: House) -> None:
-    clip, vlm = house.adapter(), house.vlm_adapter()
-    with house.client() as client:
-        client.release(house.adapter(), reason="before", vlm=house.vlm_adapter())
+def test_a_release_of_one_keeps_the_other_and_so_does_a_rollback(server: ServerFixture) -> None:
+    clip, vlm = server.adapter(), server.vlm_adapter()
+    with server.client() as client:
+        client.release(server.adapter(), reason="before", vlm=server.vlm_adapter())
         client.release(clip, reason="CLIP alone")
         spaces = client.status()["catalog"]["spaces"].keys()
         outcome = client.release(vlm=vlm, reason="VLM alone")
@@ -98,47 +98,47 @@ def test_a_release_of_one_keeps_the_other_and_so_does_a_rollback(house: House) -
         assert client.search("cat", k=8), "the index of the CLIP adapter that came back is complete"
 
 
-def test_an_update_of_the_vlm_is_released_when_it_is_proposed(house: House) -> None:
-    vlm = house.vlm_adapter()
-    before = house.ledger.live()
-    house.propose_update(vlm, "vlm")
-    house.until(lambda: house.ledger.live() != before)
-    live = house.ledger.live()
+def test_an_update_of_the_vlm_is_released_when_it_is_proposed(server: ServerFixture) -> None:
+    vlm = server.vlm_adapter()
+    before = server.ledger.live()
+    server.propose_update(vlm, "vlm")
+    server.until(lambda: server.ledger.live() != before)
+    live = server.ledger.live()
     assert live is not None and before is not None
     assert (live.clip, live.vlm) == (before.clip, vlm)
 
 
-def test_what_requests_may_name(house: House) -> None:
-    vlm = house.vlm_adapter()
-    with house.client() as client:
+def test_what_requests_may_name(server: ServerFixture) -> None:
+    vlm = server.vlm_adapter()
+    with server.client() as client:
         number = client.release(vlm=vlm, reason="named")["number"]
         answers = [
-            client.chat([house.images[0], "what is this?"], model=model, temperature=0, max_tokens=8)
+            client.chat([server.images[0], "what is this?"], model=model, temperature=0, max_tokens=8)
             for model in ("vlm", f"vlm@{number}", vlm)
         ]
         assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
-        asked = client.vqa(house.images[0], "is it red?", choices=["yes", "no"])
+        asked = client.vqa(server.images[0], "is it red?", choices=["yes", "no"])
         assert asked["adapter"] == vlm
         assert abs(sum(choice["probability"] for choice in asked["choices"]) - 1) < 1e-3
         for model in ("vlm@99999", "nobody", "clip"):
             with pytest.raises(ServerError, match=f"vlm@{number}") as caught:
-                client.vqa(house.images[0], "is it red?", model=model)
+                client.vqa(server.images[0], "is it red?", model=model)
             assert caught.value.status == 404
 
 
-def test_bad_adapters_are_refused_while_answers_go_on(house: House) -> None:
-    assert house.vlm is not None
-    good = Artifacts(house.settings.artifacts).fetch(f"adapters/{house.vlm_adapter()}")
+def test_bad_adapters_are_refused_while_answers_go_on(server: ServerFixture) -> None:
+    assert server.vlm is not None
+    good = Artifacts(server.settings.artifacts).fetch(f"adapters/{server.vlm_adapter()}")
     tensors = load_file(good / "adapter_model.safetensors")
     first = sorted(tensors)[0]
-    nan = house.settings.home / "made" / "nan"
+    nan = server.settings.home / "made" / "nan"
     config = json.loads((good / "adapter_config.json").read_text())
     broken = {**tensors, first: torch.full_like(tensors[first], float("nan"))}
-    names = {house.keep_vlm(write_adapter(nan, broken, config, house.vlm), nan): "finite"}
-    other = tiny_vlm_base(house.settings.home / "elsewhere", seed=5)
-    foreign = house.settings.home / "made" / "foreign"
-    names[house.keep_vlm(tiny_vlm_adapter(other, foreign, 7), foreign)] = "base"
-    with house.client() as client, house.traffic(rate=6) as traffic:
+    names = {server.keep_vlm(write_adapter(nan, broken, config, server.vlm), nan): "finite"}
+    other = tiny_vlm_base(server.settings.home / "elsewhere", seed=5)
+    foreign = server.settings.home / "made" / "foreign"
+    names[server.keep_vlm(tiny_vlm_adapter(other, foreign, 7), foreign)] = "base"
+    with server.client() as client, server.traffic(rate=6) as traffic:
         before = client.live()
         for name, why in names.items():
             with pytest.raises(ServerError, match=why) as caught:
@@ -147,53 +147,53 @@ def test_bad_adapters_are_refused_while_answers_go_on(house: House) -> None:
         with pytest.raises(ServerError, match="vlm-ffffffffffff"):
             client.release(vlm="vlm-ffffffffffff", reason="nobody knows it")
         with pytest.raises(ServerError, match="no vlm adapter"):
-            client.release(vlm=house.adapter(), reason="of the other family")
+            client.release(vlm=server.adapter(), reason="of the other family")
         traffic.wait_for(20)
         assert client.live() == before
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
 
 
-def test_a_client_that_goes_frees_its_place(house: House) -> None:
-    house.until(lambda: replica(house)["running"] == 0)
-    before = gone(house)
+def test_a_client_that_goes_frees_its_place(server: ServerFixture) -> None:
+    server.until(lambda: replica(server)["running"] == 0)
+    before = gone(server)
     bodies = [
         {
             "model": "vlm", "stream": True, "temperature": 2, "seed": seed, "max_tokens": 128,
             "messages": [{"role": "user", "content": [
-                {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}},
+                {"type": "image_url", "image_url": {"url": data_uri(server.images[0])}},
                 {"type": "text", "text": "what is this?"}]}],
         }
         for seed in range(8)
     ]  # fmt: skip
-    with httpx.Client(base_url=house.url, timeout=20, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=20, trust_env=False) as client:
         for body in bodies:
             request = client.build_request("POST", "/v1/chat/completions", json=body)
             response = client.send(request, stream=True)
             assert response.status_code == 200
             next(response.iter_lines())
             response.close()
-    house.until(lambda: replica(house)["running"] == 0)
-    assert gone(house) > before, "every answer was finished before its client went"
-    assert "ratchet_vlm_first_token_seconds_count" in exposition(house)
+    server.until(lambda: replica(server)["running"] == 0)
+    assert gone(server) > before, "every answer was finished before its client went"
+    assert "ratchet_vlm_first_token_seconds_count" in exposition(server)
 
 
-def exposition(house: House) -> str:
+def exposition(server: ServerFixture) -> str:
     """The server's metrics."""
-    return httpx.get(f"{house.url}/metrics", trust_env=False).text
+    return httpx.get(f"{server.url}/metrics", trust_env=False).text
 
 
-def gone(house: House) -> float:
+def gone(server: ServerFixture) -> float:
     """Streams that ended because their client went."""
-    found = re.findall(r'ratchet_vlm_requests_total\{kind="stream",outcome="gone"\} (\S+)', exposition(house))
+    found = re.findall(r'ratchet_vlm_requests_total\{kind="stream",outcome="gone"\} (\S+)', exposition(server))
     return sum(map(float, found))
 
 
-def test_the_openai_client_chats_about_an_image_whole_and_streamed(house: House) -> None:
-    image = {"type": "image_url", "image_url": {"url": data_uri(house.images[0])}}
+def test_the_openai_client_chats_about_an_image_whole_and_streamed(server: ServerFixture) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_uri(server.images[0])}}
     asked: Any = [image, {"type": "text", "text": "what is this?"}]
     options: Any = {"model": "vlm", "messages": [{"role": "user", "content": asked}], "max_tokens": 8, "temperature": 0}
-    with openai.OpenAI(base_url=f"{house.url}/v1", api_key="unused", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
         whole = client.chat.completions.create(**options)
         chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
         names = {model.id for model in client.models.list()}
@@ -205,43 +205,43 @@ def test_the_openai_client_chats_about_an_image_whole_and_streamed(house: House)
     assert "vlm" in names
 
 
-def test_a_killed_engine_shows_and_comes_back_with_what_is_live(house: House) -> None:
-    vlm = house.vlm_adapter()
-    with house.client() as client:
+def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFixture) -> None:
+    vlm = server.vlm_adapter()
+    with server.client() as client:
         number = client.release(vlm=vlm, reason="before the kill")["number"]
-        before = client.vqa(house.images[0], "what is this?")
-        own = house.settings.serve.vlm_engine == "vllm"  # else the engine is the replica's process itself
-        (victim,) = house.engines() if own else house.pids("ServeReplica:ratchet:Vlm")
+        before = client.vqa(server.images[0], "what is this?")
+        own = server.settings.serve.vlm_engine == "vllm"  # else the engine is the replica's process itself
+        (victim,) = server.engines() if own else server.pids("ServeReplica:ratchet:Vlm")
         os.kill(victim, signal.SIGKILL)
-        with httpx.Client(base_url=house.url, timeout=30, trust_env=False) as plain:
+        with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as plain:
             assert plain.get("/health/live").status_code == 503 or not own
-            assert client.embed(["CLIP goes on"]).shape == (1, house.base.dim)
-            house.until(lambda: plain.get("/health/live").status_code == 200)
-        after = client.vqa(house.images[0], "what is this?")
+            assert client.embed(["CLIP goes on"]).shape == (1, server.base.dim)
+            server.until(lambda: plain.get("/health/live").status_code == 200)
+        after = client.vqa(server.images[0], "what is this?")
         assert (after["answer"], after["release"], after["adapter"]) == (before["answer"], number, vlm)
-    house.until(lambda: len(house.engines()) <= 1)
+    server.until(lambda: len(server.engines()) <= 1)
 
 
-def test_no_engine_outlives_its_replica_or_its_server(house: House) -> None:
-    if house.settings.serve.vlm_engine != "vllm":
+def test_no_engine_outlives_its_replica_or_its_server(server: ServerFixture) -> None:
+    if server.settings.serve.vlm_engine != "vllm":
         pytest.skip("transformers has no process of its own")
-    assert house.process is not None
-    with house.client() as client:
-        before = client.vqa(house.images[0], "what is this?")
-    first = set(house.engines())
+    assert server.process is not None
+    with server.client() as client:
+        before = client.vqa(server.images[0], "what is this?")
+    first = set(server.engines())
     assert first
-    os.kill(house.pids("ServeReplica:ratchet:Vlm")[0], signal.SIGKILL)
-    house.until(lambda: not first & set(house.engines()))
-    house.until(house.engines)
-    second = house.engines()
-    for pid in [house.process.pid, *(pid for pid in house.pids() if pid not in second)]:
+    os.kill(server.pids("ServeReplica:ratchet:Vlm")[0], signal.SIGKILL)
+    server.until(lambda: not first & set(server.engines()))
+    server.until(server.engines)
+    second = server.engines()
+    for pid in [server.process.pid, *(pid for pid in server.pids() if pid not in second)]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    house.process.wait(10)
-    house.start()
+    server.process.wait(10)
+    server.start()
     assert not [pid for pid in second if Path(f"/proc/{pid}/fd").exists()]
-    with house.client() as client:
-        after = client.vqa(house.images[0], "what is this?")
+    with server.client() as client:
+        after = client.vqa(server.images[0], "what is this?")
     assert (after["answer"], after["release"]) == (before["answer"], before["release"])

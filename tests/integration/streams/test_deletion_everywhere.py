@@ -22,7 +22,7 @@ from ops.settings import Settings
 from serving.catalog.queries import Filters
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from streams import maintenance
 from streams.codecs import encode
 from streams.consumer import Consumer
@@ -35,7 +35,7 @@ from tests.support.kafka import make_topics, picture, reading, records_seen, wai
 from updater.pools import draw_pools
 from updater.recipes import load_recipe
 
-HERE, THERE = Stamp(1, None, "aaaa", "t"), Stamp(2, "clip-x", "bbbb", "t")
+HERE, THERE = ReleaseSnapshot(1, None, "aaaa", "t"), ReleaseSnapshot(2, "clip-x", "bbbb", "t")
 GONE, KEPT = "withdrawn source", "lasting source"
 DIM = 8
 

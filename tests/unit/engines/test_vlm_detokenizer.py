@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serving.engines.vlm.detokenizer import Words, whole
-from serving.engines.vlm.generation import Piece
+from serving.engines.vlm.detokenizer import Detokenizer, whole
+from serving.engines.vlm.generation import TokenChunk
 from tests.support.tiny_vlm import tiny_vlm_base
 
 
@@ -18,8 +18,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_vlm_base(tmp_path_factory.mktemp("words")).processor().tokenizer
 
 
-def _said(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Words]:
-    words = Words(tokenizer, stop)
+def _said(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
+    words = Detokenizer(tokenizer, stop)
     return [words.take([token], i == len(tokens) - 1) for i, token in enumerate(tokens)], words
 
 
@@ -64,8 +64,8 @@ def test_nothing_after_a_stop_string_and_no_part_of_it_is_said(
 
 async def test_a_stream_as_one_reply() -> None:
     async def pieces() -> Any:
-        yield Piece("re", (1, 2), (-0.5, -0.25), 7, 2)
-        yield Piece("d", (3,), (-1.0,), 7, 3, "stop")
+        yield TokenChunk("re", (1, 2), (-0.5, -0.25), 7, 2)
+        yield TokenChunk("d", (3,), (-1.0,), 7, 3, "stop")
 
     reply = await whole(pieces())
     assert (reply.text, reply.tokens, reply.logprobs) == ("red", (1, 2, 3), (-0.5, -0.25, -1.0))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.engines.vlm.generation import Ask, Message, question
+from serving.engines.vlm.generation import GenerationRequest, Message, question
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
 from serving.errors import InvalidRequest
 from tests.support.tiny_vlm import tiny_vlm_base
@@ -27,7 +27,11 @@ def test_a_question_is_rendered_up_to_its_answer(processor: Any) -> None:
 
 
 def test_a_batch_is_padded_on_the_left_and_each_row_is_what_it_is_alone(processor: Any) -> None:
-    asks = [question(PICTURE, "red?"), question(PICTURE[:20], "which colour is it?"), Ask((Message("user", ("hi",)),))]
+    asks = [
+        question(PICTURE, "red?"),
+        question(PICTURE[:20], "which colour is it?"),
+        GenerationRequest((Message("user", ("hi",)),)),
+    ]
     batch = inputs(processor, asks)
     assert batch["pixel_values"].shape[0] == 3
     for row, ask in enumerate(asks):
@@ -66,7 +70,7 @@ def test_messages_that_mean_nothing_are_refused(
     processor: Any, messages: tuple[Message, ...], images: int, message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        render(processor, Ask(messages, (PICTURE,) * images))
+        render(processor, GenerationRequest(messages, (PICTURE,) * images))
 
 
 def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any) -> None:
@@ -81,4 +85,4 @@ def test_a_chat_template_that_refuses_is_an_error_of_the_request(processor: Any)
 )
 def test_ways_to_answer_that_are_none_are_refused(how: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
-        Ask((Message("user", ("hi",)),), **how)
+        GenerationRequest((Message("user", ("hi",)),), **how)

@@ -11,7 +11,7 @@ import pytest
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
 from serving.engines.vlm import vllm_start
-from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_fitting
+from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.open import open_engine
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
@@ -57,17 +57,17 @@ def test_an_adapter_is_read_only_when_it_fits(tmp_path: Path) -> None:
     shapes = linear_shapes(base)
     assert {base.part_of(name) for name in shapes} == {"text", "image", "connector"}
     name = tiny_vlm_adapter(base, tmp_path / "a", 1, parts=("text", "connector"), rank=8)
-    files = read_fitting(base, shapes, name, tmp_path / "a", 8)
+    files = read_validated_adapter(base, shapes, name, tmp_path / "a", 8)
     assert parts_of(base, files) == {"text", "connector"}
     with pytest.raises(AdapterError, match=r"has rank 8; this server takes 4"):
-        read_fitting(base, shapes, name, tmp_path / "a", 4)
+        read_validated_adapter(base, shapes, name, tmp_path / "a", 4)
     with pytest.raises(AdapterError, match="not vlm-other"):
-        read_fitting(base, shapes, "vlm-other", tmp_path / "a", 8)
+        read_validated_adapter(base, shapes, "vlm-other", tmp_path / "a", 8)
     with pytest.raises(AdapterError, match="belongs to the base"):
-        read_fitting(other, linear_shapes(other), name, tmp_path / "a", 8)
+        read_validated_adapter(other, linear_shapes(other), name, tmp_path / "a", 8)
     fewer = {key: shape for key, shape in shapes.items() if "connector" not in key}
     with pytest.raises(AdapterError, match=r"has no layer 'model\.connector"):
-        read_fitting(base, fewer, name, tmp_path / "a", 8)
+        read_validated_adapter(base, fewer, name, tmp_path / "a", 8)
     wider = {key: (shape[0], shape[1] + 1) for key, shape in shapes.items()}
     with pytest.raises(AdapterError, match="do not fit its weight"):
-        read_fitting(base, wider, name, tmp_path / "a", 8)
+        read_validated_adapter(base, wider, name, tmp_path / "a", 8)

@@ -13,7 +13,7 @@ from serving.engines.adapters import effective_weights, read_adapter, whole_weig
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.shared_weights import shell_of
-from serving.engines.vlm.adapter_validation import read_fitting
+from serving.engines.vlm.adapter_validation import read_validated_adapter
 from serving.engines.vlm.base import VlmBase
 
 NORM = "visual.ln_post.weight"
@@ -124,8 +124,8 @@ def test_a_vlm_refuses_them_and_takes_lora(folder: Path) -> None:
     }
     shapes = {"model.text.q_proj": (4, 6)}
     name = write_adapter(folder, lora, CONFIG, vlm)
-    assert read_fitting(vlm, shapes, name, folder, 8).name == name
+    assert read_validated_adapter(vlm, shapes, name, folder, 8).name == name
     both = folder.with_name("both")
     name = write_adapter(both, lora | {"base_model.model.model.text.norm.weight": torch.ones(6)}, CONFIG, vlm)
     with pytest.raises(AdapterError, match=r"replaces model\.text\.norm\.weight.*LoRA alone"):
-        read_fitting(vlm, shapes, name, both, 8)
+        read_validated_adapter(vlm, shapes, name, both, 8)

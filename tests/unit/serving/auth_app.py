@@ -1,4 +1,4 @@
-"""The real application behind its door: a ledger with keys, and a clock that stands still."""
+"""The real application with authentication: a ledger with keys, and a clock that stands still."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastapi import FastAPI
 from ops.access import Access
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
-from serving.http.app_state import Gateway
-from tests.unit.serving.scripted_vlms import app_of, gateway
+from serving.http.app_state import AppState
+from tests.unit.serving.scripted_vlms import app_of, app_state
 
 OPERATOR = "bootstrap-key"
 
@@ -55,7 +55,7 @@ class Recorder:
         return {"topic": "t", "partition": 0, "offset": 9}
 
 
-class Door:
+class AuthApp:
     """The application as the ingress builds it, around a ledger with keys."""
 
     def __init__(self, ledger: Ledger, home: Path, host: str = "0.0.0.0", **rules: Any) -> None:
@@ -65,12 +65,16 @@ class Door:
         self.access = Access(self, self.settings, self.clock)
         self.desk = Recorder()
         self.slow: threading.Event | None = None
-        self.app: FastAPI = app_of(self.gateway())
+        self.app: FastAPI = app_of(self.app_state())
 
-    def gateway(self) -> Gateway:
+    def app_state(self) -> AppState:
         desk = cast(Any, self.desk)
         return replace(
-            gateway(None, self.settings.serve), access=self.access, ledger=self.ledger, operations=desk, quarantine=desk
+            app_state(None, self.settings.serve),
+            access=self.access,
+            ledger=self.ledger,
+            operations=desk,
+            quarantine=desk,
         )
 
     def api_keys(self) -> list[KeyRow]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from ops.ledger import Ledger
-from tests.unit.serving.auth_app import Door, Keys
+from tests.unit.serving.auth_app import AuthApp, Keys
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
-    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('door') / 'ledger.db'}")
+    ledger = Ledger.open(f"sqlite:///{tmp_path_factory.mktemp('auth_app') / 'ledger.db'}")
     yield Keys(ledger)
     ledger.close()
 
@@ -25,6 +25,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def closed(keys: Keys, tmp_path: Path) -> Door:
+def closed(keys: Keys, tmp_path: Path) -> AuthApp:
     """A server that other machines can reach."""
-    return Door(keys.ledger, tmp_path)
+    return AuthApp(keys.ledger, tmp_path)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from ops.errors import AdapterError
-from serving.engines.vlm.generation import Ask, Piece, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import EngineDead, InvalidRequest
 
 
@@ -47,7 +47,7 @@ class MemoryVlm:
     def resident(self) -> frozenset[str]:
         return frozenset(self.names)
 
-    async def stream(self, ask: Ask, adapter: str | None) -> AsyncIterator[Piece]:
+    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
         words = self._words(ask, adapter)
         self.inside += 1
         try:
@@ -57,16 +57,16 @@ class MemoryVlm:
                 if self.dead:
                     raise EngineDead(self.dead)
                 last = index == len(words) - 1
-                yield Piece(word, (index,), (-0.5,), 7, index + 1, "stop" if last else "")
+                yield TokenChunk(word, (index,), (-0.5,), 7, index + 1, "stop" if last else "")
         finally:
             self.inside -= 1
 
-    async def reply(self, ask: Ask, adapter: str | None) -> Reply:
+    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
         pieces = [piece async for piece in self.stream(ask, adapter)]
         tokens = tuple(token for piece in pieces for token in piece.tokens)
-        return Reply("".join(piece.text for piece in pieces), tokens, (-0.5,) * len(tokens), 7, "stop")
+        return GenerationResult("".join(piece.text for piece in pieces), tokens, (-0.5,) * len(tokens), 7, "stop")
 
-    async def score(self, ask: Ask, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         self._words(ask, adapter)
         return [-float(len(choice)) for choice in choices]
 
@@ -84,7 +84,7 @@ class MemoryVlm:
     async def close(self) -> None:
         self.dead = "closed"
 
-    def _words(self, ask: Ask, adapter: str | None) -> list[str]:
+    def _words(self, ask: GenerationRequest, adapter: str | None) -> list[str]:
         if self.dead:
             raise EngineDead(self.dead)
         if adapter is not None and adapter not in self.names:

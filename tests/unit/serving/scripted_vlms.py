@@ -18,15 +18,15 @@ from pydantic import SecretStr
 from ops.access import Access
 from ops.settings import Serve, Settings
 from serving.engines.preprocess import Preprocess
-from serving.engines.vlm.generation import Ask, Finish, Piece, Reply
+from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.http.app import build_app
-from serving.http.app_state import Gateway
-from serving.http.image_loader import ImageIntake
+from serving.http.app_state import AppState
+from serving.http.image_loader import ImageLoader
 from serving.releases.admission import Admission
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 SETTINGS = Serve(max_images=4, max_text_chars=100, vlm_max_tokens=32, deadline_seconds=5, max_pixels=1_000_000)
-WINDOW = (Stamp(3, "clip-a", "i3", "t3", "vlm-b"), Stamp(2, "clip-a", "i3", "t3", None))
+WINDOW = (ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"), ReleaseSnapshot(2, "clip-a", "i3", "t3", None))
 
 
 @dataclass
@@ -39,13 +39,15 @@ class ScriptedVlms:
     fails_at: int = 0
     hangs_at: int | None = None
     logits: Sequence[float] = ()
-    asked: list[tuple[Ask, Stamp]] = field(default_factory=list)
+    asked: list[tuple[GenerationRequest, ReleaseSnapshot]] = field(default_factory=list)
     choices: list[str] = field(default_factory=list)
     closed: int = 0
     when_closed: Callable[[], object] = lambda: None
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def stream(self, ask: Ask, stamp: Stamp, deadline: float) -> AsyncIterator[Piece]:
+    async def stream(
+        self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float
+    ) -> AsyncIterator[TokenChunk]:
         self.asked.append((ask, stamp))
         try:
             for index, word in enumerate(self.words):
@@ -55,19 +57,21 @@ class ScriptedVlms:
                 if self.failure is not None and index == self.fails_at:
                     raise self.failure
                 last = index == len(self.words) - 1
-                yield Piece(word, (index,), (-0.5 * index,), 7, index + 1, self.finish if last else "")
+                yield TokenChunk(word, (index,), (-0.5 * index,), 7, index + 1, self.finish if last else "")
         finally:
             self.closed += 1
             self.when_closed()
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         pieces = [piece async for piece in self.stream(ask, stamp, deadline)]
-        return Reply(
+        return GenerationResult(
             "".join(piece.text for piece in pieces), tuple(t for piece in pieces for t in piece.tokens),
             tuple(p for piece in pieces for p in piece.logprobs), 7, self.finish,
         )  # fmt: skip
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         self.asked.append((ask, stamp))
         self.choices = list(choices)
         if self.failure is not None:
@@ -75,26 +79,26 @@ class ScriptedVlms:
         return list(self.logits)
 
 
-def gateway(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> Gateway:
+def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState:
     """What the routes see; nothing but the VLM and the admission is used here."""
     admission = Admission()
     admission.adopt(WINDOW)
     unused = cast(Any, None)
     access = Access(unused, Settings(serve=Serve(operator_key=SecretStr("key"))))
-    return Gateway(
+    return AppState(
         settings=settings, dim=8, admission=admission, encoders=unused, index=unused, operations=unused,
-        intake=ImageIntake(Preprocess(size=16), settings), access=access,
+        image_loader=ImageLoader(Preprocess(size=16), settings), access=access,
         quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=vlms,
         token_text=lambda token: f"<{token}>",
     )  # fmt: skip
 
 
-def app_of(at: Gateway) -> FastAPI:
+def app_of(at: AppState) -> FastAPI:
     """The application as the ingress builds it."""
     return build_app(at)
 
 
-def client(at: Gateway) -> httpx.AsyncClient:
+def client(at: AppState) -> httpx.AsyncClient:
     """An HTTP client of the application, without a socket."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://ratchet")
 

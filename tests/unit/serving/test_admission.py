@@ -7,11 +7,11 @@ from prometheus_client import REGISTRY
 
 from serving.errors import NotReady, UnknownModel
 from serving.releases.admission import Admission
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 
-def stamp(release: int, clip: str | None = None, vlm: str | None = None) -> Stamp:
-    return Stamp(release, clip, f"i{release}", f"t{release}", vlm)
+def stamp(release: int, clip: str | None = None, vlm: str | None = None) -> ReleaseSnapshot:
+    return ReleaseSnapshot(release, clip, f"i{release}", f"t{release}", vlm)
 
 
 def test_before_the_first_release_nothing_is_admitted() -> None:

@@ -1,4 +1,4 @@
-"""The door of the real application: who gets in, where, and what the audit log calls him."""
+"""Authentication in the real application: who gets in, where, and what the audit log calls him."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
 from serving import app as start
 from serving.http.auth import needs
-from tests.unit.serving.auth_app import OPERATOR, Door, Keys, refusal
+from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 
 PATHS = {"deletion_id": "d", "model": "clip", "sample_id": "0" * 64, "topic": "t", "partition": 0, "offset": 0}
 
@@ -28,9 +28,9 @@ def away() -> list[KeyRow]:
 
 
 @pytest.fixture
-def local(keys: Keys, tmp_path: Path) -> Door:
+def local(keys: Keys, tmp_path: Path) -> AuthApp:
     """A server on loopback."""
-    return Door(keys.ledger, tmp_path, host="127.0.0.1")
+    return AuthApp(keys.ledger, tmp_path, host="127.0.0.1")
 
 
 def calls(app: FastAPI) -> list[tuple[str, str]]:
@@ -44,7 +44,7 @@ def calls(app: FastAPI) -> list[tuple[str, str]]:
     return [*found, ("get", "/docs"), ("get", "/openapi.json"), ("get", "/v1/nothing"), ("get", "/")]
 
 
-async def test_where_others_can_reach_it_every_route_but_health_wants_a_key(closed: Door) -> None:
+async def test_where_others_can_reach_it_every_route_but_health_wants_a_key(closed: AuthApp) -> None:
     for method, path in calls(closed.app):
         if path.startswith("/health/"):
             assert needs(path) == ()
@@ -56,7 +56,7 @@ async def test_where_others_can_reach_it_every_route_but_health_wants_a_key(clos
         assert answer.json()["error"]["type"] == "authentication_error"
 
 
-async def test_a_route_that_somebody_adds_is_closed(closed: Door) -> None:
+async def test_a_route_that_somebody_adds_is_closed(closed: AuthApp) -> None:
     async def secret() -> str:
         return "secret"
 
@@ -64,7 +64,7 @@ async def test_a_route_that_somebody_adds_is_closed(closed: Door) -> None:
     assert (await closed.get("/v2/new")).status_code == 401
 
 
-async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: Door) -> None:
+async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: AuthApp) -> None:
     for key in ("", "none", "sk-whatever"):
         assert (await local.get("/v1/models", key)).status_code == 200
         assert (await local.get("/docs", key)).status_code == 200
@@ -72,14 +72,14 @@ async def test_on_loopback_whoever_comes_may_infer_but_not_operate(local: Door) 
     assert local.desk.actors == []
 
 
-async def test_on_loopback_a_wrong_key_is_told_so(local: Door, keys: Keys) -> None:
+async def test_on_loopback_a_wrong_key_is_told_so(local: AuthApp, keys: Keys) -> None:
     token = keys.of("infer")
     assert (await local.get("/v1/models", token)).status_code == 200
     for wrong in (token[:-1], token[:-4] + "zzzz", f"rk_ffffffff_{'0' * 64}"):
         assert "not valid" in refusal(await local.get("/v1/models", wrong), 401, "invalid_api_key")
 
 
-async def test_a_key_opens_what_its_scopes_name(closed: Door, keys: Keys) -> None:
+async def test_a_key_opens_what_its_scopes_name(closed: AuthApp, keys: Keys) -> None:
     infer, publish, operate = keys.of("infer"), keys.of("publish"), keys.of("operate")
     held: dict[str, Any] = {"json": {"reason": "r"}}
     assert (await closed.get("/v1/models", infer)).status_code == 200
@@ -97,13 +97,13 @@ async def test_a_key_opens_what_its_scopes_name(closed: Door, keys: Keys) -> Non
         assert answer.json()["error"]["type"] == "permission_error"
 
 
-async def test_the_bootstrap_key_opens_everything(closed: Door) -> None:
+async def test_the_bootstrap_key_opens_everything(closed: AuthApp) -> None:
     for path in ("/v1/models", "/admin/v1/quarantine", "/metrics", "/docs", "/openapi.json"):
         assert (await closed.get(path, OPERATOR)).status_code == 200
     refusal(await closed.get("/v1/models", OPERATOR + "x"), 401, "invalid_api_key")
 
 
-async def test_only_a_bearer_token_is_a_key(closed: Door, keys: Keys) -> None:
+async def test_only_a_bearer_token_is_a_key(closed: AuthApp, keys: Keys) -> None:
     token = keys.of("infer")
     given = [f"Bearer {token}", f"bearer  {token} ", token, f"Basic {token}", "Bearer", "Bearer s\u00e9cret"]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(closed.app), base_url="http://ratchet") as http:
@@ -121,12 +121,12 @@ async def test_only_a_bearer_token_is_a_key(closed: Door, keys: Keys) -> None:
 async def test_metrics_are_open_on_loopback_or_when_told(
     keys: Keys, tmp_path: Path, host: str, setting: str, anyone: bool
 ) -> None:
-    door = Door(keys.ledger, tmp_path, host, metrics=setting, require_keys="always")
-    assert (await door.get("/metrics")).status_code == (200 if anyone else 401)
-    assert (await door.get("/metrics", keys.of("publish"))).status_code == 200  # any key will do
+    auth_app = AuthApp(keys.ledger, tmp_path, host, metrics=setting, require_keys="always")
+    assert (await auth_app.get("/metrics")).status_code == (200 if anyone else 401)
+    assert (await auth_app.get("/metrics", keys.of("publish"))).status_code == 200  # any key will do
 
 
-async def test_a_revoked_key_is_refused_within_seconds(closed: Door, keys: Keys) -> None:
+async def test_a_revoked_key_is_refused_within_seconds(closed: AuthApp, keys: Keys) -> None:
     row, token = keys.ledger.create_key("leaver", ["infer"], actor="t")
     assert (await closed.get("/v1/models", token)).status_code == 200
     keys.ledger.revoke_key(row.id, actor="t", reason="left")
@@ -135,7 +135,7 @@ async def test_a_revoked_key_is_refused_within_seconds(closed: Door, keys: Keys)
 
 
 async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
-    closed: Door, keys: Keys, monkeypatch: pytest.MonkeyPatch
+    closed: AuthApp, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     token = keys.of("infer")
     assert (await closed.get("/v1/models", token)).status_code == 200
@@ -158,7 +158,7 @@ async def test_a_ledger_that_hangs_holds_nobody_up_for_long(
 
 
 async def test_a_new_key_is_told_to_come_back_while_the_ledger_is_away(
-    closed: Door, keys: Keys, monkeypatch: pytest.MonkeyPatch
+    closed: AuthApp, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed.access.refresh()
     new = keys.ledger.create_key("later", ["infer"], actor="t")[1]
@@ -172,7 +172,7 @@ async def test_a_new_key_is_told_to_come_back_while_the_ledger_is_away(
     refusal(await closed.get("/v1/models", f"rk_{'0' * 8}_{'0' * 64}"), 401, "invalid_api_key")
 
 
-async def test_the_audit_names_the_key_and_what_its_holder_says_behind_it(closed: Door, keys: Keys) -> None:
+async def test_the_audit_names_the_key_and_what_its_holder_says_behind_it(closed: AuthApp, keys: Keys) -> None:
     body = {"reason": "r"}
     for key, said in [(keys.of("operate"), ""), (keys.of("operate"), "ann"), (OPERATOR, "j\u00f6rg"), (OPERATOR, "")]:
         raw = cast(Any, said.encode())
@@ -181,14 +181,14 @@ async def test_the_audit_names_the_key_and_what_its_holder_says_behind_it(closed
 
 
 @pytest.mark.parametrize("said", ["key:operate-none", "updater", "x" * 101, "a\x07"])
-async def test_nobody_acts_under_the_name_of_a_key_or_of_a_part(closed: Door, keys: Keys, said: str) -> None:
+async def test_nobody_acts_under_the_name_of_a_key_or_of_a_part(closed: AuthApp, keys: Keys, said: str) -> None:
     for key in (OPERATOR, keys.of("operate")):
         answer = await closed.send("POST", "/admin/v1/hold", key, said, json={"reason": "r"})
         refusal(answer, 400, "invalid_actor")
     assert closed.desk.actors == []
 
 
-async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: Door, keys: Keys) -> None:
+async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: AuthApp, keys: Keys) -> None:
     asked = {"place": "t:0:1", "reason": "mended"}
     answer = await closed.send("POST", "/admin/v1/quarantine/resubmit", keys.of("publish"), json=asked)
     assert answer.json() == {"object": "resubmission", "place": "t:0:1", "topic": "t", "partition": 0, "offset": 9}
@@ -205,7 +205,7 @@ async def test_a_refused_record_is_sent_again_by_whoever_may_publish(closed: Doo
         assert refused.json()["error"]["param"] == ("place" if status in (400, 404) else None)
 
 
-async def test_refused_records_are_sent_again_by_a_filter(closed: Door, keys: Keys) -> None:
+async def test_refused_records_are_sent_again_by_a_filter(closed: AuthApp, keys: Keys) -> None:
     path, publish = "/admin/v1/quarantine/resubmit", keys.of("publish")
     body = {"filter": {"reason": "schema", "source": "cam", "limit": 7}, "reason": "mended", "dry_run": True}
     answer = await closed.send("POST", path, publish, json=body)
@@ -222,7 +222,7 @@ async def test_refused_records_are_sent_again_by_a_filter(closed: Door, keys: Ke
     assert len(closed.desk.actors) == 1
 
 
-async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: Door) -> None:
+async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: AuthApp) -> None:
     listed = await closed.get("/admin/v1/quarantine?limit=7&reason=schema&source=cam", OPERATOR)
     [row] = listed.json()["data"]
     assert row == {"place": "t:0:1", "limit": 7, "reason": "schema", "source": "cam"}
@@ -233,14 +233,14 @@ async def test_the_list_of_refused_records_checks_what_it_is_asked(closed: Door)
         refusal(await closed.get(f"/admin/v1/quarantine?{query}", OPERATOR), 400, "invalid_value")
 
 
-async def test_the_schema_tells_of_keys(local: Door) -> None:
+async def test_the_schema_tells_of_keys(local: AuthApp) -> None:
     schema = (await local.get("/openapi.json")).json()
     assert schema["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
     assert {"401", "403", "429"} <= schema["paths"]["/v1/models"]["get"]["responses"].keys()
     assert "security" not in schema["paths"]["/health/ready"]["get"]
 
 
-async def test_who_is_refused_is_not_listened_to(closed: Door) -> None:
+async def test_who_is_refused_is_not_listened_to(closed: AuthApp) -> None:
     read = False
 
     async def body() -> Any:

@@ -8,17 +8,17 @@ import pytest
 from scipy.stats import binom
 
 from serving.releases.admission import Admission
-from serving.releases.canary_bucket import place
-from serving.releases.release_snapshot import Stamp
+from serving.releases.canary_bucket import canary_bucket
+from serving.releases.release_snapshot import ReleaseSnapshot
 
 KEYS = [f"key-{number}" for number in range(10_000)]
 
 
-def stamp(release: int, clip: str | None = None, share: float = 1.0) -> Stamp:
-    return Stamp(release, clip, f"i{release}", f"t{release}", share=share)
+def stamp(release: int, clip: str | None = None, share: float = 1.0) -> ReleaseSnapshot:
+    return ReleaseSnapshot(release, clip, f"i{release}", f"t{release}", share=share)
 
 
-def admission(*window: Stamp) -> Admission:
+def admission(*window: ReleaseSnapshot) -> Admission:
     made = Admission()
     made.adopt(window)
     return made
@@ -35,7 +35,7 @@ def test_one_key_always_sees_one_side_in_every_process() -> None:
     one = admission(stamp(2, "new", 0.1), stamp(1, "old"))
     other = admission(stamp(2, "new", 0.1), stamp(1, "old"))
     assert [one.resolve("clip", key=key) for key in KEYS] == [other.resolve("clip", key=key) for key in KEYS]
-    assert place("new", None, "key-1") == int(hashlib.sha256(b"new\nNone\nkey-1").hexdigest()[:12], 16) / 2**48
+    assert canary_bucket("new", None, "key-1") == int(hashlib.sha256(b"new\nNone\nkey-1").hexdigest()[:12], 16) / 2**48
 
 
 def test_a_larger_share_of_the_same_adapters_only_adds_keys() -> None:
@@ -47,7 +47,7 @@ def test_a_larger_share_of_the_same_adapters_only_adds_keys() -> None:
 
 
 def test_other_adapters_draw_other_keys() -> None:
-    places = [[place(clip, None, key) < 0.1 for key in KEYS] for clip in ("new", "newer")]
+    places = [[canary_bucket(clip, None, key) < 0.1 for key in KEYS] for clip in ("new", "newer")]
     both = sum(first and second for first, second in zip(*places, strict=True))
     assert both <= binom.ppf(1 - 1e-6, len(KEYS), 0.01)
 

@@ -16,15 +16,15 @@ from ops.errors import RecordError, StoreError
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.reconcile import BATCH_ROWS, Catalog
 from serving.catalog.tables import Tables
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
 from tests.support.waiting import until
 
 DIM = 8
-HERE = Stamp(1, None, "aaaa", "t")
-THERE = Stamp(2, "clip-x", "bbbb", "t")
+HERE = ReleaseSnapshot(1, None, "aaaa", "t")
+THERE = ReleaseSnapshot(2, "clip-x", "bbbb", "t")
 
 
 def vector(seed: int) -> np.ndarray:

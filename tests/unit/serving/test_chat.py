@@ -19,8 +19,8 @@ from tests.unit.serving.scripted_vlms import (
     Visitor,
     about_image,
     app_of,
+    app_state,
     client,
-    gateway,
     png,
     skip,
     uri,
@@ -30,7 +30,7 @@ URL = "/v1/chat/completions"
 
 
 async def post(vlms: ScriptedVlms | None, body: Any, settings: Serve = SETTINGS) -> Any:
-    async with client(gateway(vlms, settings)) as http:
+    async with client(app_state(vlms, settings)) as http:
         return await http.post(URL, json=body)
 
 
@@ -191,7 +191,7 @@ async def test_without_a_vlm_the_fix_is_told() -> None:
 async def test_a_failure_before_the_first_piece_is_a_status(
     failure: Exception, status: int, code: str, stream: bool
 ) -> None:
-    at = gateway(ScriptedVlms(failure=failure))
+    at = app_state(ScriptedVlms(failure=failure))
     async with client(at) as http:
         answer = await http.post(URL, json={"messages": about_image(), "stream": stream})
     assert answer.status_code == status
@@ -216,7 +216,7 @@ async def test_the_deadline_holds_for_the_first_piece_too(stream: bool) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_hangs_up_before_the_first_piece_aborts_the_request(stream: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
-    at = gateway(vlms)
+    at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps({"messages": about_image(), "stream": stream}).encode())
     task = visitor.start()
     await vlms.waiting.wait()
@@ -231,7 +231,7 @@ async def test_a_client_that_hangs_up_before_the_first_piece_aborts_the_request(
 @pytest.mark.parametrize("gone", [False, True])
 async def test_a_server_that_cancels_a_request_aborts_it_and_is_obeyed(gone: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
-    at = gateway(vlms)
+    at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps({"messages": about_image()}).encode())
     task = visitor.start()
     await vlms.waiting.wait()
@@ -245,7 +245,7 @@ async def test_a_server_that_cancels_a_request_aborts_it_and_is_obeyed(gone: boo
 
 
 async def test_models_are_listed_with_their_family() -> None:
-    async with client(gateway(ScriptedVlms())) as http:
+    async with client(app_state(ScriptedVlms())) as http:
         rows = {row["id"]: row for row in (await http.get("/v1/models")).json()["data"]}
         one = (await http.get("/v1/models/vlm@2")).json()
     assert rows["vlm"] == {
@@ -254,13 +254,13 @@ async def test_models_are_listed_with_their_family() -> None:
     }  # fmt: skip
     assert rows["clip"]["family"] == rows["clip-a"]["family"] == "clip"
     assert one["adapter"] == "base"
-    async with client(gateway(None)) as http:
+    async with client(app_state(None)) as http:
         alone = [row["family"] for row in (await http.get("/v1/models")).json()["data"]]
     assert set(alone) == {"clip"}
 
 
 async def test_the_schema_shows_both_routes_with_examples() -> None:
-    async with client(gateway(ScriptedVlms())) as http:
+    async with client(app_state(ScriptedVlms())) as http:
         paths = (await http.get("/openapi.json")).json()["paths"]
     chat = paths[URL]["post"]["requestBody"]["content"]["application/json"]["schema"]
     vqa = paths["/v1/vqa"]["post"]["requestBody"]["content"]

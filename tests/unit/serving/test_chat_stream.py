@@ -11,17 +11,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.engines.vlm.generation import Finish, Piece
+from serving.engines.vlm.generation import Finish, TokenChunk
 from serving.errors import Unavailable
 from serving.http.chat import chunks
-from serving.http.chunks import Answered
+from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
 from serving.http.sse import dumps, event, failure
-from serving.releases.release_snapshot import Stamp
-from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, skip
+from serving.releases.release_snapshot import ReleaseSnapshot
+from tests.unit.serving.scripted_vlms import (
+    SETTINGS,
+    ScriptedVlms,
+    Visitor,
+    about_image,
+    app_of,
+    app_state,
+    client,
+    skip,
+)
 
 URL = "/v1/chat/completions"
-STAMP = Stamp(3, None, "i", "t", "vlm-b")
+STAMP = ReleaseSnapshot(3, None, "i", "t", "vlm-b")
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -42,7 +51,7 @@ def objects(text: str) -> list[Any]:
 
 
 async def test_the_role_comes_first_then_the_text_then_why_it_ended() -> None:
-    async with client(gateway(ScriptedVlms())) as http:
+    async with client(app_state(ScriptedVlms())) as http:
         answer = await http.post(URL, json=body())
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/event-stream")
@@ -61,7 +70,7 @@ async def test_the_role_comes_first_then_the_text_then_why_it_ended() -> None:
 
 
 async def test_usage_comes_in_a_chunk_of_its_own_when_asked_for() -> None:
-    async with client(gateway(ScriptedVlms(finish="length"))) as http:
+    async with client(app_state(ScriptedVlms(finish="length"))) as http:
         answer = await http.post(URL, json=body(stream_options={"include_usage": True}))
     parts = objects(answer.text)
     assert parts[-1]["choices"] == []
@@ -71,7 +80,7 @@ async def test_usage_comes_in_a_chunk_of_its_own_when_asked_for() -> None:
 
 
 async def test_log_probabilities_come_with_the_piece_they_belong_to() -> None:
-    async with client(gateway(ScriptedVlms())) as http:
+    async with client(app_state(ScriptedVlms())) as http:
         answer = await http.post(URL, json=body(logprobs=True))
     rows = [part["choices"][0]["logprobs"] for part in objects(answer.text)]
     assert rows[0] is None and rows[-1] is None
@@ -89,7 +98,7 @@ async def test_log_probabilities_come_with_the_piece_they_belong_to() -> None:
 )
 async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(trouble: Exception, code: str, kind: str) -> None:
     vlms = ScriptedVlms(failure=trouble, fails_at=2)
-    at = gateway(vlms)
+    at = app_state(vlms)
     async with client(at) as http:
         answer = await http.post(URL, json=body())
     assert answer.status_code == 200
@@ -105,16 +114,16 @@ async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(trouble: Ex
 
 
 async def test_an_answer_that_breaks_off_without_a_reason_is_an_error() -> None:
-    async with client(gateway(ScriptedVlms(finish=""))) as http:
+    async with client(app_state(ScriptedVlms(finish=""))) as http:
         answer = await http.post(URL, json=body())
     assert events(answer.text)[-1][0] == "error"
-    async with client(gateway(ScriptedVlms(words=()))) as http:
+    async with client(app_state(ScriptedVlms(words=()))) as http:
         assert (await http.post(URL, json=body())).status_code == 503
 
 
 async def test_a_client_that_hangs_up_while_it_listens_aborts_the_request() -> None:
     vlms = ScriptedVlms(hangs_at=2)
-    at = gateway(vlms)
+    at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())
     task = visitor.start()
     await vlms.waiting.wait()
@@ -129,7 +138,7 @@ async def test_a_client_that_hangs_up_while_it_listens_aborts_the_request() -> N
 
 async def test_a_connection_that_breaks_aborts_the_request_before_its_release_may_be_retired() -> None:
     vlms = ScriptedVlms()
-    at = gateway(vlms)
+    at = app_state(vlms)
     held: list[dict[int, int]] = []
     vlms.when_closed = lambda: held.append(at.admission.in_flight())
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())
@@ -147,7 +156,7 @@ async def test_a_connection_that_breaks_aborts_the_request_before_its_release_ma
 async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.http.sse.GRACE_SECONDS", 0.0)
     vlms = ScriptedVlms()
-    at = gateway(vlms, SETTINGS.model_copy(update={"deadline_seconds": 3600}))
+    at = app_state(vlms, SETTINGS.model_copy(update={"deadline_seconds": 3600}))
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())
     reading = asyncio.Event()
 
@@ -167,11 +176,11 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(monkeypatch: pytest.Mon
 
 async def test_a_stream_keeps_its_release_when_another_goes_live() -> None:
     vlms = ScriptedVlms(hangs_at=1)
-    at = gateway(vlms)
+    at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps(body()).encode())
     task = visitor.start()
     await vlms.waiting.wait()
-    at.admission.adopt([Stamp(4, None, "i", "t", "vlm-c"), *at.admission.window])
+    at.admission.adopt([ReleaseSnapshot(4, None, "i", "t", "vlm-c"), *at.admission.window])
     assert at.admission.in_flight() == {3: 1}
     assert b'"model":"vlm@3"' in visitor.sent[1]["body"]
     visitor.gone.set()
@@ -195,13 +204,13 @@ async def test_chunks_put_together_are_the_answer(
     for index, (text, count) in enumerate(script):
         done += count
         last = index == len(script) - 1
-        pieces.append(Piece(text, (5,) * count, (-1.5,) * count, 4, done, finish if last else ""))
+        pieces.append(TokenChunk(text, (5,) * count, (-1.5,) * count, 4, done, finish if last else ""))
 
-    async def rest() -> AsyncIterator[Piece]:
+    async def rest() -> AsyncIterator[TokenChunk]:
         for piece in pieces[1:]:
             yield piece
 
-    answer = Answered(STAMP, str if scored else None, include_usage=usage)
+    answer = ChatCompletion(STAMP, str if scored else None, include_usage=usage)
     raw = b"".join([part async for part in chunks(pieces[0], rest(), answer)]).decode()
     parts = objects(raw)
     choices = [part["choices"][0] for part in parts if part["choices"]]
@@ -216,7 +225,7 @@ async def test_chunks_put_together_are_the_answer(
 
 
 def test_minus_infinity_stays_json() -> None:
-    text = Answered(STAMP, str).piece(Piece("x", (1,), (float("-inf"),), 1, 1))
+    text = ChatCompletion(STAMP, str).piece(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
     assert objects(text)[0]["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
 
 

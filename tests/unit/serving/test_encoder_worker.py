@@ -11,8 +11,8 @@ import pytest
 from ops.artifacts import Artifacts
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from serving.messages import Work, batch_cost
-from serving.replicas.encoder_worker import Lane
+from serving.messages import EncodeRequest, batch_cost
+from serving.replicas.encoder_worker import EncoderWorker
 from tests.support.tiny import tiny_adapter, tiny_base
 
 
@@ -27,8 +27,8 @@ def artifacts(tmp_path: Path) -> Artifacts:
 
 
 @pytest.fixture
-def lane(base: ClipBase, artifacts: Artifacts) -> Lane:
-    return Lane(ClipEngine(base), artifacts, "r1")
+def worker(base: ClipBase, artifacts: Artifacts) -> EncoderWorker:
+    return EncoderWorker(ClipEngine(base), artifacts, "r1")
 
 
 def stored(base: ClipBase, artifacts: Artifacts, tmp_path: Path, seed: int) -> str:
@@ -46,12 +46,12 @@ def soon() -> float:
 
 
 async def test_a_batch_of_many_adapters_answers_each_under_its_own(
-    lane: Lane, base: ClipBase, artifacts: Artifacts, tmp_path: Path
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     names: list[str | None] = [None, stored(base, artifacts, tmp_path, 1), stored(base, artifacts, tmp_path, 2)]
-    works = [Work("image", pixels(2, k), name, soon()) for k, name in enumerate(names * 2)]
-    works += [Work("text", ["a cat", "a dog"], name, soon()) for name in names]
-    answers = await lane.encode(works)
+    works = [EncodeRequest("image", pixels(2, k), name, soon()) for k, name in enumerate(names * 2)]
+    works += [EncodeRequest("text", ["a cat", "a dog"], name, soon()) for name in names]
+    answers = await worker.encode(works)
     alone = ClipEngine(base)
     for name in names[1:]:
         alone.load(str(name), artifacts.fetch(f"adapters/{name}"))
@@ -63,47 +63,51 @@ async def test_a_batch_of_many_adapters_answers_each_under_its_own(
 
 
 async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_needs_it(
-    lane: Lane, base: ClipBase, artifacts: Artifacts, tmp_path: Path
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     name = stored(base, artifacts, tmp_path, 3)
-    (answer,) = await lane.encode([Work("text", ["x"], name, soon())])
+    (answer,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
     assert answer.code == ""
-    assert lane.engine.resident == (name,)
-    assert lane.retire([None]) == [name]
-    (again,) = await lane.encode([Work("text", ["x"], name, soon())])
+    assert worker.engine.resident == (name,)
+    assert worker.retire([None]) == [name]
+    (again,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
 
-async def test_an_adapter_that_does_not_exist_fails_only_its_own_items(lane: Lane) -> None:
-    bad, good = await lane.encode([Work("text", ["x"], "clip-000000000000", soon()), Work("text", ["x"], None, soon())])
+async def test_an_adapter_that_does_not_exist_fails_only_its_own_items(worker: EncoderWorker) -> None:
+    bad, good = await worker.encode(
+        [EncodeRequest("text", ["x"], "clip-000000000000", soon()), EncodeRequest("text", ["x"], None, soon())]
+    )
     assert bad.code == "adapter"
     assert good.vectors is not None
 
 
-async def test_what_is_late_is_not_computed(lane: Lane) -> None:
-    late, good = await lane.encode([Work("text", ["x"], None, time.time() - 1), Work("text", ["x"], None, soon())])
+async def test_what_is_late_is_not_computed(worker: EncoderWorker) -> None:
+    late, good = await worker.encode(
+        [EncodeRequest("text", ["x"], None, time.time() - 1), EncodeRequest("text", ["x"], None, soon())]
+    )
     assert (late.code, late.vectors) == ("late", None)
     assert good.vectors is not None
 
 
 async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(
-    lane: Lane, base: ClipBase, artifacts: Artifacts, tmp_path: Path
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     good, bad = stored(base, artifacts, tmp_path, 4), stored(base, artifacts, tmp_path, 5)
     weights = artifacts.fetch(f"adapters/{bad}") / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    prepared = await lane.prepare(good)
+    prepared = await worker.prepare(good)
     assert prepared.error == ""
-    assert prepared.image_space == lane.engine.spaces(good).image
-    assert (await lane.prepare(bad)).error
-    assert bad not in lane.engine.resident
+    assert prepared.image_space == worker.engine.spaces(good).image
+    assert (await worker.prepare(bad)).error
+    assert bad not in worker.engine.resident
 
 
-async def test_background_work_gives_the_same_vectors(lane: Lane) -> None:
+async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:
     batch = pixels(11)
-    answer = await lane.encode_background("image", batch, None)
-    np.testing.assert_allclose(answer.vectors, lane.engine.encode_images(batch), atol=1e-5)
+    answer = await worker.encode_background("image", batch, None)
+    np.testing.assert_allclose(answer.vectors, worker.engine.encode_images(batch), atol=1e-5)
 
 
 def test_an_image_costs_four_texts() -> None:
-    assert batch_cost([Work("image", pixels(3), None, 0), Work("text", ["a", "b"], None, 0)]) == 14
+    assert batch_cost([EncodeRequest("image", pixels(3), None, 0), EncodeRequest("text", ["a", "b"], None, 0)]) == 14

@@ -7,7 +7,7 @@ import pytest
 
 from ops.settings import Rollout
 from serving.releases.guard import FALSE_ALARM, Evidence, broken, look
-from serving.releases.observations import Answered, Compared, Observations, together
+from serving.releases.observations import ComparisonCounts, Observations, RequestCounts, together
 
 SETTINGS = Rollout()
 LIVE, INCUMBENT = 7, 6
@@ -22,14 +22,14 @@ class Life:
         self.random = np.random.default_rng(seed)
         self.rates = (errors, slower, agrees)
         self.seen = Observations(
-            LIVE, {LIVE: Answered(), INCUMBENT: Answered(5000, int(self.random.binomial(5000, 0.002)))},
-            {"clip": Compared()},
+            LIVE, {LIVE: RequestCounts(), INCUMBENT: RequestCounts(5000, int(self.random.binomial(5000, 0.002)))},
+            {"clip": ComparisonCounts()},
         )  # fmt: skip
 
     def step(self, requests: int = 50, inputs: int = 3) -> None:
         errors, slower, agrees = self.rates
-        self.seen.requests[LIVE].add(Answered(requests, int(self.random.binomial(requests, errors))))
-        counted = Compared(inputs, int(self.random.binomial(inputs, agrees)), inputs,
+        self.seen.requests[LIVE].add(RequestCounts(requests, int(self.random.binomial(requests, errors))))
+        counted = ComparisonCounts(inputs, int(self.random.binomial(inputs, agrees)), inputs,
                            int(self.random.binomial(inputs, slower)), inputs)  # fmt: skip
         self.seen.compared["clip"].add(counted)
 
@@ -65,7 +65,7 @@ def test_each_breach_is_caught_within_thirty_seconds(breach: dict[str, float], g
 
 def test_a_vlm_may_change_most_answers_about_what_it_learned_but_not_all() -> None:
     def agreeing(agreed: int) -> Observations:
-        return Observations(LIVE, {}, {"vlm": Compared(80, agreed)})
+        return Observations(LIVE, {}, {"vlm": ComparisonCounts(80, agreed)})
 
     assert not evidence(agreeing(32), "agreement").broken
     assert evidence(agreeing(0), "agreement").broken
@@ -78,22 +78,24 @@ def evidence(seen: Observations, guardrail: str, seconds: float = 10.0) -> Evide
 
 def test_without_observations_nothing_is_broken() -> None:
     assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 0.0)) == []
-    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": Compared()}), INCUMBENT, 1e6)) == []
+    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": ComparisonCounts()}), INCUMBENT, 1e6)) == []
 
 
 def test_an_incumbent_that_answered_nothing_yet_is_not_held_to_be_perfect() -> None:
-    assert not evidence(Observations(LIVE, {LIVE: Answered(1000, 15)}), "errors").broken
-    assert evidence(Observations(LIVE, {LIVE: Answered(60, 60)}), "errors").broken
+    assert not evidence(Observations(LIVE, {LIVE: RequestCounts(1000, 15)}), "errors").broken
+    assert evidence(Observations(LIVE, {LIVE: RequestCounts(60, 60)}), "errors").broken
 
 
 def test_an_incumbent_that_fails_as_often_excuses_the_release() -> None:
-    outage = {LIVE: Answered(400, 200), INCUMBENT: Answered(4000, 2000)}
+    outage = {LIVE: RequestCounts(400, 200), INCUMBENT: RequestCounts(4000, 2000)}
     assert not evidence(Observations(LIVE, outage), "errors").broken
-    assert evidence(Observations(LIVE, {**outage, INCUMBENT: Answered(4000, 20)}), "errors").broken
+    assert evidence(Observations(LIVE, {**outage, INCUMBENT: RequestCounts(4000, 20)}), "errors").broken
 
 
 def test_failures_in_comparisons_count_for_a_shadow_that_answers_nobody() -> None:
-    shadow = Observations(LIVE, {LIVE: Answered(), INCUMBENT: Answered(900, 0)}, {"vlm": Compared(tried=40, failed=40)})
+    shadow = Observations(
+        LIVE, {LIVE: RequestCounts(), INCUMBENT: RequestCounts(900, 0)}, {"vlm": ComparisonCounts(tried=40, failed=40)}
+    )
     found = evidence(shadow, "errors")
     assert found.broken
     assert (found.bad, found.shown) == (40, "40 of 40 requests failed, 0 of 940 of release 6")
@@ -106,7 +108,7 @@ def test_each_look_spends_a_part_of_the_false_alarms() -> None:
 
 
 def test_the_evidence_says_what_was_counted() -> None:
-    seen = Observations(LIVE, {}, {"clip": Compared(inputs=40, agreed=2)})
+    seen = Observations(LIVE, {}, {"clip": ComparisonCounts(inputs=40, agreed=2)})
     found = evidence(seen, "agreement")
     assert found.detail() | {"chance": 0} == {
         "guardrail": "agreement", "family": "clip", "bad": 38, "of": 40, "allowed": 0.3, "chance": 0,
@@ -122,8 +124,10 @@ def sum_of_tail(bad: int, of: int, allowed: float) -> float:
 
 
 def test_processes_add_up_and_comparisons_of_another_release_do_not_count() -> None:
-    ours = Observations(LIVE, {LIVE: Answered(3, 1)}, {"clip": Compared(2, 1)})
-    late = Observations(INCUMBENT, {INCUMBENT: Answered(5, 0), LIVE: Answered(1, 0)}, {"clip": Compared(9, 9)})
+    ours = Observations(LIVE, {LIVE: RequestCounts(3, 1)}, {"clip": ComparisonCounts(2, 1)})
+    late = Observations(
+        INCUMBENT, {INCUMBENT: RequestCounts(5, 0), LIVE: RequestCounts(1, 0)}, {"clip": ComparisonCounts(9, 9)}
+    )
     total = together(LIVE, [ours, late, ours])
-    assert (total.requests[LIVE], total.requests[INCUMBENT]) == (Answered(7, 2), Answered(5, 0))
+    assert (total.requests[LIVE], total.requests[INCUMBENT]) == (RequestCounts(7, 2), RequestCounts(5, 0))
     assert (total.compared["clip"].inputs, total.compared["clip"].agreed) == (4, 2)

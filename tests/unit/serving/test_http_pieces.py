@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from serving.http.classify import probabilities
 from serving.http.errors import ApiError, from_validation
 from serving.http.image_loader import from_data_uri
-from serving.http.limits import Bounds
+from serving.http.limits import RequestLimits
 from serving.http.schemas import ClassifyRequest, EmbeddingsRequest
 from serving.ray.haproxy import close_binds
 
@@ -87,7 +87,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def client(peer: str = "127.0.0.1", loopback_only: bool = True, requests: int = 10) -> httpx.AsyncClient:
-    app = Bounds(echo, max_body_bytes=100, max_requests=requests, loopback_only=loopback_only)
+    app = RequestLimits(echo, max_body_bytes=100, max_requests=requests, loopback_only=loopback_only)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app, client=(peer, 1)), base_url="http://x")
 
 

@@ -14,29 +14,38 @@ import pytest
 
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
-from serving.http.app_state import Gateway
-from serving.http.image_loader import ImageIntake, fetcher_of
+from serving.http.app_state import AppState
+from serving.http.image_loader import ImageLoader, fetcher_of
 from tests.support.waiting import until
-from tests.support.web_server import Site, redirect, reply, site
-from tests.unit.serving.scripted_vlms import SETTINGS, ScriptedVlms, Visitor, about_image, app_of, client, gateway, png
+from tests.support.web_server import WebServer, redirect, reply, web_server
+from tests.unit.serving.scripted_vlms import (
+    SETTINGS,
+    ScriptedVlms,
+    Visitor,
+    about_image,
+    app_of,
+    app_state,
+    client,
+    png,
+)
 
 RED = png()
 
 
 @pytest.fixture
-def web() -> Iterator[Site]:
-    with site() as made:
+def web() -> Iterator[WebServer]:
+    with web_server() as made:
         made.pages["/red.png"] = reply(RED)
         yield made
 
 
-def fetching(web: Site, **more: Any) -> Serve:
+def fetching(web: WebServer, **more: Any) -> Serve:
     """Settings of a server that fetches from ``web``, called cdn.test."""
     settings = {"image_hosts": [f"cdn.test:{web.port}"], "image_networks": ["127.0.0.1/32"], "max_image_bytes": 32_768}
     return Serve(**{**SETTINGS.model_dump(), **settings, **more})
 
 
-def serving(settings: Serve) -> tuple[Gateway, ScriptedVlms]:
+def serving(settings: Serve) -> tuple[AppState, ScriptedVlms]:
     """A gateway whose fetcher finds every name on loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
@@ -46,19 +55,19 @@ def serving(settings: Serve) -> tuple[Gateway, ScriptedVlms]:
     fetcher = fetcher_of(settings)
     assert fetcher is not None
     fetcher.resolve = loopback
-    return replace(gateway(vlms, settings), intake=ImageIntake(Preprocess(size=16), settings, fetcher)), vlms
+    return replace(app_state(vlms, settings), image_loader=ImageLoader(Preprocess(size=16), settings, fetcher)), vlms
 
 
-async def chat(at: Gateway, address: str) -> httpx.Response:
+async def chat(at: AppState, address: str) -> httpx.Response:
     async with client(at) as http:
         return await http.post("/v1/chat/completions", json={"messages": about_image(image=address)})
 
 
-def address(web: Site, path: str = "/red.png") -> str:
+def address(web: WebServer, path: str = "/red.png") -> str:
     return f"http://cdn.test:{web.port}{path}"
 
 
-async def test_a_url_and_a_data_uri_of_one_image_are_the_same_to_the_model(web: Site) -> None:
+async def test_a_url_and_a_data_uri_of_one_image_are_the_same_to_the_model(web: WebServer) -> None:
     at, vlms = serving(fetching(web))
     async with client(at) as http:
         answers = [
@@ -71,14 +80,14 @@ async def test_a_url_and_a_data_uri_of_one_image_are_the_same_to_the_model(web: 
     assert all((picture == sent).all() for picture in fetched)
 
 
-async def test_nothing_is_fetched_unless_a_host_is_listed(web: Site) -> None:
+async def test_nothing_is_fetched_unless_a_host_is_listed(web: WebServer) -> None:
     for url in (address(web), "HTTP://169.254.169.254/latest", "https://example.org/a.png"):
-        answer = await chat(gateway(ScriptedVlms()), url)
+        answer = await chat(app_state(ScriptedVlms()), url)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "image_url_off")
     assert web.asked == []
 
 
-async def test_each_refusal_has_its_code_and_its_place(web: Site) -> None:
+async def test_each_refusal_has_its_code_and_its_place(web: WebServer) -> None:
     web.pages |= {
         "/moved": redirect("file:///etc/passwd"), "/gone": reply(status="404 Not Found"),
         "/large": web.endless(b"x" * 1000), "/page": reply(b"<html>", content_type="text/html"),
@@ -106,7 +115,7 @@ async def test_each_refusal_has_its_code_and_its_place(web: Site) -> None:
     assert vlms.asked == []
 
 
-async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: Site) -> None:
+async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: WebServer) -> None:
     at, _ = serving(fetching(web, max_body_bytes=1024, max_image_bytes=1024))
     web.pages["/red.png"] = reply(RED + b"\0" * 600)
     async with client(at) as http:
@@ -117,7 +126,7 @@ async def test_the_images_of_one_request_weigh_no_more_than_a_body(web: Site) ->
     assert one.status_code == 200
 
 
-async def test_the_deadline_of_the_request_ends_the_fetch(web: Site) -> None:
+async def test_the_deadline_of_the_request_ends_the_fetch(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
     at, _ = serving(fetching(web, deadline_seconds=0.2, image_seconds=60))
     answer = await chat(at, address(web, "/drip"))
@@ -125,7 +134,7 @@ async def test_the_deadline_of_the_request_ends_the_fetch(web: Site) -> None:
     assert await asyncio.to_thread(web.hung_up.wait, 10)
 
 
-async def test_nothing_is_fetched_for_a_client_that_has_gone(web: Site) -> None:
+async def test_nothing_is_fetched_for_a_client_that_has_gone(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
     at, vlms = serving(fetching(web, deadline_seconds=60, image_seconds=60))
     body = json.dumps({"messages": about_image(image=address(web, "/drip"))}).encode()
@@ -138,7 +147,7 @@ async def test_nothing_is_fetched_for_a_client_that_has_gone(web: Site) -> None:
     assert vlms.asked == []
 
 
-async def test_others_are_answered_while_a_slow_server_is_waited_for(web: Site) -> None:
+async def test_others_are_answered_while_a_slow_server_is_waited_for(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.01)
     at, _ = serving(fetching(web, deadline_seconds=60, image_seconds=60))
     slow = asyncio.create_task(chat(at, address(web, "/drip")))

@@ -12,14 +12,14 @@ import pytest
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.release_snapshot import Stamp
-from serving.releases.residency import Resident
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.residency import Residency
 from serving.releases.types import Outcome, Prepared
 from tests.support.waiting import until
 
 
 @dataclass
-class PlainFleet:
+class PlainBroadcast:
     """Two encoders that can serve everything but what is named in ``broken``."""
 
     broken: dict[str, str] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class PlainFleet:
             await self.gate.wait()
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
 
-    async def cover(self, stamp: Stamp, wait: bool) -> int:
+    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
         self.covered.append((stamp.image_space, wait))
         if stamp.image_space == self.stuck:
             await asyncio.Event().wait()
         return 7
 
-    async def announce(self, resident: Resident) -> int:
+    async def announce(self, resident: Residency) -> int:
         if self.deaf:
             raise ReleaseError("nobody answers")
         self.windows.append([stamp.release for stamp in resident.window])
@@ -70,7 +70,7 @@ class PlainFleet:
     async def in_flight(self) -> dict[int, int]:
         return dict(self.flight)
 
-    async def retire(self, resident: Resident) -> None:
+    async def retire(self, resident: Residency) -> None:
         self.kept.append([stamp.release for stamp in resident.window])
 
 
@@ -84,13 +84,13 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def fleet() -> PlainFleet:
-    return PlainFleet()
+def broadcast() -> PlainBroadcast:
+    return PlainBroadcast()
 
 
 @pytest.fixture
-async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
-    made = ReleaseProtocol(ledger, fleet, window=2)
+async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, broadcast, window=2)
     await made.start()
     return made
 
@@ -109,36 +109,38 @@ async def test_the_first_start_releases_the_base_alone(protocol: ReleaseProtocol
 
 async def test_a_restart_goes_on_with_what_is_live(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     await release(protocol, "a")
-    fleet = PlainFleet()
-    assert await ReleaseProtocol(ledger, fleet, window=2).start() is None
-    assert fleet.windows == [[2, 1]]
-    assert fleet.covered == [("i-a", False), ("i-None", False)]
+    broadcast = PlainBroadcast()
+    assert await ReleaseProtocol(ledger, broadcast, window=2).start() is None
+    assert broadcast.windows == [[2, 1]]
+    assert broadcast.covered == [("i-a", False), ("i-None", False)]
 
 
-async def test_a_release_waits_for_the_catalog_and_is_announced(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
+async def test_a_release_waits_for_the_catalog_and_is_announced(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
     made = await release(protocol, "a")
     assert (made.number, made.clip, made.acknowledged) == (2, "a", 3)
-    assert fleet.covered[-1] == ("i-a", True)
-    assert fleet.windows[-1] == [2, 1]
+    assert broadcast.covered[-1] == ("i-a", True)
+    assert broadcast.windows[-1] == [2, 1]
 
 
 async def test_what_cannot_be_served_leaves_the_live_release(
-    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
-    fleet.broken["b"] = "its file is damaged"
+    broadcast.broken["b"] = "its file is damaged"
     with pytest.raises(ReleaseError, match="its file is damaged"):
         await release(protocol, "b")
     assert ledger.live().number == 1  # type: ignore[union-attr]
     failed = ledger.proposals(1)[0]
     assert failed.state == "failed"
     assert "damaged" in (failed.error or "")
-    assert fleet.windows == [[1]]
+    assert broadcast.windows == [[1]]
 
 
 async def test_replicas_that_disagree_about_spaces_are_no_release(
-    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
-    fleet.spaces[(2, "a")] = "another"
+    broadcast.spaces[(2, "a")] = "another"
     with pytest.raises(ReleaseError, match="disagree"):
         await release(protocol, "a")
     assert ledger.live().number == 1  # type: ignore[union-attr]
@@ -154,13 +156,13 @@ async def test_of_two_releases_at_once_the_second_conflicts(protocol: ReleasePro
 
 
 async def test_another_process_that_commits_in_between_wins(
-    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
-    fleet.gate = asyncio.Event()
+    broadcast.gate = asyncio.Event()
     ours = asyncio.create_task(protocol.release({"clip": "a"}, actor="me", reason="slow", expected_live=1))
-    await until(lambda: "a" in fleet.prepared)
+    await until(lambda: "a" in broadcast.prepared)
     ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
-    fleet.gate.set()
+    broadcast.gate.set()
     with pytest.raises(ReleaseConflict):
         await ours
     assert ledger.live().clip == "b"  # type: ignore[union-attr]
@@ -168,25 +170,25 @@ async def test_another_process_that_commits_in_between_wins(
 
 
 async def test_rollback_takes_the_newest_other_adapter_and_does_not_wait_for_the_catalog(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, "a")
     await release(protocol, "b")
     back = await protocol.rollback(actor="me", reason="bad", expected_live=3)
     assert (back.number, back.clip, back.kind) == (4, "a", "rollback")
-    assert fleet.covered[-1] == ("i-a", False)
+    assert broadcast.covered[-1] == ("i-a", False)
     far = await protocol.rollback(actor="me", reason="worse", expected_live=4, to=1)
     assert far.clip is None
-    assert fleet.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
+    assert broadcast.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
 
 
 async def test_a_rollback_does_not_queue_behind_a_long_preparation(
-    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
     await release(protocol, "a")
-    fleet.stuck = "i-b"
+    broadcast.stuck = "i-b"
     slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=2))
-    await until(lambda: ("i-b", True) in fleet.covered)
+    await until(lambda: ("i-b", True) in broadcast.covered)
     back = await asyncio.wait_for(protocol.rollback(actor="me", reason="bad", expected_live=2), 5)
     assert (back.number, back.clip) == (3, None)
     with pytest.raises(ReleaseConflict, match="me rolled back while it was being prepared"):
@@ -196,18 +198,18 @@ async def test_a_rollback_does_not_queue_behind_a_long_preparation(
 
 
 async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
-    fleet.gate = asyncio.Event()
+    broadcast.gate = asyncio.Event()
     slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=1))
-    await until(lambda: "b" in fleet.prepared)
+    await until(lambda: "b" in broadcast.prepared)
     retiring = asyncio.create_task(protocol.retire())
     await asyncio.sleep(0.05)
-    assert fleet.kept == []
-    fleet.gate.set()
+    assert broadcast.kept == []
+    broadcast.gate.set()
     await slow
     await retiring
-    assert fleet.kept == [[2, 1]]
+    assert broadcast.kept == [[2, 1]]
 
 
 async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:
@@ -231,7 +233,7 @@ async def test_updates_wait_while_held_and_operators_do_not(protocol: ReleasePro
 async def test_a_proposal_left_in_preparing_is_taken_up(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     left = ledger.propose("update", clip="a", vlm=None, actor="updater", reason="passed")
     ledger.advance_proposal(left.id, "preparing")
-    again = ReleaseProtocol(ledger, PlainFleet(), window=2)
+    again = ReleaseProtocol(ledger, PlainBroadcast(), window=2)
     await again.start()
     taken = await again.step()
     assert taken is not None
@@ -240,22 +242,22 @@ async def test_a_proposal_left_in_preparing_is_taken_up(protocol: ReleaseProtoco
 
 
 async def test_a_committed_release_stands_when_nobody_acknowledges(
-    protocol: ReleaseProtocol, fleet: PlainFleet, ledger: Ledger
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
-    fleet.deaf = True
+    broadcast.deaf = True
     made = await release(protocol, "a")
     assert made.acknowledged == 0
     assert ledger.live().clip == "a"  # type: ignore[union-attr]
 
 
 async def test_a_release_is_retired_only_when_none_of_its_requests_is_in_flight(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, "a")
     await release(protocol, "b")
-    fleet.flight = {1: 1, 3: 5}
+    broadcast.flight = {1: 1, 3: 5}
     await protocol.retire(patience_seconds=0.2)
-    assert fleet.kept == []
-    fleet.flight = {2: 1, 3: 5}
+    assert broadcast.kept == []
+    broadcast.flight = {2: 1, 3: 5}
     await protocol.retire()
-    assert fleet.kept == [[3, 2]]
+    assert broadcast.kept == [[3, 2]]

@@ -13,7 +13,7 @@ from ops.ledger import Family, Ledger
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import Outcome
 from tests.support.waiting import until
-from tests.unit.serving.test_protocol import PlainFleet
+from tests.unit.serving.test_protocol import PlainBroadcast
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def fleet() -> PlainFleet:
-    return PlainFleet()
+def broadcast() -> PlainBroadcast:
+    return PlainBroadcast()
 
 
 @pytest.fixture
-async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
-    made = ReleaseProtocol(ledger, fleet, window=2)
+async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, broadcast, window=2)
     await made.start()
     return made
 
@@ -54,27 +54,27 @@ def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None]:
     return row.number, row.clip, row.vlm
 
 
-async def test_the_first_start_prepares_both_bases(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
-    assert (fleet.prepared, fleet.prepared_vlm) == ([None], [None])
+async def test_the_first_start_prepares_both_bases(protocol: ReleaseProtocol, broadcast: PlainBroadcast) -> None:
+    assert (broadcast.prepared, broadcast.prepared_vlm) == ([None], [None])
     assert protocol.ledger.proposals(1)[0].family == "both"
 
 
 async def test_a_release_of_one_keeps_the_other_and_does_not_prepare_it(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, clip="a")
     made = await release(protocol, vlm="v")
     assert (made.clip, made.vlm, made.family) == ("a", "v", "vlm")
-    assert fleet.prepared == [None, "a"]
-    assert fleet.prepared_vlm == [None, "v"]
+    assert broadcast.prepared == [None, "a"]
+    assert broadcast.prepared_vlm == [None, "v"]
 
 
 async def test_a_release_of_a_vlm_adapter_leaves_the_catalog_alone(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
-    before = list(fleet.covered)
+    before = list(broadcast.covered)
     await release(protocol, vlm="v")
-    assert fleet.covered == before
+    assert broadcast.covered == before
 
 
 async def test_both_can_be_released_at_once(protocol: ReleaseProtocol) -> None:
@@ -121,38 +121,38 @@ async def test_a_rollback_of_a_family_that_never_changed_says_so(protocol: Relea
 
 
 async def test_what_a_rollback_of_clip_goes_back_to_stays_indexed_behind_vlm_releases(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, clip="a")
     for name in ("v", "w", "x"):
         await release(protocol, vlm=name)
-    assert (fleet.windows[-1], fleet.indexed[-1]) == ([5, 4], [5, 4, 1])
+    assert (broadcast.windows[-1], broadcast.indexed[-1]) == ([5, 4], [5, 4, 1])
     await back(protocol, "clip")
     assert live(protocol) == (6, None, "x")
-    assert fleet.covered[-1] == ("i-None", False)  # its index is complete: nobody waits for it
+    assert broadcast.covered[-1] == ("i-None", False)  # its index is complete: nobody waits for it
 
 
 async def test_vlm_replicas_keep_what_a_rollback_goes_back_to_and_never_more_than_the_window(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, vlm="v")
     await release(protocol, vlm="w")
     await release(protocol, clip="a")
     await release(protocol, clip="b")
-    assert fleet.vlms[-1] == ("w", "v")
+    assert broadcast.vlms[-1] == ("w", "v")
     await release(protocol, vlm="x")
-    assert fleet.vlms[-1] == ("x", "w")
+    assert broadcast.vlms[-1] == ("x", "w")
 
 
 @pytest.mark.parametrize("broken", ["a", "v"])
 async def test_when_one_of_two_cannot_be_served_neither_goes_live(
-    protocol: ReleaseProtocol, fleet: PlainFleet, broken: str
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast, broken: str
 ) -> None:
-    fleet.broken[broken] = "its golden answers are not finite"
+    broadcast.broken[broken] = "its golden answers are not finite"
     with pytest.raises(ReleaseError, match=f"{broken} cannot be served: its golden answers"):
         await release(protocol, clip="a", vlm="v")
     assert live(protocol) == (1, None, None)
-    assert fleet.windows == [[1]]
+    assert broadcast.windows == [[1]]
 
 
 async def test_of_two_operators_of_different_families_the_second_conflicts(protocol: ReleaseProtocol) -> None:
@@ -166,28 +166,30 @@ async def test_of_two_operators_of_different_families_the_second_conflicts(proto
 
 
 async def test_an_update_waits_while_the_other_family_is_rolled_back(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, vlm="v")
-    fleet.stuck = "i-a"
+    broadcast.stuck = "i-a"
     proposal = protocol.ledger.propose("update", family="clip", clip="a", actor="updater", reason="passed")
     stepping = asyncio.create_task(protocol.step())
-    await until(lambda: ("i-a", True) in fleet.covered)
+    await until(lambda: ("i-a", True) in broadcast.covered)
     await asyncio.wait_for(back(protocol, "vlm"), 5)
     assert await stepping is None
     assert live(protocol) == (3, None, None)
     assert protocol.ledger.proposal(proposal.id).state == "pending"
-    fleet.stuck = ""
+    broadcast.stuck = ""
     await protocol.step()
     assert live(protocol) == (4, "a", None)
 
 
-async def test_an_update_judged_against_what_is_taken_back_fails(protocol: ReleaseProtocol, fleet: PlainFleet) -> None:
+async def test_an_update_judged_against_what_is_taken_back_fails(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
     await release(protocol, clip="a")
-    fleet.stuck = "i-b"
+    broadcast.stuck = "i-b"
     proposal = protocol.ledger.propose("update", family="clip", clip="b", actor="updater", reason="passed")
     stepping = asyncio.create_task(protocol.step())
-    await until(lambda: ("i-b", True) in fleet.covered)
+    await until(lambda: ("i-b", True) in broadcast.covered)
     await asyncio.wait_for(back(protocol, "clip"), 5)
     with pytest.raises(ReleaseConflict, match="me rolled back"):
         await stepping
@@ -195,12 +197,12 @@ async def test_an_update_judged_against_what_is_taken_back_fails(protocol: Relea
 
 
 async def test_without_vlm_replicas_only_clip_is_released(ledger: Ledger) -> None:
-    fleet = PlainFleet(has_vlm=False)
-    protocol = ReleaseProtocol(ledger, fleet, window=2)
+    broadcast = PlainBroadcast(has_vlm=False)
+    protocol = ReleaseProtocol(ledger, broadcast, window=2)
     await protocol.start()
     await release(protocol, clip="a")
     with pytest.raises(ReleaseError, match="no vision-language model is served"):
         await release(protocol, vlm="v")
     await back(protocol)
     assert live(protocol) == (3, None, None)
-    assert fleet.prepared_vlm == []
+    assert broadcast.prepared_vlm == []

@@ -13,16 +13,19 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.ledger import tables as t
 from ops.settings import Rollout
-from serving.releases.guard_target import watched
-from serving.releases.observations import Answered, Compared, Observations
+from serving.releases.guard_target import find_guard_target
+from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.residency import read_resident
-from serving.releases.rollout_controller import Keeper
+from serving.releases.residency import read_residency
+from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
-from tests.unit.serving.test_protocol import PlainFleet
+from tests.unit.serving.test_protocol import PlainBroadcast
 
 SETTINGS = Rollout(observe_seconds=60, min_comparisons=20)
-GOOD, BAD = Compared(inputs=40, agreed=39, timed=40, tried=40), Compared(inputs=40, agreed=2, timed=40, tried=40)
+GOOD, BAD = (
+    ComparisonCounts(inputs=40, agreed=39, timed=40, tried=40),
+    ComparisonCounts(inputs=40, agreed=2, timed=40, tried=40),
+)
 
 
 @pytest.fixture
@@ -35,13 +38,13 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-def fleet() -> PlainFleet:
-    return PlainFleet()
+def broadcast() -> PlainBroadcast:
+    return PlainBroadcast()
 
 
 @pytest.fixture
-async def protocol(ledger: Ledger, fleet: PlainFleet) -> ReleaseProtocol:
-    made = ReleaseProtocol(ledger, fleet, window=2, update_share=0.1)
+async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol:
+    made = ReleaseProtocol(ledger, broadcast, window=2, update_share=0.1)
     await made.start()
     return made
 
@@ -61,14 +64,14 @@ async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int 
     return await protocol.rollback(actor="me", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
 
 
-def keeper(protocol: ReleaseProtocol, **compared: Compared) -> Keeper:
+def rollout(protocol: ReleaseProtocol, **compared: ComparisonCounts) -> RolloutController:
     """A guard whose ingress saw this of the live release."""
 
     async def observe() -> list[Observations]:
         number = live(protocol)[0]
-        return [Observations(number, {number: Answered(50)}, dict(compared))]  # type: ignore[arg-type]
+        return [Observations(number, {number: RequestCounts(50)}, dict(compared))]  # type: ignore[arg-type]
 
-    return Keeper(protocol.ledger, protocol, SETTINGS, observe)
+    return RolloutController(protocol.ledger, protocol, SETTINGS, observe)
 
 
 def age(ledger: Ledger, seconds: float) -> None:
@@ -79,13 +82,13 @@ def age(ledger: Ledger, seconds: float) -> None:
 
 
 async def test_a_canary_leaves_the_stable_release_resident_whatever_the_window(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, clip="a")
     for share in (0.0, 0.1, 0.5):
         await release(protocol, share, clip="b")
-    assert fleet.windows[-1] == [5, 2]
-    rows = read_resident(protocol.ledger, 2)
+    assert broadcast.windows[-1] == [5, 2]
+    rows = read_residency(protocol.ledger, 2)
     assert [(row.number, row.share) for row in rows.answering] == [(5, 0.5), (2, 1.0)]
     assert rows.clips == ("b", "a")
 
@@ -93,9 +96,9 @@ async def test_a_canary_leaves_the_stable_release_resident_whatever_the_window(
 async def test_a_restart_during_a_canary_goes_on_with_both_sides(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     await release(protocol, clip="a")
     await release(protocol, 0.1, clip="b")
-    fleet = PlainFleet()
-    assert await ReleaseProtocol(ledger, fleet, window=2).start() is None
-    assert fleet.windows == [[3, 2]]
+    broadcast = PlainBroadcast()
+    assert await ReleaseProtocol(ledger, broadcast, window=2).start() is None
+    assert broadcast.windows == [[3, 2]]
 
 
 async def test_nothing_is_announced_when_one_side_of_a_canary_cannot_be_served(
@@ -104,19 +107,19 @@ async def test_nothing_is_announced_when_one_side_of_a_canary_cannot_be_served(
     await release(protocol, clip="a")
     await release(protocol, 0.1, clip="b")
     with pytest.raises(ReleaseError, match="a cannot be served: gone"):
-        await ReleaseProtocol(ledger, PlainFleet(broken={"a": "gone"}), window=2).start()
+        await ReleaseProtocol(ledger, PlainBroadcast(broken={"a": "gone"}), window=2).start()
 
 
 async def test_a_promotion_is_a_plain_release_of_the_same_adapters_without_preparation(
-    protocol: ReleaseProtocol, fleet: PlainFleet
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     await release(protocol, 0.1, clip="a", vlm="v")
-    prepared = (list(fleet.prepared), list(fleet.prepared_vlm))
+    prepared = (list(broadcast.prepared), list(broadcast.prepared_vlm))
     made = await protocol.promote(actor="me", reason="fine", expected_live=2)
     assert live(protocol) == (3, "a", "v", 1.0)
     assert (made.kind, made.share) == ("promotion", 1.0)
-    assert (fleet.prepared, fleet.prepared_vlm) == prepared
-    assert fleet.windows[-1] == [3, 1]
+    assert (broadcast.prepared, broadcast.prepared_vlm) == prepared
+    assert broadcast.windows[-1] == [3, 1]
     with pytest.raises(ReleaseError, match="nothing can be promoted"):
         await protocol.promote(actor="me", reason="again", expected_live=3)
 
@@ -186,7 +189,7 @@ async def test_an_update_that_makes_a_withdrawn_adapter_again_fails(protocol: Re
 async def test_the_guard_takes_a_bad_release_back_once_and_says_why(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     await release(protocol, clip="a", vlm="v")
     await release(protocol, clip="b")
-    guard = keeper(protocol, clip=BAD)
+    guard = rollout(protocol, clip=BAD)
     made = await guard.step()
     assert made is not None
     assert (made.kind, live(protocol)) == ("rollback", (4, "a", "v", 1.0))
@@ -207,13 +210,13 @@ async def test_the_guard_goes_back_to_the_stable_release_from_a_canary_also_whil
     await release(protocol, clip="a")
     await release(protocol, 0.1, clip="b")
     ledger.hold("me", "quiet")
-    assert (await keeper(protocol, clip=BAD).step()) is not None
+    assert (await rollout(protocol, clip=BAD).step()) is not None
     assert live(protocol) == (4, "a", None, 1.0)
 
 
 async def test_a_good_release_is_left_alone_and_its_status_shows_what_was_seen(protocol: ReleaseProtocol) -> None:
     await release(protocol, clip="a")
-    guard = keeper(protocol, clip=GOOD)
+    guard = rollout(protocol, clip=GOOD)
     assert await guard.step() is None
     told = guard.status()
     assert (told["state"], told["release"], told["incumbent"], told["kind"]) == ("guard", 2, 1, "release")
@@ -226,13 +229,13 @@ async def test_an_update_on_trial_is_promoted_when_it_was_watched_long_and_often
 ) -> None:
     ledger.propose("update", clip="a", actor="updater", reason="passed")
     await protocol.step()
-    assert await keeper(protocol, clip=GOOD).step() is None  # too early
+    assert await rollout(protocol, clip=GOOD).step() is None  # too early
     age(ledger, 61)
-    assert await keeper(protocol, clip=Compared(inputs=19, agreed=19)).step() is None  # too few
+    assert await rollout(protocol, clip=ComparisonCounts(inputs=19, agreed=19)).step() is None  # too few
     ledger.hold("me", "wait")
-    assert await keeper(protocol, clip=GOOD).step() is None
+    assert await rollout(protocol, clip=GOOD).step() is None
     ledger.resume("me", "go")
-    assert (await keeper(protocol, clip=GOOD).step()) is not None
+    assert (await rollout(protocol, clip=GOOD).step()) is not None
     assert live(protocol) == (3, "a", None, 1.0)
     assert "39 of 40 inputs agree" in ledger.live().reason  # type: ignore[union-attr]
 
@@ -240,23 +243,23 @@ async def test_an_update_on_trial_is_promoted_when_it_was_watched_long_and_often
 async def test_a_trial_of_an_operator_is_theirs_to_promote(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     await release(protocol, 0.1, clip="a")
     age(ledger, 10_000)
-    assert await keeper(protocol, clip=GOOD).step() is None
+    assert await rollout(protocol, clip=GOOD).step() is None
     assert live(protocol)[3] == 0.1
 
 
 async def test_what_is_watched_follows_from_the_ledger_alone(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     now = time.time()
-    assert watched(ledger, SETTINGS, now) is None  # the first release has no incumbent
+    assert find_guard_target(ledger, SETTINGS, now) is None  # the first release has no incumbent
     await release(protocol, clip="a")
-    found = watched(ledger, SETTINGS, now)
+    found = find_guard_target(ledger, SETTINGS, now)
     assert found is not None
     assert (found.release.number, found.incumbent.number) == (2, 1)
     assert (found.differs("clip"), found.differs("vlm")) == (True, False)
-    assert watched(ledger, SETTINGS, now + SETTINGS.guard_seconds + 5) is None
-    assert watched(ledger, SETTINGS.model_copy(update={"guard_seconds": 0.0}), time.time()) is None
+    assert find_guard_target(ledger, SETTINGS, now + SETTINGS.guard_seconds + 5) is None
+    assert find_guard_target(ledger, SETTINGS.model_copy(update={"guard_seconds": 0.0}), time.time()) is None
     await release(protocol, clip="a")  # the same again: there is nothing to take back
-    assert watched(ledger, SETTINGS, time.time()) is None
+    assert find_guard_target(ledger, SETTINGS, time.time()) is None
     await release(protocol, 0.1, clip="b")
-    assert watched(ledger, SETTINGS, now + 1e9) is not None  # a trial, for as long as it lasts
+    assert find_guard_target(ledger, SETTINGS, now + 1e9) is not None  # a trial, for as long as it lasts
     await back(protocol)
-    assert watched(ledger, SETTINGS, time.time()) is None
+    assert find_guard_target(ledger, SETTINGS, time.time()) is None

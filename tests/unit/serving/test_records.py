@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from serving.http import receipt_service as module
-from serving.http.receipt_service import RecordReceipts
+from serving.http.receipt_service import ReceiptService
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.unit.serving.auth_app import OPERATOR, Door, Keys, refusal
+from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 from tests.unit.serving.scripted_vlms import app_of
 
 A = "a" * 64
 
 
 @pytest.fixture
-def door(closed: Door) -> Door:
+def auth_app(closed: AuthApp) -> AuthApp:
     """A server over a store with a sample, a duplicate and a refusal."""
     base = {"topic": "t", "partition": 0, "ingested_at": datetime(2026, 1, 1, tzinfo=UTC)}
     rows = [
@@ -28,12 +28,12 @@ def door(closed: Door) -> Door:
         {**base, "kind": "quarantine", "offset": 2, "reason": "schema", "detail": "field x", "original_headers": "[]"},
     ]
     SampleStore(closed.settings.lake).put(rows, [Position("t", 0, 3)])
-    closed.app = app_of(replace(closed.gateway(), receipts=RecordReceipts(closed.settings)))
+    closed.app = app_of(replace(closed.app_state(), receipts=ReceiptService(closed.settings)))
     return closed
 
 
-async def test_a_position_has_a_receipt(door: Door, keys: Keys) -> None:
-    answer = await door.get("/v1/records/t/0/2", keys.of("publish"))
+async def test_a_position_has_a_receipt(auth_app: AuthApp, keys: Keys) -> None:
+    answer = await auth_app.get("/v1/records/t/0/2", keys.of("publish"))
     assert answer.status_code == 200
     assert answer.json() == {
         "object": "list",
@@ -44,30 +44,30 @@ async def test_a_position_has_a_receipt(door: Door, keys: Keys) -> None:
             }
         ],
     }  # fmt: skip
-    [stored] = (await door.get("/v1/records/t/0/0", OPERATOR)).json()["data"]
+    [stored] = (await auth_app.get("/v1/records/t/0/0", OPERATOR)).json()["data"]
     assert (stored["outcome"], stored["id"]) == ("stored", A)
 
 
-async def test_an_id_has_receipts_of_all_its_records(door: Door) -> None:
+async def test_an_id_has_receipts_of_all_its_records(auth_app: AuthApp) -> None:
     for text in (A, A[:8]):
-        listed = (await door.get(f"/v1/records?id={text}", OPERATOR)).json()["data"]
+        listed = (await auth_app.get(f"/v1/records?id={text}", OPERATOR)).json()["data"]
         assert [each["outcome"] for each in listed] == ["stored", "duplicate"]
-    refusal(await door.get(f"/v1/records?id={'f' * 64}", OPERATOR), 404, "record_not_found")
+    refusal(await auth_app.get(f"/v1/records?id={'f' * 64}", OPERATOR), 404, "record_not_found")
 
 
-async def test_what_has_not_been_read_yet_is_404(door: Door) -> None:
+async def test_what_has_not_been_read_yet_is_404(auth_app: AuthApp) -> None:
     for path in ("t/0/3", "t/7/0", "other/0/0", f"t/0/{2**62}"):
-        refused = await door.get(f"/v1/records/{path}", OPERATOR)
+        refused = await auth_app.get(f"/v1/records/{path}", OPERATOR)
         assert "not been read yet" in refusal(refused, 404, "not_read_yet")
 
 
-async def test_only_who_may_publish_or_operate_gets_receipts(door: Door, keys: Keys) -> None:
+async def test_only_who_may_publish_or_operate_gets_receipts(auth_app: AuthApp, keys: Keys) -> None:
     infer, publish, operate = keys.of("infer"), keys.of("publish"), keys.of("operate")
     for path in ("/v1/records/t/0/0", f"/v1/records?id={A}"):
-        refusal(await door.get(path), 401, "invalid_api_key")
-        refusal(await door.get(path, infer), 403, "insufficient_scope")
+        refusal(await auth_app.get(path), 401, "invalid_api_key")
+        refusal(await auth_app.get(path, infer), 403, "insufficient_scope")
         for key in (publish, operate):
-            assert (await door.get(path, key)).status_code == 200
+            assert (await auth_app.get(path, key)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -77,23 +77,23 @@ async def test_only_who_may_publish_or_operate_gets_receipts(door: Door, keys: K
         "?id=zzzzzzzz", "", f"?id={'a' * 65}",
     ],
 )  # fmt: skip
-async def test_what_is_no_position_and_no_id_is_400(door: Door, path: str) -> None:
-    assert (await door.get(f"/v1/records{path}", OPERATOR)).status_code == 400
+async def test_what_is_no_position_and_no_id_is_400(auth_app: AuthApp, path: str) -> None:
+    assert (await auth_app.get(f"/v1/records{path}", OPERATOR)).status_code == 400
 
 
-async def test_a_store_that_is_away_or_hangs_is_503(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    for file in Path(door.settings.lake).rglob("*.lance"):
+async def test_a_store_that_is_away_or_hangs_is_503(auth_app: AuthApp, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in Path(auth_app.settings.lake).rglob("*.lance"):
         if file.is_file():
             file.unlink()
-    refusal(await door.get("/v1/records/t/0/0", OPERATOR), 503, "store")
+    refusal(await auth_app.get("/v1/records/t/0/0", OPERATOR), 503, "store")
     monkeypatch.setattr(module, "SECONDS", 0.0)
-    refused = await door.get("/v1/records/t/0/0", OPERATOR)
+    refused = await auth_app.get("/v1/records/t/0/0", OPERATOR)
     assert "did not answer" in refusal(refused, 503, "store")
     assert refused.headers["retry-after"]
 
 
-async def test_the_schema_tells_what_a_receipt_is(door: Door) -> None:
-    schema = (await door.get("/openapi.json", OPERATOR)).json()
+async def test_the_schema_tells_what_a_receipt_is(auth_app: AuthApp) -> None:
+    schema = (await auth_app.get("/openapi.json", OPERATOR)).json()
     answer = schema["paths"]["/v1/records/{topic}/{partition}/{offset}"]["get"]["responses"]["200"]
     assert answer["content"]["application/json"]["schema"]["$ref"].endswith("/ReceiptList")
     outcomes = schema["components"]["schemas"]["ReceiptBody"]["properties"]["outcome"]["enum"]

@@ -10,11 +10,14 @@ from fastapi import Request
 from ops.access import OPERATOR, Principal
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.http.errors import ApiError, is_fault
-from serving.http.routing_key import caller_key
-from serving.releases.release_snapshot import Stamp
-from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client, gateway
+from serving.http.routing_key import routing_key
+from serving.releases.release_snapshot import ReleaseSnapshot
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, app_state, client
 
-CANARY = (Stamp(4, "clip-a", "i3", "t3", "vlm-c", share=0.3), Stamp(3, "clip-a", "i3", "t3", "vlm-b"))
+CANARY = (
+    ReleaseSnapshot(4, "clip-a", "i3", "t3", "vlm-c", share=0.3),
+    ReleaseSnapshot(3, "clip-a", "i3", "t3", "vlm-b"),
+)
 
 
 def request(caller: Principal | None = None, **headers: str) -> Request:
@@ -24,12 +27,12 @@ def request(caller: Principal | None = None, **headers: str) -> Request:
 
 def test_a_caller_is_its_api_key_else_what_it_says_of_itself_else_the_request() -> None:
     told = {"authorization": "Bearer secret", "x_ratchet_key": "mine", "x_request_id": "r1"}
-    assert caller_key(request(Principal("bot", frozenset(), key_id="0123abcd"), **told), "ann") == "0123abcd"
-    assert caller_key(request(OPERATOR, **told), "ann") == "mine"
+    assert routing_key(request(Principal("bot", frozenset(), key_id="0123abcd"), **told), "ann") == "0123abcd"
+    assert routing_key(request(OPERATOR, **told), "ann") == "mine"
     del told["x_ratchet_key"]
-    assert caller_key(request(OPERATOR, **told), "ann") == "ann"
-    assert caller_key(request(Principal("anonymous", frozenset(), "anonymous"), **told)) == "r1"
-    assert caller_key(request()) != caller_key(request())
+    assert routing_key(request(OPERATOR, **told), "ann") == "ann"
+    assert routing_key(request(Principal("anonymous", frozenset(), "anonymous"), **told)) == "r1"
+    assert routing_key(request()) != routing_key(request())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_faults_of_the_release_count_and_those_of_clients_and_load_do_not(error:
 async def test_every_request_is_counted_for_the_release_that_answered(
     stream: bool, failure: Exception | None, failed: int
 ) -> None:
-    at = gateway(ScriptedVlms(failure=failure, fails_at=1))
+    at = app_state(ScriptedVlms(failure=failure, fails_at=1))
     async with client(at) as http:
         await http.post("/v1/chat/completions", json={"messages": about_image(), "stream": stream})
     counted = at.admission.answered()[3]
@@ -60,7 +63,7 @@ async def test_every_request_is_counted_for_the_release_that_answered(
 
 
 async def test_openais_user_is_answered_by_one_side_and_the_header_says_which() -> None:
-    at = gateway(ScriptedVlms())
+    at = app_state(ScriptedVlms())
     at.admission.adopt(CANARY)
     seen: dict[str, set[str]] = {}
     async with client(at) as http:

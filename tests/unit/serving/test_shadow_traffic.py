@@ -14,13 +14,13 @@ import pytest
 
 from ops.ledger import ReleaseRow
 from ops.settings import Rollout
-from serving.engines.vlm.generation import Ask, Reply, question
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
-from serving.messages import Answer, Kind
-from serving.releases.guard_target import Watched
-from serving.releases.observations import Compared
-from serving.releases.release_snapshot import Stamp
-from serving.releases.shadow_traffic import ITEMS, WAITING, Comparer
+from serving.messages import EncodeResult, Kind
+from serving.releases.guard_target import GuardTarget
+from serving.releases.observations import ComparisonCounts
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.shadow_traffic import ITEMS, WAITING, ShadowTraffic
 from tests.support.waiting import until
 
 DIM = 16
@@ -31,8 +31,8 @@ def row(number: int, clip: str | None, vlm: str | None = None, share: float = 1.
     return ReleaseRow(number, clip, vlm, "me", "test", None, NOW, share)
 
 
-def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> Watched:
-    return Watched(row(number, clip, vlm), row(1, None), "release", until)
+def watch(clip: str | None = "new", vlm: str | None = None, until: float = math.inf, number: int = 2) -> GuardTarget:
+    return GuardTarget(row(number, clip, vlm), row(1, None), "release", until)
 
 
 class Models:
@@ -43,36 +43,38 @@ class Models:
         self.asked: list[tuple[str | None, int]] = []
         self.gate: asyncio.Event | None = None
 
-    async def encode(self, kind: Kind, payload: Any, adapter: str | None) -> Answer:
+    async def encode(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
         if self.gate is not None:
             await self.gate.wait()
         self.asked.append((adapter, len(payload)))
         if self.busy:
             raise RuntimeError("no replica")
         if adapter in self.gone:
-            return Answer(None, adapter, code="adapter", error="its file is damaged")
+            return EncodeResult(None, adapter, code="adapter", error="its file is damaged")
         rows = [hash((str(np.asarray(item).tobytes()), adapter if adapter in self.broken else "")) for item in payload]
         vectors = [np.random.default_rng(abs(seed)).standard_normal(DIM) for seed in rows]
-        return Answer(np.asarray(vectors, np.float32), adapter)
+        return EncodeResult(np.asarray(vectors, np.float32), adapter)
 
-    async def reply(self, ask: Ask, stamp: Stamp, deadline: float) -> Reply:
+    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
         self.asked.append((stamp.vlm, ask.max_tokens))
         if self.busy:
             raise QueueFull("full")
         if stamp.vlm in self.gone:
             raise AdapterUnservable("gone")
-        return Reply("noise" if stamp.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
+        return GenerationResult("noise" if stamp.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
 
-    async def score(self, ask: Ask, choices: Sequence[str], stamp: Stamp, deadline: float) -> list[float]:
+    async def score(
+        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+    ) -> list[float]:
         return [-20.0 if stamp.vlm in self.broken else -0.1 for _ in choices]
 
 
 @pytest.fixture
-async def comparer_of() -> AsyncIterator[Callable[[Models, Watched], Comparer]]:
+async def comparer_of() -> AsyncIterator[Callable[[Models, GuardTarget], ShadowTraffic]]:
     tasks: list[asyncio.Task[None]] = []
 
-    def make(models: Models, what: Watched, share: float = 1.0) -> Comparer:
-        made = Comparer(Rollout(compare_share=share), models.encode, models, 5.0)
+    def make(models: Models, what: GuardTarget, share: float = 1.0) -> ShadowTraffic:
+        made = ShadowTraffic(Rollout(compare_share=share), models.encode, models, 5.0)
         made.watch(what)
         tasks.append(asyncio.create_task(made.run()))
         return made
@@ -82,48 +84,48 @@ async def comparer_of() -> AsyncIterator[Callable[[Models, Watched], Comparer]]:
         task.cancel()
 
 
-def seen(comparer: Comparer, family: Any = "clip") -> Compared:
-    return comparer.observations({}).compared[family]
+def seen(shadow_traffic: ShadowTraffic, family: Any = "clip") -> ComparisonCounts:
+    return shadow_traffic.observations({}).compared[family]
 
 
-async def send_texts(comparer: Comparer, count: int) -> None:
+async def send_texts(shadow_traffic: ShadowTraffic, count: int) -> None:
     """As clients would: one after the other, no faster than they are compared."""
     for number in range(count):
-        before = seen(comparer).tried
-        comparer.clip("text", [f"text {number}"])
-        await until(lambda before=before: seen(comparer).tried > before)  # type: ignore[misc]
+        before = seen(shadow_traffic).tried
+        shadow_traffic.clip("text", [f"text {number}"])
+        await until(lambda before=before: seen(shadow_traffic).tried > before)  # type: ignore[misc]
 
 
 async def test_a_release_that_says_the_same_agrees_on_every_input(comparer_of: Any) -> None:
-    comparer = comparer_of(Models(), watch())
-    await send_texts(comparer, 10)
-    assert (seen(comparer).inputs, seen(comparer).agreed) == (10, 10)
-    assert comparer.observations({}).release == 2
+    shadow_traffic = comparer_of(Models(), watch())
+    await send_texts(shadow_traffic, 10)
+    assert (seen(shadow_traffic).inputs, seen(shadow_traffic).agreed) == (10, 10)
+    assert shadow_traffic.observations({}).release == 2
 
 
 async def test_a_broken_release_agrees_on_hardly_any(comparer_of: Any) -> None:
-    comparer = comparer_of(Models(broken=("new",)), watch())
-    await send_texts(comparer, 12)
-    assert seen(comparer).inputs == 12
-    assert seen(comparer).agreed <= 1
+    shadow_traffic = comparer_of(Models(broken=("new",)), watch())
+    await send_texts(shadow_traffic, 12)
+    assert seen(shadow_traffic).inputs == 12
+    assert seen(shadow_traffic).agreed <= 1
 
 
 async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None:
     models = Models()
-    comparer = comparer_of(models, watch())
-    await send_texts(comparer, 1)
+    shadow_traffic = comparer_of(models, watch())
+    await send_texts(shadow_traffic, 1)
     for _ in range(3):
-        comparer.clip("text", ["text 0"])
-    comparer.clip("text", ["another"])
-    await until(lambda: seen(comparer).inputs == 2)
+        shadow_traffic.clip("text", ["text 0"])
+    shadow_traffic.clip("text", ["another"])
+    await until(lambda: seen(shadow_traffic).inputs == 2)
     assert len([adapter for adapter, _ in models.asked if adapter == "new"]) == 3  # the fixed texts, and two inputs
 
 
 async def test_of_a_large_request_only_some_items_are_compared(comparer_of: Any) -> None:
     models = Models()
-    comparer = comparer_of(models, watch())
-    comparer.clip("image", np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8))
-    await until(lambda: seen(comparer).inputs == ITEMS)
+    shadow_traffic = comparer_of(models, watch())
+    shadow_traffic.clip("image", np.random.default_rng(0).integers(0, 255, (30, 8, 8, 3), np.uint8))
+    await until(lambda: seen(shadow_traffic).inputs == ITEMS)
     assert models.asked[-1][1] == ITEMS
 
 
@@ -141,44 +143,44 @@ async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away
 async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
     models = Models()
     models.gate = asyncio.Event()
-    comparer = comparer_of(models, watch())
+    shadow_traffic = comparer_of(models, watch())
     await asyncio.sleep(0)
     began = time.perf_counter()
     for number in range(1000):
-        comparer.clip("text", [f"text {number}"])
+        shadow_traffic.clip("text", [f"text {number}"])
     assert time.perf_counter() - began < 5.0
-    assert 1000 - WAITING - 1 <= seen(comparer).dropped <= 1000 - WAITING
+    assert 1000 - WAITING - 1 <= seen(shadow_traffic).dropped <= 1000 - WAITING
 
 
 async def test_a_family_that_the_release_leaves_alone_is_not_compared(comparer_of: Any) -> None:
     models = Models()
-    comparer = comparer_of(models, watch(clip=None, vlm="v"))
-    comparer.clip("text", ["x"])
-    comparer.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
-    await until(lambda: seen(comparer, "vlm").inputs == 1)
-    assert set(comparer.observations({}).compared) == {"vlm"}
+    shadow_traffic = comparer_of(models, watch(clip=None, vlm="v"))
+    shadow_traffic.clip("text", ["x"])
+    shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
+    await until(lambda: seen(shadow_traffic, "vlm").inputs == 1)
+    assert set(shadow_traffic.observations({}).compared) == {"vlm"}
     assert {adapter for adapter, _ in models.asked} == {"v", None}
 
 
 @pytest.mark.parametrize(("broken", "agreed"), [((), 3), (("v",), 0)])
 async def test_vlms_agree_by_their_greedy_answers(comparer_of: Any, broken: Sequence[str], agreed: int) -> None:
-    comparer = comparer_of(Models(broken=broken), watch(clip=None, vlm="v"))
+    shadow_traffic = comparer_of(Models(broken=broken), watch(clip=None, vlm="v"))
     for number in range(3):
-        comparer.vlm(question(np.full((4, 4, 3), number, np.uint8), "colour?", max_tokens=100))
-    await until(lambda: seen(comparer, "vlm").inputs == 3)
-    assert seen(comparer, "vlm").agreed == agreed
+        shadow_traffic.vlm(question(np.full((4, 4, 3), number, np.uint8), "colour?", max_tokens=100))
+    await until(lambda: seen(shadow_traffic, "vlm").inputs == 3)
+    assert seen(shadow_traffic, "vlm").agreed == agreed
 
 
 async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watch_ends_it(comparer_of: Any) -> None:
-    comparer = comparer_of(Models(), watch())
-    await send_texts(comparer, 3)
-    comparer.watch(watch())
-    assert seen(comparer).inputs == 3
-    comparer.watch(watch(clip="newer", number=3, until=time.time() - 1))
-    assert seen(comparer).inputs == 0
-    comparer.clip("text", ["too late"])
-    assert not comparer.watching
-    assert comparer.observations({}).release == 0
+    shadow_traffic = comparer_of(Models(), watch())
+    await send_texts(shadow_traffic, 3)
+    shadow_traffic.watch(watch())
+    assert seen(shadow_traffic).inputs == 3
+    shadow_traffic.watch(watch(clip="newer", number=3, until=time.time() - 1))
+    assert seen(shadow_traffic).inputs == 0
+    shadow_traffic.clip("text", ["too late"])
+    assert not shadow_traffic.watching
+    assert shadow_traffic.observations({}).release == 0
 
 
 async def test_only_a_share_of_the_requests_is_compared(comparer_of: Any) -> None:

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.engines.vlm.generation import Ask, Message, Piece, Reply
+from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
-from serving.releases.release_snapshot import Stamp
+from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.vlm_calls import PROBE, VlmCalls
 from tests.support.waiting import until
 
-ASK = Ask((Message("user", ("is it?",)),))
-STAMP = Stamp(3, None, "i", "t", "vlm-a")
-REPLY = Reply("yes", (1,), (-0.1,), 5, "stop")
-ONE, LAST = Piece("y", (1,), (-0.1,), 5, 1), Piece("es", (2,), (-0.1,), 5, 2, "stop")
+ASK = GenerationRequest((Message("user", ("is it?",)),))
+STAMP = ReleaseSnapshot(3, None, "i", "t", "vlm-a")
+REPLY = GenerationResult("yes", (1,), (-0.1,), 5, "stop")
+ONE, LAST = TokenChunk("y", (1,), (-0.1,), 5, 1), TokenChunk("es", (2,), (-0.1,), 5, 2, "stop")
 
 
 class Response:

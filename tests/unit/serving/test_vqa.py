@@ -16,13 +16,13 @@ from serving.engines.vlm.generation import Message
 from serving.errors import QueueFull
 from serving.http.errors import ApiError
 from serving.http.vqa import normalised
-from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, client, gateway, png, uri
+from tests.unit.serving.scripted_vlms import ScriptedVlms, Visitor, app_of, app_state, client, png, uri
 
 URL = "/v1/vqa"
 
 
 async def ask(vlms: ScriptedVlms | None, **sent: Any) -> httpx.Response:
-    async with client(gateway(vlms)) as http:
+    async with client(app_state(vlms)) as http:
         return await http.post(URL, **sent)
 
 
@@ -102,7 +102,7 @@ async def test_failures_are_errors_of_the_api() -> None:
 
 async def test_a_client_that_hangs_up_is_not_computed_for() -> None:
     vlms = ScriptedVlms(hangs_at=0)
-    at = gateway(vlms)
+    at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps({"image": uri(), "question": "what?"}).encode())
     task = visitor.start()
     await vlms.waiting.wait()

@@ -16,7 +16,7 @@ import trustme
 
 from ops.errors import RecordError
 from streams.fetching import MAX_REDIRECTS, ByteBudget, Fetcher, Rules
-from tests.support.web_server import Site, redirect, reply, site
+from tests.support.web_server import WebServer, redirect, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4
 MAX = 4096
@@ -38,28 +38,28 @@ class Names:
 
 
 @pytest.fixture
-def web() -> Iterator[Site]:
-    with site() as made:
+def web() -> Iterator[WebServer]:
+    with web_server() as made:
         made.pages["/a.png"] = reply(PICTURE)
         yield made
 
 
 @pytest.fixture
-def inside(web: Site) -> Iterator[Site]:
+def inside(web: WebServer) -> Iterator[WebServer]:
     """A server on the same port of an address that is not allowed."""
-    with site("127.0.0.2", web.port) as made:
+    with web_server("127.0.0.2", web.port) as made:
         made.pages["/a.png"] = made.pages["/secret"] = reply(b"secret")
         yield made
 
 
-def fetcher(web: Site, names: Names | None = None, places: Sequence[str] = (), **options: Any) -> Fetcher:
+def fetcher(web: WebServer, names: Names | None = None, places: Sequence[str] = (), **options: Any) -> Fetcher:
     found = names or Names(cdn_test=[["127.0.0.1"]])
     trust = options.pop("trust", None)
     rules = {"networks": ["127.0.0.1/32"], "max_bytes": MAX, "seconds": LONG} | options
     return Fetcher(Rules(places or [f"*:{web.port}"], **rules), found, trust)
 
 
-def url(web: Site, path: str = "/a.png", host: str = "cdn.test", scheme: str = "http") -> str:
+def url(web: WebServer, path: str = "/a.png", host: str = "cdn.test", scheme: str = "http") -> str:
     return f"{scheme}://{host}:{web.port}{path}"
 
 
@@ -69,7 +69,7 @@ async def refusal(made: Fetcher, address: str) -> str:
     return f"{caught.value.reason}: {caught.value.message}"
 
 
-async def test_an_image_comes_from_the_pinned_address_under_its_own_name(web: Site) -> None:
+async def test_an_image_comes_from_the_pinned_address_under_its_own_name(web: WebServer) -> None:
     assert await fetcher(web).fetch(url(web, "/a.png?size=9#top")) == PICTURE
     (asked,) = web.asked
     assert asked.startswith("GET /a.png?size=9 HTTP/1.1\r\n")
@@ -78,7 +78,7 @@ async def test_an_image_comes_from_the_pinned_address_under_its_own_name(web: Si
 
 
 @pytest.mark.parametrize("kind", ["image/webp", "image/png; charset=x", "application/octet-stream", None])
-async def test_types_of_images_and_none_are_taken(web: Site, kind: str | None) -> None:
+async def test_types_of_images_and_none_are_taken(web: WebServer, kind: str | None) -> None:
     web.pages["/typed"] = reply(PICTURE, content_type=kind)
     web.pages["/chunked"] = reply(
         b"5\r\n" + PICTURE[:5] + b"\r\n0\r\n\r\n", content_type=kind, content_length=None, transfer_encoding="chunked"
@@ -89,12 +89,12 @@ async def test_types_of_images_and_none_are_taken(web: Site, kind: str | None) -
     assert await fetcher(web).fetch(url(web, "/unlimited")) == PICTURE
 
 
-async def test_a_redirect_is_followed_within_the_list(web: Site) -> None:
+async def test_a_redirect_is_followed_within_the_list(web: WebServer) -> None:
     web.pages |= {"/moved": redirect("/b/../a.png"), "/far": redirect(url(web, "/moved"), "308 Permanent Redirect")}
     assert await fetcher(web).fetch(url(web, "/far")) == PICTURE
 
 
-async def test_a_name_with_an_address_inside_is_not_connected_to(web: Site, inside: Site) -> None:
+async def test_a_name_with_an_address_inside_is_not_connected_to(web: WebServer, inside: WebServer) -> None:
     for addresses in (["127.0.0.2"], ["127.0.0.1", "127.0.0.2"], ["::ffff:127.0.0.1"], ["10.0.0.1"]):
         told = await refusal(fetcher(web, Names(cdn_test=[addresses])), url(web))
         assert told == "uri_not_allowed: cdn.test has an address that is not public."  # and not which one
@@ -104,7 +104,7 @@ async def test_a_name_with_an_address_inside_is_not_connected_to(web: Site, insi
     assert web.asked == inside.asked == []
 
 
-async def test_a_redirect_to_an_address_inside_is_refused(web: Site, inside: Site) -> None:
+async def test_a_redirect_to_an_address_inside_is_refused(web: WebServer, inside: WebServer) -> None:
     names = {"cdn_test": [["127.0.0.1"]], "inner_test": [["127.0.0.2"]], "127_0_0_2": [["127.0.0.2"]]}
     for to in (url(inside, "/secret", "inner.test"), url(inside, "/secret", "127.0.0.2")):
         web.pages["/moved"] = redirect(to)
@@ -112,20 +112,20 @@ async def test_a_redirect_to_an_address_inside_is_refused(web: Site, inside: Sit
     assert inside.asked == []
 
 
-async def test_dns_that_changes_after_the_check_changes_nothing(web: Site, inside: Site) -> None:
+async def test_dns_that_changes_after_the_check_changes_nothing(web: WebServer, inside: WebServer) -> None:
     names = Names(cdn_test=[["127.0.0.1"], ["127.0.0.2"]])
     assert await fetcher(web, names).fetch(url(web)) == PICTURE
     assert (names.asked, len(web.asked), inside.asked) == (["cdn.test"], 1, [])
 
 
-async def test_dns_that_changes_between_hops_is_checked_again(web: Site, inside: Site) -> None:
+async def test_dns_that_changes_between_hops_is_checked_again(web: WebServer, inside: WebServer) -> None:
     web.pages["/moved"] = redirect("/secret")
     names = Names(cdn_test=[["127.0.0.1"], ["127.0.0.2"]])
     assert "not public" in await refusal(fetcher(web, names), url(web, "/moved"))
     assert (len(web.asked), inside.asked) == (1, [])
 
 
-async def test_the_systems_resolver_is_asked_by_default(web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_systems_resolver_is_asked_by_default(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     real = socket.getaddrinfo
 
@@ -139,12 +139,12 @@ async def test_the_systems_resolver_is_asked_by_default(web: Site, monkeypatch: 
     assert seen.count("cdn.test") == 1
 
 
-async def test_the_second_address_of_a_name_has_its_turn(web: Site) -> None:
+async def test_the_second_address_of_a_name_has_its_turn(web: WebServer) -> None:
     names = Names(cdn_test=[["127.0.0.3", "127.0.0.1"]])
     assert await fetcher(web, names, networks=["127.0.0.0/8"]).fetch(url(web)) == PICTURE
 
 
-async def test_redirects_in_a_circle_end(web: Site) -> None:
+async def test_redirects_in_a_circle_end(web: WebServer) -> None:
     web.pages["/circle"] = redirect("/circle")
     assert "redirected more than" in await refusal(fetcher(web), url(web, "/circle"))
     assert len(web.asked) == MAX_REDIRECTS + 1
@@ -155,7 +155,7 @@ async def test_redirects_in_a_circle_end(web: Site) -> None:
     ["file:///etc/passwd", "http://other.test/a.png", "ftp://cdn.test/a.png", "data:image/png;base64,AAAA",
      "//evil.test/", "http://user:secret@cdn.test/a.png", "http://[::1", "javascript:alert(1)", "http://cdn.test:99999/"],
 )  # fmt: skip
-async def test_a_redirect_out_of_the_list_is_refused(web: Site, to: str) -> None:
+async def test_a_redirect_out_of_the_list_is_refused(web: WebServer, to: str) -> None:
     web.pages["/moved"] = redirect(to)
     told = await refusal(fetcher(web, places=[f"cdn.test:{web.port}"]), url(web, "/moved"))
     assert told.startswith("uri_not_allowed")
@@ -170,14 +170,14 @@ async def test_a_redirect_out_of_the_list_is_refused(web: Site, to: str) -> None
      "http://cdn.test:{port}\\@evil.test/", "http://cdn.test:no/", "http://cdn.test.:{port}/a.png", "http:///a.png",
      "http://cdn.test:{port}/a\r\nx: y"],
 )  # fmt: skip
-async def test_addresses_out_of_the_list_are_not_even_looked_up(web: Site, address: str) -> None:
+async def test_addresses_out_of_the_list_are_not_even_looked_up(web: WebServer, address: str) -> None:
     names = Names(cdn_test=[["127.0.0.1"]])
     told = await refusal(fetcher(web, names, [f"cdn.test:{web.port}"]), address.format(port=web.port))
     assert told.startswith("uri_not_allowed")
     assert names.asked == web.asked == []
 
 
-async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: Site) -> None:
+async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: WebServer) -> None:
     web.pages["/endless"] = web.endless(b"x" * 1000)
     head = reply(content_length=None, transfer_encoding="chunked")
     web.pages["/chunks"] = web.endless(b"3e8\r\n" + b"x" * 1000 + b"\r\n", head=head)
@@ -187,12 +187,12 @@ async def test_an_endless_body_is_cut_at_the_byte_that_is_too_many(web: Site) ->
         assert web.hung_up.wait(LONG)
 
 
-async def test_a_declared_size_over_the_bound_is_not_read(web: Site) -> None:
+async def test_a_declared_size_over_the_bound_is_not_read(web: WebServer) -> None:
     web.pages["/large"] = web.endless(b"x", 0.01, reply(content_length=str(MAX + 1)))
     assert (await refusal(fetcher(web), url(web, "/large"))).startswith("image_too_large")
 
 
-async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: Site) -> None:
+async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: WebServer) -> None:
     web.pages["/drip"] = web.endless(b"x", 0.05)
     web.pages["/head"] = web.endless(b"x", 0.05, b"HTTP/1.1 200 OK\r\nx: ")
     web.pages["/silent"] = lambda wire: wire.recv(1)  # type: ignore[assignment,return-value]
@@ -203,7 +203,7 @@ async def test_a_slow_body_a_slow_head_and_silence_end_with_the_time(web: Site) 
     assert time.monotonic() - began < LONG
 
 
-async def test_a_wrong_length_is_refused(web: Site) -> None:
+async def test_a_wrong_length_is_refused(web: WebServer) -> None:
     web.pages["/short"] = reply(PICTURE, content_length=str(len(PICTURE) + 1))
     web.pages["/long"] = reply(PICTURE, content_length=str(len(PICTURE) - 1))
     web.pages["/no"] = reply(PICTURE, content_length="-5")
@@ -213,14 +213,14 @@ async def test_a_wrong_length_is_refused(web: Site) -> None:
         assert (await refusal(fetcher(web), url(web, path))).startswith("uri_unreachable"), path
 
 
-async def test_a_compressed_body_is_refused_unread(web: Site) -> None:
+async def test_a_compressed_body_is_refused_unread(web: WebServer) -> None:
     bomb = gzip.compress(b"\0" * (1 << 20))
     for coding in ("gzip", "br", "identity, gzip"):
         web.pages["/bomb"] = reply(bomb, content_encoding=coding)
         assert "compressed" in await refusal(fetcher(web), url(web, "/bomb"))
 
 
-async def test_a_page_is_no_image(web: Site) -> None:
+async def test_a_page_is_no_image(web: WebServer) -> None:
     web.pages["/page"] = reply(PICTURE, content_type="text/html; charset=utf-8")
     assert (await refusal(fetcher(web), url(web, "/page"))).startswith("image_format")
 
@@ -228,7 +228,7 @@ async def test_a_page_is_no_image(web: Site) -> None:
 @pytest.mark.parametrize(
     "status", ["404 Not Found", "500 Internal Server Error", "204 No Content", "304 Not Modified", "302 x"]
 )
-async def test_an_answer_without_an_image_is_named_by_its_status(web: Site, status: str) -> None:
+async def test_an_answer_without_an_image_is_named_by_its_status(web: WebServer, status: str) -> None:
     web.pages["/a"] = reply(status=status)
     assert f"answers {status[:3]}" in await refusal(fetcher(web), url(web, "/a"))
 
@@ -236,18 +236,18 @@ async def test_an_answer_without_an_image_is_named_by_its_status(web: Site, stat
 @pytest.mark.parametrize(
     "raw", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 50_000, b"\0" * 200]
 )
-async def test_what_is_not_http_is_refused(web: Site, raw: bytes) -> None:
+async def test_what_is_not_http_is_refused(web: WebServer, raw: bytes) -> None:
     web.pages["/raw"] = raw
     assert (await refusal(fetcher(web), url(web, "/raw"))).startswith("uri_unreachable")
 
 
 async def test_a_port_where_nobody_listens_is_unreachable() -> None:
-    with site() as gone:
+    with web_server() as gone:
         pass
     assert (await refusal(fetcher(gone), url(gone))).startswith("uri_unreachable")
 
 
-async def test_a_name_that_is_not_there_is_unreachable(web: Site) -> None:
+async def test_a_name_that_is_not_there_is_unreachable(web: WebServer) -> None:
     async def nowhere(host: str, port: int) -> list[str]:
         raise socket.gaierror(-2, "Name or service not known")
 
@@ -256,13 +256,13 @@ async def test_a_name_that_is_not_there_is_unreachable(web: Site) -> None:
     assert (await refusal(made, url(web))).startswith("uri_unreachable")
 
 
-async def test_a_proxy_in_the_environment_is_not_used(web: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_proxy_in_the_environment_is_not_used(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert await fetcher(web).fetch(url(web)) == PICTURE
 
 
-async def test_several_images_spend_from_one_purse(web: Site) -> None:
+async def test_several_images_spend_from_one_purse(web: WebServer) -> None:
     budget = ByteBudget(2 * len(PICTURE))
     made = fetcher(web)
     assert [await made.fetch(url(web), budget) for _ in range(2)] == [PICTURE, PICTURE]
@@ -270,7 +270,7 @@ async def test_several_images_spend_from_one_purse(web: Site) -> None:
         await made.fetch(url(web), budget)
 
 
-async def test_only_so_many_are_fetched_at_once(web: Site) -> None:
+async def test_only_so_many_are_fetched_at_once(web: WebServer) -> None:
     pair, lock, now, most = threading.Barrier(2), threading.Lock(), 0, 0
 
     def together(wire: socket.socket) -> None:
@@ -311,7 +311,7 @@ async def test_over_tls_name_and_certificate_stay_with_the_host(authority: trust
     names: list[str | None] = []
     context = secure(authority, "cdn.test")
     context.sni_callback = lambda wire, name, given: names.append(name)  # type: ignore[assignment]
-    with site(tls=context) as web:
+    with web_server(tls=context) as web:
         web.pages["/a.png"] = reply(PICTURE)
         web.pages["/long"] = reply(PICTURE, content_length="7")
         made = fetcher(web, trust=trust)
@@ -322,7 +322,7 @@ async def test_over_tls_name_and_certificate_stay_with_the_host(authority: trust
 
 async def test_a_certificate_of_another_name_or_nobody_is_refused(authority: trustme.CA, trust: ssl.SSLContext) -> None:
     for issuer, name in ((authority, "other.test"), (trustme.CA(), "cdn.test")):
-        with site(tls=secure(issuer, name)) as web:
+        with web_server(tls=secure(issuer, name)) as web:
             web.pages["/a.png"] = reply(PICTURE)
             told = await refusal(fetcher(web, trust=trust), url(web, scheme="https"))
             assert told.startswith("uri_unreachable")
@@ -330,9 +330,9 @@ async def test_a_certificate_of_another_name_or_nobody_is_refused(authority: tru
 
 
 async def test_a_redirect_from_https_to_http_is_refused(
-    web: Site, authority: trustme.CA, trust: ssl.SSLContext
+    web: WebServer, authority: trustme.CA, trust: ssl.SSLContext
 ) -> None:
-    with site(tls=secure(authority, "cdn.test")) as safe:
+    with web_server(tls=secure(authority, "cdn.test")) as safe:
         safe.pages["/moved"] = redirect(url(web))
         made = fetcher(safe, places=[f"cdn.test:{safe.port}", f"cdn.test:{web.port}"], trust=trust)
         assert "redirects from https to http" in await refusal(made, url(safe, "/moved", scheme="https"))

@@ -16,7 +16,7 @@ from ops.errors import RecordError
 from ops.settings import Ingest
 from streams import fetch_retries
 from streams.uris import UriFetcher
-from tests.support.web_server import Answer, Site, reply, site
+from tests.support.web_server import Answer, WebServer, reply, web_server
 
 PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 DIGEST = "sha256:" + hashlib.sha256(PICTURE).hexdigest()
@@ -30,8 +30,8 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def web() -> Iterator[Site]:
-    with site() as running:
+def web() -> Iterator[WebServer]:
+    with web_server() as running:
         running.pages["/a.png"] = reply(PICTURE)
         yield running
 
@@ -41,7 +41,7 @@ def make() -> Iterator[Make]:
     """Makes fetchers that may fetch from this machine, and closes them."""
     fetchers: list[UriFetcher] = []
 
-    def build(*sites: Site, **limits: Any) -> UriFetcher:
+    def build(*sites: WebServer, **limits: Any) -> UriFetcher:
         allowed = [url(each, "/") for each in sites]
         fetchers.append(UriFetcher(Ingest(allowed_uris=allowed, allowed_networks=["127.0.0.0/8"], **limits)))
         return fetchers[-1]
@@ -51,7 +51,7 @@ def make() -> Iterator[Make]:
         fetcher.close()
 
 
-def url(web: Site, path: str = "/a.png") -> str:
+def url(web: WebServer, path: str = "/a.png") -> str:
     return f"http://{web.host}:{web.port}{path}"
 
 
@@ -87,7 +87,7 @@ def silent_until(event: threading.Event, arrived: threading.Event | None = None)
     return wait_for_it
 
 
-def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: Site, make: Make) -> None:
+def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: WebServer, make: Make) -> None:
     lock, now, most = threading.Lock(), 0, 0
     threads: set[str] = set()
     few, many = threading.Barrier(8), threading.Barrier(32)
@@ -114,9 +114,9 @@ def test_as_many_as_the_setting_says_are_in_flight_from_one_thread_each(web: Sit
     assert (most, threads) == (32, {"uris"})
 
 
-def test_a_host_that_does_not_answer_holds_up_no_other(web: Site, make: Make) -> None:
+def test_a_host_that_does_not_answer_holds_up_no_other(web: WebServer, make: Make) -> None:
     release = threading.Event()
-    with site("127.0.0.2") as silent:
+    with web_server("127.0.0.2") as silent:
         silent.pages["/a.png"] = silent_until(release)
         fetcher = make(web, silent, uri_concurrency=8)
         stuck = [fetcher.submit(url(silent)) for _ in range(40)]
@@ -134,7 +134,7 @@ def test_a_host_that_does_not_answer_holds_up_no_other(web: Site, make: Make) ->
     [*(reply(status=f"{code} x", retry_after="0") for code in (408, 425, 429, 500, 502, 503, 504, 599)), hang_up,
      reply(PICTURE, content_length="5000")],
 )  # fmt: skip
-def test_what_may_pass_is_tried_again(web: Site, make: Make, failure: Answer) -> None:
+def test_what_may_pass_is_tried_again(web: WebServer, make: Make, failure: Answer) -> None:
     web.pages["/b.png"] = first(failure, failure, reply(PICTURE))
     assert make(web).fetch(url(web, "/b.png")) == PICTURE
     assert len(web.asked) == 3
@@ -145,25 +145,25 @@ def test_what_may_pass_is_tried_again(web: Site, make: Make, failure: Answer) ->
     [reply(status="404 x"), reply(status="403 x"), reply(b"<html>", content_type="text/html"), b"SSH-2.0-x\r\n\r\n",
      reply(PICTURE, content_encoding="gzip"), reply(b"x" * 2000)],
 )  # fmt: skip
-def test_what_stays_is_tried_once(web: Site, make: Make, answer: bytes) -> None:
+def test_what_stays_is_tried_once(web: WebServer, make: Make, answer: bytes) -> None:
     web.pages["/b.png"] = answer
     refusal(make(web, max_image_bytes=1024), url(web, "/b.png"))
     assert len(web.asked) == 1
 
 
-def test_the_number_of_tries_is_bounded_and_told(web: Site, make: Make) -> None:
+def test_the_number_of_tries_is_bounded_and_told(web: WebServer, make: Make) -> None:
     web.pages["/b.png"] = reply(status="503 x")
     error = refusal(make(web, uri_retries=2), url(web, "/b.png"))
     assert (error.reason, len(web.asked)) == ("uri_unreachable", 3)
     assert "answers 503. Tries: 3." in error.message
 
 
-def test_a_wait_longer_than_the_deadline_is_not_begun(web: Site, make: Make) -> None:
+def test_a_wait_longer_than_the_deadline_is_not_begun(web: WebServer, make: Make) -> None:
     web.pages["/b.png"] = reply(status="429 x", retry_after="3600")
     assert "Tries: 1" in refusal(make(web), url(web, "/b.png")).message
 
 
-def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: Site, make: Make) -> None:
+def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: WebServer, make: Make) -> None:
     silence = threading.Event()
     web.pages["/late"] = first(silent_until(silence), reply(PICTURE))
     web.pages["/never"] = silent_until(silence)
@@ -174,19 +174,19 @@ def test_a_server_that_stalls_is_tried_again_within_the_deadline(web: Site, make
     silence.set()
 
 
-def test_bytes_are_compared_with_their_digest(web: Site, make: Make) -> None:
+def test_bytes_are_compared_with_their_digest(web: WebServer, make: Make) -> None:
     fetcher = make(web)
     assert fetcher.fetch(url(web), DIGEST) == fetcher.fetch(url(web), DIGEST.upper().replace("SHA", "sha")) == PICTURE
     assert refusal(fetcher, url(web), "sha256:" + "0" * 64).reason == "uri_digest"
 
 
-def test_a_malformed_digest_is_refused_before_anything_is_fetched(web: Site, make: Make) -> None:
+def test_a_malformed_digest_is_refused_before_anything_is_fetched(web: WebServer, make: Make) -> None:
     for digest in ("", "sha256:", "md5:" + "0" * 32, DIGEST[:-1], DIGEST.replace(":", "-"), DIGEST + "\n"):
         assert refusal(make(web), url(web), digest).reason == "schema"
     assert web.asked == []
 
 
-def test_closing_cancels_what_waits_and_says_nothing_about_the_record(web: Site, make: Make) -> None:
+def test_closing_cancels_what_waits_and_says_nothing_about_the_record(web: WebServer, make: Make) -> None:
     arrived, release = threading.Event(), threading.Event()
     web.pages["/slow"] = silent_until(release, arrived)
     fetcher = make(web)
@@ -204,7 +204,7 @@ def test_closing_cancels_what_waits_and_says_nothing_about_the_record(web: Site,
         fetcher.fetch(url(web))
 
 
-def test_without_a_list_nothing_is_fetched_and_no_thread_is_started(web: Site) -> None:
+def test_without_a_list_nothing_is_fetched_and_no_thread_is_started(web: WebServer) -> None:
     fetcher = UriFetcher(Ingest())
     for uri in (url(web), "s3://bucket/a.png", "gs://bucket/a.png", "file:///etc/passwd", "data:,x", ""):
         assert refusal(fetcher, uri).reason == "uri_not_allowed"

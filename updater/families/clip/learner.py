@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from serving.engines.base import ClipBase
-from serving.engines.conv_layout import lay_out
+from serving.engines.conv_layout import set_conv_layout
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find
@@ -42,7 +42,7 @@ class ClipLearner(Learner[Pair]):
     def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
         trained, model = _adapted(base, plain, recipe, start, seed, device)
-        lay_out(model.model.get_submodule("visual"))
+        set_conv_layout(model.model.get_submodule("visual"))
         super().__init__(base, recipe, model)
         touched = self.model.base_names
         self.learning: dict[Which, bool] = {which: any(tower_of(name) == which for name in trained) for which in WHICH}
