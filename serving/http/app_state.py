@@ -24,8 +24,8 @@ from serving.http.image_loader import ImageLoader
 from serving.http.routing_key import routing_key
 from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
+from serving.releases.commands import HoldingCommand, LiveCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.rollback import Adapters
 from serving.releases.types import Outcome
 
 if TYPE_CHECKING:
@@ -78,24 +78,11 @@ class Index(Protocol):
 class Operations(Protocol):
     """See :class:`serving.releases.controller.ReleaseController`."""
 
-    async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
-    ) -> Outcome:
-        """Release adapters by family; a family that is not there keeps what is live."""
+    async def change(self, command: LiveCommand) -> Outcome:
+        """Carry out a release, promotion or rollback. Raises ReleaseError, ReleaseConflict, LedgerError."""
 
-    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
-        """Let what is on trial answer everybody."""
-
-    async def rollback(
-        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
-    ) -> Outcome:
-        """Release what was live before; with ``family`` only that one goes back."""
-
-    async def hold(self, *, actor: str, reason: str) -> None:
-        """Let updates wait."""
-
-    async def resume(self, *, actor: str, reason: str) -> None:
-        """Let updates through."""
+    async def hold(self, command: HoldingCommand) -> None:
+        """Let updates wait, or let them through again."""
 
     async def status(self) -> dict[str, Any]:
         """What the controller does."""

@@ -13,6 +13,7 @@ from serving.http.app_state import AppState, app_state, json_body, json_schema
 from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
+from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.types import Outcome
 
 router = APIRouter(tags=["Operations"])
@@ -48,17 +49,16 @@ async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
     at = app_state(request)
     actor = operator(request)
-    expected = await _live_number(at)
+    live = await _live_number(at)
     asked = await json_body(request, ReleaseRequest)
     adapters = asked.adapters()
     if "vlm" in adapters:
         _needs_vlm(at, "vlm")
-    given = expected if asked.expected_live is None else asked.expected_live
-    return _done(
-        await at.operations.release(
-            adapters, actor=actor, reason=asked.reason, expected_live=given, share=asked.share, force=asked.force
-        )
-    )
+    command = ReleaseCommand(
+        adapters=adapters, actor=actor, reason=asked.reason, expected_live=_expected(asked.expected_live, live),
+        share=asked.share, force=asked.force,
+    )  # fmt: skip
+    return _done(await at.operations.change(command))
 
 
 @router.post("/admin/v1/promote", summary="Let a canary answer everybody", openapi_extra=json_schema(PromoteRequest))
@@ -66,10 +66,11 @@ async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
     at = app_state(request)
     actor = operator(request)
-    expected = await _live_number(at)
+    live = await _live_number(at)
     asked = await json_body(request, PromoteRequest)
-    given = expected if asked.expected_live is None else asked.expected_live
-    return _done(await at.operations.promote(actor=actor, reason=asked.reason, expected_live=given))
+    expected = _expected(asked.expected_live, live)
+    command = PromoteCommand(actor=actor, reason=asked.reason, expected_live=expected)
+    return _done(await at.operations.change(command))
 
 
 @router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
@@ -77,16 +78,15 @@ async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
     at = app_state(request)
     actor = operator(request)
-    expected = await _live_number(at)
+    live = await _live_number(at)
     asked = await json_body(request, RollbackRequest)
-    given = expected if asked.expected_live is None else asked.expected_live
     if asked.family == "vlm":
         _needs_vlm(at, "family")
-    return _done(
-        await at.operations.rollback(
-            actor=actor, reason=asked.reason, expected_live=given, to=asked.to, family=asked.family
-        )
-    )
+    command = RollbackCommand(
+        actor=actor, reason=asked.reason, expected_live=_expected(asked.expected_live, live), to=asked.to,
+        family=asked.family,
+    )  # fmt: skip
+    return _done(await at.operations.change(command))
 
 
 @router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
@@ -94,7 +94,8 @@ async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
     at = app_state(request)
     actor = operator(request)
-    await at.operations.hold(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
+    asked = await json_body(request, ReasonRequest)
+    await at.operations.hold(HoldCommand(actor=actor, reason=asked.reason))
     return JSONResponse({"held": True})
 
 
@@ -103,7 +104,8 @@ async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
     at = app_state(request)
     actor = operator(request)
-    await at.operations.resume(actor=actor, reason=(await json_body(request, ReasonRequest)).reason)
+    asked = await json_body(request, ReasonRequest)
+    await at.operations.hold(ResumeCommand(actor=actor, reason=asked.reason))
     return JSONResponse({"held": False})
 
 
@@ -125,6 +127,10 @@ async def _live_number(at: AppState) -> int:
     # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
     row = await asyncio.to_thread(at.ledger.live)
     return row.number if row else 0
+
+
+def _expected(named: int | None, live: int) -> int:
+    return live if named is None else named
 
 
 def _done(outcome: Outcome) -> JSONResponse:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from ops.ledger.rows import Family
 from serving.releases.release_snapshot import BASE
-from serving.releases.rollback import Adapters
+from serving.releases.types import Adapters
 
 Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]

@@ -17,8 +17,15 @@ from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
 from serving.releases.broadcast import RayBroadcast
+from serving.releases.commands import (
+    HoldCommand,
+    HoldingCommand,
+    LiveCommand,
+    PromoteCommand,
+    ReleaseCommand,
+    RollbackCommand,
+)
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.rollback import Adapters
 from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
 
@@ -26,6 +33,8 @@ log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
+KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
+"""Kinds of release in the metrics, by the action of a command."""
 Result = TypeVar("Result")
 
 
@@ -59,40 +68,18 @@ class ReleaseController:
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
-    async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
-    ) -> Outcome | RatchetError:
-        """See :meth:`ReleaseProtocol.release`. Expected errors are returned: a raised one means a dead replica.
+    async def change(self, command: LiveCommand) -> Outcome | RatchetError:
+        """Carry out a release, promotion or rollback. Expected errors are returned: a raised one means a dead replica.
 
         Adapters that no gate passed and that were never live need ``force``.
         """
-        work = self._release(adapters, force, actor=actor, reason=reason, expected_live=expected_live, share=share)
-        return await self._finish(work, "release")
+        return await asyncio.shield(self._spawn(self._judged(command)))
 
-    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome | RatchetError:
-        """See :meth:`ReleaseProtocol.promote`."""
-        work = self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
-        return await self._finish(work, "promotion")
-
-    async def rollback(
-        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
-    ) -> Outcome | RatchetError:
-        """See :meth:`ReleaseProtocol.rollback`."""
-        work = self.protocol.rollback(actor=actor, reason=reason, expected_live=expected_live, to=to, family=family)
-        return await self._finish(work, "rollback")
-
-    async def hold(self, *, actor: str, reason: str) -> RatchetError | None:
-        """Let update proposals wait."""
+    async def hold(self, command: HoldingCommand) -> RatchetError | None:
+        """Let update proposals wait, or let them through again."""
+        write = self.ledger.hold if isinstance(command, HoldCommand) else self.ledger.resume
         try:
-            await asyncio.to_thread(self.ledger.hold, actor, reason)
-        except RatchetError as error:
-            return error
-        return None
-
-    async def resume(self, *, actor: str, reason: str) -> RatchetError | None:
-        """Let update proposals through."""
-        try:
-            await asyncio.to_thread(self.ledger.resume, actor, reason)
+            await asyncio.to_thread(write, command.actor, command.reason)
         except RatchetError as error:
             return error
         return None
@@ -116,9 +103,18 @@ class ReleaseController:
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 
-    async def _release(self, adapters: Adapters, force: bool, **how: Any) -> Outcome:
+    async def _carry_out(self, command: LiveCommand) -> Outcome:
+        match command:
+            case ReleaseCommand():
+                return await self._release(command)
+            case PromoteCommand():
+                return await self.protocol.promote(command)
+            case RollbackCommand():
+                return await self.protocol.rollback(command)
+
+    async def _release(self, command: ReleaseCommand) -> Outcome:
         unproven: list[str] = []
-        for family, name in adapters.items():
+        for family, name in command.adapters.items():
             if name is None:
                 continue
             try:
@@ -129,15 +125,12 @@ class ReleaseController:
                 raise ReleaseError(f"{name} is no {family} adapter.", f"Release it as `{row.family}`.")
             if why := await asyncio.to_thread(self.ledger.unproven, name):
                 unproven.append(why)
-        if unproven and not force:
+        if unproven and not command.force:
             raise ReleaseError(
                 f"{'; '.join(unproven)}.",
                 'Judge it with `ratchet gate run`; if you are sure, say --force (HTTP: "force": true).',
             )
-        return await self.protocol.release(adapters, forced=bool(unproven), **how)
-
-    async def _finish(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
-        return await asyncio.shield(self._spawn(self._judged(work, kind)))
+        return await self.protocol.release(command, forced=bool(unproven))
 
     def _spawn(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.get_running_loop().create_task(work)
@@ -145,12 +138,12 @@ class ReleaseController:
         task.add_done_callback(self._running.discard)
         return task
 
-    async def _judged(self, work: Coroutine[Any, Any, Outcome], kind: str) -> Outcome | RatchetError:
+    async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
         await self._started.wait()
         try:
-            outcome = await work
+            outcome = await self._carry_out(command)
         except RatchetError as error:
-            metrics.release.decided(kind, "failed")
+            metrics.release.decided(KINDS[command.action], "failed")
             self._spawn(self._retire())  # what a failed proposal loaded goes again
             return error
         self._recorded(outcome)

@@ -20,10 +20,20 @@ from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
+from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import Residency, read_residency, resolve_residency
-from serving.releases.rollback import Adapters, proposed_adapters, rollback_target, scope_of
-from serving.releases.types import NO_VLM, Broadcast, Outcome, Prepared
+from serving.releases.residency import read_residency, resolve_residency
+from serving.releases.rollback import rollback_target
+from serving.releases.types import (
+    NO_VLM,
+    Adapters,
+    Broadcast,
+    Outcome,
+    Prepared,
+    Residency,
+    proposed_adapters,
+    scope_of,
+)
 
 
 class Postponed(Exception):
@@ -59,10 +69,7 @@ class ReleaseProtocol:
             if await asyncio.to_thread(self.ledger.live) is None:
                 waiting = await asyncio.to_thread(self.ledger.pending_proposals)
                 initial = [proposal for proposal in waiting if proposal.kind == "initial"]
-                both: Adapters = {"clip": None, "vlm": None}
-                return await self._run(
-                    initial[0] if initial else await self._propose("initial", both, "ratchet", "first start", 0)
-                )
+                return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
             resident = await self.resident()
             await asyncio.gather(*(self.broadcast.cover(stamp, wait=False) for stamp in resident.indexed))
             await self._announce()
@@ -87,30 +94,18 @@ class ReleaseProtocol:
                     return None
             return None
 
-    async def release(
-        self,
-        adapters: Adapters,
-        *,
-        actor: str,
-        reason: str,
-        expected_live: int,
-        kind: ProposalKind = "release",
-        share: float = 1.0,
-        forced: bool = False,
-    ) -> Outcome:
-        """Release adapters by family (None: the base alone) for an operator who decided when ``expected_live`` was
-        live. A family that is not named keeps what is live. ``share``: see :attr:`ReleaseRow.share`.
+    async def release(self, command: ReleaseCommand, forced: bool = False) -> Outcome:
+        """Release adapters for an operator. ``forced``: an adapter among them passed no gate and was never live.
 
         Raises:
             ReleaseConflict: something else is live by now.
             ReleaseError: an adapter cannot be served; what was live stays live.
         """
-        if not adapters:
+        if not command.adapters:
             raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
-        async with self._turn:
-            return await self._run(await self._propose(kind, adapters, actor, reason, expected_live, share, forced))
+        return await self._ordered("release", command.adapters, command, command.share, forced)
 
-    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
+    async def promote(self, command: PromoteCommand) -> Outcome:
         """A plain release of what is on trial. It is loaded everywhere, so this is a commit without a preparation.
 
         Raises:
@@ -124,13 +119,10 @@ class ReleaseProtocol:
                 "Start one: `ratchet releases release --share 0.1` or `--shadow`.",
             )
         both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
-        return await self.release(both, actor=actor, reason=reason, expected_live=expected_live, kind="promotion")
+        return await self._ordered("promotion", both, command)
 
-    async def rollback(
-        self, *, actor: str, reason: str, expected_live: int, to: int | None = None, family: Family | None = None
-    ) -> Outcome:
-        """A new release with the adapters of an older one: number ``to``, or the newest that had another adapter.
-        With ``family`` only that family's adapter goes back.
+    async def rollback(self, command: RollbackCommand) -> Outcome:
+        """A new release with the adapters of an older one.
 
         It does not queue behind a proposal that is being prepared, which may take minutes: that one is stopped. It
         fails, because it was judged against what is being taken back; an update of the other family waits instead.
@@ -139,13 +131,14 @@ class ReleaseProtocol:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
         """
-        families: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
-        target = await asyncio.to_thread(rollback_target, self.ledger, families if family is None else (family,), to)
+        served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
+        families = served if command.family is None else (command.family,)
+        adapters = await asyncio.to_thread(rollback_target, self.ledger, families, command.to)
         if self._work is not None:
-            self._work.stopped_by = f"{actor} rolled back while it was being prepared"
-            self._work.stopped_for = scope_of(target)
+            self._work.stopped_by = f"{command.actor} rolled back while it was being prepared"
+            self._work.stopped_for = scope_of(adapters)
             self._work.task.cancel()
-        return await self.release(target, actor=actor, reason=reason, expected_live=expected_live, kind="rollback")
+        return await self._ordered("rollback", adapters, command)
 
     async def resident(self) -> Residency:
         """What stays loaded. Spaces come from the encoders and are remembered.
@@ -173,22 +166,24 @@ class ReleaseProtocol:
                 return  # a later release retires it; memory is bounded by what is in flight
             await asyncio.sleep(0.1)
 
-    async def _propose(
-        self,
-        kind: ProposalKind,
-        adapters: Adapters,
-        actor: str,
-        reason: str,
-        expected: int,
-        share: float = 1.0,
-        forced: bool = False,
-    ) -> ProposalRow:
-        return await asyncio.to_thread(
-            lambda: self.ledger.propose(
-                kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=actor,
-                reason=reason, expected_live=expected, share=share, forced=forced,
-            )
-        )  # fmt: skip
+    def _propose_initial(self) -> ProposalRow:
+        return self.ledger.propose(
+            "initial", family="both", clip=None, vlm=None, actor="ratchet", reason="first start", expected_live=0
+        )
+
+    async def _ordered(
+        self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
+    ) -> Outcome:
+        """Propose what an operator ordered, and run it."""
+        async with self._turn:
+            proposal = await asyncio.to_thread(
+                lambda: self.ledger.propose(
+                    kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"),
+                    actor=command.actor, reason=command.reason, expected_live=command.expected_live, share=share,
+                    forced=forced,
+                )
+            )  # fmt: skip
+            return await self._run(proposal)
 
     async def _run(self, proposal: ProposalRow) -> Outcome:
         try:

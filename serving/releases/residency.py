@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ops.ledger.ledger import Ledger
-from ops.ledger.rows import ReleaseRow
+from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import Prepared, Residency
 
+log = logging.getLogger("ratchet.residency")
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
 """Image and text space of a CLIP adapter; None when it cannot be served."""
 
@@ -24,7 +28,7 @@ class ResidencyRows:
     window: tuple[ReleaseRow, ...]
     """Newest first: requests may name them. The live release and its incumbent (what a canary leaves to answer, what
     a release is compared with, what a rollback goes back to), and the newest others that there is room for."""
-    behind: ReleaseRow | None
+    rollback_release: ReleaseRow | None
     """What a rollback of CLIP alone goes back to, where it is not in the window."""
     vlms: tuple[str | None, ...]
     """VLM adapters, the live one first. Never more different ones than the window has places."""
@@ -32,7 +36,7 @@ class ResidencyRows:
     @property
     def clips(self) -> tuple[str | None, ...]:
         """CLIP adapters, the live one first."""
-        rows = self.window if self.behind is None else (*self.window, self.behind)
+        rows = self.window if self.rollback_release is None else (*self.window, self.rollback_release)
         return tuple(dict.fromkeys(row.clip for row in rows))
 
     @property
@@ -41,21 +45,9 @@ class ResidencyRows:
         stable = next((row for row in self.window if row.plain), None)
         return self.window[:1] if stable is None or self.window[0].plain else (self.window[0], stable)
 
-
-@dataclass(frozen=True, slots=True)
-class Residency:
-    """The same with stamps: what replicas are told."""
-
-    window: tuple[ReleaseSnapshot, ...]
-    """Newest first: requests may name these."""
-    indexed: tuple[ReleaseSnapshot, ...]
-    """The window and what is behind it: the catalog keeps their image spaces complete."""
-    vlms: tuple[str | None, ...]
-
-    @property
-    def clips(self) -> tuple[str | None, ...]:
-        """CLIP adapters, the live one first."""
-        return tuple(dict.fromkeys(stamp.clip for stamp in self.indexed))
+    def needed(self, family: Family) -> tuple[str | None, ...]:
+        """Adapters without which requests cannot be answered; the base alone before the first release."""
+        return tuple(dict.fromkeys(row.adapter(family) for row in self.answering)) or (None,)
 
 
 def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
@@ -68,13 +60,13 @@ def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     first = {row.number: row for row in (live, incumbent) if row is not None}
     others = [row for row in newest if row.number not in first]
     window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    behind = None
+    rollback_release = None
     if all(row.clip == live.clip for row in window):
-        behind = ledger.before("clip", live.clip)
+        rollback_release = ledger.before("clip", live.clip)
     vlms = dict.fromkeys(row.vlm for row in window)
     if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm)) is not None:
         vlms[other.vlm] = None
-    return ResidencyRows(tuple(window), behind, tuple(vlms))
+    return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
 
 
 async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
@@ -88,6 +80,36 @@ async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
         elif row.number in answering:
             return Residency((), (), rows.vlms)
     indexed = list(window)
-    if rows.behind is not None and (found := await spaces(rows.behind.clip)) is not None:
-        indexed.append(ReleaseSnapshot(rows.behind.number, rows.behind.clip, *found, rows.behind.vlm))
+    if rows.rollback_release is not None and (found := await spaces(rows.rollback_release.clip)) is not None:
+        indexed.append(
+            ReleaseSnapshot(rows.rollback_release.number, rows.rollback_release.clip, *found, rows.rollback_release.vlm)
+        )
     return Residency(tuple(window), tuple(indexed), rows.vlms)
+
+
+class ResidencyReader:
+    """Reads the newest releases; asks an encoder for the spaces of each adapter, once (adapters never change)."""
+
+    def __init__(self, ledger: Ledger, prepare: Callable[[str | None], Awaitable[Prepared]], size: int) -> None:
+        """``prepare``: asks any encoder to hold a CLIP adapter."""
+        self.ledger = ledger
+        self._prepare = prepare
+        self.size = size
+        self._spaces: dict[str | None, tuple[str, str]] = {}
+
+    async def read(self, newer_than: int = 0) -> Residency | None:
+        """What is resident; None when nothing newer is live, or when the live adapter cannot be served."""
+        rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        if not rows.window or rows.window[0].number <= newer_than:
+            return None
+        residency = await resolve_residency(rows, self._spaces_of)
+        return residency if residency.window else None
+
+    async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
+        if clip not in self._spaces:
+            prepared = await self._prepare(clip)
+            if prepared.error:
+                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
+                return None
+            self._spaces[clip] = (prepared.image_space, prepared.text_space)
+        return self._spaces[clip]

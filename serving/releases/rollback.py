@@ -1,4 +1,4 @@
-"""Which adapters a proposal sets, and what a rollback goes back to."""
+"""What a rollback goes back to."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from ops.errors import LedgerError, ReleaseError
 from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ProposalRow, ReleaseRow, Scope
+from ops.ledger.rows import Family, ReleaseRow
+from serving.releases.types import Adapters
 
-Adapters = Mapping[Family, str | None]
-"""Adapters by family, None for the base alone. A family that is not there keeps what is live."""
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
-
-
-def scope_of(adapters: Adapters) -> Scope:
-    """The families of some adapters as the ledger writes them."""
-    return "both" if len(adapters) == 2 else next(iter(adapters))
-
-
-def proposed_adapters(proposal: ProposalRow) -> Adapters:
-    """What a proposal sets."""
-    named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
-    return named if proposal.family == "both" else {proposal.family: named[proposal.family]}
 
 
 def rollback_target(ledger: Ledger, families: Sequence[Family], to: int | None) -> Adapters:

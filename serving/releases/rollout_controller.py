@@ -18,6 +18,7 @@ from ops.errors import ReleaseConflict
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Rollout
+from serving.releases.commands import PromoteCommand, RollbackCommand
 from serving.releases.guard import Evidence, broken, look
 from serving.releases.guard_target import GuardTarget, find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, together
@@ -86,7 +87,9 @@ class RolloutController:
                 names, actor=ACTOR, subject=f"release {number}", reason=reason, evidence=detail
             )
         )
-        outcome = await self.protocol.rollback(actor=ACTOR, reason=reason, expected_live=number, to=back)
+        outcome = await self.protocol.rollback(
+            RollbackCommand(actor=ACTOR, reason=reason, expected_live=number, to=back)
+        )
         metrics.rollout.decided("rolled_back", bad[0].guardrail)
         return outcome
 
@@ -101,7 +104,7 @@ class RolloutController:
         number = found.release.number
         counts = ", ".join(one.shown for one in evidence if one.guardrail == "agreement")
         reason = f"release {number} stayed within bounds for {time.time() - found.began:.0f} s: {counts}"
-        outcome = await self.protocol.promote(actor=ACTOR, reason=reason, expected_live=number)
+        outcome = await self.protocol.promote(PromoteCommand(actor=ACTOR, reason=reason, expected_live=number))
         detail = {**_shown(seen, evidence), "promoted": number}
         await asyncio.to_thread(self.ledger.audit, ACTOR, "promote", f"release {outcome.number}", detail)
         metrics.rollout.decided("promoted", "none")

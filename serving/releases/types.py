@@ -1,15 +1,17 @@
-"""What the release protocol needs of the replicas, what they answer, and what comes of a release."""
+"""Types of the release protocol: adapters by family, what stays resident, what replicas answer, and outcomes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from ops.ledger.rows import ProposalKind, Scope
+from ops.ledger.rows import Family, ProposalKind, ProposalRow, Scope
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import Residency
 
+Adapters = Mapping[Family, str | None]
+"""Adapters by family, None for the base alone. A family that is not there keeps what is live."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
 
 
@@ -41,6 +43,33 @@ class Outcome:
     commit_seconds: float
     acknowledged: int
     share: float = 1.0
+
+
+def scope_of(adapters: Adapters) -> Scope:
+    """The families of some adapters as the ledger writes them."""
+    return "both" if len(adapters) == 2 else next(iter(adapters))
+
+
+def proposed_adapters(proposal: ProposalRow) -> Adapters:
+    """What a proposal sets."""
+    named: Adapters = {"clip": proposal.clip, "vlm": proposal.vlm}
+    return named if proposal.family == "both" else {proposal.family: named[proposal.family]}
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """The same with stamps: what replicas are told."""
+
+    window: tuple[ReleaseSnapshot, ...]
+    """Newest first: requests may name these."""
+    indexed: tuple[ReleaseSnapshot, ...]
+    """The window and what is behind it: the catalog keeps their image spaces complete."""
+    vlms: tuple[str | None, ...]
+
+    @property
+    def clips(self) -> tuple[str | None, ...]:
+        """CLIP adapters, the live one first."""
+        return tuple(dict.fromkeys(stamp.clip for stamp in self.indexed))
 
 
 class Broadcast(Protocol):

@@ -23,7 +23,7 @@ from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.window import ResidencyReader
+from serving.releases.residency import ResidencyReader
 from streams.images import decode_image
 from streams.store import SampleStore
 
@@ -52,7 +52,7 @@ class CatalogReplica:
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
         ledger = Ledger.open(settings.ledger, migrate=False)
-        self._window = ResidencyReader(ledger, encoder, settings.serve.rollback_window)
+        self._window = ResidencyReader(ledger, encoder.prepare.remote, settings.serve.rollback_window)
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None

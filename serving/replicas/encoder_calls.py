@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.errors import AdapterUnservable, DeadlineExceeded, QueueFull, Unavailable
+from serving.errors import AdapterUnservable
 from serving.messages import IMAGE_COST, EncodeResult, Kind
+from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 
@@ -50,40 +50,16 @@ class EncoderCalls:
         return _join(answers)
 
     async def _one(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        pause, trouble = 0.02, ""
-        while (left := deadline - time.time()) > 0:
-            response = self.handle.encode.remote(kind, payload, stamp.clip, deadline)
-            try:
-                answer: EncodeResult = await asyncio.wait_for(_result(response), left)
-            except BackPressureError:
-                raise QueueFull("the queue is full.", "Send the request again after the time in Retry-After.") from None
-            except (TimeoutError, asyncio.CancelledError) as error:
-                response.cancel()
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-                break
-            except Exception as error:
-                trouble = f"{type(error).__name__}: {str(error)[:200]}"
-                await asyncio.sleep(min(pause, max(left, 0)))
-                pause = min(pause * 2, 0.5)
-                continue
-            if answer.code == "late":
-                break
-            if answer.code:
-                raise AdapterUnservable(
-                    f"{stamp.adapter} cannot be served: {answer.error}.", "An operator must look at it."
-                )
-            return answer
-        if trouble:
-            raise Unavailable(f"no encoder answered before the deadline ({trouble}).", "Try again shortly.")
-        raise DeadlineExceeded(
-            "the deadline passed before the answer was ready.", "Send fewer items, or try again later."
-        )
-
-
-async def _result(response: Any) -> EncodeResult:
-    answer: EncodeResult = await response
-    return answer
+        attempts = Attempts(deadline - time.time(), "encoder", "Send fewer items, or try again later.")
+        call = lambda: self.handle.encode.remote(kind, payload, stamp.clip, deadline)  # noqa: E731
+        result: EncodeResult = await call_replica(call, attempts)
+        if result.code == "late":
+            raise attempts.over()
+        if result.code:
+            raise AdapterUnservable(
+                f"{stamp.adapter} cannot be served: {result.error}.", "An operator must look at it."
+            )
+        return result
 
 
 def _join(answers: Sequence[EncodeResult]) -> EncodeResult:

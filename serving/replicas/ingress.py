@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
 from ops.access import Access
-from ops.ledger import Family, Ledger
+from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.base import base_directory, load_base
 from serving.engines.vlm.base import MODEL
@@ -28,75 +28,19 @@ from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
 from serving.releases.admission import Admission
-from serving.releases.broadcast import CatalogCalls
-from serving.releases.controller import outcome_of
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.rollback import Adapters
+from serving.releases.residency import ResidencyReader
 from serving.releases.shadow_traffic import ShadowTraffic
-from serving.releases.types import Outcome
-from serving.releases.window import ResidencyReader
+from serving.replicas.catalog_calls import CatalogCalls
+from serving.replicas.controller_calls import ControllerCalls
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
 from serving.replicas.vlm_calls import VlmCalls
 
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
-
-
-class ControllerCalls:
-    """Implements :class:`serving.http.app_state.Operations`."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self.handle = handle
-
-    async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
-    ) -> Outcome:
-        """Release adapters by family."""
-        with metrics.operator.action("release"):
-            found: Outcome = outcome_of(
-                await self.handle.release.remote(
-                    dict(adapters), actor=actor, reason=reason, expected_live=expected_live, share=share, force=force
-                )
-            )
-        return found
-
-    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
-        """Let what is on trial answer everybody."""
-        with metrics.operator.action("promote"):
-            found: Outcome = outcome_of(
-                await self.handle.promote.remote(actor=actor, reason=reason, expected_live=expected_live)
-            )
-        return found
-
-    async def rollback(
-        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
-    ) -> Outcome:
-        """Release what was live before."""
-        with metrics.operator.action("rollback"):
-            found: Outcome = outcome_of(
-                await self.handle.rollback.remote(
-                    actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
-                )
-            )
-        return found
-
-    async def hold(self, *, actor: str, reason: str) -> None:
-        """Let updates wait."""
-        with metrics.operator.action("hold"):
-            outcome_of(await self.handle.hold.remote(actor=actor, reason=reason))
-
-    async def resume(self, *, actor: str, reason: str) -> None:
-        """Let updates through."""
-        with metrics.operator.action("resume"):
-            outcome_of(await self.handle.resume.remote(actor=actor, reason=reason))
-
-    async def status(self) -> dict[str, Any]:
-        """What the controller does."""
-        found: dict[str, Any] = await self.handle.status.remote()
-        return found
 
 
 @serve.ingress()
@@ -115,7 +59,7 @@ class Ingress:
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.window = ResidencyReader(self.ledger, encoder, settings.serve.rollback_window)
+        self.window = ResidencyReader(self.ledger, encoder.prepare.remote, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
         self.access = Access(self.ledger, settings)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -20,12 +17,9 @@ from serving.messages import Refusal
 from serving.ray.loopback import close_replica_port
 from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Prepared
+from serving.replicas.follower import ResidencyFollower
 from serving.replicas.vlm_worker import VlmWorker
 
-log = logging.getLogger("ratchet.vlm")
-FOLLOW_SECONDS = 2.0
-LAG_SECONDS = 60.0
-"""A replica that could not load the live release for this long says so to Serve, which replaces it."""
 INCOMING, LATE = 1, 1
 """Places for adapters beside those of the resident releases: one that is being prepared, one for late requests."""
 
@@ -49,11 +43,9 @@ class VlmReplica:
             engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag,
             settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch,
         )  # fmt: skip
-        self._in_step = time.monotonic()
-        self._trouble = ""
-        self._follower: asyncio.Task[None] | None = None
-        rows = self._resident()
-        wanted, needed = rows.vlms or (None,), _needed(rows)
+        self._follower = ResidencyFollower("vlm", self._residency, self._load)
+        rows = self._residency()
+        wanted, needed = rows.vlms or (None,), rows.needed("vlm")
         self.worker.adopt(wanted)
         for vlm in wanted:
             prepared = await self.worker.prepare(vlm)
@@ -88,7 +80,7 @@ class VlmReplica:
 
     async def adopt(self, vlms: Sequence[str | None]) -> str:
         """The controller committed: these adapters are resident, the live one first."""
-        self._in_step = time.monotonic()
+        self._follower.mark_in_step()
         return self.worker.adopt(vlms)
 
     async def retire(self, vlms: Sequence[str | None]) -> list[str]:
@@ -103,34 +95,13 @@ class VlmReplica:
         """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
         if trouble := self.worker.engine.trouble():
             raise RuntimeError(f"the engine is dead: {trouble}")
-        if self._follower is None or self._follower.done():
-            self._follower = asyncio.get_running_loop().create_task(self._follow())
-        lag = time.monotonic() - self._in_step
-        if lag > LAG_SECONDS:
-            raise RuntimeError(f"behind the live release for {lag:.0f} s: {self._trouble}")
+        await self._follower.check()
 
-    def _resident(self) -> ResidencyRows:
+    def _residency(self) -> ResidencyRows:
         return read_residency(self.ledger, self.settings.serve.rollback_window)
 
-    async def _follow(self) -> None:
-        """The safety net under the controller's broadcast: look at the ledger, and load what is missing."""
-        while True:
-            try:
-                rows = await asyncio.to_thread(self._resident)
-                wanted, needed = rows.vlms or (None,), _needed(rows)
-                prepared = [await self.worker.prepare(vlm) for vlm in wanted if vlm in needed]
-                self._trouble = "; ".join(each.error for each in prepared if each.error)
-                if not self._trouble:
-                    self.worker.adopt(wanted)
-                    self._in_step = time.monotonic()
-                    if rows.window:
-                        metrics.release.live("vlm", rows.window[0].number)
-            except Exception as error:  # the ledger is away: serve on with what is loaded
-                self._trouble = f"{type(error).__name__}: {error}"
-                log.warning("cannot follow the ledger: %s", self._trouble)
-            await asyncio.sleep(FOLLOW_SECONDS)
-
-
-def _needed(rows: ResidencyRows) -> set[str | None]:
-    """Those of the resident adapters without which requests cannot be answered."""
-    return {row.vlm for row in rows.answering} or {None}
+    async def _load(self, rows: ResidencyRows) -> list[Prepared]:
+        prepared = [await self.worker.prepare(vlm) for vlm in rows.needed("vlm")]
+        if not any(each.error for each in prepared):
+            self.worker.adopt(rows.vlms or (None,))
+        return prepared

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
-from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
+from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
+from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
@@ -43,10 +44,9 @@ class VlmCalls:
             InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
         """
         with self._place(ask):
-            reply: GenerationResult = await self._one(
-                lambda: self.handle.reply.remote(ask, stamp.vlm, deadline), stamp, deadline
-            )
-            return reply
+            call = lambda: self.handle.reply.remote(ask, stamp.vlm, deadline)  # noqa: E731
+            result: GenerationResult = _value(await call_replica(call, _attempts(deadline)), stamp)
+            return result
 
     async def score(
         self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
@@ -54,7 +54,7 @@ class VlmCalls:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
         with self._place(ask):
             call = lambda: self.handle.score.remote(ask, tuple(choices), stamp.vlm, deadline)  # noqa: E731
-            scores: list[float] = await self._one(call, stamp, deadline)
+            scores: list[float] = _value(await call_replica(call, _attempts(deadline)), stamp)
             return scores
 
     async def stream(
@@ -65,12 +65,12 @@ class VlmCalls:
         Raises as :meth:`reply`: before the first piece, or in the middle when the replica died or the time is over.
         """
         with self._place(ask):
-            pauses = _Pauses(deadline)
-            while pauses.left > 0:
+            attempts = _attempts(deadline)
+            while attempts.left > 0:
                 response, last = self.streams.stream.remote(ask, stamp.vlm, deadline), None
                 try:
                     while True:
-                        async with asyncio.timeout(pauses.left):
+                        async with asyncio.timeout(attempts.left):
                             piece = _value(await anext(response, None), stamp)
                         if piece is None:
                             break
@@ -80,7 +80,7 @@ class VlmCalls:
                         return
                     raise EOFError("the stream ended too early")
                 except BackPressureError:
-                    raise _overloaded() from None
+                    raise queue_full() from None
                 except TimeoutError:
                     break
                 except (InvalidRequest, DeadlineExceeded, Unavailable):
@@ -90,36 +90,15 @@ class VlmCalls:
                         raise Unavailable(
                             f"the answer broke off ({type(error).__name__}).", "Ask again; nothing was kept."
                         ) from None
-                    await pauses.after(error)
+                    await attempts.failed(error)
                 finally:
                     response.cancel()
-            raise pauses.end()
-
-    async def _one(self, call: Callable[[], Any], stamp: ReleaseSnapshot, deadline: float) -> Any:
-        pauses = _Pauses(deadline)
-        while pauses.left > 0:
-            response = call()
-            try:
-                async with asyncio.timeout(pauses.left):
-                    answer = await response
-            except BackPressureError:
-                raise _overloaded() from None
-            except TimeoutError:
-                response.cancel()
-                break
-            except asyncio.CancelledError:
-                response.cancel()
-                raise
-            except Exception as error:
-                await pauses.after(error)
-                continue
-            return _value(answer, stamp)
-        raise pauses.end()
+            raise attempts.over()
 
     @contextmanager
     def _place(self, ask: GenerationRequest) -> Iterator[None]:
         if self.running >= self.limit and ask is not PROBE:
-            raise _overloaded()
+            raise queue_full()
         self.running += 1
         try:
             yield
@@ -127,29 +106,8 @@ class VlmCalls:
             self.running -= 1
 
 
-class _Pauses:
-    """Time left, growing pauses between tries, and what went wrong last."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-        self.pause = 0.02
-        self.trouble = ""
-
-    @property
-    def left(self) -> float:
-        return self.deadline - time.time()
-
-    async def after(self, error: Exception) -> None:
-        self.trouble = f"{type(error).__name__}: {str(error)[:200]}"
-        await asyncio.sleep(max(0.0, min(self.pause, self.left)))
-        self.pause = min(self.pause * 2, 0.5)
-
-    def end(self) -> DeadlineExceeded | Unavailable:
-        if self.trouble:
-            return Unavailable(f"no VLM answered before the deadline ({self.trouble}).", "Try again shortly.")
-        return DeadlineExceeded(
-            "the deadline passed before the answer was ready.", "Ask for fewer tokens, or try again later."
-        )
+def _attempts(deadline: float) -> Attempts:
+    return Attempts(deadline - time.time(), "VLM", "Ask for fewer tokens, or try again later.")
 
 
 def _value(answer: Any, stamp: ReleaseSnapshot) -> Any:
@@ -160,7 +118,3 @@ def _value(answer: Any, stamp: ReleaseSnapshot) -> Any:
     if answer.code == "late":
         raise DeadlineExceeded(answer.message, answer.fix)
     raise AdapterUnservable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
-
-
-def _overloaded() -> QueueFull:
-    return QueueFull("the queue is full.", "Send the request again after the time in Retry-After.")

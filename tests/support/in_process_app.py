@@ -15,7 +15,7 @@ from pydantic import SecretStr
 
 from benchmarks.inputs import pictures
 from ops.access import Access
-from ops.ledger import Family, Ledger
+from ops.ledger import Ledger
 from ops.settings import Serve, Settings
 from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
@@ -27,11 +27,10 @@ from serving.http.deletion_service import DeletionService
 from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
+from serving.releases.commands import HoldCommand, HoldingCommand, LiveCommand, ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import Residency
-from serving.releases.rollback import Adapters
-from serving.releases.types import Outcome, Prepared
+from serving.releases.types import Outcome, Prepared, Residency
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
@@ -61,38 +60,29 @@ class InProcessApp:
         vectors = run(payload, stamp.clip)
         return EncodeResult(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
 
-    async def release(
-        self, adapters: Adapters, *, actor: str, reason: str, expected_live: int, share: float, force: bool
-    ) -> Outcome:
-        for name in adapters.values():
-            if name is not None:
-                self.ledger.adapter(name)
-        return await self.protocol.release(
-            adapters, actor=actor, reason=reason, expected_live=expected_live, share=share, forced=force
-        )
-
-    async def promote(self, *, actor: str, reason: str, expected_live: int) -> Outcome:
-        """Half of the time something is on trial: the first call for a plain release begins a canary, and fails."""
+    async def change(self, command: LiveCommand) -> Outcome:
+        """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""
+        match command:
+            case ReleaseCommand():
+                for name in command.adapters.values():
+                    if name is not None:
+                        self.ledger.adapter(name)
+                return await self.protocol.release(command, forced=command.force)
+            case RollbackCommand():
+                return await self.protocol.rollback(command)
         live = self.ledger.live()
         assert live is not None
         if live.share >= 1:
-            await self.protocol.release(
-                {"clip": live.clip}, actor=actor, reason=reason, expected_live=expected_live, share=0.5
-            )
-        return await self.protocol.promote(actor=actor, reason=reason, expected_live=expected_live)
+            canary = ReleaseCommand(
+                adapters={"clip": live.clip}, actor=command.actor, reason=command.reason,
+                expected_live=command.expected_live, share=0.5,
+            )  # fmt: skip
+            await self.protocol.release(canary)
+        return await self.protocol.promote(command)
 
-    async def rollback(
-        self, *, actor: str, reason: str, expected_live: int, to: int | None, family: Family | None
-    ) -> Outcome:
-        return await self.protocol.rollback(
-            actor=actor, reason=reason, expected_live=expected_live, to=to, family=family
-        )
-
-    async def hold(self, *, actor: str, reason: str) -> None:
-        self.ledger.hold(actor, reason)
-
-    async def resume(self, *, actor: str, reason: str) -> None:
-        self.ledger.resume(actor, reason)
+    async def hold(self, command: HoldingCommand) -> None:
+        write = self.ledger.hold if isinstance(command, HoldCommand) else self.ledger.resume
+        write(command.actor, command.reason)
 
     async def status(self) -> dict[str, Any]:
         return {"resident": [stamp.release for stamp in self.admission.window]}
@@ -138,8 +128,8 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
     access = Access(in_process.ledger, Settings(serve=keyed))
     app_state = AppState(
-        settings=settings, dim=base.dim, admission=in_process.admission, encoders=in_process,
-        index=CatalogIndex(catalog), operations=in_process, image_loader=ImageLoader(base.preprocess, settings), access=access,
+        settings=settings, dim=base.dim, admission=in_process.admission, encoders=in_process, access=access,
+        index=CatalogIndex(catalog), operations=in_process, image_loader=ImageLoader(base.preprocess, settings),
         quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
         deletions=DeletionService(Settings(home=home), in_process.ledger), ledger=in_process.ledger,
         refresh=_nothing, vlms=FairVlms(),

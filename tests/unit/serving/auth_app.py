@@ -16,6 +16,7 @@ from ops.access import Access
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
 from serving.http.app_state import AppState
+from serving.releases.commands import HoldingCommand
 from tests.unit.serving.scripted_vlms import app_of, app_state
 
 OPERATOR = "bootstrap-key"
@@ -35,8 +36,8 @@ class Recorder:
     actors: list[str] = field(default_factory=list)
     failure: Exception | None = None
 
-    async def hold(self, *, actor: str, reason: str) -> None:
-        self.actors.append(actor)
+    async def hold(self, command: HoldingCommand) -> None:
+        self.actors.append(command.actor)
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
         return [{"place": "t:0:1", "limit": limit, "reason": reason, "source": source}]

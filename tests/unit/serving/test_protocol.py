@@ -11,10 +11,10 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
+from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import Residency
-from serving.releases.types import Outcome, Prepared
+from serving.releases.types import Outcome, Prepared, Residency
 from tests.support.waiting import until
 
 
@@ -98,7 +98,9 @@ async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol
 async def release(protocol: ReleaseProtocol, clip: str | None) -> Outcome:
     live = protocol.ledger.live()
     assert live is not None
-    return await protocol.release({"clip": clip}, actor="me", reason="test", expected_live=live.number)
+    return await protocol.release(
+        ReleaseCommand(adapters={"clip": clip}, actor="me", reason="test", expected_live=live.number)
+    )
 
 
 async def test_the_first_start_releases_the_base_alone(protocol: ReleaseProtocol, ledger: Ledger) -> None:
@@ -148,7 +150,10 @@ async def test_replicas_that_disagree_about_spaces_are_no_release(
 
 async def test_of_two_releases_at_once_the_second_conflicts(protocol: ReleaseProtocol, ledger: Ledger) -> None:
     results = await asyncio.gather(
-        *(protocol.release({"clip": clip}, actor=clip, reason="race", expected_live=1) for clip in ("a", "b")),
+        *(
+            protocol.release(ReleaseCommand(adapters={"clip": clip}, actor=clip, reason="race", expected_live=1))
+            for clip in ("a", "b")
+        ),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Outcome, ReleaseConflict]
@@ -159,7 +164,9 @@ async def test_another_process_that_commits_in_between_wins(
     protocol: ReleaseProtocol, broadcast: PlainBroadcast, ledger: Ledger
 ) -> None:
     broadcast.gate = asyncio.Event()
-    ours = asyncio.create_task(protocol.release({"clip": "a"}, actor="me", reason="slow", expected_live=1))
+    ours = asyncio.create_task(
+        protocol.release(ReleaseCommand(adapters={"clip": "a"}, actor="me", reason="slow", expected_live=1))
+    )
     await until(lambda: "a" in broadcast.prepared)
     ledger.commit_release(2, clip="b", vlm=None, actor="other", reason="fast", proposal_id=None)
     broadcast.gate.set()
@@ -174,10 +181,10 @@ async def test_rollback_takes_the_newest_other_adapter_and_does_not_wait_for_the
 ) -> None:
     await release(protocol, "a")
     await release(protocol, "b")
-    back = await protocol.rollback(actor="me", reason="bad", expected_live=3)
+    back = await protocol.rollback(RollbackCommand(actor="me", reason="bad", expected_live=3))
     assert (back.number, back.clip, back.kind) == (4, "a", "rollback")
     assert broadcast.covered[-1] == ("i-a", False)
-    far = await protocol.rollback(actor="me", reason="worse", expected_live=4, to=1)
+    far = await protocol.rollback(RollbackCommand(actor="me", reason="worse", expected_live=4, to=1))
     assert far.clip is None
     assert broadcast.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
 
@@ -187,9 +194,11 @@ async def test_a_rollback_does_not_queue_behind_a_long_preparation(
 ) -> None:
     await release(protocol, "a")
     broadcast.stuck = "i-b"
-    slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=2))
+    slow = asyncio.create_task(
+        protocol.release(ReleaseCommand(adapters={"clip": "b"}, actor="you", reason="slow", expected_live=2))
+    )
     await until(lambda: ("i-b", True) in broadcast.covered)
-    back = await asyncio.wait_for(protocol.rollback(actor="me", reason="bad", expected_live=2), 5)
+    back = await asyncio.wait_for(protocol.rollback(RollbackCommand(actor="me", reason="bad", expected_live=2)), 5)
     assert (back.number, back.clip) == (3, None)
     with pytest.raises(ReleaseConflict, match="me rolled back while it was being prepared"):
         await slow
@@ -201,7 +210,9 @@ async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
     protocol: ReleaseProtocol, broadcast: PlainBroadcast
 ) -> None:
     broadcast.gate = asyncio.Event()
-    slow = asyncio.create_task(protocol.release({"clip": "b"}, actor="you", reason="slow", expected_live=1))
+    slow = asyncio.create_task(
+        protocol.release(ReleaseCommand(adapters={"clip": "b"}, actor="you", reason="slow", expected_live=1))
+    )
     await until(lambda: "b" in broadcast.prepared)
     retiring = asyncio.create_task(protocol.retire())
     await asyncio.sleep(0.05)
@@ -214,9 +225,9 @@ async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
 
 async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:
     with pytest.raises(ReleaseError, match="no release before 1"):
-        await protocol.rollback(actor="me", reason="bad", expected_live=1)
+        await protocol.rollback(RollbackCommand(actor="me", reason="bad", expected_live=1))
     with pytest.raises(ReleaseError, match="release 9 does not exist"):
-        await protocol.rollback(actor="me", reason="bad", expected_live=1, to=9)
+        await protocol.rollback(RollbackCommand(actor="me", reason="bad", expected_live=1, to=9))
 
 
 async def test_updates_wait_while_held_and_operators_do_not(protocol: ReleaseProtocol, ledger: Ledger) -> None:

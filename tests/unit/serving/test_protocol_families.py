@@ -10,6 +10,7 @@ import pytest
 
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
+from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.types import Outcome
 from tests.support.waiting import until
@@ -39,13 +40,15 @@ async def release(protocol: ReleaseProtocol, **adapters: str | None) -> Outcome:
     live = protocol.ledger.live()
     assert live is not None
     named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
-    return await protocol.release(named, actor="me", reason="test", expected_live=live.number)
+    return await protocol.release(ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live.number))
 
 
 async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
     live = protocol.ledger.live()
     assert live is not None
-    return await protocol.rollback(actor="me", reason="bad", expected_live=live.number, family=family, to=to)
+    return await protocol.rollback(
+        RollbackCommand(actor="me", reason="bad", expected_live=live.number, family=family, to=to)
+    )
 
 
 def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None]:
@@ -157,8 +160,8 @@ async def test_when_one_of_two_cannot_be_served_neither_goes_live(
 
 async def test_of_two_operators_of_different_families_the_second_conflicts(protocol: ReleaseProtocol) -> None:
     results = await asyncio.gather(
-        protocol.release({"clip": "a"}, actor="ann", reason="race", expected_live=1),
-        protocol.release({"vlm": "v"}, actor="bob", reason="race", expected_live=1),
+        protocol.release(ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="race", expected_live=1)),
+        protocol.release(ReleaseCommand(adapters={"vlm": "v"}, actor="bob", reason="race", expected_live=1)),
         return_exceptions=True,
     )
     assert [type(result) for result in results] == [Outcome, ReleaseConflict]

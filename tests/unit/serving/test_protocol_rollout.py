@@ -13,6 +13,7 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.ledger import tables as t
 from ops.settings import Rollout
+from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.protocol import ReleaseProtocol
@@ -51,7 +52,9 @@ async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol
 
 async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> Outcome:
     named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
-    return await protocol.release(named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
+    return await protocol.release(
+        ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
+    )
 
 
 def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]:
@@ -61,7 +64,9 @@ def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]
 
 
 async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
-    return await protocol.rollback(actor="me", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
+    return await protocol.rollback(
+        RollbackCommand(actor="me", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
+    )
 
 
 def rollout(protocol: ReleaseProtocol, **compared: ComparisonCounts) -> RolloutController:
@@ -115,20 +120,20 @@ async def test_a_promotion_is_a_plain_release_of_the_same_adapters_without_prepa
 ) -> None:
     await release(protocol, 0.1, clip="a", vlm="v")
     prepared = (list(broadcast.prepared), list(broadcast.prepared_vlm))
-    made = await protocol.promote(actor="me", reason="fine", expected_live=2)
+    made = await protocol.promote(PromoteCommand(actor="me", reason="fine", expected_live=2))
     assert live(protocol) == (3, "a", "v", 1.0)
     assert (made.kind, made.share) == ("promotion", 1.0)
     assert (broadcast.prepared, broadcast.prepared_vlm) == prepared
     assert broadcast.windows[-1] == [3, 1]
     with pytest.raises(ReleaseError, match="nothing can be promoted"):
-        await protocol.promote(actor="me", reason="again", expected_live=3)
+        await protocol.promote(PromoteCommand(actor="me", reason="again", expected_live=3))
 
 
 async def test_a_promotion_of_what_is_not_live_any_more_conflicts(protocol: ReleaseProtocol) -> None:
     await release(protocol, 0.1, clip="a")
     await release(protocol, 0.1, clip="b")
     with pytest.raises(ReleaseConflict):
-        await protocol.promote(actor="me", reason="late", expected_live=2)
+        await protocol.promote(PromoteCommand(actor="me", reason="late", expected_live=2))
 
 
 async def test_a_canary_is_taken_back_to_what_answers_beside_it(protocol: ReleaseProtocol) -> None:
@@ -171,7 +176,7 @@ async def test_an_update_is_a_canary_by_the_settings_and_the_next_one_waits_for_
     await protocol.step()
     assert live(protocol) == (2, "a", None, 0.1)
     assert await protocol.step() is None
-    await protocol.promote(actor="me", reason="fine", expected_live=2)
+    await protocol.promote(PromoteCommand(actor="me", reason="fine", expected_live=2))
     await protocol.step()
     assert live(protocol) == (4, "b", None, 0.1)
     assert ledger.stable() == ledger.release(3)
