@@ -203,6 +203,12 @@ class Serve(Section):
         """Whether only this machine can reach the server."""
         return is_loopback(self.host)
 
+    @property
+    def url(self) -> str:
+        """URL under which a process of the same machine reaches the server."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host  # noqa: S104  compared, not bound
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
 
 class AccessRules(Section):
     """Who needs a key, and how often one may call."""
@@ -334,8 +340,7 @@ class Settings(Section):
     @property
     def console_server(self) -> str:
         """URL under which the console finds the model server."""
-        host = "127.0.0.1" if self.serve.host in ("0.0.0.0", "::") else self.serve.host  # noqa: S104
-        return self.console.server or f"http://{host}:{self.serve.port}"
+        return self.console.server or self.serve.url
 
     @property
     def ledger(self) -> str:

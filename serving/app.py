@@ -126,7 +126,7 @@ def start(settings: Settings) -> Server:
     settings.operator_key()
     folder = ray_session.session_directory(settings)
     held = ray_session.lock(folder)
-    server = Server(f"http://{_reachable(settings.serve.host)}:{settings.serve.port}", folder, held)
+    server = Server(settings.serve.url, folder, held)
     try:
         _start(settings, server)
     except BaseException:
@@ -203,10 +203,6 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
     finally:
         server.stop()
     return server
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  compared, not bound
 
 
 def main(arguments: list[str]) -> None:

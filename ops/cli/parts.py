@@ -45,7 +45,7 @@ def up(
                 if "serve" in names:
                     parts.wait_until_ready()
             settings = shared.settings
-            say(f"serving on http://{settings.serve.host}:{settings.serve.port} (docs at /docs)")
+            say(f"serving on {settings.serve.url} (docs at /docs)")
             if "console" in names:
                 say(f"console on http://{settings.console.host}:{settings.console.port}")
             console = Console()

@@ -196,8 +196,7 @@ def _sets(row: ProposalRow) -> str:
 def _operator(settings: Settings) -> Any:
     from serving.client import Client
 
-    url = f"http://{settings.serve.host}:{settings.serve.port}"
-    return Client(url, operator_key=settings.operator_key(), actor=ctx.person())
+    return Client(settings.serve.url, operator_key=settings.operator_key(), actor=ctx.person())
 
 
 def _tell(result: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def _health(settings: Settings) -> dict[str, Any]:
     import httpx
 
     try:
-        response = httpx.get(f"http://{settings.serve.host}:{settings.serve.port}/health/ready", timeout=2)
+        response = httpx.get(f"{settings.serve.url}/health/ready", timeout=2)
         return {"ready": response.status_code == 200, **response.json()}
     except (httpx.HTTPError, ValueError) as error:
         return {"ready": False, "reason": type(error).__name__}
@@ -109,9 +109,8 @@ def _controller(settings: Settings) -> dict[str, Any]:
     base = settings.base.vlm
     vlm: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
     rollout: dict[str, Any] = {"state": "unknown"}
-    url = f"http://{settings.serve.host}:{settings.serve.port}"
     try:
-        with Client(url, operator_key=settings.operator_key(), timeout=3.0) as client:
+        with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
             told = client.status()["controller"]
             vlm["replicas"], rollout = told["vlm"], told["rollout"]
     except RatchetError:

@@ -128,7 +128,7 @@ class Supervisor:
         """Wait for ``/health/ready``. Raises RatchetError with the end of the log when a part ends instead."""
         from serving.client import Client
 
-        client = Client(f"http://{self.settings.serve.host}:{self.settings.serve.port}")
+        client = Client(self.settings.serve.url)
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             for part in self.parts:

@@ -127,7 +127,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         config = prometheus_config(targets_of(settings, "127.0.0.1"), alertmanagers=[pager.address], rules=[str(rules)])
         with prometheus(watched, as_yaml(config)) as monitor:
             parts.wait_until_ready()
-            client = Client(f"http://127.0.0.1:{settings.serve.port}", operator_key=settings.operator_key())
+            client = Client(settings.serve.url, operator_key=settings.operator_key())
             ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
             yield House(context, parts, client, ledger, store, monitor, pager)
 

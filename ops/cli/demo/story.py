@@ -40,14 +40,13 @@ def tell(folder: Path, keep: bool) -> None:
     with Supervisor(context, ["broker", "serve", "ingest"]) as parts:
         with step("starting broker, server and ingest"):
             parts.wait_until_ready()
-        url = f"http://{settings.serve.host}:{settings.serve.port}"
-        client = Client(url, operator_key=settings.operator_key(), actor="demo")
+        client = Client(settings.serve.url, operator_key=settings.operator_key(), actor="demo")
         stage = Stage(context, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
         probes = _probes(settings)
         asked = [*questions.held_out(stage, questions.DOMAIN, PROBES // 2),
                  *questions.held_out(stage, "vqa_base", PROBES // 2)]  # fmt: skip
         with Traffic(
-            url,
+            settings.serve.url,
             images=[item.bytes() for item in probes],
             texts=[item.text for item in probes],
             questions=[(item.bytes(), item.question) for item in asked],
@@ -66,7 +65,7 @@ def tell(folder: Path, keep: bool) -> None:
             seconds=time.monotonic() - began, problems=checked.problems,
         )  # fmt: skip
         if keep:
-            say(f"still serving on {url}; Ctrl-C ends it")
+            say(f"still serving on {settings.serve.url}; Ctrl-C ends it")
             _stay(parts)
     show(facts)
     if broken_promises(facts):

@@ -84,7 +84,7 @@ class ServerFixture:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.settings.serve.port}"
+        return self.settings.serve.url
 
     @property
     def ledger(self) -> Ledger:
