@@ -74,26 +74,26 @@ def build(settings: Settings | None = None) -> Application:
     from serving.replicas.vlm import VlmReplica
 
     settings = settings or load_settings()
-    at = settings.serve
+    server = settings.serve
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     common: dict[str, Any] = {
         "health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_timeout_s": 2.0,
         "graceful_shutdown_wait_loop_s": 0.1,
     }  # fmt: skip
     encoder = serve.deployment(Encoder).options(
-        name="Encoder", num_replicas=at.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
-        max_ongoing_requests=max(8, at.queue), max_queued_requests=at.queue, backpressure_config=full, **common,
+        name="Encoder", num_replicas=server.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
+        max_ongoing_requests=max(8, server.queue), max_queued_requests=server.queue, backpressure_config=full, **common,
     ).bind(settings)  # fmt: skip
     catalog = serve.deployment(CatalogReplica).options(
         name="Catalog", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
-        max_queued_requests=at.queue, **common,
+        max_queued_requests=server.queue, **common,
     ).bind(settings, encoder)  # fmt: skip
     vlm = None
     if serves_vlm(settings):
         # The engine makes its own batches and its own queue: every request goes to it at once, none waits in Serve.
         vlm = serve.deployment(VlmReplica).options(
-            name="Vlm", num_replicas=at.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
-            max_ongoing_requests=2 * at.vlm_queue + 64, max_queued_requests=2 * at.vlm_queue + 64,
+            name="Vlm", num_replicas=server.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
+            max_ongoing_requests=2 * server.vlm_queue + 64, max_queued_requests=2 * server.vlm_queue + 64,
             backpressure_config=full, **common,
         ).bind(settings)  # fmt: skip
     controller = serve.deployment(ReleaseController).options(
@@ -102,8 +102,8 @@ def build(settings: Settings | None = None) -> Application:
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
     # The app's own bound (429 with OpenAI's error object) comes first; Serve's is the backstop behind it.
     app: Application = serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * at.queue + 64,
-        max_queued_requests=at.queue, backpressure_config=full, **common,
+        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * server.queue + 64,
+        max_queued_requests=server.queue, backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
 

@@ -51,7 +51,9 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -71,14 +73,14 @@ class Client:
         """For each image its ``label`` and the ``probabilities``."""
         body = {"images": [data_uri(i) for i in images], "labels": list(labels), "templates": list(templates),
                 "model": model}  # fmt: skip
-        found: list[dict[str, Any]] = self.post("/v1/classify", body)["data"]
-        return found
+        answer: list[dict[str, Any]] = self.post("/v1/classify", body)["data"]
+        return answer
 
     def search(self, text: str | None = None, image: bytes | None = None, **options: Any) -> list[dict[str, Any]]:
         """Hits, best first. ``options``: k, domain, source, since, until, model."""
         body = {"text": text, "image": data_uri(image) if image is not None else None, **options}
-        found: list[dict[str, Any]] = self.post("/v1/search", body)["data"]
-        return found
+        answer: list[dict[str, Any]] = self.post("/v1/search", body)["data"]
+        return answer
 
     def sample_image(self, sample_id: str, size: int = 256) -> bytes:
         """A sample's image as PNG."""
@@ -193,14 +195,14 @@ class Client:
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         """One GET."""
-        found: dict[str, Any] = self._send("GET", path, params=query).json()
-        return found
+        answer: dict[str, Any] = self._send("GET", path, params=query).json()
+        return answer
 
     def post(self, path: str, body: dict[str, Any], timeout: float | None = None) -> dict[str, Any]:
         """One POST of JSON."""
         options = {} if timeout is None else {"timeout": timeout}
-        found: dict[str, Any] = self._send("POST", path, json=body, **options).json()
-        return found
+        answer: dict[str, Any] = self._send("POST", path, json=body, **options).json()
+        return answer
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:

@@ -97,30 +97,30 @@ class Catalog:
         self._reported = -2
         self.searchable_seconds: float | None = None
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool = True) -> int:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool = True) -> int:
         """Make the space resident; with ``wait``, return when it holds every row of the corpus. Returns its rows."""
-        fresh = stamp.image_space not in self._resident
-        self._resident.setdefault(stamp.image_space, stamp.clip)
+        fresh = snapshot.image_space not in self._resident
+        self._resident.setdefault(snapshot.image_space, snapshot.clip)
         self._wake.set()
         if wait:
             target = await self._in_io(self.corpus.version)
             async with self._changed:
-                await self._changed.wait_for(lambda: self._complete.get(stamp.image_space, -1) >= target)
+                await self._changed.wait_for(lambda: self._complete.get(snapshot.image_space, -1) >= target)
         elif fresh:
-            log.info("image space %s is resident now", stamp.image_space)
-        return len(self._have.get(stamp.image_space, ()))
+            log.info("image space %s is resident now", snapshot.image_space)
+        return len(self._have.get(snapshot.image_space, ()))
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         """The resident releases, newest first. Spaces of others stay until :meth:`retire`."""
-        for stamp in window:
-            self._resident.setdefault(stamp.image_space, stamp.clip)
+        for snapshot in window:
+            self._resident.setdefault(snapshot.image_space, snapshot.clip)
         self._live_space = window[0].image_space if window else ""
         self._reported = -2  # the rows of another space are to be told
         self._wake.set()
 
     async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
         """Drop the tables of spaces that no kept release has. Returns their names."""
-        spaces = {stamp.image_space: stamp.clip for stamp in keep}
+        spaces = {snapshot.image_space: snapshot.clip for snapshot in keep}
         self._resident = spaces  # an adapter that made a kept space may be gone: take one that is kept
         for space in set(self._have) - set(spaces):
             del self._have[space]

@@ -52,21 +52,21 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def build_app(at: AppState) -> FastAPI:
+def build_app(state: AppState) -> FastAPI:
     """Routes, error shapes and bounds."""
     app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
-    app.state.app_state = at
+    app.state.ratchet = state
     errors.install(app)
     for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
         # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
-    app.add_middleware(AuthMiddleware, access=at.access)
+    app.add_middleware(AuthMiddleware, access=state.access)
     app.add_middleware(
         RequestLimits,
-        max_body_bytes=at.settings.max_body_bytes,
-        max_requests=at.settings.queue,
-        loopback_only=at.settings.on_loopback,
+        max_body_bytes=state.settings.max_body_bytes,
+        max_requests=state.settings.queue,
+        loopback_only=state.settings.on_loopback,
     )
     _describe(app)
     return app

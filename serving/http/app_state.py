@@ -40,7 +40,7 @@ VLM: Family = "vlm"
 class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
-    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items, by the stamp's adapter."""
 
 
@@ -50,14 +50,14 @@ class Vlms(Protocol):
     Deadlines are seconds since the epoch. All raise QueueFull, DeadlineExceeded, Unavailable and InvalidRequest.
     """
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
-    def stream(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
+    def stream(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
         """The answer piece by piece. Closing the iterator aborts the request."""
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 
@@ -97,7 +97,7 @@ class Quarantine(Protocol):
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Refused records by ``reason`` and by ``source``."""
 
-    async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
+    async def resubmit(self, param: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         """Send one again; where the topic has it now."""
 
     async def resubmit_many(self, which: RefusalFilter, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Deletions(Protocol):
 
 @dataclass(frozen=True)
 class AppState:
-    """Everything a route needs; one per ingress replica, in ``app.state.app_state``."""
+    """Everything a route needs; one per ingress replica, in ``app.state.ratchet``."""
 
     settings: Serve
     dim: int
@@ -170,10 +170,10 @@ class AppState:
         key = routing_key(request, user) if self.admission.splits else ""
         return self.admission.admit(model, family, key, is_fault)
 
-    def failed(self, stamp: ReleaseSnapshot, error: Exception) -> None:
+    def failed(self, snapshot: ReleaseSnapshot, error: Exception) -> None:
         """A stream broke off after :meth:`admit`'s block had begun to answer."""
         if is_fault(error):
-            self.admission.failed(stamp.release)
+            self.admission.failed(snapshot.release)
 
     def deadline(self) -> float:
         """When an answer to a request that comes now is too late; seconds since the epoch."""
@@ -185,29 +185,29 @@ class AppState:
         if len(texts) > limit:
             raise ApiError(400, f"{len(texts)} texts are more than {limit}.", param=param, code="too_many_texts")
         for index, text in enumerate(texts):
-            place = f"{param}.{index}"
+            field = f"{param}.{index}"
             if not text:
-                raise ApiError(400, f"{place}: the text is empty.", param=place, code="empty_text")
-            self.check_length(place, text)
+                raise ApiError(400, f"{field}: the text is empty.", param=field, code="empty_text")
+            self.check_length(field, text)
 
-    def check_length(self, place: str, text: str) -> None:
+    def check_length(self, param: str, text: str) -> None:
         """Refuse a text that is too long."""
         if len(text) > self.settings.max_text_chars:
             raise ApiError(
-                400, f"{place}: {len(text)} characters are more than {self.settings.max_text_chars}.",
-                param=place, code="text_too_long",
+                400, f"{param}: {len(text)} characters are more than {self.settings.max_text_chars}.",
+                param=param, code="text_too_long",
             )  # fmt: skip
 
 
 def app_state(request: Request) -> AppState:
-    """The gateway of the app that serves this request."""
-    found: AppState = request.app.state.app_state
-    return found
+    """The state of the app that serves this request."""
+    state: AppState = request.app.state.ratchet
+    return state
 
 
-def stamp_headers(stamp: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
+def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
     """Which release answered, by which adapter."""
-    return {"x-ratchet-release": str(stamp.release), "x-ratchet-adapter": stamp.shown(family)}
+    return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
 
 
 async def json_body(request: Request, model: type[Model]) -> Model:

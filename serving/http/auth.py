@@ -126,10 +126,10 @@ def bearer(headers: Headers) -> str | None:
 
 def principal(request: Request) -> Principal:
     """Who makes this request. Only for routes that :func:`needs` names a scope for."""
-    found: Any = request.state.principal
-    if not isinstance(found, Principal):
+    caller: Any = request.state.principal
+    if not isinstance(caller, Principal):
         raise ApiError(401, "this call needs a key.", code="invalid_api_key", headers=CHALLENGE)
-    return found
+    return caller
 
 
 def operator(request: Request, *scopes: KeyScope) -> str:

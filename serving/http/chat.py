@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk
 from serving.errors import Unavailable
-from serving.http.app_state import VLM, AppState, Vlms, app_state, json_body, json_schema, stamp_headers
+from serving.http.app_state import VLM, AppState, Vlms, app_state, json_body, json_schema, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import ChatCompletion
@@ -41,43 +41,43 @@ async def chat_completions(request: Request) -> Response:
 
     Answers are greedy unless `temperature` says otherwise. One release answers all of it, also when streaming.
     """
-    at = app_state(request)
-    vlms = at.need_vlms()
-    asked = await json_body(request, ChatRequest)
-    refuse_unknown(asked)
-    if asked.stream_options is not None and not asked.stream:
+    state = app_state(request)
+    vlms = state.need_vlms()
+    body = await json_body(request, ChatRequest)
+    refuse_unknown(body)
+    if body.stream_options is not None and not body.stream:
         raise ApiError(400, "stream_options: only taken with stream.", param="stream_options", code="invalid_value")
-    max_tokens = most_tokens(asked, at.settings.vlm_max_tokens)
-    messages, images = conversation(asked, at)
-    deadline = at.deadline()
-    text_of = at.token_text if asked.logprobs else None
+    max_tokens = most_tokens(body, state.settings.vlm_max_tokens)
+    messages, images = conversation(body, state)
+    deadline = state.deadline()
+    text_of = state.token_text if body.logprobs else None
     async with contextlib.AsyncExitStack() as held:
-        stamp = held.enter_context(at.admit(request, asked.model, VLM, asked.caller))
-        headers = stamp_headers(stamp, VLM)
+        snapshot = held.enter_context(state.admit(request, body.model, VLM, body.caller))
+        headers = release_headers(snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
-            pictures = await at.image_loader.pictures(images) if images else ()
+            pictures = await state.image_loader.pictures(images) if images else ()
             ask = GenerationRequest(
-                messages, pictures, max_tokens, asked.temperature or 0.0,
-                1.0 if asked.top_p is None else asked.top_p,
-                None if asked.seed is None else asked.seed % SEEDS, asked.stops,
+                messages, pictures, max_tokens, body.temperature or 0.0,
+                1.0 if body.top_p is None else body.top_p,
+                None if body.seed is None else body.seed % SEEDS, body.stops,
             )  # fmt: skip
-            if not asked.stream:
-                answer = ChatCompletion(stamp, text_of).whole(await vlms.reply(ask, stamp, deadline))
+            if not body.stream:
+                answer = ChatCompletion(snapshot, text_of).whole(await vlms.reply(ask, snapshot, deadline))
                 return JSONResponse(answer, headers=headers)
-            pieces = opened(vlms, ask, stamp, deadline, held)
+            pieces = opened(vlms, ask, snapshot, deadline, held)
             first = await anext(pieces, None)
         if first is None:
             raise Unavailable("the model gave no answer.", "Try again.")
-        events = chunks(first, pieces, ChatCompletion(stamp, text_of, asked.include_usage))
+        events = chunks(first, pieces, ChatCompletion(snapshot, text_of, body.include_usage))
         held.push_async_callback(events.aclose)
-        return EventStream(events, held.pop_all(), headers, deadline, lambda error: at.failed(stamp, error))
+        return EventStream(events, held.pop_all(), headers, deadline, lambda error: state.failed(snapshot, error))
 
 
 def opened(
-    vlms: Vlms, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float, held: contextlib.AsyncExitStack
+    vlms: Vlms, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float, held: contextlib.AsyncExitStack
 ) -> AsyncIterator[TokenChunk]:
     """The pieces of an answer; closing ``held`` closes them, which aborts the request in the engine."""
-    pieces = vlms.stream(ask, stamp, deadline)
+    pieces = vlms.stream(ask, snapshot, deadline)
     if isinstance(pieces, AsyncGenerator):
         held.push_async_callback(pieces.aclose)
     return pieces
@@ -103,9 +103,9 @@ async def chunks(
     raise Unavailable("the answer broke off.", "Send the request again.")
 
 
-def most_tokens(asked: ChatRequest, limit: int) -> int:
+def most_tokens(body: ChatRequest, limit: int) -> int:
     """How long the answer may be. Raises ApiError when more is asked for than the server gives."""
-    newer, older = asked.max_completion_tokens, asked.max_tokens
+    newer, older = body.max_completion_tokens, body.max_tokens
     if newer is not None and older is not None and newer != older:
         raise ApiError(
             400, "max_tokens: give either max_tokens or max_completion_tokens.", param="max_tokens",
@@ -120,12 +120,12 @@ def most_tokens(asked: ChatRequest, limit: int) -> int:
     return limit if wanted is None else wanted
 
 
-def conversation(asked: ChatRequest, at: AppState) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:
+def conversation(body: ChatRequest, state: AppState) -> tuple[tuple[Message, ...], list[tuple[str, str | bytes]]]:
     """Messages, and the images they point to with their places in the request. Raises ApiError."""
     messages: list[Message] = []
     images: list[tuple[str, str | bytes]] = []
     texts = 0
-    for index, message in enumerate(asked.messages):
+    for index, message in enumerate(body.messages):
         content: list[str | int] = []
         for number, part in enumerate(message.content):
             place = f"messages.{index}.content.{number}"
@@ -135,15 +135,15 @@ def conversation(asked: ChatRequest, at: AppState) -> tuple[tuple[Message, ...],
                 content.append(len(images))
                 images.append((f"{place}.image_url", part.image_url.url))
             elif part.text:
-                at.check_length(place, part.text)
+                state.check_length(place, part.text)
                 content.append(part.text)
                 texts += 1
         messages.append(Message(ROLES[message.role], tuple(content)))
     if not texts and not images:
         raise ApiError(400, "messages: there is neither a text nor an image.", param="messages", code="empty_text")
-    if texts > at.settings.max_texts:
+    if texts > state.settings.max_texts:
         raise ApiError(
-            400, f"messages: {texts} texts are more than {at.settings.max_texts}.", param="messages",
+            400, f"messages: {texts} texts are more than {state.settings.max_texts}.", param="messages",
             code="too_many_texts",
         )  # fmt: skip
     return tuple(messages), images

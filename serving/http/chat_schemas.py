@@ -126,9 +126,9 @@ class ChatRequest(BaseModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def refuse_unknown(asked: ChatRequest) -> None:
+def refuse_unknown(body: ChatRequest) -> None:
     """Refuse what would change the answer if it were honoured. Raises ApiError naming the field."""
-    for name, value in (asked.model_extra or {}).items():
+    for name, value in (body.model_extra or {}).items():
         if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
         if name in NEUTRAL:
@@ -141,7 +141,7 @@ def refuse_unknown(asked: ChatRequest) -> None:
         if name in UNSUPPORTED:
             raise ApiError(400, f"{shown} is not supported here.", param=shown, code="unsupported_parameter")
         raise ApiError(400, f"unknown parameter: {shown!r}.", param=shown, code="unknown_parameter")
-    for index, message in enumerate(asked.messages):
+    for index, message in enumerate(body.messages):
         for name, value in (message.model_extra or {}).items():
             if not (value is None or value in ([], {}) or name in MESSAGE_FIELDS):
                 place = f"messages.{index}.{name[:80]}"

@@ -37,14 +37,14 @@ class ChatCompletion:
     """One answer to one request: its id, its time and its model are the same in all of its chunks."""
 
     def __init__(
-        self, stamp: ReleaseSnapshot, text_of: Callable[[int], str] | None, include_usage: bool = False
+        self, snapshot: ReleaseSnapshot, text_of: Callable[[int], str] | None, include_usage: bool = False
     ) -> None:
         """``text_of`` names tokens for log-probabilities; None leaves them out."""
         self.text_of = text_of
         self.include_usage = include_usage
         self.common = {
-            "id": f"chatcmpl-{os.urandom(12).hex()}", "created": int(time.time()), "model": f"vlm@{stamp.release}",
-            "system_fingerprint": stamp.vlm_adapter,
+            "id": f"chatcmpl-{os.urandom(12).hex()}", "created": int(time.time()), "model": f"vlm@{snapshot.release}",
+            "system_fingerprint": snapshot.vlm_adapter,
         }  # fmt: skip
         head = dumps({"object": "chat.completion.chunk", **self.common})[:-1]
         self._head = f"data: {head},"

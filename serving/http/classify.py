@@ -9,9 +9,9 @@ import numpy.typing as npt
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import app_state, json_body, stamp_headers
+from serving.http.app_state import app_state, json_body, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
-from serving.http.embeddings import made
+from serving.http.embeddings import vectors_of
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.schemas import ClassifyRequest
 
@@ -28,34 +28,36 @@ async def classify(request: Request) -> JSONResponse:
 
     As multipart: `images` are files; `labels` and `templates` are repeated fields or JSON lists.
     """
-    at = app_state(request)
+    state = app_state(request)
     uploads: list[bytes] = []
     if is_form(request):
-        fields, files = await read_form(request, at.settings.max_images, {"labels", "templates"})
+        fields, files = await read_form(request, state.settings.max_images, {"labels", "templates"})
         uploads = only(files, "images")
-        asked = checked(ClassifyRequest, {**fields, "images": ["upload"] * len(uploads)})
+        body = checked(ClassifyRequest, {**fields, "images": ["upload"] * len(uploads)})
     else:
-        asked = await json_body(request, ClassifyRequest)
-    at.check_texts(asked.labels, "labels")
-    prompts = [template.replace("{}", label) for label in asked.labels for template in asked.templates]
-    at.check_texts(prompts, "templates", at.settings.max_texts * PROMPTS_PER_TEXT)
-    deadline = at.deadline()
-    sources: Sequence[str | bytes] = uploads or asked.images
-    with at.admit(request, asked.model) as stamp:
+        body = await json_body(request, ClassifyRequest)
+    state.check_texts(body.labels, "labels")
+    prompts = [template.replace("{}", label) for label in body.labels for template in body.templates]
+    state.check_texts(prompts, "templates", state.settings.max_texts * PROMPTS_PER_TEXT)
+    deadline = state.deadline()
+    sources: Sequence[str | bytes] = uploads or body.images
+    with state.admit(request, body.model) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            pixels = await at.image_loader.pixels([(f"images.{index}", image) for index, image in enumerate(sources)])
-            images = await at.encoders.encode("image", pixels, stamp, deadline)
-            texts = await at.encoders.encode("text", prompts, stamp, deadline)
-        shares = probabilities(made(images), made(texts), len(asked.templates), images.logit_scale)
+            pixels = await state.image_loader.pixels(
+                [(f"images.{index}", image) for index, image in enumerate(sources)]
+            )
+            images = await state.encoders.encode("image", pixels, snapshot, deadline)
+            texts = await state.encoders.encode("text", prompts, snapshot, deadline)
+        shares = probabilities(vectors_of(images), vectors_of(texts), len(body.templates), images.logit_scale)
         results = [
             {
-                "label": asked.labels[int(row.argmax())],
-                "probabilities": {label: float(share) for label, share in zip(asked.labels, row, strict=True)},
+                "label": body.labels[int(row.argmax())],
+                "probabilities": {label: float(share) for label, share in zip(body.labels, row, strict=True)},
             }
             for row in shares
         ]
         return JSONResponse(
-            {"object": "list", "model": f"clip@{stamp.release}", "data": results}, headers=stamp_headers(stamp)
+            {"object": "list", "model": f"clip@{snapshot.release}", "data": results}, headers=release_headers(snapshot)
         )
 
 

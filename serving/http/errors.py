@@ -180,13 +180,13 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RatchetError)
     async def on_known(_: Request, error: RatchetError) -> JSONResponse:
-        found = described(error)
-        if found.code == "internal":
+        description = described(error)
+        if description.code == "internal":
             log.error("unexpected %s: %s", type(error).__name__, error)
-        return answer(found.status, found.message, found.param, found.code)
+        return answer(description.status, description.message, description.param, description.code)
 
     @app.exception_handler(Exception)
     async def on_unknown(_: Request, error: Exception) -> JSONResponse:
         log.exception("unexpected error", exc_info=error)
-        found = described(error)
-        return answer(found.status, found.message, found.param, found.code)
+        description = described(error)
+        return answer(description.status, description.message, description.param, description.code)

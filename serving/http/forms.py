@@ -42,11 +42,11 @@ async def read_form(request: Request, max_files: int, many: set[str]) -> tuple[d
 def _listed(value: str) -> list[str]:
     if value.startswith("["):
         try:
-            found = json.loads(value)
+            parts = json.loads(value)
         except (ValueError, RecursionError):
             return [value]
-        if isinstance(found, list) and all(isinstance(part, str) for part in found):
-            return found
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            return parts
     return [value]
 
 

@@ -68,11 +68,11 @@ class ImageLoader:
                 param=param, code="too_many_images",
             )  # fmt: skip
         budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
-        made = [asyncio.create_task(self._one(place, image, finish, budget)) for place, image in images]
+        tasks = [asyncio.create_task(self._one(place, image, finish, budget)) for place, image in images]
         try:
-            return list(await asyncio.gather(*made))
+            return list(await asyncio.gather(*tasks))
         finally:
-            for task in made:  # one was refused, or nobody waits any more
+            for task in tasks:  # one was refused, or nobody waits any more
                 task.cancel()
 
     async def _one(

@@ -26,10 +26,10 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
 
     While the `live` one is a canary or a shadow it answers its `share` of the requests, the `stable` one the others.
     """
-    at = app_state(request)
-    rows = await asyncio.to_thread(at.ledger.releases, limit)
-    live = at.admission.live
-    resident = {stamp.release: stamp for stamp in at.admission.window}
+    state = app_state(request)
+    rows = await asyncio.to_thread(state.ledger.releases, limit)
+    live = state.admission.live
+    resident = {snapshot.release: snapshot for snapshot in state.admission.window}
     data = [
         {
             **asdict(row), "created_at": row.created_at.isoformat(), "live": bool(live and row.number == live.release),
@@ -39,93 +39,93 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
         }
         for row in rows
     ]  # fmt: skip
-    stable = at.admission.stable
-    found = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
-    return JSONResponse({"object": "list", **found})
+    stable = state.admission.stable
+    numbers = {"live": live.release if live else None, "stable": stable.release if stable else None, "data": data}
+    return JSONResponse({"object": "list", **numbers})
 
 
 @router.post("/admin/v1/releases", summary="Release adapters", openapi_extra=json_schema(ReleaseRequest))
 async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
-    at = app_state(request)
+    state = app_state(request)
     actor = operator(request)
-    live = await _live_number(at)
-    asked = await json_body(request, ReleaseRequest)
-    adapters = asked.adapters()
+    live = await _live_number(state)
+    body = await json_body(request, ReleaseRequest)
+    adapters = body.adapters()
     if "vlm" in adapters:
-        _needs_vlm(at, "vlm")
+        _needs_vlm(state, "vlm")
     command = ReleaseCommand(
-        adapters=adapters, actor=actor, reason=asked.reason, expected_live=_expected(asked.expected_live, live),
-        share=asked.share, force=asked.force,
+        adapters=adapters, actor=actor, reason=body.reason, expected_live=_expected(body.expected_live, live),
+        share=body.share, force=body.force,
     )  # fmt: skip
-    return _done(await at.operations.change(command))
+    return _done(await state.operations.change(command))
 
 
 @router.post("/admin/v1/promote", summary="Let a canary answer everybody", openapi_extra=json_schema(PromoteRequest))
 async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
-    at = app_state(request)
+    state = app_state(request)
     actor = operator(request)
-    live = await _live_number(at)
-    asked = await json_body(request, PromoteRequest)
-    expected = _expected(asked.expected_live, live)
-    command = PromoteCommand(actor=actor, reason=asked.reason, expected_live=expected)
-    return _done(await at.operations.change(command))
+    live = await _live_number(state)
+    body = await json_body(request, PromoteRequest)
+    expected = _expected(body.expected_live, live)
+    command = PromoteCommand(actor=actor, reason=body.reason, expected_live=expected)
+    return _done(await state.operations.change(command))
 
 
 @router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
 async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
-    at = app_state(request)
+    state = app_state(request)
     actor = operator(request)
-    live = await _live_number(at)
-    asked = await json_body(request, RollbackRequest)
-    if asked.family == "vlm":
-        _needs_vlm(at, "family")
+    live = await _live_number(state)
+    body = await json_body(request, RollbackRequest)
+    if body.family == "vlm":
+        _needs_vlm(state, "family")
     command = RollbackCommand(
-        actor=actor, reason=asked.reason, expected_live=_expected(asked.expected_live, live), to=asked.to,
-        family=asked.family,
+        actor=actor, reason=body.reason, expected_live=_expected(body.expected_live, live), to=body.to,
+        family=body.family,
     )  # fmt: skip
-    return _done(await at.operations.change(command))
+    return _done(await state.operations.change(command))
 
 
 @router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
-    at = app_state(request)
+    state = app_state(request)
     actor = operator(request)
-    asked = await json_body(request, ReasonRequest)
-    await at.operations.hold(HoldCommand(actor=actor, reason=asked.reason))
+    body = await json_body(request, ReasonRequest)
+    await state.operations.hold(HoldCommand(actor=actor, reason=body.reason))
     return JSONResponse({"held": True})
 
 
 @router.post("/admin/v1/resume", summary="Let updates through again", openapi_extra=json_schema(ReasonRequest))
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
-    at = app_state(request)
+    state = app_state(request)
     actor = operator(request)
-    asked = await json_body(request, ReasonRequest)
-    await at.operations.hold(ResumeCommand(actor=actor, reason=asked.reason))
+    body = await json_body(request, ReasonRequest)
+    await state.operations.hold(ResumeCommand(actor=actor, reason=body.reason))
     return JSONResponse({"held": False})
 
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
     """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
-    at = app_state(request)
+    state = app_state(request)
     operator(request)
-    controller, catalog = await asyncio.gather(at.operations.status(), at.index.status())
+    controller, catalog = await asyncio.gather(state.operations.status(), state.index.status())
     return JSONResponse({"controller": controller, "catalog": catalog})
 
 
-def _needs_vlm(at: AppState, param: str) -> None:
-    if at.vlms is None:
+def _needs_vlm(state: AppState, param: str) -> None:
+    if state.vlms is None:
         raise ApiError(400, f"{param}: no vision-language model is served here.", param=param, code="no_vlm")
 
 
-async def _live_number(at: AppState) -> int:
+async def _live_number(state: AppState) -> int:
     # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
-    row = await asyncio.to_thread(at.ledger.live)
+    row = await asyncio.to_thread(state.ledger.live)
     return row.number if row else 0
 
 
@@ -134,5 +134,5 @@ def _expected(named: int | None, live: int) -> int:
 
 
 def _done(outcome: Outcome) -> JSONResponse:
-    made: dict[str, Any] = asdict(outcome)
-    return JSONResponse({"object": "release", **made})
+    fields: dict[str, Any] = asdict(outcome)
+    return JSONResponse({"object": "release", **fields})

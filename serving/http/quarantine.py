@@ -45,23 +45,23 @@ async def resubmit(request: Request) -> JSONResponse:
     With a `filter`, those that were not sent before are, and the answer counts them.
     """
     actor = operator(request, "publish", "operate")
-    asked = await json_body(request, ResubmitRequest)
-    at = app_state(request)
-    if asked.filter is not None:
-        return await _resubmit_many(at, asked.filter, actor, asked)
+    body = await json_body(request, ResubmitRequest)
+    state = app_state(request)
+    if body.filter is not None:
+        return await _resubmit_many(state, body.filter, actor, body)
     try:
-        sent = await at.quarantine.resubmit(asked.place or "", actor=actor, reason=asked.reason, force=asked.force)
+        sent = await state.quarantine.resubmit(body.place or "", actor=actor, reason=body.reason, force=body.force)
     except RecordError as error:
         raise from_record(error, "place") from None
-    return JSONResponse({"object": "resubmission", "place": asked.place, **sent})
+    return JSONResponse({"object": "resubmission", "place": body.place, **sent})
 
 
-async def _resubmit_many(at: AppState, chosen: RefusedSelection, actor: str, asked: ResubmitRequest) -> JSONResponse:
+async def _resubmit_many(state: AppState, chosen: RefusedSelection, actor: str, body: ResubmitRequest) -> JSONResponse:
     from streams.resubmit_many import RefusalFilter
 
     _check_reason(chosen.reason, "filter.reason")
     which = RefusalFilter(chosen.reason, chosen.source, chosen.since, chosen.limit)
-    report = await at.quarantine.resubmit_many(which, actor=actor, reason=asked.reason, dry_run=asked.dry_run)
+    report = await state.quarantine.resubmit_many(which, actor=actor, reason=body.reason, dry_run=body.dry_run)
     return JSONResponse({"object": "resubmission.report", **report})
 
 

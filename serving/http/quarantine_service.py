@@ -34,12 +34,12 @@ class QuarantineService:
 
         async with self._turn:
             rows = await asyncio.to_thread(list_quarantine, self.settings, self.ledger, limit, reason, source)
-        found = []
+        records = []
         for row in rows:
-            again = row.resubmission
-            told = again and {**asdict(again), "updated_at": again.updated_at.isoformat()}
-            found.append({**asdict(row), "refused_at": row.refused_at.isoformat(), "resubmission": told})
-        return found
+            sent = row.resubmission
+            resubmission = sent and {**asdict(sent), "updated_at": sent.updated_at.isoformat()}
+            records.append({**asdict(row), "refused_at": row.refused_at.isoformat(), "resubmission": resubmission})
+        return records
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         """Refused records by ``reason`` and by ``source``; the most frequent of each."""
@@ -47,8 +47,8 @@ class QuarantineService:
         from streams.store import SampleStore
 
         async with self._turn:
-            found = await asyncio.to_thread(refusal_counts, SampleStore(self.settings.lake), reason, source)
-        return {name: dict(values.top(SHOWN)) for name, values in found.items()}
+            tallies = await asyncio.to_thread(refusal_counts, SampleStore(self.settings.lake), reason, source)
+        return {name: dict(values.top(SHOWN)) for name, values in tallies.items()}
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         """Send one again; where the topic has it now. An operator who hangs up does not stop it half way."""

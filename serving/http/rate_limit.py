@@ -45,9 +45,9 @@ def address(scope: Scope) -> str:
     """
     client = scope.get("client")
     try:
-        found = ipaddress.ip_address(client[0] if client else "")
+        ip = ipaddress.ip_address(client[0] if client else "")
     except ValueError:
         return "address:unknown"
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
-        return f"address:{ipaddress.ip_network((found, 64), strict=False)}"
-    return f"address:{getattr(found, 'ipv4_mapped', None) or found}"
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is None:
+        return f"address:{ipaddress.ip_network((ip, 64), strict=False)}"
+    return f"address:{getattr(ip, 'ipv4_mapped', None) or ip}"

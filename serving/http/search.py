@@ -13,9 +13,9 @@ from fastapi.responses import JSONResponse
 
 from ops.errors import RecordError
 from serving.catalog.queries import as_filters
-from serving.http.app_state import app_state, json_body, stamp_headers
+from serving.http.app_state import app_state, json_body, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
-from serving.http.embeddings import made
+from serving.http.embeddings import vectors_of
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
 from serving.http.schemas import SearchRequest
@@ -29,28 +29,28 @@ SAMPLE_ID = re.compile("[0-9a-f]{64}")
 @router.post("/v1/search", summary="Find samples", openapi_extra=both_schemas(SearchRequest, "image"))
 async def search(request: Request) -> JSONResponse:
     """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space."""
-    at = app_state(request)
+    state = app_state(request)
     uploads: list[bytes] = []
     if is_form(request):
         fields, files = await read_form(request, 1, LISTS)
         uploads = only(files, "image")
-        asked = checked(SearchRequest, {**fields, **({"image": "upload"} if uploads else {})})
+        body = checked(SearchRequest, {**fields, **({"image": "upload"} if uploads else {})})
     else:
-        asked = await json_body(request, SearchRequest)
-    if (asked.text is None) == (asked.image is None):
+        body = await json_body(request, SearchRequest)
+    if (body.text is None) == (body.image is None):
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
-    filters = as_filters(asked.domain, asked.source, asked.since, asked.until)
-    deadline = at.deadline()
-    with at.admit(request, asked.model) as stamp:
+    filters = as_filters(body.domain, body.source, body.since, body.until)
+    deadline = state.deadline()
+    with state.admit(request, body.model) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            if asked.text is not None:
-                at.check_texts([asked.text], "text")
-                answer = await at.encoders.encode("text", [asked.text], stamp, deadline)
+            if body.text is not None:
+                state.check_texts([body.text], "text")
+                answer = await state.encoders.encode("text", [body.text], snapshot, deadline)
             else:
-                source: str | bytes = uploads[0] if uploads else str(asked.image)
-                pixels = await at.image_loader.pixels([("image", source)])
-                answer = await at.encoders.encode("image", pixels, stamp, deadline)
-            hits = await at.index.search(stamp.image_space, made(answer)[0], asked.k, filters)
+                source: str | bytes = uploads[0] if uploads else str(body.image)
+                pixels = await state.image_loader.pixels([("image", source)])
+                answer = await state.encoders.encode("image", pixels, snapshot, deadline)
+            hits = await state.index.search(snapshot.image_space, vectors_of(answer)[0], body.k, filters)
         data = [
             {
                 "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
@@ -59,8 +59,8 @@ async def search(request: Request) -> JSONResponse:
             for hit in hits
         ]  # fmt: skip
         return JSONResponse(
-            {"object": "list", "model": f"clip@{stamp.release}", "space": stamp.image_space, "data": data},
-            headers=stamp_headers(stamp),
+            {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": data},
+            headers=release_headers(snapshot),
         )
 
 
@@ -76,12 +76,12 @@ async def sample_image(
     size: Annotated[int, Query(ge=16, le=1024, description="Longest side, pixels.")] = 256,
 ) -> Response:
     """Drawn again, so that no byte of what a producer sent reaches a browser."""
-    at = app_state(request)
-    data = await at.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
+    state = app_state(request)
+    data = await state.index.image(sample_id) if SAMPLE_ID.fullmatch(sample_id) else None
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")
     try:
-        png = await asyncio.to_thread(thumbnail, data, size, at.settings.max_pixels, at.settings.max_image_bytes)
+        png = await asyncio.to_thread(thumbnail, data, size, state.settings.max_pixels, state.settings.max_image_bytes)
     except RecordError as error:
         raise ApiError(410, f"the image cannot be shown: {error}", code=error.reason) from None
     return Response(png, media_type="image/png", headers={"Cache-Control": "public, max-age=86400, immutable"})

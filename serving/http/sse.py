@@ -42,11 +42,11 @@ def event(data: str, name: str = "") -> bytes:
 
 def failure(error: Exception) -> bytes:
     """The event that ends a stream which failed; its data is the error object of all other errors."""
-    found = errors.described(error)
-    metrics.http.refused(found.code or "other")
-    if found.code == "internal":
+    description = errors.described(error)
+    metrics.http.refused(description.code or "other")
+    if description.code == "internal":
         log.error("a stream failed", exc_info=error)
-    return event(dumps(found.content), "error")
+    return event(dumps(description.content), "error")
 
 
 class EventStream(Response):

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import question
-from serving.http.app_state import VLM, app_state, json_body, stamp_headers
+from serving.http.app_state import VLM, app_state, json_body, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
@@ -27,33 +27,33 @@ async def vqa(request: Request) -> JSONResponse:
 
     As multipart: `image` is a file; `choices` are repeated fields or one JSON list.
     """
-    at = app_state(request)
-    vlms = at.need_vlms()
+    state = app_state(request)
+    vlms = state.need_vlms()
     uploads: list[bytes] = []
     if is_form(request):
         fields, files = await read_form(request, 1, {"choices"})
         uploads = only(files, "image")
-        asked = checked(VqaRequest, {**fields, **({"image": "upload"} if uploads else {})})
+        body = checked(VqaRequest, {**fields, **({"image": "upload"} if uploads else {})})
     else:
-        asked = await json_body(request, VqaRequest)
-    at.check_length("question", asked.question)
-    deadline = at.deadline()
-    with at.admit(request, asked.model, VLM) as stamp:
+        body = await json_body(request, VqaRequest)
+    state.check_length("question", body.question)
+    deadline = state.deadline()
+    with state.admit(request, body.model, VLM) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            (picture,) = await at.image_loader.pictures([("image", uploads[0] if uploads else asked.image)])
-            ask = question(picture, asked.question)
-            ask = replace(ask, max_tokens=min(ask.max_tokens, at.settings.vlm_max_tokens))
-            found: dict[str, Any]
-            if asked.choices is None:
-                reply = await vlms.reply(ask, stamp, deadline)
+            (picture,) = await state.image_loader.pictures([("image", uploads[0] if uploads else body.image)])
+            ask = question(picture, body.question)
+            ask = replace(ask, max_tokens=min(ask.max_tokens, state.settings.vlm_max_tokens))
+            answer: dict[str, Any]
+            if body.choices is None:
+                reply = await vlms.reply(ask, snapshot, deadline)
                 counted = usage(reply.prompt_tokens, len(reply.tokens))
-                found = {"answer": reply.text.strip(), "choices": [], "usage": counted}
+                answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
             else:
-                shares = normalised(await vlms.score(ask, asked.choices, stamp, deadline))
-                rows = [{"text": text, "probability": share} for text, share in zip(asked.choices, shares, strict=True)]
-                found = {"answer": asked.choices[shares.index(max(shares))], "choices": rows, "usage": None}
-        origin = {"model": f"vlm@{stamp.release}", "release": stamp.release, "adapter": stamp.vlm_adapter}
-        return JSONResponse({"object": "vqa", **found, **origin}, headers=stamp_headers(stamp, VLM))
+                shares = normalised(await vlms.score(ask, body.choices, snapshot, deadline))
+                rows = [{"text": text, "probability": share} for text, share in zip(body.choices, shares, strict=True)]
+                answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
+        origin = {"model": f"vlm@{snapshot.release}", "release": snapshot.release, "adapter": snapshot.vlm_adapter}
+        return JSONResponse({"object": "vqa", **answer, **origin}, headers=release_headers(snapshot, VLM))
 
 
 def normalised(scores: Sequence[float]) -> list[float]:

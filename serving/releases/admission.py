@@ -47,14 +47,14 @@ class Admission:
 
     def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
-        ordered = tuple(sorted(window, key=lambda stamp: -stamp.release))
+        ordered = tuple(sorted(window, key=lambda snapshot: -snapshot.release))
         if ordered and (self.live is None or ordered[0].release >= self.live.release):
             self._window = ordered
-            self._stable = next((stamp for stamp in ordered if stamp.share >= 1), None)
+            self._stable = next((snapshot for snapshot in ordered if snapshot.share >= 1), None)
             self.splits = ordered[0].share < 1
-            numbers = {stamp.release for stamp in ordered} | set(self._in_flight)
+            numbers = {snapshot.release for snapshot in ordered} | set(self._in_flight)
             self._answered = {number: self._answered.get(number, RequestCounts()) for number in numbers}
-            self._tell()
+            self._record_in_flight()
         return self.live.release if self.live else 0
 
     def resolve(self, model: str, family: Family = FAMILY, key: str = "") -> ReleaseSnapshot:
@@ -72,15 +72,15 @@ class Admission:
             raise NotReady("no release is live yet.", "Wait until /health/ready answers 200.")
         if model == family:
             return self._side(live, key) if self.splits else live
-        for stamp in self._window:
-            if model in (f"{family}@{stamp.release}", stamp.shown(family)):
-                return stamp
+        for snapshot in self._window:
+            if model in (f"{family}@{snapshot.release}", snapshot.shown(family)):
+                return snapshot
         raise UnknownModel(f"model {model[:80]!r} is not resident.", f"Resident are: {', '.join(self.names(family))}.")
 
     def names(self, family: Family = FAMILY) -> list[str]:
         """Every name that :meth:`resolve` takes."""
-        names: list[str] = [family, *(f"{family}@{stamp.release}" for stamp in self._window)]
-        return names + list(dict.fromkeys(stamp.shown(family) for stamp in self._window))
+        names: list[str] = [family, *(f"{family}@{snapshot.release}" for snapshot in self._window)]
+        return names + list(dict.fromkeys(snapshot.shown(family) for snapshot in self._window))
 
     @contextmanager
     def admit(
@@ -93,12 +93,12 @@ class Admission:
         """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
         against the release.
         """
-        stamp = self.resolve(model, family, key)
-        number = stamp.release
+        snapshot = self.resolve(model, family, key)
+        number = snapshot.release
         self._in_flight[number] = self._in_flight.get(number, 0) + 1
-        self._tell()
+        self._record_in_flight()
         try:
-            yield stamp
+            yield snapshot
         except Exception as error:
             if is_fault(error):
                 self.failed(number)
@@ -109,11 +109,11 @@ class Admission:
                 self._in_flight[number] = left
             else:
                 del self._in_flight[number]
-            self._tell()
+            self._record_in_flight()
             if (counted := self._answered.get(number)) is not None:
                 counted.requests += 1
             if self.splits:
-                metrics.rollout.answered("stable" if stamp.share >= 1 else "trial")
+                metrics.rollout.answered("stable" if snapshot.share >= 1 else "trial")
 
     def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number."""
@@ -121,13 +121,13 @@ class Admission:
 
     def by_age(self) -> dict[Age, int]:
         """The same, by how far behind the live release each one is."""
-        newest = [stamp.release for stamp in self._window[:2]]
+        newest = [snapshot.release for snapshot in self._window[:2]]
         counts: dict[Age, int] = {"live": 0, "incumbent": 0, "older": 0}
         for number, count in self._in_flight.items():
             counts["older" if number not in newest else "live" if number == newest[0] else "incumbent"] += count
         return counts
 
-    def _tell(self) -> None:
+    def _record_in_flight(self) -> None:
         metrics.release.in_flight(self.by_age())
 
     def failed(self, release: int) -> None:

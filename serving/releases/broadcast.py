@@ -34,7 +34,7 @@ class RayBroadcast:
         self.encoder = encoder
         self.catalog = catalog
         self.vlm = vlm
-        self._told: tuple[str | None, ...] = ()
+        self._announced_vlms: tuple[str | None, ...] = ()
         self._ingress: DeploymentHandle | None = None
 
     @property
@@ -57,10 +57,12 @@ class RayBroadcast:
         """Phase one, on every VLM replica."""
         return await call_every_replica(self._vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Coverage of the image space. Raises ReleaseError."""
         attempts = Attempts(COVER_SECONDS if wait else ASK_COVER_SECONDS, "catalog")
-        rows: int | str = await call_replica(lambda: self.catalog.cover.remote(stamp, wait), attempts, retry_full=True)
+        rows: int | str = await call_replica(
+            lambda: self.catalog.cover.remote(snapshot, wait), attempts, retry_full=True
+        )
         if isinstance(rows, str):
             raise ReleaseError(f"the catalog cannot be brought up to date: {rows}")
         return rows
@@ -70,17 +72,20 @@ class RayBroadcast:
 
         VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
         """
-        told: list[tuple[DeploymentHandle, list[Any]]] = [
+        messages: list[tuple[DeploymentHandle, list[Any]]] = [
             (self.ingress, list(resident.window)),
             (self.encoder, list(resident.clips)),
             (self.catalog, list(resident.indexed)),
         ]
-        if self.vlm is not None and resident.vlms != self._told:
-            told.append((self.vlm, list(resident.vlms)))
+        if self.vlm is not None and resident.vlms != self._announced_vlms:
+            messages.append((self.vlm, list(resident.vlms)))
         answers = await asyncio.gather(
-            *(call_every_replica(handle, "adopt", what, seconds=ACKNOWLEDGE_SECONDS) for handle, what in told)
+            *(
+                call_every_replica(handle, "adopt", residents, seconds=ACKNOWLEDGE_SECONDS)
+                for handle, residents in messages
+            )
         )
-        self._told = resident.vlms
+        self._announced_vlms = resident.vlms
         return sum(len(answer) for answer in answers)
 
     async def observations(self) -> list[Observations]:

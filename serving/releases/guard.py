@@ -67,13 +67,13 @@ def look(settings: Rollout, seen: Observations, incumbent: int, seconds: float) 
     """
     number = 1 + int(max(0.0, seconds) / LOOK_SECONDS)
     level = FALSE_ALARM / (TESTS * number * (number + 1))
-    found = [_errors(settings, seen, incumbent, level)]
+    evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):
         if compared.timed:
-            found.append(_latency(settings, family, compared, level))
+            evidence.append(_latency(settings, family, compared, level))
         if compared.inputs:
-            found.append(_agreement(settings, family, compared, level))
-    return found
+            evidence.append(_agreement(settings, family, compared, level))
+    return evidence
 
 
 def broken(evidence: Sequence[Evidence]) -> list[Evidence]:

@@ -41,7 +41,7 @@ def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTar
         return None
     kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
     until = live.created_at.timestamp() + settings.guard_seconds if live.plain else math.inf
-    found = GuardTarget(live, incumbent, kind, until)
-    if kind in UNWATCHED or now >= until or not (found.differs("clip") or found.differs("vlm")):
+    target = GuardTarget(live, incumbent, kind, until)
+    if kind in UNWATCHED or now >= until or not (target.differs("clip") or target.differs("vlm")):
         return None
-    return found
+    return target

@@ -71,7 +71,7 @@ class ReleaseProtocol:
                 initial = [proposal for proposal in waiting if proposal.kind == "initial"]
                 return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
             resident = await self.resident()
-            await asyncio.gather(*(self.broadcast.cover(stamp, wait=False) for stamp in resident.indexed))
+            await asyncio.gather(*(self.broadcast.cover(snapshot, wait=False) for snapshot in resident.indexed))
             await self._announce()
             return None
 
@@ -159,7 +159,7 @@ class ReleaseProtocol:
         while True:
             async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
                 keep = await self.resident()
-                if not set(await self.broadcast.in_flight()) - {stamp.release for stamp in keep.window}:
+                if not set(await self.broadcast.in_flight()) - {snapshot.release for snapshot in keep.window}:
                     await self.broadcast.retire(keep)
                     return
             if time.monotonic() > deadline:
@@ -241,8 +241,8 @@ class ReleaseProtocol:
 
     async def _refuse_withdrawn(self, proposal: ProposalRow) -> None:
         """An update may make again what the guard took back: same data, same recipe, same adapter."""
-        found = await asyncio.to_thread(self.ledger.withdrawn, [*proposed_adapters(proposal).values()])
-        for name, why in found.items():
+        withdrawn = await asyncio.to_thread(self.ledger.withdrawn, [*proposed_adapters(proposal).values()])
+        for name, why in withdrawn.items():
             raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
 
     async def _make_ready(

@@ -74,16 +74,15 @@ async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
     window: list[ReleaseSnapshot] = []
     answering = {row.number for row in rows.answering}
     for row in rows.window:
-        found = await spaces(row.clip)
-        if found is not None:
-            window.append(ReleaseSnapshot(row.number, row.clip, *found, row.vlm, row.share))
+        pair = await spaces(row.clip)
+        if pair is not None:
+            window.append(ReleaseSnapshot(row.number, row.clip, *pair, row.vlm, row.share))
         elif row.number in answering:
             return Residency((), (), rows.vlms)
     indexed = list(window)
-    if rows.rollback_release is not None and (found := await spaces(rows.rollback_release.clip)) is not None:
-        indexed.append(
-            ReleaseSnapshot(rows.rollback_release.number, rows.rollback_release.clip, *found, rows.rollback_release.vlm)
-        )
+    older = rows.rollback_release
+    if older is not None and (pair := await spaces(older.clip)) is not None:
+        indexed.append(ReleaseSnapshot(older.number, older.clip, *pair, older.vlm))
     return Residency(tuple(window), tuple(indexed), rows.vlms)
 
 

@@ -22,10 +22,10 @@ def rollback_target(ledger: Ledger, families: Sequence[Family], to: int | None) 
     if live is None:
         raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
     try:
-        found = _other(ledger, live, families) if to is None else ledger.release(to)
+        release = _other(ledger, live, families) if to is None else ledger.release(to)
     except LedgerError as error:
         raise ReleaseError(error.message, error.fix) from None
-    adapters: Adapters = {family: found.adapter(family) for family in families}
+    adapters: Adapters = {family: release.adapter(family) for family in families}
     for name, why in ledger.withdrawn(list(adapters.values())).items():
         raise ReleaseError(f"{name} was withdrawn: {why}", "Go back to another release, or release it with --force.")
     return adapters
@@ -36,10 +36,10 @@ def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> Rele
     if any(stable.adapter(family) != live.adapter(family) for family in families):
         return stable  # a canary or a shadow is taken back by what answers beside it
     older = [ledger.before(family, stable.adapter(family)) for family in families]
-    found = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
-    if found is None:
+    release = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
+    if release is None:
         kind = "another" if len(families) > 1 else f"another {NAMES[families[0]]}"
         raise ReleaseError(
             f"no release before {live.number} has {kind} adapter.", "Name one with `to`, or release an adapter."
         )
-    return found
+    return release

@@ -53,21 +53,21 @@ class RolloutController:
             ReleaseError: the ingress does not answer, or what it decided cannot be released; it is tried again.
         """
         now = time.time()
-        found = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, now)
-        if found is None:
+        target = await asyncio.to_thread(find_guard_target, self.ledger, self.settings, now)
+        if target is None:
             self._last = {"state": "idle"}
             metrics.rollout.watching(0, 1.0)
             return None
-        seen = together(found.release.number, await self._observe())
-        evidence = look(self.settings, seen, found.incumbent.number, now - found.began)
-        self._tell(found, seen, evidence, now)
+        observations = together(target.release.number, await self._observe())
+        evidence = look(self.settings, observations, target.incumbent.number, now - target.began)
+        self._record(target, observations, evidence, now)
         try:
             if bad := broken(evidence):
-                return await self._take_back(found, bad, seen, evidence)
-            if await self._is_proven(found, seen, now):
-                return await self._promote(found, seen, evidence)
+                return await self._take_back(target, bad, observations, evidence)
+            if await self._is_proven(target, observations, now):
+                return await self._promote(target, observations, evidence)
         except ReleaseConflict:  # an operator was faster; the next look is at what they released
-            log.info("release %d is not live any more", found.release.number)
+            log.info("release %d is not live any more", target.release.number)
         return None
 
     def status(self) -> dict[str, Any]:
@@ -75,13 +75,13 @@ class RolloutController:
         return dict(self._last)
 
     async def _take_back(
-        self, found: GuardTarget, bad: Sequence[Evidence], seen: Observations, evidence: Sequence[Evidence]
+        self, target: GuardTarget, bad: Sequence[Evidence], observations: Observations, evidence: Sequence[Evidence]
     ) -> Outcome:
-        number, back = found.release.number, found.incumbent.number
+        number, back = target.release.number, target.incumbent.number
         reason = f"{_named(bad[0])} of release {number} is out of bounds: {bad[0].shown}"
         log.warning("release %d is taken back to release %d: %s", number, back, reason)
-        names = [found.release.adapter(family) for family in FAMILIES if found.differs(family)]
-        detail = {**_shown(seen, evidence), "back_to": back, "share": found.release.share}
+        names = [target.release.adapter(family) for family in FAMILIES if target.differs(family)]
+        detail = {**_shown(observations, evidence), "back_to": back, "share": target.release.share}
         await asyncio.to_thread(
             lambda: self.ledger.withdraw(
                 names, actor=ACTOR, subject=f"release {number}", reason=reason, evidence=detail
@@ -93,34 +93,37 @@ class RolloutController:
         metrics.rollout.decided("rolled_back", bad[0].guardrail)
         return outcome
 
-    async def _is_proven(self, found: GuardTarget, seen: Observations, now: float) -> bool:
+    async def _is_proven(self, target: GuardTarget, observations: Observations, now: float) -> bool:
         """Whether an update on trial may answer everybody. An operator's trial is the operator's to end."""
-        if found.release.plain or found.kind != "update" or now - found.began < self.settings.observe_seconds:
+        if target.release.plain or target.kind != "update" or now - target.began < self.settings.observe_seconds:
             return False
-        least = min(seen.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if found.differs(f))
+        least = min(observations.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if target.differs(f))
         return least >= self.settings.min_comparisons and await asyncio.to_thread(self.ledger.held) is None
 
-    async def _promote(self, found: GuardTarget, seen: Observations, evidence: Sequence[Evidence]) -> Outcome:
-        number = found.release.number
+    async def _promote(self, target: GuardTarget, observations: Observations, evidence: Sequence[Evidence]) -> Outcome:
+        number = target.release.number
         counts = ", ".join(one.shown for one in evidence if one.guardrail == "agreement")
-        reason = f"release {number} stayed within bounds for {time.time() - found.began:.0f} s: {counts}"
+        reason = f"release {number} stayed within bounds for {time.time() - target.began:.0f} s: {counts}"
         outcome = await self.protocol.promote(PromoteCommand(actor=ACTOR, reason=reason, expected_live=number))
-        detail = {**_shown(seen, evidence), "promoted": number}
+        detail = {**_shown(observations, evidence), "promoted": number}
         await asyncio.to_thread(self.ledger.audit, ACTOR, "promote", f"release {outcome.number}", detail)
         metrics.rollout.decided("promoted", "none")
         return outcome
 
-    def _tell(self, found: GuardTarget, seen: Observations, evidence: Sequence[Evidence], now: float) -> None:
-        metrics.rollout.watching(found.release.number, found.release.share)
-        for family, compared in seen.compared.items():
+    def _record(
+        self, target: GuardTarget, observations: Observations, evidence: Sequence[Evidence], now: float
+    ) -> None:
+        metrics.rollout.watching(target.release.number, target.release.share)
+        for family, compared in observations.compared.items():
             if compared.inputs:
                 metrics.rollout.agreement(family, compared.agreed / compared.inputs)
-        share = found.release.share
+        share = target.release.share
         self._last = {
-            "state": "guard" if found.release.plain else "canary" if share > 0 else "shadow",
-            "release": found.release.number, "share": share, "incumbent": found.incumbent.number, "kind": found.kind,
-            "seconds": round(now - found.began, 1),
-            "seconds_left": round(found.until - now, 1) if found.release.plain else None, **_shown(seen, evidence),
+            "state": "guard" if target.release.plain else "canary" if share > 0 else "shadow",
+            "release": target.release.number, "share": share, "incumbent": target.incumbent.number, "kind": target.kind,
+            "seconds": round(now - target.began, 1),
+            "seconds_left": round(target.until - now, 1) if target.release.plain else None,
+            **_shown(observations, evidence),
         }  # fmt: skip
 
 
@@ -128,10 +131,10 @@ def _named(one: Evidence) -> str:
     return one.guardrail if one.family is None else f"{one.guardrail} ({one.family})"
 
 
-def _shown(seen: Observations, evidence: Sequence[Evidence]) -> dict[str, Any]:
+def _shown(observations: Observations, evidence: Sequence[Evidence]) -> dict[str, Any]:
     """Counts and tests, as the audit log and the status show them."""
     return {
-        "requests": {str(number): asdict(answered) for number, answered in seen.requests.items()},
-        "compared": {family: asdict(compared) for family, compared in seen.compared.items()},
+        "requests": {str(number): asdict(answered) for number, answered in observations.requests.items()},
+        "compared": {family: asdict(compared) for family, compared in observations.compared.items()},
         "guardrails": [one.detail() for one in evidence],
     }

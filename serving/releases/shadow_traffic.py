@@ -46,11 +46,11 @@ Encode = Callable[[Kind, Any, str | None], Awaitable[EncodeResult]]
 class Asked(Protocol):
     """The part of :class:`serving.replicas.vlm_calls.VlmCalls` that is needed here."""
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 
@@ -218,11 +218,15 @@ class ShadowTraffic:
         return answer.vectors
 
     async def _reply(self, ask: GenerationRequest, row: ReleaseRow) -> GenerationResult:
-        reply: GenerationResult = await self._asked(lambda vlms, stamp, deadline: vlms.reply(ask, stamp, deadline), row)
+        reply: GenerationResult = await self._asked(
+            lambda vlms, snapshot, deadline: vlms.reply(ask, snapshot, deadline), row
+        )
         return reply
 
     async def _score(self, ask: GenerationRequest, answer: str, row: ReleaseRow) -> float:
-        (score,) = await self._asked(lambda vlms, stamp, deadline: vlms.score(ask, (answer,), stamp, deadline), row)
+        (score,) = await self._asked(
+            lambda vlms, snapshot, deadline: vlms.score(ask, (answer,), snapshot, deadline), row
+        )
         return float(score)
 
     async def _asked(self, call: Callable[[Asked, ReleaseSnapshot, float], Awaitable[Any]], row: ReleaseRow) -> Any:

@@ -69,7 +69,7 @@ class Residency:
     @property
     def clips(self) -> tuple[str | None, ...]:
         """CLIP adapters, the live one first."""
-        return tuple(dict.fromkeys(stamp.clip for stamp in self.indexed))
+        return tuple(dict.fromkeys(snapshot.clip for snapshot in self.indexed))
 
 
 class Broadcast(Protocol):
@@ -85,7 +85,7 @@ class Broadcast(Protocol):
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         """Every VLM replica does the same."""
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
     async def announce(self, resident: Residency) -> int:

@@ -56,8 +56,8 @@ class CatalogReplica:
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._told = asyncio.Lock()
-        self._knows = False
+        self._adopting = asyncio.Lock()
+        self._adopted = False
 
     async def _started(self) -> Catalog:
         """The catalog with its loop running, and told of the resident releases: a replaced replica missed the word."""
@@ -65,12 +65,12 @@ class CatalogReplica:
             self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
-        async with self._told:
-            if not self._knows:
+        async with self._adopting:
+            if not self._adopted:
                 resident = await self._window.read()
                 if resident is not None:
                     await self._adopt(resident.indexed)
-                    self._knows = True
+                    self._adopted = True
         return self.catalog
 
     async def check_health(self) -> None:
@@ -80,10 +80,10 @@ class CatalogReplica:
         except Exception as error:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int | str:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int | str:
         """See :meth:`Catalog.cover`; a string says why it could not be done."""
         try:
-            return await (await self._started()).cover(stamp, wait)
+            return await (await self._started()).cover(snapshot, wait)
         except RatchetError as error:
             return str(error)
 

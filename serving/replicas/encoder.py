@@ -45,24 +45,24 @@ class Encoder:
     async def encode(self, kind: Kind, payload: Any, adapter: str | None, deadline: float) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests."""
         self._inside += 1
-        self._tell()
+        self._record_load()
         try:
             answer: EncodeResult = await self.batch(EncodeRequest(kind, payload, adapter, deadline))
             return answer
         finally:
             self._inside -= 1
-            self._tell()
+            self._record_load()
 
     @serve.batch(max_batch_size=16 * IMAGE_COST, batch_wait_timeout_s=0.005, batch_size_fn=batch_cost)  # type: ignore[untyped-decorator]
     async def batch(self, works: list[EncodeRequest]) -> list[EncodeResult]:
         """One dynamic batch, bounded by cost."""
         self._running = len(works)
-        self._tell()
+        self._record_load()
         try:
             return await self.worker.encode(works)
         finally:
             self._running = 0
-            self._tell()
+            self._record_load()
 
     async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
         """Vectors for the catalog and for comparisons, at low priority."""
@@ -88,7 +88,7 @@ class Encoder:
     def _residency(self) -> ResidencyRows:
         return read_residency(self.ledger, self.settings.serve.rollback_window)
 
-    def _tell(self) -> None:
+    def _record_load(self) -> None:
         metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
 
     async def _load(self, rows: ResidencyRows) -> list[Prepared]:

@@ -27,7 +27,7 @@ class EncoderCalls:
         self.handle = handle
         self.budget = max_batch * IMAGE_COST
 
-    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n texts), every one by the stamp's adapter.
 
         Args:
@@ -40,8 +40,8 @@ class EncoderCalls:
         step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
         pieces = [payload[start : start + step] for start in range(0, len(payload), step)]
         if len(pieces) == 1:
-            return await self._one(kind, pieces[0], stamp, deadline)
-        tasks = [asyncio.ensure_future(self._one(kind, piece, stamp, deadline)) for piece in pieces]
+            return await self._one(kind, pieces[0], snapshot, deadline)
+        tasks = [asyncio.ensure_future(self._one(kind, piece, snapshot, deadline)) for piece in pieces]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
@@ -49,15 +49,15 @@ class EncoderCalls:
                 task.cancel()
         return _join(answers)
 
-    async def _one(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def _one(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.time(), "encoder", "Send fewer items, or try again later.")
-        call = lambda: self.handle.encode.remote(kind, payload, stamp.clip, deadline)  # noqa: E731
+        call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, deadline)  # noqa: E731
         result: EncodeResult = await call_replica(call, attempts)
         if result.code == "late":
             raise attempts.over()
         if result.code:
             raise AdapterUnservable(
-                f"{stamp.adapter} cannot be served: {result.error}.", "An operator must look at it."
+                f"{snapshot.adapter} cannot be served: {result.error}.", "An operator must look at it."
             )
         return result
 

@@ -81,11 +81,11 @@ class EncoderWorker:
             self._drop(name)
         return gone
 
-    async def encode(self, works: Sequence[EncodeRequest]) -> list[EncodeResult]:
+    async def encode(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
         """Encode a batch: grouped by kind and adapter, each group in one forward pass. Late items are not computed."""
         self._waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, list(works))
+            return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, list(requests))
         finally:
             self._waiting -= 1
 
@@ -98,28 +98,30 @@ class EncoderWorker:
             patience = time.monotonic() + 1.0
             while self._waiting and time.monotonic() < patience:
                 await asyncio.sleep(0.002)
-            work = EncodeRequest(kind, payload[start : start + size], adapter, time.time() + 3600)
-            parts += await loop.run_in_executor(self._compute, self.encode_now, [work])
+            request = EncodeRequest(kind, payload[start : start + size], adapter, time.time() + 3600)
+            parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
             if parts[-1].vectors is None:
                 return parts[-1]
         first = parts[0]
         vectors = np.concatenate([part.vectors for part in parts if part.vectors is not None])
         return EncodeResult(vectors, adapter, first.image_space, first.text_space, first.logit_scale)
 
-    def encode_now(self, works: list[EncodeRequest]) -> list[EncodeResult]:
+    def encode_now(self, requests: list[EncodeRequest]) -> list[EncodeResult]:
         """The batch on the caller's thread."""
-        answers: list[EncodeResult | None] = [None] * len(works)
+        results: list[EncodeResult | None] = [None] * len(requests)
         groups: dict[tuple[Kind, str | None], list[int]] = {}
-        for index, work in enumerate(works):
-            if time.time() > work.deadline:
-                answers[index] = EncodeResult(None, work.adapter, code="late", error="the deadline passed in the queue")
+        for index, request in enumerate(requests):
+            if time.time() > request.deadline:
+                results[index] = EncodeResult(
+                    None, request.adapter, code="late", error="the deadline passed in the queue"
+                )
             else:
-                groups.setdefault((work.kind, work.adapter), []).append(index)
+                groups.setdefault((request.kind, request.adapter), []).append(index)
         for (kind, adapter), indices in groups.items():
-            made = self._encode_group(kind, adapter, [works[index].payload for index in indices])
-            for index, answer in zip(indices, made, strict=True):
-                answers[index] = answer
-        return [answer for answer in answers if answer is not None]
+            encoded = self._encode_group(kind, adapter, [requests[index].payload for index in indices])
+            for index, result in zip(indices, encoded, strict=True):
+                results[index] = result
+        return [result for result in results if result is not None]
 
     def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         began = time.perf_counter()

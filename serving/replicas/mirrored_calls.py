@@ -20,9 +20,9 @@ class MirroredEncoders:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
 
-    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
-        answer = await self.calls.encode(kind, payload, stamp, deadline)
+        answer = await self.calls.encode(kind, payload, snapshot, deadline)
         if self.shadow_traffic.watching:
             self.shadow_traffic.clip(kind, payload)
         return answer
@@ -35,25 +35,27 @@ class MirroredVlms:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """See :meth:`VlmCalls.reply`."""
-        reply = await self.calls.reply(ask, stamp, deadline)
-        self._offer(ask)
+        reply = await self.calls.reply(request, snapshot, deadline)
+        self._offer(request)
         return reply
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """See :meth:`VlmCalls.score`."""
-        scores = await self.calls.score(ask, choices, stamp, deadline)
-        self._offer(ask)
+        scores = await self.calls.score(request, choices, snapshot, deadline)
+        self._offer(request)
         return scores
 
-    def stream(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
+    def stream(
+        self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
+    ) -> AsyncIterator[TokenChunk]:
         """See :meth:`VlmCalls.stream`: its own iterator, so that a piece costs nothing more."""
-        self._offer(ask)
-        return self.calls.stream(ask, stamp, deadline)
+        self._offer(request)
+        return self.calls.stream(request, snapshot, deadline)
 
-    def _offer(self, ask: GenerationRequest) -> None:
-        if self.shadow_traffic.watching and ask is not PROBE:
-            self.shadow_traffic.vlm(ask)
+    def _offer(self, request: GenerationRequest) -> None:
+        if self.shadow_traffic.watching and request is not PROBE:
+            self.shadow_traffic.vlm(request)

@@ -57,22 +57,24 @@ class VlmReplica:
         """Serve awaits this when the replica ends: the engine's processes end with it."""
         await self.worker.engine.close()
 
-    async def reply(self, ask: GenerationRequest, adapter: str | None, deadline: float) -> GenerationResult | Refusal:
+    async def reply(
+        self, request: GenerationRequest, adapter: str | None, deadline: float
+    ) -> GenerationResult | Refusal:
         """The whole answer; see :meth:`VlmWorker.reply`."""
-        return await self.worker.reply(ask, adapter, deadline)
+        return await self.worker.reply(request, adapter, deadline)
 
     async def stream(
-        self, ask: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, deadline: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces of the answer; see :meth:`VlmWorker.stream`."""
-        async for piece in self.worker.stream(ask, adapter, deadline):
+        async for piece in self.worker.stream(request, adapter, deadline):
             yield piece
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
     ) -> list[float] | Refusal:
         """Log-probabilities of choices; see :meth:`VlmWorker.score`."""
-        return await self.worker.score(ask, choices, adapter, deadline)
+        return await self.worker.score(request, choices, adapter, deadline)
 
     async def prepare(self, vlm: str | None) -> Prepared:
         """Phase one of a release; see :meth:`VlmWorker.prepare`."""

@@ -34,7 +34,7 @@ class VlmCalls:
         self.limit = limit
         self.running = 0
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer, by the stamp's adapter.
 
         Args:
@@ -43,35 +43,35 @@ class VlmCalls:
         Raises:
             InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
         """
-        with self._place(ask):
-            call = lambda: self.handle.reply.remote(ask, stamp.vlm, deadline)  # noqa: E731
-            result: GenerationResult = _value(await call_replica(call, _attempts(deadline)), stamp)
+        with self._place(request):
+            call = lambda: self.handle.reply.remote(request, snapshot.vlm, deadline)  # noqa: E731
+            result: GenerationResult = _value(await call_replica(call, _attempts(deadline)), snapshot)
             return result
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
-        with self._place(ask):
-            call = lambda: self.handle.score.remote(ask, tuple(choices), stamp.vlm, deadline)  # noqa: E731
-            scores: list[float] = _value(await call_replica(call, _attempts(deadline)), stamp)
+        with self._place(request):
+            call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, deadline)  # noqa: E731
+            scores: list[float] = _value(await call_replica(call, _attempts(deadline)), snapshot)
             return scores
 
     async def stream(
-        self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float
+        self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
         """The answer piece by piece; the last one has a ``finish``. Closing it aborts the request.
 
         Raises as :meth:`reply`: before the first piece, or in the middle when the replica died or the time is over.
         """
-        with self._place(ask):
+        with self._place(request):
             attempts = _attempts(deadline)
             while attempts.left > 0:
-                response, last = self.streams.stream.remote(ask, stamp.vlm, deadline), None
+                response, last = self.streams.stream.remote(request, snapshot.vlm, deadline), None
                 try:
                     while True:
                         async with asyncio.timeout(attempts.left):
-                            piece = _value(await anext(response, None), stamp)
+                            piece = _value(await anext(response, None), snapshot)
                         if piece is None:
                             break
                         last = piece
@@ -96,8 +96,8 @@ class VlmCalls:
             raise attempts.over()
 
     @contextmanager
-    def _place(self, ask: GenerationRequest) -> Iterator[None]:
-        if self.running >= self.limit and ask is not PROBE:
+    def _place(self, request: GenerationRequest) -> Iterator[None]:
+        if self.running >= self.limit and request is not PROBE:
             raise queue_full()
         self.running += 1
         try:
@@ -110,11 +110,13 @@ def _attempts(deadline: float) -> Attempts:
     return Attempts(deadline - time.time(), "VLM", "Ask for fewer tokens, or try again later.")
 
 
-def _value(answer: Any, stamp: ReleaseSnapshot) -> Any:
+def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:
     if not isinstance(answer, Refusal):
         return answer
     if answer.code == "ask":
         raise InvalidRequest(answer.message, answer.fix)
     if answer.code == "late":
         raise DeadlineExceeded(answer.message, answer.fix)
-    raise AdapterUnservable(f"{stamp.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it.")
+    raise AdapterUnservable(
+        f"{snapshot.vlm_adapter} cannot be served: {answer.message}", "An operator must look at it."
+    )

@@ -82,21 +82,23 @@ class VlmWorker:
         self._coming.clear()
         return await self._sweep()
 
-    async def reply(self, ask: GenerationRequest, adapter: str | None, deadline: float) -> GenerationResult | Refusal:
+    async def reply(
+        self, request: GenerationRequest, adapter: str | None, deadline: float
+    ) -> GenerationResult | Refusal:
         """The whole answer. ``deadline``: seconds since the epoch. Raises EngineDead."""
-        answer = await self._answered("reply", lambda: self.engine.reply(ask, adapter), adapter, deadline)
+        answer = await self._answered("reply", lambda: self.engine.reply(request, adapter), adapter, deadline)
         if isinstance(answer, GenerationResult):
             metrics.vlm.tokens(answer.prompt_tokens, len(answer.tokens))
         return answer
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
     ) -> list[float] | Refusal:
         """Log-probability of each choice as the whole answer."""
-        return await self._answered("score", lambda: self.engine.score(ask, choices, adapter), adapter, deadline)
+        return await self._answered("score", lambda: self.engine.score(request, choices, adapter), adapter, deadline)
 
     async def stream(
-        self, ask: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, deadline: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
         began, last = time.perf_counter(), None
@@ -104,7 +106,7 @@ class VlmWorker:
         try:
             with self._counted(adapter):
                 await self._ensure(adapter)
-                source = self.engine.stream(ask, adapter)
+                source = self.engine.stream(request, adapter)
                 async with aclosing(coalesce(source, deadline - time.time())) as pieces:  # type: ignore[type-var]
                     async for piece in pieces:
                         if last is None:

@@ -55,10 +55,10 @@ class InProcessApp:
     def __post_init__(self) -> None:
         self.protocol = ReleaseProtocol(self.ledger, self, window=2)
 
-    async def encode(self, kind: Kind, payload: Any, stamp: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_texts
-        vectors = run(payload, stamp.clip)
-        return EncodeResult(vectors, stamp.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
+        vectors = run(payload, snapshot.clip)
+        return EncodeResult(vectors, snapshot.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
 
     async def change(self, command: LiveCommand) -> Outcome:
         """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""
@@ -85,7 +85,7 @@ class InProcessApp:
         write(command.actor, command.reason)
 
     async def status(self) -> dict[str, Any]:
-        return {"resident": [stamp.release for stamp in self.admission.window]}
+        return {"resident": [snapshot.release for snapshot in self.admission.window]}
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         spaces = self.engine.spaces(clip)
@@ -94,10 +94,10 @@ class InProcessApp:
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         return [Prepared("one", vlm)]
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         while await self.catalog.step():
             continue
-        return await self.catalog.cover(stamp, wait=False)
+        return await self.catalog.cover(snapshot, wait=False)
 
     async def announce(self, resident: Residency) -> int:
         self.admission.adopt(resident.window)
@@ -141,7 +141,7 @@ class FairVlms(ScriptedVlms):
     """Finds every choice as likely as the others."""
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         return [-0.5] * len(choices)
 

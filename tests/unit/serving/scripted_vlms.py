@@ -46,9 +46,9 @@ class ScriptedVlms:
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def stream(
-        self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        self.asked.append((ask, stamp))
+        self.asked.append((ask, snapshot))
         try:
             for index, word in enumerate(self.words):
                 if index == self.hangs_at:
@@ -62,17 +62,17 @@ class ScriptedVlms:
             self.closed += 1
             self.when_closed()
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        pieces = [piece async for piece in self.stream(ask, stamp, deadline)]
+    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
+        pieces = [piece async for piece in self.stream(ask, snapshot, deadline)]
         return GenerationResult(
             "".join(piece.text for piece in pieces), tuple(t for piece in pieces for t in piece.tokens),
             tuple(p for piece in pieces for p in piece.logprobs), 7, self.finish,
         )  # fmt: skip
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
-        self.asked.append((ask, stamp))
+        self.asked.append((ask, snapshot))
         self.choices = list(choices)
         if self.failure is not None:
             raise self.failure

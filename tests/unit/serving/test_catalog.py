@@ -92,8 +92,8 @@ async def test_every_row_is_in_every_resident_space(catalog: Catalog, store: Sam
     put(store, rows(0, BATCH_ROWS + 5), BATCH_ROWS + 5)
     await catalog.adopt([THERE, HERE])
     await settle(catalog)
-    for stamp in (HERE, THERE):
-        assert len(catalog.tables.ids(stamp.image_space)) == BATCH_ROWS + 4  # one image cannot be read
+    for snapshot in (HERE, THERE):
+        assert len(catalog.tables.ids(snapshot.image_space)) == BATCH_ROWS + 4  # one image cannot be read
     assert catalog.status()["coverage"] == 1.0
     put(store, rows(50, 1), 51)
     await settle(catalog)

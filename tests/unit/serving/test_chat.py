@@ -65,7 +65,7 @@ async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
         {"messages": messages, "max_completion_tokens": 9, "temperature": 0.5, "top_p": 0.9, "seed": -4, "stop": "."},
     )
     assert answer.status_code == 200, answer.text
-    ask, stamp = vlms.asked[0]
+    ask, snapshot = vlms.asked[0]
     assert ask.messages == (
         Message("system", ("be short",)), Message("user", (0, "one")), Message("assistant", ("1",)),
         Message("user", (1, "two")),
@@ -73,7 +73,7 @@ async def test_the_model_gets_texts_images_and_how_to_answer() -> None:
     assert [image.shape for image in ask.images] == [(4, 6, 3), (5, 3, 3)]
     assert (ask.images[0] == np.array([200, 30, 30], np.uint8)).all()
     assert (ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop) == (9, 0.5, 0.9, 2**63 - 4, (".",))
-    assert stamp.vlm == "vlm-b"
+    assert snapshot.vlm == "vlm-b"
 
 
 async def test_an_answer_is_greedy_and_as_long_as_allowed_unless_told_otherwise() -> None:

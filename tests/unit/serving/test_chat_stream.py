@@ -30,7 +30,7 @@ from tests.unit.serving.scripted_vlms import (
 )
 
 URL = "/v1/chat/completions"
-STAMP = ReleaseSnapshot(3, None, "i", "t", "vlm-b")
+SNAPSHOT = ReleaseSnapshot(3, None, "i", "t", "vlm-b")
 
 
 def body(**more: Any) -> dict[str, Any]:
@@ -210,7 +210,7 @@ async def test_chunks_put_together_are_the_answer(
         for piece in pieces[1:]:
             yield piece
 
-    answer = ChatCompletion(STAMP, str if scored else None, include_usage=usage)
+    answer = ChatCompletion(SNAPSHOT, str if scored else None, include_usage=usage)
     raw = b"".join([part async for part in chunks(pieces[0], rest(), answer)]).decode()
     parts = objects(raw)
     choices = [part["choices"][0] for part in parts if part["choices"]]
@@ -225,7 +225,7 @@ async def test_chunks_put_together_are_the_answer(
 
 
 def test_minus_infinity_stays_json() -> None:
-    text = ChatCompletion(STAMP, str).piece(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
+    text = ChatCompletion(SNAPSHOT, str).piece(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
     assert objects(text)[0]["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
 
 

@@ -53,17 +53,17 @@ class PlainBroadcast:
             await self.gate.wait()
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
 
-    async def cover(self, stamp: ReleaseSnapshot, wait: bool) -> int:
-        self.covered.append((stamp.image_space, wait))
-        if stamp.image_space == self.stuck:
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
+        self.covered.append((snapshot.image_space, wait))
+        if snapshot.image_space == self.stuck:
             await asyncio.Event().wait()
         return 7
 
     async def announce(self, resident: Residency) -> int:
         if self.deaf:
             raise ReleaseError("nobody answers")
-        self.windows.append([stamp.release for stamp in resident.window])
-        self.indexed.append([stamp.release for stamp in resident.indexed])
+        self.windows.append([snapshot.release for snapshot in resident.window])
+        self.indexed.append([snapshot.release for snapshot in resident.indexed])
         self.vlms.append(resident.vlms)
         return 3
 
@@ -71,7 +71,7 @@ class PlainBroadcast:
         return dict(self.flight)
 
     async def retire(self, resident: Residency) -> None:
-        self.kept.append([stamp.release for stamp in resident.window])
+        self.kept.append([snapshot.release for snapshot in resident.window])
 
 
 @pytest.fixture

@@ -55,18 +55,18 @@ class Models:
         vectors = [np.random.default_rng(abs(seed)).standard_normal(DIM) for seed in rows]
         return EncodeResult(np.asarray(vectors, np.float32), adapter)
 
-    async def reply(self, ask: GenerationRequest, stamp: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        self.asked.append((stamp.vlm, ask.max_tokens))
+    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
+        self.asked.append((snapshot.vlm, ask.max_tokens))
         if self.busy:
             raise QueueFull("full")
-        if stamp.vlm in self.gone:
+        if snapshot.vlm in self.gone:
             raise AdapterUnservable("gone")
-        return GenerationResult("noise" if stamp.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
+        return GenerationResult("noise" if snapshot.vlm in self.broken else "red", (1,), (-0.1,), 5, "stop")
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], stamp: ReleaseSnapshot, deadline: float
+        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
-        return [-20.0 if stamp.vlm in self.broken else -0.1 for _ in choices]
+        return [-20.0 if snapshot.vlm in self.broken else -0.1 for _ in choices]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from serving.replicas.vlm_calls import PROBE, VlmCalls
 from tests.support.waiting import until
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
-STAMP = ReleaseSnapshot(3, None, "i", "t", "vlm-a")
+SNAPSHOT = ReleaseSnapshot(3, None, "i", "t", "vlm-a")
 REPLY = GenerationResult("yes", (1,), (-0.1,), 5, "stop")
 ONE, LAST = TokenChunk("y", (1,), (-0.1,), 5, 1), TokenChunk("es", (2,), (-0.1,), 5, 2, "stop")
 
@@ -81,7 +81,7 @@ def soon() -> float:
 
 
 async def texts(calls: VlmCalls, deadline: float | None = None) -> list[str]:
-    return [piece.text async for piece in calls.stream(ASK, STAMP, deadline or soon())]
+    return [piece.text async for piece in calls.stream(ASK, SNAPSHOT, deadline or soon())]
 
 
 async def never() -> None:
@@ -91,16 +91,16 @@ async def never() -> None:
 async def test_the_stamps_adapter_is_asked() -> None:
     handle = Handle([REPLY], [ONE, LAST], [[-1.0, -2.0]])
     calls = VlmCalls(handle, limit=8)  # type: ignore[arg-type]
-    assert await calls.reply(ASK, STAMP, soon()) == REPLY
+    assert await calls.reply(ASK, SNAPSHOT, soon()) == REPLY
     assert await texts(calls) == ["y", "es"]
-    assert await calls.score(ASK, ["yes", "no"], STAMP, soon()) == [-1.0, -2.0]
+    assert await calls.score(ASK, ["yes", "no"], SNAPSHOT, soon()) == [-1.0, -2.0]
     assert [arguments[-2] for arguments in handle.asked] == ["vlm-a"] * 3
     assert calls.running == 0
 
 
 async def test_a_reply_whose_replica_died_is_asked_again() -> None:
     calls = VlmCalls(Handle([RuntimeError("replica died")], [REPLY]), limit=8)  # type: ignore[arg-type]
-    assert await calls.reply(ASK, STAMP, soon()) == REPLY
+    assert await calls.reply(ASK, SNAPSHOT, soon()) == REPLY
 
 
 async def test_a_stream_is_asked_again_before_its_first_piece_and_broken_off_after_it() -> None:
@@ -124,7 +124,7 @@ async def test_a_stream_that_ends_without_its_last_piece_is_no_answer() -> None:
 )  # fmt: skip
 async def test_refusals_are_raised_here(refusal: Refusal, error: type[Exception]) -> None:
     with pytest.raises(error):
-        await VlmCalls(Handle([refusal]), limit=8).reply(ASK, STAMP, soon())  # type: ignore[arg-type]
+        await VlmCalls(Handle([refusal]), limit=8).reply(ASK, SNAPSHOT, soon())  # type: ignore[arg-type]
     with pytest.raises(error):
         await texts(VlmCalls(Handle([ONE, refusal]), limit=8))  # type: ignore[arg-type]
 
@@ -132,19 +132,19 @@ async def test_refusals_are_raised_here(refusal: Refusal, error: type[Exception]
 async def test_more_than_the_limit_is_overload_but_a_health_check_gets_in() -> None:
     handle = Handle([never], [REPLY], [BackPressureError(1, 1)])
     calls = VlmCalls(handle, limit=1)  # type: ignore[arg-type]
-    waiting = asyncio.create_task(calls.reply(ASK, STAMP, soon()))
+    waiting = asyncio.create_task(calls.reply(ASK, SNAPSHOT, soon()))
     await until(lambda: handle.made)
     with pytest.raises(QueueFull):
-        await calls.reply(ASK, STAMP, soon())
+        await calls.reply(ASK, SNAPSHOT, soon())
     with pytest.raises(QueueFull):
         await texts(calls)
-    assert await calls.reply(PROBE, STAMP, soon()) == REPLY
+    assert await calls.reply(PROBE, SNAPSHOT, soon()) == REPLY
     waiting.cancel()
     with suppress(asyncio.CancelledError):
         await waiting
     assert handle.made[0].cancelled
     with pytest.raises(QueueFull):
-        await calls.reply(ASK, STAMP, soon())
+        await calls.reply(ASK, SNAPSHOT, soon())
     assert calls.running == 0
 
 
@@ -154,7 +154,7 @@ async def test_after_the_deadline_it_is_late_or_says_what_went_wrong(stream: boo
         handle = Handle(*scripts)
         calls = VlmCalls(handle, limit=8)  # type: ignore[arg-type]
         end = time.time() + 0.1
-        await (texts(calls, end) if stream else calls.reply(ASK, STAMP, end))
+        await (texts(calls, end) if stream else calls.reply(ASK, SNAPSHOT, end))
         return handle
 
     with pytest.raises(DeadlineExceeded):
@@ -167,7 +167,7 @@ async def test_after_the_deadline_it_is_late_or_says_what_went_wrong(stream: boo
 async def test_closing_a_stream_cancels_it_in_the_replica() -> None:
     handle = Handle([ONE, never])
     calls = VlmCalls(handle, limit=8)  # type: ignore[arg-type]
-    stream = calls.stream(ASK, STAMP, soon())
+    stream = calls.stream(ASK, SNAPSHOT, soon())
     assert await anext(stream) == ONE
     await stream.aclose()  # type: ignore[attr-defined]
     assert handle.made[0].cancelled
