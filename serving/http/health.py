@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ops import metrics
+from serving.engines.vlm.generation import PROBE
 from serving.http.app_state import AppState, app_state, release_headers
 from serving.http.errors import answer
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.vlm_calls import PROBE
 
 router = APIRouter(tags=["Health"])
 PROBE_SECONDS = 10.0

@@ -37,7 +37,7 @@ class ImageLoader:
     def __init__(self, preprocess: Preprocess, bounds: Serve, fetcher: Fetcher | None = None) -> None:
         self.preprocess = preprocess
         self.bounds = bounds
-        self._pool = ThreadPoolExecutor(THREADS, "intake")
+        self._pool = ThreadPoolExecutor(THREADS, "image-loader")
         self._fetcher = fetcher or fetcher_of(bounds)
 
     async def pixels(self, images: Sequence[tuple[str, str | bytes]]) -> npt.NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import NO_VLM, Prepared, Residency
 
-log = logging.getLogger("ratchet.fleet")
+log = logging.getLogger("ratchet.broadcast")
 APP = "ratchet"
 INGRESS = "Ingress"
 PREPARE_SECONDS = 300.0
@@ -67,25 +67,25 @@ class RayBroadcast:
             raise ReleaseError(f"the catalog cannot be brought up to date: {rows}")
         return rows
 
-    async def announce(self, resident: Residency) -> int:
+    async def announce(self, residency: Residency) -> int:
         """What is resident to every replica; returns how many acknowledged.
 
         VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
         """
         messages: list[tuple[DeploymentHandle, list[Any]]] = [
-            (self.ingress, list(resident.window)),
-            (self.encoder, list(resident.clips)),
-            (self.catalog, list(resident.indexed)),
+            (self.ingress, list(residency.window)),
+            (self.encoder, list(residency.clips)),
+            (self.catalog, list(residency.indexed)),
         ]
-        if self.vlm is not None and resident.vlms != self._announced_vlms:
-            messages.append((self.vlm, list(resident.vlms)))
+        if self.vlm is not None and residency.vlms != self._announced_vlms:
+            messages.append((self.vlm, list(residency.vlms)))
         answers = await asyncio.gather(
             *(
                 call_every_replica(handle, "adopt", residents, seconds=ACKNOWLEDGE_SECONDS)
                 for handle, residents in messages
             )
         )
-        self._announced_vlms = resident.vlms
+        self._announced_vlms = residency.vlms
         return sum(len(answer) for answer in answers)
 
     async def observations(self) -> list[Observations]:
@@ -100,11 +100,11 @@ class RayBroadcast:
                 total[number] = total.get(number, 0) + count
         return total
 
-    async def retire(self, resident: Residency) -> None:
+    async def retire(self, residency: Residency) -> None:
         """Catalog before encoders: while it reconciles a space it needs that space's adapter."""
-        work = [self._retire_clip(resident)]
+        work = [self._retire_clip(residency)]
         if self.vlm is not None:
-            work.append(self._retire_vlm(resident))
+            work.append(self._retire_vlm(residency))
         await asyncio.gather(*work)
 
     async def vlm_status(self) -> list[dict[str, Any]]:
@@ -116,13 +116,13 @@ class RayBroadcast:
         except ReleaseError:
             return []
 
-    async def _retire_clip(self, resident: Residency) -> None:
-        await call_every_replica(self.catalog, "retire", list(resident.indexed), seconds=RETIRE_SECONDS)
-        await call_every_replica(self.encoder, "retire", list(resident.clips), seconds=RETIRE_SECONDS)
+    async def _retire_clip(self, residency: Residency) -> None:
+        await call_every_replica(self.catalog, "retire", list(residency.indexed), seconds=RETIRE_SECONDS)
+        await call_every_replica(self.encoder, "retire", list(residency.clips), seconds=RETIRE_SECONDS)
 
-    async def _retire_vlm(self, resident: Residency) -> None:
+    async def _retire_vlm(self, residency: Residency) -> None:
         try:
-            await call_every_replica(self._vlm, "retire", list(resident.vlms), seconds=VLM_RETIRE_SECONDS)
+            await call_every_replica(self._vlm, "retire", list(residency.vlms), seconds=VLM_RETIRE_SECONDS)
         except ReleaseError as error:
             log.info("a VLM replica is not there to unload adapters: %s", error)
 

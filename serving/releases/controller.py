@@ -87,7 +87,7 @@ class ReleaseController:
     async def status(self) -> dict[str, Any]:
         """Resident releases, requests in flight, what is on hold."""
         held = await asyncio.to_thread(self.ledger.held)
-        resident = await self.protocol.resident() if self._started.is_set() else None
+        residency = await self.protocol.residency() if self._started.is_set() else None
         flight = await self.broadcast.in_flight() if self._started.is_set() else {}
         return {
             "started": self._started.is_set(),
@@ -96,7 +96,7 @@ class ReleaseController:
             "resident": [
                 {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
                  "vlm": s.vlm_adapter, "share": s.share}
-                for s in (resident.window if resident else ())
+                for s in (residency.window if residency else ())
             ],
             "rollout": self.rollout.status(),
             "vlm": await self.broadcast.vlm_status(),

@@ -70,8 +70,8 @@ class ReleaseProtocol:
                 waiting = await asyncio.to_thread(self.ledger.pending_proposals)
                 initial = [proposal for proposal in waiting if proposal.kind == "initial"]
                 return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
-            resident = await self.resident()
-            await asyncio.gather(*(self.broadcast.cover(snapshot, wait=False) for snapshot in resident.indexed))
+            residency = await self.residency()
+            await asyncio.gather(*(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed))
             await self._announce()
             return None
 
@@ -140,25 +140,25 @@ class ReleaseProtocol:
             self._work.task.cancel()
         return await self._ordered("rollback", adapters, command)
 
-    async def resident(self) -> Residency:
+    async def residency(self) -> Residency:
         """What stays loaded. Spaces come from the encoders and are remembered.
 
         Raises:
             ReleaseError: a CLIP adapter that answers requests cannot be served.
         """
         rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
-        resident = await resolve_residency(rows, self._known)
-        if rows.window and not resident.window:
+        residency = await resolve_residency(rows, self._known)
+        if rows.window and not residency.window:
             for row in rows.answering:
                 await self._prepare(row.clip)  # says why
-        return resident
+        return residency
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
         """Unload what left the window, once no request that was stamped with it is in flight."""
         deadline = time.monotonic() + patience_seconds
         while True:
             async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
-                keep = await self.resident()
+                keep = await self.residency()
                 if not set(await self.broadcast.in_flight()) - {snapshot.release for snapshot in keep.window}:
                     await self.broadcast.retire(keep)
                     return
@@ -270,9 +270,9 @@ class ReleaseProtocol:
 
     async def _ready_clip(self, clip: str | None, number: int) -> None:
         image, text = await self._prepare(clip)
-        resident = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        residency = await asyncio.to_thread(read_residency, self.ledger, self.size)
         # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
-        await self.broadcast.cover(ReleaseSnapshot(number, clip, image, text), wait=clip not in resident.clips)
+        await self.broadcast.cover(ReleaseSnapshot(number, clip, image, text), wait=clip not in residency.clips)
 
     async def _ready_vlm(self, vlm: str | None) -> None:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
@@ -280,7 +280,7 @@ class ReleaseProtocol:
     async def _announce(self) -> int:
         """The release is committed: what goes wrong here is mended by every replica's own look at the ledger."""
         try:
-            return await self.broadcast.announce(await self.resident())
+            return await self.broadcast.announce(await self.residency())
         except Exception:
             return 0
 

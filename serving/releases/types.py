@@ -88,7 +88,7 @@ class Broadcast(Protocol):
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
-    async def announce(self, resident: Residency) -> int:
+    async def announce(self, residency: Residency) -> int:
         """Tell every replica what is resident; returns how many acknowledged."""
 
     async def observations(self) -> list[Observations]:
@@ -97,5 +97,5 @@ class Broadcast(Protocol):
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""
 
-    async def retire(self, resident: Residency) -> None:
+    async def retire(self, residency: Residency) -> None:
         """Unload everything else."""

@@ -52,7 +52,7 @@ class CatalogReplica:
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
         ledger = Ledger.open(settings.ledger, migrate=False)
-        self._window = ResidencyReader(ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self._residency_reader = ResidencyReader(ledger, encoder.prepare.remote, settings.serve.rollback_window)
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -60,16 +60,16 @@ class CatalogReplica:
         self._adopted = False
 
     async def _started(self) -> Catalog:
-        """The catalog with its loop running, and told of the resident releases: a replaced replica missed the word."""
+        """The catalog with its loops running and the residency adopted, which a replaced replica has not been told."""
         if self._loop is None or self._loop.done():
             self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
         if self._watch is None or self._watch.done():
             self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
         async with self._adopting:
             if not self._adopted:
-                resident = await self._window.read()
-                if resident is not None:
-                    await self._adopt(resident.indexed)
+                residency = await self._residency_reader.read()
+                if residency is not None:
+                    await self._adopt(residency.indexed)
                     self._adopted = True
         return self.catalog
 

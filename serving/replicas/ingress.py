@@ -59,7 +59,7 @@ class Ingress:
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.window = ResidencyReader(self.ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self.residency_reader = ResidencyReader(self.ledger, encoder.prepare.remote, settings.serve.rollback_window)
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
         self.access = Access(self.ledger, settings)
@@ -95,7 +95,7 @@ class Ingress:
         return build_app(self.app_state)
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
-        """The controller's word: these releases are resident, the newest is live. From the next request on."""
+        """Stamp requests with these releases from the next one on; the newest is live."""
         number = self.admission.adopt(window)
         metrics.release.live("ingress", number)
         return number
@@ -117,9 +117,9 @@ class Ingress:
     async def refresh(self) -> None:
         """Adopt what the ledger says."""
         live = self.admission.live
-        resident = await self.window.read(newer_than=live.release if live else 0)
-        if resident is not None:
-            await self.adopt(resident.window)
+        residency = await self.residency_reader.read(newer_than=live.release if live else 0)
+        if residency is not None:
+            await self.adopt(residency.window)
 
     async def _follow(self) -> None:
         while True:

@@ -1,16 +1,16 @@
-"""The models as routes see them, with an eye on what they are asked: the comparer gets a sample of it."""
+"""The models as routes call them; what they are asked is offered to :class:`ShadowTraffic` too."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import EncodeResult, Kind
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.encoder_calls import EncoderCalls
-from serving.replicas.vlm_calls import PROBE, VlmCalls
+from serving.replicas.vlm_calls import VlmCalls
 
 
 class MirroredEncoders:

@@ -15,14 +15,11 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
 from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, Unavailable
 from serving.messages import Refusal
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.release_snapshot import ReleaseSnapshot
-
-PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
-"""One forward pass, for health checks: it gets in when the queue is full."""
 
 
 class VlmCalls:

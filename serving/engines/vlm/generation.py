@@ -76,6 +76,10 @@ class GenerationResult:
     finish: Finish
 
 
+PROBE = GenerationRequest((Message("user", ("alive?",)),), max_tokens=1)
+"""One forward pass, for health checks: it gets in when the queue is full."""
+
+
 def question(image: Image, text: str, max_tokens: int = 32) -> GenerationRequest:
     """One image and one question, answered greedily: what the trainer, the gate and ``/v1/vqa`` ask."""
     return GenerationRequest((Message("user", (0, text)),), (image,), max_tokens)

@@ -1,4 +1,4 @@
-"""From an Ask to vLLM's input, in a thread beside the event loop.
+"""From a :class:`GenerationRequest` to vLLM's input, in a thread beside the event loop.
 
 vLLM's own way (hash the image, call the processor, expand and search placeholders) costs several times what the
 processor itself does. For models whose every image becomes one run of image tokens, the processor's output is passed on

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, Message, TokenChunk
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, Message, TokenChunk
 from serving.errors import DeadlineExceeded, InvalidRequest, QueueFull, Unavailable
 from serving.messages import Refusal
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.vlm_calls import PROBE, VlmCalls
+from serving.replicas.vlm_calls import VlmCalls
 from tests.support.waiting import until
 
 ASK = GenerationRequest((Message("user", ("is it?",)),))
