@@ -1,1 +1,4 @@
-"""The HTTP surface: routes, schemas, authentication, limits, image intake. No Ray here but in the calls it is given."""
+"""The HTTP surface: routes, schemas, authentication, limits, image loading.
+
+No Ray here but in the calls it is given.
+"""

@@ -58,7 +58,7 @@ def build_app(state: AppState) -> FastAPI:
     app.state.ratchet = state
     errors.install(app)
     for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
-        # The guard checks keys before any route; here the schema learns of them, and with it the "Authorize" of /docs.
+        # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
     app.add_middleware(AuthMiddleware, access=state.access)

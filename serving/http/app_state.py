@@ -41,23 +41,25 @@ class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        """Vectors of all items, by the stamp's adapter."""
+        """Vectors of all items, by the snapshot's adapter."""
 
 
 class Vlms(Protocol):
-    """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the stamp's VLM adapter.
+    """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the snapshot's VLM adapter.
 
     Deadlines are seconds since the epoch. All raise QueueFull, DeadlineExceeded, Unavailable and InvalidRequest.
     """
 
-    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
-    def stream(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> AsyncIterator[TokenChunk]:
+    def stream(
+        self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
+    ) -> AsyncIterator[TokenChunk]:
         """The answer piece by piece. Closing the iterator aborts the request."""
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 

@@ -1,4 +1,4 @@
-"""The door: who calls, whether the key has the scope that the route needs, and how often it may.
+"""Authentication: who calls, whether the key has the scope that the route needs, and how often it may.
 
 Pure ASGI and before every route, so a route that somebody adds is closed until :func:`needs` says otherwise.
 """
@@ -141,7 +141,7 @@ def operator(request: Request, *scopes: KeyScope) -> str:
     caller = principal(request)
     if not caller.may(
         *(scopes or ("operate",))
-    ):  # the guard saw to it; a route that forgot to be closed is closed here
+    ):  # the middleware checked it; a route that forgot to be closed is closed here
         raise ApiError(403, f"this call needs the scope {_either(scopes or ('operate',))}.", code="insufficient_scope")
     try:
         return caller.actor(_utf8(request.headers.get("x-ratchet-actor")))

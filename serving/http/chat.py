@@ -56,15 +56,15 @@ async def chat_completions(request: Request) -> Response:
         headers = release_headers(snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
             pictures = await state.image_loader.pictures(images) if images else ()
-            ask = GenerationRequest(
+            generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
                 None if body.seed is None else body.seed % SEEDS, body.stops,
             )  # fmt: skip
             if not body.stream:
-                answer = ChatCompletion(snapshot, text_of).whole(await vlms.reply(ask, snapshot, deadline))
+                answer = ChatCompletion(snapshot, text_of).whole(await vlms.reply(generation, snapshot, deadline))
                 return JSONResponse(answer, headers=headers)
-            pieces = opened(vlms, ask, snapshot, deadline, held)
+            pieces = opened(vlms, generation, snapshot, deadline, held)
             first = await anext(pieces, None)
         if first is None:
             raise Unavailable("the model gave no answer.", "Try again.")
@@ -74,10 +74,14 @@ async def chat_completions(request: Request) -> Response:
 
 
 def opened(
-    vlms: Vlms, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float, held: contextlib.AsyncExitStack
+    vlms: Vlms,
+    generation: GenerationRequest,
+    snapshot: ReleaseSnapshot,
+    deadline: float,
+    held: contextlib.AsyncExitStack,
 ) -> AsyncIterator[TokenChunk]:
     """The pieces of an answer; closing ``held`` closes them, which aborts the request in the engine."""
-    pieces = vlms.stream(ask, snapshot, deadline)
+    pieces = vlms.stream(generation, snapshot, deadline)
     if isinstance(pieces, AsyncGenerator):
         held.push_async_callback(pieces.aclose)
     return pieces

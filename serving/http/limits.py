@@ -38,7 +38,7 @@ class RequestLimits:
         began = time.perf_counter()
         status = 500
 
-        async def watched(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -47,9 +47,9 @@ class RequestLimits:
         self.running += 1
         metrics.http.in_flight(1)
         try:
-            await self._serve(scope, receive, watched)
+            await self._serve(scope, receive, record_status)
         except errors.ApiError as error:  # the body grew too large in a place where no route was there to catch it
-            await errors.answer(error.status_code, error.detail, code=error.code)(scope, receive, watched)
+            await errors.answer(error.status_code, error.detail, code=error.code)(scope, receive, record_status)
         finally:
             self.running -= 1
             metrics.http.in_flight(-1)

@@ -41,15 +41,15 @@ async def vqa(request: Request) -> JSONResponse:
     with state.admit(request, body.model, VLM) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
             (picture,) = await state.image_loader.pictures([("image", uploads[0] if uploads else body.image)])
-            ask = question(picture, body.question)
-            ask = replace(ask, max_tokens=min(ask.max_tokens, state.settings.vlm_max_tokens))
+            generation = question(picture, body.question)
+            generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
             answer: dict[str, Any]
             if body.choices is None:
-                reply = await vlms.reply(ask, snapshot, deadline)
+                reply = await vlms.reply(generation, snapshot, deadline)
                 counted = usage(reply.prompt_tokens, len(reply.tokens))
                 answer = {"answer": reply.text.strip(), "choices": [], "usage": counted}
             else:
-                shares = normalised(await vlms.score(ask, body.choices, snapshot, deadline))
+                shares = normalised(await vlms.score(generation, body.choices, snapshot, deadline))
                 rows = [{"text": text, "probability": share} for text, share in zip(body.choices, shares, strict=True)]
                 answer = {"answer": body.choices[shares.index(max(shares))], "choices": rows, "usage": None}
         origin = {"model": f"vlm@{snapshot.release}", "release": snapshot.release, "adapter": snapshot.vlm_adapter}

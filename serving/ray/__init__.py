@@ -1,1 +1,3 @@
-"""A private Ray session for one machine, and what is put right in Ray Serve and HAProxy for it."""
+"""A private Ray session for one machine, the corrections that Ray Serve and HAProxy need for it, and calls through Ray
+handles.
+"""

@@ -1,4 +1,4 @@
-"""Starts HAProxy for Ray Serve, with two things mended. Run as a script; imports nothing of ours.
+"""Starts HAProxy for Ray Serve, with two things corrected. Run as a script; imports nothing of ours.
 
 1. Ray 2.60 writes ``bind *:port`` for the statistics page and ``bind :port`` for the metrics, whatever the host in its
    settings: both answer every address of the machine. Here they become loopback.
@@ -24,7 +24,7 @@ def close_binds(text: str) -> str:
 
 
 def main(binary: str, arguments: list[str]) -> None:
-    """Mend the configuration file, and become HAProxy."""
+    """Correct the configuration file, and become HAProxy."""
     path = arguments[arguments.index("-f") + 1] if "-f" in arguments else None
     if path is not None:
         with open(path) as file:  # noqa: PTH123  started without site-packages, for every reload: as little as possible

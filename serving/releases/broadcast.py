@@ -28,7 +28,7 @@ VLM_RETIRE_SECONDS = 2.0
 
 
 class RayBroadcast:
-    """Implements :class:`serving.releases.protocol.Broadcast`."""
+    """Implements :class:`serving.releases.types.Broadcast`."""
 
     def __init__(self, encoder: DeploymentHandle, catalog: DeploymentHandle, vlm: DeploymentHandle | None) -> None:
         self.encoder = encoder

@@ -278,7 +278,7 @@ class ReleaseProtocol:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
 
     async def _announce(self) -> int:
-        """The release is committed: what goes wrong here is mended by every replica's own look at the ledger."""
+        """The release is committed: a replica that this does not reach follows the ledger by itself."""
         try:
             return await self.broadcast.announce(await self.residency())
         except Exception:

@@ -1,6 +1,6 @@
-"""The guard's hand: in the release controller, the one place where a release is taken back or a trial promoted.
+"""Acts on the guard's findings: the one place where a release is taken back or a trial promoted without an operator.
 
-It keeps nothing. What is watched is in the ledger, what was seen is in the ingress processes, so a controller that was
+It has no state. What is watched is in the ledger, what was seen is in the ingress processes, so a controller that was
 killed goes on where it was.
 """
 

@@ -1,4 +1,4 @@
-"""Answers a sample of what clients send by the watched release and by its incumbent too, behind the clients' backs.
+"""Shadow traffic: a sample of what clients send is also answered by the watched release and by its incumbent.
 
 One comparison runs at a time, at low priority, and rests afterwards for as long as it took. What finds no place in the
 short queue is dropped, so a busy server compares less and serves all the same.
@@ -43,14 +43,14 @@ Encode = Callable[[Kind, Any, str | None], Awaitable[EncodeResult]]
 """Items at low priority under an adapter."""
 
 
-class Asked(Protocol):
+class Vlms(Protocol):
     """The part of :class:`serving.replicas.vlm_calls.VlmCalls` that is needed here."""
 
-    async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer."""
 
     async def score(
-        self, ask: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
     ) -> list[float]:
         """Log-probability of each choice as the whole answer."""
 
@@ -61,7 +61,7 @@ class _Dropped(Exception):
 
 @dataclass
 class _Watch:
-    what: GuardTarget
+    target: GuardTarget
     compared: dict[Family, ComparisonCounts]
     neighbours: Neighbours = field(default_factory=Neighbours)
     fixed: bool = False
@@ -81,7 +81,7 @@ class _Watch:
 class ShadowTraffic:
     """Of one ingress; used from one event loop. :meth:`run` must run for anything to be compared."""
 
-    def __init__(self, settings: Rollout, encode: Encode, vlms: Asked | None, seconds: float) -> None:
+    def __init__(self, settings: Rollout, encode: Encode, vlms: Vlms | None, seconds: float) -> None:
         """``seconds``: the longest that a VLM's answer may take."""
         self.settings = settings
         self._encode = encode
@@ -92,38 +92,38 @@ class ShadowTraffic:
         self.watching = False
         """Whether inputs are wanted: the one thing that a request has to look at."""
 
-    def watch(self, what: GuardTarget | None) -> None:
+    def watch(self, target: GuardTarget | None) -> None:
         """Compare for this release from now on; the same one again changes nothing. None: for none."""
-        if what is None:
+        if target is None:
             self._watch, self.watching = None, False
-        elif self._watch is None or self._watch.what.release.number != what.release.number:
+        elif self._watch is None or self._watch.target.release.number != target.release.number:
             families: tuple[Family, ...] = ("clip", "vlm")
-            self._watch = _Watch(what, {family: ComparisonCounts() for family in families if what.differs(family)})
+            self._watch = _Watch(target, {family: ComparisonCounts() for family in families if target.differs(family)})
             self.watching = self.settings.compare_share > 0
 
     def clip(self, kind: Kind, payload: Any) -> None:
         """Items that a client had encoded."""
         self._offer("clip", (kind, payload[:ITEMS]))
 
-    def vlm(self, ask: GenerationRequest) -> None:
+    def vlm(self, request: GenerationRequest) -> None:
         """What a client asked."""
-        self._offer("vlm", ask)
+        self._offer("vlm", request)
 
     def observations(self, answered: dict[int, RequestCounts]) -> Observations:
         """What was seen so far, with the requests by release that the admission counted."""
         watch = self._watch
         if watch is None:
             return Observations(0, answered)
-        return Observations(watch.what.release.number, answered, dict(watch.compared))
+        return Observations(watch.target.release.number, answered, dict(watch.compared))
 
     async def run(self) -> None:
         """Compare for ever."""
         while True:
-            watch, family, what = await self._jobs.get()
+            watch, family, inputs = await self._jobs.get()
             began = time.monotonic()
             try:
                 if watch is self._watch:
-                    await (self._clip(watch, *what) if family == "clip" else self._vlm(watch, what))
+                    await (self._clip(watch, *inputs) if family == "clip" else self._vlm(watch, inputs))
             except _Dropped:
                 self._drop(watch, family)
             except Exception as error:  # replicas that come and go; nobody waits for this
@@ -131,15 +131,15 @@ class ShadowTraffic:
                 self._drop(watch, family)
             await asyncio.sleep(time.monotonic() - began)
 
-    def _offer(self, family: Family, what: Any) -> None:
+    def _offer(self, family: Family, inputs: Any) -> None:
         watch = self._watch
         if watch is None or family not in watch.compared or random.random() >= self.settings.compare_share:  # noqa: S311
             return
-        if time.time() >= watch.what.until:
+        if time.time() >= watch.target.until:
             self.watch(None)
             return
         try:
-            self._jobs.put_nowait((watch, family, what))
+            self._jobs.put_nowait((watch, family, inputs))
         except asyncio.QueueFull:
             self._drop(watch, family)
 
@@ -158,37 +158,39 @@ class ShadowTraffic:
         if not fresh:
             return
         items: Any = np.stack(fresh) if kind == "image" else fresh
-        found = await self._both(watch, "clip", lambda row: self._vectors(kind, items, row))
-        for ours, theirs in zip(*found, strict=True) if found is not None else ():
-            self._judged(watch, "clip", watch.neighbours.judge(kind, ours, theirs))
+        both = await self._both(watch, "clip", lambda row: self._vectors(kind, items, row))
+        for ours, theirs in zip(*both, strict=True) if both is not None else ():
+            self._count_agreement(watch, "clip", watch.neighbours.judge(kind, ours, theirs))
 
-    async def _vlm(self, watch: _Watch, asked: GenerationRequest) -> None:
-        if not watch.is_new(await asyncio.to_thread(_digest_ask, asked)):
+    async def _vlm(self, watch: _Watch, sent: GenerationRequest) -> None:
+        if not watch.is_new(await asyncio.to_thread(_digest_request, sent)):
             return
-        ask = replace(asked, max_tokens=min(asked.max_tokens, ANSWER_TOKENS), temperature=0.0, top_p=1.0, seed=None)
-        found = await self._both(watch, "vlm", lambda row: self._reply(ask, row))
-        if found is None:
+        short = min(sent.max_tokens, ANSWER_TOKENS)
+        request = replace(sent, max_tokens=short, temperature=0.0, top_p=1.0, seed=None)
+        both = await self._both(watch, "vlm", lambda row: self._reply(request, row))
+        if both is None:
             return
-        ours, theirs = (reply.text for reply in found)
+        ours, theirs = (result.text for result in both)
         if ours.strip() != theirs.strip() and theirs.strip():
-            scores = [await self._score(ask, theirs, row) for row in (watch.what.release, watch.what.incumbent)]
+            scores = [await self._score(request, theirs, row) for row in (watch.target.release, watch.target.incumbent)]
         else:
             scores = [0.0, 0.0 if ours.strip() == theirs.strip() else float("nan")]
-        self._judged(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(found[1].tokens)))
+        self._count_agreement(watch, "vlm", same_answer(theirs, ours, scores[1], scores[0], len(both[1].tokens)))
 
     async def _both(self, watch: _Watch, family: Family, call: Callable[[ReleaseRow], Awaitable[Any]]) -> Any:
-        """What both releases answer, the watched one first; None when one of them cannot. They take turns at being
-        asked first, so that what the second one gains is nobody's advantage.
+        """What both releases answer, the watched one first; None when one of them cannot.
+
+        They are called first by turns: the second call may be faster, and neither release must gain by it.
         """
         watch.turn += 1
-        compared, rows = watch.compared[family], (watch.what.release, watch.what.incumbent)
-        found: dict[int, Any] = {}
+        compared, rows = watch.compared[family], (watch.target.release, watch.target.incumbent)
+        answers: dict[int, Any] = {}
         took: dict[int, float] = {}
         failed: set[int] = set()
         for row in rows if watch.turn % 2 else rows[::-1]:
             began = time.perf_counter()
             try:
-                found[row.number] = await call(row)
+                answers[row.number] = await call(row)
             except AdapterUnservable:
                 failed.add(row.number)
             took[row.number] = time.perf_counter() - began
@@ -200,9 +202,9 @@ class ShadowTraffic:
             return None
         compared.timed += 1
         compared.slower += took[rows[0].number] > self.settings.max_latency_ratio * took[rows[1].number]
-        return found[rows[0].number], found[rows[1].number]
+        return answers[rows[0].number], answers[rows[1].number]
 
-    def _judged(self, watch: _Watch, family: Family, agreed: bool | None) -> None:
+    def _count_agreement(self, watch: _Watch, family: Family, agreed: bool | None) -> None:
         if agreed is None:
             return
         watch.compared[family].inputs += 1
@@ -217,19 +219,19 @@ class ShadowTraffic:
             raise _Dropped
         return answer.vectors
 
-    async def _reply(self, ask: GenerationRequest, row: ReleaseRow) -> GenerationResult:
-        reply: GenerationResult = await self._asked(
-            lambda vlms, snapshot, deadline: vlms.reply(ask, snapshot, deadline), row
+    async def _reply(self, request: GenerationRequest, row: ReleaseRow) -> GenerationResult:
+        reply: GenerationResult = await self._call_vlm(
+            lambda vlms, snapshot, deadline: vlms.reply(request, snapshot, deadline), row
         )
         return reply
 
-    async def _score(self, ask: GenerationRequest, answer: str, row: ReleaseRow) -> float:
-        (score,) = await self._asked(
-            lambda vlms, snapshot, deadline: vlms.score(ask, (answer,), snapshot, deadline), row
+    async def _score(self, request: GenerationRequest, answer: str, row: ReleaseRow) -> float:
+        (score,) = await self._call_vlm(
+            lambda vlms, snapshot, deadline: vlms.score(request, (answer,), snapshot, deadline), row
         )
         return float(score)
 
-    async def _asked(self, call: Callable[[Asked, ReleaseSnapshot, float], Awaitable[Any]], row: ReleaseRow) -> Any:
+    async def _call_vlm(self, call: Callable[[Vlms, ReleaseSnapshot, float], Awaitable[Any]], row: ReleaseRow) -> Any:
         if self._vlms is None:
             raise _Dropped
         try:
@@ -247,10 +249,10 @@ def _digest(kind: Kind, item: Any) -> bytes:
     return hashlib.sha256(kind.encode() + data if isinstance(data, bytes) else data).digest()
 
 
-def _digest_ask(ask: GenerationRequest) -> bytes:
-    made = hashlib.sha256(repr(ask.messages).encode("utf-8", "surrogatepass"))
-    for image in ask.images:
-        made.update(repr(image.shape).encode())
+def _digest_request(request: GenerationRequest) -> bytes:
+    digest = hashlib.sha256(repr(request.messages).encode("utf-8", "surrogatepass"))
+    for image in request.images:
+        digest.update(repr(image.shape).encode())
         with suppress(ValueError):  # of an empty image nothing is left to add
-            made.update(np.ascontiguousarray(image).data)
-    return made.digest()
+            digest.update(np.ascontiguousarray(image).data)
+    return digest.digest()

@@ -22,10 +22,10 @@ class MirroredEncoders:
 
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
-        answer = await self.calls.encode(kind, payload, snapshot, deadline)
+        result = await self.calls.encode(kind, payload, snapshot, deadline)
         if self.shadow_traffic.watching:
             self.shadow_traffic.clip(kind, payload)
-        return answer
+        return result
 
 
 class MirroredVlms:

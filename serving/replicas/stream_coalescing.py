@@ -9,15 +9,15 @@ from contextlib import suppress
 from serving.engines.vlm.generation import TokenChunk
 
 
-def merge_chunks(pieces: Sequence[TokenChunk]) -> TokenChunk:
+def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
     """Neighbouring pieces as one."""
-    last = pieces[-1]
-    if len(pieces) == 1:
+    last = chunks[-1]
+    if len(chunks) == 1:
         return last
     return TokenChunk(
-        "".join(piece.text for piece in pieces),
-        tuple(token for piece in pieces for token in piece.tokens),
-        tuple(value for piece in pieces for value in piece.logprobs),
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.tokens),
+        tuple(value for chunk in chunks for value in chunk.logprobs),
         last.prompt_tokens,
         last.completion_tokens,
         last.finish,
@@ -39,8 +39,8 @@ async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIt
 
     async def pump() -> None:
         try:
-            async for piece in source:
-                ready.append(piece)
+            async for chunk in source:
+                ready.append(chunk)
                 news.set()
         finally:
             news.set()

@@ -27,7 +27,7 @@ INCOMING, LATE = 1, 1
 class VlmReplica:
     """Holds one engine, and the adapters of the resident releases. Healthy only when the live one is loaded.
 
-    A dead engine cannot be mended in its process: the replica says so, and Serve starts another one.
+    A dead engine cannot be started again in its process: the replica reports it, and Serve starts another replica.
     """
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
@@ -67,8 +67,8 @@ class VlmReplica:
         self, request: GenerationRequest, adapter: str | None, deadline: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces of the answer; see :meth:`VlmWorker.stream`."""
-        async for piece in self.worker.stream(request, adapter, deadline):
-            yield piece
+        async for chunk in self.worker.stream(request, adapter, deadline):
+            yield chunk
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float

@@ -1,7 +1,7 @@
 """Calls to VLM replicas that survive the death of one.
 
 An answer has no side effect, so a call whose replica died is made again on another one. A stream is asked again only
-before its first piece: what a client has seen cannot be taken back.
+before its first chunk: what a client has seen cannot be taken back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class VlmCalls:
         self.running = 0
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        """The whole answer, by the stamp's adapter.
+        """The whole answer, by the snapshot's adapter.
 
         Args:
             deadline: seconds since the epoch.
@@ -57,9 +57,9 @@ class VlmCalls:
     async def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """The answer piece by piece; the last one has a ``finish``. Closing it aborts the request.
+        """The answer chunk by chunk; the last one has a ``finish``. Closing it aborts the request.
 
-        Raises as :meth:`reply`: before the first piece, or in the middle when the replica died or the time is over.
+        Raises as :meth:`reply`: before the first chunk, or in the middle when the replica died or the time is over.
         """
         with self._place(request):
             attempts = _attempts(deadline)
@@ -68,11 +68,11 @@ class VlmCalls:
                 try:
                     while True:
                         async with asyncio.timeout(attempts.left):
-                            piece = _value(await anext(response, None), snapshot)
-                        if piece is None:
+                            chunk = _value(await anext(response, None), snapshot)
+                        if chunk is None:
                             break
-                        last = piece
-                        yield piece
+                        last = chunk
+                        yield chunk
                     if last is not None and last.finish:
                         return
                     raise EOFError("the stream ended too early")

@@ -107,13 +107,13 @@ class VlmWorker:
             with self._counted(adapter):
                 await self._ensure(adapter)
                 source = self.engine.stream(request, adapter)
-                async with aclosing(coalesce(source, deadline - time.time())) as pieces:  # type: ignore[type-var]
-                    async for piece in pieces:
+                async with aclosing(coalesce(source, deadline - time.time())) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
                         if last is None:
                             metrics.vlm.first_token(time.perf_counter() - began)
-                        last = piece
-                        outcome = "ok" if piece.finish else outcome
-                        yield piece
+                        last = chunk
+                        outcome = "ok" if chunk.finish else outcome
+                        yield chunk
         except EngineDead:
             outcome = "dead"
             raise

@@ -12,8 +12,8 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one answer. What is said is never taken back: a part that could be the beginning of a stop string, or
-    of a character, waits for the tokens after it.
+    """The text of one answer. Text that was returned is never withdrawn: a part that could be the beginning of a stop
+    string, or of a character, waits for the tokens after it.
 
     Everything that :meth:`take` returned, put together, is ``tokenizer.decode(tokens, skip_special_tokens=True)``, cut
     before the first stop string.
@@ -29,7 +29,7 @@ class Detokenizer:
         self._hold = max((len(text) - 1 for text in self._stop), default=0)
         self._tokens: list[int] = []
         self._text = ""
-        self._said = 0
+        self._sent = 0
         self.stopped = False
         """A stop string came; everything after it is dropped."""
 
@@ -43,18 +43,18 @@ class Detokenizer:
             self._text += self._stream.step(self._backend, token) or ""
         if last:
             whole = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
-            if whole.startswith(self._text[: self._said]):
+            if whole.startswith(self._text[: self._sent]):
                 self._text = whole
-        found = [at for at in (self._text.find(text, searched) for text in self._stop) if at >= 0]
-        if found:
+        stops = [index for index in (self._text.find(text, searched) for text in self._stop) if index >= 0]
+        if stops:
             self.stopped = True
-            self._text = self._text[: min(found)]
-        end = len(self._text) if last or self.stopped else max(self._said, len(self._text) - self._hold)
-        said = self._text[self._said : end]
+            self._text = self._text[: min(stops)]
+        end = len(self._text) if last or self.stopped else max(self._sent, len(self._text) - self._hold)
+        certain = self._text[self._sent : end]
         if not (last or self.stopped):
-            said = said.rstrip(_UNFINISHED)
-        self._said += len(said)
-        return said
+            certain = certain.rstrip(_UNFINISHED)
+        self._sent += len(certain)
+        return certain
 
 
 async def whole(pieces: AsyncIterator[TokenChunk]) -> GenerationResult:

@@ -103,16 +103,16 @@ class VlmEngine(Protocol):
     def resident(self) -> frozenset[str]:
         """Names that requests may use."""
 
-    def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
+    def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
         """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
 
         Raises InvalidRequest, AdapterError (not resident), EngineDead.
         """
 
-    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
 
-    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice as the whole answer (its end included) after the prompt."""
 
     async def golden(self, adapter: str | None) -> str:

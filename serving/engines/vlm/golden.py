@@ -14,7 +14,7 @@ SIDE = 64
 QUESTIONS = ("what is this?", "is there something red? answer yes or no.")
 
 
-def golden_asks() -> list[GenerationRequest]:
+def golden_requests() -> list[GenerationRequest]:
     """Two pictures made by integer arithmetic, one question each, eight tokens."""
     pictures = golden_pixels(SIDE)
     return [question(pictures[i], text, max_tokens=8) for i, text in enumerate(QUESTIONS)]

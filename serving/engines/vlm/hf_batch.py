@@ -19,7 +19,7 @@ from serving.errors import EngineDead
 class Row:
     """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended."""
 
-    ask: GenerationRequest
+    request: GenerationRequest
     most: int
     """Tokens of the longest answer."""
     say: Callable[[int, float, Finish], None]
@@ -30,21 +30,21 @@ class Row:
     chance: torch.Generator | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.ask.temperature > 0:
+        if self.request.temperature > 0:
             self.chance = torch.Generator()
-            if self.ask.seed is None:
+            if self.request.seed is None:
                 self.chance.seed()
             else:
-                self.chance.manual_seed(self.ask.seed)
+                self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
         """The next token from natural log-probabilities [vocabulary] on the CPU."""
         if self.chance is None:
             return int(logprobs.argmax())
-        chances = (logprobs / self.ask.temperature).softmax(0)
-        if self.ask.top_p < 1.0:
+        chances = (logprobs / self.request.temperature).softmax(0)
+        if self.request.top_p < 1.0:
             ordered, order = chances.sort(descending=True)
-            ordered[ordered.cumsum(0) - ordered >= self.ask.top_p] = 0.0  # the first one always stays
+            ordered[ordered.cumsum(0) - ordered >= self.request.top_p] = 0.0  # the first one always stays
             chances = torch.zeros_like(chances).scatter(0, order, ordered)
         return int(torch.multinomial(chances, 1, generator=self.chance))
 
@@ -53,7 +53,7 @@ class Row:
 class Scoring:
     """The choices of one request. ``tell`` gets a log-probability for each."""
 
-    ask: GenerationRequest
+    request: GenerationRequest
     choices: Sequence[str]
     tell: Callable[[list[float]], None]
     fail: Callable[[EngineDead], None]
@@ -98,7 +98,7 @@ def answer(
     model: nn.Module, processor: Any, rows: Sequence[Row], ends: frozenset[int], stopped: Callable[[], bool]
 ) -> None:
     """Generate for all ``rows`` at once (left padded, with a key-value cache) until each has ended, or ``stopped``."""
-    batch = inputs(processor, [row.ask for row in rows], next(model.parameters()).device)
+    batch = inputs(processor, [row.request for row in rows], next(model.parameters()).device)
     plan = GenerationConfig(max_new_tokens=max(row.most for row in rows), do_sample=False)
     model.generate(  # type: ignore[operator]
         **batch,
@@ -109,10 +109,10 @@ def answer(
 
 
 @torch.inference_mode()
-def score(model: nn.Module, processor: Any, ask: GenerationRequest, choices: Sequence[str]) -> list[float]:
+def score(model: nn.Module, processor: Any, request: GenerationRequest, choices: Sequence[str]) -> list[float]:
     """Log-probability of each choice with its end, after the prompt; right padded, so that positions are plain."""
     device = next(model.parameters()).device
-    prompt = inputs(processor, [ask])
+    prompt = inputs(processor, [request])
     start = prompt["input_ids"].shape[1]
     answers = [answer_tokens(processor, choice) for choice in choices]
     width = start + max(map(len, answers))

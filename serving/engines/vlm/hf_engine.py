@@ -23,7 +23,7 @@ from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_v
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.golden import fingerprint, golden_asks
+from serving.engines.vlm.golden import fingerprint, golden_requests
 from serving.engines.vlm.hf_batch import Row, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
@@ -113,15 +113,15 @@ class TransformersEngine:
             finally:
                 self._running -= 1
 
-    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
+    async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer piece by piece."""
         with self._using(adapter) as model:
-            length = await asyncio.to_thread(self._length, ask)
+            length = await asyncio.to_thread(self._length, request)
             said: asyncio.Queue[tuple[int, float, Finish] | EngineDead] = asyncio.Queue()
             post = _poster(said.put_nowait)
-            most = min(max(1, ask.max_tokens), self._serve.vlm_context - length)
-            row = Row(ask, most, lambda *token: post(token), post)
-            words = Detokenizer(self._processor.tokenizer, ask.stop)
+            most = min(max(1, request.max_tokens), self._serve.vlm_context - length)
+            row = Row(request, most, lambda *token: post(token), post)
+            detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
             self._working().put(model, row)
             try:
@@ -131,27 +131,27 @@ class TransformersEngine:
                         raise item
                     token, logprob, finish = item
                     done += 1
-                    text = words.take((token,), bool(finish))
-                    finish = "stop" if words.stopped else finish
+                    text = detokenizer.take((token,), bool(finish))
+                    finish = "stop" if detokenizer.stopped else finish
                     yield TokenChunk(text, (token,), (logprob,), length, done, finish)
                     if finish:
                         return
             finally:
                 row.aborted = True
 
-    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
-        pieces = self.stream(ask, adapter)
+        pieces = self.stream(request, adapter)
         async with contextlib.aclosing(pieces):
             return await whole(pieces)
 
-    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
         with self._using(adapter) as model:
-            await asyncio.to_thread(self._length, ask, choices)
+            await asyncio.to_thread(self._length, request, choices)
             result: asyncio.Queue[list[float] | EngineDead] = asyncio.Queue()
             post = _poster(result.put_nowait)
-            self._working().put(model, Scoring(ask, choices, post, post))
+            self._working().put(model, Scoring(request, choices, post, post))
             values = await result.get()
             if isinstance(values, EngineDead):
                 raise values
@@ -159,7 +159,7 @@ class TransformersEngine:
 
     async def golden(self, adapter: str | None) -> str:
         """Answer fixed inputs."""
-        return fingerprint(adapter, [await self.reply(ask, adapter) for ask in golden_asks()])
+        return fingerprint(adapter, [await self.reply(request, adapter) for request in golden_requests()])
 
     def running(self) -> int:
         """Requests inside."""
@@ -180,11 +180,11 @@ class TransformersEngine:
             raise EngineDead(self.trouble(), "Start a new engine.")
         return self._worker
 
-    def _length(self, ask: GenerationRequest, choices: Sequence[str] = ()) -> int:
+    def _length(self, request: GenerationRequest, choices: Sequence[str] = ()) -> int:
         """Tokens of the prompt. Raises :class:`InvalidRequest` when it, or a choice after it, does not fit."""
         with self._reading:
             try:
-                prompt = int(inputs(self._processor, [ask])["input_ids"].shape[1])
+                prompt = int(inputs(self._processor, [request])["input_ids"].shape[1])
             except ValueError as error:
                 raise InvalidRequest(
                     f"The request cannot be read: {error}", "Change the messages or the image."

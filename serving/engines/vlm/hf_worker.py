@@ -90,4 +90,4 @@ class Worker:
         for one in work:
             if isinstance(one, Scoring):
                 parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
-                one.tell([value for part in parts for value in score(model, self._processor, one.ask, part)])
+                one.tell([value for part in parts for value in score(model, self._processor, one.request, part)])

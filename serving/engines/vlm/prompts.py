@@ -16,17 +16,17 @@ from serving.engines.vlm.generation import GenerationRequest
 from serving.errors import InvalidRequest
 
 
-def conversation(ask: GenerationRequest) -> list[dict[str, Any]]:
+def conversation(request: GenerationRequest) -> list[dict[str, Any]]:
     """The turns as chat templates take them; an image is ``{"type": "image"}``.
 
     Raises :class:`InvalidRequest`: no turn, or images that are not used once each, in reading order.
     """
-    if not ask.messages:
+    if not request.messages:
         raise InvalidRequest("There is no message to answer.", "Send at least one message of the user.")
-    used = [part for message in ask.messages for part in message.content if not isinstance(part, str)]
-    if used != list(range(len(ask.images))):
+    used = [part for message in request.messages for part in message.content if not isinstance(part, str)]
+    if used != list(range(len(request.images))):
         raise InvalidRequest(
-            f"The messages use the images {used}, and there are {len(ask.images)}.",
+            f"The messages use the images {used}, and there are {len(request.images)}.",
             "Use every image once, numbered from 0 in reading order.",
         )
     return [
@@ -37,18 +37,20 @@ def conversation(ask: GenerationRequest) -> list[dict[str, Any]]:
                 for part in message.content
             ],
         }
-        for message in ask.messages
+        for message in request.messages
     ]
 
 
-def render(processor: Any, ask: GenerationRequest) -> str:
+def render(processor: Any, request: GenerationRequest) -> str:
     """The prompt as text, up to where the answer begins; one image token stands for each image.
 
     Raises :class:`InvalidRequest` also when a text holds the image token, or the chat template refuses the turns.
     """
-    turns = conversation(ask)
+    turns = conversation(request)
     token = image_token(processor)
-    if token and any(token in part for message in ask.messages for part in message.content if isinstance(part, str)):
+    if token and any(
+        token in part for message in request.messages for part in message.content if isinstance(part, str)
+    ):
         raise InvalidRequest(f"A text holds {token!r}, which stands for an image.", "Take it out of the text.")
     from jinja2 import TemplateError
 
@@ -65,9 +67,9 @@ def inputs(
 ) -> dict[str, torch.Tensor]:
     """What the transformers model takes, for a batch: ``input_ids`` and ``attention_mask`` [n, tokens], padded on the
     left, and the pixels of the images. Raises :class:`InvalidRequest`."""
-    texts = [render(processor, ask) for ask in asks]
+    texts = [render(processor, request) for request in asks]
     # Not as arrays: of a picture 1 or 3 pixels high the processor would take the first axis for the channels.
-    images = [[Image.fromarray(image) for image in ask.images] for ask in asks]
+    images = [[Image.fromarray(image) for image in request.images] for request in asks]
     more: dict[str, Any] = {"images": images} if any(images) else {}
     # The chat template wrote every special token; none is added.
     batch = processor(

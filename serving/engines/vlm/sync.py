@@ -64,7 +64,7 @@ class SyncVlm:
         self, asks: Sequence[GenerationRequest], adapter: str | None, label: str = ""
     ) -> list[GenerationResult]:
         """An answer to each, in order. ``label``: what the progress bar says; none when empty."""
-        return self._all(lambda ask: self.engine.reply(ask, adapter), asks, label)
+        return self._all(lambda request: self.engine.reply(request, adapter), asks, label)
 
     def scores(
         self, asks: Sequence[GenerationRequest], choices: Sequence[Sequence[str]], adapter: str | None, label: str = ""

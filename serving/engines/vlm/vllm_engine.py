@@ -26,7 +26,7 @@ from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.engines.vlm.golden import fingerprint, golden_asks
+from serving.engines.vlm.golden import fingerprint, golden_requests
 from serving.engines.vlm.probes import PROBE_SIZE, PROBED, ZERO_ID, differ, write_probe
 from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
@@ -69,7 +69,7 @@ class VllmEngine:
             processor = await asyncio.to_thread(self._start)
             model_type = str(self._engine.model_config.hf_config.model_type)
             self._prompts = Prompts(processor, self._engine.renderer, model_type, self._serve.vlm_context)
-            await asyncio.to_thread(self._prompts.check, golden_asks())
+            await asyncio.to_thread(self._prompts.check, golden_requests())
             with tempfile.TemporaryDirectory(prefix="ratchet-vlm-") as folder:
                 zero = write_probe(Path(folder) / ZERO, self._shapes, 0.0)
                 await self._residents.add(ZERO, lambda: self._add(ZERO, zero))
@@ -166,44 +166,44 @@ class VllmEngine:
             finally:
                 self._running -= 1
 
-    async def stream(self, ask: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
+    async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer piece by piece."""
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(ask)
-            words = Detokenizer(self._tokenizer, ask.stop)
+            (prompt,) = await self._made(request)
+            detokenizer = Detokenizer(self._tokenizer, request.stop)
             length, done = len(prompt["prompt_token_ids"]), 0
-            outputs = self._outputs(prompt, sampling(ask, every=True), lora)
+            outputs = self._outputs(prompt, sampling(request, every=True), lora)
             async with contextlib.aclosing(outputs):
                 async for output in outputs:
                     one = output.outputs[0]
                     tokens, finish = tuple(one.token_ids), finish_of(one.finish_reason)
-                    text = words.take(tokens, bool(finish))
+                    text = detokenizer.take(tokens, bool(finish))
                     done += len(tokens)
-                    finish = "stop" if words.stopped else finish
+                    finish = "stop" if detokenizer.stopped else finish
                     if tokens or finish:
                         yield TokenChunk(text, tokens, logprobs_of(one), length, done, finish)
-                    if words.stopped:
+                    if detokenizer.stopped:
                         return
 
-    async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
+    async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
-        if ask.stop:
-            return await whole(self.stream(ask, adapter))
+        if request.stop:
+            return await whole(self.stream(request, adapter))
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(ask)
-            one = (await self._last(prompt, sampling(ask, every=False), lora)).outputs[0]
+            (prompt,) = await self._made(request)
+            one = (await self._last(prompt, sampling(request, every=False), lora)).outputs[0]
             text = self._tokenizer.decode(one.token_ids, skip_special_tokens=True)
             finish = finish_of(one.finish_reason)
             return GenerationResult(
                 text, tuple(one.token_ids), logprobs_of(one), len(prompt["prompt_token_ids"]), finish
             )
 
-    async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
+    async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
         with self._using(adapter) as lora:
-            (plain,) = await self._made(ask)
-            prompts = await self._made(ask, choices)
+            (plain,) = await self._made(request)
+            prompts = await self._made(request, choices)
 
             async def one(prompt: dict[str, Any]) -> float:
                 output = await self._last(prompt, plan, lora)
@@ -220,7 +220,7 @@ class VllmEngine:
         return fingerprint(adapter, await self._golden(adapter))
 
     async def _golden(self, adapter: str | None) -> list[GenerationResult]:
-        return [await self.reply(ask, adapter) for ask in golden_asks()]
+        return [await self.reply(request, adapter) for request in golden_requests()]
 
     def running(self) -> int:
         """Requests inside."""
@@ -262,10 +262,10 @@ class VllmEngine:
     def _tokenizer(self) -> Any:
         return self._engine.renderer.tokenizer
 
-    async def _made(self, ask: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def _made(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         assert self._prompts is not None
         try:
-            return await self._prompts.make(ask, answers)
+            return await self._prompts.make(request, answers)
         except ValueError as error:
             raise InvalidRequest(f"The request cannot be read: {error}", "Change the messages or the image.") from error
 

@@ -37,23 +37,25 @@ class Prompts:
         splitting = getattr(processor.image_processor, "do_image_splitting", True)
         self.fast = model_type in _ONE_RUN and not splitting
 
-    async def make(self, ask: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def make(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """The prompt; or, with ``answers``, the prompt followed by each of them. Raises :class:`InvalidRequest`."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, ask, answers)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._make, request, answers)
 
     def check(self, asks: Sequence[GenerationRequest]) -> bool:
         """Use the short way only if it gives vLLM what its own way gives."""
-        self.fast = self.fast and all(_same(self._short(ask), self._long(ask)) for ask in asks)
+        self.fast = self.fast and all(_same(self._short(request), self._long(request)) for request in asks)
         return self.fast
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make(self, ask: GenerationRequest, answers: Sequence[str] | None) -> list[dict[str, Any]]:
-        if len(ask.images) > MAX_IMAGES:
-            raise InvalidRequest(f"There are {len(ask.images)} images; a request may have {MAX_IMAGES}.", "Send fewer.")
-        prompt = self._short(ask) if self.fast else self._long(ask)
+    def _make(self, request: GenerationRequest, answers: Sequence[str] | None) -> list[dict[str, Any]]:
+        if len(request.images) > MAX_IMAGES:
+            raise InvalidRequest(
+                f"There are {len(request.images)} images; a request may have {MAX_IMAGES}.", "Send fewer."
+            )
+        prompt = self._short(request) if self.fast else self._long(request)
         if answers is None:
             check_length(len(prompt["prompt_token_ids"]), self._context)
             return [prompt]
@@ -64,13 +66,13 @@ class Prompts:
             made.append(prompt | {"prompt_token_ids": tokens})
         return made
 
-    def _short(self, ask: GenerationRequest) -> dict[str, Any]:
+    def _short(self, request: GenerationRequest) -> dict[str, Any]:
         from vllm.inputs.engine import mm_input, tokens_input
         from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
-        batch = inputs(self._processor, [ask])
+        batch = inputs(self._processor, [request])
         tokens = batch["input_ids"][0]
-        if not ask.images:
+        if not request.images:
             return dict(tokens_input(tokens.tolist()))
         where = (tokens == self._processor.image_token_id).nonzero().flatten().tolist()
         seats = self._processor.image_seq_len
@@ -78,26 +80,26 @@ class Prompts:
         hf = {
             "pixel_values": batch["pixel_values"][0],
             "pixel_attention_mask": batch["pixel_attention_mask"][0],
-            "num_patches": torch.ones(len(ask.images), dtype=torch.long),
+            "num_patches": torch.ones(len(request.images), dtype=torch.long),
         }
         fields = self._renderer.get_mm_processor()._get_mm_fields_config(hf, {})
         return dict(
             mm_input(
                 tokens.tolist(),
                 MultiModalKwargsItems.from_hf_inputs(hf, fields),
-                {"image": [_digest(image) for image in ask.images]},
+                {"image": [_digest(image) for image in request.images]},
                 {"image": [PlaceholderRange(start, seats) for start in starts]},
             )
         )
 
-    def _long(self, ask: GenerationRequest) -> dict[str, Any]:
+    def _long(self, request: GenerationRequest) -> dict[str, Any]:
         from PIL import Image as Pictures
         from vllm.renderers.inputs.preprocess import parse_model_prompt
 
-        prompt: dict[str, Any] = {"prompt": render(self._processor, ask)}
-        if ask.images:
-            prompt["multi_modal_data"] = {"image": [Pictures.fromarray(image) for image in ask.images]}
-            prompt["multi_modal_uuids"] = {"image": [_digest(image) for image in ask.images]}
+        prompt: dict[str, Any] = {"prompt": render(self._processor, request)}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [Pictures.fromarray(image) for image in request.images]}
+            prompt["multi_modal_uuids"] = {"image": [_digest(image) for image in request.images]}
         parsed = parse_model_prompt(self._renderer.model_config, prompt)
         (made,) = self._renderer.render_cmpl(
             [parsed], self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)

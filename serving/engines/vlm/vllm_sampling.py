@@ -7,7 +7,7 @@ from typing import Any
 from serving.engines.vlm.generation import Finish, GenerationRequest
 
 
-def sampling(ask: GenerationRequest, every: bool) -> Any:
+def sampling(request: GenerationRequest, every: bool) -> Any:
     """SamplingParams of a request. ``every``: an output for each step, with what is new; else one at the end.
 
     vLLM does not turn tokens into text here: :class:`serving.engines.vlm.detokenizer.Detokenizer` does, for both
@@ -17,10 +17,10 @@ def sampling(ask: GenerationRequest, every: bool) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        max_tokens=max(1, ask.max_tokens),
-        temperature=ask.temperature,
-        top_p=ask.top_p,
-        seed=ask.seed,
+        max_tokens=max(1, request.max_tokens),
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,

@@ -1,4 +1,4 @@
-"""The release protocol without Ray: a fleet of plain objects, and a real ledger."""
+"""The release protocol without Ray: replicas that are plain objects, and a real ledger."""
 
 from __future__ import annotations
 

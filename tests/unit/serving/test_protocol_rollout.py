@@ -1,4 +1,4 @@
-"""Canaries, shadows, promotions and the guard, without Ray: a fleet of plain objects, and a real ledger."""
+"""Canaries, shadows, promotions and the guard, without Ray: replicas that are plain objects, and a real ledger."""
 
 from __future__ import annotations
 

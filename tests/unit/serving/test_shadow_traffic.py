@@ -1,4 +1,4 @@
-"""Comparisons behind the clients' backs: what is compared, what is dropped, and that nobody waits for it."""
+"""Comparisons on shadow traffic: what is compared, what is dropped, and that no client waits for it."""
 
 from __future__ import annotations
 

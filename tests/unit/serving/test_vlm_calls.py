@@ -1,4 +1,4 @@
-"""Calls to VLM replicas: bounds, deadlines, and what happens when a replica dies. The handle is Ray's edge."""
+"""Calls to VLM replicas: bounds, deadlines, and what happens when a replica dies. The handle stands for Ray's."""
 
 from __future__ import annotations
 
