@@ -124,6 +124,10 @@ class Traffic:
                 raise RatchetError(f"the load has {len(self._rows())} of {requests} answers.", "Is the server up?")
             time.sleep(0.1)
 
+    def releases(self) -> set[int]:
+        """Numbers of the releases that answered so far."""
+        return {int(row["r"]) for row in self._rows() if row["c"] == 200}
+
     def report(self) -> Report:
         """Check every answer so far. Stop first for a final one."""
         rows = self._rows()
