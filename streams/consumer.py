@@ -31,6 +31,7 @@ from streams.assignment import Assignment, Reading, new_generation, start_positi
 from streams.batch import Batch, Outcome
 from streams.clients import MAX_RECORD_BYTES, Admin, client_options, explain
 from streams.crash_guard import CrashGuard
+from streams.indexing import Indexing
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
 from streams.log_watch import LogLost, LogWatch, gap
@@ -153,8 +154,6 @@ class Consumer:
         if limits.split_key is not None:
             split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
         index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
-        with index.deciding():
-            index.follow(self.store.table)
         work = Work(limits, self.kafka, split_key)
         threads = (os.cpu_count() or 1) + (limits.uri_concurrency if limits.allowed_uris else 0)
         self._guard = CrashGuard(folder, threads)
@@ -167,6 +166,7 @@ class Consumer:
         )
         self._pool = ValidationPool(validators, 2 * self.kafka.batch_bytes, records)
         self._publisher = RefusalPublisher(self.kafka, self.store)
+        self._indexing = Indexing(index, self.store.table)
         self._opened = True
 
     def _close(self) -> None:
@@ -174,6 +174,7 @@ class Consumer:
             self._pool.close()
             self._publisher.close()
             self._rules.end()
+            self._indexing.stop()
             self._batch.index.close()
             self._guard.close()
         self._admin.close()
@@ -183,6 +184,7 @@ class Consumer:
         if not self._opened:
             self._open()
         topic_id = self._ensure_topics()
+        self._indexing.start()
         bounds = {
             "group_id": self.kafka.group,
             "enable_auto_commit": False,
@@ -246,7 +248,7 @@ class Consumer:
         """Take over the partitions that the group has given to this process."""
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
-        if partitions:
+        if partitions and self._indexing.done():
             self._patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:

@@ -243,7 +243,7 @@ class StoreWriter:
             if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
                 return None
             try:
-                return lance.LanceDataset.commit(self.table.url, operation, read_version=base.version)
+                return lance.LanceDataset.commit(base, operation, read_version=base.version)
             except CommitConflictError:
                 if changed:
                     raise

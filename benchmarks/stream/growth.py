@@ -88,9 +88,11 @@ def _start(installation: Installation, worker: Part, images: Iterator[bytes]) ->
 
 def _commit(installation: Installation, worker: Part, images: Iterator[bytes]) -> float:
     """Seconds of the commit of one batch, by the worker's own metrics."""
-    before = worker.metrics()
+    before, version_at = worker.metrics(), installation.stored_at()
     end = installation.stored() + _send(installation, images)
-    worker.wait_for(lambda: installation.stored() >= end, "a commit", START_SECONDS)
+    # The store is read only once it has changed: reading it takes a core, which the commit would miss.
+    stored = lambda: installation.stored_at() > version_at and installation.stored() >= end  # noqa: E731
+    worker.wait_for(stored, "a commit", START_SECONDS)
     worker.wait_for(lambda: worker.metrics()[COUNT] > before[COUNT], "the metrics of a commit")
     after = worker.metrics()
     return (after[SUM] - before[SUM]) / (after[COUNT] - before[COUNT])

@@ -3,19 +3,17 @@
 The index is a SQLite file beside the worker, which it fills from the store and never holds in memory: some 200 bytes of
 disk a sample. It is no truth: a file that is lost, damaged or of another store is made anew from the store.
 
-A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly. To find those
-without comparing with all, a hash is cut into ``distance + 1`` bands: two hashes that differ in fewer bits than there
-are bands agree in one of them (pigeonhole; Norouzi et al., Fast Exact Search in Hamming Space, 2012).
+A look matches when its perceptual hashes differ in at most ``distance`` bits and its colours hardly
+(:mod:`streams.quality.bands` finds those without comparing with all).
 """
 
 from __future__ import annotations
 
 import fcntl
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -23,8 +21,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ops.errors import StoreFull, StoreUnavailable
+from ops.progress import track
 from streams.conditions import quoted
+from streams.quality.bands import bands_of, masks
 from streams.quality.look import Look, similar
+from streams.quality.staging import Staging
 from streams.rows import RecordPosition, name_of, parse_position
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
@@ -45,10 +46,6 @@ CHECKPOINT_PAGES: Final = 8000
 SQLite's 1,000 each fifth commit waits for the disk."""
 WAIT_SECONDS: Final = 60.0
 _FORMAT: Final = "1"
-_ALL_BITS: Final = 2**64 - 1
-_SIGN: Final = 2**63
-"""SQLite's integers are signed."""
-_ODD: Final = 0x9E3779B97F4A7C15
 _COLUMNS: Final = ["kind", "id", "topic", "partition", "offset", "look", "words"]
 
 
@@ -88,10 +85,11 @@ class DuplicateIndex:
         """
         self.path = path
         self.distance = distance
-        self._bands = list(enumerate(_bands(distance)))
+        self._masks = masks(distance)
         self._doubles: list[tuple[str, RecordPosition]] = []
         self._identity = f"{_FORMAT} {store} {distance}"
         self._damaged = True
+        self._interrupted = False
         with self._in_use():
             self._open()
 
@@ -101,6 +99,11 @@ class DuplicateIndex:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    def interrupt(self) -> None:
+        """Let :meth:`follow`, which another thread may run, end soon with StoreUnavailable, and take nothing in."""
+        self._interrupted = True
+        self._db.interrupt()
 
     @contextmanager
     def deciding(self) -> Iterator[None]:
@@ -132,7 +135,7 @@ class DuplicateIndex:
             if self.distance == OFF or sample.look is None:
                 return None
             mine = Look.parse(sample.look)
-            for band in self._bands_of(mine.phash, sample.words):
+            for band in bands_of(mine.phash, sample.words, self._masks):
                 query = "SELECT id, look FROM looks WHERE band = ? LIMIT ?"
                 for other, theirs in self._db.execute(query, (band, CANDIDATES)):
                     if similar(mine, Look.parse(theirs), self.distance) and self._has(other):
@@ -140,8 +143,13 @@ class DuplicateIndex:
         return None
 
     def add(self, sample: Sample) -> None:
-        """Remember a sample."""
-        self._insert([sample])
+        """Remember a sample that :meth:`find` does not know."""
+        with self._in_use():
+            self._db.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", sample[:2])
+            if self.distance != OFF and sample.look is not None:
+                bands = bands_of(Look.parse(sample.look).phash, sample.words, self._masks)
+                rows = [(band, sample.id, sample.look) for band in bands]
+                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", rows)
 
     def stored(self, version: int, fragment: int) -> None:
         """What was added since :meth:`follow` is in this version of the store, whose newest fragment is ``fragment``.
@@ -163,7 +171,11 @@ class DuplicateIndex:
         return doubles
 
     def follow(self, table: SampleTable) -> None:
-        """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`."""
+        """Take in what the newest version of the store holds beyond what is known. Call inside :meth:`deciding`.
+
+        Raises:
+            StoreUnavailable, StoreFull: the store cannot be read, or the file not be written.
+        """
         dataset = table.open()
         if dataset is None:
             return
@@ -173,22 +185,36 @@ class DuplicateIndex:
         positions, moved = {each.fragment_id for each in fences(dataset)}, _moved(dataset, version, last)
         fresh = [each for each in dataset.get_fragments() if each.fragment_id > last]
         with self._in_use():
-            for fragment in fresh:
+            staging = Staging(self._db, self._masks)
+            for fragment in track(fresh, "building the duplicate index") if last < 0 else fresh:
                 if fragment.fragment_id not in positions and fragment.data_files()[0].path not in moved:
-                    self._take(dataset, fragment)
+                    self._take(dataset, fragment, staging, last < 0)
+            self._settle(staging.merge())
             self._set_meta("fragment", max((each.fragment_id for each in fresh), default=last))
             self._set_meta("version", int(dataset.version))
 
-    def _take(self, dataset: Any, fragment: Any) -> None:
+    def _take(self, dataset: Any, fragment: Any, staging: Staging, anew: bool) -> None:
         for batch in _batches(dataset, fragment):
+            if self._interrupted:
+                raise StoreUnavailable(
+                    f"the duplicate index {self.path} is left as it was: asked to stop.", "Start again."
+                )
             table = pa.Table.from_batches([batch])
-            numbers = (table[name].cast(pa.string()) for name in ("partition", "offset"))
-            table = table.append_column("position", pc.binary_join_element_wise(table["topic"], *numbers, ":"))
-            samples = table.filter(pc.field("kind") == "sample").sort_by("id")
-            ids = map(bytes.fromhex, samples["id"].to_pylist())
-            columns = (samples[name].to_pylist() for name in ("position", "look", "words"))
-            self._insert([Sample(*row) for row in zip(ids, *columns, strict=True)])
-            self._forget(dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist())
+            staging.add(table.filter(pc.field("kind") == "sample"))
+            if staging.full:
+                self._settle(staging.merge())
+            if not anew:  # else there is nothing to forget: what is read here is not deleted
+                self._forget(
+                    dataset, table.filter(pc.field("kind") == "deleted")["id"].drop_null().unique().to_pylist()
+                )
+
+    def _settle(self, doubles: Iterable[tuple[bytes, str, str]]) -> None:
+        """Note samples that are stored at two positions. All indexes keep the first in the order of positions."""
+        for id_, _, position in doubles:
+            [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (id_,)).fetchone()
+            first, second = sorted((parse_position(known), parse_position(position)))
+            self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), id_))
+            self._doubles.append((id_.hex(), second))
 
     def _forget(self, dataset: Any, deleted: Sequence[str]) -> None:
         """Forget samples that were deleted, unless they were stored again since."""
@@ -207,35 +233,8 @@ class DuplicateIndex:
                 self._db.execute(f"DELETE FROM {name} WHERE id IN (SELECT id FROM gone)")  # noqa: S608
             self._db.execute("DELETE FROM gone")
 
-    def _insert(self, samples: Sequence[Sample]) -> None:
-        with self._in_use():
-            before = self._db.total_changes
-            self._db.executemany("INSERT OR IGNORE INTO ids VALUES (?, ?)", (sample[:2] for sample in samples))
-            if self._db.total_changes - before < len(samples):
-                self._find_doubles(samples)
-            if self.distance != OFF:
-                bands = [
-                    (band, id_, look)
-                    for id_, _, look, words in samples
-                    if look is not None
-                    for band in self._bands_of(int.from_bytes(look[:8], "big"), words)
-                ]
-                self._db.executemany("INSERT OR IGNORE INTO looks VALUES (?, ?, ?)", sorted(bands))
-
-    def _find_doubles(self, samples: Sequence[Sample]) -> None:
-        for sample in samples:
-            [known] = self._db.execute("SELECT position FROM ids WHERE id = ?", (sample.id,)).fetchone()
-            if known != sample.position:
-                first, second = sorted((parse_position(known), parse_position(sample.position)))
-                self._db.execute("UPDATE ids SET position = ? WHERE id = ?", (name_of(first), sample.id))
-                self._doubles.append((sample.id.hex(), second))
-
     def _has(self, sample: bytes) -> bool:
         return self._db.execute("SELECT 1 FROM ids WHERE id = ?", (sample,)).fetchone() is not None
-
-    def _bands_of(self, phash: int, words: int) -> list[int]:
-        """One number for each band: of the words and of the hash's bits there."""
-        return [((words + (phash & mask) * _ODD + number) & _ALL_BITS) - _SIGN for number, mask in self._bands]
 
     def _open(self) -> None:
         """Open the file; make it anew where it is missing, damaged or of another store."""
@@ -291,12 +290,6 @@ def _batches(dataset: Any, fragment: Any) -> Iterator[pa.RecordBatch]:
     with reading(dataset.uri):
         rows = fragment.scanner(columns=_COLUMNS, filter="kind IN ('sample', 'deleted')", batch_size=CHUNK_ROWS)
         yield from rows.to_batches()
-
-
-def _bands(distance: int) -> list[int]:
-    """Masks of 64 bits that cover each bit once, ``distance + 1`` of them."""
-    ends = [64 * number // (distance + 1) for number in range(distance + 2)] if distance >= 0 else []
-    return [((1 << (end - start)) - 1) << start for start, end in pairwise(ends)]
 
 
 def _moved(dataset: Any, since: int, last: int) -> set[str]:

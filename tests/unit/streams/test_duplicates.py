@@ -137,9 +137,9 @@ def test_the_index_takes_in_only_what_is_new_in_the_store(
     taken: list[int] = []
     take = DuplicateIndex._take
 
-    def watch(self: DuplicateIndex, dataset: Any, fragment: Any) -> None:
+    def watch(self: DuplicateIndex, dataset: Any, fragment: Any, *rest: Any) -> None:
         taken.append(fragment.count_rows())
-        take(self, dataset, fragment)
+        take(self, dataset, fragment, *rest)
 
     monkeypatch.setattr(DuplicateIndex, "_take", watch)
     follow(index, store)
@@ -320,3 +320,34 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(index))
     assert count == 42_000
     assert grown_kib < 8 * 1024, "twenty times the samples"
     assert (tmp_path / "d.db").stat().st_size > 4 << 20
+
+
+@pytest.mark.parametrize("distance", [0, 3])
+def test_what_is_read_from_the_store_is_found_as_what_was_added(store: SampleStore, distance: int) -> None:
+    rows = [
+        sample(0, offset) | {"look": look((offset * 0x9E3779B97F4A7C15) % 2**63), "words": -offset}
+        for offset in range(50)
+    ]
+    rows[7]["look"] = None
+    put(store, rows, Position(TOPIC, 0, 50))
+    added, read = DuplicateIndex(":memory:", "store", distance), DuplicateIndex(":memory:", "store", distance)
+    for row in rows:
+        added.add(Sample(bytes.fromhex(row["id"]), f"{TOPIC}:0:{row['offset']}", row["look"], row["words"]))
+    follow(read, store)
+    for table in ("ids", "looks"):
+        query = f"SELECT * FROM {table}"
+        assert read._db.execute(query).fetchall() == added._db.execute(query).fetchall() != []
+
+
+def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
+    store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for partition in (0, 1):
+        put(store, [sample(0, 1) | {"partition": partition, "offset": 5}], Position(TOPIC, partition, 6))
+    reports = []
+    for staged in (1, 1000):
+        monkeypatch.setattr("streams.quality.staging.STAGED_ROWS", staged)
+        index = DuplicateIndex(":memory:", "store")
+        follow(index, store)
+        reports.append(index.settled())
+    assert reports == [[(sample(0, 1)["id"], (TOPIC, 1, 5))]] * 2

@@ -1,0 +1,106 @@
+"""The duplicate index is built beside the loop: nothing is claimed before it is there, and a stop does not wait."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import StoreUnavailable
+from ops.settings import Settings
+from streams import consumer as consumer_module
+from streams.indexing import Indexing
+from streams.quality import duplicates as module
+from streams.quality.duplicates import DuplicateIndex
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.fake_kafka import FakeKafka, install
+from tests.support.kafka import good, reading, wait_for
+from tests.support.samples import TOPIC, put, sample
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path, kafka={"topic": "t", "batch_seconds": 0.02, "bootstrap": "127.0.0.1:1"})
+
+
+@pytest.fixture
+def kafka(monkeypatch: pytest.MonkeyPatch) -> FakeKafka:
+    broker = FakeKafka("t")
+    install(broker, monkeypatch)
+    monkeypatch.setattr(consumer_module, "BACKOFF_SECONDS", (0.02,))
+    return broker
+
+
+class SlowTable:
+    """Holds up every reading of the store into an index until it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reading, self.released, self.failures = threading.Event(), threading.Event(), 0
+        follow = DuplicateIndex.follow
+
+        def slow(index: DuplicateIndex, table: Any) -> None:
+            self.reading.set()
+            assert self.released.wait(60)
+            if self.failures:
+                self.failures -= 1
+                raise StoreUnavailable("away", "wait")
+            follow(index, table)
+
+        monkeypatch.setattr(DuplicateIndex, "follow", slow)
+
+
+def test_the_group_is_joined_and_nothing_is_claimed_while_the_index_is_built(
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowTable(monkeypatch)
+    kafka.send(good(1))
+    with reading(settings) as consumer:
+        assert slow.reading.wait(20)
+        polls = kafka.polls
+        wait_for(lambda: kafka.polls > polls + 5, "polls while the index is built", 20)
+        assert SampleStore(settings.lake).positions() == {}
+        slow.released.set()
+        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
+
+
+def test_an_index_that_cannot_be_built_is_tried_again(
+    settings: Settings, kafka: FakeKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowTable(monkeypatch)
+    slow.failures = 2
+    slow.released.set()
+    kafka.send(good(1))
+    with reading(settings) as consumer:
+        wait_for(lambda: consumer.status.samples == 1, "the record", 20)
+    assert slow.failures == 0
+
+
+def test_a_stop_does_not_wait_for_the_index_and_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SampleStore(str(tmp_path / "lake"))
+    put(store, [sample(0, 0)], Position(TOPIC, 0, 1))
+    begun, interrupted = threading.Event(), threading.Event()
+    batches = module._batches
+
+    def endless(dataset: Any, fragment: Any) -> Any:
+        while True:
+            yield from batches(dataset, fragment)
+            begun.set()
+            assert interrupted.wait(60)
+
+    monkeypatch.setattr(module, "_batches", endless)
+    index = DuplicateIndex(tmp_path / "duplicates.db", "store")
+    indexing = Indexing(index, store.table)
+    indexing.start()
+    assert begun.wait(20) and not indexing.done()
+    index.interrupt()
+    interrupted.set()
+    indexing.stop()
+    with pytest.raises(StoreUnavailable, match="asked to stop"):
+        indexing.done()
+    assert len(index) == 0
+    index.close()
