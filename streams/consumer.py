@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
@@ -35,12 +36,13 @@ from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
 from streams.log_watch import LogLost, LogWatch, gap
 from streams.quality.duplicates import DuplicateIndex
-from streams.quality.validate import Accepted, Received, Row, refuse, validate
+from streams.quality.validate import Received, Row, refuse
 from streams.refusal_publisher import RefusalPublisher
-from streams.rows import parse_stream, tally_of
+from streams.rows import RecordPosition, parse_stream, tally_of
 from streams.store import SampleStore
-from streams.validation_pool import ThreadValidators, ValidationPool, Validators
-from streams.validation_process import ProcessValidators, Work
+from streams.validation_pool import ValidationPool, Validators
+from streams.validation_process import ProcessValidators, Work, crashed
+from streams.validation_threads import ThreadValidators
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
@@ -156,24 +158,25 @@ class Consumer:
         with index.deciding():
             index.follow(self.store.table)
         work = Work(limits, self.kafka, split_key)
-        threads = (os.cpu_count() or 1) + (limits.uri_concurrency if limits.allowed_uris else 0)
-        self._guard = CrashGuard(folder, threads)
-        self._rules = work.rules()
         self._writer = StoreWriter(self.store.table)
         self._batch = Batch(self.kafka, self._writer, index)
         records = 2 * self.kafka.batch_records + POLL_RECORDS
-        validators: Validators = (
-            ProcessValidators(work, self._processes) if self._processes else ThreadValidators(self._validate, threads)
-        )
-        self._pool = ValidationPool(validators, 2 * self.kafka.batch_bytes, records)
+        self._pool = ValidationPool(self._validators(work, folder), 2 * self.kafka.batch_bytes, records)
         self._publisher = RefusalPublisher(self.kafka, self.store)
         self._opened = True
+
+    def _validators(self, work: Work, folder: Path) -> Validators:
+        if self._processes:
+            self._guard = CrashGuard(folder, self._processes * work.threads)
+            return ProcessValidators(work, self._processes, self._guard)
+        threads = (os.cpu_count() or 1) + work.threads - 1
+        self._guard = CrashGuard(folder, threads)
+        return ThreadValidators(work, threads, self._guard)
 
     def _close(self) -> None:
         if self._opened:
             self._pool.close()
             self._publisher.close()
-            self._rules.end()
             self._batch.index.close()
             self._guard.close()
         self._admin.close()
@@ -301,26 +304,21 @@ class Consumer:
         if record.offset < reading.next:
             return  # taken before
         reading.next, reading.next_epoch = record.offset + 1, record.leader_epoch
-        position = (reading.stream, reading.partition, record.offset)
+        position: RecordPosition = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
             self._pool.add(reading, received, record.leader_epoch, refuse(received, "corrupt", record.detail))
             return
         received = Received(*position, record.value, record.key, record.headers, record.timestamp)
+        if self._guard.is_poison(position):
+            self._pool.add(reading, received, record.leader_epoch, crashed(received, self._guard))
+            return
         alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
         if alone:
             self._pool.finish()
         self._pool.add(reading, received, record.leader_epoch)
         if alone:
             self._pool.finish()
-
-    def _validate(self, received: Received) -> Accepted | Row:
-        position = (received.stream, received.partition, received.offset)
-        if self._guard.is_poison(position):
-            deaths = self._guard.deaths(position)
-            return refuse(received, "crashed", f"the process died {deaths} times while it validated this record.")
-        with self._guard.validating(position):
-            return validate(received, self._rules)
 
     def _collect(self) -> None:
         """Move what is validated to the batch, in the order of each partition."""
