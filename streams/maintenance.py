@@ -1,8 +1,9 @@
 """``ratchet maintain``: what keeps the sample store compact and its promises kept, beside the workers that write it.
 
 One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
-indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger. One process does it at a time, by a lease in the ledger; a second one
-waits. Nothing here holds up reading, and a run that fails is tried again.
+indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger. One process
+does it at a time, by a lease in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is
+tried again.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ class SchemaRegistry:
         """Fields of a record; ``image`` may be bytes, or base64 text as in JSON.
 
         Raises:
-            RecordError: ``schema``; of a JSON value ``not_json``; ``schema_unavailable``: the registry has failed at the
-                schema for too long.
+            RecordError: ``schema``; of a JSON value ``not_json``; ``schema_unavailable``: the registry has failed at
+                the schema for too long.
             RegistryUnavailable: the registry is away.
         """
         if len(value) < 6 or value[0] != 0:
