@@ -10,48 +10,35 @@ that cannot be read any more as a gap. Only what is away is waited for: the brok
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
-from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from ops.progress import say
 from ops.settings import Settings
 from streams import tolerant_fetch
-from streams.assignment import Assignment, Reading, new_generation, start_position
-from streams.batch import Batch, Outcome
-from streams.clients import MAX_RECORD_BYTES, Admin, client_options, explain
-from streams.crash_guard import CrashGuard
+from streams.assignment import Reading, new_generation, start_position
+from streams.batch import Outcome
+from streams.clients import Admin, explain
+from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
-from streams.log_watch import LogLost, LogWatch, gap
-from streams.quality.duplicates import DuplicateIndex
+from streams.log_watch import LogLost, gap
 from streams.quality.validate import Received, Row, refuse
-from streams.refusal_publisher import RefusalPublisher
-from streams.rows import RecordPosition, parse_stream, tally_of
+from streams.rows import RecordPosition, tally_of
 from streams.store import SampleStore
-from streams.validation_pool import ValidationPool, Validators
-from streams.validation_process import ProcessValidators, Work, crashed
-from streams.validation_threads import ThreadValidators
-from streams.writer import StoreWriter
+from streams.validation_process import crashed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.25
-#: Records of one poll: they wait in memory while those before them are validated and committed.
-POLL_RECORDS: Final = 256
-CONNECT_SECONDS: Final = 3.0
-#: A process that was killed is noticed after this long, and its partitions go to another.
-SESSION_SECONDS: Final = 6.0
 #: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
 JOIN_SECONDS: Final = 6.0
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
@@ -89,7 +76,7 @@ class Consumer:
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
         self._consumer: Any = None
-        self._opened = False
+        self._parts: ConsumerParts | None = None
         self._processes = processes
 
     @property
@@ -148,78 +135,19 @@ class Consumer:
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Make what outlives a connection to the broker. Raises StoreUnavailable."""
-        limits, folder = self.settings.ingest, self.settings.home / "ingest"
-        name, split_key = self.store.table.identity()
-        if limits.split_key is not None:
-            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
-        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
-        with index.deciding():
-            index.follow(self.store.table)
-        work = Work(limits, self.kafka, split_key)
-        self._writer = StoreWriter(self.store.table)
-        self._batch = Batch(self.kafka, self._writer, index)
-        records = 2 * self.kafka.batch_records + POLL_RECORDS
-        self._pool = ValidationPool(self._validators(work, folder), 2 * self.kafka.batch_bytes, records)
-        self._publisher = RefusalPublisher(self.kafka, self.store)
-        self._opened = True
-
-    def _validators(self, work: Work, folder: Path) -> Validators:
-        if self._processes:
-            self._guard = CrashGuard(folder, self._processes * work.threads)
-            return ProcessValidators(work, self._processes, self._guard)
-        threads = (os.cpu_count() or 1) + work.threads - 1
-        self._guard = CrashGuard(folder, threads)
-        return ThreadValidators(work, threads, self._guard)
-
-    def _close(self) -> None:
-        if self._opened:
-            self._pool.close()
-            self._publisher.close()
-            self._batch.index.close()
-            self._guard.close()
-        self._admin.close()
-
     def _connect(self) -> None:
         """Join the group. Raises BrokerError, StoreUnavailable."""
-        if not self._opened:
-            self._open()
-        topic_id = self._ensure_topics()
-        bounds = {
-            "group_id": self.kafka.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
-            "isolation_level": self.kafka.isolation_level,
-            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-            "session_timeout_ms": int(SESSION_SECONDS * 1000),
-            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
-            "reconnect_backoff_max_ms": 1000,
-            "max_poll_records": POLL_RECORDS,
-            "fetch_max_bytes": self.kafka.batch_bytes,
-            "max_partition_fetch_bytes": max(1, self.kafka.batch_bytes // 2),
-            "receive_message_max_bytes": MAX_RECORD_BYTES + self.kafka.batch_bytes,
-        }
-        consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
-        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)
-        self._assignment = Assignment(consumer, self.kafka.topic)
-        self._log = LogWatch(self._admin, consumer, self.kafka.topic, topic_id)
-        self._consumer = consumer
-        consumer.subscribe([self.kafka.topic], listener=self._assignment)
+        if self._parts is None:
+            self._parts = parts = ConsumerParts.open(self.settings, self.store, self._processes)
+            self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
+            self._pool, self._publisher = parts.pool, parts.publisher
+        connection = Connection.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment, self._log = connection.consumer, connection.assignment, connection.log
 
-    def _ensure_topics(self) -> str:
-        """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
-        topic = self.kafka.topic
-        if not any(parse_stream(position.stream)[0] == topic for position in self.store.positions().values()):
-            self._admin.ensure_topics([topic], self.kafka.partitions)
-        self._admin.ensure_topics([self.kafka.quarantine_topic])
-        topic_id = self._admin.topic_id(topic)
-        if topic_id is None:
-            raise BrokerError(
-                f"topic {topic} is gone, which had been read before.",
-                "Make it again, with the partitions and settings that it had; its new log is read from the beginning.",
-            )
-        return topic_id
+    def _close(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+        self._admin.close()
 
     def _disconnect(self) -> None:
         """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""

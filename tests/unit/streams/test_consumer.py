@@ -657,3 +657,17 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
     assert not any(2 in each for each in together), "it was validated once more"
     assert [each for each in together if each & {0, 1, 3}] == [{0}, {1}, {3}]
     assert not (settings.home / "ingest" / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_record_with_three_deaths_is_refused_by_threads_and_by_processes(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, processes: int
+) -> None:
+    for _ in range(DEATHS):
+        die(settings.home / "ingest", "kill", ("t", 0, 1))
+    kafka.send(*(good(n) for n in range(3)))
+    with reading(settings, processes=processes) as consumer:
+        wait_for(lambda: records_seen(consumer.status) >= 3, "3 records", 60)
+    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
+    refused = store.refusal("t", 0, 1)
+    assert refused is not None and (refused["reason"], "3 times" in refused["detail"]) == ("crashed", True)
