@@ -25,15 +25,16 @@ from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreErro
 from ops.progress import say
 from ops.settings import Settings
 from streams import tolerant_fetch
-from streams.assignment import Reading, new_generation, start_position
+from streams.assignment import Reading, start_position
 from streams.batch import Outcome
 from streams.clients import Admin, explain
 from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
-from streams.log_watch import LogLost, gap
-from streams.quality.validate import Received, Row, refuse
-from streams.rows import RecordPosition, tally_of
+from streams.log_changes import LogChanges
+from streams.log_watch import LogLost
+from streams.quality.validate import Received, refuse
+from streams.rows import RecordPosition
 from streams.store import SampleStore
 from streams.validation_process import crashed
 
@@ -123,13 +124,13 @@ class Consumer:
         self._poll()
         self._collect()
         if self._batch.due:
-            self._commit()
+            self.commit()
         self._mark_published()
 
     def _finish(self) -> None:
         """Asked to stop: store what is validated, and leave the rest to the next owner."""
         self._collect()
-        self._commit()
+        self.commit()
         self._publisher.wait_until_published(PUBLISH_SECONDS)
         self._mark_published()
 
@@ -143,6 +144,7 @@ class Consumer:
             self._pool, self._publisher = parts.pool, parts.publisher
         connection = Connection.join(self.kafka, self._admin, self.store)
         self._consumer, self._assignment, self._log = connection.consumer, connection.assignment, connection.log
+        self._changes = LogChanges(self._parts, connection, self.store, self._report, self)
 
     def _close(self) -> None:
         if self._parts is not None:
@@ -178,7 +180,7 @@ class Consumer:
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
         if partitions:
-            self._patiently(partial(self._claim_all, partitions))
+            self.patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
@@ -190,7 +192,7 @@ class Consumer:
             self._publisher.recover(reading)
             if self._assignment.begin(reading):
                 log.info("reading %s from %d", claim.key, reading.next)
-                self._skip_to(reading, firsts[position.partition])
+                self._changes.skip_to(reading, firsts[position.partition])
 
     def _drop(self, holds: Callable[[Reading], bool]) -> None:
         """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
@@ -210,12 +212,12 @@ class Consumer:
         try:
             polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
         except OffsetOutOfRangeError:
-            self._patiently(self._find_range)
+            self.patiently(self._changes.find_range)
             return
         except LogTruncationError as error:
-            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
+            self.patiently(partial(self._changes.follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._log.due) and not self._patiently(self._look):
+        if (polled or self._log.due) and not self.patiently(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -253,7 +255,7 @@ class Consumer:
         try:
             while self._take_results():
                 if self._batch.due:
-                    self._commit()
+                    self.commit()
         except RegistryUnavailable as error:
             self._wait(error, 1)
 
@@ -268,9 +270,9 @@ class Consumer:
 
     # -- storing ----------------------------------------------------------------------------------------------------
 
-    def _commit(self) -> bool:
+    def commit(self) -> bool:
         """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
-        return self._patiently(self._store) if len(self._batch) else True
+        return self.patiently(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
         self._batch.drop(self._assignment.holds)
@@ -327,61 +329,14 @@ class Consumer:
         except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
             log.info("offsets were stored, and could not be told to Kafka: %s", error)
 
-    # -- what happens to the log ------------------------------------------------------------------------------------
+    # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         self._log.look()
         joined = self._assignment.joined
         self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
 
-    def _find_range(self) -> None:
-        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
-        for reading in self._assignment.all():
-            first, end = self._log.range(reading.partition)
-            if reading.next > end:
-                self._cut_off(reading, None, end)
-            else:
-                self._skip_to(reading, first)
-
-    def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
-        """Records that were read are gone, and others stand in their place (KIP-320)."""
-        for reading in self._assignment.all():
-            if reading.partition in divergences:
-                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
-
-    def _skip_to(self, reading: Reading, first: int) -> None:
-        """Go on at ``first``; what lies before it was deleted unread, which is a row."""
-        if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
-            return
-        self._batch.add(reading, first, gap(reading, reading.next, first, "retention"), 0)
-        reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
-        self._assignment.begin(reading)
-
-    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
-        """Read on as a new generation from where the log diverges; from its beginning where that is not known."""
-        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
-        if not self._collect_all() or not self._assignment.holds(reading):
-            return
-        start = min(end if divergence is None else divergence, reading.next)
-        if self._commit() and self._assignment.holds(reading):
-            lost = gap(reading, start, reading.next, "truncated")
-            self._patiently(partial(self._begin_anew, reading, lost, first if divergence is None else divergence))
-
-    def _begin_anew(self, reading: Reading, lost: Row, start: int) -> None:
-        """Store the gap and the new generation in one commit."""
-        position = reading.claim.position
-        generation = new_generation(self.store.positions().values(), position, start)
-        end = replace(position, tally=position.tally + tally_of([lost]))
-        try:
-            [claim] = self._writer.claim([generation], [lost], [(reading.claim, end)])
-        except Superseded as error:
-            log.warning("%s", error)
-            self._assignment.give_up(reading)
-            return
-        self._report.lost(lost)
-        self._assignment.begin(Reading.of(claim))
-
-    def _collect_all(self) -> bool:
+    def collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
         while len(self._pool):
             self._pool.finish()
@@ -392,7 +347,7 @@ class Consumer:
 
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
-    def _patiently(self, act: Callable[[], None]) -> bool:
+    def patiently(self, act: Callable[[], None]) -> bool:
         """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
         failures = 0
         while True:
