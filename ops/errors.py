@@ -6,6 +6,7 @@
     ├── RecordError        one record (or image) from outside is not acceptable
     ├── BrokerError        Kafka cannot be reached or refuses
     │   ├── RegistryUnavailable    the schema registry cannot be reached or refuses
+    │   │   └── SchemaUnavailable      it answers, but does not give this schema
     │   ├── Fenced             another sender took over, and nothing more may be sent
     │   └── RecordTooLarge     one record is larger than the broker takes
     ├── StoreError         the sample store or the catalog
@@ -23,6 +24,7 @@
     ├── LedgerError        a row is missing or contradicts what is there
     │   ├── AlreadyResubmitted    a refused record was sent again before
     │   └── LeaseLost          another process holds the lease now
+    ├── LedgerUnavailable  the ledger cannot be read or written now
     └── ReleaseError       a proposal could not be released
         └── ReleaseConflict    somebody else released first
 
@@ -78,6 +80,10 @@ class BrokerError(RatchetError):
 
 class RegistryUnavailable(BrokerError):
     """The schema registry cannot be reached or refuses: an outage, which says nothing about the record at hand."""
+
+
+class SchemaUnavailable(RegistryUnavailable):
+    """The schema registry answers, but does not give one schema: it fails at it, or answers with something else."""
 
 
 class Fenced(BrokerError):
@@ -144,6 +150,10 @@ class AccessError(RatchetError):
 
 class LedgerError(RatchetError):
     """A ledger row is missing or contradicts what is there."""
+
+
+class LedgerUnavailable(RatchetError):
+    """The ledger cannot be read or written now: its database is away, slow, or its disk is full."""
 
 
 class AlreadyResubmitted(LedgerError):

@@ -98,6 +98,11 @@ class Kafka(Section):
     client: dict[str, str] = Field(default_factory=dict, description="Extra kafka-python options (SASL, TLS).")
     oauth: OAuth = Field(default_factory=OAuth)
     schema_registry: str = Field("", description="URL of a Confluent-compatible schema registry; empty: none.")
+    schema_deadline_seconds: float = Field(
+        600.0,
+        ge=0,
+        description="A record whose schema the registry fails at for so long is refused; 0: it is waited for.",
+    )
     schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
 
     _url = field_validator("schema_registry")(_http_url)
@@ -145,6 +150,9 @@ class Maintain(Section):
     metrics_port: int = Field(9466, ge=0, le=65535, description="Prometheus port of maintenance; 0 is off.")
     keep_seconds: float = Field(
         3600.0, ge=0, description="How long versions of the sample store are kept that no update is pinned to."
+    )
+    keep_events_days: float = Field(
+        7.0, ge=0, description="How long the ledger keeps events that were published; 0: no limit."
     )
 
 

@@ -34,8 +34,8 @@ def is_allowed(address: str, networks: Sequence[Network] = ()) -> bool:
 
     An IPv4 address inside of an IPv6 one has to be allowed too: naming NAT64's prefix opens no private address.
     """
-    found = ipaddress.ip_address(address)
-    return all(_is_public(each) or any(each in network for network in networks) for each in _with_embedded(found))
+    parsed = ipaddress.ip_address(address)
+    return all(_is_public(each) or any(each in network for network in networks) for each in _with_embedded(parsed))
 
 
 def _with_embedded(address: Address) -> Iterator[Address]:

@@ -10,9 +10,7 @@ that cannot be read any more as a gap. Only what is away is waited for: the brok
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,37 +18,28 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, LogTruncationError, OffsetOutOfRangeError
 
 from ops.errors import BrokerError, RatchetError, RegistryUnavailable, StoreError, Superseded
 from ops.progress import say
 from ops.settings import Settings
 from streams import tolerant_fetch
-from streams.assignment import Assignment, Reading, new_generation, start_position
-from streams.batch import Batch, Outcome
-from streams.clients import MAX_RECORD_BYTES, Admin, client_options, explain
-from streams.crash_guard import CrashGuard
-from streams.indexing import Indexing
+from streams.assignment import Reading, start_position
+from streams.batch import Outcome
+from streams.clients import Admin, explain
+from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.ingest_status import IngestStatus
-from streams.log_watch import LogLost, LogWatch, gap
-from streams.quality.duplicates import DuplicateIndex
-from streams.quality.validate import Accepted, Received, Row, refuse, validate
-from streams.refusal_publisher import RefusalPublisher
-from streams.rows import parse_stream, tally_of
+from streams.log_changes import LogChanges
+from streams.log_watch import LogLost
+from streams.quality.validate import Received, refuse
+from streams.rows import RecordPosition
 from streams.store import SampleStore
-from streams.validation_pool import ThreadValidators, ValidationPool, Validators
-from streams.validation_process import ProcessValidators, Work
-from streams.writer import StoreWriter
+from streams.validation_process import crashed
 
 log = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.25
-#: Records of one poll: they wait in memory while those before them are validated and committed.
-POLL_RECORDS: Final = 256
-CONNECT_SECONDS: Final = 3.0
-#: A process that was killed is noticed after this long, and its partitions go to another.
-SESSION_SECONDS: Final = 6.0
 #: The embedded broker needs 3 s for a member to join, and so does Apache Kafka for the first of a group.
 JOIN_SECONDS: Final = 6.0
 #: On a stop: how long refusals may take to get into their topic. The next owner publishes the others.
@@ -88,7 +77,7 @@ class Consumer:
         self._stopping = threading.Event()
         self._admin = Admin(self.kafka, CONNECT_SECONDS)
         self._consumer: Any = None
-        self._opened = False
+        self._parts: ConsumerParts | None = None
         self._processes = processes
 
     @property
@@ -135,90 +124,33 @@ class Consumer:
         self._poll()
         self._collect()
         if self._batch.due:
-            self._commit()
+            self.commit()
         self._mark_published()
 
     def _finish(self) -> None:
         """Asked to stop: store what is validated, and leave the rest to the next owner."""
         self._collect()
-        self._commit()
+        self.commit()
         self._publisher.wait_until_published(PUBLISH_SECONDS)
         self._mark_published()
 
     # -- beginning and end ------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
-        """Make what outlives a connection to the broker. Raises StoreUnavailable."""
-        limits, folder = self.settings.ingest, self.settings.home / "ingest"
-        name, split_key = self.store.table.identity()
-        if limits.split_key is not None:
-            split_key = hashlib.sha256(limits.split_key.get_secret_value().encode()).digest()
-        index = DuplicateIndex(folder / "duplicates.db", name, limits.near_duplicate_distance)
-        work = Work(limits, self.kafka, split_key)
-        threads = (os.cpu_count() or 1) + (limits.uri_concurrency if limits.allowed_uris else 0)
-        self._guard = CrashGuard(folder, threads)
-        self._rules = work.rules()
-        self._writer = StoreWriter(self.store.table)
-        self._batch = Batch(self.kafka, self._writer, index)
-        records = 2 * self.kafka.batch_records + POLL_RECORDS
-        validators: Validators = (
-            ProcessValidators(work, self._processes) if self._processes else ThreadValidators(self._validate, threads)
-        )
-        self._pool = ValidationPool(validators, 2 * self.kafka.batch_bytes, records)
-        self._publisher = RefusalPublisher(self.kafka, self.store)
-        self._indexing = Indexing(index, self.store.table)
-        self._opened = True
-
-    def _close(self) -> None:
-        if self._opened:
-            self._pool.close()
-            self._publisher.close()
-            self._rules.end()
-            self._indexing.stop()
-            self._batch.index.close()
-            self._guard.close()
-        self._admin.close()
-
     def _connect(self) -> None:
         """Join the group. Raises BrokerError, StoreUnavailable."""
-        if not self._opened:
-            self._open()
-        topic_id = self._ensure_topics()
+        if self._parts is None:
+            self._parts = parts = ConsumerParts.open(self.settings, self.store, self._processes)
+            self._guard, self._writer, self._batch = parts.guard, parts.writer, parts.batch
+            self._pool, self._publisher, self._indexing = parts.pool, parts.publisher, parts.indexing
         self._indexing.start()
-        bounds = {
-            "group_id": self.kafka.group,
-            "enable_auto_commit": False,
-            "auto_offset_reset": "none",  # the store knows where to go on; Kafka must not guess
-            "isolation_level": self.kafka.isolation_level,
-            "bootstrap_timeout_ms": int(CONNECT_SECONDS * 1000),
-            "session_timeout_ms": int(SESSION_SECONDS * 1000),
-            "heartbeat_interval_ms": int(SESSION_SECONDS * 1000 / 3),
-            "reconnect_backoff_max_ms": 1000,
-            "max_poll_records": POLL_RECORDS,
-            "fetch_max_bytes": self.kafka.batch_bytes,
-            "max_partition_fetch_bytes": max(1, self.kafka.batch_bytes // 2),
-            "receive_message_max_bytes": MAX_RECORD_BYTES + self.kafka.batch_bytes,
-        }
-        consumer = KafkaConsumer(**{**bounds, **client_options(self.kafka, KafkaConsumer.DEFAULT_CONFIG)})
-        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)
-        self._assignment = Assignment(consumer, self.kafka.topic)
-        self._log = LogWatch(self._admin, consumer, self.kafka.topic, topic_id)
-        self._consumer = consumer
-        consumer.subscribe([self.kafka.topic], listener=self._assignment)
+        connection = Connection.join(self.kafka, self._admin, self.store)
+        self._consumer, self._assignment, self._log = connection.consumer, connection.assignment, connection.log
+        self._changes = LogChanges(self._parts, connection, self.store, self._report, self)
 
-    def _ensure_topics(self) -> str:
-        """Make the topics, but not one again that was read before: with other settings, perhaps. Returns its id."""
-        topic = self.kafka.topic
-        if not any(parse_stream(position.stream)[0] == topic for position in self.store.positions().values()):
-            self._admin.ensure_topics([topic], self.kafka.partitions)
-        self._admin.ensure_topics([self.kafka.quarantine_topic])
-        topic_id = self._admin.topic_id(topic)
-        if topic_id is None:
-            raise BrokerError(
-                f"topic {topic} is gone, which had been read before.",
-                "Make it again, with the partitions and settings that it had; its new log is read from the beginning.",
-            )
-        return topic_id
+    def _close(self) -> None:
+        if self._parts is not None:
+            self._parts.close()
+        self._admin.close()
 
     def _disconnect(self) -> None:
         """Leave the group, not while joining it: for a member that does, the embedded broker's group waits for ever."""
@@ -249,7 +181,7 @@ class Consumer:
         self._drop(self._assignment.holds)
         partitions = self._assignment.unclaimed()
         if partitions and self._indexing.done():
-            self._patiently(partial(self._claim_all, partitions))
+            self.patiently(partial(self._claim_all, partitions))
 
     def _claim_all(self, partitions: Sequence[int]) -> None:
         topic, known = self.kafka.topic, list(self.store.positions().values())
@@ -261,7 +193,7 @@ class Consumer:
             self._publisher.recover(reading)
             if self._assignment.begin(reading):
                 log.info("reading %s from %d", claim.key, reading.next)
-                self._skip_to(reading, firsts[position.partition])
+                self._changes.skip_to(reading, firsts[position.partition])
 
     def _drop(self, holds: Callable[[Reading], bool]) -> None:
         """Forget what was read of partitions that are not ours any more: their next owner reads it again."""
@@ -281,12 +213,12 @@ class Consumer:
         try:
             polled = self._consumer.poll(timeout_ms=int(seconds * 1000))
         except OffsetOutOfRangeError:
-            self._patiently(self._find_range)
+            self.patiently(self._changes.find_range)
             return
         except LogTruncationError as error:
-            self._patiently(partial(self._follow_truncation, tolerant_fetch.truncations(error)))
+            self.patiently(partial(self._changes.follow_truncation, tolerant_fetch.truncations(error)))
             return
-        if (polled or self._log.due) and not self._patiently(self._look):
+        if (polled or self._log.due) and not self.patiently(self._look):
             return  # asked to stop while the broker was away: what was polled stays in the log
         for partition, records in polled.items():
             reading = readings.get(partition.partition)
@@ -303,12 +235,15 @@ class Consumer:
         if record.offset < reading.next:
             return  # taken before
         reading.next, reading.next_epoch = record.offset + 1, record.leader_epoch
-        position = (reading.stream, reading.partition, record.offset)
+        position: RecordPosition = (reading.stream, reading.partition, record.offset)
         if isinstance(record, tolerant_fetch.Corrupt):
             received = Received(*position, record.raw)
             self._pool.add(reading, received, record.leader_epoch, refuse(received, "corrupt", record.detail))
             return
         received = Received(*position, record.value, record.key, record.headers, record.timestamp)
+        if self._guard.is_poison(position):
+            self._pool.add(reading, received, record.leader_epoch, crashed(received, self._guard))
+            return
         alone = self._guard.deaths(position) > 0  # if the process dies again, it was this one
         if alone:
             self._pool.finish()
@@ -316,20 +251,12 @@ class Consumer:
         if alone:
             self._pool.finish()
 
-    def _validate(self, received: Received) -> Accepted | Row:
-        position = (received.stream, received.partition, received.offset)
-        if self._guard.is_poison(position):
-            deaths = self._guard.deaths(position)
-            return refuse(received, "crashed", f"the process died {deaths} times while it validated this record.")
-        with self._guard.validating(position):
-            return validate(received, self._rules)
-
     def _collect(self) -> None:
         """Move what is validated to the batch, in the order of each partition."""
         try:
             while self._take_results():
                 if self._batch.due:
-                    self._commit()
+                    self.commit()
         except RegistryUnavailable as error:
             self._wait(error, 1)
 
@@ -344,9 +271,9 @@ class Consumer:
 
     # -- storing ----------------------------------------------------------------------------------------------------
 
-    def _commit(self) -> bool:
+    def commit(self) -> bool:
         """Store the batch, publish its refusals, tell Kafka: in this order. False when asked to stop before."""
-        return self._patiently(self._store) if len(self._batch) else True
+        return self.patiently(self._store) if len(self._batch) else True
 
     def _store(self) -> None:
         self._batch.drop(self._assignment.holds)
@@ -403,61 +330,14 @@ class Consumer:
         except KafkaError as error:  # a rebalance, or a broker that is away: the store is what counts
             log.info("offsets were stored, and could not be told to Kafka: %s", error)
 
-    # -- what happens to the log ------------------------------------------------------------------------------------
+    # -- the log ----------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         self._log.look()
         joined = self._assignment.joined
         self._report.connected(joined, self._log.lag(self._assignment.all()) if joined else None)
 
-    def _find_range(self) -> None:
-        """An offset is not in the log: its records were deleted before they were read, or the log was cut off."""
-        for reading in self._assignment.all():
-            first, end = self._log.range(reading.partition)
-            if reading.next > end:
-                self._cut_off(reading, None, end)
-            else:
-                self._skip_to(reading, first)
-
-    def _follow_truncation(self, divergences: dict[int, int | None]) -> None:
-        """Records that were read are gone, and others stand in their place (KIP-320)."""
-        for reading in self._assignment.all():
-            if reading.partition in divergences:
-                self._cut_off(reading, divergences[reading.partition], self._log.range(reading.partition)[1])
-
-    def _skip_to(self, reading: Reading, first: int) -> None:
-        """Go on at ``first``; what lies before it was deleted unread, which is a row."""
-        if reading.next >= first or not self._collect_all() or not self._assignment.holds(reading):
-            return
-        self._batch.add(reading, first, gap(reading, reading.next, first, "retention"), 0)
-        reading.next, reading.next_epoch, reading.leader_epoch = first, -1, -1
-        self._assignment.begin(reading)
-
-    def _cut_off(self, reading: Reading, divergence: int | None, end: int) -> None:
-        """Read on as a new generation from where the log diverges; from its beginning where that is not known."""
-        first = self._log.range(reading.partition)[0]  # before anything is stored, which must not be repeated
-        if not self._collect_all() or not self._assignment.holds(reading):
-            return
-        start = min(end if divergence is None else divergence, reading.next)
-        if self._commit() and self._assignment.holds(reading):
-            lost = gap(reading, start, reading.next, "truncated")
-            self._patiently(partial(self._begin_anew, reading, lost, first if divergence is None else divergence))
-
-    def _begin_anew(self, reading: Reading, lost: Row, start: int) -> None:
-        """Store the gap and the new generation in one commit."""
-        position = reading.claim.position
-        generation = new_generation(self.store.positions().values(), position, start)
-        end = replace(position, tally=position.tally + tally_of([lost]))
-        try:
-            [claim] = self._writer.claim([generation], [lost], [(reading.claim, end)])
-        except Superseded as error:
-            log.warning("%s", error)
-            self._assignment.give_up(reading)
-            return
-        self._report.lost(lost)
-        self._assignment.begin(Reading.of(claim))
-
-    def _collect_all(self) -> bool:
+    def collect_all(self) -> bool:
         """Move all that was read to the batch, so that what comes behind it can be added. False when asked to stop."""
         while len(self._pool):
             self._pool.finish()
@@ -468,7 +348,7 @@ class Consumer:
 
     # -- waiting and telling ----------------------------------------------------------------------------------------
 
-    def _patiently(self, act: Callable[[], None]) -> bool:
+    def patiently(self, act: Callable[[], None]) -> bool:
         """Do what needs something that may be away; False when asked to stop before it was there. Raises LogLost."""
         failures = 0
         while True:

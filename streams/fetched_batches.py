@@ -63,13 +63,17 @@ class Suspects:
 
     def confirmed(self, partition: TopicPartition, position: int, view: memoryview) -> bool:
         """Whether the fetch before this one brought the same bytes, or several fetches other damaged ones."""
-        at, fetches, digests = self._seen.get(partition, (-1, 0, set()))
-        return zlib.crc32(view) in digests or (at == position and fetches >= MAX_FETCHES - 1)
+        last_position, fetches, digests = self._seen.get(partition, (-1, 0, set()))
+        return zlib.crc32(view) in digests or (last_position == position and fetches >= MAX_FETCHES - 1)
 
     def put(self, partition: TopicPartition, position: int, views: Iterable[memoryview]) -> None:
         """Remember the damaged batches of a fetch that is read no further than ``position``."""
-        at, fetches, _ = self._seen.get(partition, (-1, 0, set()))
-        self._seen[partition] = (position, fetches + 1 if at == position else 1, {zlib.crc32(each) for each in views})
+        last_position, fetches, _ = self._seen.get(partition, (-1, 0, set()))
+        self._seen[partition] = (
+            position,
+            fetches + 1 if last_position == position else 1,
+            {zlib.crc32(each) for each in views},
+        )
 
 
 class FetchedBatches:
@@ -115,13 +119,13 @@ class FetchedBatches:
         self._stopped = True
         return None
 
-    def _frame(self, at: int) -> memoryview | None:
-        """The bytes of the batch at ``at``, or None if they are not all there."""
-        if len(self.data) - at < OVERHEAD:
+    def _frame(self, start: int) -> memoryview | None:
+        """The bytes of the batch at ``start``, or None if they are not all there."""
+        if len(self.data) - start < OVERHEAD:
             return None
-        (length,) = struct.unpack_from(">i", self.data, at + 8)
-        stop = at + OVERHEAD + length
-        return self.data[at:stop] if length >= 0 and stop <= len(self.data) else None
+        (length,) = struct.unpack_from(">i", self.data, start + 8)
+        stop = start + OVERHEAD + length
+        return self.data[start:stop] if length >= 0 and stop <= len(self.data) else None
 
     def _open(self, view: memoryview) -> tuple[Any, int]:
         """The batch, and its last offset. Raises Unreliable."""
@@ -175,20 +179,20 @@ class FetchedBatches:
         self._first = False
         return DamagedBatch(self.partition, offsets, detail, view)
 
-    def _base_at(self, at: int) -> int | None:
-        """What the batch at ``at`` names as its first offset, if it is all there."""
-        view = self._frame(at)
+    def _base_at(self, start: int) -> int | None:
+        """What the batch at ``start`` names as its first offset, if it is all there."""
+        view = self._frame(start)
         return None if view is None else int(struct.unpack_from(">q", view)[0])
 
     def _damage_behind(self, size: int) -> Iterator[memoryview]:
         """Damaged batches behind one of so many bytes, so that one more fetch is enough for all of them."""
-        at = self._at + size
-        while (view := self._frame(at)) is not None:
+        start = self._at + size
+        while (view := self._frame(start)) is not None:
             try:
                 checked(view)
             except Unreliable:
                 yield view
-            at += len(view)
+            start += len(view)
 
     def _damaged_offsets(self, view: memoryview) -> range:
         follows = self._following(len(view))

@@ -133,7 +133,7 @@ class Fetcher:
         here = self._checked(url, None)
         for _ in range(MAX_REDIRECTS + 1):
             try:
-                found = await self._hop(here, budget)
+                answer = await self._hop(here, budget)
             except FAILURES as error:
                 # What the network said may name inner addresses: it is for the log, not for who asked.
                 log.info("%s could not be fetched: %s: %s", shown(str(here)), type(error).__name__, error)
@@ -141,9 +141,9 @@ class Fetcher:
                 how = f"answers what is not HTTP: {str(error)[:200]}" if broken else "cannot be reached"
                 kind = TransientFetchError if _may_pass(error) else _unreachable
                 raise kind(f"{shown(str(here))} {how}.") from error
-            if isinstance(found, bytes):
-                return found
-            here = self._checked(found, here)
+            if isinstance(answer, bytes):
+                return answer
+            here = self._checked(answer, here)
         raise _unreachable(f"{shown(url)} is redirected more than {MAX_REDIRECTS} times.")
 
     def _checked(self, text: str, came_from: httpx.URL | None) -> httpx.URL:
@@ -219,17 +219,17 @@ class Fetcher:
 
     async def _addresses(self, url: httpx.URL, port: int) -> list[str]:
         host = url.raw_host.decode("ascii")
-        found = list(dict.fromkeys(await self.resolve(host, port)))
-        if not found:
+        addresses = list(dict.fromkeys(await self.resolve(host, port)))
+        if not addresses:
             raise _unreachable(f"{host} has no address.")
-        refused = [address for address in found if not is_allowed(address, self.networks)]
+        refused = [address for address in addresses if not is_allowed(address, self.networks)]
         if refused:  # also when others are public: a name with both leads inside on purpose, or by mistake
             log.warning("%s was not fetched: %s has the address %s", shown(str(url)), host, refused[0])
             raise self._not_allowed(
                 f"{host} has an address that is not public.",
                 f"An operator can name its network in `{self.rules.networks_setting}`.",
             )
-        return found[:MAX_ADDRESSES]
+        return addresses[:MAX_ADDRESSES]
 
     def _not_allowed(self, message: str, fix: str = "") -> RecordError:
         fix = fix or f"Send the image itself, or ask an operator to list its host in `{self.rules.rules_setting}`."

@@ -1,8 +1,9 @@
 """``ratchet maintain``: what keeps the sample store compact and its promises kept, beside the workers that write it.
 
 One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
-indexed, old versions go, gaps are told to others. One process does it at a time, by a lease in the ledger; a second one
-waits. Nothing here holds up reading, and a run that fails is tried again.
+indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger. One process
+does it at a time, by a lease in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is
+tried again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Final
 
 from ops import metrics
 from ops.digests import digest12
-from ops.errors import ConfigError, RatchetError
-from ops.ledger import DeletionRow, DeletionState, Ledger
+from ops.errors import ConfigError, LedgerUnavailable, RatchetError
+from ops.ledger import DeletionRow, DeletionState, Ledger, waiting_for_ledger
 from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
@@ -39,6 +40,7 @@ CLEAN_SHARE: Final = 1 / 6
 """Old versions are looked for after this share of the time for which they are kept: a look lists all files."""
 EXPIRE_SECONDS: Final = 600.0
 """Retention looks so often: a look reads the times of all samples."""
+PRUNE_SECONDS: Final = 600.0
 SETTLE_SECONDS: Final = 60.0
 """A deletion is not done before that: what was validated before it may be stored after it, and is looked for again."""
 DELETIONS_AT_ONCE: Final = 1000
@@ -74,7 +76,7 @@ class Maintainer:
         self.store = store or SampleStore(settings.lake)
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._cleaned_at = self._expired_at = -math.inf
+        self._cleaned_at = self._expired_at = self._pruned_at = -math.inf
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -84,12 +86,13 @@ class Maintainer:
             RatchetError: the store, the ledger or the broker is away; to be tried again.
         """
         started = time.monotonic()
-        epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
-        if epoch is None:
-            return Run(waiting=True)
         try:
-            with self._holding(epoch):
-                run = self._run()
+            with waiting_for_ledger():
+                epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
+                if epoch is None:
+                    return Run(waiting=True)
+                with self._holding(epoch):
+                    run = self._run()
         except Exception:
             metrics.maintain.ran("failed", time.monotonic() - started)
             raise
@@ -116,9 +119,13 @@ class Maintainer:
 
     def close(self) -> None:
         """Let the lease and the connections go."""
-        row = self.ledger.lease(LEASE)
-        if row is not None and row.holder == self._holder:
-            self.ledger.release_lease(LEASE, row.epoch)
+        try:
+            with waiting_for_ledger():
+                row = self.ledger.lease(LEASE)
+                if row is not None and row.holder == self._holder:
+                    self.ledger.release_lease(LEASE, row.epoch)
+        except LedgerUnavailable as error:
+            log.info("the lease of maintenance could not be given back (%s); it runs out by itself", error)
         self.events.close()
 
     @contextmanager
@@ -152,6 +159,7 @@ class Maintainer:
         compaction.index(self.store)
         freed = self._clean(pending)
         self._finish(pending)
+        self._prune_events()
         metrics.maintain.written(written)
         self._count_deletions()
         return Run(written, removed, freed)
@@ -195,6 +203,14 @@ class Maintainer:
             subject = f"{row['topic']}:{row['partition']}"
             self.ledger.record_event("ratchet.gap.v1", _event_id(position), subject[:300], data)
         self._gaps = gaps
+
+    def _prune_events(self) -> None:
+        """Take events out of the ledger that were published long ago: whoever wants them reads the topic."""
+        days = self.settings.maintain.keep_events_days
+        if not days or time.monotonic() - self._pruned_at < PRUNE_SECONDS:
+            return
+        self.ledger.prune_events(datetime.now(UTC) - timedelta(days=days))
+        self._pruned_at = time.monotonic()
 
     def _clean(self, pending: list[DeletionRow]) -> int:
         """Remove old versions: now and then, and at each run while a deletion waits for it."""

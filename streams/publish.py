@@ -90,9 +90,9 @@ def _skip(rows: Iterator[DatasetRow], progress: ProgressFile) -> int:
             passed, place = passed + 1, row.place
             show(partial("{} of {} rows".format, passed, earlier.done))
     if passed < earlier.done or place != earlier.place:
-        found = place if passed == earlier.done else f"only {passed} rows"
+        present = place if passed == earlier.done else f"only {passed} rows"
         raise ConfigError(
-            f"{earlier.path} has changed: row {earlier.done} was {earlier.place}, and now there is {found}.",
+            f"{earlier.path} has changed: row {earlier.done} was {earlier.place}, and now there is {present}.",
             "Publish it without --resume; ingest counts what it has already as duplicates.",
         )
     return passed

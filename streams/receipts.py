@@ -56,12 +56,12 @@ class RecordQuery:
     @classmethod
     def parse(cls, text: str) -> RecordQuery:
         """From ``topic:partition:offset``. Raises RecordError."""
-        found = _POSITION.fullmatch(text)
-        if found is None:
+        match = _POSITION.fullmatch(text)
+        if match is None:
             raise RecordError(
                 "position", f"{text[:300]!r} is no position of a record.", "It reads topic:partition:offset."
             )
-        return cls(found[1], int(found[2]), int(found[3]))
+        return cls(match[1], int(match[2]), int(match[3]))
 
     def __str__(self) -> str:
         return f"{self.stream}:{self.partition}:{self.offset}"
@@ -147,8 +147,8 @@ def _generations(known: Iterable[Position], query: RecordQuery) -> list[str]:
     """The logs that a topic's name stands for, the newest first."""
     if "@" in query.stream:
         return [query.stream]
-    found = {each.stream for each in known if parse_stream(each.stream)[0] == query.stream}
-    return sorted(found, key=lambda stream: parse_stream(stream)[1], reverse=True) or [query.stream]
+    streams = {each.stream for each in known if parse_stream(each.stream)[0] == query.stream}
+    return sorted(streams, key=lambda stream: parse_stream(stream)[1], reverse=True) or [query.stream]
 
 
 def _by_id(store: SampleStore, text: str) -> list[Receipt]:

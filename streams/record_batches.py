@@ -64,17 +64,17 @@ def record_head(buffer: bytearray, start: int) -> RecordHead:
     Raises:
         ValueError, IndexError: there is no record there.
     """
-    length, at = decode_varint(buffer, start)
-    end = at + length
+    length, position = decode_varint(buffer, start)
+    end = position + length
     if length < MIN_RECORD_BYTES - 1 or end > len(buffer):
-        raise ValueError(f"a record of {length} bytes where {len(buffer) - at} are left")
-    _, at = decode_varint(buffer, at)
-    timestamp_delta, at = decode_varint(buffer, at)
-    offset_delta, at = decode_varint(buffer, at)
+        raise ValueError(f"a record of {length} bytes where {len(buffer) - position} are left")
+    _, position = decode_varint(buffer, position)
+    timestamp_delta, position = decode_varint(buffer, position)
+    offset_delta, position = decode_varint(buffer, position)
     for _ in ("key", "value"):
-        size, at = decode_varint(buffer, at)
-        at += max(0, size)
-    headers, _ = decode_varint(buffer, at)
+        size, position = decode_varint(buffer, position)
+        position += max(0, size)
+    headers, _ = decode_varint(buffer, position)
     return RecordHead(end, timestamp_delta, offset_delta, headers)
 
 
@@ -257,12 +257,12 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
         if value is None:
             raise ValueError("a compressed message without a value")
         messages = decompress(self.compression_type, memoryview(value), self._limit)
-        at = 0
-        while at < len(messages):  # kafka-python would follow a negative size backwards, for ever
-            _, size = struct.unpack_from(">qi", messages, at)
+        start = 0
+        while start < len(messages):  # kafka-python would follow a negative size backwards, for ever
+            _, size = struct.unpack_from(">qi", messages, start)
             if size < MIN_LEGACY_BYTES - 12:
                 raise ValueError(f"a message of {size} bytes")
-            at += 12 + size
+            start += 12 + size
         return messages
 
 

@@ -28,6 +28,7 @@ Reason = Literal[
     "empty",
     "not_json",
     "schema",
+    "schema_unavailable",
     "headers",
     "image_missing",
     "image_too_large",

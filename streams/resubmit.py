@@ -111,7 +111,7 @@ def _send(settings: Settings, record: Encoded) -> Delivery:
 
 
 def _parse(place: str) -> tuple[str, int, int]:
-    found = _PLACE.fullmatch(place)
-    if found is None:
+    match = _PLACE.fullmatch(place)
+    if match is None:
         raise UnknownRecord(f"{place[:300]!r} is no place.", "A place reads topic:partition:offset.")
-    return found[1], int(found[2]), int(found[3])
+    return match[1], int(match[2]), int(match[3])

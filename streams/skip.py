@@ -113,12 +113,12 @@ def _check(position: Position, to: int, log: _Log) -> None:
 
 
 def _parse(partition: str, topic: str) -> int:
-    found = _PARTITION.fullmatch(partition)
-    if found is None:
+    match = _PARTITION.fullmatch(partition)
+    if match is None:
         raise RecordError("position", f"{partition[:300]!r} is no partition.", "It reads topic:partition.")
-    if found[1] != topic:
-        raise RecordError("position", f"ingest reads the topic {topic}, not {found[1]}.", "See `kafka.topic`.")
-    return int(found[2])
+    if match[1] != topic:
+        raise RecordError("position", f"ingest reads the topic {topic}, not {match[1]}.", "See `kafka.topic`.")
+    return int(match[2])
 
 
 def _describe(kafka: Kafka, number: int) -> _Log:

@@ -60,7 +60,8 @@ class SampleTable:
         if dict(dataset.schema.metadata or {}).get(b"ratchet.format") != FORMAT.encode():
             raise StoreError(
                 f"the sample store {self.url} was made by another version of Ratchet.",
-                "Let that version publish its samples again into a new `lake_url` (`ratchet samples export`).",
+                "With the version that made it run `ratchet samples export samples.parquet`, then with this one"
+                " `ratchet publish samples.parquet` into a new `lake_url` (docs/deployer.md, Upgrade).",
             )
         return dataset
 

@@ -131,8 +131,11 @@ class _Parser:
 
 def truncations(error: LogTruncationError) -> dict[int, int | None]:
     """Partitions whose log was cut off behind what was read: the first offset that is lost, None if it is not known."""
-    found = error.divergent_offsets
-    return {partition.partition: None if at is None else at.offset for partition, at in found.items()}
+    divergences = error.divergent_offsets
+    return {
+        partition.partition: None if divergence is None else divergence.offset
+        for partition, divergence in divergences.items()
+    }
 
 
 def seek(consumer: KafkaConsumer, partition: TopicPartition, offset: int, leader_epoch: int = -1) -> None:

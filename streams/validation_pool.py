@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -46,7 +46,7 @@ class _Chunk:
 
 
 class Validators(Protocol):
-    """What validates: threads here, or processes (:class:`streams.validation_process.ProcessValidators`)."""
+    """What validates: :mod:`streams.validation_threads` or :mod:`streams.validation_process`."""
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
         """Validate some records, in the background."""
@@ -56,26 +56,6 @@ class Validators(Protocol):
 
     def close(self) -> None:
         """End; what is being validated is given up."""
-
-
-class ThreadValidators:
-    """Validates on threads of this process."""
-
-    def __init__(self, validate: Callable[[Received], Accepted | Row], count: int) -> None:
-        self._validate = validate
-        self._threads = ThreadPoolExecutor(count, "validate")
-
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
-        """Validate some records, in the background."""
-        return self._threads.submit(lambda: [self._validate(received) for received in records])
-
-    def alone(self, received: Received) -> Accepted | Row:
-        """Validate a record here."""
-        return self._validate(received)
-
-    def close(self) -> None:
-        """Let the threads end; what is being validated is given up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class ValidationPool:

@@ -1,7 +1,8 @@
 """What runs in a process that validates records for a consumer.
 
 Several threads of one process decode images at once, but wait for each other to run Python; processes do not. A record
-that kills the process that validates it does not kill the consumer, either.
+that kills the process that validates it does not kill the consumer, either; its deaths are counted all the same, by
+:mod:`streams.crash_guard`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from ops.settings import Ingest, Kafka
-from streams.crash_guard import DEATHS
+from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
 from streams.registry import SchemaRegistry
 from streams.uris import UriFetcher
@@ -36,6 +37,11 @@ class Work:
     kafka: Kafka
     split_key: bytes
 
+    @property
+    def threads(self) -> int:
+        """Of a process: more than one only where it waits for images to be fetched."""
+        return self.limits.uri_concurrency if self.limits.allowed_uris else 1
+
     def rules(self) -> Rules:
         """What records are held against. Its fetcher and its registry live as long as the process."""
         fetcher, registry = UriFetcher(self.limits), SchemaRegistry.of(self.kafka)
@@ -51,9 +57,11 @@ class Work:
 class ProcessValidators:
     """Validates in processes of its own, which end with their consumer, however it ends."""
 
-    def __init__(self, work: Work, count: int) -> None:
+    def __init__(self, work: Work, count: int, guard: CrashGuard) -> None:
+        """``guard`` has slots for ``count`` processes of :attr:`Work.threads` each."""
         self._work = work
         self._count = count
+        self._guard = guard
         self._begin()
 
     def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
@@ -61,26 +69,47 @@ class ProcessValidators:
         try:
             return self._pool.submit(validate_all, records)
         except BrokenProcessPool:
-            self._begin()
+            self._restart()
             return self._pool.submit(validate_all, records)
 
     def alone(self, received: Received) -> Accepted | Row:
         """Validate a record while no other one is: if a process dies again, it was this one. Waits for it."""
-        for _ in range(DEATHS):
-            with suppress(BrokenProcessPool):
+        self._count_deaths()
+        while not self._guard.is_poison(received.record_position):
+            deaths = self._guard.deaths(received.record_position)
+            try:
                 return self.submit([received]).result()[0]
-        return refuse(received, "crashed", f"{DEATHS} processes died while they validated this record.")
+            except BrokenProcessPool:
+                self._restart()
+                if self._guard.deaths(received.record_position) == deaths:
+                    self._guard.died(received.record_position)
+        return crashed(received, self._guard)
 
     def close(self) -> None:
         """End the processes now, in the middle of what they do."""
-        for process in list((self._pool._processes or {}).values()):
+        processes = list((self._pool._processes or {}).values())
+        for process in processes:
             process.kill()
         self._pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.join()  # what it has noted is no death of a record: the guard is emptied behind this
+
+    def _restart(self) -> None:
+        """Replace processes of which one has died, and count whose deaths these were."""
+        self._count_deaths()
+        self._begin()
+
+    def _count_deaths(self) -> None:
+        if self._pool._broken:
+            self._pool.shutdown(wait=True, cancel_futures=True)  # the others are ended, too
+            self._guard.count_deaths()
 
     def _begin(self) -> None:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process for each core: more threads wait for each other
         # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that nobody will release.
-        self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), _begin, (self._work, os.getpid()))
+        context = get_context("spawn")
+        arguments = (self._work, os.getpid(), self._guard.path, context.Value("i", 0))
+        self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
         self._pool.submit(validate_all, ())  # so that they start now, and not with the first record
 
 
@@ -93,17 +122,28 @@ def validate_all(records: Sequence[Received]) -> list[Accepted | Row]:
     return list(results)
 
 
+def crashed(received: Received, guard: CrashGuard) -> Row:
+    """The refusal of a record at which too many processes died."""
+    deaths = guard.deaths(received.record_position)
+    return refuse(received, "crashed", f"a process died {deaths} times while it validated this record.")
+
+
 _rules: Rules
+_notes: Notes
 _threads: ThreadPoolExecutor | None = None
 
 
-def _begin(work: Work, parent: int) -> None:
-    global _rules, _threads
+def _begin(work: Work, parent: int, path: Path, started: Any) -> None:
+    """``started``: a shared number of the processes that began before."""
+    global _rules, _notes, _threads
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the consumer, which stores what was validated
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _rules = work.rules()
-    if work.limits.allowed_uris:
-        _threads = ThreadPoolExecutor(work.limits.uri_concurrency, "validate")
+    with started.get_lock():
+        number, started.value = started.value, started.value + 1
+    _notes = Notes.of_process(path, number, work.threads)
+    if work.threads > 1:
+        _threads = ThreadPoolExecutor(work.threads, "validate")
 
 
 def _end_with(parent: int) -> None:
@@ -113,7 +153,8 @@ def _end_with(parent: int) -> None:
 
 
 def _validate(received: Received) -> Accepted | Row:
-    result = validate(received, _rules)
+    with _notes.validating(received.record_position):
+        result = validate(received, _rules)
     if not isinstance(result, Accepted):
         return {**result, "original": None} if result.get("original") is received.value else result
     row = {**result.row, "image": None} if result.row["image"] is received.value else result.row

@@ -20,6 +20,7 @@ from ops.console.pages import (
     audit,
     budget,
     compare,
+    deletions,
     gate,
     overview,
     pictures,
@@ -46,7 +47,7 @@ def build_console(settings: Settings) -> FastAPI:
     app.state.desk = Desk(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
-    for page in (overview, playground, compare, releases, gate, quarantine, budget, audit, pictures, signin):
+    for page in (overview, playground, compare, releases, gate, quarantine, budget, audit, deletions, pictures, signin):
         app.include_router(page.router, dependencies=[Depends(intended)])
     _static(app)
     _errors(app)

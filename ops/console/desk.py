@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ class Desk:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = SampleStore(settings.lake)
-        self.thumbnail = lru_cache(KEPT_PICTURES)(self._thumbnail)
+        self._thumbnails = lru_cache(KEPT_PICTURES)(self._thumbnail)
         self._kept: dict[str, tuple[float, Any]] = {}
         self._lock = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
@@ -120,12 +120,24 @@ class Desk:
             return None
         return found if isinstance(found, dict) else None
 
+    def samples(self, ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Texts of the samples that the store has of some, by id."""
+        if not ids:
+            return {}
+        rows = self.store.scan(ids=sorted(ids), columns=["id", "text", "question", "answer"])
+        return {row["id"]: row for row in rows.to_pylist()}
+
     def picture(self, sample_id: str) -> bytes | None:
         """A sample's image as it was sent."""
         return self.store.image([sample_id]).get(sample_id)
 
-    def _thumbnail(self, sample_id: str, size: int) -> bytes | None:
+    def thumbnail(self, sample_id: str, size: int) -> bytes | None:
         """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
+        deleted = self.kept("deleted", lambda: self.store.tally()["deleted"], STATUS_SECONDS)
+        return self._thumbnails(sample_id, size, deleted)
+
+    def _thumbnail(self, sample_id: str, size: int, deleted: int) -> bytes | None:
+        """``deleted``: how many samples have been; what was drawn before a deletion is not shown after it."""
         data = self.picture(sample_id)
         return None if data is None else self.draw(data, size)
 

@@ -15,10 +15,11 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from ops.errors import LedgerError
+from ops.errors import LedgerError, LedgerUnavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
@@ -51,6 +52,23 @@ class Database:
     def close(self) -> None:
         """Close pooled connections."""
         self.engine.dispose()
+
+
+@contextmanager
+def waiting_for_ledger() -> Iterator[None]:
+    """What a database that is away, locked or full raises inside becomes an error like other outages.
+
+    Raises:
+        LedgerUnavailable: to be tried again.
+    """
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeout) as error:
+        reason = str(getattr(error, "orig", None) or error)[:300]
+        raise LedgerUnavailable(
+            f"the ledger cannot be read or written: {reason}.",
+            "Bring its database back, or free its disk (`ledger_url`); nothing is lost.",
+        ) from error
 
 
 def open_database(url: str, migrate: bool) -> Database:

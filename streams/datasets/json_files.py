@@ -22,8 +22,8 @@ def json_files(path: Path) -> list[Path]:
     """The file itself; of a folder those in it and in its ``annotations``."""
     if path.is_file():
         return [path] if path.suffix.lower() == ".json" else []
-    found = (file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json")))
-    return list(islice(found, MAX_FILES))
+    candidates = (file for folder in (path, path / "annotations") for file in sorted(folder.glob("*.json")))
+    return list(islice(candidates, MAX_FILES))
 
 
 def shape_of(path: Path) -> Shape:

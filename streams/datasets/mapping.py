@@ -123,7 +123,7 @@ def turns(conversation: Any, where: Where) -> list[Pair]:
     """
     if not isinstance(conversation, list) or not all(isinstance(turn, Mapping) for turn in conversation):
         raise where.error("conversations", "is not a list of turns", 'write [{"from": "human", "value": "..."}, ...]')
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     question = ""
     for turn in conversation:
         speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
@@ -134,11 +134,11 @@ def turns(conversation: Any, where: Where) -> list[Pair]:
             question = words
         elif speaker in _MODELS and question:
             if words:
-                found.append((question, words, ()))
+                pairs.append((question, words, ()))
             question = ""
-    if not found:
+    if not pairs:
         raise where.error("conversations", "has no question with its answer", "give a human and a gpt turn")
-    return found
+    return pairs
 
 
 def best_answer(answers: Sequence[str]) -> str:

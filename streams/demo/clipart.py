@@ -76,8 +76,8 @@ def openclipart(iso_codes: Path, archive: Path) -> Iterator[Draft]:
 
 
 def _first(pattern: re.Pattern[bytes], head: bytes) -> str:
-    found = pattern.search(head)
-    return html.unescape(found[1].decode("utf-8", "replace")).strip() if found else ""
+    match = pattern.search(head)
+    return html.unescape(match[1].decode("utf-8", "replace")).strip() if match else ""
 
 
 def _title(stem: str, title: str, creator: str) -> str:
@@ -103,8 +103,8 @@ def _title(stem: str, title: str, creator: str) -> str:
 
 def _words(head: bytes) -> list[str]:
     subject = _SUBJECT.search(head)
-    found = _WORD.findall(subject[1]) if subject else []
-    words = (html.unescape(word.decode("utf-8", "replace")).strip() for word in found)
+    matches = _WORD.findall(subject[1]) if subject else []
+    words = (html.unescape(word.decode("utf-8", "replace")).strip() for word in matches)
     # Three words and more are an author's name or a remark.
     kept = (
         word

@@ -80,11 +80,11 @@ def build(info: DomainInfo, home: Path) -> Path:
             return target
         archives = [package.fetch(home / "packages") for package in info.packages]
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{info.name}-") as scratch:
-            made = Path(scratch) / info.name
-            _write(info, archives, made)
+            staging = Path(scratch) / info.name
+            _write(info, archives, staging)
             if target.exists():
                 target.rename(Path(scratch) / "old")
-            made.rename(target)
+            staging.rename(target)
     return target
 
 

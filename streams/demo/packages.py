@@ -47,8 +47,8 @@ class Package:
     def fetch(self, folder: Path) -> Path:
         """The package's archive in `folder`, downloaded if it is not there. Raises `PackageError`."""
         folder.mkdir(parents=True, exist_ok=True)
-        if found := sorted(folder.glob(self._pattern())):
-            return found[-1]
+        if archives := sorted(folder.glob(self._pattern())):
+            return archives[-1]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
             say(f"downloading {self}")
             (_npm if self.kind == "npm" else _apt)(self, Path(scratch))

@@ -96,11 +96,11 @@ def prepare_questions(name: str, home: Path | str) -> Path:
         if current(target, VERSION):
             return target
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
-            made = Path(scratch) / name
-            _write(info, info.make(Path(home), folders), made)
+            staging = Path(scratch) / name
+            _write(info, info.make(Path(home), folders), staging)
             if target.exists():
                 target.rename(Path(scratch) / "old")
-            made.rename(target)
+            staging.rename(target)
     return target
 
 

@@ -43,24 +43,26 @@ def _named(hsv: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
     """Index into `NAMES` of each pixel; `hsv` is ``[n, 3]``, all channels up to 255."""
     hue = hsv[:, 0].astype(np.float32) * (360 / 255)
     saturation, value = hsv[:, 1] / 255, hsv[:, 2] / 255
-    at = NAMES.index
+    index_of = NAMES.index
     warm = (hue < 14) | (hue >= 344)
     rules = [
-        ((value < 0.22) | ((value < 0.33) & (saturation < 0.35)), at("black")),
-        ((saturation < 0.13) & (value < 0.85), at("grey")),
+        ((value < 0.22) | ((value < 0.33) & (saturation < 0.35)), index_of("black")),
+        ((saturation < 0.13) & (value < 0.85), index_of("grey")),
         (saturation < 0.2, _NONE),
-        (warm & (saturation < 0.55) & (value > 0.75), at("pink")),
-        (warm & (value < 0.45), at("brown")),
-        (warm, at("red")),
-        ((hue < 42) & (value < 0.72), at("brown")),
+        (warm & (saturation < 0.55) & (value > 0.75), index_of("pink")),
+        (warm & (value < 0.45), index_of("brown")),
+        (warm, index_of("red")),
+        ((hue < 42) & (value < 0.72), index_of("brown")),
         ((hue < 42) & (saturation < 0.55), _NONE),  # skin
-        (hue < 40, at("orange")),
-        ((hue < 68) & (value < 0.55), at("brown")),
-        (hue < 68, at("yellow")),
-        (hue < 165, at("green")),
+        (hue < 40, index_of("orange")),
+        ((hue < 68) & (value < 0.55), index_of("brown")),
+        (hue < 68, index_of("yellow")),
+        (hue < 165, index_of("green")),
         (hue < 185, _NONE),  # turquoise
-        (hue < 255, at("blue")),
-        (hue < 292, at("purple")),
-        (value < 0.6, at("purple")),
+        (hue < 255, index_of("blue")),
+        (hue < 292, index_of("purple")),
+        (value < 0.6, index_of("purple")),
     ]
-    return np.select([rule for rule, _ in rules], [name for _, name in rules], default=at("pink")).astype(np.int64)
+    return np.select([rule for rule, _ in rules], [name for _, name in rules], default=index_of("pink")).astype(
+        np.int64
+    )

@@ -20,7 +20,7 @@ from streams.images import decode_image
 from streams.quality.look import look_of, split_of
 from streams.records import Sample, check_text
 from streams.registry import SchemaRegistry
-from streams.rows import record_key, words_hash
+from streams.rows import RecordPosition, record_key, words_hash
 
 log = logging.getLogger(__name__)
 DETAIL_CHARS: Final = 500
@@ -49,6 +49,11 @@ class Received:
     def size(self) -> int:
         """Bytes that it takes in a batch."""
         return len(self.value or b"") + len(self.key or b"") + sum(len(n) + len(v or b"") for n, v in self.headers)
+
+    @property
+    def record_position(self) -> RecordPosition:
+        """Topic with generation, partition and offset."""
+        return self.stream, self.partition, self.offset
 
     @property
     def position(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ https://docs.confluent.io/platform/current/schema-registry/fundamentals/serdes-d
 
     client     asks the registry over HTTP, with bounds, timeouts and retries
     decoders   makes, for one schema, the function from bytes to fields, and keeps it
+    failing    when a schema is given up that the registry fails at
     avro       Avro by fastavro
     protobuf   Protobuf by Google's runtime, from the descriptors that the registry has (no protoc)
 
@@ -16,7 +17,10 @@ sample must be is checked by :mod:`streams.records`, whatever the producer promi
 
 **Outage or refusal.** A registry that does not answer, or answers with an error of its own, is an outage
 (:class:`~ops.errors.RegistryUnavailable`): nothing is known about the record, so ingest waits. An id that the registry
-does not have, a schema that cannot be used, and a value that does not fit it are refusals (reason ``schema``).
+does not have, a schema that cannot be used, and a value that does not fit it are refusals (reason ``schema``). A schema
+at which the registry fails while it answers is waited for, too, but not for ever: after
+``kafka.schema_deadline_seconds``, or a tenth of that where another schema can be read meanwhile, its records are
+refused as ``schema_unavailable``.
 """
 
 from __future__ import annotations

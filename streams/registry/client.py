@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from ops.errors import RecordError, RegistryUnavailable
+from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 
 Kind = Literal["AVRO", "JSON", "PROTOBUF"]
 
@@ -66,6 +66,7 @@ class RegistryClient:
         Raises:
             RecordError: ``schema``: there is none.
             RegistryUnavailable: the registry is away.
+            SchemaUnavailable: it answers, but not with this schema.
         """
         path = f"/schemas/ids/{number}"
         if number > MAX_ID:
@@ -96,7 +97,7 @@ class RegistryClient:
             )
             return Schema(kind, str(body["schema"]), references)
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise self._unavailable("answers with something else than a schema") from None
+            raise self._failing(path, "answers with something else than a schema") from None
 
     def _get(self, path: str) -> dict[str, Any]:
         for number in range(TRIES):
@@ -110,7 +111,7 @@ class RegistryClient:
                 if status < 500 and status != 429:
                     return self._answer(status, body, path)
                 if last:
-                    raise self._unavailable(f"answers with status {status}")
+                    raise self._failing(path, f"answers with status {status}")
             time.sleep(PAUSE_SECONDS * 2**number)
         raise AssertionError("unreachable")
 
@@ -135,11 +136,11 @@ class RegistryClient:
         if status in (401, 403):
             raise self._unavailable(f"refuses us (status {status})", "Check `kafka.schema_registry_auth`.")
         if not isinstance(answer, dict):
-            raise self._unavailable(f"answers with status {status} and no JSON object")
+            raise self._failing(path, f"answers with status {status} and no JSON object")
         if status == 404 and str(answer.get("error_code")) in _NOT_FOUND:
             raise _missing(path)
         if status != 200:
-            raise self._unavailable(f"answers with status {status}")
+            raise self._failing(path, f"answers with status {status}")
         return answer
 
     def _too_large(self, status: int, path: str) -> RecordError | RegistryUnavailable:
@@ -147,10 +148,17 @@ class RegistryClient:
             return RecordError(
                 "schema", f"schema {path} has more than {MAX_RESPONSE_BYTES} bytes.", "Use a smaller one."
             )
-        return self._unavailable(f"answers with status {status} and more than {MAX_RESPONSE_BYTES} bytes")
+        return self._failing(path, f"answers with status {status} and more than {MAX_RESPONSE_BYTES} bytes")
 
     def _unavailable(self, what: str, fix: str = "Check `kafka.schema_registry`.") -> RegistryUnavailable:
         return RegistryUnavailable(f"the schema registry {self.url} {what}.", fix)
+
+    def _failing(self, path: str, what: str) -> SchemaUnavailable:
+        shown = path.partition("?")[0]
+        return SchemaUnavailable(
+            f"the schema registry {self.url} {what} when it is asked for {shown}.",
+            "Check `kafka.schema_registry`, and that schema.",
+        )
 
 
 def _missing(path: str) -> RecordError:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from ops.errors import ConfigError, RecordError, RegistryUnavailable
 from ops.settings import Kafka
 from streams.registry.client import TIMEOUT_SECONDS, RegistryClient, Schema
+from streams.registry.failing import FailingSchemas
 
 Decoder = Callable[[bytes], dict[str, Any]]
 
@@ -37,8 +38,21 @@ class SchemaRegistry:
     >>> sample = decode(record.value, record.headers, registry=registry)
     """
 
-    def __init__(self, url: str, auth: str | None = None, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        """``auth`` is ``user:password``. Nothing is asked before the first record.
+    def __init__(
+        self,
+        url: str,
+        auth: str | None = None,
+        *,
+        timeout_seconds: float = TIMEOUT_SECONDS,
+        deadline_seconds: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is asked before the first record.
+
+        Args:
+            auth: ``user:password``.
+            deadline_seconds: see :class:`streams.registry.failing.FailingSchemas`.
+            clock: what the deadline is measured with.
 
         Raises:
             ConfigError: the extra ``registry`` is not installed.
@@ -56,6 +70,7 @@ class SchemaRegistry:
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._away: tuple[RegistryUnavailable, float] | None = None
+        self._failing = FailingSchemas(deadline_seconds, clock)
 
     @classmethod
     def of(cls, kafka: Kafka) -> SchemaRegistry | None:
@@ -63,13 +78,18 @@ class SchemaRegistry:
         if not kafka.schema_registry:
             return None
         auth = kafka.schema_registry_auth
-        return cls(kafka.schema_registry, auth.get_secret_value() if auth else None)
+        return cls(
+            kafka.schema_registry,
+            auth.get_secret_value() if auth else None,
+            deadline_seconds=kafka.schema_deadline_seconds,
+        )
 
     def read(self, value: bytes) -> dict[str, Any]:
         """Fields of a record; ``image`` may be bytes, or base64 text as in JSON.
 
         Raises:
-            RecordError: ``schema`` or, of a JSON value, ``not_json``.
+            RecordError: ``schema``; of a JSON value ``not_json``; ``schema_unavailable``: the registry has failed at
+                the schema for too long.
             RegistryUnavailable: the registry is away.
         """
         if len(value) < 6 or value[0] != 0:
@@ -114,12 +134,29 @@ class SchemaRegistry:
             error = self._away[0]
             raise RegistryUnavailable(error.message, error.fix)
         try:
-            return make_decoder(self.client.by_id(number), self.client)
+            made: Decoder | _Refusal = make_decoder(self.client.by_id(number), self.client)
         except RecordError as error:
-            return _Refusal(error, time.monotonic() + REFUSED_SECONDS)
+            made = _Refusal(error, time.monotonic() + REFUSED_SECONDS)
         except RegistryUnavailable as error:
-            self._away = (error, time.monotonic() + AWAY_SECONDS)
-            raise
+            given_up = self._failing.failed(number, error, self._is_up)
+            if given_up is None:
+                self._away = (error, time.monotonic() + AWAY_SECONDS)
+                raise
+            return _Refusal(given_up, time.monotonic() + REFUSED_SECONDS)
+        self._failing.succeeded(number)
+        return made
+
+    def _is_up(self) -> bool:
+        """Whether the registry gives a schema that it gave before."""
+        with self._lock:
+            known = next((n for n, made in reversed(self._decoders.items()) if not isinstance(made, _Refusal)), None)
+        if known is None:
+            return False
+        try:
+            self.client.by_id(known)
+        except (RegistryUnavailable, RecordError):
+            return False
+        return True
 
 
 def make_decoder(schema: Schema, client: RegistryClient) -> Decoder:

@@ -96,9 +96,11 @@ def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60.0) ->
 
 
 @contextmanager
-def reading(settings: Settings, on_change: Callable[[IngestStatus], None] | None = None) -> Iterator[Consumer]:
+def reading(
+    settings: Settings, on_change: Callable[[IngestStatus], None] | None = None, processes: int = 0
+) -> Iterator[Consumer]:
     """An ingest that runs on a thread, and is stopped at the end."""
-    ingest = Consumer(settings, on_change=on_change)
+    ingest = Consumer(settings, on_change=on_change, processes=processes)
     failures: list[BaseException] = []
 
     def run() -> None:

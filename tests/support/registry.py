@@ -23,6 +23,8 @@ class Registry:
         self.answers: list[tuple[int, bytes]] = []
         """Taken before anything else, first in, first out."""
         self.always: tuple[int, bytes] | None = None
+        self.broken: set[int] = set()
+        """Ids of schemas at which it fails."""
         self.url = ""
 
     def register(self, subject: str, body: dict[str, Any]) -> int:
@@ -51,6 +53,8 @@ class Registry:
                 number = self.register(subject, body)
                 version = self.subjects[subject].index(number) + 1
                 return _json({"subject": subject, "id": number, "version": version, **self.schemas[number - 1]})
+            case "GET", ["schemas", "ids", number] if int(number) in self.broken:
+                return _json({"error_code": 50001, "message": "Error in the backend data store"}, 500)
             case "GET", ["schemas", "ids", number] if 0 < int(number) <= len(self.schemas):
                 return _json(self._shown(int(number), form))
             case "GET", ["subjects", subject, "versions", version] if subject in self.subjects:

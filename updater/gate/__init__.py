@@ -6,7 +6,7 @@ statistics  what may be concluded from paired outcomes (resampling: the bootstra
 decision    outcomes and checks -> results per suite and one outcome
 verdict     the result, as plain data
 run         all of it for one candidate -> Verdict
-report      a Verdict as report.json and one self-contained HTML page
+report      a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names
 command     `ratchet gate run` and `ratchet gate report`
 
 The names below are imported when they are first used: who only draws a report (the console) does without torch.

@@ -17,6 +17,8 @@ from streams.images import decode_image
 Half = Literal["all", "tuning", "hidden"]
 MAX_PIXELS = 60_000_000
 MAX_BYTES = 32 * 1024 * 1024
+SAMPLE = "sample/"
+"""What the source of an item begins with that is a sample of the store; that of a folder is an absolute path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class Item:
     answers: tuple[str, ...] = ()
     """Reference answers of a question, as many as people gave; the main one comes first."""
 
+    @property
+    def sample_id(self) -> str:
+        """Its id in the sample store; empty for an item of a folder."""
+        return self.source.removeprefix(SAMPLE) if self.source.startswith(SAMPLE) else ""
+
 
 def captioned(row: FolderItem, place: str, text: str) -> Item:
     """An image of a folder with its caption or class."""
@@ -56,7 +63,7 @@ def captioned_sample(row: Mapping[str, Any]) -> Item | None:
     text, image = (row.get("text") or "").strip(), row.get("image")
     if not text or not image:
         return None
-    source = f"sample/{row['id']}"
+    source = f"{SAMPLE}{row['id']}"
     return make_item(source, source, text, row.get("concept") or text, _held(bytes(image)))
 
 
@@ -65,7 +72,7 @@ def asked_sample(row: Mapping[str, Any]) -> Item | None:
     question, answer, image = (row.get("question") or "").strip(), (row.get("answer") or "").strip(), row.get("image")
     if not question or not answer or not image:
         return None
-    source = f"sample/{row['id']}"
+    source = f"{SAMPLE}{row['id']}"
     return make_item(source, source, question, row.get("concept") or source, _held(bytes(image)), (answer,))
 
 
@@ -113,8 +120,8 @@ def open_picture(item: Item) -> Image.Image:
         return decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
     except (OSError, RecordError) as error:
         raise GateError(
-            f"the image of suite item {item.text[:80]!r} cannot be read: {error}",
-            "Mend or remove that row of data.csv.",
+            f"the image of suite item {item.name[:300]} cannot be read: {error}",
+            "Replace or remove that row of data.csv, or delete that sample.",
         ) from error
 
 

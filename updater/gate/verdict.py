@@ -23,7 +23,11 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Worse:
-    """An item that was right before and is wrong now."""
+    """An item that was right before and is wrong now.
+
+    Of a sample of the store only ids are kept, and its texts and its thumbnail are empty: who shows the report reads
+    them from the store (:mod:`updater.gate.report_samples`), so that a sample that is deleted is in no report.
+    """
 
     id: str
     text: str
@@ -39,6 +43,11 @@ class Worse:
     """JPEG data URI, at most 96 px; empty if the image could not be read."""
     expected: str = ""
     """Reference answers of a question."""
+    sample: str = ""
+    """Id in the sample store; empty for an item of a folder."""
+    sample_before: str = ""
+    """The sample whose caption or image was the answer, in retrieval over samples."""
+    sample_after: str = ""
 
 
 @dataclass(frozen=True, slots=True)

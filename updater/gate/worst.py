@@ -18,6 +18,7 @@ from updater.gate.verdict import Worse
 SIDE = 96
 """Longest side of a thumbnail, in pixels: a dozen for each of ten suites stay below 0.5 MB."""
 MOST = 12
+MOST_CHARS = 200
 
 
 def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST) -> tuple[Worse, ...]:
@@ -26,21 +27,13 @@ def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes,
     view = fall.argmax(axis=1)
     depth = fall.max(axis=1)
     order = np.lexsort((before.ids, -depth))[:most]
-    items, choices = suite.items(), scorer.choices(suite)
-    captions = [
-        choices[v] if suite.views[v] != "text to image" else [item.text for item in items]
-        for v in range(len(suite.views))
-    ]
+    choices = [_choices(scorer, suite, number) for number in range(len(suite.views))]
     return tuple(
-        Worse(
-            id=items[i].id,
-            text=items[i].text[:200],
-            view=suite.views[view[i]],
-            rank_before=int(before.ranks[i, view[i]]),
-            rank_after=int(after.ranks[i, view[i]]),
-            answer_before=captions[view[i]][before.answers[i, view[i]]][:200],
-            answer_after=captions[view[i]][after.answers[i, view[i]]][:200],
-            thumbnail=thumbnail(items[i]),
+        _worse(
+            suite.items()[i],
+            suite.views[view[i]],
+            (int(before.ranks[i, view[i]]), int(after.ranks[i, view[i]])),
+            (choices[view[i]][before.answers[i, view[i]]], choices[view[i]][after.answers[i, view[i]]]),
         )
         for i in order
         if depth[i] > 0
@@ -57,20 +50,49 @@ def worst_answers(
     items, fall = suite.items(), before[1] - after[1]
     order = np.lexsort((np.array([item.id for item in items]), -fall))[:most]
     return tuple(
-        Worse(
-            id=items[i].id,
-            text=items[i].text[:200],
-            view="answer",
-            rank_before=int(before[1][i] < 1.0),
-            rank_after=1,
-            answer_before=before[0][i][:200],
-            answer_after=after[0][i][:200],
-            thumbnail=thumbnail(items[i]),
-            expected=", ".join(dict.fromkeys(items[i].answers))[:200],
-        )
+        _worse(items[i], "answer", (int(before[1][i] < 1.0), 1), (before[0][i], after[0][i]))
         for i in order
         if fall[i] > 0
     )
+
+
+def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
+    """What can be answered in a view: items where it is their image, or their caption and they are samples."""
+    items = suite.items()
+    if suite.views[view] == "text to image":
+        return items
+    by_text: dict[str, Item | str] = {item.text: item for item in items if item.sample_id}
+    return [by_text.get(text, text) for text in scorer.choices(suite)[view]]
+
+
+def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | str, Item | str]) -> Worse:
+    kept = not item.sample_id  # what a model answers to a sample's question may repeat the sample
+    before, after = (_shown(answer) if kept else "" for answer in answers)
+    return Worse(
+        id=item.id,
+        text=_shown(item),
+        view=view,
+        rank_before=ranks[0],
+        rank_after=ranks[1],
+        answer_before=before,
+        answer_after=after,
+        thumbnail=thumbnail(item) if kept else "",
+        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if kept else "",
+        sample=item.sample_id,
+        sample_before=_sample_id(answers[0]),
+        sample_after=_sample_id(answers[1]),
+    )
+
+
+def _shown(answer: Item | str) -> str:
+    """Its text; none of a sample."""
+    if isinstance(answer, str):
+        return answer[:MOST_CHARS]
+    return "" if answer.sample_id else answer.text[:MOST_CHARS]
+
+
+def _sample_id(answer: Item | str) -> str:
+    return "" if isinstance(answer, str) else answer.sample_id
 
 
 def thumbnail(item: Item) -> str:

@@ -10,12 +10,15 @@ from fastapi.responses import HTMLResponse, Response
 from markupsafe import Markup
 
 from ops.console.learning import lessons
+from ops.console.pages.pictures import SAMPLE
 from ops.console.visit import Reader, Refused, Visit
 from ops.errors import LedgerError, RatchetError
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body
+from updater.gate.report_samples import samples_of, with_samples
 
 router = APIRouter()
 UPDATE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+THUMBNAIL = "/samples/{}.png?size=96"
 REPORT_POLICY = (
     "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
@@ -44,6 +47,8 @@ def verdict(at: Reader, update_id: str) -> Response:
         raise Refused(404, "There is no such update", "", "See the list of verdicts.") from None
     said = at.desk.ledger.verdict_of(update_id)
     report = at.desk.report_data(update_id) if said is not None else None
+    if report is not None:
+        report = with_samples(report, _samples(at, report), THUMBNAIL)
     body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
     return at.page("verdict.html", f"Verdict on {update_id}", update=found, verdict=said, body=body)
 
@@ -61,6 +66,11 @@ def report_data(at: Reader, update_id: str) -> Response:
     return Response(
         _stored(at, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
     )
+
+
+def _samples(at: Visit, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The samples that a report names and the store still has."""
+    return at.desk.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
 
 
 def _stored(at: Visit, update_id: str, name: str) -> bytes:

@@ -14,7 +14,8 @@ from ops.console.visit import Reader, Refused, Visit
 router = APIRouter()
 SAMPLE = re.compile("[0-9a-f]{64}")
 SIZES = (96, 192, 320)
-KEEP = {"cache-control": "private, max-age=86400, immutable"}
+KEEP = {"cache-control": "private, max-age=600"}
+"""A browser shows a picture that was deleted for so long at most."""
 NO_PICTURE = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><rect width="96" height="96" fill="#8a948e" '
     'fill-opacity=".18"/><path d="M30 62l12-15 9 10 6-7 10 12zM36 36h.1" fill="none" stroke="#8a948e" '

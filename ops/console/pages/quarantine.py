@@ -37,6 +37,7 @@ WORDS: Final[Mapping[Reason, str]] = {
     "uri_not_allowed": "The picture's address is not allowed",
     "uri_unreachable": "The picture could not be fetched",
     "uri_digest": "The picture is not the one that the record states",
+    "schema_unavailable": "The schema registry failed at its schema",
     "corrupt": "The record is damaged in the log",
     "crashed": "Validating it ended the process",
     "internal": "Ratchet made a mistake",

@@ -15,7 +15,18 @@ from tests.support.kafka import picture, produce, records_seen, wait_for
 from tests.support.story import withdraw
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
-PAGES = ("/", "/playground", "/compare", "/releases", "/gate", "/quarantine", "/budget", "/audit", "/sign-in")
+PAGES = (
+    "/",
+    "/playground",
+    "/compare",
+    "/releases",
+    "/gate",
+    "/quarantine",
+    "/budget",
+    "/audit",
+    "/audit/deletions",
+    "/sign-in",
+)
 
 
 def open_dialog(page: Page, words: str) -> None:

@@ -14,7 +14,18 @@ from ops.settings import Settings
 from tests.support.story import EVIL, Story, tell
 from tests.unit.console.test_guard import csrf
 
-PAGES = ("/", "/playground", "/compare", "/releases", "/gate", "/quarantine", "/budget", "/audit", "/sign-in")
+PAGES = (
+    "/",
+    "/playground",
+    "/compare",
+    "/releases",
+    "/gate",
+    "/quarantine",
+    "/budget",
+    "/audit",
+    "/audit/deletions",
+    "/sign-in",
+)
 
 
 def settings(home: Path, **console: object) -> Settings:

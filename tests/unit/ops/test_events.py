@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from ops.errors import LeaseLost, LedgerError, ReleaseConflict
 from ops.ledger import Ledger
@@ -225,3 +227,22 @@ def test_the_page_lists_each_type_with_the_fields_that_its_events_have(ledger: L
     for kind, event in seen.items():
         assert all(f"`{name}`" in lines[kind] for name in event.data), kind
         assert event.event_id.split("-")[0] == kind.split(".")[1] and f"`{event.event_id.split('-')[0]}-" in lines[kind]
+
+
+def test_events_that_were_published_long_ago_are_removed_and_those_of_gaps_and_those_that_wait_stay(
+    ledger: Ledger,
+) -> None:
+    for name, kind in (("old", "release"), ("waits", "release"), ("new", "release"), ("lost", "gap")):
+        ledger.record_event(EVENT_TYPES[kind], name, name, {})
+    epoch = ledger.acquire_lease("events", "me", 60)
+    assert epoch is not None
+    ids = {row.event_id: row.id for row in ledger.events()}
+    ledger.mark_published({ids[name]: (0, 1) for name in ("old", "new", "lost")}, lease="events", epoch=epoch)
+    now = datetime.now(UTC)
+    with ledger.database.write() as session:
+        aged = update(t.Event).where(t.Event.event_id.in_(["old", "waits", "lost"]))
+        session.execute(aged.values(time=now - timedelta(days=8)))
+    assert ledger.prune_events(now - timedelta(days=7)) == 1
+    assert set(events(ledger)) == {"waits", "new", "lost"}
+    assert not ledger.record_event(EVENT_TYPES["gap"], "lost", "lost", {}), "a gap is told once"
+    assert ledger.prune_events(now - timedelta(days=7)) == 0

@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from ops.errors import BrokerError, RegistryUnavailable, StoreFull, StoreUnavailable
 from ops.settings import Settings
 from streams import consumer as module
-from streams import tolerant_fetch
+from streams import tolerant_fetch, validation_threads
 from streams.assignment import Reading
 from streams.consumer import Consumer
 from streams.crash_guard import DEATHS
@@ -166,7 +166,7 @@ def test_records_stay_in_order_though_they_are_validated_at_once(
             later.set()
         return real(received, rules)
 
-    monkeypatch.setattr(module, "validate", slow)
+    monkeypatch.setattr(validation_threads, "validate", slow)
     monkeypatch.setattr("streams.validation_pool.CHUNK_RECORDS", 1)
     kafka.send(*(good(n) for n in range(12)))
     with run(settings, 12):
@@ -550,7 +550,7 @@ def test_a_registry_and_a_broker_that_are_away_at_once_do_not_end_it(
             raise RegistryUnavailable("the registry is away.")
         return real(received, rules)
 
-    monkeypatch.setattr(module, "validate", needs_registry)
+    monkeypatch.setattr(validation_threads, "validate", needs_registry)
     kafka.send(good(0), good(1), good(2))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the registry's outage", 20)
@@ -576,7 +576,7 @@ def test_a_gap_waits_for_the_records_before_it(
             raise RegistryUnavailable("the registry is away.")
         return real(received, rules)
 
-    monkeypatch.setattr(module, "validate", needs_registry)
+    monkeypatch.setattr(validation_threads, "validate", needs_registry)
     kafka.send(good(0), good(1))
     with run(settings) as consumer:
         wait_for(lambda: consumer.status.waiting_for == "registry", "the outage", 20)
@@ -646,7 +646,7 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
         inside.discard(received.offset)
         return result
 
-    monkeypatch.setattr(module, "validate", watch)
+    monkeypatch.setattr(validation_threads, "validate", watch)
     kafka.send(*(good(n) for n in range(8)))
     with run(settings, 8):
         pass
@@ -657,3 +657,17 @@ def test_a_record_at_which_the_process_died_three_times_is_refused_and_its_neigh
     assert not any(2 in each for each in together), "it was validated once more"
     assert [each for each in together if each & {0, 1, 3}] == [{0}, {1}, {3}]
     assert not (settings.home / "ingest" / "crashes.json").read_text().strip("{}"), "all are stored, and forgotten"
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_record_with_three_deaths_is_refused_by_threads_and_by_processes(
+    settings: Settings, store: SampleStore, kafka: FakeKafka, processes: int
+) -> None:
+    for _ in range(DEATHS):
+        die(settings.home / "ingest", "kill", ("t", 0, 1))
+    kafka.send(*(good(n) for n in range(3)))
+    with reading(settings, processes=processes) as consumer:
+        wait_for(lambda: records_seen(consumer.status) >= 3, "3 records", 60)
+    assert rows(store) == [("t", 0, "sample"), ("t", 1, "quarantine"), ("t", 2, "sample")]
+    refused = store.refusal("t", 0, 1)
+    assert refused is not None and (refused["reason"], "3 times" in refused["detail"]) == ("crashed", True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event, update
 
-from ops.errors import StoreUnavailable
+from ops.errors import LedgerUnavailable, StoreUnavailable
 from ops.ledger import DeletionRow, Ledger
 from ops.ledger import tables as t
 from ops.settings import Settings
@@ -19,6 +20,7 @@ from streams.maintenance import LEASE, Maintainer
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
+from tests.support.kafka import wait_for
 from tests.support.samples import TOPIC, put, sample
 
 GAP = {
@@ -273,6 +275,80 @@ def test_a_store_that_is_away_is_said_once_and_tried_again(
     assert not thread.is_alive() and calls == away + 1
     assert row_of(ledger, name).state == "removed"
     assert capsys.readouterr().err.count("the store is away") == 1
+
+
+def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
+    settings: Settings, ledger: Ledger, store: SampleStore, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    gaps = [{**GAP, "offset": 10 * n, "until": 10 * n + 5, "topic": "x" * 200} for n in range(1, 60)]
+    put(store, gaps, Position("x" * 200, 0, 1000))
+    with Disk(ledger) as disk:
+        maintainer = Maintainer(settings, ledger, store)
+        with pytest.raises(LedgerUnavailable, match="full") as caught:
+            maintainer.run_once()
+        assert "ledger_url" in caught.value.fix
+        stopping = threading.Event()
+        thread = threading.Thread(target=maintainer.run, args=(stopping,), daemon=True)
+        thread.start()
+        try:
+            wait_for(lambda: "is full" in " ".join("".join(capsys.readouterr()).split()), "the outage", 10)
+            disk.free()
+            wait_for(lambda: len(ledger.events(100)) == len(gaps), "the gaps' events", 10)
+        finally:
+            stopping.set()
+            thread.join(30)
+        maintainer.close()
+    assert not [record for record in caplog.records if record.exc_info], "an outage has no traceback"
+
+
+def test_a_ledger_that_is_away_at_the_end_does_not_hold_up_a_stop(
+    settings: Settings, ledger: Ledger, store: SampleStore
+) -> None:
+    maintainer = Maintainer(settings, ledger, store)
+    maintainer.run_once()
+    with Disk(ledger):
+        maintainer.close()
+
+
+class Disk:
+    """The ledger's, which is full until it is freed: SQLite may not make its file any larger."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._engine = ledger.database.engine
+        self._is_full = True
+
+    def __enter__(self) -> Disk:
+        event.listen(self._engine, "checkout", self._limit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        event.remove(self._engine, "checkout", self._limit)
+
+    def free(self) -> None:
+        self._is_full = False
+
+    def _limit(self, connection: Any, *_: Any) -> None:
+        pages = "1" if self._is_full else str(2**30)  # SQLite takes the present size where that is more
+        connection.execute(f"PRAGMA max_page_count={pages}")
+
+
+def test_events_that_were_published_long_ago_leave_the_ledger(
+    maintainer: Maintainer, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger.record_event("ratchet.release.v1", "release-1", "release 1", {})
+    [row] = ledger.events()
+    epoch = ledger.acquire_lease("events", "me", 60)
+    assert epoch is not None
+    ledger.mark_published({row.id: (0, 0)}, lease="events", epoch=epoch)
+    with ledger.database.write() as session:
+        session.execute(update(t.Event).values(time=datetime.now(UTC) - timedelta(days=8)))
+    change(maintainer, "maintain", keep_events_days=0)
+    maintainer.run_once()
+    assert len(ledger.events()) == 1, "no limit"
+    change(maintainer, "maintain", keep_events_days=7)
+    maintainer.run_once()
+    assert ledger.events() == []
 
 
 def test_a_deletion_that_cannot_be_carried_out_holds_up_no_other(

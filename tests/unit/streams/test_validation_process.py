@@ -8,16 +8,22 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ops.settings import Ingest, Kafka
+from streams import validation_process
 from streams.assignment import Reading
+from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Row, validate
 from streams.rows import Position
-from streams.validation_pool import ThreadValidators, ValidationPool
+from streams.validation_pool import ValidationPool
 from streams.validation_process import ProcessValidators, Work, restore
+from streams.validation_threads import ThreadValidators
 from streams.writer import Claim
 from tests.support.kafka import good, picture, wait_for
 
@@ -35,21 +41,32 @@ class MortalProcesses(ProcessValidators):
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
         self.deaths += 1
-        super().submit([]).result()  # the processes are there
-        return self._pool.submit(die)
+        return self._pool.submit(die, records)
 
 
-def die() -> list[Accepted | Row]:
+def die(records: Sequence[Received]) -> list[Accepted | Row]:
     """In the process: end as a crash of a decoder would."""
-    os.kill(os.getpid(), signal.SIGKILL)
+    [deadly] = [received for received in records if received.key == DEADLY]
+    with validation_process._notes.validating(deadly.record_position):
+        os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("a killed process went on")
 
 
+@contextmanager
+def guarded(folder: Path, kind: type[ProcessValidators] = ProcessValidators) -> Iterator[Any]:
+    """Two processes that validate, and what counts their deaths."""
+    with closing(CrashGuard(folder, 2)) as guard:
+        validators = kind(WORK, 2, guard)
+        try:
+            yield validators
+        finally:
+            validators.close()
+
+
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessValidators]:
-    validators = ProcessValidators(WORK, 2)
-    yield validators
-    validators.close()
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProcessValidators]:
+    with guarded(tmp_path_factory.mktemp("guard")) as validators:
+        yield validators
 
 
 def received(offset: int, key: bytes | None = None) -> Received:
@@ -91,9 +108,8 @@ def test_what_comes_back_is_what_validation_here_gives_with_its_bytes(processes:
     assert mine[1]["image"] == picture(1) and mine[0]["original"] == b"poison 0"
 
 
-def test_a_record_that_kills_its_process_three_times_is_refused_and_the_others_are_not() -> None:
-    validators = MortalProcesses(WORK, 2)
-    try:
+def test_a_record_that_kills_its_process_three_times_is_refused_and_the_others_are_not(tmp_path: Path) -> None:
+    with guarded(tmp_path, MortalProcesses) as validators:
         records = [received(n, DEADLY if n == 4 else None) for n in range(12)]
         taken = results(ValidationPool(validators, 1 << 24, 1000), records)
         refused = plain(taken[4])
@@ -101,18 +117,51 @@ def test_a_record_that_kills_its_process_three_times_is_refused_and_the_others_a
         assert [plain(each)["kind"] for number, each in enumerate(taken) if number != 4] == [
             "sample" if record.offset % 3 else "quarantine" for record in records if record.offset != 4
         ]
-        assert validators.deaths == 4, "with its chunk, and three times alone"
-    finally:
-        validators.close()
+        assert validators.deaths == 3, "with its chunk, and twice alone"
+
+
+def test_deaths_of_processes_are_counted_over_a_restart_of_their_consumer(tmp_path: Path) -> None:
+    deadly = received(4, DEADLY)
+    for deaths in (1, 2, 3):
+        with guarded(tmp_path, MortalProcesses) as validators:
+            with pytest.raises(BrokenProcessPool):
+                validators.submit([deadly]).result()
+            validators._restart()
+            assert validators._guard.deaths(deadly.record_position) == deaths
+    with guarded(tmp_path) as validators:
+        assert plain(validators.alone(deadly))["reason"] == "crashed", "it is not validated once more"
+
+
+def test_what_a_process_validates_when_its_consumer_is_killed_is_a_death_too(tmp_path: Path) -> None:
+    position = received(4).record_position
+    child = os.fork()
+    if child == 0:
+        guard = CrashGuard(tmp_path, 2)
+        with Notes.of_process(guard.path, 1, 1).validating(position):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with closing(CrashGuard(tmp_path, 2)) as guard:
+        assert guard.deaths(position) == 1
+
+
+def test_a_stop_is_no_death_of_what_is_being_validated(tmp_path: Path) -> None:
+    with guarded(tmp_path) as validators:
+        assert plain(validators.alone(received(1)))["kind"] == "sample"
+        validators.submit([received(n) for n in range(200)])
+    with closing(CrashGuard(tmp_path, 2)) as guard:
+        assert not any(guard.deaths(received(n).record_position) for n in range(200))
 
 
 def test_processes_end_when_their_consumer_is_killed(tmp_path: Path) -> None:
     script = """
 import sys, time
+from pathlib import Path
 from ops.settings import Ingest, Kafka
+from streams.crash_guard import CrashGuard
 from streams.validation_process import ProcessValidators, Work
 if __name__ == "__main__":
-    validators = ProcessValidators(Work(Ingest(), Kafka(), b"k" * 32), 2)
+    guard = CrashGuard(Path(__file__).parent, 2)
+    validators = ProcessValidators(Work(Ingest(), Kafka(), b"k" * 32), 2, guard)
     validators.submit([]).result()
     print(*validators._pool._processes, flush=True)
     time.sleep(600)
@@ -136,10 +185,9 @@ def test_what_was_left_out_is_put_back() -> None:
     assert isinstance(whole, Accepted) and whole.row == accepted.row and whole.record is record
 
 
-def test_threads_validate_a_record_alone_as_any_other() -> None:
-    validators = ThreadValidators(lambda record: validate(record, WORK.rules()), 1)
-    assert plain(validators.alone(received(1)))["kind"] == "sample"
-    validators.close()
+def test_threads_validate_a_record_alone_as_any_other(tmp_path: Path) -> None:
+    with closing(CrashGuard(tmp_path, 1)) as guard, closing(ThreadValidators(WORK, 1, guard)) as validators:
+        assert plain(validators.alone(received(1)))["kind"] == "sample"
 
 
 def _runs(pid: int) -> bool:

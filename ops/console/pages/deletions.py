@@ -1,0 +1,59 @@
+"""Deletions of samples: who asked for which, how far each is, and its receipt."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+from fastapi.responses import JSONResponse, Response
+
+from ops.console.visit import Reader, Refused, Visit
+from ops.ledger import DeletionRow, DeletionState
+from streams.deletion import as_json
+
+router = APIRouter()
+STEP = 50
+MOST = 2000
+ID_CHARS = 300
+STATES: dict[DeletionState, str] = {"requested": "waits", "removed": "removed", "done": "done"}
+"""The states as people say them."""
+MEANING: dict[DeletionState, str] = {
+    "requested": "Maintenance has not come to it.",
+    "removed": "No reader finds it any more. Files of older versions of the store still hold its bytes.",
+    "done": "No file of the sample store holds it any more.",
+}
+
+
+@router.get("/audit/deletions")
+def deletions(
+    at: Reader,
+    state: Annotated[DeletionState | Literal[""], Query()] = "",
+    limit: Annotated[int, Query(ge=1, le=MOST)] = STEP,
+) -> Response:
+    """The newest deletions; only those in one state."""
+    rows = at.desk.ledger.deletions(limit + 1, [state] if state else ())
+    more = min(limit + STEP, MOST) if len(rows) > limit < MOST else 0
+    return at.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
+
+
+@router.get("/audit/deletions/{deletion_id:path}/receipt")
+def receipt(at: Reader, deletion_id: str) -> Response:
+    """The receipt of one, as the command line and the API give it."""
+    return JSONResponse(as_json(_deletion(at, deletion_id)))
+
+
+@router.get("/audit/deletions/{deletion_id:path}")
+def deletion(at: Reader, deletion_id: str) -> Response:
+    """One deletion: what it selected, what it removed, and what may still know of it."""
+    row = _deletion(at, deletion_id)
+    return at.page(
+        "deletion.html", f"Deletion {row.id}"[:120], row=row, receipt=as_json(row), shown=STATES[row.state],
+        meaning=MEANING[row.state], subject=f"deletion {row.id}"[:200],
+    )  # fmt: skip
+
+
+def _deletion(at: Visit, deletion_id: str) -> DeletionRow:
+    row = at.desk.ledger.deletion(deletion_id) if len(deletion_id) <= ID_CHARS else None
+    if row is None:
+        raise Refused(404, "There is no such deletion", "", "See the list of deletions.")
+    return row
