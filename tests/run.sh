@@ -5,17 +5,20 @@
 # what takes 10 s alone took more than 120.
 set -uo pipefail
 bin="$1"
+slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
-rest=("${servers[@]}" tests/integration/streams tests/integration/updater tests/integration/engines tests/integration/gate)
+alone=(tests/integration/serving/test_openapi.py tests/integration/serving/test_hostile_images.py) # start no server
 jobs=(tests/integration/streams types tests/unit tests/integration/updater tests/integration/gate
-  tests/integration/engines "tests/integration ${rest[*]/#/--ignore=}")
+  "tests/integration/engines ${alone[*]}")
+named=("${servers[@]}" tests/integration/{streams,updater,gate,engines})
+jobs+=("tests/integration ${named[*]/#/--ignore=}")
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
     "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports"
   else
     read -ra words <<<"$4"
-    "$bin/pytest" --timeout 600 "${words[@]}"
+    "$bin/pytest" --timeout 600 "${slowest[@]}" "${words[@]}"
   fi
   exit
 fi
@@ -29,7 +32,7 @@ trap 'rm -rf "$said"' EXIT
 setsid bash "$0" "$bin" beside "$said" &
 beside=$!
 trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
-"$bin/pytest" "${servers[@]}"
+"$bin/pytest" "${slowest[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}"
 first=$?
 wait "$beside"
 others=$?

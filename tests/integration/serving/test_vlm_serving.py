@@ -30,7 +30,7 @@ SWAPS = 20
 
 @pytest.fixture(scope="module", params=ENGINES)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    house = House.make(tmp_path_factory.mktemp("vlm-house"), vlm_engine=request.param)
+    house = House.make(tmp_path_factory.mktemp("vlm-house"), vlm_engine=request.param, encoder_replicas=1)
     house.add_samples(8)
     try:
         house.start()
