@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-UV = "uv>=0.9,<1"
+UV = "uv>=0.13,<1"
 RANK = {"global": 0, "install": 1, ":env:": 2}
 """Sections of pip's configuration; a later one wins."""
 VARIABLES = {

@@ -37,7 +37,8 @@ class Broker:
             "group": f"ingest-{name}",
             "batch_seconds": 0.2,
         }
-        return Settings(home=home, kafka={**own, **(kafka or {})}, ingest={"processes": 1, **(ingest or {})}, **sections)
+        validated = {"processes": 1, **(ingest or {})}
+        return Settings(home=home, kafka={**own, **(kafka or {})}, ingest=validated, **sections)
 
 
 @pytest.fixture(scope="session")
