@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check chart clean
+.PHONY: demo test packages check chart clean
 
 demo: $(STAMP)
 	@$(BIN)/ratchet demo
 
-test: $(STAMP)
-	@bash tests/packages.sh
+test:
+	@$(MAKE) --no-print-directory -j 2 $(STAMP) packages
 	@bash tests/run.sh $(BIN)
 
 check: $(STAMP)
@@ -20,12 +22,14 @@ check: $(STAMP)
 chart: $(STAMP)
 	@PYTHONPATH=. $(BIN)/python helm/generate.py
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml install.py
 	@echo "installing into $(VENV) (one to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --progress-bar on -q -e '.[dev]'
-	@$(BIN)/pip uninstall -y -q torchaudio torchcodec  # pulled by vLLM: CUDA builds, whose import fails without CUDA
+	@$(BIN)/python install.py
 	@touch $@
+
+packages:
+	@bash tests/packages.sh
 
 clean:
 	rm -rf $(VENV) .ratchet

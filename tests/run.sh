@@ -1,30 +1,40 @@
 #!/usr/bin/env bash
-# All checks and tests, in three strands: what mostly waits for servers to start; beside it, in a session of low
-# priority (Linux shares processors out by session, see sched(7)), linters, types and unit tests; and the tests of the
-# updater and of the stream, which wait for processes, brokers and files. What the last two say is shown when all are
-# done. Of low priority, they have longer limits: beside other work on the same cores, what takes 10 s alone took more
-# than 120.
+# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, two at a
+# time and the longest first, in a session of low priority (Linux shares processors out by session, see sched(7)). What
+# these say is shown when all are done. Of low priority, they have longer limits: beside other work on the same cores,
+# what takes 10 s alone took more than 120.
 set -uo pipefail
 bin="$1"
-waiting=(tests/integration/updater tests/integration/streams)
-limit=600
+slowest=(--durations 15 --durations-min 5)
+servers=(tests/integration/serving tests/integration/console tests/e2e)
+alone=(tests/integration/serving/test_openapi.py tests/integration/serving/test_hostile_images.py) # start no server
+jobs=(tests/integration/streams types tests/unit tests/integration/updater tests/integration/gate
+  "tests/integration/engines ${alone[*]}")
+named=("${servers[@]}" tests/integration/{streams,updater,gate,engines})
+jobs+=("tests/integration ${named[*]/#/--ignore=}")
+if [ "${2:-}" = job ]; then
+  exec >"$(mktemp "$3/XXXXXX")" 2>&1
+  if [ "$4" = types ]; then
+    "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports"
+  else
+    read -ra words <<<"$4"
+    "$bin/pytest" --timeout 600 "${slowest[@]}" "${words[@]}"
+  fi
+  exit
+fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  nice -n 10 "$bin/pytest" --timeout "$limit" "${waiting[@]}" >"$3" 2>&1 &
-  "$bin/ruff" check . && "$bin/ruff" format --check . && "$bin/mypy" && "$bin/lint-imports" &&
-    nice -n 10 "$bin/pytest" --timeout "$limit" tests/unit
-  unit=$?
-  wait "$!" && exit "$unit"
-  exit 1
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 2 bash "$0" "$bin" job "$3"
+  exit
 fi
 said="$(mktemp -d)"
 trap 'rm -rf "$said"' EXIT
-setsid bash "$0" "$bin" beside "$said/waiting" >"$said/unit" 2>&1 &
+setsid bash "$0" "$bin" beside "$said" &
 beside=$!
 trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
-"$bin/pytest" tests/e2e tests/integration "${waiting[@]/#/--ignore=}"
-rest=$?
-wait "$beside"
+"$bin/pytest" "${slowest[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}"
 first=$?
-cat "$said/waiting" "$said/unit"
-[ "$first" -eq 0 ] && [ "$rest" -eq 0 ]
+wait "$beside"
+others=$?
+find "$said" -type f -exec cat {} +
+[ "$first" -eq 0 ] && [ "$others" -eq 0 ]

@@ -21,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import open_clip.model
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -268,6 +267,8 @@ def _described(directory: Path) -> dict[str, Any]:
 
 def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
     """An open_clip model with random weights from its configuration, without any download."""
+    import open_clip.model  # takes seconds, which a process that only reads a description need not spend
+
     cfg = copy.deepcopy(model_cfg)
     if "multimodal_cfg" in cfg:
         raise BaseModelError("CoCa models have a decoder and are not served.", "Use a CLIP or SigLIP model.")

@@ -1,20 +1,18 @@
 """What happens to an image between decoding and the image tower.
 
 Resizing ends in ``uint8`` so that decoded images are small to pass between processes (a quarter of float32),
-and is the same PIL resize that open_clip does: the result equals open_clip's own transform bit by bit.
+and is the same PIL resize that open_clip does: the result equals open_clip's own transform bit by bit. open_clip is not
+imported here: it imports transformers and torchvision's models, for seconds of a process that only prepares images.
 Decoding of bytes from outside, with its bounds, is in ``streams.images``.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import Any, Literal, cast, get_args
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from ops.errors import BaseModelError
@@ -22,6 +20,9 @@ from streams.images import decode_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
+OPENAI_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+"""What CLIP was trained with; open_clip's default."""
 MAX_RATIO = 32
 """An image that is longer than this many times its width is cut to its middle before it is resized. open_clip resizes
 first, and 40 million pixels in one row would become 224 rows of nine billion; of which it then takes the middle."""
@@ -33,9 +34,9 @@ class Preprocess:
 
     size: int
     """Side of the square input, pixels."""
-    mean: tuple[float, float, float] = OPENAI_DATASET_MEAN
+    mean: tuple[float, float, float] = OPENAI_MEAN
     """Per channel, on the scale 0..1."""
-    std: tuple[float, float, float] = OPENAI_DATASET_STD
+    std: tuple[float, float, float] = OPENAI_STD
     interpolation: Interpolation = "bicubic"
     resize_mode: ResizeMode = "shortest"
     """``shortest``: shortest side to ``size``, centre crop; ``longest``: pad; ``squash``: ignore the ratio."""
@@ -82,7 +83,7 @@ class Preprocess:
         """
         if isinstance(image, bytes):
             image = decode_image(image)
-        return np.asarray(_geometry(self)(self._within_ratio(image).convert("RGB")), dtype=np.uint8)
+        return np.asarray(self._square(self._within_ratio(image).convert("RGB")), dtype=np.uint8)
 
     def _within_ratio(self, image: Image.Image) -> Image.Image:
         if self.resize_mode == "squash":
@@ -94,6 +95,23 @@ class Preprocess:
             return image
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        """The first steps of open_clip's evaluation transform, with its rounding."""
+        side = self.size
+        resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
+        if self.resize_mode == "squash":
+            return image.resize((side, side), resample)
+        if self.resize_mode == "shortest":
+            short = min(image.size)
+            image = image.resize((int(side * image.width / short), int(side * image.height / short)), resample)
+            left, top = (round((length - side) / 2) for length in image.size)
+            return image.crop((left, top, left + side, top + side))
+        ratio = max(image.height / side, image.width / side)
+        image = image.resize((round(image.width / ratio), round(image.height / ratio)), resample)
+        square = Image.new("RGB", (side, side), (self.fill_color,) * 3)
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square
 
     def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """``float32 [n, 3, size, size]`` from ``uint8 [n, size, size, 3]``."""
@@ -108,10 +126,3 @@ class Preprocess:
         mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=device).view(1, 3, 1, 1)
         return batch.sub_(mean).div_(std)
-
-
-@lru_cache(maxsize=16)
-def _geometry(preprocess: Preprocess) -> Any:
-    """open_clip's evaluation transform without its last three steps (RGB, to tensor, normalise)."""
-    transform = cast(Any, image_transform_v2(PreprocessCfg(**asdict(preprocess)), is_train=False))
-    return type(transform)(transform.transforms[:-3])

@@ -9,6 +9,7 @@ A tokenizer of a base is described by a small dict in ``base.json``:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import open_clip.tokenizer
 import torch
 
 from ops.digests import digest_bytes, digest_json
@@ -39,6 +39,8 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 @cache
 def _simple(context_length: int, kwargs: str) -> Tokenizer:
     """open_clip's, read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
+    import open_clip.tokenizer
+
     simple = open_clip.tokenizer.SimpleTokenizer(context_length=context_length, **json.loads(kwargs))
     return lambda texts: simple(texts)
 
@@ -46,11 +48,17 @@ def _simple(context_length: int, kwargs: str) -> Tokenizer:
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
     """What the ids depend on: the description and the bytes of the vocabulary files. 64 hex digits."""
     if config["kind"] == "simple":
-        vocabulary = Path(open_clip.tokenizer.default_bpe())
-        return digest_bytes(digest_json(config).encode(), vocabulary.read_bytes())
+        return digest_bytes(digest_json(config).encode(), _vocabulary().read_bytes())
     files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())
     parts = [part for p in files for part in (p.name.encode(), p.read_bytes())]
     return digest_bytes(digest_json(config).encode(), *parts)
+
+
+def _vocabulary() -> Path:
+    """The vocabulary in open_clip's package, found without importing it: that takes seconds."""
+    spec = importlib.util.find_spec("open_clip")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz")
 
 
 class _Fast:
@@ -60,6 +68,7 @@ class _Fast:
     """
 
     def __init__(self, file: Path, context_length: int, trim: bool, clean: str = "whitespace") -> None:
+        from open_clip.tokenizer import get_clean_fn
         from tokenizers import Tokenizer as Rust
 
         self.inner = Rust.from_file(str(file))
@@ -69,7 +78,7 @@ class _Fast:
         self.inner.enable_truncation(context_length)
         self.width = context_length
         self.trim = trim
-        self.clean = open_clip.tokenizer.get_clean_fn(clean)
+        self.clean = get_clean_fn(clean)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         ids = [self.inner.encode(self.clean(text)).ids for text in texts]
@@ -84,9 +93,9 @@ class _Slow:
     """open_clip's HFTokenizer, for tokenizers with options of their own. One call at a time."""
 
     def __init__(self, files: Path, context_length: int, trim: bool, mode: str | None, kwargs: dict[str, Any]) -> None:
-        self.inner = open_clip.tokenizer.HFTokenizer(
-            str(files), context_length=context_length, tokenizer_mode=mode, **kwargs
-        )
+        from open_clip.tokenizer import HFTokenizer
+
+        self.inner = HFTokenizer(str(files), context_length=context_length, tokenizer_mode=mode, **kwargs)
         self.trim = trim and not mode
         self.lock = threading.Lock()
 

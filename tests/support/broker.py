@@ -22,8 +22,13 @@ class Broker:
     address: str
     embedded: bool
 
-    def settings(self, home: Path, kafka: dict[str, Any] | None = None, **sections: Any) -> Settings:
-        """Settings with topics and a group of their own, and quick small batches."""
+    def settings(
+        self, home: Path, kafka: dict[str, Any] | None = None, ingest: dict[str, Any] | None = None, **sections: Any
+    ) -> Settings:
+        """Settings with topics and a group of their own, quick small batches, and one process that validates.
+
+        To start a process takes longer than to validate what most tests send.
+        """
         name = uuid.uuid4().hex[:8]
         own = {
             "bootstrap": self.address,
@@ -32,7 +37,8 @@ class Broker:
             "group": f"ingest-{name}",
             "batch_seconds": 0.2,
         }
-        return Settings(home=home, kafka={**own, **(kafka or {})}, **sections)
+        validated = {"processes": 1, **(ingest or {})}
+        return Settings(home=home, kafka={**own, **(kafka or {})}, ingest=validated, **sections)
 
 
 @pytest.fixture(scope="session")

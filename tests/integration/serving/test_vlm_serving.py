@@ -30,7 +30,7 @@ SWAPS = 20
 
 @pytest.fixture(scope="module", params=ENGINES)
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param)
+    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
     server.add_samples(8)
     try:
         server.start()

@@ -18,7 +18,7 @@ RECORDS = 20_000
 
 @pytest.mark.timeout(600)
 def test_any_bytes_end_as_a_sample_a_duplicate_a_tombstone_or_a_refusal(broker: Broker, tmp_path: Path) -> None:
-    settings = broker.settings(tmp_path)
+    settings = broker.settings(tmp_path, ingest={"processes": 2})
     make_topics(settings)
     sent = publish_mutated(settings.kafka, RECORDS, seed=1)
     assert len(sent.records) + len(sent.refused) == RECORDS and len(sent.records) > RECORDS * 0.9

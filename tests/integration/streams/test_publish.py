@@ -119,7 +119,7 @@ def test_the_command_ends_with_a_status_that_tells(
 def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
     settings: Settings, tmp_path: Path
 ) -> None:
-    count = 6000
+    count = 4000
     file = rows(tmp_path / "a.jsonl", count)
     kafka = settings.kafka
     flags = [f"home={settings.home}", f"kafka.bootstrap={kafka.bootstrap}", f"kafka.topic={kafka.topic}"]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip.model
@@ -93,12 +96,28 @@ def test_a_description_of_another_format_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("size", [(50, 33), (20, 64), (32, 32)])
-def test_pixels_are_those_of_open_clip(mode: str, size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    ours = Preprocess(size=24, resize_mode=mode)  # type: ignore[arg-type]
-    theirs = image_transform_v2(PreprocessCfg(size=24, resize_mode=mode), is_train=False)(image)
-    torch.testing.assert_close(ours.normalise(ours.pixels(image)[None])[0], theirs, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_pixels_are_those_of_open_clip(mode: Any, interpolation: Any) -> None:
+    chance = np.random.default_rng(0)
+    for size in [(50, 33), (20, 64), (32, 32), (24, 24), (9, 200), *chance.integers(8, 120, (30, 2)).tolist()]:
+        image = Image.fromarray(chance.integers(0, 256, (*size, 3), dtype=np.uint8))
+        ours = Preprocess(size=24, resize_mode=mode, interpolation=interpolation, fill_color=7)
+        cfg = PreprocessCfg(size=24, resize_mode=mode, interpolation=interpolation, fill_color=7)
+        theirs = image_transform_v2(cfg, is_train=False)(image)
+        torch.testing.assert_close(ours.normalise(ours.pixels(image)[None])[0], theirs, rtol=0, atol=1e-5)
+
+
+def test_what_only_prepares_images_does_not_import_open_clip(base: ClipBase) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from typing import Any
+import serving.deployments.catalog, serving.deployments.ingress
+from serving.engines.base import load_base
+load_base(Path({str(base.directory.parents[1])!r}), {base.name!r})
+assert not {{"open_clip", "transformers", "torchvision"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_preprocessing_survives_json() -> None:
