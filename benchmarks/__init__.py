@@ -10,7 +10,7 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
-    "chaos": "benchmarks.stream.chaos",
+    "chaos": "benchmarks.chaos",
     "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",

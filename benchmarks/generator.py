@@ -1,4 +1,5 @@
-"""The process that makes HTTP load. Run by :mod:`benchmarks.load`; ends when its standard input closes.
+"""The process that makes HTTP load. Run by :mod:`benchmarks.load`; ends when its standard input closes. A line there, a
+JSON list of URLs, names the servers that further requests go to.
 
 Open loop: requests start on a schedule, whether or not earlier ones were answered, and latency counts from the moment a
 request was *due*. A closed loop (``concurrency`` in the plan) measures capacity instead.
@@ -22,21 +23,27 @@ Request = tuple[str, bytes]
 """Path and JSON body."""
 
 
-async def one(client: httpx.AsyncClient, probe: int, request: Request, due: float, out: IO[str]) -> None:
+def content(answer: dict[str, Any]) -> Any:
+    """What is compared: vectors (base64) or labels' probabilities of each input, hits (id, score), or a text."""
+    if "choices" in answer:
+        return answer["choices"][0]["message"]["content"]
+    data = answer["data"]
+    if "space" in answer:
+        return [[hit["id"], hit["score"]] for hit in data]
+    return [item["embedding"] if "embedding" in item else list(item["probabilities"].values()) for item in data]
+
+
+async def one(client: httpx.AsyncClient, url: str, probe: int, request: Request, due: float, out: IO[str]) -> None:
     """Send one request and write down what came back. ``due``: seconds since the epoch."""
-    row: dict[str, Any] = {"t": due, "p": probe}
+    row: dict[str, Any] = {"t": due, "p": probe, "b": time.time()}
     path, body = request
     try:
-        answer = await client.post(path, content=body, headers={"content-type": "application/json"})
+        answer = await client.post(url + path, content=body, headers={"content-type": "application/json"})
         row["c"] = answer.status_code
         if answer.status_code == 200:
             row["r"] = int(answer.headers["x-ratchet-release"])
             row["a"] = answer.headers["x-ratchet-adapter"]
-            found = answer.json()
-            if "data" in found:
-                row["v"] = [item["embedding"] for item in found["data"]]
-            else:
-                row["y"] = found["choices"][0]["message"]["content"]
+            row["y"] = content(answer.json())
         else:
             row["e"] = answer.text[:300]
     except (httpx.HTTPError, ValueError, KeyError) as error:
@@ -46,14 +53,13 @@ async def one(client: httpx.AsyncClient, probe: int, request: Request, due: floa
 
 
 async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None:
-    """Make the load of a plan: ``url``, ``requests``, and either ``rate`` (a second) or ``concurrency``."""
+    """Make the load of a plan: ``urls``, ``requests``, and either ``rate`` (a second) or ``concurrency``."""
     requests: list[Request] = [(path, body.encode()) for path, body in plan["requests"]]
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
-    async with httpx.AsyncClient(
-        base_url=plan["url"], timeout=TIMEOUT_SECONDS, limits=limits, trust_env=False
-    ) as client:
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, limits=limits, trust_env=False) as client:
         if plan.get("concurrency"):
-            await asyncio.gather(*(_loop(client, requests, k, out, stop) for k in range(plan["concurrency"])))
+            url = plan["urls"][0]
+            await asyncio.gather(*(_loop(client, url, requests, k, out, stop) for k in range(plan["concurrency"])))
             return
         running: set[asyncio.Task[None]] = set()
         began, count = time.time(), 0
@@ -65,7 +71,10 @@ async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None
                     break
                 except TimeoutError:
                     pass
-            task = asyncio.create_task(one(client, count % len(requests), requests[count % len(requests)], due, out))
+            # A server that is added must get all kinds of requests, whatever both numbers are.
+            url = plan["urls"][(count + count // len(requests)) % len(plan["urls"])]
+            number = count % len(requests)
+            task = asyncio.create_task(one(client, url, number, requests[number], due, out))
             running.add(task)
             task.add_done_callback(running.discard)
             count += 1
@@ -73,11 +82,11 @@ async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None
 
 
 async def _loop(
-    client: httpx.AsyncClient, requests: list[Request], start: int, out: IO[str], stop: asyncio.Event
+    client: httpx.AsyncClient, url: str, requests: list[Request], start: int, out: IO[str], stop: asyncio.Event
 ) -> None:
     count = start
     while not stop.is_set():
-        await one(client, count % len(requests), requests[count % len(requests)], time.time(), out)
+        await one(client, url, count % len(requests), requests[count % len(requests)], time.time(), out)
         count += 1
 
 
@@ -89,7 +98,8 @@ async def main(plan: dict[str, Any], path: Path) -> None:
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
 
     async def watch() -> None:
-        await reader.read()
+        while line := await reader.readline():
+            plan["urls"] = json.loads(line)
         stop.set()
 
     watcher = asyncio.create_task(watch())

@@ -1,9 +1,10 @@
-"""A TCP relay in front of a broker: what makes a broker go away and come back with its log."""
+"""A TCP relay: what makes a service go away and come back with its contents, or slow."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 
@@ -14,6 +15,8 @@ class Proxy:
         """``port``: of 127.0.0.1 to listen on. ``target``: host:port to pass everything to."""
         self.port = port
         self.target = target.rpartition(":")
+        self.delay_seconds = 0.0
+        """How long each piece of data waits before it is passed on, in both directions."""
         self._listener: socket.socket | None = None
         self._links: list[socket.socket] = []
         self._lock = threading.Lock()
@@ -53,6 +56,8 @@ class Proxy:
     def _relay(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
+                if self.delay_seconds:
+                    time.sleep(self.delay_seconds)
                 sink.sendall(data)
         for each in (source, sink):
             with suppress(OSError):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -35,11 +35,14 @@ class Part:
     >>> with Part("ingest", write_settings(settings, path), log) as worker: ...
     """
 
-    def __init__(self, name: str, config: Path, log: Path) -> None:
-        """``log``: file that gets all it prints, of every start."""
+    def __init__(self, name: str, config: Path, log: Path, environment: Mapping[str, str] | None = None) -> None:
+        """``log``: file that gets all it prints, of every start. ``environment``: variables beside those of this
+        process.
+        """
         self.name = name
         self.config = config
         self.log = log
+        self.environment = dict(environment or {})
         self.port = 0
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -54,6 +57,7 @@ class Part:
         section = "maintain" if self.name == "maintain" else "ingest"
         flags = ["--config", str(self.config), "--set", f"{section}.metrics_port={self.port}"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RATCHET_")}
+        environment |= self.environment
         with self.log.open("ab") as out:
             command = [sys.executable, "-m", "ops.cli.main", *flags, self.name]
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)

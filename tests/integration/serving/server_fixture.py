@@ -19,6 +19,7 @@ import yaml
 from benchmarks.expected import ExpectedVectors
 from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
+from benchmarks.serving.session_processes import engine_pids, session_pids
 from ops.artifacts import Artifacts
 from ops.ledger import Family, Ledger
 from ops.loading import load_settings
@@ -27,7 +28,6 @@ from serving.client import Client
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import VlmBase
-from serving.ray.ray_session import is_engine, session_directory
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
@@ -129,27 +129,11 @@ class ServerFixture:
 
     def pids(self, *names: str) -> list[int]:
         """Processes of this session whose command contains one of the names; all when none is given."""
-        mark = str(session_directory(self.settings)).encode()
-        found = []
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                command = (entry / "cmdline").read_bytes()
-                environ = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            ours = (
-                mark in command
-                or (mark in environ and command.startswith(b"ray::"))
-                or is_engine(int(entry.name), mark)
-            )
-            if ours and (not names or any(name.encode() in command for name in names)):
-                found.append(int(entry.name))
-        return found
+        return session_pids(self.settings, *names)
 
     def engines(self) -> list[int]:
         """Processes in which vLLM answers for this session, whatever their title."""
-        mark = str(session_directory(self.settings)).encode()
-        return [pid for pid in self.pids() if is_engine(pid, mark)]
+        return engine_pids(self.settings)
 
     def kill_everything(self) -> None:
         """SIGKILL the server and all of its processes at once."""

@@ -1,0 +1,156 @@
+"""What a chaos run of the server is judged by: which requests failed although nothing that they needed was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from benchmarks.load import Sample
+from benchmarks.probes import RequestKind
+
+Process = str
+"""``encoder``, ``vlm``, ``catalog``, ``ingress``, ``controller``."""
+NEEDS: Final[dict[RequestKind, frozenset[Process]]] = {
+    "embeddings": frozenset({"ingress", "encoder"}),
+    "classify": frozenset({"ingress", "encoder"}),
+    "search": frozenset({"ingress", "encoder", "catalog"}),
+    "chat": frozenset({"ingress", "vlm"}),
+}
+"""Processes that a request is on its way through."""
+EVIDENCE: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """A process that was killed. ``began`` and ``ended``: before and after the signals, seconds since 1970."""
+
+    process: Process
+    step: str
+    """Of a release: what its proposal was when the process was killed."""
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rollback:
+    """One rollback that was asked for.
+
+    ``seconds`` go from the request, or from the moment at which the ledger answered again if that is later, to the
+    answer that it is live. A refused call is made again meanwhile; ``errors`` says what was answered then.
+    """
+
+    seconds: float
+    done: bool
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A rollback that was asked for while the ledger was away, so that none could be committed."""
+
+    seconds: float
+    status: int
+    """HTTP; 503 is right, 0 is no answer."""
+
+
+@dataclass
+class StateReport:
+    """What happened in one state, from the way into it until all was well again."""
+
+    state: str
+    began: float = 0.0
+    ended: float = 0.0
+    skipped: str = ""
+    """Why it was not entered."""
+    kills: list[Kill] = field(default_factory=list)
+    rollbacks: list[Rollback] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    releases: int = 0
+    """Releases of the operator that went live."""
+    releases_failed: int = 0
+    problems: list[str] = field(default_factory=list)
+    """What else did not go as it should."""
+    requests: int = 0
+    failed: int = 0
+    """Beyond those in flight on a process that was killed."""
+    failed_on_killed: int = 0
+    mixed: int = 0
+    evidence: list[str] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """For the JSON line."""
+        if self.skipped:
+            return {"state": self.state, "skipped": self.skipped}
+        return {
+            "state": self.state,
+            "seconds": round(self.ended - self.began, 1),
+            "requests": self.requests,
+            "failed_beyond_killed": self.failed,
+            "failed_on_killed": self.failed_on_killed,
+            "mixed": self.mixed,
+            "kills": len(self.kills),
+            "rollbacks": len(self.rollbacks),
+            "rollbacks_failed": sum(not each.done for each in self.rollbacks),
+            "rollback_seconds": [round(each.seconds, 3) for each in self.rollbacks],
+            "refusals": [asdict(each) | {"seconds": round(each.seconds, 3)} for each in self.refusals],
+            "releases": self.releases,
+            "releases_failed": self.releases_failed,
+            "problems": self.problems[:EVIDENCE],
+            "evidence": self.evidence,
+        }
+
+
+def audit(reports: Sequence[StateReport], samples: Sequence[Sample]) -> None:
+    """Count the requests of each state. One that was sent between two states counts for the one before.
+
+    Args:
+        samples: all requests, with what is wrong about each in ``problem`` (``mixed``, or an error).
+    """
+    entered = sorted((report for report in reports if not report.skipped), key=lambda report: report.began)
+    kills = [kill for report in entered for kill in report.kills]
+    for sample in samples:
+        before = [report for report in entered if report.began <= sample.began]
+        report = before[-1] if before else entered[0] if entered else None
+        if report is not None:
+            _count(report, sample, kills)
+
+
+def _count(report: StateReport, sample: Sample, kills: Sequence[Kill]) -> None:
+    report.requests += 1
+    if sample.problem == "mixed":
+        report.mixed += 1
+    elif sample.problem and any(on_killed(sample, kill) for kill in kills):
+        report.failed_on_killed += 1
+    elif sample.problem:
+        report.failed += 1
+        if len(report.evidence) < EVIDENCE:
+            after = sample.began - report.began
+            report.evidence.append(f"{sample.kind} sent {after:.1f} s after the state began: {sample.problem[:200]}")
+
+
+def on_killed(sample: Sample, kill: Kill) -> bool:
+    """Whether a request was in flight on a process when it was killed."""
+    in_flight = sample.began <= kill.ended and sample.due + sample.seconds >= kill.began
+    return in_flight and kill.process in NEEDS[sample.kind]
+
+
+def totals(reports: Sequence[StateReport]) -> dict[str, Any]:
+    """The figures of the whole run."""
+    rollbacks = [each for report in reports for each in report.rollbacks]
+    refusals = [each for report in reports for each in report.refusals]
+    return {
+        "requests": sum(report.requests for report in reports),
+        "failed_beyond_killed": sum(report.failed for report in reports),
+        "failed_on_killed": sum(report.failed_on_killed for report in reports),
+        "mixed": sum(report.mixed for report in reports),
+        "kills": sum(len(report.kills) for report in reports),
+        "rollbacks": len(rollbacks),
+        "rollbacks_failed": sum(not each.done for each in rollbacks),
+        "rollback_seconds_max": round(max((each.seconds for each in rollbacks), default=0.0), 3),
+        "refusals": len(refusals),
+        "refusals_not_503": sum(each.status != 503 for each in refusals),
+        "refusal_seconds_max": round(max((each.seconds for each in refusals), default=0.0), 3),
+        "problems": sum(len(report.problems) for report in reports),
+        "states": [report.figures() for report in reports],
+    }

@@ -1,0 +1,98 @@
+"""An S3 server of its own (moto) behind a relay: it can be stopped, cut off and slow."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from benchmarks.proxy import Proxy
+from benchmarks.stream.part import wait_for
+from streams.broker import free_port
+
+BUCKET = "chaos"
+URL = f"s3://{BUCKET}/ratchet"
+
+
+class ObjectStore:
+    """moto keeps objects in memory, so it is suspended and not restarted: contents stay."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.port = free_port()
+        self.relay = Proxy(free_port(), f"127.0.0.1:{self.port}")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[str, str | None] = {}
+
+    def environment(self, relayed: bool = True) -> dict[str, str]:
+        """Variables with which a process finds it: through the relay, or directly."""
+        url = f"http://127.0.0.1:{self.relay.port if relayed else self.port}"
+        return {
+            "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
+        }  # fmt: skip
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """SIGSTOP: connections stay open, and nobody answers."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Connections are refused."""
+        self.relay.cut()
+        try:
+            yield
+        finally:
+            self.relay.open()
+
+    @contextmanager
+    def slow(self, seconds: float) -> Iterator[None]:
+        """Each piece of data comes so much later."""
+        self.relay.delay_seconds = seconds
+        try:
+            yield
+        finally:
+            self.relay.delay_seconds = 0.0
+
+    def __enter__(self) -> ObjectStore:
+        import boto3
+
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        with self.log.open("ab") as out:
+            process = self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        wait_for(self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}.")
+        self._before = {name: os.environ.get(name) for name in self.environment()}
+        os.environ.update(self.environment(relayed=False))  # for this process, which looks from outside
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        self.relay.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.relay.cut()
+        for name, value in self._before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _listens(self) -> bool:
+        import socket
+
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+        except OSError:
+            return False
+        return True

@@ -1,0 +1,95 @@
+"""``ratchet serve`` on a home and a metrics disk of its own, as on a machine of its own."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+from benchmarks.serving.chaos_audit import Kill, Process
+from benchmarks.serving.session_processes import engine_pids, kill, session_pids
+from benchmarks.stream.part import Part, wait_for, write_settings
+from benchmarks.stream.small_disk import SmallDisk
+from ops.settings import Settings
+from serving.client import Client
+from serving.ray.ray_session import session_directory
+
+START_SECONDS: Final = 420.0
+STOP_SECONDS: Final = 90.0
+METRICS_BYTES: Final = 64 << 20
+DEPLOYMENTS: Final[dict[Process, str]] = {
+    "encoder": "Encoder",
+    "vlm": "Vlm",
+    "catalog": "Catalog",
+    "ingress": "Ingress",
+    "controller": "Controller",
+}
+
+
+class WholeServer:
+    """One server process with its Ray session."""
+
+    def __init__(self, settings: Settings, name: str, folder: Path, environment: Mapping[str, str]) -> None:
+        """``folder``: for its log, ``NAME.log``. ``environment``: variables beside those of this process."""
+        self.settings = settings
+        self.name = name
+        self._stack = ExitStack()
+        # As on another machine, it caches artifacts for itself.
+        own = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rc-", ignore_cleanup_errors=True))
+        config = write_settings(settings, folder / f"{name}.json")
+        self.part = Part("serve", config, folder / f"{name}.log", {"TMPDIR": own, **environment})
+        self.metrics_disk = SmallDisk(session_directory(settings) / "metrics", METRICS_BYTES)
+
+    @property
+    def url(self) -> str:
+        """Where it answers."""
+        return self.settings.serve.url
+
+    def client(self, timeout: float) -> Client:
+        """An operator's client."""
+        return Client(self.url, self.settings.operator_key(), actor="chaos", timeout=timeout)
+
+    def start(self) -> None:
+        """Start it, and wait until it is ready. Raises RatchetError."""
+        mounting = threading.Thread(target=self._mount, daemon=True)
+        mounting.start()
+        self.part.start()
+        with self.client(20.0) as client:
+            self.part.wait_for(client.is_ready, f"{self.name} was ready", START_SECONDS)
+
+    def stop(self) -> bool:
+        """Ask it to end; False when it had to be killed, or ended with an error."""
+        clean = self.part.stop(STOP_SECONDS)
+        if not clean:
+            kill(session_pids(self.settings))
+        self._stack.close()
+        return clean
+
+    def kill(self, process: Process, step: str = "") -> Kill:
+        """SIGKILL one process of a kind: the first encoder, the engine of the VLM."""
+        began = time.time()
+        name = f"ServeReplica:ratchet:{DEPLOYMENTS[process]}"
+        engines = engine_pids(self.settings) if process == "vlm" else []
+        pids = engines or session_pids(self.settings, name)
+        kill(pids[:1])
+        return Kill(process, step, began, time.time())
+
+    def wait_until_whole(self, seconds: float) -> None:
+        """Wait until every deployment has a process and the server is ready. Raises RatchetError."""
+        names = [name for process, name in DEPLOYMENTS.items() if process != "vlm" or self.settings.base.vlm]
+
+        def whole() -> bool:
+            found = [session_pids(self.settings, f"ServeReplica:ratchet:{name}") for name in names]
+            with self.client(20.0) as client:
+                return all(found) and client.is_ready()
+
+        self.part.wait_for(whole, "every part of the server was back", seconds)
+
+    def _mount(self) -> None:
+        """Mount the metrics disk when the server has made the folder, before processes write there."""
+        wait_for(self.metrics_disk.folder.is_dir, "the metrics folder was made", START_SECONDS)
+        self._stack.enter_context(self.metrics_disk)
