@@ -38,6 +38,8 @@ class AdapterRow:
     created_at: datetime
     withdrawn: str | None = None
     """Why the guard took it back; such an adapter is not released again unless an operator forces it."""
+    digest: str | None = None
+    """SHA-256 of its directory; None for adapters that were recorded before it was kept."""
 
 
 @dataclass(frozen=True)
