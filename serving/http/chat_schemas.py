@@ -8,13 +8,24 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
 from serving.http.errors import ApiError
 from serving.http.schemas import VLM_MODEL, ImageUrl
 
 MAX_MESSAGES = 256
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+def _not_denormal(value: float) -> float:
+    if is_denormal(value):
+        raise ValueError(f"Input is too small: it should be 0, or at least {SMALLEST:.3g}")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_not_denormal)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), AfterValidator(_not_denormal)]
 
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -99,8 +110,10 @@ class ChatRequest(BaseModel):
     model: str = VLM_MODEL
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; at most, and by default, the server's own.")
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, always takes the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the likeliest tokens with this share.")
+    temperature: Temperature | None = Field(
+        None, description="0, the default, always takes the likeliest token. Between 0 and 0.01 is 0.01."
+    )
+    top_p: TopP | None = Field(None, description="Sample from the likeliest tokens with this share.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="One text or up to four that end the answer; they are not part of it."
