@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-import psutil
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
@@ -20,7 +19,6 @@ from benchmarks.fixtures.tiny import tiny_base
 from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from benchmarks.inputs import pictures, random_adapter
 from benchmarks.serving.object_store import URL, ObjectStore
-from benchmarks.serving.session_processes import kill
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from benchmarks.swap import make_adapters
@@ -105,12 +103,6 @@ class ChaosInstallation:
         server = WholeServer(settings, f"server-{self._servers}", self.folder, own)
         self._stack.callback(server.stop)
         return server
-
-    def kill_ledger(self) -> None:
-        """SIGKILL for all processes of PostgreSQL."""
-        pid = int((self.postgres.root / "data" / "postmaster.pid").read_text().split()[0])
-        leader = psutil.Process(pid)
-        kill([pid, *(child.pid for child in leader.children(recursive=True))])
 
     def wait_for_ledger(self) -> float:
         """Wait until the ledger answers a query; when that was, by :func:`time.monotonic`."""

@@ -136,7 +136,7 @@ def _ledger_stopped(run: Chaos, seconds: float, report: StateReport) -> None:
 def _ledger_killed(run: Chaos, seconds: float, report: StateReport) -> None:
     for _ in _until(seconds):
         release = run.release(report)
-        run.installation.kill_ledger()
+        run.installation.postgres.kill()
         run.operator.refused(run.server, report)
         time.sleep(float(run.random.uniform(0.5, 5.0)))
         run.installation.postgres.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 import time
@@ -16,7 +17,7 @@ from benchmarks.stream.part import Part, wait_for, write_settings
 from benchmarks.stream.small_disk import SmallDisk
 from ops.settings import Settings
 from serving.client import Client
-from serving.ray.ray_session import session_directory
+from serving.ray.ray_session import end_leftovers, session_directory
 
 START_SECONDS: Final = 420.0
 STOP_SECONDS: Final = 90.0
@@ -55,6 +56,9 @@ class WholeServer:
 
     def start(self) -> None:
         """Start it, and wait until it is ready. Raises RatchetError."""
+        session = session_directory(self.settings)
+        end_leftovers(session)
+        shutil.rmtree(session, ignore_errors=True)  # of an earlier run in the same folder
         mounting = threading.Thread(target=self._mount, daemon=True)
         mounting.start()
         self.part.start()
