@@ -52,6 +52,7 @@ class Refusal:
     seconds: float
     status: int
     """HTTP; 503 is right, 0 is no answer."""
+    message: str = ""
 
 
 @dataclass
@@ -69,6 +70,8 @@ class StateReport:
     releases: int = 0
     """Releases of the operator that went live."""
     releases_failed: int = 0
+    commits_lost: int = 0
+    """COMMITs that the ledger never got, or whose answer did not come back."""
     problems: list[str] = field(default_factory=list)
     """What else did not go as it should."""
     requests: int = 0
@@ -90,6 +93,7 @@ class StateReport:
             "failed_on_killed": self.failed_on_killed,
             "mixed": self.mixed,
             "kills": len(self.kills),
+            "commits_lost": self.commits_lost,
             "rollbacks": len(self.rollbacks),
             "rollbacks_failed": sum(not each.done for each in self.rollbacks),
             "rollback_seconds": [round(each.seconds, 3) for each in self.rollbacks],
@@ -145,6 +149,7 @@ def totals(reports: Sequence[StateReport]) -> dict[str, Any]:
         "failed_on_killed": sum(report.failed_on_killed for report in reports),
         "mixed": sum(report.mixed for report in reports),
         "kills": sum(len(report.kills) for report in reports),
+        "commits_lost": sum(report.commits_lost for report in reports),
         "rollbacks": len(rollbacks),
         "rollbacks_failed": sum(not each.done for each in rollbacks),
         "rollback_seconds_max": round(max((each.seconds for each in rollbacks), default=0.0), 3),

@@ -147,6 +147,7 @@ def _ledger_killed(run: Chaos, seconds: float, report: StateReport) -> None:
 
 def _commit_lost(run: Chaos, seconds: float, report: StateReport) -> None:
     relay, back = run.installation.commits, 0.0
+    before_all = relay.lost
 
     def restart() -> None:
         nonlocal back
@@ -164,6 +165,7 @@ def _commit_lost(run: Chaos, seconds: float, report: StateReport) -> None:
         run.rollback(report, lambda: back)
         if relay.lost == lost:  # nothing was committed after the relay was told to: the next release's will be lost
             run.release(report).result()
+    report.commits_lost = relay.lost - before_all
 
 
 def _objects_away(run: Chaos, seconds: float, report: StateReport) -> None:

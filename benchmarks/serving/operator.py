@@ -64,7 +64,7 @@ class Operator:
                     client.rollback(f"chaos: {report.state}", timeout=CALL_SECONDS)
                 done = True
             except RatchetError as error:
-                errors.append(f"{getattr(error, 'status', 409)}: {str(error)[:300]}")
+                errors.append(f"{_status(error)}: {str(error)[:300]}")
                 time.sleep(RETRY_SECONDS)
         seconds = max(0.0, time.monotonic() - max(asked, available()))
         distinct = tuple(dict.fromkeys(errors))
@@ -76,12 +76,15 @@ class Operator:
 
     def refused(self, server: WholeServer, report: StateReport) -> None:
         """Ask for a rollback while the ledger is away: it must be refused, and at once."""
-        asked, status = time.monotonic(), 200
+        asked, status, message = time.monotonic(), 200, ""
         try:
             with server.client(REFUSAL_SECONDS) as client:
                 client.rollback(f"chaos: {report.state}", timeout=REFUSAL_SECONDS)
-        except ServerError as error:
-            status = error.status
-        except RatchetError:
-            status = 409
-        report.refusals.append(Refusal(time.monotonic() - asked, status))
+        except RatchetError as error:
+            status, message = _status(error), str(error)[:200]
+        report.refusals.append(Refusal(time.monotonic() - asked, status, message))
+
+
+def _status(error: RatchetError) -> int:
+    """The HTTP status that a client's error stands for; it has a class of its own for 409."""
+    return error.status if isinstance(error, ServerError) else 409
