@@ -1,4 +1,4 @@
-"""Verbs of the trainer and the gate: adapters, updates, verdicts."""
+"""Queries of the trainer and the gate: adapters, updates, verdicts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, Verdict
 FINISHED = ("done", "failed", "abandoned")
 
 
-class LearningVerbs:
+class LearningQueries:
     """What the updater writes."""
 
     database: Database

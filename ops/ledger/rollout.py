@@ -1,4 +1,4 @@
-"""Verbs of the guarded rollout: what answers beside a canary, and which adapters may be released without force."""
+"""Queries of the guarded rollout: what answers beside a canary, and which adapters may be released without force."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ops.ledger.rows import ReleaseRow
 PLAIN = 1.0
 
 
-class RolloutVerbs:
+class RolloutQueries:
     """What canaries, shadows and the guard need. All of it follows from rows that are never changed."""
 
     database: Database
