@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
-from ops.ledger.rows import ReleaseRow
+from ops.ledger.rows import Family, ReleaseRow
 
 PLAIN = 1.0
 
@@ -29,6 +29,13 @@ class RolloutQueries:
         """The newest plain release before ``number``: what it is compared with, and what the guard goes back to."""
         with self.database.read() as session:
             return _newest_plain(session, number)
+
+    def was_stable(self, family: Family, adapter: str | None) -> bool:
+        """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
+        with self.database.read() as session:
+            return session.scalars(query.limit(1)).first() is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
         """Those of some adapters that the guard took back, with the reason."""
