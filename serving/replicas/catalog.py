@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +63,12 @@ class CatalogReplica:
         self._adopting = asyncio.Lock()
         self._adopted = 0
         """The newest release that was adopted."""
+
+    def __del__(self) -> None:
+        """Serve calls this when the replica ends: tables that it held may be dropped from now on."""
+        if (catalog := getattr(self, "catalog", None)) is not None:
+            with contextlib.suppress(OSError):
+                catalog.claims.close()
 
     async def _started(self) -> Catalog:
         """The catalog with its loops running and a residency adopted, which a replaced replica has not been told."""
