@@ -15,6 +15,7 @@ from ops.cli import context as ctx
 from ops.cli.audit import lines
 from ops.errors import ReleaseError
 from ops.ledger import Ledger, ProposalRow, answers
+from ops.progress import say
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
@@ -114,13 +115,16 @@ def rollback(
     ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
 ) -> None:
-    """Go back to an older release, as a new release; returns when every replica serves it.
+    """Go back to an older release, as a new release; replicas that do not answer at once follow by themselves.
 
     Examples:  ratchet releases rollback -r "wrong colours"    |    ratchet releases rollback --family vlm -r "vague"
     """
-    with _operator(ctx.of(context).settings) as client:
+    settings = ctx.of(context).settings
+    with _operator(settings) as client:
         chosen = None if family is None else family.value
         _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
+    if settings.rollout.hold_after_rollback:
+        say("updates wait until `ratchet releases resume`")
 
 
 @app.command()

@@ -60,9 +60,9 @@ def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     first = {row.number: row for row in (live, incumbent) if row is not None}
     others = [row for row in newest if row.number not in first]
     window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    rollback_release = None
-    if all(row.clip == live.clip for row in window):
-        rollback_release = ledger.before("clip", live.clip)
+    rollback_release = ledger.before("clip", live.clip)
+    if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
+        rollback_release = None
     vlms = dict.fromkeys(row.vlm for row in window)
     if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm)) is not None:
         vlms[other.vlm] = None
@@ -87,7 +87,8 @@ async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
 
 
 class ResidencyReader:
-    """Reads the newest releases; asks an encoder for the spaces of each adapter, once (adapters never change)."""
+    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
+    (adapters never change)."""
 
     def __init__(self, ledger: Ledger, prepare: Callable[[str | None], Awaitable[Prepared]], size: int) -> None:
         """``prepare``: asks any encoder to hold a CLIP adapter."""
@@ -102,6 +103,8 @@ class ResidencyReader:
         if not rows.window or rows.window[0].number <= newer_than:
             return None
         residency = await resolve_residency(rows, self._spaces_of)
+        for clip in set(self._spaces).difference(rows.clips):
+            del self._spaces[clip]
         return residency if residency.window else None
 
     async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:

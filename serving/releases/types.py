@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,8 +88,11 @@ class Broadcast(Protocol):
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
-    async def announce(self, residency: Residency) -> int:
-        """Tell every replica what is resident; returns how many acknowledged."""
+    async def resident(self) -> list[ReleaseSnapshot]:
+        """What ingress replicas answer with at this moment, of those that say so at once."""
+
+    async def announce(self, residency: Residency, seconds: float) -> int:
+        """Tell every replica what is resident; returns how many acknowledged. Raises ReleaseError when not all did."""
 
     async def observations(self) -> list[Observations]:
         """What each ingress replica saw of the release that is watched."""
@@ -97,5 +100,10 @@ class Broadcast(Protocol):
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""
 
-    async def retire(self, residency: Residency) -> None:
-        """Unload everything else."""
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        """Let the catalog let go of all other image spaces; with the epoch of the controller's lease their tables are
+        dropped.
+        """
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        """Unload all other adapters."""

@@ -100,6 +100,10 @@ class Ingress:
         metrics.release.live("ingress", number)
         return number
 
+    async def resident(self) -> tuple[ReleaseSnapshot, ...]:
+        """The releases that requests may name here, newest first."""
+        return self.admission.window
+
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release."""
         return self.admission.in_flight()
