@@ -25,12 +25,15 @@ from serving.releases.commands import (
     ReleaseCommand,
     RollbackCommand,
 )
+from serving.releases.fallback import Fallback
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
+START_SECONDS = 10.0
+"""How long an operator's call waits for a controller that starts; it does not hang when that one cannot."""
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
@@ -50,13 +53,16 @@ class ReleaseController:
     ) -> None:
         close_replica_port()
         metrics.build.started("controller")
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = RayBroadcast(encoder, catalog, vlm)
         self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         rollout = settings.rollout
         share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
         self.protocol = ReleaseProtocol(self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share)
         self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
+        self.fallback = Fallback(
+            self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
+        )
         self._started = asyncio.Event()
         self._trouble = ""
         self._running: set[asyncio.Task[Any]] = set()
@@ -64,7 +70,7 @@ class ReleaseController:
 
     async def check_health(self) -> None:
         """Keeps the loops running. The guard has its own: a release in preparation may take minutes."""
-        for name, work in (("proposals", self._run), ("guard", self._guard)):
+        for name, work in (("proposals", self._run), ("guard", self._guard), ("fallback", self._fall_back)):
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
@@ -92,6 +98,7 @@ class ReleaseController:
         return {
             "started": self._started.is_set(),
             "trouble": self._trouble,
+            "fallback": self.fallback.problem,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
             "resident": [
                 {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
@@ -139,7 +146,15 @@ class ReleaseController:
         return task
 
     async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
-        await self._started.wait()
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await self._started.wait()
+        except TimeoutError:
+            trouble = self._trouble or "replicas are starting"
+            return ReleaseError(
+                f"the release controller has not started yet: {trouble}.",
+                "Try again shortly, or use `ratchet releases rollback --offline`.",
+            )
         try:
             outcome = await self._carry_out(command)
         except RatchetError as error:
@@ -183,6 +198,19 @@ class ReleaseController:
                 await asyncio.sleep(GUARD_PAUSE_SECONDS)
             except Exception:
                 log.exception("guard")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _fall_back(self) -> None:
+        await self._started.wait()
+        while True:
+            try:
+                outcome = await self.fallback.step()
+                if outcome is not None:
+                    self._recorded(outcome)
+            except RatchetError as error:
+                log.warning("fallback: %s", error)
+            except Exception:
+                log.exception("fallback")
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:

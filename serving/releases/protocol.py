@@ -82,6 +82,8 @@ class ReleaseProtocol:
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
             live = await asyncio.to_thread(self.ledger.live)
+            if live is not None:
+                metrics.release.live("controller", live.number)  # also one that was made offline
             waits = held is not None or (live is not None and not live.plain)
             waiting = await asyncio.to_thread(self.ledger.pending_proposals)
             metrics.release.waiting(len(waiting), held is not None)
@@ -141,17 +143,14 @@ class ReleaseProtocol:
         return await self._ordered("rollback", adapters, command)
 
     async def residency(self) -> Residency:
-        """What stays loaded. Spaces come from the encoders and are remembered.
+        """What stays loaded. Spaces come from the encoders and are remembered. Releases whose CLIP adapter is gone or
+        damaged are left out.
 
         Raises:
-            ReleaseError: a CLIP adapter that answers requests cannot be served.
+            ReleaseError: the encoders cannot tell the spaces of what answers requests.
         """
         rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
-        residency = await resolve_residency(rows, self._known)
-        if rows.window and not residency.window:
-            for row in rows.answering:
-                await self._prepare(row.clip)  # says why
-        return residency
+        return await resolve_residency(rows, self._known)
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
         """Unload what left the window, once no request that was stamped with it is in flight."""
@@ -285,7 +284,9 @@ class ReleaseProtocol:
             return 0
 
     async def _prepare(self, clip: str | None) -> tuple[str, str]:
-        answers = await self.broadcast.prepare(clip)
+        return self._agreed(clip, await self.broadcast.prepare(clip))
+
+    def _agreed(self, clip: str | None, answers: list[Prepared]) -> tuple[str, str]:
         _check(answers, clip, "the base")
         spaces = {(answer.image_space, answer.text_space) for answer in answers}
         if len(spaces) != 1:
@@ -299,10 +300,10 @@ class ReleaseProtocol:
     async def _known(self, clip: str | None) -> tuple[str, str] | None:
         if clip in self._spaces:
             return self._spaces[clip]
-        try:
-            return await self._prepare(clip)
-        except ReleaseError:
+        answers = await self.broadcast.prepare(clip)
+        if answers and all(answer.unservable for answer in answers):
             return None
+        return self._agreed(clip, [answer for answer in answers if not answer.unservable])
 
 
 def _check(answers: list[Prepared], adapter: str | None, base: str) -> None:

@@ -23,7 +23,7 @@ from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import ResidencyReader
+from serving.replicas.residency_reader import residency_reader
 from streams.images import decode_image
 from streams.store import SampleStore
 
@@ -51,13 +51,12 @@ class CatalogReplica:
 
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
-        ledger = Ledger.open(settings.ledger, migrate=False)
-        self._residency_reader = ResidencyReader(ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self._residency_reader = residency_reader(settings, Ledger.lazy(settings.ledger), encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._adopting = asyncio.Lock()
-        self._adopted = False
+        self._adopted = 0
 
     async def _started(self) -> Catalog:
         """The catalog with its loops running and the residency adopted, which a replaced replica has not been told."""
@@ -67,16 +66,21 @@ class CatalogReplica:
             self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
         async with self._adopting:
             if not self._adopted:
-                residency = await self._residency_reader.read()
-                if residency is not None:
-                    await self._adopt(residency.indexed)
-                    self._adopted = True
+                await self._follow()
         return self.catalog
+
+    async def _follow(self) -> None:
+        """Adopt what no announcement brought: what is live at the start, and a release that was made offline."""
+        residency = await self._residency_reader.read(newer_than=self._adopted)
+        if residency is not None:
+            await self._adopt(residency.indexed)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
         try:
-            await asyncio.wait_for(self._started(), HEALTH_SECONDS)
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self._started()
+                await self._follow()
         except Exception as error:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
@@ -95,6 +99,7 @@ class CatalogReplica:
     async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
         if window:
+            self._adopted = max(self._adopted, window[0].release)
             metrics.release.live("catalog", window[0].release)
 
     async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
