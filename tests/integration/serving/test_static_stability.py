@@ -22,8 +22,8 @@ pytestmark = pytest.mark.integration
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server whose stores may be taken away."""
     made = ServerFixture.make(tmp_path_factory.mktemp("static"))
-    made.start()
     try:
+        made.start()
         yield made
     finally:
         made.stop()
