@@ -59,16 +59,22 @@ class Server:
             return
         self._stopped = True
         import ray
-        from ray import serve
 
         with contextlib.suppress(Exception):  # a broken session is ended all the same
-            if serve.status().applications:
-                asyncio.run(drain(self.drain_seconds))
-        with contextlib.suppress(Exception):
-            serve.shutdown()
+            asyncio.run(_end_application(self.drain_seconds))
         ray.shutdown()
         ray_session.end_leftovers(self.folder)
         os.close(self.lock)
+
+
+async def _end_application(seconds: float) -> None:
+    """Drain, and shut Serve down in the same event loop: a handle that was called belongs to its loop."""
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # not started yet, or broken
+        if serve.status().applications:
+            await drain(seconds)
+    await serve.shutdown_async()
 
 
 async def drain(seconds: float) -> bool:
