@@ -10,7 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
+from ops.loading import load_settings
 from serving.releases.offline import roll_back_offline
 from serving.releases.residency_source import residency_path
 from tests.integration.serving.server_fixture import ServerFixture
@@ -18,10 +20,28 @@ from tests.integration.serving.server_fixture import ServerFixture
 pytestmark = pytest.mark.integration
 
 
+def make_server(home: Path) -> ServerFixture:
+    """A server whose ledger is behind a link, which is turned in one step."""
+    made = ServerFixture.make(home)
+    (home / "up").mkdir()
+    (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
+    settings = yaml.safe_load(made.config.read_text()) | {"ledger_url": f"sqlite:///{home}/ledger/ledger.db"}
+    made.config.write_text(yaml.safe_dump(settings))
+    made.settings = load_settings(made.config, environ={})
+    point_ledger_to(made, "up")
+    return made
+
+
+def point_ledger_to(server: ServerFixture, folder: str) -> None:
+    link = server.settings.home / "ledger.new"
+    link.symlink_to(server.settings.home / folder)
+    link.replace(server.settings.home / "ledger")
+
+
 @pytest.fixture(scope="module")
 def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
     """A server whose stores may be taken away."""
-    made = ServerFixture.make(tmp_path_factory.mktemp("static"))
+    made = make_server(tmp_path_factory.mktemp("static"))
     try:
         made.start()
         yield made
@@ -64,20 +84,16 @@ def test_stores_go_and_come_and_the_same_release_answers(own_server: ServerFixtu
     assert set(statuses) <= {200, 503}, statuses
 
     # Ledger and artifacts away: a start serves the last known release from the node's copies.
-    home = server.settings.home
-    away = {name: home / f"{name}.away" for name in ("ledger.db", "artifacts")}
-    for suffix in ("-wal", "-shm"):
-        (home / f"ledger.db{suffix}").unlink(missing_ok=True)
-    for name, elsewhere in away.items():
-        (home / name).rename(elsewhere)
-    (home / "ledger.db").mkdir()  # what cannot be opened, as a database that is down
+    artifacts = Path(server.settings.artifacts)
+    artifacts.rename(artifacts.with_suffix(".away"))
+    point_ledger_to(server, "down")
     server.start()
     answer = ask(server)
     assert (answer.status_code, answer.headers["x-ratchet-adapter"]) == (200, second)
     assert 'source="file"' in httpx.get(f"{server.url}/metrics", timeout=60).text
-    (home / "ledger.db").rmdir()
-    for name, elsewhere in away.items():
-        elsewhere.rename(home / name)
+    shutil.rmtree(artifacts, ignore_errors=True)
+    artifacts.with_suffix(".away").rename(artifacts)
+    point_ledger_to(server, "up")
 
     # A rollback without the server is adopted by it, everywhere.
     row = roll_back_offline(server.ledger, ["clip"], to=None, actor="t", reason="offline")
