@@ -29,6 +29,7 @@ from serving.releases.commands import (
     ReleaseCommand,
     RollbackCommand,
 )
+from serving.releases.fallback import Fallback
 from serving.releases.lease import RENEW_SECONDS, ControllerLease
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
@@ -36,6 +37,8 @@ from serving.releases.types import Outcome
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
+START_SECONDS = 10.0
+"""How long an operator's call waits for a controller that starts; it does not hang when that one cannot."""
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
@@ -55,7 +58,7 @@ class ReleaseController:
     ) -> None:
         close_replica_port()
         metrics.build.started("controller")
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = RayBroadcast(encoder, catalog, vlm)
         self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         rollout = settings.rollout
@@ -66,6 +69,9 @@ class ReleaseController:
             hold_after_rollback=rollout.hold_after_rollback, lease=self.lease,
         )  # fmt: skip
         self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
+        self.fallback = Fallback(
+            self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
+        )
         self._started = asyncio.Event()
         self._trouble = ""
         self._seen = 0
@@ -82,7 +88,10 @@ class ReleaseController:
 
     async def check_health(self) -> None:
         """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
-        for name, work in (("lease", self._keep_lease), ("proposals", self._run), ("guard", self._guard)):
+        loops = {
+            "lease": self._keep_lease, "proposals": self._run, "guard": self._guard, "fallback": self._fall_back,
+        }  # fmt: skip
+        for name, work in loops.items():
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
@@ -116,6 +125,7 @@ class ReleaseController:
             "started": self._started.is_set(),
             "trouble": self._trouble,
             "epoch": self.lease.epoch,
+            "fallback": self.fallback.problem,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
             "resident": [
                 {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
@@ -164,7 +174,15 @@ class ReleaseController:
 
     async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
         if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
-            await self._started.wait()
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    await self._started.wait()
+            except TimeoutError:
+                trouble = self._trouble or "replicas are starting"
+                return ReleaseError(
+                    f"the release controller has not started yet: {trouble}.",
+                    "Try again shortly, or use `ratchet releases rollback --offline`.",
+                )
         try:
             outcome = await self._carry_out(command)
         except RatchetError as error:
@@ -234,6 +252,19 @@ class ReleaseController:
                 await asyncio.sleep(GUARD_PAUSE_SECONDS)
             except Exception:
                 log.exception("guard")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _fall_back(self) -> None:
+        await self._started.wait()
+        while True:
+            try:
+                outcome = None if self.lease.epoch is None else await self.fallback.step()
+                if outcome is not None:
+                    self._recorded(outcome)
+            except RatchetError as error:
+                log.warning("fallback: %s", error)
+            except Exception:
+                log.exception("fallback")
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:

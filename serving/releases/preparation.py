@@ -33,17 +33,14 @@ class Preparation:
         await _together(jobs)
 
     async def residency(self) -> Residency:
-        """What stays loaded. Spaces that are not known are asked for: adapters are loaded for it.
+        """What stays loaded. Spaces that are not known are asked for: adapters are loaded for it. Releases whose CLIP
+        adapter is gone or damaged are left out.
 
         Raises:
-            ReleaseError: a CLIP adapter that answers requests cannot be served.
+            ReleaseError: the encoders cannot tell the spaces of what answers requests.
         """
         rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
-        residency = await resolve_residency(rows, self._ask)
-        if rows.window and not residency.window:
-            for row in rows.answering:
-                await self._prepare(row.clip)  # says why
-        return residency
+        return await resolve_residency(rows, self._ask)
 
     async def known_residency(self, rows: ResidencyRows) -> Residency:
         """The same without asking anybody: without releases whose spaces are not known here."""
@@ -78,7 +75,17 @@ class Preparation:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
 
     async def _prepare(self, clip: str | None) -> tuple[str, str]:
+        return self._agreed(clip, await self.broadcast.prepare(clip))
+
+    async def _ask(self, clip: str | None) -> tuple[str, str] | None:
+        if clip in self._spaces:
+            return self._spaces[clip]
         answers = await self.broadcast.prepare(clip)
+        if answers and all(answer.unservable for answer in answers):
+            return None
+        return self._agreed(clip, [answer for answer in answers if not answer.unservable])
+
+    def _agreed(self, clip: str | None, answers: list[Prepared]) -> tuple[str, str]:
         _check(answers, clip, "the base")
         spaces = {(answer.image_space, answer.text_space) for answer in answers}
         if len(spaces) != 1:
@@ -88,14 +95,6 @@ class Preparation:
             )
         self._spaces[clip] = spaces.pop()
         return self._spaces[clip]
-
-    async def _ask(self, clip: str | None) -> tuple[str, str] | None:
-        if clip in self._spaces:
-            return self._spaces[clip]
-        try:
-            return await self._prepare(clip)
-        except ReleaseError:
-            return None
 
     async def _recall(self, clip: str | None) -> tuple[str, str] | None:
         return self._spaces.get(clip)

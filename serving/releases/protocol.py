@@ -110,6 +110,8 @@ class ReleaseProtocol:
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
             live = await asyncio.to_thread(self.ledger.live)
+            if live is not None:
+                metrics.release.live("controller", live.number)  # also one that was made offline
             waits = held is not None or (live is not None and not live.plain)
             waiting = await self._runner.without_abandoned(await asyncio.to_thread(self.ledger.pending_proposals))
             metrics.release.waiting(len(waiting), held is not None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from ops.errors import AdapterError, LedgerUnavailable, StoreError
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, Scope
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -13,6 +14,10 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 Adapters = Mapping[Family, str | None]
 """Adapters by family, None for the base alone. A family that is not there keeps what is live."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
+
+
+Cause = Literal["", "adapter", "storage", "replica"]
+"""What an error comes from: the adapter's files, a store that is away, or the replica itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,12 @@ class Prepared:
     image_space: str = ""
     text_space: str = ""
     error: str = ""
+    cause: Cause = ""
+
+    @property
+    def unservable(self) -> bool:
+        """Whether no other replica would do better: the adapter itself is gone, damaged or does not fit."""
+        return self.cause == "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,13 @@ class Outcome:
     commit_seconds: float
     acknowledged: int
     share: float = 1.0
+
+
+def cause_of(error: Exception) -> Cause:
+    """What a failed preparation comes from."""
+    if isinstance(error, AdapterError):
+        return "adapter"
+    return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
 
 
 def scope_of(adapters: Adapters) -> Scope:

@@ -25,7 +25,7 @@ from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import ResidencyReader
+from serving.replicas.residency_reader import residency_reader
 from streams.images import decode_image
 from streams.store import SampleStore
 
@@ -54,8 +54,8 @@ class CatalogReplica:
 
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
-        self._ledger = Ledger.open(settings.ledger, migrate=False)
-        self._residency_reader = ResidencyReader(self._ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self._ledger = Ledger.lazy(settings.ledger)
+        self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -84,14 +84,15 @@ class CatalogReplica:
         return self.catalog
 
     async def _catch_up(self) -> None:
-        """Adopt what is live by the ledger, if it is newer than what is known here."""
+        """Adopt what no announcement brought: what is live at the start, a release that was made offline, and one that
+        another server made.
+        """
         async with self._adopting:
             residency = await self._residency_reader.read(newer_than=self._adopted)
             if residency is not None:
                 await self._adopt(residency.indexed)
 
     async def _follow_ledger(self) -> None:
-        """Covers for an announcement that did not reach this replica, or that another server made."""
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
             try:
@@ -102,7 +103,8 @@ class CatalogReplica:
     async def check_health(self) -> None:
         """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
         try:
-            await asyncio.wait_for(self._started(), HEALTH_SECONDS)
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self._started()
         except Exception as error:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 

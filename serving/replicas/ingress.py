@@ -31,12 +31,12 @@ from serving.releases.admission import Admission
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import ResidencyReader
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.catalog_calls import CatalogCalls
 from serving.replicas.controller_calls import ControllerCalls
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
+from serving.replicas.residency_reader import residency_reader
 from serving.replicas.vlm_calls import VlmCalls
 
 log = logging.getLogger("ratchet.ingress")
@@ -58,8 +58,8 @@ class Ingress:
         close_replica_port()
         metrics.build.started("ingress")
         self.settings = settings
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.residency_reader = ResidencyReader(self.ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self.ledger = Ledger.lazy(settings.ledger)
+        self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
         self.access = Access(self.ledger, settings)
@@ -106,6 +106,11 @@ class Ingress:
 
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release."""
+        return self.admission.in_flight()
+
+    async def drain(self) -> dict[int, int]:
+        """Admit no more requests; how many are being answered, by release."""
+        self.admission.close()
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:
