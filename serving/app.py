@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
+END_SECONDS = 2.0
+"""Of a replica that ends, after the last deadline."""
 
 
 @dataclass
@@ -77,8 +79,9 @@ def build(settings: Settings | None = None) -> Application:
     server = settings.serve
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     common: dict[str, Any] = {
-        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_timeout_s": 2.0,
-        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_wait_loop_s": 0.1,
+        # What is in flight may finish, at most by its deadline: a replica without requests ends at once.
+        "graceful_shutdown_timeout_s": server.deadline_seconds + END_SECONDS,
     }  # fmt: skip
     encoder = serve.deployment(Encoder).options(
         name="Encoder", num_replicas=server.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
