@@ -132,7 +132,7 @@ def _turn(name: str, attack: Attack, target: Target, seconds: float) -> Turn:
 
 def figures(report: Report, turns: Sequence[Turn], began: float, memory_bytes: int) -> dict[str, Any]:
     """What is printed. ``began``: earlier requests warm the server up."""
-    seconds: dict[str, list[float]] = {turn.name: [] for turn in turns} | {"quiet": []}
+    seconds: dict[str, list[float]] = {name: [] for name in ("quiet", *(turn.name for turn in turns))}
     failed: Counter[str] = Counter()
     for sample in report.samples:
         if sample.due < began:

@@ -168,8 +168,8 @@ class AppState:
 
     @cached_property
     def metrics_page(self) -> Recent[bytes]:
-        """The metrics of all serving processes, in Prometheus' text format."""
-        return Recent(lambda: asyncio.to_thread(metrics.exposition, "serve"))
+        """The metrics of all serving processes, in Prometheus' text format; one page for all who ask at once."""
+        return Recent(lambda: asyncio.to_thread(metrics.exposition, "serve"), seconds=0.0)
 
     @cached_property
     def operator_threads(self) -> ThreadPoolExecutor:

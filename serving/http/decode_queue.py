@@ -15,6 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from serving.http.errors import ApiError
@@ -106,7 +107,7 @@ class _FairPool:
             self._free -= 1
             running = self._threads.submit(job.work)
             loop = job.result.get_loop()
-            running.add_done_callback(lambda ended, job=job, loop=loop: _call(loop, self._ended, job, ended))
+            running.add_done_callback(partial(_call, loop, self._ended, job))
 
     def _ended(self, job: _Job, ended: Future[Any]) -> None:
         self._free += 1

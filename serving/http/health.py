@@ -1,4 +1,4 @@
-"""Health and metrics. What they answer is computed at most once a second, however many ask."""
+"""Health and metrics. What they answer is computed for everybody at once, that of probes at most once a second."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ against the bytes of all bodies, and is given back when the request ends.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 
 from fastapi import Request
@@ -19,6 +20,9 @@ from serving.http.errors import ApiError
 from serving.http.rate_limit import address
 from serving.http.shared_budget import SharedBudget
 
+log = logging.getLogger("ratchet.http")
+SEND_SECONDS = 30.0
+"""Longest time to send an answer, after the deadline by which it is made."""
 GRACE_SECONDS = 5.0
 """From when on the rate of a body counts."""
 FREE_ROUTES = ("/health/", "/metrics")
@@ -46,10 +50,18 @@ class RequestBodies:
         body = _Body(self.settings, self.bytes, caller)
         try:
             data = await body.read(receive)
-            slots = self.operator_slots if scope["path"].startswith(OPERATOR_ROUTES) else self.slots
+            operator = scope["path"].startswith(OPERATOR_ROUTES)  # a release waits for the catalog, without a bound
+            slots = self.operator_slots if operator else self.slots
+            longest = None if operator else self.settings.deadline_seconds + SEND_SECONDS
             _take_slot(slots, caller)
             try:
-                await self.app(scope, _replayed(data, receive), send)
+                async with asyncio.timeout(longest) as limit:
+                    await self.app(scope, _replayed(data, receive), send)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                # The client does not read its answer. An unfinished one ends the connection.
+                log.warning("an answer was not read within %g s", longest)
             finally:
                 slots.give_back(caller, 1)
         except ApiError as error:

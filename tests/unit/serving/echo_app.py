@@ -62,12 +62,15 @@ class RawRequest:
         }  # fmt: skip
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
         self.sent: list[Message] = []
+        self.reads = asyncio.Event()
+        self.reads.set()
         self.task = asyncio.create_task(self._run(app))
 
     async def _run(self, app: ASGIApp) -> None:
         await app(self.scope, self.messages.get, self._send)
 
     async def _send(self, message: Message) -> None:
+        await self.reads.wait()
         self.sent.append(message)
 
     def send_body(self, data: bytes, more: bool = True) -> None:

@@ -124,6 +124,19 @@ async def test_one_caller_leaves_slots_to_the_others_and_operators_have_their_ow
     assert [await request.status() for request in (others[0], others[2])] == [200, 200]
 
 
+async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
+    app = limited(EchoApp(), queue=1, caller_share=1, deadline_seconds=1)
+    unread = RawRequest(app, length=0)
+    unread.reads.clear()
+    unread.send_body(b"", more=False)
+    await settled()
+    skip(1 + request_bodies.SEND_SECONDS)
+    await unread.task
+    good = RawRequest(app, length=0)
+    good.send_body(b"", more=False)
+    assert await good.status() == 200
+
+
 async def test_health_and_metrics_take_no_slot() -> None:
     echo = EchoApp(waits=True)
     app = limited(echo, queue=1)
