@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from serving.http import errors
 from serving.http.app_state import app_state, release_headers
 from serving.http.errors import ErrorBody, answer
 from serving.http.probes import Part, PartState, Probes
@@ -52,8 +53,11 @@ async def whole(request: Request) -> JSONResponse:
     """For alerts, not for routing: 200 when every part is ready, 503 when one is not."""
     states = await _probes(request).all()
     parts = {name: {"ready": state.ready, "detail": state.detail} for name, state in states.items()}
-    good = all(state.ready for state in states.values())
-    return JSONResponse({"status": "ok" if good else "degraded", "parts": parts}, 200 if good else 503)
+    away = [name for name, state in states.items() if not state.ready]
+    if not away:
+        return JSONResponse({"status": "ok", "parts": parts})
+    error = errors.body(503, f"not ready: {', '.join(away)}.", code="not_ready")
+    return JSONResponse({"status": "degraded", "parts": parts, **error}, 503)
 
 
 async def _ready(request: Request, model: Part) -> JSONResponse:

@@ -66,6 +66,8 @@ async def test_a_vlm_that_restarts_does_not_take_clip_away() -> None:
 async def test_a_catalog_that_is_away_is_seen_in_the_whole_state_only() -> None:
     got = await statuses(state_of(Models(catalog=DEAD), ScriptedVlms()))
     assert [name for name, status in got.items() if status != 200] == ["state"]
+    async with client(state_of(Models(catalog=DEAD), ScriptedVlms())) as http:
+        assert refusal(await http.get("/health/state"), 503, "not_ready") == "not ready: catalog."
 
 
 async def test_a_full_queue_is_no_outage() -> None:
