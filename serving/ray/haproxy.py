@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
-CLIENT_TIMEOUT = re.compile(r"^\s*timeout client .*\n", re.MULTILINE)
+CLIENT_TIMEOUTS = re.compile(r"^[ \t]*timeout (client|http-request|http-keep-alive) .*\n", re.MULTILINE)
 BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
 
 
@@ -39,7 +39,7 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
         f"    timeout http-request {limits['header_ms']}ms\n"
         f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
     )
-    text = CLIENT_TIMEOUT.sub("", text)
+    text = CLIENT_TIMEOUTS.sub("", text)
     text = DEFAULTS.sub(lambda match: match.group() + timeouts, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
 

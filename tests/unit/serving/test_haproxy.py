@@ -29,6 +29,7 @@ defaults
     mode http
     timeout connect 5s
     timeout client 3600s
+    timeout http-keep-alive 90s
     timeout server 60s
 frontend prometheus
     bind :{metrics}
@@ -170,6 +171,15 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     assert head < text.index("option http-buffer-request") < text.index("# Per-backend path ACLs")
     assert text.count("timeout client 7000ms") == 1
     assert add_limits("global\n", limits) == "global\n"
+
+
+def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> None:
+    text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
+    limits = [line.strip() for line in text.splitlines() if "timeout" in line]
+    assert sorted(limits) == [
+        "timeout client 7000ms", "timeout connect 5s", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
+        "timeout server 60s",
+    ]  # fmt: skip
 
 
 def test_the_launcher_needs_nothing_of_ours(tmp_path: Path) -> None:
