@@ -175,7 +175,7 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
 
 def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> None:
     text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
-    limits = [line.strip() for line in text.splitlines() if "timeout" in line]
+    limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
         "timeout client 7000ms", "timeout connect 5s", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
         "timeout server 60s",
