@@ -102,6 +102,7 @@ def measure(settings: Settings, chosen: dict[str, Attack], seconds: float, rate:
     """Attack a server that runs. ``seconds``: of each turn with and without; ``rate``: good requests a second."""
     _allow_sockets()
     server, turns = settings.serve, []
+    attacks.bomb(server.max_pixels)  # drawn before anything is measured: it takes seconds
     images = pictures(6)
     with (
         ServerMemory(settings) as memory,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import random
-import zlib
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ async def _each(count: int, one: Callable[[int], Awaitable[None]], pause: float)
     """``count`` times at once, each again and again."""
 
     async def loop(number: int) -> None:
-        await asyncio.sleep(random.random() * min(pause, 1.0))  # noqa: S311  spreads the start
+        await asyncio.sleep(random.random() * pause)  # noqa: S311  thousands at once would be a load of their own
         while True:
             await one(number)
             await asyncio.sleep(pause)
@@ -143,11 +143,12 @@ async def picture_bombs(target: Target, connections: int = 32) -> None:
     await _each(connections, lambda _: target.attempt(talk), 1.0)
 
 
+@functools.cache
 def bomb(pixels: int) -> bytes:
     """A PNG with an alpha channel and one colour: a few bytes for each thousand pixels."""
     side = max(1, int(pixels**0.5))
     buffer = io.BytesIO()
-    Image.new("RGBA", (side, side), (200, 30, 30, 128)).save(buffer, "PNG", compress_level=zlib.Z_BEST_COMPRESSION)
+    Image.new("RGBA", (side, side), (200, 30, 30, 128)).save(buffer, "PNG")
     return buffer.getvalue()
 
 

@@ -56,7 +56,11 @@ class Server:
         import ray
         from ray import serve
 
+        from serving.releases.broadcast import APP
+
         with contextlib.suppress(Exception):  # a broken session is ended all the same
+            serve.delete(APP)  # replicas finish what is in flight; shutdown ends HAProxy under their answers
+        with contextlib.suppress(Exception):
             serve.shutdown()
         ray.shutdown()
         ray_session.end_leftovers(self.folder)

@@ -14,6 +14,7 @@ from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, header_pixels
+from streams.images import decode_image
 from tests.unit.serving.scripted_vlms import png
 
 
@@ -87,3 +88,21 @@ async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
     data = await loader().thumbnail(png(200, 100), 50)
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == ("PNG", (50, 25))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (50, 40, 4), np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    options = {"transparency": 7} if mode in "PL" else {}
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    whole = np.asarray(decode_image(buffer.getvalue()))
+    monkeypatch.setattr("streams.images.BAND_PIXELS", 130)
+    assert (np.asarray(decode_image(buffer.getvalue())) == whole).all()
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        rgba = opened.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    assert (whole == np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))).all()
