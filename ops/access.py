@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, Protocol
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from ops.errors import AccessError, RatchetError
 from ops.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
 from ops.ledger.rows import KeyRow, KeyScope
@@ -152,7 +150,7 @@ class Access:
             return
         try:
             self._read()
-        except (SQLAlchemyError, RatchetError) as error:
+        except RatchetError as error:
             log.warning("the ledger is away, the keys read last stay good: %s", type(error).__name__)
         finally:
             self._reading.release()

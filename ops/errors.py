@@ -9,7 +9,8 @@
     │   │   └── SchemaUnavailable      it answers, but does not give this schema
     │   ├── Fenced             another sender took over, and nothing more may be sent
     │   └── RecordTooLarge     one record is larger than the broker takes
-    ├── StoreError         the sample store or the catalog
+    ├── StoreError         the sample store, the catalog or the artifacts
+    │   ├── ArtifactsUnavailable   the object store of the artifacts cannot be used now
     │   ├── StoreUnavailable   it cannot be read or written now
     │   ├── StoreFull          its disk is full
     │   ├── Superseded         another process has taken over a partition
@@ -23,9 +24,11 @@
     ├── AccessError        a caller's name or key is not acceptable
     ├── LedgerError        a row is missing or contradicts what is there
     │   ├── AlreadyResubmitted    a refused record was sent again before
-    │   └── LeaseLost          another process holds the lease now
-    ├── LedgerUnavailable  the ledger cannot be read or written now
+    │   ├── LeaseLost          another process holds the lease now
+    │   └── LedgerUnavailable  the database cannot be used now
+    │       └── CommitUnknown      whether a change was made is not known
     └── ReleaseError       a proposal could not be released
+        ├── Held               updates are on hold
         └── ReleaseConflict    somebody else released first
 
 Every error says what happened, what it was about, and (``fix``) what to do.
@@ -97,7 +100,11 @@ class RecordTooLarge(BrokerError):
 
 
 class StoreError(RatchetError):
-    """The sample store or the catalog."""
+    """The sample store, the catalog or the artifacts."""
+
+
+class ArtifactsUnavailable(StoreError):
+    """The object store of the artifacts does not answer, or refuses; to be tried again."""
 
 
 class StoreUnavailable(StoreError):
@@ -152,10 +159,6 @@ class LedgerError(RatchetError):
     """A ledger row is missing or contradicts what is there."""
 
 
-class LedgerUnavailable(RatchetError):
-    """The ledger cannot be read or written now: its database is away, slow, or its disk is full."""
-
-
 class AlreadyResubmitted(LedgerError):
     """A refused record was sent again before."""
 
@@ -164,8 +167,20 @@ class LeaseLost(LedgerError):
     """Another process holds the lease now; what this one was about to write was not written."""
 
 
+class LedgerUnavailable(LedgerError):
+    """The database is away, silent, full, read-only or too busy. Nothing was changed; to be tried again."""
+
+
+class CommitUnknown(LedgerUnavailable):
+    """The connection was lost during COMMIT, and the ledger could not be asked since: it may have been either."""
+
+
 class ReleaseError(RatchetError):
     """A proposal could not be released; what is live stays live."""
+
+
+class Held(ReleaseError):
+    """Updates are on hold: the proposal waits until an operator resumes."""
 
 
 class ReleaseConflict(ReleaseError):

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from ops.settings import Section, Settings
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
+STARS = "**********"
 MASKED = ("kafka.client",)
 """Mappings whose values are not shown, for some are secrets."""
 
@@ -53,7 +54,7 @@ def load_settings(
             name = key[len(PREFIX) :].lower().replace("__", ".")
             if _field(name) is None:
                 raise ConfigError(f"environment variable {key} names no setting.", _nearest(name))
-            _put(values, origins, name, text if _is_secret(name) else _parse(text), f"environment {key}")
+            _put(values, origins, name, parse_value(name, text), f"environment {key}")
     for name, value in (overrides or {}).items():
         _put(values, origins, name, value, "flag")
     try:
@@ -77,9 +78,19 @@ def describe(settings: Settings) -> list[tuple[str, Any, str, str]]:
         for part in name.split("."):
             value = getattr(value, part)
         if name in MASKED and value:
-            value = dict.fromkeys(value, "**********")
-        rows.append((name, value, settings.origins.get(name, "default"), field.description or ""))
+            value = dict.fromkeys(value, STARS)
+        rows.append((name, _masked(value), settings.origins.get(name, "default"), field.description or ""))
     return rows
+
+
+def _masked(value: Any) -> Any:
+    """A value to be shown: of a URL with a password, everything but that; other values as they are."""
+    if isinstance(value, list):
+        return [_masked(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    shown = re.sub(r"(://[^/\s:@]*:)[^/\s]*@", rf"\g<1>{STARS}@", value)
+    return re.sub(r"(?i)([?&][^=&\s]*(?:password|secret|token|key)[^=&\s]*=)[^&\s]+", rf"\g<1>{STARS}", shown)
 
 
 def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
@@ -121,13 +132,22 @@ def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any,
     origins[name] = origin
 
 
-def _parse(text: str) -> Any:
-    """Environment values are YAML scalars or flow lists: ``3``, ``true``, ``[a, b]``."""
+def parse_value(name: str, text: str) -> Any:
+    """The value that a flag or an environment variable gives to a setting: a YAML scalar or flow list, ``[a, b]``.
+
+    Numbers stay text until they are checked against the setting, whose name may be one (``base.clip=123``). Empty text
+    unsets a setting that can be unset, and is itself for others (``base.vlm=``). What is no YAML is text.
+    """
+    if not text.strip():
+        field = _field(name)
+        return None if field is not None and type(None) in get_args(field.annotation) else ""
+    if _is_secret(name):
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
-    return value if isinstance(value, (list, dict, bool)) else text
+    return value if value is None or isinstance(value, str | list | dict) else text.strip()
 
 
 def _leaves(model: type[BaseModel], prefix: str = "") -> list[tuple[str, FieldInfo]]:

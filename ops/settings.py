@@ -339,6 +339,9 @@ class Rollout(Section):
     compare_share: float = Field(
         0.1, ge=0, le=1, description="Share of watched requests whose input the other side answers too, unseen."
     )
+    hold_after_rollback: bool = Field(
+        True, description="After an operator's rollback updates wait until an operator resumes them."
+    )
     max_error_ratio: float = Field(2.0, ge=1, description="Failed requests, as a multiple of the incumbent's share.")
     max_latency_ratio: float = Field(2.0, ge=1, description="Time for the same input, as a multiple.")
     min_agreement: float = Field(0.7, ge=0, lt=1, description="Share of inputs on which both CLIPs must agree.")

@@ -141,7 +141,7 @@ class EventPublisher:
         if epoch is not None:
             try:
                 self.ledger.release_lease(LEASE, epoch)
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, RatchetError) as error:
                 log.info("the lease of events could not be given back (%s); it runs out by itself", error)
 
     def _measure(self) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ops.errors import RecordError
+from streams.jpeg_scans import MAX_SCANS, MAX_SEGMENTS, has_too_many_scans
 
 MIB = 1024 * 1024
 MAX_BYTES = 8 * MIB
@@ -79,6 +80,12 @@ def decode_image(
             "image_format",
             f"the image begins with {data[:8]!r}, which is no format that is taken.",
             f"Send one of {', '.join(CONTENT_TYPES)}.",
+        )
+    if kind == "JPEG" and has_too_many_scans(data):
+        raise RecordError(
+            "image_undecodable",
+            f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments.",
+            "Save it again, baseline or progressive.",
         )
     try:
         with Image.open(BytesIO(data), formats=[kind]) as image:

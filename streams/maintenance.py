@@ -25,7 +25,7 @@ from typing import Final
 from ops import metrics
 from ops.digests import digest12
 from ops.errors import ConfigError, LedgerUnavailable, RatchetError
-from ops.ledger import DeletionRow, DeletionState, Ledger, waiting_for_ledger
+from ops.ledger import DeletionRow, DeletionState, Ledger
 from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
@@ -87,12 +87,11 @@ class Maintainer:
         """
         started = time.monotonic()
         try:
-            with waiting_for_ledger():
-                epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
-                if epoch is None:
-                    return Run(waiting=True)
-                with self._holding(epoch):
-                    run = self._run()
+            epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
+            if epoch is None:
+                return Run(waiting=True)
+            with self._holding(epoch):
+                run = self._run()
         except Exception:
             metrics.maintain.ran("failed", time.monotonic() - started)
             raise
@@ -120,10 +119,9 @@ class Maintainer:
     def close(self) -> None:
         """Let the lease and the connections go."""
         try:
-            with waiting_for_ledger():
-                row = self.ledger.lease(LEASE)
-                if row is not None and row.holder == self._holder:
-                    self.ledger.release_lease(LEASE, row.epoch)
+            row = self.ledger.lease(LEASE)
+            if row is not None and row.holder == self._holder:
+                self.ledger.release_lease(LEASE, row.epoch)
         except LedgerUnavailable as error:
             log.info("the lease of maintenance could not be given back (%s); it runs out by itself", error)
         self.events.close()

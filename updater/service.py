@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ops import metrics
-from ops.artifacts import Artifacts
+from ops.artifacts import Artifacts, directory_digest
 from ops.digests import digest12, digest_json
 from ops.errors import BudgetError, ConfigError, GateError, LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger, UpdateRow
@@ -271,6 +271,7 @@ class UpdaterService:
             image_space,
             text_space,
             {"update": update.id, "recipe": recipe.name, "rank": recipe.rank},
+            digest=directory_digest(result.directory),
         )
 
     def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 
 from ops.access import OPERATOR
 from ops.errors import AccessError, ConfigError
-from ops.loading import load_settings
+from ops.loading import load_settings, parse_value
 from ops.settings import Settings
 
 
@@ -58,4 +57,4 @@ def _assignment(flag: str) -> tuple[str, Any]:
     name, equals, value = flag.partition("=")
     if not equals:
         raise ConfigError(f"--set {flag!r} is no assignment.", "Write --set NAME=VALUE, e.g. --set serve.port=9000.")
-    return name.strip(), yaml.safe_load(value)
+    return name.strip(), parse_value(name.strip(), value)

@@ -10,7 +10,6 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from ops.console.desk import Desk
@@ -31,7 +30,7 @@ from ops.console.pages import (
 )
 from ops.console.sessions import Session, Sessions
 from ops.console.visit import NAV, Refused, SignIn, intended, sign_in_link
-from ops.errors import RatchetError
+from ops.errors import LedgerUnavailable, RatchetError
 from ops.settings import Settings
 from updater.gate.report import styles
 
@@ -123,11 +122,10 @@ def _errors(app: FastAPI) -> None:
         log.warning("%s: %s", type(error).__name__, error)
         return _trouble(request, 503, "Some of the data cannot be read", error.message, error.fix)
 
-    @app.exception_handler(SQLAlchemyError)
-    async def on_ledger(request: Request, error: SQLAlchemyError) -> Response:
+    @app.exception_handler(LedgerUnavailable)
+    async def on_ledger(request: Request, error: LedgerUnavailable) -> Response:
         log.warning("ledger: %s", error)
-        words = f"the ledger does not answer ({type(error).__name__})."
-        return _trouble(request, 503, "The ledger is away", words, "What is live goes on; bring the database back.")
+        return _trouble(request, 503, "The ledger is away", error.message, error.fix)
 
     @app.exception_handler(Exception)
     async def on_unknown(request: Request, error: Exception) -> Response:

@@ -5,7 +5,6 @@
 ReleaseRow(number=3, clip='clip-0123456789ab', ...)
 """
 
-from ops.ledger.database import waiting_for_ledger
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import (
     AdapterRow,
@@ -56,5 +55,4 @@ __all__ = [
     "UpdateState",
     "VerdictRow",
     "answers",
-    "waiting_for_ledger",
 ]

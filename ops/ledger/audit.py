@@ -1,4 +1,4 @@
-"""Verbs of the audit log: who did what to which, when. Rows are only added."""
+"""Queries of the audit log: who did what to which, when. Rows are only added."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ops.ledger.database import Database
 from ops.ledger.rows import AuditRow
 
 
-class AuditVerbs:
+class AuditQueries:
     """What operators ask afterwards."""
 
     database: Database

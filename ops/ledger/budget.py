@@ -1,4 +1,4 @@
-"""Verbs of the compute budget: a token bucket that survives restarts and clocks that jump. MAF-GFLOPs."""
+"""Queries of the compute budget: a token bucket that survives restarts and clocks that jump. MAF-GFLOPs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ops.ledger import tables as t
 from ops.ledger.database import Database
 
 
-class BudgetVerbs:
+class BudgetQueries:
     """``rate`` is the refill in MAF-GFLOPs a second, ``capacity`` the most that can be saved up."""
 
     database: Database

@@ -1,53 +1,77 @@
-"""Connections, transactions and migrations."""
+"""Transactions and migrations. Connections are made by :mod:`ops.ledger.postgres` and :mod:`ops.ledger.sqlite`."""
 
 from __future__ import annotations
 
 import dataclasses
-import sqlite3
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
-from sqlalchemy.exc import ArgumentError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import (
+    ArgumentError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from ops.errors import LedgerError, LedgerUnavailable
+from ops.errors import CommitUnknown, LedgerError, LedgerUnavailable
+from ops.ledger.sqlite import prepare_sqlite
+from ops.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
 MIGRATION_LOCK = 7241957312
-SQLITE_BUSY_SECONDS = 15
+OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
+"""What SQLAlchemy raises when the database is away, silent, full, read-only or too busy."""
+FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
 
 Row = TypeVar("Row")
 
 
 class Database:
-    """An engine with two kinds of transactions: ``read`` and ``write``."""
+    """An engine with two kinds of transactions: ``read`` and ``write``. Both raise LedgerUnavailable when the database
+    does not do its part within :data:`ops.ledger.time_limits.CALL_SECONDS`.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        # SQLite upgrades a read to a write late and then fails; writers therefore lock at once.
         self._writing = engine.execution_options(ratchet_write=True)
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A consistent view."""
-        with Session(self.engine) as session:
+        with _outages(), time_limit(CALL_SECONDS), Session(self.engine) as session:
+            _check_out(session)
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
-        """All or nothing."""
-        with Session(self._writing) as session, session.begin():
+        """All or nothing.
+
+        Raises:
+            CommitUnknown: the answer to COMMIT was lost, so it may have been either.
+        """
+        with _outages(), time_limit(CALL_SECONDS), Session(self._writing) as session:
+            _check_out(session)
             yield session
+            session.flush()
+            try:
+                session.commit()
+            except OUTAGES as error:
+                raise CommitUnknown(
+                    f"the answer to COMMIT was lost ({_cause(error)}): whether it was carried out is not known.",
+                    "Look it up in the ledger, or repeat the call, when the database is back.",
+                ) from error
 
     def close(self) -> None:
         """Close pooled connections."""
@@ -55,77 +79,73 @@ class Database:
 
 
 @contextmanager
-def waiting_for_ledger() -> Iterator[None]:
-    """What a database that is away, locked or full raises inside becomes an error like other outages.
-
-    Raises:
-        LedgerUnavailable: to be tried again.
-    """
+def _outages() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, InterfaceError, PoolTimeout) as error:
-        reason = str(getattr(error, "orig", None) or error)[:300]
-        raise LedgerUnavailable(
-            f"the ledger cannot be read or written: {reason}.",
-            "Bring its database back, or free its disk (`ledger_url`); nothing is lost.",
-        ) from error
+    except OUTAGES as error:
+        raise LedgerUnavailable(f"the ledger cannot be used now: {_cause(error)}.", FIX) from error
+
+
+def _cause(error: Exception) -> str:
+    """The driver's words, without the statement and its parameters."""
+    words = str(getattr(error, "orig", None) or error).strip()
+    return words.splitlines()[0].rstrip(".") if words else type(error).__name__
+
+
+def _check_out(session: Session) -> None:
+    with time_limit(CHECKOUT_SECONDS):
+        session.connection()
 
 
 def open_database(url: str, migrate: bool) -> Database:
-    """Connect to SQLite (WAL) or PostgreSQL and migrate. Raises LedgerError."""
+    """Connect to SQLite (WAL) or PostgreSQL and migrate.
+
+    Raises:
+        LedgerUnavailable: the database does not answer.
+        LedgerError: the URL is wrong, or the database is not migrated.
+    """
     try:
         parsed = make_url(url)
-        if parsed.drivername == "postgresql":
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        sqlite = parsed.get_backend_name() == "sqlite"
-        if sqlite and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, pool_pre_ping=not sqlite)
+        engine = _make_engine(parsed)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
         raise LedgerError(
             f"ledger_url cannot be used: {error}",
             "Use sqlite:///PATH or postgresql://USER@HOST/DATABASE (pip install 'ratchet[postgres]').",
         ) from None
-    if sqlite:
-        _prepare_sqlite(engine)
     database = Database(engine)
     try:
         if migrate:
             _migrate(database)
         with database.read() as session:
             session.execute(text("select 1 from releases limit 1"))
-    except OperationalError as error:
+    except (*OUTAGES, LedgerUnavailable, ProgrammingError) as error:
+        kind = LedgerError if isinstance(error, ProgrammingError) else LedgerUnavailable
+        cause = error.__cause__ if isinstance(error, LedgerUnavailable) else error
         shown = parsed.render_as_string(hide_password=True)
-        raise LedgerError(f"ledger {shown} cannot be used: {error.orig}", "Is the database up, and migrated?") from None
+        words = _cause(cause) if isinstance(cause, Exception) else str(error)
+        raise kind(f"ledger {shown} cannot be used: {words}.", "Is the database up, and migrated?") from None
     return database
 
 
-def _prepare_sqlite(engine: Engine) -> None:
-    @event.listens_for(engine, "connect")
-    def pragmas(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below, not by the driver
-        connection.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_SECONDS * 1000}")
-        _use_wal(connection)
-        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {pragma}")
+def _make_engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        if url.database:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(url, pool_timeout=CHECKOUT_SECONDS) if url.database else create_engine(url)
+        prepare_sqlite(engine)
+        return engine
+    if url.drivername not in ("postgresql", "postgresql+psycopg"):
+        return create_engine(url, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
+    from ops.ledger import postgres  # an extra
 
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        writing = connection.get_execution_options().get("ratchet_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    bounded = postgres.bounded_url(url.set(drivername="postgresql+psycopg"))
+    engine = create_engine(bounded, pool_pre_ping=True, pool_timeout=CHECKOUT_SECONDS)
 
+    @event.listens_for(engine, "do_connect")
+    def connect(_dialect: Any, _record: Any, arguments: Any, options: Any) -> Any:
+        return postgres.connect(*arguments, **options)
 
-def _use_wal(connection: Any) -> None:
-    """SQLite does not wait when two connections turn a new file to WAL: one is told "locked", and asks again."""
-    end = time.monotonic() + SQLITE_BUSY_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > end:
-                raise
-            time.sleep(0.01)
+    return engine
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
@@ -141,13 +161,15 @@ def _migrate(database: Database) -> None:
     software can be rolled back.
     """
     script = ScriptDirectory.from_config(alembic_config())
-    with database.engine.connect() as connection:
+    with time_limit(CALL_SECONDS), database.engine.connect() as connection:
         revision = MigrationContext.configure(connection).get_current_revision()
     known = {each.revision for each in script.walk_revisions()}
     if revision == script.get_current_head() or (revision is not None and revision not in known):
         return
-    with database._writing.connect() as connection, connection.begin():
+    with time_limit(MIGRATION_SECONDS), database._writing.connect() as connection, connection.begin():
         if connection.dialect.name == "postgresql":
+            for bound in ("statement_timeout", "lock_timeout"):
+                connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
             connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
         command.upgrade(alembic_config(connection), "head")
 

@@ -1,4 +1,4 @@
-"""Verbs of deletions: what is to be gone, how far that is, and which adapters have learned from it."""
+"""Queries of deletions: what is to be gone, how far that is, and which adapters have learned from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ops.ledger.events import add_event
 from ops.ledger.rows import DeletionRow, DeletionState
 
 
-class DeletionVerbs:
+class DeletionQueries:
     """A deletion is requested once, removed from the store, and done when no file holds it any more."""
 
     database: Database

@@ -1,4 +1,4 @@
-"""Verbs of events: what others are told of, written in the transaction of the fact, published later and once.
+"""Queries of events: what others are told of, written in the transaction of the fact, published later and once.
 
 The id of an event follows from the fact (``release-12``), so that a fact is told once whatever is repeated. Who
 publishes holds a lease, and marks with its epoch; see :mod:`streams.events`.
@@ -36,7 +36,7 @@ MAX_DATA_BYTES = 512 * 1024
 MAX_TEXT_CHARS = 4000
 
 
-class EventVerbs:
+class EventQueries:
     """What writes events and what publishes them."""
 
     database: Database
@@ -105,7 +105,7 @@ class EventVerbs:
 
 
 def add_event(session: Session, type: EventType, event_id: str, subject: str, data: Mapping[str, Any]) -> bool:
-    """Add an event in the transaction of its fact; see :meth:`EventVerbs.record_event`."""
+    """Add an event in the transaction of its fact; see :meth:`EventQueries.record_event`."""
     _check(type, event_id, subject, data)
     values = {"event_id": event_id, "type": type, "subject": subject, "data": dict(data), "published": False}
     dialect = session.get_bind().dialect.name

@@ -1,4 +1,4 @@
-"""Verbs of API keys. A key's secret is 256 random bits, so a plain SHA-256 of it is safe to keep: nobody can guess it.
+"""Queries of API keys. A key's secret is 256 random bits, so a plain SHA-256 of it is safe to keep.
 
 A token reads ``rk_<id>_<secret>``: the id (8 characters) is no secret and finds the row, the secret is 64 hex digits.
 """
@@ -19,17 +19,17 @@ from ops.errors import LedgerError
 from ops.ledger import tables as t
 from ops.ledger.audit import note
 from ops.ledger.database import Database
-from ops.ledger.rows import KeyRow, KeyScope
+from ops.ledger.rows import SYSTEM_ACTORS, KeyRow, KeyScope
 
 SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)
 PREFIX: Final = "rk_"
 TOKEN: Final = re.compile(rf"{PREFIX}([a-z0-9]{{8}})_([0-9a-f]{{64}})")
 KEY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
 #: Names that the audit log has for Ratchet's own parts and for the bootstrap key.
-RESERVED: Final = frozenset({"operator", "controller", "updater", "guard", "anonymous"})
+RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
 
 
-class KeyVerbs:
+class KeyQueries:
     """What operators do about keys, and what the server asks of them."""
 
     database: Database

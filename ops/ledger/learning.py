@@ -1,7 +1,8 @@
-"""Verbs of the trainer and the gate: adapters, updates, verdicts."""
+"""Queries of the trainer and the gate: adapters, updates, verdicts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import func, select
@@ -16,15 +17,31 @@ from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, Verdict
 FINISHED = ("done", "failed", "abandoned")
 
 
-class LearningVerbs:
+class LearningQueries:
     """What the updater writes."""
 
     database: Database
 
     def register_adapter(
-        self, name: str, family: str, base: str, image_space: str, text_space: str, meta: dict[str, Any]
+        self,
+        name: str,
+        family: str,
+        base: str,
+        image_space: str,
+        text_space: str,
+        meta: dict[str, Any],
+        *,
+        digest: str | None = None,
     ) -> AdapterRow:
-        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this."""
+        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this.
+
+        Args:
+            digest: :func:`ops.artifacts.directory_digest` of its directory. A name has 48 bits of a digest; this has
+                all of them, and is what is checked when the adapter is loaded.
+
+        Raises:
+            LedgerError: it is recorded with other spaces or another digest.
+        """
         with self.database.write() as session:
             found = session.get(t.Adapter, name)
             if found is None:
@@ -35,11 +52,15 @@ class LearningVerbs:
                     image_space=image_space,
                     text_space=text_space,
                     meta=meta,
+                    digest=digest,
                 )
                 session.add(found)
                 session.flush()
             elif (found.base, found.image_space, found.text_space) != (base, image_space, text_space):
                 raise LedgerError(f"adapter {name!r} is recorded with other spaces.", "A name is never reused.")
+            elif digest is not None and found.digest not in (None, digest):
+                raise LedgerError(f"adapter {name!r} is recorded with another digest.", "A name is never reused.")
+            found.digest = found.digest or digest
             return as_row(AdapterRow, found)
 
     def adapter(self, name: str) -> AdapterRow:
@@ -49,6 +70,13 @@ class LearningVerbs:
             if found is None:
                 raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
             return as_row(AdapterRow, found)
+
+    def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
+        """SHA-256 of the directories of some adapters, as far as it is recorded."""
+        wanted = [name for name in names if name is not None]
+        query = select(t.Adapter).where(t.Adapter.name.in_(wanted), t.Adapter.digest.is_not(None))
+        with self.database.read() as session:
+            return {row.name: row.digest or "" for row in session.scalars(query)}
 
     def begin_update(
         self,

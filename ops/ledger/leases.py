@@ -1,4 +1,4 @@
-"""Verbs of leases: the right to do a job that one process at a time does.
+"""Queries of leases: the right to do a job that one process at a time does.
 
 A lease has an epoch that grows with each new holder. A holder that slept past the end of its lease still thinks that
 it has it; so each write of the job carries the epoch, and :func:`check_lease` refuses it in the same transaction.
@@ -7,6 +7,7 @@ it has it; so each write of the job carries the epoch, and :func:`check_lease` r
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Final
 
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
@@ -17,8 +18,11 @@ from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
 from ops.ledger.rows import LeaseRow
 
+CONTROLLER_LEASE: Final = "controller"
+"""The right to change what is live: to advance proposals and to commit releases."""
 
-class LeaseVerbs:
+
+class LeaseQueries:
     """Compare-and-set on a row for each lease. Times are those of the database server, where it has a clock."""
 
     database: Database

@@ -1,25 +1,27 @@
-"""One class that knows every verb of the ledger; the verbs live beside, a file per subject."""
+"""One class with every query of the ledger; the queries are beside, a file per subject."""
 
 from __future__ import annotations
 
-from ops.ledger.audit import AuditVerbs
-from ops.ledger.budget import BudgetVerbs
+from ops.ledger.audit import AuditQueries
+from ops.ledger.budget import BudgetQueries
 from ops.ledger.database import Database, open_database
-from ops.ledger.deletions import DeletionVerbs
-from ops.ledger.events import EventVerbs
-from ops.ledger.keys import KeyVerbs
-from ops.ledger.learning import LearningVerbs
-from ops.ledger.leases import LeaseVerbs
-from ops.ledger.releases import ReleaseVerbs
-from ops.ledger.resubmissions import ResubmissionVerbs
-from ops.ledger.rollout import RolloutVerbs
+from ops.ledger.deletions import DeletionQueries
+from ops.ledger.events import EventQueries
+from ops.ledger.holds import HoldQueries
+from ops.ledger.keys import KeyQueries
+from ops.ledger.learning import LearningQueries
+from ops.ledger.leases import LeaseQueries
+from ops.ledger.proposals import ProposalQueries
+from ops.ledger.releases import ReleaseQueries
+from ops.ledger.resubmissions import ResubmissionQueries
+from ops.ledger.rollout import RolloutQueries
 
 
 class Ledger(
-    LearningVerbs, ReleaseVerbs, RolloutVerbs, BudgetVerbs, KeyVerbs, ResubmissionVerbs, EventVerbs, LeaseVerbs,
-    DeletionVerbs, AuditVerbs,
+    LearningQueries, ProposalQueries, ReleaseQueries, HoldQueries, RolloutQueries, BudgetQueries, KeyQueries,
+    ResubmissionQueries, EventQueries, LeaseQueries, DeletionQueries, AuditQueries,
 ):  # fmt: skip
-    """Safe to use from several threads and processes; every verb is one transaction."""
+    """Safe to use from several threads and processes; every call is one transaction."""
 
     def __init__(self, database: Database) -> None:
         self.database = database

@@ -1,8 +1,8 @@
-"""Verbs of release: proposals, releases, hold. Every change leaves an audit row in the same transaction."""
+"""Queries of releases: what is live, and what was. Every change leaves an audit row in the same transaction."""
 
 from __future__ import annotations
 
-from typing import Any
+import secrets
 
 from sqlalchemy import or_, select
 from sqlalchemy.exc import IntegrityError
@@ -11,97 +11,19 @@ from sqlalchemy.orm import Session
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
 from ops.ledger.audit import note
+from ops.ledger.commits import write_once
 from ops.ledger.database import Database, as_row
-from ops.ledger.release_events import tell_proposal, tell_release
-from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ProposalState, ReleaseRow, Scope
+from ops.ledger.holds import add_hold, check_hold, open_hold
+from ops.ledger.leases import CONTROLLER_LEASE, check_lease
+from ops.ledger.proposals import check_open, find_proposal, rollout_detail
+from ops.ledger.release_events import tell_release
+from ops.ledger.rows import SYSTEM_ACTORS, Family, ReleaseRow
 
 
-class ReleaseVerbs:
-    """What the release controller and operators write."""
+class ReleaseQueries:
+    """What the release controller writes, and everybody reads."""
 
     database: Database
-
-    def propose(
-        self,
-        kind: ProposalKind,
-        *,
-        family: Scope = "clip",
-        clip: str | None = None,
-        vlm: str | None = None,
-        actor: str,
-        reason: str,
-        update_id: str | None = None,
-        expected_live: int | None = None,
-        share: float = 1.0,
-        forced: bool = False,
-    ) -> ProposalRow:
-        """Record a wish to release. An update proposes once: a second call returns the first proposal.
-
-        Args:
-            family: which of ``clip`` and ``vlm`` is meant; the other stays what is live when this is committed.
-            share: of the requests, 0 to 1; see :attr:`ReleaseRow.share`.
-            forced: an operator insists, though no gate passed it.
-
-        Raises:
-            ReleaseConflict: ``expected_live`` is not the live release any more.
-            LedgerError: the share is not one.
-        """
-        if not 0.0 <= share <= 1.0:
-            raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
-        with self.database.write() as session:
-            if update_id is not None:
-                found = session.scalars(select(t.Proposal).where(t.Proposal.update_id == update_id)).first()
-                if found is not None:
-                    return as_row(ProposalRow, found)
-            live = _live(session)
-            if expected_live is not None and expected_live != (live.number if live else 0):
-                raise ReleaseConflict(
-                    f"release {live.number if live else 0} is live, not {expected_live}: somebody released first.",
-                    "Look at `ratchet releases list` and decide again.",
-                )
-            row = t.Proposal(
-                kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
-                update_id=update_id, expected_live=expected_live, share=share, forced=forced,
-            )  # fmt: skip
-            session.add(row)
-            session.flush()
-            note(
-                session,
-                actor,
-                f"propose {kind}",
-                f"proposal {row.id}",
-                {"family": family, "clip": clip, "vlm": vlm, "reason": reason, **_rollout(share, forced)},
-            )
-            tell_proposal(session, row)
-            return as_row(ProposalRow, row)
-
-    def proposal(self, proposal_id: int) -> ProposalRow:
-        """One proposal. Raises LedgerError."""
-        with self.database.read() as session:
-            return as_row(ProposalRow, _proposal(session, proposal_id))
-
-    def proposals(self, limit: int = 50) -> list[ProposalRow]:
-        """The newest proposals, newest first."""
-        with self.database.read() as session:
-            found = session.scalars(select(t.Proposal).order_by(t.Proposal.id.desc()).limit(limit))
-            return [as_row(ProposalRow, row) for row in found]
-
-    def pending_proposals(self) -> list[ProposalRow]:
-        """Proposals not decided yet, oldest first; ``preparing`` ones were left by a killed controller."""
-        query = select(t.Proposal).where(t.Proposal.state.in_(("pending", "preparing"))).order_by(t.Proposal.id)
-        with self.database.read() as session:
-            return [as_row(ProposalRow, row) for row in session.scalars(query)]
-
-    def advance_proposal(self, proposal_id: int, state: ProposalState, error: str | None = None) -> ProposalRow:
-        """Move a proposal on. ``committed`` is set by :meth:`commit_release` alone."""
-        with self.database.write() as session:
-            row = _proposal(session, proposal_id)
-            row.state, row.error = state, error
-            if state == "failed":
-                note(session, "controller", "proposal failed", f"proposal {row.id}", {"error": error})
-            session.flush()
-            tell_proposal(session, row)
-            return as_row(ProposalRow, row)
 
     def commit_release(
         self,
@@ -113,40 +35,50 @@ class ReleaseVerbs:
         reason: str,
         proposal_id: int | None,
         share: float = 1.0,
+        epoch: int | None = None,
+        hold_after_rollback: bool = False,
+        attempt: str | None = None,
     ) -> ReleaseRow:
-        """Append a release, and mark its proposal committed, in one transaction.
+        """Append a release, and mark its proposal committed, in one transaction. When the answer to COMMIT is lost, the
+        release is looked up; see :mod:`ops.ledger.commits`.
+
+        Args:
+            epoch: of the controller's lease.
+            hold_after_rollback: open a hold with an operator's rollback. Rollbacks of the guard open none: it has
+                withdrawn the adapter that it takes back, and the next update was judged without it.
+            attempt: names this commit (at most 32 characters); a second call with the same one returns the release of
+                the first. For callers that repeat a commit after CommitUnknown.
 
         Raises:
-            ReleaseConflict: the number is taken, or is not the live number + 1.
+            ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
+            LeaseLost: another controller took over.
+            Held: the proposal has to wait until an operator resumes.
+            CommitUnknown: the ledger went away during COMMIT and did not come back.
         """
+        attempt = attempt or secrets.token_hex(16)
+
+        def write(session: Session, _repeated: bool) -> ReleaseRow:
+            written = session.scalars(select(t.Release).where(t.Release.attempt == attempt)).first()
+            if written is not None:
+                return as_row(ReleaseRow, written)
+            if epoch is not None:
+                check_lease(session, CONTROLLER_LEASE, epoch)
+            proposal = None if proposal_id is None else find_proposal(session, proposal_id, lock=True)
+            if proposal is not None:
+                check_open(proposal)
+                check_hold(session, proposal, actor)
+            _check_number(session, number)
+            row = t.Release(
+                number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share,
+                attempt=attempt,
+            )  # fmt: skip
+            _append(session, row, proposal)
+            if hold_after_rollback and proposal is not None and proposal.kind == "rollback":
+                _hold_after_rollback(session, row)
+            return as_row(ReleaseRow, row)
+
         try:
-            with self.database.write() as session:
-                live = _live(session)
-                expected = (live.number if live else 0) + 1
-                if number != expected:
-                    raise ReleaseConflict(
-                        f"release {number} cannot be next: {expected} is.", "Prepare again from what is live."
-                    )
-                row = t.Release(
-                    number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share
-                )
-                session.add(row)
-                proposal = None if proposal_id is None else _proposal(session, proposal_id)
-                if proposal is not None:
-                    proposal.state, proposal.release, proposal.share = "committed", number, share
-                note(
-                    session,
-                    actor,
-                    "release",
-                    f"release {number}",
-                    {
-                        "clip": clip, "vlm": vlm, "reason": reason,
-                        **_rollout(share, proposal is not None and proposal.forced),
-                    },
-                )  # fmt: skip
-                session.flush()
-                tell_release(session, row, proposal, previous=number - 1 or None)
-                return as_row(ReleaseRow, row)
+            return write_once(self.database, write, f"release {number}")
         except IntegrityError:
             raise ReleaseConflict(
                 f"release {number} was taken by somebody else.", "Look at what is live now."
@@ -187,48 +119,29 @@ class ReleaseVerbs:
             found = session.scalars(query).first()
             return None if found is None else as_row(ReleaseRow, found)
 
-    def hold(self, actor: str, reason: str) -> HoldRow:
-        """Let update proposals wait until :meth:`resume`. A second hold keeps the first."""
-        with self.database.write() as session:
-            row = _open_hold(session)
-            if row is None:
-                row = t.Hold(actor=actor, reason=reason)
-                session.add(row)
-                note(session, actor, "hold", "updates", {"reason": reason})
-                session.flush()
-            return as_row(HoldRow, row)
-
-    def resume(self, actor: str, reason: str) -> None:
-        """End a hold. Raises LedgerError when nothing is held."""
-        with self.database.write() as session:
-            row = _open_hold(session)
-            if row is None:
-                raise LedgerError("updates are not on hold.", "There is nothing to resume.")
-            row.resumed_at = t.utc_now()
-            note(session, actor, "resume", "updates", {"reason": reason})
-
-    def held(self) -> HoldRow | None:
-        """The open hold, if there is one."""
-        with self.database.read() as session:
-            row = _open_hold(session)
-            return None if row is None else as_row(HoldRow, row)
-
-
-def _rollout(share: float, forced: bool) -> dict[str, Any]:
-    """What the audit says beyond a plain release."""
-    return ({} if share >= 1 else {"share": share}) | ({"forced": True} if forced else {})
-
 
 def _live(session: Session) -> t.Release | None:
     return session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(1)).first()
 
 
-def _open_hold(session: Session) -> t.Hold | None:
-    return session.scalars(select(t.Hold).where(t.Hold.resumed_at.is_(None)).order_by(t.Hold.id)).first()
+def _check_number(session: Session, number: int) -> None:
+    live = _live(session)
+    expected = (live.number if live else 0) + 1
+    if number != expected:
+        raise ReleaseConflict(f"release {number} cannot be next: {expected} is.", "Prepare again from what is live.")
 
 
-def _proposal(session: Session, proposal_id: int) -> t.Proposal:
-    found = session.get(t.Proposal, proposal_id)
-    if found is None:
-        raise LedgerError(f"proposal {proposal_id} does not exist.", "See `ratchet releases list`.")
-    return found
+def _append(session: Session, row: t.Release, proposal: t.Proposal | None) -> None:
+    session.add(row)
+    if proposal is not None:
+        proposal.state, proposal.release, proposal.share = "committed", row.number, row.share
+    forced = proposal is not None and proposal.forced
+    detail = {"clip": row.clip, "vlm": row.vlm, "reason": row.reason, **rollout_detail(row.share, forced)}
+    note(session, row.actor, "release", f"release {row.number}", detail)
+    session.flush()
+    tell_release(session, row, proposal, previous=row.number - 1 or None)
+
+
+def _hold_after_rollback(session: Session, row: t.Release) -> None:
+    if row.actor not in SYSTEM_ACTORS and open_hold(session) is None:
+        add_hold(session, row.actor, f"after the rollback of release {row.number - 1}: {row.reason}")

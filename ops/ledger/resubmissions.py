@@ -1,4 +1,4 @@
-"""Verbs of re-submission: a refused record is sent again once, unless somebody insists."""
+"""Queries of re-submission: a refused record is sent again once, unless somebody insists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ops.ledger.database import Database, as_row
 from ops.ledger.rows import ResubmissionRow
 
 
-class ResubmissionVerbs:
+class ResubmissionQueries:
     """Claimed before the record is sent and ended after it: two operators cannot both send it."""
 
     database: Database

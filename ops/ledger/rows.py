@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 Family = Literal["clip", "vlm"]
 Scope = Literal["clip", "vlm", "both"]
@@ -20,6 +20,8 @@ EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
     "ratchet.deletion.v1", "ratchet.gap.v1",
 ]  # fmt: skip
+SYSTEM_ACTORS: Final = frozenset({"controller", "updater", "guard", "ratchet"})
+"""Actors that are parts of Ratchet; every other actor is a person, or acts for one."""
 ResubmissionState = Literal["sending", "sent", "failed"]
 
 
@@ -36,6 +38,8 @@ class AdapterRow:
     created_at: datetime
     withdrawn: str | None = None
     """Why the guard took it back; such an adapter is not released again unless an operator forces it."""
+    digest: str | None = None
+    """SHA-256 of its directory; None for adapters that were recorded before it was kept."""
 
 
 @dataclass(frozen=True)

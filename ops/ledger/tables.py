@@ -43,6 +43,8 @@ class Adapter(Base):
     image_space: Mapped[str] = mapped_column(String(64))
     text_space: Mapped[str] = mapped_column(String(64))
     meta: Mapped[dict[str, Any]]
+    digest: Mapped[str | None] = mapped_column(String(64))
+    """SHA-256 of the directory, see :func:`ops.artifacts.directory_digest`; None for those of before it was kept."""
     withdrawn: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
@@ -92,6 +94,7 @@ class Proposal(Base):
     expected_live: Mapped[int | None]
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     forced: Mapped[bool] = mapped_column(default=False, server_default=false())
+    attempt: Mapped[str | None] = mapped_column(String(32), unique=True, index=True)
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
 
@@ -105,6 +108,8 @@ class Release(Base):
     reason: Mapped[str] = mapped_column(Text)
     proposal_id: Mapped[int | None] = mapped_column(ForeignKey("proposals.id"))
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
+    attempt: Mapped[str | None] = mapped_column(String(32), unique=True, index=True)
+    """Names the call that wrote the row, so that it can be found when the answer to COMMIT was lost."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 

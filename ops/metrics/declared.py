@@ -14,6 +14,10 @@ from typing import Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from ops.metrics import shared_files
+
+shared_files.install()  # before the first metric opens a file
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LONG_SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -37,6 +37,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 ABOUT = "ratchet.json"
 MAX_RANK = 1024
+MAX_ALPHA = 2.0**127
+"""Of a float32; what an adapter adds is checked again when it is merged and by golden inputs."""
 MAX_BYTES = 4 << 30
 """Far above any LoRA of a CLIP; a bound, so that a wrong file cannot fill the memory."""
 
@@ -59,6 +61,7 @@ _UNSUPPORTED = (
 PREFIX = "base_model.model."
 """What PEFT puts before every name."""
 _PLAIN = re.compile(r"[A-Za-z0-9_.]{1,200}")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 
@@ -85,9 +88,12 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
         raise AdapterError(f"The adapter uses {what}, which is not served.", "Train a plain LoRA adapter.")
     plain = {key: config.get(key, default) for key, default in _MEANINGFUL.items()}
     plain["peft_type"] = "LORA"
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(plain[key] or {}, dict):
+            raise AdapterError(f"The adapter's configuration: {key} is no object.", _AGAIN)
     targets = plain["target_modules"]
     if isinstance(targets, list | tuple | set):
-        plain["target_modules"] = sorted(targets)
+        plain["target_modules"] = sorted(map(str, targets))
     return plain
 
 
@@ -158,7 +164,9 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     except KeyError as error:
         raise AdapterError(f"{path / ABOUT} has no field {error}.", _AGAIN) from error
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(f"Adapter {claimed}: {key} is {tensor.dtype}, which is not served.", _SAVE)
+        if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
                 f"Adapter {claimed}: {key} holds values that are not finite numbers.",
                 "The training run diverged: do not release it; lower the learning rate.",
@@ -194,6 +202,8 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(f"Adapter {files.name}: {key!r} is no LoRA tensor.", "Save it with PEFT's LoRA.")
+        if tensor.dim() < 2:
+            raise AdapterError(f"Adapter {files.name}: {key} has the shape {list(tensor.shape)}, no matrix.", _AGAIN)
         sides.setdefault(match["module"], {})[match["side"]] = tensor
     layers = {}
     for module, pair in sides.items():
@@ -262,6 +272,7 @@ merge itself (``MultiheadAttention.merge``), in training and in ``merge_and_unlo
 what is served, so the factor is part of the format; tests compare with PEFT and fail when PEFT changes."""
 
 _AGAIN = "Fetch or train the adapter again; an adapter directory is never edited."
+_SAVE = "Save it as float32, float16 or bfloat16."
 _OTHER_BASE = "It was trained for another base; start the server with that one."
 
 
@@ -290,11 +301,18 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     # The out_proj inside PEFT's wrapper has rank and alpha of its MultiheadAttention.
     owner = module.removesuffix(INNER_OUT_PROJ)
     declared = _by_pattern(config["rank_pattern"] or {}, owner, config["r"])
-    if declared != rank:
+    if declared != rank or not 1 <= rank <= MAX_RANK:
         raise AdapterError(
-            f"The adapter's configuration says rank {declared} for {module}, its tensors have {rank}.", _AGAIN
+            f"The adapter's configuration says rank {str(declared)[:40]} for {module}, its tensors have {rank}; "
+            f"1 to {MAX_RANK} is served.",
+            _AGAIN,
         )
-    alpha = float(_by_pattern(config["alpha_pattern"] or {}, owner, config["lora_alpha"]))
+    alpha = _by_pattern(config["alpha_pattern"] or {}, owner, config["lora_alpha"])
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < MAX_ALPHA:
+        raise AdapterError(
+            f"The adapter's configuration has the alpha {str(alpha)[:40]} for {module}, which is no finite number.",
+            _AGAIN,
+        )
     return alpha / rank**0.5 if config["use_rslora"] else alpha / rank
 
 
@@ -319,14 +337,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > 1 << 20:
             raise ValueError("it is larger than 1 MiB")
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(), parse_constant=_no_number)
         if not isinstance(value, dict):
             raise ValueError("it is no JSON object")
     except FileNotFoundError as error:
         raise AdapterError(f"{path.parent} is no adapter directory: {path.name} is missing.", _AGAIN) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}.", _AGAIN) from error
     return value
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"it holds {constant}")
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -12,17 +12,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ops.digests import digest_bytes, digest_json
 
-Tokenizer = Callable[[list[str]], torch.Tensor]
-"""``list[str]`` of n texts -> ``int64 [n, at most context_length]``. Safe to call from several threads."""
+
+class Tokenizer(Protocol):
+    """Texts to token ids. Safe to call from several threads."""
+
+    def __call__(self, texts: list[str], /) -> torch.Tensor:
+        """``int64 [n, at most context_length]`` of n texts, padded."""
+
+    def lengths(self, texts: list[str], /) -> list[int]:
+        """Tokens that the model reads of each text: start and end included, padding not."""
 
 
 def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int) -> Tokenizer:
@@ -38,11 +44,10 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 
 @cache
 def _simple(context_length: int, kwargs: str) -> Tokenizer:
-    """open_clip's, read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
-    import open_clip.tokenizer
+    """Read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
+    from serving.engines.simple_tokenizer import BoundedTokenizer  # imports open_clip, which takes seconds
 
-    simple = open_clip.tokenizer.SimpleTokenizer(context_length=context_length, **json.loads(kwargs))
-    return lambda texts: simple(texts)
+    return BoundedTokenizer(context_length, **json.loads(kwargs))
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
@@ -81,12 +86,18 @@ class _Fast:
         self.clean = get_clean_fn(clean)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        ids = [self.inner.encode(self.clean(text)).ids for text in texts]
+        ids = self._rows(texts)
         width = max((len(row) for row in ids), default=1) if self.trim else self.width
         out = torch.full((len(ids), width), self.pad_id, dtype=torch.long)
         for i, row in enumerate(ids):
             out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         return out
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(row) for row in self._rows(texts)]
+
+    def _rows(self, texts: list[str]) -> list[list[int]]:
+        return [self.inner.encode(self.clean(text)).ids for text in texts]
 
 
 class _Slow:
@@ -106,6 +117,13 @@ class _Slow:
             return ids
         used = (ids != self.inner.tokenizer.pad_token_id).any(dim=0).nonzero()
         return ids[:, : int(used.max()) + 1 if len(used) else 1]
+
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Counted before the padding, whose id may be one that texts have, too."""
+        cleaned = [self.inner.clean_fn(text) for text in texts]
+        with self.lock:
+            rows = self.inner.tokenizer(cleaned)["input_ids"]
+        return [min(len(row), int(self.inner.context_length)) for row in rows]
 
 
 def _pad_id(file: Path, inner: Any) -> int:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk
+from serving.engines.vlm.sampling_parameters import SEEDS
 from serving.errors import Unavailable
 from serving.http.app_state import VLM, AppState, Vlms, app_state, json_body, json_schema, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
@@ -21,8 +22,6 @@ from serving.http.sse import EventStream
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
-SEEDS = 2**63
-"""Engines take seeds from 0 on; OpenAI's are of any sign."""
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -60,7 +59,7 @@ async def chat_completions(request: Request) -> Response:
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,
-                None if body.seed is None else body.seed % SEEDS, body.stops,
+                None if body.seed is None else body.seed % SEEDS, body.stops,  # of any sign
             )  # fmt: skip
             if not body.stream:
                 answer = ChatCompletion(snapshot, text_of).whole(await vlms.reply(generation, snapshot, deadline))

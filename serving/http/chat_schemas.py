@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
+from serving.engines.vlm.sampling_parameters import SMALLEST, is_denormal
 from serving.http.errors import ApiError
+from serving.http.openai_body import OpenAIBody, is_empty
 from serving.http.schemas import VLM_MODEL, ImageUrl
 
 MAX_MESSAGES = 256
 Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+def _not_denormal(value: float) -> float:
+    if is_denormal(value):
+        raise ValueError(f"Input is too small: it should be 0, or at least {SMALLEST:.3g}")
+    return value
+
+
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), AfterValidator(_not_denormal)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), AfterValidator(_not_denormal)]
 
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -26,14 +38,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},), "top_logprobs": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],),
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "top_k": (-1, 0), "min_p": (0,), "min_tokens": (0,), "ignore_eos": (False,), "use_beam_search": (False,),
-    "skip_special_tokens": (True,), "echo": (False,),
+    "skip_special_tokens": (True,), "echo": (False,), "reasoning_effort": ("none",), "verbosity": ("medium",),
 }  # fmt: skip
 """Fields of OpenAI and of vLLM that are taken with these values, which mean that they are off."""
-UNSUPPORTED = {"audio", "prediction", "reasoning_effort", "web_search_options", "verbosity", "moderation"}
+UNSUPPORTED = {"audio", "prediction", "web_search_options", "moderation"}
 MESSAGE_FIELDS = {"name"}
 
 
-class Part(BaseModel):
+class Part(OpenAIBody):
     """{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}"""
 
     model_config = ConfigDict(extra="forbid")
@@ -56,7 +68,7 @@ def _parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(OpenAIBody):
     """One turn. Images go into user messages."""
 
     model_config = ConfigDict(extra="allow")
@@ -64,14 +76,14 @@ class ChatMessage(BaseModel):
     content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(OpenAIBody):
     """What a stream carries besides the text."""
 
     model_config = ConfigDict(extra="ignore")
     include_usage: bool = Field(False, description="One more chunk before [DONE], with the tokens.")
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(OpenAIBody):
     """A conversation to go on with; images as data URIs, or as URLs."""
 
     model_config = ConfigDict(
@@ -99,8 +111,10 @@ class ChatRequest(BaseModel):
     model: str = VLM_MODEL
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; at most, and by default, the server's own.")
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, always takes the likeliest token.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Sample from the likeliest tokens with this share.")
+    temperature: Temperature | None = Field(
+        None, description="0, the default, always takes the likeliest token. Between 0 and 0.01 is 0.01."
+    )
+    top_p: TopP | None = Field(None, description="Sample from the likeliest tokens with this share.")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
         None, description="One text or up to four that end the answer; they are not part of it."
@@ -129,7 +143,7 @@ class ChatRequest(BaseModel):
 def refuse_unknown(body: ChatRequest) -> None:
     """Refuse what would change the answer if it were honoured. Raises ApiError naming the field."""
     for name, value in (body.model_extra or {}).items():
-        if value is None or name in HARMLESS or value in NEUTRAL.get(name, ()):
+        if name in HARMLESS or value in NEUTRAL.get(name, ()):
             continue
         if name in NEUTRAL:
             allowed = " or ".join(repr(each) for each in NEUTRAL[name])
@@ -143,6 +157,6 @@ def refuse_unknown(body: ChatRequest) -> None:
         raise ApiError(400, f"unknown parameter: {shown!r}.", param=shown, code="unknown_parameter")
     for index, message in enumerate(body.messages):
         for name, value in (message.model_extra or {}).items():
-            if not (value is None or value in ([], {}) or name in MESSAGE_FIELDS):
+            if not (is_empty(value) or name in MESSAGE_FIELDS):
                 place = f"messages.{index}.{name[:80]}"
                 raise ApiError(400, f"{place} is not supported here.", param=place, code="unsupported_parameter")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from ops.ledger.rows import Family
+from serving.http.openai_body import OpenAIBody
 from serving.releases.release_snapshot import BASE
 from serving.releases.types import Adapters
 
@@ -40,27 +41,27 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class ImageUrl(Body):
+class ImageUrl(OpenAIBody, Body):
     """OpenAI's way to send an image."""
 
     url: Picture = Field(description="data:image/png;base64,... or a URL, where the server fetches them.")
     detail: str | None = None
 
 
-class ImageItem(Body):
+class ImageItem(OpenAIBody, Body):
     """{"image": "data:image/png;base64,..."}"""
 
     image: Picture
 
 
-class TextItem(Body):
+class TextItem(OpenAIBody, Body):
     """{"text": "a cat"}, or {"type": "text", "text": "a cat"}"""
 
     type: Literal["text"] = "text"
     text: str
 
 
-class ImageUrlItem(Body):
+class ImageUrlItem(OpenAIBody, Body):
     """{"type": "image_url", "image_url": {"url": "data:..."}}"""
 
     type: Literal["image_url"]
@@ -70,7 +71,7 @@ class ImageUrlItem(Body):
 Item = str | ImageItem | ImageUrlItem | TextItem
 
 
-class EmbeddingsRequest(Body):
+class EmbeddingsRequest(OpenAIBody, Body):
     """Texts, images (as data URIs or URLs), or both, to embed."""
 
     model_config = ConfigDict(
@@ -97,7 +98,9 @@ class EmbeddingsRequest(Body):
         first = value[0] if isinstance(value, list) and value else value
         inner = first[0] if isinstance(first, list) and first else first
         if isinstance(inner, int | float) and not isinstance(inner, bool):
-            raise ValueError("arrays of token ids are not taken; send text")
+            raise ValueError(
+                "arrays of token ids are not taken; send text (LangChain: check_embedding_ctx_length=False)"
+            )
         if isinstance(value, list) and not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"must hold 1 to {MAX_INPUTS} items")
         return value

@@ -135,7 +135,7 @@ class EncoderWorker:
             return [EncodeResult(None, adapter, code="adapter", error=str(error))] * len(payloads)
         metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
         text = kind == "text"
-        tokens = [int((self._tokenizer(texts) != 0).sum()) if text else 0 for texts in payloads]
+        tokens = [sum(self._tokenizer.lengths(texts)) if text else 0 for texts in payloads]
         ends = np.cumsum([len(payload) for payload in payloads])[:-1]
         scale = float(self.engine.logit_scale)
         return [

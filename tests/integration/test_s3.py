@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from pathlib import Path
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from ops.artifacts import Artifacts
-from ops.errors import AdapterError, BaseModelError, RecordError, Superseded
+from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
 from serving.engines.base import load_base
 from streams.rows import Position, tally_of
@@ -21,6 +24,7 @@ from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.uris import UriFetcher
 from streams.writer import StoreWriter
+from tests.support.postgres import free_port
 from tests.support.samples import TOPIC, put, sample
 from tests.support.tiny import tiny_base
 from updater.base import pull_base, push_base
@@ -75,6 +79,49 @@ def test_an_adapter_that_is_damaged_on_the_way_is_refused(tmp_path: Path) -> Non
     artifacts.write_bytes("adapters/clip-2/weights.bin", b"half")
     with pytest.raises(AdapterError, match="damaged"):
         artifacts.fetch("adapters/clip-2")
+
+
+def test_an_upload_that_was_interrupted_is_completed_by_the_next(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("a.bin", "b.bin"):
+        (source / name).write_bytes(name.encode())
+    boto3.client("s3").put_object(Bucket=BUCKET, Key="cut/adapters/clip-3/a.bin", Body=b"half")
+    artifacts = Artifacts(f"s3://{BUCKET}/cut", cache=tmp_path / "cache")
+    assert not artifacts.exists("adapters/clip-3")
+    with pytest.raises(AdapterError, match="is incomplete"):
+        artifacts.fetch("adapters/clip-3")
+    artifacts.put_directory(source, "adapters/clip-3")
+    assert artifacts.exists("adapters/clip-3")
+    assert (artifacts.fetch("adapters/clip-3") / "a.bin").read_bytes() == b"a.bin"
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_an_object_store_that_hangs_or_is_away_fails_within_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"whole")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        if not silent:
+            listener.close()
+        port = listener.getsockname()[1] if silent else free_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        S3FileSystem.clear_instance_cache()
+        artifacts = Artifacts(f"s3://{BUCKET}/hangs", cache=tmp_path / "cache", seconds=1.0)
+        calls: list[Callable[[], object]] = [
+            lambda: artifacts.exists("adapters/clip-1"),
+            lambda: artifacts.fetch("adapters/clip-1"),
+            lambda: artifacts.put_directory(tmp_path, "adapters/clip-1"),
+            lambda: artifacts.read_bytes("reports/1"),
+            lambda: artifacts.write_bytes("reports/1", b"1"),
+        ]
+        for call in calls:
+            began = time.monotonic()
+            with pytest.raises(ArtifactsUnavailable) as caught:
+                call()
+            assert time.monotonic() - began < 3
+            assert "secret" not in str(caught.value)
+    S3FileSystem.clear_instance_cache()
 
 
 def test_a_base_that_one_machine_pushed_is_pulled_by_another(tmp_path: Path) -> None:

@@ -61,6 +61,28 @@ def _rotated() -> bytes:
     return encode(plain().transpose(Image.Transpose.ROTATE_90), "JPEG", quality=98, subsampling=0, exif=exif)
 
 
+def _many_scans(scans: int) -> bytes:
+    """A progressive JPEG whose last scan, of a few bytes, is repeated."""
+    whole = encode(plain(), "JPEG", quality=98, subsampling=0, progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * (scans - 10) + whole[-2:]
+
+
+def _segment(kind: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([kind]) + struct.pack(">H", len(body) + 2) + body
+
+
+def _with_segments(segments: bytes) -> bytes:
+    whole = encode(plain(), "JPEG", quality=98, subsampling=0)
+    return whole[:2] + segments + whole[2:]
+
+
+def _looping_exif() -> bytes:
+    """A directory whose successor is itself, and that claims 65,535 entries of 4 GiB."""
+    entry = struct.pack("<HHII", 0x8769, 4, 0xFFFFFFFF, 8)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 0xFFFF) + entry * 5000 + struct.pack("<I", 8)
+
+
 def _deep(colour: int, pixels: np.ndarray) -> bytes:
     rows = (pixels.astype(np.uint16) * 257).astype(">u2").reshape(HIGH, -1)
     return png(WIDE, HIGH, 16, colour, b"".join(b"\0" + row.tobytes() for row in rows))
@@ -73,9 +95,9 @@ def _clear_palette() -> bytes:
     return encode(image, transparency=b"\xff\xff\x00")
 
 
-def _animated(kind: str, **options: Any) -> bytes:
-    other = Image.new("RGB", (WIDE, HIGH), (0, 255, 0))
-    return encode(plain(), kind, save_all=True, append_images=[other, other], **options)
+def _animated(kind: str, frames: int = 3, **options: Any) -> bytes:
+    others = [Image.new("RGB", (WIDE, HIGH), (0, 255, i % 2)) for i in range(frames - 1)]
+    return encode(plain(), kind, save_all=True, append_images=others, **options)
 
 
 def _wide_gif() -> bytes:
@@ -96,6 +118,14 @@ TAKEN = [
     Hostile("APNG", _animated("PNG")),
     Hostile("CMYK JPEG", encode(plain().convert("CMYK"), "JPEG", quality=98, subsampling=0), tolerance=12),
     Hostile("EXIF-rotated JPEG", _rotated(), tolerance=12),
+    Hostile("progressive JPEG of 60 scans", _many_scans(60), tolerance=12),
+    Hostile("EXIF that loops", _with_segments(_segment(0xE1, _looping_exif())), tolerance=12),
+    Hostile("scans inside of a comment", _with_segments(_segment(0xFE, b"\xff\xda" * 5000)), tolerance=12),
+    Hostile("colour profile of 255 damaged parts", _with_segments(b"".join(
+        _segment(0xE2, b"ICC_PROFILE\0" + bytes([i, 255]) + b"x" * 2000) for i in range(1, 256))), tolerance=12),
+    Hostile("4 MiB of EXIF in a PNG", png(WIDE, HIGH, 8, 2, b"".join(
+        b"\0" + row.tobytes() for row in np.asarray(plain())), (b"eXIf", b"II*\0\x08\0\0\0" + b"\xff" * (4 << 20)))),
+    Hostile("animation of 1,000 frames", _animated("GIF", frames=1000)),
     Hostile("16-bit RGB PNG", _deep(2, np.asarray(plain()))),
     Hostile("16-bit RGBA PNG", _deep(6, np.asarray(plain().convert("RGBA")))),
     Hostile("palette", encode(plain().quantize(2))),
@@ -121,6 +151,8 @@ REFUSED = [
             "image_undecodable"),
     Hostile("truncated PNG", PLAIN[:60], "image_undecodable"),
     Hostile("truncated JPEG", CMYK[: len(CMYK) // 2], "image_undecodable"),
+    Hostile("progressive JPEG of 100 scans", _many_scans(100), "image_undecodable"),
+    Hostile("JPEG of 10,000 segments", _with_segments(_segment(0xFE, b"") * 10_000), "image_undecodable"),
     Hostile("polyglot: a GIF that is a script", b"GIF89a/*" + b"\0" * 20 + b"*/=1;alert(1)", "image_undecodable"),
     Hostile("SVG", b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "image_format"),
     Hostile("SVG with a declaration", b"<?xml version='1.0'?><svg/>", "image_format"),

@@ -45,12 +45,11 @@ spec:
       ports:
         - {name: agent, containerPort: 52365}
         - {name: metrics, containerPort: 8080}
+        - {name: serve, containerPort: 8000} # KubeRay looks for it on the head, too
         {{- if $head }}
         - {name: gcs-server, containerPort: 6379}
         - {name: dashboard, containerPort: 8265}
         - {name: client, containerPort: 10001}
-        {{- else }}
-        - {name: serve, containerPort: 8000}
         {{- end }}
       {{- if $head }}
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
@@ -72,10 +71,9 @@ spec:
         - {name: shm, mountPath: /dev/shm}
     - name: exporter
       {{- include "ratchet.container" $top | nindent 6 }}
-      command: [ratchet, metrics, serve, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
+      command: [ratchet, metrics, serve, /run/ratchet/metrics, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
       env:
         - {name: HOME, value: /home/ratchet}
-        - {name: PROMETHEUS_MULTIPROC_DIR, value: /run/ratchet/metrics}
       ports:
         - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}}
       {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 6 }}

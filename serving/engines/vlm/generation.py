@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from serving.engines.vlm.base import VlmBase
-from serving.errors import InvalidRequest
+from serving.engines.vlm.sampling_parameters import (
+    check_max_tokens,
+    check_seed,
+    checked_temperature,
+    checked_top_p,
+)
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
@@ -32,7 +36,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One request. ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable. Raises :class:`InvalidRequest`."""
+    """One request. ``temperature`` 0 is greedy; one below 0.01 is raised to it. ``seed`` makes sampling repeatable.
+
+    Raises :class:`~serving.errors.InvalidRequest`, which names the parameter that is out of its range.
+    """
 
     messages: tuple[Message, ...]
     images: tuple[Image, ...] = ()
@@ -43,13 +50,11 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not (self.max_tokens >= 1 and 0.0 <= self.temperature < math.inf and 0.0 < self.top_p <= 1.0):
-            raise InvalidRequest(
-                f"max_tokens {self.max_tokens}, temperature {self.temperature}, top_p {self.top_p}: not all are valid.",
-                "max_tokens is 1 or more, temperature 0 or more, top_p above 0 and at most 1.",
-            )
-        if self.seed is not None and not 0 <= self.seed < 1 << 63:
-            raise InvalidRequest(f"The seed {self.seed} is out of range.", "Take one from 0 to 2^63 - 1.")
+        check_max_tokens(self.max_tokens)
+        check_seed(self.seed)
+        temperature = checked_temperature(self.temperature)
+        object.__setattr__(self, "temperature", temperature)
+        object.__setattr__(self, "top_p", checked_top_p(self.top_p, temperature))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,22 +11,27 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from ops.errors import AdapterError, RatchetError
 from serving.engines.vlm.generation import Finish, GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
-from serving.errors import EngineDead
+from serving.errors import InvalidRequest
 
 
 @dataclass(eq=False)
 class Row:
-    """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended."""
+    """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended.
+
+    A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
+    """
 
     request: GenerationRequest
     most: int
     """Tokens of the longest answer."""
     say: Callable[[int, float, Finish], None]
-    fail: Callable[[EngineDead], None]
+    fail: Callable[[RatchetError], None]
     aborted: bool = False
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    """Of the answer so far."""
     done: bool = False
     chance: torch.Generator | None = field(default=None, init=False)
 
@@ -38,15 +44,48 @@ class Row:
                 self.chance.manual_seed(self.request.seed)
 
     def choose(self, logprobs: torch.Tensor) -> int:
-        """The next token from natural log-probabilities [vocabulary] on the CPU."""
+        """The next token from natural log-probabilities [vocabulary] on the CPU.
+
+        Raises :class:`AdapterError` when none is finite, or one is not a number.
+        """
+        if not math.isfinite(float(logprobs.max())):
+            raise AdapterError(
+                "The model gives log-probabilities that are not finite.", "Do not release it; look at the training run."
+            )
         if self.chance is None:
             return int(logprobs.argmax())
         chances = (logprobs / self.request.temperature).softmax(0)
         if self.request.top_p < 1.0:
             ordered, order = chances.sort(descending=True)
-            ordered[ordered.cumsum(0) - ordered >= self.request.top_p] = 0.0  # the first one always stays
-            chances = torch.zeros_like(chances).scatter(0, order, ordered)
+            left_out = ordered.cumsum(0) - ordered >= self.request.top_p
+            left_out[0] = False
+            chances = torch.zeros_like(chances).scatter(0, order, ordered.masked_fill(left_out, 0.0))
         return int(torch.multinomial(chances, 1, generator=self.chance))
+
+    def take(self, logprobs: torch.Tensor, ends: frozenset[int]) -> int:
+        """Choose, tell and count the next token, and end where the answer does."""
+        token = self.choose(logprobs)
+        self.tokens.append(token)
+        full = len(self.tokens) >= self.most
+        finish: Finish = "stop" if token in ends else "length" if full else ""
+        self.done = bool(finish)
+        self.say(token, float(logprobs[token]), finish)
+        return token
+
+    def end(self, error: Exception) -> None:
+        """Fail alone: an error that is none of ours is blamed on the request."""
+        self.done = True
+        self.fail(as_failure(error))
+
+
+def as_failure(error: Exception) -> RatchetError:
+    """What a request is told whose own computation failed while the engine works."""
+    if isinstance(error, RatchetError):
+        return error
+    return InvalidRequest(
+        f"The model cannot answer the request: {str(error)[:200] or type(error).__name__}.",
+        "Change its parameters, messages or images.",
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +95,16 @@ class Scoring:
     request: GenerationRequest
     choices: Sequence[str]
     tell: Callable[[list[float]], None]
-    fail: Callable[[EngineDead], None]
+    fail: Callable[[RatchetError], None]
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
-    """Chooses for each row by its own rules, tells it, and leaves ``generate`` no other choice."""
+    """Chooses for each row by its own rules, and leaves ``generate`` no other choice. A row that fails ends alone."""
 
     def __init__(self, rows: Sequence[Row], ends: frozenset[int]) -> None:
         self._rows = rows
         self._ends = ends
+        self._step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logprobs = scores.float().log_softmax(-1).cpu()
@@ -73,13 +113,14 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
             row.done = row.done or row.aborted
             if row.done:
                 continue
-            token = row.choose(logprobs[i])
-            row.tokens += 1
-            full = row.tokens >= row.most
-            finish: Finish = "stop" if token in self._ends else "length" if full else ""
-            row.done = bool(finish)
-            chosen[i] = token
-            row.say(token, float(logprobs[i, token]), finish)
+            if self._step < len(row.tokens):  # told in a batch that failed
+                chosen[i] = row.tokens[self._step]
+                continue
+            try:
+                chosen[i] = row.take(logprobs[i], self._ends)
+            except Exception as error:
+                row.end(error)
+        self._step += 1
         return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
+from ops.errors import RatchetError
 from ops.settings import Serve
 from serving.engines.adapters import effective_weights
 from serving.engines.shared_weights import shell_of
@@ -117,9 +118,9 @@ class TransformersEngine:
         """Answer piece by piece."""
         with self._using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
-            said: asyncio.Queue[tuple[int, float, Finish] | EngineDead] = asyncio.Queue()
+            said: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
             post = _poster(said.put_nowait)
-            most = min(max(1, request.max_tokens), self._serve.vlm_context - length)
+            most = min(request.max_tokens, self._serve.vlm_context - length)
             row = Row(request, most, lambda *token: post(token), post)
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
@@ -127,7 +128,7 @@ class TransformersEngine:
             try:
                 while True:
                     item = await said.get()
-                    if isinstance(item, EngineDead):
+                    if isinstance(item, RatchetError):
                         raise item
                     token, logprob, finish = item
                     done += 1
@@ -149,11 +150,11 @@ class TransformersEngine:
         """Log-probability of each choice: the sum over its tokens and its end."""
         with self._using(adapter) as model:
             await asyncio.to_thread(self._length, request, choices)
-            result: asyncio.Queue[list[float] | EngineDead] = asyncio.Queue()
+            result: asyncio.Queue[list[float] | RatchetError] = asyncio.Queue()
             post = _poster(result.put_nowait)
             self._working().put(model, Scoring(request, choices, post, post))
             values = await result.get()
-            if isinstance(values, EngineDead):
+            if isinstance(values, RatchetError):
                 raise values
             return values
 
@@ -185,11 +186,13 @@ class TransformersEngine:
         with self._reading:
             try:
                 prompt = int(inputs(self._processor, [request])["input_ids"].shape[1])
-            except ValueError as error:
+                longest = max((len(answer_tokens(self._processor, choice)) for choice in choices), default=0)
+            except RatchetError:
+                raise
+            except Exception as error:  # templates, tokenizers and image processors raise what they like
                 raise InvalidRequest(
                     f"The request cannot be read: {error}", "Change the messages or the image."
                 ) from error
-            longest = max((len(answer_tokens(self._processor, choice)) for choice in choices), default=0)
         check_length(prompt + longest, self._serve.vlm_context)
         return prompt
 

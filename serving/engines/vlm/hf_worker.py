@@ -1,7 +1,12 @@
-"""The thread in which transformers answers: waiting requests of one model become one batch."""
+"""The thread in which transformers answers: waiting requests of one model become one batch.
+
+When a batch fails, its halves go on where it was, down to a row alone; when that fails, one forward pass on a request
+that is known to be good tells whose fault it is: the row's, which ends alone, or the engine's, which ends.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -10,14 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from serving.engines.vlm.hf_batch import Row, Scoring, answer, score
+from serving.engines.vlm.generation import PROBE
+from serving.engines.vlm.hf_batch import Row, Scoring, answer, as_failure, score
 from serving.errors import EngineDead
 
+log = logging.getLogger("ratchet.vlm")
 _RESTART = "Start a new engine."
 
 
 class Worker:
-    """Takes rows and scorings in order; ends at the first error that is not of one request's making."""
+    """Takes rows and scorings in order; ends at the first error that is not of one request."""
 
     def __init__(self, processor: Any, ends: frozenset[int], batch: int, threads: int) -> None:
         """``ends``: tokens that end an answer; ``batch``: most rows at once; ``threads``: of torch on the CPU."""
@@ -84,10 +91,42 @@ class Worker:
         return model, rows
 
     def _do(self, model: nn.Module, work: Sequence[Row | Scoring]) -> None:
-        rows = [one for one in work if isinstance(one, Row) and not one.aborted]
-        if rows:
-            answer(model, self._processor, rows, self._ends, lambda: bool(self.trouble))
+        self._answer(model, [one for one in work if isinstance(one, Row)])
         for one in work:
             if isinstance(one, Scoring):
-                parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
-                one.tell([value for part in parts for value in score(model, self._processor, one.request, part)])
+                self._score(model, one)
+
+    def _answer(self, model: nn.Module, rows: Sequence[Row]) -> None:
+        rows = [row for row in rows if not (row.done or row.aborted)]
+        if not rows:
+            return
+        try:
+            answer(model, self._processor, rows, self._ends, self._stopped)
+        except Exception as error:
+            if len(rows) == 1:
+                self._check(model, error)
+                rows[0].end(error)
+                return
+            log.warning("A batch of %d requests failed and is tried in halves: %r", len(rows), error)
+            for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+                self._answer(model, half)
+
+    def _score(self, model: nn.Module, one: Scoring) -> None:
+        parts = [one.choices[i : i + self._batch] for i in range(0, len(one.choices), self._batch)]
+        try:
+            scores = [value for part in parts for value in score(model, self._processor, one.request, part)]
+        except Exception as error:
+            self._check(model, error)
+            one.fail(as_failure(error))
+        else:
+            one.tell(scores)
+
+    def _check(self, model: nn.Module, error: Exception) -> None:
+        """Raise the error of a request again if the model cannot answer a good one either."""
+        try:
+            score(model, self._processor, PROBE, ["a"])
+        except Exception:
+            raise error from None
+
+    def _stopped(self) -> bool:
+        return bool(self.trouble)

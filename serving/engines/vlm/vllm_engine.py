@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ops.errors import AdapterError, ConfigError
+from ops.errors import AdapterError, ConfigError, RatchetError
 from ops.settings import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.base import VlmBase
@@ -266,7 +266,10 @@ class VllmEngine:
         assert self._prompts is not None
         try:
             return await self._prompts.make(request, answers)
-        except ValueError as error:
+        except RatchetError:
+            raise
+        except Exception as error:  # templates, tokenizers and image processors raise what they like
+            self._alive()
             raise InvalidRequest(f"The request cannot be read: {error}", "Change the messages or the image.") from error
 
     async def _outputs(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> AsyncGenerator[Any]:
@@ -282,7 +285,11 @@ class VllmEngine:
         except VLLMClientError as error:
             raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error
         except (EngineDeadError, EngineGenerateError) as error:
-            raise EngineDead(self.trouble() or f"vLLM could not answer: {error!r}", _RESTART) from error
+            trouble = self.trouble()
+            if not trouble and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
+                cause = error.__cause__ or error
+                raise InvalidRequest(f"vLLM could not answer the request: {cause!r}", "Change the request.") from error
+            raise EngineDead(trouble or f"vLLM could not answer: {error!r}", _RESTART) from error
 
     async def _last(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> Any:
         outputs = self._outputs(prompt, sampling, lora)

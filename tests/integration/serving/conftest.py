@@ -27,11 +27,23 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFi
         server.stop()
 
 
+@pytest.fixture(scope="session", params=["vllm", "transformers"])
+def shared_vlm_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerFixture]:
+    """A server with a VLM for each engine, one after the other; not started yet."""
+    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
+    server.add_samples(8)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 @pytest.fixture
 def server(shared_server: ServerFixture) -> ServerFixture:
     """The shared server, started again if a test before ended it."""
-    if shared_server.process is None or shared_server.process.poll() is not None:
-        shared_server.start()
+    shared_server.ensure_running()
     return shared_server
 
 

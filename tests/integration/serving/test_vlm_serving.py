@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +23,14 @@ from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
-ENGINES = ("vllm", "transformers")
 SWAPS = 20
 
 
-@pytest.fixture(scope="module", params=ENGINES)
-def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
-    server.add_samples(8)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
 @pytest.fixture
-def server(shared: ServerFixture) -> ServerFixture:
+def server(shared_vlm_server: ServerFixture) -> ServerFixture:
     """The shared server, started again if a test before ended it."""
-    if shared.process is None or shared.process.poll() is not None:
-        shared.start()
-    return shared
+    shared_vlm_server.ensure_running()
+    return shared_vlm_server
 
 
 def replica(server: ServerFixture) -> dict[str, Any]:

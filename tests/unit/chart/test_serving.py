@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
+from ops.cli import metrics
 from ops.loading import load_settings
 from ops.settings import Settings
 from serving.app import build
@@ -131,3 +133,35 @@ def test_each_pod_has_the_bases_before_it_starts() -> None:
         assert first.keys() == {"serving-head", "serving-worker", "updater"}
         for container in first.values():
             assert container["command"] == command
+
+
+def containers(name: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """Containers by name of the pods of the Ray cluster, with the kind of the pod."""
+    spec = of_kind(render(profile(name), EVERYTHING), "RayService")[0]["spec"]["rayClusterConfig"]
+    templates = [("head", spec["headGroupSpec"]), *(("worker", group) for group in spec["workerGroupSpecs"])]
+    return [
+        (kind, {each["name"]: each for each in group["template"]["spec"]["containers"]}) for kind, group in templates
+    ]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_head_and_the_workers_have_a_port_for_serve_that_kuberay_finds(name: str) -> None:
+    for kind, by_name in containers(name):
+        ports = {port["name"]: port["containerPort"] for port in by_name["ray"]["ports"]}
+        assert ports["serve"] == 8000, kind
+        assert len(set(ports.values())) == len(ports)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_the_exporter_reads_the_folder_that_the_replicas_write_into(name: str, tmp_path: Path) -> None:
+    for _, by_name in containers(name):
+        writer = {each["name"]: each.get("value") for each in by_name["ray"]["env"]}
+        exporter = by_name["exporter"]
+        folder = writer["PROMETHEUS_MULTIPROC_DIR"]
+        assert folder in [mount["mountPath"] for mount in exporter["volumeMounts"]]
+        assert "PROMETHEUS_MULTIPROC_DIR" not in [each["name"] for each in exporter["env"]]
+        assert exporter["command"][:3] == ["ratchet", "metrics", "serve"]
+        words = [str(tmp_path) if word == folder else word for word in exporter["command"][3:]]
+        command = typer.main.get_command(metrics.app)
+        parsed = command.commands["serve"].make_context("serve", words).params  # type: ignore[attr-defined]
+        assert parsed == {"folder": tmp_path, "port": exporter["ports"][0]["containerPort"], "host": "0.0.0.0"}

@@ -182,3 +182,69 @@ def test_json_that_is_none_is_refused(base: ClipBase, folder: Path) -> None:
     (folder / "ratchet.json").write_text("[1, 2")
     with pytest.raises(AdapterError, match="cannot be read"):
         read_adapter(folder)
+
+
+def _edit_config(directory: Path, **change: object) -> None:
+    """Change the configuration and give the directory the name that fits it, as a bad trainer would."""
+    config = json.loads((directory / "adapter_config.json").read_text()) | change
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    _edit(directory, lambda tensors: None)
+
+
+@pytest.mark.parametrize("alpha", ["8", None, True, [8], 10**400])
+def test_an_alpha_that_is_no_finite_number_is_refused(base: ClipBase, folder: Path, alpha: object) -> None:
+    tiny_adapter(base, folder, seed=1)
+    _edit_config(folder, lora_alpha=alpha)
+    with pytest.raises(AdapterError, match=r"alpha .* no finite number"):
+        delta_weights(folder, base.build_model())
+
+
+@pytest.mark.parametrize("change", [{"r": 0}, {"r": "4"}, {"r": None}, {"r": 8}, {"rank_pattern": {"c_fc": 9}}])
+def test_a_rank_that_the_tensors_do_not_have_is_refused(
+    base: ClipBase, folder: Path, change: dict[str, object]
+) -> None:
+    tiny_adapter(base, folder, seed=1)
+    _edit_config(folder, **change)
+    with pytest.raises(AdapterError, match="says rank"):
+        delta_weights(folder, base.build_model())
+
+
+def test_tensors_of_rank_zero_or_without_two_dimensions_are_refused(base: ClipBase, folder: Path) -> None:
+    tiny_adapter(base, folder, seed=1)
+
+    def flatten(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(key for key in tensors if key.endswith("lora_A.weight"))
+        tensors[key] = tensors[key].sum()
+
+    _edit(folder, flatten)
+    with pytest.raises(AdapterError, match="no matrix"):
+        delta_weights(folder, base.build_model())
+
+    def empty(tensors: dict[str, torch.Tensor]) -> None:
+        for key in tensors:
+            tensors[key] = torch.zeros(0, 64) if "lora_A" in key else torch.zeros(64, 0)
+
+    _edit(folder, empty)
+    with pytest.raises(AdapterError, match="says rank"):
+        delta_weights(folder, base.build_model())
+
+
+@pytest.mark.parametrize("text", ['{"lora_alpha": NaN}', '{"r": Infinity}', "[" * 100_000, '{"rank_pattern": [1]}'])
+def test_a_configuration_that_means_nothing_is_refused(base: ClipBase, folder: Path, text: str) -> None:
+    tiny_adapter(base, folder, seed=1)
+    (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(AdapterError):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int32])
+def test_kinds_of_numbers_that_are_not_served_are_named(base: ClipBase, folder: Path, kind: torch.dtype) -> None:
+    tiny_adapter(base, folder, seed=1)
+
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        key = next(iter(tensors))
+        tensors[key] = tensors[key].to(kind)
+
+    _edit(folder, convert)
+    with pytest.raises(AdapterError, match=f"is {kind}"):
+        read_adapter(folder)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.exc import OperationalError
 
 from ops import access as module
 from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principal
-from ops.errors import AccessError
+from ops.errors import AccessError, LedgerUnavailable
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Serve, Settings
 
@@ -52,7 +51,7 @@ class House:
     def api_keys(self) -> list[KeyRow]:
         self.reads += 1
         if self.away:
-            raise OperationalError("select", {}, Exception("no route to host"))
+            raise LedgerUnavailable("no route to host")
         return self.ledger.api_keys()
 
     def touch_keys(self, used: Mapping[str, datetime]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from ops.errors import LedgerError, ReleaseConflict
+from ops.errors import LedgerError, ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
 from ops.ledger.database import alembic_config
 from ops.ledger.tables import Base
@@ -166,6 +166,34 @@ def test_what_was_withdrawn_or_only_tried_is_nothing_to_go_back_to(ledger: Ledge
     assert ledger.before("vlm", "v").number == 4  # type: ignore[union-attr]
 
 
+def _trials(ledger: Ledger) -> None:
+    """Releases: base; a; b as a shadow; c as a canary, then promoted."""
+    for number, (clip, share) in enumerate([(None, 1.0), ("a", 1.0), ("b", 0.0), ("c", 0.1), ("c", 1.0)], 1):
+        if clip is not None:
+            ledger.register_adapter(clip, "clip", "base", f"i-{clip}", "t", {})
+        ledger.commit_release(number, clip=clip, vlm=None, actor="t", reason="t", proposal_id=None, share=share)
+
+
+def test_a_trial_that_was_never_promoted_is_nothing_to_roll_back_to(ledger: Ledger) -> None:
+    _trials(ledger)
+    with pytest.raises(ReleaseError, match="release 3 was a shadow that was never promoted") as caught:
+        ledger.check_rollback(3)
+    assert "ratchet releases release" in caught.value.fix
+    assert [ledger.check_rollback(number).clip for number in (1, 2, 4, 5)] == [None, "a", "c", "c"]
+    assert ledger.check_rollback(3, ["vlm"]).number == 3, "its VLM is that of every release"
+    with pytest.raises(ReleaseError, match="release 9 does not exist"):
+        ledger.check_rollback(9)
+
+
+def test_the_guard_returns_to_an_incumbent_that_was_withdrawn_and_an_operator_does_not(ledger: Ledger) -> None:
+    _trials(ledger)
+    ledger.withdraw(["a"], actor="guard", subject="release 2", reason="disagrees", evidence={})
+    incumbents = [ledger.incumbent_of(ledger.release(number)) for number in (1, 2, 3, 5)]
+    assert [row.number if row else None for row in incumbents] == [None, 1, 2, 2]
+    with pytest.raises(ReleaseError, match="a was withdrawn: disagrees"):
+        ledger.check_rollback(2)
+
+
 def test_processes_that_start_together_migrate_once(url: str) -> None:
     assert _open_together(url) == []
 
@@ -270,6 +298,17 @@ def test_an_adapter_name_is_never_reused(ledger: Ledger) -> None:
         ledger.register_adapter("clip-a", "clip", "base", "i2", "t1", {})
     with pytest.raises(LedgerError, match="clip-b"):
         ledger.adapter("clip-b")
+
+
+def test_the_full_digest_of_an_adapter_is_recorded_once_and_stays(ledger: Ledger) -> None:
+    first, second = "1" * 64, "2" * 64
+    ledger.register_adapter("clip-old", "clip", "base", "i", "t", {})
+    assert ledger.adapter_digests(["clip-old", None, "clip-none"]) == {}
+    assert ledger.register_adapter("clip-old", "clip", "base", "i", "t", {}, digest=first).digest == first
+    assert ledger.register_adapter("clip-old", "clip", "base", "i", "t", {}).digest == first
+    with pytest.raises(LedgerError, match="another digest"):
+        ledger.register_adapter("clip-old", "clip", "base", "i", "t", {}, digest=second)
+    assert ledger.adapter_digests(["clip-old", None]) == {"clip-old": first}
 
 
 def test_hold_and_resume_leave_who_and_why(ledger: Ledger) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ops.cli.context import _assignment
 from ops.errors import ConfigError
 from ops.loading import describe, load_settings
 
@@ -96,3 +97,41 @@ def test_the_operator_key_is_made_once_and_only_its_owner_reads_it(tmp_path: Pat
 )
 def test_the_servers_url_is_one_that_its_own_machine_can_open(host: str, url: str) -> None:
     assert load_settings(None, {"serve.host": host, "serve.port": 81}, {}).serve.url == url
+
+
+@pytest.mark.parametrize(
+    ("setting", "text", "value"),
+    [
+        ("base.vlm", "", ""), ("base.vlm", '""', ""), ("base.vlm", "no", "no"), ("base.clip", "123", "123"),
+        ("base.clip", "a: b: c", "a: b: c"), ("serve.port", "9000", 9000), ("updater.idle", "true", True),
+        ("updater.idle", "no", False), ("serve.image_hosts", "[a.example.org]", ["a.example.org"]),
+        ("ledger_url", "null", None), ("ledger_url", "", None), ("rollout.share", "1e-1", 0.1),
+    ],
+)  # fmt: skip
+def test_a_flag_and_a_variable_take_a_value_as_it_is_written(setting: str, text: str, value: object) -> None:
+    variable = f"RATCHET_{setting.upper().replace('.', '__')}"
+    flag = dict([_assignment(f"{setting}={text}")])
+    for settings in (load_settings(overrides=flag, environ={}), load_settings(environ={variable: text})):
+        shown = {name: each for name, each, _, _ in describe(settings)}[setting]
+        assert (shown if value is None or not isinstance(value, list) else [str(each) for each in shown]) == value
+
+
+def test_an_empty_operator_key_is_no_key() -> None:
+    assert load_settings(environ={"RATCHET_SERVE__OPERATOR_KEY": ""}).serve.operator_key is None
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://me:hunter2@db:5432/r", "postgresql://me:**********@db:5432/r"),
+        ("postgresql://me:hun@ter2@db/r", "postgresql://me:**********@db/r"),
+        ("postgresql://db/r?user=me&password=hunter2&sslmode=require", "postgresql://db/r?user=me&password=**********&sslmode=require"),
+        ("postgresql://me@db/r", "postgresql://me@db/r"),
+        ("sqlite:////var/lib/ledger.db", "sqlite:////var/lib/ledger.db"),
+    ],
+)  # fmt: skip
+def test_passwords_in_urls_are_not_shown(url: str, shown: str) -> None:
+    settings = load_settings(overrides={"ledger_url": url, "artifacts_url": url, "console.server": url}, environ={})
+    rows = {name: value for name, value, _, _ in describe(settings)}
+    assert [rows[name] for name in ("ledger_url", "artifacts_url", "console.server")] == [shown] * 3
+    assert settings.ledger == url

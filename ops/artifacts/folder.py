@@ -1,0 +1,78 @@
+"""Directories in a local or shared folder: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from ops.artifacts.manifest import directory_digest
+from ops.errors import AdapterError
+
+STAGING: Final = ".staging-"
+ABANDONED_SECONDS: Final = 24 * 3600
+"""Age from which on what a killed process has left is deleted."""
+
+
+def put_directory(source: Path, target: Path, key: str) -> None:
+    """Store a directory: readers see all of it or nothing, also after the machine has crashed.
+
+    Raises:
+        AdapterError: the name has other contents.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target.parent)
+    if not target.exists():
+        staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=target.parent))
+        try:
+            shutil.copytree(source, staging, dirs_exist_ok=True)
+            staging.chmod(0o755)
+            for path in (*staging.rglob("*"), staging):
+                flush(path)
+            staging.rename(target)
+            flush(target.parent)
+            return
+        except OSError:  # another process was faster
+            if not target.exists():
+                raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    if directory_digest(target) != directory_digest(source):
+        raise AdapterError(f"artifact {key!r} exists with other contents.", "A name is never reused.")
+
+
+def write_bytes(target: Path, data: bytes) -> None:
+    """Write a file in one step."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=STAGING, dir=target.parent)
+    staging = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.chmod(0o644)
+        staging.replace(target)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for path in folder.glob(f"{STAGING}*"):
+        try:
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:  # another process did
+            continue

@@ -1,0 +1,77 @@
+"""PostgreSQL connections with bounded waits. Needs the ``postgres`` extra.
+
+Three bounds work together: the client's deadline (:mod:`ops.ledger.time_limits`) for a server that is silent, TCP's
+for a network that is, and the server's for a transaction whose client has gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, Final
+
+import psycopg
+from sqlalchemy import URL
+
+from ops.ledger.time_limits import seconds_left
+
+CONNECT_SECONDS: Final = 2
+"""The least that libpq takes for a connect_timeout."""
+_CLIENT: Final[dict[str, str]] = {
+    "connect_timeout": str(CONNECT_SECONDS),
+    "keepalives": "1",
+    "keepalives_idle": "5",
+    "keepalives_interval": "2",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "5000",
+}
+"""libpq's parameters; milliseconds for tcp_user_timeout, else seconds."""
+_SERVER: Final[dict[str, int]] = {
+    "lock_timeout": 3_000,
+    "statement_timeout": 4_000,
+    "idle_in_transaction_session_timeout": 10_000,
+}
+"""Milliseconds. A statement ends on the server before its client gives up, and a frozen client keeps no lock."""
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection whose every wait for the server ends at the deadline of the calling thread."""
+
+    def wait(self, gen: Any, *args: Any, **options: Any) -> Any:
+        """Drive a generator of psycopg until it ends.
+
+        Raises:
+            psycopg.OperationalError: the server was silent until the deadline; the connection is closed.
+        """
+        return super().wait(self._bounded(gen), *args, **options)
+
+    def _bounded(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        ready: Any = None
+        while True:
+            try:
+                wanted = gen.send(ready)
+            except StopIteration as end:
+                return end.value
+            ready = yield wanted
+            if not ready and seconds_left() <= 0:
+                self.pgconn.finish()  # an answer that comes now would be taken for that of the next statement
+                raise psycopg.OperationalError("the server was silent for too long; the connection was closed")
+
+
+def bounded_url(url: URL) -> URL:
+    """Add the bounds to a URL, as far as it does not set them itself."""
+    named = {key: value for key, value in _CLIENT.items() if key not in url.query}
+    own = url.query.get("options", "")
+    options = " ".join([own] if isinstance(own, str) else own)
+    bounds = " ".join(f"-c {key}={value}" for key, value in _SERVER.items() if key not in options)
+    return url.update_query_dict({**named, "options": f"{bounds} {options}".strip()})
+
+
+def connect(*args: Any, **options: Any) -> BoundedConnection:
+    """Open a connection, unless the time of the caller is over already.
+
+    Raises:
+        psycopg.OperationalError: there is no server, or it does not answer.
+    """
+    if seconds_left() <= 0:
+        raise psycopg.OperationalError("no time was left for a new connection")
+    return BoundedConnection.connect(*args, **options)

@@ -1,0 +1,102 @@
+"""What the scripts of the Python clients share: what to ask, what to expect, and a report of the checks as JSON.
+
+The environment names the server (``RATCHET_URL``) and a file (``RATCHET_CONTRACT``) with the requests and the answers
+that plain HTTP gave to them. A script runs all of its checks, also after one that failed, and prints one JSON object:
+the name of each check, and ``passed`` or a traceback.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import runpy
+import struct
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+URL = os.environ["RATCHET_URL"] + "/v1"
+CONTRACT: dict[str, Any] = json.loads(Path(os.environ["RATCHET_CONTRACT"]).read_text())
+KEY = "none"
+TEXTS: list[str] = CONTRACT["texts"]
+IMAGE: str = CONTRACT["image"]
+QUESTION: str = CONTRACT["question"]
+ANSWER: str = CONTRACT["answer"]
+USAGE: dict[str, int] = CONTRACT["usage"]
+MAX_TOKENS: int = CONTRACT["max_tokens"]
+WRONG_KEY: str = CONTRACT["wrong_key"]
+LIMITED_KEY = os.environ["RATCHET_LIMITED_KEY"]
+"""Of one request a minute."""
+PARTS = [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": QUESTION}]
+MESSAGES = [{"role": "user", "content": PARTS}]
+DEFAULTS: dict[str, Any] = {
+    "n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+    "response_format": {"type": "text"}, "parallel_tool_calls": True, "store": False, "metadata": {"run": "7"},
+    "service_tier": "auto", "modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium", "user": "ann",
+    "prompt_cache_key": "k", "safety_identifier": "s", "logprobs": False, "max_completion_tokens": MAX_TOKENS,
+    "temperature": 0,
+}  # fmt: skip
+"""Optional fields of OpenAI's chat call, with values that mean nothing beyond the default."""
+CHAT_NULLS = dict.fromkeys(
+    [*DEFAULTS, "seed", "stop", "stream", "stream_options", "top_p", "top_logprobs", "max_tokens", "audio",
+     "prediction", "web_search_options", "functions", "function_call"]
+)  # fmt: skip
+EMBEDDING_NULLS = dict.fromkeys(["encoding_format", "dimensions", "user"])
+
+_results: dict[str, str] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    """Run a check at once, and keep its result under its name."""
+    try:
+        function()
+        _results[function.__name__] = "passed"
+    except BaseException:  # an exit is a failure of this check too
+        _results[function.__name__] = traceback.format_exc(limit=-6)
+    return function
+
+
+def report() -> None:
+    """Print the results, as the last line."""
+    print("\n" + json.dumps(_results))
+
+
+def run_snippet() -> None:
+    """The code block of the documentation."""
+    runpy.run_path(os.environ["RATCHET_SNIPPET"], run_name="__main__")
+
+
+def assert_vectors(vectors: Sequence[Sequence[float] | str]) -> None:
+    """The vectors are those that plain HTTP got for :data:`TEXTS`, as numbers or in base64."""
+    rows = [decoded(row) if isinstance(row, str) else list(row) for row in vectors]
+    assert len(rows) == len(TEXTS), len(rows)
+    for row, expected in zip(rows, CONTRACT["vectors"], strict=True):
+        assert len(row) == len(expected), (len(row), len(expected))
+        assert max(abs(a - b) for a, b in zip(row, expected, strict=True)) < 1e-4
+
+
+def decoded(text: str) -> list[float]:
+    """Little-endian float32 in base64."""
+    raw = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(raw) // 4}f", raw))
+
+
+def assert_usage(prompt: int | None, completion: int | None) -> None:
+    """The tokens are those that plain HTTP was told."""
+    assert (prompt, completion) == (USAGE["prompt_tokens"], USAGE["completion_tokens"]), (prompt, completion)
+
+
+def assert_wait(seconds: str) -> None:
+    """``Retry-After`` of a key with one request a minute."""
+    assert 1 <= int(seconds) <= 60, seconds
+
+
+def raised(kind: type[BaseException], call: Callable[[], object]) -> Any:
+    """The exception of this kind that a call raises."""
+    try:
+        call()
+    except kind as error:
+        return error
+    raise AssertionError(f"no {kind.__name__} was raised")

@@ -1,0 +1,136 @@
+"""The ``openai`` client of Python, of whichever version is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import openai
+from contract import (
+    ANSWER,
+    CHAT_NULLS,
+    DEFAULTS,
+    EMBEDDING_NULLS,
+    IMAGE,
+    KEY,
+    LIMITED_KEY,
+    MAX_TOKENS,
+    MESSAGES,
+    TEXTS,
+    URL,
+    WRONG_KEY,
+    assert_usage,
+    assert_vectors,
+    assert_wait,
+    check,
+    raised,
+    report,
+    run_snippet,
+)
+
+client = openai.OpenAI(base_url=URL, api_key=KEY, max_retries=0)
+ASK: dict[str, Any] = {"model": "vlm", "messages": MESSAGES, "max_tokens": MAX_TOKENS, "temperature": 0}
+check(run_snippet)
+
+
+@check
+def embeddings() -> None:
+    answer = client.embeddings.create(model="clip", input=TEXTS)
+    assert_vectors([row.embedding for row in answer.data])
+    assert answer.usage.prompt_tokens > 0
+
+
+@check
+def embeddings_as_float_and_base64() -> None:
+    for encoding in ("float", "base64"):
+        answer = client.embeddings.create(model="clip", input=TEXTS, encoding_format=encoding)
+        assert_vectors([row.embedding for row in answer.data])
+
+
+@check
+def embeddings_with_nulls() -> None:
+    answer = client.embeddings.create(model="clip", input=TEXTS, extra_body=EMBEDDING_NULLS)
+    assert_vectors([row.embedding for row in answer.data])
+    assert len(client.embeddings.create(model="clip", input=[{"image": IMAGE}]).data) == 1  # type: ignore[list-item]
+
+
+@check
+def chat_with_an_image() -> None:
+    answer = client.chat.completions.create(**ASK)
+    assert answer.choices[0].message.content == ANSWER
+    assert_usage(answer.usage.prompt_tokens, answer.usage.completion_tokens)
+
+
+@check
+def stream_with_usage() -> None:
+    chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
+    assert_usage(chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens)
+
+
+@check
+def chat_with_nulls_and_defaults() -> None:
+    nulls = client.chat.completions.create(model="vlm", messages=MESSAGES, extra_body=CHAT_NULLS)
+    assert nulls.choices[0].finish_reason
+    answer = client.chat.completions.create(model="vlm", messages=MESSAGES, **DEFAULTS)
+    assert answer.choices[0].message.content == ANSWER
+    options: Any = {"include_usage": None, "include_obfuscation": None}
+    chunks = list(client.chat.completions.create(**ASK, stream=True, stream_options=options))
+    assert chunks[-1].choices[0].finish_reason
+
+
+@check
+def conversation() -> None:
+    first = client.chat.completions.create(**ASK).choices[0].message
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "be short"}]}, *MESSAGES, first.model_dump(),
+        {"role": "user", "content": "and now?", "name": "ann"},
+    ]  # fmt: skip
+    assert client.chat.completions.create(**ASK | {"messages": turns}).choices[0].message.role == "assistant"
+    turns[2] = first  # type: ignore[call-overload]
+    assert client.chat.completions.create(**ASK | {"messages": turns}).choices[0].message.role == "assistant"
+
+
+@check
+def models() -> None:
+    names = {model.id for model in client.models.list()}
+    assert {"clip", "vlm"} <= names
+    assert client.models.retrieve("vlm").object == "model"
+
+
+@check
+def error_401() -> None:
+    error = raised(openai.AuthenticationError, client.with_options(api_key=WRONG_KEY).models.list)
+    assert error.code == "invalid_api_key"
+
+
+@check
+def error_404() -> None:
+    error = raised(openai.NotFoundError, lambda: client.embeddings.create(model="gpt", input="x"))
+    assert (error.code, error.param) == ("model_not_found", "model")
+    raised(openai.NotFoundError, lambda: client.chat.completions.create(**ASK | {"model": "gpt"}))
+
+
+@check
+def error_400() -> None:
+    refused: list[dict[str, Any]] = [
+        {"n": 2}, {"tools": [{"type": "function", "function": {"name": "f"}}]}, {"reasoning_effort": "high"},
+        {"response_format": {"type": "json_object"}},
+    ]  # fmt: skip
+    for extra in refused:
+        error = raised(openai.BadRequestError, lambda extra=extra: client.chat.completions.create(**ASK, **extra))
+        assert error.param == next(iter(extra)), error
+        assert error.type == "invalid_request_error"
+    error = raised(openai.BadRequestError, lambda: client.embeddings.create(model="clip", input="x", dimensions=7))
+    assert error.param == "dimensions"
+
+
+@check
+def error_429() -> None:
+    limited = client.with_options(api_key=LIMITED_KEY)
+    limited.models.list()
+    error = raised(openai.RateLimitError, limited.models.list)
+    assert error.code == "rate_limited"
+    assert_wait(error.response.headers["retry-after"])
+
+
+report()

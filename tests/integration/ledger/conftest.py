@@ -1,0 +1,35 @@
+"""A PostgreSQL that may be stopped and restarted, and an empty ledger in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from ops.ledger import Ledger
+from tests.support.postgres import PostgresServer, postgres_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[PostgresServer]:
+    with postgres_server() as running:
+        yield running
+
+
+@pytest.fixture
+def url(server: PostgresServer) -> str:
+    """An empty database of its own."""
+    engine = create_engine(server.url.replace("postgresql:", "postgresql+psycopg:"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("drop database if exists ledger with (force)"))
+        connection.execute(text("create database ledger"))
+    engine.dispose()
+    return server.url.rsplit("/", 1)[0] + "/ledger"
+
+
+@pytest.fixture
+def ledger(url: str) -> Iterator[Ledger]:
+    opened = Ledger.open(url)
+    yield opened
+    opened.close()

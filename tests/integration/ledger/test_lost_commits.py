@@ -1,0 +1,109 @@
+"""The answer to a COMMIT is lost: what was written is found out, and nothing is written twice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from sqlalchemy import text
+
+from ops.errors import CommitUnknown, LedgerUnavailable
+from ops.ledger import Ledger
+from ops.ledger.commits import LOOKUP_SECONDS
+from tests.support.commit_relay import CommitRelay, Loss
+from tests.support.postgres import PostgresServer
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def relay(server: PostgresServer) -> Iterator[CommitRelay]:
+    made = CommitRelay(server.port)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def far(relay: CommitRelay, ledger: Ledger, url: str) -> Iterator[Ledger]:
+    """The same ledger as ``ledger``, through the relay."""
+    opened = Ledger.open(url.replace(url.rsplit(":", 1)[1].split("/")[0], str(relay.port)))
+    yield opened
+    opened.close()
+
+
+def _commit(ledger: Ledger, number: int = 1, proposal_id: int | None = None) -> int:
+    row = ledger.commit_release(number, clip="a", vlm=None, actor="ann", reason="r", proposal_id=proposal_id)
+    return row.number
+
+
+def _somebody_waits(ledger: Ledger) -> Callable[[], None]:
+    def wait() -> None:
+        waiting = 0
+        while not waiting:
+            with ledger.database.read() as session:
+                waiting = session.scalar(text("select count(*) from pg_locks where not granted")) or 0
+
+    return wait
+
+
+@pytest.mark.parametrize("loss", ["request", "answer", "connection"])
+def test_a_release_whose_commit_is_lost_is_made_once(
+    relay: CommitRelay, far: Ledger, ledger: Ledger, loss: Loss
+) -> None:
+    proposal = ledger.propose("release", clip="a", actor="ann", reason="r")
+    relay.lose(loss, _somebody_waits(ledger) if loss == "connection" else lambda: None)
+    assert _commit(far, proposal_id=proposal.id) == 1
+    assert relay.lost == 1
+    assert [row.proposal_id for row in ledger.releases()] == [proposal.id]
+    assert ledger.proposal(proposal.id).state == "committed"
+    assert [row.action for row in ledger.audit_rows()] == ["release", "propose release"]
+
+
+@pytest.mark.parametrize("loss", ["request", "answer"])
+def test_proposals_and_holds_whose_commit_is_lost_are_written_once(
+    relay: CommitRelay, far: Ledger, ledger: Ledger, loss: Loss
+) -> None:
+    relay.lose(loss)
+    proposal = far.propose("release", clip="a", actor="ann", reason="r")
+    relay.lose(loss)
+    assert far.advance_proposal(proposal.id, "preparing", expected="pending").state == "preparing"
+    relay.lose(loss)
+    far.hold("ann", "incident")
+    relay.lose(loss)
+    far.resume("ann", "over")
+    assert relay.lost == 4
+    assert len(ledger.proposals()) == 1 and ledger.held() is None
+    assert [row.action for row in ledger.audit_rows()] == ["resume", "hold", "propose release"]
+
+
+@pytest.mark.parametrize("loss", ["request", "answer"])
+def test_a_server_that_crashes_in_the_middle_of_a_commit_has_the_release_once(
+    server: PostgresServer, relay: CommitRelay, far: Ledger, ledger: Ledger, loss: Loss
+) -> None:
+    relay.lose(loss, server.restart)
+    assert _commit(far) == 1
+    assert [row.number for row in ledger.releases()] == [1]
+
+
+def test_a_server_that_stays_silent_after_a_commit_leaves_it_unknown_and_a_repetition_finds_it(
+    server: PostgresServer, relay: CommitRelay, far: Ledger, ledger: Ledger
+) -> None:
+    stopped = server.suspended()
+    relay.lose("answer", stopped.__enter__)
+    began = time.monotonic()
+    with pytest.raises(CommitUnknown, match="whether release 1 was written is unknown") as caught:
+        far.commit_release(1, clip="a", vlm=None, actor="ann", reason="r", proposal_id=None, attempt="once")
+    assert time.monotonic() - began < LOOKUP_SECONDS + 3
+    assert "Look it up" in caught.value.fix
+    stopped.__exit__(None, None, None)
+    again = far.commit_release(1, clip="a", vlm=None, actor="ann", reason="r", proposal_id=None, attempt="once")
+    assert [row.number for row in ledger.releases()] == [again.number] == [1]
+
+
+def test_a_ledger_that_is_away_before_the_commit_is_no_unknown_release(server: PostgresServer, ledger: Ledger) -> None:
+    ledger.live()
+    with server.suspended(), pytest.raises(LedgerUnavailable) as caught:
+        _commit(ledger)
+    assert not isinstance(caught.value, CommitUnknown)
+    assert _commit(ledger) == 1

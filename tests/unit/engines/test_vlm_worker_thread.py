@@ -1,0 +1,151 @@
+"""A batch that fails in transformers: the row that is the cause ends alone, and an engine that is broken ends."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ops.errors import AdapterError
+from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.generation import GenerationRequest, Message
+from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_worker import Worker
+from serving.engines.vlm.prompts import end_token
+from serving.errors import EngineDead, InvalidRequest
+from tests.support.tiny_vlm import tiny_vlm_base
+
+TOKENS = 6
+PROMPTS = ["red?", "what is this?", "is there a red car?", "which colour?"]
+POISON = "~"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
+    return tiny_vlm_base(tmp_path_factory.mktemp("worker"))
+
+
+@pytest.fixture(scope="module")
+def shared(base: VlmBase) -> Any:
+    return base.build_model()
+
+
+@pytest.fixture
+def model(shared: Any) -> Iterator[Any]:
+    """The model; hooks of a test end with it."""
+    hooks: list[Any] = []
+    shared.hook = lambda hook: hooks.append(shared.register_forward_pre_hook(hook, with_kwargs=True))
+    yield shared
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
+def worker(base: VlmBase) -> Iterator[Worker]:
+    processor = base.processor()
+    worker = Worker(processor, frozenset({end_token(processor)}), batch=8, threads=1)
+    yield worker
+    worker.stop("The test is over.")
+    worker.join()
+
+
+def poisoned(processor: Any) -> Callable[..., None]:
+    """A hook that fails when a prompt holds :data:`POISON`."""
+    (token,) = processor.tokenizer(POISON, add_special_tokens=False)["input_ids"]
+
+    def hook(_: nn.Module, __: Any, given: dict[str, Any]) -> None:
+        if bool((given["input_ids"] == token).any()):
+            raise RuntimeError("this prompt makes an index that is out of range")
+
+    return hook
+
+
+def request(text: str, temperature: float = 0.0) -> GenerationRequest:
+    return GenerationRequest((Message("user", (text,)),), max_tokens=TOKENS, temperature=temperature, seed=7)
+
+
+def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> list[list[Any]]:
+    """What each row is told, up to its end; they are queued before the worker can take the first one alone."""
+    told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
+    with worker._ready:
+        for one, out in zip(requests, told, strict=True):
+            worker.put(model, Row(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
+    results = []
+    for out in told:
+        items = [out.get(timeout=60)]
+        while isinstance(items[-1], tuple) and not items[-1][2]:
+            items.append(out.get(timeout=60))
+        results.append(items)
+    return results
+
+
+def tokens(items: list[Any]) -> list[int]:
+    return [token for token, _, _ in items]
+
+
+def test_the_row_that_makes_a_batch_fail_fails_alone_and_the_others_are_answered(
+    worker: Worker, model: Any, base: VlmBase
+) -> None:
+    alone = [tokens(answers(worker, model, [request(text)])[0]) for text in PROMPTS]
+    model.hook(poisoned(base.processor()))
+    asked = [*map(request, PROMPTS[:2]), request(f"red {POISON}?"), *map(request, PROMPTS[2:])]
+    results = answers(worker, model, asked)
+    (failure,) = results.pop(2)
+    assert isinstance(failure, InvalidRequest) and "out of range" in failure.message
+    assert [tokens(items) for items in results] == alone
+    assert worker.trouble == ""
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_batch_that_fails_on_its_way_goes_on_where_it_was(worker: Worker, model: Any, temperature: float) -> None:
+    asked = [request(text, temperature) for text in PROMPTS]
+    whole = answers(worker, model, asked)
+    calls = iter(range(100))
+
+    def third_fails(*_: Any) -> None:
+        if next(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    model.hook(third_fails)
+    assert [tokens(items) for items in answers(worker, model, asked)] == [tokens(items) for items in whole]
+    assert next(calls) > TOKENS
+
+
+def test_a_scoring_that_fails_fails_alone(worker: Worker, model: Any, base: VlmBase) -> None:
+    model.hook(poisoned(base.processor()))
+    told: queue.Queue[Any] = queue.Queue()
+    for text in (f"red {POISON}?", "red?"):
+        worker.put(model, Scoring(request(text), ["yes", "no"], told.put, told.put))
+    assert isinstance(told.get(timeout=60), InvalidRequest)
+    assert len(told.get(timeout=60)) == 2
+
+
+def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker: Worker, model: Any) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    model.hook(broken)
+    results = answers(worker, model, [request(text) for text in PROMPTS])
+    assert all(isinstance(items[-1], EngineDead) for items in results)
+    worker.join()
+    assert "illegal memory access" in worker.trouble
+    with pytest.raises(EngineDead):
+        worker.put(model, Row(request("red?"), TOKENS, lambda *_: None, lambda _: None))
+
+
+def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worker, model: Any) -> None:
+    def spoil(_: nn.Module, __: Any, out: Any) -> None:
+        out.logits.fill_(torch.nan)
+
+    hook = model.register_forward_hook(spoil)
+    try:
+        results = answers(worker, model, [request("red?"), request("what is this?", 1.0)])
+    finally:
+        hook.remove()
+    assert all(isinstance(items[-1], AdapterError) and len(items) == 1 for items in results)
+    assert len(answers(worker, model, [request("red?")])[0]) >= 1
+    assert worker.trouble == ""
