@@ -121,11 +121,11 @@ async def test_an_address_has_a_bound_of_connections_and_the_others_have_theirs(
         with contextlib.suppress(ConnectionError):
             for _ in range(30):
                 reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
-                open_ones.append(writer)
                 writer.write(get())
                 if not await reader.read(100):
-                    open_ones.pop()
+                    writer.close()
                     break
+                open_ones.append(writer)
         assert len(open_ones) == 5
         assert b"200 OK" in await server.send(get())
         for writer in open_ones:
