@@ -71,9 +71,12 @@ async def _end_application(seconds: float) -> None:
     """Drain, and shut Serve down in the same event loop: a handle that was called belongs to its loop."""
     from ray import serve
 
+    from serving.releases.broadcast import APP
+
     with contextlib.suppress(Exception):  # not started yet, or broken
         if serve.status().applications:
             await drain(seconds)
+            await asyncio.to_thread(serve.delete, APP)  # shutdown would end HAProxy under the last answers
     await serve.shutdown_async()
 
 
@@ -143,10 +146,12 @@ def build(settings: Settings | None = None) -> Application:
         name="Controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
         max_queued_requests=64, **common,
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
-    # The app's own bound (429 with OpenAI's error object) comes first; Serve's is the backstop behind it.
+    # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
+    # counts requests whose body is still to come, which may be as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * server.queue + 64,
-        max_queued_requests=server.queue, backpressure_config=full, **common,
+        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2},
+        max_ongoing_requests=server.connections + 2 * server.queue, max_queued_requests=server.connections,
+        backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
 

@@ -27,6 +27,7 @@ from serving.http.receipt_service import ReceiptService
 from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
+from serving.ray.ray_session import proxies
 from serving.releases.admission import Admission
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
@@ -88,6 +89,7 @@ class Ingress:
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlms is None else MirroredVlms(vlms, self.shadow_traffic),
+            proxies=proxies(settings.serve),
             token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
 
