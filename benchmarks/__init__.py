@@ -14,6 +14,7 @@ BENCHMARKS = {
     "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",
     "gate": "benchmarks.gate",
+    "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",

@@ -1,8 +1,12 @@
 """``ratchet bench swap``: what a swap costs the requests that are being answered.
 
-Open-loop load at half of the measured capacity, from another process; twenty and more releases of random adapters;
-then rollbacks. Every answer is checked against the release it was stamped with. Requests count as *inside* when they
-overlap the time from the operator's call to its answer (prepare, commit, acknowledge), as *outside* otherwise.
+Open-loop load at half of the measured capacity, from another process; twenty and more changes of what is live: releases
+of random adapters, and every fourth a rollback. Where a VLM is served, its adapter is changed now and then, too. Every
+answer is checked against the release it was stamped with. Requests count as *inside* when they overlap the time from
+the operator's call to its answer (prepare, commit, acknowledge), as *outside* otherwise.
+
+``--swaps 10000 --pause 0`` looks for what grows: ``memory_growth`` is the largest ratio, over all processes of the
+server, of the memory at the end to that after the first hundred changes.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +27,24 @@ from rich.table import Table
 from benchmarks.inputs import pictures, random_adapter
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
+from benchmarks.process_memory import child_processes, memory_growth
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.progress import step, track
 from ops.settings import Settings
-from serving.app import start
+from serving.app import serves_vlm, start
 from serving.client import Client
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.vlm.base import load_vlm_base
 
 ADAPTERS = 4
-ROLLBACKS = 5
+ROLLBACK_EVERY = 4
+VLM_EVERY = 20
+"""A VLM loads an adapter in seconds on a processor."""
+WARM_SWAPS = 100
+"""Memory is compared with that after so many: allocators and caches have their size by then."""
 CAPACITY_CONCURRENCY = 8
 TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 
@@ -41,7 +52,7 @@ TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map
 def run(
     settings: Settings, swaps: int = 20, pause_seconds: float = 2.0, capacity_seconds: float = 8.0, share: float = 0.5
 ) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' base. ``share``: of capacity. Returns the figures.
+    """Measure on a home of its own with the settings' bases. ``share``: of capacity. Returns the figures.
 
     Raises:
         RatchetError: the base is not registered, or the server does not start.
@@ -51,49 +62,76 @@ def run(
         source = settings.home / "bases" / settings.base.clip
         if not source.is_dir():
             raise RatchetError(f"base {settings.base.clip!r} is not in {settings.home}.", "Run `ratchet base build`.")
-        shutil.copytree(source, home / "bases" / settings.base.clip)
+        for base in filter(None, (settings.base.clip, settings.base.vlm)):
+            if (settings.home / "bases" / base).is_dir():
+                shutil.copytree(settings.home / "bases" / base, home / "bases" / base)
         # Random adapters are what the guard is there to take back: it would end the measurement.
         unguarded = settings.rollout.model_copy(update={"guard_seconds": 0.0})
         ours = settings.model_copy(
             update={"home": home, "ledger_url": None, "artifacts_url": None, "lake_url": None, "rollout": unguarded}
         )
         names = make_adapters(ours, ADAPTERS)
+        vlm_names = make_vlm_adapters(ours, 2) if serves_vlm(ours) else []
         server = start(ours)
         try:
-            return _measure(ours, server.url, names, swaps, pause_seconds, capacity_seconds, share)
+            return _measure(ours, server.url, Swaps(names, vlm_names), swaps, pause_seconds, capacity_seconds, share)
         finally:
             server.stop()
 
 
+@dataclass
+class Swaps:
+    """Changes what is live again and again, and notes what each change took."""
+
+    names: Sequence[str]
+    vlm_names: Sequence[str]
+    releases: list[dict[str, Any]] = field(default_factory=list)
+    vlm_releases: int = 0
+    rollbacks: list[float] = field(default_factory=list)
+    """Seconds from the operator's call to its answer."""
+    windows: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each change; seconds since the epoch."""
+
+    def change(self, client: Client, number: int) -> None:
+        """The change with this number, from 1."""
+        began = time.time()
+        if number % ROLLBACK_EVERY == 0:
+            client.rollback(reason=f"bench rollback {number}")
+            self.rollbacks.append(time.time() - began)
+        elif self.vlm_names and number % VLM_EVERY == 1:
+            self.vlm_releases += 1
+            name = self.vlm_names[self.vlm_releases % len(self.vlm_names)]
+            client.release(vlm=name, reason=f"bench swap {number}", force=True)
+        else:
+            name = self.names[number % len(self.names)]
+            self.releases.append(client.release(name, reason=f"bench swap {number}", force=True))
+        self.windows.append((began, time.time()))
+
+
 def _measure(
-    settings: Settings, url: str, names: Sequence[str], swaps: int, pause: float, capacity_seconds: float, share: float
+    settings: Settings, url: str, made: Swaps, swaps: int, pause: float, capacity_seconds: float, share: float
 ) -> dict[str, Any]:
     probes: dict[str, Any] = {"images": pictures(6), "texts": TEXTS, "settings": settings}
     with step("measuring capacity"), Traffic(url, concurrency=CAPACITY_CONCURRENCY, **probes) as closed:
         time.sleep(capacity_seconds)
     capacity = throughput(closed.report())
-    outcomes: list[dict[str, Any]] = []
-    rollbacks: list[float] = []
-    windows: list[tuple[float, float]] = []
     client = Client(url, operator_key=settings.operator_key(), actor="bench")
     with client, Traffic(url, rate=max(1.0, capacity * share), **probes) as load:
         time.sleep(pause)
-        for count in track(range(swaps), "swaps"):
-            began = time.time()
-            outcomes.append(client.release(names[count % len(names)], reason=f"bench swap {count + 1}", force=True))
-            windows.append((began, time.time()))
+        warm = child_processes()
+        for number in track(range(1, swaps + 1), "swaps"):
+            made.change(client, number)
+            if number == WARM_SWAPS:
+                warm = child_processes()
             time.sleep(pause)
-        for _ in range(ROLLBACKS):
-            began = time.time()
-            client.rollback(reason="bench rollback")
-            windows.append((began, time.time()))
-            rollbacks.append(windows[-1][1] - began)
-            time.sleep(pause / 2)
+        growth = memory_growth(warm, child_processes())
     report = load.report()
-    inside, outside = split(report, windows)
+    inside, outside = split(report, made.windows)
     p99_in, p99_out = percentile(inside, 0.99), percentile(outside, 0.99)
     return {
-        "swaps": len(outcomes),
+        "swaps": len(made.windows),
+        "vlm_swaps": made.vlm_releases,
+        "rollbacks": len(made.rollbacks),
         "requests": report.requests,
         "failed": report.failed,
         "mixed": report.mixed,
@@ -105,11 +143,14 @@ def _measure(
         "p99_inside": round(p99_in, 4),
         "p99_outside": round(p99_out, 4),
         "p99_inside_over_outside": round(p99_in / p99_out, 3),
-        "prepare_seconds": round(percentile([o["prepare_seconds"] for o in outcomes], 0.5), 4),
-        "prepare_seconds_max": round(max(o["prepare_seconds"] for o in outcomes), 4),
-        "commit_seconds": round(percentile([o["commit_seconds"] for o in outcomes], 0.5), 4),
-        "commit_seconds_max": round(max(o["commit_seconds"] for o in outcomes), 4),
-        "rollback_seconds": round(max(rollbacks), 4),
+        "prepare_seconds": round(percentile([o["prepare_seconds"] for o in made.releases], 0.5), 4),
+        "prepare_seconds_max": round(max(o["prepare_seconds"] for o in made.releases), 4),
+        "commit_seconds": round(percentile([o["commit_seconds"] for o in made.releases], 0.5), 4),
+        "commit_seconds_max": round(max(o["commit_seconds"] for o in made.releases), 4),
+        "rollback_seconds": round(percentile(made.rollbacks, 0.5), 4),
+        "rollback_seconds_max": round(max(made.rollbacks), 4),
+        "memory_growth": max(growth.values(), default=None),
+        "memory_growth_most": dict(list(growth.items())[:5]),
         "base": settings.base.clip,
         "problems": list(report.problems[:3]),
         "machine": machine(),
@@ -154,6 +195,22 @@ def make_adapters(settings: Settings, count: int) -> list[str]:
     return names
 
 
+def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
+    """The same of the settings' VLM."""
+    base = load_vlm_base(settings.home, settings.base.vlm)
+    ledger, artifacts = Ledger.open(settings.ledger), Artifacts(settings.artifacts)
+    names = []
+    for seed in range(count):
+        folder = settings.home / "random-vlm" / str(seed)
+        name = random_adapter(base, folder, seed, parts=["text"])
+        artifacts.put_directory(folder, f"adapters/{name}")
+        ledger.register_adapter(
+            name, family="vlm", base=base.digest, image_space="", text_space="", meta={"made_by": "ratchet bench"}
+        )
+        names.append(name)
+    return names
+
+
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
     table = Table(show_header=False, title="Swaps under load")
@@ -167,8 +224,10 @@ def show(figures: dict[str, Any]) -> None:
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench swap``."""
     parser = argparse.ArgumentParser(prog="ratchet bench swap", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--swaps", type=int, default=20, help="releases under load (20)")
-    parser.add_argument("--pause", type=float, default=2.0, help="seconds between swaps (2)")
+    parser.add_argument("--swaps", type=int, default=20, help="releases and rollbacks under load (20; at least 4)")
+    parser.add_argument("--pause", type=float, default=2.0, help="seconds between swaps (2); 0: as fast as it goes")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")
     asked = parser.parse_args(arguments)
+    if asked.swaps < ROLLBACK_EVERY:
+        parser.error(f"--swaps must be {ROLLBACK_EVERY} or more: a rollback is one of as many")
     show(run(settings, swaps=asked.swaps, pause_seconds=asked.pause, share=asked.share))

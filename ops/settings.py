@@ -183,6 +183,35 @@ class Serve(Section):
     max_text_chars: int = Field(2000, ge=1, description="Longest text.")
     max_image_bytes: int = Field(8 * MIB, ge=1024, description="Largest encoded image.")
     max_pixels: int = Field(40_000_000, ge=1, description="Largest decoded image, in pixels.")
+    max_request_pixels: int = Field(80_000_000, ge=1, description="Pixels of all images of one request together.")
+    decode_pixels: int = Field(
+        160_000_000, ge=1, description="Pixels that wait to be decoded, over all requests; more are answered 429."
+    )
+    body_budget_bytes: int = Field(
+        256 * MIB, ge=1024, description="Bytes of request bodies in memory, over all requests; more are answered 503."
+    )
+    caller_share: float = Field(
+        0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."
+    )
+    operator_queue: int = Field(16, ge=1, description="Operator calls at once; they have slots of their own.")
+    connections: int = Field(4096, ge=16, le=100_000, description="Open connections of HAProxy; more wait.")
+    connections_per_address: int = Field(512, ge=1, description="Open connections of one address; more are closed.")
+    header_seconds: float = Field(
+        10.0, gt=0, description="Longest wait of HAProxy for the headers and the first 16 KB of a request."
+    )
+    idle_seconds: float = Field(60.0, gt=0, description="An open connection without a request is closed after this.")
+    body_seconds: float = Field(30.0, gt=0, description="Longest time for a whole body; then the answer is 408.")
+    body_bytes_per_second: int = Field(
+        16_384, ge=1, description="Slowest rate of a body, on average and after its first 5 s; below it is 408."
+    )
+    probes_per_second: int = Field(50, ge=1, description="Most calls of /health from one address; more are 429.")
+    allowed_hosts: list[str] = Field(
+        default_factory=list,
+        description="Further names in the Host header; on loopback others are refused (DNS rebinding).",
+    )
+    trusted_proxies: list[NetworkRule] = Field(
+        default_factory=list, description="Networks of proxies whose X-Forwarded-For is believed."
+    )
     image_hosts: list[HostRule] = Field(
         default_factory=list, description="Hosts that images are fetched from by URL; empty: none are fetched."
     )

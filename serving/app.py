@@ -11,18 +11,20 @@ the application that a RayService names (``serving.app:build``).
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ops.access import Access
-from ops.errors import ConfigError
+from ops.errors import ConfigError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.progress import say, step
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
+GRACE_SECONDS = 5.0
+"""After the last deadline: for an answer that is on its way, and for a stream that its client reads slowly."""
+DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
 
 
 @dataclass
@@ -44,21 +49,62 @@ class Server:
     url: str
     folder: Path
     lock: int
+    drain_seconds: float
+    """How long :meth:`stop` waits for requests in flight."""
     _stopped: bool = field(default=False, repr=False)
 
     def stop(self) -> None:
-        """End the application and its Ray session. Twice is once."""
+        """Let what is in flight finish, then end the application and its Ray session. Twice is once."""
         if self._stopped:
             return
         self._stopped = True
         import ray
-        from ray import serve
 
         with contextlib.suppress(Exception):  # a broken session is ended all the same
-            serve.shutdown()
+            asyncio.run(_end_application(self.drain_seconds))
         ray.shutdown()
         ray_session.end_leftovers(self.folder)
         os.close(self.lock)
+
+
+async def _end_application(seconds: float) -> None:
+    """Drain, and shut Serve down in the same event loop: a handle that was called belongs to its loop."""
+    from ray import serve
+
+    from serving.releases.broadcast import APP
+
+    with contextlib.suppress(Exception):  # not started yet, or broken
+        if serve.status().applications:
+            await drain(seconds)
+            await asyncio.to_thread(serve.delete, APP)  # shutdown would end HAProxy under the last answers
+    await serve.shutdown_async()
+
+
+async def drain(seconds: float) -> bool:
+    """Refuse new requests, and wait until none is in flight. All deployments stop at once after it, so the wait must
+    be for whole requests: one that an ingress has not passed to the models yet still needs them.
+
+    Returns:
+        Whether all ended within ``seconds``.
+    """
+    from ray import serve
+
+    from serving.ray.replica_calls import call_every_replica
+    from serving.releases.broadcast import APP, INGRESS
+
+    ingress = serve.get_deployment_handle(INGRESS, APP)
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        counts = await call_every_replica(ingress, "drain", seconds=min(left, DRAIN_CALL_SECONDS))
+        if not any(counts):
+            return True
+        await asyncio.sleep(DRAIN_PAUSE_SECONDS)
+    return False
+
+
+def drain_seconds(settings: Settings) -> float:
+    """How long a replica that ends waits for what is in flight: until the last request's deadline."""
+    return settings.serve.deadline_seconds + GRACE_SECONDS
 
 
 def build(settings: Settings | None = None) -> Application:
@@ -77,8 +123,8 @@ def build(settings: Settings | None = None) -> Application:
     server = settings.serve
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     common: dict[str, Any] = {
-        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0, "graceful_shutdown_timeout_s": 2.0,
-        "graceful_shutdown_wait_loop_s": 0.1,
+        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
+        "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
     }  # fmt: skip
     encoder = serve.deployment(Encoder).options(
         name="Encoder", num_replicas=server.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
@@ -100,10 +146,12 @@ def build(settings: Settings | None = None) -> Application:
         name="Controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
         max_queued_requests=64, **common,
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
-    # The app's own bound (429 with OpenAI's error object) comes first; Serve's is the backstop behind it.
+    # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
+    # counts requests whose body is still to come, which may be as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2}, max_ongoing_requests=2 * server.queue + 64,
-        max_queued_requests=server.queue, backpressure_config=full, **common,
+        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2},
+        max_ongoing_requests=server.connections + 2 * server.queue, max_queued_requests=server.connections,
+        backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
 
@@ -122,17 +170,34 @@ def start(settings: Settings) -> Server:
         ConfigError: the home is served already, the port is taken, or it does not become ready.
     """
     settings = settings.model_copy(update={"home": settings.home.resolve()})
-    Ledger.open(settings.ledger).close()  # migrations run once, before many processes connect
+    _migrate(settings)
     settings.operator_key()
     folder = ray_session.session_directory(settings)
     held = ray_session.lock(folder)
-    server = Server(settings.serve.url, folder, held)
+    server = Server(settings.serve.url, folder, held, drain_seconds(settings))
     try:
         _start(settings, server)
     except BaseException:
         server.stop()
         raise
     return server
+
+
+def _migrate(settings: Settings) -> None:
+    """Bring the ledger's schema up to date once, before many processes connect. While the ledger is away the server
+    starts from a copy of the last known residency.
+
+    Raises:
+        LedgerUnavailable: the ledger is away, and there is no copy.
+    """
+    try:
+        Ledger.open(settings.ledger).close()
+    except LedgerUnavailable as error:
+        from serving.releases.residency_source import ResidencySource
+
+        source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "server")
+        number = source.newest().window[0].number
+        say(f"[yellow]{error.message}[/yellow] starting with release {number}, the last known one ({source.source})")
 
 
 def _start(settings: Settings, server: Server) -> None:
@@ -179,12 +244,17 @@ def _tell_of_keys(settings: Settings) -> None:
     """Say at the start what surprises later: that clients need a key, or that nobody does."""
     if settings.serve.on_loopback:
         return
-    ledger = Ledger.open(settings.ledger)
+    ledger = Ledger.lazy(settings.ledger)
+    with contextlib.suppress(LedgerUnavailable):
+        _say_who_needs_a_key(ledger, settings)
+    ledger.close()
+
+
+def _say_who_needs_a_key(ledger: Ledger, settings: Settings) -> None:
     if Access(ledger, settings).open:
         say(f"[red]whoever reaches {settings.serve.host} may ask the models[/red] (access.require_keys is never)")
     elif not any("infer" in key.scopes for key in ledger.api_keys()):
         say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer`")
-    ledger.close()
 
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:

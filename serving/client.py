@@ -172,26 +172,30 @@ class Client:
         self.post("/admin/v1/resume", {"reason": reason})
 
     def is_ready(self) -> bool:
-        """Whether requests may be sent."""
-        try:
-            return self._http.get("/health/ready", timeout=15.0).status_code == 200
-        except httpx.TransportError:
-            return False
+        """Whether every model answers, the VLM included where one is served."""
+        return not self._not_ready()
 
     def wait_ready(self, seconds: float) -> None:
-        """Return when the server is ready. Raises ServerError with its last words when it is not in time."""
+        """Return when every model answers. Raises ServerError with the server's last answer when it is not in time."""
         end = time.monotonic() + seconds
         last = "nobody listens"
         while time.monotonic() < end:
-            try:
-                answer = self._http.get("/health/ready", timeout=15.0)
-                if answer.status_code == 200:
-                    return
-                last = answer.text[:300]
-            except httpx.TransportError as error:
-                last = str(error)
+            last = self._not_ready()
+            if not last:
+                return
             time.sleep(0.1)
         raise ServerError(f"{self.url} was not ready within {seconds:.0f} s: {last}", "Look at the server's log.")
+
+    def _not_ready(self) -> str:
+        """What keeps the models from answering; empty when nothing does."""
+        try:
+            for model, also in (("clip", 200), ("vlm", 404)):  # 404: no VLM is served
+                answer = self._http.get(f"/health/ready/{model}", timeout=15.0)
+                if answer.status_code not in (200, also):
+                    return answer.text[:300] or f"status {answer.status_code}"
+        except httpx.TransportError as error:
+            return str(error) or type(error).__name__
+        return ""
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         """One GET."""

@@ -16,7 +16,9 @@ IMAGE_COST = 4
 
 @dataclass(frozen=True, slots=True)
 class EncodeRequest:
-    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: seconds since the epoch."""
+    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: on the monotonic clock of the
+    process that encodes; between processes the time left is passed, because their clocks may differ.
+    """
 
     kind: Kind
     payload: Any
@@ -31,7 +33,9 @@ class EncodeRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodeResult:
-    """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code`` ``late`` or ``adapter``."""
+    """Vectors float32 [n, dim], made by one adapter; or ``error`` with ``code``: ``late``, ``adapter``, or ``failed``
+    when the forward pass raised.
+    """
 
     vectors: npt.NDArray[np.float32] | None
     adapter: str | None

@@ -21,6 +21,8 @@ from streams.jpeg_scans import MAX_SCANS, MAX_SEGMENTS, has_too_many_scans
 MIB = 1024 * 1024
 MAX_BYTES = 8 * MIB
 MAX_PIXELS = 40_000_000
+BAND_PIXELS = 500_000
+"""Pixels whose transparency is resolved at once: a few milliseconds."""
 
 #: Content type by format, as :func:`sniff` names formats.
 CONTENT_TYPES = {
@@ -130,10 +132,23 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode in _DEEP_MODES:
         return Image.fromarray(_to_8_bit(image, image.info.get("transparency"))).convert("RGB")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Transparency laid on white, in bands of rows: Pillow does this under Python's lock, and needs three whole copies.
+
+    A large image would stop every other thread for half a second, and take 600 MB.
+    """
+    result = Image.new("RGB", image.size)
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 def _to_8_bit(image: Image.Image, transparent: object) -> np.ndarray:

@@ -14,7 +14,8 @@ from rich.text import Text
 from ops.cli import context as ctx
 from ops.cli.audit import lines
 from ops.errors import ReleaseError
-from ops.ledger import Ledger, ProposalRow, answers
+from ops.ledger import Family, Ledger, ProposalRow, answers
+from ops.progress import say
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
@@ -113,14 +114,24 @@ def rollback(
         Kind | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
     ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Write it into the ledger without asking the server, which follows.")
+    ] = False,
 ) -> None:
-    """Go back to an older release, as a new release; returns when every replica serves it.
+    """Go back to an older release, as a new release; replicas that do not answer at once follow by themselves.
 
     Examples:  ratchet releases rollback -r "wrong colours"    |    ratchet releases rollback --family vlm -r "vague"
+    |    ratchet releases rollback --offline --to 3 -r "no server starts with release 4"
     """
-    with _operator(ctx.of(context).settings) as client:
+    settings = ctx.of(context).settings
+    if offline:
+        _roll_back_offline(settings, reason, to, family, expected_live)
+        return
+    with _operator(settings) as client:
         chosen = None if family is None else family.value
         _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
+    if settings.rollout.hold_after_rollback:
+        say("updates wait until `ratchet releases resume`")
 
 
 @app.command()
@@ -191,6 +202,23 @@ def adapters(clip: str | None, vlm: str | None) -> Text:
 def _sets(row: ProposalRow) -> str:
     named = {"clip": row.clip or "base", "vlm": row.vlm or "base"}
     return " + ".join(f"{family} {name}" for family, name in named.items() if row.family in (family, "both"))
+
+
+def _roll_back_offline(
+    settings: Settings, reason: str, to: int | None, family: Kind | None, expected_live: int | None
+) -> None:
+    from serving.app import serves_vlm
+    from serving.releases.offline import roll_back_offline
+
+    served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
+    families: list[Family] = served if family is None else [family.value]
+    row = roll_back_offline(
+        Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live
+    )
+    typer.echo(
+        f"release {row.number} is in the ledger: clip {row.clip or 'base'} vlm {row.vlm or 'base'}; "
+        "servers adopt it within seconds of reading the ledger"
+    )
 
 
 def _operator(settings: Settings) -> Any:

@@ -97,8 +97,8 @@ def _check_out(session: Session) -> None:
         session.connection()
 
 
-def open_database(url: str, migrate: bool) -> Database:
-    """Connect to SQLite (WAL) or PostgreSQL and migrate.
+def open_database(url: str, migrate: bool, check: bool = True) -> Database:
+    """Connect to SQLite (WAL) or PostgreSQL and migrate; without ``check`` neither is done before the first call.
 
     Raises:
         LedgerUnavailable: the database does not answer.
@@ -113,6 +113,8 @@ def open_database(url: str, migrate: bool) -> Database:
             "Use sqlite:///PATH or postgresql://USER@HOST/DATABASE (pip install 'ratchet[postgres]').",
         ) from None
     database = Database(engine)
+    if not check:
+        return database
     try:
         if migrate:
             _migrate(database)

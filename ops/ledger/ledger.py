@@ -31,6 +31,13 @@ class Ledger(
         """Connect, and bring the schema up to date. Raises LedgerError when the database cannot be reached."""
         return cls(open_database(url, migrate))
 
+    @classmethod
+    def lazy(cls, url: str) -> Ledger:
+        """Connect at the first call, each of which raises LedgerUnavailable while the database is away. For processes
+        that must start without it; the schema is left as it is.
+        """
+        return cls(open_database(url, migrate=False, check=False))
+
     def close(self) -> None:
         """Give the connections back."""
         self.database.close()

@@ -8,10 +8,9 @@ from typing import Any
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from ops.errors import ReleaseError
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
-from ops.ledger.rows import Family, ReleaseRow, answers
+from ops.ledger.rows import Family, ReleaseRow
 
 PLAIN = 1.0
 
@@ -31,40 +30,12 @@ class RolloutQueries:
         with self.database.read() as session:
             return _newest_plain(session, number)
 
-    def incumbent_of(self, release: ReleaseRow) -> ReleaseRow | None:
-        """What a watched release is compared with and, if it breaks its bounds, taken back to: the newest plain release
-        before it. It answered everybody until then, so the guard may return to it whether or not its adapters were
-        withdrawn since; :meth:`check_rollback` is for operators.
-        """
-        return self.incumbent(release.number)
-
-    def check_rollback(self, number: int, families: Sequence[Family] = ("clip", "vlm")) -> ReleaseRow:
-        """The release that an operator wants to go back to.
-
-        Args:
-            number: of the release.
-            families: whose adapters are to go back.
-
-        Raises:
-            ReleaseError: there is no such release; it was a canary or a shadow, and its adapters have never answered
-                all requests; or they were withdrawn.
-        """
+    def was_stable(self, family: Family, adapter: str | None) -> bool:
+        """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter))
         with self.database.read() as session:
-            row = session.get(t.Release, number)
-            if row is None:
-                raise ReleaseError(f"release {number} does not exist.", "See `ratchet releases list`.")
-            release = as_row(ReleaseRow, row)
-            if not all(_was_plain(session, family, release.adapter(family)) for family in families):
-                raise ReleaseError(
-                    f"release {number} was a {answers(release.share)} that was never promoted: its adapters have not "
-                    "answered all requests.",
-                    "Roll back to a plain release, or release its adapters with `ratchet releases release`.",
-                )
-        for name, reason in self.withdrawn([release.adapter(family) for family in families]).items():
-            raise ReleaseError(
-                f"{name} was withdrawn: {reason}", "Go back to another release, or release it with --force."
-            )
-        return release
+            return session.scalars(query.limit(1)).first() is not None
 
     def withdrawn(self, names: Sequence[str | None]) -> dict[str, str]:
         """Those of some adapters that the guard took back, with the reason."""
@@ -99,12 +70,6 @@ class RolloutQueries:
             if session.scalars(served.limit(1)).first() or session.scalars(passed.limit(1)).first():
                 return ""
             return f"{name} has no passed verdict in the ledger and was never live"
-
-
-def _was_plain(session: Session, family: Family, adapter: str | None) -> bool:
-    column = t.Release.clip if family == "clip" else t.Release.vlm
-    query = select(t.Release.number).where(t.Release.share >= PLAIN, column.is_not_distinct_from(adapter)).limit(1)
-    return session.scalars(query).first() is not None
 
 
 def _newest_plain(session: Session, before: int | None = None) -> ReleaseRow | None:

@@ -47,6 +47,7 @@ LABELS = {
     "role": "retention, gain",
     "route": "route templates of the application, and `unmatched`",
     "side": "trial, stable: which release a request went to",
+    "source": "ledger, file (in the home of the node), artifacts",
     "space": "image: the only tower whose vectors are kept",
     "split": "train, fresh_eval",
     "state": "of the trainer: waiting, training, judging, proposing; of an update: done, failed, abandoned",
@@ -134,6 +135,15 @@ RELEASE_HELD = Gauge("ratchet_release_held", "Whether updates are on hold (1) or
 RELEASE_IN_FLIGHT = Gauge(
     "ratchet_release_in_flight_requests", "Requests being answered, by the release that they were stamped with.",
     ["age"], multiprocess_mode="livesum",
+)  # fmt: skip
+RELEASE_SOURCE = Gauge(
+    "ratchet_release_residency_source", "Where a process knows from what is resident (1), and where not (0).",
+    ["part", "source"], multiprocess_mode="livemax",
+)  # fmt: skip
+RELEASE_UNSERVABLE = Gauge(
+    "ratchet_release_unservable",
+    "Whether the live adapter cannot be loaded from its files (1), so that an older release answers instead.",
+    ["family"], multiprocess_mode="livemax",
 )  # fmt: skip
 RELEASE_GAIN = Gauge(
     "ratchet_release_gain_ratio",

@@ -87,6 +87,17 @@ class release:
             d.RELEASE_IN_FLIGHT.labels(age).set(count)
 
     @staticmethod
+    def residency_source(part: str, source: str) -> None:
+        """This process has what is resident from there."""
+        for each in ("ledger", "file", "artifacts"):
+            d.RELEASE_SOURCE.labels(part, each).set(int(each == source))
+
+    @staticmethod
+    def unservable(family: str, gone: bool) -> None:
+        """Whether the live adapter of a family cannot be loaded from its files."""
+        d.RELEASE_UNSERVABLE.labels(family).set(int(gone))
+
+    @staticmethod
     def learned(family: str, gain: float, forgetting: float) -> None:
         """What the live adapter gained over the base and lost to it; NaN where nobody judged it."""
         d.RELEASE_GAIN.labels(family).set(gain)

@@ -6,12 +6,14 @@ Backfill, catch-up and dual-write are all this one loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +21,13 @@ import pyarrow as pa
 
 from ops import metrics
 from ops.errors import RatchetError, RecordError, StoreError
+from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
+from serving.catalog.corpus import COLUMNS, Corpus, with_text
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
-from streams.store import Having
 
 log = logging.getLogger("ratchet.catalog")
-COLUMNS = ["id", "image", "domain", "source", "time", "ingested_at", "text", "question", "answer"]
 Result = TypeVar("Result")
 BATCH_ROWS = 32
 """Rows of one append: 32 images are 0.4 s of encoding, so progress shows and a kill loses little."""
@@ -42,39 +44,13 @@ Encode = Callable[[npt.NDArray[np.uint8], str | None], Awaitable[npt.NDArray[np.
 """uint8 [n, S, S, 3] and an adapter to float32 [n, dim]."""
 
 
-class Corpus(Protocol):
-    """The part of the sample store that the catalog reads."""
-
-    def version(self) -> int:
-        """Version of the newest commit."""
-
-    def offsets(self, version: int | None = None) -> dict[str, int]:
-        """Next offset of each partition at a version."""
-
-    def tally(self, version: int | None = None) -> Mapping[str, int]:
-        """Numbers of rows by kind: ``deleted`` among them."""
-
-    def deleted(self, version: int | None = None, since: datetime | None = None) -> pa.Table:
-        """Ids of the samples that were deleted, and when."""
-
-    def scan(
-        self,
-        version: int | None = None,
-        *,
-        after: Mapping[str, int] | None = None,
-        columns: Sequence[str] | None = None,
-        ids: Sequence[str] | None = None,
-        having: Having | None = None,
-    ) -> pa.Table:
-        """Rows of a version, or of the newest; at or after the given offsets."""
-
-
 class Catalog:
     """Holds the tables complete for the resident releases, and searches them. Use from one event loop."""
 
     def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode) -> None:
         self.tables = tables
         self.corpus = corpus
+        self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
         self._pixels = pixels
         self._encode = encode
         self._io = ThreadPoolExecutor(1, "catalog")
@@ -94,6 +70,8 @@ class Catalog:
         self._wake = asyncio.Event()
         self._changed = asyncio.Condition()
         self._live_space = ""
+        self._live = 0
+        self._claimed = asyncio.Event()
         self._reported = -2
         self.searchable_seconds: float | None = None
 
@@ -101,6 +79,7 @@ class Catalog:
         """Make the space resident; with ``wait``, return when it holds every row of the corpus. Returns its rows."""
         fresh = snapshot.image_space not in self._resident
         self._resident.setdefault(snapshot.image_space, snapshot.clip)
+        self._claimed.set()
         self._wake.set()
         if wait:
             target = await self._in_io(self.corpus.version)
@@ -111,21 +90,44 @@ class Catalog:
         return len(self._have.get(snapshot.image_space, ()))
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
-        """The resident releases, newest first. Spaces of others stay until :meth:`retire`."""
+        """The resident releases, newest first. Spaces of others stay until :meth:`retire`. A window whose live release
+        is older than the one that is known came late, and changes nothing.
+        """
+        live = max((snapshot.release for snapshot in window), default=0)
+        if live < self._live:
+            return
         for snapshot in window:
             self._resident.setdefault(snapshot.image_space, snapshot.clip)
+        self._live = live
         self._live_space = window[0].image_space if window else ""
         self._reported = -2  # the rows of another space are to be told
+        self._claimed.set()
         self._wake.set()
 
-    async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
-        """Drop the tables of spaces that no kept release has. Returns their names."""
+    async def retire(self, keep: Sequence[ReleaseSnapshot], drop: bool = True) -> list[str]:
+        """Let go of the spaces that no kept release has.
+
+        Args:
+            drop: also drop their tables, those apart that another server on this lake holds resident. Only the one
+                server may do so whose controller changes what is live.
+
+        Returns:
+            Spaces whose tables were dropped.
+        """
         spaces = {snapshot.image_space: snapshot.clip for snapshot in keep}
         self._resident = spaces  # an adapter that made a kept space may be gone: take one that is kept
         for space in set(self._have) - set(spaces):
             del self._have[space]
             self._complete.pop(space, None)
-        gone = [space for space in await self._in_io(self.tables.spaces) if space not in spaces]
+        gone = await self._drop_others() if drop else []
+        await self._in_io(self.tables.forget_others, tuple(self._resident))
+        return gone
+
+    async def _drop_others(self) -> list[str]:
+        stored = await self._in_io(self.tables.spaces)
+        candidates = [space for space in stored if space not in self._resident]
+        held = await self._in_io(self.claims.claimed_by_others, candidates) if candidates else set()
+        gone = [space for space in candidates if space not in held]
         for space in gone:
             await self._in_io(self.tables.drop, space)
         return gone
@@ -134,7 +136,17 @@ class Catalog:
         """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
         if space not in self._resident:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
-        return await self.read(self.tables.search, space, vector, k, filters)
+        try:
+            return await self.read(self.tables.search, space, vector, k, filters)
+        except (OSError, RuntimeError, ValueError) as error:
+            self._reopen(space)  # if its table is gone, it is made anew
+            raise StoreError(f"the index of image space {space} cannot be read: {error}"[:300], "Try again.") from error
+
+    def _reopen(self, space: str) -> None:
+        self.tables.forget(space)
+        self._have.pop(space, None)
+        self._complete.pop(space, None)
+        self._wake.set()
 
     async def image(self, sample_id: str) -> bytes | None:
         """The encoded image of one sample, or None."""
@@ -170,6 +182,22 @@ class Catalog:
 
     async def run(self) -> None:
         """Reconcile for ever. A trouble (store away, encoder restarting) is logged and tried again."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._claim())
+            tasks.create_task(self._reconcile())
+
+    async def _claim(self) -> None:
+        """Keep the claim on the resident spaces, whatever the reconciling waits for."""
+        while True:
+            self._claimed.clear()
+            try:
+                await self.read(self.claims.renew, tuple(self._resident))
+            except Exception as error:
+                log.warning("the claim on the image spaces could not be written: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._claimed.wait(), RENEW_SECONDS / 2)
+
+    async def _reconcile(self) -> None:
         while True:
             try:
                 worked = await self.step()
@@ -286,19 +314,24 @@ class Catalog:
         return True
 
     async def _embed(self, space: str, clip: str | None, have: set[str], ids: list[str]) -> None:
-        rows = await self._in_io(lambda: self.corpus.scan(columns=COLUMNS, ids=ids))
+        present = await self._in_io(self.tables.present, space, ids)  # written by the catalog of another server
+        have.update(present)
+        absent = [sample for sample in ids if sample not in present]
+        if not absent:
+            return
+        rows = await self._in_io(lambda: self.corpus.scan(columns=COLUMNS, ids=absent))
         good, pixels = await self._in_io(self._decode, rows)
         if good:
             taken = rows.take(good)
             vectors = await self._encode(np.stack(pixels), clip)
             if self._have.get(space) is not have:
                 return  # retired meanwhile: its table is dropped, and must not come back
-            await self._in_io(self.tables.append, space, with_text(taken), vectors)
+            await self._in_io(self.tables.merge, space, with_text(taken), vectors)
             have.update(taken["id"].to_pylist())
             if space == self._live_space and space in self._complete:  # else it is a backfill
                 self._found(taken["ingested_at"].to_pylist())
         known = set(rows["id"].to_pylist())
-        self._bad.update(sample for sample in ids if sample not in known)
+        self._bad.update(sample for sample in absent if sample not in known)
 
     def _found(self, ingested: list[datetime | None]) -> None:
         """Samples became searchable under the live release."""
@@ -322,14 +355,3 @@ class Catalog:
 
     async def _in_io(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._io, function, *args)
-
-
-def with_text(rows: pa.Table) -> pa.Table:
-    """Rows whose ``text`` falls back to question and answer."""
-    texts = [
-        text or " ".join(part for part in (question, answer) if part)
-        for text, question, answer in zip(
-            rows["text"].to_pylist(), rows["question"].to_pylist(), rows["answer"].to_pylist(), strict=True
-        )
-    ]
-    return rows.set_column(rows.schema.get_field_index("text"), "text", pa.array(texts, pa.string()))

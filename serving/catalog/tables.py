@@ -1,21 +1,27 @@
 """One LanceDB table per image space: id, vector, domain, source, time, text.
 
+Several catalogs may write one table (two servers on one lake). ``id`` is the table's primary key, which Lance does not
+enforce on plain appends; a merge by it does, also against commits that come in between. So each row is there once.
+
 The search is exact (flat): at up to some 100 000 rows it answers in milliseconds, and it is the oracle that an
 approximate index would be measured against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
+import lance
 import lancedb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from lance.fragment import write_fragments
 
-from ops.errors import StoreError
+from ops.errors import StoreError, StoreUnavailable
 from serving.catalog.queries import Filters, Hit
 
 IDS_AT_ONCE = 500
@@ -23,45 +29,55 @@ COMPACT_EVERY = 32
 """Appends between two compactions. Each append is a fragment; scans of thousands of fragments are slow."""
 
 
+PREFIX: Final = "clip_"
+PRIMARY_KEY: Final = {"lance-schema:unenforced-primary-key": "true"}
+FRESHNESS: Final = timedelta(seconds=5)
+"""How old the version of a table may be that a search reads, where another process writes it."""
+
+
 class Tables:
-    """The tables of all image spaces under one URL. One writer; use from one thread at a time."""
+    """The tables of all image spaces under one URL. Any number of processes; one writing thread in each of them."""
 
     def __init__(self, url: str) -> None:
-        self._database = lancedb.connect(url)
+        self.url = url
+        self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
         self._open: dict[str, Any] = {}
         self._appends: dict[str, int] = {}
 
     def spaces(self) -> list[str]:
         """Image spaces that have a table."""
         names = self._database.list_tables()
-        return sorted(name.removeprefix("clip_") for name in getattr(names, "tables", names))
+        named = [name for name in getattr(names, "tables", names) if name.startswith(PREFIX)]
+        return sorted(name.removeprefix(PREFIX) for name in named)
 
     def ids(self, space: str) -> set[str]:
-        """Ids of all rows of a space; empty when there is no table."""
+        """Ids of all rows of a space in its newest version; empty when there is no table."""
+        table = self._keyed(space)
+        if table is None:
+            return set()
+        table.checkout_latest()
+        return set(table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
+
+    def present(self, space: str, ids: Collection[str]) -> set[str]:
+        """Those of some ids that have a row in the newest version."""
         table = self._table(space)
         if table is None:
             return set()
-        return set(table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
+        table.checkout_latest()
+        present: set[str] = set()
+        for names in _quoted(ids):
+            present.update(
+                table.search().where(f"id IN ({names})").select(["id"]).limit(None).to_arrow()["id"].to_pylist()
+            )
+        return present
 
-    def append(self, space: str, rows: pa.Table, vectors: npt.NDArray[np.float32]) -> None:
-        """Add rows (id, domain, source, time, text) with their vectors [n, dim] in one atomic commit."""
-        dim = vectors.shape[1]
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), dim)
-        data = pa.table(
-            {
-                "id": rows["id"].cast(pa.string()),
-                "vector": column,
-                "domain": rows["domain"].cast(pa.string()),
-                "source": rows["source"].cast(pa.string()),
-                "time": rows["time"].cast(pa.timestamp("us", tz="UTC")),
-                "text": rows["text"].cast(pa.string()),
-            }
-        )
-        table = self._table(space)
-        if table is None:
-            self._open[space] = self._database.create_table(f"clip_{space}", data)
-            return
-        table.add(data)
+    def merge(self, space: str, rows: pa.Table, vectors: npt.NDArray[np.float32]) -> None:
+        """Add those of the rows (id, domain, source, time, text; vectors [n, dim]) whose ids are not there, in one
+        atomic commit. Another writer's commit in between is taken into account.
+        """
+        data = _table_of(rows, vectors)
+        table = self._keyed(space) or self._create(space, data.schema)
+        table.merge_insert("id").when_not_matched_insert_all().execute(data)
         self._appends[space] = self._appends.get(space, 0) + 1
         if self._appends[space] % COMPACT_EVERY == 0:
             table.optimize()
@@ -78,12 +94,12 @@ class Tables:
         if condition := filters.sql():
             query = query.where(condition, prefilter=True)
         found = query.to_list()
-        hits = [
-            Hit(row["id"], 1.0 - float(row["_distance"]), row["text"] or "", row["domain"] or "", row["source"] or "",
-                row["time"])
+        hits = {
+            row["id"]: Hit(row["id"], 1.0 - float(row["_distance"]), row["text"] or "", row["domain"] or "",
+                           row["source"] or "", row["time"])
             for row in found
-        ]  # fmt: skip
-        return sorted(hits, key=lambda hit: (-hit.score, hit.id))
+        }  # fmt: skip
+        return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
 
     def exact_scores(self, space: str, vector: npt.NDArray[np.float32], k: int) -> list[float]:
         """Cosine similarities of the ``k`` nearest rows, best first, whatever index there is."""
@@ -106,9 +122,7 @@ class Tables:
     def remove(self, space: str, ids: Collection[str]) -> None:
         """Take rows out of a space's table. Their bytes go with :meth:`expunge`."""
         table = self._table(space)
-        wanted = sorted(each for each in ids if each.isalnum())
-        for start in range(0, len(wanted) if table is not None else 0, IDS_AT_ONCE):
-            names = ", ".join(f"'{each}'" for each in wanted[start : start + IDS_AT_ONCE])
+        for names in _quoted(ids) if table is not None else ():
             table.delete(f"id IN ({names})")
 
     def expunge(self, space: str, older_than: timedelta) -> None:
@@ -131,9 +145,18 @@ class Tables:
 
     def drop(self, space: str) -> None:
         """Remove a space's table, if there is one."""
-        if self._table(space) is not None:
-            del self._open[space]
-            self._database.drop_table(f"clip_{space}")
+        self.forget(space)
+        self._database.drop_table(f"{PREFIX}{space}", ignore_missing=True)
+
+    def forget_others(self, spaces: Collection[str]) -> None:
+        """Close the tables of all other spaces."""
+        for space in {*self._open, *self._appends}.difference(spaces):
+            self.forget(space)
+
+    def forget(self, space: str) -> None:
+        """Close a space's table: the next call opens what is there by then."""
+        self._open.pop(space, None)
+        self._appends.pop(space, None)
 
     def _nearest(self, space: str, vector: npt.NDArray[np.float32], k: int) -> Any:
         table = self._table(space)
@@ -147,5 +170,79 @@ class Tables:
         if not space.isalnum():
             raise StoreError(f"{space!r} is no name of an image space.", "Report this.")
         if space not in self._open and space in self.spaces():
-            self._open[space] = self._database.open_table(f"clip_{space}")
+            with contextlib.suppress(ValueError, FileNotFoundError):  # another process makes or drops it right now
+                self._open[space] = self._database.open_table(f"{PREFIX}{space}")
         return self._open.get(space)
+
+    def _keyed(self, space: str) -> Any:
+        """The table, with its primary key: one of an older version is written anew."""
+        table = self._table(space)
+        if table is not None and not _has_key(table.schema):
+            table = self._open[space] = self._rewrite(space, table)
+        return table
+
+    def _create(self, space: str, schema: pa.Schema) -> Any:
+        """The table, made where there is none. Of two that make it at once one does, and the other takes it.
+
+        Not LanceDB's create_table: that one, when it loses the race, overwrites the winner's table. With no retries the
+        commit writes version 1 or fails.
+        """
+        trouble: Exception | None = None
+        try:
+            lance.LanceDataset.commit(self._address(space), lance.LanceOperation.Overwrite(schema, []), max_retries=0)
+        except OSError as error:
+            trouble = error
+        table = self._keyed(space)
+        if table is None:
+            raise StoreUnavailable(f"the table of image space {space} cannot be made: {trouble}.", "It is tried again.")
+        return table
+
+    def _rewrite(self, space: str, table: Any) -> Any:
+        """Give a table of an older version its primary key; rows that two writers both added become one."""
+        data = table.to_arrow()
+        first = {sample: index for index, sample in reversed(list(enumerate(data["id"].to_pylist())))}
+        unique = data.take(sorted(first.values())).cast(_with_key(data.schema))
+        address, version = self._address(space), table.version
+        operation = lance.LanceOperation.Overwrite(unique.schema, write_fragments(unique, address, mode="overwrite"))
+        try:
+            lance.LanceDataset.commit(address, operation, read_version=version, max_retries=0)
+        except OSError as error:  # another process wrote meanwhile, and this may be the same
+            raise StoreUnavailable(
+                f"the table of image space {space} changed: {error}", "It is tried again."
+            ) from error
+        return self._database.open_table(f"{PREFIX}{space}")
+
+    def _address(self, space: str) -> str:
+        return f"{self.url}/{PREFIX}{space}.lance"
+
+
+def _table_of(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
+    data = pa.table(
+        {
+            "id": rows["id"].cast(pa.string()),
+            "vector": column,
+            "domain": rows["domain"].cast(pa.string()),
+            "source": rows["source"].cast(pa.string()),
+            "time": rows["time"].cast(pa.timestamp("us", tz="UTC")),
+            "text": rows["text"].cast(pa.string()),
+        }
+    )
+    return data.cast(_with_key(data.schema))
+
+
+def _with_key(schema: pa.Schema) -> pa.Schema:
+    key = pa.field("id", pa.string(), nullable=False, metadata=PRIMARY_KEY)
+    return pa.schema([key if field.name == "id" else field for field in schema])
+
+
+def _has_key(schema: pa.Schema) -> bool:
+    metadata = schema.field("id").metadata or {}
+    return any(key.decode() in PRIMARY_KEY for key in metadata)
+
+
+def _quoted(ids: Collection[str]) -> Iterator[str]:
+    """Lists of SQL strings, some hundred ids in each."""
+    wanted = sorted(each for each in ids if each.isalnum())
+    for start in range(0, len(wanted), IDS_AT_ONCE):
+        yield ", ".join(f"'{each}'" for each in wanted[start : start + IDS_AT_ONCE])

@@ -24,6 +24,7 @@ from serving.http import (
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
 from serving.http.limits import RequestLimits
+from serving.http.request_bodies import RequestBodies
 
 DESCRIPTION = """
 A CLIP model and a vision-language model that keep learning and never slip back.
@@ -61,13 +62,9 @@ def build_app(state: AppState) -> FastAPI:
         # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
+    app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
     app.add_middleware(AuthMiddleware, access=state.access)
-    app.add_middleware(
-        RequestLimits,
-        max_body_bytes=state.settings.max_body_bytes,
-        max_requests=state.settings.queue,
-        loopback_only=state.settings.on_loopback,
-    )
+    app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
     _describe(app)
     return app
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -13,6 +16,7 @@ import numpy.typing as npt
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
+from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
 from ops.ledger.rows import DeletionState, Family
@@ -21,6 +25,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.http.errors import ApiError, from_validation, is_fault
 from serving.http.image_loader import ImageLoader
+from serving.http.probes import Probes, Recent
 from serving.http.routing_key import routing_key
 from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     from streams.resubmit_many import RefusalFilter
 
 Model = TypeVar("Model", bound=BaseModel)
-CORPUS_WAIT_SECONDS = 10.0
+OPERATOR_THREADS = 4
 CLIP: Family = "clip"
 VLM: Family = "vlm"
 
@@ -153,6 +158,23 @@ class AppState:
     """None: no VLM is served."""
     token_text: Callable[[int], str] = "token_id:{}".format
     """What a token of the VLM reads as, for log-probabilities."""
+    proxies: Sequence[str] = ()
+    """Networks whose ``X-Forwarded-For`` counts."""
+
+    @cached_property
+    def probes(self) -> Probes:
+        """State of the models for probes."""
+        return Probes(self)
+
+    @cached_property
+    def metrics_page(self) -> Recent[bytes]:
+        """The metrics of all serving processes, in Prometheus' text format; one page for all who ask at once."""
+        return Recent(lambda: asyncio.to_thread(metrics.exposition, "serve"), seconds=0.0)
+
+    @cached_property
+    def operator_threads(self) -> ThreadPoolExecutor:
+        """For what operator calls read: no other call can keep them waiting."""
+        return ThreadPoolExecutor(OPERATOR_THREADS, "operator")
 
     def need_vlms(self) -> Vlms:
         """The VLM's replicas. Raises ApiError where there are none."""

@@ -17,6 +17,7 @@ from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
+from serving.http.request_bodies import caller_of
 from serving.http.sse import EventStream
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -54,7 +55,7 @@ async def chat_completions(request: Request) -> Response:
         snapshot = held.enter_context(state.admit(request, body.model, VLM, body.caller))
         headers = release_headers(snapshot, VLM)
         async with cancel_on_disconnect(request.receive, deadline):
-            pictures = await state.image_loader.pictures(images) if images else ()
+            pictures = await state.image_loader.pictures(images, caller_of(request)) if images else ()
             generation = GenerationRequest(
                 messages, pictures, max_tokens, body.temperature or 0.0,
                 1.0 if body.top_p is None else body.top_p,

@@ -13,6 +13,7 @@ from serving.http.app_state import app_state, json_body, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.embeddings import vectors_of
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.request_bodies import caller_of
 from serving.http.schemas import ClassifyRequest
 
 router = APIRouter(tags=["Zero-shot"])
@@ -44,7 +45,7 @@ async def classify(request: Request) -> JSONResponse:
     with state.admit(request, body.model) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
             pixels = await state.image_loader.pixels(
-                [(f"images.{index}", image) for index, image in enumerate(sources)]
+                [(f"images.{index}", image) for index, image in enumerate(sources)], caller_of(request)
             )
             images = await state.encoders.encode("image", pixels, snapshot, deadline)
             texts = await state.encoders.encode("text", prompts, snapshot, deadline)

@@ -15,6 +15,7 @@ from ops.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state, json_body, json_schema, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.errors import ApiError
+from serving.http.request_bodies import caller_of
 from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
 from serving.messages import EncodeResult
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -39,7 +40,7 @@ async def embeddings(request: Request) -> JSONResponse:
     deadline = state.deadline()
     with state.admit(request, body.model, user=body.user) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            vectors, tokens = await embed(state, snapshot, body.items(), "input", deadline)
+            vectors, tokens = await embed(state, snapshot, body.items(), "input", deadline, caller_of(request))
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
             for index, row in enumerate(vectors)
@@ -54,7 +55,7 @@ async def embeddings(request: Request) -> JSONResponse:
 
 
 async def embed(
-    state: AppState, snapshot: ReleaseSnapshot, items: list[Item], param: str, deadline: float
+    state: AppState, snapshot: ReleaseSnapshot, items: list[Item], param: str, deadline: float, caller: str
 ) -> tuple[npt.NDArray[np.float32], int]:
     """Vectors [n, dim] of mixed items, and the texts' tokens."""
     texts: dict[int, str] = {}
@@ -72,7 +73,7 @@ async def embed(
     vectors = np.zeros((len(items), state.dim), np.float32)
     tokens = 0
     if images:
-        pixels = await state.image_loader.pixels(list(images.values()))
+        pixels = await state.image_loader.pixels(list(images.values()), caller)
         vectors[list(images)] = vectors_of(await state.encoders.encode("image", pixels, snapshot, deadline))
     if texts:
         answer = await state.encoders.encode("text", list(texts.values()), snapshot, deadline)

@@ -20,6 +20,7 @@ from ops.errors import (
     AlreadyResubmitted,
     BrokerError,
     LedgerError,
+    LedgerUnavailable,
     RatchetError,
     RecordError,
     ReleaseConflict,
@@ -33,9 +34,9 @@ log = logging.getLogger("ratchet.http")
 RETRY_AFTER_SECONDS = "1"
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-         405: "invalid_request_error", 409: "conflict_error", 413: "invalid_request_error",
-         415: "invalid_request_error", 429: "rate_limit_error", 503: "service_unavailable",
-         504: "timeout_error"}  # fmt: skip
+         405: "invalid_request_error", 408: "invalid_request_error", 409: "conflict_error",
+         413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
+         503: "service_unavailable", 504: "timeout_error"}  # fmt: skip
 
 CODES = {404: "not_found", 405: "method_not_allowed"}
 """Of errors that come from below us: a route that is not there, a broken multipart body."""
@@ -44,6 +45,7 @@ KNOWN: dict[type[RatchetError], tuple[int, str]] = {
     ReleaseConflict: (409, "release_conflict"),
     ReleaseError: (422, "release_failed"),
     AlreadyResubmitted: (409, "already_resubmitted"),
+    LedgerUnavailable: (503, "ledger_unavailable"),
     LedgerError: (409, "ledger"),
     UnknownRecord: (404, "record_not_found"),
     BrokerError: (503, "broker"),
@@ -71,8 +73,9 @@ class ErrorBody(BaseModel):
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is refused; `param` names the place."},
-    429: {"model": ErrorBody, "description": "The queue is full: come back after `Retry-After`."},
-    503: {"model": ErrorBody, "description": "Starting, or no replica answered: try again."},
+    408: {"model": ErrorBody, "description": "The body came too slowly."},
+    429: {"model": ErrorBody, "description": "The queue, or your share of it, is full: come back after `Retry-After`."},
+    503: {"model": ErrorBody, "description": "Starting, no replica answered, or no room for bodies: try again."},
     504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
 }
 """What every route may answer besides its result. There is no 500 that is meant."""

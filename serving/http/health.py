@@ -1,66 +1,85 @@
-"""Health and metrics."""
+"""Health and metrics. What they answer is computed for everybody at once, that of probes at most once a second."""
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Coroutine
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from ops import metrics
-from serving.engines.vlm.generation import PROBE
-from serving.http.app_state import AppState, app_state, release_headers
-from serving.http.errors import answer
-from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.http import errors
+from serving.http.app_state import app_state, release_headers
+from serving.http.errors import ErrorBody, answer
+from serving.http.probes import Part, PartState, Probes
 
 router = APIRouter(tags=["Health"])
-PROBE_SECONDS = 10.0
+NOT_READY: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "No such model is served here."},
+    503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
+}
 
 
-@router.get("/health/live", summary="Runs a forward pass of every model")
+@router.get("/health/live", summary="Runs a forward pass of every model", responses=NOT_READY)
 async def live(request: Request) -> JSONResponse:
     """200 when a text went through an encoder and a VLM under the live release; 503 otherwise."""
-    state = app_state(request)
-    began = time.perf_counter()
-    with state.admission.admit() as snapshot:
-        await asyncio.gather(*_passes(state, snapshot))
-        return JSONResponse(
-            {"status": "ok", "release": snapshot.release, "seconds": round(time.perf_counter() - began, 4)},
-            headers=release_headers(snapshot),
-        )
+    probes = _probes(request)
+    states = {name: await probes.part(name) for name in probes.parts() if name != "catalog"}
+    for name, state in states.items():
+        if not state.ready:
+            return answer(503, f"{name}: {state.detail}", code="not_ready")
+    seconds = max(state.seconds for state in states.values())
+    return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
 
 
-@router.get("/health/ready", summary="Whether requests may be sent")
-async def ready(request: Request) -> JSONResponse:
-    """200 when a release is live, its adapters are resident and the catalog answers; 503 otherwise."""
-    state = app_state(request)
-    if state.admission.live is None:
-        await state.refresh()
-    snapshot = state.admission.live
-    if snapshot is None:
-        return answer(503, "no release is live yet.", code="not_ready")
-    try:
-        async with asyncio.timeout(PROBE_SECONDS):
-            await asyncio.gather(*_passes(state, snapshot), state.index.status())
-    except TimeoutError:
-        return answer(503, "the models or the catalog do not answer.", code="not_ready")
-    return JSONResponse({"status": "ready", "release": snapshot.release}, headers=release_headers(snapshot))
+@router.get("/health/ready", summary="Whether this node answers requests", responses=NOT_READY)
+async def ready(
+    request: Request, model: Annotated[Part, Query(description="Which model; by default CLIP.")] = "clip"
+) -> JSONResponse:
+    """200 when a release is live and a text went through an encoder. The VLM and the catalog do not count: while one of
+    them restarts, the others answer. A full queue is no outage.
+    """
+    return await _ready(request, model)
 
 
-def _passes(state: AppState, snapshot: ReleaseSnapshot) -> list[Coroutine[Any, Any, Any]]:
-    """One forward pass of each model; a failure is answered as that of any request."""
-    deadline = time.time() + PROBE_SECONDS
-    passes: list[Coroutine[Any, Any, Any]] = [state.encoders.encode("text", ["alive"], snapshot, deadline)]
-    if state.vlms is not None:
-        passes.append(state.vlms.reply(PROBE, snapshot, deadline))
-    return passes
+@router.get("/health/ready/{model}", summary="Whether this node answers requests to a model", responses=NOT_READY)
+async def ready_model(request: Request, model: Part) -> JSONResponse:
+    """`clip`, `vlm` or `catalog`; 404 where no VLM is served."""
+    return await _ready(request, model)
+
+
+@router.get("/health/state", summary="Every part at a glance", responses={503: {"description": "A part is not ready."}})
+async def whole(request: Request) -> JSONResponse:
+    """For alerts, not for routing: 200 when every part is ready, 503 when one is not."""
+    states = await _probes(request).all()
+    parts = {name: {"ready": state.ready, "detail": state.detail} for name, state in states.items()}
+    away = [name for name, state in states.items() if not state.ready]
+    if not away:
+        return JSONResponse({"status": "ok", "parts": parts})
+    error = errors.body(503, f"not ready: {', '.join(away)}.", code="not_ready")
+    return JSONResponse({"status": "degraded", "parts": parts, **error}, 503)
+
+
+async def _ready(request: Request, model: Part) -> JSONResponse:
+    probes = _probes(request)
+    if model not in probes.parts():
+        return answer(404, f"no {model} is served here.", "model", "no_vlm")
+    state: PartState = await probes.part(model)
+    if not state.ready:
+        return answer(503, state.detail, code="not_ready")
+    return _ok(request, {"status": "ready", "release": state.release})
+
+
+def _ok(request: Request, body: dict[str, Any]) -> JSONResponse:
+    live = app_state(request).admission.live
+    return JSONResponse(body, headers=release_headers(live) if live else None)
+
+
+def _probes(request: Request) -> Probes:
+    return app_state(request).probes
 
 
 @router.get("/metrics", summary="Prometheus metrics of all serving processes", response_class=Response)
-async def prometheus() -> Response:
+async def prometheus(request: Request) -> Response:
     """Text format."""
-    return Response(await asyncio.to_thread(metrics.exposition, "serve"), media_type=CONTENT_TYPE_LATEST)
+    return Response(await app_state(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)

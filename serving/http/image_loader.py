@@ -1,4 +1,8 @@
-"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads."""
+"""Images from outside to pixels: data URIs, uploads and URLs, decoded within bounds in a pool of threads.
+
+First all images of a request are looked at: their bytes, and by their headers how many pixels they have together. Only
+then each is decoded, when it is its caller's turn (:mod:`serving.http.decode_queue`).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,11 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +23,27 @@ from PIL import Image
 from ops.errors import RecordError
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
+from serving.http.decode_queue import DecodeQueue
 from serving.http.errors import ApiError, from_record
 from streams.fetching import ByteBudget, Fetcher, Rules
-from streams.images import decode_image
+from streams.images import decode_image, sniff
 
-THREADS = 2
+Result = TypeVar("Result")
+JPEG_SCAN = b"\xff\xda"
+USUAL_SCANS = 10
 LONGEST_SIDE = 2048
 """Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """An image before it is decoded."""
+
+    place: str
+    """Where it is in the request."""
+    data: bytes
+    pixels: int
+    """By its header; 0 where that cannot be read or is refused anyway."""
 
 
 class ImageLoader:
@@ -37,18 +58,23 @@ class ImageLoader:
     def __init__(self, preprocess: Preprocess, bounds: Serve, fetcher: Fetcher | None = None) -> None:
         self.preprocess = preprocess
         self.bounds = bounds
-        self._pool = ThreadPoolExecutor(THREADS, "image-loader")
+        self.queue = DecodeQueue(bounds.decode_pixels, bounds.caller_share)
         self._fetcher = fetcher or fetcher_of(bounds)
 
-    async def pixels(self, images: Sequence[tuple[str, str | bytes]]) -> npt.NDArray[np.uint8]:
+    async def pixels(self, images: Sequence[tuple[str, str | bytes]], caller: str = "") -> npt.NDArray[np.uint8]:
         """What a CLIP looks at, [n, S, S, 3]: decoded (place in the request, data URI or bytes) pairs, in order.
+
+        Args:
+            caller: whose turn they take.
 
         Raises:
             ApiError: names the place of the first image that is refused, and why.
         """
-        return np.stack(await self._all(images, self.preprocess.pixels))
+        return np.stack(await self._all(images, self.preprocess.pixels, caller))
 
-    async def pictures(self, images: Sequence[tuple[str, str | bytes]]) -> tuple[npt.NDArray[np.uint8], ...]:
+    async def pictures(
+        self, images: Sequence[tuple[str, str | bytes]], caller: str = ""
+    ) -> tuple[npt.NDArray[np.uint8], ...]:
         """What a VLM looks at, each [H, W, 3] in its own size: at most :data:`LONGEST_SIDE` a side, and all of them
         together at most ``max_pixels``, so that a request stays bounded in memory.
 
@@ -56,49 +82,101 @@ class ImageLoader:
             ApiError: names the place of the first image that is refused, and why.
         """
         share = self.bounds.max_pixels // max(1, len(images))
-        return tuple(await self._all(images, lambda image: fitted(image, share)))
+        return tuple(await self._all(images, lambda image: fitted(image, share), caller))
+
+    async def thumbnail(self, data: bytes, size: int, caller: str = "") -> bytes:
+        """A PNG of an image with ``size`` pixels on its longest side at most. Raises ApiError."""
+        image = await self.queue.run(caller, 0, lambda: EncodedImage("image", data, header_pixels(data, self.bounds)))
+        with self.queue.reserved(caller, image.pixels):
+            return await self.queue.run(caller, image.pixels, partial(self._decoded, image, partial(_png, size)))
 
     async def _all(
-        self, images: Sequence[tuple[str, str | bytes]], finish: Callable[[Image.Image], npt.NDArray[np.uint8]]
-    ) -> list[npt.NDArray[np.uint8]]:
+        self, images: Sequence[tuple[str, str | bytes]], finish: Callable[[Image.Image], npt.NDArray[np.uint8]],
+        caller: str,
+    ) -> list[npt.NDArray[np.uint8]]:  # fmt: skip
+        param = images[0][0].split(".")[0] if images else ""
         if len(images) > self.bounds.max_images:
-            param = images[0][0].split(".")[0]
             raise ApiError(
                 400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
                 param=param, code="too_many_images",
             )  # fmt: skip
+        fetched = await self._fetched(images)
+        encoded = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
+        total = sum(image.pixels for image in encoded)
+        if total > self.bounds.max_request_pixels:
+            raise ApiError(
+                413, f"{param}: the images have {total} pixels together, more than {self.bounds.max_request_pixels} "
+                "(serve.max_request_pixels).", param=param, code="too_many_pixels",
+            )  # fmt: skip
+        with self.queue.reserved(caller, total):
+            return await _gathered(
+                self.queue.run(caller, image.pixels, partial(self._decoded, image, finish)) for image in encoded
+            )
+
+    async def _fetched(self, images: Sequence[tuple[str, str | bytes]]) -> list[tuple[str, str | bytes]]:
         budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
-        tasks = [asyncio.create_task(self._one(place, image, finish, budget)) for place, image in images]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:  # one was refused, or nobody waits any more
-                task.cancel()
+        return await _gathered(self._one_fetched(place, image, budget) for place, image in images)
 
-    async def _one(
-        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]], budget: ByteBudget
-    ) -> npt.NDArray[np.uint8]:
-        if isinstance(image, str) and image[:8].lower().startswith(("http:", "https:")):
-            if self._fetcher is None:
-                raise ApiError(
-                    400, f"{place}: images are not fetched here. Send it as a data URI or multipart, or ask an "
-                    "operator to list its host in `serve.image_hosts`.", param=place, code="image_url_off",
-                )  # fmt: skip
-            try:
-                image = await self._fetcher.fetch(image, budget)
-            except RecordError as error:
-                raise from_record(error, place) from None
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._decoded, place, image, finish)
-
-    def _decoded(
-        self, place: str, image: str | bytes, finish: Callable[[Image.Image], npt.NDArray[np.uint8]]
-    ) -> npt.NDArray[np.uint8]:
-        data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
+    async def _one_fetched(self, place: str, image: str | bytes, budget: ByteBudget) -> tuple[str, str | bytes]:
+        if not isinstance(image, str) or not image[:8].lower().startswith(("http:", "https:")):
+            return place, image
+        if self._fetcher is None:
+            raise ApiError(
+                400, f"{place}: images are not fetched here. Send it as a data URI or multipart, or ask an "
+                "operator to list its host in `serve.image_hosts`.", param=place, code="image_url_off",
+            )  # fmt: skip
         try:
-            decoded = decode_image(data, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
-            return finish(decoded)
+            return place, await self._fetcher.fetch(image, budget)
         except RecordError as error:
             raise from_record(error, place) from None
+
+    def _inspected(self, place: str, image: str | bytes) -> EncodedImage:
+        data = from_data_uri(image, place, self.bounds.max_image_bytes) if isinstance(image, str) else image
+        return EncodedImage(place, data, header_pixels(data, self.bounds))
+
+    def _decoded(self, image: EncodedImage, finish: Callable[[Image.Image], Result]) -> Result:
+        try:
+            return finish(
+                decode_image(image.data, max_pixels=self.bounds.max_pixels, max_bytes=self.bounds.max_image_bytes)
+            )
+        except RecordError as error:
+            raise from_record(error, image.place) from None
+
+
+async def _gathered(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results; the first failure, or a cancellation, ends the rest."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def header_pixels(data: bytes, bounds: Serve) -> int:
+    """Width times height as an image's header says; 0 where it cannot be read or is refused anyway. Nothing is decoded.
+
+    A progressive JPEG counts once for every ten scans.
+    """
+    kind = sniff(data)
+    if kind is None or len(data) > bounds.max_image_bytes:
+        return 0
+    try:
+        with Image.open(BytesIO(data), formats=[kind]) as image:
+            pixels: int = image.width * image.height
+            if pixels > bounds.max_pixels:  # decoding it refuses it at once
+                return 0
+            # Each scan of a progressive JPEG goes over the whole image; encoders write about ten, a few bytes suffice.
+            return pixels * max(1, data.count(JPEG_SCAN) // USUAL_SCANS) if kind == "JPEG" else pixels
+    except Exception:  # decoding it says in words what is wrong
+        return 0
+
+
+def _png(size: int, image: Image.Image) -> bytes:
+    image.thumbnail((size, size))
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def fetcher_of(bounds: Serve) -> Fetcher | None:

@@ -125,7 +125,7 @@ def _needs_vlm(state: AppState, param: str) -> None:
 
 async def _live_number(state: AppState) -> int:
     # What the operator could know when the call arrived: whoever releases in between makes this one a conflict.
-    row = await asyncio.to_thread(state.ledger.live)
+    row = await asyncio.get_running_loop().run_in_executor(state.operator_threads, state.ledger.live)
     return row.number if row else 0
 
 

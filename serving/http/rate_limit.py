@@ -41,7 +41,8 @@ class RateLimiter:
 def address(scope: Scope) -> str:
     """Whose bucket an anonymous request is taken from: its IPv4 address, or the /64 network that one IPv6 host has.
 
-    Behind a proxy that is the proxy's address, so all anonymous callers share one bucket.
+    Behind a proxy that is not in ``serve.trusted_proxies`` that is the proxy's address, so all anonymous callers share
+    one bucket.
     """
     client = scope.get("client")
     try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import io
 import re
 from typing import Annotated
 
@@ -11,15 +9,14 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse
 
-from ops.errors import RecordError
 from serving.catalog.queries import as_filters
 from serving.http.app_state import app_state, json_body, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.embeddings import vectors_of
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.request_bodies import caller_of
 from serving.http.schemas import SearchRequest
-from streams.images import decode_image
 
 router = APIRouter(tags=["Search"])
 LISTS = {"domain", "source"}
@@ -48,7 +45,7 @@ async def search(request: Request) -> JSONResponse:
                 answer = await state.encoders.encode("text", [body.text], snapshot, deadline)
             else:
                 source: str | bytes = uploads[0] if uploads else str(body.image)
-                pixels = await state.image_loader.pixels([("image", source)])
+                pixels = await state.image_loader.pixels([("image", source)], caller_of(request))
                 answer = await state.encoders.encode("image", pixels, snapshot, deadline)
             hits = await state.index.search(snapshot.image_space, vectors_of(answer)[0], body.k, filters)
         data = [
@@ -81,16 +78,10 @@ async def sample_image(
     if data is None:
         raise ApiError(404, f"there is no sample {sample_id[:80]!r}.", param="sample_id", code="sample_not_found")
     try:
-        png = await asyncio.to_thread(thumbnail, data, size, state.settings.max_pixels, state.settings.max_image_bytes)
-    except RecordError as error:
-        raise ApiError(410, f"the image cannot be shown: {error}", code=error.reason) from None
-    return Response(png, media_type="image/png", headers={"Cache-Control": "public, max-age=86400, immutable"})
-
-
-def thumbnail(data: bytes, size: int, max_pixels: int, max_bytes: int) -> bytes:
-    """A PNG with ``size`` pixels on its longest side at most."""
-    image = decode_image(data, max_pixels=max_pixels, max_bytes=max_bytes)
-    image.thumbnail((size, size))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+        png = await state.image_loader.thumbnail(data, size, caller_of(request))
+    except ApiError as error:
+        if error.status_code == 429:
+            raise
+        raise ApiError(410, f"the image cannot be shown: {error.detail}", code=error.code) from None
+    # A cache would go on to show it to everybody, also when it was deleted.
+    return Response(png, media_type="image/png", headers={"Cache-Control": "private, no-store"})

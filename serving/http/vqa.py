@@ -16,6 +16,7 @@ from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
 from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.request_bodies import caller_of
 from serving.http.schemas import VqaRequest
 
 router = APIRouter(tags=["Questions about images"])
@@ -40,7 +41,8 @@ async def vqa(request: Request) -> JSONResponse:
     deadline = state.deadline()
     with state.admit(request, body.model, VLM) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            (picture,) = await state.image_loader.pictures([("image", uploads[0] if uploads else body.image)])
+            images = [("image", uploads[0] if uploads else body.image)]
+            (picture,) = await state.image_loader.pictures(images, caller_of(request))
             generation = question(picture, body.question)
             generation = replace(generation, max_tokens=min(generation.max_tokens, state.settings.vlm_max_tokens))
             answer: dict[str, Any]

@@ -1,14 +1,19 @@
-"""Starts HAProxy for Ray Serve, with two things corrected. Run as a script; imports nothing of ours.
+"""Starts HAProxy for Ray Serve, with its configuration corrected. Run as a script; imports nothing of ours.
 
 1. Ray 2.60 writes ``bind *:port`` for the statistics page and ``bind :port`` for the metrics, whatever the host in its
    settings: both answer every address of the machine. Here they become loopback.
-2. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+2. Ray sets no time limit for the headers of a request, and lets an idle connection stay for an hour. Here both are
+   bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
+   there before a request goes on to the application.
+3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy.
+4. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -16,6 +21,10 @@ import sys
 
 PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
+DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
+FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
+CLIENT_TIMEOUTS = re.compile(r"^[ \t]*timeout (client|http-request|http-keep-alive) .*\n", re.MULTILINE)
+BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
 
 
 def close_binds(text: str) -> str:
@@ -23,18 +32,53 @@ def close_binds(text: str) -> str:
     return OPEN_BIND.sub(r"\g<1>127.0.0.1:\g<2>", text)
 
 
-def main(binary: str, arguments: list[str]) -> None:
-    """Correct the configuration file, and become HAProxy."""
+def add_limits(text: str, limits: dict[str, object]) -> str:
+    """Ray's configuration with the limits of ``front_limits``. A text without Ray's sections stays as it is."""
+    timeouts = (
+        f"    timeout client {limits['idle_ms']}ms\n"
+        f"    timeout http-request {limits['header_ms']}ms\n"
+        f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
+    )
+    text = CLIENT_TIMEOUTS.sub("", text)
+    text = DEFAULTS.sub(lambda match: match.group() + timeouts, text)
+    return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
+
+
+def frontend_rules(limits: dict[str, object]) -> str:
+    """Lines of the HTTP frontend. IPv6 addresses count by their /64 network, which one host has."""
+    proxies = " ".join(str(network) for network in limits["proxies"])  # type: ignore[attr-defined]
+    others = f" !{{ src {proxies} }}" if proxies else ""
+    from_others = f" if{others}" if proxies else ""
+    late = BODY.format("the request did not arrive in time.", "invalid_request_error", "request_timeout")
+    often = BODY.format("the probes of this address are too many.", "rate_limit_error", "rate_limited")
+    return f"""\
+    option http-buffer-request
+    http-error status 408 content-type application/json string '{late}'
+    stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0_rate(1s)
+    tcp-request connection track-sc0 src,ipmask(32,64)
+    tcp-request connection reject if {{ sc0_conn_cur gt {limits["per_address"]} }}{others}
+    acl is_probe path_beg /health/
+    http-request sc-inc-gpc0(0) if is_probe
+    http-request return status 429 content-type application/json string '{often}' hdr Retry-After 1 \
+if is_probe {{ sc0_gpc0_rate gt {limits["probes_per_second"]} }}{others}
+    http-request del-header X-Forwarded-For{from_others}
+    option forwardfor
+"""
+
+
+def main(limits: str, binary: str, arguments: list[str]) -> None:
+    """Correct the configuration file, and become HAProxy. ``limits``: JSON of ``front_limits``."""
     path = arguments[arguments.index("-f") + 1] if "-f" in arguments else None
     if path is not None:
         with open(path) as file:  # noqa: PTH123  started without site-packages, for every reload: as little as possible
             text = file.read()
-        with open(path, "w") as file:  # noqa: PTH123
-            file.write(close_binds(text))
+        if "http-buffer-request" not in text:
+            with open(path, "w") as file:  # noqa: PTH123
+                file.write(add_limits(close_binds(text), json.loads(limits)))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.execv(binary, [binary, *arguments])  # noqa: S606  fixed binary, arguments from Ray
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.util
+import json
+import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -17,15 +20,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ops.digests import digest12
 from ops.errors import ConfigError
-from ops.settings import Settings
+from ops.settings import Serve, Settings
 from serving.ray import loopback
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
 """Requests carry pixels by value (a 224 px image is 147 KB); this holds a thousand images on their way."""
 MAX_TEMPORARY_CHARS = 12
+PROXIED = "SERVE_BEHIND_HAPROXY"
+"""Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
+:data:`serving.ray.loopback.SWITCH`."""
+LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
 """Ends the command line of a process that Python's multiprocessing spawned, as vLLM does its engine."""
@@ -71,7 +79,9 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(first + 1),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.serve.deadline_seconds)),
+            "RAY_SERVE_HAPROXY_MAXCONN": str(settings.serve.connections),
+            "FORWARDED_ALLOW_IPS": "none",  # uvicorn would believe any client that comes through HAProxy
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 30),
@@ -87,15 +97,33 @@ def prepare_environment(settings: Settings) -> Path:
     binary = haproxy_binary()
     if binary is not None:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
-        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary))
+        os.environ[PROXIED] = "1"
+        os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary, settings.serve))
     return folder
 
 
-def write_launcher(folder: Path, binary: Path) -> Path:
+def front_limits(server: Serve) -> dict[str, Any]:
+    """What :mod:`serving.ray.haproxy` writes into HAProxy's configuration."""
+    return {
+        "header_ms": int(server.header_seconds * 1000),
+        "idle_ms": int(server.idle_seconds * 1000),
+        "per_address": server.connections_per_address,
+        "probes_per_second": server.probes_per_second,
+        "proxies": list(server.trusted_proxies),
+    }
+
+
+def proxies(server: Serve) -> list[str]:
+    """Networks whose ``X-Forwarded-For`` counts: the settings' and, behind this machine's HAProxy, loopback."""
+    return [*server.trusted_proxies, *(LOOPBACK if os.environ.get(PROXIED) == "1" else ())]
+
+
+def write_launcher(folder: Path, binary: Path, server: Serve) -> Path:
     """An executable that Serve takes for HAProxy; see :mod:`serving.ray.haproxy`."""
     launcher = folder / "haproxy"
-    source = Path(__file__).with_name("haproxy.py")
-    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{source}" "{binary}" "$@"\n')
+    command = [sys.executable, "-S", "-E", str(Path(__file__).with_name("haproxy.py"))]
+    command += [json.dumps(front_limits(server)), str(binary)]
+    launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
     launcher.chmod(0o700)
     return launcher
 

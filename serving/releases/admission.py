@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ops import metrics
 from ops.ledger.rows import Family
 from ops.metrics.serving import Age
-from serving.errors import NotReady, UnknownModel
+from serving.errors import NotReady, Unavailable, UnknownModel
 from serving.releases.canary_bucket import canary_bucket
 from serving.releases.observations import RequestCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -27,6 +27,7 @@ class Admission:
         self._stable: ReleaseSnapshot | None = None
         self._in_flight: dict[int, int] = {}
         self._answered: dict[int, RequestCounts] = {}
+        self._closed = False
         self.splits = False
         """Whether a canary or a shadow is live, so that it matters who asks."""
 
@@ -44,6 +45,10 @@ class Admission:
     def window(self) -> tuple[ReleaseSnapshot, ...]:
         """Resident releases, newest first."""
         return self._window
+
+    def close(self) -> None:
+        """Admit no more requests: the server ends when those in flight have ended."""
+        self._closed = True
 
     def adopt(self, window: Sequence[ReleaseSnapshot]) -> int:
         """Take a newer window; an older one (a late message) changes nothing. Returns the live number."""
@@ -93,6 +98,8 @@ class Admission:
         """Stamp one request, and count it until the block ends. ``is_fault``: whether what the block raises counts
         against the release.
         """
+        if self._closed:
+            raise Unavailable("the server is ending.", "Send the request to another server, or again shortly.")
         snapshot = self.resolve(model, family, key)
         number = snapshot.release
         self._in_flight[number] = self._in_flight.get(number, 0) + 1

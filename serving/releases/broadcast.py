@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
@@ -11,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ops.errors import ReleaseError
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
+from serving.releases.announcement import Unacknowledged
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import NO_VLM, Prepared, Residency
@@ -23,6 +25,8 @@ ACKNOWLEDGE_SECONDS = 10.0
 COVER_SECONDS, ASK_COVER_SECONDS = 3600.0, 30.0
 """To embed a whole catalog, and to ask for it."""
 RETIRE_SECONDS = 60.0
+RESIDENT_SECONDS = 0.2
+"""Asked for when a rollback comes before this process knows the embedding spaces."""
 VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
 
@@ -67,10 +71,21 @@ class RayBroadcast:
             raise ReleaseError(f"the catalog cannot be brought up to date: {rows}")
         return rows
 
-    async def announce(self, residency: Residency) -> int:
+    async def resident(self) -> list[ReleaseSnapshot]:
+        """What ingress replicas answer with at this moment; nothing where one does not say so at once."""
+        try:
+            windows = await call_every_replica(self.ingress, "resident", seconds=RESIDENT_SECONDS)
+        except ReleaseError:
+            return []
+        return [snapshot for window in windows for snapshot in window]
+
+    async def announce(self, residency: Residency, seconds: float) -> int:
         """What is resident to every replica; returns how many acknowledged.
 
         VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
+
+        Raises:
+            Unacknowledged: not every replica answered within ``seconds``.
         """
         messages: list[tuple[DeploymentHandle, list[Any]]] = [
             (self.ingress, list(residency.window)),
@@ -80,13 +95,14 @@ class RayBroadcast:
         if self.vlm is not None and residency.vlms != self._announced_vlms:
             messages.append((self.vlm, list(residency.vlms)))
         answers = await asyncio.gather(
-            *(
-                call_every_replica(handle, "adopt", residents, seconds=ACKNOWLEDGE_SECONDS)
-                for handle, residents in messages
-            )
+            *(call_every_replica(handle, "adopt", residents, seconds=seconds) for handle, residents in messages),
+            return_exceptions=True,
         )
+        acknowledged = sum(len(answer) for answer in answers if isinstance(answer, list))
+        if errors := [answer for answer in answers if isinstance(answer, BaseException)]:
+            raise Unacknowledged("; ".join(str(error) for error in errors), acknowledged)
         self._announced_vlms = residency.vlms
-        return sum(len(answer) for answer in answers)
+        return acknowledged
 
     async def observations(self) -> list[Observations]:
         """What each ingress replica saw of the release that is watched."""
@@ -100,11 +116,15 @@ class RayBroadcast:
                 total[number] = total.get(number, 0) + count
         return total
 
-    async def retire(self, residency: Residency) -> None:
-        """Catalog before encoders: while it reconciles a space it needs that space's adapter."""
-        work = [self._retire_clip(residency)]
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        """Before :meth:`retire`: while the catalog reconciles a space it needs that space's adapter."""
+        await call_every_replica(self.catalog, "retire", list(keep), epoch, seconds=RETIRE_SECONDS)
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        """Encoders and VLM replicas unload all other adapters."""
+        work = [call_every_replica(self.encoder, "retire", list(clips), seconds=RETIRE_SECONDS)]
         if self.vlm is not None:
-            work.append(self._retire_vlm(residency))
+            work.append(self._retire_vlms(vlms))
         await asyncio.gather(*work)
 
     async def vlm_status(self) -> list[dict[str, Any]]:
@@ -116,15 +136,12 @@ class RayBroadcast:
         except ReleaseError:
             return []
 
-    async def _retire_clip(self, residency: Residency) -> None:
-        await call_every_replica(self.catalog, "retire", list(residency.indexed), seconds=RETIRE_SECONDS)
-        await call_every_replica(self.encoder, "retire", list(residency.clips), seconds=RETIRE_SECONDS)
-
-    async def _retire_vlm(self, residency: Residency) -> None:
+    async def _retire_vlms(self, vlms: Sequence[str | None]) -> list[Any]:
         try:
-            await call_every_replica(self._vlm, "retire", list(residency.vlms), seconds=VLM_RETIRE_SECONDS)
+            return await call_every_replica(self._vlm, "retire", list(vlms), seconds=VLM_RETIRE_SECONDS)
         except ReleaseError as error:
             log.info("a VLM replica is not there to unload adapters: %s", error)
+            return []
 
     @property
     def _vlm(self) -> DeploymentHandle:

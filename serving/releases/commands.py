@@ -53,6 +53,8 @@ class RollbackCommand(_LiveCommand):
     """Number of that release; None: the newest one that had another adapter."""
     family: Family | None = None
     """Only this family's adapter; None: both."""
+    allow_withdrawn: bool = False
+    """Also to an adapter that was withdrawn: the guard goes back to the incumbent, whatever was said of it before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

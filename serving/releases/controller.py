@@ -1,4 +1,8 @@
-"""The release controller: one replica, a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`."""
+"""The release controller: one replica, a Ray shell around :class:`serving.releases.protocol.ReleaseProtocol`.
+
+Several servers on one ledger have a controller each. The one with the lease carries proposals out and runs the guard;
+the others bring their own replicas to what is live, and roll back when they are asked to.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
-from ops.errors import LedgerError, RatchetError, ReleaseError
+from ops.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
@@ -25,12 +29,16 @@ from serving.releases.commands import (
     ReleaseCommand,
     RollbackCommand,
 )
+from serving.releases.fallback import Fallback
+from serving.releases.lease import RENEW_SECONDS, ControllerLease
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
+START_SECONDS = 10.0
+"""How long an operator's call waits for a controller that starts; it does not hang when that one cannot."""
 GUARD_PAUSE_SECONDS = 5.0
 """After a look that failed: what the guard could not release now it will hardly release a second later."""
 KINDS = {"release": "release", "promote": "promotion", "rollback": "rollback"}
@@ -39,7 +47,7 @@ Result = TypeVar("Result")
 
 
 class ReleaseController:
-    """Runs proposals, one at a time. An operator who hangs up does not stop a release half way."""
+    """Runs proposals. An operator who hangs up does not stop a release half way."""
 
     def __init__(
         self,
@@ -50,21 +58,40 @@ class ReleaseController:
     ) -> None:
         close_replica_port()
         metrics.build.started("controller")
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = RayBroadcast(encoder, catalog, vlm)
         self.families: tuple[Family, ...] = ("clip",) if vlm is None else ("clip", "vlm")
         rollout = settings.rollout
         share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
-        self.protocol = ReleaseProtocol(self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share)
+        self.lease = ControllerLease(self.ledger)
+        self.protocol = ReleaseProtocol(
+            self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share,
+            hold_after_rollback=rollout.hold_after_rollback, lease=self.lease,
+        )  # fmt: skip
         self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
+        self.fallback = Fallback(
+            self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
+        )
         self._started = asyncio.Event()
         self._trouble = ""
+        self._seen = 0
+        """The newest release that the replicas of this server were told of."""
+        self._retiring = self._retire_again = False
+        self._status: asyncio.Task[dict[str, Any]] | None = None
         self._running: set[asyncio.Task[Any]] = set()
         self._loops: dict[str, asyncio.Task[None]] = {}
 
+    def __del__(self) -> None:
+        """Serve calls this when the replica ends."""
+        if (lease := getattr(self, "lease", None)) is not None:
+            lease.give_back()
+
     async def check_health(self) -> None:
-        """Keeps the loops running. The guard has its own: a release in preparation may take minutes."""
-        for name, work in (("proposals", self._run), ("guard", self._guard)):
+        """Keeps the loops running. Guard and lease have their own: a release in preparation may take minutes."""
+        loops = {
+            "lease": self._keep_lease, "proposals": self._run, "guard": self._guard, "fallback": self._fall_back,
+        }  # fmt: skip
+        for name, work in loops.items():
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
@@ -85,18 +112,25 @@ class ReleaseController:
         return None
 
     async def status(self) -> dict[str, Any]:
-        """Resident releases, requests in flight, what is on hold."""
+        """Resident releases, requests in flight, what is on hold. However many ask, replicas are asked once."""
+        if self._status is None or self._status.done():
+            self._status = self._spawn(self._read_status())
+        return await asyncio.shield(self._status)
+
+    async def _read_status(self) -> dict[str, Any]:
         held = await asyncio.to_thread(self.ledger.held)
-        residency = await self.protocol.residency() if self._started.is_set() else None
+        residency = await self.protocol.known_residency()
         flight = await self.broadcast.in_flight() if self._started.is_set() else {}
         return {
             "started": self._started.is_set(),
             "trouble": self._trouble,
+            "epoch": self.lease.epoch,
+            "fallback": self.fallback.problem,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
             "resident": [
                 {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
                  "vlm": s.vlm_adapter, "share": s.share}
-                for s in (residency.window if residency else ())
+                for s in residency.window
             ],
             "rollout": self.rollout.status(),
             "vlm": await self.broadcast.vlm_status(),
@@ -139,17 +173,32 @@ class ReleaseController:
         return task
 
     async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
-        await self._started.wait()
+        if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
+            try:
+                async with asyncio.timeout(START_SECONDS):
+                    await self._started.wait()
+            except TimeoutError:
+                trouble = self._trouble or "replicas are starting"
+                return ReleaseError(
+                    f"the release controller has not started yet: {trouble}.",
+                    "Try again shortly, or use `ratchet releases rollback --offline`.",
+                )
         try:
             outcome = await self._carry_out(command)
         except RatchetError as error:
+            self._step_down_if(error)
             metrics.release.decided(KINDS[command.action], "failed")
             self._spawn(self._retire())  # what a failed proposal loaded goes again
             return error
         self._recorded(outcome)
         return outcome
 
+    def _step_down_if(self, error: RatchetError) -> None:
+        if isinstance(error, LeaseLost):
+            self.lease.lost()
+
     def _recorded(self, outcome: Outcome) -> None:
+        self._seen = max(self._seen, outcome.number)
         kind = outcome.kind
         metrics.release.decided(kind, "committed")
         metrics.release.phase("prepare", outcome.prepare_seconds)
@@ -166,40 +215,76 @@ class ReleaseController:
         await self._retire()
 
     async def _retire(self) -> None:
+        """One at a time, for each waits for requests in flight; one that comes meanwhile follows it."""
+        self._retire_again = self._retiring
+        if self._retiring:
+            return
+        self._retiring = True
         try:
             await self.protocol.retire()
         except RatchetError as error:
             log.warning("retire: %s", error)
+        finally:
+            self._retiring = False
+        if self._retire_again:
+            self._spawn(self._retire())
+
+    async def _keep_lease(self) -> None:
+        while True:
+            try:
+                await self.lease.keep()
+            except RatchetError as error:
+                log.warning("lease: %s", error)
+            except Exception:
+                log.exception("lease")
+            await asyncio.sleep(RENEW_SECONDS)
 
     async def _guard(self) -> None:
         await self._started.wait()
         while True:
             try:
-                outcome = await self.rollout.step()
+                outcome = await self.rollout.step() if self.lease.epoch is not None else None
                 if outcome is not None:
                     self._recorded(outcome)
             except RatchetError as error:
                 log.warning("guard: %s", error)
+                self._step_down_if(error)
                 await asyncio.sleep(GUARD_PAUSE_SECONDS)
             except Exception:
                 log.exception("guard")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _fall_back(self) -> None:
+        await self._started.wait()
+        while True:
+            try:
+                outcome = None if self.lease.epoch is None else await self.fallback.step()
+                if outcome is not None:
+                    self._recorded(outcome)
+            except RatchetError as error:
+                log.warning("fallback: %s", error)
+            except Exception:
+                log.exception("fallback")
             await asyncio.sleep(POLL_SECONDS)
 
     async def _run(self) -> None:
         while True:
             try:
                 if not self._started.is_set():
-                    outcome = await self.protocol.start()
-                    self._started.set()
-                    if outcome is None:
-                        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
-                        await self._retire()
+                    outcome = await self._start()
                 else:
-                    outcome = await self.protocol.step()
+                    await self._follow()
+                    outcome = await self.protocol.step() if self.lease.epoch is not None else None
                 self._trouble = ""
                 if outcome is not None:
                     self._recorded(outcome)
                     continue
+            except LeaseLost as error:
+                log.info("proposal: %s", error)
+                self.lease.lost()
+            except LedgerUnavailable as error:
+                log.warning("proposal: %s", error)
+                self._trouble = str(error)
             except RatchetError as error:
                 log.warning("proposal: %s", error)
                 self._trouble = str(error)
@@ -209,6 +294,26 @@ class ReleaseController:
                 log.exception("controller")
                 self._trouble = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
+
+    async def _start(self) -> Outcome | None:
+        outcome = await self.protocol.start()
+        self._started.set()
+        if outcome is None:
+            live = await asyncio.to_thread(self.ledger.live)
+            self._seen = max(self._seen, live.number if live else 0)
+            await asyncio.to_thread(tell_of_live, self.ledger, self.families)
+            self._spawn(self._retire())
+        return outcome
+
+    async def _follow(self) -> None:
+        """Tell the replicas of this server what the controller of another one has released."""
+        live = await asyncio.to_thread(self.ledger.live)
+        if live is None or live.number <= self._seen:
+            return
+        self._seen = live.number
+        await self.protocol.follow()
+        await asyncio.to_thread(tell_of_live, self.ledger, self.families)
+        self._spawn(self._retire())
 
 
 def tell_of_live(ledger: Ledger, families: Sequence[Family]) -> None:

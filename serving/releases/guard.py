@@ -7,7 +7,8 @@ Each guardrail counts bad events, and says how likely one may be for a release t
 ``agreement``  inputs on which it disagrees with the incumbent; ``1 - min_agreement`` (``min_vlm_agreement``) may
 
 It is broken when so many bad events would be too unlikely (binomial). The guard looks again and again, so each look
-spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more.
+spends a part of :data:`FALSE_ALARM`: look k gets 1/(k(k+1)) of it, which adds up to all of it and no more. There is one
+look in each :data:`LOOK_SECONDS`, and its number follows from the time, so that nothing has to be remembered.
 """
 
 from __future__ import annotations
@@ -58,14 +59,18 @@ class Evidence:
         return {**asdict(self), "broken": self.broken}
 
 
-def look(settings: Rollout, seen: Observations, incumbent: int, seconds: float) -> list[Evidence]:
+def look_number(seconds: float) -> int:
+    """Number of the look that may be made so long after the commit; from 1."""
+    return 1 + int(max(0.0, seconds) / LOOK_SECONDS)
+
+
+def look(settings: Rollout, seen: Observations, incumbent: int, number: int) -> list[Evidence]:
     """Every guardrail that something is known about.
 
     Args:
         incumbent: number of the release it is compared with.
-        seconds: since the release was committed; says how often was looked before.
+        number: of this look, from 1; see :func:`look_number`.
     """
-    number = 1 + int(max(0.0, seconds) / LOOK_SECONDS)
     level = FALSE_ALARM / (TESTS * number * (number + 1))
     evidence = [_errors(settings, seen, incumbent, level)]
     for family, compared in sorted(seen.compared.items()):

@@ -6,74 +6,102 @@ newest plain release has: whatever is released next ends the trial, and only a p
 
 What is live changes at one point only, the ledger row of ``commit``. Before it, nothing that clients see has changed,
 so a failure costs nothing; after it, every later step may be repeated by whoever comes next.
+
+Proposals are prepared one at a time. A rollback to adapters that are resident needs no preparation, and waits for
+nobody who prepares, retires or announces: it stops a preparation, commits, and announces with a short time limit.
+Commits themselves are written one after the other, so that a preparation which was stopped does not commit any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
 
 from ops import metrics
-from ops.errors import RatchetError, ReleaseConflict, ReleaseError
+from ops.errors import LeaseLost, RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
-from ops.ledger.rows import Family, ProposalKind, ProposalRow, ReleaseRow, Scope
+from ops.ledger.proposals import ENDED
+from ops.ledger.rows import Family, ProposalKind, ProposalRow
+from serving.releases.announcement import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
 from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
+from serving.releases.preparation import Preparation
+from serving.releases.proposal_runner import Lease, ProposalRunner
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import read_residency, resolve_residency
-from serving.releases.rollback import rollback_target
-from serving.releases.types import (
-    NO_VLM,
-    Adapters,
-    Broadcast,
-    Outcome,
-    Prepared,
-    Residency,
-    proposed_adapters,
-    scope_of,
-)
+from serving.releases.residency import read_residency
+from serving.releases.rollback import RollbackPlan, plan_rollback
+from serving.releases.types import Adapters, Broadcast, Outcome, Residency, scope_of
+from serving.releases.work import Postponed
 
-
-class Postponed(Exception):
-    """A proposal gave way to a rollback of the other family; it waits for its turn again."""
-
-
-@dataclass
-class _Work:
-    """The proposal that is being prepared, and who stopped it."""
-
-    proposal: ProposalRow
-    task: asyncio.Task[None]
-    stopped_by: str = ""
-    stopped_for: Scope = "both"
+Result = TypeVar("Result")
+FOLLOW_SECONDS: Final = 0.25
+"""Between two looks at a proposal that another controller carries out."""
+ROLLBACK_THREADS: Final = 2
+"""For the ledger calls of rollbacks, which share no thread with anything that may wait."""
 
 
 class ReleaseProtocol:
-    """Runs proposals one at a time, called from one event loop; the ledger guards against other processes."""
+    """Runs proposals, called from one event loop; the ledger guards against other processes."""
 
-    def __init__(self, ledger: Ledger, broadcast: Broadcast, window: int, update_share: float = 1.0) -> None:
-        """``update_share``: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`."""
-        self.update_share = update_share
+    def __init__(
+        self,
+        ledger: Ledger,
+        broadcast: Broadcast,
+        window: int,
+        update_share: float = 1.0,
+        hold_after_rollback: bool = False,
+        lease: Lease | None = None,
+    ) -> None:
+        """Args:
+        update_share: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
+        hold_after_rollback: see :attr:`ops.settings.Rollout.hold_after_rollback`.
+        lease: without it this process only proposes, and another one carries out; except rollbacks, whose commit checks
+            that the live release is the expected one. None: there is no other process.
+        """
         self.ledger = ledger
         self.broadcast = broadcast
         self.size = window
+        self._lease = lease
+        self._preparation = Preparation(ledger, broadcast, window)
+        self._runner = ProposalRunner(ledger, self._preparation, update_share, hold_after_rollback, lease)
+        self._announcer = Announcer(broadcast)
         self._turn = asyncio.Lock()
-        self._spaces: dict[str | None, tuple[str, str]] = {}
-        self._work: _Work | None = None
+        self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
+
+    @property
+    def _epoch(self) -> int | None:
+        return None if self._lease is None else self._lease.epoch
 
     async def start(self) -> Outcome | None:
-        """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live."""
-        async with self._turn:
-            if await asyncio.to_thread(self.ledger.live) is None:
-                waiting = await asyncio.to_thread(self.ledger.pending_proposals)
-                initial = [proposal for proposal in waiting if proposal.kind == "initial"]
-                return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
-            residency = await self.residency()
-            await asyncio.gather(*(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed))
-            await self._announce()
+        """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live.
+
+        Raises:
+            LeaseLost: there is no release, and another process is about to make the first one.
+        """
+        self._preparation.learn(await self.broadcast.resident())
+        if await asyncio.to_thread(self.ledger.live) is not None:
+            await self.follow()
             return None
+        if self._lease is not None and self._lease.epoch is None:
+            raise LeaseLost("another controller makes the first release.", "Wait until it is live.")
+        async with self._turn:
+            waiting = await asyncio.to_thread(self.ledger.pending_proposals)
+            initial = [proposal for proposal in waiting if proposal.kind == "initial"]
+            return await self._run(initial[0] if initial else await asyncio.to_thread(self._propose_initial))
+
+    async def follow(self) -> None:
+        """Bring the replicas of this server to what is live by the ledger, whoever has committed it.
+
+        Raises:
+            ReleaseError: a CLIP adapter that answers requests cannot be served.
+        """
+        residency = await self.residency()
+        await asyncio.gather(
+            *(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed), return_exceptions=True
+        )
+        await self._announcer.announce(residency, RELEASE_SECONDS)
 
     async def step(self) -> Outcome | None:
         """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, and while
@@ -82,8 +110,10 @@ class ReleaseProtocol:
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
             live = await asyncio.to_thread(self.ledger.live)
+            if live is not None:
+                metrics.release.live("controller", live.number)  # also one that was made offline
             waits = held is not None or (live is not None and not live.plain)
-            waiting = await asyncio.to_thread(self.ledger.pending_proposals)
+            waiting = await self._runner.without_abandoned(await asyncio.to_thread(self.ledger.pending_proposals))
             metrics.release.waiting(len(waiting), held is not None)
             for proposal in waiting:
                 if proposal.kind == "update" and waits:
@@ -124,198 +154,133 @@ class ReleaseProtocol:
     async def rollback(self, command: RollbackCommand) -> Outcome:
         """A new release with the adapters of an older one.
 
-        It does not queue behind a proposal that is being prepared, which may take minutes: that one is stopped. It
-        fails, because it was judged against what is being taken back; an update of the other family waits instead.
+        A proposal that is being prepared is stopped. It fails, because it was judged against what is being taken back;
+        an update of the other family waits instead. Adapters that are not resident any more are prepared first.
 
         Raises:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
         """
-        served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
-        families = served if command.family is None else (command.family,)
-        adapters = await asyncio.to_thread(rollback_target, self.ledger, families, command.to)
-        if self._work is not None:
-            self._work.stopped_by = f"{command.actor} rolled back while it was being prepared"
-            self._work.stopped_for = scope_of(adapters)
-            self._work.task.cancel()
-        return await self._ordered("rollback", adapters, command)
+        began = time.perf_counter()
+        async with self._runner.committing:
+            plan = await self._in_thread(self._plan_rollback, command)
+            if self._runner.work is not None:
+                self._runner.work.stop(command, scope_of(plan.adapters))
+            resident = plan.is_resident and await self._is_known(plan.goal["clip"])
+            proposal = await self._in_thread(self._commit_rollback, plan, command) if resident else None
+        if proposal is None:
+            return await self._ordered("rollback", plan.adapters, command)
+        committed = time.perf_counter()
+        acknowledged = await self._announce(ROLLBACK_SECONDS)
+        return Outcome(
+            plan.live + 1, plan.goal["clip"], plan.goal["vlm"], "rollback", proposal.family, proposal.id,
+            committed - began, time.perf_counter() - committed, acknowledged,
+        )  # fmt: skip
 
     async def residency(self) -> Residency:
-        """What stays loaded. Spaces come from the encoders and are remembered.
+        """See :meth:`Preparation.residency`."""
+        return await self._preparation.residency()
 
-        Raises:
-            ReleaseError: a CLIP adapter that answers requests cannot be served.
-        """
-        rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
-        residency = await resolve_residency(rows, self._known)
-        if rows.window and not residency.window:
-            for row in rows.answering:
-                await self._prepare(row.clip)  # says why
-        return residency
+    async def known_residency(self) -> Residency:
+        """What stays loaded, as far as it is known without asking a replica."""
+        return await self._preparation.known_residency(await asyncio.to_thread(read_residency, self.ledger, self.size))
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
-        """Unload what left the window, once no request that was stamped with it is in flight."""
+        """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
+        that moment stays.
+        """
         deadline = time.monotonic() + patience_seconds
-        while True:
-            async with self._turn:  # so that nothing is unloaded that a proposal is being prepared with
-                keep = await self.residency()
-                if not set(await self.broadcast.in_flight()) - {snapshot.release for snapshot in keep.window}:
-                    await self.broadcast.retire(keep)
-                    return
+        while set(await self.broadcast.in_flight()) - {s.release for s in (await self.residency()).window}:
             if time.monotonic() > deadline:
                 return  # a later release retires it; memory is bounded by what is in flight
             await asyncio.sleep(0.1)
+        keep = await self.residency()
+        await self.broadcast.retire_spaces([*keep.indexed, *self._preparing()], self._epoch)
+        keep = await self.residency()  # that took a while
+        goal = self._runner.work.goal if self._runner.work is not None else None
+        loading = () if goal is None else ((goal["clip"], goal["vlm"]),)
+        clips = tuple(dict.fromkeys((*keep.clips, *(clip for clip, _ in loading))))
+        vlms = tuple(dict.fromkeys((*keep.vlms, *(vlm for _, vlm in loading))))
+        await self.broadcast.retire(clips, vlms)
+        self._preparation.forget_others(clips)
+
+    def _preparing(self) -> list[ReleaseSnapshot]:
+        """The release that is being prepared, once its embedding spaces are known: it has an index from then on."""
+        work = self._runner.work
+        snapshot = (
+            None if work is None or work.goal is None else self._preparation.snapshot(work.number, work.goal["clip"])
+        )
+        return [] if snapshot is None else [snapshot]
 
     def _propose_initial(self) -> ProposalRow:
         return self.ledger.propose(
-            "initial", family="both", clip=None, vlm=None, actor="ratchet", reason="first start", expected_live=0
-        )
+            "initial", family="both", clip=None, vlm=None, actor="ratchet", reason="first start", expected_live=0,
+            epoch=self._epoch,
+        )  # fmt: skip
+
+    def _plan_rollback(self, command: RollbackCommand) -> RollbackPlan:
+        served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
+        return plan_rollback(self.ledger, command, served, self.size)
+
+    async def _is_known(self, clip: str | None) -> bool:
+        """Whether replicas can serve an adapter that is resident; a process that has just begun asks the ingress."""
+        if not self._preparation.knows(clip):
+            self._preparation.learn(await self.broadcast.resident())
+        return self._preparation.knows(clip)
+
+    def _commit_rollback(self, plan: RollbackPlan, command: RollbackCommand) -> ProposalRow:
+        proposal = self._propose("rollback", plan.adapters, command)
+        try:
+            self._runner.commit(proposal, plan.live + 1, plan.goal, 1.0, None)
+        except RatchetError as error:
+            self._runner.fail(proposal, str(error))
+            raise
+        return proposal
+
+    def _propose(
+        self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
+    ) -> ProposalRow:
+        return self.ledger.propose(
+            kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"), actor=command.actor,
+            reason=command.reason, expected_live=command.expected_live, share=share, forced=forced,
+            epoch=None if kind == "rollback" else self._epoch,
+        )  # fmt: skip
 
     async def _ordered(
         self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
     ) -> Outcome:
-        """Propose what an operator ordered, and run it."""
+        """Propose what an operator ordered, and run it, or wait until the process with the lease has."""
+        if self._lease is not None and self._lease.epoch is None:
+            proposal = await asyncio.to_thread(self._propose, kind, adapters, command, share, forced)
+            return await self._carried_out_elsewhere(proposal)
         async with self._turn:
-            proposal = await asyncio.to_thread(
-                lambda: self.ledger.propose(
-                    kind, family=scope_of(adapters), clip=adapters.get("clip"), vlm=adapters.get("vlm"),
-                    actor=command.actor, reason=command.reason, expected_live=command.expected_live, share=share,
-                    forced=forced,
-                )
-            )  # fmt: skip
-            return await self._run(proposal)
+            return await self._run(await asyncio.to_thread(self._propose, kind, adapters, command, share, forced))
+
+    async def _carried_out_elsewhere(self, proposal: ProposalRow) -> Outcome:
+        began = time.perf_counter()
+        while proposal.state not in ENDED:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            proposal = await asyncio.to_thread(self.ledger.proposal, proposal.id)
+        if proposal.release is None:
+            raise ReleaseError(f"{proposal.error}", "Look at what is live, and propose again.")
+        row = await asyncio.to_thread(self.ledger.release, proposal.release)
+        seconds = time.perf_counter() - began
+        return Outcome(
+            row.number, row.clip, row.vlm, proposal.kind, proposal.family, proposal.id, seconds, 0.0, 0, row.share
+        )
 
     async def _run(self, proposal: ProposalRow) -> Outcome:
-        try:
-            return await self._carry_out(proposal)
-        except Postponed:
-            await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "pending")
-            raise
-        except RatchetError as error:
-            await self._fail(proposal, str(error))
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"[:500]
-            await self._fail(proposal, reason)
-            raise ReleaseError(
-                f"proposal {proposal.id} failed: {reason}.", "What was live stays live; look at the server's log."
-            ) from error
+        committed = await self._runner.run(proposal)
+        return committed.outcome(await self._announce(RELEASE_SECONDS))
 
-    async def _fail(self, proposal: ProposalRow, reason: str) -> None:
-        await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "failed", reason)
-
-    async def _carry_out(self, proposal: ProposalRow) -> Outcome:
-        began = time.perf_counter()
-        live = await asyncio.to_thread(self.ledger.live)
-        number = live.number if live else 0
-        if proposal.expected_live is not None and proposal.expected_live != number:
-            raise ReleaseConflict(
-                f"release {number} is live, not {proposal.expected_live}: somebody released first.",
-                "Look at `ratchet releases list` and decide again.",
-            )
-        if proposal.family == "vlm" and not self.broadcast.has_vlm:
-            raise ReleaseError("no vision-language model is served here.", NO_VLM)
-        if proposal.kind == "update":
-            await self._refuse_withdrawn(proposal)
-        await asyncio.to_thread(self.ledger.advance_proposal, proposal.id, "preparing")
-        stable = await asyncio.to_thread(self.ledger.stable)
-        share = self.update_share if proposal.kind == "update" else proposal.share
-        goal: Mapping[Family, str | None] = {
-            family: proposed_adapters(proposal).get(family, stable.adapter(family) if stable else None)
-            for family in ("clip", "vlm")
-        }
-        await self._make_ready(proposal, goal, live)
-        prepared = time.perf_counter()
-        await asyncio.to_thread(
-            lambda: self.ledger.commit_release(
-                number + 1, clip=goal["clip"], vlm=goal["vlm"], actor=proposal.actor, reason=proposal.reason,
-                proposal_id=proposal.id, share=share,
-            )
-        )  # fmt: skip
-        acknowledged = await self._announce()
-        done = time.perf_counter()
-        return Outcome(
-            number + 1, goal["clip"], goal["vlm"], proposal.kind, proposal.family, proposal.id, prepared - began,
-            done - prepared, acknowledged, share,
-        )  # fmt: skip
-
-    async def _refuse_withdrawn(self, proposal: ProposalRow) -> None:
-        """An update may make again what the guard took back: same data, same recipe, same adapter."""
-        withdrawn = await asyncio.to_thread(self.ledger.withdrawn, [*proposed_adapters(proposal).values()])
-        for name, why in withdrawn.items():
-            raise ReleaseError(f"{name} was withdrawn: {why}", "An operator can release it with --force.")
-
-    async def _make_ready(
-        self, proposal: ProposalRow, goal: Mapping[Family, str | None], live: ReleaseRow | None
-    ) -> None:
-        """Both families at once, only what changes, in a task that a rollback may cancel."""
-        jobs: list[Coroutine[Any, Any, None]] = []
-        if live is None or goal["clip"] != live.clip:
-            jobs.append(self._ready_clip(goal["clip"], live.number + 1 if live else 1))
-        if self.broadcast.has_vlm and (live is None or goal["vlm"] != live.vlm):
-            jobs.append(self._ready_vlm(goal["vlm"]))
-        work = _Work(proposal, asyncio.get_running_loop().create_task(_together(jobs)))
-        self._work = work
-        try:
-            await work.task
-        except asyncio.CancelledError:
-            if not work.stopped_by:
-                work.task.cancel()
-                raise  # this process ends: the proposal stays, and is taken up at the next start
-            if proposal.kind == "update" and {proposal.family, work.stopped_for} == {"clip", "vlm"}:
-                raise Postponed from None
-            raise ReleaseConflict(f"{work.stopped_by}.", "Look at what is live, and propose again.") from None
-        finally:
-            self._work = None
-
-    async def _ready_clip(self, clip: str | None, number: int) -> None:
-        image, text = await self._prepare(clip)
-        residency = await asyncio.to_thread(read_residency, self.ledger, self.size)
-        # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
-        await self.broadcast.cover(ReleaseSnapshot(number, clip, image, text), wait=clip not in residency.clips)
-
-    async def _ready_vlm(self, vlm: str | None) -> None:
-        _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")
-
-    async def _announce(self) -> int:
+    async def _announce(self, seconds: float) -> int:
         """The release is committed: a replica that this does not reach follows the ledger by itself."""
         try:
-            return await self.broadcast.announce(await self.residency())
-        except Exception:
+            rows = await self._in_thread(read_residency, self.ledger, self.size)
+        except RatchetError:
             return 0
+        residency = await self._preparation.known_residency(rows)
+        return await self._announcer.announce(residency, seconds) if residency.window else 0
 
-    async def _prepare(self, clip: str | None) -> tuple[str, str]:
-        answers = await self.broadcast.prepare(clip)
-        _check(answers, clip, "the base")
-        spaces = {(answer.image_space, answer.text_space) for answer in answers}
-        if len(spaces) != 1:
-            raise ReleaseError(
-                f"replicas disagree about the embedding spaces of {clip or 'the base'}: {sorted(spaces)}.",
-                "Run the same version and the same base on every node.",
-            )
-        self._spaces[clip] = spaces.pop()
-        return self._spaces[clip]
-
-    async def _known(self, clip: str | None) -> tuple[str, str] | None:
-        if clip in self._spaces:
-            return self._spaces[clip]
-        try:
-            return await self._prepare(clip)
-        except ReleaseError:
-            return None
-
-
-def _check(answers: list[Prepared], adapter: str | None, base: str) -> None:
-    for answer in answers:
-        if answer.error:
-            raise ReleaseError(f"{adapter or base} cannot be served: {answer.error}")
-
-
-async def _together(jobs: list[Coroutine[Any, Any, None]]) -> None:
-    """All jobs at once; the first failure stops the others."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
+    async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

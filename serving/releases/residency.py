@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from ops import metrics
+from ops.errors import RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -14,7 +18,10 @@ from serving.releases.types import Prepared, Residency
 
 log = logging.getLogger("ratchet.residency")
 Spaces = Callable[[str | None], Awaitable[tuple[str, str] | None]]
-"""Image and text space of a CLIP adapter; None when it cannot be served."""
+"""Image and text space of a CLIP adapter; None when its files are gone or damaged. Raises RatchetError when no replica
+can tell now."""
+UNSERVABLE_SECONDS: Final = 5.0
+"""How often an adapter whose files were gone or damaged is tried again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +67,9 @@ def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     first = {row.number: row for row in (live, incumbent) if row is not None}
     others = [row for row in newest if row.number not in first]
     window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    rollback_release = None
-    if all(row.clip == live.clip for row in window):
-        rollback_release = ledger.before("clip", live.clip)
+    rollback_release = ledger.before("clip", live.clip)
+    if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
+        rollback_release = None
     vlms = dict.fromkeys(row.vlm for row in window)
     if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm)) is not None:
         vlms[other.vlm] = None
@@ -70,45 +77,85 @@ def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
 
 
 async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
-    """Put spaces to the rows. What cannot be served is left out; nothing is resident when that answers requests."""
-    window: list[ReleaseSnapshot] = []
+    """Put spaces to the rows. Releases whose CLIP adapter is gone or damaged are left out, so that the newest one
+    that can be loaded is served.
+
+    Raises:
+        RatchetError: the spaces of a release that answers requests cannot be told now.
+    """
     answering = {row.number for row in rows.answering}
-    for row in rows.window:
-        pair = await spaces(row.clip)
-        if pair is not None:
-            window.append(ReleaseSnapshot(row.number, row.clip, *pair, row.vlm, row.share))
-        elif row.number in answering:
-            return Residency((), (), rows.vlms)
+    window = [
+        ReleaseSnapshot(row.number, row.clip, *pair, row.vlm, row.share)
+        for row in rows.window
+        if (pair := await _spaces_or_none(row, spaces, row.number in answering)) is not None
+    ]
     indexed = list(window)
     older = rows.rollback_release
-    if older is not None and (pair := await spaces(older.clip)) is not None:
+    if older is not None and (pair := await _spaces_or_none(older, spaces, not window)) is not None:
         indexed.append(ReleaseSnapshot(older.number, older.clip, *pair, older.vlm))
-    return Residency(tuple(window), tuple(indexed), rows.vlms)
+    return Residency(tuple(window or indexed), tuple(indexed), rows.vlms)
+
+
+async def _spaces_or_none(row: ReleaseRow, spaces: Spaces, needed: bool) -> tuple[str, str] | None:
+    try:
+        return await spaces(row.clip)
+    except RatchetError:
+        if needed:
+            raise
+        return None
 
 
 class ResidencyReader:
-    """Reads the newest releases; asks an encoder for the spaces of each adapter, once (adapters never change)."""
+    """Reads the newest releases; asks an encoder for the spaces of each adapter, once while it is resident
+    (adapters never change)."""
 
-    def __init__(self, ledger: Ledger, prepare: Callable[[str | None], Awaitable[Prepared]], size: int) -> None:
-        """``prepare``: asks any encoder to hold a CLIP adapter."""
-        self.ledger = ledger
+    def __init__(
+        self,
+        read: Callable[[], ResidencyRows],
+        prepare: Callable[[str | None], Awaitable[Prepared]],
+        prepare_all: Callable[[str | None], Awaitable[Sequence[Prepared]]],
+    ) -> None:
+        """Args:
+        read: what is resident; called in a thread. See :meth:`.residency_source.ResidencySource.newest`.
+        prepare: asks any encoder to hold a CLIP adapter.
+        prepare_all: asks all of them.
+        """
+        self._read = read
         self._prepare = prepare
-        self.size = size
+        self._prepare_all = prepare_all
         self._spaces: dict[str | None, tuple[str, str]] = {}
+        self._gone: dict[str | None, float] = {}
 
     async def read(self, newer_than: int = 0) -> Residency | None:
-        """What is resident; None when nothing newer is live, or when the live adapter cannot be served."""
-        rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        """What is resident; None when nothing newer can be served.
+
+        Raises:
+            RatchetError: neither the ledger nor a copy can be read, or no encoder can tell the spaces now.
+        """
+        rows = await asyncio.to_thread(self._read)
         if not rows.window or rows.window[0].number <= newer_than:
             return None
         residency = await resolve_residency(rows, self._spaces_of)
-        return residency if residency.window else None
+        for clip in set(self._spaces).difference(rows.clips):
+            del self._spaces[clip]
+        newest = residency.window[0].release if residency.window else 0
+        metrics.release.unservable("clip", newest < rows.window[0].number)
+        return residency if newest > newer_than else None
 
     async def _spaces_of(self, clip: str | None) -> tuple[str, str] | None:
         if clip not in self._spaces:
-            prepared = await self._prepare(clip)
-            if prepared.error:
-                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
+            if time.monotonic() < self._gone.get(clip, 0.0):
                 return None
+            prepared = await self._prepare(clip)
+            if prepared.unservable:  # there: another node may have a copy that is whole
+                answers = await self._prepare_all(clip)
+                prepared = next((answer for answer in answers if not answer.unservable), prepared)
+            if prepared.unservable:
+                log.error("%s cannot be served: %s", clip or "the base", prepared.error)
+                self._gone[clip] = time.monotonic() + UNSERVABLE_SECONDS
+                return None
+            if prepared.error:
+                raise ReleaseError(f"the spaces of {clip or 'the base'} cannot be told: {prepared.error}")
+            self._gone.pop(clip, None)
             self._spaces[clip] = (prepared.image_space, prepared.text_space)
         return self._spaces[clip]

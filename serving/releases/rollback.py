@@ -1,22 +1,79 @@
-"""What a rollback goes back to."""
+"""What a rollback goes back to, and whether it is resident."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ops.errors import LedgerError, ReleaseError
+from ops.errors import LedgerError, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
+from serving.releases.commands import RollbackCommand
+from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Adapters
+from serving.releases.work import Goal
 
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
 
 
-def rollback_target(ledger: Ledger, families: Sequence[Family], to: int | None) -> Adapters:
+@dataclass(frozen=True, slots=True)
+class RollbackPlan:
+    """What the ledger says about a rollback that was ordered."""
+
+    live: int
+    """Number of the live release."""
+    adapters: Adapters
+    goal: Goal
+    rows: ResidencyRows
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether replicas keep what it goes back to."""
+        return self.goal["clip"] in self.rows.clips and self.goal["vlm"] in self.rows.vlms
+
+
+def plan_rollback(ledger: Ledger, command: RollbackCommand, served: Sequence[Family], size: int) -> RollbackPlan:
+    """What a command means at this moment; see :func:`rollback_target`.
+
+    Args:
+        served: families that there are replicas of.
+        size: of the rollback window.
+
+    Raises:
+        ReleaseConflict: something else is live by now.
+        ReleaseError: there is nothing to go back to.
+    """
+    families = tuple(served) if command.family is None else (command.family,)
+    adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn)
+    live = ledger.live()
+    check_live(live, command.expected_live)
+    goal = goal_of(adapters, ledger.stable())
+    return RollbackPlan(live.number if live else 0, adapters, goal, read_residency(ledger, size))
+
+
+def check_live(live: ReleaseRow | None, expected: int) -> None:
+    """Raise ReleaseConflict when another release is live than the one that was decided upon."""
+    number = live.number if live else 0
+    if number != expected:
+        raise ReleaseConflict(
+            f"release {number} is live, not {expected}: somebody released first.",
+            "Look at `ratchet releases list` and decide again.",
+        )
+
+
+def goal_of(adapters: Adapters, stable: ReleaseRow | None) -> Goal:
+    """Both adapters of a release that sets some: the others are those of the newest plain release."""
+    families: tuple[Family, ...] = ("clip", "vlm")
+    return {family: adapters.get(family, stable.adapter(family) if stable else None) for family in families}
+
+
+def rollback_target(
+    ledger: Ledger, families: Sequence[Family], to: int | None, allow_withdrawn: bool = False
+) -> Adapters:
     """Adapters of release ``to``, or of the newest one that had another adapter in one of the families.
 
     Raises:
-        ReleaseError: there is none.
+        ReleaseError: there is none, or what it had was withdrawn or never answered all requests.
     """
     live = ledger.live()
     if live is None:
@@ -26,9 +83,25 @@ def rollback_target(ledger: Ledger, families: Sequence[Family], to: int | None) 
     except LedgerError as error:
         raise ReleaseError(error.message, error.fix) from None
     adapters: Adapters = {family: release.adapter(family) for family in families}
-    for name, why in ledger.withdrawn(list(adapters.values())).items():
-        raise ReleaseError(f"{name} was withdrawn: {why}", "Go back to another release, or release it with --force.")
+    if not allow_withdrawn:
+        for name, why in ledger.withdrawn(list(adapters.values())).items():
+            raise ReleaseError(
+                f"{name} was withdrawn: {why}", "Go back to another release, or release it with --force."
+            )
+    if not release.plain:
+        _refuse_trial(ledger, release, adapters)
     return adapters
+
+
+def _refuse_trial(ledger: Ledger, release: ReleaseRow, adapters: Adapters) -> None:
+    """A rollback answers all requests and is not watched: not with what was only tried."""
+    for family, name in adapters.items():
+        if not ledger.was_stable(family, name):
+            kind = "canary" if release.share > 0 else "shadow"
+            raise ReleaseError(
+                f"release {release.number} was a {kind} that was never promoted: {name} never answered all requests.",
+                f"Release it: `ratchet releases release {name}`, with --share or --shadow to try it again.",
+            )
 
 
 def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> ReleaseRow:

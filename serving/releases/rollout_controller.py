@@ -19,7 +19,7 @@ from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.settings import Rollout
 from serving.releases.commands import PromoteCommand, RollbackCommand
-from serving.releases.guard import Evidence, broken, look
+from serving.releases.guard import Evidence, broken, look, look_number
 from serving.releases.guard_target import GuardTarget, find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, together
 from serving.releases.protocol import ReleaseProtocol
@@ -45,9 +45,11 @@ class RolloutController:
         self.settings = settings
         self._observe = observe
         self._last: dict[str, Any] = {"state": "idle"}
+        self._looked = (0, 0)
+        """Release, and number of its last look."""
 
     async def step(self) -> Outcome | None:
-        """One look. Returns the release that it made.
+        """One look, if it is time for one. Returns the release that it made.
 
         Raises:
             ReleaseError: the ingress does not answer, or what it decided cannot be released; it is tried again.
@@ -58,8 +60,12 @@ class RolloutController:
             self._last = {"state": "idle"}
             metrics.rollout.watching(0, 1.0)
             return None
+        number = look_number(now - target.began)
+        if (target.release.number, number) == self._looked:
+            return None  # what this look may spend is spent
         observations = together(target.release.number, await self._observe())
-        evidence = look(self.settings, observations, target.incumbent.number, now - target.began)
+        self._looked = (target.release.number, number)
+        evidence = look(self.settings, observations, target.incumbent.number, number)
         self._record(target, observations, evidence, now)
         try:
             if bad := broken(evidence):
@@ -88,7 +94,7 @@ class RolloutController:
             )
         )
         outcome = await self.protocol.rollback(
-            RollbackCommand(actor=ACTOR, reason=reason, expected_live=number, to=back)
+            RollbackCommand(actor=ACTOR, reason=reason, expected_live=number, to=back, allow_withdrawn=True)
         )
         metrics.rollout.decided("rolled_back", bad[0].guardrail)
         return outcome

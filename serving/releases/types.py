@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from ops.errors import AdapterError, LedgerUnavailable, StoreError
 from ops.ledger.rows import Family, ProposalKind, ProposalRow, Scope
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -13,6 +14,10 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 Adapters = Mapping[Family, str | None]
 """Adapters by family, None for the base alone. A family that is not there keeps what is live."""
 NO_VLM = "Register a VLM base, set base.vlm to its name, and start again."
+
+
+Cause = Literal["", "adapter", "storage", "replica"]
+"""What an error comes from: the adapter's files, a store that is away, or the replica itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,12 @@ class Prepared:
     image_space: str = ""
     text_space: str = ""
     error: str = ""
+    cause: Cause = ""
+
+    @property
+    def unservable(self) -> bool:
+        """Whether no other replica would do better: the adapter itself is gone, damaged or does not fit."""
+        return self.cause == "adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,13 @@ class Outcome:
     commit_seconds: float
     acknowledged: int
     share: float = 1.0
+
+
+def cause_of(error: Exception) -> Cause:
+    """What a failed preparation comes from."""
+    if isinstance(error, AdapterError):
+        return "adapter"
+    return "storage" if isinstance(error, (StoreError, LedgerUnavailable)) else "replica"
 
 
 def scope_of(adapters: Adapters) -> Scope:
@@ -88,8 +106,11 @@ class Broadcast(Protocol):
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 
-    async def announce(self, residency: Residency) -> int:
-        """Tell every replica what is resident; returns how many acknowledged."""
+    async def resident(self) -> list[ReleaseSnapshot]:
+        """What ingress replicas answer with at this moment, of those that say so at once."""
+
+    async def announce(self, residency: Residency, seconds: float) -> int:
+        """Tell every replica what is resident; returns how many acknowledged. Raises ReleaseError when not all did."""
 
     async def observations(self) -> list[Observations]:
         """What each ingress replica saw of the release that is watched."""
@@ -97,5 +118,10 @@ class Broadcast(Protocol):
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release number, over all ingress replicas."""
 
-    async def retire(self, residency: Residency) -> None:
-        """Unload everything else."""
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        """Let the catalog let go of all other image spaces; with the epoch of the controller's lease their tables are
+        dropped.
+        """
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        """Unload all other adapters."""

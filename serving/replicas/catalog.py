@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,9 @@ import numpy.typing as npt
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
-from ops.errors import RatchetError, StoreError
+from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
+from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Catalog
@@ -23,16 +25,17 @@ from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import ResidencyReader
+from serving.replicas.residency_reader import residency_reader
 from streams.images import decode_image
 from streams.store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
 HEALTH_SECONDS = 10.0
+FOLLOW_SECONDS = 2.0
 
 
 class CatalogReplica:
-    """One replica: LanceDB tables have one writer."""
+    """One replica in a server. Another server may have its own on the same tables."""
 
     def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:
         close_replica_port()
@@ -51,32 +54,57 @@ class CatalogReplica:
 
         tables = Tables(f"{settings.lake}/catalog")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
-        ledger = Ledger.open(settings.ledger, migrate=False)
-        self._residency_reader = ResidencyReader(ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self._ledger = Ledger.lazy(settings.ledger)
+        self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._follow: asyncio.Task[None] | None = None
         self._adopting = asyncio.Lock()
-        self._adopted = False
+        self._adopted = 0
+        """The newest release that was adopted."""
+
+    def __del__(self) -> None:
+        """Serve calls this when the replica ends: tables that it held may be dropped from now on."""
+        if (catalog := getattr(self, "catalog", None)) is not None:
+            with contextlib.suppress(OSError):
+                catalog.claims.close()
 
     async def _started(self) -> Catalog:
-        """The catalog with its loops running and the residency adopted, which a replaced replica has not been told."""
+        """The catalog with its loops running and a residency adopted, which a replaced replica has not been told."""
+        loop = asyncio.get_running_loop()
         if self._loop is None or self._loop.done():
-            self._loop = asyncio.get_running_loop().create_task(self.catalog.run())
+            self._loop = loop.create_task(self.catalog.run())
         if self._watch is None or self._watch.done():
-            self._watch = asyncio.get_running_loop().create_task(self._watcher.run())
-        async with self._adopting:
-            if not self._adopted:
-                residency = await self._residency_reader.read()
-                if residency is not None:
-                    await self._adopt(residency.indexed)
-                    self._adopted = True
+            self._watch = loop.create_task(self._watcher.run())
+        if self._follow is None or self._follow.done():
+            self._follow = loop.create_task(self._follow_ledger())
+        if not self._adopted:
+            await self._catch_up()
         return self.catalog
+
+    async def _catch_up(self) -> None:
+        """Adopt what no announcement brought: what is live at the start, a release that was made offline, and one that
+        another server made.
+        """
+        async with self._adopting:
+            residency = await self._residency_reader.read(newer_than=self._adopted)
+            if residency is not None:
+                await self._adopt(residency.indexed)
+
+    async def _follow_ledger(self) -> None:
+        while True:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                await self._catch_up()
+            except Exception as error:
+                log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
         try:
-            await asyncio.wait_for(self._started(), HEALTH_SECONDS)
+            async with asyncio.timeout(HEALTH_SECONDS):
+                await self._started()
         except Exception as error:
             log.warning("the catalog does not know what is live yet: %s: %s", type(error).__name__, error)
 
@@ -89,17 +117,31 @@ class CatalogReplica:
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         """See :meth:`Catalog.adopt`."""
-        await self._started()
         await self._adopt(window)
+        await self._started()
 
     async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
         if window:
-            metrics.release.live("catalog", window[0].release)
+            self._adopted = max(self._adopted, window[0].release)
+            metrics.release.live("catalog", self._adopted)
 
-    async def retire(self, keep: Sequence[ReleaseSnapshot]) -> list[str]:
-        """See :meth:`Catalog.retire`."""
-        return await (await self._started()).retire(keep)
+    async def retire(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> list[str]:
+        """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, or when another controller has
+        taken over since, no table is dropped.
+        """
+        catalog = await self._started()
+        return await catalog.retire(keep, drop=await asyncio.to_thread(self._holds_lease, epoch))
+
+    def _holds_lease(self, epoch: int | None) -> bool:
+        if epoch is None:
+            return False
+        try:
+            lease = self._ledger.lease(CONTROLLER_LEASE)
+        except LedgerError as error:
+            log.warning("no table is dropped while the ledger is away: %s", error)
+            return False
+        return lease is not None and lease.epoch == epoch
 
     async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
         """See :meth:`Catalog.search`; a string says why there is no answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,35 +16,41 @@ from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Kind, batch_cost
 from serving.ray.loopback import close_replica_port
-from serving.releases.residency import ResidencyRows, read_residency
+from serving.releases.residency import ResidencyRows
+from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
+from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.encoder_worker import EncoderWorker
-from serving.replicas.follower import ResidencyFollower
+from serving.replicas.follower import ResidencyFollower, check_start
 
 
 class Encoder:
-    """Holds the base once, and the adapters of the resident releases. Healthy only when the live release is loaded."""
+    """Holds the base once, and the adapters of the resident releases. Starts from the last known residency while the
+    ledger is away, and with the newest adapter that can be loaded where the live one's files are gone.
+    """
 
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
         metrics.build.started("encoder")
         self.settings = settings
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home))
+        self._source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "encoder", adapters.digests)
         engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.serve.encoder_threads)
-        self.worker = EncoderWorker(engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag)
+        self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
         self.batch.set_max_batch_size(settings.serve.max_batch * IMAGE_COST)
         self.batch.set_batch_wait_timeout_s(settings.serve.batch_wait_seconds)
-        self._follower = ResidencyFollower("encoder", self._residency, self._load)
+        self._adapters = adapters
+        self._follower = ResidencyFollower("encoder", self._source.read, self._load, self._source.keep)
         self._inside = self._running = 0
-        rows = self._residency()
+        rows = self._source.newest()
+        adapters.expect(self._source.adapters)
         needed = rows.needed("clip")
-        for clip in dict.fromkeys([*needed, *rows.clips]):
-            prepared = self.worker.prepare_now(clip)
-            if prepared.error and clip in needed:
-                raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
+        prepared = [self.worker.prepare_now(clip) for clip in dict.fromkeys([*needed, *rows.clips])]
+        check_start(prepared, needed)
 
-    async def encode(self, kind: Kind, payload: Any, adapter: str | None, deadline: float) -> EncodeResult:
-        """Vectors of one request's items; batched with those of other requests."""
+    async def encode(self, kind: Kind, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
+        """Vectors of one request's items; batched with those of other requests. ``seconds``: time left."""
+        deadline = time.monotonic() + seconds
         self._inside += 1
         self._record_load()
         try:
@@ -79,17 +86,18 @@ class Encoder:
 
     async def retire(self, keep: Sequence[str | None]) -> list[str]:
         """Unload what left the rollback window."""
-        return self.worker.retire(keep)
+        return await self.worker.retire(keep)
 
     async def check_health(self) -> None:
-        """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long."""
+        """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long,
+        or when its forward passes fail.
+        """
+        await self.worker.check_health()
         await self._follower.check()
-
-    def _residency(self) -> ResidencyRows:
-        return read_residency(self.ledger, self.settings.serve.rollback_window)
 
     def _record_load(self) -> None:
         metrics.encoder.inside(min(self._running, self._inside), max(0, self._inside - self._running))
 
     async def _load(self, rows: ResidencyRows) -> list[Prepared]:
+        self._adapters.protect([*rows.clips, *rows.vlms])
         return [await self.worker.prepare(clip) for clip in rows.needed("clip")]

@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from ray.serve.handle import DeploymentHandle
 
-from serving.errors import AdapterUnservable
+from serving.errors import AdapterUnservable, Unavailable
 from serving.messages import IMAGE_COST, EncodeResult, Kind
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
+
+OTHER_TRIES: Final = 2
+"""After a replica that cannot load the adapter, or whose forward pass failed: another one may do better."""
 
 
 class EncoderCalls:
@@ -51,10 +54,17 @@ class EncoderCalls:
 
     async def _one(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.time(), "encoder", "Send fewer items, or try again later.")
-        call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, deadline)  # noqa: E731
+        call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
         result: EncodeResult = await call_replica(call, attempts)
+        for _ in range(OTHER_TRIES):
+            if result.code not in ("adapter", "failed"):
+                break
+            await attempts.failed(result.error)
+            result = await call_replica(call, attempts)
         if result.code == "late":
             raise attempts.over()
+        if result.code == "failed":
+            raise Unavailable(f"the forward pass failed ({result.error}).", "Try again; look at the encoders' log.")
         if result.code:
             raise AdapterUnservable(
                 f"{snapshot.adapter} cannot be served: {result.error}.", "An operator must look at it."

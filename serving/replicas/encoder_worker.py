@@ -8,6 +8,8 @@ somebody waits for.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import sys
 import threading
@@ -20,11 +22,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ops import metrics
-from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
-from serving.releases.types import Prepared
+from serving.releases.types import Prepared, cause_of
+from serving.replicas.adapter_cache import AdapterFolders
+from serving.replicas.forward_health import ForwardHealth, is_persistent
+
+log = logging.getLogger("ratchet.encoder")
 
 LOADING_NICE = 19
 """Of the thread that loads adapters and runs golden inputs; requests come first."""
@@ -41,7 +46,7 @@ def step_back() -> None:
 class EncoderWorker:
     """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
-    def __init__(self, engine: ClipEngine, artifacts: Artifacts, replica: str) -> None:
+    def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str) -> None:
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
@@ -51,6 +56,7 @@ class EncoderWorker:
         self._lock = threading.Lock()
         self._prepared: dict[str | None, Prepared] = {}
         self._waiting = 0
+        self._health = ForwardHealth()
 
     async def prepare(self, clip: str | None) -> Prepared:
         """Hold the adapter beside what is served, and check its golden outputs. The answer says what is wrong."""
@@ -65,17 +71,25 @@ class EncoderWorker:
             self._ensure(clip)
             self.engine.golden(clip)
             spaces = self.engine.spaces(clip)
-        except RatchetError as error:
-            self._drop(clip)
-            return Prepared(self.replica, clip, error=str(error))
         except Exception as error:
             self._drop(clip)
-            return Prepared(self.replica, clip, error=f"{type(error).__name__}: {error}"[:500])
+            reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
+            return Prepared(self.replica, clip, error=reason, cause=cause_of(error))
         self._prepared[clip] = Prepared(self.replica, clip, spaces.image, spaces.text)
         return self._prepared[clip]
 
-    def retire(self, keep: Sequence[str | None]) -> list[str]:
-        """Unload adapters that are not kept. One that a late request still needs is loaded again by that request."""
+    async def check_health(self) -> None:
+        """Raise RuntimeError when forward passes fail again and again; run a small one now and then."""
+        await self._health.check(self._probe, busy=self._waiting > 0)
+
+    async def retire(self, keep: Sequence[str | None]) -> list[str]:
+        """Unload adapters that are not kept. One that a late request still needs is loaded again by that request.
+
+        In a thread: an adapter that is being loaded holds the lock for seconds.
+        """
+        return await asyncio.to_thread(self._retire, keep)
+
+    def _retire(self, keep: Sequence[str | None]) -> list[str]:
         gone = [name for name in self.engine.resident if name not in keep]
         for name in gone:
             self._drop(name)
@@ -98,7 +112,7 @@ class EncoderWorker:
             patience = time.monotonic() + 1.0
             while self._waiting and time.monotonic() < patience:
                 await asyncio.sleep(0.002)
-            request = EncodeRequest(kind, payload[start : start + size], adapter, time.time() + 3600)
+            request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
             parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
             if parts[-1].vectors is None:
                 return parts[-1]
@@ -111,17 +125,42 @@ class EncoderWorker:
         results: list[EncodeResult | None] = [None] * len(requests)
         groups: dict[tuple[Kind, str | None], list[int]] = {}
         for index, request in enumerate(requests):
-            if time.time() > request.deadline:
+            if time.monotonic() > request.deadline:
                 results[index] = EncodeResult(
                     None, request.adapter, code="late", error="the deadline passed in the queue"
                 )
             else:
                 groups.setdefault((request.kind, request.adapter), []).append(index)
         for (kind, adapter), indices in groups.items():
-            encoded = self._encode_group(kind, adapter, [requests[index].payload for index in indices])
+            encoded = self._encode_all(kind, adapter, [requests[index].payload for index in indices])
             for index, result in zip(indices, encoded, strict=True):
                 results[index] = result
         return [result for result in results if result is not None]
+
+    def _encode_all(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
+        """A group in one pass. When that fails each payload is tried alone, so that only the one at fault fails.
+
+        Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
+        """
+        try:
+            return self._encode_group(kind, adapter, payloads)
+        except Exception as error:
+            if len(payloads) > 1 and not is_persistent(error):
+                return [result for payload in payloads for result in self._encode_all(kind, adapter, [payload])]
+            self._health.failed(error)
+            log.warning("a forward pass failed: %s: %s", type(error).__name__, str(error)[:300])
+            if is_persistent(error):
+                raise
+            return [EncodeResult(None, adapter, code="failed", error=f"{type(error).__name__}: {error}"[:300])]
+
+    async def _probe(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._compute, self._probe_now)
+
+    def _probe_now(self) -> None:
+        """One text and one image through the base, whose weights every adapter shares."""
+        size = self.engine.base.preprocess.size
+        self.engine.encode_texts(["alive"])
+        self.engine.encode_images(np.zeros((1, size, size, 3), np.uint8))
 
     def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         began = time.perf_counter()
@@ -131,8 +170,9 @@ class EncoderWorker:
             except AdapterError:  # unloaded in the moment between: load it again, once
                 vectors = self._forward(kind, adapter, payloads)
             spaces = self.engine.spaces(adapter)
-        except AdapterError as error:
+        except RatchetError as error:
             return [EncodeResult(None, adapter, code="adapter", error=str(error))] * len(payloads)
+        self._health.succeeded()
         metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
         text = kind == "text"
         tokens = [sum(self._tokenizer.lengths(texts)) if text else 0 for texts in payloads]

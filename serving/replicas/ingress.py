@@ -27,16 +27,17 @@ from serving.http.receipt_service import ReceiptService
 from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
+from serving.ray.ray_session import proxies
 from serving.releases.admission import Admission
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import ResidencyReader
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.catalog_calls import CatalogCalls
 from serving.replicas.controller_calls import ControllerCalls
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
+from serving.replicas.residency_reader import residency_reader
 from serving.replicas.vlm_calls import VlmCalls
 
 log = logging.getLogger("ratchet.ingress")
@@ -58,8 +59,8 @@ class Ingress:
         close_replica_port()
         metrics.build.started("ingress")
         self.settings = settings
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
-        self.residency_reader = ResidencyReader(self.ledger, encoder.prepare.remote, settings.serve.rollback_window)
+        self.ledger = Ledger.lazy(settings.ledger)
+        self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
         self.access = Access(self.ledger, settings)
@@ -88,6 +89,7 @@ class Ingress:
             ledger=self.ledger,
             refresh=self.refresh,
             vlms=None if vlms is None else MirroredVlms(vlms, self.shadow_traffic),
+            proxies=proxies(settings.serve),
             token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
 
@@ -100,8 +102,17 @@ class Ingress:
         metrics.release.live("ingress", number)
         return number
 
+    async def resident(self) -> tuple[ReleaseSnapshot, ...]:
+        """The releases that requests may name here, newest first."""
+        return self.admission.window
+
     async def in_flight(self) -> dict[int, int]:
         """Requests being answered, by release."""
+        return self.admission.in_flight()
+
+    async def drain(self) -> dict[int, int]:
+        """Admit no more requests; how many are being answered, by release."""
+        self.admission.close()
         return self.admission.in_flight()
 
     async def observations(self) -> Observations:

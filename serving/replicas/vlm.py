@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,9 +16,11 @@ from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import Refusal
 from serving.ray.loopback import close_replica_port
-from serving.releases.residency import ResidencyRows, read_residency
+from serving.releases.residency import ResidencyRows
+from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
-from serving.replicas.follower import ResidencyFollower
+from serving.replicas.adapter_cache import AdapterCache, adapters_path
+from serving.replicas.follower import ResidencyFollower, check_start
 from serving.replicas.vlm_worker import VlmWorker
 
 INCOMING, LATE = 1, 1
@@ -25,7 +28,7 @@ INCOMING, LATE = 1, 1
 
 
 class VlmReplica:
-    """Holds one engine, and the adapters of the resident releases. Healthy only when the live one is loaded.
+    """Holds one engine, and the adapters of the resident releases. Starts as an encoder does.
 
     A dead engine cannot be started again in its process: the replica reports it, and Serve starts another replica.
     """
@@ -36,45 +39,47 @@ class VlmReplica:
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
 
         self.settings = settings
-        self.ledger = Ledger.open(settings.ledger, migrate=False)
+        self._adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home))
+        self._source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "vlm", self._adapters.digests)
         engine = open_engine(load_vlm_base(settings.home, settings.base.vlm), settings.serve)
         await engine.start()
         self.worker = VlmWorker(
-            engine, Artifacts(settings.artifacts), serve.get_replica_context().replica_tag,
+            engine, self._adapters, serve.get_replica_context().replica_tag,
             settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch,
         )  # fmt: skip
-        self._follower = ResidencyFollower("vlm", self._residency, self._load)
-        rows = self._residency()
-        wanted, needed = rows.vlms or (None,), rows.needed("vlm")
-        self.worker.adopt(wanted)
-        for vlm in wanted:
-            prepared = await self.worker.prepare(vlm)
-            if prepared.error and vlm in needed:
-                await engine.close()
-                raise RuntimeError(f"the live release cannot be loaded: {prepared.error}")
+        self._follower = ResidencyFollower("vlm", self._source.read, self._load, self._source.keep)
+        try:
+            rows = await asyncio.to_thread(self._source.newest)
+            self._adapters.expect(self._source.adapters)
+            wanted = rows.vlms or (None,)
+            self.worker.adopt(wanted)
+            check_start([await self.worker.prepare(vlm) for vlm in wanted], rows.needed("vlm"))
+        except Exception:
+            await engine.close()
+            raise
 
     async def __del__(self) -> None:
         """Serve awaits this when the replica ends: the engine's processes end with it."""
         await self.worker.engine.close()
 
     async def reply(
-        self, request: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> GenerationResult | Refusal:
         """The whole answer; see :meth:`VlmWorker.reply`."""
-        return await self.worker.reply(request, adapter, deadline)
+        return await self.worker.reply(request, adapter, seconds)
 
     async def stream(
-        self, request: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces of the answer; see :meth:`VlmWorker.stream`."""
-        async for chunk in self.worker.stream(request, adapter, deadline):
+        async for chunk in self.worker.stream(request, adapter, seconds):
             yield chunk
 
     async def score(
-        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, seconds: float
     ) -> list[float] | Refusal:
         """Log-probabilities of choices; see :meth:`VlmWorker.score`."""
-        return await self.worker.score(request, choices, adapter, deadline)
+        return await self.worker.score(request, choices, adapter, seconds)
 
     async def prepare(self, vlm: str | None) -> Prepared:
         """Phase one of a release; see :meth:`VlmWorker.prepare`."""
@@ -97,12 +102,11 @@ class VlmReplica:
         """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
         if trouble := self.worker.engine.trouble():
             raise RuntimeError(f"the engine is dead: {trouble}")
+        await self.worker.check_health()
         await self._follower.check()
 
-    def _residency(self) -> ResidencyRows:
-        return read_residency(self.ledger, self.settings.serve.rollback_window)
-
     async def _load(self, rows: ResidencyRows) -> list[Prepared]:
+        self._adapters.protect([*rows.clips, *rows.vlms])
         prepared = [await self.worker.prepare(vlm) for vlm in rows.needed("vlm")]
         if not any(each.error for each in prepared):
             self.worker.adopt(rows.vlms or (None,))

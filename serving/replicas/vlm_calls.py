@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
@@ -20,6 +20,9 @@ from serving.errors import AdapterUnservable, DeadlineExceeded, InvalidRequest, 
 from serving.messages import Refusal
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.release_snapshot import ReleaseSnapshot
+
+OTHER_TRIES: Final = 2
+"""After a replica that cannot load the adapter: another one may have its files."""
 
 
 class VlmCalls:
@@ -41,8 +44,9 @@ class VlmCalls:
             InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
         """
         with self._place(request):
-            call = lambda: self.handle.reply.remote(request, snapshot.vlm, deadline)  # noqa: E731
-            result: GenerationResult = _value(await call_replica(call, _attempts(deadline)), snapshot)
+            attempts = _attempts(deadline)
+            call = lambda: self.handle.reply.remote(request, snapshot.vlm, attempts.left)  # noqa: E731
+            result: GenerationResult = await _ask(call, attempts, snapshot)
             return result
 
     async def score(
@@ -50,8 +54,9 @@ class VlmCalls:
     ) -> list[float]:
         """Log-probability of each choice as the whole answer. Raises as :meth:`reply`."""
         with self._place(request):
-            call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, deadline)  # noqa: E731
-            scores: list[float] = _value(await call_replica(call, _attempts(deadline)), snapshot)
+            attempts = _attempts(deadline)
+            call = lambda: self.handle.score.remote(request, tuple(choices), snapshot.vlm, attempts.left)  # noqa: E731
+            scores: list[float] = await _ask(call, attempts, snapshot)
             return scores
 
     async def stream(
@@ -64,7 +69,7 @@ class VlmCalls:
         with self._place(request):
             attempts = _attempts(deadline)
             while attempts.left > 0:
-                response, last = self.streams.stream.remote(request, snapshot.vlm, deadline), None
+                response, last = self.streams.stream.remote(request, snapshot.vlm, attempts.left), None
                 try:
                     while True:
                         async with asyncio.timeout(attempts.left):
@@ -105,6 +110,16 @@ class VlmCalls:
 
 def _attempts(deadline: float) -> Attempts:
     return Attempts(deadline - time.time(), "VLM", "Ask for fewer tokens, or try again later.")
+
+
+async def _ask(call: Callable[[], Any], attempts: Attempts, snapshot: ReleaseSnapshot) -> Any:
+    answer = await call_replica(call, attempts)
+    for _ in range(OTHER_TRIES):
+        if not (isinstance(answer, Refusal) and answer.code == "adapter"):
+            break
+        await attempts.failed(answer.message)
+        answer = await call_replica(call, attempts)
+    return _value(answer, snapshot)
 
 
 def _value(answer: Any, snapshot: ReleaseSnapshot) -> Any:

@@ -15,12 +15,13 @@ from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 from ops import metrics
-from ops.artifacts import Artifacts
 from ops.errors import AdapterError, RatchetError
-from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk, VlmEngine
+from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk, VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
-from serving.releases.types import Prepared
+from serving.releases.types import Prepared, cause_of
+from serving.replicas.adapter_cache import AdapterFolders
+from serving.replicas.forward_health import ForwardHealth
 from serving.replicas.stream_coalescing import coalesce
 
 ROOM_SECONDS = 20.0
@@ -31,7 +32,7 @@ Result = TypeVar("Result")
 class VlmWorker:
     """Answers under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
-    def __init__(self, engine: VlmEngine, artifacts: Artifacts, replica: str, places: int, batch: int) -> None:
+    def __init__(self, engine: VlmEngine, artifacts: AdapterFolders, replica: str, places: int, batch: int) -> None:
         """Args:
         places: adapters that the engine holds at once.
         batch: requests that it answers side by side.
@@ -50,6 +51,7 @@ class VlmWorker:
         self._inside = 0
         self._prepared: dict[str | None, Prepared] = {}
         self._sweeps: set[asyncio.Task[None]] = set()
+        self._health = ForwardHealth()
 
     async def prepare(self, adapter: str | None) -> Prepared:
         """Hold the adapter beside what is served, and answer golden inputs with it. The answer says what is wrong."""
@@ -66,7 +68,7 @@ class VlmWorker:
         except Exception as error:
             await self._give_up(adapter)
             reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
-            return Prepared(self.replica, adapter, error=reason)
+            return Prepared(self.replica, adapter, error=reason, cause=cause_of(error))
         self._prepared[adapter] = Prepared(self.replica, adapter)
         return self._prepared[adapter]
 
@@ -83,22 +85,22 @@ class VlmWorker:
         return await self._sweep()
 
     async def reply(
-        self, request: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> GenerationResult | Refusal:
-        """The whole answer. ``deadline``: seconds since the epoch. Raises EngineDead."""
-        answer = await self._answered("reply", lambda: self.engine.reply(request, adapter), adapter, deadline)
+        """The whole answer. ``seconds``: time left. Raises EngineDead."""
+        answer = await self._answered("reply", lambda: self.engine.reply(request, adapter), adapter, seconds)
         if isinstance(answer, GenerationResult):
             metrics.vlm.tokens(answer.prompt_tokens, len(answer.tokens))
         return answer
 
     async def score(
-        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, deadline: float
+        self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, seconds: float
     ) -> list[float] | Refusal:
         """Log-probability of each choice as the whole answer."""
-        return await self._answered("score", lambda: self.engine.score(request, choices, adapter), adapter, deadline)
+        return await self._answered("score", lambda: self.engine.score(request, choices, adapter), adapter, seconds)
 
     async def stream(
-        self, request: GenerationRequest, adapter: str | None, deadline: float
+        self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Pieces as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
         began, last = time.perf_counter(), None
@@ -107,12 +109,14 @@ class VlmWorker:
             with self._counted(adapter):
                 await self._ensure(adapter)
                 source = self.engine.stream(request, adapter)
-                async with aclosing(coalesce(source, deadline - time.time())) as chunks:  # type: ignore[type-var]
+                async with aclosing(coalesce(source, began + seconds - time.perf_counter())) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         if last is None:
                             metrics.vlm.first_token(time.perf_counter() - began)
                         last = chunk
-                        outcome = "ok" if chunk.finish else outcome
+                        if chunk.finish:
+                            outcome = "ok"
+                            self._health.succeeded()
                         yield chunk
         except EngineDead:
             outcome = "dead"
@@ -121,10 +125,17 @@ class VlmWorker:
             refusal = refused(error)
             outcome = refusal.code
             yield refusal
+        except Exception as error:
+            self._health.failed(error)
+            raise
         finally:
             metrics.vlm.ended("stream", outcome, time.perf_counter() - began)
             if last is not None:
                 metrics.vlm.tokens(last.prompt_tokens, last.completion_tokens)
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError when answers fail again and again; ask for a short one now and then."""
+        await self._health.check(lambda: self.engine.reply(PROBE, None), busy=self._inside > 0)
 
     def status(self) -> dict[str, Any]:
         """What an operator wants to know of this replica."""
@@ -135,17 +146,18 @@ class VlmWorker:
         }  # fmt: skip
 
     async def _answered(
-        self, kind: str, work: Callable[[], Awaitable[Result]], adapter: str | None, deadline: float
+        self, kind: str, work: Callable[[], Awaitable[Result]], adapter: str | None, seconds: float
     ) -> Result | Refusal:
         began, outcome = time.perf_counter(), "gone"
         try:
-            if time.time() >= deadline:
+            if seconds <= 0:
                 raise TimeoutError
             with self._counted(adapter):
-                async with asyncio.timeout(deadline - time.time()):
+                async with asyncio.timeout(seconds):
                     await self._ensure(adapter)
                     answer = await work()
             outcome = "ok"
+            self._health.succeeded()
             return answer
         except EngineDead:
             outcome = "dead"
@@ -154,6 +166,9 @@ class VlmWorker:
             refusal = refused(error)
             outcome = refusal.code
             return refusal
+        except Exception as error:
+            self._health.failed(error)
+            raise
         finally:
             metrics.vlm.ended(kind, outcome, time.perf_counter() - began)
 

@@ -99,7 +99,10 @@ class InProcessApp:
             continue
         return await self.catalog.cover(snapshot, wait=False)
 
-    async def announce(self, resident: Residency) -> int:
+    async def resident(self) -> list[ReleaseSnapshot]:
+        return list(self.admission.window)
+
+    async def announce(self, resident: Residency, seconds: float) -> int:
         self.admission.adopt(resident.window)
         await self.catalog.adopt(resident.indexed)
         while await self.catalog.step():
@@ -109,8 +112,11 @@ class InProcessApp:
     async def in_flight(self) -> dict[int, int]:
         return self.admission.in_flight()
 
-    async def retire(self, resident: Residency) -> None:
-        await self.catalog.retire(resident.indexed)
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        await self.catalog.retire(keep)
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        return
 
 
 async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp, FastAPI]:

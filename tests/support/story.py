@@ -62,7 +62,7 @@ def seen(number: int, incumbent: int, agreed: int = 38) -> dict[str, Any]:
     """What the guard tells of a watched release: the real statistics, on made-up counts of 40 inputs."""
     requests = {number: RequestCounts(120, 0), incumbent: RequestCounts(900, 1)}
     compared = ComparisonCounts(inputs=40, agreed=agreed, timed=40, slower=9, tried=40)
-    evidence = look(Rollout(), Observations(number, requests, {"clip": compared}), incumbent, seconds=20.0)
+    evidence = look(Rollout(), Observations(number, requests, {"clip": compared}), incumbent, number=11)
     return {
         "requests": {str(release): asdict(answered) for release, answered in requests.items()},
         "compared": {"clip": asdict(compared)},

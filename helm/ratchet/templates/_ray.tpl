@@ -6,6 +6,12 @@
   value: "0"
 - name: RAY_SERVE_ENABLE_HA_PROXY
   value: "1"
+- name: RAY_SERVE_HAPROXY_BINARY_PATH # corrects Ray's configuration of HAProxy, then becomes it
+  value: /usr/local/bin/ratchet-haproxy
+- name: RAY_SERVE_HAPROXY_MAXCONN
+  value: {{ dig "serve" "connections" 4096 .Values.settings | int | quote }}
+- name: FORWARDED_ALLOW_IPS # uvicorn would believe the X-Forwarded-For of any client that comes through HAProxy
+  value: none
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
 - name: PROMETHEUS_MULTIPROC_DIR
@@ -49,7 +55,7 @@ spec:
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
       {{- else }}
       # Alive: Ray's own processes. Serve replaces replicas that are not, so /health/live is no reason to end the pod.
-      # Ready: a release is live and every model answers, asked through this pod's proxy.
+      # Ready: a release is live and a text went through an encoder, asked through this pod's proxy.
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60 "ready" "/health/ready" "readyPort" "serve" "readyTimeout" 12) | nindent 6 }}
       {{- end }}
       resources:

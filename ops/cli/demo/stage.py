@@ -82,6 +82,8 @@ class Stage:
         release = self.client.release
         forward = release(clip=adapter, reason=why) if family == "clip" else release(vlm=adapter, reason=why)
         say(f"release {forward['number']} ({adapter}) is live again")
+        if self.settings.rollout.hold_after_rollback:
+            self.client.resume("the demo has seen the old model")
         time.sleep(2)  # some answers under the last release
         return seconds
 

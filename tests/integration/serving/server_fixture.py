@@ -78,7 +78,8 @@ class ServerFixture:
         config = home / "ratchet.yaml"
         bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
                   "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
-        guard = {"guard_seconds": 0} if rollout is None else rollout
+        # Tests share a server: a rollback of one must not make the updates of the next one wait.
+        guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
         watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
         settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
         config.write_text(yaml.safe_dump(settings))

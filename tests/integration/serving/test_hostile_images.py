@@ -23,7 +23,7 @@ class Client:
 
     def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
         self.runner = runner
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://ratchet")
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         async def call() -> httpx.Response:

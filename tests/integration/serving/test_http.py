@@ -233,7 +233,7 @@ def test_a_body_that_is_too_large_is_refused_also_without_a_length(server: Serve
     assert declared.status_code == 413
     assert error_of(declared)["code"] == "body_too_large"
     with socket.create_connection(("127.0.0.1", server.settings.serve.port), timeout=20) as wire:
-        wire.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        wire.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                      b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
         block = b"10000\r\n" + b"y" * 0x10000 + b"\r\n"
         try:

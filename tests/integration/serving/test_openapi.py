@@ -83,7 +83,7 @@ class Caller:
 
     def send(self, case: Case, twists: list[Twist]) -> None:
         """One call as it was made, and one with each twist."""
-        made = case.as_transport_kwargs(base_url="http://ratchet")
+        made = case.as_transport_kwargs(base_url="http://localhost")
         headers = {**made["headers"], **({"authorization": f"Bearer {KEY}"} if case.path.startswith(KEYED) else {})}
         names = ("method", "url", "params", "data", "json", "files", "cookies")
         plain = requests.Request(headers=headers, **{name: made.get(name) for name in names}).prepare()
@@ -140,7 +140,7 @@ def test_no_call_that_the_schema_describes_is_a_mistake_of_the_server(
 ) -> None:
     teach(in_process_app[0])
     transport = httpx.ASGITransport(in_process_app[1], raise_app_exceptions=False)
-    caller = Caller(runner, httpx.AsyncClient(transport=transport, base_url="http://ratchet"))
+    caller = Caller(runner, httpx.AsyncClient(transport=transport, base_url="http://localhost"))
     schema = schemathesis.openapi.from_dict(in_process_app[1].openapi())
     for found in schema.get_all_operations():
         operation = found.ok()

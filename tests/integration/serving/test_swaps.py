@@ -85,6 +85,28 @@ def test_killing_an_encoder_while_releases_commit_fails_no_request(server: Serve
     server.until(lambda: len(server.pids("ServeReplica:ratchet:Encoder")) == 2)
 
 
+def test_a_rollback_waits_for_no_stopped_encoder_and_no_preparation(server: ServerFixture) -> None:
+    names = [server.adapter() for _ in range(2)]
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        client.release(names[0], reason="to be taken back")
+        stopped = server.pids("ServeReplica:ratchet:Encoder")[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            slow = pool.submit(client.release, names[1], reason="never prepared everywhere")
+            server.until(lambda: [row.clip for row in server.ledger.pending_proposals()] == [names[1]])
+            began = time.monotonic()
+            with server.client() as operator:
+                back = operator.rollback(reason="at once")
+            seconds = time.monotonic() - began
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        with pytest.raises(ReleaseConflict, match="rolled back while it was being prepared"):
+            slow.result(timeout=60)
+        server.until(lambda: client.live() == back["number"])
+    assert back["commit_seconds"] + back["prepare_seconds"] < 5, back  # alone 0.6 s, and a preparation waits for 300
+    assert seconds < 10
+
+
 def test_of_two_operators_at_once_one_wins_and_the_other_is_told(server: ServerFixture) -> None:
     names = [server.adapter(), server.adapter()]
     with server.client() as client:

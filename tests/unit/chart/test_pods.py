@@ -80,6 +80,14 @@ def test_requests_go_to_workers_whose_models_answer(objects: list[dict[str, Any]
     assert ray["serving-head"]["readinessProbe"]["httpGet"]["path"] == "/api/healthz"
 
 
+def test_haproxy_of_every_ray_pod_has_the_limits_of_the_settings(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        if component in ("serving-head", "serving-worker"):
+            env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+            assert env["RAY_SERVE_HAPROXY_BINARY_PATH"] == "/usr/local/bin/ratchet-haproxy"
+            assert env["FORWARDED_ALLOW_IPS"] == "none"
+
+
 def test_no_pod_gets_a_token_of_the_cluster(objects: list[dict[str, Any]]) -> None:
     for _, template in pods(objects):
         assert template["spec"]["automountServiceAccountToken"] is False

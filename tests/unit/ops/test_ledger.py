@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from ops.errors import LedgerError, ReleaseConflict, ReleaseError
+from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import Ledger
 from ops.ledger.database import alembic_config
 from ops.ledger.tables import Base
@@ -174,24 +174,10 @@ def _trials(ledger: Ledger) -> None:
         ledger.commit_release(number, clip=clip, vlm=None, actor="t", reason="t", proposal_id=None, share=share)
 
 
-def test_a_trial_that_was_never_promoted_is_nothing_to_roll_back_to(ledger: Ledger) -> None:
+def test_what_answered_all_requests_is_known_however_it_was_tried_first(ledger: Ledger) -> None:
     _trials(ledger)
-    with pytest.raises(ReleaseError, match="release 3 was a shadow that was never promoted") as caught:
-        ledger.check_rollback(3)
-    assert "ratchet releases release" in caught.value.fix
-    assert [ledger.check_rollback(number).clip for number in (1, 2, 4, 5)] == [None, "a", "c", "c"]
-    assert ledger.check_rollback(3, ["vlm"]).number == 3, "its VLM is that of every release"
-    with pytest.raises(ReleaseError, match="release 9 does not exist"):
-        ledger.check_rollback(9)
-
-
-def test_the_guard_returns_to_an_incumbent_that_was_withdrawn_and_an_operator_does_not(ledger: Ledger) -> None:
-    _trials(ledger)
-    ledger.withdraw(["a"], actor="guard", subject="release 2", reason="disagrees", evidence={})
-    incumbents = [ledger.incumbent_of(ledger.release(number)) for number in (1, 2, 3, 5)]
-    assert [row.number if row else None for row in incumbents] == [None, 1, 2, 2]
-    with pytest.raises(ReleaseError, match="a was withdrawn: disagrees"):
-        ledger.check_rollback(2)
+    assert [ledger.was_stable("clip", name) for name in (None, "a", "b", "c")] == [True, True, False, True]
+    assert ledger.was_stable("vlm", None), "the base is that of every release"
 
 
 def test_processes_that_start_together_migrate_once(url: str) -> None:

@@ -90,7 +90,7 @@ class AuthApp:
         headers = {"authorization": f"Bearer {key}"} if key else {}
         if said:
             headers["x-ratchet-actor"] = said
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://ratchet") as http:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://localhost") as http:
             return await http.request(method, path, headers=headers, **options)
 
     async def get(self, path: str, key: str = "") -> httpx.Response:

@@ -100,7 +100,7 @@ def app_of(at: AppState) -> FastAPI:
 
 def client(at: AppState) -> httpx.AsyncClient:
     """An HTTP client of the application, without a socket."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://ratchet")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app_of(at)), base_url="http://localhost")
 
 
 def png(width: int = 6, height: int = 4, colour: tuple[int, int, int] = (200, 30, 30)) -> bytes:

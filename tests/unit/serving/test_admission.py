@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import REGISTRY
 
-from serving.errors import NotReady, UnknownModel
+from serving.errors import NotReady, Unavailable, UnknownModel
 from serving.releases.admission import Admission
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -73,6 +73,17 @@ def test_a_failed_request_is_not_counted_for_ever() -> None:
     admission.adopt([snapshot(1)])
     with pytest.raises(ZeroDivisionError), admission.admit():
         raise ZeroDivisionError
+    assert admission.in_flight() == {}
+
+
+def test_a_server_that_ends_admits_nothing_and_lets_go_on_what_is_in_flight() -> None:
+    admission = Admission()
+    admission.adopt([snapshot(1)])
+    with admission.admit():
+        admission.close()
+        with pytest.raises(Unavailable, match="is ending"), admission.admit():
+            pass
+        assert admission.in_flight() == {1: 1}
     assert admission.in_flight() == {}
 
 

@@ -106,7 +106,7 @@ async def test_the_bootstrap_key_opens_everything(closed: AuthApp) -> None:
 async def test_only_a_bearer_token_is_a_key(closed: AuthApp, keys: Keys) -> None:
     token = keys.of("infer")
     given = [f"Bearer {token}", f"bearer  {token} ", token, f"Basic {token}", "Bearer", "Bearer s\u00e9cret"]
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(closed.app), base_url="http://ratchet") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(closed.app), base_url="http://localhost") as http:
         answers = [await http.get("/v1/models", headers={"authorization": cast(Any, text.encode())}) for text in given]
     assert [answer.status_code for answer in answers] == [200, 200, 401, 401, 401, 401]
 

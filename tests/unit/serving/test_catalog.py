@@ -170,7 +170,7 @@ def test_an_empty_space_finds_nothing_and_another_dimension_is_an_error(tmp_path
     one = pa.table(
         {"id": ["a"], "domain": [""], "source": [""], "time": pa.array([None], pa.timestamp("us", "UTC")), "text": [""]}
     )
-    tables.append("cccc", one, vector(1)[None])
+    tables.merge("cccc", one, vector(1)[None])
     with pytest.raises(StoreError, match="dimension"):
         tables.search("cccc", vector(0)[:4], 5, Filters())
     with pytest.raises(StoreError, match="no name"):

@@ -13,7 +13,7 @@ MESSAGES = about_image("what is this?")
 
 
 def reader(at: AppState) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(base_url="http://ratchet/v1", api_key="none", max_retries=0, http_client=client(at))
+    return openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="none", max_retries=0, http_client=client(at))
 
 
 async def test_it_reads_a_whole_answer() -> None:

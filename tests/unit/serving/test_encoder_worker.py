@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
 
 
 def soon() -> float:
-    return time.time() + 60
+    return time.monotonic() + 60
 
 
 async def test_a_batch_of_many_adapters_answers_each_under_its_own(
@@ -69,7 +70,7 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     (answer,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
     assert answer.code == ""
     assert worker.engine.resident == (name,)
-    assert worker.retire([None]) == [name]
+    assert await worker.retire([None]) == [name]
     (again,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
@@ -84,7 +85,7 @@ async def test_an_adapter_that_does_not_exist_fails_only_its_own_items(worker: E
 
 async def test_what_is_late_is_not_computed(worker: EncoderWorker) -> None:
     late, good = await worker.encode(
-        [EncodeRequest("text", ["x"], None, time.time() - 1), EncodeRequest("text", ["x"], None, soon())]
+        [EncodeRequest("text", ["x"], None, time.monotonic() - 1), EncodeRequest("text", ["x"], None, soon())]
     )
     assert (late.code, late.vectors) == ("late", None)
     assert good.vectors is not None
@@ -101,6 +102,48 @@ async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(
     assert prepared.image_space == worker.engine.spaces(good).image
     assert (await worker.prepare(bad)).error
     assert bad not in worker.engine.resident
+
+
+async def test_the_request_whose_forward_pass_fails_fails_alone(
+    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = worker.engine.encode_texts
+
+    def poisoned(texts: list[str], adapter: str | None = None) -> np.ndarray:
+        if "poison" in texts:
+            raise ValueError("index out of range")
+        return encode(texts, adapter)
+
+    monkeypatch.setattr(worker.engine, "encode_texts", poisoned)
+    answers = await worker.encode([EncodeRequest("text", [text], None, soon()) for text in ("a", "poison", "b")])
+    assert [answer.code for answer in answers] == ["", "failed", ""]
+    assert "index out of range" in answers[1].error
+    for _ in range(5):
+        await worker.encode([EncodeRequest("text", ["poison"], None, soon())])
+    await worker.check_health()  # its own pass works: the requests were at fault
+
+
+async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
+    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(texts: list[str], adapter: str | None = None) -> np.ndarray:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    await worker.check_health()
+    monkeypatch.setattr(worker.engine, "encode_texts", lost)
+    with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
+        await worker.encode([EncodeRequest("text", ["x"], None, soon()), EncodeRequest("text", ["y"], None, soon())])
+    with pytest.raises(RuntimeError, match="does not work any more"):
+        await worker.check_health()
+
+
+async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(worker: EncoderWorker) -> None:
+    with worker._lock:  # as a thread that loads an adapter does
+        worker.engine._residents["clip-old"] = worker.engine._none
+        retiring = asyncio.create_task(worker.retire([None]))
+        (answer,) = await worker.encode([EncodeRequest("text", ["x"], None, soon())])
+        assert answer.vectors is not None and not retiring.done()
+    assert await retiring == ["clip-old"]
 
 
 async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:

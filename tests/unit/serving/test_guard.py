@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ops.settings import Rollout
-from serving.releases.guard import FALSE_ALARM, Evidence, broken, look
+from serving.releases.guard import FALSE_ALARM, Evidence, broken, look, look_number
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts, together
 
 SETTINGS = Rollout()
@@ -37,7 +37,7 @@ class Life:
         """The look at which a guardrail breaks, and which one."""
         for number in range(LOOKS):
             self.step()
-            if bad := broken(look(SETTINGS, self.seen, INCUMBENT, number * 2.0)):
+            if bad := broken(look(SETTINGS, self.seen, INCUMBENT, number + 1)):
                 return number, bad[0].guardrail
         return None
 
@@ -71,14 +71,18 @@ def test_a_vlm_may_change_most_answers_about_what_it_learned_but_not_all() -> No
     assert evidence(agreeing(0), "agreement").broken
 
 
-def evidence(seen: Observations, guardrail: str, seconds: float = 10.0) -> Evidence:
-    (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, seconds) if one.guardrail == guardrail]
+def test_looks_are_counted_by_the_time_since_the_commit() -> None:
+    assert [look_number(seconds) for seconds in (-1.0, 0.0, 1.9, 2.0, 20.0)] == [1, 1, 1, 2, 11]
+
+
+def evidence(seen: Observations, guardrail: str, number: int = 6) -> Evidence:
+    (found,) = [one for one in look(SETTINGS, seen, INCUMBENT, number) if one.guardrail == guardrail]
     return found
 
 
 def test_without_observations_nothing_is_broken() -> None:
-    assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 0.0)) == []
-    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": ComparisonCounts()}), INCUMBENT, 1e6)) == []
+    assert broken(look(SETTINGS, Observations(LIVE), INCUMBENT, 1)) == []
+    assert broken(look(SETTINGS, Observations(LIVE, {}, {"vlm": ComparisonCounts()}), INCUMBENT, 500_000)) == []
 
 
 def test_an_incumbent_that_answered_nothing_yet_is_not_held_to_be_perfect() -> None:
@@ -102,7 +106,7 @@ def test_failures_in_comparisons_count_for_a_shadow_that_answers_nobody() -> Non
 
 
 def test_each_look_spends_a_part_of_the_false_alarms() -> None:
-    levels = [evidence(Observations(LIVE), "errors", seconds=2.0 * number).level for number in range(5000)]
+    levels = [evidence(Observations(LIVE), "errors", number).level for number in range(1, 5001)]
     assert levels == sorted(levels, reverse=True)
     assert sum(levels) * 5 <= FALSE_ALARM
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class PlainBroadcast:
     prepared_vlm: list[str | None] = field(default_factory=list)
     vlms: list[tuple[str | None, ...]] = field(default_factory=list)
     indexed: list[list[int]] = field(default_factory=list)
+    answering: list[ReleaseSnapshot] = field(default_factory=list)
+    loaded: list[tuple[str | None, ...]] = field(default_factory=list)
     has_vlm: bool = True
     deaf: bool = False
     stuck: str = ""
@@ -59,7 +61,10 @@ class PlainBroadcast:
             await asyncio.Event().wait()
         return 7
 
-    async def announce(self, resident: Residency) -> int:
+    async def resident(self) -> list[ReleaseSnapshot]:
+        return list(self.answering)
+
+    async def announce(self, resident: Residency, seconds: float) -> int:
         if self.deaf:
             raise ReleaseError("nobody answers")
         self.windows.append([snapshot.release for snapshot in resident.window])
@@ -70,8 +75,11 @@ class PlainBroadcast:
     async def in_flight(self) -> dict[int, int]:
         return dict(self.flight)
 
-    async def retire(self, resident: Residency) -> None:
-        self.kept.append([snapshot.release for snapshot in resident.window])
+    async def retire_spaces(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> None:
+        self.kept.append([snapshot.release for snapshot in keep])
+
+    async def retire(self, clips: Sequence[str | None], vlms: Sequence[str | None]) -> None:
+        self.loaded.append((*clips, *vlms))
 
 
 @pytest.fixture
@@ -183,7 +191,8 @@ async def test_rollback_takes_the_newest_other_adapter_and_does_not_wait_for_the
     await release(protocol, "b")
     back = await protocol.rollback(RollbackCommand(actor="me", reason="bad", expected_live=3))
     assert (back.number, back.clip, back.kind) == (4, "a", "rollback")
-    assert broadcast.covered[-1] == ("i-a", False)
+    assert broadcast.covered[-1] == ("i-b", True)  # nothing was asked of the catalog
+    assert broadcast.windows[-1] == [4, 3]
     far = await protocol.rollback(RollbackCommand(actor="me", reason="worse", expected_live=4, to=1))
     assert far.clip is None
     assert broadcast.covered[-1] == ("i-None", True)  # not resident any more, so its index is made first
@@ -206,21 +215,16 @@ async def test_a_rollback_does_not_queue_behind_a_long_preparation(
     assert (await release(protocol, "c")).number == 4
 
 
-async def test_nothing_is_retired_while_a_proposal_is_being_prepared(
-    protocol: ReleaseProtocol, broadcast: PlainBroadcast
-) -> None:
-    broadcast.gate = asyncio.Event()
+async def test_what_is_being_prepared_is_not_retired(protocol: ReleaseProtocol, broadcast: PlainBroadcast) -> None:
+    broadcast.stuck = "i-b"
     slow = asyncio.create_task(
-        protocol.release(ReleaseCommand(adapters={"clip": "b"}, actor="you", reason="slow", expected_live=1))
+        protocol.release(ReleaseCommand(adapters={"clip": "b", "vlm": "v"}, actor="you", reason="", expected_live=1))
     )
-    await until(lambda: "b" in broadcast.prepared)
-    retiring = asyncio.create_task(protocol.retire())
-    await asyncio.sleep(0.05)
-    assert broadcast.kept == []
-    broadcast.gate.set()
-    await slow
-    await retiring
-    assert broadcast.kept == [[2, 1]]
+    await until(lambda: ("i-b", True) in broadcast.covered)
+    await protocol.retire()
+    assert broadcast.kept == [[1, 2]]
+    assert broadcast.loaded == [(None, "b", None, "v")]
+    slow.cancel()
 
 
 async def test_a_rollback_with_nothing_behind_says_so(protocol: ReleaseProtocol) -> None:

@@ -132,7 +132,7 @@ async def test_what_a_rollback_of_clip_goes_back_to_stays_indexed_behind_vlm_rel
     assert (broadcast.windows[-1], broadcast.indexed[-1]) == ([5, 4], [5, 4, 1])
     await back(protocol, "clip")
     assert live(protocol) == (6, None, "x")
-    assert broadcast.covered[-1] == ("i-None", False)  # its index is complete: nobody waits for it
+    assert broadcast.covered[-1] == ("i-a", True)  # its index is complete: the catalog is not asked
 
 
 async def test_vlm_replicas_keep_what_a_rollback_goes_back_to_and_never_more_than_the_window(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from ops.ledger import tables as t
+from ops.ledger.rows import ReleaseRow
 from ops.settings import Rollout
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
@@ -55,6 +56,12 @@ async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str
     return await protocol.release(
         ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
     )
+
+
+def live_row(protocol: ReleaseProtocol) -> ReleaseRow:
+    row = protocol.ledger.live()
+    assert row is not None
+    return row
 
 
 def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]:
@@ -268,3 +275,55 @@ async def test_what_is_watched_follows_from_the_ledger_alone(protocol: ReleasePr
     assert find_guard_target(ledger, SETTINGS, now + 1e9) is not None  # a trial, for as long as it lasts
     await back(protocol)
     assert find_guard_target(ledger, SETTINGS, time.time()) is None
+
+
+async def test_the_guard_goes_back_to_its_incumbent_though_that_was_withdrawn_once(
+    protocol: ReleaseProtocol, ledger: Ledger
+) -> None:
+    ledger.withdraw(["a"], actor="guard", subject="release 9", reason="disagrees", evidence={})
+    await release(protocol, clip="a")  # an operator insisted
+    await release(protocol, clip="b")
+    assert (await rollout(protocol, clip=BAD).step()) is not None
+    assert live(protocol) == (4, "a", None, 1.0)
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.0, "shadow"), (0.1, "canary")])
+async def test_a_rollback_to_a_trial_that_was_never_promoted_is_refused(
+    protocol: ReleaseProtocol, share: float, kind: str
+) -> None:
+    await release(protocol, share, clip="a")
+    await back(protocol)
+    with pytest.raises(ReleaseError, match=f"was a {kind} that was never promoted: a never answered all"):
+        await back(protocol, to=2)
+    assert live(protocol)[0] == 3
+
+
+async def test_a_rollback_to_a_trial_that_was_promoted_later_is_one_to_what_was_promoted(
+    protocol: ReleaseProtocol,
+) -> None:
+    await release(protocol, 0.1, clip="a")
+    await protocol.promote(PromoteCommand(actor="me", reason="fine", expected_live=2))
+    await release(protocol, clip="b")
+    await back(protocol, to=2)
+    assert live(protocol) == (5, "a", None, 1.0)
+
+
+async def test_the_guard_looks_once_for_each_part_of_the_false_alarms_that_it_spends(
+    protocol: ReleaseProtocol, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await release(protocol, clip="a")
+    observed = 0
+    guard = rollout(protocol, clip=GOOD)
+    observe = guard._observe
+
+    async def counting() -> Sequence[Observations]:
+        nonlocal observed
+        observed += 1
+        return await observe()
+
+    guard._observe = counting
+    began = live_row(protocol).created_at.timestamp()
+    for second in range(20):
+        monkeypatch.setattr("serving.releases.rollout_controller.time.time", lambda now=began + second: now)
+        await guard.step()
+    assert observed == 10

@@ -64,11 +64,21 @@ async def test_a_broadcast_is_made_again_until_every_replica_answered() -> None:
         await call_every_replica(broken, "adopt", seconds=0.05)
 
 
-@pytest.mark.parametrize(("code", "error"), [("late", DeadlineExceeded), ("adapter", AdapterUnservable)])
+@pytest.mark.parametrize(
+    ("code", "error"), [("late", DeadlineExceeded), ("adapter", AdapterUnservable), ("failed", Unavailable)]
+)
 async def test_an_encoders_refusal_is_raised(code: str, error: type[Exception]) -> None:
-    calls = EncoderCalls(Handle([EncodeResult(None, "clip-a", code=code, error="why")]), 16)  # type: ignore[arg-type]
+    refusals = [[EncodeResult(None, "clip-a", code=code, error="why")] for _ in range(3)]
+    calls = EncoderCalls(Handle(*refusals), 16)  # type: ignore[arg-type]
     with pytest.raises(error):
         await calls.encode("text", ["a"], SNAPSHOT, time.time() + 60)
+
+
+@pytest.mark.parametrize("code", ["adapter", "failed"])
+async def test_an_encoder_that_cannot_do_it_is_followed_by_another_one(code: str) -> None:
+    handle = Handle([EncodeResult(None, "clip-a", code=code, error="why")], [EncodeResult(VECTOR, "clip-a")])
+    result = await EncoderCalls(handle, 16).encode("text", ["a"], SNAPSHOT, time.time() + 60)  # type: ignore[arg-type]
+    assert result.vectors is VECTOR
 
 
 async def test_items_of_a_large_request_are_joined_in_order() -> None:
@@ -83,3 +93,9 @@ async def test_items_of_a_large_request_are_joined_in_order() -> None:
 async def test_a_search_is_asked_again_when_the_catalog_is_replaced() -> None:
     calls = CatalogCalls(Handle([RuntimeError("replica died")], [{"rows": 1}]), 60.0)  # type: ignore[arg-type]
     assert await calls.status() == {"rows": 1}
+
+
+async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> None:
+    handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
+    await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, time.time() + 60)
+    assert 0 < handle.asked[0][-1] <= 60

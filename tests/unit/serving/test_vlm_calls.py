@@ -98,6 +98,15 @@ async def test_the_stamps_adapter_is_asked() -> None:
     assert calls.running == 0
 
 
+async def test_replicas_get_the_time_left_because_their_clocks_may_differ() -> None:
+    handle = Handle([REPLY], [LAST], [[-1.0]])
+    calls = VlmCalls(handle, limit=8)  # type: ignore[arg-type]
+    await calls.reply(ASK, SNAPSHOT, soon())
+    await texts(calls)
+    await calls.score(ASK, ["yes"], SNAPSHOT, soon())
+    assert all(0 < arguments[-1] <= 60 for arguments in handle.asked)
+
+
 async def test_a_reply_whose_replica_died_is_asked_again() -> None:
     calls = VlmCalls(Handle([RuntimeError("replica died")], [REPLY]), limit=8)  # type: ignore[arg-type]
     assert await calls.reply(ASK, SNAPSHOT, soon()) == REPLY
@@ -124,7 +133,7 @@ async def test_a_stream_that_ends_without_its_last_piece_is_no_answer() -> None:
 )  # fmt: skip
 async def test_refusals_are_raised_here(refusal: Refusal, error: type[Exception]) -> None:
     with pytest.raises(error):
-        await VlmCalls(Handle([refusal]), limit=8).reply(ASK, SNAPSHOT, soon())  # type: ignore[arg-type]
+        await VlmCalls(Handle([refusal], [refusal], [refusal]), limit=8).reply(ASK, SNAPSHOT, soon())  # type: ignore[arg-type]
     with pytest.raises(error):
         await texts(VlmCalls(Handle([ONE, refusal]), limit=8))  # type: ignore[arg-type]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -43,13 +42,13 @@ def worker(engine: MemoryVlm, artifacts: Artifacts) -> VlmWorker:
 
 
 def soon() -> float:
-    return time.time() + 60
+    return 60.0
 
 
-async def words(worker: VlmWorker, adapter: str | None, deadline: float | None = None) -> list[str]:
+async def words(worker: VlmWorker, adapter: str | None, seconds: float | None = None) -> list[str]:
     return [
         piece.text if isinstance(piece, TokenChunk) else piece.code
-        async for piece in worker.stream(ASK, adapter, deadline or soon())
+        async for piece in worker.stream(ASK, adapter, seconds or soon())
     ]
 
 
@@ -161,7 +160,7 @@ async def test_swaps_under_requests_never_answer_with_another_adapter(worker: Vl
 
 
 async def test_expected_failures_are_values_and_a_dead_engine_is_raised(worker: VlmWorker, engine: MemoryVlm) -> None:
-    late = await worker.reply(ASK, None, time.time() - 1)
+    late = await worker.reply(ASK, None, -1.0)
     assert isinstance(late, Refusal) and late.code == "late"
     too_long = await worker.reply(GenerationRequest(ASK.messages, max_tokens=1000), None, soon())
     assert too_long == Refusal("ask", "too many tokens.", "Ask for fewer.")
@@ -179,10 +178,27 @@ async def test_an_answer_that_takes_too_long_is_late_and_leaves_the_engine(
     worker: VlmWorker, engine: MemoryVlm
 ) -> None:
     engine.gate = asyncio.Event()
-    late = await worker.reply(ASK, None, time.time() + 0.05)
+    late = await worker.reply(ASK, None, 0.05)
     assert isinstance(late, Refusal) and late.code == "late"
-    assert await words(worker, None, time.time() + 0.05) == ["late"]
+    assert await words(worker, None, 0.05) == ["late"]
     assert (engine.running(), worker.status()["waiting"]) == (0, 0)
+
+
+async def test_answers_that_fail_again_and_again_make_a_replica_unhealthy(
+    worker: VlmWorker, engine: MemoryVlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(ask: GenerationRequest, adapter: str | None) -> list[str]:
+        raise ValueError("the device answers nonsense")
+
+    await worker.check_health()
+    monkeypatch.setattr(engine, "_words", broken)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nonsense"):
+            await worker.reply(ASK, None, soon())
+    with pytest.raises(RuntimeError, match="3 forward passes in a row failed"):
+        await worker.check_health()
+    monkeypatch.undo()
+    await worker.check_health()  # what passes by itself is no reason to be replaced
 
 
 async def test_closing_a_stream_aborts_its_request(worker: VlmWorker, engine: MemoryVlm) -> None:

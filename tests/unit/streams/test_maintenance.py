@@ -292,9 +292,9 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
         thread = threading.Thread(target=maintainer.run, args=(stopping,), daemon=True)
         thread.start()
         try:
-            wait_for(lambda: "is full" in " ".join("".join(capsys.readouterr()).split()), "the outage", 10)
+            wait_for(lambda: "is full" in " ".join("".join(capsys.readouterr()).split()), "the outage", 60)
             disk.free()
-            wait_for(lambda: len(ledger.events(100)) == len(gaps), "the gaps' events", 10)
+            wait_for(lambda: len(ledger.events(100)) == len(gaps), "the gaps' events", 60)
         finally:
             stopping.set()
             thread.join(30)

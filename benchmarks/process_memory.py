@@ -1,0 +1,74 @@
+"""Memory of every process that this one has started, directly or not: what a server holds, process by process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SMALL_BYTES = 16 << 20
+"""Processes below this are left out: a shell's page more or less says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Proportional set size of one process in bytes (shared pages count in parts); resident set where there is none."""
+
+    name: str
+    size: int
+
+
+def child_processes(root: int | None = None) -> dict[int, ProcessMemory]:
+    """By process id: all descendants of ``root`` (this process) that are not small. Empty where there is no /proc."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        parents[int(entry.parent.name)] = int(fields[1])
+    found: dict[int, ProcessMemory] = {}
+    for pid in parents:
+        if _descends(pid, root or os.getpid(), parents) and (memory := _read(pid)) is not None:
+            found[pid] = memory
+    return {pid: memory for pid, memory in found.items() if memory.size >= SMALL_BYTES}
+
+
+def memory_growth(before: Mapping[int, ProcessMemory], after: Mapping[int, ProcessMemory]) -> dict[str, float]:
+    """Size after over size before, by name and id, the largest first; of processes that lived through both."""
+    ratios = {
+        f"{memory.name} {pid}": round(after[pid].size / memory.size, 4)
+        for pid, memory in before.items()
+        if pid in after
+    }
+    return dict(sorted(ratios.items(), key=lambda item: -item[1]))
+
+
+def _descends(pid: int, root: int, parents: Mapping[int, int]) -> bool:
+    while pid in parents:
+        pid = parents[pid]
+        if pid == root:
+            return True
+    return False
+
+
+def _read(pid: int) -> ProcessMemory | None:
+    folder = Path("/proc") / str(pid)
+    try:
+        command = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+        return ProcessMemory(command.rpartition("/")[2][:60], _size(folder))
+    except OSError:
+        return None
+
+
+def _size(folder: Path) -> int:
+    for name, key in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
+        try:
+            lines = (folder / name).read_text().splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,85 @@
+"""Which address a request came from, and which names it may call the server by."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+MAX_HOPS = 16
+"""Entries of ``X-Forwarded-For`` that are looked at, from the last one."""
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class TrustedProxies:
+    """Networks whose ``X-Forwarded-For`` is believed.
+
+    >>> TrustedProxies(["10.0.0.0/8"]).client("10.0.0.1", ["198.51.100.7, 192.0.2.1"])
+    '192.0.2.1'
+    >>> TrustedProxies([]).client("203.0.113.9", ["192.0.2.1"])
+    '203.0.113.9'
+    """
+
+    def __init__(self, networks: Sequence[str]) -> None:
+        self._networks: list[Network] = [ipaddress.ip_network(network, strict=False) for network in networks]
+
+    def client(self, peer: str, forwarded: Sequence[str]) -> str:
+        """The last hop that is no proxy of ours.
+
+        Args:
+            peer: who holds the connection.
+            forwarded: values of ``X-Forwarded-For``, in the order of their header lines.
+        """
+        hops = [hop.strip() for line in forwarded for hop in line.split(",")][-MAX_HOPS:]
+        address = peer
+        while hops and self.trusts(address):
+            hop = hops.pop()
+            if _parsed(hop) is None:  # "unknown", or what no proxy of ours has written
+                break
+            address = hop
+        return address
+
+    def trusts(self, address: str) -> bool:
+        """Whether an address is that of a proxy."""
+        ip = _parsed(address)
+        return ip is not None and any(ip in network for network in self._networks)
+
+
+def set_client(scope: Scope, proxies: TrustedProxies) -> None:
+    """Put the client's address in the place of the proxy's."""
+    peer = scope.get("client")
+    if peer:
+        scope["client"] = (proxies.client(peer[0], Headers(scope=scope).getlist("x-forwarded-for")), peer[1])
+
+
+def names_this_server(host: str | None, allowed: Sequence[str]) -> bool:
+    """Whether a ``Host`` header is of loopback or one of ``allowed``. Absent is allowed: every browser sends one.
+
+    A page of another origin whose name was made to resolve to 127.0.0.1 (DNS rebinding) still sends its own name.
+
+    >>> names_this_server("localhost:8000", []), names_this_server("evil.example:8000", [])
+    (True, False)
+    """
+    if not host:
+        return True
+    name = _without_port(host.lower()).rstrip(".")
+    if name == "localhost" or name in {each.lower() for each in allowed}:
+        return True
+    ip = _parsed(name)
+    return ip is not None and ip.is_loopback
+
+
+def _without_port(host: str) -> str:
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.partition(":")[0]
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return None
+    return getattr(ip, "ipv4_mapped", None) or ip

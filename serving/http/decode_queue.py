@@ -1,0 +1,139 @@
+"""A pool of threads for images that gives each caller its turn, and bounds what is decoded and what waits, in pixels.
+
+Small images have threads of their own. Large ones are decoded one at a time, by a thread with a lower priority: an
+image of 40 million pixels costs about a second and several hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from serving.http.errors import ApiError
+from serving.http.shared_budget import SharedBudget
+
+Result = TypeVar("Result")
+SMALL_PIXELS = 4_000_000
+"""Larger images go to the thread for large ones: 4 million take about 0.1 s."""
+SMALL_THREADS = 2
+LARGE_THREADS = 1
+LARGE_NICE = 10
+"""Linux: the thread for large images gets about a tenth of a processor that others want."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    work: Callable[[], Any]
+    result: asyncio.Future[Any]
+
+
+class DecodeQueue:
+    """Runs work on images in threads. Used from one event loop.
+
+    Args:
+        pixels: bound of what waits or runs, over all callers.
+        share: of it that one caller may have.
+    """
+
+    def __init__(self, pixels: int, share: float) -> None:
+        self._budget = SharedBudget(pixels, share)
+        self._small = _FairPool(SMALL_THREADS, "image-loader")
+        self._large = _FairPool(LARGE_THREADS, "large-images", LARGE_NICE)
+
+    @property
+    def pixels(self) -> int:
+        """What waits or runs now."""
+        return self._budget.used
+
+    @contextlib.contextmanager
+    def reserved(self, caller: str, pixels: int) -> Iterator[None]:
+        """Count the images of one request for as long as they wait and are decoded.
+
+        Raises:
+            ApiError: 429 when too many pixels wait already.
+        """
+        pixels = min(pixels, self._budget.caller_size)  # what is alone is always taken
+        if refusal := self._budget.take(caller, pixels):
+            whose = "your images" if refusal == "caller" else "images"
+            raise ApiError(
+                429, f"{whose} that wait to be decoded have too many pixels (serve.decode_pixels); send the request "
+                "again later.", code="overloaded",
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            self._budget.give_back(caller, pixels)
+
+    async def run(self, caller: str, pixels: int, work: Callable[[], Result]) -> Result:
+        """Run work on an image of so many pixels when it is the caller's turn. Cancelling drops what still waits."""
+        return await (self._small if pixels <= SMALL_PIXELS else self._large).run(caller, work)
+
+
+class _FairPool:
+    """Threads that take the next job of each caller in turn."""
+
+    def __init__(self, threads: int, name: str, nice: int = 0) -> None:
+        self._free = threads
+        self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
+        self._threads = ThreadPoolExecutor(threads, name, initializer=_lower_priority, initargs=(nice,))
+
+    async def run(self, caller: str, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns."""
+        job = _Job(work, asyncio.get_running_loop().create_future())
+        self._waiting.setdefault(caller, deque()).append(job)
+        self._start()
+        try:
+            result: Result = await asyncio.shield(job.result)
+            return result
+        except asyncio.CancelledError:
+            self._forget(caller, job)
+            raise
+
+    def _start(self) -> None:
+        while self._free and self._waiting:
+            caller, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[caller] = jobs  # behind the others
+            self._free -= 1
+            running = self._threads.submit(job.work)
+            loop = job.result.get_loop()
+            running.add_done_callback(partial(_call, loop, self._ended, job))
+
+    def _ended(self, job: _Job, ended: Future[Any]) -> None:
+        self._free += 1
+        if not job.result.done():
+            if (error := ended.exception()) is not None:
+                job.result.set_exception(error)
+                job.result.exception()  # read here: a caller that was cancelled does not read it
+            else:
+                job.result.set_result(ended.result())
+        self._start()
+
+    def _forget(self, caller: str, job: _Job) -> None:
+        jobs = self._waiting.get(caller)
+        if jobs is not None and job in jobs:
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[caller]
+            job.result.cancel()
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed
+        loop.call_soon_threadsafe(function, *args)
+
+
+def _lower_priority(nice: int) -> None:
+    if nice and sys.platform == "linux":  # elsewhere a priority is of a process
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

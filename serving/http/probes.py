@@ -1,0 +1,122 @@
+"""What the models can do, as probes ask for it: found out at most once a second, for everybody who asks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+from serving.engines.vlm.generation import PROBE
+from serving.errors import QueueFull
+from serving.http.errors import described
+
+if TYPE_CHECKING:
+    from serving.http.app_state import AppState
+
+log = logging.getLogger("ratchet.http")
+Value = TypeVar("Value")
+Part = Literal["clip", "vlm", "catalog"]
+PARTS: tuple[Part, ...] = ("clip", "vlm", "catalog")
+FRESH_SECONDS = 1.0
+PROBE_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class PartState:
+    """Whether a part answered."""
+
+    ready: bool
+    detail: str = "ok"
+    """Why not, or that it is busy."""
+    release: int = 0
+    seconds: float = 0.0
+
+
+class Recent(Generic[Value]):
+    """A value that is computed again when it is older than ``seconds``; all who ask meanwhile get the same one."""
+
+    def __init__(self, compute: Callable[[], Awaitable[Value]], seconds: float = FRESH_SECONDS) -> None:
+        self._compute = compute
+        self._seconds = seconds
+        self._task: asyncio.Task[Value] | None = None
+        self._ended = float("-inf")
+
+    async def get(self) -> Value:
+        """The value. Raises what computing it raised."""
+        if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
+            self._task = asyncio.create_task(self._timed())
+        return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
+
+    async def _timed(self) -> Value:
+        try:
+            return await self._compute()
+        finally:
+            self._ended = time.monotonic()
+
+
+class Probes:
+    """State of each part. A full queue is no outage: the part answers, others' requests."""
+
+    def __init__(self, state: AppState) -> None:
+        self._state = state
+        self._recent: dict[Part, Recent[PartState]] = {
+            "clip": Recent(self._clip), "vlm": Recent(self._vlm), "catalog": Recent(self._catalog),
+        }  # fmt: skip
+
+    def parts(self) -> tuple[Part, ...]:
+        """What is served here."""
+        return PARTS if self._state.vlms is not None else ("clip", "catalog")
+
+    async def part(self, name: Part) -> PartState:
+        """State of one part, at most a second old."""
+        return await self._recent[name].get()
+
+    async def all(self) -> dict[Part, PartState]:
+        """State of every part that is served."""
+        names = self.parts()
+        return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
+
+    async def _clip(self) -> PartState:
+        return await self._passed("clip")
+
+    async def _vlm(self) -> PartState:
+        return await self._passed("vlm")
+
+    async def _passed(self, name: Literal["clip", "vlm"]) -> PartState:
+        """One forward pass of a model under the live release."""
+        state = self._state
+        if state.admission.live is None:
+            await state.refresh()
+        snapshot = state.admission.live
+        if snapshot is None:
+            return PartState(False, "no release is live yet.")
+        deadline = time.time() + PROBE_SECONDS
+        if name == "clip":
+            work: Awaitable[object] = state.encoders.encode("text", ["alive"], snapshot, deadline)
+        else:
+            work = state.need_vlms().reply(PROBE, snapshot, deadline)
+        return await _observed(work, snapshot.release)
+
+    async def _catalog(self) -> PartState:
+        live = self._state.admission.live
+        return await _observed(self._state.index.status(), live.release if live else 0)
+
+
+async def _observed(work: Awaitable[object], release: int) -> PartState:
+    began = time.perf_counter()
+    try:
+        async with asyncio.timeout(PROBE_SECONDS):
+            await work
+    except QueueFull:
+        return PartState(True, "busy", release, time.perf_counter() - began)
+    except TimeoutError:
+        return PartState(False, f"no answer within {PROBE_SECONDS:g} s.", release)
+    except Exception as error:
+        description = described(error)
+        if description.code == "internal":
+            log.error("a probe failed", exc_info=error)
+        return PartState(False, description.message, release, time.perf_counter() - began)
+    return PartState(True, "ok", release, time.perf_counter() - began)

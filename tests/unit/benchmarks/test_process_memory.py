@@ -1,0 +1,37 @@
+"""Memory of the processes of a server, as the swap benchmark compares it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.process_memory import ProcessMemory, child_processes, memory_growth
+
+HOLD = "import sys; held = bytearray(b'x') * {bytes}; print(flush=True); sys.stdin.read()"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_a_child_holds_is_seen_and_small_processes_are_left_out() -> None:
+    large = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(bytes=64 << 20)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    small = subprocess.Popen(["sleep", "60"])
+    try:
+        assert large.stdout is not None
+        large.stdout.readline()
+        seen = child_processes()
+        assert 64 << 20 <= seen[large.pid].size < 128 << 20
+        assert small.pid not in seen and os.getpid() not in seen
+    finally:
+        for process in (large, small):
+            process.kill()
+            process.wait()
+
+
+def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
+    before = {1: ProcessMemory("encoder", 100), 2: ProcessMemory("ingress", 100), 3: ProcessMemory("gone", 100)}
+    after = {1: ProcessMemory("encoder", 104), 2: ProcessMemory("ingress", 120), 4: ProcessMemory("new", 100)}
+    assert list(memory_growth(before, after).items()) == [("ingress 2", 1.2), ("encoder 1", 1.04)]

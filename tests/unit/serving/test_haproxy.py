@@ -1,0 +1,188 @@
+"""The configuration that HAProxy gets, and what the real one does with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Serve
+from serving.ray.haproxy import add_limits, close_binds
+from serving.ray.ray_session import front_limits, haproxy_binary, write_launcher
+
+BINARY = haproxy_binary()
+pytestmark = pytest.mark.skipif(BINARY is None, reason="needs HAProxy")
+
+RAYS = """\
+global
+    maxconn 1000
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout http-keep-alive 90s
+    timeout server 60s
+frontend prometheus
+    bind :{metrics}
+    mode http
+    no log
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend app
+backend app
+    server one 127.0.0.1:{app}
+"""
+"""The sections of Ray's template that matter."""
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        probes = [held.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
+@dataclass
+class Front:
+    """HAProxy in front of an application that answers 200 and remembers the headers."""
+
+    port: int
+    requests: list[str] = field(default_factory=list)
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    async def send(self, data: bytes, source: str = "127.0.0.1") -> bytes:
+        """What comes back until the connection is closed, or an answer is complete."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0))
+        try:
+            writer.write(data)
+            return await reader.read(4096)
+        finally:
+            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def front(folder: Path, **serve: object) -> AsyncIterator[Front]:
+    assert BINARY is not None
+    port, metrics, app = free_ports(3)
+    config = folder / "haproxy.cfg"
+    config.write_text(RAYS.format(port=port, metrics=metrics, app=app))
+    made = Front(port)
+    server = await asyncio.start_server(made.answer, "127.0.0.1", app)
+    launcher = write_launcher(folder, BINARY, Serve(**serve))
+    process = subprocess.Popen([launcher, "-db", "-f", config], stderr=subprocess.PIPE)
+    try:
+        while True:
+            with contextlib.suppress(OSError):
+                (await asyncio.open_connection("127.0.0.1", port))[1].close()
+                break
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            await asyncio.sleep(0.01)
+        yield made
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        server.close()
+
+
+def get(path: str = "/v1/models", *headers: str) -> bytes:
+    return "\r\n".join([f"GET {path} HTTP/1.1", "Host: localhost", *headers, "", ""]).encode()
+
+
+async def test_headers_and_bodies_that_do_not_come_are_408_before_the_application_sees_them(tmp_path: Path) -> None:
+    async with front(tmp_path, header_seconds=0.3, idle_seconds=5) as server:
+        answers = await asyncio.gather(
+            server.send(b"GET /v1/mod"),
+            server.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab"),
+            server.send(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nab"),
+        )
+        assert [answer.split(b" ")[1] for answer in answers] == [b"408", b"408", b"200"]
+        assert json.loads(answers[1].split(b"\r\n\r\n")[1])["error"]["code"] == "request_timeout"
+        assert len(server.requests) == 1
+
+
+async def test_an_address_has_a_bound_of_connections_and_the_others_have_theirs(tmp_path: Path) -> None:
+    async with front(tmp_path, connections_per_address=5) as server:
+        open_ones = []
+        with contextlib.suppress(ConnectionError):
+            for _ in range(30):
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+                writer.write(get())
+                if not await reader.read(100):
+                    writer.close()
+                    break
+                open_ones.append(writer)
+        assert len(open_ones) == 5
+        assert b"200 OK" in await server.send(get())
+        for writer in open_ones:
+            writer.close()
+
+
+async def test_probes_of_one_address_are_bounded_and_other_requests_are_not(tmp_path: Path) -> None:
+    async with front(tmp_path, probes_per_second=3) as server:
+        probes = [await server.send(get("/health/ready"), "127.0.0.2") for _ in range(40)]
+        refused = [answer for answer in probes if b" 429 " in answer.split(b"\r\n")[0]]
+        assert refused
+        assert b"retry-after: 1" in refused[0].lower()
+        assert json.loads(refused[0].split(b"\r\n\r\n")[1])["error"]["code"] == "rate_limited"
+        others = [await server.send(get(), "127.0.0.2") for _ in range(10)]
+        assert all(b"200 OK" in answer for answer in [*others, await server.send(get("/health/ready"))])
+
+
+@pytest.mark.parametrize(("trusted", "forwarded"), [([], ["127.0.0.2"]), (["127.0.0.2"], ["192.0.2.1", "127.0.0.2"])])
+async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
+    tmp_path: Path, trusted: list[str], forwarded: list[str]
+) -> None:
+    async with front(tmp_path, trusted_proxies=trusted) as server:
+        await server.send(get("/", "X-Forwarded-For: 192.0.2.1"), "127.0.0.2")
+        lines = [line.split(": ")[1] for line in server.requests[0].split("\r\n") if "forwarded" in line.lower()]
+    assert lines == forwarded
+
+
+def test_pages_become_loopback_and_named_binds_stay() -> None:
+    text = "  bind *:8404\n    bind :9101\n    bind 0.0.0.0:8000\n    bind 127.0.0.1:80\n"
+    assert (
+        close_binds(text)
+        == "  bind 127.0.0.1:8404\n    bind 127.0.0.1:9101\n    bind 0.0.0.0:8000\n    bind 127.0.0.1:80\n"
+    )
+
+
+def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    limits = front_limits(Serve(idle_seconds=7, header_seconds=3))
+    text = add_limits(HAPROXY_CONFIG_TEMPLATE, limits)
+    assert "timeout http-request 3000ms" in text
+    head = text.index("frontend http_frontend")
+    assert head < text.index("option http-buffer-request") < text.index("# Per-backend path ACLs")
+    assert text.count("timeout client 7000ms") == 1
+    assert add_limits("global\n", limits) == "global\n"
+
+
+def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> None:
+    text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
+    limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
+    assert sorted(limits) == [
+        "timeout client 7000ms", "timeout connect 5s", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
+        "timeout server 60s",
+    ]  # fmt: skip
+
+
+def test_the_launcher_needs_nothing_of_ours(tmp_path: Path) -> None:
+    launcher = write_launcher(tmp_path, Path("/bin/echo"), Serve())
+    assert subprocess.check_output([launcher, "-v"], cwd=tmp_path, env={}, text=True) == "-v\n"
+    assert sys.executable in launcher.read_text()

@@ -1,0 +1,108 @@
+"""What images of one request may cost together."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ops.settings import Serve
+from serving.engines.preprocess import Preprocess
+from serving.http.errors import ApiError
+from serving.http.image_loader import ImageLoader, header_pixels
+from streams.images import decode_image
+from tests.unit.serving.scripted_vlms import png
+
+
+def loader(**bounds: int) -> ImageLoader:
+    return ImageLoader(Preprocess(size=16), Serve(**bounds))
+
+
+def jpeg(progressive: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
+    return buffer.getvalue()
+
+
+async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = loader(max_pixels=10_000, max_request_pixels=25_000)
+    picture = png(100, 100)
+    assert (await images.pixels([("images.0", picture), ("images.1", picture)])).shape == (2, 16, 16, 3)
+    monkeypatch.setattr("serving.http.image_loader.decode_image", None)
+    for load in (images.pixels, images.pictures):
+        with pytest.raises(ApiError, match="30000 pixels together, more than 25000") as caught:
+            await load([(f"images.{n}", picture) for n in range(3)])
+        assert (caught.value.status_code, caught.value.code, caught.value.param) == (413, "too_many_pixels", "images")
+        assert "serve.max_request_pixels" in str(caught.value.detail)
+
+
+async def test_an_image_that_is_too_large_by_itself_is_named() -> None:
+    images = loader(max_pixels=10_000, max_request_pixels=25_000)
+    with pytest.raises(ApiError) as caught:
+        await images.pixels([("images.0", png(10, 10)), ("images.1", png(300, 200))])
+    assert (caught.value.code, caught.value.param) == ("image_too_many_pixels", "images.1")
+
+
+async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = loader(decode_pixels=30_000)
+    go, begun = threading.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(*_: object, **__: object) -> Image.Image:
+        loop.call_soon_threadsafe(begun.set)
+        assert go.wait(30)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr("serving.http.image_loader.decode_image", slow)
+    first = asyncio.create_task(images.pixels([("image", png(150, 100))], "a"))
+    await begun.wait()
+    with pytest.raises(ApiError, match="429"):
+        await images.pixels([("image", png(150, 100))], "a")  # three quarters are the most of one caller
+    second = asyncio.create_task(images.pixels([("image", png(150, 100))], "b"))
+    go.set()
+    await asyncio.gather(first, second)
+    assert images.queue.pixels == 0
+
+
+def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:
+    bounds = Serve()
+    assert header_pixels(jpeg(), bounds) == header_pixels(jpeg(progressive=True), bounds) == 600
+    whole = jpeg(progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    assert header_pixels(whole[:last] + whole[last:-2] * 100, bounds) > 600 * 9
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"text", png(3000, 1)])
+def test_what_cannot_be_measured_or_is_refused_anyway_counts_nothing(data: bytes) -> None:
+    assert header_pixels(data, Serve(max_pixels=2999)) == 0
+
+
+async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
+    data = await loader().thumbnail(png(200, 100), 50)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.size) == ("PNG", (50, 25))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_of_a_large_image_is_resolved_as_that_of_its_parts(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (50, 40, 4), np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    options = {"transparency": 7} if mode in "PL" else {}
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    whole = np.asarray(decode_image(buffer.getvalue()))
+    monkeypatch.setattr("streams.images.BAND_PIXELS", 130)
+    assert (np.asarray(decode_image(buffer.getvalue())) == whole).all()
+    with Image.open(io.BytesIO(buffer.getvalue())) as opened:
+        rgba = opened.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    assert (whole == np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))).all()

@@ -1,0 +1,150 @@
+"""Where a replica learns what is resident, while the ledger is there and while it is not."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from ops.artifacts import Artifacts
+from ops.errors import LedgerUnavailable, ReleaseError
+from ops.ledger import Ledger
+from serving.releases import residency_source as module
+from serving.releases.residency import read_residency
+from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy
+from serving.releases.residency_source import KEY, ResidencySource
+
+
+class Node:
+    """The stores of one server, and a source for each start of a replica."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ledger = Ledger.open(f"sqlite:///{folder / 'ledger.db'}")
+        self.artifacts = Artifacts(str(folder / "artifacts"))
+        self.file = folder / "home" / "serving" / "residency.json"
+        self.release(1, None)
+        self.release(2, "clip-a")
+
+    def release(self, number: int, clip: str | None) -> None:
+        self.ledger.commit_release(number, clip=clip, vlm=None, actor="t", reason="r", proposal_id=None)
+
+    def source(self, ledger: Ledger | None = None) -> ResidencySource:
+        return ResidencySource(
+            ledger or Ledger.lazy(f"sqlite:///{self.folder / 'nowhere' / 'ledger.db'}"), 2, self.file, self.artifacts,
+            "encoder", lambda: {"clip-a": "a" * 64, "clip-other": "b" * 64},
+        )  # fmt: skip
+
+    def keep(self) -> None:
+        source = self.source(self.ledger)
+        source.keep(source.read())
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    return Node(tmp_path)
+
+
+def test_a_copy_is_read_as_it_was_written(node: Node) -> None:
+    copy = ResidencyCopy(read_residency(node.ledger, 2), {"clip-a": "a" * 64})
+    assert decode_copy(encode_copy(copy)) == copy
+    assert copy.number == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(b'"number": 2', b'"number": 3'), (b'"format": 1', b'"format": 2'), (b"}", b""), (b'"residency"', b'"other"')],
+)
+def test_a_copy_that_was_changed_or_cut_short_is_not_used(node: Node, before: bytes, after: bytes) -> None:
+    data = encode_copy(ResidencyCopy(read_residency(node.ledger, 2)))
+    assert before in data
+    with pytest.raises(ReleaseError, match="cannot be used"):
+        decode_copy(data.replace(before, after))
+
+
+@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"\xff", b"[" * 100_000, b" " * (MAX_BYTES + 1)])
+def test_any_bytes_end_as_an_error(data: bytes) -> None:
+    with pytest.raises(ReleaseError):
+        decode_copy(data)
+
+
+def test_while_the_ledger_is_away_a_start_takes_the_copy_of_the_node(node: Node) -> None:
+    node.keep()
+    shutil.rmtree(node.folder / "artifacts")
+    source = node.source()
+    rows = source.newest()
+    assert [row.number for row in rows.window] == [2, 1]
+    assert (source.source, source.adapters) == ("file", {"clip-a": "a" * 64})
+
+
+def test_a_new_node_takes_the_copy_of_the_artifacts_and_an_old_one_the_newer_of_both(node: Node) -> None:
+    node.keep()
+    older = node.file.read_bytes()
+    node.release(3, "clip-b")
+    node.keep()
+    node.file.write_bytes(older)
+    source = node.source()
+    assert source.newest().window[0].number == 3
+    assert source.source == "artifacts"
+
+
+def test_a_damaged_file_leaves_the_copy_of_the_artifacts(node: Node) -> None:
+    node.keep()
+    node.file.write_bytes(node.file.read_bytes()[:-10])
+    source = node.source()
+    assert (source.newest().window[0].number, source.source) == (2, "artifacts")
+
+
+def test_without_a_copy_the_outage_is_an_error_with_its_fix(node: Node) -> None:
+    with pytest.raises(LedgerUnavailable, match="Bring the ledger back"):
+        node.source().newest()
+
+
+def test_when_the_ledger_is_back_it_is_what_counts(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.keep()
+    source = node.source(node.ledger)
+    node.release(3, "clip-b")
+    with monkeypatch.context() as away:
+        away.setattr(node.ledger, "releases", lambda limit: 1 / 0)
+        away.setattr(source, "_read_ledger", lambda: (_ for _ in ()).throw(TimeoutError("no answer")))
+        assert (source.newest().window[0].number, source.source) == (2, "file")
+    assert (source.newest().window[0].number, source.source) == (3, "ledger")
+
+
+def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LEDGER_SECONDS", 0.02)
+    release, before = threading.Event(), threading.active_count()
+    monkeypatch.setattr(node.ledger, "releases", lambda limit: release.wait() and [])
+    source = node.source(node.ledger)
+    for _ in range(5):
+        with pytest.raises(LedgerUnavailable, match="does not answer"):
+            source.read()
+    assert threading.active_count() <= before + 1
+    release.set()
+
+
+def test_copies_follow_what_is_live_and_one_that_was_overwritten_does_not_stay(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)
+    source = node.source(node.ledger)
+    source.keep(source.read())
+    older = node.file.read_bytes()
+    node.release(3, "clip-b")
+    source.keep(source.read())
+    for data in (node.file.read_bytes(), node.artifacts.read_bytes(KEY)):
+        assert decode_copy(data).number == 3
+    node.file.write_bytes(older)  # by a process that is behind
+    node.artifacts.write_bytes(KEY, older)
+    source.keep(source.read())
+    for data in (node.file.read_bytes(), node.artifacts.read_bytes(KEY)):
+        assert decode_copy(data).number == 3
+
+
+def test_copies_that_cannot_be_written_do_not_stop_a_replica(node: Node, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("no folder")
+    (tmp_path / "artifacts").write_text("no folder")
+    node.keep()
+    assert not node.file.exists()

@@ -1,0 +1,167 @@
+"""Two servers on one lake: their catalogs write the same tables, and neither takes anything from the other."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from ops.errors import StoreError
+from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
+from serving.catalog.queries import Filters
+from serving.catalog.reconcile import BATCH_ROWS, Catalog
+from serving.catalog.tables import Tables
+from streams.store import SampleStore
+from tests.support.waiting import until
+from tests.unit.serving.test_catalog import DIM, HERE, THERE, Encoder, pixels, put, rows, settle, vector
+
+ROWS = 3 * BATCH_ROWS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))
+
+
+def open_catalog(folder: Path) -> Catalog:
+    return Catalog(
+        Tables(str(folder / "lake" / "catalog")),
+        SampleStore(str(folder / "lake")),
+        lambda data: pixels(data),
+        Encoder(),
+    )
+
+
+def _fill(folder: Path, barrier: Barrier) -> None:
+    """What one server does: it holds two spaces complete, beginning at the same moment as the other."""
+
+    async def run() -> None:
+        catalog = open_catalog(folder)
+        await catalog.adopt([THERE, HERE])
+        barrier.wait()
+        await settle(catalog)
+
+    asyncio.run(run())
+
+
+def test_catalogs_of_two_processes_add_each_row_once(tmp_path: Path, store: SampleStore) -> None:
+    put(store, rows(100, ROWS), ROWS)
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(2)
+    other = context.Process(target=_fill, args=(tmp_path, barrier))
+    other.start()
+    _fill(tmp_path, barrier)
+    other.join()
+    assert other.exitcode == 0
+    tables = Tables(str(tmp_path / "lake" / "catalog"))
+    for snapshot in (HERE, THERE):
+        stored = _stored(tables, snapshot.image_space)
+        assert len(stored) == len(set(stored)) == ROWS
+
+
+def test_a_row_that_is_there_is_not_merged_again_by_a_writer_that_does_not_know_it(tmp_path: Path) -> None:
+    one, other = Tables(str(tmp_path)), Tables(str(tmp_path))
+    data = _data("a", "b")
+    one.merge("aaaa", data, np.stack([vector(0), vector(1)]))
+    assert other.present("aaaa", ["a", "c"]) == {"a"}
+    other.merge("aaaa", _data("b", "c"), np.stack([vector(5), vector(2)]))
+    assert sorted(_stored(one, "aaaa")) == ["a", "b", "c"]
+    assert one.search("aaaa", vector(1), 1, Filters())[0].id == "b"  # the first one stays
+
+
+def test_doubled_rows_of_an_older_version_become_one(tmp_path: Path) -> None:
+    tables = Tables(str(tmp_path))
+    table = tables._database.create_table("clip_aaaa", _with_vectors(_data("a", "b")))
+    table.add(_with_vectors(_data("a", "c")))
+    assert [hit.id for hit in tables.search("aaaa", vector(0), 10, Filters())] == ["a", "b", "c"]
+    assert tables.ids("aaaa") == {"a", "b", "c"}
+    assert sorted(_stored(tables, "aaaa")) == ["a", "b", "c"]
+
+
+async def test_a_table_that_another_server_holds_resident_is_not_dropped(tmp_path: Path, store: SampleStore) -> None:
+    put(store, rows(0, 4), 4)
+    ours, theirs = open_catalog(tmp_path), open_catalog(tmp_path)
+    running = asyncio.create_task(theirs.run())
+    for catalog in (ours, theirs):
+        await catalog.adopt([THERE, HERE])
+    await settle(ours)
+    await until(lambda: ours.claims.claimed_by_others(["aaaa", "bbbb"]) == {"aaaa", "bbbb"})
+    assert await ours.retire([THERE]) == []
+    assert len(await theirs.search("aaaa", vector(0), 9, Filters())) == 4
+    await theirs.retire([THERE], drop=False)
+    theirs.claims.renew(["bbbb"])
+    assert await ours.retire([THERE]) == ["aaaa"]
+    running.cancel()
+
+
+async def test_only_who_may_drops_tables(tmp_path: Path, store: SampleStore) -> None:
+    put(store, rows(0, 4), 4)
+    catalog = open_catalog(tmp_path)
+    await catalog.adopt([THERE, HERE])
+    await settle(catalog)
+    assert await catalog.retire([THERE], drop=False) == []
+    assert catalog.tables.spaces() == ["aaaa", "bbbb"]
+
+
+async def test_a_table_that_was_dropped_by_somebody_else_is_made_anew(tmp_path: Path, store: SampleStore) -> None:
+    put(store, rows(0, 4), 4)
+    catalog = open_catalog(tmp_path)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    Tables(str(tmp_path / "lake" / "catalog")).drop("aaaa")
+    with pytest.raises(StoreError, match="cannot be read"):
+        for _ in range(3):
+            await catalog.search("aaaa", vector(0), 9, Filters())
+    await settle(catalog)
+    assert len(await catalog.search("aaaa", vector(0), 9, Filters())) == 4
+
+
+async def test_a_late_window_does_not_change_the_live_space(tmp_path: Path, store: SampleStore) -> None:
+    catalog = open_catalog(tmp_path)
+    await catalog.adopt([THERE, HERE])
+    await catalog.adopt([HERE])
+    assert catalog.searchable()[0] == THERE.image_space
+
+
+def test_a_claim_that_is_not_renewed_is_over_and_removed(tmp_path: Path) -> None:
+    now = [0.0]
+    ours = SpaceClaims(str(tmp_path), "0" * 8, lambda: now[0])
+    theirs = SpaceClaims(str(tmp_path), "1" * 8, lambda: now[0])
+    theirs.renew(["aaaa"])
+    assert ours.claimed_by_others(["aaaa", "bbbb"]) == {"aaaa"}
+    now[0] = CLAIM_SECONDS
+    theirs.renew(["aaaa"])
+    assert ours.claimed_by_others(["aaaa"]) == {"aaaa"}
+    now[0] = 2 * CLAIM_SECONDS + 1
+    assert ours.claimed_by_others(["aaaa"]) == set()
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_that_cannot_be_read_may_name_anything(tmp_path: Path) -> None:
+    theirs = SpaceClaims(str(tmp_path), "1" * 8)
+    theirs.renew(["aaaa"])
+    (tmp_path / "claims" / f"{'1' * 8}.json").write_text('{"spa')
+    assert SpaceClaims(str(tmp_path), "0" * 8).claimed_by_others(["bbbb"]) == {"bbbb"}
+
+
+def _stored(tables: Tables, space: str) -> list[str]:
+    table = tables._table(space)
+    table.checkout_latest()
+    ids: list[str] = table.to_arrow()["id"].to_pylist()
+    return ids
+
+
+def _data(*ids: str) -> pa.Table:
+    nothing = pa.nulls(len(ids), pa.string())
+    times = pa.nulls(len(ids), pa.timestamp("us", tz="UTC"))
+    return pa.table({"id": list(ids), "domain": nothing, "source": nothing, "time": times, "text": nothing})
+
+
+def _with_vectors(data: pa.Table) -> pa.Table:
+    vectors = np.stack([vector(index) for index in range(len(data))]).reshape(-1)
+    return data.add_column(1, "vector", pa.FixedSizeListArray.from_arrays(pa.array(vectors, pa.float32()), DIM))

@@ -1,0 +1,197 @@
+"""Two servers on one ledger: one controller carries proposals out, both roll back, and the second takes over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.errors import LeaseLost, ReleaseConflict, ReleaseError
+from ops.ledger import Ledger
+from ops.ledger.leases import CONTROLLER_LEASE
+from ops.settings import Settings
+from serving.releases import controller as controllers
+from serving.releases.commands import ReleaseCommand, RollbackCommand
+from serving.releases.controller import ReleaseController
+from serving.releases.lease import ControllerLease
+from serving.releases.protocol import ReleaseProtocol
+from serving.releases.types import Outcome
+from tests.support.waiting import until
+from tests.unit.serving.test_protocol import PlainBroadcast
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    for name in ("a", "b"):
+        ledger.register_adapter(name, family="clip", base="x", image_space=f"i-{name}", text_space="t", meta={})
+    yield ledger
+    ledger.close()
+
+
+def release(clip: str, live: int) -> ReleaseCommand:
+    return ReleaseCommand(adapters={"clip": clip}, actor="ann", reason="r", expected_live=live, force=True)
+
+
+async def test_a_lease_has_one_holder_and_its_epoch_grows(ledger: Ledger) -> None:
+    first, second = ControllerLease(ledger), ControllerLease(ledger)
+    assert await first.keep() and not await second.keep()
+    assert (first.epoch, second.epoch) == (1, None)
+    assert not await first.keep()
+    first.give_back()
+    assert await second.keep()
+    assert (first.epoch, second.epoch) == (None, 2)
+
+
+async def test_a_lease_that_ran_out_is_taken_and_the_sleeper_steps_down(ledger: Ledger) -> None:
+    sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
+    await sleeper.keep()
+    await second.keep()
+    assert await sleeper.keep()
+    assert (sleeper.epoch, second.epoch) == (None, 2)
+
+
+async def test_a_controller_that_slept_past_its_lease_changes_nothing(ledger: Ledger) -> None:
+    sleeper, second = ControllerLease(ledger, seconds=0.0), ControllerLease(ledger)
+    await sleeper.keep()
+    protocol = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=sleeper)
+    await protocol.start()
+    update = ledger.propose("update", clip="a", actor="updater", reason="passed")
+    await second.keep()
+    with pytest.raises(LeaseLost):
+        await protocol.step()
+    with pytest.raises(LeaseLost):
+        await protocol.release(release("b", 1))
+    assert (ledger.proposal(update.id).state, ledger.live().number) == ("pending", 1)  # type: ignore[union-attr]
+
+
+async def test_what_is_ordered_beside_the_leader_is_carried_out_by_it(ledger: Ledger) -> None:
+    leader, other = ControllerLease(ledger), ControllerLease(ledger)
+    await leader.keep()
+    leading = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader)
+    beside = ReleaseProtocol(ledger, PlainBroadcast(broken={"b": "damaged"}), window=2, lease=other)
+    await leading.start()
+    await beside.start()
+    ordered = asyncio.create_task(beside.release(release("a", 1)))
+    await until(ledger.pending_proposals)
+    assert (await leading.step()) is not None
+    outcome = await ordered
+    assert (outcome.number, outcome.clip, outcome.kind) == (2, "a", "release")
+    leading.broadcast.broken["b"] = "damaged"  # type: ignore[attr-defined]
+    ordered = asyncio.create_task(beside.release(release("b", 2)))
+    await until(ledger.pending_proposals)
+    with pytest.raises(ReleaseError):
+        await leading.step()
+    with pytest.raises(ReleaseError, match="damaged"):
+        await ordered
+
+
+async def test_a_rollback_needs_no_lease_and_what_the_leader_prepares_meanwhile_conflicts(ledger: Ledger) -> None:
+    leader, other = ControllerLease(ledger), ControllerLease(ledger)
+    await leader.keep()
+    broadcast = PlainBroadcast()
+    leading = ReleaseProtocol(ledger, broadcast, window=2, lease=leader)
+    beside = ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=other)
+    await leading.start()
+    await leading.release(release("a", 1))
+    await beside.start()
+    broadcast.gate = asyncio.Event()
+    slow = asyncio.create_task(leading.release(release("b", 2)))
+    await until(lambda: "b" in broadcast.prepared)
+    assert (await beside.rollback(RollbackCommand(actor="ann", reason="bad", expected_live=2))).number == 3
+    broadcast.gate.set()
+    with pytest.raises(ReleaseConflict):
+        await slow
+    live = ledger.live()
+    assert live is not None and (live.number, live.clip) == (3, None)
+
+
+async def test_the_first_release_is_made_by_one_of_two(ledger: Ledger) -> None:
+    leader, other = ControllerLease(ledger), ControllerLease(ledger)
+    await leader.keep()
+    await other.keep()
+    with pytest.raises(LeaseLost):
+        await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=other).start()
+    assert await ReleaseProtocol(ledger, PlainBroadcast(), window=2, lease=leader).start() is not None
+
+
+class Controllers:
+    """Controllers of servers that share a ledger; their replicas are plain objects."""
+
+    def __init__(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._settings = settings
+        self._tasks: list[ReleaseController] = []
+        monkeypatch.setattr(controllers, "RayBroadcast", lambda *handles: SilentBroadcast(has_vlm=False))
+        monkeypatch.setattr(controllers, "POLL_SECONDS", 0.02)
+        monkeypatch.setattr(controllers, "RENEW_SECONDS", 0.02)
+
+    async def start(self) -> ReleaseController:
+        handle: Any = None
+        controller = ReleaseController(self._settings, handle, handle)
+        await controller.check_health()
+        self._tasks.append(controller)
+        return controller
+
+    def stop(self, controller: ReleaseController) -> None:
+        for task in controller._loops.values():
+            task.cancel()
+        controller.lease.give_back()
+
+    def stop_all(self) -> None:
+        for controller in self._tasks:
+            self.stop(controller)
+            controller.ledger.close()
+
+
+class SilentBroadcast(PlainBroadcast):
+    """Observes nothing."""
+
+    async def observations(self) -> list[Any]:
+        return []
+
+    async def vlm_status(self) -> list[dict[str, Any]]:
+        return []
+
+
+@pytest.fixture
+def servers(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controllers]:
+    settings = Settings(home=tmp_path, ledger_url=f"sqlite:///{tmp_path / 'ledger.db'}")
+    servers = Controllers(settings, monkeypatch)
+    yield servers
+    servers.stop_all()
+
+
+async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops(
+    servers: Controllers, ledger: Ledger
+) -> None:
+    first = await servers.start()
+    await until(lambda: first.lease.epoch is not None and ledger.live() is not None)
+    second = await servers.start()
+    assert isinstance(await first.change(release("a", 1)), Outcome)
+    windows = second.broadcast.windows  # type: ignore[attr-defined]
+    await until(lambda: bool(windows) and windows[-1] == [2, 1])
+    assert second.lease.epoch is None
+    servers.stop(first)
+    update = ledger.propose("update", clip="b", actor="updater", reason="passed")
+    await until(lambda: ledger.proposal(update.id).state == "committed")
+    assert second.lease.epoch == 2
+    lease = ledger.lease(CONTROLLER_LEASE)
+    assert lease is not None and lease.epoch == 2
+
+
+async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: Controllers) -> None:
+    controller = await servers.start()
+    await until(controller._started.is_set)
+    asked = 0
+
+    async def counting() -> list[dict[str, Any]]:
+        nonlocal asked
+        asked += 1
+        return []
+
+    controller.broadcast.vlm_status = counting  # type: ignore[method-assign]
+    statuses = await asyncio.gather(*(controller.status() for _ in range(50)))
+    assert asked == 1 and all(status["started"] for status in statuses)
