@@ -92,7 +92,7 @@ class StateReport:
             "failed_beyond_killed": self.failed,
             "failed_on_killed": self.failed_on_killed,
             "mixed": self.mixed,
-            "kills": len(self.kills),
+            "killed_at": [kill.step for kill in self.kills],
             "commits_lost": self.commits_lost,
             "rollbacks": len(self.rollbacks),
             "rollbacks_failed": sum(not each.done for each in self.rollbacks),

@@ -215,10 +215,11 @@ def _killed(process: Process) -> Callable[[Chaos, float, StateReport], None]:
     def act(run: Chaos, seconds: float, report: StateReport) -> None:
         if process == "vlm" and not run.server.settings.base.vlm:
             raise Skipped("no VLM is served")
+        first = int(run.random.integers(len(STEPS)))
         for number in _until(seconds):
             before = run.installation.ledger.proposals(1)[0].id
             release = run.release(report)
-            state = run.wait_for_step(STEPS[number % len(STEPS)], before, release)
+            state = run.wait_for_step(STEPS[(first + number) % len(STEPS)], before, release)
             time.sleep(float(run.random.uniform(0.0, 0.05)))
             report.kills.append(run.server.kill(process, state))
             run.rollback(report)
