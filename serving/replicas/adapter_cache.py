@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from ops.artifacts import Artifacts, directory_digest
-from ops.errors import AdapterError, RatchetError, StoreUnavailable
+from ops.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
+from ops.ledger import Ledger
 from serving.releases.bounded_call import BoundedCall
 
 log = logging.getLogger("ratchet.adapters")
@@ -44,8 +45,13 @@ class AdapterCache:
     threads.
     """
 
-    def __init__(self, artifacts: Artifacts, folder: Path, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(
+        self, artifacts: Artifacts, folder: Path, ledger: Ledger | None = None, max_bytes: int = MAX_BYTES
+    ) -> None:
+        """``ledger``: has the digests that adapters were recorded with; without it, and while it is away, what is
+        fetched is checked by the artifacts' own manifest alone."""
         self.artifacts = artifacts
+        self._ledger = ledger
         self.folder = folder
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
@@ -119,8 +125,8 @@ class AdapterCache:
     def _download(self, key: str, name: str) -> Path:
         source = self.artifacts.fetch(key)
         digest = directory_digest(source)
-        if digest != self._expected.get(name, digest):
-            raise AdapterError(f"{name} has other contents in the artifacts than when it was released.")
+        if digest != (self._expected.get(name) or self._recorded(name) or digest):
+            raise AdapterError(f"{name} has other contents in the artifacts than when it was recorded.")
         target = self.folder / name
         try:
             self._store(source, target, digest)
@@ -129,6 +135,15 @@ class AdapterCache:
             return source
         self._make_room(name)
         return target
+
+    def _recorded(self, name: str) -> str | None:
+        if self._ledger is None:
+            return None
+        try:
+            return self._ledger.adapter_digests([name]).get(name)
+        except LedgerUnavailable as error:
+            log.warning("the digest of %s is not compared with the ledger's: %s", name, error)
+            return None
 
     def _store(self, source: Path, target: Path, digest: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ class Encoder:
         close_replica_port()
         metrics.build.started("encoder")
         self.settings = settings
-        adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home))
-        self._source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "encoder", adapters.digests)
+        ledger = Ledger.lazy(settings.ledger)
+        adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
+        self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
         engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.serve.encoder_threads)
         self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
         self.batch.set_max_batch_size(settings.serve.max_batch * IMAGE_COST)

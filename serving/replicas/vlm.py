@@ -39,8 +39,9 @@ class VlmReplica:
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
 
         self.settings = settings
-        self._adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home))
-        self._source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "vlm", self._adapters.digests)
+        ledger = Ledger.lazy(settings.ledger)
+        self._adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
+        self._source = ResidencySource.of(settings, ledger, "vlm", self._adapters.digests)
         engine = open_engine(load_vlm_base(settings.home, settings.base.vlm), settings.serve)
         await engine.start()
         self.worker = VlmWorker(

@@ -10,6 +10,7 @@ import pytest
 
 from ops.artifacts import Artifacts, directory_digest
 from ops.errors import AdapterError, StoreUnavailable
+from ops.ledger import Ledger
 from serving.replicas import adapter_cache as module
 from serving.replicas.adapter_cache import AdapterCache
 
@@ -52,6 +53,23 @@ def test_other_contents_than_those_that_were_released_are_refused(cache: Adapter
     cache.expect({"a": "0" * 64})
     with pytest.raises(AdapterError, match="other contents"):
         cache.fetch("adapters/a")
+
+
+def test_contents_are_compared_with_the_digest_in_the_ledger_and_taken_while_that_is_away(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    ledger = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
+    right = directory_digest(artifacts.fetch("adapters/a"))
+    for name, digest in (("a", right), ("b", "0" * 64)):
+        ledger.register_adapter(name, "clip", "base", f"i-{name}", "t", {}, digest=digest)
+    cache = AdapterCache(artifacts, tmp_path / "cache", ledger)
+    assert cache.fetch("adapters/a").is_dir()
+    with pytest.raises(AdapterError, match="b has other contents in the artifacts than when it was recorded"):
+        cache.fetch("adapters/b")
+    assert cache.fetch("adapters/c").is_dir(), "the ledger does not know it"
+    ledger.close()
+    away = Ledger.lazy(f"sqlite:///{tmp_path}/no/such/folder.db?mode=ro&uri=true")
+    assert AdapterCache(artifacts, tmp_path / "other", away).fetch("adapters/b").is_dir()
 
 
 def test_artifacts_that_hang_fail_in_a_bounded_time_and_hold_one_thread(

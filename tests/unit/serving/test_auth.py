@@ -256,6 +256,7 @@ async def test_who_is_refused_is_not_listened_to(closed: AuthApp) -> None:
 def test_the_start_says_when_clients_need_keys_or_nobody_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(start, "say", said.append)
+    Ledger.open(Settings(home=tmp_path).ledger).close()  # which a start does first
 
     def told(host: str, require: str = "auto") -> str:
         said.clear()

@@ -76,8 +76,10 @@ def reader(ledger: Ledger, broadcast: DamagedBroadcast, replica: int = 1) -> Res
     ids=["clip", "vlm", "two clips", "both families"],
 )
 async def test_what_no_replica_can_load_is_taken_back_with_the_reason(
-    fallback: Fallback, broadcast: DamagedBroadcast, ledger: Ledger, gone: set[str], after: tuple[str | None, str]
-) -> None:
+    fallback: Fallback, protocol: ReleaseProtocol, broadcast: DamagedBroadcast, ledger: Ledger, gone: set[str],
+    after: tuple[str | None, str],
+) -> None:  # fmt: skip
+    await protocol.residency()  # what a controller that has started knows
     broadcast.gone = gone
     outcomes = []
     while (outcome := await fallback.step()) is not None:
