@@ -173,6 +173,12 @@ class Serve(Section):
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     encoder_replicas: int = Field(2, ge=1, le=256, description="Encoder processes.")
     encoder_threads: int = Field(1, ge=1, le=256, description="CPU threads of each encoder.")
+    ingress_replicas: int = Field(
+        1, ge=1, le=64, description="Processes that answer HTTP. With two, one that ends is not missed."
+    )
+    controller_replicas: int = Field(
+        1, ge=1, le=8, description="Release controllers. One leads by a lease; with two, one that ends is not missed."
+    )
     max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
     batch_wait_seconds: float = Field(0.005, ge=0, le=1, description="Longest wait for a batch to fill.")
     queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")

@@ -143,13 +143,13 @@ def build(settings: Settings | None = None) -> Application:
             backpressure_config=full, **common,
         ).bind(settings)  # fmt: skip
     controller = serve.deployment(ReleaseController).options(
-        name="Controller", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
-        max_queued_requests=64, **common,
+        name="Controller", num_replicas=server.controller_replicas, ray_actor_options={"num_cpus": 0.1},
+        max_ongoing_requests=64, max_queued_requests=64, **common,
     ).bind(settings, encoder, catalog, vlm)  # fmt: skip
     # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
     # counts requests whose body is still to come, which may be as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=1, ray_actor_options={"num_cpus": 0.2},
+        name=INGRESS, num_replicas=server.ingress_replicas, ray_actor_options={"num_cpus": 0.2},
         max_ongoing_requests=server.connections + 2 * server.queue, max_queued_requests=server.connections,
         backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
-from serving.releases.commands import HoldingCommand, LiveCommand
+from ops.errors import RatchetError, ReleaseConflict
+from serving.errors import Unavailable
+from serving.ray.replica_calls import Attempts, queue_full
+from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
 from serving.releases.controller import outcome_of
 from serving.releases.types import Outcome
+
+ROLLBACK_SECONDS: Final = 20.0
+"""How long controllers that die are replaced by others in a rollback's call."""
+LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 
 
 class ControllerCalls:
@@ -21,8 +30,28 @@ class ControllerCalls:
     async def change(self, command: LiveCommand) -> Outcome:
         """See :meth:`serving.releases.controller.ReleaseController.change`."""
         with metrics.operator.action(command.action):
-            outcome: Outcome = outcome_of(await self.handle.change.remote(command))
-        return outcome
+            return outcome_of(await self._change(command))
+
+    async def _change(self, command: LiveCommand) -> Outcome | RatchetError:
+        """A controller that dies while it carries out a rollback is no reason to wait: another one is asked. What is
+        live can only be replaced once, so asking twice does not go back twice.
+        """
+        attempts, died = Attempts(ROLLBACK_SECONDS, "release controller"), False
+        while attempts.left > 0:
+            try:
+                result: Outcome | RatchetError = await self.handle.change.remote(command)
+            except BackPressureError:
+                raise queue_full() from None
+            except RayActorError as error:
+                if not isinstance(command, RollbackCommand):
+                    raise Unavailable("the release controller ended during the call.", LOOK) from None
+                died = True
+                await attempts.failed(error)
+                continue
+            if died and isinstance(result, ReleaseConflict):
+                raise Unavailable(f"the release controller ended during the call, and now {result.message}", LOOK)
+            return result
+        raise attempts.over()
 
     async def hold(self, command: HoldingCommand) -> None:
         """See :meth:`serving.releases.controller.ReleaseController.hold`."""

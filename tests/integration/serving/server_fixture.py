@@ -104,16 +104,17 @@ class ServerFixture:
 
     def start(self) -> None:
         """Start the server, and wait until it is ready."""
-        log = (self.settings.home / "serve.log").open("ab")
+        path = self.settings.home / "serve.log"
+        log = path.open("ab")
+        before = log.tell()
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "serving.app", str(self.config)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT, start_new_session=True)
         end = time.monotonic() + START_SECONDS
-        with self.client() as client:
-            while not client.is_ready():
-                assert self.process.poll() is None, self.log()
-                assert time.monotonic() < end, self.log()
-                time.sleep(0.2)
+        while b"ratchet serves on" not in path.read_bytes()[before:]:  # all parts of it, not only what is ready first
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """End it as an operator would."""

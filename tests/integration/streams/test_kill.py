@@ -22,6 +22,8 @@ pytestmark = pytest.mark.integration
 
 RECORDS = 80
 POISON_EVERY = 3
+PATIENCE = 240.0
+"""Seconds for what takes five alone: six lives start at once, beside other tests."""
 #: Deaths of one ingest after another on the same topic; the life after the last one finishes the work.
 LIVES = {
     "before its first commit": ["claimed_but_nothing_else", "files_written_but_not_committed"],
@@ -55,13 +57,13 @@ def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
         store = SampleStore(settings.lake)
         until = store.version() + chance.randint(1, 4)
         process = start(settings, "never")
-        wait_for(lambda: store.version() >= until, f"version {until}", 60)
+        wait_for(lambda: store.version() >= until, f"version {until}", PATIENCE)
         time.sleep(chance.uniform(0, 0.02))
         process.kill()
     else:
         process = start(settings, point)
     log = settings.home / "ingest.log"
-    assert process.wait(90) == -signal.SIGKILL, f"it was to die at {point}:\n{log.read_text()[-3000:]}"
+    assert process.wait(PATIENCE) == -signal.SIGKILL, f"it was to die at {point}:\n{log.read_text()[-3000:]}"
 
 
 def finish(settings: Settings) -> None:
@@ -76,10 +78,10 @@ def finish(settings: Settings) -> None:
         return sum(each.next for each in positions) == sum(each.published for each in positions) == RECORDS + 1
 
     try:
-        wait_for(lambda: b"->" in log.read_bytes()[before:], "its first line", 60)
-        wait_for(finished, "all records, and all refusals published", 60)
+        wait_for(lambda: b"->" in log.read_bytes()[before:], "its first line", PATIENCE)
+        wait_for(finished, "all records, and all refusals published", PATIENCE)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()[-3000:]
+        assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
 
