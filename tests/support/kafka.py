@@ -87,7 +87,7 @@ def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[Place]:
     return places
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout: float = 60.0) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
     """Wait until the condition holds, or fail saying what did not come."""
     deadline = time.monotonic() + timeout
     while not condition():

@@ -79,7 +79,7 @@ def test_a_newer_sender_fences_an_older_one(broker: Broker, topic: str, senders:
 def test_a_sender_that_is_fenced_between_two_records_of_a_transaction_adds_nothing_more(
     broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = senders(seconds=4), senders()
+    old, new = senders(seconds=15), senders()
     old.open()
     send = KafkaProducer.send
 
@@ -101,7 +101,7 @@ def test_a_sender_that_is_fenced_between_two_records_of_a_transaction_adds_nothi
 def test_a_commit_that_is_never_answered_ends_in_an_error(
     broker: Broker, topic: str, senders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old, new = senders(seconds=1.5), senders()
+    old, new = senders(seconds=5), senders()
     old.open()
     commit = KafkaProducer.commit_transaction
 
