@@ -110,7 +110,8 @@ class ProcessValidators:
         context = get_context("spawn")
         arguments = (self._work, os.getpid(), self._guard.path, context.Value("i", 0))
         self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
-        self._pool.submit(validate_all, ())  # so that they start now, and not with the first record
+        for _ in range(self._count):  # so that they start now, and not with the first records: the pool starts one for
+            self._pool.submit(validate_all, ())  # each piece of work for which none is idle
 
 
 def validate_all(records: Sequence[Received]) -> list[Accepted | Row]:

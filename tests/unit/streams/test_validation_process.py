@@ -177,6 +177,11 @@ if __name__ == "__main__":
     wait_for(lambda: not any(map(_runs, children)), "the end of the processes")
 
 
+def test_all_processes_start_before_there_is_a_record(tmp_path: Path) -> None:
+    with guarded(tmp_path) as validators:
+        assert len(validators._pool._processes) == 2
+
+
 def test_what_was_left_out_is_put_back() -> None:
     record = received(1)
     accepted = validate(record, WORK.rules())
