@@ -61,7 +61,8 @@ class ChaosInstallation:
         self.home_disk = stack.enter_context(SmallDisk(folder / "home-1", HOME_BYTES))
         clip = tiny_base(self.home_disk.folder).name
         vlm = tiny_vlm_base(self.home_disk.folder).name if vlm_engine else ""
-        bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None}
+        pairs = {"ingress_replicas": 2, "controller_replicas": 2}  # so that one that is killed is not missed
+        bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
         engine = {"vlm_engine": vlm_engine} if vlm_engine else {}
         self.direct = Settings(
             home=self.home_disk.folder,

@@ -83,13 +83,24 @@ class WholeServer:
         return Kill(process, step, began, time.time())
 
     def wait_until_whole(self, seconds: float) -> None:
-        """Wait until every deployment has a process and the server is ready. Raises RatchetError."""
-        names = [name for process, name in DEPLOYMENTS.items() if process != "vlm" or self.settings.base.vlm]
+        """Wait until every deployment has its processes and the server is ready. Raises RatchetError."""
+        serve = self.settings.serve
+        counts = {"encoder": serve.encoder_replicas, "ingress": serve.ingress_replicas,
+                  "controller": serve.controller_replicas}  # fmt: skip
+        wanted = {
+            name: counts.get(process, 1)
+            for process, name in DEPLOYMENTS.items()
+            if process != "vlm" or self.settings.base.vlm
+        }
 
         def whole() -> bool:
-            found = [session_pids(self.settings, f"ServeReplica:ratchet:{name}") for name in names]
+            missing = [
+                name
+                for name, count in wanted.items()
+                if len(session_pids(self.settings, f"ServeReplica:ratchet:{name}")) < count
+            ]
             with self.client(20.0) as client:
-                return all(found) and client.is_ready()
+                return not missing and client.is_ready()
 
         self.part.wait_for(whole, "every part of the server was back", seconds)
 

@@ -144,6 +144,16 @@ def dashboard() -> make.Dashboard:
             "Proposals decided", "Since serving started.", "none",
             ("sum by (outcome) (ratchet_releases_total)", "{{outcome}}"), trend=False, width=6,
         ),
+        lines(
+            "Source of the residency", "Processes by where they know from what is resident: the ledger or, while that "
+            "is away, the node's copy or the artifacts'.", "none",
+            ("count by (source) (ratchet_release_residency_source == 1)", "{{source}}"), stairs=True, width=12,
+        ),
+        lines(
+            "Live adapter cannot be loaded", "1 while an older release answers, because the files of the live adapter "
+            "are gone or damaged.", "none", ("max by (family) (ratchet_release_unservable)", "{{family}}"), stairs=True,
+            width=12,
+        ),
     )  # fmt: skip
     row(
         board,
