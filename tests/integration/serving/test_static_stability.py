@@ -59,7 +59,8 @@ def test_stores_go_and_come_and_the_same_release_answers(own_server: ServerFixtu
     with server.client() as client:
         client.release(first, reason="one")
         client.release(second, reason="two")
-    server.until(lambda: second in residency_path(server.settings.home).read_text())
+    copy = residency_path(server.settings.home)
+    server.until(lambda: copy.is_file() and second in copy.read_text())
 
     # An orderly end under load: every answer that was begun is given.
     statuses: list[int] = []
