@@ -28,7 +28,7 @@ _CLIENT: Final[dict[str, str]] = {
 _SERVER: Final[dict[str, int]] = {
     "lock_timeout": 3_000,
     "statement_timeout": 4_000,
-    "idle_in_transaction_session_timeout": 10_000,
+    "idle_in_transaction_session_timeout": 30_000,
 }
 """Milliseconds. A statement ends on the server before its client gives up, and a frozen client keeps no lock."""
 

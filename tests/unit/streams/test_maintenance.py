@@ -287,7 +287,7 @@ def test_a_ledger_whose_disk_is_full_is_an_outage_and_is_tried_again(
         maintainer = Maintainer(settings, ledger, store)
         with pytest.raises(LedgerUnavailable, match="full") as caught:
             maintainer.run_once()
-        assert "ledger_url" in caught.value.fix
+        assert "Bring the database back" in caught.value.fix
         stopping = threading.Event()
         thread = threading.Thread(target=maintainer.run, args=(stopping,), daemon=True)
         thread.start()
