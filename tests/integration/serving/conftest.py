@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from ops.settings import Serve
 from tests.integration.serving.server_fixture import ServerFixture
-from tests.support.in_process_app import InProcessApp, open_in_process_app
+from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_process_app
 
 
 @pytest.fixture(scope="session")
@@ -57,5 +57,5 @@ def runner() -> Iterator[asyncio.Runner]:
 @pytest.fixture(scope="session")
 def in_process_app(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[InProcessApp, FastAPI]:
     """The application without Ray, with small bounds."""
-    bounds = Serve(max_images=3, max_pixels=100_000, max_image_bytes=100_000, max_texts=8, max_text_chars=200)
+    bounds = Serve(max_images=3, max_pixels=100_000, max_image_bytes=MAX_IMAGE_BYTES, max_texts=8, max_text_chars=200)
     return runner.run(open_in_process_app(tmp_path_factory.mktemp("in_process_app"), bounds))

@@ -12,9 +12,11 @@ from fastapi import FastAPI
 
 from serving.client import data_uri
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
-from tests.support.in_process_app import InProcessApp
+from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp
 
 pytestmark = pytest.mark.integration
+SMALL = [image for image in TAKEN if len(image.data) <= MAX_IMAGE_BYTES]
+LARGE = [image for image in TAKEN if len(image.data) > MAX_IMAGE_BYTES]
 TOO_MUCH = {"image_too_many_pixels", "image_too_large"}
 
 
@@ -42,7 +44,7 @@ def client(runner: asyncio.Runner, in_process_app: tuple[InProcessApp, FastAPI])
     return Client(runner, in_process_app[1])
 
 
-@pytest.mark.parametrize("image", TAKEN, ids=[each.name for each in TAKEN])
+@pytest.mark.parametrize("image", SMALL, ids=[each.name for each in SMALL])
 def test_an_odd_image_is_embedded_as_the_plain_one(client: Client, image: Hostile) -> None:
     found = client.embed(image.data)
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-3)
@@ -50,7 +52,7 @@ def test_an_odd_image_is_embedded_as_the_plain_one(client: Client, image: Hostil
         assert found @ client.embed(PLAIN) > (0.9999 if image.tolerance <= 2 else 0.99)
 
 
-@pytest.mark.parametrize("image", TAKEN, ids=[each.name for each in TAKEN])
+@pytest.mark.parametrize("image", SMALL, ids=[each.name for each in SMALL])
 def test_every_call_takes_it(client: Client, image: Hostile) -> None:
     file = ("photo.txt", image.data, "text/plain")  # neither its name nor its type is believed
     answers = [
@@ -59,6 +61,12 @@ def test_every_call_takes_it(client: Client, image: Hostile) -> None:
         client.post("/v1/vqa", files={"image": file}, data={"question": "what is it?"}),
     ]
     assert [answer.status_code for answer in answers] == [200, 200, 200]
+
+
+@pytest.mark.parametrize("image", LARGE, ids=[each.name for each in LARGE])
+def test_one_that_is_larger_than_the_bound_is_refused_by_its_size(client: Client, image: Hostile) -> None:
+    answer = client.post("/v1/embeddings", json={"input": {"image": data_uri(image.data)}})
+    assert answer.status_code == 413, answer.text
 
 
 @pytest.mark.parametrize("image", REFUSED, ids=[each.name for each in REFUSED])

@@ -207,7 +207,7 @@ def test_an_unreadable_image_names_its_item(home: Path, engine: ClipEngine) -> N
     folder = folder_dataset(home / "data" / "broken", count=4)
     (folder / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     (home / "broken.yaml").write_text("task: retrieval\ndata: ${home}/data/broken\n")
-    with pytest.raises(GateError, match="item 2.png"):
+    with pytest.raises(GateError, match=r"item 2\.png"):
         Scorer(engine).score(load_suites([home / "broken.yaml"], home)[0], None)
 
 
