@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -256,3 +257,16 @@ async def test_a_release_whose_operator_was_told_that_the_ledger_is_away_is_not_
     assert [row.state for row in ledger.pending_proposals()] == ["pending", "pending"]
     assert await protocol.step() is None
     assert ledger.pending_proposals() == [] and ledger.live().number == 2  # type: ignore[union-attr]
+
+
+async def test_a_ledger_that_hangs_refuses_within_a_second(
+    protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(ledger, "live", lambda: hung.wait(30))
+    command = RollbackCommand(actor="ann", reason="bad", expected_live=2)
+    try:
+        with pytest.raises(LedgerUnavailable, match="did not say within"):
+            await protocol.rollback(command)
+    finally:
+        hung.set()
