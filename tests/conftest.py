@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.postgres import postgres
+from benchmarks.fixtures.postgres import postgres
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,9 @@ import httpx
 import pytest
 import yaml
 
+from benchmarks.fixtures.postgres import free_port
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from benchmarks.load import Traffic
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
@@ -26,11 +29,8 @@ from serving.client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore
 from tests.support.kafka import produce
-from tests.support.postgres import free_port
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
 from tests.support.shapes import shapes
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 

@@ -15,6 +15,8 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from benchmarks.fixtures.postgres import free_port
+from benchmarks.fixtures.tiny import tiny_base
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
@@ -24,9 +26,7 @@ from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.uris import UriFetcher
 from streams.writer import StoreWriter
-from tests.support.postgres import free_port
 from tests.support.samples import TOPIC, put, sample
-from tests.support.tiny import tiny_base
 from updater.base import pull_base, push_base
 
 pytestmark = pytest.mark.integration

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic import SecretStr
 
+from benchmarks.fixtures.tiny import tiny_base
 from benchmarks.inputs import pictures
 from ops.access import Access
 from ops.ledger import Ledger
@@ -34,7 +35,6 @@ from serving.releases.types import Outcome, Prepared, Residency
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.support.tiny import tiny_base
 from tests.unit.serving.scripted_vlms import ScriptedVlms
 
 KEY = "operator-key"

@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 import torch
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.settings import Serve
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.support.vlm_reference import Peft, Reference, some_asks
 
 SAFE_MARGIN = 3e-3

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
-from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.gate.command import gate_command, report_command
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError, GateError
 from ops.settings import Gate
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import picture
 from updater.gate import ClipAsker, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
 

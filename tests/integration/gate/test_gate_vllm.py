@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
 from tests.integration.gate.vlm_cases import House, open_house
-from tests.support.tiny_vlm import tiny_vlm_adapter
 
 pytestmark = [
     pytest.mark.integration,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
 from serving.engines.adapters import read_adapter, write_adapter
 from tests.integration.gate.vlm_cases import House, open_house
 from tests.integration.gate.vlm_house import question_table, unknown
-from tests.support.tiny_vlm import tiny_vlm_adapter
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, fresh_suites, write_report
 from updater.gate.open import open_asker

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.artifacts import Artifacts
 from ops.digests import digest_bytes
 from ops.errors import GateError
@@ -23,7 +24,6 @@ from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.vlm_house import encoded, known, unknown, write_questions
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.command import gate_command
 from updater.judge import judge
 

@@ -18,13 +18,13 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.loading import load_settings
 from ops.settings import Settings
 from serving.engines.adapters import write_adapter
 from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
-from tests.support.tiny_vlm import tiny_vlm_base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 NAME = "taught-vlm"

@@ -17,6 +17,8 @@ from typing import Any
 import yaml
 
 from benchmarks.expected import ExpectedVectors
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from benchmarks.inputs import pictures
 from benchmarks.load import Traffic
 from benchmarks.serving.session_processes import engine_pids, session_pids
@@ -31,8 +33,6 @@ from serving.engines.vlm.base import VlmBase
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.support.tiny import tiny_adapter, tiny_base
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXTS = ("a photo of a cat", "a red circle", "an old map", "two birds")

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.digests import digest_bytes
 from ops.loading import load_settings
 from ops.settings import Settings
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
 

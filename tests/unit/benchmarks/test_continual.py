@@ -19,9 +19,9 @@ from benchmarks.continual.plots import all_plots
 from benchmarks.continual.report import _prepared, figures
 from benchmarks.continual.stream import ORDERS, UPDATES
 from benchmarks.continual.table import markdown
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
 from updater.train import Stopped

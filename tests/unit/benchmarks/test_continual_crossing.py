@@ -12,8 +12,8 @@ from benchmarks.continual.asking import Asker, Encoded, Vectors
 from benchmarks.continual.crossing import crossing
 from benchmarks.continual.nearest import nearest_means
 from benchmarks.continual.stream import Stream, Suite
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_base
 from tests.unit.benchmarks.builders import stream
 from tests.unit.updater.builders import pairs
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.lessons import NOTHING, pools
 from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
@@ -17,7 +18,6 @@ from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run
 from updater.gate.score import Scorer

@@ -12,13 +12,13 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli import metrics
 from ops.loading import load_settings
 from ops.settings import Settings
 from serving.app import build
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 
 
 def serve_config(objects: list[dict[str, Any]]) -> ServeDeploySchema:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.fixtures.tiny import tiny_adapter
 from ops.errors import AdapterError
 from serving.engines.adapters import (
     adapter_name,
@@ -20,7 +21,6 @@ from serving.engines.adapters import (
 )
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 

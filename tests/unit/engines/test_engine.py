@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
-from tests.support.tiny import tiny_adapter, tiny_base
 
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]
 

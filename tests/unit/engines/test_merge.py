@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
+from benchmarks.fixtures.tiny import CONFIG
 from ops.errors import AdapterError
 from serving.engines.adapters import (
     AdapterFiles,
@@ -25,7 +26,6 @@ from serving.engines.base import ClipBase, save_base
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import shell_of
-from tests.support.tiny import CONFIG
 
 TEXTS = ["a cat", "two dogs on the beach at night"]
 RESNET: dict[str, Any] = CONFIG | {

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
 from serving.engines.vlm import vllm_start
 from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.open import open_engine
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 
 
 def test_auto_is_vllm_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

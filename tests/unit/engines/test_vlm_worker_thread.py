@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import AdapterError
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, Message
@@ -17,7 +18,6 @@ from serving.engines.vlm.hf_batch import Row, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import end_token
 from serving.errors import EngineDead, InvalidRequest
-from tests.support.tiny_vlm import tiny_vlm_base
 
 TOKENS = 6
 PROMPTS = ["red?", "what is this?", "is there a red car?", "which colour?"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import GateError
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_adapter, tiny_base
 from tests.unit.gate.builders import folder_dataset, sample_rows
 from updater.gate.fresh import fresh_suite
 from updater.gate.score import Scorer

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.generation import question
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from updater.gate.verdict import Check
 from updater.gate.vlm_checks import (
     check_collapse,

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import BENCHMARKS, duty, step
 from benchmarks.duty import Phase
+from benchmarks.fixtures.tiny import tiny_base
 from benchmarks.load import Report, Sample
 from benchmarks.trainer import SAMPLES, prepare_data
 from ops.errors import RatchetError
@@ -17,7 +18,6 @@ from ops.loading import load_settings
 from ops.settings import Settings
 from streams.folders import read_folder
 from streams.store import SampleStore
-from tests.support.tiny import tiny_base
 from tests.unit.gate.builders import folder_dataset
 from updater.recipes import load_recipe
 

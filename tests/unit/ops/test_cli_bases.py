@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli.main import app
 from ops.cli.shipped import make_base_ready
 from ops.errors import RatchetError
 from ops.loading import load_settings
 from serving.engines.base import list_bases
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 
 runner = CliRunner()
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.messages import EncodeRequest, batch_cost
 from serving.replicas.encoder_worker import EncoderWorker
-from tests.support.tiny import tiny_adapter, tiny_base
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Factor, read_delta
 from updater.averaging import Average

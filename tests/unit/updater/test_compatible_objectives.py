@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
 from updater import objectives

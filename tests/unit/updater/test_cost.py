@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import BudgetError
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater.cost import Cost, _peak, counted, measure
 from updater.families.clip.learner import ClipLearner

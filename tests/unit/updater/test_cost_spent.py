@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.cost import counted
 from updater.families.clip.learner import ClipLearner

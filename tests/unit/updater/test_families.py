@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import ConfigError
 from ops.loading import load_settings
 from ops.settings import Settings
 from streams.folders import FolderItem, write_folder
 from streams.store import SampleStore
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import picture, recipe
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of
 from updater.pools import Pair, Question, draw_pools

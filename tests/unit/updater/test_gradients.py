@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import batch, recipe
 from updater.families.clip.learner import ClipLearner
 from updater.gradients import agreement, harmonized_backward, without_conflicts

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
 from serving.engines.adapters import adapter_name, effective_weights
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.linesearch import search
 from updater.recipes import Merge, Recipe, load_recipe

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import TrainingError
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater import train as train_module
 from updater.adapters import Factor, Whole

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.adapters import trainer_encoder
 from updater.recipes import load_recipe, recipe_names

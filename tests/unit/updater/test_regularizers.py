@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
 from updater.regularizers.base import Regularizer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.adapters import effective_weights
 from serving.engines.spaces import tower_of
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.base import ClipBase
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.families.clip.learner import ClipLearner
 from updater.objectives import Features, Texts

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops import metrics
 from serving.client import Client
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import run
 from updater.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies
 

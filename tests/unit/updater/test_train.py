@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import BudgetError, TrainingError
 from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from tests.support.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, pairs, picture, pools, recipe, run
 from updater.adapters import read_delta, trainer_encoder
 from updater.checkpoint import load_checkpoint

@@ -15,7 +15,7 @@ import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 
-from tests.support.tiny import tiny_base
+from benchmarks.fixtures.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater import checkpoint
 from updater.learner import Learner

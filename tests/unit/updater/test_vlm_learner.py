@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import ConfigError
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import inputs
 from streams.images import decode_image
-from tests.support.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
 from updater.adapters import read_delta
 from updater.cost import counted, measure

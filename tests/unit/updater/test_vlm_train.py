@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.fixtures.tiny import tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import BudgetError, ConfigError, TrainingError
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.base import VlmBase
-from tests.support.tiny import tiny_base
-from tests.support.tiny_vlm import tiny_vlm_base
 from tests.unit.updater.builders import LIMITS, pools, question_pools, recipe, run
 from updater.pools import Pools, Question
 from updater.train import Stopped, TrainResult

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.fixtures.tiny import RANK, tiny_adapter, tiny_base
 from ops.errors import AdapterError, ConfigError
 from serving.engines.adapters import effective_weights, read_adapter
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
 from serving.engines.shared_weights import shell_of
-from tests.support.tiny import RANK, tiny_adapter, tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Delta, Factor, LoraModel, WeightModel, Whole, merge, read_delta
 from updater.adapters.kinds import LORA, find, names
