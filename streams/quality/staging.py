@@ -28,8 +28,7 @@ class Staging:
         self._rows = 0
         self._bands = [f"band{number}" for number in range(len(masks))]
         columns = ", ".join(["id BLOB", "position TEXT", "look BLOB", *(f"{band} INTEGER" for band in self._bands)])
-        db.execute("DROP TABLE IF EXISTS temp.staged")
-        db.execute(f"CREATE TEMP TABLE staged ({columns})")
+        db.execute(f"CREATE TEMP TABLE IF NOT EXISTS staged ({columns})")
 
     @property
     def full(self) -> bool:

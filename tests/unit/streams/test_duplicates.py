@@ -351,3 +351,23 @@ def test_a_sample_at_two_positions_is_reported_however_many_are_staged_at_once(
         follow(index, store)
         reports.append(index.settled())
     assert reports == [[(sample(0, 1)["id"], (TOPIC, 1, 5))]] * 2
+
+
+def test_a_reading_that_fails_half_way_leaves_nothing_behind(
+    index: DuplicateIndex, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored(store, 0, 1)
+    batches = module._batches
+
+    def failing(dataset: Any, fragment: Any) -> Iterator[Any]:
+        yield from batches(dataset, fragment)
+        raise StoreUnavailable("away", "wait")
+
+    monkeypatch.setattr(module, "_batches", failing)
+    with pytest.raises(StoreUnavailable):
+        follow(index, store)
+    monkeypatch.setattr(module, "_batches", batches)
+    assert index._db.execute("SELECT name FROM temp.sqlite_master").fetchall() == []
+    follow(index, store)
+    assert (len(index), index.settled()) == (2, [])
+    assert index._db.execute("SELECT count(*) FROM staged").fetchone() == (0,)
