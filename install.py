@@ -59,10 +59,11 @@ def uv_variables(listing: str) -> dict[str, str]:
 def main() -> None:
     """Install."""
     run("pip", "install", "-q", "--disable-pip-version-check", UV)
-    told = {name: value for name, value in uv_variables(run("pip", "config", "list")).items() if name not in os.environ}
+    variables = uv_variables(run("pip", "config", "list"))
+    pip_settings = {name: value for name, value in variables.items() if name not in os.environ}
     uv = Path(sysconfig.get_path("scripts")) / "uv"
     command = [str(uv), "pip", "install", "-q", "--python", sys.executable, "-e", ".[dev]"]
-    sys.exit(subprocess.run(command, env={**os.environ, **told}).returncode)
+    sys.exit(subprocess.run(command, env={**os.environ, **pip_settings}).returncode)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def run(
         server = installation.server()
         with step("starting the server"):
             server.start()
-        images, asked = installation.images, QUESTIONS if vlm_engine else ()
+        images, questions = installation.images, QUESTIONS if vlm_engine else ()
         load = Traffic(
-            server.url, images=images, texts=TEXTS, questions=[(images[0], text) for text in asked],
+            server.url, images=images, texts=TEXTS, questions=[(images[0], text) for text in questions],
             settings=installation.direct, rate=rate, sample_ids=installation.sample_ids,
         )  # fmt: skip
         with load:

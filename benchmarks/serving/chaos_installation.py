@@ -79,8 +79,8 @@ class ChaosInstallation:
         self.ledger = Ledger.open(self.direct.ledger)
         self.images = pictures(IMAGES)
         self.sample_ids = fill_store(self.direct, self.images)
-        made = make_adapters(self.direct, CLIP_ADAPTERS + new_adapters)
-        self.clips, self._new = made[:CLIP_ADAPTERS], made[CLIP_ADAPTERS:]
+        adapters = make_adapters(self.direct, CLIP_ADAPTERS + new_adapters)
+        self.clips, self._new = adapters[:CLIP_ADAPTERS], adapters[CLIP_ADAPTERS:]
         self.vlms = make_vlm_adapters(self.direct, VLM_ADAPTERS) if vlm else []
         self._servers = 0
 

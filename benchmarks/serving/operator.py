@@ -57,8 +57,8 @@ class Operator:
         Args:
             available: since when the ledger answers, by :func:`time.monotonic`.
         """
-        asked, errors, done = time.monotonic(), [], False
-        while not done and time.monotonic() < max(asked, available()) + ROLLBACK_SECONDS:
+        requested_at, errors, done = time.monotonic(), [], False
+        while not done and time.monotonic() < max(requested_at, available()) + ROLLBACK_SECONDS:
             try:
                 with server.client(CALL_SECONDS) as client:
                     client.rollback(f"chaos: {report.state}", timeout=CALL_SECONDS)
@@ -66,7 +66,7 @@ class Operator:
             except RatchetError as error:
                 errors.append(f"{_status(error)}: {str(error)[:300]}")
                 time.sleep(RETRY_SECONDS)
-        seconds = max(0.0, time.monotonic() - max(asked, available()))
+        seconds = max(0.0, time.monotonic() - max(requested_at, available()))
         distinct = tuple(dict.fromkeys(errors))
         report.rollbacks.append(Rollback(seconds, done, distinct))
         if not done or seconds > 1.0:
@@ -76,13 +76,13 @@ class Operator:
 
     def refused(self, server: WholeServer, report: StateReport) -> None:
         """Ask for a rollback while the ledger is away: it must be refused, and at once."""
-        asked, status, message = time.monotonic(), 200, ""
+        requested_at, status, message = time.monotonic(), 200, ""
         try:
             with server.client(REFUSAL_SECONDS) as client:
                 client.rollback(f"chaos: {report.state}", timeout=REFUSAL_SECONDS)
         except RatchetError as error:
             status, message = _status(error), str(error)[:200]
-        report.refusals.append(Refusal(time.monotonic() - asked, status, message))
+        report.refusals.append(Refusal(time.monotonic() - requested_at, status, message))
 
 
 def _status(error: RatchetError) -> int:

@@ -134,9 +134,9 @@ class SchemaRegistry:
             error = self._away[0]
             raise RegistryUnavailable(error.message, error.fix)
         try:
-            made: Decoder | _Refusal = make_decoder(self.client.by_id(number), self.client)
+            decoder: Decoder | _Refusal = make_decoder(self.client.by_id(number), self.client)
         except RecordError as error:
-            made = _Refusal(error, time.monotonic() + REFUSED_SECONDS)
+            decoder = _Refusal(error, time.monotonic() + REFUSED_SECONDS)
         except RegistryUnavailable as error:
             given_up = self._failing.failed(number, error, self._is_up)
             if given_up is None:
@@ -144,7 +144,7 @@ class SchemaRegistry:
                 raise
             return _Refusal(given_up, time.monotonic() + REFUSED_SECONDS)
         self._failing.succeeded(number)
-        return made
+        return decoder
 
     def _is_up(self) -> bool:
         """Whether the registry gives a schema that it gave before."""
