@@ -130,8 +130,7 @@ def rollback(
     with _operator(settings) as client:
         chosen = None if family is None else family.value
         _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
-    if settings.rollout.hold_after_rollback:
-        say("updates wait until `ratchet releases resume`")
+    _say_held(settings)
 
 
 @app.command()
@@ -213,12 +212,19 @@ def _roll_back_offline(
     served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
     families: list[Family] = served if family is None else [family.value]
     row = roll_back_offline(
-        Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live
-    )
+        Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live,
+        hold_after_rollback=settings.rollout.hold_after_rollback,
+    )  # fmt: skip
     typer.echo(
         f"release {row.number} is in the ledger: clip {row.clip or 'base'} vlm {row.vlm or 'base'}; "
         "servers adopt it within seconds of reading the ledger"
     )
+    _say_held(settings)
+
+
+def _say_held(settings: Settings) -> None:
+    if settings.rollout.hold_after_rollback:
+        say("updates wait until `ratchet releases resume`")
 
 
 def _operator(settings: Settings) -> Any:

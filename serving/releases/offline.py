@@ -18,12 +18,14 @@ def roll_back_offline(
     actor: str,
     reason: str,
     expected_live: int | None = None,
+    hold_after_rollback: bool = False,
 ) -> ReleaseRow:
     """Release the adapters of an older release, without asking a replica whether it can load them.
 
     Args:
         families: that are served, or the one that is meant.
         to: number of the release to go back to; None: the newest one that had another adapter.
+        hold_after_rollback: see :attr:`ops.settings.Rollout.hold_after_rollback`.
 
     Raises:
         ReleaseError: there is nothing to go back to.
@@ -42,7 +44,10 @@ def roll_back_offline(
         reason=reason, expected_live=number,
     )  # fmt: skip
     try:
-        row = ledger.commit_release(number + 1, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal.id)
+        row = ledger.commit_release(
+            number + 1, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal.id,
+            hold_after_rollback=hold_after_rollback,
+        )  # fmt: skip
     except ReleaseConflict as conflict:
         ledger.advance_proposal(proposal.id, "failed", str(conflict))
         raise

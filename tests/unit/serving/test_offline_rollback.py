@@ -36,6 +36,12 @@ def test_a_family_that_is_not_named_stays_what_is_live(ledger: Ledger) -> None:
     assert (row.clip, row.vlm) == ("b", None)
 
 
+def test_updates_wait_after_it_as_after_any_rollback_of_an_operator(ledger: Ledger) -> None:
+    roll_back_offline(ledger, ["clip", "vlm"], to=None, actor="ann", reason="r", hold_after_rollback=True)
+    held = ledger.held()
+    assert held is not None and "after the rollback of release 3" in held.reason
+
+
 def test_a_release_that_does_not_exist_or_another_live_one_is_refused(ledger: Ledger) -> None:
     with pytest.raises(ReleaseError, match="release 9 does not exist"):
         roll_back_offline(ledger, ["clip"], to=9, actor="ann", reason="r")
@@ -51,3 +57,4 @@ def test_the_command_needs_no_server(ledger: Ledger, tmp_path: Path) -> None:
     assert "release 4 is in the ledger" in result.output
     live = ledger.live()
     assert live is not None and (live.number, live.clip) == (4, None)
+    assert ledger.held() is not None  # rollout.hold_after_rollback
