@@ -14,6 +14,7 @@ from serving.http.auth import operator
 from serving.http.errors import ApiError
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
+from serving.releases.rollback import ledger_answers
 from serving.releases.types import Outcome
 
 router = APIRouter(tags=["Operations"])
@@ -78,7 +79,8 @@ async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
     state = app_state(request)
     actor = operator(request)
-    live = await _live_number(state)
+    async with ledger_answers():
+        live = await _live_number(state)
     body = await json_body(request, RollbackRequest)
     if body.family == "vlm":
         _needs_vlm(state, "family")

@@ -28,6 +28,10 @@ GRACE_SECONDS = 5.0
 FREE_ROUTES = ("/health/", "/metrics")
 """Take no slot: who looks why the server is busy must get in. Their answers are made once a second for everybody."""
 OPERATOR_ROUTES = "/admin/"
+ROLLBACK_ROUTE = "/admin/v1/rollback"
+"""Has slots of its own: releases that wait for the catalog, and looks at a status that does not come, may hold all
+others.
+"""
 CLOSE = {"Connection": "close"}
 
 
@@ -40,6 +44,7 @@ class RequestBodies:
         self.bytes = SharedBudget(settings.body_budget_bytes, settings.caller_share)
         self.slots = SharedBudget(settings.queue, settings.caller_share)
         self.operator_slots = SharedBudget(settings.operator_queue)
+        self.rollback_slots = SharedBudget(settings.operator_queue)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request when its body is there."""
@@ -51,7 +56,7 @@ class RequestBodies:
         try:
             data = await body.read(receive)
             operator = scope["path"].startswith(OPERATOR_ROUTES)  # a release waits for the catalog, without a bound
-            slots = self.operator_slots if operator else self.slots
+            slots = self._slots_of(scope["path"])
             longest = None if operator else self.settings.deadline_seconds + SEND_SECONDS
             _take_slot(slots, caller)
             try:
@@ -70,6 +75,11 @@ class RequestBodies:
             )(scope, receive, send)  # fmt: skip
         finally:
             body.close()
+
+    def _slots_of(self, path: str) -> SharedBudget:
+        if path == ROLLBACK_ROUTE:
+            return self.rollback_slots
+        return self.operator_slots if path.startswith(OPERATOR_ROUTES) else self.slots
 
 
 class _Body:

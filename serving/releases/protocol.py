@@ -22,7 +22,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Final, TypeVar
 
 from ops import metrics
-from ops.errors import LeaseLost, LedgerUnavailable, RatchetError, ReleaseError
+from ops.errors import LeaseLost, RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.proposals import ENDED
 from ops.ledger.rows import Family, ProposalKind, ProposalRow
@@ -32,15 +32,13 @@ from serving.releases.preparation import Preparation
 from serving.releases.proposal_runner import Lease, ProposalRunner
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.residency import read_residency
-from serving.releases.rollback import RollbackPlan, plan_rollback
+from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
 from serving.releases.types import Adapters, Broadcast, Outcome, Residency, scope_of
 from serving.releases.work import Postponed
 
 Result = TypeVar("Result")
 FOLLOW_SECONDS: Final = 0.25
 """Between two looks at a proposal that another controller carries out."""
-ANSWER_SECONDS: Final = 0.7
-"""For the ledger to say what is live, before a rollback: an operator must not wait for one that hangs."""
 ROLLBACK_THREADS: Final = 2
 """For the ledger calls of rollbacks, which share no thread with anything that may wait."""
 
@@ -163,19 +161,14 @@ class ReleaseProtocol:
         Raises:
             ReleaseError: there is nothing to roll back to.
             ReleaseConflict: something else is live by now.
-            LedgerUnavailable: the ledger is away; without an answer of it this takes :data:`ANSWER_SECONDS`.
+            LedgerUnavailable: the ledger is away; without an answer of it this takes
+                :data:`serving.releases.rollback.ANSWER_SECONDS`.
         """
         began = time.perf_counter()
         async with AsyncExitStack() as committing:
-            try:
-                async with asyncio.timeout(ANSWER_SECONDS):
-                    await committing.enter_async_context(self._runner.committing)
-                    plan = await self._in_thread(self._plan_rollback, command)
-            except TimeoutError:
-                raise LedgerUnavailable(
-                    f"the ledger did not say within {ANSWER_SECONDS:g} s what is live; nothing was changed.",
-                    "What is in service goes on. Ask again when the database is back.",
-                ) from None
+            async with ledger_answers():
+                await committing.enter_async_context(self._runner.committing)
+                plan = await self._in_thread(self._plan_rollback, command)
             if self._runner.work is not None:
                 self._runner.work.stop(command, scope_of(plan.adapters))
             resident = plan.is_resident and await self._is_known(plan.goal["clip"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Final
 
-from ops.errors import LedgerError, ReleaseConflict, ReleaseError
+from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
@@ -14,6 +17,8 @@ from serving.releases.types import Adapters
 from serving.releases.work import Goal
 
 NAMES: Mapping[Family, str] = {"clip": "CLIP", "vlm": "VLM"}
+ANSWER_SECONDS: Final = 0.7
+"""For the ledger to say what is live, before a rollback: an operator must not wait for one that hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,23 @@ class RollbackPlan:
     def is_resident(self) -> bool:
         """Whether replicas keep what it goes back to."""
         return self.goal["clip"] in self.rows.clips and self.goal["vlm"] in self.rows.vlms
+
+
+@asynccontextmanager
+async def ledger_answers() -> AsyncIterator[None]:
+    """Bound what a rollback asks the ledger before it changes anything.
+
+    Raises:
+        LedgerUnavailable: it did not answer within :data:`ANSWER_SECONDS`.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            yield
+    except TimeoutError:
+        raise LedgerUnavailable(
+            f"the ledger did not say within {ANSWER_SECONDS:g} s what is live; nothing was changed.",
+            "What is in service goes on. Ask again when the database is back.",
+        ) from None
 
 
 def plan_rollback(ledger: Ledger, command: RollbackCommand, served: Sequence[Family], size: int) -> RollbackPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -142,3 +143,18 @@ async def test_releases_are_503_while_the_ledger_is_away(closed: AuthApp, keys: 
     closed.ledger = cast(Any, type("Away", (), {"releases": away, "api_keys": keys.ledger.api_keys}))
     app = AuthApp(cast(Any, closed.ledger), closed.settings.home)
     refusal(await app.get("/v1/releases", OPERATOR), 503, "ledger_unavailable")
+
+
+async def test_a_rollback_is_refused_at_once_while_the_ledger_hangs(
+    closed: AuthApp, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr("serving.releases.rollback.ANSWER_SECONDS", 0.01)
+    silent = cast(Any, type("Silent", (), {"live": lambda *_: hung.wait(30), "api_keys": keys.ledger.api_keys}))
+    app = AuthApp(silent, closed.settings.home)
+    try:
+        answer = await app.send("POST", "/admin/v1/rollback", OPERATOR, json={"reason": "r"})
+        refusal(answer, 503, "ledger_unavailable")
+        assert not hung.is_set()
+    finally:
+        hung.set()

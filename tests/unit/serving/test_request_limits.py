@@ -124,6 +124,19 @@ async def test_one_caller_leaves_slots_to_the_others_and_operators_have_their_ow
     assert [await request.status() for request in (others[0], others[2])] == [200, 200]
 
 
+async def test_a_rollback_has_a_slot_while_other_operator_calls_hold_theirs() -> None:
+    echo = EchoApp(waits=True)
+    app = limited(echo, operator_queue=2)
+    calls = [RawRequest(app, "/admin/v1/status", length=0) for _ in range(3)]
+    rollback = RawRequest(app, "/admin/v1/rollback", length=0)
+    for request in (*calls, rollback):
+        request.send_body(b"", more=False)
+    await settled()
+    assert [request.task.done() for request in (*calls, rollback)] == [False, False, True, False]
+    echo.go.set()
+    assert await rollback.status() == 200
+
+
 async def test_an_answer_that_is_not_read_gives_its_slot_back() -> None:
     app = limited(EchoApp(), queue=1, caller_share=1, deadline_seconds=1)
     unread = RawRequest(app, length=0)
