@@ -11,6 +11,10 @@ MAX_FAILURES: Final = 3
 """Failures in a row, small passes with known inputs among them, after which the replica is replaced."""
 PROBE_SECONDS: Final = 10.0
 """How often an idle replica runs a pass of its own."""
+STALL_SECONDS: Final = 30.0
+"""How long a busy replica may be without a pass that works before it runs one of its own. A device that hangs raises
+nothing; a pass behind one that never ends does not end either.
+"""
 PROBE_LIMIT_SECONDS: Final = 20.0
 """Below Serve's own limit for a health check (30 s), so that the reason gets into the log."""
 PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS_STATUS", "CUDNN_STATUS")
@@ -20,7 +24,9 @@ PERSISTENT: Final = ("CUDA error", "CUDA failure", "device-side assert", "CUBLAS
 class ForwardHealth:
     """Counts failures in a row. A request's own fault does not count: a pass with known inputs between them works."""
 
-    def __init__(self) -> None:
+    def __init__(self, stall_seconds: float = STALL_SECONDS) -> None:
+        """``stall_seconds``: longer than any pass that works."""
+        self._stall_seconds = stall_seconds
         self._failures = 0
         self._last_error = ""
         self._broken = ""
@@ -39,7 +45,8 @@ class ForwardHealth:
             self._broken = self._last_error
 
     async def check(self, probe: Callable[[], Awaitable[Any]], busy: bool) -> None:
-        """Run a small pass where none worked lately or the last one failed; a busy replica is tested by its requests.
+        """Run a small pass where none worked lately or the last one failed. A busy replica is tested by its requests,
+        as long as one of them succeeds now and then.
 
         Args:
             probe: runs the pass.
@@ -48,8 +55,8 @@ class ForwardHealth:
         Raises:
             RuntimeError: passes fail again and again, or the device is lost.
         """
-        idle = not busy and time.monotonic() - self._passed_at >= PROBE_SECONDS
-        if not self._broken and (self._failures or idle):
+        due = time.monotonic() - self._passed_at >= (self._stall_seconds if busy else PROBE_SECONDS)
+        if not self._broken and (self._failures or due):
             try:
                 async with asyncio.timeout(PROBE_LIMIT_SECONDS):
                     await probe()

@@ -46,7 +46,7 @@ class VlmReplica:
         await engine.start()
         self.worker = VlmWorker(
             engine, self._adapters, serve.get_replica_context().replica_tag,
-            settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch,
+            settings.serve.rollback_window + INCOMING + LATE, settings.serve.vlm_batch, settings.serve.deadline_seconds,
         )  # fmt: skip
         self._follower = ResidencyFollower("vlm", self._source.read, self._load, self._source.keep)
         try:

@@ -21,7 +21,7 @@ from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
-from serving.replicas.forward_health import ForwardHealth
+from serving.replicas.forward_health import STALL_SECONDS, ForwardHealth
 from serving.replicas.stream_coalescing import coalesce
 
 ROOM_SECONDS = 20.0
@@ -32,10 +32,19 @@ Result = TypeVar("Result")
 class VlmWorker:
     """Answers under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
-    def __init__(self, engine: VlmEngine, artifacts: AdapterFolders, replica: str, places: int, batch: int) -> None:
+    def __init__(
+        self,
+        engine: VlmEngine,
+        artifacts: AdapterFolders,
+        replica: str,
+        places: int,
+        batch: int,
+        deadline_seconds: float = STALL_SECONDS,
+    ) -> None:
         """Args:
         places: adapters that the engine holds at once.
         batch: requests that it answers side by side.
+        deadline_seconds: after which no request is answered any more.
         """
         self.engine = engine
         self.artifacts = artifacts
@@ -51,7 +60,7 @@ class VlmWorker:
         self._inside = 0
         self._prepared: dict[str | None, Prepared] = {}
         self._sweeps: set[asyncio.Task[None]] = set()
-        self._health = ForwardHealth()
+        self._health = ForwardHealth(max(STALL_SECONDS, deadline_seconds))
 
     async def prepare(self, adapter: str | None) -> Prepared:
         """Hold the adapter beside what is served, and answer golden inputs with it. The answer says what is wrong."""
@@ -114,9 +123,9 @@ class VlmWorker:
                         if last is None:
                             metrics.vlm.first_token(time.perf_counter() - began)
                         last = chunk
+                        self._health.succeeded()
                         if chunk.finish:
                             outcome = "ok"
-                            self._health.succeeded()
                         yield chunk
         except EngineDead:
             outcome = "dead"
