@@ -55,6 +55,8 @@ class Encoder:
         self._inside += 1
         self._record_load()
         try:
+            if (refusal := await self.worker.load_missing(adapter)) is not None:
+                return refusal
             answer: EncodeResult = await self.batch(EncodeRequest(kind, payload, adapter, deadline))
             return answer
         finally:

@@ -78,6 +78,15 @@ class EncoderWorker:
         self._prepared[clip] = Prepared(self.replica, clip, spaces.image, spaces.text)
         return self._prepared[clip]
 
+    async def load_missing(self, clip: str | None) -> EncodeResult | None:
+        """Load an adapter that is not resident before a request for it is batched: artifacts that do not answer hold up
+        who asked for it, and not the forward passes of others. Returns the answer where it cannot be loaded.
+        """
+        if clip is None or clip in self.engine.resident:
+            return None
+        prepared = await self.prepare(clip)
+        return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
+
     async def check_health(self) -> None:
         """Raise RuntimeError when forward passes fail again and again; run a small one now and then."""
         await self._health.check(self._probe, busy=self._waiting > 0)

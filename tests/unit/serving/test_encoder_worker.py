@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from pathlib import Path
 
@@ -81,6 +82,28 @@ async def test_an_adapter_that_does_not_exist_fails_only_its_own_items(worker: E
     )
     assert bad.code == "adapter"
     assert good.vectors is not None
+
+
+async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
+    base: ClipBase, artifacts: Artifacts
+) -> None:
+    fetching, answers = threading.Event(), threading.Event()
+
+    class Hanging:
+        def fetch(self, key: str) -> Path:
+            fetching.set()
+            answers.wait(30)
+            return artifacts.fetch(key)
+
+    worker = EncoderWorker(ClipEngine(base), Hanging(), "r1")
+    missing = asyncio.create_task(worker.load_missing("clip-000000000000"))
+    await asyncio.to_thread(fetching.wait, 30)
+    assert await worker.load_missing(None) is None
+    (answer,) = await worker.encode([EncodeRequest("text", ["x"], None, soon())])
+    assert answer.vectors is not None and not missing.done()
+    answers.set()
+    refusal = await missing
+    assert refusal is not None and refusal.code == "adapter" and "is not in" in refusal.error
 
 
 async def test_what_is_late_is_not_computed(worker: EncoderWorker) -> None:
