@@ -11,7 +11,8 @@ Three kinds of callers:
     anonymous    no key; may infer where the server is open (``access.require_keys``), and is nobody elsewhere
 
 Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
-ledger is away, the keys that were read last stay good: an outage of the ledger is none of serving.
+ledger is away, the keys that were read last stay good, also those that a process of this node has read before this one
+began (:mod:`ops.key_copy`): an outage of the ledger is none of serving.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, Protocol
 
 from ops.errors import AccessError, RatchetError
+from ops.key_copy import KeyCopy
 from ops.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
 from ops.ledger.rows import KeyRow, KeyScope
 from ops.settings import Settings
@@ -89,7 +91,11 @@ OPERATOR = Principal("operator", frozenset(SCOPES), "operator")
 class Access:
     """Tells who holds a token. Safe to use from several threads."""
 
-    def __init__(self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
+        copy: KeyCopy | None = None,
+    ) -> None:  # fmt: skip
+        """``copy``: of this node, for a start while the ledger is away."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
         """Whether callers without a key may infer."""
@@ -101,6 +107,7 @@ class Access:
         self._limit = rules.requests_per_minute
         self._operator = settings.operator_key()
         self._ledger = ledger
+        self._copy = copy
         self._clock = clock
         self._keys: dict[str, KeyRow] = {}
         self._read_at = NEVER
@@ -146,11 +153,14 @@ class Access:
 
     def refresh(self) -> None:
         """Read the keys. While another thread does, or the ledger is away, those that were read last stay."""
-        if not self._reading.acquire(blocking=self._read_at == NEVER):
+        first = self._read_at == NEVER
+        if not self._reading.acquire(blocking=first):
             return
         try:
             self._read()
         except RatchetError as error:
+            if first and self._copy is not None:
+                self._keys = {row.id: row for row in self._copy.read()}
             log.warning("the ledger is away, the keys read last stay good: %s", type(error).__name__)
         finally:
             self._reading.release()
@@ -165,6 +175,8 @@ class Access:
             self._current = True
         finally:
             self._read_at = began
+        if self._copy is not None:
+            self._copy.keep(self._keys.values())
         used, self._used = self._used, {}
         last = {key_id: row.last_used_at for key_id, row in self._keys.items()}
         due = {

@@ -9,11 +9,8 @@ used. Every node has one in its home, and the artifacts have a copy.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
@@ -70,17 +67,3 @@ def decode_copy(data: bytes) -> ResidencyCopy:
         return copy
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError) as error:
         raise ReleaseError(f"the copy of the residency cannot be used: {str(error)[:200]}.") from None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file: readers see the old content or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with staging.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)

@@ -11,11 +11,12 @@ from typing import Final, Literal
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.errors import LedgerUnavailable, RatchetError
+from ops.files import replace_file
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.releases.bounded_call import BoundedCall
 from serving.releases.residency import ResidencyRows, read_residency
-from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy, write_file
+from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy
 
 log = logging.getLogger("ratchet.residency")
 Source = Literal["ledger", "file", "artifacts"]
@@ -121,7 +122,7 @@ class ResidencySource:
         self._kept = data
         try:
             if self._read_file() != data:
-                write_file(self._path, data)
+                replace_file(self._path, data)
         except OSError as error:
             log.warning("%s cannot be written: %s", self._path, error)
         self._pending = data

@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
 from ops.access import Access
+from ops.key_copy import KeyCopy, key_copy_path
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.base import base_directory, load_base
@@ -42,6 +43,8 @@ from serving.replicas.vlm_calls import VlmCalls
 
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
+KEYS_SECONDS = 10.0
+"""How often keys are read though nobody calls, so that the node's copy of them is not older than this."""
 
 
 @serve.ingress()
@@ -63,7 +66,7 @@ class Ingress:
         self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
-        self.access = Access(self.ledger, settings)
+        self.access = Access(self.ledger, settings, copy=KeyCopy(key_copy_path(settings.home)))
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._tasks: dict[str, asyncio.Task[None]] = {}
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
@@ -120,8 +123,10 @@ class Ingress:
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
-        """Keeps the follower and the comparisons running."""
-        for name, work in (("follow", self._follow), ("compare", self.shadow_traffic.run)):
+        """Keeps the follower, the comparisons and the copy of the keys running."""
+        for name, work in (
+            ("follow", self._follow), ("compare", self.shadow_traffic.run), ("keys", self._read_keys),
+        ):  # fmt: skip
             if name not in self._tasks or self._tasks[name].done():
                 self._tasks[name] = asyncio.get_running_loop().create_task(work())
 
@@ -142,3 +147,8 @@ class Ingress:
             except Exception as error:  # the ledger or the encoders are away: serve on with what is known
                 log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
             await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _read_keys(self) -> None:
+        while True:
+            await asyncio.to_thread(self.access.refresh)
+            await asyncio.sleep(KEYS_SECONDS)

@@ -10,12 +10,13 @@ import pytest
 from ray import serve
 
 from ops.errors import LedgerUnavailable
+from ops.files import replace_file
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving import app as module
 from serving.app import build, drain, drain_seconds
 from serving.releases.residency import read_residency
-from serving.releases.residency_file import ResidencyCopy, encode_copy, write_file
+from serving.releases.residency_file import ResidencyCopy, encode_copy
 from serving.releases.residency_source import residency_path
 
 
@@ -78,6 +79,6 @@ def test_a_start_without_a_ledger_needs_a_copy_of_the_residency(
     settings = Settings(home=tmp_path, ledger_url="postgresql://nobody@127.0.0.1:1/none")
     with pytest.raises(LedgerUnavailable):
         module._migrate(settings)
-    write_file(residency_path(tmp_path), encode_copy(ResidencyCopy(read_residency(ledger, 2))))
+    replace_file(residency_path(tmp_path), encode_copy(ResidencyCopy(read_residency(ledger, 2))))
     module._migrate(settings)
     assert "starting with release 1, the last known one (file)" in "".join(capsys.readouterr()).replace("\n", " ")

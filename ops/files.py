@@ -1,0 +1,23 @@
+"""Files that are replaced whole: readers see the old content or the new one, also after a crash."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write a file, and its folders where they are missing. Raises OSError; the old content stays then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    staging = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.chmod(mode)
+        staging.replace(path)
+    finally:
+        staging.unlink(missing_ok=True)
