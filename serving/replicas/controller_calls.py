@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from ray.exceptions import RayActorError
@@ -11,13 +12,13 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.errors import RatchetError, ReleaseConflict
 from serving.errors import Unavailable
-from serving.ray.replica_calls import Attempts, queue_full
+from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
 from serving.releases.controller import outcome_of
 from serving.releases.types import Outcome
 
-ROLLBACK_SECONDS: Final = 20.0
-"""How long controllers that die are replaced by others in a rollback's call."""
+CONTROLLER_SECONDS: Final = 20.0
+"""How long controllers that die are replaced by others in one call."""
 LOOK: Final = "Look at what is live (`ratchet releases list`), and ask again."
 
 
@@ -36,7 +37,7 @@ class ControllerCalls:
         """A controller that dies while it carries out a rollback is no reason to wait: another one is asked. What is
         live can only be replaced once, so asking twice does not go back twice.
         """
-        attempts, died = Attempts(ROLLBACK_SECONDS, "release controller"), False
+        attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
         while attempts.left > 0:
             try:
                 result: Outcome | RatchetError = await self.handle.change.remote(command)
@@ -56,9 +57,13 @@ class ControllerCalls:
     async def hold(self, command: HoldingCommand) -> None:
         """See :meth:`serving.releases.controller.ReleaseController.hold`."""
         with metrics.operator.action(command.action):
-            outcome_of(await self.handle.hold.remote(command))
+            outcome_of(await self._asked_again(lambda: self.handle.hold.remote(command)))
 
     async def status(self) -> dict[str, Any]:
         """What the controller does."""
-        status: dict[str, Any] = await self.handle.status.remote()
+        status: dict[str, Any] = await self._asked_again(self.handle.status.remote)
         return status
+
+    async def _asked_again(self, call: Callable[[], Any]) -> Any:
+        """For what may be done twice: a controller that dies is followed by another one."""
+        return await call_replica(call, Attempts(CONTROLLER_SECONDS, "release controller"))

@@ -9,7 +9,7 @@ from ray.serve.handle import DeploymentHandle
 
 from ops.ledger import Ledger
 from ops.settings import Settings
-from serving.ray.replica_calls import call_every_replica
+from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.residency import ResidencyReader
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
@@ -21,7 +21,8 @@ def residency_reader(settings: Settings, ledger: Ledger, encoder: DeploymentHand
     """A reader for one process. ``part``: for the metrics."""
 
     async def prepare(clip: str | None) -> Prepared:
-        answer: Prepared = await encoder.prepare.remote(clip)
+        attempts = Attempts(PREPARE_SECONDS, "encoder")
+        answer: Prepared = await call_replica(lambda: encoder.prepare.remote(clip), attempts, retry_full=True)
         return answer
 
     async def prepare_all(clip: str | None) -> Sequence[Prepared]:

@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError
 
 from ops.errors import ReleaseConflict
 from serving.errors import Unavailable
-from serving.releases.commands import ReleaseCommand, RollbackCommand
+from serving.releases.commands import HoldCommand, ReleaseCommand, RollbackCommand
 from serving.releases.types import Outcome
 from serving.replicas.controller_calls import ControllerCalls
 
@@ -22,13 +22,14 @@ def calls(*results: Any) -> ControllerCalls:
     """Controllers that answer one after the other; an exception is one that dies."""
     left = list(results)
 
-    async def change(command: Any) -> Any:
+    async def change(command: Any = None) -> Any:
         result = left.pop(0)
         if isinstance(result, RayActorError):
             raise result
         return result
 
-    handle: Any = SimpleNamespace(change=SimpleNamespace(remote=change))
+    method = SimpleNamespace(remote=change)
+    handle: Any = SimpleNamespace(change=method, hold=method, status=method)
     return ControllerCalls(handle)
 
 
@@ -45,3 +46,8 @@ async def test_a_release_is_not_asked_for_twice() -> None:
     command = ReleaseCommand(adapters={"clip": "a"}, actor="ann", reason="r", expected_live=2)
     with pytest.raises(Unavailable, match="ended during the call"):
         await calls(RayActorError(), OUTCOME).change(command)
+
+
+async def test_a_hold_and_a_look_at_the_status_are_asked_of_another_controller_when_one_dies() -> None:
+    await calls(RayActorError(), None).hold(HoldCommand(actor="ann", reason="incident"))
+    assert await calls(RayActorError(), {"started": True}).status() == {"started": True}
