@@ -16,6 +16,7 @@ from serving.engines.vlm.base import VlmBase
 from streams.store import SampleStore
 from updater.gate import Verdict, run_gate, write_report
 from updater.gate.open import open_asker
+from updater.recorded import fetch_recorded
 from updater.tuning import tuned_on, update_suites
 
 
@@ -70,9 +71,9 @@ def _gate(
         meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
     with open_asker(settings, base) as asker:
         if update.incumbent:
-            asker.load(update.incumbent, artifacts.fetch(f"adapters/{update.incumbent}"))
+            asker.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
         try:
-            directory = artifacts.fetch(f"adapters/{adapter}")
+            directory = fetch_recorded(artifacts, ledger, adapter)
             meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
             asker.load(adapter, directory, candidate=True)
         except AdapterError as error:

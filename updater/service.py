@@ -32,6 +32,7 @@ from updater.learner import Base
 from updater.pools import draw_pools, mixed_seed
 from updater.process import StopSignal, Waits
 from updater.recipes import Family, Recipe
+from updater.recorded import fetch_recorded
 from updater.result import Limits, TrainResult, cost_of
 from updater.throttle import Throttle, latencies
 from updater.train import train
@@ -230,7 +231,7 @@ class UpdaterService:
             duty_cycle=settings.updater.duty_cycle,
             checkpoint_steps=settings.updater.checkpoint_steps,
         )
-        incumbent = self.artifacts.fetch(f"adapters/{update.incumbent}") if update.incumbent else None
+        incumbent = fetch_recorded(self.artifacts, self.ledger, update.incumbent) if update.incumbent else None
         scored = TuningScores.of(settings, self.store, base, update) if recipe.merge.search else None
         self._throttle.begin()
         with self.stop.training():

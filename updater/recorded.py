@@ -1,0 +1,18 @@
+"""Adapters as the ledger has recorded them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ops.artifacts import Artifacts
+from ops.ledger import Ledger
+
+
+def fetch_recorded(artifacts: Artifacts, ledger: Ledger, adapter: str) -> Path:
+    """A local directory with an adapter whose files have the digest of the ledger; a name is only 48 bits of it.
+
+    Raises:
+        AdapterError: it is not in the artifacts, or is not the one that was recorded.
+        LedgerUnavailable, ArtifactsUnavailable: a store is away.
+    """
+    return artifacts.fetch(f"adapters/{adapter}", ledger.adapter_digests([adapter]).get(adapter))
