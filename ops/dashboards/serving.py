@@ -154,6 +154,10 @@ def dashboard() -> make.Dashboard:
             "are gone or damaged.", "none", ("max by (family) (ratchet_release_unservable)", "{{family}}"), stairs=True,
             width=12,
         ),
+        lines(
+            "What answers", "1 while every ingress gets an answer from it: the CLIP, the VLM, the catalog. Each is "
+            "asked every ten seconds.", "none", ("min by (part) (ratchet_serving_up)", "{{part}}"), stairs=True, width=24,
+        ),
     )  # fmt: skip
     row(
         board,

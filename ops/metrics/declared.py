@@ -38,7 +38,8 @@ LABELS = {
     "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
     "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
     "comparison: agree, differ, failed, dropped",
-    "part": "ingest, maintain, update, ingress, encoder, vlm, catalog, controller",
+    "part": "ingest, maintain, update, ingress, encoder, vlm, catalog, controller; of what an ingress asks: clip, vlm, "
+    "catalog",
     "partition": "partitions of the topic",
     "phase": "prepare, commit, rollback",
     "purpose": "train, gate",
@@ -182,6 +183,10 @@ HTTP_REFUSED = Counter("ratchet_http_refused_total", "Errors answered, by their 
 HTTP_LIMITED = Counter(
     "ratchet_http_rate_limited_total", "Requests over the caller's limit: of a key, by its name, or anonymous.",
     ["caller"],
+)  # fmt: skip
+SERVING_UP = Gauge(
+    "ratchet_serving_up", "Whether a model, or the catalog, answers an ingress (1) or not (0).", ["part"],
+    multiprocess_mode="livemin",
 )  # fmt: skip
 ENCODER_BATCH = Histogram("ratchet_encoder_batch_size", "Items in one forward pass.", ["kind"], buckets=BATCHES)
 ENCODER_SECONDS = Histogram("ratchet_encoder_batch_seconds", "Time of one forward pass.", ["kind"], buckets=SECONDS)

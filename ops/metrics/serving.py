@@ -46,6 +46,11 @@ class http:
         d.HTTP_REFUSED.labels(reason).inc()
 
     @staticmethod
+    def up(part: str, answers: bool) -> None:
+        """Whether ``clip``, ``vlm`` or ``catalog`` answers this ingress."""
+        d.SERVING_UP.labels(part).set(int(answers))
+
+    @staticmethod
     def rate_limited(caller: str) -> None:
         """A caller was over its limit. ``caller`` is the name of a key, which only operators make, or ``anonymous``."""
         d.HTTP_LIMITED.labels(caller).inc()

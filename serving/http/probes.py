@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
+from ops import metrics
 from serving.engines.vlm.generation import PROBE
 from serving.errors import QueueFull
 from serving.http.errors import described
@@ -22,6 +23,8 @@ Part = Literal["clip", "vlm", "catalog"]
 PARTS: tuple[Part, ...] = ("clip", "vlm", "catalog")
 FRESH_SECONDS = 1.0
 PROBE_SECONDS = 10.0
+WATCH_SECONDS = 10.0
+"""How often the metric that says what answers is brought up to date, though nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +65,10 @@ class Probes:
 
     def __init__(self, state: AppState) -> None:
         self._state = state
-        self._recent: dict[Part, Recent[PartState]] = {
-            "clip": Recent(self._clip), "vlm": Recent(self._vlm), "catalog": Recent(self._catalog),
+        self._probe: dict[Part, Callable[[], Awaitable[PartState]]] = {
+            "clip": self._clip, "vlm": self._vlm, "catalog": self._catalog,
         }  # fmt: skip
+        self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
 
     def parts(self) -> tuple[Part, ...]:
         """What is served here."""
@@ -78,6 +82,13 @@ class Probes:
         """State of every part that is served."""
         names = self.parts()
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
+
+    async def watch(self) -> None:
+        """Export for ever what answers. What is asked here is not what callers are told: theirs is no older for it."""
+        while True:
+            for name in self.parts():
+                metrics.http.up(name, (await self._probe[name]()).ready)
+            await asyncio.sleep(WATCH_SECONDS)
 
     async def _clip(self) -> PartState:
         return await self._passed("clip")

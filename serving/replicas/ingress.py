@@ -123,9 +123,10 @@ class Ingress:
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
-        """Keeps the follower, the comparisons and the copy of the keys running."""
+        """Keeps the follower, the comparisons, the copy of the keys and the metric of what answers running."""
         for name, work in (
             ("follow", self._follow), ("compare", self.shadow_traffic.run), ("keys", self._read_keys),
+            ("probe", self.app_state.probes.watch),
         ):  # fmt: skip
             if name not in self._tasks or self._tasks[name].done():
                 self._tasks[name] = asyncio.get_running_loop().create_task(work())

@@ -11,11 +11,13 @@ import httpx
 import pytest
 
 from ops.errors import LedgerUnavailable
+from ops.metrics import declared
 from serving.errors import QueueFull, Unavailable
 from serving.http import probes
 from serving.http.app_state import AppState
 from serving.http.probes import Recent
 from serving.releases.admission import Admission
+from tests.support.waiting import until
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
 from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
 
@@ -118,6 +120,18 @@ async def test_a_value_is_computed_again_when_it_is_old(monkeypatch: pytest.Monk
     assert [await recent.get(), await recent.get()] == [0, 0]
     clock["now"] = 1.0
     assert await recent.get() == 1
+
+
+async def test_what_answers_is_exported_though_nobody_asks() -> None:
+    models = Models(catalog=DEAD)
+    watching = asyncio.create_task(state_of(models, ScriptedVlms(failure=DEAD)).probes.watch())
+
+    def exported() -> dict[str, float]:
+        samples = declared.SERVING_UP.collect()[0].samples
+        return {sample.labels["part"]: sample.value for sample in samples}
+
+    await until(lambda: exported() == {"clip": 1.0, "vlm": 0.0, "catalog": 0.0})
+    watching.cancel()
 
 
 async def test_a_caller_that_leaves_does_not_end_the_probe_of_the_others() -> None:
