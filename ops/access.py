@@ -38,7 +38,7 @@ KEYS_SECONDS = 2.0
 #: A token of an unknown key makes the table be read again, so that a new key works at once; not more often than this.
 NEW_KEY_SECONDS = 0.2
 TOUCH = timedelta(minutes=1)
-MAX_SAID_CHARS = 100
+MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
 _NOBODY = digest_of("")
 
@@ -69,20 +69,20 @@ class Principal:
         """Whether one of the scopes was given."""
         return not self.scopes.isdisjoint(scopes)
 
-    def actor(self, said: str | None = None) -> str:
+    def actor(self, claimed: str | None = None) -> str:
         """The name for the audit log.
 
         A key is ``key:<name>``, whatever the caller says; what he says of himself follows after a slash. Only the
-        holder of the bootstrap key is who he says he is. No said name has a colon, so none can pass for a key's.
+        holder of the bootstrap key is who he says he is. No claimed name has a colon, so none can pass for a key's.
 
         Raises:
-            AccessError: ``said`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
+            AccessError: ``claimed`` is too long, not printable, has a colon, or is the name of a part of Ratchet.
         """
-        said = said and _checked(said)
+        claimed = claimed and _checked(claimed)
         if self.kind == "operator":
-            return said or self.name
+            return claimed or self.name
         own = f"key:{self.name}" if self.kind == "key" else self.name
-        return f"{own}/{said}" if said else own
+        return f"{own}/{claimed}" if claimed else own
 
 
 OPERATOR = Principal("operator", frozenset(SCOPES), "operator")
@@ -193,10 +193,10 @@ def same(given: str, right: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), right.encode("utf-8", "surrogatepass"))
 
 
-def _checked(said: str) -> str:
-    name = unicodedata.normalize("NFKC", said).strip()
-    if not name or len(name) > MAX_SAID_CHARS or not name.isprintable() or ":" in name:
-        raise AccessError(f"an actor is a name of 1 to {MAX_SAID_CHARS} printable characters without a colon.")
+def _checked(claimed: str) -> str:
+    name = unicodedata.normalize("NFKC", claimed).strip()
+    if not name or len(name) > MAX_ACTOR_CHARS or not name.isprintable() or ":" in name:
+        raise AccessError(f"an actor is a name of 1 to {MAX_ACTOR_CHARS} printable characters without a colon.")
     if name.casefold() in RESERVED - {"operator"}:
         raise AccessError(f"{name!r} is a part of Ratchet, not a person.", "Say who you are.")
     return name

@@ -156,7 +156,8 @@ def dashboard() -> make.Dashboard:
         ),
         lines(
             "What answers", "1 while every ingress gets an answer from it: the CLIP, the VLM, the catalog. Each is "
-            "asked every ten seconds.", "none", ("min by (part) (ratchet_serving_up)", "{{part}}"), stairs=True, width=24,
+            "asked every ten seconds.", "none", ("min by (part) (ratchet_serving_up)", "{{part}}"), stairs=True,
+            width=24,
         ),
     )  # fmt: skip
     row(

@@ -36,8 +36,8 @@ class AuditQueries:
         if actor is not None:
             query = query.where(t.Audit.actor == actor)
         with self.database.read() as session:
-            found = session.scalars(query)
-            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in found]
+            rows = session.scalars(query)
+            return [AuditRow(r.id, r.actor, r.action, r.subject, r.detail, r.created_at) for r in rows]
 
 
 def note(session: Session, actor: str, action: str, subject: str, detail: dict[str, Any]) -> None:

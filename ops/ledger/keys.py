@@ -56,8 +56,8 @@ class KeyQueries:
         try:
             with self.database.write() as session:
                 session.add(row)
-                told = {"id": key_id, "scopes": list(chosen), "requests_per_minute": requests_per_minute}
-                note(session, actor, "create key", f"key {name}", told)
+                detail = {"id": key_id, "scopes": list(chosen), "requests_per_minute": requests_per_minute}
+                note(session, actor, "create key", f"key {name}", detail)
                 session.flush()
                 return _row(row), f"{PREFIX}{key_id}_{secret}"
         except IntegrityError:
@@ -96,8 +96,8 @@ class KeyQueries:
 
 def parse_token(token: str) -> tuple[str, str] | None:
     """Id and secret of a token, or None where it is none of ours."""
-    found = TOKEN.fullmatch(token)
-    return None if found is None else (found[1], found[2])
+    match = TOKEN.fullmatch(token)
+    return None if match is None else (match[1], match[2])
 
 
 def digest_of(secret: str) -> str:

@@ -43,9 +43,9 @@ class LearningQueries:
             LedgerError: it is recorded with other spaces or another digest.
         """
         with self.database.write() as session:
-            found = session.get(t.Adapter, name)
-            if found is None:
-                found = t.Adapter(
+            row = session.get(t.Adapter, name)
+            if row is None:
+                row = t.Adapter(
                     name=name,
                     family=family,
                     base=base,
@@ -54,22 +54,22 @@ class LearningQueries:
                     meta=meta,
                     digest=digest,
                 )
-                session.add(found)
+                session.add(row)
                 session.flush()
-            elif (found.base, found.image_space, found.text_space) != (base, image_space, text_space):
+            elif (row.base, row.image_space, row.text_space) != (base, image_space, text_space):
                 raise LedgerError(f"adapter {name!r} is recorded with other spaces.", "A name is never reused.")
-            elif digest is not None and found.digest not in (None, digest):
+            elif digest is not None and row.digest not in (None, digest):
                 raise LedgerError(f"adapter {name!r} is recorded with another digest.", "A name is never reused.")
-            found.digest = found.digest or digest
-            return as_row(AdapterRow, found)
+            row.digest = row.digest or digest
+            return as_row(AdapterRow, row)
 
     def adapter(self, name: str) -> AdapterRow:
         """One adapter. Raises LedgerError when it was never recorded."""
         with self.database.read() as session:
-            found = session.get(t.Adapter, name)
-            if found is None:
+            row = session.get(t.Adapter, name)
+            if row is None:
                 raise LedgerError(f"adapter {name!r} is not in the ledger.", "See `ratchet releases list`.")
-            return as_row(AdapterRow, found)
+            return as_row(AdapterRow, row)
 
     def adapter_digests(self, names: Sequence[str | None]) -> dict[str, str]:
         """SHA-256 of the directories of some adapters, as far as it is recorded."""
@@ -92,15 +92,15 @@ class LearningQueries:
     ) -> UpdateRow:
         """Record that an update started; the same id again returns what is there."""
         with self.database.write() as session:
-            found = session.get(t.Update, update_id)
-            if found is None:
-                found = t.Update(
+            row = session.get(t.Update, update_id)
+            if row is None:
+                row = t.Update(
                     id=update_id, family=family, state="training", recipe=recipe, seed=seed,
                     store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
                 )  # fmt: skip
-                session.add(found)
+                session.add(row)
                 session.flush()
-            return as_row(UpdateRow, found)
+            return as_row(UpdateRow, row)
 
     def advance_update(
         self,
@@ -113,16 +113,16 @@ class LearningQueries:
     ) -> UpdateRow:
         """Move an update on; what is not given stays."""
         with self.database.write() as session:
-            found = _update(session, update_id)
-            found.state = state
-            found.adapter = adapter or found.adapter
-            found.error = error or found.error
+            row = _update(session, update_id)
+            row.state = state
+            row.adapter = adapter or row.adapter
+            row.error = error or row.error
             if cost is not None:
-                found.cost = {**found.cost, **cost}
+                row.cost = {**row.cost, **cost}
             session.flush()
             if adapter is not None:
-                _tell_candidate(session, found)
-            return as_row(UpdateRow, found)
+                _tell_candidate(session, row)
+            return as_row(UpdateRow, row)
 
     def update(self, update_id: str) -> UpdateRow:
         """One update. Raises LedgerError."""
@@ -135,7 +135,7 @@ class LearningQueries:
         if family is not None:
             query = query.where(t.Update.family == family)
         with self.database.read() as session:
-            return [as_row(UpdateRow, found) for found in session.scalars(query)]
+            return [as_row(UpdateRow, row) for row in session.scalars(query)]
 
     def is_finished(self, update_id: str) -> bool:
         """Whether there was such an update, and nothing more will be done about it."""
@@ -147,46 +147,46 @@ class LearningQueries:
         """The update that a killed trainer left behind, if there is one."""
         query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
         with self.database.read() as session:
-            found = session.scalars(query.order_by(t.Update.created_at.desc())).first()
-            return None if found is None else as_row(UpdateRow, found)
+            row = session.scalars(query.order_by(t.Update.created_at.desc())).first()
+            return None if row is None else as_row(UpdateRow, row)
 
     def record_verdict(
         self, update_id: str, adapter: str, outcome: Outcome, report_key: str, summary: dict[str, Any]
     ) -> VerdictRow:
         """Record the gate's verdict; an update has one, and a second call returns the first."""
         with self.database.write() as session:
-            found = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
-            if found is None:
-                found = t.Verdict(
+            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            if row is None:
+                row = t.Verdict(
                     update_id=update_id,
                     adapter=adapter,
                     outcome=outcome,
                     report_key=report_key,
                     summary=summary,
                 )
-                session.add(found)
+                session.add(row)
                 session.flush()
-                _tell_verdict(session, found)
-            return as_row(VerdictRow, found)
+                _tell_verdict(session, row)
+            return as_row(VerdictRow, row)
 
     def verdicts(self, limit: int = 50) -> list[VerdictRow]:
         """The newest verdicts, newest first."""
         with self.database.read() as session:
-            found = session.scalars(select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
-            return [as_row(VerdictRow, row) for row in found]
+            rows = session.scalars(select(t.Verdict).order_by(t.Verdict.id.desc()).limit(limit))
+            return [as_row(VerdictRow, row) for row in rows]
 
     def verdict_of(self, update_id: str) -> VerdictRow | None:
         """The verdict of one update, if there is one."""
         with self.database.read() as session:
-            found = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
-            return None if found is None else as_row(VerdictRow, found)
+            row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
+            return None if row is None else as_row(VerdictRow, row)
 
     def verdict_on(self, adapter: str) -> VerdictRow | None:
         """The newest verdict on an adapter, if anybody judged it."""
         query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
         with self.database.read() as session:
-            found = session.scalars(query).first()
-            return None if found is None else as_row(VerdictRow, found)
+            row = session.scalars(query).first()
+            return None if row is None else as_row(VerdictRow, row)
 
     def looks_since_release(self, family: str) -> int:
         """Verdicts of a family since the last released update: the looks that already spent alpha."""
@@ -203,10 +203,10 @@ class LearningQueries:
 
 
 def _update(session: Session, update_id: str) -> t.Update:
-    found = session.get(t.Update, update_id)
-    if found is None:
+    row = session.get(t.Update, update_id)
+    if row is None:
         raise LedgerError(f"update {update_id!r} is not in the ledger.", "See `ratchet status`.")
-    return found
+    return row
 
 
 def _tell_candidate(session: Session, row: t.Update) -> None:

@@ -87,22 +87,22 @@ class ReleaseQueries:
     def live(self) -> ReleaseRow | None:
         """The live release: the highest number. None before the first start."""
         with self.database.read() as session:
-            found = _live(session)
-            return None if found is None else as_row(ReleaseRow, found)
+            row = _live(session)
+            return None if row is None else as_row(ReleaseRow, row)
 
     def release(self, number: int) -> ReleaseRow:
         """One release. Raises LedgerError."""
         with self.database.read() as session:
-            found = session.get(t.Release, number)
-            if found is None:
+            row = session.get(t.Release, number)
+            if row is None:
                 raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
-            return as_row(ReleaseRow, found)
+            return as_row(ReleaseRow, row)
 
     def releases(self, limit: int = 50) -> list[ReleaseRow]:
         """The newest releases, newest first."""
         with self.database.read() as session:
-            found = session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(limit))
-            return [as_row(ReleaseRow, row) for row in found]
+            rows = session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(limit))
+            return [as_row(ReleaseRow, row) for row in rows]
 
     def before(self, family: Family, adapter: str | None) -> ReleaseRow | None:
         """The newest plain release whose adapter of this family is another one, and was not withdrawn."""
@@ -116,8 +116,8 @@ class ReleaseQueries:
             .limit(1)
         )
         with self.database.read() as session:
-            found = session.scalars(query).first()
-            return None if found is None else as_row(ReleaseRow, found)
+            row = session.scalars(query).first()
+            return None if row is None else as_row(ReleaseRow, row)
 
 
 def _live(session: Session) -> t.Release | None:

@@ -51,9 +51,9 @@ class RolloutQueries:
         stays."""
         with self.database.write() as session:
             for name in names:
-                found = None if name is None else session.get(t.Adapter, name)
-                if found is not None:
-                    found.withdrawn = found.withdrawn or reason
+                row = None if name is None else session.get(t.Adapter, name)
+                if row is not None:
+                    row.withdrawn = row.withdrawn or reason
             detail = {"reason": reason, "adapters": [name for name in names if name is not None], **evidence}
             session.add(t.Audit(actor=actor, action="withdraw", subject=subject, detail=detail))
 
@@ -76,5 +76,5 @@ def _newest_plain(session: Session, before: int | None = None) -> ReleaseRow | N
     query = select(t.Release).where(t.Release.share >= PLAIN).order_by(t.Release.number.desc()).limit(1)
     if before is not None:
         query = query.where(t.Release.number < before)
-    found = session.scalars(query).first()
-    return None if found is None else as_row(ReleaseRow, found)
+    row = session.scalars(query).first()
+    return None if row is None else as_row(ReleaseRow, row)

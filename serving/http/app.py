@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from ops.access import MAX_SAID_CHARS
+from ops.access import MAX_ACTOR_CHARS
 from serving.http import (
     chat,
     classify,
@@ -43,7 +43,7 @@ A server that other machines can reach wants a key: `Authorization: Bearer rk_..
 """
 ACTOR = {
     "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
-    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_SAID_CHARS},
+    "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ACTOR_CHARS},
 }  # fmt: skip
 
 BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")

@@ -135,8 +135,8 @@ def haproxy_binary() -> Path | None:
         bundled = Path(package.origin).parent / "bin" / "haproxy"
         if os.access(bundled, os.X_OK):
             return bundled
-    found = shutil.which("haproxy")
-    return Path(found) if found is not None and sys.platform == "linux" else None
+    binary = shutil.which("haproxy")
+    return Path(binary) if binary is not None and sys.platform == "linux" else None
 
 
 def lock(folder: Path) -> int:

@@ -76,7 +76,7 @@ def proposed_adapters(proposal: ProposalRow) -> Adapters:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """The same with stamps: what replicas are told."""
+    """Resident releases with their embedding spaces: what replicas are told."""
 
     window: tuple[ReleaseSnapshot, ...]
     """Newest first: requests may name these."""

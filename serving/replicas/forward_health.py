@@ -72,5 +72,5 @@ class ForwardHealth:
 
 def is_persistent(error: BaseException) -> bool:
     """Whether the device is lost to this process. A lack of memory passes."""
-    words = str(error)
-    return "out of memory" not in words and any(part in words for part in PERSISTENT)
+    message = str(error)
+    return "out of memory" not in message and any(part in message for part in PERSISTENT)

@@ -45,7 +45,7 @@ MAX_IMAGE_BYTES = 100_000
 
 @dataclass
 class InProcessApp:
-    """Implements what the gateway needs of encoders and operations, and the protocol's fleet."""
+    """Implements what the routes need of encoders and operations, and the protocol's broadcast."""
 
     engine: ClipEngine
     ledger: Ledger

@@ -46,7 +46,7 @@ def fetching(web: WebServer, **more: Any) -> Serve:
 
 
 def serving(settings: Serve) -> tuple[AppState, ScriptedVlms]:
-    """A gateway whose fetcher finds every name on loopback."""
+    """An application whose fetcher finds every name on loopback."""
 
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]
