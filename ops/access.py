@@ -11,8 +11,8 @@ Three kinds of callers:
     anonymous    no key; may infer where the server is open (``access.require_keys``), and is nobody elsewhere
 
 Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
-ledger is away, the keys that were read last stay good, also those that a process of this node has read before this one
-began (:mod:`ops.key_copy`): an outage of the ledger is none of serving.
+ledger is away, the keys that were read last stay good; a process that starts then takes those of a copy: an outage of
+the ledger is none of serving.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ import logging
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal, Protocol
 
 from ops.errors import AccessError, RatchetError
-from ops.key_copy import KeyCopy
 from ops.ledger.keys import PREFIX, RESERVED, SCOPES, digest_of, parse_token
 from ops.ledger.rows import KeyRow, KeyScope
 from ops.settings import Settings
@@ -93,9 +92,9 @@ class Access:
 
     def __init__(
         self, ledger: Keys, settings: Settings, clock: Callable[[], float] = time.monotonic,
-        copy: KeyCopy | None = None,
+        recall: Callable[[], Sequence[KeyRow]] = tuple,
     ) -> None:  # fmt: skip
-        """``copy``: of this node, for a start while the ledger is away."""
+        """``recall``: keys of a copy, for a start while the ledger is away."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
         """Whether callers without a key may infer."""
@@ -107,7 +106,7 @@ class Access:
         self._limit = rules.requests_per_minute
         self._operator = settings.operator_key()
         self._ledger = ledger
-        self._copy = copy
+        self._recall = recall
         self._clock = clock
         self._keys: dict[str, KeyRow] = {}
         self._read_at = NEVER
@@ -151,6 +150,10 @@ class Access:
         parsed = parse_token(token or "")
         return parsed is not None and parsed[0] not in self._keys and not self._current
 
+    def current(self) -> list[KeyRow] | None:
+        """The keys, where the last reading of the ledger succeeded."""
+        return list(self._keys.values()) if self._current else None
+
     def refresh(self) -> None:
         """Read the keys. While another thread does, or the ledger is away, those that were read last stay."""
         first = self._read_at == NEVER
@@ -159,8 +162,8 @@ class Access:
         try:
             self._read()
         except RatchetError as error:
-            if first and self._copy is not None:
-                self._keys = {row.id: row for row in self._copy.read()}
+            if first:
+                self._keys = {row.id: row for row in self._recall()}
             log.warning("the ledger is away, the keys read last stay good: %s", type(error).__name__)
         finally:
             self._reading.release()
@@ -175,8 +178,6 @@ class Access:
             self._current = True
         finally:
             self._read_at = began
-        if self._copy is not None:
-            self._copy.keep(self._keys.values())
         used, self._used = self._used, {}
         last = {key_id: row.last_used_at for key_id, row in self._keys.items()}
         due = {

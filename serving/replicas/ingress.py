@@ -14,7 +14,6 @@ from ray.serve.handle import DeploymentHandle
 
 from ops import metrics
 from ops.access import Access
-from ops.key_copy import KeyCopy, key_copy_path
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.base import base_directory, load_base
@@ -37,6 +36,7 @@ from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.catalog_calls import CatalogCalls
 from serving.replicas.controller_calls import ControllerCalls
 from serving.replicas.encoder_calls import EncoderCalls
+from serving.replicas.key_copy import KeyCopy
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
 from serving.replicas.residency_reader import residency_reader
 from serving.replicas.vlm_calls import VlmCalls
@@ -44,7 +44,7 @@ from serving.replicas.vlm_calls import VlmCalls
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
-"""How often keys are read though nobody calls, so that the node's copy of them is not older than this."""
+"""How often keys are read though nobody calls, so that the copies of them are not older than this."""
 
 
 @serve.ingress()
@@ -66,7 +66,8 @@ class Ingress:
         self.residency_reader = residency_reader(settings, self.ledger, encoder, "ingress")
         base = load_base(settings.home, settings.base.clip)
         self.admission = Admission()
-        self.access = Access(self.ledger, settings, copy=KeyCopy(key_copy_path(settings.home)))
+        self.key_copy = KeyCopy.of(settings)
+        self.access = Access(self.ledger, settings, recall=self.key_copy.read)
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._tasks: dict[str, asyncio.Task[None]] = {}
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
@@ -152,4 +153,6 @@ class Ingress:
     async def _read_keys(self) -> None:
         while True:
             await asyncio.to_thread(self.access.refresh)
+            if (keys := self.access.current()) is not None:
+                await asyncio.to_thread(self.key_copy.keep, keys)
             await asyncio.sleep(KEYS_SECONDS)

@@ -14,7 +14,6 @@ import pytest
 from ops import access as module
 from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principal
 from ops.errors import AccessError, LedgerUnavailable
-from ops.key_copy import KeyCopy, key_copy_path
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Serve, Settings
 
@@ -47,12 +46,7 @@ class House:
         self.away = False
         self.reads = 0
         self.clock = Clock()
-        self.copy = key_copy_path(home)
-        self.access = self.start()
-
-    def start(self) -> Access:
-        """The access of a process that begins now."""
-        return Access(self, self.settings, self.clock, KeyCopy(self.copy))
+        self.access = Access(self, self.settings, self.clock)
 
     def api_keys(self) -> list[KeyRow]:
         self.reads += 1
@@ -142,39 +136,15 @@ def test_a_new_key_works_at_once_and_made_up_ones_do_not_flood_the_ledger(house:
     assert house.reads == before
 
 
-def test_a_process_that_starts_while_the_ledger_is_away_knows_the_keys_of_its_node(house: House) -> None:
-    token, leaver = house.key("ann", "infer", limit=60), house.key("leaver")
-    house.access.identify(token)
-    house.ledger.revoke_key("leaver", actor="t", reason="left")
-    house.clock.now += KEYS_SECONDS
-    assert house.access.identify(leaver) is None
+def test_a_copy_counts_only_until_the_ledger_was_read(house: House) -> None:
+    token, recalled = house.key("ann"), house.ledger.api_keys()
+    house.ledger.revoke_key("ann", actor="t", reason="left")
     house.away = True
-    again = house.start()
-    assert again.identify(token) == house.access.identify(token)
-    for stranger in (leaver, f"rk_ffffffff_{'0' * 64}"):
-        assert again.identify(stranger) is None and again.unread(stranger)
-    assert again.identify(token[:-1] + ("0" if token[-1] != "0" else "1")) is None
+    access = Access(house, house.settings, house.clock, recall=lambda: recalled)
+    assert access.identify(token) is not None and access.current() is None
     house.away = False
-    fresh = house.key("new")
     house.clock.now += KEYS_SECONDS
-    assert again.identify(fresh) is not None
-
-
-def test_the_copy_of_the_keys_has_no_secret_and_is_its_owners(house: House) -> None:
-    token = house.key("ann")
-    house.access.identify(token)
-    assert house.copy.stat().st_mode & 0o777 == 0o600
-    assert token.split("_")[2] not in house.copy.read_text()
-
-
-@pytest.mark.parametrize("data", [b"", b"null", b"[]", b"\xff", b'{"format": 1, "sha256": "", "keys": []}', None])
-def test_a_copy_of_the_keys_that_was_changed_names_nobody(house: House, data: bytes | None) -> None:
-    token = house.key("ann")
-    house.access.identify(token)
-    changed = house.copy.read_text().replace('"infer"', '"operate"').encode()
-    house.copy.write_bytes(changed if data is None else data)
-    house.away = True
-    assert house.start().identify(token) is None
+    assert access.identify(token) is None and access.current() == []
 
 
 def test_keys_stay_good_while_the_ledger_is_away(house: House) -> None:
