@@ -16,7 +16,7 @@ from serving.releases.commands import RollbackCommand
 from serving.releases.types import Outcome, Prepared
 
 log = logging.getLogger("ratchet.fallback")
-CHECK_SECONDS: Final = 10.0
+CHECK_SECONDS: Final = 2.0
 ANSWER_SECONDS: Final = 30.0
 """For all replicas to say whether they hold an adapter. One that is starting is no reason to wait: the next check asks
 again."""

@@ -109,6 +109,8 @@ def test_search_by_text_and_image_with_filters(server: ServerFixture) -> None:
         assert client.search(text="anything", source=["o'reilly'; --"]) == []
         image = client.sample_image(maps[0]["id"], size=64)
         assert Image.open(io.BytesIO(image)).format == "PNG"
+        shown = httpx.get(f"{server.url}/v1/samples/{maps[0]['id']}/image", trust_env=False, timeout=20)
+        assert shown.headers["cache-control"] == "private, no-store"
         found = client.search(image=server.images[0], k=1)
         assert found[0]["score"] == pytest.approx(1.0, abs=1e-3)  # the first sample is this very picture
 
