@@ -52,7 +52,8 @@ class Encoders(Protocol):
 class Vlms(Protocol):
     """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the snapshot's VLM adapter.
 
-    Deadlines are seconds since the epoch. All raise QueueFull, DeadlineExceeded, Unavailable and InvalidRequest.
+    Deadlines are on the monotonic clock of this process. All raise QueueFull, DeadlineExceeded, Unavailable and
+    InvalidRequest.
     """
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
@@ -200,8 +201,8 @@ class AppState:
             self.admission.failed(snapshot.release)
 
     def deadline(self) -> float:
-        """When an answer to a request that comes now is too late; seconds since the epoch."""
-        return time.time() + self.settings.deadline_seconds
+        """When an answer to a request that comes now is too late; on the monotonic clock, which nobody sets."""
+        return time.monotonic() + self.settings.deadline_seconds
 
     def check_texts(self, texts: list[str], param: str, most: int | None = None) -> None:
         """Refuse too many, too long or empty texts."""

@@ -29,7 +29,7 @@ async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterat
 
     Args:
         receive: the request's ASGI channel; nobody else may read from it meanwhile.
-        deadline: seconds since the epoch.
+        deadline: on the monotonic clock.
 
     Raises:
         DeadlineExceeded: the deadline passed.
@@ -47,7 +47,7 @@ async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterat
         here.cancel()
 
     watcher = asyncio.create_task(watch())
-    limit = asyncio.timeout(deadline - time.time())
+    limit = asyncio.timeout(deadline - time.monotonic())
     try:
         async with limit:
             yield

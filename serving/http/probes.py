@@ -104,7 +104,7 @@ class Probes:
         snapshot = state.admission.live
         if snapshot is None:
             return PartState(False, "no release is live yet.")
-        deadline = time.time() + PROBE_SECONDS
+        deadline = time.monotonic() + PROBE_SECONDS
         if name == "clip":
             work: Awaitable[object] = state.encoders.encode("text", ["alive"], snapshot, deadline)
         else:

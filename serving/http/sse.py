@@ -55,7 +55,7 @@ class EventStream(Response):
     Args:
         events: whole events; several may come at once. What it raises is sent as the last event.
         held: closed when the stream ends, however it ends.
-        deadline: seconds since the epoch.
+        deadline: on the monotonic clock.
         failed: told what ``events`` raised.
     """
 

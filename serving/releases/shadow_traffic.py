@@ -236,7 +236,7 @@ class ShadowTraffic:
             raise _Dropped
         try:
             return await call(
-                self._vlms, ReleaseSnapshot(row.number, row.clip, "", "", row.vlm), time.time() + self._seconds
+                self._vlms, ReleaseSnapshot(row.number, row.clip, "", "", row.vlm), time.monotonic() + self._seconds
             )
         except AdapterUnservable:
             raise

@@ -34,7 +34,7 @@ class EncoderCalls:
         """Vectors of all items (uint8 [n, S, S, 3], or n texts), every one by the snapshot's adapter.
 
         Args:
-            deadline: seconds since the epoch.
+            deadline: on the monotonic clock.
 
         Raises:
             QueueFull, DeadlineExceeded, Unavailable.
@@ -53,7 +53,7 @@ class EncoderCalls:
         return _join(answers)
 
     async def _one(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        attempts = Attempts(deadline - time.time(), "encoder", "Send fewer items, or try again later.")
+        attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
         result: EncodeResult = await call_replica(call, attempts)
         for _ in range(OTHER_TRIES):

@@ -38,7 +38,7 @@ class VlmCalls:
         """The whole answer, by the snapshot's adapter.
 
         Args:
-            deadline: seconds since the epoch.
+            deadline: on the monotonic clock.
 
         Raises:
             InvalidRequest, QueueFull, DeadlineExceeded, Unavailable.
@@ -109,7 +109,7 @@ class VlmCalls:
 
 
 def _attempts(deadline: float) -> Attempts:
-    return Attempts(deadline - time.time(), "VLM", "Ask for fewer tokens, or try again later.")
+    return Attempts(deadline - time.monotonic(), "VLM", "Ask for fewer tokens, or try again later.")
 
 
 async def _ask(call: Callable[[], Any], attempts: Attempts, snapshot: ReleaseSnapshot) -> Any:

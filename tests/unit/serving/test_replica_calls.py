@@ -16,6 +16,7 @@ from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.catalog_calls import CatalogCalls
 from serving.replicas.encoder_calls import EncoderCalls
+from tests.unit.serving.scripted_vlms import app_state
 from tests.unit.serving.test_vlm_calls import Handle, never
 
 SNAPSHOT = ReleaseSnapshot(3, "clip-a", "i", "t")
@@ -71,13 +72,13 @@ async def test_an_encoders_refusal_is_raised(code: str, error: type[Exception]) 
     refusals = [[EncodeResult(None, "clip-a", code=code, error="why")] for _ in range(3)]
     calls = EncoderCalls(Handle(*refusals), 16)  # type: ignore[arg-type]
     with pytest.raises(error):
-        await calls.encode("text", ["a"], SNAPSHOT, time.time() + 60)
+        await calls.encode("text", ["a"], SNAPSHOT, time.monotonic() + 60)
 
 
 @pytest.mark.parametrize("code", ["adapter", "failed"])
 async def test_an_encoder_that_cannot_do_it_is_followed_by_another_one(code: str) -> None:
     handle = Handle([EncodeResult(None, "clip-a", code=code, error="why")], [EncodeResult(VECTOR, "clip-a")])
-    result = await EncoderCalls(handle, 16).encode("text", ["a"], SNAPSHOT, time.time() + 60)  # type: ignore[arg-type]
+    result = await EncoderCalls(handle, 16).encode("text", ["a"], SNAPSHOT, time.monotonic() + 60)  # type: ignore[arg-type]
     assert result.vectors is VECTOR
 
 
@@ -85,7 +86,7 @@ async def test_items_of_a_large_request_are_joined_in_order() -> None:
     results = [[EncodeResult(VECTOR * number, "clip-a", tokens=2)] for number in range(3)]
     handle = Handle(*results)
     calls = EncoderCalls(handle, max_batch=2)  # type: ignore[arg-type]
-    joined = await calls.encode("image", np.zeros((3, 1, 1, 3), np.uint8), SNAPSHOT, time.time() + 60)
+    joined = await calls.encode("image", np.zeros((3, 1, 1, 3), np.uint8), SNAPSHOT, time.monotonic() + 60)
     assert joined.vectors is not None
     assert (joined.vectors[:, 0].tolist(), joined.tokens) == ([0.0, 1.0, 2.0], 6)
 
@@ -97,5 +98,13 @@ async def test_a_search_is_asked_again_when_the_catalog_is_replaced() -> None:
 
 async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> None:
     handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
-    await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, time.time() + 60)
+    await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, time.monotonic() + 60)
     assert 0 < handle.asked[0][-1] <= 60
+
+
+async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    deadline = app_state(None).deadline()
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
+    result = await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, deadline)
+    assert result.vectors is VECTOR

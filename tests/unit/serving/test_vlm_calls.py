@@ -77,7 +77,7 @@ class Handle:
 
 
 def soon() -> float:
-    return time.time() + 60
+    return time.monotonic() + 60
 
 
 async def texts(calls: VlmCalls, deadline: float | None = None) -> list[str]:
@@ -162,7 +162,7 @@ async def test_after_the_deadline_it_is_late_or_says_what_went_wrong(stream: boo
     async def go(*scripts: list[Any]) -> Handle:
         handle = Handle(*scripts)
         calls = VlmCalls(handle, limit=8)  # type: ignore[arg-type]
-        end = time.time() + 0.1
+        end = time.monotonic() + 0.1
         await (texts(calls, end) if stream else calls.reply(ASK, SNAPSHOT, end))
         return handle
 
