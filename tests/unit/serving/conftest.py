@@ -22,6 +22,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keys]:
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A busy machine may read a ledger for longer than a server waits for it."""
     monkeypatch.setattr("serving.http.auth.READ_SECONDS", 60.0)
+    monkeypatch.setattr("serving.releases.rollback.ANSWER_SECONDS", 60.0)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from ops.errors import LedgerUnavailable, ReleaseConflict, ReleaseError
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
+from serving.releases import rollback
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -21,6 +22,8 @@ from serving.releases.types import Outcome, Prepared, Residency
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast
 
+ANSWER_SECONDS = rollback.ANSWER_SECONDS
+"""As it is outside of tests."""
 MOST_SECONDS = 5.0
 """Alone it takes 10 ms, and half a second where replicas do not answer; the machine of a test may be busy."""
 
@@ -263,6 +266,7 @@ async def test_a_ledger_that_hangs_refuses_within_a_second(
     protocol: ReleaseProtocol, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hung = threading.Event()
+    monkeypatch.setattr(rollback, "ANSWER_SECONDS", ANSWER_SECONDS)
     monkeypatch.setattr(ledger, "live", lambda: hung.wait(30))
     command = RollbackCommand(actor="ann", reason="bad", expected_live=2)
     try:
