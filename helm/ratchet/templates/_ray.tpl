@@ -14,10 +14,18 @@
   value: none
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
+- name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds
+  value: {{ include "ratchet.drainSeconds" . | quote }}
 - name: PROMETHEUS_MULTIPROC_DIR
   value: /run/ratchet/metrics
 - name: OMP_NUM_THREADS
   value: {{ dig "serve" "encoder_threads" 1 .Values.settings | int | quote }}
+{{- end -}}
+
+{{/* How long a node that ends (SIGTERM) may take. Serve stops its replicas a request's deadline and 5 s before this is
+over, or when their successors run elsewhere, which takes encoders half a minute and a VLM one or two. */}}
+{{- define "ratchet.drainSeconds" -}}
+{{- add (dig "serve" "deadline_seconds" 30 .Values.settings | ceil | int) 120 -}}
 {{- end -}}
 
 {{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
@@ -32,7 +40,7 @@ metadata:
     checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
 spec:
   {{- include "ratchet.podSpec" (list $top $part $values) | nindent 2 }}
-  terminationGracePeriodSeconds: 60
+  terminationGracePeriodSeconds: {{ add (include "ratchet.drainSeconds" $top | int) 15 }}
   shareProcessNamespace: true # the exporter asks whether the processes that wrote metrics still live
   initContainers:
     {{- include "ratchet.bases" (list $top "serving") | nindent 4 }}

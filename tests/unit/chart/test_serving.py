@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from ray._private import ray_constants
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
@@ -17,7 +18,7 @@ from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli import metrics
 from ops.loading import load_settings
 from ops.settings import Settings
-from serving.app import build
+from serving.app import build, drain_seconds
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
 
 
@@ -165,3 +166,20 @@ def test_the_exporter_reads_the_folder_that_the_replicas_write_into(name: str, t
         command = typer.main.get_command(metrics.app)
         parsed = command.commands["serve"].make_context("serve", words).params  # type: ignore[attr-defined]
         assert parsed == {"folder": tmp_path, "port": exporter["ports"][0]["containerPort"], "host": "0.0.0.0"}
+
+
+@pytest.mark.parametrize("deadline", [30, 600.5])
+def test_a_node_that_ends_has_time_to_start_successors_and_to_finish_what_is_in_flight(
+    deadline: float, tmp_path: Path
+) -> None:
+    objects = render(profile("cpu"), {"settings": {"serve": {"deadline_seconds": deadline}}})
+    in_flight = drain_seconds(settings_of(objects, tmp_path))
+    for component, pod in pods(objects):
+        if not component.startswith("serving"):
+            continue
+        ray = next(each for each in pod["spec"]["containers"] if each["name"] == "ray")
+        variables = {each["name"]: each.get("value") for each in ray["env"]}
+        drain = int(variables["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert drain >= in_flight + 60  # Serve stops replicas that long before the end of the drain
+        assert pod["spec"]["terminationGracePeriodSeconds"] > drain
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")  # Ray reads the variable of this name
