@@ -1,15 +1,10 @@
-"""An ingest that ends itself with SIGKILL at a chosen point: ``python -m tests.support.mortal_ingest SETTINGS POINT``.
-
-SETTINGS is a JSON file. POINT is one of :data:`POINTS`, or ``never``.
-"""
+"""An ingest that ends itself with SIGKILL at a chosen point."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 from ops.settings import Settings
@@ -72,13 +67,8 @@ POINTS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> None:
-    """Run until killed or asked to stop."""
-    settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
-    if sys.argv[2] != "never":
-        POINTS[sys.argv[2]]()
+def run(settings: Settings, point: str) -> None:
+    """Run until killed or asked to stop. ``point``: one of :data:`POINTS`, or ``never``."""
+    if point != "never":
+        POINTS[point]()
     run_ingest(settings)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,17 +1,14 @@
 """A publisher of events that kills or stops itself at a chosen point, for the tests of the outbox.
 
-``python -m tests.support.mortal_publisher SETTINGS POINT kill|stop``; SETTINGS is a JSON file, POINT one of
-:data:`POINTS`. Its lease runs out at once, so that another publisher need not wait for it. After a stop it goes on.
+Its lease runs out at once, so that another publisher need not wait for it. After a stop it goes on.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from kafka import KafkaProducer
@@ -41,16 +38,11 @@ def interrupt(kind: type, name: str, number: signal.Signals) -> None:
     setattr(kind, name, call)
 
 
-def main() -> None:
-    """Publish what waits, twice."""
-    settings = Settings.model_validate_json(Path(sys.argv[1]).read_text())
+def run(settings: Settings, point: str, number: signal.Signals) -> None:
+    """Publish what waits, twice. ``point``: one of :data:`POINTS`. ``number``: SIGKILL or SIGSTOP."""
     publisher = EventPublisher(settings, Ledger.open(settings.ledger), lease_seconds=0)
     publisher._outbox.sender._seconds = 3.0
-    interrupt(*POINTS[sys.argv[2]], signal.SIGKILL if sys.argv[3] == "kill" else signal.SIGSTOP)
+    interrupt(*POINTS[point], number)
     for _ in range(2):
         with suppress(BrokerError):
             print(publisher.publish_pending(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

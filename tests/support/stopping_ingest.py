@@ -1,14 +1,10 @@
-"""An ingest that stops itself once (SIGSTOP) at a chosen point, and goes on from there when it is continued:
-``python -m tests.support.stopping_ingest SETTINGS POINT``. SETTINGS is a JSON file, POINT one of :data:`POINTS`.
-"""
+"""An ingest that stops itself once (SIGSTOP) at a chosen point, and goes on from there when it is continued."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ops.settings import Settings
@@ -41,11 +37,7 @@ POINTS: dict[str, tuple[type, str]] = {
 }
 
 
-def main() -> None:
-    """Run until asked to stop."""
-    asleep_before(*POINTS[sys.argv[2]])
-    run_ingest(Settings.model_validate_json(Path(sys.argv[1]).read_text()))
-
-
-if __name__ == "__main__":
-    main()
+def run(settings: Settings, point: str) -> None:
+    """Run until asked to stop. ``point``: one of :data:`POINTS`."""
+    asleep_before(*POINTS[point])
+    run_ingest(settings)

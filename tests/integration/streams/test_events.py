@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -23,9 +22,10 @@ from ops.metrics import declared
 from ops.settings import Settings
 from streams.events import EventPublisher
 from streams.read_back import read_back
+from tests.support import mortal_publisher
 from tests.support.broker import Broker
+from tests.support.forked import ForkedProcess
 from tests.support.kafka import wait_for
-from tests.support.mortal_publisher import POINTS
 from tests.support.pages import ROOT, Page
 
 pytestmark = pytest.mark.integration
@@ -68,12 +68,8 @@ def check(settings: Settings, ledger: Ledger, count: int) -> None:
     assert {row.event_id: (row.partition, row.offset) for row in ledger.events(1000)} == places
 
 
-def start(settings: Settings, point: str, how: str) -> subprocess.Popen[bytes]:
-    file = settings.home / "settings.json"
-    file.write_text(settings.model_dump_json())
-    command = [sys.executable, "-m", "tests.support.mortal_publisher", str(file), point, how]
-    with (settings.home / "publisher.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+def start(settings: Settings, point: str, number: signal.Signals) -> ForkedProcess:
+    return ForkedProcess(settings.home / "publisher.log", mortal_publisher.run, settings, point, number)
 
 
 def test_a_release_becomes_a_cloud_event(settings: Settings, ledger: Ledger, publisher: EventPublisher) -> None:
@@ -106,32 +102,32 @@ def test_more_events_than_one_transaction_takes_are_published_in_order(
     check(settings, ledger, 24)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", mortal_publisher.POINTS)
 def test_what_a_killed_publisher_left_is_published_once(
     settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
 ) -> None:
     record(ledger, *range(5))
-    assert start(settings, point, "kill").wait(60) == -signal.SIGKILL, (settings.home / "publisher.log").read_text()
+    killed = start(settings, point, signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL, killed.output()
     assert ledger.count_waiting_events() == 5
     record(ledger, 5)
     publisher.publish_pending()
     check(settings, ledger, 6)
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", mortal_publisher.POINTS)
 def test_a_publisher_that_slept_while_another_took_over_sends_nothing_twice(
     settings: Settings, ledger: Ledger, publisher: EventPublisher, point: str
 ) -> None:
     record(ledger, *range(5))
-    process = start(settings, point, "stop")
+    process = start(settings, point, signal.SIGSTOP)
     try:
-        state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        assert state is not None and state.si_code == os.CLD_STOPPED, (settings.home / "publisher.log").read_text()
+        process.wait_until_stopped()
         record(ledger, 5)
         publisher.publish_pending()
         check(settings, ledger, 6)
         process.send_signal(signal.SIGCONT)
-        assert process.wait(60) == 0, (settings.home / "publisher.log").read_text()
+        assert process.wait(60) == 0, process.output()
     finally:
         process.kill()
     record(ledger, 6)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +12,10 @@ import pytest
 
 from ops.settings import Settings
 from streams.store import SampleStore
+from tests.support import mortal_ingest
 from tests.support.broker import Broker
+from tests.support.forked import ForkedProcess
 from tests.support.kafka import Message, Place, good, make_topics, produce, quarantined_places, wait_for
-from tests.support.mortal_ingest import POINTS
 
 pytestmark = pytest.mark.integration
 
@@ -41,14 +40,11 @@ def messages() -> list[Message]:
     return [*made, good(0)]
 
 
-def start(settings: Settings, point: str) -> subprocess.Popen[bytes]:
+def start(settings: Settings, point: str) -> ForkedProcess:
     """One life. Its group is new each time, so that it need not wait until Kafka has noticed the death before."""
     own = settings.kafka.model_copy(update={"group": f"{settings.kafka.group}-{time.monotonic_ns()}"})
-    file = settings.home / f"settings-{time.monotonic_ns()}.json"
-    file.write_text(settings.model_copy(update={"kafka": own}).model_dump_json())
-    command = [sys.executable, "-m", "tests.support.mortal_ingest", str(file), point]
-    with (settings.home / "ingest.log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
+    life = settings.model_copy(update={"kafka": own})
+    return ForkedProcess(settings.home / "ingest.log", mortal_ingest.run, life, point)
 
 
 def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
@@ -62,8 +58,7 @@ def live_and_die(settings: Settings, point: str, chance: random.Random) -> None:
         process.kill()
     else:
         process = start(settings, point)
-    log = settings.home / "ingest.log"
-    assert process.wait(PATIENCE) == -signal.SIGKILL, f"it was to die at {point}:\n{log.read_text()[-3000:]}"
+    assert process.wait(PATIENCE) == -signal.SIGKILL, f"it was to die at {point}:\n{process.output()}"
 
 
 def finish(settings: Settings) -> None:
@@ -81,7 +76,7 @@ def finish(settings: Settings) -> None:
         wait_for(lambda: b"->" in log.read_bytes()[before:], "its first line", PATIENCE)
         wait_for(finished, "all records, and all refusals published", PATIENCE)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 0, log.read_text()[-3000:]
+        assert process.wait(PATIENCE) == 0, process.output()
     finally:
         process.kill()
 
@@ -121,4 +116,4 @@ def check(settings: Settings, places: list[Place]) -> None:
 
 
 def test_every_point_of_death_is_in_a_story() -> None:
-    assert {point for deaths in LIVES.values() for point in deaths} - {"random"} == POINTS.keys()
+    assert {point for deaths in LIVES.values() for point in deaths} - {"random"} == mortal_ingest.POINTS.keys()

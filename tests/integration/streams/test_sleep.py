@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,25 +10,21 @@ import pytest
 
 from ops.settings import Settings
 from streams.store import SampleStore
+from tests.support import stopping_ingest
 from tests.support.broker import Broker
+from tests.support.forked import ForkedProcess
 from tests.support.kafka import Message, good, make_topics, produce, quarantined_places, reading, wait_for
-from tests.support.stopping_ingest import POINTS
 
 pytestmark = pytest.mark.integration
 
 
-def fall_asleep(settings: Settings, point: str) -> subprocess.Popen[bytes]:
+def fall_asleep(settings: Settings, point: str) -> ForkedProcess:
     """A worker of the same group on a machine of its own, until it is stopped."""
     home = settings.home / "sleeper"
     home.mkdir()
     own = settings.model_copy(update={"home": home, "lake_url": settings.lake})
-    file = home / "settings.json"
-    file.write_text(own.model_dump_json())
-    command = [sys.executable, "-m", "tests.support.stopping_ingest", str(file), point]
-    with (home / "log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    state = os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-    assert state is not None and state.si_code == os.CLD_STOPPED, (home / "log").read_text()
+    process = ForkedProcess(home / "log", stopping_ingest.run, own, point)
+    process.wait_until_stopped()
     return process
 
 
@@ -56,7 +49,7 @@ def sleep_through(broker: Broker, home: Path, point: str) -> None:
             places += produce(settings.kafka, [(b"poison 5", []), good(5)])
             wait_for(done, "what came later")
         sleeper.send_signal(signal.SIGTERM)
-        assert sleeper.wait(60) == 0, (settings.home / "sleeper" / "log").read_text()[-3000:]
+        assert sleeper.wait(60) == 0, sleeper.output()
     finally:
         sleeper.kill()
     rows = store.records().to_pylist()
@@ -67,6 +60,8 @@ def sleep_through(broker: Broker, home: Path, point: str) -> None:
 
 
 def test_a_worker_that_slept_while_another_took_over(broker: Broker, tmp_path: Path) -> None:
-    with ThreadPoolExecutor(len(POINTS)) as pool:
-        stories = {point: pool.submit(sleep_through, broker, tmp_path / point, point) for point in POINTS}
+    with ThreadPoolExecutor(len(stopping_ingest.POINTS)) as pool:
+        stories = {
+            point: pool.submit(sleep_through, broker, tmp_path / point, point) for point in stopping_ingest.POINTS
+        }
     assert {point: error for point, story in stories.items() if (error := story.exception()) is not None} == {}
