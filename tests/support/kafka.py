@@ -88,11 +88,15 @@ def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[Place]:
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
-    """Wait until the condition holds, or fail saying what did not come."""
-    deadline = time.monotonic() + timeout
+    """Wait until the condition holds, or fail saying what did not come.
+
+    It is asked less and less often: what reads a store for its answer would take the processor from what it waits for.
+    """
+    deadline, pause = time.monotonic() + timeout, 0.02
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come within {timeout:.0f} s"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.2)
 
 
 @contextmanager
