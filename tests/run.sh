@@ -3,7 +3,11 @@
 # time and the longest first, in a session of low priority (Linux shares processors out by session, see sched(7)). What
 # these say is shown when all are done. Of low priority, they have longer limits: beside other work on the same cores,
 # what takes 10 s alone took more than 120.
+#
+# Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
+# cores spin.
 set -uo pipefail
+export OMP_NUM_THREADS=1
 bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
