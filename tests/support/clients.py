@@ -88,8 +88,8 @@ def install_python() -> Path:
         if not folder.is_dir():
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
-            subprocess.run([*pip, "--target", partial, "-r", listed], check=True)
+            pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+            subprocess.run([*pip, "--no-deps", "--no-compile", "--target", partial, "-r", listed], check=True)
             partial.rename(folder)
     return folder
 
