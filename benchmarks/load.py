@@ -28,6 +28,7 @@ from benchmarks.answers import AnswerCheck
 from benchmarks.expected import Question
 from benchmarks.probes import (
     RequestKind,
+    batch_probes,
     chat_probes,
     classify_probes,
     embedding_probes,
@@ -74,8 +75,11 @@ class Traffic:
     def __init__(
         self, url: str, *, images: Sequence[bytes], texts: Sequence[str], settings: Settings,
         questions: Sequence[Question] = (), rate: float = 4.0, concurrency: int = 0, sample_ids: Sequence[str] = (),
+        batch: int = 0,
     ) -> None:  # fmt: skip
-        """``sample_ids``: of the images, when these are all that is in the catalog."""
+        """``sample_ids``: of the images, when these are all that is in the catalog. ``batch``: inputs of some more
+        requests for embeddings.
+        """
         if not images or not texts:
             raise RatchetError("a load needs images and texts.", "Prepare a domain with test items first.")
         self.settings = settings
@@ -89,6 +93,8 @@ class Traffic:
             clip = [
                 probe for n, embed in enumerate(clip) for probe in (embed, *(each[n % len(each)] for each in others))
             ]
+        if batch:
+            clip += batch_probes(self.images, self.texts, batch)
         self.probes = interleaved(clip, chat_probes(self.questions))
         requests = [[probe.path, json.dumps(probe.body)] for probe in self.probes]
         self._plan = {"urls": [url], "requests": requests, "rate": rate, "concurrency": concurrency}

@@ -55,6 +55,20 @@ def embedding_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Prob
     return probes
 
 
+def batch_probes(images: Sequence[bytes], texts: Sequence[str], items: int) -> list[Probe]:
+    """So many images, and so many texts, in one request each."""
+    pictures = [number % len(images) for number in range(items)]
+    words = [number % len(texts) for number in range(items)]
+    image_inputs: list[Any] = [{"image": data_uri(images[number])} for number in pictures]
+    return [
+        Probe("embeddings", tuple(pictures), {"input": image_inputs, "encoding_format": "base64"}),
+        Probe(
+            "embeddings", tuple(len(images) + number for number in words),
+            {"input": [texts[number] for number in words], "encoding_format": "base64"},
+        ),
+    ]  # fmt: skip
+
+
 def classify_probes(images: Sequence[bytes], texts: Sequence[str]) -> list[Probe]:
     """Each image, with all texts as labels."""
     return [

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.inputs import pictures, random_adapter
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
@@ -50,26 +50,22 @@ TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map
 
 
 def run(
-    settings: Settings, swaps: int = 20, pause_seconds: float = 2.0, capacity_seconds: float = 8.0, share: float = 0.5
-) -> dict[str, Any]:
-    """Measure on a home of its own with the settings' bases. ``share``: of capacity. Returns the figures.
+    settings: Settings, swaps: int = 20, pause_seconds: float = 2.0, capacity_seconds: float = 8.0, share: float = 0.5,
+    base: str = "", **serve: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure on a home of its own with the settings' bases. Returns the figures.
+
+    Args:
+        share: of capacity.
+        base: a CLIP in place of the settings' one: registered, or an architecture that gets random weights.
+        serve: fields of ``settings.serve`` to change.
 
     Raises:
-        RatchetError: the base is not registered, or the server does not start.
+        ConfigError: there is no such base.
+        RatchetError: the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        home = Path(folder)
-        source = settings.home / "bases" / settings.base.clip
-        if not source.is_dir():
-            raise RatchetError(f"base {settings.base.clip!r} is not in {settings.home}.", "Run `ratchet base build`.")
-        for base in filter(None, (settings.base.clip, settings.base.vlm)):
-            if (settings.home / "bases" / base).is_dir():
-                shutil.copytree(settings.home / "bases" / base, home / "bases" / base)
-        # Random adapters are what the guard is there to take back: it would end the measurement.
-        unguarded = settings.rollout.model_copy(update={"guard_seconds": 0.0})
-        ours = settings.model_copy(
-            update={"home": home, "ledger_url": None, "artifacts_url": None, "lake_url": None, "rollout": unguarded}
-        )
+        ours = bench_home(settings, Path(folder), clip_base(settings, base or settings.base.clip), **serve)
         names = make_adapters(ours, ADAPTERS)
         vlm_names = make_vlm_adapters(ours, 2) if serves_vlm(ours) else []
         server = start(ours)
@@ -152,6 +148,8 @@ def _measure(
         "memory_growth": max(growth.values(), default=None),
         "memory_growth_most": dict(list(growth.items())[:5]),
         "base": settings.base.clip,
+        "ingress_replicas": settings.serve.ingress_replicas,
+        "encoder_replicas": settings.serve.encoder_replicas,
         "problems": list(report.problems[:3]),
         "machine": machine(),
     }
@@ -227,7 +225,12 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--swaps", type=int, default=20, help="releases and rollbacks under load (20; at least 4)")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between swaps (2); 0: as fast as it goes")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")
-    asked = parser.parse_args(arguments)
-    if asked.swaps < ROLLBACK_EVERY:
+    parser.add_argument("--base", default="", help="a registered CLIP, or an architecture with random weights")
+    parser.add_argument("--ingress", type=int, default=0, help="ingress replicas (as in the settings)")
+    parser.add_argument("--encoders", type=int, default=0, help="encoder replicas (as in the settings)")
+    options = parser.parse_args(arguments)
+    if options.swaps < ROLLBACK_EVERY:
         parser.error(f"--swaps must be {ROLLBACK_EVERY} or more: a rollback is one of as many")
-    show(run(settings, swaps=asked.swaps, pause_seconds=asked.pause, share=asked.share))
+    replicas = {"ingress_replicas": options.ingress, "encoder_replicas": options.encoders}
+    changed = {name: count for name, count in replicas.items() if count > 0}
+    show(run(settings, options.swaps, options.pause, share=options.share, base=options.base, **changed))

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from benchmarks.fixtures.postgres import PostgresServer
 from benchmarks.fixtures.tiny import tiny_base
 from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from benchmarks.inputs import pictures, random_adapter
+from benchmarks.samples import fill_store
 from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
@@ -27,9 +27,6 @@ from ops.ledger import Ledger
 from ops.settings import BaseModels, Rollout, Settings
 from serving.engines.vlm.base import load_vlm_base
 from streams.broker import free_port
-from streams.records import Sample
-from streams.rows import Position
-from streams.store import SampleStore
 
 HOME_BYTES: Final = 256 << 20
 IMAGES: Final = 6
@@ -121,24 +118,6 @@ class ChaosInstallation:
                 time.sleep(0.02)
             finally:
                 engine.dispose()
-
-
-def fill_store(settings: Settings, images: list[bytes]) -> list[str]:
-    """Store images as accepted samples, as ingest would; their ids."""
-    rows, ids = [], []
-    for offset, image in enumerate(images):
-        sample = Sample(image=image, text=f"picture {offset}", domain="chaos", source="bench")
-        at = datetime.now(UTC)
-        rows.append(
-            {
-                "kind": "sample", "id": sample.id, "image": image, "text": sample.text, "domain": sample.domain,
-                "source": sample.source, "time": at, "ingested_at": at, "split": "train", "tags": [], "topic": "chaos",
-                "partition": 0, "look": None, "words": 0, "offset": offset, "question": "", "answer": "",
-            }
-        )  # fmt: skip
-        ids.append(sample.id)
-    SampleStore(settings.lake).put(rows, [Position("chaos", 0, len(images))])
-    return ids
 
 
 def make_vlm_adapters(settings: Settings, count: int) -> list[str]:

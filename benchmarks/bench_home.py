@@ -1,0 +1,45 @@
+"""A home for one run of a benchmark, with bases and nothing else in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.random_base import random_base
+from ops.settings import Settings
+from serving.engines.base import ClipBase, list_bases, load_base
+
+
+def cache_folder(settings: Settings) -> Path:
+    """What benchmarks keep between runs: random bases, environments of other servers."""
+    return settings.home.resolve() / "cache" / "bench"
+
+
+def clip_base(settings: Settings, name: str) -> ClipBase:
+    """A registered base, or an architecture of open_clip with random weights. Raises ConfigError."""
+    if name in list_bases(settings.home, "clip"):
+        return load_base(settings.home, name)
+    return random_base(cache_folder(settings), name)
+
+
+def bench_home(settings: Settings, home: Path, clip: ClipBase, **serve: Any) -> Settings:
+    """Settings of a new home: its CLIP is ``clip``, its VLM the settings' one where that is registered.
+
+    Nothing is guarded: random adapters are what the guard is there to take back, and that would end a measurement.
+
+    Args:
+        serve: fields of ``settings.serve`` to change.
+    """
+    shutil.copytree(clip.directory, home / "bases" / clip.name)
+    vlm = settings.home / "bases" / settings.base.vlm
+    if settings.base.vlm and vlm.is_dir():
+        shutil.copytree(vlm, home / "bases" / settings.base.vlm)
+    return settings.model_copy(
+        update={
+            "home": home, "ledger_url": None, "artifacts_url": None, "lake_url": None,
+            "base": settings.base.model_copy(update={"clip": clip.name}),
+            "serve": settings.serve.model_copy(update=serve),
+            "rollout": settings.rollout.model_copy(update={"guard_seconds": 0.0}),
+        }
+    )  # fmt: skip

@@ -1,0 +1,211 @@
+"""``ratchet bench soak``: does anything grow, fail or mix while a server works for a long time?
+
+Open-loop load at half of the measured capacity, of all kinds: single images and texts, both together, 16 inputs in a
+request, classification, search, and chat where a VLM is served. What is live changes every 20 seconds. Every answer is
+checked against the release it was stamped with. ``memory_growth`` is the largest ratio, over all processes of the
+server, of the memory at the end to that after the first five minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.inputs import pictures
+from benchmarks.load import Report, Traffic, percentile
+from benchmarks.machine import machine
+from benchmarks.process_memory import ProcessMemory, child_processes
+from benchmarks.samples import fill_store
+from benchmarks.serving.session_processes import session_pids
+from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, Swaps, make_adapters, make_vlm_adapters, throughput
+from ops.progress import say, step, track
+from ops.settings import Settings
+from serving.app import serves_vlm, start
+from serving.client import Client
+
+ADAPTERS: Final = 4
+IMAGES: Final = 6
+BATCH: Final = 16
+QUESTIONS: Final = ("what is this?", "is there a red car?")
+CAPACITY_SECONDS: Final = 8.0
+SNAPSHOTS: Final = 5
+"""Memory at an instant is the median of so many: one of them may see a request's images."""
+GROWTH_LIMIT: Final = 1.02
+
+
+@dataclass
+class MemoryLog:
+    """Memory of each process over time."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each snapshot, since the load began."""
+    snapshots: list[Mapping[int, ProcessMemory]] = field(default_factory=list)
+
+    def add(self, seconds: float, processes: Mapping[int, ProcessMemory]) -> None:
+        """Note what each process has."""
+        self.seconds.append(seconds)
+        self.snapshots.append(processes)
+
+    def growth(self, warm_seconds: float) -> dict[str, float]:
+        """Memory at the end over that after ``warm_seconds``, by name and id, the largest first; of processes that are
+        in all snapshots of both times.
+        """
+        first = next((n for n, seconds in enumerate(self.seconds) if seconds >= warm_seconds), len(self.seconds))
+        count = min(SNAPSHOTS, (len(self.seconds) - first) // 2)
+        if count < 1:
+            return {}
+        before, after = self.snapshots[first : first + count], self.snapshots[-count:]
+        ratios = {
+            f"{memory.name} {pid}": round(
+                median(each[pid].size for each in after) / median(each[pid].size for each in before), 4
+            )
+            for pid, memory in before[0].items()
+            if all(pid in each for each in (*before, *after))
+        }
+        return dict(sorted(ratios.items(), key=lambda item: -item[1]))
+
+    def ended(self, warm_seconds: float) -> list[str]:
+        """Processes that were there after ``warm_seconds``, and are not there at the end."""
+        last = self.snapshots[-1] if self.snapshots else {}
+        names = {
+            f"{memory.name} {pid}"
+            for seconds, each in zip(self.seconds, self.snapshots, strict=True)
+            if seconds >= warm_seconds
+            for pid, memory in each.items()
+            if pid not in last
+        }
+        return sorted(names)
+
+
+def run(
+    settings: Settings, minutes: float = 20.0, every: float = 20.0, warm_minutes: float = 5.0, share: float = 0.5,
+    base: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Run a server on a home of its own. Returns the figures.
+
+    Args:
+        every: seconds between changes of what is live.
+        share: of the measured capacity.
+        base: a CLIP in place of the settings' one: registered, or an architecture that gets random weights.
+
+    Raises:
+        ConfigError: there is no such base.
+        RatchetError: the server does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="ratchet-soak-", ignore_cleanup_errors=True) as folder:
+        ours = bench_home(settings, Path(folder), clip_base(settings, base or settings.base.clip))
+        images = pictures(IMAGES)
+        sample_ids = fill_store(ours, images)
+        swaps = Swaps(make_adapters(ours, ADAPTERS), make_vlm_adapters(ours, 2) if serves_vlm(ours) else [])
+        server = start(ours)
+        try:
+            return measure(ours, server.url, swaps, images, sample_ids, 60 * minutes, every, 60 * warm_minutes, share)
+        finally:
+            server.stop()
+
+
+def measure(
+    settings: Settings, url: str, swaps: Swaps, images: Sequence[bytes], sample_ids: Sequence[str], seconds: float,
+    every: float, warm_seconds: float, share: float, capacity_seconds: float = CAPACITY_SECONDS,
+) -> dict[str, Any]:  # fmt: skip
+    """Load the server of ``settings``, which runs, and change what is live. Returns the figures.
+
+    Args:
+        sample_ids: of the images, which are all that its catalog has.
+    """
+    questions = [(images[0], text) for text in QUESTIONS] if swaps.vlm_names else []
+    probes: dict[str, Any] = {
+        "images": images, "texts": TEXTS, "settings": settings, "questions": questions, "sample_ids": sample_ids,
+        "batch": BATCH,
+    }  # fmt: skip
+    with step("measuring capacity"), Traffic(url, concurrency=CAPACITY_CONCURRENCY, **probes) as closed:
+        time.sleep(capacity_seconds)
+    capacity = closed.report()
+    rate = max(1.0, throughput(capacity) * share)
+    memory, began = MemoryLog(), time.monotonic()
+    client = Client(url, operator_key=settings.operator_key(), actor="bench")
+    with client, Traffic(url, rate=rate, **probes) as load:
+        for number in track(range(1, max(1, round(seconds / every)) + 1), "swaps"):
+            swaps.change(client, number)
+            ours = set(session_pids(settings))
+            now = time.monotonic() - began
+            memory.add(now, {pid: each for pid, each in child_processes(1).items() if pid in ours})
+            time.sleep(max(0.0, number * every - (time.monotonic() - began)))
+    with step("comparing every answer"):
+        return _figures(settings, load.report(), capacity, swaps, memory, warm_seconds, rate)
+
+
+def _figures(
+    settings: Settings, report: Report, capacity: Report, swaps: Swaps, memory: MemoryLog, warm_seconds: float,
+    rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    growth = memory.growth(warm_seconds)
+    kinds = [sample.kind for sample in report.samples]
+    last = memory.snapshots[-1] if memory.snapshots else {}
+    return {
+        "memory_growth": max(growth.values(), default=None),
+        "memory_growth_most": dict(list(growth.items())[:5]),
+        "memory_gib": round(sum(each.size for each in last.values()) / 2**30, 3),
+        "processes": len(growth),
+        "processes_ended": memory.ended(warm_seconds),
+        "failed": report.failed + capacity.failed,
+        "mixed": report.mixed + capacity.mixed,
+        "requests": report.requests,
+        "requests_by_kind": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "swaps": len(swaps.windows),
+        "vlm_swaps": swaps.vlm_releases,
+        "rollbacks": len(swaps.rollbacks),
+        "rate_per_second": round(rate, 1),
+        "p99": round(percentile([sample.seconds for sample in report.samples if sample.release], 0.99), 4),
+        "warm_seconds": warm_seconds,
+        "base": settings.base.clip,
+        "problems": [*report.problems, *capacity.problems][:3],
+        "machine": machine(),
+    }
+
+
+def violations(figures: Mapping[str, Any]) -> list[str]:
+    """What a run must not show, and did."""
+    wrong = [f"{name} {figures[name]}" for name in ("failed", "mixed", "processes_ended") if figures[name]]
+    growth = figures["memory_growth"]
+    return wrong + ([f"memory_growth {growth}"] if growth is None or growth >= GROWTH_LIMIT else [])
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    table = Table(show_header=False, title="A server at work")
+    for name, value in figures.items():
+        shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+        table.add_row(name, shown)
+    Console().print(table)
+    print(json.dumps(figures), flush=True)
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench soak``. Ends with status 1 when something grew, failed, mixed or ended."""
+    description = __doc__.splitlines()[0] if __doc__ else ""
+    parser = argparse.ArgumentParser(prog="ratchet bench soak", description=description)
+    parser.add_argument("--minutes", type=float, default=20.0, help="length of the run (20)")
+    parser.add_argument("--every", type=float, default=20.0, help="seconds between changes of what is live (20)")
+    parser.add_argument("--warm", type=float, default=5.0, help="minutes after which memory is compared with (5)")
+    parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")
+    parser.add_argument("--base", default="", help="a registered CLIP, or an architecture with random weights")
+    options = parser.parse_args(arguments)
+    if options.minutes <= options.warm:
+        parser.error("--minutes must be more than --warm")
+    figures = run(settings, options.minutes, options.every, options.warm, options.share, options.base)
+    show(figures)
+    if wrong := violations(figures):
+        say(f"[red]{', '.join(wrong)}[/red]")
+        raise SystemExit(1)
