@@ -1,0 +1,56 @@
+"""A child process that answers lines of JSON with lines of JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ops.errors import RatchetError
+
+ROOT = Path(__file__).resolve().parents[2]
+STOP_SECONDS = 20.0
+
+
+class LineWorker:
+    """``python -m MODULE ARGUMENTS``, which idles between questions.
+
+    >>> with LineWorker("benchmarks.encode.generator") as generator:
+    ...     generator.ask(asdict(order))
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.module = module
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Send a line and wait for the answer. Raises RatchetError when the process has ended."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise RatchetError(f"{self.module} ended with status {self._process.wait()}.", "See what it printed.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def __enter__(self) -> LineWorker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,65 @@
+"""Python environments for servers whose dependencies do not fit Ratchet's. Made once, and kept."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from ops.digests import digest_json
+from ops.errors import RatchetError
+from ops.progress import step
+
+INSTALL_SECONDS: Final = 3600.0
+DONE: Final = "installed"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What to install. The folder's name has a digest of it, so that other requirements make another one."""
+
+    name: str
+    requirements: tuple[str, ...]
+
+    def folder(self, cache: Path) -> Path:
+        """Where it is, or will be."""
+        digest = digest_json([*self.requirements, sys.version_info[:2]])[:8]
+        return cache / "environments" / f"{self.name}-{digest}"
+
+    def ensure(self, cache: Path) -> Path:
+        """Its Python. Made with pip, as this machine configures it, unless it is there.
+
+        Raises:
+            RatchetError: pip fails; the end of its output is in the message.
+        """
+        folder = self.folder(cache)
+        python = folder / "bin" / "python"
+        if (folder / DONE).exists():
+            return python
+        shutil.rmtree(folder, ignore_errors=True)  # an installation that was interrupted
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with step(f"installing {self.name} into {folder} (once, some minutes)"):
+            log = folder.with_suffix(".log")
+            with log.open("wb") as out:
+                for command in (
+                    [sys.executable, "-m", "venv", str(folder)],
+                    [str(python), "-m", "pip", "install", "--disable-pip-version-check", *self.requirements],
+                ):
+                    done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, timeout=INSTALL_SECONDS)
+                    if done.returncode:
+                        tail = log.read_text(errors="replace")[-1500:]
+                        raise RatchetError(
+                            f"{self.name} could not be installed: {tail}",
+                            f"See {log}; leave it out with --against, or try again with a network.",
+                        )
+            (folder / DONE).touch()
+        return python
+
+
+def same_torch() -> tuple[str, ...]:
+    """Requirements for the torch that Ratchet has: peers compute with the same kernels."""
+    return tuple(f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision"))

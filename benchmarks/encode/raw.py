@@ -1,0 +1,78 @@
+"""The model without a server: the served engine in a loop, with the server's decoding before it. The limit.
+
+Run as ``python -m benchmarks.encode.raw SETTINGS``. Reads one JSON object a line, and answers each with one:
+``{"describe": true}`` with the engine's name and precision; ``kind``, ``batch`` and ``seconds`` with ``items`` and
+``seconds``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.encode.grid import Kind
+from benchmarks.encode.payloads import jpegs, text
+from ops.loading import load_settings
+from ops.settings import Serve, Settings
+from serving.engines.base import load_base
+from serving.engines.clip import ClipEngine
+
+
+class RawLoop:
+    """Batches through the engine that the settings serve with, on all the threads that the server has for it."""
+
+    def __init__(self, settings: Settings) -> None:
+        threads = raw_threads(settings.serve)
+        self.engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=threads)
+        self._decoding = ThreadPoolExecutor(threads)
+        self._jpegs = jpegs()
+
+    def run(self, kind: Kind, batch: int, seconds: float) -> dict[str, float]:
+        """Batches for about so many seconds, after one that is not counted."""
+        numbers = count()
+        self._encode(kind, batch, numbers)
+        began, items = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds or not items:
+            self._encode(kind, batch, numbers)
+            items += batch
+        return {"items": items, "seconds": time.perf_counter() - began}
+
+    def _encode(self, kind: Kind, batch: int, numbers: count[int]) -> None:
+        if kind == "text":
+            self.engine.encode_texts([text(next(numbers)) for _ in range(batch)])
+            return
+        encoded = [self._jpegs[next(numbers) % len(self._jpegs)] for _ in range(batch)]
+        self.engine.encode_images(np.stack(list(self._decoding.map(self.engine.base.preprocess.pixels, encoded))))
+
+
+def raw_threads(serve: Serve) -> int:
+    """Threads of all encoders together."""
+    return serve.encoder_replicas * serve.encoder_threads
+
+
+def describe(engine: ClipEngine) -> dict[str, Any]:
+    """What computes, and with which numbers."""
+    return {"engine": getattr(engine, "backend", "torch"), "precision": getattr(engine, "precision", "float32")}
+
+
+def main(config: Path) -> None:
+    """Until standard input ends."""
+    raw = RawLoop(load_settings(config, environ={}))
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question.get("describe"):
+            answer = describe(raw.engine)
+        else:
+            answer = raw.run(question["kind"], question["batch"], question["seconds"])
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,198 @@
+"""What is asked in turns: servers over HTTP, and the model alone."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import httpx
+import numpy as np
+
+from benchmarks.encode.generator import LoadResult, Order
+from benchmarks.encode.grid import Cell, Kind
+from benchmarks.encode.line_worker import LineWorker
+from benchmarks.encode.payloads import BodyTemplate, JpegInput, jpegs, text
+from benchmarks.load import percentile
+from benchmarks.serving.session_processes import session_pids
+from ops.errors import RatchetError
+from ops.settings import Settings
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+
+CHECKED = 4
+"""Inputs of each kind whose vectors are compared before anything is measured."""
+LEAST_COSINE = 0.99
+ENCODER = "ServeReplica:ratchet:Encoder"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side in one cell, once."""
+
+    requests: int
+    failed: int
+    seconds: float
+    p50: float
+    """Seconds, of answered requests; not a number for the model alone."""
+    p99: float
+    problems: tuple[str, ...] = ()
+    outside_ms: float | None = None
+    """CPU milliseconds of the server's processes but its encoders, for each request; None where it is not measured."""
+    generator_ms: float = field(default=0.0)
+    """CPU milliseconds of the load's own process for each request."""
+
+    @property
+    def rate(self) -> float:
+        """Answered requests a second."""
+        return self.requests / self.seconds if self.seconds else 0.0
+
+
+class Side(Protocol):
+    """Something that embeds."""
+
+    name: str
+
+    def kinds(self) -> Sequence[Kind]:
+        """What it can embed."""
+
+    def measure(self, cell: Cell, seconds: float) -> Turn:
+        """One turn of about so many seconds."""
+
+
+class HttpSide:
+    """A server."""
+
+    def __init__(
+        self, name: str, url: Callable[[Kind], str], template: Callable[[Kind], BodyTemplate], generator: LineWorker,
+        kinds: Sequence[Kind] = ("image", "text"), pause: Callable[[], None] = lambda: None,
+        resume: Callable[[], None] = lambda: None, outside: Callable[[], list[int]] = list,
+    ) -> None:  # fmt: skip
+        """``pause`` and ``resume``: after and before each turn. ``outside``: the processes whose CPU time counts."""
+        self.name = name
+        self.url = url
+        self.template = template
+        self._generator = generator
+        self._kinds = kinds
+        self._pause = pause
+        self._resume = resume
+        self._outside = outside
+
+    def kinds(self) -> Sequence[Kind]:
+        return self._kinds
+
+    def measure(self, cell: Cell, seconds: float) -> Turn:
+        order = Order(self.url(cell.kind), self.template(cell.kind), cell.kind, cell.items, cell.concurrency, seconds)
+        self._resume()
+        outside = self._outside()
+        before = cpu_seconds(outside)
+        try:
+            result = LoadResult(**self._generator.ask(asdict(order)))
+        finally:
+            self._pause()
+        requests = len(result.latencies)
+        spent = cpu_seconds(outside) - before
+        return Turn(
+            requests, result.failed, result.seconds, percentile(result.latencies, 0.5),
+            percentile(result.latencies, 0.99), tuple(result.problems),
+            1000 * spent / requests if outside and requests else None,
+            1000 * result.cpu_seconds / max(1, requests + result.failed),
+        )  # fmt: skip
+
+    def vectors(self, kind: Kind) -> np.ndarray:
+        """What it answers to the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
+        inputs: list[tuple[bytes, ...]] = (
+            [(text(number).encode(),) for number in range(CHECKED)]
+            if kind == "text"
+            else [JpegInput(each).numbered(0) for each in jpegs(CHECKED)]
+        )
+        self._resume()
+        try:
+            answer = httpx.post(
+                self.url(kind), content=b"".join(self.template(kind).parts(inputs)), timeout=120.0, trust_env=False,
+                headers={"content-type": "application/json"},
+            )  # fmt: skip
+            rows = answer.json()["data"]
+            return np.stack([np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in rows])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise RatchetError(f"{self.name} does not embed a {kind}: {error!r}", "See its log.") from error
+        finally:
+            self._pause()
+
+
+class RawSide:
+    """The model without a server (:mod:`benchmarks.encode.raw`). A request is a batch; latency means nothing here."""
+
+    name = "raw"
+
+    def __init__(self, worker: LineWorker, max_batch: int) -> None:
+        """``max_batch``: images of the largest batch that the server makes."""
+        self._worker = worker
+        self._max_batch = max_batch
+
+    def kinds(self) -> Sequence[Kind]:
+        return ("image", "text")
+
+    def describe(self) -> dict[str, Any]:
+        """``engine`` and ``precision``."""
+        return self._worker.ask({"describe": True})
+
+    def measure(self, cell: Cell, seconds: float) -> Turn:
+        batch = cell.batch(self._max_batch)
+        answer = self._worker.ask({"kind": cell.kind, "batch": batch, "seconds": seconds})
+        return Turn(answer["items"] // cell.items, 0, answer["seconds"], float("nan"), float("nan"))
+
+
+def ratchet_template(kind: Kind) -> BodyTemplate:
+    """Ratchet's embeddings."""
+    item = ('{"image":"data:image/jpeg;base64,', '"}') if kind == "image" else ('"', '"')
+    return BodyTemplate('{"model":"clip","encoding_format":"base64","input":[', item, "]}")
+
+
+def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
+    """The server of ``settings``, which runs."""
+
+    def outside() -> list[int]:
+        encoders = set(session_pids(settings, ENCODER))
+        return [pid for pid in session_pids(settings) if pid not in encoders]
+
+    url = f"{settings.serve.url}/v1/embeddings"
+    return HttpSide("ratchet", lambda _: url, ratchet_template, generator, outside=outside)
+
+
+def check(sides: Iterable[HttpSide], base: ClipBase) -> dict[str, float]:
+    """Each server's least cosine to the base's own vectors.
+
+    Raises:
+        RatchetError: a server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another
+            input's.
+    """
+    engine = ClipEngine(base)
+    pixels = np.stack([base.preprocess.pixels(each) for each in jpegs(CHECKED)])
+    expected = {"image": engine.encode_images(pixels), "text": engine.encode_texts([text(n) for n in range(CHECKED)])}
+    least: dict[str, float] = {}
+    for side in sides:
+        for kind in side.kinds():
+            cosines = side.vectors(kind) @ expected[kind].T
+            own = cosines.diagonal()
+            if own.min() < LEAST_COSINE or (cosines.argmax(axis=1) != np.arange(CHECKED)).any():
+                raise RatchetError(
+                    f"{side.name} answers other {kind} vectors than the base: cosines {np.round(cosines, 4).tolist()}.",
+                    "It does not have the same weights, or prepares its inputs in another way.",
+                )
+            least[f"{side.name}_{kind}"] = round(float(own.min()), 5)
+    return least
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """User and system time of these processes so far, of all their threads; those that ended count nothing."""
+    total = 0
+    for pid in pids:
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,193 @@
+"""Embeddings beside other servers: the plan, inputs that no cache knows, the load, and what ratios are made of."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.encode.command import chosen_peers
+from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios, show
+from benchmarks.encode.generator import Inputs, LoadResult, Order, run
+from benchmarks.encode.grid import Cell, Grid, Kind, cells
+from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
+from benchmarks.encode.peers.environment import DONE, Environment
+from benchmarks.encode.peers.servers import openai_template
+from benchmarks.encode.sides import Turn, ratchet_template
+from ops.errors import ConfigError
+from serving.engines.simple_tokenizer import BoundedTokenizer
+from serving.http.schemas import EmbeddingsRequest
+
+
+def test_every_combination_is_a_cell_but_those_with_thousands_of_images_in_flight() -> None:
+    every = cells()
+    assert len(every) == 15 and Cell("text", 16, 128) in every
+    assert Cell("image", 16, 32) in every and Cell("image", 16, 128) not in every
+
+
+def test_the_model_alone_gets_batches_as_large_as_the_server_could_make_them() -> None:
+    assert [Cell("image", 1, level).batch(16) for level in (1, 8, 128)] == [1, 8, 16]
+    assert [Cell("text", 16, level).batch(16) for level in (1, 8)] == [16, 64]
+    assert Cell("image", 16, 1).batch(max_batch=8) == 16, "a request is not smaller than itself"
+
+
+def test_sides_take_turns_and_the_order_changes_from_round_to_round() -> None:
+    cell = Cell("text", 1, 1)
+    grid = Grid((cell,), rounds=2, seconds=1)
+    assert list(grid.turns(["a", "b"])) == [(cell, "a"), (cell, "b"), (cell, "b"), (cell, "a")]
+
+
+def test_each_sending_of_a_picture_has_other_bytes_and_the_same_pixels() -> None:
+    original = JpegInput(jpegs(1)[0])
+    sent = [base64.b64decode(b"".join(original.numbered(number))) for number in (1, 2)]
+    assert sent == [original.with_comment(number) for number in (1, 2)]
+    assert len({sha256(each).digest() for each in (original.jpeg, *sent)}) == 3
+    pixels = [np.asarray(Image.open(io.BytesIO(each))) for each in (original.jpeg, *sent)]
+    assert pixels[0].shape == (HEIGHT, WIDTH, 3)
+    assert all(np.array_equal(pixels[0], each) for each in pixels[1:])
+
+
+def test_pictures_weigh_what_photographs_do_and_differ() -> None:
+    made = jpegs(3)
+    assert len(set(made)) == 3
+    assert all(75_000 < len(each) < 100_000 for each in made), [len(each) for each in made]
+
+
+def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
+    texts = [text(number) for number in (*range(500), *range(800_000, 800_500))]
+    assert len(set(texts)) == len(texts)
+    lengths = BoundedTokenizer(77).lengths(texts)
+    assert min(lengths) >= 10 and max(lengths) <= 16
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_bodies_are_what_the_servers_take(kind: Kind) -> None:
+    inputs = [(b"AA", b"BB"), (b"CC",)]
+    ours = b"".join(ratchet_template(kind).parts(inputs))
+    items = EmbeddingsRequest.model_validate_json(ours).items()
+    assert [item if isinstance(item, str) else item.image for item in items] == (
+        ["AABB", "CC"] if kind == "text" else ["data:image/jpeg;base64,AABB", "data:image/jpeg;base64,CC"]
+    )
+    theirs = json.loads(b"".join(openai_template(kind).parts(inputs)))
+    assert theirs["modality"] == kind and [each.rpartition(",")[2] for each in theirs["input"]] == ["AABB", "CC"]
+
+
+@asynccontextmanager
+async def recording_server(refused: int = 0) -> AsyncIterator[tuple[str, list[dict[str, object]]]]:
+    """Answers 200 and ends each second connection; the first ``refused`` requests get 429. Yields URL and bodies."""
+    bodies: list[dict[str, object]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+            bodies.append(json.loads(await reader.readexactly(length)))
+            status = b"429 Too Many Requests" if len(bodies) <= refused else b"200 OK"
+            last = len(bodies) % 2 == 0
+            writer.write(
+                b"HTTP/1.1 %s\r\nContent-Length: 2\r\n%s\r\n{}" % (status, b"Connection: close\r\n" if last else b"")
+            )
+            await writer.drain()
+            if last:
+                break
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1")
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/embeddings", bodies
+
+
+def order(url: str, kind: Kind = "text", items: int = 3) -> Order:
+    template = BodyTemplate('{"input":[', ('"', '"'), "]}")
+    return Order(url, template, kind, items, concurrency=4, seconds=0.1)
+
+
+async def test_the_load_sends_inputs_that_were_never_sent_and_counts_answers_with_their_time() -> None:
+    async with recording_server() as (url, bodies):
+        result = await run(order(url), Inputs(pictures=2))
+    sent = [each for body in bodies for each in body["input"]]  # type: ignore[attr-defined]
+    assert len(bodies) == len(result.latencies) >= 4 and len(sent) == 3 * len(bodies) == len(set(sent))
+    assert result.failed == 0 and result.seconds >= 0.1
+    assert all(latency > 0 for latency in result.latencies)
+
+
+async def test_the_load_counts_refusals_and_says_what_they_were() -> None:
+    async with recording_server(refused=2) as (url, _):
+        result = await run(order(url, kind="image", items=1), Inputs(pictures=2))
+    assert result.failed == 2 and result.latencies
+    assert result.problems == ["429 {}", "429 {}"]
+
+
+def test_an_order_survives_its_way_to_the_other_process() -> None:
+    from dataclasses import asdict
+
+    one = order("http://127.0.0.1:1/v1/embeddings")
+    assert Order.from_json(json.dumps(asdict(one))) == one
+    assert LoadResult(**json.loads(json.dumps(asdict(LoadResult(1.0, [0.5]))))) == LoadResult(1.0, [0.5])
+
+
+def turn(rate: float, outside_ms: float | None = None) -> Turn:
+    return Turn(int(rate * 10), 0, 10.0, 0.1, 0.2, outside_ms=outside_ms)
+
+
+def model_cells() -> list[CellFigures]:
+    rates: dict[Cell, tuple[float, float, float]] = {
+        Cell("image", 1, 8): (30, 10, 60),
+        Cell("image", 1, 32): (40, 10, 50),
+        Cell("image", 16, 1): (3, 1.5, 4),
+        Cell("image", 16, 8): (3.6, 1.2, 4),
+        Cell("text", 16, 1): (10, 5, 20),
+    }
+    return [
+        cell_figures("ViT-B-32", cell, {"ratchet": [turn(ours, 2.5)], "infinity": [turn(theirs)], "raw": [turn(raw)]})
+        for cell, (ours, theirs, raw) in rates.items()
+    ]
+
+
+def test_ratios_are_the_worst_over_the_cells_they_are_about() -> None:
+    assert ratios(model_cells()) == {
+        "image_to_infinity_min": 2.0, "text_to_infinity_min": 2.0, "image_to_mosec_min": None,
+        "text_to_mosec_min": None, "image_16_to_raw": 0.75, "image_c32_to_raw": 0.8, "text_16_to_raw": 0.5,
+    }  # fmt: skip
+    assert cpu_ms_per_request(model_cells()) == 2.5
+
+
+def test_a_side_is_shown_by_the_median_of_its_rounds() -> None:
+    row = cell_figures("m", Cell("text", 16, 1), {"ratchet": [turn(2), turn(30), turn(4)], "raw": []})
+    assert row.sides.keys() == {"ratchet"}
+    assert (row.sides["ratchet"]["requests_per_second"], row.sides["ratchet"]["items_per_second"]) == (4, 64)
+    assert row.ratio("raw") is None
+
+
+def test_a_table_and_then_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row.to_json() for row in model_cells()]
+    raw = Turn(10, 0, 1.0, float("nan"), float("nan"))
+    rows.append(cell_figures("other", Cell("text", 1, 1), {"raw": [raw]}).to_json())
+    show({"cells": rows})
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == {"cells": rows}
+    assert "ViT-B-32" in out and "480.0" not in out.splitlines()[-1].partition("{")[0]
+    assert rows[-1]["sides"]["raw"]["p50"] is None, "JSON has no NaN"
+
+
+def test_peers_are_named_with_commas_and_none_is_none() -> None:
+    assert chosen_peers("infinity,mosec") == ["infinity", "mosec"]
+    assert chosen_peers("none") == []
+    with pytest.raises(ConfigError, match="no peer 'triton'"):
+        chosen_peers("infinity,triton")
+
+
+def test_an_environment_is_made_once_and_another_one_for_other_requirements(tmp_path: Path) -> None:
+    one, other = Environment("peer", ("a==1",)), Environment("peer", ("a==2",))
+    assert one.folder(tmp_path) != other.folder(tmp_path)
+    one.folder(tmp_path).mkdir(parents=True)
+    (one.folder(tmp_path) / DONE).touch()
+    assert one.ensure(tmp_path) == one.folder(tmp_path) / "bin" / "python"
