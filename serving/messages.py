@@ -16,8 +16,9 @@ IMAGE_COST = 4
 
 @dataclass(frozen=True, slots=True)
 class EncodeRequest:
-    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n texts. ``deadline``: on the monotonic clock of the
-    process that encodes; between processes the time left is passed, because their clocks may differ.
+    """One item of a batch. ``payload``: uint8 [n, S, S, 3], or n lists of token ids (see ``Tokenizer.rows``).
+    ``deadline``: on the monotonic clock of the process that encodes; between processes the time left is passed, because
+    their clocks may differ.
     """
 
     kind: Kind

@@ -79,7 +79,7 @@ class LateEngine(ClipEngine):
 
     def encode_texts(self, texts: Sequence[str], adapter: str | None = None) -> np.ndarray:
         """As ``ClipEngine``'s; a text that was seen before is not run through the prefix again."""
-        ids = self._tokenize(list(texts)).to(self.device)
+        ids = self.tokenizer(list(texts)).to(self.device)
         keys = [text.encode() for text in texts]
         return self._encode("text", keys, lambda rows: ids[list(rows)], ids, int(ids.shape[1]), adapter)
 

@@ -27,6 +27,8 @@ from serving.engines.base import ClipBase
 from serving.engines.conv_layout import ROWS, images_per_pass, set_conv_layout
 from serving.engines.shared_weights import private_bytes, shell_of
 from serving.engines.spaces import Spaces
+from serving.engines.text_tower import TextWidths, encode_text
+from serving.engines.tokens import pad_rows
 
 GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
 
@@ -47,12 +49,13 @@ class ClipEngine:
             torch.set_num_threads(threads)
         self.base = base
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._tokenize = base.tokenizer()
+        self.tokenizer = base.tokenizer()
         model = base.build_model().to(self.device)
         visual = model.get_submodule("visual")
         self._channels_last = set_conv_layout(visual)
         self._images = images_per_pass(visual, self.device)
         self._model = model
+        self.widths = TextWidths.prove(model, self.tokenizer, base.context_length, self.device)
         self._residents: dict[str, _Resident] = {}
         self._changing = threading.Lock()
         self._none = _Resident(model, base.spaces, 0)
@@ -123,7 +126,11 @@ class ClipEngine:
 
     def encode_texts(self, texts: Sequence[str], adapter: str | None = None) -> np.ndarray:
         """``float32 [n, dim]`` of unit length."""
-        return _unit(self._raw_texts(self._get(adapter), texts))
+        return self.encode_tokens(self.tokenizer.rows(list(texts)), adapter)
+
+    def encode_tokens(self, rows: Sequence[Sequence[int]], adapter: str | None = None) -> np.ndarray:
+        """``float32 [n, dim]`` of unit length from n rows of token ids (see ``Tokenizer.rows``)."""
+        return _unit(self._raw_texts(self._get(adapter), rows))
 
     def golden(self, adapter: str | None = None) -> dict[str, Any]:
         """Fixed inputs through both towers: what a replica shows before it serves an adapter.
@@ -133,7 +140,7 @@ class ClipEngine:
         """
         resident = self._get(adapter)
         images = self._raw_images(resident, golden_pixels(self.base.preprocess.size))
-        texts = self._raw_texts(resident, GOLDEN_TEXTS)
+        texts = self._raw_texts(resident, self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
             lengths = np.linalg.norm(raw, axis=1)
             if not np.isfinite(raw).all() or not (lengths > 1e-6).all():
@@ -173,12 +180,12 @@ class ClipEngine:
         return self._rows(out)
 
     @torch.inference_mode()
-    def _raw_texts(self, resident: _Resident, texts: Sequence[str]) -> np.ndarray:
-        out = []
-        for start in range(0, len(texts), ROWS):
-            ids = self._tokenize(list(texts[start : start + ROWS])).to(self.device)
-            out.append(resident.model.encode_text(ids))  # type: ignore[operator]
-        return self._rows(out)
+    def _raw_texts(self, resident: _Resident, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        vectors = np.zeros((len(rows), self.base.dim), np.float32)
+        for width, indices in self.widths.passes([len(row) for row in rows], ROWS):
+            ids = pad_rows([rows[index] for index in indices], width, self.tokenizer.pad_id).to(self.device)
+            vectors[indices] = encode_text(resident.model, ids).float().cpu().numpy()
+        return vectors
 
     def _rows(self, batches: list[torch.Tensor]) -> np.ndarray:
         if not batches:

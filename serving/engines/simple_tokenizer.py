@@ -15,6 +15,8 @@ from typing import Any, Final
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
+from serving.engines.tokens import pad_rows
+
 CACHED_WORDS: Final = 1 << 15
 CACHED_LENGTH: Final = 64
 """Characters of the longest word that is cached: with :data:`CACHED_WORDS`, the cache stays below about 20 MiB."""
@@ -27,6 +29,8 @@ class BoundedTokenizer(SimpleTokenizer):  # type: ignore[misc]
     >>> BoundedTokenizer(context_length=8)(["a cat"]).tolist()
     [[49406, 320, 2368, 49407, 0, 0, 0, 0]]
     """
+
+    pad_id: Final = 0
 
     def __init__(self, context_length: int, **kwargs: Any) -> None:
         """``kwargs``: of open_clip's class (``clean``, ``additional_special_tokens``, ``reduction_mask``)."""
@@ -44,6 +48,8 @@ class BoundedTokenizer(SimpleTokenizer):  # type: ignore[misc]
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its start and its end, cut to the context: no padding."""
+        if self.reduction_fn is not None:
+            return [_until_last(row, self.eot_token_id) for row in super().__call__(list(texts)).tolist()]
         return [[self.sot_token_id, *self._first(text), self.eot_token_id] for text in texts]
 
     def _first(self, text: str) -> list[int]:
@@ -60,16 +66,11 @@ class BoundedTokenizer(SimpleTokenizer):  # type: ignore[misc]
         """``int64 [n, context_length]``, padded with 0."""
         if self.reduction_fn is not None or context_length not in (None, self.context_length):
             return torch.as_tensor(super().__call__(texts, context_length))
-        padded = torch.zeros(len(texts), int(self.context_length), dtype=torch.long)
-        for row, ids in zip(padded, self.rows(texts), strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        return padded
+        return pad_rows(self.rows(texts), int(self.context_length), self.pad_id)
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        """Tokens of each text, its start and end included, padding not."""
-        if self.reduction_fn is not None:
-            return [min(len(self.encode(text)) + 2, int(self.context_length)) for text in texts]
-        return [len(row) for row in self.rows(texts)]
+
+def _until_last(row: list[int], end: int) -> list[int]:
+    return row[: len(row) - row[::-1].index(end)]
 
 
 def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +28,20 @@ class Tokenizer(Protocol):
     def __call__(self, texts: list[str], /) -> torch.Tensor:
         """``int64 [n, at most context_length]`` of n texts, padded."""
 
-    def lengths(self, texts: list[str], /) -> list[int]:
-        """Tokens that the model reads of each text: start and end included, padding not."""
+    def rows(self, texts: list[str], /) -> list[list[int]]:
+        """Ids that the model reads of each text: start and end included, cut to the context, without padding."""
+
+    @property
+    def pad_id(self) -> int:
+        """What follows a row that is shorter than others of its batch."""
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
+    """``int64 [n, width]`` of n rows of at most ``width`` ids."""
+    padded = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = torch.tensor(row, dtype=torch.long)
+    return padded
 
 
 def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int) -> Tokenizer:
@@ -86,17 +99,11 @@ class _Fast:
         self.clean = get_clean_fn(clean)
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        ids = self._rows(texts)
+        ids = self.rows(texts)
         width = max((len(row) for row in ids), default=1) if self.trim else self.width
-        out = torch.full((len(ids), width), self.pad_id, dtype=torch.long)
-        for i, row in enumerate(ids):
-            out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-        return out
+        return pad_rows(ids, width, self.pad_id)
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        return [len(row) for row in self._rows(texts)]
-
-    def _rows(self, texts: list[str]) -> list[list[int]]:
+    def rows(self, texts: list[str]) -> list[list[int]]:
         return [self.inner.encode(self.clean(text)).ids for text in texts]
 
 
@@ -118,12 +125,24 @@ class _Slow:
         used = (ids != self.inner.tokenizer.pad_token_id).any(dim=0).nonzero()
         return ids[:, : int(used.max()) + 1 if len(used) else 1]
 
-    def lengths(self, texts: list[str]) -> list[int]:
-        """Counted before the padding, whose id may be one that texts have, too."""
+    @property
+    def pad_id(self) -> int:
+        return int(self.inner.tokenizer.pad_token_id or 0)
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        """Cut to length before anything is padded: the id of the padding may be one that texts have, too.
+
+        Whole padded rows where padding is not simply what follows a text.
+        """
+        if self.inner.tokenizer_mode or self.inner.tokenizer.padding_side != "right":
+            with self.lock:
+                padded: list[list[int]] = self.inner(texts).tolist()
+            return padded
         cleaned = [self.inner.clean_fn(text) for text in texts]
         with self.lock:
-            rows = self.inner.tokenizer(cleaned)["input_ids"]
-        return [min(len(row), int(self.inner.context_length)) for row in rows]
+            ids = self.inner.tokenizer(cleaned, max_length=self.inner.context_length, truncation=True)["input_ids"]
+        stripped = self.inner.tokenizer.sep_token_id if self.inner.strip_sep_token else None
+        return [[0 if token == stripped else token for token in row] for row in ids]
 
 
 def _pad_id(file: Path, inner: Any) -> int:

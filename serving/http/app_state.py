@@ -22,6 +22,7 @@ from ops.ledger import Ledger
 from ops.ledger.rows import DeletionState, Family
 from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
+from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.http.errors import ApiError, from_validation, is_fault
 from serving.http.image_loader import ImageLoader
@@ -46,7 +47,7 @@ class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        """Vectors of all items, by the snapshot's adapter."""
+        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
 
 
 class Vlms(Protocol):
@@ -144,6 +145,7 @@ class AppState:
 
     settings: Serve
     dim: int
+    tokenizer: Tokenizer
     admission: Admission
     encoders: Encoders
     index: Index
@@ -214,6 +216,10 @@ class AppState:
             if not text:
                 raise ApiError(400, f"{field}: the text is empty.", param=field, code="empty_text")
             self.check_length(field, text)
+
+    async def token_rows(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, as encoders take them. In a thread: long texts take milliseconds."""
+        return await asyncio.to_thread(self.tokenizer.rows, texts)
 
     def check_length(self, param: str, text: str) -> None:
         """Refuse a text that is too long."""

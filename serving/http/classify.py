@@ -48,7 +48,8 @@ async def classify(request: Request) -> JSONResponse:
                 [(f"images.{index}", image) for index, image in enumerate(sources)], caller_of(request)
             )
             images = await state.encoders.encode("image", pixels, snapshot, deadline)
-            texts = await state.encoders.encode("text", prompts, snapshot, deadline)
+            rows = await state.token_rows(prompts)
+            texts = await state.encoders.encode("text", rows, snapshot, deadline)
         shares = probabilities(vectors_of(images), vectors_of(texts), len(body.templates), images.logit_scale)
         results = [
             {

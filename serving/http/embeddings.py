@@ -76,7 +76,8 @@ async def embed(
         pixels = await state.image_loader.pixels(list(images.values()), caller)
         vectors[list(images)] = vectors_of(await state.encoders.encode("image", pixels, snapshot, deadline))
     if texts:
-        answer = await state.encoders.encode("text", list(texts.values()), snapshot, deadline)
+        rows = await state.token_rows(list(texts.values()))
+        answer = await state.encoders.encode("text", rows, snapshot, deadline)
         vectors[list(texts)] = vectors_of(answer)
         tokens = answer.tokens
     return vectors, tokens

@@ -106,7 +106,8 @@ class Probes:
             return PartState(False, "no release is live yet.")
         deadline = time.monotonic() + PROBE_SECONDS
         if name == "clip":
-            work: Awaitable[object] = state.encoders.encode("text", ["alive"], snapshot, deadline)
+            rows = await state.token_rows(["alive"])
+            work: Awaitable[object] = state.encoders.encode("text", rows, snapshot, deadline)
         else:
             work = state.need_vlms().reply(PROBE, snapshot, deadline)
         return await _observed(work, snapshot.release)

@@ -42,7 +42,8 @@ async def search(request: Request) -> JSONResponse:
         async with cancel_on_disconnect(request.receive, deadline):
             if body.text is not None:
                 state.check_texts([body.text], "text")
-                answer = await state.encoders.encode("text", [body.text], snapshot, deadline)
+                rows = await state.token_rows([body.text])
+                answer = await state.encoders.encode("text", rows, snapshot, deadline)
             else:
                 source: str | bytes = uploads[0] if uploads else str(body.image)
                 pixels = await state.image_loader.pixels([("image", source)], caller_of(request))

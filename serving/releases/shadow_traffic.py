@@ -25,7 +25,7 @@ from ops.settings import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
 from serving.messages import EncodeResult, Kind
-from serving.releases.agreement import TEXTS, Neighbours, same_answer
+from serving.releases.agreement import Neighbours, same_answer
 from serving.releases.guard_target import GuardTarget
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -81,10 +81,13 @@ class _Watch:
 class ShadowTraffic:
     """Of one ingress; used from one event loop. :meth:`run` must run for anything to be compared."""
 
-    def __init__(self, settings: Rollout, encode: Encode, vlms: Vlms | None, seconds: float) -> None:
-        """``seconds``: the longest that a VLM's answer may take."""
+    def __init__(
+        self, settings: Rollout, encode: Encode, tokens: Sequence[list[int]], vlms: Vlms | None, seconds: float
+    ) -> None:
+        """``tokens``: those of :data:`agreement.TEXTS`; ``seconds``: the longest that a VLM's answer may take."""
         self.settings = settings
         self._encode = encode
+        self._tokens = list(tokens)
         self._vlms = vlms
         self._seconds = seconds
         self._watch: _Watch | None = None
@@ -102,7 +105,7 @@ class ShadowTraffic:
             self.watching = self.settings.compare_share > 0
 
     def clip(self, kind: Kind, payload: Any) -> None:
-        """Items that a client had encoded."""
+        """Items that a client had encoded: pixels, or token ids."""
         self._offer("clip", (kind, payload[:ITEMS]))
 
     def vlm(self, request: GenerationRequest) -> None:
@@ -149,7 +152,7 @@ class ShadowTraffic:
 
     async def _clip(self, watch: _Watch, kind: Kind, payload: Any) -> None:
         if not watch.fixed:
-            fixed = await self._both(watch, "clip", lambda row: self._vectors("text", list(TEXTS), row))
+            fixed = await self._both(watch, "clip", lambda row: self._vectors("text", self._tokens, row))
             if fixed is None:
                 return
             watch.neighbours.fix(*fixed)
@@ -245,8 +248,9 @@ class ShadowTraffic:
 
 
 def _digest(kind: Kind, item: Any) -> bytes:
-    data = item.encode("utf-8", "surrogatepass") if isinstance(item, str) else np.ascontiguousarray(item).data
-    return hashlib.sha256(kind.encode() + data if isinstance(data, bytes) else data).digest()
+    digest = hashlib.sha256(kind.encode())
+    digest.update(np.ascontiguousarray(item).data)
+    return digest.digest()
 
 
 def _digest_request(request: GenerationRequest) -> bytes:

@@ -31,7 +31,7 @@ class EncoderCalls:
         self.budget = max_batch * IMAGE_COST
 
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        """Vectors of all items (uint8 [n, S, S, 3], or n texts), every one by the snapshot's adapter.
+        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), every one by the snapshot's adapter.
 
         Args:
             deadline: on the monotonic clock.

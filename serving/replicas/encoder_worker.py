@@ -50,10 +50,10 @@ class EncoderWorker:
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
-        self._tokenizer = engine.base.tokenizer()
         self._compute = ThreadPoolExecutor(1, "encode")
         self._loading = ThreadPoolExecutor(1, "load", initializer=step_back)
         self._lock = threading.Lock()
+        self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}
         self._waiting = 0
         self._health = ForwardHealth()
@@ -168,7 +168,7 @@ class EncoderWorker:
     def _probe_now(self) -> None:
         """One text and one image through the base, whose weights every adapter shares."""
         size = self.engine.base.preprocess.size
-        self.engine.encode_texts(["alive"])
+        self.engine.encode_tokens(self._probe_rows)
         self.engine.encode_images(np.zeros((1, size, size, 3), np.uint8))
 
     def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
@@ -184,7 +184,7 @@ class EncoderWorker:
         self._health.succeeded()
         metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
         text = kind == "text"
-        tokens = [sum(self._tokenizer.lengths(texts)) if text else 0 for texts in payloads]
+        tokens = [sum(map(len, rows)) if text else 0 for rows in payloads]
         ends = np.cumsum([len(payload) for payload in payloads])[:-1]
         scale = float(self.engine.logit_scale)
         return [
@@ -196,7 +196,7 @@ class EncoderWorker:
         self._ensure(adapter)
         if kind == "image":
             return self.engine.encode_images(np.concatenate(payloads), adapter)
-        return self.engine.encode_texts([text for texts in payloads for text in texts], adapter)
+        return self.engine.encode_tokens([row for rows in payloads for row in rows], adapter)
 
     def _ensure(self, adapter: str | None) -> None:
         if adapter is None or adapter in self.engine.resident:

@@ -29,6 +29,7 @@ from serving.messages import EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
 from serving.releases.admission import Admission
+from serving.releases.agreement import TEXTS
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -77,10 +78,14 @@ class Ingress:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
             return answer
 
-        self.shadow_traffic = ShadowTraffic(settings.rollout, unhurried, vlms, settings.serve.deadline_seconds)
+        tokenizer = base.tokenizer()
+        self.shadow_traffic = ShadowTraffic(
+            settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), vlms, settings.serve.deadline_seconds
+        )
         self.app_state = AppState(
             settings=settings.serve,
             dim=base.dim,
+            tokenizer=tokenizer,
             admission=self.admission,
             encoders=MirroredEncoders(encoders, self.shadow_traffic),
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),

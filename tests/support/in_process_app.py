@@ -59,9 +59,14 @@ class InProcessApp:
         self.protocol = ReleaseProtocol(self.ledger, self, window=2)
 
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        run = self.engine.encode_images if kind == "image" else self.engine.encode_texts
+        run = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
         vectors = run(payload, snapshot.clip)
-        return EncodeResult(vectors, snapshot.clip, logit_scale=self.engine.logit_scale, tokens=len(payload))
+        return EncodeResult(
+            vectors,
+            snapshot.clip,
+            logit_scale=self.engine.logit_scale,
+            tokens=sum(map(len, payload)) if kind == "text" else 0,
+        )
 
     async def change(self, command: LiveCommand) -> Outcome:
         """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""
@@ -137,7 +142,8 @@ async def open_in_process_app(home: Path, settings: Serve) -> tuple[InProcessApp
     keyed = settings.model_copy(update={"operator_key": SecretStr(KEY)})
     access = Access(in_process.ledger, Settings(serve=keyed))
     app_state = AppState(
-        settings=settings, dim=base.dim, admission=in_process.admission, encoders=in_process, access=access,
+        settings=settings, dim=base.dim, tokenizer=engine.tokenizer, admission=in_process.admission,
+        encoders=in_process, access=access,
         index=CatalogIndex(catalog), operations=in_process, image_loader=ImageLoader(base.preprocess, settings),
         quarantine=ScriptedQuarantine(), receipts=ScriptedReceipts(),
         deletions=DeletionService(Settings(home=home), in_process.ledger), ledger=in_process.ledger,

@@ -13,7 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from serving.engines import simple_tokenizer
 from serving.engines.simple_tokenizer import BoundedTokenizer, merge
-from serving.engines.tokens import make_tokenizer
+from serving.engines.tokens import make_tokenizer, pad_rows
 
 CONTEXT = 24
 REFERENCE = SimpleTokenizer(context_length=CONTEXT)
@@ -88,7 +88,7 @@ def test_what_is_cut_off_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None
     words: list[str] = []
     tokenizer = BoundedTokenizer(8)
     monkeypatch.setattr(tokenizer, "bpe", lambda word: words.append(word) or f"{word}</w>")
-    assert tokenizer.lengths(["cat " * 500]) == [8]
+    assert [len(row) for row in tokenizer.rows(["cat " * 500])] == [8]
     assert len(words) == 6
 
 
@@ -104,7 +104,7 @@ def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.M
 @pytest.mark.parametrize(("text", "count"), [("", 2), ("a cat", 4), ("!", 3), ("! ! !", 5), ("word " * 60, CONTEXT)])
 def test_padding_is_not_counted_and_every_token_is(text: str, count: int) -> None:
     tokenizer = make_tokenizer({"kind": "simple", "kwargs": {}}, Path(), CONTEXT)
-    assert tokenizer.lengths([text, "a much longer text than that one"])[0] == count
+    assert len(tokenizer.rows([text, "a much longer text than that one"])[0]) == count
 
 
 @pytest.mark.parametrize("mode", [None, "slow"])
@@ -122,4 +122,5 @@ def test_a_pad_token_that_texts_have_too_is_counted_where_a_text_has_it(tmp_path
     config = {"kind": "hf", "directory": "text", "trim": False, "mode": None, "kwargs": kwargs}
     tokenizer = make_tokenizer(config, tmp_path, 6)
     assert tokenizer(["a cat", "a"]).tolist() == [[1, 2, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
-    assert tokenizer.lengths(["a cat", "a", "a cat " * 9]) == [3, 2, 6]
+    assert tokenizer.rows(["a cat", "a", "a cat " * 9]) == [[1, 2, 0], [1, 0], [1, 2, 1, 2, 1, 0]]
+    assert pad_rows(tokenizer.rows(["a cat", "a"]), 6, tokenizer.pad_id).tolist() == tokenizer(["a cat", "a"]).tolist()

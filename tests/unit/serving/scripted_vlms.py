@@ -79,6 +79,13 @@ class ScriptedVlms:
         return list(self.logits)
 
 
+class Words:
+    """Stands for a tokenizer: an id for each word."""
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        return [[len(word) for word in text.split()] for text in texts]
+
+
 def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState:
     """What the routes see; nothing but the VLM and the admission is used here."""
     admission = Admission()
@@ -86,7 +93,8 @@ def app_state(vlms: ScriptedVlms | None, settings: Serve = SETTINGS) -> AppState
     unused = cast(Any, None)
     access = Access(unused, Settings(serve=Serve(operator_key=SecretStr("key"))))
     return AppState(
-        settings=settings, dim=8, admission=admission, encoders=unused, index=unused, operations=unused,
+        settings=settings, dim=8, tokenizer=cast(Any, Words()), admission=admission, encoders=unused,
+        index=unused, operations=unused,
         image_loader=ImageLoader(Preprocess(size=16), settings), access=access,
         quarantine=unused, receipts=unused, deletions=unused, ledger=unused, refresh=unused, vlms=vlms,
         token_text=lambda token: f"<{token}>",

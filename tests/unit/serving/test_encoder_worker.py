@@ -14,6 +14,7 @@ from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.messages import EncodeRequest, batch_cost
 from serving.replicas.encoder_worker import EncoderWorker
 
@@ -43,6 +44,10 @@ def pixels(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
+def ids(*texts: str) -> list[list[int]]:
+    return BoundedTokenizer(16).rows(texts)
+
+
 def soon() -> float:
     return time.monotonic() + 60
 
@@ -52,13 +57,13 @@ async def test_a_batch_of_many_adapters_answers_each_under_its_own(
 ) -> None:
     names: list[str | None] = [None, stored(base, artifacts, tmp_path, 1), stored(base, artifacts, tmp_path, 2)]
     works = [EncodeRequest("image", pixels(2, k), name, soon()) for k, name in enumerate(names * 2)]
-    works += [EncodeRequest("text", ["a cat", "a dog"], name, soon()) for name in names]
+    works += [EncodeRequest("text", ids("a cat", "a dog"), name, soon()) for name in names]
     answers = await worker.encode(works)
     alone = ClipEngine(base)
     for name in names[1:]:
         alone.load(str(name), artifacts.fetch(f"adapters/{name}"))
     for work, answer in zip(works, answers, strict=True):
-        encode = alone.encode_images if work.kind == "image" else alone.encode_texts
+        encode = alone.encode_images if work.kind == "image" else alone.encode_tokens
         assert answer.adapter == work.adapter
         np.testing.assert_allclose(answer.vectors, encode(work.payload, work.adapter), atol=1e-5)
         assert (answer.tokens > 0) == (work.kind == "text")
@@ -68,17 +73,17 @@ async def test_an_adapter_that_is_not_resident_is_loaded_by_the_request_that_nee
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path
 ) -> None:
     name = stored(base, artifacts, tmp_path, 3)
-    (answer,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
+    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
     assert answer.code == ""
     assert worker.engine.resident == (name,)
     assert await worker.retire([None]) == [name]
-    (again,) = await worker.encode([EncodeRequest("text", ["x"], name, soon())])
+    (again,) = await worker.encode([EncodeRequest("text", ids("x"), name, soon())])
     np.testing.assert_array_equal(again.vectors, answer.vectors)
 
 
 async def test_an_adapter_that_does_not_exist_fails_only_its_own_items(worker: EncoderWorker) -> None:
     bad, good = await worker.encode(
-        [EncodeRequest("text", ["x"], "clip-000000000000", soon()), EncodeRequest("text", ["x"], None, soon())]
+        [EncodeRequest("text", ids("x"), "clip-000000000000", soon()), EncodeRequest("text", ids("x"), None, soon())]
     )
     assert bad.code == "adapter"
     assert good.vectors is not None
@@ -99,7 +104,7 @@ async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
     missing = asyncio.create_task(worker.load_missing("clip-000000000000"))
     await asyncio.to_thread(fetching.wait, 30)
     assert await worker.load_missing(None) is None
-    (answer,) = await worker.encode([EncodeRequest("text", ["x"], None, soon())])
+    (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
     assert answer.vectors is not None and not missing.done()
     answers.set()
     refusal = await missing
@@ -108,7 +113,7 @@ async def test_artifacts_that_hang_hold_up_nobody_who_asks_for_what_is_resident(
 
 async def test_what_is_late_is_not_computed(worker: EncoderWorker) -> None:
     late, good = await worker.encode(
-        [EncodeRequest("text", ["x"], None, time.monotonic() - 1), EncodeRequest("text", ["x"], None, soon())]
+        [EncodeRequest("text", ids("x"), None, time.monotonic() - 1), EncodeRequest("text", ids("x"), None, soon())]
     )
     assert (late.code, late.vectors) == ("late", None)
     assert good.vectors is not None
@@ -130,32 +135,34 @@ async def test_prepare_tells_spaces_and_says_what_is_wrong_with_a_damaged_file(
 async def test_the_request_whose_forward_pass_fails_fails_alone(
     worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = worker.engine.encode_texts
+    encode, poison = worker.engine.encode_tokens, ids("poison")[0]
 
-    def poisoned(texts: list[str], adapter: str | None = None) -> np.ndarray:
-        if "poison" in texts:
+    def poisoned(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
+        if poison in rows:
             raise ValueError("index out of range")
-        return encode(texts, adapter)
+        return encode(rows, adapter)
 
-    monkeypatch.setattr(worker.engine, "encode_texts", poisoned)
-    answers = await worker.encode([EncodeRequest("text", [text], None, soon()) for text in ("a", "poison", "b")])
+    monkeypatch.setattr(worker.engine, "encode_tokens", poisoned)
+    answers = await worker.encode([EncodeRequest("text", ids(text), None, soon()) for text in ("a", "poison", "b")])
     assert [answer.code for answer in answers] == ["", "failed", ""]
     assert "index out of range" in answers[1].error
     for _ in range(5):
-        await worker.encode([EncodeRequest("text", ["poison"], None, soon())])
+        await worker.encode([EncodeRequest("text", ids("poison"), None, soon())])
     await worker.check_health()  # its own pass works: the requests were at fault
 
 
 async def test_an_encoder_whose_device_is_lost_is_unhealthy_at_once(
     worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lost(texts: list[str], adapter: str | None = None) -> np.ndarray:
+    def lost(rows: list[list[int]], adapter: str | None = None) -> np.ndarray:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     await worker.check_health()
-    monkeypatch.setattr(worker.engine, "encode_texts", lost)
+    monkeypatch.setattr(worker.engine, "encode_tokens", lost)
     with pytest.raises(RuntimeError, match="CUDA error"):  # so that the call is made again on another replica
-        await worker.encode([EncodeRequest("text", ["x"], None, soon()), EncodeRequest("text", ["y"], None, soon())])
+        await worker.encode(
+            [EncodeRequest("text", ids("x"), None, soon()), EncodeRequest("text", ids("y"), None, soon())]
+        )
     with pytest.raises(RuntimeError, match="does not work any more"):
         await worker.check_health()
 
@@ -164,7 +171,7 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
     with worker._lock:  # as a thread that loads an adapter does
         worker.engine._residents["clip-old"] = worker.engine._none
         retiring = asyncio.create_task(worker.retire([None]))
-        (answer,) = await worker.encode([EncodeRequest("text", ["x"], None, soon())])
+        (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
         assert answer.vectors is not None and not retiring.done()
     assert await retiring == ["clip-old"]
 
@@ -176,4 +183,4 @@ async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> 
 
 
 def test_an_image_costs_four_texts() -> None:
-    assert batch_cost([EncodeRequest("image", pixels(3), None, 0), EncodeRequest("text", ["a", "b"], None, 0)]) == 14
+    assert batch_cost([EncodeRequest("image", pixels(3), None, 0), EncodeRequest("text", [[1], [2]], None, 0)]) == 14

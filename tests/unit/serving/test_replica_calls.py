@@ -72,13 +72,13 @@ async def test_an_encoders_refusal_is_raised(code: str, error: type[Exception]) 
     refusals = [[EncodeResult(None, "clip-a", code=code, error="why")] for _ in range(3)]
     calls = EncoderCalls(Handle(*refusals), 16)  # type: ignore[arg-type]
     with pytest.raises(error):
-        await calls.encode("text", ["a"], SNAPSHOT, time.monotonic() + 60)
+        await calls.encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
 
 
 @pytest.mark.parametrize("code", ["adapter", "failed"])
 async def test_an_encoder_that_cannot_do_it_is_followed_by_another_one(code: str) -> None:
     handle = Handle([EncodeResult(None, "clip-a", code=code, error="why")], [EncodeResult(VECTOR, "clip-a")])
-    result = await EncoderCalls(handle, 16).encode("text", ["a"], SNAPSHOT, time.monotonic() + 60)  # type: ignore[arg-type]
+    result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)  # type: ignore[arg-type]
     assert result.vectors is VECTOR
 
 
@@ -98,7 +98,7 @@ async def test_a_search_is_asked_again_when_the_catalog_is_replaced() -> None:
 
 async def test_encoders_get_the_time_left_because_their_clocks_may_differ() -> None:
     handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
-    await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, time.monotonic() + 60)
+    await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, time.monotonic() + 60)
     assert 0 < handle.asked[0][-1] <= 60
 
 
@@ -106,5 +106,5 @@ async def test_a_clock_that_is_set_ends_no_request(monkeypatch: pytest.MonkeyPat
     deadline = app_state(None).deadline()
     monkeypatch.setattr("time.time", lambda: 4e9)
     handle: Any = Handle([EncodeResult(VECTOR, "clip-a")])
-    result = await EncoderCalls(handle, 16).encode("text", ["x"], SNAPSHOT, deadline)
+    result = await EncoderCalls(handle, 16).encode("text", [[1]], SNAPSHOT, deadline)
     assert result.vectors is VECTOR

@@ -24,6 +24,8 @@ from serving.releases.shadow_traffic import ITEMS, WAITING, ShadowTraffic
 from tests.support.waiting import until
 
 DIM = 16
+FIXED = [[1, token, 2] for token in range(100, 120)]
+"""Token ids of the texts that images are ranked against."""
 NOW = datetime.now(UTC)
 
 
@@ -74,7 +76,7 @@ async def comparer_of() -> AsyncIterator[Callable[[Models, GuardTarget], ShadowT
     tasks: list[asyncio.Task[None]] = []
 
     def make(models: Models, what: GuardTarget, share: float = 1.0) -> ShadowTraffic:
-        made = ShadowTraffic(Rollout(compare_share=share), models.encode, models, 5.0)
+        made = ShadowTraffic(Rollout(compare_share=share), models.encode, FIXED, models, 5.0)
         made.watch(what)
         tasks.append(asyncio.create_task(made.run()))
         return made
@@ -92,7 +94,7 @@ async def send_texts(shadow_traffic: ShadowTraffic, count: int) -> None:
     """As clients would: one after the other, no faster than they are compared."""
     for number in range(count):
         before = seen(shadow_traffic).tried
-        shadow_traffic.clip("text", [f"text {number}"])
+        shadow_traffic.clip("text", [[number, 1]])
         await until(lambda before=before: seen(shadow_traffic).tried > before)  # type: ignore[misc]
 
 
@@ -115,8 +117,8 @@ async def test_the_same_input_again_is_no_new_evidence(comparer_of: Any) -> None
     shadow_traffic = comparer_of(models, watch())
     await send_texts(shadow_traffic, 1)
     for _ in range(3):
-        shadow_traffic.clip("text", ["text 0"])
-    shadow_traffic.clip("text", ["another"])
+        shadow_traffic.clip("text", [[0, 1]])
+    shadow_traffic.clip("text", [[7, 7]])
     await until(lambda: seen(shadow_traffic).inputs == 2)
     assert len([adapter for adapter, _ in models.asked if adapter == "new"]) == 3  # the fixed texts, and two inputs
 
@@ -131,11 +133,11 @@ async def test_of_a_large_request_only_some_items_are_compared(comparer_of: Any)
 
 async def test_what_cannot_be_served_counts_as_failed_and_a_replica_that_is_away_does_not(comparer_of: Any) -> None:
     gone = comparer_of(Models(gone=("new",)), watch())
-    gone.clip("text", ["x"])
+    gone.clip("text", [[9]])
     await until(lambda: seen(gone).tried == 1)
     assert (seen(gone).failed, seen(gone).incumbent_failed, seen(gone).dropped) == (1, 0, 0)
     away = comparer_of(Models(busy=True), watch())
-    away.clip("text", ["x"])
+    away.clip("text", [[9]])
     await until(lambda: seen(away).dropped == 1)
     assert (seen(away).tried, seen(away).failed) == (0, 0)
 
@@ -147,7 +149,7 @@ async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
     await asyncio.sleep(0)
     began = time.perf_counter()
     for number in range(1000):
-        shadow_traffic.clip("text", [f"text {number}"])
+        shadow_traffic.clip("text", [[number, 1]])
     assert time.perf_counter() - began < 5.0
     assert 1000 - WAITING - 1 <= seen(shadow_traffic).dropped <= 1000 - WAITING
 
@@ -155,7 +157,7 @@ async def test_what_finds_no_place_is_dropped_at_once(comparer_of: Any) -> None:
 async def test_a_family_that_the_release_leaves_alone_is_not_compared(comparer_of: Any) -> None:
     models = Models()
     shadow_traffic = comparer_of(models, watch(clip=None, vlm="v"))
-    shadow_traffic.clip("text", ["x"])
+    shadow_traffic.clip("text", [[9]])
     shadow_traffic.vlm(question(np.zeros((4, 4, 3), np.uint8), "colour?"))
     await until(lambda: seen(shadow_traffic, "vlm").inputs == 1)
     assert set(shadow_traffic.observations({}).compared) == {"vlm"}
@@ -178,7 +180,7 @@ async def test_the_next_release_is_compared_from_nothing_and_the_end_of_the_watc
     assert seen(shadow_traffic).inputs == 3
     shadow_traffic.watch(watch(clip="newer", number=3, until=time.time() - 1))
     assert seen(shadow_traffic).inputs == 0
-    shadow_traffic.clip("text", ["too late"])
+    shadow_traffic.clip("text", [[8]])
     assert not shadow_traffic.watching
     assert shadow_traffic.observations({}).release == 0
 
