@@ -281,7 +281,9 @@ class Updater(Section):
     )
     seed: int = Field(0, ge=0, description="Seed of training.")
     threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
-    nice: int = Field(15, ge=0, le=19, description="Niceness of the trainer process.")
+    nice: int = Field(
+        19, ge=0, le=19, description="Niceness of the trainer process; serving's models have 4, the rest of serving 0."
+    )
     idle: bool = Field(False, description="Linux: the trainer runs only where no other process wants to (SCHED_IDLE).")
     duty_cycle: float = Field(1.0, gt=0, le=1, description="Share of time the trainer may compute.")
     max_latency_ratio: float = Field(

@@ -58,7 +58,8 @@ class ChaosInstallation:
         self.home_disk = stack.enter_context(SmallDisk(folder / "home-1", HOME_BYTES))
         clip = tiny_base(self.home_disk.folder).name
         vlm = tiny_vlm_base(self.home_disk.folder).name if vlm_engine else ""
-        pairs = {"ingress_replicas": 2, "controller_replicas": 2}  # so that one that is killed is not missed
+        # Pairs, so that one that is killed is not missed.
+        pairs = {"ingress_replicas": 2, "controller_replicas": 2, "vlm_replicas": 2}
         bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
         engine = {"vlm_engine": vlm_engine} if vlm_engine else {}
         self.direct = Settings(
@@ -93,7 +94,7 @@ class ChaosInstallation:
             home = self.folder / f"home-{self._servers}"
             shutil.copytree(self.direct.home / "bases", home / "bases")
             shutil.copy2(self.direct.home / "operator.key", home / "operator.key")
-            serve = settings.serve.model_copy(update={"port": free_port()})
+            serve = settings.serve.model_copy(update={"port": free_port(), "vlm_replicas": 1})
             settings = settings.model_copy(update={"home": home, "serve": serve})
         relayed = self.postgres.url.replace(f":{self.postgres.port}/", f":{self.commits.port}/")
         settings = settings.model_copy(update={"ledger_url": relayed})

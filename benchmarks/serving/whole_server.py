@@ -86,7 +86,7 @@ class WholeServer:
         """Wait until every deployment has its processes and the server is ready. Raises RatchetError."""
         serve = self.settings.serve
         counts = {"encoder": serve.encoder_replicas, "ingress": serve.ingress_replicas,
-                  "controller": serve.controller_replicas}  # fmt: skip
+                  "controller": serve.controller_replicas, "vlm": serve.vlm_replicas}  # fmt: skip
         wanted = {
             name: counts.get(process, 1)
             for process, name in DEPLOYMENTS.items()

@@ -22,6 +22,7 @@ from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.encoder_worker import EncoderWorker
 from serving.replicas.follower import ResidencyFollower, check_start
+from serving.replicas.priority import give_way
 
 
 class Encoder:
@@ -31,6 +32,7 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
+        give_way()
         metrics.build.started("encoder")
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)

@@ -59,13 +59,17 @@ class EncoderWorker:
         self._health = ForwardHealth()
 
     async def prepare(self, clip: str | None) -> Prepared:
-        """Hold the adapter beside what is served, and check its golden outputs. The answer says what is wrong."""
+        """Hold the adapter beside what is served, and check its golden outputs. The answer says what is wrong.
+
+        What is held already is answered at once, also while another adapter's files do not come.
+        """
+        if (known := self._held(clip)) is not None:
+            return known
         return await asyncio.get_running_loop().run_in_executor(self._loading, self.prepare_now, clip)
 
     def prepare_now(self, clip: str | None) -> Prepared:
         """Same, on the caller's thread."""
-        known = self._prepared.get(clip)
-        if known is not None and (clip is None or clip in self.engine.resident):
+        if (known := self._held(clip)) is not None:
             return known
         try:
             self._ensure(clip)
@@ -86,6 +90,9 @@ class EncoderWorker:
             return None
         prepared = await self.prepare(clip)
         return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
+
+    def _held(self, clip: str | None) -> Prepared | None:
+        return self._prepared.get(clip) if clip is None or clip in self.engine.resident else None
 
     async def check_health(self) -> None:
         """Raise RuntimeError when forward passes fail again and again; run a small one now and then."""

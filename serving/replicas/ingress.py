@@ -46,6 +46,8 @@ log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
 KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
+FIRST_SECONDS = 20.0
+"""How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
 
 
 @serve.ingress()
@@ -129,7 +131,11 @@ class Ingress:
         return self.shadow_traffic.observations(self.admission.answered())
 
     async def check_health(self) -> None:
-        """Keeps the follower, the comparisons, the copy of the keys and the metric of what answers running."""
+        """Serve asks this once before it sends requests here, and every few seconds after that. Keeps the follower, the
+        comparisons, the copy of the keys and the metric of what answers running.
+        """
+        if not self._tasks:
+            await self._adopt_first()
         for name, work in (
             ("follow", self._follow), ("compare", self.shadow_traffic.run), ("keys", self._read_keys),
             ("probe", self.app_state.probes.watch),
@@ -143,6 +149,14 @@ class Ingress:
         residency = await self.residency_reader.read(newer_than=live.release if live else 0)
         if residency is not None:
             await self.adopt(residency.window)
+
+    async def _adopt_first(self) -> None:
+        """Know what is live before the first request comes: one that replaces another takes its requests at once."""
+        try:
+            async with asyncio.timeout(FIRST_SECONDS):
+                await self.refresh()
+        except Exception as error:
+            log.warning("what is live is not known yet: %s: %s", type(error).__name__, error)
 
     async def _follow(self) -> None:
         while True:

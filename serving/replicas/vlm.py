@@ -21,6 +21,7 @@ from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.follower import ResidencyFollower, check_start
+from serving.replicas.priority import give_way
 from serving.replicas.vlm_worker import VlmWorker
 
 INCOMING, LATE = 1, 1
@@ -35,6 +36,7 @@ class VlmReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
+        give_way()
         metrics.build.started("vlm")
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
+from ops.errors import ArtifactsUnavailable
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer
@@ -174,6 +175,26 @@ async def test_retiring_does_not_hold_up_requests_while_an_adapter_is_loaded(wor
         (answer,) = await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
         assert answer.vectors is not None and not retiring.done()
     assert await retiring == ["clip-old"]
+
+
+async def test_what_is_held_is_told_while_the_files_of_another_adapter_do_not_come(
+    base: ClipBase, tmp_path: Path
+) -> None:
+    asked, come = threading.Event(), threading.Event()
+
+    class Hanging(Artifacts):
+        def fetch(self, path: str) -> Path:
+            asked.set()
+            come.wait()
+            raise ArtifactsUnavailable("the store was stopped.")
+
+    worker = EncoderWorker(ClipEngine(base), Hanging(str(tmp_path / "artifacts")), "r1")
+    await worker.prepare(None)
+    loading = asyncio.create_task(worker.prepare("clip-000000000000"))
+    await asyncio.to_thread(asked.wait)
+    assert (await worker.prepare(None)).image_space and not loading.done()
+    come.set()
+    assert "was stopped" in (await loading).error
 
 
 async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:
