@@ -10,6 +10,9 @@ from sqlalchemy import Connection, Engine, event
 
 WRITE_SECONDS: Final = 15
 """Longest wait for another process's write. A write takes milliseconds, but its process may run at a low priority."""
+CACHE_KIB: Final = 256
+"""Of each connection. SQLite's 2 MB fill up as the ledger grows, in every thread of every process; the kernel caches
+its pages once for all."""
 READ_SECONDS: Final = 2
 """Longest wait of a read: in WAL mode it waits for no writer, only for the recovery of the file after a crash."""
 
@@ -23,7 +26,7 @@ def prepare_sqlite(engine: Engine) -> None:
         connection.isolation_level = None  # transactions are begun below, not by the driver
         connection.execute(f"PRAGMA busy_timeout={WRITE_SECONDS * 1000}")
         _use_wal(connection)
-        for pragma in ("synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("synchronous=FULL", "foreign_keys=ON", f"cache_size=-{CACHE_KIB}"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
