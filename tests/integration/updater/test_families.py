@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from ops.errors import GateError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
+from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_vlm_home
-from tests.integration.updater.test_kill import AT_STEP_4, CHILD, finish, start
+from tests.integration.updater.test_kill import SECONDS
 from updater import judge, service
 from updater.gate import Verdict
 from updater.pools import Pair, Pools, Question
@@ -148,9 +148,7 @@ def test_a_recipe_or_a_family_limits_the_updater_to_one_model(settings: Settings
     assert by_family.ledger.unfinished_update("clip") is None
 
 
-def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(
-    tmp_path: Path, run_child: Callable[[Path], int]
-) -> None:
+def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(tmp_path: Path) -> None:
     """Killed in the middle of training: what the teacher says is computed again, and is the same."""
     adapters = []
     for name in ("whole", "killed"):
@@ -159,7 +157,8 @@ def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(
         add_samples(settings, 6, split="fresh_eval", asked=lambda offset: True)
         ledger = Ledger.open(settings.ledger)
         if name == "killed":
-            assert run_child(settings.home) == -signal.SIGKILL
+            killed = mortal_trainer.start(settings.home, "in the middle of training", vlm=True)
+            assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
             left = ledger.unfinished_update("vlm")
             assert left is not None and left.state == "training"
             assert ledger.spent() == ledger.spent(left.id) > 0
@@ -170,16 +169,3 @@ def test_a_killed_trainer_of_a_vlm_ends_in_the_same_adapter_and_is_charged_once(
         assert ledger.spent() == pytest.approx(update.cost["gflops_spent"])
         adapters.append((update.id, update.adapter, update.cost["gflops_spent"]))
     assert adapters[0] == adapters[1]
-
-
-@pytest.fixture
-def run_child() -> Callable[[Path], int]:
-    """Run a trainer of the VLM in a process of its own, which kills itself at its fourth step; its exit code."""
-
-    def run(home: Path) -> int:
-        code = CHILD.format(hook=AT_STEP_4).replace("make_home", "make_vlm_home")
-        process = start(code, home)
-        finish(process, -signal.SIGKILL)
-        return process.returncode
-
-    return run

@@ -13,8 +13,9 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.base import load_base
+from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
-from tests.integration.updater.test_kill import AT_STEP_4, finish, trainer
+from tests.integration.updater.test_kill import SECONDS
 from tests.integration.updater.test_service import release, verdict
 from tests.unit.updater.builders import recipe
 from updater import service as service_module
@@ -25,15 +26,6 @@ from updater.service import UpdaterService
 __all__ = ["verdict"]
 
 pytestmark = pytest.mark.integration
-
-BEFORE_THE_MEMORY_IS_STORED = """
-real = service.Artifacts.put_directory
-def put_directory(self, source, key):
-    if key.startswith("memories/"):
-        die()
-    real(self, source, key)
-service.Artifacts.put_directory = put_directory
-"""
 
 
 def remembering(home: Path) -> Settings:
@@ -115,7 +107,8 @@ def test_a_trainer_killed_before_its_memory_is_stored_stores_it_the_next_time(tm
     undisturbed = remembering(tmp_path / "undisturbed")
     UpdaterService(undisturbed).step()
     settings = remembering(tmp_path / "home")
-    finish(trainer(settings.home, BEFORE_THE_MEMORY_IS_STORED), -signal.SIGKILL)
+    killed = mortal_trainer.start(settings.home, "before the memory is stored")
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
     left = last(settings)
     assert left.state == "training"
     assert not Artifacts(settings.artifacts).exists("memories")
@@ -137,7 +130,8 @@ def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(
     shutil.copytree(undisturbed.home, tmp_path / "home")
     settings = make_home(tmp_path / "home")
     UpdaterService(undisturbed).step()
-    finish(trainer(settings.home, AT_STEP_4), -signal.SIGKILL)
+    killed = mortal_trainer.start(settings.home, "in the middle of training")
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
     assert last(settings).state == "training"
     UpdaterService(settings).step()
     one, other = last(undisturbed), last(settings)

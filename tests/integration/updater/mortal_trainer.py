@@ -1,0 +1,81 @@
+"""A trainer in a process of its own that ends itself with SIGKILL at a chosen point."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ops.artifacts import Artifacts
+from ops.ledger import Ledger
+from tests.integration.updater.home import make_home, make_vlm_home
+from tests.support.forked import ForkedProcess, import_ahead
+from updater import judge
+from updater.command import run_update
+from updater.learner import Learner
+from updater.service import UpdaterService
+
+import_ahead(__name__)
+backward, put_directory = Learner.backward, Artifacts.put_directory
+SLOW_STEP_SECONDS = 0.3
+
+
+def die(*_: Any, **__: Any) -> NoReturn:
+    """End as ``kill -9`` would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("a killed process went on")
+
+
+def die_at_step(number: int) -> Callable[..., Any]:
+    """``Learner.backward``, but the process dies in this step of training."""
+    calls = 0
+
+    def call(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 + number:  # the cost probe is the first
+            die()
+        return backward(*args)
+
+    return call
+
+
+def slow_step(*args: Any) -> Any:
+    """``Learner.backward`` that leaves time to send a signal."""
+    time.sleep(SLOW_STEP_SECONDS)
+    return backward(*args)
+
+
+def put_all_but_memories(self: Artifacts, source: Path, key: str) -> None:
+    """``Artifacts.put_directory``, but the process dies before it stores a memory."""
+    if key.startswith("memories/"):
+        die()
+    put_directory(self, source, key)
+
+
+#: Where it dies, or is slow: name -> object, attribute and what takes its place.
+POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "in the middle of training": (Learner, "backward", die_at_step(4)),
+    "before the adapter is stored": (Artifacts, "put_directory", die),
+    "between the adapter and the ledger": (Ledger, "register_adapter", die),
+    "between the adapter's row and the update's": (Ledger, "advance_update", die),
+    "in the gate": (judge, "run_gate", die),
+    "between verdict and proposal": (UpdaterService, "_propose", die),
+    "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),
+    "nowhere, but slowly": (Learner, "backward", slow_step),
+}
+
+
+def start(home: Path, point: str = "", vlm: bool = False) -> ForkedProcess:
+    """One update in a process of its own. ``point``: one of :data:`POINTS`, or nothing."""
+    return ForkedProcess(home.with_suffix(".log"), run, home, point, vlm)
+
+
+def run(home: Path, point: str, vlm: bool) -> None:
+    """One update."""
+    if point:
+        setattr(*POINTS[point])
+    run_update(make_vlm_home(home) if vlm else make_home(home), once=True)
