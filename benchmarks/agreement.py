@@ -76,7 +76,7 @@ def _clip(
 ) -> Iterator[Row]:  # fmt: skip
     base = load_base(settings.home, settings.base.clip)
     engine = ClipEngine(base)
-    pixels = np.stack([base.preprocess.pixels(decode_image(item.bytes())) for item in items])
+    pixels = np.stack([base.preprocess.pixels(item.bytes()) for item in items])
     texts = [item.text for item in items]
 
     def encoded(name: str | None) -> tuple[Vectors, Vectors, Vectors]:

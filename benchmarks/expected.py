@@ -28,7 +28,7 @@ class ExpectedVectors:
         self.artifacts = Artifacts(settings.artifacts)
         self.engine = ClipEngine(load_base(settings.home, settings.base.clip))
         preprocess = self.engine.base.preprocess
-        self.pixels = np.stack([preprocess.pixels(decode_image(image)) for image in images])
+        self.pixels = np.stack([preprocess.pixels(image) for image in images])
         self.texts = list(texts)
         self._made: dict[str, npt.NDArray[np.float32]] = {}
 

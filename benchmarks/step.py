@@ -32,7 +32,6 @@ from ops.progress import track
 from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from streams.folders import read_folder
-from streams.images import decode_image
 from updater.base import reference_folders
 from updater.cost import counted, measure
 from updater.families import make_learner
@@ -132,7 +131,7 @@ class _Batches:
     def __init__(self, base: ClipBase, prepared: Prepared) -> None:
         self.base, self.prepared = base, prepared
         self.tokenize = base.tokenizer()
-        self.pixels = np.stack([base.preprocess.pixels(decode_image(pair.read())) for pair in prepared.examples])
+        self.pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in prepared.examples])
 
     def of(self, number: int) -> tuple[Tensor, Tensor]:
         rows = self.prepared.rows(number)

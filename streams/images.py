@@ -10,6 +10,8 @@ Reasons of the :class:`~ops.errors.RecordError` raised here: ``image_missing``, 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
@@ -52,6 +54,39 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
+Needed = Callable[[tuple[int, int]], tuple[int, int]]
+"""The least size (width, height) that a caller can use of an image of that size."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedImage:
+    """An image whose header was read and is within bounds; none of its pixels is decoded yet."""
+
+    kind: str
+    """A key of :data:`CONTENT_TYPES`."""
+    image: Image.Image
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height by the header, in pixels."""
+        return self.image.size
+
+    def decode(self, needed: Needed | None = None) -> Image.Image:
+        """The first frame as 8-bit RGB, upright, transparency laid on white. May be called once.
+
+        Args:
+            needed: with it a JPEG is decoded at a half, a quarter or an eighth of its size, by the scaled inverse DCT
+                of libjpeg, where at least the size that this returns remains. Other formats are decoded whole.
+
+        Raises:
+            RecordError: ``image_undecodable``.
+        """
+        with _as_record_errors(self.kind):
+            drafted = self.image.draft(None, needed(self.image.size)) if needed and self.kind == "JPEG" else None
+            self.image.load()
+            return _upright_rgb(self.image if drafted is None else _without_padding(self.image, drafted[1]))
+
+
 def decode_image(
     data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, min_side: int = 1
 ) -> Image.Image:
@@ -66,6 +101,11 @@ def decode_image(
     Raises:
         RecordError: with one of the reasons in the module's docstring.
     """
+    return open_image(data, max_pixels, max_bytes, min_side).decode()
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, min_side: int = 1) -> OpenedImage:
+    """Read an image's header and check it; see :func:`decode_image` for arguments and errors."""
     if not data:
         raise RecordError("image_missing", "the image is empty.", "Send the bytes of an image file.")
     if len(data) > max_bytes:
@@ -87,17 +127,21 @@ def decode_image(
             f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments.",
             "Save it again, baseline or progressive.",
         )
+    with _as_record_errors(kind):
+        image = Image.open(BytesIO(data), formats=[kind])
+        _check_size(image.size, max_pixels, min_side)
+        return OpenedImage(kind, image)
+
+
+@contextlib.contextmanager
+def _as_record_errors(kind: str) -> Iterator[None]:
+    """What Pillow raises, as :class:`~ops.errors.RecordError`."""
     try:
-        with Image.open(BytesIO(data), formats=[kind]) as image:
-            _check_size(image.size, max_pixels, min_side)
-            image.load()
-            return _upright_rgb(image)
+        yield
     except RecordError:
         raise
     except Image.DecompressionBombError:
-        raise RecordError(
-            "image_too_many_pixels", f"the image has more than {max_pixels} pixels.", "Scale it down."
-        ) from None
+        raise RecordError("image_too_many_pixels", "the image has too many pixels.", "Scale it down.") from None
     except UnidentifiedImageError:  # its message holds the address of a Python object, and nothing more
         raise RecordError(
             "image_undecodable", f"the {kind} image has no header that can be read.", "Check that the file is whole."
@@ -124,6 +168,19 @@ def _check_size(size: tuple[int, int], max_pixels: int, min_side: int) -> None:
             f"the image is {width}x{height}; its shorter side must be at least {min_side} pixels.",
             "Send a larger one.",
         )
+
+
+def _without_padding(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """A JPEG that was decoded at a scale: where a side is no multiple of it, its last pixel is padded by less than one.
+
+    Left there, a picture of 641 columns would be stretched to 644.
+    """
+    width, height = max(1, round(box[2])), max(1, round(box[3]))
+    if (width, height) == (box[2], box[3]):
+        return image
+    resized = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    resized.info = image.info  # says how it is to be turned
+    return resized
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

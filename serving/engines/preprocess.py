@@ -1,9 +1,11 @@
 """What happens to an image between decoding and the image tower.
 
 Resizing ends in ``uint8`` so that decoded images are small to pass between processes (a quarter of float32),
-and is the same PIL resize that open_clip does: the result equals open_clip's own transform bit by bit. open_clip is not
-imported here: it imports transformers and torchvision's models, for seconds of a process that only prepares images.
-Decoding of bytes from outside, with its bounds, is in ``streams.images``.
+and is the same PIL resize that open_clip does: of a decoded image the result equals open_clip's own transform bit by
+bit. JPEGs are decoded at the smallest scale that is at least as large as the result (:meth:`Preprocess.needed`), which
+takes less than half of the time and changes pixels a little. Decoding of bytes from outside, with its bounds, is in
+``streams.images``. open_clip is not imported here: it imports transformers and torchvision's models, for seconds of a
+process that only prepares images.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 
 from ops.errors import BaseModelError
-from streams.images import decode_image
+from streams.images import OpenedImage, open_image
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
@@ -76,14 +78,34 @@ class Preprocess:
                 known[key] = tuple(float(v) for v in known[key])
         return cls(**known)
 
-    def pixels(self, image: Image.Image | bytes) -> np.ndarray:
-        """``uint8 [size, size, 3]`` of an image; bytes are decoded within the default bounds.
+    def pixels(self, image: Image.Image | OpenedImage | bytes) -> np.ndarray:
+        """``uint8 [size, size, 3]`` of an image; bytes are opened within the default bounds.
 
-        Raises :class:`ops.errors.RecordError` when bytes are no acceptable image.
+        The gate, the trainer, the catalog and the server all give encoded images, so that they see the same pixels.
+
+        Raises :class:`ops.errors.RecordError` when it is no acceptable image.
         """
         if isinstance(image, bytes):
-            image = decode_image(image)
-        return np.asarray(self._square(self._within_ratio(image).convert("RGB")), dtype=np.uint8)
+            image = open_image(image)
+        if isinstance(image, OpenedImage):
+            width, height = image.size
+            image = image.decode(self.needed)
+            if (width - height) * (image.width - image.height) < 0:  # it lay on its side
+                width, height = height, width
+        else:
+            width, height = image.size
+        within = self._within_ratio(image)
+        if within is not image:
+            width, height = within.size
+        return np.asarray(self._square(within if within.mode == "RGB" else within.convert("RGB"), width, height))
+
+    def needed(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The least size (width, height) to which an image of that size may be scaled down while it is decoded."""
+        side = self.size
+        if self.resize_mode != "longest":
+            return side, side
+        ratio = max(*size, side) / side
+        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
 
     def _within_ratio(self, image: Image.Image) -> Image.Image:
         if self.resize_mode == "squash":
@@ -96,19 +118,22 @@ class Preprocess:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
-    def _square(self, image: Image.Image) -> Image.Image:
-        """The first steps of open_clip's evaluation transform, with its rounding."""
+    def _square(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """The first steps of open_clip's evaluation transform, with its rounding.
+
+        ``width`` and ``height``: of the image before it was decoded at a smaller scale, which rounds them.
+        """
         side = self.size
         resample = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
         if self.resize_mode == "squash":
             return image.resize((side, side), resample)
         if self.resize_mode == "shortest":
-            short = min(image.size)
-            image = image.resize((int(side * image.width / short), int(side * image.height / short)), resample)
+            short = min(width, height)
+            image = image.resize((int(side * width / short), int(side * height / short)), resample)
             left, top = (round((length - side) / 2) for length in image.size)
             return image.crop((left, top, left + side, top + side))
-        ratio = max(image.height / side, image.width / side)
-        image = image.resize((round(image.width / ratio), round(image.height / ratio)), resample)
+        ratio = max(height / side, width / side)
+        image = image.resize((round(width / ratio), round(height / ratio)), resample)
         square = Image.new("RGB", (side, side), (self.fill_color,) * 3)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square

@@ -26,7 +26,7 @@ from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.residency_reader import residency_reader
-from streams.images import decode_image
+from streams.images import open_image
 from streams.store import SampleStore
 
 log = logging.getLogger("ratchet.catalog")
@@ -44,7 +44,7 @@ class CatalogReplica:
         bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
 
         def pixels(data: bytes) -> npt.NDArray[np.uint8]:
-            return preprocess.pixels(decode_image(data, **bounds))
+            return preprocess.pixels(open_image(data, **bounds))
 
         async def encode(batch: npt.NDArray[np.uint8], clip: str | None) -> npt.NDArray[np.float32]:
             answer: EncodeResult = await encoder.encode_background.remote("image", batch, clip)

@@ -17,7 +17,6 @@ from ops.progress import track
 from serving.engines.preprocess import Preprocess
 from serving.engines.tokens import Tokenizer
 from streams.folders import FolderItem
-from streams.images import decode_image
 
 BATCH = 64
 
@@ -26,7 +25,7 @@ def load_pixels(items: Sequence[FolderItem], preprocess: Preprocess, batch: int 
     """``uint8 [n, size, size, 3]`` batches of the items' images, decoded on two threads ahead of use."""
 
     def one(item: FolderItem) -> np.ndarray:
-        return preprocess.pixels(decode_image(item.bytes()))
+        return preprocess.pixels(item.bytes())
 
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(items), batch):

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from PIL import Image
 
 from ops.digests import digest12, digest_json
 from ops.errors import GateError, RecordError
 from streams.folders import FolderItem
-from streams.images import decode_image
+from streams.images import OpenedImage, open_image
 
 Half = Literal["all", "tuning", "hidden"]
+Result = TypeVar("Result")
 MAX_PIXELS = 60_000_000
 MAX_BYTES = 32 * 1024 * 1024
 SAMPLE = "sample/"
@@ -116,8 +117,13 @@ def spread(items: Sequence[Item], count: int) -> list[Item]:
 
 def open_picture(item: Item) -> Image.Image:
     """The decoded image, RGB. Raises GateError naming the item."""
+    return read_picture(item, OpenedImage.decode)
+
+
+def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
+    """What ``read`` makes of the item's image. Raises GateError naming the item."""
     try:
-        return decode_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES)
+        return read(open_image(item.read(), max_pixels=MAX_PIXELS, max_bytes=MAX_BYTES))
     except (OSError, RecordError) as error:
         raise GateError(
             f"the image of suite item {item.name[:300]} cannot be read: {error}",

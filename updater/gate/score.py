@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.progress import track
 from serving.engines.clip import ClipEngine
-from updater.gate.items import Item, open_picture
+from updater.gate.items import Item, read_picture
 from updater.gate.kept import keep, kept
 from updater.gate.suites import Suite
 from updater.ranking import rank_of_best
@@ -165,7 +165,7 @@ class Scorer:
         kept = self._pixels.get(item.source)
         if kept is not None:
             return kept
-        pixels = self.engine.base.preprocess.pixels(open_picture(item))
+        pixels = read_picture(item, self.engine.base.preprocess.pixels)
         with self._keeping:
             self._pixels[item.source] = pixels
             while len(self._pixels) * pixels.nbytes > KEEP_PIXELS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from PIL import Image
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
-from serving.http.image_loader import ImageLoader, header_pixels
-from streams.images import decode_image
+from serving.http.image_loader import ImageLoader, decoding_pixels
+from streams.images import OpenedImage, decode_image, open_image
 from tests.unit.serving.scripted_vlms import png
 
 
@@ -35,7 +36,7 @@ async def test_the_pixels_of_a_request_are_bounded_together_and_nothing_is_decod
     images = loader(max_pixels=10_000, max_request_pixels=25_000)
     picture = png(100, 100)
     assert (await images.pixels([("images.0", picture), ("images.1", picture)])).shape == (2, 16, 16, 3)
-    monkeypatch.setattr("serving.http.image_loader.decode_image", None)
+    monkeypatch.setattr(OpenedImage, "decode", None)
     for load in (images.pixels, images.pictures):
         with pytest.raises(ApiError, match="30000 pixels together, more than 25000") as caught:
             await load([(f"images.{n}", picture) for n in range(3)])
@@ -60,7 +61,7 @@ async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monk
         assert go.wait(30)
         return Image.new("RGB", (8, 8))
 
-    monkeypatch.setattr("serving.http.image_loader.decode_image", slow)
+    monkeypatch.setattr(OpenedImage, "decode", slow)
     first = asyncio.create_task(images.pixels([("image", png(150, 100))], "a"))
     await begun.wait()
     with pytest.raises(ApiError, match="429"):
@@ -72,16 +73,38 @@ async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monk
 
 
 def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:
-    bounds = Serve()
-    assert header_pixels(jpeg(), bounds) == header_pixels(jpeg(progressive=True), bounds) == 600
     whole = jpeg(progressive=True)
     last = whole.rindex(b"\xff\xda")
-    assert header_pixels(whole[:last] + whole[last:-2] * 100, bounds) > 600 * 9
+    many = whole[:last] + whole[last:-2] * 50
+    assert [decoding_pixels(open_image(data), data) for data in (jpeg(), whole, many)] == [600, 600, 600 * 5]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"text", png(3000, 1)])
-def test_what_cannot_be_measured_or_is_refused_anyway_counts_nothing(data: bytes) -> None:
-    assert header_pixels(data, Serve(max_pixels=2999)) == 0
+async def test_one_image_that_is_refused_by_its_header_keeps_the_others_from_being_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(OpenedImage, "decode", None)
+    for data, code in ((b"", "image_missing"), (b"text", "image_format"), (png(3000, 1), "image_too_many_pixels")):
+        with pytest.raises(ApiError) as caught:
+            await loader(max_pixels=2999).pixels([("images.0", png(10, 10)), ("images.1", data)])
+        assert (caught.value.code, caught.value.param) == (code, "images.1")
+
+
+async def test_a_jpeg_is_decoded_at_the_scale_that_the_model_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    decode = OpenedImage.decode
+
+    def recorded(opened: OpenedImage, *needed: Any) -> Image.Image:
+        image = decode(opened, *needed)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(OpenedImage, "decode", recorded)
+    buffer = io.BytesIO()
+    Image.effect_noise((160, 100), 80).save(buffer, "JPEG")
+    images = ImageLoader(Preprocess(size=16), Serve())
+    assert (await images.pixels([("image", buffer.getvalue())])).shape == (1, 16, 16, 3)
+    assert [picture.shape for picture in await images.pictures([("image", buffer.getvalue())])] == [(100, 160, 3)]
+    assert sizes == [(40, 25), (160, 100)]
 
 
 async def test_a_thumbnail_is_a_png_of_the_size_asked_for() -> None:
