@@ -11,7 +11,7 @@ from serving.engines.vlm.base import VlmBase
 from updater.gate.decision import Marks
 from updater.gate.items import Item, spread
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, Worse
+from updater.gate.verdict import Check, CrossVersion, Worse
 
 M = TypeVar("M", bound=Marks)
 
@@ -44,6 +44,11 @@ class Asker(Protocol[M]):
 
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """Engineering checks that look at the answers to all suites, after they were scored."""
+
+    def cross_version(
+        self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
+    ) -> CrossVersion | None:
+        """How the candidate's texts find images that the incumbent embedded. None where that is no question."""
 
     def chance(self, suite: Suite) -> float:
         """What guessing scores."""

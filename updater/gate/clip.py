@@ -22,10 +22,11 @@ from updater.gate.checks import (
     check_parity,
     check_size,
 )
+from updater.gate.cross_version import measure_cross_version
 from updater.gate.items import Item
 from updater.gate.score import Outcomes, Scorer
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, Worse
+from updater.gate.verdict import Check, CrossVersion, Worse
 from updater.gate.worst import worst_items
 
 LATENCY_BATCH = 8
@@ -69,6 +70,12 @@ class ClipAsker:
     def answer_checks(self, candidate: str, suites: Sequence[Suite]) -> list[Check]:
         """None: vectors tell all, before any suite is scored."""
         return []
+
+    def cross_version(
+        self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
+    ) -> CrossVersion | None:
+        """Of an update of the image tower."""
+        return measure_cross_version(self.scorer, suites, incumbent, candidate, margin=margin, level=level)
 
     def checks(self, candidate: str, suites: Sequence[Suite], facts: Mapping[str, Any]) -> list[Check]:
         """loads, finite, collapse of each tower, norm drift, parity, latency, size."""

@@ -101,10 +101,20 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Look", f"number {looks + 1} since the last release"),
         ("Time", report["created_at"]),
     ]
+    if (crossing := report.get("cross_version")) is not None:
+        rows.append(("Search while the catalog is embedded anew", _crossing(crossing)))
     meta.pop("load_error", None)
     for key, value in meta.items():
         rows.append((key.replace("_", " ").capitalize(), _value(value)))
     return rows
+
+
+def _crossing(crossing: Mapping[str, Any]) -> str:
+    shares = [f"{_percent(crossing[name])} {words}" for name, words in (
+        ("old_old", "before"), ("new_old", "new texts in old images"), ("new_new", "after")
+    )]  # fmt: skip
+    lost = f"lower bound of the difference {_signed(crossing['ci_low'])}, margin {_percent(crossing['margin'])}"
+    return f"recall@{crossing['k']} {', '.join(shares)} ({lost}; {crossing['n']} texts)"
 
 
 def _percent(share: float | None) -> str:

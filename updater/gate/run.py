@@ -64,6 +64,9 @@ def run_gate(
         results, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
         checks += trouble
     outcome, reasons = conclude(results, checks)
+    crossing = None
+    if outcome == "passed":
+        crossing = asker.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
     verdict = Verdict(
         outcome=outcome,
         reasons=reasons,
@@ -79,6 +82,7 @@ def run_gate(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cost=dict(cost or {}),
         meta={**facts, "base_digest": asker.base.digest},
+        cross_version=crossing,
     )
     say(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
     return verdict

@@ -101,6 +101,38 @@ class SuiteResult:
 
 
 @dataclass(frozen=True, slots=True)
+class CrossVersion:
+    """Recall at `k` of texts in images, over retrieval suites, by the versions of both; see
+    :mod:`updater.gate.cross_version`. Shares from 0 to 1.
+    """
+
+    n: int
+    """Texts that were asked."""
+    k: int
+    old_old: float
+    """The incumbent's texts in the incumbent's images: searches before the release."""
+    new_old: float
+    """The candidate's texts in the incumbent's images: searches at the beginning of a backfill."""
+    new_new: float
+    """The candidate's texts in the candidate's images: searches after it."""
+    ci_low: float
+    """One-sided lower bound of `new_old - old_old`."""
+    margin: float
+
+    @property
+    def allowed(self) -> bool:
+        """Whether searches may begin before the backfill: a loss of the margin is excluded."""
+        return self.ci_low > -self.margin
+
+    def summary(self) -> dict[str, float | int | bool]:
+        """What the ledger keeps."""
+        return {
+            "n": self.n, "k": self.k, "old_old": self.old_old, "new_old": self.new_old, "new_new": self.new_new,
+            "ci_low": self.ci_low, "margin": self.margin, "allowed": self.allowed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of one gate run."""
 
@@ -121,6 +153,8 @@ class Verdict:
     created_at: str
     cost: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    cross_version: CrossVersion | None = None
+    """How the candidate's texts find images that the incumbent embedded; None where the image tower is the same."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -167,6 +201,9 @@ class Verdict:
                 "seconds": self.seconds,
                 "suites": suites,
                 "checks": {check.name: check.ok for check in self.checks},
+                "cross_version": None
+                if self.cross_version is None
+                else {**self.cross_version.summary(), "incumbent": self.incumbent},
             }
         )
         assert isinstance(value, dict)

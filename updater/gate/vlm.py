@@ -100,6 +100,11 @@ class VlmAsker:
         """What the most common answer earns when it is given to every question."""
         return majority(str(suite.metric), [item.answers for item in suite.items()])[1]
 
+    def cross_version(
+        self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
+    ) -> None:
+        """None: nothing that it computes is kept."""
+
     def worst(self, suite: Suite, before: Answers, after: Answers) -> tuple[Worse, ...]:
         """Answers that were better before."""
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
