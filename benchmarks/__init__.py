@@ -18,12 +18,13 @@ BENCHMARKS = {
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
     "soak": "benchmarks.soak",
+    "search": "benchmarks.search.command",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "ingest"})
+WITHOUT_MODELS = frozenset({"chaos", "ingest", "search"})
 """These need no base."""
 
 

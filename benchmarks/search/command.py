@@ -1,0 +1,169 @@
+"""``ratchet bench search``: the catalog at a million vectors of 512 dimensions, beside faiss used directly.
+
+Both sides hold the same vectors (:mod:`benchmarks.search.mixture`), each in a process of its own, and are measured in
+turns on the same cores. The catalog's rows come by its reconcile loop, from stand-ins of sample store and encoders;
+searches go the whole way through the catalog, and bring texts and domains along. faiss has an HNSW graph over whole
+vectors, and the least effort with which it finds 95% of the true ten nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import machine
+from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
+from benchmarks.search.worker import Worker
+from ops.errors import RatchetError
+from ops.progress import step
+from ops.settings import Catalog as CatalogSettings
+from ops.settings import Settings
+
+ROWS: Final = 1_000_000
+GROWTH: Final = (100, 10, 1)
+"""The rows are measured at these fractions of them, too."""
+QUERIES: Final = 500
+ROUNDS: Final = 3
+
+
+def run(
+    rows: int = ROWS, seconds: float = 10.0, folder: Path | None = None, peer: bool = True,
+    index_rows: int = CatalogSettings().index_rows,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure at a hundredth, a tenth and all of the rows. Returns the figures.
+
+    Args:
+        seconds: of each of the measurements, of which there are some twenty.
+        folder: for some gigabytes; a temporary one by default.
+        peer: measure faiss beside it.
+        index_rows: see :attr:`ops.settings.Catalog.index_rows`.
+
+    Raises:
+        RatchetError: a side has ended, or faiss is not installed.
+    """
+    if peer:
+        _check_peer()
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-", dir=folder) as place:
+        sizes = [rows // share for share in GROWTH]
+        with step("drawing vectors"):
+            _prepare(Path(place), sizes)
+        with Worker("benchmarks.search.catalog_side", Path(place), str(index_rows)) as catalog:
+            if not peer:
+                return _figures([_measure(catalog, None, size, seconds) for size in sizes], rows)
+            with Worker("benchmarks.search.faiss_side", Path(place)) as faiss:
+                return _figures([_measure(catalog, faiss, size, seconds) for size in sizes], rows)
+
+
+def _check_peer() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("faiss") is None:
+        raise RatchetError("faiss is not installed.", "`pip install 'ratchet[bench]'`, or say --without-peer.")
+
+
+def _prepare(folder: Path, sizes: Sequence[int]) -> None:
+    mixture = Mixture()
+    write_rows(mixture, folder / "rows.f32", sizes[-1])
+    queries = mixture.queries(QUERIES)
+    (folder / "queries.f32").write_bytes(queries.tobytes())
+    for size in sizes:
+        np.save(folder / f"truth-{size}.npy", true_scores(map_rows(folder / "rows.f32")[:size], queries))
+
+
+def _measure(catalog: Worker, faiss: Worker | None, rows: int, seconds: float) -> dict[str, Any]:
+    """Both sides at one size."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with step(f"{rows:,} rows: the catalog"):
+        figures: dict[str, Any] = {"rows": rows, **catalog.call("grow", rows=rows)}
+    sides = {"": catalog}
+    if faiss is not None:
+        with step(f"{rows:,} rows: faiss"):
+            figures["faiss"] = faiss.call("grow", rows=rows)
+        sides["faiss"] = faiss
+    for callers in dict.fromkeys((1, cores)):
+        with step(f"{rows:,} rows: searches from {callers} at once"):
+            rounds = [
+                {
+                    name: side.call("measure", callers=callers, seconds=seconds, filtered=False)
+                    for name, side in sides.items()
+                }
+                for _ in range(ROUNDS)
+            ]
+        for name in sides:
+            medians = {
+                key: statistics.median(each[name][key] for each in rounds) for key in ("qps", "p50", "p99", "recall")
+            }
+            (figures["faiss"] if name else figures)[f"callers_{callers}"] = _rounded(medians)
+        if faiss is not None:
+            ratios = [each[""]["qps"] / each["faiss"]["qps"] for each in rounds]
+            figures[f"qps_to_faiss_{callers}"] = round(statistics.median(ratios), 3)
+    filtered = catalog.call("measure", callers=cores, seconds=seconds, filtered=True)
+    figures["filtered"] = _rounded({key: filtered[key] for key in ("p50", "p99", "recall")})
+    figures["memory_gib"] = filtered["memory_gib"]
+    return figures
+
+
+def _figures(growth: list[dict[str, Any]], rows: int) -> dict[str, Any]:
+    largest = growth[-1]
+    callers = max((name for name in largest if name.startswith("callers_")), key=lambda name: int(name[8:]))
+    at_once = largest[callers]
+    return {
+        "rows": rows, "dimensions": DIMENSIONS, "recall": at_once["recall"], "qps": at_once["qps"],
+        "p50": at_once["p50"], "p99": at_once["p99"],
+        "qps_to_faiss": largest.get(f"qps_to_{callers.replace('callers', 'faiss')}"),
+        "faiss_recall": largest["faiss"][callers]["recall"] if "faiss" in largest else None,
+        "recall_filtered": largest["filtered"]["recall"],
+        "ingest_rows_per_second": largest["ingest_rows_per_second"],
+        "backfill_rows_per_second": largest["backfill_rows_per_second"],
+        "memory_gib": largest["memory_gib"], "growth": growth, "machine": machine(),
+    }  # fmt: skip
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 1 if name == "qps" else 5) for name, value in values.items()}
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    sizes = figures["growth"]
+    table = Table(
+        "", *(f"{each['rows']:,}" for each in sizes), title=f"Searches among vectors of {DIMENSIONS} dimensions"
+    )
+    for name in [name for name in sizes[-1] if name != "rows"]:
+        table.add_row(name, *(_shown(each.get(name)) for each in sizes))
+    Console().print(table)
+    print(json.dumps(figures), flush=True)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key} {_shown(item)}" for key, item in value.items())
+    return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench search``."""
+    parser = argparse.ArgumentParser(
+        prog="ratchet bench search", description=__doc__.splitlines()[0] if __doc__ else ""
+    )
+    parser.add_argument("--rows", type=int, default=ROWS, help="vectors (1000000); at least 1000")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
+    parser.add_argument("--folder", type=Path, default=None, help="for some gigabytes; the system's temporary one")
+    parser.add_argument(
+        "--index-rows", type=int, default=settings.catalog.index_rows, help="from which on it has an index"
+    )
+    parser.add_argument("--without-peer", action="store_true", help="measure the catalog alone")
+    asked = parser.parse_args(arguments)
+    if asked.rows < 1000:
+        parser.error("--rows must be 1000 or more")
+    show(run(asked.rows, asked.seconds, asked.folder, not asked.without_peer, asked.index_rows))
