@@ -311,11 +311,27 @@ class Gate(Section):
     min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
 
 
+class Catalog(Section):
+    """How the catalog embeds, and how it is searched."""
+
+    index_rows: int = Field(50_000, ge=256, description="An image space of fewer rows is searched without an index.")
+    min_recall: float = Field(
+        0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
+    )
+    cache_gib: float = Field(2.0, gt=0, description="Memory for the indexes that are searched.")
+    most_wait_seconds: float = Field(
+        600.0, ge=0,
+        description="A release waits no longer for its catalog, where its verdict allows searches before.",
+    )  # fmt: skip
+    background_calls: int = Field(
+        16, ge=1, le=1024, description="Pieces of 32 images that are embedded at once, over all encoders, at most."
+    )
+
+
 class Watch(Section):
     """How the catalog and the incoming data are watched."""
 
     seconds: float = Field(30.0, gt=0, description="How often they are measured, where something has changed.")
-    recall_queries: int = Field(20, ge=1, le=10_000, description="Stored vectors that recall@10 is measured with.")
     drift_window: int = Field(128, ge=8, le=100_000, description="Newest samples that are looked at for drift.")
     drift_reference: int = Field(512, ge=8, le=100_000, description="Samples before them: what they are compared to.")
 
@@ -380,6 +396,7 @@ class Settings(Section):
     updater: Updater = Field(default_factory=Updater)
     budget: Budget = Field(default_factory=Budget)
     gate: Gate = Field(default_factory=Gate)
+    catalog: Catalog = Field(default_factory=Catalog)
     watch: Watch = Field(default_factory=Watch)
     console: Console = Field(default_factory=Console)
     rollout: Rollout = Field(default_factory=Rollout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -101,7 +101,7 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 def _controller(settings: Settings) -> dict[str, Any]:
     """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``rollout``: what the
-    guard watches.
+    guard watches. ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
     from serving.client import Client
     from serving.engines.base import list_bases
@@ -109,13 +109,15 @@ def _controller(settings: Settings) -> dict[str, Any]:
     base = settings.base.vlm
     vlm: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
     rollout: dict[str, Any] = {"state": "unknown"}
+    catalog: dict[str, Any] | None = None
     try:
         with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
-            told = client.status()["controller"]
-            vlm["replicas"], rollout = told["vlm"], told["rollout"]
+            status = client.status()
+            catalog, controller = status["catalog"], status["controller"]
+            vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
     except RatchetError:
         pass
-    return {"vlm": vlm, "rollout": rollout}
+    return {"vlm": vlm, "rollout": rollout, "catalog": catalog}
 
 
 def rollout_line(told: dict[str, Any]) -> str:
@@ -128,6 +130,22 @@ def rollout_line(told: dict[str, Any]) -> str:
     )
     left = "" if told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"
     return f"{what} release {told['release']} against {told['incumbent']}: {agree}{left}\n"
+
+
+def catalog_lines(catalog: dict[str, Any] | None) -> str:
+    """Rows that can be searched, and each image space that is being embedded, with an estimate."""
+    if catalog is None:
+        return ""
+    lines = f"catalog: {catalog['corpus_rows']:,} samples, {catalog['coverage']:.1%} searchable everywhere\n"
+    for name, space in sorted(catalog["spaces"].items()):
+        if space["missing"]:
+            left = space["seconds_left"]
+            estimate = "no estimate yet" if left is None else f"{timedelta(seconds=round(left))} left"
+            rate = f"{space['rows_per_second']:.0f} rows/s"
+            lines += f"  {name[:12]} is embedded: {space['coverage']:.1%}, {rate}, {estimate}\n"
+        if space["index"]["building"]:
+            lines += f"  {name[:12]}: its index is being made\n"
+    return lines
 
 
 def _vlm_line(vlm: dict[str, Any]) -> str:
@@ -157,6 +175,7 @@ def _serving(facts: dict[str, Any]) -> Panel:
         lines.append(f"vlm {stable.vlm or 'base'}\n", "yellow")
     lines.append(rollout_line(facts["rollout"]), "cyan")
     lines.append(_vlm_line(facts["vlm"]))
+    lines.append(catalog_lines(facts["catalog"]))
     if facts["held"]:
         lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
     lines.append(f"{len(facts['proposals'])} proposals waiting")

@@ -199,14 +199,38 @@ def dashboard() -> make.Dashboard:
             ("min(ratchet_catalog_coverage_ratio)", ""), steps=[(None, RED), (0.9, ORANGE), (0.999, GREEN)],
         ),
         number(
-            "Recall at 10", "Share of the true ten nearest rows that the index finds, over sampled stored vectors. The "
-            "search is exact today, so this is 100%; an approximate index shows its loss here.", "percentunit",
+            "Recall at 10", "Share of the true ten nearest rows that the index finds, for stored vectors and the last "
+            "queries. Below catalog.min_recall it is not used; a small catalog has none, and 100%.", "percentunit",
             ("min(ratchet_catalog_recall_ratio)", ""), steps=[(None, RED), (0.9, ORANGE), (0.95, GREEN)],
             nothing="no rows",
         ),
         number("Rows", "Rows of the live image space.", "short", ("max(ratchet_catalog_rows)", "")),
         number(
-            "Fragments", "Data files of its table. Thousands make every scan slow; each 32nd append compacts.", "none",
+            "Backfill", "Estimate until every resident image space has every row.", "s",
+            ("max(ratchet_catalog_backfill_left_seconds)", ""), nothing="no estimate",
+        ),
+        lines(
+            "Backfill, rows a second", "How fast missing rows are embedded, beside the requests.", "cps",
+            ("sum(ratchet_catalog_backfill_rows_per_second)", "rows"), height=4,
+        ),
+        number(
+            "Index in use", "Whether searches go through the index: not where the catalog is small, and not while it "
+            "finds too little.", "none", ("max(ratchet_catalog_index_used)", ""),
+            words={"0": ("exact", ORANGE), "1": ("index", GREEN)}, trend=False,
+        ),
+        lines(
+            "Time to make an index, mean", "In a process of its own, at low priority.", "s",
+            (mean("ratchet_catalog_index_build_seconds", window="[$__range]"), "mean"), height=4,
+        ),
+        lines(
+            "Missing and indexed", "Rows that image spaces lack; of the live one, rows in its index, and rows "
+            "that are searched exactly beside it.", "short",
+            ("max(ratchet_catalog_missing_rows)", "missing"), ("max(ratchet_catalog_indexed_rows)", "indexed"),
+            ("max(ratchet_catalog_unindexed_rows)", "searched exactly"),
+            height=4,
+        ),
+        number(
+            "Fragments", "Data files of its table. Thousands make every scan slow; each 32nd merge compacts.", "none",
             ("max(ratchet_catalog_fragments)", ""), steps=[(None, GREEN), (200, ORANGE), (1000, RED)],
         ),
         lines(

@@ -216,9 +216,31 @@ CATALOG_DELAY = Histogram(
 CATALOG_FRAGMENTS = Gauge(
     "ratchet_catalog_fragments", "Fragments of the live image space's table.", multiprocess_mode=_LATEST
 )
+CATALOG_MISSING = Gauge(
+    "ratchet_catalog_missing_rows", "Rows that resident image spaces lack, in all.", multiprocess_mode=_LATEST
+)
+CATALOG_BACKFILL_RATE = Gauge(
+    "ratchet_catalog_backfill_rows_per_second", "Rows embedded for spaces that lack some.", multiprocess_mode=_LATEST
+)
+CATALOG_BACKFILL_LEFT = Gauge(
+    "ratchet_catalog_backfill_left_seconds", "Estimate until all spaces are complete; NaN while there is none.",
+    multiprocess_mode=_LATEST,
+)  # fmt: skip
+CATALOG_INDEXED = Gauge(
+    "ratchet_catalog_indexed_rows", "Rows of the live image space in its index.", multiprocess_mode=_LATEST
+)
+CATALOG_UNINDEXED = Gauge(
+    "ratchet_catalog_unindexed_rows", "Rows of the live image space that are searched exactly.",
+    multiprocess_mode=_LATEST,
+)  # fmt: skip
+CATALOG_INDEX_USED = Gauge(
+    "ratchet_catalog_index_used", "1 while searches of the live image space go through its index.",
+    multiprocess_mode=_LATEST,
+)  # fmt: skip
+CATALOG_INDEX_SECONDS = Histogram("ratchet_catalog_index_build_seconds", "Time to make an index.", buckets=LONG_SECONDS)
 CATALOG_RECALL = Gauge(
     "ratchet_catalog_recall_ratio",
-    "Share of the true ten nearest rows that the index finds, over sampled stored vectors (recall@10).",
+    "Share of the true ten nearest rows that the index finds (recall@10), used or not: stored vectors and queries.",
     multiprocess_mode=_LATEST,
 )
 DRIFT_FRECHET = Gauge(

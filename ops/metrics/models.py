@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ops.metrics import declared as d
 
 
@@ -69,8 +71,27 @@ class catalog:
         d.CATALOG_FRAGMENTS.set(count)
 
     @staticmethod
+    def backfill(missing: int, rows_per_second: float, seconds_left: float | None) -> None:
+        """What the resident spaces lack, how fast it is embedded, and the estimate; None while there is none."""
+        d.CATALOG_MISSING.set(missing)
+        d.CATALOG_BACKFILL_RATE.set(rows_per_second)
+        d.CATALOG_BACKFILL_LEFT.set(math.nan if seconds_left is None else seconds_left)
+
+    @staticmethod
+    def indexed(rows: int, unindexed: int, used: bool) -> None:
+        """Rows of the live image space in its index and beside it, and whether searches go through the index."""
+        d.CATALOG_INDEXED.set(rows)
+        d.CATALOG_UNINDEXED.set(unindexed)
+        d.CATALOG_INDEX_USED.set(int(used))
+
+    @staticmethod
+    def index_built(seconds: float) -> None:
+        """An index was made, or made anew."""
+        d.CATALOG_INDEX_SECONDS.observe(seconds)
+
+    @staticmethod
     def recall(ratio: float) -> None:
-        """Share of the true ten nearest rows that the index found."""
+        """Share of the true ten nearest rows that the index found, whether it is used or not."""
         d.CATALOG_RECALL.set(ratio)
 
 

@@ -3,8 +3,8 @@
 Several catalogs may write one table (two servers on one lake). ``id`` is the table's primary key, which Lance does not
 enforce on plain appends; a merge by it does, also against commits that come in between. So each row is there once.
 
-The search is exact (flat): at up to some 100 000 rows it answers in milliseconds, and it is the oracle that an
-approximate index would be measured against.
+A search is exact until :meth:`Tables.use_index` says how to search through the index (:mod:`vector_index`), which
+:mod:`index_keeper` decides by the recall that it measures.
 """
 
 from __future__ import annotations
@@ -22,27 +22,34 @@ import pyarrow as pa
 from lance.fragment import write_fragments
 
 from ops.errors import StoreError, StoreUnavailable
-from serving.catalog.queries import Filters, Hit
+from serving.catalog import vector_index
+from serving.catalog.queries import Filters, Hit, IndexChange
+from serving.catalog.table_rows import has_key, quoted, table_of, with_key
+from serving.catalog.vector_index import Effort, IndexState
 
-IDS_AT_ONCE = 500
 COMPACT_EVERY = 32
-"""Appends between two compactions. Each append is a fragment; scans of thousands of fragments are slow."""
-
-
+"""Merges between two compactions. Each merge is a fragment; scans of thousands of fragments are slow."""
 PREFIX: Final = "clip_"
-PRIMARY_KEY: Final = {"lance-schema:unenforced-primary-key": "true"}
 FRESHNESS: Final = timedelta(seconds=5)
 """How old the version of a table may be that a search reads, where another process writes it."""
+CACHE_BYTES: Final = 2 << 30
+METADATA_BYTES: Final = 256 << 20
+HIT_COLUMNS: Final = ["id", "text", "domain", "source", "time"]
 
 
 class Tables:
     """The tables of all image spaces under one URL. Any number of processes; one writing thread in each of them."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, cache_bytes: int = CACHE_BYTES) -> None:
+        """Args:
+        cache_bytes: of memory for the indexes that are searched; parts of them beyond it are read again.
+        """
         self.url = url
-        self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
+        session = lancedb.Session(index_cache_size_bytes=cache_bytes, metadata_cache_size_bytes=METADATA_BYTES)
+        self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS, session=session)
         self._open: dict[str, Any] = {}
-        self._appends: dict[str, int] = {}
+        self._merges: dict[str, int] = {}
+        self._efforts: dict[str, Effort] = {}
 
     def spaces(self) -> list[str]:
         """Image spaces that have a table."""
@@ -50,13 +57,14 @@ class Tables:
         named = [name for name in getattr(names, "tables", names) if name.startswith(PREFIX)]
         return sorted(name.removeprefix(PREFIX) for name in named)
 
-    def ids(self, space: str) -> set[str]:
-        """Ids of all rows of a space in its newest version; empty when there is no table."""
+    def id_batches(self, space: str) -> Iterator[list[str]]:
+        """Ids of all rows of a space in its newest version, some thousand at once; nothing when there is no table."""
         table = self._keyed(space)
         if table is None:
-            return set()
+            return
         table.checkout_latest()
-        return set(table.search().select(["id"]).limit(None).to_arrow()["id"].to_pylist())
+        for batch in table.to_lance().to_batches(columns=["id"]):
+            yield batch.column("id").to_pylist()
 
     def present(self, space: str, ids: Collection[str]) -> set[str]:
         """Those of some ids that have a row in the newest version."""
@@ -65,7 +73,7 @@ class Tables:
             return set()
         table.checkout_latest()
         present: set[str] = set()
-        for names in _quoted(ids):
+        for names in quoted(ids):
             present.update(
                 table.search().where(f"id IN ({names})").select(["id"]).limit(None).to_arrow()["id"].to_pylist()
             )
@@ -75,54 +83,91 @@ class Tables:
         """Add those of the rows (id, domain, source, time, text; vectors [n, dim]) whose ids are not there, in one
         atomic commit. Another writer's commit in between is taken into account.
         """
-        data = _table_of(rows, vectors)
+        data = table_of(rows, vectors)
         table = self._keyed(space) or self._create(space, data.schema)
         table.merge_insert("id").when_not_matched_insert_all().execute(data)
-        self._appends[space] = self._appends.get(space, 0) + 1
-        if self._appends[space] % COMPACT_EVERY == 0:
-            table.optimize()
+        self._merges[space] = self._merges.get(space, 0) + 1
+        if self._merges[space] % COMPACT_EVERY == 0:
+            vector_index.merge_files(table.to_lance())
+            table.checkout_latest()
 
     def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """The ``k`` nearest rows by cosine similarity, best first; equal scores by id.
+        """The ``k`` nearest rows by cosine similarity, best first; equal scores by id. Exact, or through the index.
 
         Raises:
             StoreError: the space has another dimension.
         """
-        query = self._nearest(space, vector, k)
-        if query is None:
-            return []
-        if condition := filters.sql():
-            query = query.where(condition, prefilter=True)
-        found = query.to_list()
-        hits = {
-            row["id"]: Hit(row["id"], 1.0 - float(row["_distance"]), row["text"] or "", row["domain"] or "",
-                           row["source"] or "", row["time"])
-            for row in found
-        }  # fmt: skip
-        return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
+        return self._search(space, vector, k, filters, self._efforts.get(space))
 
-    def exact_scores(self, space: str, vector: npt.NDArray[np.float32], k: int) -> list[float]:
-        """Cosine similarities of the ``k`` nearest rows, best first, whatever index there is."""
-        query = self._nearest(space, vector, k)
-        rows = [] if query is None else query.bypass_vector_index().to_list()
-        return sorted((1.0 - float(row["_distance"]) for row in rows), reverse=True)
+    def search_with(
+        self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters, effort: Effort
+    ) -> list[Hit]:
+        """The same through the index, whatever is used for clients."""
+        return self._search(space, vector, k, filters, effort)
+
+    def use_index(self, space: str, effort: Effort | None) -> None:
+        """Search a space through its index from now on; None: exactly."""
+        if effort is None:
+            self._efforts.pop(space, None)
+        else:
+            self._efforts[space] = effort
+
+    def effort(self, space: str) -> Effort | None:
+        """How a space is searched through its index; None: exactly."""
+        return self._efforts.get(space)
+
+    def exact_scores(
+        self, space: str, vectors: npt.NDArray[np.float32], k: int, filters: Filters
+    ) -> list[npt.NDArray[np.float32]]:
+        """Cosine similarities of the ``k`` nearest rows to each of the vectors [n, dim], best first, without an
+        index.
+        """
+        table = self._table(space)
+        if table is None:
+            return [np.empty(0, np.float32) for _ in vectors]
+        return vector_index.exact_scores(table.to_lance(), vectors, k, filters.sql())
+
+    def index_state(self, space: str) -> IndexState:
+        """What the index of a space covers."""
+        table = self._table(space)
+        if table is None:
+            return IndexState(0, 0, 0)
+        table.checkout_latest()
+        return vector_index.read_state(table.to_lance())
+
+    def change_index(self, space: str, change: IndexChange) -> None:
+        """Make the index of a space (anew), or bring the rows into it that came since. Takes minutes for a million
+        rows; searches go on as before.
+        """
+        table = self._keyed(space)
+        if table is not None:
+            table.checkout_latest()
+            (vector_index.build if change == "build" else vector_index.extend)(table.to_lance())
+            table.checkout_latest()
 
     def vectors(self, space: str, ids: Sequence[str]) -> npt.NDArray[np.float32]:
         """Vectors [n, dim] of these ids, in their order; unknown ids are passed over."""
         table = self._table(space)
         if table is None:
             return np.empty((0, 0), np.float32)
-        wanted = ", ".join(f"'{each}'" for each in ids if each.isalnum())
-        rows = table.search().where(f"id IN ({wanted})").select(["id", "vector"]).limit(None).to_arrow()
-        column = rows["vector"].combine_chunks()
-        found = column.flatten().to_numpy().reshape(len(rows), -1)
-        place = {each: index for index, each in enumerate(rows["id"].to_pylist())}
-        return np.asarray(found[[place[each] for each in ids if each in place]], np.float32)
+        rows, stored = self._vectors(table, ids)
+        place = {each: index for index, each in enumerate(rows)}
+        return np.asarray(stored[[place[each] for each in ids if each in place]], np.float32)
+
+    def scores(self, space: str, vector: npt.NDArray[np.float32], ids: Sequence[str]) -> dict[str, float]:
+        """Cosine similarity of a query to each of these rows; rows that are not there are passed over."""
+        table = self._table(space)
+        if table is None or not ids:
+            return {}
+        rows, stored = self._vectors(table, ids)
+        unit = vector / max(float(np.linalg.norm(vector)), 1e-12)
+        lengths = np.maximum(np.linalg.norm(stored, axis=1), 1e-12)
+        return dict(zip(rows, (stored @ unit / lengths).tolist(), strict=True))
 
     def remove(self, space: str, ids: Collection[str]) -> None:
         """Take rows out of a space's table. Their bytes go with :meth:`expunge`."""
         table = self._table(space)
-        for names in _quoted(ids) if table is not None else ():
+        for names in quoted(ids) if table is not None else ():
             table.delete(f"id IN ({names})")
 
     def expunge(self, space: str, older_than: timedelta) -> None:
@@ -133,8 +178,9 @@ class Tables:
         table = self._table(space)
         if table is None:
             return
+        table.checkout_latest()
         dataset = table.to_lance()
-        dataset.optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+        vector_index.write_out_deletions(dataset)
         table.checkout_latest()
         dataset.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False)
 
@@ -150,21 +196,49 @@ class Tables:
 
     def forget_others(self, spaces: Collection[str]) -> None:
         """Close the tables of all other spaces."""
-        for space in {*self._open, *self._appends}.difference(spaces):
+        for space in {*self._open, *self._merges, *self._efforts}.difference(spaces):
             self.forget(space)
 
     def forget(self, space: str) -> None:
         """Close a space's table: the next call opens what is there by then."""
         self._open.pop(space, None)
-        self._appends.pop(space, None)
+        self._merges.pop(space, None)
+        self._efforts.pop(space, None)
 
-    def _nearest(self, space: str, vector: npt.NDArray[np.float32], k: int) -> Any:
+    def _search(
+        self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters, effort: Effort | None
+    ) -> list[Hit]:
         table = self._table(space)
         if table is None:
-            return None
+            return []
         if table.schema.field("vector").type.list_size != len(vector):
             raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")
-        return table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
+        query = table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
+        query = query.select([*HIT_COLUMNS, "_distance"])
+        if effort is None:
+            query = query.bypass_vector_index()
+        else:
+            # more partitions where the filter leaves too few rows in these
+            query = query.minimum_nprobes(effort.nprobes).maximum_nprobes(0).refine_factor(effort.refine)
+        if condition := filters.sql():
+            query = query.where(condition, prefilter=True)
+        hits = {
+            row["id"]: Hit(row["id"], 1.0 - float(row["_distance"]), row["text"] or "", row["domain"] or "",
+                           row["source"] or "", row["time"])
+            for row in query.to_list()
+        }  # fmt: skip
+        return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
+
+    def _vectors(self, table: Any, ids: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32]]:
+        """Ids and vectors [n, dim] of those that are there, in any order."""
+        dimension = table.schema.field("vector").type.list_size
+        names: list[str] = []
+        parts = [np.empty((0, dimension), np.float32)]
+        for condition in quoted(ids):
+            rows = table.search().where(f"id IN ({condition})").select(["id", "vector"]).limit(None).to_arrow()
+            names += rows["id"].to_pylist()
+            parts.append(rows["vector"].combine_chunks().flatten().to_numpy().reshape(len(rows), dimension))
+        return names, np.concatenate(parts)
 
     def _table(self, space: str) -> Any:
         if not space.isalnum():
@@ -177,7 +251,7 @@ class Tables:
     def _keyed(self, space: str) -> Any:
         """The table, with its primary key: one of an older version is written anew."""
         table = self._table(space)
-        if table is not None and not _has_key(table.schema):
+        if table is not None and not has_key(table.schema):
             table = self._open[space] = self._rewrite(space, table)
         return table
 
@@ -201,7 +275,7 @@ class Tables:
         """Give a table of an older version its primary key; rows that two writers both added become one."""
         data = table.to_arrow()
         first = {sample: index for index, sample in reversed(list(enumerate(data["id"].to_pylist())))}
-        unique = data.take(sorted(first.values())).cast(_with_key(data.schema))
+        unique = data.take(sorted(first.values())).cast(with_key(data.schema))
         address, version = self._address(space), table.version
         operation = lance.LanceOperation.Overwrite(unique.schema, write_fragments(unique, address, mode="overwrite"))
         try:
@@ -214,35 +288,3 @@ class Tables:
 
     def _address(self, space: str) -> str:
         return f"{self.url}/{PREFIX}{space}.lance"
-
-
-def _table_of(rows: pa.Table, vectors: npt.NDArray[np.float32]) -> pa.Table:
-    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1), pa.float32()), vectors.shape[1])
-    data = pa.table(
-        {
-            "id": rows["id"].cast(pa.string()),
-            "vector": column,
-            "domain": rows["domain"].cast(pa.string()),
-            "source": rows["source"].cast(pa.string()),
-            "time": rows["time"].cast(pa.timestamp("us", tz="UTC")),
-            "text": rows["text"].cast(pa.string()),
-        }
-    )
-    return data.cast(_with_key(data.schema))
-
-
-def _with_key(schema: pa.Schema) -> pa.Schema:
-    key = pa.field("id", pa.string(), nullable=False, metadata=PRIMARY_KEY)
-    return pa.schema([key if field.name == "id" else field for field in schema])
-
-
-def _has_key(schema: pa.Schema) -> bool:
-    metadata = schema.field("id").metadata or {}
-    return any(key.decode() in PRIMARY_KEY for key in metadata)
-
-
-def _quoted(ids: Collection[str]) -> Iterator[str]:
-    """Lists of SQL strings, some hundred ids in each."""
-    wanted = sorted(each for each in ids if each.isalnum())
-    for start in range(0, len(wanted), IDS_AT_ONCE):
-        yield ", ".join(f"'{each}'" for each in wanted[start : start + IDS_AT_ONCE])

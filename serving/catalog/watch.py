@@ -1,4 +1,4 @@
-"""What is measured on the catalog now and then: its index against exact search, its fragments, and drift.
+"""What is measured on the catalog now and then: its fragments, and drift. Recall is the index keeper's.
 
 Everything is read from the table of the live image space. So after a release both windows of the drift are in the new
 space, and after a restart they are the same samples as before.
@@ -9,19 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 
-import numpy as np
-
 from ops import metrics
 from ops.errors import RatchetError
 from ops.settings import Watch
+from serving.catalog.catalog import Catalog
 from serving.catalog.drift import Moments, frechet_distance, mean_shift
-from serving.catalog.queries import Filters
-from serving.catalog.reconcile import Catalog
 
 log = logging.getLogger("ratchet.catalog")
-NEIGHBOURS = 10
-SAME = 1e-5
-"""Scores that differ by less are equal: rows with equal vectors may come in any order."""
 
 
 class Watcher:
@@ -31,7 +25,6 @@ class Watcher:
         self.catalog = catalog
         self.settings = settings
         self._seen = ("", 0)
-        self._random = np.random.default_rng(0)
 
     async def run(self) -> None:
         """Measure for ever. A trouble is logged and tried again."""
@@ -44,32 +37,19 @@ class Watcher:
 
     async def measure(self) -> None:
         """One measurement, if there is something new to measure."""
-        space, ids = self.catalog.searchable()
-        if not ids or (space, len(ids)) == self._seen:
+        space, rows = self.catalog.searchable()
+        if not rows or (space, rows) == self._seen:
             return
         metrics.catalog.fragments(await self.catalog.read(self.catalog.tables.fragments, space))
-        metrics.catalog.recall(await self._recall(space, ids))
-        await self._drift(space, ids)
-        self._seen = (space, len(ids))
+        await self._drift(space, rows)
+        self._seen = (space, rows)
 
-    async def _recall(self, space: str, ids: list[str]) -> float:
-        """recall@10 of sampled stored vectors: what is found is right when it scores as the true tenth, or better."""
-        count = min(self.settings.recall_queries, len(ids))
-        asked = self._random.choice(ids, count, replace=False).tolist()
-        tables, found = self.catalog.tables, []
-        for vector in await self.catalog.read(tables.vectors, space, asked):
-            hits = await self.catalog.read(tables.search, space, vector, NEIGHBOURS, Filters())
-            exact = await self.catalog.read(tables.exact_scores, space, vector, NEIGHBOURS)
-            right = sum(hit.score >= exact[-1] - SAME for hit in hits[: len(exact)])
-            found.append(right / len(exact))
-        return float(np.mean(found))
-
-    async def _drift(self, space: str, ids: list[str]) -> None:
+    async def _drift(self, space: str, rows: int) -> None:
         """The newest samples against those that came right before them."""
         window = self.settings.drift_window
-        if len(ids) < 2 * window:
+        if rows < 2 * window:
             return
-        newest = ids[-(self.settings.drift_reference + window) :]
+        newest = self.catalog.newest(space, self.settings.drift_reference + window)
         vectors = await self.catalog.read(self.catalog.tables.vectors, space, newest)
         before, now = Moments.of(vectors[:-window]), Moments.of(vectors[-window:])
         metrics.drift.measured("image", frechet_distance(before, now), mean_shift(before, now))

@@ -22,8 +22,9 @@ APP = "ratchet"
 INGRESS = "Ingress"
 PREPARE_SECONDS = 300.0
 ACKNOWLEDGE_SECONDS = 10.0
-COVER_SECONDS, ASK_COVER_SECONDS = 3600.0, 30.0
-"""To embed a whole catalog, and to ask for it."""
+COVER_SECONDS, ASK_COVER_SECONDS = 7 * 86_400.0, 30.0
+"""To embed a whole catalog, and to ask for it. A million images take hours; the catalog itself gives up when a backfill
+stands still (:data:`serving.catalog.catalog.STALL_SECONDS`)."""
 RETIRE_SECONDS = 60.0
 RESIDENT_SECONDS = 0.2
 """Asked for when a rollback comes before this process knows the embedding spaces."""

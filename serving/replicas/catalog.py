@@ -1,4 +1,4 @@
-"""The catalog deployment: the Ray shell around :class:`serving.catalog.reconcile.Catalog`."""
+"""The catalog deployment: the Ray shell around :class:`serving.catalog.catalog.Catalog`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
+from serving.catalog.catalog import Catalog
+from serving.catalog.crossing import usable
+from serving.catalog.index_process import IndexProcess
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
 from serving.catalog.watch import Watcher
 from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.replicas.crossing_verdicts import CrossingVerdicts
 from serving.replicas.residency_reader import residency_reader
 from streams.images import open_image
 from streams.store import SampleStore
@@ -52,15 +55,20 @@ class CatalogReplica:
                 raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
             return answer.vectors
 
-        tables = Tables(f"{settings.lake}/catalog")
-        self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode)
+        tables = Tables(f"{settings.lake}/catalog", int(settings.catalog.cache_gib * 2**30))
+        self.catalog = Catalog(
+            tables, SampleStore(settings.lake), pixels, encode, settings.catalog, IndexProcess(tables.url)
+        )
         self._ledger = Ledger.lazy(settings.ledger)
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
         self._watch: asyncio.Task[None] | None = None
         self._follow: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[None] | None = None
         self._adopting = asyncio.Lock()
+        self._most_wait_seconds = settings.catalog.most_wait_seconds
+        self._verdicts = CrossingVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
 
@@ -111,7 +119,11 @@ class CatalogReplica:
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int | str:
         """See :meth:`Catalog.cover`; a string says why it could not be done."""
         try:
-            return await (await self._started()).cover(snapshot, wait)
+            catalog = await self._started()
+            if wait:
+                await self._learn_crossings([snapshot])
+            at_once = usable(catalog.crossings, snapshot.image_space, catalog.reconciler.complete()) is not None
+            return await catalog.cover(snapshot, wait, self._most_wait_seconds if at_once else None)
         except RatchetError as error:
             return str(error)
 
@@ -122,16 +134,34 @@ class CatalogReplica:
 
     async def _adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         await self.catalog.adopt(window)
+        self._verdicts.remember(window)
+        self._reading = asyncio.get_running_loop().create_task(
+            self._learn_crossings(window)
+        )  # no rollback waits for it
         if window:
             self._adopted = max(self._adopted, window[0].release)
             metrics.release.live("catalog", self._adopted)
+
+    async def _learn_crossings(self, snapshots: Sequence[ReleaseSnapshot]) -> None:
+        self.catalog.crossings |= await self._verdicts.read(snapshots, self.catalog.reconciler.complete())
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> list[str]:
         """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, or when another controller has
         taken over since, no table is dropped.
         """
         catalog = await self._started()
-        return await catalog.retire(keep, drop=await asyncio.to_thread(self._holds_lease, epoch))
+        drop = await asyncio.to_thread(self._holds_lease, epoch)
+        try:
+            spare = await asyncio.to_thread(self._proposed_spaces) if drop else set()
+        except LedgerError as error:
+            log.warning("no table is dropped while the ledger is away: %s", error)
+            drop, spare = False, set()
+        return await catalog.retire(keep, drop, spare)
+
+    def _proposed_spaces(self) -> set[str]:
+        """Image spaces of the releases that are proposed: what is embedded for them stays through a restart."""
+        proposals = self._ledger.pending_proposals()
+        return {self._ledger.adapter(each.clip).image_space for each in proposals if each.clip is not None}
 
     def _holds_lease(self, epoch: int | None) -> bool:
         if epoch is None:

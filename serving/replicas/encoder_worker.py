@@ -56,6 +56,7 @@ class EncoderWorker:
         self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}
         self._waiting = 0
+        self._background = asyncio.Lock()
         self._health = ForwardHealth()
 
     async def prepare(self, clip: str | None) -> Prepared:
@@ -125,11 +126,12 @@ class EncoderWorker:
         parts: list[EncodeResult] = []
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
-            patience = time.monotonic() + 1.0
-            while self._waiting and time.monotonic() < patience:
-                await asyncio.sleep(0.002)
             request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
-            parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
+            async with self._background:  # of several calls, too, one piece at a time: a batch waits for one at most
+                patience = time.monotonic() + 1.0
+                while self._waiting and time.monotonic() < patience:
+                    await asyncio.sleep(0.002)
+                parts += await loop.run_in_executor(self._compute, self.encode_now, [request])
             if parts[-1].vectors is None:
                 return parts[-1]
         first = parts[0]

@@ -18,7 +18,7 @@ from benchmarks.inputs import pictures
 from ops.access import Access
 from ops.ledger import Ledger
 from ops.settings import Serve, Settings
-from serving.catalog.reconcile import Catalog
+from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.generation import GenerationRequest
@@ -103,7 +103,7 @@ class InProcessApp:
         return [Prepared("one", vlm)]
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
-        while await self.catalog.step():
+        while await self.catalog.reconciler.step():
             continue
         return await self.catalog.cover(snapshot, wait=False)
 
@@ -113,7 +113,7 @@ class InProcessApp:
     async def announce(self, resident: Residency, seconds: float) -> int:
         self.admission.adopt(resident.window)
         await self.catalog.adopt(resident.indexed)
-        while await self.catalog.step():
+        while await self.catalog.reconciler.step():
             continue
         return 1
 

@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from ops.console import charts
 from ops.console.desk import Desk
+from ops.console.drawing import duration
 from ops.console.learning import lessons, purse
 from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline
@@ -50,7 +51,21 @@ def facts(desk: Desk) -> dict[str, Any]:
         "stream": stream,
         "entries": timeline(desk.ledger, {}, limit=5),
         "problems": [*problems(status), *stream.problems()],
+        "backfills": backfills(status),
     }
+
+
+def backfills(status: dict[str, Any] | None) -> list[str]:
+    """Spaces that are embedded for a release that is not live yet, in words."""
+    if status is None:
+        return []
+    resident = {row["image_space"] for row in status["controller"]["resident"]}
+    return [
+        f"The pictures are being prepared for the next release: {space['coverage']:.0%}"
+        + (f", about {duration(space['seconds_left'])} more." if space.get("seconds_left") else ".")
+        for name, space in status["catalog"]["spaces"].items()
+        if name not in resident and space["coverage"] < 1
+    ]
 
 
 def problems(status: dict[str, Any] | None) -> list[str]:
@@ -66,5 +81,7 @@ def problems(status: dict[str, Any] | None) -> list[str]:
     live = max(controller["resident"], key=lambda row: row["release"], default=None)
     space = catalog["spaces"].get(live["image_space"]) if live else None
     if space is not None and space["coverage"] < 1:
-        found.append(f"{space['coverage']:.0%} of the pictures can be found; the others are being prepared.")
+        left = space.get("seconds_left")
+        when = f", for about {duration(left)} more" if left else ""
+        found.append(f"{space['coverage']:.0%} of the pictures can be found; the others are being prepared{when}.")
     return found

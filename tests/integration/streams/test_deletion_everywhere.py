@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ops.ledger import DeletionRow, Ledger
 from ops.settings import Settings
+from serving.catalog.catalog import Catalog
 from serving.catalog.queries import Filters
-from serving.catalog.reconcile import Catalog
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
 from streams import maintenance
@@ -104,7 +104,7 @@ class Installation:
 
     def follow(self) -> None:
         async def settle() -> None:
-            while await self.catalog.step():
+            while await self.catalog.reconciler.step():
                 pass
 
         asyncio.run(settle())
@@ -145,7 +145,7 @@ async def vectors(batch: Any, clip: str | None) -> Any:
 @pytest.fixture
 def here(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Installation]:
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
-    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
+    monkeypatch.setattr("serving.catalog.deletions.EXPUNGE_SECONDS", 0.0)
     settings = broker.settings(tmp_path, maintain={"keep_seconds": 0}, ingest={"fresh_eval_share": 0.0})
     make_topics(settings)
     store, ledger = SampleStore(settings.lake), Ledger.open(settings.ledger)

@@ -11,7 +11,7 @@ import pytest
 
 from ops.console.desk import Desk, words
 from ops.console.drawing import ago, duration, number, pairs, percent, points
-from ops.console.pages.overview import problems
+from ops.console.pages.overview import backfills, problems
 from tests.unit.console.test_pages import settings
 
 
@@ -42,6 +42,14 @@ def test_what_is_not_well_is_said_in_words() -> None:
     assert problems(status(live=1.0, next_one=0.04)) == [], "an index that is not live yet is no trouble"
     assert "93% of the pictures" in problems(status(live=0.93))[0]
     assert "because" in problems(status(trouble="because"))[0]
+
+
+def test_a_backfill_for_the_next_release_is_shown_with_its_estimate() -> None:
+    assert backfills(None) == backfills(status()) == []
+    waiting = status(next_one=0.25)
+    assert backfills(waiting) == ["The pictures are being prepared for the next release: 25%."]
+    waiting["catalog"]["spaces"]["b"]["seconds_left"] = 9000.0
+    assert backfills(waiting)[0].endswith("25%, about 2.5 h more.")
 
 
 def status(live: float = 1.0, next_one: float = 1.0, trouble: str = "") -> dict[str, Any]:

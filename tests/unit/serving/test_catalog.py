@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import RecordError, StoreError
+from serving.catalog.catalog import Catalog
+from serving.catalog.embedding import PIECE_ROWS
 from serving.catalog.queries import Filters, as_filters
-from serving.catalog.reconcile import BATCH_ROWS, Catalog
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
 from streams.rows import Position
@@ -84,16 +85,20 @@ def catalog(tmp_path: Path, store: SampleStore, encoder: Encoder) -> Catalog:
 
 
 async def settle(catalog: Catalog) -> None:
-    while await catalog.step():
+    while await catalog.reconciler.step():
         pass
 
 
+def stored(tables: Tables, space: str) -> set[str]:
+    return {sample for batch in tables.id_batches(space) for sample in batch}
+
+
 async def test_every_row_is_in_every_resident_space(catalog: Catalog, store: SampleStore, encoder: Encoder) -> None:
-    put(store, rows(0, BATCH_ROWS + 5), BATCH_ROWS + 5)
+    put(store, rows(0, PIECE_ROWS + 5), PIECE_ROWS + 5)
     await catalog.adopt([THERE, HERE])
     await settle(catalog)
     for snapshot in (HERE, THERE):
-        assert len(catalog.tables.ids(snapshot.image_space)) == BATCH_ROWS + 4  # one image cannot be read
+        assert len(stored(catalog.tables, snapshot.image_space)) == PIECE_ROWS + 4  # one image cannot be read
     assert catalog.status()["coverage"] == 1.0
     put(store, rows(50, 1), 51)
     await settle(catalog)
@@ -139,14 +144,14 @@ async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_wh
     put(store, rows(0, 6), 6)
     await catalog.adopt([HERE])
     encoder.gate = asyncio.Event()
-    stepping = asyncio.create_task(catalog.step())
+    stepping = asyncio.create_task(catalog.reconciler.step())
     await until(lambda: encoder.calls)
     await catalog.retire([])
     encoder.gate.set()
     await stepping
     await catalog.adopt([HERE])
     await settle(catalog)
-    assert len(catalog.tables.ids("aaaa")) == 6
+    assert len(stored(catalog.tables, "aaaa")) == 6
 
 
 async def test_filters_are_conditions_and_not_code(catalog: Catalog, store: SampleStore) -> None:
@@ -187,7 +192,7 @@ async def test_a_deleted_sample_leaves_every_table_and_is_not_embedded_again(
     encoder.calls.clear()
     await settle(catalog)
     for space in ("aaaa", "bbbb"):
-        assert catalog.tables.ids(space) == {row["id"] for row in rows(0, 6) if row["offset"] not in (1, 4)}
+        assert stored(catalog.tables, space) == {row["id"] for row in rows(0, 6) if row["offset"] not in (1, 4)}
     assert encoder.calls == []
     assert (catalog.status()["corpus_rows"], catalog.status()["coverage"]) == (4, 1.0)
     hits = await catalog.search("aaaa", vector(4), 10, Filters())
@@ -211,7 +216,7 @@ async def test_what_is_deleted_later_by_a_clock_that_is_behind_is_followed(
     monkeypatch.setattr("streams.writer.datetime", Behind)
     delete(store, "offset = 1")
     await settle(catalog)
-    assert len(catalog.tables.ids("aaaa")) == 2
+    assert len(stored(catalog.tables, "aaaa")) == 2
 
 
 async def test_a_deleted_sample_that_is_sent_again_is_embedded_with_what_it_says_now(
@@ -239,19 +244,19 @@ async def test_a_sample_that_was_deleted_before_it_was_embedded_and_sent_again_i
 ) -> None:
     put(store, rows(0, 2), 2)
     await catalog.adopt([HERE])
-    embed = catalog._embed
+    read = catalog.reconciler.embedder._read
 
-    async def deleted_meanwhile(*given: Any) -> None:
-        monkeypatch.setattr(catalog, "_embed", embed)
+    def deleted_meanwhile(samples: list[str]) -> Any:
+        monkeypatch.setattr(catalog.reconciler.embedder, "_read", read)
         delete(store, "offset = 1")
-        await embed(*given)
+        return read(samples)
 
-    monkeypatch.setattr(catalog, "_embed", deleted_meanwhile)
+    monkeypatch.setattr(catalog.reconciler.embedder, "_read", deleted_meanwhile)
     await settle(catalog)
-    assert len(catalog.tables.ids("aaaa")) == 1
+    assert len(stored(catalog.tables, "aaaa")) == 1
     put(store, [{**rows(1, 1)[0], "offset": 2}], 3)
     await settle(catalog)
-    assert len(catalog.tables.ids("aaaa")) == 2 and catalog.status()["coverage"] == 1.0
+    assert len(stored(catalog.tables, "aaaa")) == 2 and catalog.status()["coverage"] == 1.0
 
 
 async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_holds_too(
@@ -265,10 +270,10 @@ async def test_what_was_deleted_while_nobody_followed_leaves_tables_that_nobody_
     await second.adopt([HERE])
     await settle(second)
     for space in ("aaaa", "bbbb"):
-        assert len(second.tables.ids(space)) == 59, space  # one image cannot be read
+        assert len(stored(second.tables, space)) == 59, space  # one image cannot be read
     assert holds(tmp_path / "catalog", b"recognisable words")
     # It dies, too: the next one knows nothing of what was removed, and removes its bytes all the same.
-    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
+    monkeypatch.setattr("serving.catalog.deletions.EXPUNGE_SECONDS", 0.0)
     third = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
     await third.adopt([HERE])
     await settle(third)
@@ -282,7 +287,7 @@ async def test_the_bytes_of_one_deleted_row_of_many_go_while_searches_and_append
     put(store, [*rows(0, 60), *rows(60, 1, text="recognisable words")], 61)
     await catalog.adopt([HERE])
     await settle(catalog)
-    monkeypatch.setattr("serving.catalog.reconcile.EXPUNGE_SECONDS", 0.0)
+    monkeypatch.setattr("serving.catalog.deletions.EXPUNGE_SECONDS", 0.0)
     delete(store, "offset = 60")
     await settle(catalog)
     assert not holds(tmp_path / "catalog", b"recognisable words")
@@ -296,7 +301,7 @@ async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
     catalog: Catalog, store: SampleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, passes = [100.0], list[str]()
-    monkeypatch.setattr("serving.catalog.reconcile.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("serving.catalog.deletions.time.monotonic", lambda: now[0])
     put(store, rows(0, 3), 3)
     await catalog.adopt([HERE])
     await settle(catalog)
@@ -313,10 +318,10 @@ async def test_bytes_go_in_two_passes_and_a_failing_one_is_tried_again(
     assert passes == []
     now[0] += 121
     with pytest.raises(StoreError, match="away"):
-        await catalog.step()
+        await catalog.reconciler.step()
     put(store, rows(3, 1), 4)
     await settle(catalog)
-    assert len(catalog.tables.ids("aaaa")) == 3, "what is new does not wait for it"
+    assert len(stored(catalog.tables, "aaaa")) == 3, "what is new does not wait for it"
     for _ in range(4):
         now[0] += 121
         await settle(catalog)

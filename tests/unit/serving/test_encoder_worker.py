@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ops.errors import ArtifactsUnavailable
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer
-from serving.messages import EncodeRequest, batch_cost
+from serving.messages import EncodeRequest, EncodeResult, batch_cost
 from serving.replicas.encoder_worker import EncoderWorker
 
 
@@ -195,6 +196,33 @@ async def test_what_is_held_is_told_while_the_files_of_another_adapter_do_not_co
     assert (await worker.prepare(None)).image_space and not loading.done()
     come.set()
     assert "was stopped" in (await loading).error
+
+
+async def test_background_calls_take_turns_piece_by_piece(
+    worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most = 0, 0
+    compute = worker.encode_now
+
+    def counted(requests: list[EncodeRequest]) -> list[EncodeResult]:
+        nonlocal inside
+        try:
+            return compute(requests)
+        finally:
+            inside -= 1
+
+    submit = asyncio.get_running_loop().run_in_executor
+
+    def submitted(pool: Any, function: Any, *arguments: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        return submit(pool, function, *arguments)
+
+    monkeypatch.setattr(worker, "encode_now", counted)
+    monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", submitted)
+    await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
+    assert most == 1, "a request that comes now waits for one piece"
 
 
 async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:

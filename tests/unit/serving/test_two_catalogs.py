@@ -12,15 +12,16 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import StoreError
+from serving.catalog.catalog import Catalog
 from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
+from serving.catalog.embedding import PIECE_ROWS
 from serving.catalog.queries import Filters
-from serving.catalog.reconcile import BATCH_ROWS, Catalog
 from serving.catalog.tables import Tables
 from streams.store import SampleStore
 from tests.support.waiting import until
 from tests.unit.serving.test_catalog import DIM, HERE, THERE, Encoder, pixels, put, rows, settle, vector
 
-ROWS = 3 * BATCH_ROWS
+ROWS = 3 * PIECE_ROWS
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_doubled_rows_of_an_older_version_become_one(tmp_path: Path) -> None:
     table = tables._database.create_table("clip_aaaa", _with_vectors(_data("a", "b")))
     table.add(_with_vectors(_data("a", "c")))
     assert [hit.id for hit in tables.search("aaaa", vector(0), 10, Filters())] == ["a", "b", "c"]
-    assert tables.ids("aaaa") == {"a", "b", "c"}
+    assert {sample for batch in tables.id_batches("aaaa") for sample in batch} == {"a", "b", "c"}
     assert sorted(_stored(tables, "aaaa")) == ["a", "b", "c"]
 
 

@@ -1,0 +1,223 @@
+"""The catalog of one server: which image spaces are resident, searches in them, and the loops that keep them.
+
+:mod:`reconcile` brings every sample into every resident space, :mod:`index_keeper` makes their indexes, :mod:`claims`
+tells other servers on the same lake which tables are needed here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ops.errors import StoreError
+from ops.settings import Catalog as CatalogSettings
+from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
+from serving.catalog.corpus import Corpus
+from serving.catalog.crossing import search_across, usable
+from serving.catalog.embedding import Encode, Pixels
+from serving.catalog.index_keeper import ChangeIndex, IndexKeeper
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.reconcile import Reconciler
+from serving.catalog.space_fill import SpaceFill
+from serving.catalog.tables import Tables
+from serving.releases.release_snapshot import ReleaseSnapshot
+
+log = logging.getLogger("ratchet.catalog")
+Result = TypeVar("Result")
+STALL_SECONDS: Final = 600.0
+"""A release that waits for its image space fails when no row was added for so long."""
+LOOK_SECONDS: Final = 1.0
+SEARCH_THREADS: Final = 4
+
+
+class Catalog:
+    """Holds the tables complete for the resident releases, and searches them. Use from one event loop."""
+
+    def __init__(
+        self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, settings: CatalogSettings | None = None,
+        change_index: ChangeIndex | None = None,
+    ) -> None:  # fmt: skip
+        """Args:
+        change_index: makes and extends indexes; by default in a thread of this process.
+        """
+        settings = settings or CatalogSettings()
+        self.tables = tables
+        self.corpus = corpus
+        self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
+        self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
+        self.keeper = IndexKeeper(tables, settings, self.reconciler.spaces, self.sample, change_index)
+        self.crossings: dict[str, str] = {}
+        """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
+        self._reads = ThreadPoolExecutor(SEARCH_THREADS, "search")
+        self._live = 0
+        self._claimed = asyncio.Event()
+
+    async def cover(self, snapshot: ReleaseSnapshot, wait: bool = True, most_seconds: float | None = None) -> int:
+        """Make the space resident; with ``wait``, return when it holds every row of the corpus, and its index is made.
+        Returns its rows.
+
+        Args:
+            most_seconds: to wait; a space of :attr:`crossings` may go live before it is complete.
+
+        Raises:
+            StoreError: no row was added for :data:`STALL_SECONDS`.
+        """
+        fresh = snapshot.image_space not in self.reconciler.fills
+        fill = self.reconciler.reside(snapshot)
+        self._residency_changed()
+        if wait:
+            version = await self.reconciler.in_thread(self.corpus.version)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(most_seconds):
+                    await self._wait_for(fill, version)
+        elif fresh:
+            log.info("image space %s is resident now", snapshot.image_space)
+        return fill.coverage.rows
+
+    async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
+        """The resident releases, newest first. Spaces of others stay until :meth:`retire`. A window whose live release
+        is older than the one that is known came late, and changes nothing.
+        """
+        live = max((snapshot.release for snapshot in window), default=0)
+        if live < self._live:
+            return
+        for snapshot in window:
+            self.reconciler.reside(snapshot)
+        self._live = live
+        self.reconciler.live_space = window[0].image_space if window else ""
+        self._residency_changed()
+
+    async def retire(
+        self, keep: Sequence[ReleaseSnapshot], drop: bool = True, spare: Collection[str] = ()
+    ) -> list[str]:
+        """Let go of the spaces that no kept release has.
+
+        Args:
+            drop: also drop their tables, those apart that another server on this lake holds resident. Only the one
+                server may do so whose controller changes what is live.
+            spare: spaces whose tables stay: of releases that are proposed, so that a backfill goes on after a restart.
+
+        Returns:
+            Spaces whose tables were dropped.
+        """
+        spaces = {snapshot.image_space: snapshot for snapshot in keep}
+        for space in set(self.reconciler.fills) - set(spaces):
+            self.reconciler.release(space)
+        for snapshot in spaces.values():
+            self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
+        self.crossings = {new: old for new, old in self.crossings.items() if new in spaces}
+        gone = await self._drop_others(spare) if drop else []
+        await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
+        return gone
+
+    async def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
+        """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
+        if space not in self.reconciler.fills:
+            raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
+        self.keeper.recent.add(space, vector)
+        old = usable(self.crossings, space, self.reconciler.complete())
+        try:
+            if old is None:
+                return await self.read(self.tables.search, space, vector, k, filters)
+            hits, lacking = await self.read(search_across, self.tables, space, old, vector, k, filters)
+        except (OSError, RuntimeError, ValueError) as error:
+            self.reconciler.reopen(space)  # if its table is gone, it is made anew
+            raise StoreError(f"the index of image space {space} cannot be read: {error}"[:300], "Try again.") from error
+        self.reconciler.prefer(space, lacking)
+        return hits
+
+    async def image(self, sample_id: str) -> bytes | None:
+        """The encoded image of one sample, or None."""
+        rows = await self.read(lambda: self.corpus.scan(columns=["id", "image"], ids=[sample_id]))
+        return bytes(rows["image"][0].as_py()) if rows.num_rows else None
+
+    async def read(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call something that only reads, where the loop does not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._reads, function, *args)
+
+    def searchable(self) -> tuple[str, int]:
+        """The live image space, and how many rows its table has."""
+        fill = self.reconciler.fills.get(self.reconciler.live_space)
+        return self.reconciler.live_space, fill.coverage.rows if fill is not None else 0
+
+    def newest(self, space: str, count: int) -> list[str]:
+        """The samples of a space that were ingested last, the newest last."""
+        fill = self.reconciler.fills.get(space)
+        return [] if fill is None else self.reconciler.ids.names(fill.coverage.held()[-count:])
+
+    def sample(self, space: str, count: int) -> list[str]:
+        """Some samples of a space, spread evenly over it."""
+        fill = self.reconciler.fills.get(space)
+        held = fill.coverage.held() if fill is not None else np.empty(0, np.int64)
+        return self.reconciler.ids.names(held[:: max(1, len(held) // count)][:count])
+
+    def status(self) -> dict[str, Any]:
+        """Rows, coverage, backfill and index of each resident space; unreadable images count as done."""
+        spaces = {
+            space: {**fill.status(), "index": self.keeper.status(space)}
+            for space, fill in self.reconciler.fills.items()
+        }
+        return {
+            "corpus_rows": len(self.reconciler.ids),
+            "coverage": min((space["coverage"] for space in spaces.values()), default=0.0),
+            "spaces": spaces,
+            "searchable_seconds": self.reconciler.searchable_seconds,
+            "pieces_at_once": self.reconciler.embedder.pace.width,
+            "trouble": self.reconciler.trouble,
+        }
+
+    async def run(self) -> None:
+        """Keep the spaces complete, their indexes good and the claim on them known, for ever."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._claim())
+            tasks.create_task(self.reconciler.run())
+            tasks.create_task(self.keeper.run())
+
+    async def _wait_for(self, fill: SpaceFill, version: int) -> None:
+        rows, since = fill.coverage.rows, time.monotonic()
+        while not (fill.complete >= version and self.keeper.is_ready(fill.space, fill.coverage.rows)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS), self.reconciler.changed:
+                    await self.reconciler.changed.wait()
+            if fill.coverage.rows != rows or fill.complete >= version:
+                rows, since = fill.coverage.rows, time.monotonic()
+            elif time.monotonic() - since > STALL_SECONDS:
+                raise StoreError(
+                    f"the backfill of image space {fill.space} stands still at {fill.coverage.ratio:.1%}: "
+                    f"{self.reconciler.trouble or 'no piece was embedded'}.",
+                    "Look at the encoders' log; what is embedded stays, and the next try goes on from there.",
+                )
+
+    async def _drop_others(self, spare: Collection[str]) -> list[str]:
+        stored = await self.reconciler.in_thread(self.tables.spaces)
+        candidates = [space for space in stored if space not in self.reconciler.fills and space not in spare]
+        held = await self.reconciler.in_thread(self.claims.claimed_by_others, candidates) if candidates else set()
+        gone = [space for space in candidates if space not in held]
+        for space in gone:
+            await self.reconciler.in_thread(self.tables.drop, space)
+        return gone
+
+    async def _claim(self) -> None:
+        """Keep the claim on the resident spaces, whatever the reconciling waits for."""
+        while True:
+            self._claimed.clear()
+            try:
+                await self.read(self.claims.renew, tuple(self.reconciler.fills))
+            except Exception as error:
+                log.warning("the claim on the image spaces could not be written: %s", error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._claimed.wait(), RENEW_SECONDS / 2)
+
+    def _residency_changed(self) -> None:
+        self._claimed.set()
+        self.reconciler.wake()
+        self.keeper.wake()

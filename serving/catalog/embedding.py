@@ -1,0 +1,121 @@
+"""From samples to vectors: several pieces at once, over all encoder replicas, as fast as serving leaves room for."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from ops.errors import RecordError
+from serving.catalog.corpus import COLUMNS, Corpus, with_text
+from serving.catalog.threads import step_back
+
+log = logging.getLogger("ratchet.catalog")
+PIECE_ROWS: Final = 32
+"""Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
+DECODING_THREADS: Final = 2
+SLOWER: Final = 2.0
+"""A piece that takes this multiple of the fastest one waits for requests, or for other pieces."""
+REMEMBERED: Final = 64
+"""Pieces among which the fastest one is looked for: what else runs on the machine changes with time."""
+
+Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
+"""Encoded image to uint8 [S, S, 3]. Raises RecordError for one that can never be embedded."""
+Encode = Callable[[npt.NDArray[np.uint8], str | None], Awaitable[npt.NDArray[np.float32]]]
+"""uint8 [n, S, S, 3] and an adapter to float32 [n, dim]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """Rows of the corpus with their vectors [n, dim]."""
+
+    rows: pa.Table
+    vectors: npt.NDArray[np.float32]
+    unreadable: tuple[str, ...] = ()
+    """Samples that can never be embedded."""
+    present: frozenset[str] = frozenset()
+    """Samples that were in the table before."""
+
+
+class Pace:
+    """How many pieces are embedded at once.
+
+    Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and decrease algorithms for
+    congestion avoidance in computer networks", 1989): one more after each full set of pieces that were about as fast as
+    the fastest one, half as many after one that was much slower. Encoders put requests before pieces, so a busy server
+    makes pieces slow; and more pieces than replicas make each other slow, so the number follows that of the replicas.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._width = 1.0
+        self._seconds: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    def width(self) -> int:
+        """Pieces at once, 1 at least."""
+        return int(self._width)
+
+    def ended(self, rows: int, seconds: float) -> None:
+        """A piece was embedded in this time."""
+        each = seconds / max(1, rows)
+        self._seconds.append(each)
+        if each > SLOWER * min(self._seconds):
+            self._width = max(1.0, self._width / 2)
+        else:
+            self._width = min(float(self._most), self._width + 1 / self._width)
+
+
+class Embedder:
+    """Reads, decodes and encodes pieces. Use from one event loop."""
+
+    def __init__(self, corpus: Corpus, pixels: Pixels, encode: Encode, most_pieces: int) -> None:
+        """Args:
+        most_pieces: at once.
+        """
+        self.pace = Pace(most_pieces)
+        self.encode = encode
+        self._corpus = corpus
+        self._pixels = pixels
+        self._threads = ThreadPoolExecutor(DECODING_THREADS, "catalog-decode", initializer=step_back)
+
+    async def embed(self, samples: Sequence[str], clip: str | None) -> Embedded:
+        """Vectors of samples under an adapter. Samples that were deleted meanwhile count as unreadable.
+
+        Raises whatever ``encode`` raises.
+        """
+        loop = asyncio.get_running_loop()
+        rows, pixels, unreadable = await loop.run_in_executor(self._threads, self._read, list(samples))
+        if not pixels:
+            return Embedded(rows, np.empty((0, 0), np.float32), unreadable)
+        began = time.monotonic()
+        vectors = await self.encode(np.stack(pixels), clip)
+        self.pace.ended(len(pixels), time.monotonic() - began)
+        return Embedded(rows, vectors, unreadable)
+
+    def _read(self, samples: list[str]) -> tuple[pa.Table, list[npt.NDArray[np.uint8]], tuple[str, ...]]:
+        rows = self._corpus.scan(columns=COLUMNS, ids=samples)
+        good: list[int] = []
+        pixels: list[npt.NDArray[np.uint8]] = []
+        seen: set[str] = set()
+        for index, (sample, image) in enumerate(zip(rows["id"].to_pylist(), rows["image"], strict=True)):
+            if sample in seen:
+                continue  # workers that share no index stored the same content twice
+            try:
+                pixels.append(self._pixels(bytes(image.as_py())))
+            except RecordError as error:  # ingest accepted it under other bounds
+                log.warning("sample %s is left out of the catalog: %s", sample, error)
+                continue
+            seen.add(sample)
+            good.append(index)
+        taken = with_text(rows.take(pa.array(good, pa.int64())).drop_columns(["image"]))
+        return taken, pixels, tuple(sample for sample in samples if sample not in seen)

@@ -1,0 +1,31 @@
+"""What `ratchet status` says of the catalog."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ops.cli.status import catalog_lines
+
+
+def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
+    index = {"building": building}
+    return {
+        "missing": missing,
+        "coverage": 1 - missing / 1000,
+        "rows_per_second": 80.2,
+        "seconds_left": left,
+        "index": index,
+    }
+
+
+def test_a_complete_catalog_takes_one_line_and_a_backfill_says_when_it_ends() -> None:
+    catalog = {"corpus_rows": 1000, "coverage": 1.0, "spaces": {"aaaa": space(0)}}
+    assert catalog_lines(catalog) == "catalog: 1,000 samples, 100.0% searchable everywhere\n"
+    catalog["spaces"] = {"aaaa": space(0), "bbbb": space(250, 3725.4), "cccc": space(250), "dddd": space(0, 0.0, True)}
+    lines = catalog_lines(catalog).splitlines()
+    assert lines[1:] == [
+        "  bbbb is embedded: 75.0%, 80 rows/s, 1:02:05 left",
+        "  cccc is embedded: 75.0%, 80 rows/s, no estimate yet",
+        "  dddd: its index is being made",
+    ]
+    assert catalog_lines(None) == ""

@@ -1,0 +1,195 @@
+"""A backfill: several pieces at once, as many as serving leaves room for; it survives kills, and has an estimate."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ops.errors import StoreError
+from serving.catalog import catalog as catalog_module
+from serving.catalog.catalog import Catalog
+from serving.catalog.corpus_ids import CorpusIds
+from serving.catalog.coverage import BackfillRate, SpaceCoverage
+from serving.catalog.crossing import rank_across
+from serving.catalog.embedding import PIECE_ROWS, Pace
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.tables import Tables
+from streams.store import SampleStore
+from tests.support.waiting import until
+from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, stored, vector
+
+ROWS = 6 * PIECE_ROWS
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    store = SampleStore(str(tmp_path / "lake"))
+    put(store, rows(100, ROWS), ROWS)
+    return store
+
+
+def open_catalog(folder: Path, store: SampleStore, encoder: Encoder) -> Catalog:
+    return Catalog(Tables(str(folder / "catalog")), store, pixels, encoder)
+
+
+def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
+    pace = Pace(8)
+    assert pace.width == 1
+    for _ in range(20):
+        pace.ended(32, 0.4)
+    assert 4 <= pace.width <= 8, "as fast as before: more at once"
+    pace.ended(32, 4.0)
+    pace.ended(32, 4.0)
+    assert pace.width <= 2, "requests came first"
+    for _ in range(100):
+        pace.ended(32, 0.4)
+    assert pace.width == 8
+
+
+async def test_pieces_are_embedded_at_once_and_none_twice(tmp_path: Path, store: SampleStore) -> None:
+    encoder = Encoder()
+    catalog = open_catalog(tmp_path, store, encoder)
+    for _ in range(10):
+        catalog.reconciler.embedder.pace.ended(1, 0.1)
+    encoder.gate = asyncio.Event()
+    await catalog.adopt([HERE])
+    stepping = asyncio.create_task(catalog.reconciler.step())
+    await until(lambda: len(encoder.calls) >= 3)
+    encoder.gate.set()
+    await stepping
+    await settle(catalog)
+    assert sum(count for count, _ in encoder.calls) == ROWS == len(stored(catalog.tables, "aaaa"))
+
+
+async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path, store: SampleStore) -> None:
+    encoder = Encoder()
+    catalog = open_catalog(tmp_path, store, encoder)
+    await catalog.adopt([HERE])
+    while catalog.searchable()[1] < PIECE_ROWS:
+        await catalog.reconciler.step()
+        for fill in catalog.reconciler.fills.values():
+            fill._finished_at = -1e9  # it is time to store
+    done = len(stored(catalog.tables, "aaaa"))
+    assert 0 < done < ROWS
+    again = Encoder()
+    second = open_catalog(tmp_path, store, again)
+    await second.adopt([HERE])
+    await settle(second)
+    assert sum(count for count, _ in again.calls) == ROWS - done
+    assert len(stored(second.tables, "aaaa")) == ROWS
+
+
+async def test_what_was_embedded_stays_when_another_piece_fails(tmp_path: Path, store: SampleStore) -> None:
+    class Failing(Encoder):
+        async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
+            if len(self.calls) == 2:
+                self.calls.append((0, clip))
+                raise StoreError("the replica died", "")
+            return await super().__call__(batch, clip)
+
+    encoder = Failing()
+    catalog = open_catalog(tmp_path, store, encoder)
+    await catalog.adopt([HERE])
+    with pytest.raises(StoreError, match="died"):
+        await settle(catalog)
+    assert catalog.status()["trouble"].startswith("the replica died")
+    await settle(catalog)
+    assert sum(count for count, _ in encoder.calls) == ROWS
+    assert (catalog.status()["coverage"], catalog.status()["trouble"]) == (1.0, "")
+
+
+async def test_a_release_fails_when_its_backfill_stands_still(
+    tmp_path: Path, store: SampleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dead(Encoder):
+        async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
+            raise StoreError("no replica", "")
+
+    catalog = open_catalog(tmp_path, store, Dead())
+    await catalog.adopt([THERE])
+    with pytest.raises(StoreError):
+        await catalog.reconciler.step()
+    monkeypatch.setattr(catalog_module, "STALL_SECONDS", 0.0)
+    monkeypatch.setattr(catalog_module, "LOOK_SECONDS", 0.01)
+    with pytest.raises(StoreError, match=r"stands still at 0.0%: no replica"):
+        await catalog.cover(THERE)
+
+
+async def test_tables_of_proposed_releases_are_spared(tmp_path: Path, store: SampleStore) -> None:
+    catalog = open_catalog(tmp_path, store, Encoder())
+    await catalog.adopt([THERE, HERE])
+    await settle(catalog)
+    assert await catalog.retire([THERE], spare={"aaaa"}) == []
+    assert await catalog.retire([THERE]) == ["aaaa"]
+
+
+async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete(
+    tmp_path: Path, store: SampleStore
+) -> None:
+    encoder = Encoder()
+    catalog = open_catalog(tmp_path, store, encoder)
+    await catalog.adopt([HERE])
+    await settle(catalog)
+    catalog.crossings["bbbb"] = "aaaa"
+    encoder.gate = asyncio.Event()
+    running = asyncio.create_task(catalog.run())
+    await catalog.cover(THERE, most_seconds=0.01)
+    hits = await catalog.search("bbbb", vector(123), 3, Filters())
+    assert hits[0].text == "text 123", "found by its old vector"
+    encoder.gate.set()
+    await catalog.cover(THERE)
+    hits = await catalog.search("bbbb", vector(1123), 3, Filters())
+    assert hits[0].text == "text 123", "and by its new one when that is there"
+    running.cancel()
+
+
+def test_scores_of_old_vectors_are_shifted_to_those_of_new_ones() -> None:
+    by_old = [
+        Hit(name, score, "", "", "", None) for name, score in zip("abcde", (0.9, 0.8, 0.7, 0.6, 0.5), strict=True)
+    ]
+    ranked = rank_across(by_old, {"a": 0.95, "c": 0.9, "e": 0.65})
+    assert [hit.id for hit in ranked] == ["a", "b", "c", "d", "e"]
+    assert ranked[1].score == pytest.approx(0.8 + (0.05 + 0.2 + 0.15) / 3)
+    assert [hit.score for hit in rank_across(by_old[:2], {"a": 0.99})] == [0.99, 0.8]
+
+
+def test_what_searches_come_upon_is_embedded_first() -> None:
+    ids = CorpusIds()
+    ids.add([row["id"] for row in rows(0, 5)])
+    coverage = SpaceCoverage(ids)
+    assert coverage.take(1).tolist() == [0]
+    coverage.prefer(np.array([3]))
+    assert coverage.take(2).tolist() == [3, 1]
+    coverage.hold(np.array([0, 1, 3]))
+    assert (coverage.rows, coverage.missing, coverage.ratio) == (3, 2, 0.6)
+
+
+def test_the_rate_is_that_of_the_last_minute() -> None:
+    now = [0.0]
+    rate = BackfillRate(lambda: now[0])
+    assert rate.seconds_left(10) is None and rate.seconds_left(0) == 0.0
+    for _ in range(120):
+        now[0] += 1
+        rate.add(80)
+    assert rate.per_second == pytest.approx(80)
+    assert rate.seconds_left(800) == pytest.approx(10)
+    now[0] += 3600
+    rate.begin()
+    now[0] += 1
+    rate.add(40)
+    assert rate.per_second == pytest.approx(40)
+
+
+def test_ids_keep_their_numbers_and_a_sample_that_comes_back_gets_a_new_one() -> None:
+    ids = CorpusIds()
+    names = [row["id"] for row in rows(0, 4)]
+    ids.add(names)
+    ids.leave_out(names[3:])
+    ids.remove(names[1:2])
+    ids.add(names[:2])
+    assert ids.numbers(names).tolist() == [0, 4, 2, 3]
+    assert (len(ids), ids.unreadable, ids.wanted().tolist()) == (4, 1, [True, False, True, False, True])
+    assert ids.names([4]) == [names[1]] and names[1] in ids
