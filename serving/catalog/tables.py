@@ -10,6 +10,7 @@ A search is exact until :meth:`Tables.use_index` says how to search through the 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -45,11 +46,14 @@ class Tables:
         cache_bytes: of memory for the indexes that are searched; parts of them beyond it are read again.
         """
         self.url = url
-        session = lancedb.Session(index_cache_size_bytes=cache_bytes, metadata_cache_size_bytes=METADATA_BYTES)
-        self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS, session=session)
+        self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
         self._open: dict[str, Any] = {}
         self._merges: dict[str, int] = {}
         self._efforts: dict[str, Effort] = {}
+        self._session = lance.Session(index_cache_size_bytes=cache_bytes, metadata_cache_size_bytes=METADATA_BYTES)
+        self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
+        """What searches read, and until when it is fresh enough. Not LanceDB's tables: those take three times the
+        processor time for a query."""
 
     def spaces(self) -> list[str]:
         """Image spaces that have a table."""
@@ -90,6 +94,7 @@ class Tables:
         if self._merges[space] % COMPACT_EVERY == 0:
             vector_index.merge_files(table.to_lance())
             table.checkout_latest()
+        self._written(space)
 
     def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
         """The ``k`` nearest rows by cosine similarity, best first; equal scores by id. Exact, or through the index.
@@ -133,6 +138,7 @@ class Tables:
         if table is None:
             return IndexState(0, 0, 0)
         table.checkout_latest()
+        self._written(space)  # by the process that makes indexes
         return vector_index.read_state(table.to_lance())
 
     def change_index(self, space: str, change: IndexChange) -> None:
@@ -144,6 +150,7 @@ class Tables:
             table.checkout_latest()
             (vector_index.build if change == "build" else vector_index.extend)(table.to_lance())
             table.checkout_latest()
+            self._written(space)
 
     def vectors(self, space: str, ids: Sequence[str]) -> npt.NDArray[np.float32]:
         """Vectors [n, dim] of these ids, in their order; unknown ids are passed over."""
@@ -169,6 +176,7 @@ class Tables:
         table = self._table(space)
         for names in quoted(ids) if table is not None else ():
             table.delete(f"id IN ({names})")
+        self._written(space)
 
     def expunge(self, space: str, older_than: timedelta) -> None:
         """Rewrite the data files that still hold removed rows, and remove older versions with their files.
@@ -182,6 +190,7 @@ class Tables:
         dataset = table.to_lance()
         vector_index.write_out_deletions(dataset)
         table.checkout_latest()
+        self._written(space)
         dataset.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False)
 
     def fragments(self, space: str) -> int:
@@ -203,31 +212,50 @@ class Tables:
         """Close a space's table: the next call opens what is there by then."""
         self._open.pop(space, None)
         self._merges.pop(space, None)
+        self._readers.pop(space, None)
         self._efforts.pop(space, None)
 
     def _search(
         self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters, effort: Effort | None
     ) -> list[Hit]:
-        table = self._table(space)
-        if table is None:
+        dataset = self._reader(space)
+        if dataset is None:
             return []
-        if table.schema.field("vector").type.list_size != len(vector):
+        if dataset.schema.field("vector").type.list_size != len(vector):
             raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")
-        query = table.search(vector, vector_column_name="vector").distance_type("cosine").limit(k)
-        query = query.select([*HIT_COLUMNS, "_distance"])
+        nearest: dict[str, Any] = {"column": "vector", "q": vector, "k": k, "metric": "cosine"}
         if effort is None:
-            query = query.bypass_vector_index()
-        else:
-            # more partitions where the filter leaves too few rows in these
-            query = query.minimum_nprobes(effort.nprobes).maximum_nprobes(0).refine_factor(effort.refine)
-        if condition := filters.sql():
-            query = query.where(condition, prefilter=True)
+            nearest |= {"use_index": False}
+        else:  # more partitions where the filter leaves too few rows in these
+            nearest |= {"minimum_nprobes": effort.nprobes, "refine_factor": effort.refine}
+        rows = dataset.to_table(
+            columns=[*HIT_COLUMNS, "_distance"], nearest=nearest, filter=filters.sql() or None, prefilter=True
+        )
         hits = {
             row["id"]: Hit(row["id"], 1.0 - float(row["_distance"]), row["text"] or "", row["domain"] or "",
                            row["source"] or "", row["time"])
-            for row in query.to_list()
+            for row in rows.to_pylist()
         }  # fmt: skip
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
+
+    def _reader(self, space: str) -> lance.LanceDataset | None:
+        """A space's table as searches read it: at most :data:`FRESHNESS` old, and after own writes the newest one."""
+        known = self._readers.get(space)
+        if known is not None and time.monotonic() < known[1]:
+            return known[0]
+        if known is None:
+            if self._table(space) is None:
+                return None
+            dataset = lance.dataset(self._address(space), session=self._session)
+        else:
+            dataset, latest = known[0], known[0].latest_version
+            dataset = dataset if latest == dataset.version else dataset.checkout_version(latest)
+        self._readers[space] = dataset, time.monotonic() + FRESHNESS.total_seconds()
+        return dataset
+
+    def _written(self, space: str) -> None:
+        if (known := self._readers.get(space)) is not None:
+            self._readers[space] = known[0], 0.0
 
     def _vectors(self, table: Any, ids: Sequence[str]) -> tuple[list[str], npt.NDArray[np.float32]]:
         """Ids and vectors [n, dim] of those that are there, in any order."""
