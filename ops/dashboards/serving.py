@@ -219,8 +219,8 @@ def dashboard() -> make.Dashboard:
             words={"0": ("exact", ORANGE), "1": ("index", GREEN)}, trend=False,
         ),
         lines(
-            "Time to make an index, mean", "In a process of its own, at low priority.", "s",
-            (mean("ratchet_catalog_index_build_seconds", window="[$__range]"), "mean"), height=4,
+            "Making indexes", "Time spent on it, in a process of its own, at low priority.", "s",
+            ("sum(increase(ratchet_catalog_index_build_seconds_sum[$__range]))", "indexes"), height=4,
         ),
         lines(
             "Missing and indexed", "Rows that image spaces lack; of the live one, rows in its index, and rows "
