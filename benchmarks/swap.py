@@ -34,7 +34,7 @@ from ops.ledger import Ledger
 from ops.progress import step, track
 from ops.settings import Settings
 from serving.app import serves_vlm, start
-from serving.client import Client
+from serving.client import Client, ServerError
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import load_vlm_base
@@ -45,6 +45,8 @@ VLM_EVERY = 20
 """A VLM loads an adapter in seconds on a processor."""
 WARM_SWAPS = 100
 """Memory is compared with that after so many: allocators and caches have their size by then."""
+ATTEMPTS = 20
+"""Of one rollback."""
 CAPACITY_CONCURRENCY = 8
 TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 
@@ -87,12 +89,14 @@ class Swaps:
     """Seconds from the operator's call to its answer."""
     windows: list[tuple[float, float]] = field(default_factory=list)
     """Begin and end of each change; seconds since the epoch."""
+    refused: int = 0
+    """Rollbacks that the server asked to be made again; the time of the first attempt counts."""
 
     def change(self, client: Client, number: int) -> None:
         """The change with this number, from 1."""
         began = time.time()
         if number % ROLLBACK_EVERY == 0:
-            client.rollback(reason=f"bench rollback {number}")
+            self._roll_back(client, number)
             self.rollbacks.append(time.time() - began)
         elif self.vlm_names and number % VLM_EVERY == 1:
             self.vlm_releases += 1
@@ -102,6 +106,17 @@ class Swaps:
             name = self.names[number % len(self.names)]
             self.releases.append(client.release(name, reason=f"bench swap {number}", force=True))
         self.windows.append((began, time.time()))
+
+    def _roll_back(self, client: Client, number: int) -> None:
+        """A busy ledger may not answer in time: such a call is refused, and made again as an operator would."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                client.rollback(reason=f"bench rollback {number}")
+                return
+            except ServerError as error:
+                if error.status != 503 or attempt == ATTEMPTS:
+                    raise
+                self.refused += 1
 
 
 def _measure(
@@ -128,6 +143,7 @@ def _measure(
         "swaps": len(made.windows),
         "vlm_swaps": made.vlm_releases,
         "rollbacks": len(made.rollbacks),
+        "rollbacks_refused": made.refused,
         "requests": report.requests,
         "failed": report.failed,
         "mixed": report.mixed,
