@@ -10,7 +10,7 @@ from ops.errors import ReleaseError
 from serving.releases.types import Broadcast, Residency
 
 log = logging.getLogger("ratchet.announce")
-ROLLBACK_SECONDS: Final = 0.5
+ROLLBACK_SECONDS: Final = 0.3
 """For a rollback. Replicas that answer take some 10 ms; those that do not may be starting, stuck or dead. The message
 is on its way to them all the same, they look at the ledger by themselves every second or two, and they are told again.
 """

@@ -25,7 +25,7 @@ from tests.unit.serving.test_protocol import PlainBroadcast
 ANSWER_SECONDS = rollback.ANSWER_SECONDS
 """As it is outside of tests."""
 MOST_SECONDS = 5.0
-"""Alone it takes 10 ms, and half a second where replicas do not answer; the machine of a test may be busy."""
+"""Alone it takes 10 ms, and 0.3 s where replicas do not answer; the machine of a test may be busy."""
 
 
 @dataclass
