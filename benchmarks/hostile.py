@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import json
 import resource
-import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,15 +24,16 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import hostile_attacks as attacks
+from benchmarks.bench_home import bench_home
 from benchmarks.hostile_attacks import Target
 from benchmarks.inputs import pictures
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
-from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
 from serving.app import serves_vlm, start
+from serving.engines.base import load_base
 
 TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 ATTACKER = "127.0.0.2"
@@ -77,25 +77,13 @@ def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: flo
     Raises:
         RatchetError: the base is not registered, or the server does not start.
     """
-    with private_home(settings) as ours:
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
+        ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip))
         server = start(ours)
         try:
             return measure(ours, plan(serves_vlm(ours), scale), seconds, rate)
         finally:
             server.stop()
-
-
-@contextlib.contextmanager
-def private_home(settings: Settings) -> Iterator[Settings]:
-    """Settings of a new home that has the bases of another one."""
-    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        home = Path(folder)
-        if not (settings.home / "bases" / settings.base.clip).is_dir():
-            raise RatchetError(f"base {settings.base.clip!r} is not in {settings.home}.", "Run `ratchet base build`.")
-        for name in filter(None, (settings.base.clip, settings.base.vlm)):
-            if (settings.home / "bases" / name).is_dir():
-                shutil.copytree(settings.home / "bases" / name, home / "bases" / name)
-        yield settings.model_copy(update={"home": home, "ledger_url": None, "artifacts_url": None, "lake_url": None})
 
 
 def measure(settings: Settings, chosen: dict[str, Attack], seconds: float, rate: float) -> dict[str, Any]:

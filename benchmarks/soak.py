@@ -9,7 +9,6 @@ server, of the memory at the end to that after the first five minutes.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.figures_table import show_figures
 from benchmarks.inputs import pictures
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
@@ -184,12 +181,7 @@ def violations(figures: Mapping[str, Any]) -> list[str]:
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table(show_header=False, title="A server at work")
-    for name, value in figures.items():
-        shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_figures("A server at work", figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

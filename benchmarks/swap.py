@@ -12,7 +12,6 @@ server, of the memory at the end to that after the first hundred changes.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,10 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.figures_table import show_figures
 from benchmarks.inputs import pictures, random_adapter
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
@@ -227,12 +224,7 @@ def make_vlm_adapters(settings: Settings, count: int) -> list[str]:
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table(show_header=False, title="Swaps under load")
-    for name, value in figures.items():
-        shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
-    print(json.dumps(figures), flush=True)
+    show_figures("Swaps under load", figures)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

@@ -7,10 +7,14 @@ import tempfile
 from pathlib import Path
 
 
-def replace_file(path: Path, data: bytes, mode: int = 0o644) -> None:
-    """Write a file, and its folders where they are missing. Raises OSError; the old content stays then."""
+def replace_file(path: Path, data: bytes, mode: int = 0o644, prefix: str = "") -> None:
+    """Write a file, and its folders where they are missing. Raises OSError; the old content stays then.
+
+    Args:
+        prefix: of the name that it has until it is complete; by default a dot and its own name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=prefix or f".{path.name}.", dir=path.parent)
     staging = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:

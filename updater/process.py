@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from ops.priority import nice_process
 from ops.progress import say
 
 QUIET_SECONDS = 60.0
@@ -48,9 +49,7 @@ def be_nice(nice: int, idle: bool = False) -> None:
     Where Linux schedules by session (``sched_autogroup_enabled``), niceness counts only among the processes of one
     session, and parts run in sessions of their own: so the session gets the same niceness. See sched(7).
     """
-    missing = nice - os.nice(0)
-    if missing > 0:
-        os.nice(missing)
+    nice_process(nice)
     if idle and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     group = Path("/proc/self/autogroup")

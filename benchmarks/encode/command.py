@@ -20,9 +20,9 @@ from typing import Any, Final
 from benchmarks.bench_home import bench_home, cache_folder, clip_base
 from benchmarks.encode.figures import OURS, CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.grid import CONCURRENCIES, ITEMS, KINDS, Grid, cells
-from benchmarks.encode.line_worker import LineWorker
 from benchmarks.encode.peers.servers import PEERS, Peer, openai_template
 from benchmarks.encode.sides import HttpSide, RawSide, Side, Turn, check, cpu_seconds, ratchet_side
+from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.serving.session_processes import kill, session_pids
 from benchmarks.stream.part import Part, write_settings

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from serving.messages import IMAGE_COST, TEXT_COST
+
 Kind = Literal["image", "text"]
 KINDS: Final[tuple[Kind, ...]] = ("image", "text")
 CONCURRENCIES: Final = (1, 8, 32, 128)
@@ -13,8 +15,8 @@ ITEMS: Final = (1, 16)
 MOST_IMAGES: Final = 512
 """Images that all requests of a cell have in flight together. Two cores without bfloat16 take 25 s for them; 128
 requests of 16 would take four times as long, beyond any deadline, and say what 32 of 16 say."""
-TEXTS_PER_IMAGE: Final = 4
-"""A batch of the server holds so many more texts than images (:data:`serving.messages.IMAGE_COST`)."""
+TEXTS_PER_IMAGE: Final = IMAGE_COST // TEXT_COST
+"""A batch of the server holds so many more texts than images."""
 
 
 @dataclass(frozen=True, order=True)

@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.encode.generator import LoadResult, Order
 from benchmarks.encode.grid import Cell, Kind
-from benchmarks.encode.line_worker import LineWorker
 from benchmarks.encode.payloads import BodyTemplate, JpegInput, jpegs, text
+from benchmarks.line_worker import LineWorker
 from benchmarks.load import percentile
 from benchmarks.serving.session_processes import session_pids
 from ops.errors import RatchetError

@@ -21,9 +21,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
-from benchmarks.search.worker import Worker
+from benchmarks.search.worker import call
 from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Catalog as CatalogSettings
@@ -57,10 +58,10 @@ def run(
         sizes = [rows // share for share in GROWTH]
         with step("drawing vectors"):
             _prepare(Path(place), sizes)
-        with Worker("benchmarks.search.catalog_side", Path(place), str(index_rows)) as catalog:
+        with LineWorker("benchmarks.search.catalog_side", place, str(index_rows)) as catalog:
             if not peer:
                 return _figures([_measure(catalog, None, size, seconds) for size in sizes], rows)
-            with Worker("benchmarks.search.faiss_side", Path(place)) as faiss:
+            with LineWorker("benchmarks.search.faiss_side", place) as faiss:
                 return _figures([_measure(catalog, faiss, size, seconds) for size in sizes], rows)
 
 
@@ -80,21 +81,21 @@ def _prepare(folder: Path, sizes: Sequence[int]) -> None:
         np.save(folder / f"truth-{size}.npy", true_scores(map_rows(folder / "rows.f32")[:size], queries))
 
 
-def _measure(catalog: Worker, faiss: Worker | None, rows: int, seconds: float) -> dict[str, Any]:
+def _measure(catalog: LineWorker, faiss: LineWorker | None, rows: int, seconds: float) -> dict[str, Any]:
     """Both sides at one size."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with step(f"{rows:,} rows: the catalog"):
-        figures: dict[str, Any] = {"rows": rows, **catalog.call("grow", rows=rows)}
+        figures: dict[str, Any] = {"rows": rows, **call(catalog, "grow", rows=rows)}
     sides = {"": catalog}
     if faiss is not None:
         with step(f"{rows:,} rows: faiss"):
-            figures["faiss"] = faiss.call("grow", rows=rows)
+            figures["faiss"] = call(faiss, "grow", rows=rows)
         sides["faiss"] = faiss
     for callers in dict.fromkeys((1, cores)):
         with step(f"{rows:,} rows: searches from {callers} at once"):
             rounds = [
                 {
-                    name: side.call("measure", callers=callers, seconds=seconds, filtered=False)
+                    name: call(side, "measure", callers=callers, seconds=seconds, filtered=False)
                     for name, side in sides.items()
                 }
                 for _ in range(ROUNDS)
@@ -107,7 +108,7 @@ def _measure(catalog: Worker, faiss: Worker | None, rows: int, seconds: float) -
         if faiss is not None:
             ratios = [each[""]["qps"] / each["faiss"]["qps"] for each in rounds]
             figures[f"qps_to_faiss_{callers}"] = round(statistics.median(ratios), 3)
-    filtered = catalog.call("measure", callers=cores, seconds=seconds, filtered=True)
+    filtered = call(catalog, "measure", callers=cores, seconds=seconds, filtered=True)
     figures["filtered"] = _rounded({key: filtered[key] for key in ("p50", "p99", "recall")})
     figures["memory_gib"] = filtered["memory_gib"]
     return figures
@@ -163,7 +164,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         "--index-rows", type=int, default=settings.catalog.index_rows, help="from which on it has an index"
     )
     parser.add_argument("--without-peer", action="store_true", help="measure the catalog alone")
-    asked = parser.parse_args(arguments)
-    if asked.rows < 1000:
+    options = parser.parse_args(arguments)
+    if options.rows < 1000:
         parser.error("--rows must be 1000 or more")
-    show(run(asked.rows, asked.seconds, asked.folder, not asked.without_peer, asked.index_rows))
+    show(run(options.rows, options.seconds, options.folder, not options.without_peer, options.index_rows))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-from ops.errors import RatchetError
+from benchmarks.line_worker import LineWorker
 
 
 class Side(Protocol):
@@ -23,38 +21,9 @@ class Side(Protocol):
         """Search in a closed loop; returns requests a second, latencies and recall@10."""
 
 
-class Worker:
-    """Starts ``python -m MODULE FOLDER`` and talks with it."""
-
-    def __init__(self, module: str, folder: Path, *arguments: str) -> None:
-        self.module = module
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, str(folder), *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        """One command. Raises RatchetError when the process has ended."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"verb": verb, **arguments}) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
-            line = ""
-        if not line:
-            raise RatchetError(f"{self.module} has ended: {self._process.wait()}.", "See what it wrote above.")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._process:
-            self._process.kill()
+def call(worker: LineWorker, verb: str, **arguments: Any) -> dict[str, Any]:
+    """One command to a side. Raises RatchetError when its process has ended."""
+    return worker.ask({"verb": verb, **arguments})
 
 
 def serve(side: Side) -> None:

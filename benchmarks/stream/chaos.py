@@ -11,7 +11,6 @@ again, which is what its clients see of the restart of a broker that keeps its l
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import tempfile
 import time
@@ -20,9 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
 from benchmarks.proxy import Proxy
 from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
@@ -46,6 +43,7 @@ PRESSURE: dict[str, Any] = {
 }
 """Small commits and much maintenance: more moments at which a process can be between two steps. Old versions are kept
 for longer than a process is stopped; by default it is an hour."""
+CUT_OFF = "The broker was cut off by a relay and not restarted: the embedded one forgets its log when it ends."
 VIOLATIONS = (
     "lost",
     "double",
@@ -212,13 +210,7 @@ def _play(running: Run, seconds: float, seed: int) -> dict[str, Any]:
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table(show_header=False, title="The stream under chaos")
-    for name, value in figures.items():
-        shown = ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
-    print("The broker was cut off by a relay and not restarted: the embedded one forgets its log when it ends.")
-    print(json.dumps(figures), flush=True)
+    show_figures("The stream under chaos", figures, CUT_OFF)
 
 
 def main(settings: Settings, arguments: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Final
 
 from ops.artifacts.manifest import directory_digest
 from ops.errors import AdapterError
+from ops.files import replace_file
 
 STAGING: Final = ".staging-"
 ABANDONED_SECONDS: Final = 24 * 3600
@@ -46,18 +47,7 @@ def put_directory(source: Path, target: Path, key: str) -> None:
 
 def write_bytes(target: Path, data: bytes) -> None:
     """Write a file in one step."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=STAGING, dir=target.parent)
-    staging = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.chmod(0o644)
-        staging.replace(target)
-    finally:
-        staging.unlink(missing_ok=True)
+    replace_file(target, data, prefix=STAGING)
 
 
 def flush(path: Path) -> None:

@@ -16,13 +16,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ops.errors import RecordError
+from ops.priority import nice_thread
 from serving.catalog.corpus import COLUMNS, Corpus, with_text
-from serving.catalog.threads import step_back
 
 log = logging.getLogger("ratchet.catalog")
 PIECE_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
 DECODING_THREADS: Final = 2
+DECODING_NICE: Final = 10
+"""Requests come first."""
 SLOWER: Final = 2.0
 """A piece that takes this multiple of the fastest one waits for requests, or for other pieces."""
 REMEMBERED: Final = 64
@@ -86,7 +88,9 @@ class Embedder:
         self.encode = encode
         self._corpus = corpus
         self._pixels = pixels
-        self._threads = ThreadPoolExecutor(DECODING_THREADS, "catalog-decode", initializer=step_back)
+        self._threads = ThreadPoolExecutor(
+            DECODING_THREADS, "catalog-decode", initializer=nice_thread, initargs=(DECODING_NICE,)
+        )
 
     async def embed(self, samples: Sequence[str], clip: str | None) -> Embedded:
         """Vectors of samples under an adapter. Samples that were deleted meanwhile count as unreadable.

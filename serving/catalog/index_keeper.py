@@ -15,17 +15,19 @@ import numpy as np
 
 from ops import metrics
 from ops.errors import RatchetError
+from ops.priority import nice_thread
 from ops.settings import Catalog as CatalogSettings
 from serving.catalog.index_recall import NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
 from serving.catalog.queries import Filters, IndexChange, as_filters
 from serving.catalog.tables import Tables
-from serving.catalog.threads import step_back
 from serving.catalog.vector_index import EFFORTS, Effort, IndexState
 
 log = logging.getLogger("ratchet.catalog")
 ChangeIndex = Callable[[str, IndexChange], None]
 """Makes or extends the index of a space; called in a thread."""
 LOOK_SECONDS: Final = 5.0
+NICE: Final = 10
+"""Of the thread that looks at indexes and measures them: requests come first."""
 TAIL_SHARE: Final = 0.02
 TAIL_ROWS: Final = 4096
 """Rows that came since the index was made are indexed when there are so many, and so large a share: until then they are
@@ -79,7 +81,7 @@ class IndexKeeper:
         self._sample = sample
         self._change = change or self._change_here
         self._known: dict[str, SpaceIndex] = {}
-        self._thread = ThreadPoolExecutor(1, "catalog-index", initializer=step_back)
+        self._thread = ThreadPoolExecutor(1, "catalog-index", initializer=nice_thread, initargs=(NICE,))
         self._random = np.random.default_rng(0)
         self._wake = asyncio.Event()
 
@@ -116,7 +118,8 @@ class IndexKeeper:
         self._known = {space: self._known.get(space, SpaceIndex()) for space in spaces}
         self.recent.forget_others(list(spaces))
         worked = False
-        for live, (space, complete) in zip([True] + [False] * len(spaces), spaces.items(), strict=False):
+        for number, (space, complete) in enumerate(spaces.items()):
+            live = number == 0
             worked |= await self._keep(space, self._known[space], complete or live)
             if live:
                 self._report(space, self._known[space])
@@ -179,8 +182,8 @@ class IndexKeeper:
     async def _measure_if_due(self, space: str, known: SpaceIndex, changed: bool) -> bool:
         if not known.state.exists:
             return False
-        other = abs(known.state.rows - known.measured_rows) > 0
-        if not changed and not (known.recall is None or (other and time.monotonic() > known.measured_until)):
+        differs = known.state.rows != known.measured_rows
+        if not changed and not (known.recall is None or (differs and time.monotonic() > known.measured_until)):
             return False
         began = time.monotonic()
         effort, known.recall = await self._in_thread(self._choose_effort, space)

@@ -12,6 +12,7 @@ import threading
 from typing import Final, cast
 
 from ops.errors import StoreError
+from ops.priority import nice_process
 from serving.catalog.queries import IndexChange
 
 NICE: Final = 15
@@ -39,7 +40,7 @@ class IndexProcess:
 def main(arguments: list[str]) -> None:
     """The process."""
     url, space, change = arguments
-    os.nice(NICE)  # before any thread begins: they take it over
+    nice_process(NICE)  # before any thread begins: they take it over
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from serving.catalog.tables import Tables
 

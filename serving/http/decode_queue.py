@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import sys
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from ops.priority import nice_thread
 from serving.http.errors import ApiError
 from serving.http.shared_budget import SharedBudget
 
@@ -84,7 +82,7 @@ class _FairPool:
     def __init__(self, threads: int, name: str, nice: int = 0) -> None:
         self._free = threads
         self._waiting: OrderedDict[str, deque[_Job]] = OrderedDict()
-        self._threads = ThreadPoolExecutor(threads, name, initializer=_lower_priority, initargs=(nice,))
+        self._threads = ThreadPoolExecutor(threads, name, initializer=nice_thread, initargs=(nice,))
 
     async def run(self, caller: str, work: Callable[[], Result]) -> Result:
         """What ``work`` returns."""
@@ -131,9 +129,3 @@ class _FairPool:
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> None:
     with contextlib.suppress(RuntimeError):  # the loop was closed
         loop.call_soon_threadsafe(function, *args)
-
-
-def _lower_priority(nice: int) -> None:
-    if nice and sys.platform == "linux":  # elsewhere a priority is of a process
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)

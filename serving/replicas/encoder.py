@@ -11,10 +11,11 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.priority import nice_process
 from ops.settings import Settings
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Kind, batch_cost
+from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Kind, batch_cost
 from serving.ray.loopback import close_replica_port
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
@@ -22,7 +23,6 @@ from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.encoder_worker import EncoderWorker
 from serving.replicas.follower import ResidencyFollower, check_start
-from serving.replicas.priority import give_way
 
 
 class Encoder:
@@ -32,7 +32,7 @@ class Encoder:
 
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
-        give_way()
+        nice_process(MODEL_NICE)
         metrics.build.started("encoder")
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ import numpy.typing as npt
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
+from ops.priority import nice_thread
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
 from serving.releases.types import Prepared, cause_of
@@ -37,12 +36,6 @@ BACKGROUND_COST = 4 * IMAGE_COST
 """Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
 
 
-def step_back() -> None:
-    """Let this thread compute only what others leave (Linux has a niceness per thread): a prepare delays no request."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICE)
-
-
 class EncoderWorker:
     """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
@@ -51,7 +44,7 @@ class EncoderWorker:
         self.artifacts = artifacts
         self.replica = replica
         self._compute = ThreadPoolExecutor(1, "encode")
-        self._loading = ThreadPoolExecutor(1, "load", initializer=step_back)
+        self._loading = ThreadPoolExecutor(1, "load", initializer=nice_thread, initargs=(LOADING_NICE,))
         self._lock = threading.Lock()
         self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}

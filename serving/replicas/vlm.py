@@ -11,17 +11,17 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.priority import nice_process
 from ops.settings import Settings
 from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.messages import Refusal
+from serving.messages import MODEL_NICE, Refusal
 from serving.ray.loopback import close_replica_port
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.follower import ResidencyFollower, check_start
-from serving.replicas.priority import give_way
 from serving.replicas.vlm_worker import VlmWorker
 
 INCOMING, LATE = 1, 1
@@ -36,7 +36,7 @@ class VlmReplica:
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
-        give_way()
+        nice_process(MODEL_NICE)
         metrics.build.started("vlm")
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
 

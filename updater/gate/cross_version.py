@@ -35,14 +35,14 @@ def measure_cross_version(
         level: of the one-sided test.
     """
     engine = scorer.engine
-    asked = [suite for suite in suites if suite.task == "retrieval"]
-    if not asked or engine.spaces(incumbent).image == engine.spaces(candidate).image:
+    retrieval = [suite for suite in suites if suite.task == "retrieval"]
+    if not retrieval or engine.spaces(incumbent).image == engine.spaces(candidate).image:
         return None
-    hits = [_hits(scorer, suite, incumbent, candidate, max(2, MOST_ITEMS // len(asked))) for suite in asked]
+    hits = [_hits(scorer, suite, incumbent, candidate, max(2, MOST_ITEMS // len(retrieval))) for suite in retrieval]
     old_old, new_old, new_new = (np.concatenate(column) for column in zip(*hits, strict=True))
     comparison = compare_accuracy(old_old, new_old, margin=margin)
     return CrossVersion(
-        n=len(old_old), k=min(suite.k for suite in asked), old_old=comparison.before, new_old=comparison.after,
+        n=len(old_old), k=min(suite.k for suite in retrieval), old_old=comparison.before, new_old=comparison.after,
         new_new=float(new_new.mean()), ci_low=comparison.bounds(level)[0], margin=margin,
     )  # fmt: skip
 

@@ -57,9 +57,9 @@ def test_each_sending_of_a_picture_has_other_bytes_and_the_same_pixels() -> None
 
 
 def test_pictures_weigh_what_photographs_do_and_differ() -> None:
-    made = jpegs(3)
-    assert len(set(made)) == 3
-    assert all(75_000 < len(each) < 100_000 for each in made), [len(each) for each in made]
+    pictures = jpegs(3)
+    assert len(set(pictures)) == 3
+    assert all(75_000 < len(each) < 100_000 for each in pictures), [len(each) for each in pictures]
 
 
 def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:

@@ -40,9 +40,9 @@ class GivenVectors:
 
 
 def suite() -> Suite:
-    made = Suite(name="fresh", role="gain", task="retrieval", limit=N, seed=0, description="")
-    made._items = tuple(Item(f"i{n}", str(n), str(n), f"i{n}", f"i{n}", bytes) for n in range(N))
-    return made
+    suite = Suite(name="fresh", role="gain", task="retrieval", limit=N, seed=0, description="")
+    suite._items = tuple(Item(f"i{n}", str(n), str(n), f"i{n}", f"i{n}", bytes) for n in range(N))
+    return suite
 
 
 def measure(candidate: float, **settings: Any) -> Any:

@@ -112,8 +112,8 @@ async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     assert status["recall"] < 0.99 and not status["used"] and status["rows"] == ROWS
     assert value("recall_ratio") == status["recall"] and value("index_used") == 0
     exact = tables.exact_scores(SPACE, vectors(1000, 1), 10, Filters())[0]
-    found = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
-    assert found == pytest.approx(exact.tolist(), abs=1e-5)
+    scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
+    assert scores == pytest.approx(exact.tolist(), abs=1e-5)
     assert keeper.is_ready(SPACE, ROWS)
     monkeypatch.undo()
     add(tables, ROWS, ROWS // 5)

@@ -76,10 +76,10 @@ async def comparer_of() -> AsyncIterator[Callable[[Models, GuardTarget], ShadowT
     tasks: list[asyncio.Task[None]] = []
 
     def make(models: Models, what: GuardTarget, share: float = 1.0) -> ShadowTraffic:
-        made = ShadowTraffic(Rollout(compare_share=share), models.encode, FIXED, models, 5.0)
-        made.watch(what)
-        tasks.append(asyncio.create_task(made.run()))
-        return made
+        shadow = ShadowTraffic(Rollout(compare_share=share), models.encode, FIXED, models, 5.0)
+        shadow.watch(what)
+        tasks.append(asyncio.create_task(shadow.run()))
+        return shadow
 
     yield make
     for task in tasks:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ops.errors import RatchetError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 STOP_SECONDS = 20.0
 
 
