@@ -72,7 +72,8 @@ def run(
         shutil.copytree(source, home / "bases" / settings.base.clip)
         base = settings.base.model_copy(update={"vlm": ""})
         urls = {"ledger_url": None, "artifacts_url": None, "lake_url": None}
-        ours = prepare_data(settings.model_copy(update={"home": home, "base": base, **urls}))
+        serve = settings.serve.model_copy(update={"cache_bytes": 0})  # the load repeats a few inputs
+        ours = prepare_data(settings.model_copy(update={"home": home, "base": base, "serve": serve, **urls}))
         server = start(ours)
         trainer = BusyTrainer(ours, home / "trainer.yaml")
         try:

@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from ops.artifacts import Artifacts
 from ops.settings import Settings
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.generation import question
@@ -26,7 +25,7 @@ class ExpectedVectors:
 
     def __init__(self, settings: Settings, images: Sequence[bytes], texts: Sequence[str]) -> None:
         self.artifacts = Artifacts(settings.artifacts)
-        self.engine = ClipEngine(load_base(settings.home, settings.base.clip))
+        self.engine = ClipEngine.of(settings)
         preprocess = self.engine.base.preprocess
         self.pixels = np.stack([preprocess.pixels(image) for image in images])
         self.texts = list(texts)

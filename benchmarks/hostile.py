@@ -81,6 +81,7 @@ def run(settings: Settings, seconds: float = 20.0, rate: float = 8.0, scale: flo
         ours = bench_home(settings, Path(folder), load_base(settings.home, settings.base.clip))
         server = start(ours)
         try:
+            server.wait_ready()
             return measure(ours, plan(serves_vlm(ours), scale), seconds, rate)
         finally:
             server.stop()

@@ -101,12 +101,14 @@ def run(
         RatchetError: the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-soak-", ignore_cleanup_errors=True) as folder:
-        ours = bench_home(settings, Path(folder), clip_base(settings, base or settings.base.clip))
+        clip = clip_base(settings, base or settings.base.clip)
+        ours = bench_home(settings, Path(folder), clip, cache_bytes=0)  # the load repeats a few inputs
         images = pictures(IMAGES)
         sample_ids = fill_store(ours, images)
         swaps = Swaps(make_adapters(ours, ADAPTERS), make_vlm_adapters(ours, 2) if serves_vlm(ours) else [])
         server = start(ours)
         try:
+            server.wait_ready()
             return measure(ours, server.url, swaps, images, sample_ids, 60 * minutes, every, 60 * warm_minutes, share)
         finally:
             server.stop()

@@ -64,11 +64,13 @@ def run(
         RatchetError: the server does not start.
     """
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
-        ours = bench_home(settings, Path(folder), clip_base(settings, base or settings.base.clip), **serve)
+        changes = {"cache_bytes": 0, **serve}  # the load repeats a few inputs
+        ours = bench_home(settings, Path(folder), clip_base(settings, base or settings.base.clip), **changes)
         names = make_adapters(ours, ADAPTERS)
         vlm_names = make_vlm_adapters(ours, 2) if serves_vlm(ours) else []
         server = start(ours)
         try:
+            server.wait_ready()
             return _measure(ours, server.url, Swaps(names, vlm_names), swaps, pause_seconds, capacity_seconds, share)
         finally:
             server.stop()

@@ -55,6 +55,7 @@ def run(settings: Settings, rounds: int = 3, seconds: float = 5.0, levels: Seque
         bodies = [_body(image, text) for image, text in asked]
         server = start(ours)
         try:
+            server.wait_ready()
             with Client(server.url, operator_key=ours.operator_key(), actor="bench") as client:
                 client.release(vlm=name, reason="benchmark", force=True)
             with step("starting vLLM's own server"):

@@ -171,10 +171,19 @@ class Serve(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
-    encoder_replicas: int = Field(2, ge=1, le=256, description="Encoder processes.")
-    encoder_threads: int = Field(1, ge=1, le=256, description="CPU threads of each encoder.")
+    engine: Literal["auto", "torch", "onnx"] = Field(
+        "auto", description="What runs the CLIP; auto is torch (`ratchet doctor --tune` measures both)."
+    )
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Of the CLIP's matrix products; auto: half where it measures faster and stays within noise."
+    )
+    encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
+    encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: all cores.")
     ingress_replicas: int = Field(
         1, ge=1, le=64, description="Processes that answer HTTP. With two, one that ends is not missed."
+    )
+    ingress_max_replicas: int = Field(
+        0, ge=0, le=256, description="As many of them at most, by load; 0: always ingress_replicas."
     )
     controller_replicas: int = Field(
         1, ge=1, le=8, description="Release controllers. One leads by a lease; with two, one that ends is not missed."
@@ -195,6 +204,9 @@ class Serve(Section):
     )
     body_budget_bytes: int = Field(
         256 * MIB, ge=1024, description="Bytes of request bodies in memory, over all requests; more are answered 503."
+    )
+    cache_bytes: int = Field(
+        64 * MIB, ge=0, description="Memory for vectors of texts and images that were sent before; 0: none are kept."
     )
     caller_share: float = Field(
         0.75, gt=0, le=1, description="Share of the slots, bytes and pixels that one key or address may hold."

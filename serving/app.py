@@ -1,6 +1,7 @@
 """The Serve application: ingress -> encoders and VLM replicas, with the catalog and the release controller beside.
 
->>> server = start(load_settings())      # returns when requests are answered
+>>> server = start(load_settings())      # returns when CLIP requests are answered
+>>> server.wait_ready()                  # when the VLM answers, too, where one is served
 >>> server.url
 'http://127.0.0.1:8000'
 >>> server.stop()
@@ -26,17 +27,22 @@ from typing import TYPE_CHECKING, Any
 from ops.access import Access
 from ops.errors import ConfigError, LedgerUnavailable
 from ops.ledger import Ledger
+from ops.ledger.rows import Family
 from ops.loading import load_settings
 from ops.progress import say, step
-from ops.settings import Settings
+from ops.settings import Serve, Settings
 from serving.client import Client
-from serving.ray import loopback, ray_session
+from serving.ray import ray_session
+from serving.ray.ray_start import deploy, start_ray
+from serving.start_progress import StartProgress
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 log = logging.getLogger("ratchet.app")
 START_SECONDS = 300.0
+CLIP_ATTEMPTS = 3
+"""How often a replica is started before Serve gives up, and :func:`start` with it."""
 GRACE_SECONDS = 5.0
 """After the last deadline: for an answer that is on its way, and for a stream that its client reads slowly."""
 DRAIN_CALL_SECONDS, DRAIN_PAUSE_SECONDS = 5.0, 0.1
@@ -51,7 +57,21 @@ class Server:
     lock: int
     drain_seconds: float
     """How long :meth:`stop` waits for requests in flight."""
+    progress: StartProgress | None = field(default=None, repr=False)
+    """Set once the application is deployed; None again when every model has answered."""
+    began: float = field(default_factory=time.monotonic, repr=False)
+    """On the monotonic clock."""
     _stopped: bool = field(default=False, repr=False)
+
+    def look(self) -> None:
+        """Say what changed of a model that is starting. Call about once a second."""
+        if self.progress is not None and self.progress.look():
+            self.progress = None
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> None:
+        """Return when every model answers. Raises ServerError with the reason when that is not in time."""
+        with Client(self.url) as client:
+            client.wait_ready(seconds)
 
     def stop(self) -> None:
         """Let what is in flight finish, then end the application and its Ray session. Twice is once."""
@@ -60,9 +80,10 @@ class Server:
         self._stopped = True
         import ray
 
-        with contextlib.suppress(Exception):  # a broken session is ended all the same
-            asyncio.run(_end_application(self.drain_seconds))
-        ray.shutdown()
+        if ray.is_initialized():  # else Serve would start another Ray, to ask it what to end
+            with contextlib.suppress(Exception):  # a broken session is ended all the same
+                asyncio.run(_end_application(self.drain_seconds))
+            ray.shutdown()
         ray_session.end_leftovers(self.folder)
         os.close(self.lock)
 
@@ -108,11 +129,16 @@ def drain_seconds(settings: Settings) -> float:
 
 
 def build(settings: Settings | None = None) -> Application:
-    """The Serve graph. CPU shares are for placement only and small, so that two cores take them all."""
+    """The Serve graph. CPU shares are for placement only and small, so that two cores take them all.
+
+    Serve starts all deployments at once, and routes to the ingress as soon as that runs: a VLM that starts late, or
+    never, takes nothing away from CLIP.
+    """
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
-    from serving.releases.broadcast import INGRESS
+    from serving.ray.ray_session import START_ATTEMPTS
+    from serving.releases.broadcast import INGRESS, VLM
     from serving.releases.controller import ReleaseController
     from serving.replicas.catalog import CatalogReplica
     from serving.replicas.encoder import Encoder
@@ -123,7 +149,7 @@ def build(settings: Settings | None = None) -> Application:
     server = settings.serve
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     common: dict[str, Any] = {
-        "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
+        "max_constructor_retry_count": CLIP_ATTEMPTS, "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
         "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
     }  # fmt: skip
     encoder = serve.deployment(Encoder).options(
@@ -138,9 +164,9 @@ def build(settings: Settings | None = None) -> Application:
     if serves_vlm(settings):
         # The engine makes its own batches and its own queue: every request goes to it at once, none waits in Serve.
         vlm = serve.deployment(VlmReplica).options(
-            name="Vlm", num_replicas=server.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
+            name=VLM, num_replicas=server.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
             max_ongoing_requests=2 * server.vlm_queue + 64, max_queued_requests=2 * server.vlm_queue + 64,
-            backpressure_config=full, **common,
+            backpressure_config=full, **common | {"max_constructor_retry_count": START_ATTEMPTS},
         ).bind(settings)  # fmt: skip
     controller = serve.deployment(ReleaseController).options(
         name="Controller", num_replicas=server.controller_replicas, ray_actor_options={"num_cpus": 0.1},
@@ -149,11 +175,24 @@ def build(settings: Settings | None = None) -> Application:
     # The app's own bounds (429 with OpenAI's error object) come first; Serve's is the backstop behind them. Serve also
     # counts requests whose body is still to come, which may be as many as there are connections.
     app: Application = serve.deployment(Ingress).options(
-        name=INGRESS, num_replicas=server.ingress_replicas, ray_actor_options={"num_cpus": 0.2},
+        name=INGRESS, **ingress_scale(server), ray_actor_options={"num_cpus": 0.2},
         max_ongoing_requests=server.connections + 2 * server.queue, max_queued_requests=server.connections,
         backpressure_config=full, **common,
     ).bind(settings, encoder, catalog, controller, vlm)  # fmt: skip
     return app
+
+
+def ingress_scale(server: Serve) -> dict[str, Any]:
+    """How many ingress processes Serve runs: always the same number, or between two by the requests in flight."""
+    least, most = server.ingress_replicas, server.ingress_max_replicas
+    if most <= least:
+        return {"num_replicas": least}
+    busy = max(1, server.queue // least // 4)  # a quarter of what one process takes before it answers 429
+    return {
+        "autoscaling_config": {
+            "min_replicas": least, "initial_replicas": least, "max_replicas": most, "target_ongoing_requests": busy,
+        }
+    }  # fmt: skip
 
 
 def serves_vlm(settings: Settings) -> bool:
@@ -164,17 +203,18 @@ def serves_vlm(settings: Settings) -> bool:
 
 
 def start(settings: Settings) -> Server:
-    """Start Ray and the application, and wait until it is ready.
+    """Start Ray and the application, and wait until CLIP answers. A VLM comes when it is loaded.
 
     Raises:
-        ConfigError: the home is served already, the port is taken, or it does not become ready.
+        ConfigError: the home is served already, the port is taken, or CLIP cannot be started.
     """
+    began = time.monotonic()
     settings = settings.model_copy(update={"home": settings.home.resolve()})
     _migrate(settings)
     settings.operator_key()
     folder = ray_session.session_directory(settings)
     held = ray_session.lock(folder)
-    server = Server(settings.serve.url, folder, held, drain_seconds(settings))
+    server = Server(settings.serve.url, folder, held, drain_seconds(settings), began=began)
     try:
         _start(settings, server)
     except BaseException:
@@ -212,32 +252,24 @@ def _start(settings: Settings, server: Server) -> None:
             "Set serve.ray_metrics_port to another one, or to 0: Ray then exports no metrics.",
         )
     with step("starting Ray"):
-        import ray
-        from ray import serve
-        from ray.serve.config import HTTPOptions, ProxyLocation
-        from ray.serve.schema import LoggingConfig
-
-        ray.init(
-            address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
-            _temp_dir=str(server.folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
-            _metrics_export_port=settings.serve.ray_metrics_port or None,
-            object_store_memory=ray_session.OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
-        )  # fmt: skip
-        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(
-            proxy_location=ProxyLocation.HeadOnly,
-            http_options=HTTPOptions(host=settings.serve.host, port=settings.serve.port),
-            logging_config=quiet,
-        )
+        start_ray(server.folder, settings.serve)
     _tell_of_keys(settings)
-    with step("loading the model and its releases"):
+    with step("loading CLIP and its releases"):
         from serving.releases.broadcast import APP
 
-        serve.run(build(settings), name=APP, route_prefix="/", logging_config=quiet)
-        with Client(server.url) as client:
-            client.wait_ready(START_SECONDS)
-        if settings.base.vlm and not serves_vlm(settings):
-            say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
+        deploy(build(settings), APP, settings.serve)
+        server.progress = _progress(settings, server)
+        server.progress.wait_for("clip", START_SECONDS)
+    if settings.base.vlm and not serves_vlm(settings):
+        say(f"no VLM is served: no base {settings.base.vlm!r} (`ratchet base build` makes the shipped one)")
+
+
+def _progress(settings: Settings, server: Server) -> StartProgress:
+    from serving.ray.deployment_status import read_statuses
+    from serving.releases.broadcast import APP
+
+    models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(settings) else ("clip",)
+    return StartProgress(Client(server.url), models, lambda: read_statuses(APP), server.began)
 
 
 def _tell_of_keys(settings: Settings) -> None:
@@ -258,7 +290,9 @@ def _say_who_needs_a_key(ledger: Ledger, settings: Settings) -> None:
 
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:
-    """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM."""
+    """What ``ratchet serve`` runs: start, and with ``blocking`` stay until SIGINT or SIGTERM. Says when CLIP answers,
+    and when the VLM does.
+    """
     if not blocking:
         return start(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # while starting: clean up, then end
@@ -269,7 +303,7 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
             signal.signal(sign, lambda *_: done.set())
         print(f"ratchet serves on {server.url}", flush=True)
         while not done.wait(1.0):
-            continue
+            server.look()
     finally:
         server.stop()
     return server

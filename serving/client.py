@@ -21,6 +21,8 @@ from pydantic import SecretStr
 from ops.errors import RatchetError, ReleaseConflict
 from ops.ledger.rows import Family
 
+FAMILIES: tuple[Family, ...] = ("clip", "vlm")
+
 
 class ServerError(RatchetError):
     """The server refused or failed; ``status`` is the HTTP status, 0 when it could not be reached."""
@@ -33,6 +35,13 @@ class ServerError(RatchetError):
 def data_uri(image: bytes) -> str:
     """An encoded image as the API takes it."""
     return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def _error_message(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return answer.text[:300]
 
 
 class Client:
@@ -171,31 +180,30 @@ class Client:
         """Let updates through."""
         self.post("/admin/v1/resume", {"reason": reason})
 
-    def is_ready(self) -> bool:
-        """Whether every model answers, the VLM included where one is served."""
-        return not self._not_ready()
+    def is_ready(self, models: Sequence[Family] = FAMILIES) -> bool:
+        """Whether these models answer; the VLM counts where one is served."""
+        return not any(map(self.why_not_ready, models))
 
-    def wait_ready(self, seconds: float) -> None:
-        """Return when every model answers. Raises ServerError with the server's last answer when it is not in time."""
+    def wait_ready(self, seconds: float, models: Sequence[Family] = FAMILIES) -> None:
+        """Return when these models answer. Raises ServerError with the server's last answer when it is not in time."""
         end = time.monotonic() + seconds
         last = "nobody listens"
         while time.monotonic() < end:
-            last = self._not_ready()
+            last = next(filter(None, map(self.why_not_ready, models)), "")
             if not last:
                 return
             time.sleep(0.1)
         raise ServerError(f"{self.url} was not ready within {seconds:.0f} s: {last}", "Look at the server's log.")
 
-    def _not_ready(self) -> str:
-        """What keeps the models from answering; empty when nothing does."""
+    def why_not_ready(self, model: Family) -> str:
+        """What keeps a model from answering; empty when nothing does, or when it is a VLM and none is served."""
         try:
-            for model, also in (("clip", 200), ("vlm", 404)):  # 404: no VLM is served
-                answer = self._http.get(f"/health/ready/{model}", timeout=15.0)
-                if answer.status_code not in (200, also):
-                    return answer.text[:300] or f"status {answer.status_code}"
+            answer = self._http.get(f"/health/ready/{model}", timeout=15.0)
         except httpx.TransportError as error:
-            return str(error) or type(error).__name__
-        return ""
+            return f"nobody listens ({type(error).__name__})."
+        if answer.status_code == 200 or (model == "vlm" and answer.status_code == 404 and "no_vlm" in answer.text):
+            return ""
+        return _error_message(answer) or f"status {answer.status_code}"
 
     def get(self, path: str, **query: Any) -> dict[str, Any]:
         """One GET."""
@@ -214,10 +222,7 @@ class Client:
         except httpx.TransportError as error:
             raise ServerError(f"{self.url} does not answer: {error}", "Is `ratchet serve` running?") from None
         if answer.status_code >= 400:
-            try:
-                message = answer.json()["error"]["message"]
-            except (ValueError, KeyError, TypeError):
-                message = answer.text[:300]
+            message = _error_message(answer)
             if answer.status_code == 409:
                 raise ReleaseConflict(message)
             raise ServerError(message, status=answer.status_code)

@@ -5,6 +5,7 @@
       UnknownModel               404  model_not_found
       QueueFull                  429  overloaded
       NotReady                   503  not_ready
+      VlmStarting                503  vlm_starting
       Unavailable                503  unavailable
         AdapterUnservable
       EngineDead                 503  unavailable
@@ -29,6 +30,8 @@ class ServingError(RatchetError):
     """Stable name of the failure, as clients see it."""
     param: ClassVar[str | None] = None
     """The field of the request that is wrong, where the kind of failure tells."""
+    retry_after: ClassVar[int] = 1
+    """Seconds after which a client may try again, for the statuses 429 and 503."""
 
 
 class InvalidRequest(ServingError):
@@ -53,6 +56,13 @@ class NotReady(ServingError):
     """No release is known yet."""
 
     status, code = 503, "not_ready"
+
+
+class VlmStarting(ServingError):
+    """No VLM replica has answered since this process started. A VLM takes a minute to load, and CLIP does not wait."""
+
+    status, code = 503, "vlm_starting"
+    retry_after = 5
 
 
 class Unavailable(ServingError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,8 +57,3 @@ class Refusal:
     code: Literal["late", "ask", "adapter"]
     message: str
     fix: str = ""
-
-
-def batch_cost(items: Sequence[EncodeRequest]) -> int:
-    """Cost of a batch, for the batcher's budget."""
-    return sum(item.cost for item in items)

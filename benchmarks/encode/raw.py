@@ -21,8 +21,8 @@ from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import jpegs, text
 from ops.loading import load_settings
 from ops.settings import Serve, Settings
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.processor import usable_cores
 
 
 class RawLoop:
@@ -30,7 +30,7 @@ class RawLoop:
 
     def __init__(self, settings: Settings) -> None:
         threads = raw_threads(settings.serve)
-        self.engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=threads)
+        self.engine = ClipEngine.of(settings, threads=threads)
         self._decoding = ThreadPoolExecutor(threads)
         self._jpegs = jpegs()
 
@@ -53,13 +53,13 @@ class RawLoop:
 
 
 def raw_threads(serve: Serve) -> int:
-    """Threads of all encoders together."""
-    return serve.encoder_replicas * serve.encoder_threads
+    """Threads of all encoders together; all cores where that is what each may take."""
+    return serve.encoder_replicas * serve.encoder_threads or usable_cores()
 
 
 def describe(engine: ClipEngine) -> dict[str, Any]:
     """What computes, and with which numbers."""
-    return {"engine": getattr(engine, "backend", "torch"), "precision": getattr(engine, "precision", "float32")}
+    return {"engine": engine.choice.engine, "precision": engine.choice.precision}
 
 
 def main(config: Path) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ops.errors import AdapterError, ConfigError
 from serving.engines.base import ClipBase
-from serving.engines.clip import GOLDEN_TEXTS, ClipEngine, golden_pixels
+from serving.engines.clip import ClipEngine
+from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
 from updater.families.clip.prepare import stack_boundaries

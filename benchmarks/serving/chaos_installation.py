@@ -59,8 +59,10 @@ class ChaosInstallation:
         clip = tiny_base(self.home_disk.folder).name
         vlm = tiny_vlm_base(self.home_disk.folder).name if vlm_engine else ""
         # Pairs, so that one that is killed is not missed.
-        pairs = {"ingress_replicas": 2, "controller_replicas": 2, "vlm_replicas": 2}
+        pairs = {"ingress_replicas": 2, "controller_replicas": 2, "encoder_replicas": 2, "vlm_replicas": 2}
         bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
+        bounds["encoder_threads"] = 1
+        bounds["cache_bytes"] = 0  # the load repeats a few inputs, which are to reach the encoders
         engine = {"vlm_engine": vlm_engine} if vlm_engine else {}
         self.direct = Settings(
             home=self.home_disk.folder,

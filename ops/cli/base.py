@@ -143,18 +143,31 @@ def _describe(base: Any) -> None:
 
 
 @app.command()
-def score(context: typer.Context, family: _FAMILY = None) -> None:
+def score(
+    context: typer.Context,
+    family: _FAMILY = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the CLIP: float32, bfloat16, float16; float32 is shown beside another one.")
+    ] = "float32",
+) -> None:
     """Score the shipped bases: the CLIP on the built-in domains, the VLM on its questions. Takes minutes.
 
-    Example:  ratchet base score --family vlm
+    Examples:  ratchet base score --family vlm    |    ratchet base score --family clip --precision bfloat16
     """
+    from serving.engines.backends import DTYPES, EngineChoice
     from serving.engines.vlm.base import load_vlm_base
     from updater.base import score_base
     from updater.base.vlm import VLM_NAME, score_vlm
 
     home = ctx.of(context).settings.home
     if family in (None, Family.clip):
+        choices = {name: EngineChoice("torch", name) for name in DTYPES}
+        if precision not in choices:
+            raise ConfigError(f"{precision!r} is no precision.", f"Choose one of {', '.join(DTYPES)}.")
         _scores("Zero-shot scores", "domain", score_base(home))
+        if precision != "float32":
+            other = score_base(home, choice=choices[precision])
+            _scores(f"Zero-shot scores in {precision}", "domain", other)
     if family in (None, Family.vlm):
         _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, VLM_NAME)))
 

@@ -38,11 +38,21 @@ def show(
     Console().print(table)
 
 
-def doctor(context: typer.Context) -> None:
-    """Say what is missing on this machine and how to mend it. Ends with status 1 if something must be mended.
+def doctor(
+    context: typer.Context,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure how the CLIP runs fastest here, and write it into the settings.")
+    ] = False,
+) -> None:
+    """Say what is missing on this machine and how to fix it. Ends with status 1 if something must be fixed.
 
-    Example:  ratchet doctor
+    Examples:  ratchet doctor    |    ratchet doctor --tune
     """
+    if tune:
+        from ops.cli.tune import run_tune
+
+        run_tune(ctx.of(context))
+        return
     marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
     table = Table("", "what", "found", "to mend it", title="Doctor")
     findings = examine(ctx.of(context).settings)

@@ -34,6 +34,7 @@ def up(
     from ops.cli.shipped import make_ready
     from ops.cli.status import screen
     from ops.cli.supervisor import Supervisor
+    from ops.cli.tune import is_tuned
 
     shared = ctx.of(context)
     make_ready(shared.settings)
@@ -41,17 +42,22 @@ def up(
     signal.signal(signal.SIGTERM, _stop)
     try:
         with Supervisor(shared, names) as parts:
+            progress = None
             with step("starting " + ", ".join(part.name for part in parts.parts)):
                 if "serve" in names:
-                    parts.wait_until_ready()
+                    progress = parts.wait_until_ready("clip")
             settings = shared.settings
             say(f"serving on {settings.serve.url} (docs at /docs)")
+            if not is_tuned(settings):
+                say("`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two")
             if "console" in names:
                 say(f"console on http://{settings.console.host}:{settings.console.port}")
             console = Console()
             if not console.is_terminal:
                 while True:
                     parts.tend()
+                    if progress is not None and progress.look():
+                        progress = None
                     time.sleep(1)
             with Live(console=console, auto_refresh=False, screen=True) as live:
                 while True:

@@ -107,7 +107,9 @@ def _controller(settings: Settings) -> dict[str, Any]:
     from serving.engines.base import list_bases
 
     base = settings.base.vlm
-    vlm: dict[str, Any] = {"base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": []}
+    vlm: dict[str, Any] = {
+        "base": base, "registered": base in list_bases(settings.home, "vlm"), "replicas": [], "problem": "",
+    }  # fmt: skip
     rollout: dict[str, Any] = {"state": "unknown"}
     catalog: dict[str, Any] | None = None
     try:
@@ -115,6 +117,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
+            vlm["problem"] = status.get("vlm_problem", "")
     except RatchetError:
         pass
     return {"vlm": vlm, "rollout": rollout, "catalog": catalog}
@@ -154,7 +157,7 @@ def _vlm_line(vlm: dict[str, Any]) -> str:
     if not vlm["registered"]:
         return f"no VLM: base {vlm['base']} is not registered\n"
     if not vlm["replicas"]:
-        return f"vlm {vlm['base']}: no replica answers\n"
+        return f"vlm {vlm['base']}: {vlm['problem'] or 'no replica answers'}\n"
     engines = ", ".join(sorted({replica["engine"] for replica in vlm["replicas"]}))
     running = sum(replica["running"] for replica in vlm["replicas"])
     adapters = sorted({name for replica in vlm["replicas"] for name in replica["resident"]})

@@ -9,12 +9,16 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ops.cli.checks import answers
 from ops.cli.context import Context
 from ops.errors import RatchetError
+from ops.ledger.rows import Family
 from ops.progress import say
+
+if TYPE_CHECKING:
+    from serving.start_progress import StartProgress
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
 READY_SECONDS = 900.0  # serve gives up by itself and says why: leave it the time, also on a machine that is busy
@@ -124,23 +128,27 @@ class Supervisor:
         for part in self.parts:
             part.tend(now)
 
-    def wait_until_ready(self, timeout: float = READY_SECONDS) -> None:
-        """Wait for ``/health/ready``. Raises RatchetError with the end of the log when a part ends instead."""
-        from serving.client import Client
+    def wait_until_ready(self, model: Family = "vlm", timeout: float = READY_SECONDS) -> StartProgress:
+        """Wait until the server answers for a model (``vlm``: for every model that it serves), and say how far it is.
+        Returns the progress, which goes on where another model is still starting.
 
-        client = Client(self.settings.serve.url)
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            for part in self.parts:
-                if not part.running:
-                    raise RatchetError(
-                        f"{part.name} ended while starting:\n{tail(part.log)}", f"The whole log: {part.log}"
-                    )
-            if client.is_ready():
-                client.close()
-                return
-            time.sleep(0.3)
-        raise RatchetError(f"{client.url} was not ready within {timeout:.0f} s.", f"See {self.settings.home / 'logs'}.")
+        Raises:
+            RatchetError: a part ended instead, with the end of its log; or it took longer than ``timeout`` seconds.
+        """
+        from serving.app import serves_vlm
+        from serving.client import Client
+        from serving.start_progress import StartProgress
+
+        models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(self.settings) else ("clip",)
+        progress = StartProgress(Client(self.settings.serve.url), models)
+        for wanted in models[: 1 + (model == "vlm")]:
+            progress.wait_for(wanted, timeout, self._check_parts)
+        return progress
+
+    def _check_parts(self) -> None:
+        for part in self.parts:
+            if not part.running:
+                raise RatchetError(f"{part.name} ended while starting:\n{tail(part.log)}", f"The whole log: {part.log}")
 
     def stop(self) -> None:
         """Stop the parts: readers of the log first, the broker last; one deadline for all."""

@@ -100,6 +100,16 @@ def dashboard() -> make.Dashboard:
             "Items", "Images and texts encoded a second, those of the catalog included.", "cps",
             (f"sum by (kind) (rate(ratchet_encoder_batch_size_sum{RATE}))", "{{kind}}"), width=6,
         ),
+        lines(
+            "Cached", "Share of the texts and images of requests whose vector was in the cache of the ingress, so that "
+            "no encoder had to compute it. It begins anew with each release that changes their tower.", "percentunit",
+            (f'sum by (kind) (rate(ratchet_cache_lookups_total{{outcome="hit"}}{RATE})) '
+             f"/ (sum by (kind) (rate(ratchet_cache_lookups_total{RATE})) > 0)", "{{kind}}"), width=12,
+        ),
+        lines(
+            "Memory of the cache", "Bytes of cached vectors, over all ingress processes; `serve.cache_bytes` is the "
+            "bound.", "bytes", ("sum(ratchet_cache_bytes)", "bytes"), width=12,
+        ),
     )  # fmt: skip
     row(
         board,

@@ -6,12 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import (
     ArgumentError,
@@ -27,6 +23,9 @@ from sqlalchemy.orm import Session
 from ops.errors import CommitUnknown, LedgerError, LedgerUnavailable
 from ops.ledger.sqlite import prepare_sqlite
 from ops.ledger.time_limits import CALL_SECONDS, CHECKOUT_SECONDS, MIGRATION_SECONDS, time_limit
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 # Any fixed number: processes that start together take turns at migrating.
@@ -152,6 +151,8 @@ def _make_engine(url: URL) -> Engine:
 
 def alembic_config(connection: Connection | None = None) -> Config:
     """Alembic's settings for the migrations in this package."""
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
@@ -162,6 +163,10 @@ def _migrate(database: Database) -> None:
     """Bring the schema up to date. One that a newer Ratchet has made is left alone: migrations only add, so that the
     software can be rolled back.
     """
+    from alembic import command  # here, because replicas do not migrate, and start without it
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
     script = ScriptDirectory.from_config(alembic_config())
     with time_limit(CALL_SECONDS), database.engine.connect() as connection:
         revision = MigrationContext.configure(connection).get_current_revision()

@@ -37,7 +37,7 @@ LABELS = {
     "model": "base, incumbent, candidate",
     "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
     "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
-    "comparison: agree, differ, failed, dropped",
+    "comparison: agree, differ, failed, dropped; of a look into the cache: hit, miss",
     "part": "ingest, maintain, update, ingress, encoder, vlm, catalog, controller; of what an ingress asks: clip, vlm, "
     "catalog",
     "partition": "partitions of the topic",
@@ -180,6 +180,11 @@ HTTP_REQUESTS = Counter("ratchet_http_requests_total", "HTTP requests answered."
 HTTP_SECONDS = Histogram("ratchet_http_request_seconds", "First byte in to last byte out.", ["route"], buckets=SECONDS)
 HTTP_IN_FLIGHT = Gauge("ratchet_http_in_flight_requests", "Requests being answered.", multiprocess_mode="livesum")
 HTTP_REFUSED = Counter("ratchet_http_refused_total", "Errors answered, by their code.", ["reason"])
+CACHE_LOOKUPS = Counter(
+    "ratchet_cache_lookups_total", "Texts and images that were asked for, by whether their vector was cached.",
+    ["kind", "outcome"],
+)  # fmt: skip
+CACHE_BYTES = Gauge("ratchet_cache_bytes", "Memory of cached vectors.", multiprocess_mode="livesum")
 HTTP_LIMITED = Counter(
     "ratchet_http_rate_limited_total", "Requests over the caller's limit: of a key, by its name, or anonymous.",
     ["caller"],
@@ -293,6 +298,9 @@ for _kind in ("reply", "stream", "score"):
     VLM_SECONDS.labels(_kind)
 for _reason in ("overloaded", "unavailable", "deadline_exceeded", "internal"):  # those that are ours
     HTTP_REFUSED.labels(_reason)
+for _kind in ("image", "text"):
+    for _outcome in ("hit", "miss"):
+        CACHE_LOOKUPS.labels(_kind, _outcome)
 for _side in ("trial", "stable"):
     ROLLOUT_REQUESTS.labels(_side)
 for _outcome in ("agree", "differ", "failed", "dropped"):

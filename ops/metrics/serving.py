@@ -41,6 +41,17 @@ class http:
         d.HTTP_IN_FLIGHT.inc(change)
 
     @staticmethod
+    def cache_lookups(kind: str, hits: int, misses: int) -> None:
+        """So many texts or images of a request were in the cache, and so many not."""
+        d.CACHE_LOOKUPS.labels(kind, "hit").inc(hits)
+        d.CACHE_LOOKUPS.labels(kind, "miss").inc(misses)
+
+    @staticmethod
+    def cached(size: int) -> None:
+        """The cached vectors of this process take so many bytes."""
+        d.CACHE_BYTES.set(size)
+
+    @staticmethod
     def refused(reason: str) -> None:
         """An error with this code was answered."""
         d.HTTP_REFUSED.labels(reason).inc()

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.tables import Tables
+
+if TYPE_CHECKING:  # LanceDB takes two seconds to import, and whoever deploys the catalog imports this module
+    from serving.catalog.tables import Tables
 
 CANDIDATES: Final = 4
 """So many times the asked number of rows are found by old vectors, and ranked again."""

@@ -19,18 +19,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
 from ops.digests import digest12, digest_json
 from ops.errors import BaseModelError
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
+    import torch
+    from torch import nn
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -87,6 +88,8 @@ class ClipBase:
 
         Raises :class:`BaseModelError` when the files are missing, cut short or of another model.
         """
+        from safetensors.torch import load_file
+
         path = self.directory / WEIGHTS
         if not path.is_file() or path.stat().st_size != self.weights_bytes:
             found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
@@ -110,6 +113,8 @@ class ClipBase:
 
     def verify(self) -> None:
         """Hash every tensor on disk again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
+        from safetensors.torch import load_file
+
         found = tensor_digests(load_file(self.directory / WEIGHTS))
         wrong = sorted(name for name in found.keys() | self.tensors if found.get(name) != self.tensors.get(name))
         if wrong:
@@ -188,6 +193,9 @@ def save_base(
     ``text_files`` is a folder of Hugging Face files to carry along (as ``text/``). A base of the same content
     is left as it is; another content under the same name is an error unless ``replace``.
     """
+    import torch
+    from safetensors.torch import save_file
+
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
@@ -296,6 +304,8 @@ def find_lora_targets(model: nn.Module) -> dict[str, str]:
     MultiheadAttention: PEFT selects by name. Layers inside a MultiheadAttention are covered by it
     (its ``out_proj`` never runs its own ``forward``, so LoRA there would get no gradient).
     """
+    from torch import nn
+
     good: dict[str, set[str]] = {"image": set(), "text": set()}
     bad: dict[str, set[str]] = {"image": set(), "text": set()}
     inside = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
@@ -314,6 +324,8 @@ def find_lora_targets(model: nn.Module) -> dict[str, str]:
 
 def can_carry_lora(module: nn.Module) -> bool:
     """Linear, ungrouped 1x1 convolution, or MultiheadAttention with one width for query, key and value."""
+    from torch import nn
+
     if isinstance(module, nn.MultiheadAttention):
         return module.in_proj_weight is not None
     if isinstance(module, nn.Conv2d):

@@ -12,7 +12,7 @@ The trainer's gate and the server use this same class: what is gated is what is 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,43 +22,75 @@ import torch
 from torch import nn
 
 from ops.errors import AdapterError
-from serving.engines.adapters import effective_weights, read_adapter
-from serving.engines.base import ClipBase
-from serving.engines.conv_layout import ROWS, images_per_pass, set_conv_layout
-from serving.engines.shared_weights import private_bytes, shell_of
+from ops.settings import Settings
+from serving.engines.adapters import AdapterFiles, effective_weights, read_adapter
+from serving.engines.backends import FLOAT32, EngineChoice, Towers
+from serving.engines.base import ClipBase, load_base
+from serving.engines.conv_layout import ROWS
+from serving.engines.cuda_graphs import SIZES
+from serving.engines.engine_choice import choose_engine, make_backend
+from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
+from serving.engines.processor import usable_cores
+from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
-from serving.engines.text_tower import TextWidths, encode_text
+from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
 
-GOLDEN_TEXTS = ("a photo of a cat", "red", "a small house beside a lake, at night", "12 flags of the world")
+WARM_LENGTHS = (8, 16, 24)
+"""Tokens of the texts that most requests have."""
 
 
 @dataclass(frozen=True)
 class _Resident:
-    model: nn.Module
+    towers: Towers
     spaces: Spaces
-    bytes: int
+    files: AdapterFiles | None
+    """What the adapter's weights are merged from; None for the base."""
 
 
 class ClipEngine:
     """Encodes images and texts under the base or under a named resident adapter. All methods are thread safe."""
 
-    def __init__(self, base: ClipBase, device: str | torch.device | None = None, threads: int | None = None) -> None:
-        """``device``: a GPU when there is one; ``threads``: of torch on the CPU, for the whole process."""
-        if threads is not None:
-            torch.set_num_threads(threads)
+    def __init__(
+        self,
+        base: ClipBase,
+        device: str | torch.device | None = None,
+        threads: int | None = None,
+        choice: EngineChoice = FLOAT32,
+    ) -> None:
+        """
+        Args:
+            device: a GPU when there is one.
+            threads: of torch on the CPU, for the whole process; 0: all cores.
+            choice: what runs the towers. Embedding spaces do not depend on it: vectors of half precision are within
+                its rounding of float32's, and are compared with them.
+
+        Raises:
+            ConfigError: the engine is not installed.
+        """
+        _set_threads(threads)
         self.base = base
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.choice = choice
+        self.device = _device(device)
         self.tokenizer = base.tokenizer()
-        model = base.build_model().to(self.device)
-        visual = model.get_submodule("visual")
-        self._channels_last = set_conv_layout(visual)
-        self._images = images_per_pass(visual, self.device)
+        model = base.build_model()
+        self.widths = TextWidths.prove(model, self.tokenizer, base.context_length)
+        self._backend = make_backend(choice, base, model, self.device)
         self._model = model
-        self.widths = TextWidths.prove(model, self.tokenizer, base.context_length, self.device)
         self._residents: dict[str, _Resident] = {}
         self._changing = threading.Lock()
-        self._none = _Resident(model, base.spaces, 0)
+        self._none = _Resident(self._warmed(self._backend.towers({})), base.spaces, None)
+
+    @classmethod
+    def of(cls, settings: Settings, base: ClipBase | None = None, threads: int | None = None) -> ClipEngine:
+        """The engine that the settings name, for the base that they name: the server's and the gate's.
+
+        Raises BaseModelError, ConfigError.
+        """
+        base = base or load_base(settings.home, settings.base.clip)
+        threads = settings.serve.encoder_threads if threads is None else threads
+        _set_threads(threads)
+        return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
 
     def load(self, name: str, directory: Path | str) -> Spaces:
         """Make an adapter resident beside what is served and return its spaces; twice is once.
@@ -82,14 +114,9 @@ class ClipEngine:
                 )
             changed = effective_weights(files, self._model)
             spaces = self.base.spaces_with(changed)
-            if self._channels_last:
-                changed = {
-                    key: value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
-                    for key, value in changed.items()
-                }
-            shell = shell_of(self._model, changed)
             # A new dict, so that readers need no lock.
-            self._residents = self._residents | {name: _Resident(shell, spaces, private_bytes(changed))}
+            towers = self._warmed(self._backend.towers(changed))
+            self._residents = self._residents | {name: _Resident(towers, spaces, files)}
             return spaces
 
     def unload(self, name: str) -> None:
@@ -105,7 +132,7 @@ class ClipEngine:
     @property
     def resident_bytes(self) -> int:
         """Memory that the resident adapters need beside the base."""
-        return sum(resident.bytes for resident in self._residents.values())
+        return sum(resident.towers.bytes for resident in self._residents.values())
 
     @property
     def logit_scale(self) -> float:
@@ -117,8 +144,11 @@ class ClipEngine:
         return self._get(adapter).spaces
 
     def model(self, adapter: str | None = None) -> nn.Module:
-        """The effective model, in eval mode. For reading: its tensors are shared with every other adapter."""
-        return self._get(adapter).model
+        """The effective model in float32 and eval mode. For reading: its tensors are shared with other adapters."""
+        resident = self._get(adapter)
+        if resident.towers.model is not None:
+            return resident.towers.model
+        return shell_of(self._model, self._changed(resident))
 
     def encode_images(self, pixels: np.ndarray, adapter: str | None = None) -> np.ndarray:
         """``float32 [n, dim]`` of unit length from ``uint8 [n, size, size, 3]`` (see ``Preprocess.pixels``)."""
@@ -169,36 +199,37 @@ class ClipEngine:
             )
         return found
 
-    @torch.inference_mode()
-    def _raw_images(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:
-        out = []
-        for start in range(0, len(pixels), self._images):
-            batch = self.base.preprocess.normalise(pixels[start : start + self._images], self.device)
-            if self._channels_last:
-                batch = batch.contiguous(memory_format=torch.channels_last)
-            out.append(resident.model.encode_image(batch))  # type: ignore[operator]
-        return self._rows(out)
+    def _warmed(self, towers: Towers) -> Towers:
+        """Run the shapes that requests will have: the first call of one chooses kernels, and captures a graph."""
+        size = self.base.preprocess.size
+        for count in SIZES if self.device.type == "cuda" else (1,):
+            towers.images(np.zeros((count, size, size, 3), np.uint8))
+            for width in sorted({self.widths.width(length) for length in WARM_LENGTHS}):
+                towers.texts(torch.zeros(count, width, dtype=torch.long))
+        return towers
 
-    @torch.inference_mode()
+    def _changed(self, resident: _Resident) -> Mapping[str, torch.Tensor]:
+        return {} if resident.files is None else effective_weights(resident.files, self._model)
+
+    def _raw_images(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:
+        self.base.preprocess.check(pixels)
+        return resident.towers.images(pixels) if len(pixels) else np.zeros((0, self.base.dim), np.float32)
+
     def _raw_texts(self, resident: _Resident, rows: Sequence[Sequence[int]]) -> np.ndarray:
         vectors = np.zeros((len(rows), self.base.dim), np.float32)
         for width, indices in self.widths.passes([len(row) for row in rows], ROWS):
-            ids = pad_rows([rows[index] for index in indices], width, self.tokenizer.pad_id).to(self.device)
-            vectors[indices] = encode_text(resident.model, ids).float().cpu().numpy()
+            ids = pad_rows([rows[index] for index in indices], width, self.tokenizer.pad_id)
+            vectors[indices] = resident.towers.texts(ids)
         return vectors
 
-    def _rows(self, batches: list[torch.Tensor]) -> np.ndarray:
-        if not batches:
-            return np.zeros((0, self.base.dim), np.float32)
-        rows: np.ndarray = torch.cat(batches).float().cpu().numpy()
-        return rows
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def golden_pixels(size: int) -> np.ndarray:
-    """``uint8 [4, size, size, 3]``: gradients and stripes made by integer arithmetic, the same everywhere."""
-    i, y, x, c = np.ogrid[1:5, 0:size, 0:size, 0:3]
-    pattern: np.ndarray = (x * 37 * i + y * 11 * (5 - i) + c * 83 + (x * y // 3) * i) % 256
-    return pattern.astype(np.uint8)
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads or usable_cores())
 
 
 def _unit(raw: np.ndarray) -> np.ndarray:

@@ -11,14 +11,17 @@ process that only prepares images.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal, get_args
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ops.errors import BaseModelError
 from streams.images import OpenedImage, open_image
+
+if TYPE_CHECKING:
+    import torch
 
 Interpolation = Literal["bicubic", "bilinear"]
 ResizeMode = Literal["shortest", "longest", "squash"]
@@ -140,14 +143,30 @@ class Preprocess:
 
     def normalise(self, pixels: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
         """``float32 [n, 3, size, size]`` from ``uint8 [n, size, size, 3]``."""
+        import torch  # takes two seconds, which a process that only prepares images need not spend
+
+        self.check(pixels)
+        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
+        return self.normalise_tensor(torch.from_numpy(np.array(pixels)).to(device))
+
+    def normalise_tensor(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Same, from a tensor on the device that computes."""
+        batch = pixels.permute(0, 3, 1, 2).float().div_(255.0)
+        return batch.sub_(_per_channel(self.mean, batch.device)).div_(_per_channel(self.std, batch.device))
+
+    def check(self, pixels: np.ndarray) -> None:
+        """Raise ValueError unless these are ``uint8 [n, size, size, 3]``."""
         expected = (self.size, self.size, 3)
         if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
             raise ValueError(
                 f"pixels must be uint8 [n, {self.size}, {self.size}, 3], not {pixels.dtype} {list(pixels.shape)}; "
                 "make them with Preprocess.pixels and numpy.stack."
             )
-        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
-        batch = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float().div_(255.0)
-        mean = torch.tensor(self.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=device).view(1, 3, 1, 1)
-        return batch.sub_(mean).div_(std)
+
+
+@cache
+def _per_channel(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """``[1, 3, 1, 1]`` on a device, copied there once: no copy may be part of a captured CUDA graph."""
+    import torch
+
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)

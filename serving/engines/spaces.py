@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from ops.digests import digest12, digest_json, digest_tensor
+
+if TYPE_CHECKING:
+    import torch
 
 Tower = Literal["image", "text"]
 _OUTSIDE = ("logit_scale", "logit_bias")

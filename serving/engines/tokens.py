@@ -15,11 +15,13 @@ import threading
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ops.digests import digest_bytes, digest_json
+from serving.engines.text_cleaning import CLEAN
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Tokenizer(Protocol):
@@ -38,6 +40,8 @@ class Tokenizer(Protocol):
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> torch.Tensor:
     """``int64 [n, width]`` of n rows of at most ``width`` ids."""
+    import torch  # here, because ids travel as rows, and a process that only makes them needs no torch
+
     padded = torch.full((len(rows), width), pad_id, dtype=torch.long)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row)] = torch.tensor(row, dtype=torch.long)
@@ -58,21 +62,21 @@ def make_tokenizer(config: dict[str, Any], directory: Path, context_length: int)
 @cache
 def _simple(context_length: int, kwargs: str) -> Tokenizer:
     """Read once: its vocabulary takes 0.1 s, and one update asks for it several times."""
-    from serving.engines.simple_tokenizer import BoundedTokenizer  # imports open_clip, which takes seconds
+    from serving.engines.simple_tokenizer import BoundedTokenizer
 
-    return BoundedTokenizer(context_length, **json.loads(kwargs))
+    return BoundedTokenizer(vocabulary(), context_length, **json.loads(kwargs))
 
 
 def tokenizer_digest(config: dict[str, Any], directory: Path) -> str:
     """What the ids depend on: the description and the bytes of the vocabulary files. 64 hex digits."""
     if config["kind"] == "simple":
-        return digest_bytes(digest_json(config).encode(), _vocabulary().read_bytes())
+        return digest_bytes(digest_json(config).encode(), vocabulary().read_bytes())
     files = sorted(p for p in (directory / config["directory"]).iterdir() if p.is_file())
     parts = [part for p in files for part in (p.name.encode(), p.read_bytes())]
     return digest_bytes(digest_json(config).encode(), *parts)
 
 
-def _vocabulary() -> Path:
+def vocabulary() -> Path:
     """The vocabulary in open_clip's package, found without importing it: that takes seconds."""
     spec = importlib.util.find_spec("open_clip")
     assert spec is not None and spec.origin is not None
@@ -86,7 +90,6 @@ class _Fast:
     """
 
     def __init__(self, file: Path, context_length: int, trim: bool, clean: str = "whitespace") -> None:
-        from open_clip.tokenizer import get_clean_fn
         from tokenizers import Tokenizer as Rust
 
         self.inner = Rust.from_file(str(file))
@@ -96,7 +99,7 @@ class _Fast:
         self.inner.enable_truncation(context_length)
         self.width = context_length
         self.trim = trim
-        self.clean = get_clean_fn(clean)
+        self.clean = CLEAN[clean]
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         ids = self.rows(texts)

@@ -24,6 +24,7 @@ from serving.http import (
 from serving.http.app_state import AppState
 from serving.http.auth import AuthMiddleware
 from serving.http.limits import RequestLimits
+from serving.http.rate_limit import RateLimiter
 from serving.http.request_bodies import RequestBodies
 
 DESCRIPTION = """
@@ -63,7 +64,8 @@ def build_app(state: AppState) -> FastAPI:
         app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
     app.include_router(health.router)
     app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
-    app.add_middleware(AuthMiddleware, access=state.access)
+    rates = RateLimiter(replicas=state.settings.ingress_replicas)
+    app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
     _describe(app)
     return app

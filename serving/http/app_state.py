@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
 
 from ops import metrics
 from ops.access import Access
@@ -24,11 +23,13 @@ from ops.settings import Serve
 from serving.catalog.queries import Filters, Hit
 from serving.engines.tokens import Tokenizer
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
-from serving.http.errors import ApiError, from_validation, is_fault
+from serving.errors import VlmStarting
+from serving.http.clip_vectors import ClipVectors, Encoders
+from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
 from serving.http.probes import Probes, Recent
 from serving.http.routing_key import routing_key
-from serving.messages import EncodeResult, Kind
+from serving.http.vector_cache import VectorCache
 from serving.releases.admission import Admission
 from serving.releases.commands import HoldingCommand, LiveCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -37,25 +38,21 @@ from serving.releases.types import Outcome
 if TYPE_CHECKING:
     from streams.resubmit_many import RefusalFilter
 
-Model = TypeVar("Model", bound=BaseModel)
 OPERATOR_THREADS = 4
 CLIP: Family = "clip"
 VLM: Family = "vlm"
 
 
-class Encoders(Protocol):
-    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
-
-    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
-        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
-
-
 class Vlms(Protocol):
-    """See :class:`serving.replicas.vlm_calls.VlmCalls`. Every method answers by the snapshot's VLM adapter.
+    """See :class:`serving.replicas.mirrored_calls.MirroredVlms`. Every method answers by the snapshot's VLM adapter.
 
     Deadlines are on the monotonic clock of this process. All raise QueueFull, DeadlineExceeded, Unavailable and
     InvalidRequest.
     """
+
+    @property
+    def start_problem(self) -> str:
+        """Why no replica can answer yet; empty once one has."""
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """The whole answer. Cancelling aborts the request."""
@@ -165,6 +162,11 @@ class AppState:
     """Networks whose ``X-Forwarded-For`` counts."""
 
     @cached_property
+    def vectors(self) -> ClipVectors:
+        """Vectors of texts and images, of the cache or of the encoders."""
+        return ClipVectors(self.encoders, self.image_loader, self.tokenizer, VectorCache(self.settings.cache_bytes))
+
+    @cached_property
     def probes(self) -> Probes:
         """State of the models for probes."""
         return Probes(self)
@@ -180,7 +182,7 @@ class AppState:
         return ThreadPoolExecutor(OPERATOR_THREADS, "operator")
 
     def need_vlms(self) -> Vlms:
-        """The VLM's replicas. Raises ApiError where there are none."""
+        """The VLM's replicas. Raises ApiError where there are none, VlmStarting until one has started."""
         if self.vlms is None:
             raise ApiError(
                 404,
@@ -188,6 +190,8 @@ class AppState:
                 param="model",
                 code="no_vlm",
             )
+        if problem := self.vlms.start_problem:
+            raise VlmStarting(problem, "Send the request again after the time in Retry-After; CLIP answers meanwhile.")
         return self.vlms
 
     def admit(
@@ -217,10 +221,6 @@ class AppState:
                 raise ApiError(400, f"{field}: the text is empty.", param=field, code="empty_text")
             self.check_length(field, text)
 
-    async def token_rows(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, as encoders take them. In a thread: long texts take milliseconds."""
-        return await asyncio.to_thread(self.tokenizer.rows, texts)
-
     def check_length(self, param: str, text: str) -> None:
         """Refuse a text that is too long."""
         if len(text) > self.settings.max_text_chars:
@@ -239,35 +239,3 @@ def app_state(request: Request) -> AppState:
 def release_headers(snapshot: ReleaseSnapshot, family: Family = CLIP) -> dict[str, str]:
     """Which release answered, by which adapter."""
     return {"x-ratchet-release": str(snapshot.release), "x-ratchet-adapter": snapshot.shown(family)}
-
-
-async def json_body(request: Request, model: type[Model]) -> Model:
-    """The request's JSON, checked. Raises ApiError naming the first thing that is wrong."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not kind.endswith("+json"):
-        raise ApiError(415, f"content type {kind[:80]!r} is not taken here; send application/json.", code="media_type")
-    try:
-        return model.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """``openapi_extra`` for a route that reads its body itself."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inline(model)}}}}
-
-
-def inline(model: type[BaseModel]) -> dict[str, Any]:
-    """A model's JSON schema without references."""
-    schema = model.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def resolve(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return resolve(definitions[value["$ref"].rsplit("/", 1)[-1]])
-            return {key: resolve(child) for key, child in value.items()}
-        return [resolve(child) for child in value] if isinstance(value, list) else value
-
-    resolved: dict[str, Any] = resolve(schema)
-    return resolved

@@ -12,11 +12,12 @@ from fastapi.responses import JSONResponse
 from serving.engines.vlm.generation import GenerationRequest, Message, TokenChunk
 from serving.engines.vlm.sampling_parameters import SEEDS
 from serving.errors import Unavailable
-from serving.http.app_state import VLM, AppState, Vlms, app_state, json_body, json_schema, release_headers
+from serving.http.app_state import VLM, AppState, Vlms, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
+from serving.http.json_bodies import json_body, json_schema
 from serving.http.request_bodies import caller_of
 from serving.http.sse import EventStream
 from serving.releases.release_snapshot import ReleaseSnapshot

@@ -11,9 +11,10 @@ from pydantic import BaseModel
 
 from ops.errors import SelectorError
 from ops.ledger import DeletionState
-from serving.http.app_state import app_state, json_body, json_schema
+from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError
+from serving.http.json_bodies import json_body, json_schema
 from serving.http.schemas import DeletionRequest
 
 router = APIRouter(tags=["Deletions"])

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, Request
+import pybase64
+from fastapi import APIRouter, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import JSONResponse
 
 from ops.ledger.rows import Family
-from serving.http.app_state import CLIP, VLM, AppState, app_state, json_body, json_schema, release_headers
+from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.errors import ApiError
+from serving.http.image_bodies import Part, body_schemas, fields_of, read_parts
+from serving.http.image_loader import ImageSource
+from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
-from serving.http.schemas import EmbeddingsRequest, ImageItem, ImageUrlItem, Item, TextItem
-from serving.messages import EncodeResult
+from serving.http.schemas import EmbeddingsRequest, ImageUrlItem, Item, TextItem
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
+Input = str | ImageSource
+"""A text, or an image."""
+INPUT_NAMES = ("input", "input[]")
+FORM_INPUT: dict[str, Any] = {
+    "type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "format": "binary"}, {"type": "string"}]},
+}  # fmt: skip
 
 
-@router.post("/v1/embeddings", summary="Embed texts and images", openapi_extra=json_schema(EmbeddingsRequest))
-async def embeddings(request: Request) -> JSONResponse:
+@router.post(
+    "/v1/embeddings",
+    summary="Embed texts and images",
+    openapi_extra=body_schemas(EmbeddingsRequest, "input", FORM_INPUT),
+)
+async def embeddings(request: Request) -> Response:
     """Vectors of unit length, in the order of the inputs. All are made by the release in `x-ratchet-release`.
 
-    An image is `{"image": "data:image/png;base64,..."}`, or a URL where the server fetches them.
-    Compare vectors of one release by dot product.
+    An image is `{"image": "data:image/png;base64,..."}`, or a URL where the server fetches them. As multipart, each
+    `input` is a text or a file. An image by itself may be the body, with the other fields in the query. Compare vectors
+    of one release by dot product.
     """
     state = app_state(request)
-    body = await json_body(request, EmbeddingsRequest)
+    body, inputs = await read_inputs(request, state)
     if body.dimensions is not None and body.dimensions != state.dim:
         raise ApiError(
             400, f"dimensions: this model has {state.dim} dimensions and cannot be cut.", param="dimensions",
@@ -40,80 +52,93 @@ async def embeddings(request: Request) -> JSONResponse:
     deadline = state.deadline()
     with state.admit(request, body.model, user=body.user) as snapshot:
         async with cancel_on_disconnect(request.receive, deadline):
-            vectors, tokens = await embed(state, snapshot, body.items(), "input", deadline, caller_of(request))
+            vectors, tokens = await embed(state, snapshot, inputs, deadline, caller_of(request))
         data = [
             {"object": "embedding", "index": index, "embedding": encoded(row, body.encoding_format)}
             for index, row in enumerate(vectors)
         ]
-        return JSONResponse(
+        return json_response(
             {
                 "object": "list", "data": data, "model": f"clip@{snapshot.release}",
                 "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
             },
-            headers=release_headers(snapshot),
+            release_headers(snapshot),
         )  # fmt: skip
 
 
+async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequest, list[Input]]:
+    """What is asked for, and the inputs in their order. Raises ApiError."""
+    parts = await read_parts(request, state.settings.max_images)
+    if parts is None:
+        body = await json_body(request, EmbeddingsRequest)
+        return body, [_input(f"input.{index}", item) for index, item in enumerate(body.items())]
+    inputs: list[Input] = []
+    others: list[Part] = []
+    for name, value in parts:
+        if isinstance(value, str) and name not in INPUT_NAMES:
+            others.append((name, value))
+        elif name in INPUT_NAMES or not name:
+            inputs.append(value if isinstance(value, str) else (f"input.{len(inputs)}", value))
+        else:
+            raise ApiError(400, f"{name[:80]}: files go into the field 'input'.", param=name[:80], code="unknown_field")
+    texts = [each if isinstance(each, str) else "an image" for each in inputs]
+    return checked(EmbeddingsRequest, {**fields_of(others, set()), "input": texts}), inputs
+
+
+def _input(place: str, item: Item) -> Input:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, TextItem):
+        return item.text
+    if isinstance(item, ImageUrlItem):
+        return f"{place}.image_url", item.image_url.url
+    return f"{place}.image", item.image
+
+
 async def embed(
-    state: AppState, snapshot: ReleaseSnapshot, items: list[Item], param: str, deadline: float, caller: str
+    state: AppState, snapshot: ReleaseSnapshot, inputs: list[Input], deadline: float, caller: str
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """Vectors [n, dim] of mixed items, and the texts' tokens."""
-    texts: dict[int, str] = {}
-    images: dict[int, tuple[str, str]] = {}
-    for index, item in enumerate(items):
-        if isinstance(item, str):
-            texts[index] = item
-        elif isinstance(item, TextItem):
-            texts[index] = item.text
-        elif isinstance(item, ImageUrlItem):
-            images[index] = (f"{param}.{index}.image_url", item.image_url.url)
-        elif isinstance(item, ImageItem):
-            images[index] = (f"{param}.{index}.image", item.image)
-    state.check_texts(list(texts.values()), param)
-    vectors = np.zeros((len(items), state.dim), np.float32)
+    """Vectors [n, dim] of texts and images, and the texts' tokens."""
+    texts = {index: each for index, each in enumerate(inputs) if isinstance(each, str)}
+    images = {index: each for index, each in enumerate(inputs) if not isinstance(each, str)}
+    state.check_texts(list(texts.values()), "input")
+    vectors = np.zeros((len(inputs), state.dim), np.float32)
     tokens = 0
     if images:
-        pixels = await state.image_loader.pixels(list(images.values()), caller)
-        vectors[list(images)] = vectors_of(await state.encoders.encode("image", pixels, snapshot, deadline))
+        vectors[list(images)] = (await state.vectors.of_images(list(images.values()), snapshot, deadline, caller)).rows
     if texts:
-        rows = await state.token_rows(list(texts.values()))
-        answer = await state.encoders.encode("text", rows, snapshot, deadline)
-        vectors[list(texts)] = vectors_of(answer)
+        answer = await state.vectors.of_texts(list(texts.values()), snapshot, deadline)
+        vectors[list(texts)] = answer.rows
         tokens = answer.tokens
     return vectors, tokens
 
 
-def vectors_of(answer: EncodeResult) -> npt.NDArray[np.float32]:
-    """The vectors of an answer that succeeded."""
-    if answer.vectors is None:
-        raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
-    return answer.vectors
-
-
 def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
-    """One vector as JSON carries it."""
-    return base64.b64encode(row.astype("<f4").tobytes()).decode() if how == "base64" else row.tolist()
+    """One vector as :func:`json_response` takes it."""
+    return pybase64.b64encode_as_string(row.astype("<f4", copy=False).tobytes()) if how == "base64" else row
 
 
 @router.get("/v1/models", summary="Models that requests may name")
-async def models(request: Request) -> JSONResponse:
-    """`clip` and `vlm` are what is live; the others are resident now and stay addressable while in the window."""
+async def models(request: Request) -> Response:
+    """`clip` and `vlm` are what is live; the others are resident now and stay addressable while in the window. Those of
+    a VLM are listed once it has started.
+    """
     state = app_state(request)
     rows = [described(state, name, CLIP) for name in state.admission.names(CLIP)]
-    if state.vlms is not None:
+    if state.vlms is not None and not state.vlms.start_problem:
         taken = {row["id"] for row in rows}
         rows += [described(state, name, VLM) for name in state.admission.names(VLM) if name not in taken]
-    return JSONResponse({"object": "list", "data": rows})
+    return json_response({"object": "list", "data": rows})
 
 
 @router.get("/v1/models/{model}", summary="One model")
 async def model(
     request: Request, model: Annotated[str, PathParameter(json_schema_extra={"format": "model"})]
-) -> JSONResponse:
+) -> Response:
     """The release and, for a CLIP, the embedding spaces behind a name."""
     state = app_state(request)
     known = state.vlms is not None and model in state.admission.names(VLM) and model not in state.admission.names(CLIP)
-    return JSONResponse(described(state, model, VLM if known else CLIP))
+    return json_response(described(state, model, VLM if known else CLIP))
 
 
 def described(state: AppState, name: str, family: Family) -> dict[str, Any]:

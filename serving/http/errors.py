@@ -31,7 +31,7 @@ from ops.errors import (
 from serving.errors import AdapterUnservable, ServingError
 
 log = logging.getLogger("ratchet.http")
-RETRY_AFTER_SECONDS = "1"
+RETRY_AFTER_SECONDS = 1
 
 TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
          405: "invalid_request_error", 408: "invalid_request_error", 409: "conflict_error",
@@ -101,13 +101,13 @@ def body(status: int, message: str, param: str | None = None, code: str | None =
 
 def answer(
     status: int, message: str, param: str | None = None, code: str | None = None,
-    headers: dict[str, str] | None = None,
+    headers: dict[str, str] | None = None, retry_after: int = RETRY_AFTER_SECONDS,
 ) -> JSONResponse:  # fmt: skip
     """The error as a response; 429 and 503 tell when to come back."""
     metrics.http.refused(code or "other")
     extra = dict(headers or {})
     if status in (429, 503):
-        extra.setdefault("Retry-After", RETRY_AFTER_SECONDS)
+        extra.setdefault("Retry-After", str(retry_after))
     return JSONResponse(body(status, message, param, code), status, extra)
 
 
@@ -186,7 +186,8 @@ def install(app: FastAPI) -> None:
         description = described(error)
         if description.code == "internal":
             log.error("unexpected %s: %s", type(error).__name__, error)
-        return answer(description.status, description.message, description.param, description.code)
+        seconds = error.retry_after if isinstance(error, ServingError) else RETRY_AFTER_SECONDS
+        return answer(description.status, description.message, description.param, description.code, retry_after=seconds)
 
     @app.exception_handler(Exception)
     async def on_unknown(_: Request, error: Exception) -> JSONResponse:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from serving.errors import VlmStarting
 from serving.http import errors
 from serving.http.app_state import app_state, release_headers
 from serving.http.errors import ErrorBody, answer
@@ -22,11 +23,13 @@ NOT_READY: dict[int | str, dict[str, Any]] = {
 
 @router.get("/health/live", summary="Runs a forward pass of every model", responses=NOT_READY)
 async def live(request: Request) -> JSONResponse:
-    """200 when a text went through an encoder and a VLM under the live release; 503 otherwise."""
+    """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that has not come
+    up yet does not count: what it waits for, a restart of this node would only begin anew.
+    """
     probes = _probes(request)
     states = {name: await probes.part(name) for name in probes.parts() if name != "catalog"}
     for name, state in states.items():
-        if not state.ready:
+        if not state.ready and not state.starting:
             return answer(503, f"{name}: {state.detail}", code="not_ready")
     seconds = max(state.seconds for state in states.values())
     return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
@@ -66,7 +69,7 @@ async def _ready(request: Request, model: Part) -> JSONResponse:
         return answer(404, f"no {model} is served here.", "model", "no_vlm")
     state: PartState = await probes.part(model)
     if not state.ready:
-        return answer(503, state.detail, code="not_ready")
+        return answer(503, state.detail, code=state.code, retry_after=VlmStarting.retry_after if state.starting else 1)
     return _ok(request, {"status": "ready", "release": state.release})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import hashlib
 import math
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ class InspectedImage:
 
     place: str
     """Where it is in the request."""
+    digest: bytes
+    """SHA-256 of the encoded bytes."""
     pixels: int
     """That decoding it costs; see :func:`decoding_pixels`."""
     opened: OpenedImage
@@ -144,7 +147,7 @@ class ImageLoader:
             opened = open_image(data, self.bounds.max_pixels, self.bounds.max_image_bytes)
         except RecordError as error:
             raise from_record(error, place) from None
-        return InspectedImage(place, decoding_pixels(opened, data), opened)
+        return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
 
 
 def _decode(image: InspectedImage, decode: Callable[[OpenedImage], Result]) -> Result:

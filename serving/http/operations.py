@@ -9,9 +9,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
-from serving.http.app_state import AppState, app_state, json_body, json_schema
+from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError
+from serving.http.json_bodies import json_body, json_schema
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.rollback import ledger_answers
@@ -113,11 +114,14 @@ async def resume(request: Request) -> JSONResponse:
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
-    """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
+    """Resident releases, requests in flight, VLM engines (and why none has started yet), coverage of the catalog, what
+    is on hold.
+    """
     state = app_state(request)
     operator(request)
     controller, catalog = await asyncio.gather(state.operations.status(), state.index.status())
-    return JSONResponse({"controller": controller, "catalog": catalog})
+    problem = "" if state.vlms is None else state.vlms.start_problem
+    return JSONResponse({"controller": controller, "catalog": catalog, "vlm_problem": problem})
 
 
 def _needs_vlm(state: AppState, param: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from ops import metrics
 from serving.engines.vlm.generation import PROBE
-from serving.errors import QueueFull
+from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
 
 if TYPE_CHECKING:
@@ -36,6 +36,13 @@ class PartState:
     """Why not, or that it is busy."""
     release: int = 0
     seconds: float = 0.0
+    code: str = "not_ready"
+    """Of the error, where it is not ready."""
+
+    @property
+    def starting(self) -> bool:
+        """Whether this part has not come up for the first time yet: a restart of the process would not help."""
+        return not self.ready and self.code == VlmStarting.code
 
 
 class Recent(Generic[Value]):
@@ -106,10 +113,12 @@ class Probes:
             return PartState(False, "no release is live yet.")
         deadline = time.monotonic() + PROBE_SECONDS
         if name == "clip":
-            rows = await state.token_rows(["alive"])
-            work: Awaitable[object] = state.encoders.encode("text", rows, snapshot, deadline)
-        else:
+            rows = state.tokenizer.rows(["alive"])
+            return await _observed(state.encoders.encode("text", rows, snapshot, deadline), snapshot.release)
+        try:
             work = state.need_vlms().reply(PROBE, snapshot, deadline)
+        except VlmStarting as error:
+            return PartState(False, error.message, snapshot.release, code=error.code)
         return await _observed(work, snapshot.release)
 
     async def _catalog(self) -> PartState:

@@ -1,4 +1,4 @@
-"""How often one may call: a token bucket for each caller, in the memory of the one ingress process."""
+"""How often one may call: a token bucket for each caller, in the memory of each ingress process."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ MAX_CALLERS = 10_000
 
 
 class RateLimiter:
-    """A caller with N requests a minute may make N at once, and gets one back every 60/N seconds."""
+    """A caller with N requests a minute may make N at once, and gets one back every 60/N seconds.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MAX_CALLERS) -> None:
+    Args:
+        replicas: processes over which callers' requests are spread; each grants its part of N, rounded up.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MAX_CALLERS, replicas: int = 1) -> None:
+        self._replicas = replicas
         self._clock = clock
         self._most = most
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
@@ -28,6 +33,7 @@ class RateLimiter:
         """Take one request from a caller's bucket. 0, or the seconds until there is one. No limit where it is 0."""
         if not per_minute:
             return 0.0
+        per_minute = -(-per_minute // self._replicas)
         now = self._clock()
         level, since = self._buckets.pop(who, (float(per_minute), now))
         level = min(float(per_minute), level + (now - since) * per_minute / 60)

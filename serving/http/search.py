@@ -7,14 +7,13 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
-from fastapi.responses import JSONResponse
 
 from serving.catalog.queries import as_filters
-from serving.http.app_state import app_state, json_body, release_headers
+from serving.http.app_state import app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
-from serving.http.embeddings import vectors_of
 from serving.http.errors import ApiError
-from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.image_bodies import body_schemas, read_body
+from serving.http.json_bodies import json_response
 from serving.http.request_bodies import caller_of
 from serving.http.schemas import SearchRequest
 
@@ -23,17 +22,14 @@ LISTS = {"domain", "source"}
 SAMPLE_ID = re.compile("[0-9a-f]{64}")
 
 
-@router.post("/v1/search", summary="Find samples", openapi_extra=both_schemas(SearchRequest, "image"))
-async def search(request: Request) -> JSONResponse:
-    """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space."""
+@router.post("/v1/search", summary="Find samples", openapi_extra=body_schemas(SearchRequest, "image"))
+async def search(request: Request) -> Response:
+    """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space.
+
+    The image may come as a file of a form, or be the body, with the other fields in the query.
+    """
     state = app_state(request)
-    uploads: list[bytes] = []
-    if is_form(request):
-        fields, files = await read_form(request, 1, LISTS)
-        uploads = only(files, "image")
-        body = checked(SearchRequest, {**fields, **({"image": "upload"} if uploads else {})})
-    else:
-        body = await json_body(request, SearchRequest)
+    body, uploads = await read_body(request, SearchRequest, "image", LISTS, max_files=1)
     if (body.text is None) == (body.image is None):
         raise ApiError(400, "give either a text or an image to search for.", param="text", code="invalid_value")
     filters = as_filters(body.domain, body.source, body.since, body.until)
@@ -42,13 +38,11 @@ async def search(request: Request) -> JSONResponse:
         async with cancel_on_disconnect(request.receive, deadline):
             if body.text is not None:
                 state.check_texts([body.text], "text")
-                rows = await state.token_rows([body.text])
-                answer = await state.encoders.encode("text", rows, snapshot, deadline)
+                vectors = await state.vectors.of_texts([body.text], snapshot, deadline)
             else:
                 source: str | bytes = uploads[0] if uploads else str(body.image)
-                pixels = await state.image_loader.pixels([("image", source)], caller_of(request))
-                answer = await state.encoders.encode("image", pixels, snapshot, deadline)
-            hits = await state.index.search(snapshot.image_space, vectors_of(answer)[0], body.k, filters)
+                vectors = await state.vectors.of_images([("image", source)], snapshot, deadline, caller_of(request))
+            hits = await state.index.search(snapshot.image_space, vectors.rows[0], body.k, filters)
         data = [
             {
                 "id": hit.id, "score": hit.score, "text": hit.text, "domain": hit.domain, "source": hit.source,
@@ -56,9 +50,9 @@ async def search(request: Request) -> JSONResponse:
             }
             for hit in hits
         ]  # fmt: skip
-        return JSONResponse(
+        return json_response(
             {"object": "list", "model": f"clip@{snapshot.release}", "space": snapshot.image_space, "data": data},
-            headers=release_headers(snapshot),
+            release_headers(snapshot),
         )
 
 

@@ -11,32 +11,27 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from serving.engines.vlm.generation import question
-from serving.http.app_state import VLM, app_state, json_body, release_headers
+from serving.http.app_state import VLM, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chunks import usage
 from serving.http.errors import ApiError
-from serving.http.forms import both_schemas, checked, is_form, only, read_form
+from serving.http.image_bodies import body_schemas, read_body
 from serving.http.request_bodies import caller_of
 from serving.http.schemas import VqaRequest
 
 router = APIRouter(tags=["Questions about images"])
 
 
-@router.post("/v1/vqa", summary="Answer a question about an image", openapi_extra=both_schemas(VqaRequest, "image"))
+@router.post("/v1/vqa", summary="Answer a question about an image", openapi_extra=body_schemas(VqaRequest, "image"))
 async def vqa(request: Request) -> JSONResponse:
     """A short answer, always the likeliest. With `choices`: the likeliest of them, and the probability of each.
 
-    As multipart: `image` is a file; `choices` are repeated fields or one JSON list.
+    As multipart: `image` is a file; `choices` are repeated fields or one JSON list. The image by itself may be the
+    body, with the other fields in the query.
     """
     state = app_state(request)
     vlms = state.need_vlms()
-    uploads: list[bytes] = []
-    if is_form(request):
-        fields, files = await read_form(request, 1, {"choices"})
-        uploads = only(files, "image")
-        body = checked(VqaRequest, {**fields, **({"image": "upload"} if uploads else {})})
-    else:
-        body = await json_body(request, VqaRequest)
+    body, uploads = await read_body(request, VqaRequest, "image", {"choices"}, max_files=1)
     state.check_length("question", body.question)
     deadline = state.deadline()
     with state.admit(request, body.model, VLM) as snapshot:

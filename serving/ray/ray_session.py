@@ -33,6 +33,10 @@ MAX_TEMPORARY_CHARS = 12
 PROXIED = "SERVE_BEHIND_HAPROXY"
 """Set where HAProxy of this machine is in front of the ingress. Not with the prefix of Ratchet's settings, see
 :data:`serving.ray.loopback.SWITCH`."""
+START_ATTEMPTS = 1_000_000
+"""How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
+alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
+``max_constructor_retry_count`` and this many for each replica."""
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
@@ -68,8 +72,10 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
             # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT": str(START_ATTEMPTS),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -91,7 +97,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + 63),
             loopback.SWITCH: "1",
             "PROMETHEUS_MULTIPROC_DIR": str(metrics),
-            "OMP_NUM_THREADS": str(settings.serve.encoder_threads),
+            "OMP_NUM_THREADS": "1",  # encoders set their own number
         }
     )
     binary = haproxy_binary()

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from serving.messages import Kind
 
@@ -69,6 +68,8 @@ def order(one: Vector, ones: Sequence[Vector], other: Vector, others: Sequence[V
     """Spearman's correlation of the similarities to the same references under two releases; 0 where there is none:
     values that are not finite, or all the same.
     """
+    from scipy.stats import rankdata  # here, because it takes a second, and only what is on trial is compared
+
     first, second = np.stack(ones) @ one, np.stack(others) @ other
     if not (np.isfinite(first).all() and np.isfinite(second).all()):
         return 0.0

@@ -20,6 +20,7 @@ from serving.releases.types import NO_VLM, Prepared, Residency
 log = logging.getLogger("ratchet.broadcast")
 APP = "ratchet"
 INGRESS = "Ingress"
+VLM = "Vlm"
 PREPARE_SECONDS = 300.0
 ACKNOWLEDGE_SECONDS = 10.0
 COVER_SECONDS, ASK_COVER_SECONDS = 7 * 86_400.0, 30.0
@@ -39,7 +40,8 @@ class RayBroadcast:
         self.encoder = encoder
         self.catalog = catalog
         self.vlm = vlm
-        self._announced_vlms: tuple[str | None, ...] = ()
+        self._announced_vlms: tuple[str | None, ...] | None = None
+        """None until the first announcement, which VLM replicas need not hear: they start by what the ledger says."""
         self._ingress: DeploymentHandle | None = None
 
     @property
@@ -62,6 +64,10 @@ class RayBroadcast:
         """Phase one, on every VLM replica."""
         return await call_every_replica(self._vlm, "prepare", vlm, seconds=PREPARE_SECONDS)
 
+    async def vlm_answers(self) -> bool:
+        """Whether all VLM replicas that run answer, and there is one."""
+        return bool(await self.vlm_status())
+
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Coverage of the image space. Raises ReleaseError."""
         attempts = Attempts(COVER_SECONDS if wait else ASK_COVER_SECONDS, "catalog")
@@ -83,7 +89,7 @@ class RayBroadcast:
     async def announce(self, residency: Residency, seconds: float) -> int:
         """What is resident to every replica; returns how many acknowledged.
 
-        VLM replicas are told when their adapters change: one that starts right now makes no release of CLIP wait.
+        VLM replicas are told when their adapters change: one that starts makes no release of CLIP wait.
 
         Raises:
             Unacknowledged: not every replica answered within ``seconds``.
@@ -93,7 +99,7 @@ class RayBroadcast:
             (self.encoder, list(residency.clips)),
             (self.catalog, list(residency.indexed)),
         ]
-        if self.vlm is not None and residency.vlms != self._announced_vlms:
+        if self.vlm is not None and self._announced_vlms not in (None, residency.vlms):
             messages.append((self.vlm, list(residency.vlms)))
         answers = await asyncio.gather(
             *(call_every_replica(handle, "adopt", residents, seconds=seconds) for handle, residents in messages),

@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from scipy.special import bdtrc
-
 from ops.ledger.rows import Family
 from ops.settings import Rollout
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
@@ -120,5 +118,7 @@ def _agreement(settings: Rollout, family: Family, compared: ComparisonCounts, le
 def _tested(
     guardrail: Guardrail, family: Family | None, bad: int, of: int, allowed: float, level: float, shown: str
 ) -> Evidence:
+    from scipy.special import bdtrc  # here, because most processes that know a guard's types do not judge
+
     chance = float(bdtrc(bad - 1, of, allowed)) if bad else 1.0
     return Evidence(guardrail, family, bad, of, round(allowed, 6), chance, level, shown)

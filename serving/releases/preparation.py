@@ -24,11 +24,17 @@ class Preparation:
         self._spaces: dict[str | None, tuple[str, str]] = {}
 
     async def make_ready(self, goal: Mapping[Family, str | None], live: ReleaseRow | None) -> None:
-        """Both families at once, only what changes. Raises ReleaseError when a replica cannot serve an adapter."""
+        """Both families at once, only what changes. The first release, of the bases alone, waits for encoders only: VLM
+        replicas start with their base, and say by themselves when they cannot; the catalog embeds what there is as soon
+        as it is told.
+
+        Raises:
+            ReleaseError: a replica cannot serve an adapter.
+        """
         jobs: list[Coroutine[Any, Any, None]] = []
         if live is None or goal["clip"] != live.clip:
-            jobs.append(self._ready_clip(goal["clip"], live.number + 1 if live else 1))
-        if self.broadcast.has_vlm and (live is None or goal["vlm"] != live.vlm):
+            jobs.append(self._ready_clip(goal["clip"], live))
+        if self.broadcast.has_vlm and goal["vlm"] != (live.vlm if live else None):
             jobs.append(self._ready_vlm(goal["vlm"]))
         await _together(jobs)
 
@@ -65,11 +71,14 @@ class Preparation:
         spaces = self._spaces.get(clip)
         return None if spaces is None else ReleaseSnapshot(number, clip, *spaces)
 
-    async def _ready_clip(self, clip: str | None, number: int) -> None:
+    async def _ready_clip(self, clip: str | None, live: ReleaseRow | None) -> None:
         image, text = await self._prepare(clip)
+        if live is None:
+            return
         residency = await asyncio.to_thread(read_residency, self.ledger, self.size)
         # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
-        await self.broadcast.cover(ReleaseSnapshot(number, clip, image, text), wait=clip not in residency.clips)
+        snapshot = ReleaseSnapshot(live.number + 1, clip, image, text)
+        await self.broadcast.cover(snapshot, wait=clip not in residency.clips)
 
     async def _ready_vlm(self, vlm: str | None) -> None:
         _check(await self.broadcast.prepare_vlm(vlm), vlm, "the VLM base")

@@ -100,13 +100,14 @@ class ReleaseProtocol:
         """
         residency = await self.residency()
         await asyncio.gather(
-            *(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed), return_exceptions=True
+            self._announcer.announce(residency, RELEASE_SECONDS),
+            *(self.broadcast.cover(snapshot, wait=False) for snapshot in residency.indexed),
+            return_exceptions=True,
         )
-        await self._announcer.announce(residency, RELEASE_SECONDS)
 
     async def step(self) -> Outcome | None:
-        """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, and while
-        another one is on trial as a canary or a shadow.
+        """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, while another
+        one is on trial as a canary or a shadow and, where it is of the VLM, while no VLM replica answers.
         """
         async with self._turn:
             held = await asyncio.to_thread(self.ledger.held)
@@ -117,7 +118,7 @@ class ReleaseProtocol:
             waiting = await self._runner.without_abandoned(await asyncio.to_thread(self.ledger.pending_proposals))
             metrics.release.waiting(len(waiting), held is not None)
             for proposal in waiting:
-                if proposal.kind == "update" and waits:
+                if proposal.kind == "update" and (waits or await self._lacks_vlm(proposal)):
                     continue
                 try:
                     return await self._run(proposal)
@@ -208,6 +209,10 @@ class ReleaseProtocol:
         vlms = tuple(dict.fromkeys((*keep.vlms, *(vlm for _, vlm in loading))))
         await self.broadcast.retire(clips, vlms)
         self._preparation.forget_others(clips)
+
+    async def _lacks_vlm(self, proposal: ProposalRow) -> bool:
+        """Whether a proposal would only wait for a VLM that starts, and let those of CLIP wait behind it."""
+        return proposal.family != "clip" and self.broadcast.has_vlm and not await self.broadcast.vlm_answers()
 
     def _preparing(self) -> list[ReleaseSnapshot]:
         """The release that is being prepared, once its embedding spaces are known: it has an index from then on."""

@@ -103,6 +103,9 @@ class Broadcast(Protocol):
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         """Every VLM replica does the same."""
 
+    async def vlm_answers(self) -> bool:
+        """Whether a VLM replica answers at this moment."""
+
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         """Bring the catalog to full coverage of the image space (``wait=False``: only ask); returns its rows."""
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,20 +17,18 @@ from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
-from serving.catalog.catalog import Catalog
 from serving.catalog.crossing import usable
 from serving.catalog.index_process import IndexProcess
 from serving.catalog.queries import Filters, Hit
-from serving.catalog.tables import Tables
-from serving.catalog.watch import Watcher
-from serving.engines.base import load_base
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.crossing_verdicts import CrossingVerdicts
 from serving.replicas.residency_reader import residency_reader
-from streams.images import open_image
-from streams.store import SampleStore
+from serving.replicas.start_order import wait_for_clip
+
+if TYPE_CHECKING:
+    from serving.catalog.catalog import Catalog
 
 log = logging.getLogger("ratchet.catalog")
 HEALTH_SECONDS = 10.0
@@ -40,9 +38,18 @@ FOLLOW_SECONDS = 2.0
 class CatalogReplica:
     """One replica in a server. Another server may have its own on the same tables."""
 
-    def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:
+    async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         close_replica_port()
         metrics.build.started("catalog")
+        await wait_for_clip()
+        # Here and not above: LanceDB takes two seconds to import.
+        from serving.catalog.catalog import Catalog
+        from serving.catalog.tables import Tables
+        from serving.catalog.watch import Watcher
+        from serving.engines.base import load_base
+        from streams.images import open_image
+        from streams.store import SampleStore
+
         preprocess = load_base(settings.home, settings.base.clip).preprocess
         bounds = {"max_pixels": settings.serve.max_pixels, "max_bytes": settings.serve.max_image_bytes}
 

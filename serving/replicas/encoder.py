@@ -13,15 +13,13 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.priority import nice_process
 from ops.settings import Settings
-from serving.engines.base import load_base
-from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Kind, batch_cost
+from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Kind
 from serving.ray.loopback import close_replica_port
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
-from serving.replicas.encoder_worker import EncoderWorker
+from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
 
 
@@ -34,14 +32,17 @@ class Encoder:
         close_replica_port()
         nice_process(MODEL_NICE)
         metrics.build.started("encoder")
+        # Here and not above, because whoever deploys this class imports this module.
+        from serving.engines.clip import ClipEngine
+        from serving.replicas.encoder_worker import EncoderWorker
+
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)
         adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
         self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
-        engine = ClipEngine(load_base(settings.home, settings.base.clip), threads=settings.serve.encoder_threads)
+        engine = ClipEngine.of(settings)
         self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
-        self.batch.set_max_batch_size(settings.serve.max_batch * IMAGE_COST)
-        self.batch.set_batch_wait_timeout_s(settings.serve.batch_wait_seconds)
+        self._batches = FairBatches(self._run, settings.serve.max_batch * IMAGE_COST, settings.serve.batch_wait_seconds)
         self._adapters = adapters
         self._follower = ResidencyFollower("encoder", self._source.read, self._load, self._source.keep)
         self._inside = self._running = 0
@@ -52,26 +53,25 @@ class Encoder:
         check_start(prepared, needed)
 
     async def encode(self, kind: Kind, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
-        """Vectors of one request's items; batched with those of other requests. ``seconds``: time left."""
+        """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:
+        time left.
+        """
         deadline = time.monotonic() + seconds
         self._inside += 1
         self._record_load()
         try:
             if (refusal := await self.worker.load_missing(adapter)) is not None:
                 return refusal
-            answer: EncodeResult = await self.batch(EncodeRequest(kind, payload, adapter, deadline))
-            return answer
+            return await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline))
         finally:
             self._inside -= 1
             self._record_load()
 
-    @serve.batch(max_batch_size=16 * IMAGE_COST, batch_wait_timeout_s=0.005, batch_size_fn=batch_cost)  # type: ignore[untyped-decorator]
-    async def batch(self, works: list[EncodeRequest]) -> list[EncodeResult]:
-        """One dynamic batch, bounded by cost."""
-        self._running = len(works)
+    async def _run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        self._running = len(requests)
         self._record_load()
         try:
-            return await self.worker.encode(works)
+            return await self.worker.encode(requests)
         finally:
             self._running = 0
             self._record_load()

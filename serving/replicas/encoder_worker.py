@@ -26,6 +26,7 @@ from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
+from serving.replicas.fair_batches import late
 from serving.replicas.forward_health import ForwardHealth, is_persistent
 
 log = logging.getLogger("ratchet.encoder")
@@ -137,9 +138,7 @@ class EncoderWorker:
         groups: dict[tuple[Kind, str | None], list[int]] = {}
         for index, request in enumerate(requests):
             if time.monotonic() > request.deadline:
-                results[index] = EncodeResult(
-                    None, request.adapter, code="late", error="the deadline passed in the queue"
-                )
+                results[index] = late(request)
             else:
                 groups.setdefault((request.kind, request.adapter), []).append(index)
         for (kind, adapter), indices in groups.items():

@@ -24,12 +24,15 @@ from serving.http.deletion_service import DeletionService
 from serving.http.image_loader import ImageLoader
 from serving.http.quarantine_service import QuarantineService
 from serving.http.receipt_service import ReceiptService
+from serving.http.replica_share import share_of
 from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Kind
+from serving.ray.deployment_status import read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
+from serving.releases.broadcast import APP, VLM
 from serving.releases.guard_target import find_guard_target
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -41,6 +44,7 @@ from serving.replicas.key_copy import KeyCopy
 from serving.replicas.mirrored_calls import MirroredEncoders, MirroredVlms
 from serving.replicas.residency_reader import residency_reader
 from serving.replicas.vlm_calls import VlmCalls
+from serving.replicas.vlm_start import VlmStart
 
 log = logging.getLogger("ratchet.ingress")
 FOLLOW_SECONDS = 1.0
@@ -48,6 +52,12 @@ KEYS_SECONDS = 10.0
 """How often keys are read though nobody calls, so that the copies of them are not older than this."""
 FIRST_SECONDS = 20.0
 """How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
+
+
+def vlm_start_cause() -> str:
+    """Why the last VLM replica could not start; empty when none has failed."""
+    status = read_statuses(APP).get(VLM)
+    return "" if status is None else status.cause
 
 
 @serve.ingress()
@@ -74,7 +84,9 @@ class Ingress:
         self.access.refresh()  # so that keys are known even if the ledger goes away before the first request
         self._tasks: dict[str, asyncio.Task[None]] = {}
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
-        vlms = None if vlm is None else VlmCalls(vlm, settings.serve.vlm_queue)
+        share = share_of(settings.serve)
+        vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
+        self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, vlm_start_cause)
 
         async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
@@ -85,21 +97,25 @@ class Ingress:
             settings.rollout, unhurried, tokenizer.rows(list(TEXTS)), vlms, settings.serve.deadline_seconds
         )
         self.app_state = AppState(
-            settings=settings.serve,
+            settings=share,
             dim=base.dim,
             tokenizer=tokenizer,
             admission=self.admission,
             encoders=MirroredEncoders(encoders, self.shadow_traffic),
             index=CatalogCalls(catalog, settings.serve.deadline_seconds),
             operations=ControllerCalls(controller),
-            image_loader=ImageLoader(base.preprocess, settings.serve),
+            image_loader=ImageLoader(base.preprocess, share),
             access=self.access,
             quarantine=QuarantineService(settings, self.ledger),
             receipts=ReceiptService(settings),
             deletions=DeletionService(settings, self.ledger),
             ledger=self.ledger,
             refresh=self.refresh,
-            vlms=None if vlms is None else MirroredVlms(vlms, self.shadow_traffic),
+            vlms=(
+                None
+                if vlms is None or self.vlm_start is None
+                else MirroredVlms(vlms, self.shadow_traffic, self.vlm_start)
+            ),
             proxies=proxies(settings.serve),
             token_text=token_texts(None if vlm is None else base_directory(settings.home, settings.base.vlm) / MODEL),
         )
@@ -132,14 +148,17 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Serve asks this once before it sends requests here, and every few seconds after that. Keeps the follower, the
-        comparisons, the copy of the keys and the metric of what answers running.
+        comparisons, the copy of the keys and the metric of what answers running, and waits for the VLM's start.
         """
         if not self._tasks:
             await self._adopt_first()
-        for name, work in (
-            ("follow", self._follow), ("compare", self.shadow_traffic.run), ("keys", self._read_keys),
-            ("probe", self.app_state.probes.watch),
-        ):  # fmt: skip
+        work_by_name = {
+            "follow": self._follow, "compare": self.shadow_traffic.run, "keys": self._read_keys,
+            "probe": self.app_state.probes.watch,
+        }  # fmt: skip
+        if self.vlm_start is not None:
+            work_by_name["vlm"] = self.vlm_start.run
+        for name, work in work_by_name.items():
             if name not in self._tasks or self._tasks[name].done():
                 self._tasks[name] = asyncio.get_running_loop().create_task(work())
 

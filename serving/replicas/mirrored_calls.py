@@ -11,6 +11,7 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.encoder_calls import EncoderCalls
 from serving.replicas.vlm_calls import VlmCalls
+from serving.replicas.vlm_start import VlmStart
 
 
 class MirroredEncoders:
@@ -31,9 +32,15 @@ class MirroredEncoders:
 class MirroredVlms:
     """Implements :class:`serving.http.app_state.Vlms`."""
 
-    def __init__(self, calls: VlmCalls, shadow_traffic: ShadowTraffic) -> None:
+    def __init__(self, calls: VlmCalls, shadow_traffic: ShadowTraffic, start: VlmStart) -> None:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
+        self.start = start
+
+    @property
+    def start_problem(self) -> str:
+        """See :attr:`VlmStart.problem`."""
+        return self.start.problem
 
     async def reply(self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
         """See :meth:`VlmCalls.reply`."""

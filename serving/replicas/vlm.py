@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -13,7 +14,6 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.priority import nice_process
 from ops.settings import Settings
-from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import MODEL_NICE, Refusal
 from serving.ray.loopback import close_replica_port
@@ -22,23 +22,38 @@ from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.follower import ResidencyFollower, check_start
-from serving.replicas.vlm_worker import VlmWorker
+from serving.replicas.start_order import wait_for_clip
 
+log = logging.getLogger("ratchet.vlm")
 INCOMING, LATE = 1, 1
 """Places for adapters beside those of the resident releases: one that is being prepared, one for late requests."""
+RETRY_SECONDS = 15.0
+"""Between a start that failed and the next one. Serve itself would begin again at once, and load all cores for ever."""
 
 
 class VlmReplica:
-    """Holds one engine, and the adapters of the resident releases. Starts as an encoder does.
+    """Holds one engine, and the adapters of the resident releases. Starts as an encoder does, but after CLIP.
 
-    A dead engine cannot be started again in its process: the replica reports it, and Serve starts another replica.
+    A dead engine cannot be started again in its process: the replica reports it, and Serve starts another replica. One
+    whose start fails is started again without end, see :data:`serving.ray.ray_session.START_ATTEMPTS`.
     """
 
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
         nice_process(MODEL_NICE)
         metrics.build.started("vlm")
+        await wait_for_clip()
+        try:
+            await self._start(settings)
+        except Exception:
+            log.exception("the VLM cannot start")
+            await asyncio.sleep(RETRY_SECONDS)
+            raise
+
+    async def _start(self, settings: Settings) -> None:
+        from serving.engines.vlm.base import load_vlm_base
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
+        from serving.replicas.vlm_worker import VlmWorker
 
         self.settings = settings
         ledger = Ledger.lazy(settings.ledger)
@@ -63,7 +78,8 @@ class VlmReplica:
 
     async def __del__(self) -> None:
         """Serve awaits this when the replica ends: the engine's processes end with it."""
-        await self.worker.engine.close()
+        if (worker := getattr(self, "worker", None)) is not None:  # it may have failed to start
+            await worker.engine.close()
 
     async def reply(
         self, request: GenerationRequest, adapter: str | None, seconds: float

@@ -4,6 +4,7 @@ answers from a script."""
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -53,6 +54,8 @@ class InProcessApp:
     has_vlm: bool = True
     admission: Admission = field(default_factory=Admission)
     samples: list[Sample] = field(default_factory=list)
+    encoded: Counter[str] = field(default_factory=Counter)
+    """Items that were encoded, by kind."""
     protocol: ReleaseProtocol = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,9 +64,13 @@ class InProcessApp:
     async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
         vectors = run(payload, snapshot.clip)
+        spaces = self.engine.spaces(snapshot.clip)
+        self.encoded[kind] += len(payload)
         return EncodeResult(
             vectors,
             snapshot.clip,
+            spaces.image,
+            spaces.text,
             logit_scale=self.engine.logit_scale,
             tokens=sum(map(len, payload)) if kind == "text" else 0,
         )
@@ -101,6 +108,9 @@ class InProcessApp:
 
     async def prepare_vlm(self, vlm: str | None) -> list[Prepared]:
         return [Prepared("one", vlm)]
+
+    async def vlm_answers(self) -> bool:
+        return True
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         while await self.catalog.reconciler.step():

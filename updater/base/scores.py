@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ops.progress import say
+from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from streams.demo import prepare_domain
@@ -35,13 +36,18 @@ _NO_RETRIEVAL = ("fashion",)
 """Ten templated texts for thousands of pictures are no retrieval task."""
 
 
-def score_base(home: Path | str, name: str = NAME, domains: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+def score_base(
+    home: Path | str, name: str = NAME, domains: Sequence[str] | None = None, choice: EngineChoice = FLOAT32
+) -> dict[str, dict[str, float]]:
     """Scores by domain: ``recall@1``, ``recall@5``, ``accuracy`` (fractions), ``items``. Takes minutes for all.
+
+    Args:
+        choice: the engine and precision that answer.
 
     Raises :class:`ops.errors.BaseModelError` when the base is not registered.
     """
     base = load_base(home, name)
-    engine = ClipEngine(base)
+    engine = ClipEngine(base, choice=choice)
     result: dict[str, dict[str, float]] = {}
     for domain in domains or (*DOMAINS, *UNSEEN):
         folder = prepare_domain(domain, Path(home))

@@ -25,7 +25,7 @@ def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[A
         GateError: the VLM engine does not start.
     """
     if isinstance(base, ClipBase):
-        yield ClipAsker(ClipEngine(base, threads=settings.updater.threads))
+        yield ClipAsker(ClipEngine.of(settings, base, threads=settings.updater.threads))
         return
     from serving.engines.vlm.open import open_engine
     from serving.engines.vlm.sync import SyncVlm

@@ -59,8 +59,9 @@ class Outcomes:
 class Scorer:
     """Scores suites for the adapters resident in one engine; embeddings and scores are computed once.
 
-    Scores are cached on disk by suite digest and embedding spaces (content digests of everything that makes a
-    vector), so a base or an incumbent that has answered a suite before costs nothing.
+    Scores are cached on disk by suite digest, embedding spaces (content digests of everything that makes a vector)
+    and the engine's precision, whose rounding must not differ between two models that are compared; so a base or an
+    incumbent that has answered a suite before costs nothing.
     """
 
     def __init__(self, engine: ClipEngine, cache: Path | None = None) -> None:
@@ -198,7 +199,8 @@ class Scorer:
         if folder is None:
             return None
         spaces = self.engine.spaces(adapter)
-        return folder / f"{digest12(digest_json([suite.digest(), spaces.image, spaces.text]))}.npz"
+        what = [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
+        return folder / f"{digest12(digest_json(what))}.npz"
 
 
 def _outcomes(

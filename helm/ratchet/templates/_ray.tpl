@@ -12,14 +12,16 @@
   value: {{ dig "serve" "connections" 4096 .Values.settings | int | quote }}
 - name: FORWARDED_ALLOW_IPS # uvicorn would believe the X-Forwarded-For of any client that comes through HAProxy
   value: none
+- name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT # a VLM that cannot start is tried again without end
+  value: "1000000"
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
 - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds
   value: {{ include "ratchet.drainSeconds" . | quote }}
 - name: PROMETHEUS_MULTIPROC_DIR
   value: /run/ratchet/metrics
-- name: OMP_NUM_THREADS
-  value: {{ dig "serve" "encoder_threads" 1 .Values.settings | int | quote }}
+- name: OMP_NUM_THREADS # encoders set their own number
+  value: "1"
 {{- end -}}
 
 {{/* How long a node that ends (SIGTERM) may take. Serve stops its replicas a request's deadline and 5 s before this is

@@ -78,6 +78,8 @@ def problems(status: dict[str, Any] | None) -> list[str]:
         found.append("No release is being served yet.")
     if controller["trouble"]:
         found.append(f"The last release could not be made: {controller['trouble']}")
+    if vlm := status.get("vlm_problem"):
+        found.append(f"Questions about pictures are not answered yet: {vlm}")
     live = max(controller["resident"], key=lambda row: row["release"], default=None)
     space = catalog["spaces"].get(live["image_space"]) if live else None
     if space is not None and space["coverage"] < 1:

@@ -14,14 +14,14 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ops.digests import digest_bytes, digest_json
 from ops.errors import BaseModelError
 from serving.engines.base import DESCRIPTION, base_directory, move_into_place
+
+if TYPE_CHECKING:
+    from torch import nn
 
 FORMAT = 1
 MODEL = "model"
@@ -65,6 +65,7 @@ class VlmBase:
 
         Raises :class:`BaseModelError` when files are missing or cut short.
         """
+        import torch
         from transformers import AutoModelForImageTextToText
 
         _quiet()
@@ -131,6 +132,8 @@ def save_vlm_base(
     Raises:
         BaseModelError: not a model folder, pickled weights only, code of its own, or no VLM that loads.
     """
+    import torch
+
     config = _check(source)
     target = base_directory(home, name)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -160,6 +163,8 @@ def save_vlm_base(
 
 def find_vlm_targets(model: nn.Module) -> dict[str, str]:
     """Regular expressions for the linear layers that can carry LoRA, by part of the model."""
+    from torch import nn
+
     leaves: dict[str, set[str]] = {part: set() for part in _TOWERS}
     for name, module in model.named_modules():
         leaf = name.rsplit(".", 1)[-1]

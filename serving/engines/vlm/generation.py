@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.sampling_parameters import (
     check_max_tokens,
     check_seed,
     checked_temperature,
     checked_top_p,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from serving.engines.vlm.base import VlmBase
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""

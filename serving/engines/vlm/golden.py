@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError
-from serving.engines.clip import golden_pixels
+from serving.engines.golden_inputs import golden_pixels
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 
 SIDE = 64

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -60,6 +60,7 @@ class ServerFixture:
     vlm: VlmBase | None = None
     images: list[bytes] = field(default_factory=lambda: pictures(6))
     _seeds: int = 100
+    _started: ClassVar[ServerFixture | None] = None
 
     @classmethod
     def make(
@@ -77,13 +78,32 @@ class ServerFixture:
         bases = {"clip": base.name, "vlm": vlm.name if vlm is not None else ""}
         config = home / "ratchet.yaml"
         bounds = {"port": free_port(), "queue": QUEUE, "deadline_seconds": 20, "max_body_bytes": 2 << 20,
-                  "max_image_bytes": 1 << 20, "max_pixels": 1_000_000}  # fmt: skip
+                  "max_image_bytes": 1 << 20, "max_pixels": 1_000_000, "encoder_replicas": 2, "encoder_threads": 1,
+                  "cache_bytes": 0}  # fmt: skip  # tests repeat their inputs, and mean the encoders
         # Tests share a server: a rollback of one must not make the updates of the next one wait.
         guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
         watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
         settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
+
+    @classmethod
+    def make_with_movable_ledger(cls, home: Path, **serve: Any) -> ServerFixture:
+        """The same with a ledger that :meth:`move_ledger` takes away."""
+        server = cls.make(home, **serve)
+        (home / "up").mkdir()
+        (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
+        settings = yaml.safe_load(server.config.read_text()) | {"ledger_url": f"sqlite:///{home}/ledger/ledger.db"}
+        server.config.write_text(yaml.safe_dump(settings))
+        server.settings = load_settings(server.config, environ={})
+        server.move_ledger("up")
+        return server
+
+    def move_ledger(self, to: Literal["up", "down"]) -> None:
+        """Turn the link through which everybody reaches the ledger, in one step."""
+        link = self.settings.home / "ledger.new"
+        link.symlink_to(self.settings.home / to)
+        link.replace(self.settings.home / "ledger")
 
     @property
     def url(self) -> str:
@@ -103,7 +123,14 @@ class ServerFixture:
             self.start()
 
     def start(self) -> None:
-        """Start the server, and wait until it is ready."""
+        """Start the server, and wait until CLIP answers and, where one is served, the VLM.
+
+        One that another fixture left running is stopped first: a server that nobody asks takes a part of the processor
+        that tests need.
+        """
+        if ServerFixture._started is not None:
+            ServerFixture._started.stop()
+        ServerFixture._started = self
         path = self.settings.home / "serve.log"
         log = path.open("ab")
         before = log.tell()
@@ -111,10 +138,12 @@ class ServerFixture:
         command = [sys.executable, "-m", "serving.app", str(self.config)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT, start_new_session=True)
         end = time.monotonic() + START_SECONDS
-        while b"ratchet serves on" not in path.read_bytes()[before:]:  # all parts of it, not only what is ready first
+        while b"ratchet serves on" not in path.read_bytes()[before:]:
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < end, self.log()
             time.sleep(0.2)
+        if self.vlm is not None:
+            self.until(self.client().is_ready)
 
     def stop(self) -> None:
         """End it as an operator would."""

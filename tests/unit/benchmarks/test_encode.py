@@ -25,6 +25,7 @@ from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.sides import Turn, ratchet_template
 from ops.errors import ConfigError
 from serving.engines.simple_tokenizer import BoundedTokenizer
+from serving.engines.tokens import vocabulary
 from serving.http.schemas import EmbeddingsRequest
 
 
@@ -65,7 +66,7 @@ def test_pictures_weigh_what_photographs_do_and_differ() -> None:
 def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
     texts = [text(number) for number in (*range(500), *range(800_000, 800_500))]
     assert len(set(texts)) == len(texts)
-    lengths = [len(row) for row in BoundedTokenizer(77).rows(texts)]
+    lengths = [len(row) for row in BoundedTokenizer(vocabulary(), 77).rows(texts)]
     assert min(lengths) >= 10 and max(lengths) <= 16
 
 

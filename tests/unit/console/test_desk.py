@@ -42,6 +42,7 @@ def test_what_is_not_well_is_said_in_words() -> None:
     assert problems(status(live=1.0, next_one=0.04)) == [], "an index that is not live yet is no trouble"
     assert "93% of the pictures" in problems(status(live=0.93))[0]
     assert "because" in problems(status(trouble="because"))[0]
+    assert "the VLM is starting" in problems({**status(), "vlm_problem": "the VLM is starting."})[0]
 
 
 def test_a_backfill_for_the_next_release_is_shown_with_its_estimate() -> None:

@@ -11,7 +11,8 @@ import pytest
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError
 from serving.engines.base import ClipBase
-from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip import ClipEngine
+from serving.engines.golden_inputs import golden_pixels
 
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]
 

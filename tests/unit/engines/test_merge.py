@@ -23,7 +23,8 @@ from serving.engines.adapters import (
     write_adapter,
 )
 from serving.engines.base import ClipBase, save_base
-from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip import ClipEngine
+from serving.engines.golden_inputs import golden_pixels
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import shell_of
 

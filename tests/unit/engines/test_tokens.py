@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer, get_clean_fn
 
 from serving.engines import simple_tokenizer
 from serving.engines.simple_tokenizer import BoundedTokenizer, merge
-from serving.engines.tokens import make_tokenizer, pad_rows
+from serving.engines.text_cleaning import CLEAN
+from serving.engines.tokens import make_tokenizer, pad_rows, vocabulary
 
 CONTEXT = 24
 REFERENCE = SimpleTokenizer(context_length=CONTEXT)
-OURS = BoundedTokenizer(CONTEXT)
+OURS = BoundedTokenizer(vocabulary(), CONTEXT)
 ORDINARY = [
     "", "!", "a photo of a cat", "A small HOUSE beside the lake, at night.", "it's 12:30; they're 1,000 &amp; more",
     "Ein Fußgänger überquert die Straße", "日本語のテキスト", "поезд на мосту", "👩‍👩‍👧‍👦 family 🎉🎉", "a\tb\n\nc   d",
@@ -29,6 +30,12 @@ ORDINARY = [
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_texts_have_the_ids_of_open_clip(text: str) -> None:
     assert OURS([text]).tolist() == REFERENCE([text]).tolist()
+
+
+@pytest.mark.parametrize("name", sorted(CLEAN))
+@pytest.mark.parametrize("text", [*ORDINARY, "Under_score, &amp;amp; \x1c ends.\u2028"])
+def test_texts_are_cleaned_as_open_clip_cleans_them(name: str, text: str) -> None:
+    assert CLEAN[name](text) == get_clean_fn(name)(text)
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,12 +63,15 @@ def test_merges_follow_the_rounds_of_the_reference_whatever_the_order_of_ranks(w
 
 def test_other_options_mean_what_they_mean_to_open_clip() -> None:
     options = {"clean": "canonicalize", "additional_special_tokens": ["<pad>"]}
-    ours, theirs = BoundedTokenizer(CONTEXT, **options), SimpleTokenizer(context_length=CONTEXT, **options)
+    ours, theirs = (
+        BoundedTokenizer(vocabulary(), CONTEXT, **options),
+        SimpleTokenizer(context_length=CONTEXT, **options),
+    )
     assert ours(ORDINARY).tolist() == theirs(ORDINARY).tolist()
     masked = {"reduction_mask": "simple"}
     short = ["a cat", "two dogs"]
     assert (
-        BoundedTokenizer(CONTEXT, **masked)(short).tolist()
+        BoundedTokenizer(vocabulary(), CONTEXT, **masked)(short).tolist()
         == SimpleTokenizer(context_length=CONTEXT, **masked)(short).tolist()
     )
 
@@ -86,7 +96,7 @@ def test_the_work_for_a_word_grows_with_its_length_and_not_with_its_square(alpha
 
 def test_what_is_cut_off_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
     words: list[str] = []
-    tokenizer = BoundedTokenizer(8)
+    tokenizer = BoundedTokenizer(vocabulary(), 8)
     monkeypatch.setattr(tokenizer, "bpe", lambda word: words.append(word) or f"{word}</w>")
     assert [len(row) for row in tokenizer.rows(["cat " * 500])] == [8]
     assert len(words) == 6
@@ -94,11 +104,10 @@ def test_what_is_cut_off_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_cache_is_bounded_in_words_and_in_their_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simple_tokenizer, "CACHED_WORDS", 10)
-    tokenizer = BoundedTokenizer(CONTEXT)
+    tokenizer = BoundedTokenizer(vocabulary(), CONTEXT)
     tokenizer([f"word{chr(97 + i)}{chr(97 + j)}" for i in range(10) for j in range(10)])
     tokenizer(["x" * 1000])
     assert tokenizer._cached.cache_info().currsize == 10
-    assert set(tokenizer.cache) == {"<start_of_text>", "<end_of_text>"}
 
 
 @pytest.mark.parametrize(("text", "count"), [("", 2), ("a cat", 4), ("!", 3), ("! ! !", 5), ("word " * 60, CONTEXT)])

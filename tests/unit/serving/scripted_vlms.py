@@ -35,6 +35,7 @@ class ScriptedVlms:
 
     words: Sequence[str] = ("a ", "red ", "bus")
     finish: Finish = "stop"
+    start_problem: str = ""
     failure: Exception | None = None
     fails_at: int = 0
     hangs_at: int | None = None

@@ -24,7 +24,7 @@ from tests.unit.serving.scripted_vlms import ScriptedVlms, app_state, client
 
 @dataclass
 class Models:
-    """Encoders and a catalog that fail as told, and count."""
+    """Encoders and a catalog that fail as told, and count; and a tokenizer."""
 
     clip: Exception | None = None
     catalog: Exception | None = None
@@ -35,6 +35,9 @@ class Models:
         if self.clip is not None:
             raise self.clip
 
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        return [[1, 2] for _ in texts]
+
     async def status(self) -> dict[str, Any]:
         if self.catalog is not None:
             raise self.catalog
@@ -43,7 +46,7 @@ class Models:
 
 def state_of(models: Models, vlms: ScriptedVlms | None = None) -> AppState:
     both = cast(Any, models)
-    return replace(app_state(vlms), encoders=both, index=both)
+    return replace(app_state(vlms), encoders=both, index=both, tokenizer=both)
 
 
 DEAD = Unavailable("no replica answered.")

@@ -35,6 +35,7 @@ class PlainBroadcast:
     answering: list[ReleaseSnapshot] = field(default_factory=list)
     loaded: list[tuple[str | None, ...]] = field(default_factory=list)
     has_vlm: bool = True
+    vlm_up: bool = True
     deaf: bool = False
     stuck: str = ""
     gate: asyncio.Event | None = None
@@ -54,6 +55,9 @@ class PlainBroadcast:
         if self.gate is not None:
             await self.gate.wait()
         return [Prepared("v1", vlm, error=self.broken.get(vlm or "", ""))]
+
+    async def vlm_answers(self) -> bool:
+        return self.vlm_up
 
     async def cover(self, snapshot: ReleaseSnapshot, wait: bool) -> int:
         self.covered.append((snapshot.image_space, wait))

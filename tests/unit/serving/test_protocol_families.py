@@ -57,9 +57,24 @@ def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None]:
     return row.number, row.clip, row.vlm
 
 
-async def test_the_first_start_prepares_both_bases(protocol: ReleaseProtocol, broadcast: PlainBroadcast) -> None:
-    assert (broadcast.prepared, broadcast.prepared_vlm) == ([None], [None])
+async def test_the_first_start_waits_for_encoders_only(protocol: ReleaseProtocol, broadcast: PlainBroadcast) -> None:
+    assert (broadcast.prepared, broadcast.prepared_vlm, broadcast.covered) == ([None], [], [])
     assert protocol.ledger.proposals(1)[0].family == "both"
+
+
+async def test_updates_of_a_vlm_that_starts_let_those_of_clip_pass(
+    protocol: ReleaseProtocol, broadcast: PlainBroadcast
+) -> None:
+    ledger = protocol.ledger
+    for family, name in (("vlm", "v"), ("clip", "a")):
+        ledger.propose("update", family=family, clip=name, vlm=name, actor="updater", reason="passed")
+    broadcast.vlm_up = False
+    assert await protocol.step() is not None
+    assert await protocol.step() is None
+    assert live(protocol) == (2, "a", None)
+    broadcast.vlm_up = True
+    assert await protocol.step() is not None
+    assert live(protocol) == (3, "a", "v")
 
 
 async def test_a_release_of_one_keeps_the_other_and_does_not_prepare_it(
@@ -69,7 +84,7 @@ async def test_a_release_of_one_keeps_the_other_and_does_not_prepare_it(
     made = await release(protocol, vlm="v")
     assert (made.clip, made.vlm, made.family) == ("a", "v", "vlm")
     assert broadcast.prepared == [None, "a"]
-    assert broadcast.prepared_vlm == [None, "v"]
+    assert broadcast.prepared_vlm == ["v"]
 
 
 async def test_a_release_of_a_vlm_adapter_leaves_the_catalog_alone(

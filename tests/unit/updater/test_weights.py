@@ -13,7 +13,8 @@ from benchmarks.fixtures.tiny import RANK, tiny_adapter, tiny_base
 from ops.errors import AdapterError, ConfigError
 from serving.engines.adapters import effective_weights, read_adapter
 from serving.engines.base import ClipBase
-from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip import ClipEngine
+from serving.engines.golden_inputs import golden_pixels
 from serving.engines.shared_weights import shell_of
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Delta, Factor, LoraModel, WeightModel, Whole, merge, read_delta

@@ -1,0 +1,74 @@
+"""``ratchet doctor --tune``: measure how the base runs fastest here, and write it into the settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ops.cli.context import Context
+from ops.loading import FILE, FILE_VARIABLE
+from ops.progress import say, step
+from ops.settings import Settings
+from ops.settings_file import update_section
+
+MARK = "tuned"
+"""File in ``home/engines`` that says that this was done."""
+
+
+def run_tune(shared: Context) -> None:
+    """Measure, print, write. Raises ConfigError, BaseModelError."""
+    from serving.engines.base import load_base
+    from serving.engines.engine_choice import IMAGES, TEXTS
+    from serving.engines.tuning import tune
+
+    settings = shared.settings
+    base = load_base(settings.home, settings.base.clip)
+    with step(f"measuring {base.name} on this machine (one to two minutes)"):
+        tuning = tune(base, settings.home, say)
+    engines = Table("engine", "precision", "images/s", "texts/s", "cosine to float32", title="Engines")
+    for row in tuning.engines:
+        name, precision = row.choice.engine, row.choice.precision
+        if row.error:
+            engines.add_row(name, precision, "-", "-", row.error)
+            continue
+        rates = f"{IMAGES / row.image_seconds:.1f}", f"{TEXTS / row.text_seconds:.1f}"
+        engines.add_row(
+            name, precision, *rates, f"{row.cosine:.5f}", style="bold" if row.choice == tuning.choice else ""
+        )
+    encoders = Table(
+        "encoders", "threads of each", "images/s together", title=f"Encoders, batches of {tuning.max_batch}"
+    )
+    for layout in tuning.layouts:
+        style = "bold" if layout == tuning.layout else ""
+        encoders.add_row(str(layout.replicas), str(layout.threads), f"{layout.images_per_second:.1f}", style=style)
+    console = Console()
+    console.print(engines)
+    console.print(encoders)
+    console.print(_write(shared.file, settings, tuning.settings))
+    mark = settings.home / "engines" / MARK
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def is_tuned(settings: Settings) -> bool:
+    """Whether this home was ever tuned."""
+    return (settings.home / "engines" / MARK).exists()
+
+
+def _write(file: Path | None, settings: Settings, values: dict[str, Any]) -> Table:
+    """Write what differs from the present settings, and show it."""
+    named = os.environ.get(FILE_VARIABLE)
+    path = file or Path(named or FILE)
+    update_section(path, "serve", values)
+    table = Table("setting", "before", "now", title=f"Written to {path}; takes effect at the next start")
+    for name, value in values.items():
+        before = getattr(settings.serve, name)
+        origin = settings.origins.get(f"serve.{name}", "default")
+        shadowed = origin == "flag" or origin.startswith("environment")
+        note = f" (the {origin} still says {before})" if shadowed else ""
+        table.add_row(f"serve.{name}", str(before), f"{value}{note}", style="" if before == value else "bold")
+    return table

@@ -1,0 +1,181 @@
+"""Towers run by torch: in float32 as the base has them, or converted to half precision.
+
+The float32 model stays memory-mapped from the base's file; adapters are merged into it. At half precision each weight
+of the base is converted once, and adapters share what they do not change. On a CPU linear layers are packed for oneDNN
+(:mod:`packed_linear`); a convolutional image tower stays float32 there, since its layers gain nothing. On a GPU batches
+have fixed sizes, run from CUDA graphs (:mod:`cuda_graphs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from serving.engines.backends import DTYPES, Precision
+from serving.engines.conv_layout import images_per_pass, is_convolutional, set_conv_layout
+from serving.engines.cuda_graphs import GraphedTower
+from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, is_self_attention, pack
+from serving.engines.preprocess import Preprocess
+from serving.engines.shared_weights import private_bytes, shell_of
+from serving.engines.text_tower import encode_text
+
+
+class TorchBackend:
+    """Implements :class:`serving.engines.backends.Backend`."""
+
+    def __init__(
+        self, model: nn.Module, preprocess: Preprocess, device: torch.device, precision: Precision = "float32"
+    ) -> None:
+        """``model``: the base in float32, on ``device`` for that precision; it is kept, and not changed but for the
+        layout of convolutions.
+        """
+        self.preprocess = preprocess
+        self.device = device
+        self.precision = precision
+        visual = model.get_submodule("visual")
+        self.channels_last = set_conv_layout(visual) or device.type == "cuda"
+        self.images_per_pass = images_per_pass(visual, device)
+        half, cpu = DTYPES[precision], device.type == "cpu"
+        self._dtypes = {"image": torch.float32 if cpu and is_convolutional(visual) else half, "text": half}
+        self._model = model
+        self._weights = None if precision == "float32" else ConvertedWeights(model, half, device)
+
+    def towers(self, changed: Mapping[str, torch.Tensor]) -> TorchTowers:
+        """See :meth:`Backend.towers`."""
+        if self.channels_last:
+            changed = {key: _channels_last(value) for key, value in changed.items()}
+        shell = shell_of(self._model, changed) if changed or self._weights is not None else self._model
+        if self._weights is None:
+            return TorchTowers(self, shell, private_bytes(changed), torch.float32)
+        before = self._weights.private_bytes
+        self._convert(shell)
+        return TorchTowers(self, shell, self._weights.private_bytes - before, self._dtypes["image"])
+
+    def _convert(self, shell: nn.Module) -> None:
+        """Replace what a shell shares with the base by tensors of the wanted precision."""
+        assert self._weights is not None
+        packs = self.device.type == "cpu" and can_pack(self._weights.dtype)
+        if self._dtypes["image"] is not torch.float32:
+            _convert(shell.get_submodule("visual"), self._weights, packs)
+        for name, child in shell.named_children():
+            if name != "visual":
+                _convert(child, self._weights, packs)
+        _convert_own(shell, self._weights)
+
+
+class TorchTowers:
+    """Implements :class:`serving.engines.backends.Towers`."""
+
+    def __init__(self, backend: TorchBackend, module: nn.Module, own_bytes: int, image_dtype: torch.dtype) -> None:
+        self._backend = backend
+        self._module = module
+        self._image_dtype = image_dtype
+        self.bytes = own_bytes
+        cuda = backend.device.type == "cuda"
+        self._images: Any = GraphedTower(self._forward_images, backend.device) if cuda else self._forward_images
+        self._texts: Any = GraphedTower(self._forward_texts, backend.device) if cuda else self._forward_texts
+
+    @property
+    def model(self) -> nn.Module | None:
+        """See :class:`Towers`."""
+        return self._module if self._backend.precision == "float32" else None
+
+    @torch.inference_mode()
+    def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """See :class:`Towers`."""
+        step = self._backend.images_per_pass
+        # A writable copy: torch refuses to promise anything about read-only buffers (object store, mmap).
+        parts = [
+            self._images(torch.from_numpy(np.array(pixels[start : start + step])))
+            for start in range(0, len(pixels), step)
+        ]
+        return _array(parts)
+
+    @torch.inference_mode()
+    def texts(self, ids: torch.Tensor) -> npt.NDArray[np.float32]:
+        """See :class:`Towers`."""
+        return _array([self._texts(ids)])
+
+    def _forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._image_dtype)
+        if self._backend.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        vectors: torch.Tensor = self._module.encode_image(batch)  # type: ignore[operator]
+        return vectors.float()
+
+    def _forward_texts(self, ids: torch.Tensor) -> torch.Tensor:
+        return encode_text(self._module, ids.to(self._backend.device)).float()
+
+
+class ConvertedWeights:
+    """Tensors in another precision; those of the base are converted once and shared."""
+
+    def __init__(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.private_bytes = 0
+        """Of all tensors that were converted and are not the base's."""
+        self._base = {id(tensor) for tensor in chain(base.parameters(), base.buffers())}
+        self._shared: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Same layout. Integers keep their type."""
+        return self._once(tensor, packed=False)
+
+    def packed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """oneDNN's layout of a matrix."""
+        return self._once(tensor, packed=True)
+
+    def _once(self, tensor: torch.Tensor, packed: bool) -> torch.Tensor:
+        key = id(tensor), packed
+        if key in self._shared:
+            return self._shared[key]
+        converted = tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
+        converted = pack(converted) if packed else converted
+        if id(tensor) in self._base:
+            self._shared[key] = converted
+        else:
+            self.private_bytes += converted.numel() * converted.element_size()
+        return converted
+
+
+def _convert(owner: nn.Module, weights: ConvertedWeights, packs: bool) -> None:
+    for name, module in list(owner.named_children()):
+        if packs and type(module) is nn.Linear:
+            setattr(owner, name, _packed(module.weight, module.bias, weights))
+        elif packs and is_self_attention(owner, module):
+            attention: Any = module
+            inward = _packed(attention.in_proj_weight, attention.in_proj_bias, weights)
+            outward = _packed(attention.out_proj.weight, attention.out_proj.bias, weights)
+            setattr(owner, name, PackedAttention(inward, outward, attention.num_heads))
+        else:
+            _convert(module, weights, packs)
+    _convert_own(owner, weights)
+
+
+def _convert_own(module: nn.Module, weights: ConvertedWeights) -> None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(weights.plain(parameter), requires_grad=False)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = weights.plain(buffer)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, weights: ConvertedWeights) -> PackedLinear:
+    return PackedLinear(weights.packed(weight), None if bias is None else weights.plain(bias))
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _array(parts: list[torch.Tensor]) -> npt.NDArray[np.float32]:
+    rows: npt.NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+    return rows

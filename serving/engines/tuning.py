@@ -1,0 +1,181 @@
+"""Measures how a base runs fastest on this machine: engine and precision, batch size, and encoders by threads.
+
+Used by ``ratchet doctor --tune``. Encoders are measured as they run, in processes of their own and all at once: what
+threads gain in one process says little of what several processes gain together.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from ops.errors import ConfigError
+from serving.engines.backends import DTYPES, EngineChoice
+from serving.engines.base import ClipBase, load_base
+from serving.engines.clip import ClipEngine
+from serving.engines.engine_choice import Measurement, best_of, measure
+from serving.engines.golden_inputs import golden_pixels
+from serving.engines.processor import processor, usable_cores
+
+BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
+ENOUGH: Final = 0.95
+"""The smallest batch that has this share of the best rate: larger ones only make requests wait for each other."""
+WORTH: Final = 1.15
+"""Gain for which another process with a copy of the adapters is worth its memory."""
+MAX_REPLICAS: Final = 8
+MEASURE_SECONDS: float = 3.0
+"""How long encoders are measured side by side; a batch size takes a third of it."""
+START_SECONDS: Final = 120.0
+"""Longest wait for an encoder process to load the base."""
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Encoder processes, and the images per second of all together."""
+
+    replicas: int
+    threads: int
+    images_per_second: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured, and what follows from it."""
+
+    engines: list[Measurement]
+    batches: dict[int, float]
+    """Images per second by batch size, one process with all cores."""
+    layouts: list[Layout]
+
+    @property
+    def choice(self) -> EngineChoice:
+        """Engine and precision."""
+        return best_of(self.engines)
+
+    @property
+    def max_batch(self) -> int:
+        """Images of a pass."""
+        best = max(self.batches.values())
+        return min(size for size, rate in self.batches.items() if rate >= ENOUGH * best)
+
+    @property
+    def layout(self) -> Layout:
+        """The fewest processes that are not clearly slower than more of them."""
+        best = self.layouts[0]
+        for layout in self.layouts[1:]:
+            if layout.images_per_second > WORTH * best.images_per_second:
+                best = layout
+        return best
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Values for the section ``serve``."""
+        return {
+            "engine": self.choice.engine,
+            "precision": self.choice.precision,
+            "encoder_replicas": self.layout.replicas,
+            "encoder_threads": self.layout.threads,
+            "max_batch": max(self.max_batch, 4),
+        }
+
+
+def tune(base: ClipBase, home: Path, say: Report) -> Tuning:
+    """Measure everything (one to two minutes for a ViT-B-32).
+
+    Args:
+        home: the home that the base is registered in.
+        say: is told of each result.
+    """
+    torch.set_num_threads(usable_cores())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    engines = measure(base, all_choices(device), device)
+    choice = best_of(engines)
+    say(f"engine: {choice}")
+    engine = ClipEngine(base, device, choice=choice)
+    batches: dict[int, float] = {}
+    for size in BATCHES:
+        batches[size] = rate(engine, size, MEASURE_SECONDS / 3)
+        say(f"batch of {size}: {batches[size]:.1f} images/s")
+    del engine
+    tuning = Tuning(engines, batches, [])
+    layouts = []
+    for layout in layouts_of(usable_cores()) if device.type == "cpu" else [Layout(1, usable_cores())]:
+        layouts.append(run_layout(home, base.name, choice, layout, tuning.max_batch, MEASURE_SECONDS))
+        say(f"{layout.replicas} x {layout.threads} threads: {layouts[-1].images_per_second:.1f} images/s")
+    return Tuning(engines, batches, layouts)
+
+
+def all_choices(device: torch.device) -> list[EngineChoice]:
+    """Every engine that is installed, in float32 and in the half precision that the processor has; torch first."""
+    half = processor(device.type).half
+    precisions = [precision for precision in DTYPES if precision in ("float32", half)]
+    choices = [EngineChoice("torch", precision) for precision in precisions]
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        return choices
+    return choices + [EngineChoice("onnx", precision) for precision in precisions]
+
+
+def layouts_of(cores: int) -> list[Layout]:
+    """Ways to share the cores, the fewest processes first: all cores in one, then halves, quarters and so on."""
+    layouts, replicas = [], 1
+    while replicas <= min(cores, MAX_REPLICAS):
+        layouts.append(Layout(replicas, cores // replicas))
+        replicas *= 2
+    return layouts
+
+
+def rate(engine: ClipEngine, size: int, seconds: float) -> float:
+    """Images per second in batches of ``size``, after one batch that is not counted."""
+    pixels = golden_pixels(engine.base.preprocess.size)
+    batch = np.concatenate([pixels] * -(-size // len(pixels)))[:size]
+    engine.encode_images(batch)
+    passes, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds or passes < 2:
+        engine.encode_images(batch)
+        passes += 1
+    return passes * size / spent
+
+
+def run_layout(home: Path, name: str, choice: EngineChoice, layout: Layout, batch: int, seconds: float) -> Layout:
+    """Measure encoder processes side by side. Raises ConfigError when one does not start."""
+    spawn = multiprocessing.get_context("spawn")
+    ready, results = spawn.Barrier(layout.replicas + 1), spawn.Queue()
+    arguments = (home, name, choice, layout.threads, batch, seconds, ready, results)
+    workers = [spawn.Process(target=_encode, args=arguments, daemon=True) for _ in range(layout.replicas)]
+    try:
+        for worker in workers:
+            worker.start()
+        try:
+            ready.wait(START_SECONDS)
+            rates: Sequence[float] = [results.get(timeout=seconds * 10 + START_SECONDS) for _ in workers]
+        except Exception as error:
+            raise ConfigError(
+                f"{layout.replicas} encoders with {layout.threads} threads did not start or end: {error!r}.",
+                "Look at the memory that is free; set encoder_replicas and encoder_threads by hand.",
+            ) from error
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    return Layout(layout.replicas, layout.threads, sum(rates))
+
+
+def _encode(
+    home: Path, name: str, choice: EngineChoice, threads: int, batch: int, seconds: float, ready: Barrier, results: Any
+) -> None:
+    engine = ClipEngine(load_base(home, name), threads=threads, choice=choice)
+    engine.encode_images(golden_pixels(engine.base.preprocess.size))
+    ready.wait(START_SECONDS)
+    results.put(rate(engine, batch, seconds))

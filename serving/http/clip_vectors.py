@@ -1,0 +1,148 @@
+"""Vectors of a request's texts and images: those of the cache, and the encoders' for the rest.
+
+With a cache, content that comes twice in a request is encoded once. What is cached is of one embedding space, the one
+that the request's release has and that the encoder says it answered in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ops import metrics
+from serving.engines.tokens import Tokenizer
+from serving.http.errors import ApiError
+from serving.http.image_loader import ImageLoader, ImageSource
+from serving.http.vector_cache import CachedVector, VectorCache
+from serving.messages import EncodeResult, Kind
+from serving.releases.release_snapshot import ReleaseSnapshot
+
+log = logging.getLogger("ratchet.http")
+INLINE_CHARS = 4096
+"""Texts up to here are tokenized at once, in less than a millisecond; longer ones in a thread."""
+Encoded = tuple[EncodeResult, list[int]]
+"""An encoder's answer, and the tokens of each item."""
+
+
+class Encoders(Protocol):
+    """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
+
+    async def encode(self, kind: Kind, payload: object, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+        """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Vectors:
+    """Of items of one kind, in their order: float32 [n, dim], each of unit length."""
+
+    rows: npt.NDArray[np.float32]
+    logit_scale: float
+    tokens: int
+    """Of all texts together, start and end included."""
+
+
+class ClipVectors:
+    """Used from one event loop.
+
+    Args:
+        cache: shared by texts and images.
+    """
+
+    def __init__(self, encoders: Encoders, images: ImageLoader, tokenizer: Tokenizer, cache: VectorCache) -> None:
+        self.encoders = encoders
+        self.images = images
+        self.tokenizer = tokenizer
+        self.cache = cache
+
+    async def of_texts(self, texts: Sequence[str], snapshot: ReleaseSnapshot, deadline: float) -> Vectors:
+        """Vectors of texts that were checked, at least one. Raises QueueFull, DeadlineExceeded, Unavailable."""
+
+        async def encode(missing: list[int]) -> Encoded:
+            rows = await self._tokens([texts[index] for index in missing])
+            return await self.encoders.encode("text", rows, snapshot, deadline), [len(row) for row in rows]
+
+        digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+        return await self._vectors("text", snapshot.text_space, digests, encode)
+
+    async def of_images(
+        self, images: Sequence[ImageSource], snapshot: ReleaseSnapshot, deadline: float, caller: str
+    ) -> Vectors:
+        """Vectors of images, at least one. What is cached is looked at by its header, and not decoded.
+
+        Raises:
+            ApiError: an image is refused.
+            QueueFull, DeadlineExceeded, Unavailable.
+        """
+        inspected = await self.images.inspect(images, caller)
+
+        async def encode(missing: list[int]) -> Encoded:
+            pixels = await self.images.decode([inspected[index] for index in missing], caller)
+            return await self.encoders.encode("image", pixels, snapshot, deadline), [0] * len(missing)
+
+        return await self._vectors("image", snapshot.image_space, [image.digest for image in inspected], encode)
+
+    async def _tokens(self, texts: list[str]) -> list[list[int]]:
+        if sum(len(text) for text in texts) <= INLINE_CHARS:
+            return self.tokenizer.rows(texts)
+        return await asyncio.to_thread(self.tokenizer.rows, texts)
+
+    async def _vectors(
+        self, kind: Kind, space: str, digests: Sequence[bytes], encode: Callable[[list[int]], Awaitable[Encoded]]
+    ) -> Vectors:
+        if not self.cache.max_bytes:
+            answer, tokens = await encode(list(range(len(digests))))
+            return Vectors(_checked(answer), answer.logit_scale, sum(tokens))
+        entries: dict[bytes, CachedVector] = {}
+        missing: dict[bytes, int] = {}
+        for index, digest in enumerate(digests):
+            if digest in entries or digest in missing:
+                continue
+            if (entry := self.cache.get((kind, space, digest))) is not None:
+                entries[digest] = entry
+            else:
+                missing[digest] = index
+        metrics.http.cache_lookups(kind, len(digests) - len(missing), len(missing))
+        if missing:
+            answer, tokens = await encode(list(missing.values()))
+            fresh = _entries(answer, tokens)
+            entries.update(zip(missing, fresh, strict=True))
+            self._keep(kind, space, missing, fresh, answer)
+        items = [entries[digest] for digest in digests]
+        return Vectors(
+            np.stack([item.vector for item in items]), items[0].logit_scale, sum(item.tokens for item in items)
+        )
+
+    def _keep(
+        self, kind: Kind, space: str, digests: Iterable[bytes], entries: Sequence[CachedVector], answer: EncodeResult
+    ) -> None:
+        answered = answer.image_space if kind == "image" else answer.text_space
+        if answered != space:
+            log.warning("an encoder answered in the %s space %s, and the release has %s", kind, answered, space)
+            return
+        for digest, entry in zip(digests, entries, strict=True):
+            self.cache.put((kind, space, digest), entry)
+        metrics.http.cached(self.cache.bytes)
+
+
+def _entries(answer: EncodeResult, tokens: Sequence[int]) -> list[CachedVector]:
+    """The answer's vectors, each an array of its own, so that an entry does not hold the memory of a whole batch."""
+    return [
+        CachedVector(vector.copy(), answer.logit_scale, count)
+        for vector, count in zip(_checked(answer), tokens, strict=True)
+    ]
+
+
+def _checked(answer: EncodeResult) -> npt.NDArray[np.float32]:
+    """The vectors of an answer that succeeded. Raises ApiError."""
+    if answer.vectors is None:
+        raise ApiError(500, answer.error or "the encoder gave no vectors.", code="internal")
+    if not np.isfinite(answer.vectors).all():
+        raise ApiError(500, "the model gave values that are not finite.", code="not_finite")
+    return answer.vectors

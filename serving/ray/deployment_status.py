@@ -1,0 +1,63 @@
+"""What Serve knows of an application's deployments: whether replicas run, and why they do not.
+
+Serve starts all deployments of an application at once, and routes requests to the ingress as soon as that has a replica
+(``ServeController.get_target_groups`` asks for running replicas of the ingress, not for the application's status). So
+one deployment that starts late or never takes nothing away from the others.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+MAX_CAUSE_CHARS: Final = 300
+_EXCEPTION: Final = re.compile(r"^[\w.]+(?:Error|Exception|Unavailable|Interrupt|Exit)\b.*", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentStatus:
+    """One deployment at a moment."""
+
+    running: int
+    """Replicas that answer."""
+    wanted: int
+    """Replicas that there are, those included that are starting."""
+    failed: bool
+    """Serve has given up."""
+    cause: str
+    """Why the last replica could not start; empty when none has failed."""
+
+
+def read_statuses(app: str) -> dict[str, DeploymentStatus]:
+    """Of an application's deployments, by name; empty where Serve has not made it yet. Blocks for some 10 ms, longer
+    while Serve's controller is busy.
+    """
+    from ray import serve
+    from ray.serve.schema import ReplicaState
+
+    application = serve.status().applications.get(app)
+    if application is None:
+        return {}
+    return {
+        name: DeploymentStatus(
+            running=each.replica_states.get(ReplicaState.RUNNING, 0),
+            wanted=sum(each.replica_states.values()),
+            failed=each.status == "DEPLOY_FAILED",
+            cause=cause_of(each.message),
+        )
+        for name, each in application.deployments.items()
+    }
+
+
+def cause_of(message: str) -> str:
+    """The exception that ended a replica's start, from Serve's message with its traceback.
+
+    >>> cause_of("A replica failed to start with exception. Retrying. Error:\\nTraceback\\n  File 1\\nOSError: no file")
+    'OSError: no file'
+    """
+    _, separator, traceback = message.partition("Error:\n")
+    if not separator:
+        return ""
+    lines = _EXCEPTION.findall(traceback) or traceback.strip().splitlines() or [""]
+    return lines[-1].strip()[:MAX_CAUSE_CHARS]

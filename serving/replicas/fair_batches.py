@@ -1,0 +1,117 @@
+"""Requests that wait for the engine, in batches of one model version each that take turns.
+
+A batch runs under one adapter, and encodes images or texts. In one queue for all of them a canary would halve every
+batch, and a client that floods one adapter would let all others wait behind it. Here each group of requests (kind and
+adapter) has a queue of its own; the groups take turns, a batch each, so that a request waits for one batch of every
+other group at most, and a group alone has the whole engine. Within a group the order is that of arrival.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from serving.messages import EncodeRequest, EncodeResult, Kind
+
+Group = tuple[Kind, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    request: EncodeRequest
+    result: asyncio.Future[EncodeResult]
+    since: float
+
+
+class FairBatches:
+    """Runs one batch at a time. Use from one event loop."""
+
+    def __init__(
+        self, run: Callable[[Sequence[EncodeRequest]], Awaitable[Sequence[EncodeResult]]], max_cost: int,
+        wait_seconds: float,
+    ) -> None:  # fmt: skip
+        """Args:
+        run: encodes a batch; returns a result for each request, or raises for all of them.
+        max_cost: of a batch, see :attr:`EncodeRequest.cost`; a request that costs more runs alone.
+        wait_seconds: how long a request waits for a batch to fill while the engine is idle.
+        """
+        self._run = run
+        self._max_cost = max_cost
+        self._wait_seconds = wait_seconds
+        self._groups: OrderedDict[Group, deque[_Waiting]] = OrderedDict()
+        """None is empty; the next turn is the first one's."""
+        self._cost = 0
+        self._arrived = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def submit(self, request: EncodeRequest) -> EncodeResult:
+        """The result of one request. Cancelled before its turn, and past its deadline (``late``), it costs no compute.
+
+        Raises what running its batch raised.
+        """
+        result: asyncio.Future[EncodeResult] = asyncio.get_running_loop().create_future()
+        group = self._groups.setdefault((request.kind, request.adapter), deque())
+        group.append(_Waiting(request, result, time.monotonic()))
+        self._cost += request.cost
+        self._arrived.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._work())
+        return await result
+
+    async def _work(self) -> None:
+        while self._groups:
+            await self._fill()
+            if batch := self._take():
+                await self._run_batch(batch)
+
+    async def _fill(self) -> None:
+        """Wait until there is work for a whole batch, or the request whose turn it is has waited long enough."""
+        end = next(iter(self._groups.values()))[0].since + self._wait_seconds
+        while self._cost < self._max_cost and (left := end - time.monotonic()) > 0:
+            self._arrived.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._arrived.wait()
+            except TimeoutError:
+                return
+
+    def _take(self) -> list[_Waiting]:
+        """The next batch; empty when nobody waits for what was taken."""
+        group, queue = self._groups.popitem(last=False)
+        batch: list[_Waiting] = []
+        cost = 0
+        while queue:
+            waiting = queue[0]
+            if batch and cost + waiting.request.cost > self._max_cost:
+                break
+            queue.popleft()
+            self._cost -= waiting.request.cost
+            if waiting.result.done():  # the client went away
+                continue
+            if time.monotonic() > waiting.request.deadline:
+                waiting.result.set_result(late(waiting.request))
+                continue
+            batch.append(waiting)
+            cost += waiting.request.cost
+        if queue:
+            self._groups[group] = queue
+        return batch
+
+    async def _run_batch(self, batch: list[_Waiting]) -> None:
+        try:
+            results = await self._run([waiting.request for waiting in batch])
+            for waiting, result in zip(batch, results, strict=True):
+                if not waiting.result.done():
+                    waiting.result.set_result(result)
+        except Exception as error:
+            for waiting in batch:
+                if not waiting.result.done():
+                    waiting.result.set_exception(error)
+
+
+def late(request: EncodeRequest) -> EncodeResult:
+    """The answer to a request whose deadline has passed."""
+    return EncodeResult(None, request.adapter, code="late", error="the deadline passed in the queue")

@@ -1,0 +1,103 @@
+"""Says how far a start is: when each model answers and, until then, what keeps it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Final
+
+from ops.errors import ConfigError
+from ops.ledger.rows import Family
+from ops.progress import say
+from serving.client import Client, ServerError
+from serving.ray.deployment_status import DeploymentStatus
+
+NAMES: Final[Mapping[Family, str]] = {"clip": "CLIP", "vlm": "the VLM"}
+LOOK_SECONDS: Final = 0.2
+STATUS_SECONDS: Final = 1.0
+"""Serve's controller is busy in a start: it is not asked more often."""
+Statuses = Callable[[], Mapping[str, DeploymentStatus]]
+
+
+class StartProgress:
+    """Of one server, by its own readiness. Use from one thread."""
+
+    def __init__(
+        self, client: Client, models: Collection[Family], statuses: Statuses | None = None, began: float | None = None
+    ) -> None:
+        """Args:
+        models: those that are served.
+        statuses: what Serve says of the deployments, by name; None where that cannot be asked.
+        began: when the start began, on the monotonic clock; now when None.
+        """
+        self._client = client
+        self._waiting = [model for model in NAMES if model in models]
+        self._statuses = statuses
+        self._statuses_due = 0.0
+        self._ended: set[str] = set()
+        self._said: dict[Family, str] = {}
+        self._began = time.monotonic() if began is None else began
+
+    @property
+    def seconds(self) -> float:
+        """Since the start began."""
+        return time.monotonic() - self._began
+
+    def look(self) -> bool:
+        """Ask the models that have not answered yet, and say what changed. Returns whether all have.
+
+        Raises:
+            ConfigError: CLIP does not answer yet, and a deployment cannot be started and is not tried again.
+        """
+        self._look_at_deployments()
+        for model in list(self._waiting):
+            problem = self._client.why_not_ready(model)
+            if not problem:
+                self._waiting.remove(model)
+                say(f"[green]{NAMES[model]} answers[/green] on {self._client.url} after {self.seconds:.1f} s")
+            elif problem != self._said.get(model):
+                say(f"{NAMES[model]} after {self.seconds:.0f} s: {problem}")
+                self._said[model] = problem
+        return not self._waiting
+
+    def wait_for(self, model: Family, seconds: float, check: Callable[[], object] = lambda: None) -> None:
+        """Return when a model answers.
+
+        Args:
+            check: called before each look; ends the wait by what it raises.
+
+        Raises:
+            ConfigError: see :meth:`look`.
+            ServerError: not within ``seconds``.
+        """
+        while model in self._waiting:
+            check()
+            self.look()
+            if model in self._waiting and self.seconds > seconds:
+                raise ServerError(
+                    f"{self._client.url} was not ready within {seconds:.0f} s: {self._said.get(model, '')}",
+                    "Look at the server's log.",
+                )
+            time.sleep(LOOK_SECONDS)
+
+    def _look_at_deployments(self) -> None:
+        if self._statuses is None or time.monotonic() < self._statuses_due:
+            return
+        self._statuses_due = time.monotonic() + STATUS_SECONDS
+        statuses: Mapping[str, DeploymentStatus] = {}
+        with contextlib.suppress(Exception):  # Serve's controller is busy: the models themselves tell
+            statuses = self._statuses()
+        for name, status in statuses.items():
+            if name in self._ended:
+                continue
+            if status.failed:
+                self._failed(name, status.cause)
+            if status.running or status.failed:
+                self._ended.add(name)
+                say(f"{name} {'runs' if status.running else 'failed'} after {self.seconds:.1f} s")
+
+    def _failed(self, name: str, cause: str) -> None:
+        if "clip" in self._waiting:
+            raise ConfigError(f"{name} cannot start: {cause}", "Look at the server's log.")
+        say(f"[red]{name} cannot start[/red]: {cause}")

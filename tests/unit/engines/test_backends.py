@@ -1,0 +1,146 @@
+"""Engines at half precision: near float32, one copy of the base, adapters whole."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.fixtures.tiny import tiny_adapter
+from ops.errors import ConfigError
+from serving.engines.backends import EngineChoice
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from serving.engines.cuda_graphs import GraphedTower
+from serving.engines.golden_inputs import golden_pixels
+from serving.engines.torch_backend import ConvertedWeights, TorchBackend
+
+HALF = [EngineChoice("torch", "bfloat16"), EngineChoice("torch", "float16")]
+TEXTS = ["a cat", "seven words of a middling long text", "red"]
+PIXELS = golden_pixels(32)
+
+
+def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.asarray((one * other).sum(axis=1))
+
+
+@pytest.mark.parametrize("choice", HALF, ids=str)
+def test_half_precision_gives_the_vectors_of_float32_within_its_rounding(
+    base: ClipBase, folder: Path, choice: EngineChoice
+) -> None:
+    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=choice)
+    name = tiny_adapter(base, folder, seed=1)
+    for engine in (plain, half):
+        engine.load(name, folder)
+    assert half.spaces(name) == plain.spaces(name)  # what is indexed stays comparable
+    for adapter in (None, name):
+        images, texts = half.encode_images(PIXELS, adapter), half.encode_texts(TEXTS, adapter)
+        assert images.dtype == texts.dtype == np.float32
+        assert cosines(images, plain.encode_images(PIXELS, adapter)).min() > 0.999
+        assert cosines(texts, plain.encode_texts(TEXTS, adapter)).min() > 0.999
+    assert cosines(half.encode_images(PIXELS), half.encode_images(PIXELS, name)).min() < 0.99
+
+
+@pytest.mark.parametrize("choice", HALF, ids=str)
+def test_adapters_share_what_they_do_not_change(base: ClipBase, tmp_path: Path, choice: EngineChoice) -> None:
+    engine = ClipEngine(base, "cpu", choice=choice)
+    name = tiny_adapter(base, tmp_path / "a", seed=1, towers=("image",))
+    engine.load(name, tmp_path / "a")
+    pairs = zip(engine.model().parameters(), engine.model(name).parameters(), strict=True)
+    changed = sum(theirs.numel() for theirs, mine in pairs if theirs is not mine)
+    assert engine.resident_bytes == 2 * changed
+    engine.unload(name)
+    assert engine.resident_bytes == 0
+
+
+def test_the_model_of_a_half_precision_engine_is_the_float32_one(base: ClipBase, folder: Path) -> None:
+    plain, half = ClipEngine(base, "cpu"), ClipEngine(base, "cpu", choice=HALF[0])
+    name = tiny_adapter(base, folder, seed=1)
+    for engine in (plain, half):
+        engine.load(name, folder)
+    for adapter in (None, name):
+        theirs = half.model(adapter).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in plain.model(adapter).state_dict().items())
+
+
+def test_loading_an_adapter_leaves_the_base_and_others_alone(base: ClipBase, tmp_path: Path) -> None:
+    engine = ClipEngine(base, "cpu", choice=HALF[0])
+    names = [tiny_adapter(base, tmp_path / str(seed), seed=seed) for seed in (1, 2)]
+    expected = engine.encode_images(PIXELS)
+    differences: list[float] = []
+
+    def serve() -> None:
+        differences.extend(float(np.abs(engine.encode_images(PIXELS) - expected).max()) for _ in range(20))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for seed, name in zip((1, 2), names, strict=True):
+        engine.load(name, tmp_path / str(seed))
+    thread.join()
+    assert max(differences) == 0.0
+
+
+def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved() -> None:
+    class Clip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)))
+            self.text = nn.Sequential(nn.Embedding(4, 16), nn.Linear(16, 16))
+
+        def encode_image(self, batch: torch.Tensor) -> torch.Tensor:
+            return torch.as_tensor(self.visual(batch).flatten(1))
+
+    from serving.engines.preprocess import Preprocess
+
+    model = Clip().eval()
+    towers = TorchBackend(model, Preprocess(size=8), torch.device("cpu"), "bfloat16").towers({})
+    shell = towers._module
+    assert {parameter.dtype for parameter in shell.get_submodule("visual").parameters()} == {torch.float32}
+    assert shell.get_submodule("text.0").weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_weight_of_the_base_is_converted_once() -> None:
+    model = nn.Linear(4, 4)
+    weights = ConvertedWeights(model, torch.bfloat16, torch.device("cpu"))
+    assert weights.plain(model.weight) is weights.plain(model.weight)
+    assert weights.private_bytes == 0
+    other = torch.ones(2, 4)
+    assert weights.plain(other) is not weights.plain(other)
+    assert weights.private_bytes == 2 * 2 * 4 * 2
+
+
+class CountingStep:
+    """Runs eagerly on fixed buffers, as a captured graph does."""
+
+    captured: ClassVar[list[tuple[int, ...]]] = []
+
+    def __init__(self, forward: object, example: torch.Tensor) -> None:
+        self.captured.append(tuple(example.shape))
+        self.forward, self.inputs = forward, example
+
+    def run(self, batch: torch.Tensor) -> torch.Tensor:
+        self.inputs[: len(batch)] = batch
+        return self.forward(self.inputs)  # type: ignore[operator, no-any-return]
+
+
+def test_batches_of_any_size_run_on_a_few_fixed_ones() -> None:
+    CountingStep.captured = []
+    tower = GraphedTower(lambda batch: batch.float() * 2, torch.device("cpu"), (1, 4, 8), CountingStep)
+    for count in (3, 1, 8, 4, 2):
+        batch = torch.arange(count * 5).reshape(count, 5)
+        assert torch.equal(tower(batch), batch.float() * 2)
+    assert CountingStep.captured == [(4, 5), (1, 5), (8, 5)]
+
+
+def test_onnx_that_is_not_installed_is_named(base: ClipBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match="ONNX Runtime is not installed"):
+        ClipEngine(base, "cpu", choice=EngineChoice("onnx"))

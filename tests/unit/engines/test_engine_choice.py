@@ -1,0 +1,107 @@
+"""Which engine runs: what is set, else what was measured to be faster and within noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ops.settings import BaseModels, Serve, Settings
+from serving.engines import engine_choice
+from serving.engines.backends import FLOAT32, EngineChoice
+from serving.engines.base import ClipBase
+from serving.engines.clip import ClipEngine
+from serving.engines.engine_choice import Measurement, best_of, choose_engine, measure, possible
+from serving.engines.processor import Processor, usable_cores
+
+CPU = torch.device("cpu")
+HALF = EngineChoice("torch", "bfloat16")
+
+
+@pytest.fixture
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice, "processor", lambda device: Processor("Xeon", amx=True, avx512_bf16=True))
+
+
+@pytest.mark.parametrize(
+    ("processor", "half"),
+    [
+        (Processor("old"), None),
+        (Processor("EPYC", avx512_bf16=True), "bfloat16"),
+        (Processor("Xeon", amx=True), "bfloat16"),
+        (Processor("T4", cuda=(7, 5)), "float16"),
+        (Processor("H100", cuda=(9, 0)), "bfloat16"),
+        (Processor("P100", cuda=(6, 0)), None),
+    ],
+)
+def test_a_processor_is_tried_at_the_precision_that_it_has_instructions_for(
+    processor: Processor, half: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_choice, "processor", lambda device: processor)
+    assert [choice.precision for choice in possible(Serve(), CPU)] == ["float32", *([half] if half else [])]
+
+
+def test_what_is_set_is_taken_without_a_measurement(base: ClipBase, tmp_path: Path, amx: None) -> None:
+    serve = Serve(engine="torch", precision="float16")
+    assert choose_engine(base, serve, tmp_path, CPU) == EngineChoice("torch", "float16")
+    assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("half", "expected"),
+    [
+        (Measurement(HALF, 0.1, 0.1, 0.9999), HALF),
+        (Measurement(HALF, 0.2, 0.19, 0.9999), FLOAT32),  # no clear gain
+        (Measurement(HALF, 0.1, 0.1, 0.98), FLOAT32),  # not within noise
+        (Measurement(HALF, 0.1, 0.1, -1.0), FLOAT32),
+        (Measurement(HALF, error="RuntimeError: not implemented"), FLOAT32),
+    ],
+)
+def test_half_precision_is_taken_where_it_is_clearly_faster_and_within_noise(
+    half: Measurement, expected: EngineChoice
+) -> None:
+    assert best_of([Measurement(FLOAT32, 0.2, 0.2), half]) == expected
+
+
+def test_a_machine_measures_a_base_once(
+    base: ClipBase, tmp_path: Path, amx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[int] = []
+
+    def measured(*_: object) -> list[Measurement]:
+        runs.append(1)
+        return [Measurement(FLOAT32, 0.2, 0.2), Measurement(HALF, 0.1, 0.1, 0.9999)]
+
+    monkeypatch.setattr(engine_choice, "measure", measured)
+    assert choose_engine(base, Serve(), tmp_path, CPU) == choose_engine(base, Serve(), tmp_path, CPU) == HALF
+    assert len(runs) == 1
+    (tmp_path / "engines" / f"{base.digest[:12]}.json").write_text("{damaged")
+    assert choose_engine(base, Serve(), tmp_path, CPU) == HALF
+    assert len(runs) == 2
+
+
+def test_a_home_that_cannot_be_written_measures_each_time(base: ClipBase, tmp_path: Path, amx: None) -> None:
+    (tmp_path / "engines").write_text("a file where the folder should be")
+    assert choose_engine(base, Serve(), tmp_path, CPU) in (FLOAT32, HALF)
+
+
+def test_candidates_are_measured_against_float32_and_one_that_fails_is_reported(base: ClipBase) -> None:
+    broken = EngineChoice("torch", "int3")  # type: ignore[arg-type]
+    first, half, failed = measure(base, [FLOAT32, HALF, broken], CPU)
+    assert first.cosine > 0.99999
+    assert 0.999 < half.cosine < 1
+    assert 0 < half.image_seconds < 10 and 0 < half.text_seconds < 10
+    assert not failed.usable and "KeyError" in failed.error
+
+
+def test_gate_and_server_run_the_engine_of_the_settings(base: ClipBase) -> None:
+    home = base.directory.parent.parent
+    settings = Settings(home=home, base=BaseModels(clip=base.name), serve=Serve(precision="bfloat16"))
+    threads = torch.get_num_threads()
+    try:
+        engine = ClipEngine.of(settings)
+        assert torch.get_num_threads() == usable_cores()
+    finally:
+        torch.set_num_threads(threads)
+    assert engine.choice == HALF

@@ -1,0 +1,36 @@
+"""What follows from what was measured."""
+
+from __future__ import annotations
+
+from serving.engines.backends import FLOAT32, EngineChoice
+from serving.engines.engine_choice import Measurement
+from serving.engines.tuning import Layout, Tuning, layouts_of
+
+HALF = EngineChoice("torch", "bfloat16")
+
+
+def tuning(*layouts: Layout) -> Tuning:
+    engines = [Measurement(FLOAT32, 0.4, 0.1), Measurement(HALF, 0.1, 0.05, 0.9999)]
+    return Tuning(engines, {1: 40.0, 4: 70.0, 8: 97.0, 16: 100.0, 32: 99.0}, list(layouts))
+
+
+def test_the_smallest_batch_with_almost_the_best_rate_is_taken() -> None:
+    assert tuning().max_batch == 8
+
+
+def test_more_processes_are_taken_where_they_are_clearly_faster() -> None:
+    assert tuning(Layout(1, 8, 100.0), Layout(2, 4, 108.0), Layout(4, 2, 110.0)).layout.replicas == 1
+    assert tuning(Layout(1, 8, 100.0), Layout(2, 4, 180.0), Layout(4, 2, 185.0)).layout == Layout(2, 4, 180.0)
+
+
+def test_the_settings_name_all_of_it() -> None:
+    assert tuning(Layout(1, 2, 100.0)).settings == {
+        "engine": "torch", "precision": "bfloat16", "encoder_replicas": 1, "encoder_threads": 2, "max_batch": 8,
+    }  # fmt: skip
+
+
+def test_cores_are_shared_by_halves() -> None:
+    assert layouts_of(8) == [Layout(1, 8), Layout(2, 4), Layout(4, 2), Layout(8, 1)]
+    assert layouts_of(2) == [Layout(1, 2), Layout(2, 1)]
+    assert layouts_of(1) == [Layout(1, 1)]
+    assert layouts_of(96)[-1] == Layout(8, 12)

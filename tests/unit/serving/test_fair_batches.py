@@ -1,0 +1,147 @@
+"""Batches of an encoder: one model version each, taking turns. The engine is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Kind
+from serving.replicas.fair_batches import FairBatches
+from tests.support.waiting import until
+
+STABLE, CANARY = "clip-stable", "clip-canary"
+MAX_TEXTS = 4
+
+
+class Engine:
+    """Remembers batches; each one waits for ``go`` to be set, where a test closes it."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[EncodeRequest]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.failure: Exception | None = None
+        self.queue = FairBatches(self.run, MAX_TEXTS, wait_seconds=0.0)
+
+    async def run(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
+        self.batches.append(list(requests))
+        await self.go.wait()
+        if self.failure is not None:
+            raise self.failure
+        return [EncodeResult(np.full((len(r.payload), 1), 1, np.float32), r.adapter) for r in requests]
+
+    def submit(self, adapter: str, texts: int = 1, kind: Kind = "text", left: float = 60) -> asyncio.Task[EncodeResult]:
+        request = EncodeRequest(kind, ["x"] * texts, adapter, time.monotonic() + left)
+        return asyncio.create_task(self.queue.submit(request))
+
+    async def busy(self) -> asyncio.Task[EncodeResult]:
+        """Let a first batch run until ``go`` is set."""
+        self.go.clear()
+        first = self.submit("clip-first")
+        await until(lambda: self.batches)
+        return first
+
+    @property
+    def adapters(self) -> list[set[str | None]]:
+        return [{request.adapter for request in batch} for batch in self.batches]
+
+
+@pytest.fixture
+async def engine() -> Engine:
+    return Engine()
+
+
+async def submitted(*tasks: asyncio.Task[EncodeResult]) -> None:
+    await asyncio.sleep(0)  # each task has run to its first wait
+
+
+async def test_two_releases_are_answered_each_by_its_own_adapter_in_batches_that_are_full(engine: Engine) -> None:
+    first = await engine.busy()
+    tasks = [engine.submit(adapter) for adapter in (STABLE, CANARY) * MAX_TEXTS]
+    await submitted(*tasks)
+    engine.go.set()
+    results = await asyncio.gather(first, *tasks)
+    assert [result.adapter for result in results[1:]] == [STABLE, CANARY] * MAX_TEXTS
+    assert engine.adapters[1:] == [{STABLE}, {CANARY}]
+    assert [len(batch) for batch in engine.batches[1:]] == [MAX_TEXTS, MAX_TEXTS]
+
+
+async def test_a_flood_of_one_adapter_lets_another_wait_for_one_batch(engine: Engine) -> None:
+    first = await engine.busy()
+    flood = [engine.submit(STABLE) for _ in range(100)]
+    await submitted(*flood)
+    canary = engine.submit(CANARY)
+    await submitted(canary)
+    engine.go.set()
+    await asyncio.gather(first, canary, *flood)
+    assert engine.adapters[1:4] == [{STABLE}, {CANARY}, {STABLE}]
+
+
+async def test_requests_of_a_group_run_in_the_order_of_their_arrival(engine: Engine) -> None:
+    first = await engine.busy()
+    tasks = [engine.submit(STABLE, texts=count) for count in (3, 2, 1)]
+    await submitted(*tasks)
+    engine.go.set()
+    await asyncio.gather(first, *tasks)
+    assert [[len(request.payload) for request in batch] for batch in engine.batches[1:]] == [[3], [2, 1]]
+
+
+async def test_images_and_texts_take_turns(engine: Engine) -> None:
+    first = await engine.busy()
+    tasks = [engine.submit(STABLE), *(engine.submit(STABLE, kind="image") for _ in range(2)), engine.submit(STABLE)]
+    await submitted(*tasks)
+    engine.go.set()
+    await asyncio.gather(first, *tasks)
+    assert MAX_TEXTS // IMAGE_COST == 1
+    assert [(batch[0].kind, len(batch)) for batch in engine.batches[1:]] == [("text", 2), ("image", 1), ("image", 1)]
+
+
+async def test_a_request_that_is_larger_than_a_batch_runs_alone(engine: Engine) -> None:
+    result = await engine.submit(STABLE, texts=3 * MAX_TEXTS)
+    assert result.vectors is not None and len(result.vectors) == 3 * MAX_TEXTS
+
+
+async def test_late_requests_are_dropped_without_compute(engine: Engine) -> None:
+    first = await engine.busy()
+    late, alone, alive = engine.submit(STABLE, left=-1), engine.submit(CANARY, left=-1), engine.submit(STABLE)
+    await submitted(late, alone, alive)
+    engine.go.set()
+    results = await asyncio.gather(first, late, alone, alive)
+    assert [result.code for result in results] == ["", "late", "late", ""]
+    assert engine.adapters[1:] == [{STABLE}]
+    assert len(engine.batches[1]) == 1
+
+
+async def test_a_client_that_goes_away_is_not_computed_for(engine: Engine) -> None:
+    first = await engine.busy()
+    gone, stays = engine.submit(STABLE, texts=2), engine.submit(STABLE)
+    await submitted(gone, stays)
+    gone.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await gone
+    engine.go.set()
+    await asyncio.gather(first, stays)
+    assert [len(request.payload) for request in engine.batches[1]] == [1]
+
+
+async def test_a_batch_that_fails_fails_its_own_requests_only(engine: Engine) -> None:
+    engine.failure = RuntimeError("device lost")
+    with pytest.raises(RuntimeError, match="device lost"):
+        await engine.submit(STABLE)
+    engine.failure = None
+    assert (await engine.submit(CANARY)).code == ""
+
+
+async def test_an_idle_engine_waits_for_a_batch_to_fill(engine: Engine) -> None:
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
+    tasks = [engine.submit(STABLE) for _ in range(MAX_TEXTS - 1)]
+    await submitted(*tasks)
+    await asyncio.sleep(0)
+    assert engine.batches == []
+    await asyncio.gather(*tasks, engine.submit(STABLE))  # full: nobody waits any longer
+    assert len(engine.batches) == 1

@@ -1,0 +1,45 @@
+"""Several ingress processes keep the bounds of one in total."""
+
+from __future__ import annotations
+
+import pytest
+
+from ops.settings import MIB, Serve
+from serving.app import ingress_scale
+from serving.http.rate_limit import RateLimiter
+from serving.http.replica_share import SHARED, share_of
+
+
+def test_what_all_requests_share_is_divided_and_what_one_may_have_is_not() -> None:
+    settings = Serve(ingress_replicas=3)
+    share = share_of(settings)
+    for name in SHARED:
+        whole, part = getattr(settings, name), getattr(share, name)
+        assert whole <= 3 * part < whole + 3
+    assert (share.max_body_bytes, share.max_images, share.deadline_seconds) == (16 * MIB, 32, 30.0)
+
+
+def test_the_largest_body_always_finds_room() -> None:
+    settings = Serve(ingress_replicas=64, body_budget_bytes=64 * MIB)
+    assert share_of(settings).body_budget_bytes == settings.max_body_bytes
+
+
+def test_one_process_has_all_of_it() -> None:
+    assert share_of(Serve()) == Serve()
+
+
+def test_callers_have_their_rate_over_all_processes() -> None:
+    now = 0.0
+    limiters = [RateLimiter(lambda: now, replicas=2) for _ in range(2)]
+    granted = sum(limiter.take("ann", 10) == 0 for limiter in limiters for _ in range(10))
+    assert granted == 10
+
+
+@pytest.mark.parametrize("most", [0, 1, 2])
+def test_without_a_larger_most_the_number_of_processes_is_fixed(most: int) -> None:
+    assert ingress_scale(Serve(ingress_replicas=2, ingress_max_replicas=most)) == {"num_replicas": 2}
+
+
+def test_with_one_it_follows_the_requests_in_flight() -> None:
+    (scale,) = ingress_scale(Serve(ingress_replicas=2, ingress_max_replicas=8, queue=256)).values()
+    assert (scale["min_replicas"], scale["max_replicas"], scale["target_ongoing_requests"]) == (2, 8, 32)

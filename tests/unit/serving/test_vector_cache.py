@@ -1,0 +1,137 @@
+"""The cache of vectors: bounded in bytes, keyed by embedding space and content, never across releases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ops.settings import Serve
+from serving.engines.preprocess import Preprocess
+from serving.http.clip_vectors import ClipVectors
+from serving.http.errors import ApiError
+from serving.http.image_loader import ImageLoader
+from serving.http.vector_cache import ENTRY_BYTES, CachedVector, VectorCache
+from serving.messages import EncodeResult, Kind
+from serving.releases.release_snapshot import ReleaseSnapshot
+from tests.unit.serving.scripted_vlms import png
+
+DIM = 8
+LIVE = ReleaseSnapshot(1, None, "image-1", "text-1")
+TEXT_CHANGED = ReleaseSnapshot(2, "clip-b", "image-1", "text-2")
+
+
+class Tokens:
+    """One token for each character, and start and end."""
+
+    pad_id = 0
+
+    def rows(self, texts: list[str]) -> list[list[int]]:
+        return [[1, *map(ord, text), 2] for text in texts]
+
+
+class Encoders:
+    """A vector says which adapter made it, and of what."""
+
+    def __init__(self) -> None:
+        self.spaces = {None: ("image-1", "text-1"), "clip-b": ("image-1", "text-2")}
+        self.encoded: Counter[str] = Counter()
+        self.nan = False
+
+    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+        self.encoded[kind] += len(payload)
+        vectors = np.zeros((len(payload), DIM), np.float32)
+        vectors[:, 0] = np.nan if self.nan else snapshot.release
+        vectors[:, 1] = [float(np.sum(item)) for item in payload]
+        return EncodeResult(vectors, snapshot.clip, *self.spaces[snapshot.clip], 7.0, sum(map(len, payload)))
+
+
+def clip_vectors(max_bytes: int = 1 << 20) -> tuple[ClipVectors, Encoders]:
+    encoders, tokens = Encoders(), Tokens()
+    loader = ImageLoader(Preprocess(size=16), Serve())
+    return ClipVectors(encoders, loader, tokens, VectorCache(max_bytes)), encoders  # type: ignore[arg-type]
+
+
+def entry(number: float = 0.0) -> CachedVector:
+    return CachedVector(np.full(DIM, number, np.float32), 1.0, 0)
+
+
+def test_what_was_not_asked_for_the_longest_makes_room() -> None:
+    cache = VectorCache(3 * (ENTRY_BYTES + DIM * 4))
+    for name in (b"a", b"b", b"c"):
+        cache.put(("text", "space", name), entry())
+    assert cache.get(("text", "space", b"a")) is not None
+    cache.put(("text", "space", b"d"), entry())
+    assert [name for name in (b"a", b"b", b"c", b"d") if cache.get(("text", "space", name)) is None] == [b"b"]
+    assert (len(cache), cache.bytes) == (3, 3 * (ENTRY_BYTES + DIM * 4))
+
+
+def test_the_bound_covers_what_an_entry_really_takes() -> None:
+    import tracemalloc
+
+    cache = VectorCache(1 << 30)
+    tracemalloc.start()
+    try:
+        for number in range(2000):
+            cache.put(("image", "0123456789ab", number.to_bytes(32, "big")), entry(number))
+        used, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert used < cache.bytes
+
+
+async def test_a_text_that_comes_again_is_not_encoded_and_counts_its_tokens() -> None:
+    vectors, encoders = clip_vectors()
+    first = await vectors.of_texts(["cat", "a dog", "cat"], LIVE, 0.0)
+    again = await vectors.of_texts(["a dog", "cat", "cat"], LIVE, 0.0)
+    assert encoders.encoded == {"text": 2}
+    np.testing.assert_array_equal(again.rows, first.rows[[1, 0, 2]])
+    assert (first.tokens, again.tokens, again.logit_scale) == (5 + 7 + 5, 7 + 5 + 5, 7.0)
+
+
+async def test_a_release_is_answered_by_vectors_of_its_own_spaces_only() -> None:
+    vectors, encoders = clip_vectors()
+    picture = [("image", png(20, 20))]
+    for _ in range(2):
+        for snapshot in (LIVE, TEXT_CHANGED):
+            texts = await vectors.of_texts(["cat"], snapshot, 0.0)
+            images = await vectors.of_images(picture, snapshot, 0.0, "")
+            assert texts.rows[0, 0] == snapshot.release
+            assert images.rows[0, 0] == 1  # of both: the image tower is the same
+    assert encoders.encoded == {"text": 2, "image": 1}
+
+
+async def test_what_an_encoder_made_in_another_space_is_not_kept() -> None:
+    vectors, encoders = clip_vectors()
+    encoders.spaces[None] = ("image-0", "text-0")
+    for _ in range(2):
+        await vectors.of_texts(["cat"], LIVE, 0.0)
+        await vectors.of_images([("image", png(20, 20))], LIVE, 0.0, "")
+    assert encoders.encoded == {"text": 2, "image": 2}
+    assert len(vectors.cache) == 0
+
+
+async def test_an_image_that_is_cached_is_checked_all_the_same() -> None:
+    vectors, encoders = clip_vectors()
+    await vectors.of_images([("images.0", png(20, 20))], LIVE, 0.0, "")
+    with pytest.raises(ApiError, match=r"images\.1"):
+        await vectors.of_images([("images.0", png(20, 20)), ("images.1", b"text")], LIVE, 0.0, "")
+    both = await vectors.of_images([("images.0", png(21, 20)), ("images.1", png(20, 20))], LIVE, 0.0, "")
+    assert encoders.encoded == {"image": 2}
+    assert both.tokens == 0
+
+
+async def test_without_room_everything_is_encoded() -> None:
+    vectors, encoders = clip_vectors(max_bytes=0)
+    answer = await vectors.of_texts(["cat", "cat"], LIVE, 0.0)
+    assert (encoders.encoded["text"], answer.tokens, len(vectors.cache)) == (2, 10, 0)
+
+
+async def test_values_that_are_not_finite_are_an_error_and_are_not_kept() -> None:
+    vectors, encoders = clip_vectors()
+    encoders.nan = True
+    with pytest.raises(ApiError, match="not finite"):
+        await vectors.of_texts(["cat"], LIVE, 0.0)
+    assert len(vectors.cache) == 0

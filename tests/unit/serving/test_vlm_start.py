@@ -1,0 +1,124 @@
+"""What is known of a VLM that starts: refused at once, with the reason, until it answers."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from serving.http.app_state import AppState
+from serving.ray.deployment_status import cause_of
+from serving.replicas import vlm_start
+from serving.replicas.vlm_start import VlmStart
+from tests.support.waiting import until
+from tests.unit.serving.auth_app import refusal
+from tests.unit.serving.scripted_vlms import ScriptedVlms, about_image, client
+from tests.unit.serving.test_probes import Models, state_of
+
+TRACEBACK = """A replica failed to start with exception. Retrying 999998 more time(s). Error:
+Traceback (most recent call last):
+  File "/app/serving/replicas/vlm.py", line 60, in _start
+    engine = open_engine(base)
+ops.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing. Fix: build it again.
+"""
+STARTING = "the VLM is starting."
+
+
+@dataclass
+class Replica:
+    """Answers once ``up`` is set; ``failures`` come first."""
+
+    failures: list[Exception] = field(default_factory=list)
+    up: asyncio.Event = field(default_factory=asyncio.Event)
+    cause: str = ""
+    looks: int = 0
+
+    async def ask(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        await self.up.wait()
+
+    def read_cause(self) -> str:
+        self.looks += 1
+        return self.cause
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlm_start, "LOOK_SECONDS", 0.001)
+
+
+async def test_it_has_started_once_a_replica_answers() -> None:
+    replica = Replica()
+    start = VlmStart(replica.ask, replica.read_cause)
+    assert start.problem == STARTING
+    running = asyncio.create_task(start.run())
+    await until(lambda: replica.looks > 1)
+    assert start.problem == STARTING
+    replica.up.set()
+    await running
+    assert start.problem == ""
+    await start.run()  # asked again it has nothing to wait for
+
+
+async def test_a_replica_that_dies_while_it_is_asked_is_asked_again() -> None:
+    replica = Replica(failures=[RuntimeError("the actor died")])
+    replica.up.set()
+    start = VlmStart(replica.ask, replica.read_cause)
+    await start.run()
+    assert start.started
+
+
+async def test_why_it_cannot_start_is_said_until_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    replica = Replica(cause="MemoryError: no room")
+    start = VlmStart(replica.ask, replica.read_cause)
+    running = asyncio.create_task(start.run())
+    await until(lambda: replica.looks > 3)
+    assert start.problem == "the VLM is starting again, after it failed: MemoryError: no room"
+    assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not with each look
+    replica.cause = ""  # Serve has begun the next start
+    replica.up.set()
+    await running
+    assert start.problem == ""
+
+
+def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:
+    assert cause_of(TRACEBACK).startswith("ops.errors.BaseModelError: Base 'tiny-vlm': model.safetensors is missing")
+    assert cause_of("") == cause_of("Upscaling from 0 to 1 replicas.") == ""
+    assert cause_of("It failed. Error:\nThe actor died unexpectedly before finishing this task.\n\n") == (
+        "The actor died unexpectedly before finishing this task."
+    )
+
+
+def starting(problem: str = STARTING) -> AppState:
+    return state_of(Models(), ScriptedVlms(start_problem=problem))
+
+
+async def test_requests_to_a_vlm_that_starts_are_refused_at_once() -> None:
+    question = {"image": "", "question": "what?", "model": "vlm"}
+    async with client(starting()) as http:
+        answers: list[httpx.Response] = [
+            await http.post("/v1/chat/completions", json={"model": "vlm", "messages": about_image(), "stream": stream})
+            for stream in (False, True)
+        ]
+        answers.append(await http.post("/v1/vqa", json=question))
+    for answer in answers:
+        assert STARTING in refusal(answer, 503, "vlm_starting")
+        assert answer.headers["retry-after"] == "5"
+
+
+async def test_a_vlm_that_starts_does_not_take_clip_away() -> None:
+    problem = "the VLM is starting again, after it failed: MemoryError: no room"
+    async with client(starting(problem)) as http:
+        ready = {name: await http.get(f"/health/{name}") for name in ("ready", "ready/vlm", "live", "state")}
+        models = [row["id"] for row in (await http.get("/v1/models")).json()["data"]]
+    assert {name: answer.status_code for name, answer in ready.items()} == {
+        "ready": 200, "ready/vlm": 503, "live": 200, "state": 503,
+    }  # fmt: skip
+    assert problem in refusal(ready["ready/vlm"], 503, "vlm_starting")
+    assert problem in ready["state"].json()["parts"]["vlm"]["detail"]
+    assert models and not any(name.startswith("vlm") for name in models)
+    async with client(state_of(Models(), ScriptedVlms())) as http:
+        assert "vlm" in [row["id"] for row in (await http.get("/v1/models")).json()["data"]]
