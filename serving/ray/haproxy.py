@@ -6,7 +6,10 @@
    bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
    there before a request goes on to the application.
 3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy.
-4. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+4. Ray has bodies spliced. HAProxy 2.8 then does not notice that a client has closed its connection, where the body is
+   larger than a buffer (16 KB) and the connection to the application is one that it uses again: what the client had
+   asked for was computed for nobody. Here bodies are copied.
+5. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
@@ -23,6 +26,7 @@ PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
+SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
 CLIENT_TIMEOUTS = re.compile(r"^[ \t]*timeout (client|http-request|http-keep-alive) .*\n", re.MULTILINE)
 BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
 
@@ -33,13 +37,15 @@ def close_binds(text: str) -> str:
 
 
 def add_limits(text: str, limits: dict[str, object]) -> str:
-    """Ray's configuration with the limits of ``front_limits``. A text without Ray's sections stays as it is."""
+    """Ray's configuration with the limits of ``front_limits``, and without spliced bodies. One without Ray's
+    sections stays as it is.
+    """
     timeouts = (
         f"    timeout client {limits['idle_ms']}ms\n"
         f"    timeout http-request {limits['header_ms']}ms\n"
         f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
     )
-    text = CLIENT_TIMEOUTS.sub("", text)
+    text = SPLICED_BODIES.sub("", CLIENT_TIMEOUTS.sub("", text))
     text = DEFAULTS.sub(lambda match: match.group() + timeouts, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
 
