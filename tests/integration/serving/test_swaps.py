@@ -89,17 +89,17 @@ def test_a_rollback_waits_for_no_stopped_encoder_and_no_preparation(server: Serv
     names = [server.adapter() for _ in range(2)]
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         client.release(names[0], reason="to be taken back")
-        stopped = server.pids("ServeReplica:ratchet:Encoder")[0]
-        os.kill(stopped, signal.SIGSTOP)
-        try:
-            slow = pool.submit(client.release, names[1], reason="never prepared everywhere")
-            server.until(lambda: [row.clip for row in server.ledger.pending_proposals()] == [names[1]])
+        with server.stopped_encoders():
+            slow = pool.submit(client.release, names[1], reason="never prepared")
+            server.until(
+                lambda: (
+                    [(row.clip, row.state) for row in server.ledger.pending_proposals()] == [(names[1], "preparing")]
+                )
+            )
             began = time.monotonic()
             with server.client() as operator:
                 back = operator.rollback(reason="at once")
             seconds = time.monotonic() - began
-        finally:
-            os.kill(stopped, signal.SIGCONT)
         with pytest.raises(ReleaseConflict, match="rolled back while it was being prepared"):
             slow.result(timeout=60)
         server.until(lambda: client.live() == back["number"])
