@@ -113,7 +113,7 @@ async def resume(request: Request) -> JSONResponse:
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
-    """Resident releases, requests in flight, VLM engines, coverage of the catalog, what is on hold."""
+    """Resident releases, requests in flight, replicas, VLM engines, coverage of the catalog, what is on hold."""
     state = app_state(request)
     operator(request)
     controller, catalog = await asyncio.gather(state.operations.status(), state.index.status())

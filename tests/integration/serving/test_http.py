@@ -139,6 +139,7 @@ def test_a_catalog_that_was_killed_answers_again_from_the_ledger(server: ServerF
         covered(server)
         os.kill(server.pids("ServeReplica:ratchet:Catalog")[0], signal.SIGKILL)
         hits = client.search(text="maps", k=100, domain=["maps"])
+        server.until(lambda: client.status()["controller"]["replicas"]["Catalog"] == {"RUNNING": 1})
     assert len(hits) == 16
 
 
