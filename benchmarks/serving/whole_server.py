@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.serving.chaos_audit import Kill, Process
-from benchmarks.serving.session_processes import engine_pids, kill, session_pids
+from benchmarks.serving.session_processes import engine_pids, is_alive, kill, session_pids
 from benchmarks.stream.part import Part, wait_for, write_settings
 from benchmarks.stream.small_disk import SmallDisk
 from ops.errors import RatchetError
@@ -76,12 +76,15 @@ class WholeServer:
         return clean
 
     def kill(self, process: Process, step: str = "") -> Kill:
-        """SIGKILL one process of a kind: the first encoder, the engine of the VLM."""
+        """SIGKILL one process of a kind: the first encoder, the engine of the VLM. Returns when it has ended: until then
+        the kernel takes requests for it.
+        """
         began = time.time()
         name = f"{REPLICA}{DEPLOYMENTS[process]}"
         engines = engine_pids(self.settings) if process == "vlm" else []
         pids = engines or session_pids(self.settings, name)
         kill(pids[:1])
+        wait_for(lambda: not any(map(is_alive, pids[:1])), "the killed process had ended")
         return Kill(process, step, began, time.time())
 
     def wait_until_whole(self, seconds: float) -> None:

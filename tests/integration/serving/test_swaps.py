@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ops.artifacts import Artifacts
 from ops.errors import ReleaseConflict
 from serving.client import ServerError
 from serving.engines.adapters import write_adapter
+from serving.ray.ray_session import session_directory
 from tests.integration.serving.server_fixture import ROOT, ServerFixture
 
 pytestmark = pytest.mark.integration
@@ -196,6 +198,41 @@ def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(server: Se
         client.resume("go on")
         server.until(lambda: client.live() != live)
     assert server.ledger.live().clip == waiting  # type: ignore[union-attr]
+
+
+ROLL = """
+import sys
+from pathlib import Path
+import ray
+from ops.loading import load_settings
+from serving.app import build
+from serving.ray.loopback import NODE
+from serving.releases.broadcast import APP
+ray.init(address="auto", _temp_dir=sys.argv[2], _node_ip_address=NODE, log_to_driver=False)
+from ray import serve
+serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
+"""
+"""What ``kubectl apply`` of a RayService with new code does: each deployment is replaced, replica by replica."""
+
+
+def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server: ServerFixture) -> None:
+    deployments = ("Encoder", "Ingress", "Catalog", "Controller")
+    old = {name: set(server.pids(f"ServeReplica:ratchet:{name}")) for name in deployments}
+    assert all(old.values())
+    inherited = Path(f"/proc/{min(old['Controller'])}/environ").read_bytes().decode().split("\0")
+    environ = dict(line.split("=", 1) for line in inherited if "=" in line and not line.startswith("RAY_JOB"))
+    command = [sys.executable, "-c", ROLL, str(server.config), str(session_directory(server.settings) / "ray")]
+    with server.traffic(rate=20) as traffic:
+        traffic.wait_for(40)
+        subprocess.run(command, check=True, env={**environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, timeout=240)
+        traffic.wait_for(40)
+    report = traffic.report()
+    assert report.failed == 0, report.problems
+    assert report.mixed == 0, report.problems
+    for name in deployments:
+        assert not old[name] & set(server.pids(f"ServeReplica:ratchet:{name}")), name
+    with server.client() as client:
+        assert client.release(server.adapter(), reason="the new controller works")["number"] == client.live()
 
 
 def test_a_home_is_served_once(server: ServerFixture) -> None:

@@ -205,7 +205,7 @@ def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> N
     text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
-        "timeout client 7000ms", "timeout connect 5s", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
+        "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
         "timeout server 60s",
     ]  # fmt: skip
 
