@@ -76,8 +76,9 @@ class WholeServer:
         return clean
 
     def kill(self, process: Process, step: str = "") -> Kill:
-        """SIGKILL one process of a kind: the first encoder, the engine of the VLM. Returns when it has ended: until then
-        the kernel takes requests for it.
+        """SIGKILL one process of a kind: the first encoder, the engine of the VLM.
+
+        Returns when it has ended: until then the kernel takes requests for it.
         """
         began = time.time()
         name = f"{REPLICA}{DEPLOYMENTS[process]}"

@@ -11,7 +11,8 @@
    asked for was computed for nobody. Here bodies are copied.
 5. After a connection that was refused HAProxy waits as long as for one that does not come to be (a second, with Ray's
    five), though it then asks another replica. Here that is a quarter of a second.
-6. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
+7. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
@@ -30,6 +31,8 @@ DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
 SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
 TIMEOUTS = re.compile(r"^[ \t]*timeout (connect|client|http-request|http-keep-alive) .*\n", re.MULTILINE)
+REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
+"""Paths of requests that may be answered twice, beside those of GET."""
 CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""
@@ -75,6 +78,7 @@ def frontend_rules(limits: dict[str, object]) -> str:
 if is_probe {{ sc0_gpc0_rate gt {limits["probes_per_second"]} }}{others}
     http-request del-header X-Forwarded-For{from_others}
     option forwardfor
+    http-request disable-l7-retry unless METH_GET or {{ path {REPEATABLE} }}
 """
 
 

@@ -35,6 +35,8 @@ defaults
     timeout server 60s
     option abortonclose
     option splice-request
+    option redispatch 1
+    retry-on conn-failure empty-response
 frontend prometheus
     bind :{metrics}
     mode http
@@ -67,6 +69,8 @@ class Front:
     """A request for ``/slow`` has arrived."""
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its connection was closed, before an answer."""
+    dying: bool = False
+    """Whether the next request is read, and not answered."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -79,6 +83,10 @@ class Front:
                         await reader.read()
                     finally:
                         self.closed.set()
+                if self.dying:
+                    self.dying = False
+                    writer.close()
+                    return
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     async def send(self, data: bytes, source: str = "127.0.0.1") -> bytes:
@@ -159,6 +167,19 @@ async def test_probes_of_one_address_are_bounded_and_other_requests_are_not(tmp_
         assert all(b"200 OK" in answer for answer in [*others, await server.send(get("/health/ready"))])
 
 
+@pytest.mark.parametrize(
+    ("line", "times"), [("POST /v1/embeddings", 2), ("GET /v1/releases", 2), ("POST /admin/v1/rollback", 1)]
+)
+async def test_only_what_changes_nothing_is_asked_again_when_a_replica_dies(
+    tmp_path: Path, line: str, times: int
+) -> None:
+    async with front(tmp_path) as server:
+        server.dying = True
+        answer = await server.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+    assert len(server.requests) == times
+    assert (b"200 OK" in answer) == (times > 1)
+
+
 @pytest.mark.parametrize(("trusted", "forwarded"), [([], ["127.0.0.2"]), (["127.0.0.2"], ["192.0.2.1", "127.0.0.2"])])
 async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
     tmp_path: Path, trusted: list[str], forwarded: list[str]
@@ -205,8 +226,8 @@ def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> N
     text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
-        "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
-        "timeout server 60s",
+        "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms",
+        "timeout http-request 3000ms", "timeout server 60s",
     ]  # fmt: skip
 
 
