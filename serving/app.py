@@ -151,6 +151,7 @@ def build(settings: Settings | None = None) -> Application:
     common: dict[str, Any] = {
         "max_constructor_retry_count": CLIP_ATTEMPTS, "health_check_period_s": 2.0, "health_check_timeout_s": 30.0,
         "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
+        "max_surge_percent": 1,  # new code: one replica more until all are replaced, so that none is missing
     }  # fmt: skip
     encoder = serve.deployment(Encoder).options(
         name="Encoder", num_replicas=server.encoder_replicas, ray_actor_options={"num_cpus": 0.2},

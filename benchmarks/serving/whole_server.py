@@ -7,14 +7,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
 from benchmarks.serving.chaos_audit import Kill, Process
-from benchmarks.serving.session_processes import engine_pids, kill, session_pids
+from benchmarks.serving.session_processes import engine_pids, is_alive, kill, session_pids
 from benchmarks.stream.part import Part, wait_for, write_settings
 from benchmarks.stream.small_disk import SmallDisk
+from ops.errors import RatchetError
 from ops.settings import Settings
 from serving.client import Client
 from serving.ray.ray_session import end_leftovers, session_directory
@@ -22,6 +23,7 @@ from serving.ray.ray_session import end_leftovers, session_directory
 START_SECONDS: Final = 420.0
 STOP_SECONDS: Final = 90.0
 METRICS_BYTES: Final = 64 << 20
+REPLICA: Final = "ServeReplica:ratchet:"
 DEPLOYMENTS: Final[dict[Process, str]] = {
     "encoder": "Encoder",
     "vlm": "Vlm",
@@ -74,35 +76,43 @@ class WholeServer:
         return clean
 
     def kill(self, process: Process, step: str = "") -> Kill:
-        """SIGKILL one process of a kind: the first encoder, the engine of the VLM."""
+        """SIGKILL one process of a kind: the first encoder, the engine of the VLM.
+
+        Returns when it has ended: until then the kernel takes requests for it.
+        """
         began = time.time()
-        name = f"ServeReplica:ratchet:{DEPLOYMENTS[process]}"
+        name = f"{REPLICA}{DEPLOYMENTS[process]}"
         engines = engine_pids(self.settings) if process == "vlm" else []
         pids = engines or session_pids(self.settings, name)
         kill(pids[:1])
+        wait_for(lambda: not any(map(is_alive, pids[:1])), "the killed process had ended")
         return Kill(process, step, began, time.time())
 
     def wait_until_whole(self, seconds: float) -> None:
-        """Wait until every deployment has its processes and the server is ready. Raises RatchetError."""
+        """Wait until every deployment has all its replicas, as Serve says, and the server is ready.
+
+        Serve believes in a replica for some seconds after it was killed, so that its processes are counted, too.
+
+        Raises:
+            RatchetError: not within this time.
+        """
         serve = self.settings.serve
-        counts = {"encoder": serve.encoder_replicas, "ingress": serve.ingress_replicas,
-                  "controller": serve.controller_replicas, "vlm": serve.vlm_replicas}  # fmt: skip
-        wanted = {
-            name: counts.get(process, 1)
-            for process, name in DEPLOYMENTS.items()
-            if process != "vlm" or self.settings.base.vlm
-        }
+        counts = {"Encoder": serve.encoder_replicas, "Ingress": serve.ingress_replicas,
+                  "Controller": serve.controller_replicas, "Catalog": 1}  # fmt: skip
+        engines = serve.vlm_replicas if self.settings.base.vlm else 0
 
         def whole() -> bool:
-            missing = [
-                name
-                for name, count in wanted.items()
-                if len(session_pids(self.settings, f"ServeReplica:ratchet:{name}")) < count
-            ]
-            with self.client(20.0) as client:
-                return not missing and client.is_ready()
+            if any(len(session_pids(self.settings, f"{REPLICA}{name}")) < count for name, count in counts.items()):
+                return False
+            with self.client(20.0) as client, suppress(RatchetError):  # no answer yet
+                status = client.status()["controller"]
+                running = {name: states.get("RUNNING", 0) for name, states in status["replicas"].items()}
+                working = sum(not replica["trouble"] for replica in status["vlm"])
+                complete = all(running.get(name, 0) >= count for name, count in counts.items())
+                return complete and working >= engines and client.is_ready()
+            return False
 
-        self.part.wait_for(whole, "every part of the server was back", seconds)
+        self.part.wait_for(whole, "every replica of the server was back", seconds)
 
     def _mount(self) -> None:
         """Mount the metrics disk when the server has made the folder, before processes write there."""

@@ -100,8 +100,9 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 
 def _controller(settings: Settings) -> dict[str, Any]:
-    """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``rollout``: what the
-    guard watches. ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
+    """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``replicas``: of each
+    deployment by state. ``rollout``: what the guard watches. ``catalog``: rows, backfill and index of each image space;
+    None while the server does not answer.
     """
     from serving.client import Client
     from serving.engines.base import list_bases
@@ -112,15 +113,26 @@ def _controller(settings: Settings) -> dict[str, Any]:
     }  # fmt: skip
     rollout: dict[str, Any] = {"state": "unknown"}
     catalog: dict[str, Any] | None = None
+    replicas: dict[str, dict[str, int]] = {}
     try:
         with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
             vlm["problem"] = status.get("vlm_problem", "")
+            replicas = controller["replicas"]
     except RatchetError:
         pass
-    return {"vlm": vlm, "rollout": rollout, "catalog": catalog}
+    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog}
+
+
+def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
+    """Each deployment of which a replica does not run (yet)."""
+    lines = ""
+    for name, states in sorted(replicas.items()):
+        if set(states) != {"RUNNING"}:
+            lines += f"{name}: {', '.join(f'{count} {state.lower()}' for state, count in sorted(states.items()))}\n"
+    return lines
 
 
 def rollout_line(told: dict[str, Any]) -> str:
@@ -178,6 +190,7 @@ def _serving(facts: dict[str, Any]) -> Panel:
         lines.append(f"vlm {stable.vlm or 'base'}\n", "yellow")
     lines.append(rollout_line(facts["rollout"]), "cyan")
     lines.append(_vlm_line(facts["vlm"]))
+    lines.append(replica_lines(facts["replicas"]), "yellow")
     lines.append(catalog_lines(facts["catalog"]))
     if facts["held"]:
         lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -55,6 +56,9 @@ class Catalog:
         self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
         self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
         self.keeper = IndexKeeper(tables, settings, self.reconciler.spaces, self.sample, change_index)
+        self._awaited: Counter[str] = Counter()
+        """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not
+        among those that a controller retires others for."""
         self.crossings: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
         self._reads = ThreadPoolExecutor(SEARCH_THREADS, "search")
@@ -71,17 +75,22 @@ class Catalog:
         Raises:
             StoreError: no row was added for :data:`STALL_SECONDS`.
         """
-        fresh = snapshot.image_space not in self.reconciler.fills
-        fill = self.reconciler.reside(snapshot)
+        space = snapshot.image_space
+        fresh = space not in self.reconciler.fills
+        self.reconciler.reside(snapshot)
         self._residency_changed()
         if wait:
-            version = await self.reconciler.in_thread(self.corpus.version)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(most_seconds):
-                    await self._wait_for(fill, version)
+            self._awaited[space] += 1
+            try:
+                version = await self.reconciler.in_thread(self.corpus.version)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(most_seconds):
+                        await self._wait_for(space, version)
+            finally:
+                self._awaited[space] -= 1
         elif fresh:
-            log.info("image space %s is resident now", snapshot.image_space)
-        return fill.coverage.rows
+            log.info("image space %s is resident now", space)
+        return self.reconciler.fills[space].coverage.rows
 
     async def adopt(self, window: Sequence[ReleaseSnapshot]) -> None:
         """The resident releases, newest first. Spaces of others stay until :meth:`retire`. A window whose live release
@@ -99,7 +108,7 @@ class Catalog:
     async def retire(
         self, keep: Sequence[ReleaseSnapshot], drop: bool = True, spare: Collection[str] = ()
     ) -> list[str]:
-        """Let go of the spaces that no kept release has.
+        """Let go of the spaces that no kept release has, and that no call waits for.
 
         Args:
             drop: also drop their tables, those apart that another server on this lake holds resident. Only the one
@@ -110,11 +119,11 @@ class Catalog:
             Spaces whose tables were dropped.
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
-        for space in set(self.reconciler.fills) - set(spaces):
+        for space in set(self.reconciler.fills) - set(spaces) - set(+self._awaited):
             self.reconciler.release(space)
         for snapshot in spaces.values():
             self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
-        self.crossings = {new: old for new, old in self.crossings.items() if new in spaces}
+        self.crossings = {new: old for new, old in self.crossings.items() if new in self.reconciler.fills}
         gone = await self._drop_others(spare) if drop else []
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
         return gone
@@ -182,20 +191,23 @@ class Catalog:
             tasks.create_task(self.reconciler.run())
             tasks.create_task(self.keeper.run())
 
-    async def _wait_for(self, fill: SpaceFill, version: int) -> None:
-        rows, since = fill.coverage.rows, time.monotonic()
-        while not (fill.complete >= version and self.keeper.is_ready(fill.space, fill.coverage.rows)):
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS), self.reconciler.changed:
-                    await self.reconciler.changed.wait()
+    async def _wait_for(self, space: str, version: int) -> None:
+        rows, since = -1, time.monotonic()
+        while not self._is_covered(fill := self.reconciler.fills[space], version):
             if fill.coverage.rows != rows or fill.complete >= version:
                 rows, since = fill.coverage.rows, time.monotonic()
             elif time.monotonic() - since > STALL_SECONDS:
                 raise StoreError(
-                    f"the backfill of image space {fill.space} stands still at {fill.coverage.ratio:.1%}: "
+                    f"the backfill of image space {space} stands still at {fill.coverage.ratio:.1%}: "
                     f"{self.reconciler.trouble or 'no piece was embedded'}.",
                     "Look at the encoders' log; what is embedded stays, and the next try goes on from there.",
                 )
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS), self.reconciler.changed:
+                    await self.reconciler.changed.wait()
+
+    def _is_covered(self, fill: SpaceFill, version: int) -> bool:
+        return fill.complete >= version and self.keeper.is_ready(fill.space, fill.coverage.rows)
 
     async def _drop_others(self, spare: Collection[str]) -> list[str]:
         stored = await self.reconciler.in_thread(self.tables.spaces)

@@ -12,6 +12,8 @@ from starlette.types import Receive
 from serving.errors import DeadlineExceeded
 from serving.http.errors import ApiError
 
+BACKSTOP_SECONDS = 0.2
+"""After the deadline: whoever computes the answer ends by itself first, and knows why there is none."""
 GONE = 499
 """nginx's status for a client that closed its connection: it is only ever seen in metrics."""
 
@@ -47,7 +49,7 @@ async def cancel_on_disconnect(receive: Receive, deadline: float) -> AsyncIterat
         here.cancel()
 
     watcher = asyncio.create_task(watch())
-    limit = asyncio.timeout(deadline - time.monotonic())
+    limit = asyncio.timeout(deadline - time.monotonic() + BACKSTOP_SECONDS)
     try:
         async with limit:
             yield

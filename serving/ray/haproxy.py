@@ -6,7 +6,13 @@
    bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
    there before a request goes on to the application.
 3. Ray passes ``X-Forwarded-For`` on as the client sent it. Here it names the peer, unless that is a trusted proxy.
-4. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+4. Ray has bodies spliced. HAProxy 2.8 then does not notice that a client has closed its connection, where the body is
+   larger than a buffer (16 KB) and the connection to the application is one that it uses again: what the client had
+   asked for was computed for nobody. Here bodies are copied.
+5. After a connection that was refused HAProxy waits as long as for one that does not come to be (a second, with Ray's
+   five), though it then asks another replica. Here that is a quarter of a second.
+6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
+7. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
@@ -23,7 +29,13 @@ PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
-CLIENT_TIMEOUTS = re.compile(r"^[ \t]*timeout (client|http-request|http-keep-alive) .*\n", re.MULTILINE)
+SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
+TIMEOUTS = re.compile(r"^[ \t]*timeout (connect|client|http-request|http-keep-alive) .*\n", re.MULTILINE)
+REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
+"""Paths of requests that may be answered twice, beside those of GET."""
+CONNECT_MS = 250
+"""Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
+connection: a second otherwise."""
 BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2}"}}}}'
 
 
@@ -33,13 +45,16 @@ def close_binds(text: str) -> str:
 
 
 def add_limits(text: str, limits: dict[str, object]) -> str:
-    """Ray's configuration with the limits of ``front_limits``. A text without Ray's sections stays as it is."""
+    """Ray's configuration with the limits of ``front_limits``, and without spliced bodies. One without Ray's
+    sections stays as it is.
+    """
     timeouts = (
+        f"    timeout connect {CONNECT_MS}ms\n"
         f"    timeout client {limits['idle_ms']}ms\n"
         f"    timeout http-request {limits['header_ms']}ms\n"
         f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
     )
-    text = CLIENT_TIMEOUTS.sub("", text)
+    text = SPLICED_BODIES.sub("", TIMEOUTS.sub("", text))
     text = DEFAULTS.sub(lambda match: match.group() + timeouts, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
 
@@ -63,6 +78,7 @@ def frontend_rules(limits: dict[str, object]) -> str:
 if is_probe {{ sc0_gpc0_rate gt {limits["probes_per_second"]} }}{others}
     http-request del-header X-Forwarded-For{from_others}
     option forwardfor
+    http-request disable-l7-retry unless METH_GET or {{ path {REPEATABLE} }}
 """
 
 

@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from ops.errors import ReleaseError
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.announcement import Unacknowledged
+from serving.releases.bounded_call import BoundedCall
 from serving.releases.observations import Observations
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import NO_VLM, Prepared, Residency
@@ -29,8 +30,15 @@ stands still (:data:`serving.catalog.catalog.STALL_SECONDS`)."""
 RETIRE_SECONDS = 60.0
 RESIDENT_SECONDS = 0.2
 """Asked for when a rollback comes before this process knows the embedding spaces."""
+STATUS_SECONDS = 2.0
 VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
+
+
+def read_states() -> dict[str, dict[str, int]]:
+    """Replicas of each deployment by state, as Serve's controller has them."""
+    deployments = serve.status().applications[APP].deployments
+    return {name: {str(s): count for s, count in each.replica_states.items()} for name, each in deployments.items()}
 
 
 class RayBroadcast:
@@ -43,6 +51,7 @@ class RayBroadcast:
         self._announced_vlms: tuple[str | None, ...] | None = None
         """None until the first announcement, which VLM replicas need not hear: they start by what the ledger says."""
         self._ingress: DeploymentHandle | None = None
+        self._states = BoundedCall(read_states, STATUS_SECONDS)
 
     @property
     def ingress(self) -> DeploymentHandle:
@@ -134,12 +143,22 @@ class RayBroadcast:
             work.append(self._retire_vlms(vlms))
         await asyncio.gather(*work)
 
+    async def replica_states(self) -> dict[str, dict[str, int]]:
+        """Replicas of each deployment by Serve's state (``RUNNING``, ``STARTING``, ``STOPPING``); none while Serve does
+        not say.
+        """
+        try:
+            return await asyncio.to_thread(self._states)
+        except Exception as error:
+            log.info("the state of the replicas is not known: %s: %s", type(error).__name__, error)
+            return {}
+
     async def vlm_status(self) -> list[dict[str, Any]]:
         """What each VLM replica says of itself; none while all of them are starting."""
         if self.vlm is None:
             return []
         try:
-            return await call_every_replica(self.vlm, "status", seconds=2.0)
+            return await call_every_replica(self.vlm, "status", seconds=STATUS_SECONDS)
         except ReleaseError:
             return []
 

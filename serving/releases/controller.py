@@ -112,7 +112,9 @@ class ReleaseController:
         return None
 
     async def status(self) -> dict[str, Any]:
-        """Resident releases, requests in flight, what is on hold. However many ask, replicas are asked once."""
+        """Resident releases, requests in flight, states of replicas, what is on hold. However many ask, it is found out
+        once.
+        """
         if self._status is None or self._status.done():
             self._status = self._spawn(self._read_status())
         return await asyncio.shield(self._status)
@@ -133,6 +135,7 @@ class ReleaseController:
                 for s in residency.window
             ],
             "rollout": self.rollout.status(),
+            "replicas": await self.broadcast.replica_states(),
             "vlm": await self.broadcast.vlm_status(),
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip

@@ -110,10 +110,13 @@ class CatalogReplica:
     async def _follow_ledger(self) -> None:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
-            try:
-                await self._catch_up()
-            except Exception as error:
-                log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
+            await self._try_to_catch_up()
+
+    async def _try_to_catch_up(self) -> None:
+        try:
+            await self._catch_up()
+        except Exception as error:
+            log.warning("cannot follow the ledger: %s: %s", type(error).__name__, error)
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds; an encoder that does not answer yet is no reason to be replaced."""
@@ -183,7 +186,10 @@ class CatalogReplica:
     async def search(self, space: str, vector: Any, k: int, filters: Filters) -> list[Hit] | str:
         """See :meth:`Catalog.search`; a string says why there is no answer."""
         try:
-            return await (await self._started()).search(space, vector, k, filters)
+            catalog = await self._started()
+            if space not in catalog.reconciler.fills:  # the ingress knew first what another server has released
+                await self._try_to_catch_up()
+            return await catalog.search(space, vector, k, filters)
         except RatchetError as error:
             return str(error)
 

@@ -16,9 +16,9 @@ import asyncio
 import contextlib
 import itertools
 import tempfile
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ops.errors import AdapterError, ConfigError, RatchetError
 from ops.settings import Serve
@@ -37,6 +37,9 @@ from serving.errors import EngineDead, InvalidRequest
 ZERO = "zero"
 CLOSE_SECONDS = 5.0
 """What the engine's process gets to end by itself before it is killed."""
+LOOK_SECONDS = 0.5
+"""Between two looks whether the engine still lives, while it loads or unloads an adapter."""
+Result = TypeVar("Result")
 _RESTART = "Start a new engine."
 
 
@@ -134,7 +137,9 @@ class VllmEngine:
 
         request = LoRARequest(name, next(self._ids), str(directory.resolve()))
         try:
-            added = await self._engine.add_lora(request)
+            added = await self._while_alive(self._engine.add_lora(request))
+        except EngineDead:
+            raise
         except Exception as error:
             self._alive()
             raise AdapterError(f"vLLM refuses the adapter {name}: {error}", "Train a plain LoRA adapter.") from error
@@ -147,7 +152,7 @@ class VllmEngine:
 
         async def drop(request: Any) -> None:
             if not self.trouble():
-                await self._engine.remove_lora(request.lora_int_id)
+                await self._while_alive(self._engine.remove_lora(request.lora_int_id))
 
         await self._residents.remove(name, drop)
 
@@ -252,6 +257,16 @@ class VllmEngine:
                 engine.output_handler.cancel()  # it would report the end of the engine's process as an error
             await asyncio.to_thread(engine.shutdown, timeout=CLOSE_SECONDS)
             engine.shutdown = lambda: None  # its destructor calls it again, at the interpreter's end in vain
+
+    async def _while_alive(self, call: Coroutine[Any, Any, Result]) -> Result:
+        """What a call returns. vLLM never answers one that was on its way when the engine died."""
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait([task], timeout=LOOK_SECONDS))[0]:
+                self._alive()
+            return await task
+        finally:
+            task.cancel()
 
     def _alive(self) -> None:
         trouble = self.trouble()

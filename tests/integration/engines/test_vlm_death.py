@@ -17,6 +17,7 @@ from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from serving.errors import EngineDead
 from tests.integration.engines.conftest import House
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.integration
 
@@ -45,7 +46,12 @@ async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> No
     waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
     stream = engine.stream(long, None)
     await anext(stream)
+    os.kill(core, signal.SIGSTOP)  # so that what is asked of it from now on is not answered before it dies
+    loading = asyncio.create_task(engine.load(house.names[1], house.directories[house.names[1]]))
+    await until(lambda: engine._engine.engine_core.utility_results)  # type: ignore[attr-defined]
     os.kill(core, signal.SIGKILL)
+    with pytest.raises(EngineDead):
+        await asyncio.wait_for(loading, 30)
     ended = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 30)
     assert all(isinstance(one, EngineDead | GenerationResult) for one in ended)
     assert any(isinstance(one, EngineDead) for one in ended)

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,6 +173,20 @@ class ServerFixture:
     def engines(self) -> list[int]:
         """Processes in which vLLM answers for this session, whatever their title."""
         return engine_pids(self.settings)
+
+    @contextmanager
+    def stopped_encoders(self) -> Iterator[list[int]]:
+        """SIGSTOP to all encoders, also one that is still starting, and SIGCONT at the end. Yields their processes."""
+        pids = self.pids("ServeReplica:ratchet:Encoder")
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pids
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def kill_everything(self) -> None:
         """SIGKILL the server and all of its processes at once."""

@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def test_a_catalog_that_was_killed_answers_again_from_the_ledger(server: ServerF
         covered(server)
         os.kill(server.pids("ServeReplica:ratchet:Catalog")[0], signal.SIGKILL)
         hits = client.search(text="maps", k=100, domain=["maps"])
+        server.until(lambda: client.status()["controller"]["replicas"]["Catalog"] == {"RUNNING": 1})
     assert len(hits) == 16
 
 
@@ -303,34 +305,46 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: 
         assert client.embed(["calm again"]).shape == (1, server.base.dim)
 
 
+def metric(server: ServerFixture, series: str) -> float:
+    """The sum of the series whose line begins so."""
+    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
+
+
 def encoded_texts(server: ServerFixture) -> float:
     """Texts that went through the encoders since they started."""
-    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
-    found = [line for line in page.splitlines() if line.startswith('ratchet_encoder_batch_size_sum{kind="text"}')]
-    return float(found[0].split()[-1])
+    return metric(server, 'ratchet_encoder_batch_size_sum{kind="text"}')
+
+
+def in_flight(server: ServerFixture) -> float:
+    """Requests being answered."""
+    return metric(server, "ratchet_release_in_flight_requests{")
 
 
 def test_clients_that_went_away_are_not_computed_for(server: ServerFixture) -> None:
-    texts = ["gone " * 15] * 256
-    requests = 24
+    texts = ["gone " * 15] * 256  # more than the front's buffer of 16 KB
+    requests = 8  # of eight calls each: all of them are with an encoder, and none waits for a place
     with server.client() as client:
-        client.embed(["warm"])
-    before = encoded_texts(server)
+        client.embed(["warm"] * 128)
+        before = encoded_texts(server)
 
-    async def leave() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as client:
-            tasks = [asyncio.create_task(client.post("/v1/embeddings", json={"input": texts})) for _ in range(requests)]
-            await asyncio.sleep(0.3)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        async def leave() -> None:
+            async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as leaving:
+                tasks = [
+                    asyncio.create_task(leaving.post("/v1/embeddings", json={"input": texts})) for _ in range(requests)
+                ]
+                await asyncio.to_thread(server.until, lambda: in_flight(server) >= requests)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
-    asyncio.run(leave())
-    seen, later = -1.0, encoded_texts(server)
-    while later != seen:  # the batch that was being encoded is finished
-        time.sleep(2.0)
-        seen, later = later, encoded_texts(server)
-    assert later - before < requests * len(texts)
+        with server.stopped_encoders():
+            asyncio.run(leave())
+            server.until(lambda: in_flight(server) == 0)
+        witnesses = 8  # they queue behind what is left, with both encoders
+        with ThreadPoolExecutor(witnesses) as pool:
+            list(pool.map(client.embed, [["still here"] * 64] * witnesses))
+    assert encoded_texts(server) - before - 64 * witnesses < requests * len(texts) / 2
 
 
 def test_health_docs_and_metrics(server: ServerFixture) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from ops.artifacts import Artifacts
 from ops.errors import ReleaseConflict
 from serving.client import ServerError
 from serving.engines.adapters import write_adapter
+from serving.ray.ray_session import session_directory
 from tests.integration.serving.server_fixture import ROOT, ServerFixture
 
 pytestmark = pytest.mark.integration
@@ -89,17 +91,17 @@ def test_a_rollback_waits_for_no_stopped_encoder_and_no_preparation(server: Serv
     names = [server.adapter() for _ in range(2)]
     with server.client() as client, ThreadPoolExecutor(1) as pool:
         client.release(names[0], reason="to be taken back")
-        stopped = server.pids("ServeReplica:ratchet:Encoder")[0]
-        os.kill(stopped, signal.SIGSTOP)
-        try:
-            slow = pool.submit(client.release, names[1], reason="never prepared everywhere")
-            server.until(lambda: [row.clip for row in server.ledger.pending_proposals()] == [names[1]])
+        with server.stopped_encoders():
+            slow = pool.submit(client.release, names[1], reason="never prepared")
+            server.until(
+                lambda: (
+                    [(row.clip, row.state) for row in server.ledger.pending_proposals()] == [(names[1], "preparing")]
+                )
+            )
             began = time.monotonic()
             with server.client() as operator:
                 back = operator.rollback(reason="at once")
             seconds = time.monotonic() - began
-        finally:
-            os.kill(stopped, signal.SIGCONT)
         with pytest.raises(ReleaseConflict, match="rolled back while it was being prepared"):
             slow.result(timeout=60)
         server.until(lambda: client.live() == back["number"])
@@ -196,6 +198,41 @@ def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(server: Se
         client.resume("go on")
         server.until(lambda: client.live() != live)
     assert server.ledger.live().clip == waiting  # type: ignore[union-attr]
+
+
+ROLL = """
+import sys
+from pathlib import Path
+import ray
+from ops.loading import load_settings
+from serving.app import build
+from serving.ray.loopback import NODE
+from serving.releases.broadcast import APP
+ray.init(address="auto", _temp_dir=sys.argv[2], _node_ip_address=NODE, log_to_driver=False)
+from ray import serve
+serve.run(build(load_settings(Path(sys.argv[1]))), name=APP, route_prefix="/")
+"""
+"""What ``kubectl apply`` of a RayService with new code does: each deployment is replaced, replica by replica."""
+
+
+def test_new_code_of_every_deployment_is_rolled_out_and_fails_no_request(server: ServerFixture) -> None:
+    deployments = ("Encoder", "Ingress", "Catalog", "Controller")
+    old = {name: set(server.pids(f"ServeReplica:ratchet:{name}")) for name in deployments}
+    assert all(old.values())
+    inherited = Path(f"/proc/{min(old['Controller'])}/environ").read_bytes().decode().split("\0")
+    environ = dict(line.split("=", 1) for line in inherited if "=" in line and not line.startswith("RAY_JOB"))
+    command = [sys.executable, "-c", ROLL, str(server.config), str(session_directory(server.settings) / "ray")]
+    with server.traffic(rate=20) as traffic:
+        traffic.wait_for(40)
+        subprocess.run(command, check=True, env={**environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, timeout=240)
+        traffic.wait_for(40)
+    report = traffic.report()
+    assert report.failed == 0, report.problems
+    assert report.mixed == 0, report.problems
+    for name in deployments:
+        assert not old[name] & set(server.pids(f"ServeReplica:ratchet:{name}")), name
+    with server.client() as client:
+        assert client.release(server.adapter(), reason="the new controller works")["number"] == client.live()
 
 
 def test_a_home_is_served_once(server: ServerFixture) -> None:

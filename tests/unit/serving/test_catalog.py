@@ -154,6 +154,35 @@ async def test_a_space_that_was_retired_in_the_middle_of_a_batch_is_made_anew_wh
     assert len(stored(catalog.tables, "aaaa")) == 6
 
 
+async def test_a_space_that_a_release_waits_for_stays_when_others_are_retired(
+    catalog: Catalog, store: SampleStore, encoder: Encoder
+) -> None:
+    put(store, rows(0, 6), 6)
+    encoder.gate = asyncio.Event()
+    running = asyncio.create_task(catalog.run())
+    covering = asyncio.create_task(catalog.cover(THERE))
+    await until(lambda: encoder.calls)
+    await catalog.retire([])  # was ordered before the release was proposed, and comes late
+    encoder.gate.set()
+    assert await asyncio.wait_for(covering, 20) == 6
+    assert await catalog.retire([]) == ["bbbb"]
+    running.cancel()
+
+
+async def test_a_release_waits_for_the_table_that_is_made_anew(
+    catalog: Catalog, store: SampleStore, encoder: Encoder
+) -> None:
+    put(store, rows(0, 6), 6)
+    encoder.gate = asyncio.Event()
+    running = asyncio.create_task(catalog.run())
+    covering = asyncio.create_task(catalog.cover(THERE))
+    await until(lambda: encoder.calls)
+    catalog.reconciler.reopen("bbbb")
+    encoder.gate.set()
+    assert await asyncio.wait_for(covering, 20) == 6
+    running.cancel()
+
+
 async def test_filters_are_conditions_and_not_code(catalog: Catalog, store: SampleStore) -> None:
     put(store, rows(0, 12), 12)
     await catalog.adopt([HERE])

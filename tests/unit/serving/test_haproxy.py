@@ -22,6 +22,8 @@ from serving.ray.ray_session import front_limits, haproxy_binary, write_launcher
 BINARY = haproxy_binary()
 pytestmark = pytest.mark.skipif(BINARY is None, reason="needs HAProxy")
 
+BODY_BYTES = 20_000
+"""Of a request for ``/slow``: more than HAProxy's buffer."""
 RAYS = """\
 global
     maxconn 1000
@@ -31,6 +33,10 @@ defaults
     timeout client 3600s
     timeout http-keep-alive 90s
     timeout server 60s
+    option abortonclose
+    option splice-request
+    option redispatch 1
+    retry-on conn-failure empty-response
 frontend prometheus
     bind :{metrics}
     mode http
@@ -39,6 +45,7 @@ frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend app
 backend app
+    http-reuse always
     server one 127.0.0.1:{app}
 """
 """The sections of Ray's template that matter."""
@@ -58,11 +65,28 @@ class Front:
 
     port: int
     requests: list[str] = field(default_factory=list)
+    slow: asyncio.Event = field(default_factory=asyncio.Event)
+    """A request for ``/slow`` has arrived."""
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Its connection was closed, before an answer."""
+    dying: bool = False
+    """Whether the next request is read, and not answered."""
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 self.requests.append((await reader.readuntil(b"\r\n\r\n")).decode())
+                if " /slow " in self.requests[-1]:
+                    await reader.readexactly(BODY_BYTES)
+                    self.slow.set()
+                    try:
+                        await reader.read()
+                    finally:
+                        self.closed.set()
+                if self.dying:
+                    self.dying = False
+                    writer.close()
+                    return
                 writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
 
     async def send(self, data: bytes, source: str = "127.0.0.1") -> bytes:
@@ -143,6 +167,19 @@ async def test_probes_of_one_address_are_bounded_and_other_requests_are_not(tmp_
         assert all(b"200 OK" in answer for answer in [*others, await server.send(get("/health/ready"))])
 
 
+@pytest.mark.parametrize(
+    ("line", "times"), [("POST /v1/embeddings", 2), ("GET /v1/releases", 2), ("POST /admin/v1/rollback", 1)]
+)
+async def test_only_what_changes_nothing_is_asked_again_when_a_replica_dies(
+    tmp_path: Path, line: str, times: int
+) -> None:
+    async with front(tmp_path) as server:
+        server.dying = True
+        answer = await server.send(f"{line} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+    assert len(server.requests) == times
+    assert (b"200 OK" in answer) == (times > 1)
+
+
 @pytest.mark.parametrize(("trusted", "forwarded"), [([], ["127.0.0.2"]), (["127.0.0.2"], ["192.0.2.1", "127.0.0.2"])])
 async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
     tmp_path: Path, trusted: list[str], forwarded: list[str]
@@ -151,6 +188,18 @@ async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
         await server.send(get("/", "X-Forwarded-For: 192.0.2.1"), "127.0.0.2")
         lines = [line.split(": ")[1] for line in server.requests[0].split("\r\n") if "forwarded" in line.lower()]
     assert lines == forwarded
+
+
+async def test_a_client_that_goes_away_is_noticed_whatever_the_size_of_its_body(tmp_path: Path) -> None:
+    async with front(tmp_path) as server:
+        assert b"200 OK" in await server.send(get())  # leaves a connection to the application that is used again
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        head = f"POST /slow HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY_BYTES}\r\n\r\n"
+        writer.write(head.encode() + b"x" * BODY_BYTES)
+        async with asyncio.timeout(20):
+            await server.slow.wait()
+            writer.close()
+            await server.closed.wait()
 
 
 def test_pages_become_loopback_and_named_binds_stay() -> None:
@@ -177,8 +226,8 @@ def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> N
     text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
-        "timeout client 7000ms", "timeout connect 5s", "timeout http-keep-alive 7000ms", "timeout http-request 3000ms",
-        "timeout server 60s",
+        "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms",
+        "timeout http-request 3000ms", "timeout server 60s",
     ]  # fmt: skip
 
 

@@ -155,6 +155,9 @@ class SilentBroadcast(PlainBroadcast):
     async def vlm_status(self) -> list[dict[str, Any]]:
         return []
 
+    async def replica_states(self) -> dict[str, dict[str, int]]:
+        return {"Encoder": {"RUNNING": 2}}
+
 
 @pytest.fixture
 def servers(tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Iterator[Controllers]:
@@ -195,3 +198,4 @@ async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: 
     controller.broadcast.vlm_status = counting  # type: ignore[method-assign]
     statuses = await asyncio.gather(*(controller.status() for _ in range(50)))
     assert asked == 1 and all(status["started"] for status in statuses)
+    assert statuses[0]["replicas"] == {"Encoder": {"RUNNING": 2}}

@@ -1,10 +1,10 @@
-"""What `ratchet status` says of the catalog."""
+"""What `ratchet status` says of the catalog and of replicas."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ops.cli.status import catalog_lines
+from ops.cli.status import catalog_lines, replica_lines
 
 
 def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
@@ -29,3 +29,9 @@ def test_a_complete_catalog_takes_one_line_and_a_backfill_says_when_it_ends() ->
         "  dddd: its index is being made",
     ]
     assert catalog_lines(None) == ""
+
+
+def test_replicas_are_told_of_only_where_one_does_not_run() -> None:
+    replicas = {"Encoder": {"RUNNING": 2}, "Vlm": {"STARTING": 1, "RUNNING": 1}, "Catalog": {"STOPPING": 1}}
+    assert replica_lines(replicas) == "Catalog: 1 stopping\nVlm: 1 running, 1 starting\n"
+    assert replica_lines({}) == ""

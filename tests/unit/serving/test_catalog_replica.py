@@ -1,0 +1,68 @@
+"""What a catalog replica does between its looks at the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serving.catalog.catalog import Catalog
+from serving.catalog.queries import Filters
+from serving.catalog.tables import Tables
+from serving.releases.release_snapshot import ReleaseSnapshot
+from serving.releases.types import Residency
+from serving.replicas.catalog import CatalogReplica
+from streams.store import SampleStore
+from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, vector
+
+
+class Ledger:
+    """Has one release, or is away."""
+
+    def __init__(self, window: tuple[ReleaseSnapshot, ...]) -> None:
+        self.window = window
+
+    async def read(self, newer_than: int) -> Residency | None:
+        if not self.window:
+            raise TimeoutError
+        return Residency(self.window, self.window, ()) if self.window[0].release > newer_than else None
+
+
+def replica(catalog: Catalog, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Any:
+    one: Any = object.__new__(CatalogReplica)
+    one.catalog, one._residency_reader, one._adopting, one._adopted = catalog, ledger, asyncio.Lock(), 1
+
+    async def adopt(window: tuple[ReleaseSnapshot, ...]) -> None:
+        await catalog.adopt(window)
+
+    async def started() -> Catalog:
+        return catalog
+
+    monkeypatch.setattr(one, "_adopt", adopt)
+    monkeypatch.setattr(one, "_started", started)
+    return one
+
+
+async def test_a_search_in_a_space_that_another_server_released_is_answered_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SampleStore(str(tmp_path / "lake"))
+    put(store, rows(0, 6), 6)
+    other = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+    await other.adopt([THERE, HERE])
+    await settle(other)
+    ours = Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
+    await ours.adopt([HERE])
+    one = replica(ours, Ledger((THERE, HERE)), monkeypatch)
+    (hit,) = await one.search(THERE.image_space, vector(1003), 1, Filters())
+    assert hit.text == "text 3"
+
+
+async def test_while_the_ledger_is_away_it_says_that_there_is_no_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = Catalog(Tables(str(tmp_path / "catalog")), SampleStore(str(tmp_path / "lake")), pixels, Encoder())
+    one = replica(catalog, Ledger(()), monkeypatch)
+    assert "has no index here" in await one.search("bbbb", vector(3), 1, Filters())
