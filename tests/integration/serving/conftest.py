@@ -1,5 +1,6 @@
 """One server for all serving tests: starting Ray takes 20 s. Tests leave it running, whatever is live.
 
+One server runs at a time (:meth:`ServerFixture.start`), so modules that use the same one follow each other by name.
 Where Ray plays no part, the same application in this process does (:mod:`tests.support.in_process_app`).
 """
 
@@ -18,7 +19,7 @@ from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_
 
 @pytest.fixture(scope="session")
 def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    server = ServerFixture.make(tmp_path_factory.mktemp("server"))
+    server = ServerFixture.make_with_movable_ledger(tmp_path_factory.mktemp("server"))
     server.add_samples(24, domain="cats", source="zoo", year=2023)
     server.add_samples(16, domain="maps", source="atlas", year=2024)
     try:

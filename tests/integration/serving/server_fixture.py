@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
+import httpx
 import yaml
 
 from benchmarks.expected import ExpectedVectors
@@ -61,6 +62,7 @@ class ServerFixture:
     vlm: VlmBase | None = None
     images: list[bytes] = field(default_factory=lambda: pictures(6))
     _seeds: int = 100
+    _started: ClassVar[ServerFixture | None] = None
 
     @classmethod
     def make(
@@ -86,6 +88,24 @@ class ServerFixture:
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
+    @classmethod
+    def make_with_movable_ledger(cls, home: Path, **serve: Any) -> ServerFixture:
+        """The same with a ledger that :meth:`move_ledger` takes away."""
+        server = cls.make(home, **serve)
+        (home / "up").mkdir()
+        (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
+        settings = yaml.safe_load(server.config.read_text()) | {"ledger_url": f"sqlite:///{home}/ledger/ledger.db"}
+        server.config.write_text(yaml.safe_dump(settings))
+        server.settings = load_settings(server.config, environ={})
+        server.move_ledger("up")
+        return server
+
+    def move_ledger(self, to: Literal["up", "down"]) -> None:
+        """Turn the link through which everybody reaches the ledger, in one step."""
+        link = self.settings.home / "ledger.new"
+        link.symlink_to(self.settings.home / to)
+        link.replace(self.settings.home / "ledger")
+
     @property
     def url(self) -> str:
         return self.settings.serve.url
@@ -104,7 +124,13 @@ class ServerFixture:
             self.start()
 
     def start(self) -> None:
-        """Start the server, and wait until it is ready."""
+        """Start the server, and wait until it is ready. One that another fixture left running is stopped first.
+
+        A server that nobody asks takes a part of the processor that tests need.
+        """
+        if ServerFixture._started is not None:
+            ServerFixture._started.stop()
+        ServerFixture._started = self
         path = self.settings.home / "serve.log"
         log = path.open("ab")
         before = log.tell()
@@ -137,6 +163,15 @@ class ServerFixture:
             assert time.monotonic() < end, self.log()
             time.sleep(0.1)
 
+    def metric(self, series: str) -> float:
+        """The sum of the series whose lines begin so on the page of metrics."""
+        page = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=20).text
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
+
+    def requests_in_flight(self) -> float:
+        """Requests being answered."""
+        return self.metric("ratchet_release_in_flight_requests{")
+
     def pids(self, *names: str) -> list[int]:
         """Processes of this session whose command contains one of the names; all when none is given."""
         return session_pids(self.settings, *names)
@@ -159,14 +194,12 @@ class ServerFixture:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
-    def kill_everything(self) -> None:
-        """SIGKILL the server and all of its processes at once."""
+    def kill_everything(self, but: Collection[int] = ()) -> None:
+        """SIGKILL the server and all of its processes at once, except some."""
         assert self.process is not None
-        for pid in [self.process.pid, *self.pids()]:
-            try:
+        for pid in {self.process.pid, *self.pids()}.difference(but):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait(10)
 
     def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text"), passed: bool = True) -> str:

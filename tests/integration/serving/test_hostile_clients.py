@@ -1,13 +1,7 @@
-"""A good client beside hostile ones, on a running server; and an end that lets what is in flight finish."""
+"""A good client beside hostile ones, on a running server."""
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
-
-import httpx
 import pytest
 
 from benchmarks.hostile import measure, plan
@@ -32,48 +26,3 @@ def test_a_silent_crowd_of_one_address_is_cut_off_at_its_bound(server: ServerFix
     assert figures["good_failed"] == 0, figures
     answers = figures["attacks"]["silent"]["answers"]
     assert answers.get("closed", 0) + answers.get("refused", 0) > 50
-
-
-def test_what_is_in_flight_when_the_server_is_told_to_end_is_answered(server: ServerFixture) -> None:
-    encoders = server.pids("ServeReplica:default:Encoder", "Encoder")
-    assert encoders
-    assert server.process is not None
-    for pid in encoders:
-        os.kill(pid, signal.SIGSTOP)
-    answers: list[httpx.Response] = []
-
-    def ask() -> None:
-        answers.append(
-            httpx.post(f"{server.url}/v1/embeddings", json={"input": ["last words"]}, timeout=60, trust_env=False)
-        )
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        server.until(lambda: _in_flight(server) > 0)
-        server.process.send_signal(signal.SIGTERM)
-        server.until(lambda: _refuses(server))
-    finally:
-        for pid in encoders:
-            os.kill(pid, signal.SIGCONT)
-    asking.join(60)
-    server.process.wait(60)
-    assert [answer.status_code for answer in answers] == [200]
-
-
-def _in_flight(server: ServerFixture) -> float:
-    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
-    lines = [line for line in page.splitlines() if line.startswith("ratchet_release_in_flight_requests{")]
-    time.sleep(0.1)
-    return sum(float(line.split()[-1]) for line in lines)
-
-
-def _refuses(server: ServerFixture) -> bool:
-    """Whether a new request is refused. One that is admitted gets no answer within the time."""
-    try:
-        answer = httpx.post(f"{server.url}/v1/embeddings", json={"input": ["late"]}, timeout=3, trust_env=False)
-    except httpx.TimeoutException:
-        return False
-    except httpx.TransportError:
-        return True
-    return answer.status_code == 503

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Iterator
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
-from ops.loading import load_settings
 from serving.releases.offline import roll_back_offline
 from serving.releases.residency_source import residency_path
 from tests.integration.serving.server_fixture import ServerFixture
@@ -20,81 +17,32 @@ from tests.integration.serving.server_fixture import ServerFixture
 pytestmark = pytest.mark.integration
 
 
-def make_server(home: Path) -> ServerFixture:
-    """A server whose ledger is behind a link, which is turned in one step."""
-    made = ServerFixture.make(home)
-    (home / "up").mkdir()
-    (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
-    settings = yaml.safe_load(made.config.read_text()) | {"ledger_url": f"sqlite:///{home}/ledger/ledger.db"}
-    made.config.write_text(yaml.safe_dump(settings))
-    made.settings = load_settings(made.config, environ={})
-    point_ledger_to(made, "up")
-    return made
+def ask(server: ServerFixture, timeout: float = 60.0) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/embeddings", json={"input": "x"}, timeout=timeout, trust_env=False)
 
 
-def point_ledger_to(server: ServerFixture, folder: str) -> None:
-    link = server.settings.home / "ledger.new"
-    link.symlink_to(server.settings.home / folder)
-    link.replace(server.settings.home / "ledger")
-
-
-@pytest.fixture(scope="module")
-def own_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFixture]:
-    """A server whose stores may be taken away."""
-    made = make_server(tmp_path_factory.mktemp("static"))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.stop()
-
-
-def ask(server: ServerFixture, text: str = "x") -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/embeddings", json={"input": text}, timeout=60)
-
-
-def test_stores_go_and_come_and_the_same_release_answers(own_server: ServerFixture) -> None:
-    server = own_server
+def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_serves_the_same_release(
+    server: ServerFixture,
+) -> None:
     first, second = server.adapter(), server.adapter()
     with server.client() as client:
         client.release(first, reason="one")
         client.release(second, reason="two")
     copy = residency_path(server.settings.home)
     server.until(lambda: copy.is_file() and second in copy.read_text())
-
-    # An orderly end under load: every answer that was begun is given.
-    statuses: list[int] = []
-    ending = threading.Event()
-
-    def load() -> None:
-        while True:
-            try:
-                statuses.append(ask(server).status_code)
-            except httpx.TransportError:  # no connection any more
-                return
-            if ending.is_set() and statuses[-1] != 200:
-                return
-
-    with ThreadPoolExecutor(4) as pool:
-        loads = [pool.submit(load) for _ in range(4)]
-        server.until(lambda: len(statuses) > 20)
-        ending.set()
-        server.stop()
-        for each in loads:
-            each.result(60)
-    assert set(statuses) <= {200, 503}, statuses
+    end_with_requests_in_flight(server)
 
     # Ledger and artifacts away: a start serves the last known release from the node's copies.
     artifacts = Path(server.settings.artifacts)
     artifacts.rename(artifacts.with_suffix(".away"))
-    point_ledger_to(server, "down")
+    server.move_ledger("down")
     server.start()
     answer = ask(server)
     assert (answer.status_code, answer.headers["x-ratchet-adapter"]) == (200, second)
     assert 'source="file"' in httpx.get(f"{server.url}/metrics", timeout=60).text
     shutil.rmtree(artifacts, ignore_errors=True)
     artifacts.with_suffix(".away").rename(artifacts)
-    point_ledger_to(server, "up")
+    server.move_ledger("up")
 
     # A rollback without the server is adopted by it, everywhere.
     row = roll_back_offline(server.ledger, ["clip"], to=None, actor="t", reason="offline")
@@ -102,8 +50,30 @@ def test_stores_go_and_come_and_the_same_release_answers(own_server: ServerFixtu
     assert ask(server).headers["x-ratchet-adapter"] == row.clip == first
 
 
-def test_a_live_adapter_that_is_gone_is_taken_back_by_itself(own_server: ServerFixture) -> None:
-    server = own_server
+def end_with_requests_in_flight(server: ServerFixture) -> None:
+    """SIGTERM while four requests cannot be answered: they are, once they can be, and new ones are refused at once."""
+    assert server.process is not None
+    with ThreadPoolExecutor(4) as pool:
+        with server.stopped_encoders():
+            requests = [pool.submit(ask, server) for _ in range(4)]
+            server.until(lambda: server.requests_in_flight() >= len(requests))
+            server.process.send_signal(signal.SIGTERM)
+            server.until(lambda: refuses(server))
+        assert [request.result().status_code for request in requests] == [200] * len(requests)
+    server.process.wait(60)
+
+
+def refuses(server: ServerFixture) -> bool:
+    """Whether a new request is refused. One that is admitted gets no answer within the time."""
+    try:
+        return ask(server, timeout=3.0).status_code == 503
+    except httpx.TimeoutException:
+        return False
+    except httpx.TransportError:
+        return True
+
+
+def test_a_live_adapter_that_is_gone_is_taken_back_by_itself(server: ServerFixture) -> None:
     before = server.ledger.live()
     gone = server.adapter()
     with server.client() as client:
