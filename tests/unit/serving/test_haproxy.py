@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ defaults
     option abortonclose
     option splice-request
     option redispatch 1
-    retry-on conn-failure empty-response
+    retry-on conn-failure
 frontend prometheus
     bind :{metrics}
     mode http
@@ -219,6 +220,9 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     head = text.index("frontend http_frontend")
     assert head < text.index("option http-buffer-request") < text.index("# Per-backend path ACLs")
     assert text.count("timeout client 7000ms") == 1
+    assert re.findall(r"^\s*(retry-on .*|retries .*)$", text, re.MULTILINE) == [
+        "retry-on conn-failure empty-response", "retries 2",
+    ]  # fmt: skip
     assert add_limits("global\n", limits) == "global\n"
 
 
