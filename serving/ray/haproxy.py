@@ -30,13 +30,17 @@ OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
 SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
+SERVER_ERRORS = re.compile(r"\berror-limit (\d+|\{\{[^}]*\}\})")
 OVERRIDDEN = re.compile(
     r"^[ \t]*(timeout (connect|client|http-request|http-keep-alive)|retry-on|retries) .*\n", re.MULTILINE
 )
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
 """Paths of requests that may be answered twice, beside those of GET."""
-RETRIES = 2
-"""A request that ends whoever reads it ends three replicas at most."""
+ERROR_LIMIT = 2
+"""Connections in a row that were refused, after which a replica counts as gone until it answers a probe."""
+RETRIES = ERROR_LIMIT + 1
+"""Enough to find the last one of two replicas gone, and to go to Serve's own proxy, which knows of later ones: an
+HAProxy that was replaced goes on with the replicas of its time. A request that ends whoever reads it ends no more."""
 CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""
@@ -61,6 +65,7 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
         f"    retries {RETRIES}\n"
     )
     text = SPLICED_BODIES.sub("", OVERRIDDEN.sub("", text))
+    text = SERVER_ERRORS.sub(f"error-limit {ERROR_LIMIT}", text)
     text = DEFAULTS.sub(lambda match: match.group() + defaults, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
 
