@@ -36,11 +36,11 @@ OVERRIDDEN = re.compile(
 )
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
 """Paths of requests that may be answered twice, beside those of GET."""
-ERROR_LIMIT = 2
-"""Connections in a row that were refused, after which a replica counts as gone until it answers a probe."""
-RETRIES = ERROR_LIMIT + 1
-"""Enough to find the last one of two replicas gone, and to go to Serve's own proxy, which knows of later ones: an
-HAProxy that was replaced goes on with the replicas of its time. A request that ends whoever reads it ends no more."""
+ERROR_LIMIT = 1
+"""A connection that was refused: the replica counts as gone until it answers probes, half a second at least."""
+RETRIES = 3
+"""As many replicas may be gone before Serve's own proxy is asked, which knows of later ones: an HAProxy that was
+replaced goes on with the replicas of its time. A request that ends whoever reads it ends no more than one further."""
 CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""
