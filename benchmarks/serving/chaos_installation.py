@@ -33,6 +33,7 @@ IMAGES: Final = 6
 CLIP_ADAPTERS: Final = 3
 VLM_ADAPTERS: Final = 2
 AWAY_SECONDS: Final = 180.0
+REPLICAS: Final = ("encoder_replicas", "ingress_replicas", "controller_replicas", "vlm_replicas")
 
 
 class ChaosInstallation:
@@ -59,7 +60,7 @@ class ChaosInstallation:
         clip = tiny_base(self.home_disk.folder).name
         vlm = tiny_vlm_base(self.home_disk.folder).name if vlm_engine else ""
         # Pairs, so that one that is killed is not missed.
-        pairs = {"ingress_replicas": 2, "controller_replicas": 2, "encoder_replicas": 2, "vlm_replicas": 2}
+        pairs = dict.fromkeys(REPLICAS, 2)
         bounds = {"port": free_port(), "vlm_max_rank": 8, "vlm_memory_gib": 0.25, "operator_key": None, **pairs}
         bounds["encoder_threads"] = 1
         bounds["cache_bytes"] = 0  # the load repeats a few inputs, which are to reach the encoders
@@ -89,14 +90,16 @@ class ChaosInstallation:
         return self._new.pop()
 
     def server(self, environment: Mapping[str, str] | None = None) -> WholeServer:
-        """A server that is not started yet. The second and later ones get a home of their own."""
+        """A server that is not started yet. The second and later ones get a home of their own, and one replica of each
+        deployment: two cores do not run thirty processes for each of two servers.
+        """
         self._servers += 1
         settings = self.direct
         if self._servers > 1:
             home = self.folder / f"home-{self._servers}"
             shutil.copytree(self.direct.home / "bases", home / "bases")
             shutil.copy2(self.direct.home / "operator.key", home / "operator.key")
-            serve = settings.serve.model_copy(update={"port": free_port(), "vlm_replicas": 1})
+            serve = settings.serve.model_copy(update={"port": free_port(), **dict.fromkeys(REPLICAS, 1)})
             settings = settings.model_copy(update={"home": home, "serve": serve})
         relayed = self.postgres.url.replace(f":{self.postgres.port}/", f":{self.commits.port}/")
         settings = settings.model_copy(update={"ledger_url": relayed})

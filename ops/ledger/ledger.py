@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 from ops.ledger.audit import AuditQueries
 from ops.ledger.budget import BudgetQueries
 from ops.ledger.database import Database, open_database
@@ -37,6 +39,10 @@ class Ledger(
         that must start without it; the schema is left as it is.
         """
         return cls(open_database(url, migrate=False, check=False))
+
+    def reading(self) -> AbstractContextManager[None]:
+        """See :meth:`ops.ledger.database.Database.reading`."""
+        return self.database.reading()
 
     def close(self) -> None:
         """Give the connections back."""

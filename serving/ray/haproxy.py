@@ -30,9 +30,17 @@ OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
 SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
-TIMEOUTS = re.compile(r"^[ \t]*timeout (connect|client|http-request|http-keep-alive) .*\n", re.MULTILINE)
+SERVER_ERRORS = re.compile(r"\berror-limit (\d+|\{\{[^}]*\}\})")
+OVERRIDDEN = re.compile(
+    r"^[ \t]*(timeout (connect|client|http-request|http-keep-alive)|retry-on|retries) .*\n", re.MULTILINE
+)
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
 """Paths of requests that may be answered twice, beside those of GET."""
+ERROR_LIMIT = 1
+"""A connection that was refused: the replica counts as gone until it answers probes, half a second at least."""
+RETRIES = 3
+"""As many replicas may be gone before Serve's own proxy is asked, which knows of later ones: an HAProxy that was
+replaced goes on with the replicas of its time. A request that ends whoever reads it ends no more than one further."""
 CONNECT_MS = 250
 """Also what HAProxy waits, where it does not take turns, before it passes a request on whose replica refused the
 connection: a second otherwise."""
@@ -48,14 +56,17 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
     """Ray's configuration with the limits of ``front_limits``, and without spliced bodies. One without Ray's
     sections stays as it is.
     """
-    timeouts = (
+    defaults = (
         f"    timeout connect {CONNECT_MS}ms\n"
         f"    timeout client {limits['idle_ms']}ms\n"
         f"    timeout http-request {limits['header_ms']}ms\n"
         f"    timeout http-keep-alive {limits['idle_ms']}ms\n"
+        "    retry-on conn-failure empty-response\n"
+        f"    retries {RETRIES}\n"
     )
-    text = SPLICED_BODIES.sub("", TIMEOUTS.sub("", text))
-    text = DEFAULTS.sub(lambda match: match.group() + timeouts, text)
+    text = SPLICED_BODIES.sub("", OVERRIDDEN.sub("", text))
+    text = SERVER_ERRORS.sub(f"error-limit {ERROR_LIMIT}", text)
+    text = DEFAULTS.sub(lambda match: match.group() + defaults, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)
 
 

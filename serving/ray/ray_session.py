@@ -88,9 +88,6 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(settings.serve.deadline_seconds)),
             "RAY_SERVE_HAPROXY_MAXCONN": str(settings.serve.connections),
             "FORWARDED_ALLOW_IPS": "none",  # uvicorn would believe any client that comes through HAProxy
-            # The replica may have died with it; which requests may be made again is in haproxy.py.
-            "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-            "RAY_SERVE_HAPROXY_RETRIES": "2",  # one that ends whoever reads it ends three replicas at most
             # HAProxy takes a moment to hear of a replica that ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first + 2),

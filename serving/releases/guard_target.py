@@ -35,11 +35,12 @@ class GuardTarget:
 
 def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTarget | None:
     """The live release, if it is watched at ``now`` (seconds since the epoch)."""
-    live = ledger.live()
-    incumbent = None if live is None else ledger.incumbent(live.number)
-    if live is None or incumbent is None:
-        return None
-    kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
+    with ledger.reading():
+        live = ledger.live()
+        incumbent = None if live is None else ledger.incumbent(live.number)
+        if live is None or incumbent is None:
+            return None
+        kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind
     until = live.created_at.timestamp() + settings.guard_seconds if live.plain else math.inf
     target = GuardTarget(live, incumbent, kind, until)
     if kind in UNWATCHED or now >= until or not (target.differs("clip") or target.differs("vlm")):

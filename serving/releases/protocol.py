@@ -25,7 +25,7 @@ from ops import metrics
 from ops.errors import LeaseLost, RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.proposals import ENDED
-from ops.ledger.rows import Family, ProposalKind, ProposalRow
+from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
 from serving.releases.announcement import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
 from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.preparation import Preparation
@@ -69,6 +69,7 @@ class ReleaseProtocol:
         self._runner = ProposalRunner(ledger, self._preparation, update_share, hold_after_rollback, lease)
         self._announcer = Announcer(broadcast)
         self._turn = asyncio.Lock()
+        self._planning: asyncio.Future[RollbackPlan] | None = None
         self._threads = ThreadPoolExecutor(ROLLBACK_THREADS, "rollback")
 
     @property
@@ -110,12 +111,11 @@ class ReleaseProtocol:
         one is on trial as a canary or a shadow and, where it is of the VLM, while no VLM replica answers.
         """
         async with self._turn:
-            held = await asyncio.to_thread(self.ledger.held)
-            live = await asyncio.to_thread(self.ledger.live)
+            held, live, pending = await asyncio.to_thread(self._pending)
             if live is not None:
                 metrics.release.live("controller", live.number)  # also one that was made offline
             waits = held is not None or (live is not None and not live.plain)
-            waiting = await self._runner.without_abandoned(await asyncio.to_thread(self.ledger.pending_proposals))
+            waiting = await self._runner.without_abandoned(pending)
             metrics.release.waiting(len(waiting), held is not None)
             for proposal in waiting:
                 if proposal.kind == "update" and (waits or await self._lacks_vlm(proposal)):
@@ -169,7 +169,7 @@ class ReleaseProtocol:
         async with AsyncExitStack() as committing:
             async with ledger_answers():
                 await committing.enter_async_context(self._runner.committing)
-                plan = await self._in_thread(self._plan_rollback, command)
+                plan = await self._planned(command)
             if self._runner.work is not None:
                 self._runner.work.stop(command, scope_of(plan.adapters))
             resident = plan.is_resident and await self._is_known(plan.goal["clip"])
@@ -227,6 +227,19 @@ class ReleaseProtocol:
             "initial", family="both", clip=None, vlm=None, actor="ratchet", reason="first start", expected_live=0,
             epoch=self._epoch,
         )  # fmt: skip
+
+    def _pending(self) -> tuple[HoldRow | None, ReleaseRow | None, list[ProposalRow]]:
+        """What is on hold, what is live, and what waits."""
+        with self.ledger.reading():
+            return self.ledger.held(), self.ledger.live(), self.ledger.pending_proposals()
+
+    async def _planned(self, command: RollbackCommand) -> RollbackPlan:
+        """A plan, one at a time: one that a caller gave up waiting for would make the next one wait in the threads."""
+        if self._planning is not None:
+            await asyncio.wait([self._planning])
+        self._planning = asyncio.ensure_future(self._in_thread(self._plan_rollback, command))
+        self._planning.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(self._planning)
 
     def _plan_rollback(self, command: RollbackCommand) -> RollbackPlan:
         served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)

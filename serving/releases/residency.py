@@ -59,6 +59,11 @@ class ResidencyRows:
 
 def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     """From the ledger: ``size`` releases, and for each family the newest other adapter."""
+    with ledger.reading():
+        return _read_residency(ledger, size)
+
+
+def _read_residency(ledger: Ledger, size: int) -> ResidencyRows:
     newest = ledger.releases(size)
     if not newest:
         return ResidencyRows((), None, ())

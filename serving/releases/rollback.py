@@ -66,11 +66,12 @@ def plan_rollback(ledger: Ledger, command: RollbackCommand, served: Sequence[Fam
         ReleaseError: there is nothing to go back to.
     """
     families = tuple(served) if command.family is None else (command.family,)
-    adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn)
-    live = ledger.live()
-    check_live(live, command.expected_live)
-    goal = goal_of(adapters, ledger.stable())
-    return RollbackPlan(live.number if live else 0, adapters, goal, read_residency(ledger, size))
+    with ledger.reading():
+        adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn)
+        live = ledger.live()
+        check_live(live, command.expected_live)
+        goal = goal_of(adapters, ledger.stable())
+        return RollbackPlan(live.number if live else 0, adapters, goal, read_residency(ledger, size))
 
 
 def check_live(live: ReleaseRow | None, expected: int) -> None:

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import httpx
 import yaml
 
 from benchmarks.expected import ExpectedVectors
@@ -166,6 +167,15 @@ class ServerFixture:
             assert time.monotonic() < end, self.log()
             time.sleep(0.1)
 
+    def metric(self, series: str) -> float:
+        """The sum of the series whose lines begin so on the page of metrics."""
+        page = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=20).text
+        return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
+
+    def requests_in_flight(self) -> float:
+        """Requests being answered."""
+        return self.metric("ratchet_release_in_flight_requests{")
+
     def pids(self, *names: str) -> list[int]:
         """Processes of this session whose command contains one of the names; all when none is given."""
         return session_pids(self.settings, *names)
@@ -188,14 +198,12 @@ class ServerFixture:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
 
-    def kill_everything(self) -> None:
-        """SIGKILL the server and all of its processes at once."""
+    def kill_everything(self, but: Collection[int] = ()) -> None:
+        """SIGKILL the server and all of its processes at once, except some."""
         assert self.process is not None
-        for pid in [self.process.pid, *self.pids()]:
-            try:
+        for pid in {self.process.pid, *self.pids()}.difference(but):
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait(10)
 
     def adapter(self, scale: float = 0.5, towers: tuple[str, ...] = ("image", "text"), passed: bool = True) -> str:

@@ -305,20 +305,9 @@ def test_overload_is_answered_429_with_retry_after_and_then_all_is_well(server: 
         assert client.embed(["calm again"]).shape == (1, server.base.dim)
 
 
-def metric(server: ServerFixture, series: str) -> float:
-    """The sum of the series whose line begins so."""
-    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
-    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(series))
-
-
 def encoded_texts(server: ServerFixture) -> float:
     """Texts that went through the encoders since they started."""
-    return metric(server, 'ratchet_encoder_batch_size_sum{kind="text"}')
-
-
-def in_flight(server: ServerFixture) -> float:
-    """Requests being answered."""
-    return metric(server, "ratchet_release_in_flight_requests{")
+    return server.metric('ratchet_encoder_batch_size_sum{kind="text"}')
 
 
 def test_clients_that_went_away_are_not_computed_for(server: ServerFixture) -> None:
@@ -333,14 +322,14 @@ def test_clients_that_went_away_are_not_computed_for(server: ServerFixture) -> N
                 tasks = [
                     asyncio.create_task(leaving.post("/v1/embeddings", json={"input": texts})) for _ in range(requests)
                 ]
-                await asyncio.to_thread(server.until, lambda: in_flight(server) >= requests)
+                await asyncio.to_thread(server.until, lambda: server.requests_in_flight() >= requests)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
         with server.stopped_encoders():
             asyncio.run(leave())
-            server.until(lambda: in_flight(server) == 0)
+            server.until(lambda: server.requests_in_flight() == 0)
         witnesses = 8  # they queue behind what is left, with both encoders
         with ThreadPoolExecutor(witnesses) as pool:
             list(pool.map(client.embed, [["still here"] * 64] * witnesses))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,28 +52,15 @@ def test_an_orderly_end_answers_what_is_in_flight_and_a_start_without_stores_ser
 
 def end_with_requests_in_flight(server: ServerFixture) -> None:
     """SIGTERM while four requests cannot be answered: they are, once they can be, and new ones are refused at once."""
-    encoders = server.pids("ServeReplica:default:Encoder", "Encoder")
-    assert encoders and server.process is not None
-    for pid in encoders:
-        os.kill(pid, signal.SIGSTOP)
+    assert server.process is not None
     with ThreadPoolExecutor(4) as pool:
-        requests = [pool.submit(ask, server) for _ in range(4)]
-        try:
-            server.until(lambda: in_flight(server) >= len(requests))
+        with server.stopped_encoders():
+            requests = [pool.submit(ask, server) for _ in range(4)]
+            server.until(lambda: server.requests_in_flight() >= len(requests))
             server.process.send_signal(signal.SIGTERM)
             server.until(lambda: refuses(server))
-        finally:
-            for pid in encoders:
-                os.kill(pid, signal.SIGCONT)
         assert [request.result().status_code for request in requests] == [200] * len(requests)
     server.process.wait(60)
-
-
-def in_flight(server: ServerFixture) -> float:
-    page = httpx.get(f"{server.url}/metrics", trust_env=False, timeout=20).text
-    lines = [line for line in page.splitlines() if line.startswith("ratchet_release_in_flight_requests{")]
-    time.sleep(0.1)
-    return sum(float(line.split()[-1]) for line in lines)
 
 
 def refuses(server: ServerFixture) -> bool:

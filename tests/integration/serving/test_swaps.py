@@ -179,27 +179,6 @@ def test_an_update_waits_while_updates_are_on_hold(server: ServerFixture) -> Non
     assert server.ledger.live().clip == name  # type: ignore[union-attr]
 
 
-def test_killed_whole_and_started_again_it_goes_on_with_what_was_live(server: ServerFixture) -> None:
-    name = server.adapter()
-    waiting = server.adapter()
-    with server.client() as client:
-        live = client.release(name, reason="before the kill")["number"]
-        client.hold("so that the proposal waits")
-    server.propose_update(waiting)
-    server.kill_everything()
-    # A controller that died in the middle of preparing leaves this behind.
-    proposal = server.ledger.pending_proposals()[-1]
-    server.ledger.advance_proposal(proposal.id, "preparing")
-    server.start()
-    with server.client() as client:
-        assert client.live() == live
-        got = client.embed(["a photo of a cat"], model=f"clip@{live}")
-        assert abs(got - server.expected(name, texts=["a photo of a cat"])).max() < 1e-3
-        client.resume("go on")
-        server.until(lambda: client.live() != live)
-    assert server.ledger.live().clip == waiting  # type: ignore[union-attr]
-
-
 ROLL = """
 import sys
 from pathlib import Path

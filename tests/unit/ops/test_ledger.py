@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 
-from ops.errors import LedgerError, ReleaseConflict
+from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict
 from ops.ledger import Ledger
 from ops.ledger.database import alembic_config
 from ops.ledger.tables import Base
@@ -347,3 +349,24 @@ def test_a_database_that_cannot_be_used_is_a_clear_error_without_the_password() 
     assert caught.value.fix
     with pytest.raises(LedgerError, match="ledger_url"):
         Ledger.open("nonsense")
+
+
+def test_reads_of_one_block_share_a_connection_and_other_threads_have_their_own(ledger: Ledger) -> None:
+    checkouts: list[object] = []
+    event.listen(ledger.database.engine, "checkout", lambda *parts: checkouts.append(parts[0]))
+    with ledger.reading():
+        ledger.live()
+        with ledger.reading():
+            ledger.releases()
+        ledger.held()
+        assert len(checkouts) == 1
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ledger.live).result()
+        assert len(checkouts) == 2
+    ledger.live()
+    assert len(checkouts) == 3
+
+
+def test_an_outage_inside_of_a_shared_read_is_named_as_anywhere(ledger: Ledger) -> None:
+    with ledger.reading(), pytest.raises(LedgerUnavailable, match="gone"), ledger.database.read():
+        raise OperationalError("select", {}, Exception("gone"))

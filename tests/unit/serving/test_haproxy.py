@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ defaults
     option abortonclose
     option splice-request
     option redispatch 1
-    retry-on conn-failure empty-response
+    retry-on conn-failure
 frontend prometheus
     bind :{metrics}
     mode http
@@ -45,8 +46,11 @@ frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend app
 backend app
+    balance leastconn
     http-reuse always
-    server one 127.0.0.1:{app}
+    default-server inter 1h fall 2 rise 2
+    {gone}
+    server one 127.0.0.1:{app} {backup}
 """
 """The sections of Ray's template that matter."""
 
@@ -100,11 +104,14 @@ class Front:
 
 
 @contextlib.asynccontextmanager
-async def front(folder: Path, **serve: object) -> AsyncIterator[Front]:
+async def front(folder: Path, gone: int = 0, **serve: object) -> AsyncIterator[Front]:
+    """``gone``: replicas that refuse connections, before Serve's own proxy, which is all that there is without."""
     assert BINARY is not None
-    port, metrics, app = free_ports(3)
+    port, metrics, app, *nobody = free_ports(3 + gone)
+    watched = "check observe layer4 error-limit 3 on-error mark-down"
+    lines = "\n    ".join(f"server gone{n} 127.0.0.1:{each} {watched}" for n, each in enumerate(nobody))
     config = folder / "haproxy.cfg"
-    config.write_text(RAYS.format(port=port, metrics=metrics, app=app))
+    config.write_text(RAYS.format(port=port, metrics=metrics, app=app, gone=lines, backup="backup" if gone else ""))
     made = Front(port)
     server = await asyncio.start_server(made.answer, "127.0.0.1", app)
     launcher = write_launcher(folder, BINARY, Serve(**serve))
@@ -180,6 +187,12 @@ async def test_only_what_changes_nothing_is_asked_again_when_a_replica_dies(
     assert (b"200 OK" in answer) == (times > 1)
 
 
+@pytest.mark.parametrize("gone", [1, 2, 3])
+async def test_where_all_replicas_are_gone_serves_own_proxy_is_asked(tmp_path: Path, gone: int) -> None:
+    async with front(tmp_path, gone=gone) as server:
+        assert b"200 OK" in await server.send(get())
+
+
 @pytest.mark.parametrize(("trusted", "forwarded"), [([], ["127.0.0.2"]), (["127.0.0.2"], ["192.0.2.1", "127.0.0.2"])])
 async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
     tmp_path: Path, trusted: list[str], forwarded: list[str]
@@ -219,11 +232,16 @@ def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     head = text.index("frontend http_frontend")
     assert head < text.index("option http-buffer-request") < text.index("# Per-backend path ACLs")
     assert text.count("timeout client 7000ms") == 1
+    assert re.findall(r"^\s*(retry-on .*|retries .*)$", text, re.MULTILINE) == [
+        "retry-on conn-failure empty-response", "retries 3",
+    ]  # fmt: skip
+    assert set(re.findall(r"error-limit (.*?) on-error", text)) == {"1"}
     assert add_limits("global\n", limits) == "global\n"
 
 
 def test_rays_own_time_limits_of_clients_are_replaced_wherever_they_stand() -> None:
-    text = add_limits(RAYS.format(port=1, metrics=2, app=3), front_limits(Serve(idle_seconds=7, header_seconds=3)))
+    rays = RAYS.format(port=1, metrics=2, app=3, gone="", backup="")
+    text = add_limits(rays, front_limits(Serve(idle_seconds=7, header_seconds=3)))
     limits = [line.strip() for line in text.splitlines() if line.strip().startswith("timeout")]
     assert sorted(limits) == [
         "timeout client 7000ms", "timeout connect 250ms", "timeout http-keep-alive 7000ms",

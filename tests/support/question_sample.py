@@ -1,0 +1,63 @@
+"""Takes the sample of the demo's questions that tests ask the shipped VLM: drawing all of them takes three minutes.
+
+    python -m tests.support.question_sample tests/integration/updater/vqa_base
+
+It is a dataset like the whole one, with its receipt: the first questions of each kind of the test split, and of the
+training split for each of their questions the most frequent answer, which is all that scoring takes from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from streams.demo import DOMAINS, prepare_questions
+from streams.demo.domain import RECEIPT
+from streams.folders import FolderItem, read_folder, write_folder
+from updater.base.vlm.shipped import TRAINED_ON
+
+EACH = 60
+"""Questions of each kind."""
+SOURCES = ("noto", "twemoji", "openclipart")
+"""Whose pictures may be passed on with their names alone: Apache-2.0, CC-BY-4.0, public domain."""
+
+
+def take_sample(whole: Path, target: Path) -> None:
+    """Write the sample of the dataset ``whole`` to ``target``."""
+    taken: dict[str, list[FolderItem]] = defaultdict(list)
+    for item in read_folder(whole, "test"):
+        if item.source in SOURCES and len(taken[item.label]) < EACH:
+            taken[item.label].append(item)
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in read_folder(whole, "train"):
+        answers[item.question][item.answer] += 1
+    (target / "images").mkdir(parents=True)
+    rows = []
+    for item in (item for kind in sorted(taken) for item in taken[kind]):
+        path = target / "images" / item.path.name
+        shutil.copyfile(item.path, path)
+        rows.append(dataclasses.replace(item, path=path))
+    asked = {item.question: item for item in rows}
+    for question in sorted(asked.keys() & answers.keys()):
+        counts = answers[question]
+        usual = min(counts, key=lambda answer: (-counts[answer], answer))
+        rows.append(dataclasses.replace(asked[question], split="train", answer=usual, answers=(usual,)))
+    receipt = {
+        **json.loads((whole / RECEIPT).read_text()),
+        "sources": SOURCES,
+        "licence": ", ".join(DOMAINS[name].licence for name in SOURCES),
+        "attribution": "; ".join(DOMAINS[name].attribution for name in SOURCES),
+        "rows": {kind: len(items) for kind, items in sorted(taken.items())},
+    }
+    (target / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    write_folder(target, rows)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as home:
+        take_sample(prepare_questions(TRAINED_ON, home), Path(sys.argv[1]))
