@@ -178,7 +178,7 @@ class Serve(Section):
         "auto", description="Of the CLIP's matrix products; auto: half where it measures faster and stays within noise."
     )
     encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
-    encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: all cores.")
+    encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: they share the cores.")
     ingress_replicas: int = Field(
         1, ge=1, le=64, description="Processes that answer HTTP. With two, one that ends is not missed."
     )

@@ -88,7 +88,8 @@ class ClipEngine:
         Raises BaseModelError, ConfigError.
         """
         base = base or load_base(settings.home, settings.base.clip)
-        threads = settings.serve.encoder_threads if threads is None else threads
+        if threads is None:
+            threads = settings.serve.encoder_threads or max(1, usable_cores() // settings.serve.encoder_replicas)
         _set_threads(threads)
         return cls(base, None, threads, choose_engine(base, settings.serve, settings.home, _device(None)))
 
