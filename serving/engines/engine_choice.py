@@ -185,6 +185,7 @@ def _machine(candidates: Sequence[EngineChoice], device: torch.device) -> str:
             {
                 "processor": asdict(processor(device.type)),
                 "candidates": [str(choice) for choice in candidates],
+                "threads": torch.get_num_threads(),
                 "versions": {name: _version(name) for name in ("torch", "onnxruntime", "onnxruntime-ep-openvino")},
             }
         )

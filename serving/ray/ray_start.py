@@ -57,5 +57,7 @@ def _wait_for_controller(proxies: Future[None]) -> None:
     """
     from ray.serve.context import _get_global_client
 
-    while not proxies.done() and _get_global_client(raise_if_no_controller_running=False) is None:
+    while _get_global_client(raise_if_no_controller_running=False) is None:
+        if proxies.done():
+            proxies.result()  # raises why there is none
         time.sleep(LOOK_SECONDS)
