@@ -8,6 +8,7 @@ one deployment that starts late or never takes nothing away from the others.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,14 +20,17 @@ _EXCEPTION: Final = re.compile(r"^[\w.]+(?:Error|Exception|Unavailable|Interrupt
 class DeploymentStatus:
     """One deployment at a moment."""
 
-    running: int
-    """Replicas that answer."""
-    wanted: int
-    """Replicas that there are, those included that are starting."""
+    states: Mapping[str, int]
+    """Replicas by Serve's state: ``RUNNING``, ``STARTING``, ``STOPPING``."""
     failed: bool
     """Serve has given up."""
     cause: str
     """Why the last replica could not start; empty when none has failed."""
+
+    @property
+    def running(self) -> int:
+        """Replicas that answer."""
+        return self.states.get("RUNNING", 0)
 
 
 def read_statuses(app: str) -> dict[str, DeploymentStatus]:
@@ -34,15 +38,13 @@ def read_statuses(app: str) -> dict[str, DeploymentStatus]:
     while Serve's controller is busy.
     """
     from ray import serve
-    from ray.serve.schema import ReplicaState
 
     application = serve.status().applications.get(app)
     if application is None:
         return {}
     return {
         name: DeploymentStatus(
-            running=each.replica_states.get(ReplicaState.RUNNING, 0),
-            wanted=sum(each.replica_states.values()),
+            states={str(state): count for state, count in each.replica_states.items()},
             failed=each.status == "DEPLOY_FAILED",
             cause=cause_of(each.message),
         )

@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from ops.errors import ReleaseError
+from serving.ray.deployment_status import read_statuses
 from serving.ray.replica_calls import Attempts, call_every_replica, call_replica
 from serving.releases.announcement import Unacknowledged
 from serving.releases.bounded_call import BoundedCall
@@ -35,12 +36,6 @@ VLM_RETIRE_SECONDS = 2.0
 """A VLM takes a minute to start, and starts with nothing to unload: releases of CLIP do not wait for it."""
 
 
-def read_states() -> dict[str, dict[str, int]]:
-    """Replicas of each deployment by state, as Serve's controller has them."""
-    deployments = serve.status().applications[APP].deployments
-    return {name: {str(s): count for s, count in each.replica_states.items()} for name, each in deployments.items()}
-
-
 class RayBroadcast:
     """Implements :class:`serving.releases.types.Broadcast`."""
 
@@ -51,7 +46,7 @@ class RayBroadcast:
         self._announced_vlms: tuple[str | None, ...] | None = None
         """None until the first announcement, which VLM replicas need not hear: they start by what the ledger says."""
         self._ingress: DeploymentHandle | None = None
-        self._states = BoundedCall(read_states, STATUS_SECONDS)
+        self._statuses = BoundedCall(lambda: read_statuses(APP), STATUS_SECONDS)
 
     @property
     def ingress(self) -> DeploymentHandle:
@@ -148,7 +143,8 @@ class RayBroadcast:
         not say.
         """
         try:
-            return await asyncio.to_thread(self._states)
+            statuses = await asyncio.to_thread(self._statuses)
+            return {name: dict(status.states) for name, status in statuses.items()}
         except Exception as error:
             log.info("the state of the replicas is not known: %s: %s", type(error).__name__, error)
             return {}

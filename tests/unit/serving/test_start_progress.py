@@ -14,9 +14,9 @@ from serving.client import ServerError
 from serving.ray.deployment_status import DeploymentStatus
 from serving.start_progress import StartProgress, Statuses
 
-UP = DeploymentStatus(running=1, wanted=1, failed=False, cause="")
-STARTS = DeploymentStatus(running=0, wanted=1, failed=False, cause="")
-FAILED = DeploymentStatus(running=0, wanted=0, failed=True, cause="OSError: no file")
+UP = DeploymentStatus({"RUNNING": 1}, failed=False, cause="")
+STARTS = DeploymentStatus({"STARTING": 1}, failed=False, cause="")
+FAILED = DeploymentStatus({}, failed=True, cause="OSError: no file")
 
 
 class Server:
