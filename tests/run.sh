@@ -12,8 +12,9 @@ bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_openapi.py tests/integration/serving/test_hostile_images.py) # start no server
-jobs=(tests/integration/streams types tests/unit tests/integration/updater tests/integration/gate
-  "tests/integration/engines ${alone[*]}")
+half=(tests/unit/serving tests/unit/updater)
+jobs=(tests/integration/streams "${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/updater
+  "tests/integration/engines ${alone[*]}" tests/integration/gate types)
 named=("${servers[@]}" tests/integration/{streams,updater,gate,engines})
 jobs+=("tests/integration ${named[*]/#/--ignore=}")
 if [ "${2:-}" = job ]; then
