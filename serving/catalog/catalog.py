@@ -227,7 +227,8 @@ class Catalog:
             except Exception as error:
                 log.warning("the claim on the image spaces could not be written: %s", error)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._claimed.wait(), RENEW_SECONDS / 2)
+                async with asyncio.timeout(RENEW_SECONDS / 2):
+                    await self._claimed.wait()
 
     def _residency_changed(self) -> None:
         self._claimed.set()

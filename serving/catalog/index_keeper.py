@@ -98,7 +98,8 @@ class IndexKeeper:
                 worked = False
             if not worked:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), LOOK_SECONDS)
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await self._wake.wait()
             self._wake.clear()
 
     def wake(self) -> None:

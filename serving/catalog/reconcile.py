@@ -7,6 +7,7 @@ was embedded in the last seconds, and nothing else.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -186,12 +187,10 @@ class Reconciler:
                 log.exception("reconcile")
                 worked = False
             if not worked:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), IDLE_SECONDS)
-                except TimeoutError:
-                    continue
-                finally:
-                    self._wake.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        await self._wake.wait()
+                self._wake.clear()
 
     def _found(self, ingested: list[datetime | None]) -> None:
         """Samples became searchable under the live release."""

@@ -230,7 +230,8 @@ class VlmWorker:
                 continue
             self._freed.clear()
             try:
-                await asyncio.wait_for(self._freed.wait(), end - time.monotonic())
+                async with asyncio.timeout(end - time.monotonic()):
+                    await self._freed.wait()
             except TimeoutError:
                 raise AdapterError(
                     f"all {self.places} places for adapters are in use.", "Try again when long answers have ended."

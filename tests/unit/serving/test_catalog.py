@@ -173,6 +173,28 @@ async def test_a_space_that_a_release_waits_for_stays(
     running.cancel()
 
 
+@pytest.mark.parametrize("loop", ["reconciler", "keeper"])
+async def test_a_loop_that_is_woken_as_it_is_ended_ends(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, loop: str
+) -> None:
+    part = getattr(catalog, loop)
+    idle = asyncio.Event()
+
+    async def step() -> bool:
+        idle.set()
+        return False
+
+    monkeypatch.setattr(part, "step", step)
+    running = asyncio.create_task(part.run())
+    await idle.wait()
+    await asyncio.sleep(0)  # it waits now
+    part.wake()
+    await asyncio.sleep(0)  # asyncio.wait_for would take the cancellation for the end of its wait
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(asyncio.shield(running), 20)
+
+
 async def test_filters_are_conditions_and_not_code(catalog: Catalog, store: SampleStore) -> None:
     put(store, rows(0, 12), 12)
     await catalog.adopt([HERE])
