@@ -87,7 +87,8 @@ class Catalog:
                     async with asyncio.timeout(most_seconds):
                         await self._wait_for(space, version)
             finally:
-                self._awaited[space] -= 1
+                self._awaited.subtract([space])
+                self._awaited = +self._awaited
         elif fresh:
             log.info("image space %s is resident now", space)
         return self.reconciler.fills[space].coverage.rows
@@ -119,7 +120,7 @@ class Catalog:
             Spaces whose tables were dropped.
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
-        for space in set(self.reconciler.fills) - set(spaces) - set(+self._awaited):
+        for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
             self.reconciler.release(space)
         for snapshot in spaces.values():
             self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
