@@ -30,6 +30,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
+from serving.catalog.waking import wait_for_wake
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
@@ -227,9 +228,7 @@ class Catalog:
                 await self.read(self.claims.renew, tuple(self.reconciler.fills))
             except Exception as error:
                 log.warning("the claim on the image spaces could not be written: %s", error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_SECONDS / 2):
-                    await self._claimed.wait()
+            await wait_for_wake(self._claimed, RENEW_SECONDS / 2)
 
     def _residency_changed(self) -> None:
         self._claimed.set()
