@@ -106,9 +106,10 @@ class WholeServer:
                 return False
             with self.client(20.0) as client, suppress(RatchetError):  # no answer yet
                 status = client.status()["controller"]
-                running = {name: states.get("RUNNING", 0) for name, states in status["replicas"].items()}
                 working = sum(not replica["trouble"] for replica in status["vlm"])
-                complete = all(running.get(name, 0) >= count for name, count in counts.items())
+                complete = all(
+                    status["replicas"].get(name, {}).get("RUNNING", 0) >= count for name, count in counts.items()
+                )
                 return complete and working >= engines and client.is_ready()
             return False
 

@@ -30,6 +30,7 @@ from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
+from serving.catalog.waking import wait_for_wake
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
@@ -87,7 +88,8 @@ class Catalog:
                     async with asyncio.timeout(most_seconds):
                         await self._wait_for(space, version)
             finally:
-                self._awaited[space] -= 1
+                self._awaited.subtract([space])
+                self._awaited = +self._awaited
         elif fresh:
             log.info("image space %s is resident now", space)
         return self.reconciler.fills[space].coverage.rows
@@ -119,7 +121,7 @@ class Catalog:
             Spaces whose tables were dropped.
         """
         spaces = {snapshot.image_space: snapshot for snapshot in keep}
-        for space in set(self.reconciler.fills) - set(spaces) - set(+self._awaited):
+        for space in set(self.reconciler.fills) - set(spaces) - set(self._awaited):
             self.reconciler.release(space)
         for snapshot in spaces.values():
             self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
@@ -226,9 +228,7 @@ class Catalog:
                 await self.read(self.claims.renew, tuple(self.reconciler.fills))
             except Exception as error:
                 log.warning("the claim on the image spaces could not be written: %s", error)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RENEW_SECONDS / 2):
-                    await self._claimed.wait()
+            await wait_for_wake(self._claimed, RENEW_SECONDS / 2)
 
     def _residency_changed(self) -> None:
         self._claimed.set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from serving.catalog.index_recall import NEIGHBOURS, RecallQuestion, RecentQueri
 from serving.catalog.queries import Filters, IndexChange, as_filters
 from serving.catalog.tables import Tables
 from serving.catalog.vector_index import EFFORTS, Effort, IndexState
+from serving.catalog.waking import wait_for_wake
 
 log = logging.getLogger("ratchet.catalog")
 ChangeIndex = Callable[[str, IndexChange], None]
@@ -97,9 +97,7 @@ class IndexKeeper:
                 log.exception("index")
                 worked = False
             if not worked:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await self._wake.wait()
+                await wait_for_wake(self._wake, LOOK_SECONDS)
             self._wake.clear()
 
     def wake(self) -> None:

@@ -7,7 +7,6 @@ was embedded in the last seconds, and nothing else.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -23,6 +22,7 @@ from serving.catalog.deletions import DeletionFollower
 from serving.catalog.embedding import Embedder, Encode, Pixels
 from serving.catalog.space_fill import SpaceFill
 from serving.catalog.tables import Tables
+from serving.catalog.waking import wait_for_wake
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.catalog")
@@ -187,9 +187,7 @@ class Reconciler:
                 log.exception("reconcile")
                 worked = False
             if not worked:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(IDLE_SECONDS):
-                        await self._wake.wait()
+                await wait_for_wake(self._wake, IDLE_SECONDS)
                 self._wake.clear()
 
     def _found(self, ingested: list[datetime | None]) -> None:

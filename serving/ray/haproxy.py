@@ -29,11 +29,12 @@ PR_SET_PDEATHSIG = 1
 OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
-SPLICED_BODIES = re.compile(r"^[ \t]*option splice-request\n", re.MULTILINE)
 SERVER_ERRORS = re.compile(r"\berror-limit (\d+|\{\{[^}]*\}\})")
-OVERRIDDEN = re.compile(
-    r"^[ \t]*(timeout (connect|client|http-request|http-keep-alive)|retry-on|retries) .*\n", re.MULTILINE
+DROPPED = re.compile(
+    r"^[ \t]*((timeout (connect|client|http-request|http-keep-alive)|retry-on|retries) .*|option splice-request)\n",
+    re.MULTILINE,
 )
+"""Lines of Ray's that are written anew, or not at all."""
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
 """Paths of requests that may be answered twice, beside those of GET."""
 ERROR_LIMIT = 1
@@ -64,7 +65,7 @@ def add_limits(text: str, limits: dict[str, object]) -> str:
         "    retry-on conn-failure empty-response\n"
         f"    retries {RETRIES}\n"
     )
-    text = SPLICED_BODIES.sub("", OVERRIDDEN.sub("", text))
+    text = DROPPED.sub("", text)
     text = SERVER_ERRORS.sub(f"error-limit {ERROR_LIMIT}", text)
     text = DEFAULTS.sub(lambda match: match.group() + defaults, text)
     return FRONTEND.sub(lambda match: match.group() + frontend_rules(limits), text)

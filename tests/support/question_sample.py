@@ -13,12 +13,13 @@ import json
 import shutil
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 from streams.demo import DOMAINS, prepare_questions
 from streams.demo.domain import RECEIPT
 from streams.folders import FolderItem, read_folder, write_folder
+from updater.base.vlm.scores import usual_answers
 from updater.base.vlm.shipped import TRAINED_ON
 
 EACH = 60
@@ -33,20 +34,17 @@ def take_sample(whole: Path, target: Path) -> None:
     for item in read_folder(whole, "test"):
         if item.source in SOURCES and len(taken[item.label]) < EACH:
             taken[item.label].append(item)
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for item in read_folder(whole, "train"):
-        answers[item.question][item.answer] += 1
+    usual = usual_answers(read_folder(whole, "train"))
     (target / "images").mkdir(parents=True)
     rows = []
     for item in (item for kind in sorted(taken) for item in taken[kind]):
         path = target / "images" / item.path.name
         shutil.copyfile(item.path, path)
         rows.append(dataclasses.replace(item, path=path))
-    asked = {item.question: item for item in rows}
-    for question in sorted(asked.keys() & answers.keys()):
-        counts = answers[question]
-        usual = min(counts, key=lambda answer: (-counts[answer], answer))
-        rows.append(dataclasses.replace(asked[question], split="train", answer=usual, answers=(usual,)))
+    by_question = {item.question: item for item in rows}
+    for question in sorted(by_question.keys() & usual.keys()):
+        answer = usual[question]
+        rows.append(dataclasses.replace(by_question[question], split="train", answer=answer, answers=(answer,)))
     receipt = {
         **json.loads((whole / RECEIPT).read_text()),
         "sources": SOURCES,

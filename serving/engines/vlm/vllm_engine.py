@@ -138,8 +138,6 @@ class VllmEngine:
         request = LoRARequest(name, next(self._ids), str(directory.resolve()))
         try:
             added = await self._while_alive(self._engine.add_lora(request))
-        except EngineDead:
-            raise
         except Exception as error:
             self._alive()
             raise AdapterError(f"vLLM refuses the adapter {name}: {error}", "Train a plain LoRA adapter.") from error

@@ -20,11 +20,11 @@ SAMPLE = Path(__file__).with_name("vqa_base")
 @pytest.mark.integration
 def test_the_committed_scores_can_be_reproduced(tmp_path: Path) -> None:
     shutil.copytree(SAMPLE, tmp_path / "data" / SAMPLE.name)  # where the whole would be made
-    found = score_vlm(build_vlm(tmp_path))
+    measured = score_vlm(build_vlm(tmp_path))
     written = committed_scores()
-    assert found.keys() == written.keys()
-    assert {figures["items"] for figures in found.values()} == {EACH}
-    for kind, figures in found.items():
+    assert measured.keys() == written.keys()
+    assert {figures["items"] for figures in measured.values()} == {EACH}
+    for kind, figures in measured.items():
         share = written[kind]["model"]
         slack = 3 * (share * (1 - share) / EACH) ** 0.5  # three standard errors of a sample of this size
         assert abs(figures["model"] - share) <= slack, kind

@@ -43,7 +43,7 @@ def score_vlm(
     for item in read_folder(folder, "test"):
         if limit is None or len(by_kind[item.label]) < limit:
             by_kind[item.label].append(item)
-    habits = _habits(read_folder(folder, "train"))
+    habits = usual_answers(read_folder(folder, "train"))
     model, processor = base.build_model(), base.processor()
     result: dict[str, dict[str, float]] = {}
     for kind, items in sorted(by_kind.items()):
@@ -94,8 +94,8 @@ def committed_scores() -> dict[str, dict[str, float]]:
     return scores
 
 
-def _habits(items: Sequence[FolderItem]) -> dict[str, str]:
-    """Question -> its most frequent answer."""
+def usual_answers(items: Sequence[FolderItem]) -> dict[str, str]:
+    """The most frequent answer to each question of a dataset."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         counts[item.question][item.answer] += 1
