@@ -21,12 +21,13 @@ from torch.nn import functional
 
 from ops.errors import ConfigError
 from serving.engines.base import ClipBase, construct
-from serving.engines.packed_linear import is_self_attention
+from serving.engines.image_tower import encode_image
+from serving.engines.packed_linear import attend, is_self_attention
 from serving.engines.spaces import Tower, tower_of
 from serving.engines.text_tower import encode_text
 
 OPSET: Final = 17
-FORMAT: Final = 1
+FORMAT: Final = 2
 """Of the file; another one is exported anew."""
 INPUT: Final[dict[Tower, str]] = {"image": "pixels", "text": "ids"}
 WEIGHTS_FILE: Final = "weights"
@@ -40,8 +41,7 @@ class _ImageTower(nn.Module):
         self.model = model
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        vectors: torch.Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
-        return vectors
+        return encode_image(self.model, pixels)
 
 
 class _TextTower(nn.Module):
@@ -60,16 +60,14 @@ class _TracedAttention(nn.Module):
         super().__init__()
         self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
         self.out_proj = attention.out_proj
-        self.heads = attention.num_heads
+        self.num_heads = attention.num_heads
 
     def forward(
-        self, query: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None = None, **__: Any
+        self, query: torch.Tensor, key: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None = None, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        count, length, width = query.shape
-        parts = functional.linear(query, self.in_proj_weight, self.in_proj_bias)
-        parts = parts.view(count, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=attn_mask)
-        return self.out_proj(attended.transpose(1, 2).reshape(count, length, width)), None
+        parts = functional.linear(key, self.in_proj_weight, self.in_proj_bias)
+        own = parts if query is key else functional.linear(query, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attend(own, parts, self.num_heads, attn_mask)), None
 
 
 def _traceable(owner: nn.Module) -> None:

@@ -25,8 +25,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """An opaque tensor [out, in] in the layout that multiplies fastest."""
-    operators: Any = torch._C._nn
-    packed: torch.Tensor = operators.mkldnn_reorder_linear_weight(weight.detach().contiguous().to_mkldnn())
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
     return packed
 
 
@@ -50,17 +49,30 @@ class PackedAttention(nn.Module):
 
     def __init__(self, inward: PackedLinear, outward: PackedLinear, heads: int) -> None:
         super().__init__()
-        self.inward, self.outward, self.heads = inward, outward, heads
+        self.inward, self.outward, self.num_heads = inward, outward, heads
         self.batch_first = True
 
     def forward(
-        self, query: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None = None, **__: Any
+        self, query: torch.Tensor, key: torch.Tensor, *_: torch.Tensor, attn_mask: torch.Tensor | None = None, **__: Any
     ) -> tuple[torch.Tensor, None]:
-        """``[n, length, width]`` of the same; key and value are the query."""
-        count, length, width = query.shape
-        parts = self.inward(query).view(count, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=attn_mask)
-        return self.outward(attended.transpose(1, 2).reshape(count, length, width)), None
+        """``[n, length of the query, width]``. Keys and values are of ``key``; the query is the same, or some of it."""
+        parts = self.inward(key)
+        own = parts if query is key else self.inward(query)
+        return self.outward(attend(own, parts, self.num_heads, attn_mask)), None
+
+
+def attend(query: torch.Tensor, parts: torch.Tensor, heads: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """``[n, length, width]`` of projections ``[n, length, 3 * width]``: the first third of ``query``, the others of
+    ``parts``. ``mask``: as ``nn.MultiheadAttention`` takes it, ``[length, length]`` or ``[n * heads, length, length]``.
+    """
+    count, length, three = query.shape
+    split = (count, -1, 3, heads, three // 3 // heads)
+    first = query.view(split).permute(2, 0, 3, 1, 4)[0]
+    _, keys, values = parts.view(split).permute(2, 0, 3, 1, 4).unbind(0)
+    if mask is not None and mask.dim() == 3:
+        mask = mask.view(count, heads, *mask.shape[1:])
+    attended = functional.scaled_dot_product_attention(first, keys, values, attn_mask=mask)
+    return attended.transpose(1, 2).reshape(count, length, three // 3)
 
 
 def is_self_attention(owner: nn.Module, module: nn.Module) -> bool:

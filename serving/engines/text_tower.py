@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from serving.engines.last_block import has_plain_last_block, through_blocks
 from serving.engines.tokens import Tokenizer, pad_rows
 
 BUCKET: Final = 8
@@ -22,6 +23,8 @@ SPREAD: Final = 2
 """Texts share a pass while the longest's width is at most this many times the shortest's."""
 TOLERANCE: Final = 1e-4
 """Largest difference of a vector, relative to its length; in float32 rounding makes some 1e-6."""
+POOLS: Final = ("first", "last", "argmax", "eos")
+"""Ways in which open_clip chooses one token of a text."""
 SAMPLES: Final = ("a", "a photo of a cat", "a small house beside a lake, at night, and 12 flags of the world")
 
 
@@ -37,12 +40,17 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     from open_clip.transformer import text_global_pool
 
     width, dtype, mask = ids.shape[1], tower.transformer.get_cast_dtype(), tower.attn_mask
+    mask = None if mask is None else mask[:width, :width]
     hidden = tower.token_embedding(ids).to(dtype) + tower.positional_embedding[:width].to(dtype)
-    hidden = tower.transformer(hidden, attn_mask=None if mask is None else mask[:width, :width])
     pool = tower.text_pool_type if tower is model else tower.pool_type
     end = getattr(tower, "text_eos_id" if tower is model else "eos_id", None)
-    # The norm is of each token alone: after pooling it is one token's work.
-    pooled = tower.ln_final(text_global_pool(hidden, ids, pool, eos_token_id=end))
+    if pool in POOLS and has_plain_last_block(tower.transformer):
+        places = torch.arange(width, device=ids.device).expand(len(ids), -1)[..., None]
+        token = text_global_pool(places, ids, pool, eos_token_id=end)[:, 0]
+        pooled = through_blocks(tower.transformer, hidden, token, mask)[:, 0]
+    else:
+        pooled = text_global_pool(tower.transformer(hidden, attn_mask=mask), ids, pool, eos_token_id=end)
+    pooled = tower.ln_final(pooled)  # of each token alone: after pooling it is one token's work
     projection = tower.text_projection
     if projection is None:
         return torch.as_tensor(pooled)

@@ -20,6 +20,7 @@ from torch import nn
 from serving.engines.backends import DTYPES, Precision
 from serving.engines.conv_layout import images_per_pass, is_convolutional, set_conv_layout
 from serving.engines.cuda_graphs import GraphedTower
+from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, is_self_attention, pack
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import private_bytes, shell_of
@@ -106,8 +107,7 @@ class TorchTowers:
         batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._image_dtype)
         if self._backend.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        vectors: torch.Tensor = self._module.encode_image(batch)  # type: ignore[operator]
-        return vectors.float()
+        return encode_image(self._module, batch).float()
 
     def _forward_texts(self, ids: torch.Tensor) -> torch.Tensor:
         return encode_text(self._module, ids.to(self._backend.device)).float()

@@ -26,7 +26,8 @@ class Idle:
 
 def starting(monkeypatch: pytest.MonkeyPatch, refresh: Any) -> Any:
     replica: Any = object.__new__(Ingress)
-    replica._tasks, replica.shadow_traffic, replica.app_state = {}, Idle(), Idle()
+    replica._tasks, replica.vlm_start = {}, None
+    replica.shadow_traffic, replica.app_state = Idle(), Idle()
     monkeypatch.setattr(replica, "refresh", refresh)
     for name in ("_follow", "_read_keys"):
         monkeypatch.setattr(replica, name, Idle().run)

@@ -1,0 +1,110 @@
+"""Towers that compute their last block for one token only give what open_clip's whole towers give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import open_clip.model
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.fixtures.tiny import CONFIG
+from serving.engines.image_tower import encode_image
+from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, pack
+from serving.engines.text_tower import encode_text
+
+Changes = dict[str, Any]
+IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([[49406, 7, 8, 49407, 0, 0], [49406, 49407, 0, 0, 0, 0], [49406, 1, 2, 3, 4, 49407]])
+END = {"eos_id": 49407}
+
+
+def model(vision: Changes | None = None, text: Changes | None = None, kind: Any = open_clip.model.CLIP) -> nn.Module:
+    config: dict[str, Any] = {**CONFIG}
+    config["vision_cfg"] = {**config["vision_cfg"], **(vision or {})}
+    config["text_cfg"] = {**config["text_cfg"], **(text or {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made: nn.Module = kind(**config).eval()
+        for block in (module for module in made.modules() if hasattr(module, "gamma")):
+            nn.init.normal_(block.gamma)
+    return made
+
+
+def own_texts(whole: Any, ids: torch.Tensor) -> torch.Tensor:
+    padded = torch.zeros(len(ids), CONFIG["text_cfg"]["context_length"], dtype=torch.long)  # type: ignore[index]
+    padded[:, : ids.shape[1]] = ids
+    return torch.as_tensor(whole.encode_text(padded))
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each row that the perceptron of a block was given, in the order of its calls."""
+    seen: list[int] = []
+    whole: Callable[..., torch.Tensor] = nn.GELU.forward
+
+    def forward(self: nn.GELU, inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs.shape[1])
+        return whole(self, inputs)
+
+    monkeypatch.setattr(nn.GELU, "forward", forward)
+    return seen
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("vision", "tokens"),
+    [
+        ({}, [17, 1]),
+        ({"ls_init_value": 0.1}, [17, 1]),
+        ({"final_ln_after_pool": True}, [17, 1]),
+        ({"pool_type": "avg"}, [17, 17]),
+        ({"attentional_pool": True, "attn_pooler_heads": 2}, [17, 17]),
+    ],
+    ids=str,
+)
+def test_a_vit_that_pools_its_class_token(vision: Changes, tokens: list[int], blocks: list[int]) -> None:
+    whole = model(vision)
+    expected = whole.encode_image(IMAGES)  # type: ignore[operator]
+    blocks.clear()
+    torch.testing.assert_close(encode_image(whole, IMAGES), expected, atol=1e-5, rtol=1e-4)
+    assert blocks == tokens
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ({}, open_clip.model.CLIP),
+        ({}, open_clip.model.CustomTextCLIP),
+        ({"pool_type": "eos", **END}, open_clip.model.CustomTextCLIP),
+        ({"ls_init_value": 0.1, "proj_bias": True}, open_clip.model.CustomTextCLIP),
+    ],
+    ids=str,
+)
+def test_a_text_tower_that_pools_the_end(text: Changes, kind: Any, blocks: list[int]) -> None:
+    whole = model(text=text, kind=kind)
+    expected = own_texts(whole, IDS)
+    blocks.clear()
+    torch.testing.assert_close(encode_text(whole, IDS), expected, atol=1e-5, rtol=1e-4)
+    assert blocks == [IDS.shape[1], 1]
+
+
+@torch.inference_mode()
+def test_packed_attention_of_one_token_is_that_token_of_all() -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no bfloat16 in oneDNN")
+    assert can_pack(torch.bfloat16)  # where this torch has moved it, all half precision would be slow, silently
+    whole = nn.MultiheadAttention(64, 2, batch_first=True).eval()
+    linears = [(whole.in_proj_weight, whole.in_proj_bias), (whole.out_proj.weight, whole.out_proj.bias)]
+    packed = PackedAttention(*(PackedLinear(pack(w.bfloat16()), b.bfloat16()) for w, b in linears), heads=2)
+    hidden = torch.randn(3, 5, 64)
+    mask = torch.full((5, 5), float("-inf")).triu(1)
+    expected = whole(hidden, hidden, hidden, attn_mask=mask, need_weights=False)[0]
+    half, half_mask = hidden.bfloat16(), mask.bfloat16()
+    torch.testing.assert_close(packed(half, half, half, attn_mask=half_mask)[0].float(), expected, atol=0.02, rtol=0.1)
+    rows = half_mask[3].expand(6, 1, 5)
+    one = packed(half[:, 3:4], half, half, attn_mask=rows)[0].float()
+    torch.testing.assert_close(one, expected[:, 3:4], atol=0.02, rtol=0.1)
