@@ -48,7 +48,10 @@ def run_tune(shared: Context) -> None:
     console = Console()
     console.print(engines)
     console.print(encoders)
-    console.print(_write(shared.file, settings, tuning.settings))
+    path = shared.file or Path(os.environ.get(FILE_VARIABLE) or FILE)
+    update_section(path, "serve", tuning.settings)
+    console.print(_changes(settings, tuning.settings))
+    console.print(f"Written to {path}; takes effect at the next start.", soft_wrap=True)
     mark = settings.home / "engines" / MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
@@ -59,12 +62,9 @@ def is_tuned(settings: Settings) -> bool:
     return (settings.home / "engines" / MARK).exists()
 
 
-def _write(file: Path | None, settings: Settings, values: dict[str, Any]) -> Table:
-    """Write what differs from the present settings, and show it."""
-    named = os.environ.get(FILE_VARIABLE)
-    path = file or Path(named or FILE)
-    update_section(path, "serve", values)
-    table = Table("setting", "before", "now", title=f"Written to {path}; takes effect at the next start")
+def _changes(settings: Settings, values: dict[str, Any]) -> Table:
+    """What differs from the present settings, and what still goes before it."""
+    table = Table("setting", "before", "now", title="Settings")
     for name, value in values.items():
         before = getattr(settings.serve, name)
         origin = settings.origins.get(f"serve.{name}", "default")

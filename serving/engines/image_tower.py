@@ -15,7 +15,7 @@ def encode_image(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         vectors: torch.Tensor = model.encode_image(batch)  # type: ignore[operator]
         return vectors
     hidden = visual._embeds(batch)  # type: ignore[operator]
-    token = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    token = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)  # len() would be fixed in a trace
     hidden = through_blocks(visual.transformer, hidden, token)
     # The norm is of each token alone, so whether it comes before or after pooling is the same.
     pooled = visual.ln_post(hidden[:, 0])  # type: ignore[operator]

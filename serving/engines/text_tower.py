@@ -45,7 +45,7 @@ def encode_text(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     pool = tower.text_pool_type if tower is model else tower.pool_type
     end = getattr(tower, "text_eos_id" if tower is model else "eos_id", None)
     if pool in POOLS and has_plain_last_block(tower.transformer):
-        places = torch.arange(width, device=ids.device).expand(len(ids), -1)[..., None]
+        places = torch.arange(width, device=ids.device).expand(ids.shape[0], -1)[..., None]
         token = text_global_pool(places, ids, pool, eos_token_id=end)[:, 0]
         pooled = through_blocks(tower.transformer, hidden, token, mask)[:, 0]
     else:

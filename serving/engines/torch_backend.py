@@ -1,7 +1,7 @@
-"""Towers run by torch: in float32 as the base has them, or converted to half precision.
+"""Towers run by torch, in float32 or in half precision.
 
-The float32 model stays memory-mapped from the base's file; adapters are merged into it. At half precision each weight
-of the base is converted once, and adapters share what they do not change. On a CPU linear layers are packed for oneDNN
+The float32 model stays memory-mapped from the base's file; adapters are merged into it. Each weight of the base is
+converted once, and adapters share what they do not change. On a CPU linear layers are packed for oneDNN
 (:mod:`packed_linear`); a convolutional image tower stays float32 there, since its layers gain nothing. On a GPU batches
 have fixed sizes, run from CUDA graphs (:mod:`cuda_graphs`).
 """
@@ -42,10 +42,16 @@ class TorchBackend:
         visual = model.get_submodule("visual")
         self.channels_last = set_conv_layout(visual) or device.type == "cuda"
         self.images_per_pass = images_per_pass(visual, device)
-        half, cpu = DTYPES[precision], device.type == "cpu"
-        self._dtypes = {"image": torch.float32 if cpu and is_convolutional(visual) else half, "text": half}
+        wanted, cpu = DTYPES[precision], device.type == "cpu"
+        self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
+        self._packs = cpu and can_pack(wanted)
         self._model = model
-        self._weights = None if precision == "float32" else ConvertedWeights(model, half, device)
+        self._weights = ConvertedWeights(model, wanted, device) if self._packs or precision != "float32" else None
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether towers run the float32 model as it is."""
+        return self._weights is None
 
     def towers(self, changed: Mapping[str, torch.Tensor]) -> TorchTowers:
         """See :meth:`Backend.towers`."""
@@ -53,30 +59,25 @@ class TorchBackend:
             changed = {key: _channels_last(value) for key, value in changed.items()}
         shell = shell_of(self._model, changed) if changed or self._weights is not None else self._model
         if self._weights is None:
-            return TorchTowers(self, shell, private_bytes(changed), torch.float32)
+            return TorchTowers(self, shell, private_bytes(changed))
         before = self._weights.private_bytes
-        self._convert(shell)
-        return TorchTowers(self, shell, self._weights.private_bytes - before, self._dtypes["image"])
+        self._convert(shell, self._weights)
+        return TorchTowers(self, shell, self._weights.private_bytes - before)
 
-    def _convert(self, shell: nn.Module) -> None:
-        """Replace what a shell shares with the base by tensors of the wanted precision."""
-        assert self._weights is not None
-        packs = self.device.type == "cpu" and can_pack(self._weights.dtype)
-        if self._dtypes["image"] is not torch.float32:
-            _convert(shell.get_submodule("visual"), self._weights, packs)
+    def _convert(self, shell: nn.Module, weights: ConvertedWeights) -> None:
+        """Replace what a shell shares with the base by tensors of the wanted precision and layout."""
         for name, child in shell.named_children():
-            if name != "visual":
-                _convert(child, self._weights, packs)
-        _convert_own(shell, self._weights)
+            if name != "visual" or self.image_dtype is weights.dtype:
+                _convert(child, weights, self._packs)
+        _convert_own(shell, weights)
 
 
 class TorchTowers:
     """Implements :class:`serving.engines.backends.Towers`."""
 
-    def __init__(self, backend: TorchBackend, module: nn.Module, own_bytes: int, image_dtype: torch.dtype) -> None:
+    def __init__(self, backend: TorchBackend, module: nn.Module, own_bytes: int) -> None:
         self._backend = backend
         self._module = module
-        self._image_dtype = image_dtype
         self.bytes = own_bytes
         cuda = backend.device.type == "cuda"
         self._images: Any = GraphedTower(self._forward_images, backend.device) if cuda else self._forward_images
@@ -85,7 +86,7 @@ class TorchTowers:
     @property
     def model(self) -> nn.Module | None:
         """See :class:`Towers`."""
-        return self._module if self._backend.precision == "float32" else None
+        return self._module if self._backend.keeps_model else None
 
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -104,7 +105,7 @@ class TorchTowers:
         return _array([self._texts(ids)])
 
     def _forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._image_dtype)
+        batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._backend.image_dtype)
         if self._backend.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         return encode_image(self._module, batch).float()

@@ -62,5 +62,5 @@ def test_a_vllm_whose_libraries_do_not_load_is_found_with_the_fix(
 def test_status_tells_the_base_and_whether_a_replica_answers(tmp_path: Path) -> None:
     tiny_vlm_base(tmp_path)
     found = collect(settings(tmp_path, base__vlm="tiny-vlm"))["vlm"]
-    assert found == {"base": "tiny-vlm", "registered": True, "replicas": []}
+    assert found == {"base": "tiny-vlm", "registered": True, "replicas": [], "problem": ""}
     assert collect(settings(tmp_path, base__vlm="nobody"))["vlm"]["registered"] is False
