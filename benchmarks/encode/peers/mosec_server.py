@@ -116,17 +116,16 @@ class TextSession(Session):
 
 
 def main() -> None:
+    routes = {
+        route: [
+            Runtime(first, num=THREADS, timeout=TIMEOUT_SECONDS),
+            Runtime(second, max_batch_size=BATCH, max_wait_time=WAIT_MS, timeout=TIMEOUT_SECONDS),
+        ]
+        for route, first, second in (("/image", Decode, ImageSession), ("/text", Tokenize, TextSession))
+        if (FOLDER / second.graph).is_file()
+    }
     server = Server()
-    for route, first, second in (("/image", Decode, ImageSession), ("/text", Tokenize, TextSession)):
-        if (FOLDER / second.graph).is_file():
-            server.register_runtime(
-                {
-                    route: [
-                        Runtime(first, num=THREADS, timeout=TIMEOUT_SECONDS),
-                        Runtime(second, max_batch_size=BATCH, max_wait_time=WAIT_MS, timeout=TIMEOUT_SECONDS),
-                    ]
-                }
-            )
+    server.register_runtime(routes)
     server.run()
 
 
