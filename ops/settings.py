@@ -172,7 +172,8 @@ class Serve(Section):
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=1, le=65535, description="HTTP port.")
     engine: Literal["auto", "torch", "onnx"] = Field(
-        "auto", description="What runs the CLIP; auto is torch (`ratchet doctor --tune` measures both)."
+        "auto",
+        description="What runs the CLIP; auto: torch, or ONNX Runtime where installed and measured to be faster.",
     )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the CLIP's matrix products; auto: half where it measures faster and stays within noise."
@@ -189,7 +190,9 @@ class Serve(Section):
         1, ge=1, le=8, description="Release controllers. One leads by a lease; with two, one that ends is not missed."
     )
     max_batch: int = Field(16, ge=1, le=1024, description="Most images (or 4x texts) in one forward pass.")
-    batch_wait_seconds: float = Field(0.005, ge=0, le=1, description="Longest wait for a batch to fill.")
+    batch_wait_seconds: float = Field(
+        0.005, ge=0, le=1, description="Longest wait for a batch to fill; a request alone does not wait."
+    )
     queue: int = Field(256, ge=1, description="Requests that may wait; more are answered 429.")
     deadline_seconds: float = Field(30.0, gt=0, description="A request older than this is answered 504.")
     max_images: int = Field(32, ge=1, le=1024, description="Images in one request.")

@@ -22,23 +22,19 @@ MARK = "tuned"
 def run_tune(shared: Context) -> None:
     """Measure, print, write. Raises ConfigError, BaseModelError."""
     from serving.engines.base import load_base
-    from serving.engines.engine_choice import IMAGES, TEXTS
+    from serving.engines.engine_choice import WORKLOADS
     from serving.engines.tuning import tune
 
     settings = shared.settings
     base = load_base(settings.home, settings.base.clip)
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
         tuning = tune(base, settings.home, say)
-    engines = Table("engine", "precision", "images/s", "texts/s", "cosine to float32", title="Engines")
+    workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
+    engines = Table("engine", "precision", *workloads, "cosine to float32", title="Engines")
     for row in tuning.engines:
-        name, precision = row.choice.engine, row.choice.precision
-        if row.error:
-            engines.add_row(name, precision, "-", "-", row.error)
-            continue
-        rates = f"{IMAGES / row.image_seconds:.1f}", f"{TEXTS / row.text_seconds:.1f}"
-        engines.add_row(
-            name, precision, *rates, f"{row.cosine:.5f}", style="bold" if row.choice == tuning.choice else ""
-        )
+        rates = ["-" if row.error else f"{row.rate(number):.1f}" for number in range(len(WORKLOADS))]
+        style = "bold" if row.choice == tuning.choice else ""
+        engines.add_row(row.choice.engine, row.choice.precision, *rates, row.error or f"{row.cosine:.5f}", style=style)
     encoders = Table(
         "encoders", "threads of each", "images/s together", title=f"Encoders, batches of {tuning.max_batch}"
     )

@@ -33,7 +33,7 @@ from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
-from serving.engines.text_tower import TextWidths
+from serving.engines.text_tower import GPU_BUCKET, TextWidths
 from serving.engines.tokens import pad_rows
 
 WARM_LENGTHS = (8, 16, 24)
@@ -74,7 +74,8 @@ class ClipEngine:
         self.device = _device(device)
         self.tokenizer = base.tokenizer()
         model = base.build_model()
-        self.widths = TextWidths.prove(model, self.tokenizer, base.context_length)
+        bucket = GPU_BUCKET if self.device.type == "cuda" else 1
+        self.widths = TextWidths.prove(model, self.tokenizer, base.context_length, bucket)
         self._backend = make_backend(choice, base, model, self.device)
         self._model = model
         self._residents: dict[str, _Resident] = {}

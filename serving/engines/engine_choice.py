@@ -1,9 +1,9 @@
 """Which engine and precision a base runs with: what the settings say, and where they say ``auto``, what is measured.
 
 Flags of a processor are no measurement: one with AVX512-BF16 and without AMX may multiply bfloat16 slower than float32.
-Candidates run the same images and texts in turns; one that is clearly faster than float32, and whose vectors stay
-within noise of it, is taken. The result is kept in ``home/engines`` by base, processor and versions, so that the gate
-and every encoder of a machine take the same.
+Candidates run the same images and texts in turns; one that is clearly faster than torch in float32, and whose vectors
+stay within noise of it, is taken. The result is kept in ``home/engines`` by base, processor and versions, so that the
+gate and every encoder of a machine take the same. A small base is not measured: torch runs it in float32.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,16 +32,19 @@ from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import processor
 from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
+from serving.messages import Kind
 
 log = logging.getLogger("ratchet.engine")
 
 MIN_COSINE: Final = 0.999
 """Of a golden vector with its float32 twin; bfloat16 gives 0.9999 for ViT-B-32. The gate rejects a candidate whose
 served vectors are further than this from the trainer's, which are float32 (parity, ``updater.gate.checks.Limits``)."""
-MIN_GAIN: Final = 1.15
+MIN_GAIN: Final = 1.1
 """Speed over float32 that pays for the precision: below it, what is measured is mostly noise."""
-IMAGES: Final = 8
-TEXTS: Final = 16
+SMALL_BYTES = 200_000_000
+"""Weights of a base below which there is little to gain: a pass is some milliseconds, of which products are a part."""
+WORKLOADS: Final[Sequence[tuple[Kind, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
+"""What is measured: items of a full batch, and of a request alone."""
 ROUNDS: Final = 3
 
 
@@ -49,19 +53,20 @@ class Measurement:
     """One candidate on this machine. Seconds are the fastest of all rounds."""
 
     choice: EngineChoice
-    image_seconds: float = 0.0
-    """Of :data:`IMAGES` images in one pass."""
-    text_seconds: float = 0.0
-    """Of :data:`TEXTS` texts in one pass."""
+    seconds: tuple[float, ...] = ()
+    """Of each of :data:`WORKLOADS`."""
     cosine: float = 1.0
     """Smallest cosine of a golden vector with float32's."""
     error: str = ""
     """Why it cannot run; empty when it can."""
 
-    @property
-    def seconds(self) -> float:
-        """Of one pass of each tower."""
-        return self.image_seconds + self.text_seconds
+    def rate(self, workload: int) -> float:
+        """Items a second of one of :data:`WORKLOADS`."""
+        return WORKLOADS[workload][1] / self.seconds[workload]
+
+    def speed_over(self, other: Measurement) -> float:
+        """How many times as fast as another one: the geometric mean over the workloads."""
+        return float(np.exp(np.mean(np.log(other.seconds) - np.log(self.seconds))))
 
     @property
     def usable(self) -> bool:
@@ -71,7 +76,7 @@ class Measurement:
 
 def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device) -> EngineChoice:
     """The engine of ``base`` on ``device``. Measures once for a base and a machine, with torch's present threads."""
-    candidates = possible(serve, device)
+    candidates = possible(base, serve, device)
     if len(candidates) == 1:
         return candidates[0]
     path = home / "engines" / f"{base.digest[:12]}.json"
@@ -88,14 +93,33 @@ def choose_engine(base: ClipBase, serve: Serve, home: Path, device: torch.device
     return choice
 
 
-def possible(serve: Serve, device: torch.device) -> list[EngineChoice]:
-    """What the settings leave open, the default first. An engine ``auto`` is torch: a graph takes seconds to export."""
-    engine: EngineName = "torch" if serve.engine == "auto" else serve.engine
+def possible(base: ClipBase, serve: Serve, device: torch.device) -> list[EngineChoice]:
+    """What the settings leave open, the default first. On a GPU an engine ``auto`` is torch: TensorRT takes minutes."""
+    small = base.weights_bytes < SMALL_BYTES
+    names, precisions = _installed(), _precisions(device)
+    if serve.engine != "auto":
+        names = [serve.engine]  # where it is not installed, making it says so
+    elif small or device.type == "cuda":
+        names = ["torch"]
     if serve.precision != "auto":
-        return [EngineChoice(engine, serve.precision)]
+        precisions = [serve.precision]
+    elif small:
+        precisions = ["float32"]
+    return [EngineChoice(name, precision) for name in names for precision in precisions]
+
+
+def all_choices(device: torch.device) -> list[EngineChoice]:
+    """Every engine that is installed, in float32 and in the half precision that the processor has; torch first."""
+    return [EngineChoice(name, precision) for name in _installed() for precision in _precisions(device)]
+
+
+def _installed() -> list[EngineName]:
+    return ["torch", "onnx"] if find_spec("onnx") and find_spec("onnxruntime") else ["torch"]
+
+
+def _precisions(device: torch.device) -> list[Precision]:
     half = processor(device.type).half
-    precisions: list[Precision] = ["float32"] if half is None else ["float32", half]
-    return [EngineChoice(engine, precision) for precision in precisions]
+    return ["float32"] if half is None else ["float32", half]
 
 
 def best_of(measurements: Sequence[Measurement]) -> EngineChoice:
@@ -103,8 +127,8 @@ def best_of(measurements: Sequence[Measurement]) -> EngineChoice:
     usable = [row for row in measurements if row.usable]
     if not usable:
         return FLOAT32
-    fastest = min(usable, key=lambda row: row.seconds)
-    return fastest.choice if fastest.seconds * MIN_GAIN <= usable[0].seconds else usable[0].choice
+    fastest = max(usable, key=lambda row: row.speed_over(usable[0]))
+    return fastest.choice if fastest.speed_over(usable[0]) >= MIN_GAIN else usable[0].choice
 
 
 def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.device) -> list[Measurement]:
@@ -114,8 +138,7 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
     width = TextWidths.prove(model, tokenizer, base.context_length).width(max(map(len, rows)))
     ids = pad_rows(rows, width, tokenizer.pad_id)
     pixels = golden_pixels(base.preprocess.size)
-    many_pixels = np.concatenate([pixels] * (IMAGES // len(pixels)))
-    many_ids = ids.repeat(TEXTS // len(ids), 1)
+    inputs = [_repeated(pixels if kind == "image" else ids, count) for kind, count in WORKLOADS]
     reference = _vectors(make_backend(FLOAT32, base, model, torch.device("cpu")).towers({}), pixels, ids)
     towers: dict[EngineChoice, Towers] = {}
     results: dict[EngineChoice, Measurement] = {}
@@ -123,16 +146,15 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
         try:
             towers[choice] = make_backend(choice, base, model, device).towers({})
             cosine = _least_cosine(_vectors(towers[choice], pixels, ids), reference)
-            results[choice] = Measurement(choice, float("inf"), float("inf"), cosine)
+            results[choice] = Measurement(choice, (float("inf"),) * len(WORKLOADS), cosine)
         except Exception as error:  # whatever a library raises: this candidate is out
             towers.pop(choice, None)
             results[choice] = Measurement(choice, error=f"{type(error).__name__}: {error}"[:300])
     for _ in range(ROUNDS):
         for choice, tower in towers.items():
-            before = results[choice]
-            image_seconds = min(before.image_seconds, _seconds(lambda tower=tower: tower.images(many_pixels)))
-            text_seconds = min(before.text_seconds, _seconds(lambda tower=tower: tower.texts(many_ids)))
-            results[choice] = Measurement(choice, image_seconds, text_seconds, before.cosine)
+            seconds = [_seconds(tower, kind, items) for (kind, _), items in zip(WORKLOADS, inputs, strict=True)]
+            fastest = tuple(map(min, results[choice].seconds, seconds))
+            results[choice] = replace(results[choice], seconds=fastest)
     return [results[choice] for choice in candidates]
 
 
@@ -155,10 +177,13 @@ def describe(row: Measurement) -> str:
     """One line for people."""
     if row.error:
         return f"{row.choice}: {row.error}"
-    return (
-        f"{row.choice}: {IMAGES / row.image_seconds:.1f} images/s, {TEXTS / row.text_seconds:.1f} texts/s, "
-        f"cosine to float32 {row.cosine:.5f}"
-    )
+    rates = ", ".join(f"{row.rate(n):.1f} {kind}s/s by {count}" for n, (kind, count) in enumerate(WORKLOADS))
+    return f"{row.choice}: {rates}, cosine to float32 {row.cosine:.5f}"
+
+
+def _repeated(items: Any, count: int) -> Any:
+    """So many of the items, over and over."""
+    return items[np.arange(count) % len(items)]
 
 
 def _vectors(towers: Towers, pixels: np.ndarray, ids: torch.Tensor) -> np.ndarray:
@@ -172,9 +197,9 @@ def _least_cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
     return float(cosines.min()) if np.isfinite(cosines).all() else -1.0
 
 
-def _seconds(call: Any) -> float:
+def _seconds(towers: Towers, kind: Kind, items: Any) -> float:
     began = time.perf_counter()
-    call()
+    towers.images(items) if kind == "image" else towers.texts(items)
     return time.perf_counter() - began
 
 

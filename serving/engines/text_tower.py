@@ -17,8 +17,9 @@ from torch import nn
 from serving.engines.last_block import has_plain_last_block, through_blocks
 from serving.engines.tokens import Tokenizer, pad_rows
 
-BUCKET: Final = 8
-"""Widths are multiples of this many tokens: few shapes for kernels, graphs and caches to know."""
+GPU_BUCKET: Final = 8
+"""Widths on a GPU are multiples of this many tokens: each shape has a graph of its own (:mod:`cuda_graphs`). On a CPU a
+new shape costs a few milliseconds, once, and each token that is not computed is gained."""
 SPREAD: Final = 2
 """Texts share a pass while the longest's width is at most this many times the shortest's."""
 TOLERANCE: Final = 1e-4
@@ -77,32 +78,32 @@ class TextWidths:
     context_length: int
     trims: bool
     """Whether shorter ids give the vectors of full length."""
+    bucket: int = 1
+    """Widths are multiples of so many tokens."""
 
     @classmethod
-    def prove(
-        cls, model: nn.Module, tokenizer: Tokenizer, context_length: int, device: torch.device | str = "cpu"
-    ) -> TextWidths:
-        """Compare short and long texts at their own width with full length, in a float32 model."""
-        trimmed = cls(context_length, True)
+    def prove(cls, model: nn.Module, tokenizer: Tokenizer, context_length: int, bucket: int = 1) -> TextWidths:
+        """Compare short and long texts at their own width with full length, in a float32 model on the CPU."""
+        trimmed = cls(context_length, True, bucket)
         rows = tokenizer.rows([*SAMPLES, " ".join(SAMPLES * 2)])
         with torch.inference_mode():
-            ids = pad_rows(rows, context_length, tokenizer.pad_id).to(device)
+            ids = pad_rows(rows, context_length, tokenizer.pad_id)
             full = model.encode_text(ids)  # type: ignore[operator]
             for vector, row, padded in zip(full, rows, ids, strict=True):
                 width = trimmed.width(len(row))
                 try:
                     short = encode_text(model, padded[None, :width])[0]
                 except (RuntimeError, ValueError, IndexError):  # a tower that takes one width only
-                    return cls(context_length, False)
+                    return cls(context_length, False, bucket)
                 if not bool((short - vector).norm() <= TOLERANCE * vector.norm()):
-                    return cls(context_length, False)
+                    return cls(context_length, False, bucket)
         return trimmed
 
     def width(self, length: int) -> int:
         """Tokens of padded ids whose longest row has ``length``."""
         if not self.trims:
             return self.context_length
-        return min(self.context_length, -(-length // BUCKET) * BUCKET)
+        return min(self.context_length, -(-length // self.bucket) * self.bucket)
 
     def passes(self, lengths: Sequence[int], most: int) -> Iterator[tuple[int, list[int]]]:
         """Width and indices of each forward pass, of at most ``most`` rows: short texts do not pay for a long one."""

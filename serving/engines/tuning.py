@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from ops.errors import ConfigError
-from serving.engines.backends import DTYPES, EngineChoice
+from serving.engines.backends import EngineChoice
 from serving.engines.base import ClipBase, load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.engine_choice import Measurement, best_of, measure
+from serving.engines.engine_choice import Measurement, all_choices, best_of, measure
 from serving.engines.golden_inputs import golden_pixels
-from serving.engines.processor import processor, usable_cores
+from serving.engines.processor import usable_cores
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH: Final = 0.95
@@ -112,19 +112,6 @@ def tune(base: ClipBase, home: Path, say: Report) -> Tuning:
         layouts.append(run_layout(home, base.name, choice, layout, tuning.max_batch, MEASURE_SECONDS))
         say(f"{layout.replicas} x {layout.threads} threads: {layouts[-1].images_per_second:.1f} images/s")
     return Tuning(engines, batches, layouts)
-
-
-def all_choices(device: torch.device) -> list[EngineChoice]:
-    """Every engine that is installed, in float32 and in the half precision that the processor has; torch first."""
-    half = processor(device.type).half
-    precisions = [precision for precision in DTYPES if precision in ("float32", half)]
-    choices = [EngineChoice("torch", precision) for precision in precisions]
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-    except ImportError:
-        return choices
-    return choices + [EngineChoice("onnx", precision) for precision in precisions]
 
 
 def layouts_of(cores: int) -> list[Layout]:

@@ -36,7 +36,8 @@ class FairBatches:
         """Args:
         run: encodes a batch; returns a result for each request, or raises for all of them.
         max_cost: of a batch, see :attr:`EncodeRequest.cost`; a request that costs more runs alone.
-        wait_seconds: how long a request waits for a batch to fill while the engine is idle.
+        wait_seconds: how long a request waits for a batch to fill, where the last batch had several requests: their
+            clients may all be about to ask again. One that asks alone does not wait.
         """
         self._run = run
         self._max_cost = max_cost
@@ -44,6 +45,8 @@ class FairBatches:
         self._groups: OrderedDict[Group, deque[_Waiting]] = OrderedDict()
         """None is empty; the next turn is the first one's."""
         self._cost = 0
+        self._last = 0
+        """Requests of the last batch."""
         self._arrived = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -69,6 +72,8 @@ class FairBatches:
 
     async def _fill(self) -> None:
         """Wait until there is work for a whole batch, or the request whose turn it is has waited long enough."""
+        if self._last <= 1:
+            return
         end = next(iter(self._groups.values()))[0].since + self._wait_seconds
         while self._cost < self._max_cost and (left := end - time.monotonic()) > 0:
             self._arrived.clear()
@@ -101,6 +106,7 @@ class FairBatches:
         return batch
 
     async def _run_batch(self, batch: list[_Waiting]) -> None:
+        self._last = len(batch)
         try:
             results = await self._run([waiting.request for waiting in batch])
             for waiting, result in zip(batch, results, strict=True):

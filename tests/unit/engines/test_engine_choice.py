@@ -21,6 +21,9 @@ HALF = EngineChoice("torch", "bfloat16")
 
 @pytest.fixture
 def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has half precision, and a base that is large enough for it."""
+    monkeypatch.setattr(engine_choice, "SMALL_BYTES", 0)
+    monkeypatch.setattr(engine_choice, "find_spec", lambda name: None)
     monkeypatch.setattr(engine_choice, "processor", lambda device: Processor("Xeon", amx=True, avx512_bf16=True))
 
 
@@ -36,10 +39,38 @@ def amx(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_processor_is_tried_at_the_precision_that_it_has_instructions_for(
-    processor: Processor, half: str | None, monkeypatch: pytest.MonkeyPatch
+    processor: Processor, half: str | None, base: ClipBase, amx: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_choice, "processor", lambda device: processor)
-    assert [choice.precision for choice in possible(Serve(), CPU)] == ["float32", *([half] if half else [])]
+    assert [choice.precision for choice in possible(base, Serve(), CPU)] == ["float32", *([half] if half else [])]
+
+
+def test_a_small_base_runs_in_float32_unless_something_is_set(
+    base: ClipBase, tmp_path: Path, amx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_choice, "SMALL_BYTES", base.weights_bytes + 1)
+    assert choose_engine(base, Serve(), tmp_path, CPU) == FLOAT32
+    assert choose_engine(base, Serve(precision="bfloat16"), tmp_path, CPU) == HALF
+    assert possible(base, Serve(engine="onnx"), CPU) == [EngineChoice("onnx")]
+    assert not (tmp_path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("serve", "expected"),
+    [
+        (Serve(), ["torch float32", "torch bfloat16", "onnx float32", "onnx bfloat16"]),
+        (Serve(precision="bfloat16"), ["torch bfloat16", "onnx bfloat16"]),
+        (Serve(engine="onnx"), ["onnx float32", "onnx bfloat16"]),
+        (Serve(engine="onnx", precision="float32"), ["onnx float32"]),
+    ],
+)
+def test_what_is_installed_is_tried_where_the_settings_leave_it_open(
+    serve: Serve, expected: list[str], base: ClipBase, amx: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_choice, "find_spec", lambda name: object())
+    assert [str(choice) for choice in possible(base, serve, CPU)] == expected
+    if serve == Serve():
+        assert possible(base, serve, torch.device("cuda")) == [FLOAT32, HALF]
 
 
 def test_what_is_set_is_taken_without_a_measurement(base: ClipBase, tmp_path: Path, amx: None) -> None:
@@ -51,17 +82,17 @@ def test_what_is_set_is_taken_without_a_measurement(base: ClipBase, tmp_path: Pa
 @pytest.mark.parametrize(
     ("half", "expected"),
     [
-        (Measurement(HALF, 0.1, 0.1, 0.9999), HALF),
-        (Measurement(HALF, 0.2, 0.19, 0.9999), FLOAT32),  # no clear gain
-        (Measurement(HALF, 0.1, 0.1, 0.98), FLOAT32),  # not within noise
-        (Measurement(HALF, 0.1, 0.1, -1.0), FLOAT32),
+        (Measurement(HALF, (0.1, 0.1), 0.9999), HALF),
+        (Measurement(HALF, (0.2, 0.19), 0.9999), FLOAT32),  # no clear gain
+        (Measurement(HALF, (0.1, 0.1), 0.98), FLOAT32),  # not within noise
+        (Measurement(HALF, (0.1, 0.1), -1.0), FLOAT32),
         (Measurement(HALF, error="RuntimeError: not implemented"), FLOAT32),
     ],
 )
 def test_half_precision_is_taken_where_it_is_clearly_faster_and_within_noise(
     half: Measurement, expected: EngineChoice
 ) -> None:
-    assert best_of([Measurement(FLOAT32, 0.2, 0.2), half]) == expected
+    assert best_of([Measurement(FLOAT32, (0.2, 0.2)), half]) == expected
 
 
 def test_a_machine_measures_a_base_once(
@@ -71,7 +102,7 @@ def test_a_machine_measures_a_base_once(
 
     def measured(*_: object) -> list[Measurement]:
         runs.append(1)
-        return [Measurement(FLOAT32, 0.2, 0.2), Measurement(HALF, 0.1, 0.1, 0.9999)]
+        return [Measurement(FLOAT32, (0.2,) * 4), Measurement(HALF, (0.1,) * 4, 0.9999)]
 
     monkeypatch.setattr(engine_choice, "measure", measured)
     assert choose_engine(base, Serve(), tmp_path, CPU) == choose_engine(base, Serve(), tmp_path, CPU) == HALF
@@ -91,7 +122,7 @@ def test_candidates_are_measured_against_float32_and_one_that_fails_is_reported(
     first, half, failed = measure(base, [FLOAT32, HALF, broken], CPU)
     assert first.cosine > 0.99999
     assert 0.999 < half.cosine < 1
-    assert 0 < half.image_seconds < 10 and 0 < half.text_seconds < 10
+    assert len(half.seconds) == 4 and all(0 < seconds < 10 for seconds in half.seconds)
     assert not failed.usable and "KeyError" in failed.error
 
 

@@ -54,7 +54,7 @@ def test_a_tower_that_sees_its_padding_gets_full_length(
 
 
 def test_short_texts_share_a_pass_and_do_not_pay_for_a_long_one() -> None:
-    widths = TextWidths(77, trims=True)
+    widths = TextWidths(77, trims=True, bucket=8)
     passes = list(widths.passes([10, 70, 12, 9, 20, 77], most=64))
     assert passes == [(24, [3, 0, 2, 4]), (77, [1, 5])]
 

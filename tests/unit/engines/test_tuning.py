@@ -10,7 +10,7 @@ HALF = EngineChoice("torch", "bfloat16")
 
 
 def tuning(*layouts: Layout) -> Tuning:
-    engines = [Measurement(FLOAT32, 0.4, 0.1), Measurement(HALF, 0.1, 0.05, 0.9999)]
+    engines = [Measurement(FLOAT32, (0.4, 0.1)), Measurement(HALF, (0.1, 0.05), 0.9999)]
     return Tuning(engines, {1: 40.0, 4: 70.0, 8: 97.0, 16: 100.0, 32: 99.0}, list(layouts))
 
 

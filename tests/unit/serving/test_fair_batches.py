@@ -137,11 +137,22 @@ async def test_a_batch_that_fails_fails_its_own_requests_only(engine: Engine) ->
     assert (await engine.submit(CANARY)).code == ""
 
 
-async def test_an_idle_engine_waits_for_a_batch_to_fill(engine: Engine) -> None:
+async def test_after_a_batch_of_several_the_next_one_waits_to_fill(engine: Engine) -> None:
     engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
+    first = await engine.busy()
+    several = [engine.submit(STABLE) for _ in range(2)]
+    await submitted(*several)
+    engine.go.set()
+    await asyncio.gather(first, *several)
     tasks = [engine.submit(STABLE) for _ in range(MAX_TEXTS - 1)]
     await submitted(*tasks)
     await asyncio.sleep(0)
-    assert engine.batches == []
+    assert len(engine.batches) == 2
     await asyncio.gather(*tasks, engine.submit(STABLE))  # full: nobody waits any longer
-    assert len(engine.batches) == 1
+    assert len(engine.batches) == 3
+
+
+async def test_requests_one_at_a_time_do_not_wait(engine: Engine) -> None:
+    engine.queue = FairBatches(engine.run, MAX_TEXTS, wait_seconds=60.0)
+    for _ in range(3):
+        await engine.submit(STABLE)
