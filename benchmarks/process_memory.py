@@ -13,7 +13,11 @@ SMALL_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """Proportional set size of one process in bytes (shared pages count in parts); resident set where there is none."""
+    """What one process holds, in bytes: its own pages, and its part of those that it shares with others in memory.
+
+    Pages of files are left out: programs and libraries, which the kernel reads again when it needs the memory. The part
+    of them that counts for one process is smaller while another one, of whatever server, uses the same libraries.
+    """
 
     name: str
     size: int
@@ -63,12 +67,12 @@ def _read(pid: int) -> ProcessMemory | None:
 
 
 def _size(folder: Path) -> int:
-    for name, key in (("smaps_rollup", "Pss:"), ("status", "VmRSS:")):
+    """Of proportional set sizes (Linux 5.10 and newer), or of resident sets where these cannot be read."""
+    for name, keys in (("smaps_rollup", ("Pss_Anon:", "Pss_Shmem:")), ("status", ("RssAnon:", "RssShmem:"))):
         try:
             lines = (folder / name).read_text().splitlines()
         except OSError:
             continue
-        for line in lines:
-            if line.startswith(key):
-                return int(line.split()[1]) * 1024
+        if sizes := [int(line.split()[1]) for line in lines if line.startswith(keys)]:
+            return sum(sizes) * 1024
     return 0

@@ -5,12 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks.process_memory import ProcessMemory, child_processes, memory_growth
 
 HOLD = "import sys; held = bytearray(b'x') * {bytes}; print(flush=True); sys.stdin.read()"
+MAP = """
+import mmap, sys
+with open({path!r}, "rb") as file:
+    held = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+sum(held[::4096]), print(flush=True), sys.stdin.read()
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -29,6 +36,23 @@ def test_what_a_child_holds_is_seen_and_small_processes_are_left_out() -> None:
         for process in (large, small):
             process.kill()
             process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_libraries_that_another_process_uses_too_are_no_memory(tmp_path: Path) -> None:
+    """The catalog had grown by 8%: tests that had the same libraries mapped had ended meanwhile."""
+    (tmp_path / "library").write_bytes(b"x" * (64 << 20))
+    child = subprocess.Popen(
+        [sys.executable, "-c", MAP.format(path=str(tmp_path / "library"))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"\n"
+        assert child.pid not in child_processes()
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_growth_is_of_processes_that_lived_through_both_looks() -> None:
