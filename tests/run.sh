@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1
 bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
-alone=(tests/integration/serving/test_openapi.py tests/integration/serving/test_hostile_images.py) # start no server
+alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
 half=(tests/unit/serving tests/unit/updater)
 jobs=(tests/integration/streams "${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/updater
   "tests/integration/engines ${alone[*]}" tests/integration/gate types)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 from fastapi import FastAPI
 from pydantic import SecretStr
 
@@ -42,6 +43,20 @@ KEY = "operator-key"
 
 MAX_IMAGE_BYTES = 100_000
 """Of the application in the integration tests."""
+
+
+class AppClient:
+    """Calls of an application, one after another."""
+
+    def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
+        self.runner = runner
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        async def call() -> httpx.Response:
+            return await self.http.post(path, **body)
+
+        return self.runner.run(call())
 
 
 @dataclass

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from fastapi import FastAPI
 
 from serving.client import data_uri
 from tests.support.hostile_images import PLAIN, REFUSED, TAKEN, Hostile
-from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp
+from tests.support.in_process_app import MAX_IMAGE_BYTES, AppClient, InProcessApp
 
 pytestmark = pytest.mark.integration
 SMALL = [image for image in TAKEN if len(image.data) <= MAX_IMAGE_BYTES]
@@ -20,19 +18,7 @@ LARGE = [image for image in TAKEN if len(image.data) > MAX_IMAGE_BYTES]
 TOO_MUCH = {"image_too_many_pixels", "image_too_large"}
 
 
-class Client:
-    """Calls of the application, one after another."""
-
-    def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
-        self.runner = runner
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        async def call() -> httpx.Response:
-            return await self.http.post(path, **body)
-
-        return self.runner.run(call())
-
+class Client(AppClient):
     def embed(self, image: bytes) -> np.ndarray:
         answer = self.post("/v1/embeddings", json={"input": {"image": data_uri(image)}})
         assert answer.status_code == 200, answer.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-from typing import Any
 
 import httpx
 import numpy as np
@@ -14,7 +13,7 @@ from PIL import Image
 
 from benchmarks.inputs import pictures
 from serving.client import data_uri
-from tests.support.in_process_app import InProcessApp
+from tests.support.in_process_app import AppClient, InProcessApp
 
 pytestmark = pytest.mark.integration
 PNG = pictures(1)[0]
@@ -29,21 +28,9 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
-class Client:
-    def __init__(self, runner: asyncio.Runner, app: FastAPI) -> None:
-        self.runner = runner
-        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        async def call() -> httpx.Response:
-            return await self.http.post(path, **body)
-
-        return self.runner.run(call())
-
-
 @pytest.fixture(scope="module")
-def client(runner: asyncio.Runner, in_process_app: tuple[InProcessApp, FastAPI]) -> Client:
-    return Client(runner, in_process_app[1])
+def client(runner: asyncio.Runner, in_process_app: tuple[InProcessApp, FastAPI]) -> AppClient:
+    return AppClient(runner, in_process_app[1])
 
 
 def vectors(answer: httpx.Response) -> np.ndarray:
@@ -51,7 +38,7 @@ def vectors(answer: httpx.Response) -> np.ndarray:
     return np.array([row["embedding"] for row in answer.json()["data"]], np.float32)
 
 
-def test_an_image_as_the_body_is_embedded_as_its_data_uri(client: Client) -> None:
+def test_an_image_as_the_body_is_embedded_as_its_data_uri(client: AppClient) -> None:
     by_uri = vectors(client.post("/v1/embeddings", json={"input": {"image": data_uri(jpeg())}}))
     by_body = client.post("/v1/embeddings?model=clip", content=jpeg(), headers=JPEG_HEADERS)
     np.testing.assert_array_equal(vectors(by_body), by_uri)
@@ -60,7 +47,7 @@ def test_an_image_as_the_body_is_embedded_as_its_data_uri(client: Client) -> Non
     assert isinstance(encoded.json()["data"][0]["embedding"], str)
 
 
-def test_a_form_of_texts_and_files_is_embedded_in_its_order(client: Client) -> None:
+def test_a_form_of_texts_and_files_is_embedded_in_its_order(client: AppClient) -> None:
     parts = [
         ("input", (None, "a cat")), ("input", ("a.jpg", jpeg())), ("model", (None, "clip")), ("input", (None, "a dog")),
     ]  # fmt: skip
@@ -70,7 +57,7 @@ def test_a_form_of_texts_and_files_is_embedded_in_its_order(client: Client) -> N
     assert form.json()["usage"] == listed.json()["usage"]
 
 
-def test_classify_and_search_take_an_image_as_the_body(client: Client) -> None:
+def test_classify_and_search_take_an_image_as_the_body(client: AppClient) -> None:
     classified = client.post("/v1/classify", params=LABELS, content=jpeg(), headers=JPEG_HEADERS)
     by_uri = client.post("/v1/classify", json={"images": [data_uri(jpeg())], **LABELS})
     assert classified.json()["data"] == by_uri.json()["data"]
@@ -80,7 +67,7 @@ def test_classify_and_search_take_an_image_as_the_body(client: Client) -> None:
     assert len(found.json()["data"]) == 3
 
 
-def test_vqa_takes_an_image_as_the_body(client: Client) -> None:
+def test_vqa_takes_an_image_as_the_body(client: AppClient) -> None:
     answer = client.post(
         "/v1/vqa", params={"question": "what is it?", "choices": ["cat", "dog"]}, content=PNG,
         headers={"content-type": "image/webp"},
@@ -101,19 +88,19 @@ def test_vqa_takes_an_image_as_the_body(client: Client) -> None:
         ("/v1/search?k=0", PNG, "k", "invalid_value"),
     ],
 )
-def test_a_refusal_names_its_place(client: Client, path: str, content: bytes, param: str, code: str) -> None:
+def test_a_refusal_names_its_place(client: AppClient, path: str, content: bytes, param: str, code: str) -> None:
     answer = client.post(path, content=content, headers=JPEG_HEADERS)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
 
 
-def test_a_file_in_another_field_is_refused(client: Client) -> None:
+def test_a_file_in_another_field_is_refused(client: AppClient) -> None:
     answer = client.post("/v1/embeddings", files=[("picture", ("a.png", PNG))])
     assert answer.json()["error"]["code"] == "unknown_field"
 
 
 def test_what_was_sent_before_is_not_encoded_again(
-    client: Client, in_process_app: tuple[InProcessApp, FastAPI]
+    client: AppClient, in_process_app: tuple[InProcessApp, FastAPI]
 ) -> None:
     encoded = in_process_app[0].encoded
     body = {"input": ["a text that no other test has", {"image": data_uri(pictures(9)[8])}]}
@@ -129,6 +116,6 @@ def test_what_was_sent_before_is_not_encoded_again(
     [(b'{"input": ', "invalid_json"), (b'{"input": NaN}', "invalid_value"), (b'["x"]', "invalid_value"),
      (b"", "invalid_json"), (b"\xff", "invalid_json"), (b'{"input": "\\ud800"}', "invalid_json")],
 )  # fmt: skip
-def test_a_body_that_is_no_json_object_is_refused(client: Client, content: bytes, code: str) -> None:
+def test_a_body_that_is_no_json_object_is_refused(client: AppClient, content: bytes, code: str) -> None:
     answer = client.post("/v1/embeddings", content=content, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.encode.line_worker import LineWorker
 
 from benchmarks import soak
 from benchmarks.encode.command import measure
 from benchmarks.encode.figures import cpu_ms_per_request, ratios
 from benchmarks.encode.grid import Grid, cells
 from benchmarks.encode.sides import RawSide, check, ratchet_side
+from benchmarks.line_worker import LineWorker
 from benchmarks.swap import Swaps
 from tests.integration.serving.server_fixture import ServerFixture
 
