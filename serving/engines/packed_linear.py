@@ -30,17 +30,23 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear(nn.Module):
-    """``x W^T + b`` for inference. The tensors are plain attributes: nothing moves or copies an opaque one."""
+    """``x W^T + b`` for inference, or a GELU of it.
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """``weight``: from :func:`pack`; ``bias``: of the same precision."""
+    The tensors are plain attributes: nothing moves or copies an opaque one.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, gelu: nn.GELU | None = None) -> None:
+        """``weight``: from :func:`pack`; ``bias``: of the same precision; ``gelu``: that comes next, computed on the
+        way.
+        """
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self._after: tuple[str, list[Any], str] = ("none", [], "") if gelu is None else ("gelu", [], gelu.approximate)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """``[..., out]`` of ``[..., in]``."""
-        outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, "none", [], "")
+        outputs: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, *self._after)
         return outputs
 
 

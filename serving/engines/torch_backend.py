@@ -9,7 +9,7 @@ have fixed sizes, run from CUDA graphs (:mod:`cuda_graphs`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -147,9 +147,13 @@ class ConvertedWeights:
 
 
 def _convert(owner: nn.Module, weights: ConvertedWeights, packs: bool) -> None:
-    for name, module in list(owner.named_children()):
+    children = [*owner.named_children(), ("", nn.Identity())]
+    for (name, module), (following, after) in pairwise(children):
         if packs and type(module) is nn.Linear:
-            setattr(owner, name, _packed(module.weight, module.bias, weights))
+            gelu = after if type(after) is nn.GELU and type(owner) is nn.Sequential else None
+            setattr(owner, name, _packed(module.weight, module.bias, weights, gelu))
+            if gelu is not None:
+                setattr(owner, following, nn.Identity())
         elif packs and is_self_attention(owner, module):
             attention: Any = module
             inward = _packed(attention.in_proj_weight, attention.in_proj_bias, weights)
@@ -169,8 +173,10 @@ def _convert_own(module: nn.Module, weights: ConvertedWeights) -> None:
             module._buffers[name] = weights.plain(buffer)
 
 
-def _packed(weight: torch.Tensor, bias: torch.Tensor | None, weights: ConvertedWeights) -> PackedLinear:
-    return PackedLinear(weights.packed(weight), None if bias is None else weights.plain(bias))
+def _packed(
+    weight: torch.Tensor, bias: torch.Tensor | None, weights: ConvertedWeights, gelu: nn.GELU | None = None
+) -> PackedLinear:
+    return PackedLinear(weights.packed(weight), None if bias is None else weights.plain(bias), gelu)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,6 +93,17 @@ def test_a_text_tower_that_pools_the_end(text: Changes, kind: Any, blocks: list[
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_gelu_is_computed_with_the_layer_before_it(approximate: str) -> None:
+    if not can_pack(torch.float32):
+        pytest.skip("this torch has no oneDNN")
+    linear, gelu = nn.Linear(64, 32), nn.GELU(approximate)
+    inputs = torch.randn(3, 5, 64)
+    packed = PackedLinear(pack(linear.weight), linear.bias, gelu)
+    torch.testing.assert_close(packed(inputs), gelu(linear(inputs)), atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
 def test_packed_attention_of_one_token_is_that_token_of_all() -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this processor has no bfloat16 in oneDNN")
