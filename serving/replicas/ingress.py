@@ -27,7 +27,7 @@ from serving.http.receipt_service import ReceiptService
 from serving.http.replica_share import share_of
 from serving.http.token_texts import token_texts
 from serving.messages import EncodeResult, Kind
-from serving.ray.deployment_status import read_statuses
+from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
 from serving.releases.admission import Admission
@@ -54,10 +54,9 @@ FIRST_SECONDS = 20.0
 """How long a replica that starts waits for the ledger and the encoders; after that it refuses until it knows."""
 
 
-def vlm_start_cause() -> str:
-    """Why the last VLM replica could not start; empty when none has failed."""
-    status = read_statuses(APP).get(VLM)
-    return "" if status is None else status.cause
+def read_vlm_status() -> DeploymentStatus | None:
+    """What Serve knows of the VLM; None before it has made the deployment."""
+    return read_statuses(APP).get(VLM)
 
 
 @serve.ingress()
@@ -86,7 +85,7 @@ class Ingress:
         encoders = EncoderCalls(encoder, settings.serve.max_batch)
         share = share_of(settings.serve)
         vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
-        self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, vlm_start_cause)
+        self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)
 
         async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
@@ -151,7 +150,7 @@ class Ingress:
         comparisons, the copy of the keys and the metric of what answers running, and waits for the VLM's start.
         """
         if not self._tasks:
-            await self._adopt_first()
+            await asyncio.gather(self._adopt_first(), *([self.vlm_start.look()] if self.vlm_start is not None else []))
         work_by_name = {
             "follow": self._follow, "compare": self.shadow_traffic.run, "keys": self._read_keys,
             "probe": self.app_state.probes.watch,

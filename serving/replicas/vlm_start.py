@@ -8,8 +8,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from serving.ray.deployment_status import DeploymentStatus
+
 log = logging.getLogger("ratchet.ingress")
 LOOK_SECONDS: Final = 1.0
+FIRST_SECONDS: Final = 2.0
+"""For the first look, which a process's first request waits for."""
 STARTING: Final = "the VLM is starting"
 
 
@@ -20,13 +24,15 @@ class VlmStart:
     deadline, as it does for an encoder.
     """
 
-    def __init__(self, ask: Callable[[], Awaitable[object]], read_cause: Callable[[], str]) -> None:
+    def __init__(
+        self, ask: Callable[[], Awaitable[object]], read_status: Callable[[], DeploymentStatus | None]
+    ) -> None:
         """Args:
         ask: a call that is answered once a replica runs.
-        read_cause: why the last replica could not start, empty when none has failed; called in a thread.
+        read_status: what Serve knows of the VLM's deployment; called in a thread.
         """
         self._ask = ask
-        self._read_cause = read_cause
+        self._read_status = read_status
         self._cause = ""
         self.started = False
 
@@ -37,14 +43,22 @@ class VlmStart:
             return ""
         return f"{STARTING} again, after it failed: {self._cause}" if self._cause else f"{STARTING}."
 
+    async def look(self) -> None:
+        """Find out from Serve whether a replica runs, as when this process takes the place of another one."""
+        try:
+            async with asyncio.timeout(FIRST_SECONDS):
+                await self._look()
+        except TimeoutError:
+            log.info("no status of the VLM within %s s", FIRST_SECONDS)
+
     async def run(self) -> None:
-        """Return when a replica has answered."""
+        """Return when a replica has answered, or runs by what Serve says."""
         if self.started:
             return
         began = time.monotonic()
         answer = asyncio.ensure_future(self._answered())
         try:
-            while not answer.done():
+            while not (answer.done() or self.started):
                 await self._look()
                 await asyncio.wait({answer}, timeout=LOOK_SECONDS)
         finally:
@@ -63,10 +77,13 @@ class VlmStart:
 
     async def _look(self) -> None:
         try:
-            cause = await asyncio.to_thread(self._read_cause)
+            status = await asyncio.to_thread(self._read_status)
         except Exception as error:  # Serve's controller restarts
             log.info("no status of the VLM: %s: %s", type(error).__name__, error)
             return
-        if cause and cause != self._cause:
-            log.error("the VLM cannot start, and is tried again: %s", cause)
-        self._cause = cause or self._cause
+        if status is None:
+            return
+        if status.cause and status.cause != self._cause:
+            log.error("the VLM cannot start, and is tried again: %s", status.cause)
+        self._cause = status.cause or self._cause
+        self.started = self.started or status.running > 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import dataclass, field
 
 import httpx
 import pytest
 
 from serving.http.app_state import AppState
-from serving.ray.deployment_status import cause_of
+from serving.ray.deployment_status import DeploymentStatus, cause_of
 from serving.replicas import vlm_start
 from serving.replicas.vlm_start import VlmStart
 from tests.support.waiting import until
@@ -32,7 +33,7 @@ class Replica:
 
     failures: list[Exception] = field(default_factory=list)
     up: asyncio.Event = field(default_factory=asyncio.Event)
-    cause: str = ""
+    status: DeploymentStatus | None = None
     looks: int = 0
 
     async def ask(self) -> None:
@@ -40,9 +41,9 @@ class Replica:
             raise self.failures.pop(0)
         await self.up.wait()
 
-    def read_cause(self) -> str:
+    def read_status(self) -> DeploymentStatus | None:
         self.looks += 1
-        return self.cause
+        return self.status
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_it_has_started_once_a_replica_answers() -> None:
     replica = Replica()
-    start = VlmStart(replica.ask, replica.read_cause)
+    start = VlmStart(replica.ask, replica.read_status)
     assert start.problem == STARTING
     running = asyncio.create_task(start.run())
     await until(lambda: replica.looks > 1)
@@ -66,22 +67,39 @@ async def test_it_has_started_once_a_replica_answers() -> None:
 async def test_a_replica_that_dies_while_it_is_asked_is_asked_again() -> None:
     replica = Replica(failures=[RuntimeError("the actor died")])
     replica.up.set()
-    start = VlmStart(replica.ask, replica.read_cause)
+    start = VlmStart(replica.ask, replica.read_status)
     await start.run()
     assert start.started
 
 
 async def test_why_it_cannot_start_is_said_until_it_does(caplog: pytest.LogCaptureFixture) -> None:
-    replica = Replica(cause="MemoryError: no room")
-    start = VlmStart(replica.ask, replica.read_cause)
+    replica = Replica(status=DeploymentStatus({"STARTING": 1}, False, "MemoryError: no room"))
+    start = VlmStart(replica.ask, replica.read_status)
     running = asyncio.create_task(start.run())
     await until(lambda: replica.looks > 3)
     assert start.problem == "the VLM is starting again, after it failed: MemoryError: no room"
     assert [record.levelname for record in caplog.records] == ["ERROR"]  # once, not with each look
-    replica.cause = ""  # Serve has begun the next start
+    replica.status = None  # Serve has begun the next start
     replica.up.set()
     await running
     assert start.problem == ""
+
+
+async def test_a_process_that_takes_the_place_of_another_knows_at_once_that_the_vlm_runs() -> None:
+    replica = Replica(status=DeploymentStatus({"RUNNING": 1}, False, ""))
+    start = VlmStart(replica.ask, replica.read_status)
+    await start.look()
+    assert start.problem == ""
+    await start.run()
+
+
+async def test_serve_that_does_not_answer_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vlm_start, "FIRST_SECONDS", 0.01)
+    hangs = threading.Event()
+    start = VlmStart(Replica().ask, lambda: hangs.wait() and None)
+    await start.look()
+    hangs.set()
+    assert start.problem == STARTING
 
 
 def test_the_cause_of_a_start_that_failed_is_its_last_exception() -> None:
