@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
+from benchmarks.stream.part import wait_for
 from ops.settings import Settings
+from serving.client import Client, ServerError
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
@@ -27,3 +30,18 @@ def fill_store(settings: Settings, images: Sequence[bytes]) -> list[str]:
         ids.append(sample.id)
     SampleStore(settings.lake).put(rows, [Position("bench", 0, len(images))])
     return ids
+
+
+def wait_until_searchable(client: Client, count: int) -> None:
+    """Wait until a search sees so many samples: a server answers CLIP requests before it has embedded what was stored.
+
+    Raises RatchetError when that takes too long.
+    """
+
+    def searchable() -> bool:
+        with suppress(ServerError):  # the controller has not answered yet
+            catalog = client.status()["catalog"]
+            return bool(catalog and catalog["corpus_rows"] >= count and catalog["coverage"] >= 1.0)
+        return False
+
+    wait_for(searchable, f"{count} samples were searchable")

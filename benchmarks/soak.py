@@ -23,7 +23,7 @@ from benchmarks.inputs import pictures
 from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.process_memory import ProcessMemory, child_processes
-from benchmarks.samples import fill_store
+from benchmarks.samples import fill_store, wait_until_searchable
 from benchmarks.serving.session_processes import session_pids
 from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, Swaps, make_adapters, make_vlm_adapters, throughput
 from ops.progress import say, step, track
@@ -109,6 +109,8 @@ def run(
         server = start(ours)
         try:
             server.wait_ready()
+            with Client(server.url, operator_key=ours.operator_key()) as client:
+                wait_until_searchable(client, len(sample_ids))
             return measure(ours, server.url, swaps, images, sample_ids, 60 * minutes, every, 60 * warm_minutes, share)
         finally:
             server.stop()

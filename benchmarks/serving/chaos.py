@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.load import Traffic
 from benchmarks.machine import machine
+from benchmarks.samples import wait_until_searchable
 from benchmarks.serving.chaos_audit import audit, totals
 from benchmarks.serving.chaos_installation import ChaosInstallation
 from benchmarks.serving.chaos_plan import STATES, State, plan, states_of
@@ -60,6 +61,8 @@ def run(
         server = installation.server()
         with step("starting the server"):
             server.start()
+            with server.client(20.0) as client:
+                wait_until_searchable(client, len(installation.sample_ids))
         images, questions = installation.images, QUESTIONS if vlm_engine else ()
         load = Traffic(
             server.url, images=images, texts=TEXTS, questions=[(images[0], text) for text in questions],

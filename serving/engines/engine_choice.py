@@ -30,9 +30,9 @@ from serving.engines.base import ClipBase
 from serving.engines.conv_layout import ROWS
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import processor
+from serving.engines.spaces import Tower
 from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows
-from serving.messages import Kind
 
 log = logging.getLogger("ratchet.engine")
 
@@ -43,7 +43,7 @@ MIN_GAIN: Final = 1.1
 """Speed over float32 that pays for the precision: below it, what is measured is mostly noise."""
 SMALL_BYTES = 200_000_000
 """Weights of a base below which there is little to gain: a pass is some milliseconds, of which products are a part."""
-WORKLOADS: Final[Sequence[tuple[Kind, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
+WORKLOADS: Final[Sequence[tuple[Tower, int]]] = (("image", 8), ("text", 16), ("image", 1), ("text", 1))
 """What is measured: items of a full batch, and of a request alone."""
 ROUNDS: Final = 3
 
@@ -197,7 +197,7 @@ def _least_cosine(vectors: np.ndarray, reference: np.ndarray) -> float:
     return float(cosines.min()) if np.isfinite(cosines).all() else -1.0
 
 
-def _seconds(towers: Towers, kind: Kind, items: Any) -> float:
+def _seconds(towers: Towers, kind: Tower, items: Any) -> float:
     began = time.perf_counter()
     towers.images(items) if kind == "image" else towers.texts(items)
     return time.perf_counter() - began
