@@ -51,6 +51,10 @@ QUERIES = ["", "size=64", "size=0", "size=a", "limit=3", "limit=-1", "limit=1e9"
            "&&==", "limit=%FF", "model=clip&stream=true", "size=99999999999999999999999"]  # fmt: skip
 
 
+MAX_URL = 60_000
+"""httpx sends nothing longer, and no server takes it. Fields of an image body are in the query."""
+
+
 @dataclass(frozen=True)
 class Twist:
     """What happens to a request on its way."""
@@ -104,6 +108,8 @@ class Caller:
         self._send(case, str(plain.method), url, kept, twisted)
 
     def _send(self, case: Case, method: str, url: str, headers: dict[str, str], body: bytes) -> None:
+        if len(url) > MAX_URL:
+            return
         raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
         answer = self.runner.run(self._answer(method, url, raw, body))
         self.counts.setdefault(case.operation.label, Counter())[answer.status_code] += 1
