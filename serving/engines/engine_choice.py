@@ -139,12 +139,14 @@ def measure(base: ClipBase, candidates: Sequence[EngineChoice], device: torch.de
     ids = pad_rows(rows, width, tokenizer.pad_id)
     pixels = golden_pixels(base.preprocess.size)
     inputs = [_repeated(pixels if kind == "image" else ids, count) for kind, count in WORKLOADS]
-    reference = _vectors(make_backend(FLOAT32, base, model, torch.device("cpu")).towers({}), pixels, ids)
+    plain = make_backend(FLOAT32, base, model, torch.device("cpu")).towers({})
+    reference = _vectors(plain, pixels, ids)
     towers: dict[EngineChoice, Towers] = {}
     results: dict[EngineChoice, Measurement] = {}
     for choice in candidates:
         try:
-            towers[choice] = make_backend(choice, base, model, device).towers({})
+            is_plain = choice == FLOAT32 and device.type == "cpu"  # is there, packed
+            towers[choice] = plain if is_plain else make_backend(choice, base, model, device).towers({})
             cosine = _least_cosine(_vectors(towers[choice], pixels, ids), reference)
             results[choice] = Measurement(choice, (float("inf"),) * len(WORKLOADS), cosine)
         except Exception as error:  # whatever a library raises: this candidate is out

@@ -69,7 +69,8 @@ async def _ready(request: Request, model: Part) -> JSONResponse:
         return answer(404, f"no {model} is served here.", "model", "no_vlm")
     state: PartState = await probes.part(model)
     if not state.ready:
-        return answer(503, state.detail, code=state.code, retry_after=VlmStarting.retry_after if state.starting else 1)
+        seconds = VlmStarting.retry_after if state.starting else errors.RETRY_AFTER_SECONDS
+        return answer(503, state.detail, code=state.code, retry_after=seconds)
     return _ok(request, {"status": "ready", "release": state.release})
 
 

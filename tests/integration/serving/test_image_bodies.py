@@ -61,10 +61,10 @@ def test_classify_and_search_take_an_image_as_the_body(client: AppClient) -> Non
     classified = client.post("/v1/classify", params=LABELS, content=jpeg(), headers=JPEG_HEADERS)
     by_uri = client.post("/v1/classify", json={"images": [data_uri(jpeg())], **LABELS})
     assert classified.json()["data"] == by_uri.json()["data"]
-    found = client.post("/v1/search?k=3&domain=cats", content=PNG, headers={"content-type": "image/png"})
+    by_bytes = client.post("/v1/search?k=3&domain=cats", content=PNG, headers={"content-type": "image/png"})
     by_uri = client.post("/v1/search", json={"image": data_uri(PNG), "k": 3, "domain": ["cats"]})
-    assert found.json()["data"] == by_uri.json()["data"]
-    assert len(found.json()["data"]) == 3
+    assert by_bytes.json()["data"] == by_uri.json()["data"]
+    assert len(by_bytes.json()["data"]) == 3
 
 
 def test_vqa_takes_an_image_as_the_body(client: AppClient) -> None:
