@@ -45,7 +45,6 @@ class EncodeResult:
     image_space: str = ""
     text_space: str = ""
     logit_scale: float = 1.0
-    tokens: int = 0
     code: str = ""
     error: str = ""
 

@@ -75,7 +75,4 @@ class EncoderCalls:
 def _join(answers: Sequence[EncodeResult]) -> EncodeResult:
     first = answers[0]
     vectors = np.concatenate([answer.vectors for answer in answers if answer.vectors is not None])
-    return EncodeResult(
-        vectors, first.adapter, first.image_space, first.text_space, first.logit_scale,
-        sum(answer.tokens for answer in answers),
-    )  # fmt: skip
+    return EncodeResult(vectors, first.adapter, first.image_space, first.text_space, first.logit_scale)

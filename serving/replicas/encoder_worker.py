@@ -26,7 +26,6 @@ from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
-from serving.replicas.fair_batches import late
 from serving.replicas.forward_health import ForwardHealth, is_persistent
 
 log = logging.getLogger("ratchet.encoder")
@@ -107,7 +106,7 @@ class EncoderWorker:
         return gone
 
     async def encode(self, requests: Sequence[EncodeRequest]) -> list[EncodeResult]:
-        """Encode a batch: grouped by kind and adapter, each group in one forward pass. Late items are not computed."""
+        """Encode a batch, all of one kind and under one adapter, in one forward pass."""
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, list(requests))
@@ -134,21 +133,11 @@ class EncoderWorker:
 
     def encode_now(self, requests: list[EncodeRequest]) -> list[EncodeResult]:
         """The batch on the caller's thread."""
-        results: list[EncodeResult | None] = [None] * len(requests)
-        groups: dict[tuple[Kind, str | None], list[int]] = {}
-        for index, request in enumerate(requests):
-            if time.monotonic() > request.deadline:
-                results[index] = late(request)
-            else:
-                groups.setdefault((request.kind, request.adapter), []).append(index)
-        for (kind, adapter), indices in groups.items():
-            encoded = self._encode_all(kind, adapter, [requests[index].payload for index in indices])
-            for index, result in zip(indices, encoded, strict=True):
-                results[index] = result
-        return [result for result in results if result is not None]
+        first = requests[0]
+        return self._encode_all(first.kind, first.adapter, [request.payload for request in requests])
 
     def _encode_all(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
-        """A group in one pass. When that fails each payload is tried alone, so that only the one at fault fails.
+        """The batch in one pass. When that fails each payload is tried alone, so that only the one at fault fails.
 
         Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
         """
@@ -184,14 +173,9 @@ class EncoderWorker:
             return [EncodeResult(None, adapter, code="adapter", error=str(error))] * len(payloads)
         self._health.succeeded()
         metrics.encoder.batch(kind, len(vectors), time.perf_counter() - began)
-        text = kind == "text"
-        tokens = [sum(map(len, rows)) if text else 0 for rows in payloads]
         ends = np.cumsum([len(payload) for payload in payloads])[:-1]
         scale = float(self.engine.logit_scale)
-        return [
-            EncodeResult(part, adapter, spaces.image, spaces.text, scale, count)
-            for part, count in zip(np.split(vectors, ends), tokens, strict=True)
-        ]
+        return [EncodeResult(part, adapter, spaces.image, spaces.text, scale) for part in np.split(vectors, ends)]
 
     def _forward(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
         self._ensure(adapter)

@@ -115,7 +115,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
                 },
                 "gate": {"suites": [str(home / "suites")]},
                 "watch": {"seconds": 1.0},
-                "rollout": {"compare_share": 1.0},  # a repeated input is answered from the cache: compared once or never
+                "rollout": {
+                    "compare_share": 1.0
+                },  # a repeated input is answered from the cache: compared once or never
             }
         )
     )
