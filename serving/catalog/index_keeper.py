@@ -147,7 +147,7 @@ class IndexKeeper:
         if settled and (not state.exists or self._is_outgrown(known) or self._is_to_be_remade(known)):
             await self._build(space, known)
         elif state.exists and state.unindexed >= max(TAIL_ROWS, TAIL_SHARE * state.rows):
-            await self._in_thread(self._change, space, "extend")
+            await self._in_thread(self._change_index, space, "extend")
         else:
             changed = False
         if changed:
@@ -167,7 +167,7 @@ class IndexKeeper:
         known.building = True
         log.info("the index of image space %s is made of %d rows", space, known.state.rows)
         try:
-            await self._in_thread(self._change, space, "build")
+            await self._in_thread(self._change_index, space, "build")
             known.trouble = ""
         except Exception as error:
             known.trouble = f"{type(error).__name__}: {error}"[:300]
@@ -237,6 +237,10 @@ class IndexKeeper:
             for each in questions
         ]
         return min(means, default=1.0)
+
+    def _change_index(self, space: str, change: IndexChange) -> None:
+        with self.tables.stable_files(space):
+            self._change(space, change)
 
     def _change_here(self, space: str, change: IndexChange) -> None:
         self.tables.change_index(space, change)

@@ -10,7 +10,9 @@ A search is exact until :meth:`Tables.use_index` says how to search through the 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Final
@@ -49,6 +51,8 @@ class Tables:
         self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
         self._open: dict[str, Any] = {}
         self._merges: dict[str, int] = {}
+        self._rewriting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+        """Held by who rewrites a space's data files, and by who makes an index of them."""
         self._efforts: dict[str, Effort] = {}
         self._session = lance.Session(index_cache_size_bytes=cache_bytes, metadata_cache_size_bytes=METADATA_BYTES)
         self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
@@ -91,9 +95,13 @@ class Tables:
         table = self._keyed(space) or self._create(space, data.schema)
         table.merge_insert("id").when_not_matched_insert_all().execute(data)
         self._merges[space] = self._merges.get(space, 0) + 1
-        if self._merges[space] % COMPACT_EVERY == 0:
-            vector_index.merge_files(table.to_lance())
-            table.checkout_latest()
+        if self._merges[space] >= COMPACT_EVERY and self._rewriting[space].acquire(blocking=False):
+            try:
+                vector_index.merge_files(table.to_lance())
+                table.checkout_latest()
+            finally:
+                self._rewriting[space].release()
+            self._merges[space] = 0
         self._written(space)
 
     def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
@@ -140,6 +148,14 @@ class Tables:
         table.checkout_latest()
         self._written(space)  # by the process that makes indexes
         return vector_index.read_state(table.to_lance())
+
+    @contextlib.contextmanager
+    def stable_files(self, space: str) -> Iterator[None]:
+        """Merges add data files meanwhile and rewrite none: an index of files that were rewritten before it is
+        committed is refused by Lance, and its minutes are lost. Waits for a rewrite that has begun.
+        """
+        with self._rewriting[space]:
+            yield
 
     def change_index(self, space: str, change: IndexChange) -> None:
         """Make the index of a space (anew), or bring the rows into it that came since. Takes minutes for a million

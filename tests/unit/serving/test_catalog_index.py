@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,7 +18,7 @@ from serving.catalog import index_keeper
 from serving.catalog.index_keeper import IndexKeeper
 from serving.catalog.index_process import IndexProcess
 from serving.catalog.queries import Filters, as_filters
-from serving.catalog.tables import Tables
+from serving.catalog.tables import COMPACT_EVERY, Tables
 from serving.catalog.vector_index import Effort
 
 DIM, ROWS = 16, 600
@@ -76,6 +78,24 @@ async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enoug
     assert value("recall_ratio") == status["recall"] and value("index_used") == 1
     hits = tables.search(SPACE, vectors(7, 1)[0], 3, Filters())
     assert (hits[0].text, len(hits)) == ("text 7", 3)
+
+
+async def test_an_index_is_made_while_rows_come_in(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a backfill: so many rows that a merge would rewrite the files that the index is being made of."""
+    create = lance.LanceDataset.create_index
+
+    def create_beside_merges(self: lance.LanceDataset, *args: Any, **options: Any) -> Any:
+        for number in range(COMPACT_EVERY + 1):
+            add(tables, ROWS + number, 1)
+        return create(self, *args, **options)
+
+    monkeypatch.setattr(lance.LanceDataset, "create_index", create_beside_merges)
+    keeper = keeper_of(tables)
+    await keeper.step()
+    assert keeper.status(SPACE)["rows"] == ROWS
+    before = tables.fragments(SPACE)
+    add(tables, 2 * ROWS, 1)
+    assert tables.fragments(SPACE) < before  # what was put off
 
 
 async def test_a_small_space_has_no_index_and_is_ready_at_once(tables: Tables) -> None:
