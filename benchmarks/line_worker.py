@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -54,3 +58,24 @@ class LineWorker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+def questions() -> Iterator[dict[str, Any]]:
+    """In the child: what is asked, one after the other. When standard input ends the process does, in the middle of an
+    answer, too: a parent that was killed leaves nothing behind that computes.
+    """
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, name="questions", daemon=True).start()
+    while True:
+        yield json.loads(lines.get())
+
+
+def answer(value: dict[str, Any]) -> None:
+    """In the child: the answer to the last question."""
+    print(json.dumps(value), flush=True)

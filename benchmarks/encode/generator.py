@@ -7,17 +7,17 @@ one line, the fields of :class:`LoadResult`.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import count
+from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import PICTURES, BodyTemplate, JpegInput, jpegs, text_input
+from benchmarks.line_worker import answer, questions
 
 TIMEOUT_SECONDS = 300.0
 REFUSED_PAUSE_SECONDS = 0.1
@@ -38,11 +38,11 @@ class Order:
     seconds: float
 
     @classmethod
-    def from_json(cls, line: str) -> Order:
-        """The inverse of ``json.dumps(asdict(order))``."""
-        value = json.loads(line)
-        template = value.pop("template")
-        return cls(template=BodyTemplate(template["before"], tuple(template["item"]), template["after"]), **value)
+    def of(cls, value: dict[str, Any]) -> Order:
+        """The inverse of ``asdict(order)``, also when it has been through JSON."""
+        template = value["template"]
+        body = BodyTemplate(template["before"], tuple(template["item"]), template["after"])
+        return cls(**{**value, "template": body})
 
 
 @dataclass
@@ -145,11 +145,11 @@ class _Client:
 
 
 def main() -> None:
-    """Until standard input ends."""
+    """The worker's process."""
     inputs = Inputs()
     with asyncio.Runner() as runner:
-        for line in sys.stdin:
-            print(json.dumps(asdict(runner.run(run(Order.from_json(line), inputs)))), flush=True)
+        for question in questions():
+            answer(asdict(runner.run(run(Order.of(question), inputs))))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Run as ``python -m benchmarks.encode.raw SETTINGS``. Reads one JSON object a lin
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 
 from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import jpegs, text
+from benchmarks.line_worker import answer, questions
 from ops.loading import load_settings
 from ops.settings import Serve, Settings
 from serving.engines.clip import ClipEngine
@@ -63,15 +63,13 @@ def describe(engine: ClipEngine) -> dict[str, Any]:
 
 
 def main(config: Path) -> None:
-    """Until standard input ends."""
+    """The worker's process."""
     raw = RawLoop(load_settings(config, environ={}))
-    for line in sys.stdin:
-        question = json.loads(line)
+    for question in questions():
         if question.get("describe"):
-            answer = describe(raw.engine)
+            answer(describe(raw.engine))
         else:
-            answer = raw.run(question["kind"], question["batch"], question["seconds"])
-        print(json.dumps(answer), flush=True)
+            answer(raw.run(question["kind"], question["batch"], question["seconds"]))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.line_worker import LineWorker
+from benchmarks.line_worker import LineWorker, answer, questions
 
 
 class Side(Protocol):
@@ -27,11 +24,10 @@ def call(worker: LineWorker, verb: str, **arguments: Any) -> dict[str, Any]:
 
 
 def serve(side: Side) -> None:
-    """In the worker's process: answer commands until there are no more."""
-    for line in sys.stdin:
-        command: Mapping[str, Any] = json.loads(line)
+    """In the worker's process: answer commands."""
+    for command in questions():
         arguments = {name: value for name, value in command.items() if name != "verb"}
-        print(json.dumps(getattr(side, str(command["verb"]))(**arguments)), flush=True)
+        answer(getattr(side, str(command["verb"]))(**arguments))
 
 
 def private_gib() -> float:

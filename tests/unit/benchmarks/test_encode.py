@@ -131,7 +131,7 @@ def test_an_order_survives_its_way_to_the_other_process() -> None:
     from dataclasses import asdict
 
     one = order("http://127.0.0.1:1/v1/embeddings")
-    assert Order.from_json(json.dumps(asdict(one))) == one
+    assert Order.of(json.loads(json.dumps(asdict(one)))) == one
     assert LoadResult(**json.loads(json.dumps(asdict(LoadResult(1.0, [0.5]))))) == LoadResult(1.0, [0.5])
 
 
