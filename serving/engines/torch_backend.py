@@ -77,16 +77,16 @@ class TorchTowers:
 
     def __init__(self, backend: TorchBackend, module: nn.Module, own_bytes: int) -> None:
         self._backend = backend
-        self._module = module
+        self._passes = passes = _Passes(backend, module)
         self.bytes = own_bytes
         cuda = backend.device.type == "cuda"
-        self._images: Any = GraphedTower(self._forward_images, backend.device) if cuda else self._forward_images
-        self._texts: Any = GraphedTower(self._forward_texts, backend.device) if cuda else self._forward_texts
+        self._images: Any = GraphedTower(passes.images, backend.device) if cuda else passes.images
+        self._texts: Any = GraphedTower(passes.texts, backend.device) if cuda else passes.texts
 
     @property
     def model(self) -> nn.Module | None:
         """See :class:`Towers`."""
-        return self._module if self._backend.keeps_model else None
+        return self._passes.module if self._backend.keeps_model else None
 
     @torch.inference_mode()
     def images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -104,14 +104,24 @@ class TorchTowers:
         """See :class:`Towers`."""
         return _array([self._texts(ids)])
 
-    def _forward_images(self, pixels: torch.Tensor) -> torch.Tensor:
+
+class _Passes:
+    """Forward passes of both towers. An object of its own: bound methods of one that keeps them would keep it, and its
+    weights, until the garbage collector comes by.
+    """
+
+    def __init__(self, backend: TorchBackend, module: nn.Module) -> None:
+        self._backend = backend
+        self.module = module
+
+    def images(self, pixels: torch.Tensor) -> torch.Tensor:
         batch = self._backend.preprocess.normalise_tensor(pixels.to(self._backend.device)).to(self._backend.image_dtype)
         if self._backend.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        return encode_image(self._module, batch).float()
+        return encode_image(self.module, batch).float()
 
-    def _forward_texts(self, ids: torch.Tensor) -> torch.Tensor:
-        return encode_text(self._module, ids.to(self._backend.device)).float()
+    def texts(self, ids: torch.Tensor) -> torch.Tensor:
+        return encode_text(self.module, ids.to(self._backend.device)).float()
 
 
 class ConvertedWeights:

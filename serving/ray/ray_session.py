@@ -71,6 +71,7 @@ def prepare_environment(settings: Settings) -> Path:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
+            "RAY_task_events_report_interval_ms": "0",  # Ray's head would keep an event of each of 100,000 calls
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",  # after 60 s Ray would start without it, and fail later
             # After 5 s Serve would end an ingress that still starts, and the whole start with it: too soon under load.

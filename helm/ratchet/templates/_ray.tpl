@@ -14,6 +14,8 @@
   value: none
 - name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT # a VLM that cannot start is tried again without end
   value: "1000000"
+- name: RAY_task_events_report_interval_ms # the head would keep an event of each of 100,000 calls
+  value: "0"
 - name: RAY_SERVE_THROUGHPUT_OPTIMIZED
   value: "1"
 - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds

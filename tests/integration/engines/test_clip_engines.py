@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,19 @@ def onnx(base: ClipBase) -> ClipEngine:
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     return ClipEngine(base, "cpu", choice=EngineChoice("onnx"))
+
+
+def test_an_unloaded_adapter_of_onnx_gives_its_memory_back_at_once(onnx: ClipEngine, tmp_path: Path) -> None:
+    name = tiny_adapter(onnx.base, tmp_path / "a", seed=9)
+    onnx.load(name, tmp_path / "a")
+    onnx.golden(name)
+    towers = weakref.ref(onnx._residents[name].towers)
+    gc.disable()
+    try:
+        onnx.unload(name)
+        assert towers() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("towers", [("image", "text"), ("text",)])

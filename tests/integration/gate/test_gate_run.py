@@ -237,7 +237,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
     """A file can be finite and the forward pass not: weights are poisoned behind the loader's back."""
     name = load(engine, home, "overflow", seed=11, scale=0.1)
     running: Any = engine._residents[name].towers
-    for layer in running._module.get_submodule("visual").modules():
+    for layer in running._passes.module.get_submodule("visual").modules():
         if isinstance(layer, PackedLinear | nn.Linear) and layer.bias is not None:
             layer.bias = nn.Parameter(torch.full_like(layer.bias, float("inf")), requires_grad=False)
     verdict = run_gate(

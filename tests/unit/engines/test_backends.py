@@ -99,7 +99,7 @@ def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved
 
     model = Clip().eval()
     towers = TorchBackend(model, Preprocess(size=8), torch.device("cpu"), "bfloat16").towers({})
-    shell = towers._module
+    shell = towers._passes.module
     assert {parameter.dtype for parameter in shell.get_submodule("visual").parameters()} == {torch.float32}
     assert shell.get_submodule("text.0").weight.dtype == torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +107,19 @@ def test_an_unloaded_adapter_is_gone_and_can_come_back(engine: ClipEngine, folde
         engine.encode_texts(TEXTS, name)
     assert engine.load(name, folder) == first
     assert np.array_equal(engine.encode_texts(TEXTS, name), vectors)
+
+
+def test_an_unloaded_adapter_gives_its_memory_back_at_once(engine: ClipEngine, folder: Path) -> None:
+    name = tiny_adapter(engine.base, folder, seed=4)
+    engine.load(name, folder)
+    engine.golden(name)
+    towers = weakref.ref(engine._residents[name].towers)
+    gc.disable()  # whose full rounds are minutes apart: hundreds of megabytes of a real base would wait for one
+    try:
+        engine.unload(name)
+        assert towers() is None
+    finally:
+        gc.enable()
 
 
 def test_golden_inputs_tell_adapters_apart_and_repeat(engine: ClipEngine, folder: Path) -> None:
