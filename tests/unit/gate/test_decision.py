@@ -61,6 +61,25 @@ def test_too_little_data_is_inconclusive_and_not_a_pass() -> None:
     assert conclude(results, FINE)[0] == "inconclusive"
 
 
+@pytest.mark.parametrize("role", ["retention", "gain"])
+def test_one_item_less_than_min_items_decides_nothing_whatever_it_shows(role: str) -> None:
+    """Nothing lost of a wide margin, everything learned, everything lost: each is decided from `min_items` on."""
+    before = hits(50, 0.5)
+    unchanged, learned, lost = before, np.ones_like(before), np.zeros_like(before)
+    shown = {"retention": unchanged, "gain": learned}[role]
+    for after, decision in ((shown, "passed"), (lost, "failed")):
+        entry = scores("few", before, after, role=role, margin=0.3 if role == "retention" else None)
+        assert [r.decision for r in judge(entry, min_items=50)] == [decision]
+        assert [r.decision for r in judge(entry, min_items=51)] == ["inconclusive"]
+
+
+def test_suites_with_too_few_items_leave_the_others_their_level() -> None:
+    few = [scores(f"few{n}", hits(20, 0.5), hits(20, 0.5)) for n in range(5)]
+    alone, *_ = judge(KEPT)
+    among, *_ = judge(KEPT, *few)
+    assert (among.alpha, among.decision) == (alone.alpha, alone.decision)
+
+
 def test_a_wide_interval_is_inconclusive_and_says_how_many_items_would_tell() -> None:
     noisy = scores("noisy", hits(80, 0.5), changed(hits(80, 0.5), 12, 12))
     (result,) = judge(noisy)
