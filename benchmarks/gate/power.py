@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.gate.cases import Case, Rule
 from benchmarks.gate.resample import swapped
 from ops.progress import track
-from updater.gate.statistics import Comparison, compare_accuracy, compare_recall
+from updater.gate.statistics import Comparison, compare_accuracy, compare_clusters
 from updater.gate.suites import Suite, Task
 
 SIZES = (100, 150, 250, 400, 600, 1000, 1600)
@@ -57,4 +57,4 @@ def _low(source: tuple[Case, Suite], size: int, level: float, rng: np.random.Gen
 def _compare(suite: Suite, before: np.ndarray, after: np.ndarray, level: float) -> Comparison:
     if suite.task == "classification":
         return compare_accuracy(before[:, 0], after[:, 0], margin=0.05)
-    return compare_recall(before, after, margin=0.05, level=level)
+    return compare_clusters(before, after, margin=0.05, level=level)

@@ -23,8 +23,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from updater.gate.statistics import Comparison, compare_accuracy, compare_answers, compare_recall, holm
-from updater.gate.suites import Suite
+from updater.gate.statistics import Comparison, compare_accuracy, compare_clusters, holm
+from updater.gate.suites import Suite, Task
 from updater.gate.verdict import Check, Decision, Outcome, SuiteResult, Worse
 
 
@@ -51,8 +51,8 @@ class Scores:
     chance: float = 0.0
     """What guessing would score."""
     worst: tuple[Worse, ...] = ()
-    pictures: NDArray[np.str_] | None = None
-    """Items with the same are about one image, and not independent; None: every item counts by itself."""
+    clusters: NDArray[np.int_] | None = None
+    """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
 
 
 def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> list[SuiteResult]:
@@ -116,10 +116,7 @@ def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> C
     if scores.suite.task == "classification":
         return compare_accuracy(reference.hits[:, 0], scores.after.hits[:, 0], margin=margin)
     seed = zlib.crc32(scores.suite.name.encode())
-    if scores.pictures is not None:
-        before, after = reference.hits[:, 0], scores.after.hits[:, 0]
-        return compare_answers(before, after, scores.pictures, margin=margin, level=level, seed=seed)
-    return compare_recall(reference.hits, scores.after.hits, margin=margin, level=level, seed=seed)
+    return compare_clusters(reference.hits, scores.after.hits, scores.clusters, margin=margin, level=level, seed=seed)
 
 
 def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: int) -> SuiteResult:
@@ -127,7 +124,7 @@ def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: i
     low, high = against.bounds(local)
     base_low, base_high = pair.base.bounds(local)
     retention = suite.role == "retention"
-    decision, reason = (_retention if retention else _gain)(pair, shown, local, min_items)
+    decision, reason = (_retention if retention else _gain)(suite.task, pair, shown, local, min_items)
     if retention and against.before - scores.chance <= against.margin:
         reason += "; weak guard: the incumbent is no further above chance than the margin"
     before, after = scores.before.hits, scores.after.hits
@@ -165,12 +162,12 @@ def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: i
     )
 
 
-def _retention(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
+def _retention(task: Task, pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
     names = (("the incumbent", pair.incumbent), ("the base", pair.base))
     name, worst = max(names, key=lambda entry: entry[1].p_noninferior)
     low = worst.bounds(local)[0]
     if worst.units < min_items:
-        return "inconclusive", _too_few(worst, min_items)
+        return "inconclusive", _too_few(task, worst, min_items)
     if shown:
         return "passed", f"at most {points(-low)} lost, {points(worst.margin)} allowed" if low < 0 else "nothing lost"
     for reference, side in names:
@@ -183,11 +180,11 @@ def _retention(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[
     )
 
 
-def _gain(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
+def _gain(task: Task, pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
     side = pair.incumbent
     change = f"from {percent(side.before)} to {percent(side.after)}"
     if side.units < min_items:
-        return "inconclusive", _too_few(side, min_items)
+        return "inconclusive", _too_few(task, side, min_items)
     if shown:
         return "passed", f"gained {points(side.difference)} ({change})"
     if side.p_worse <= local < side.p_noninferior:
@@ -195,8 +192,9 @@ def _gain(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decis
     return "inconclusive", f"no gain shown ({change}, p = {side.p_superior:.2g} at level {local:.2g})"
 
 
-def _too_few(side: Comparison, min_items: int) -> str:
-    what = f"{side.n} items" if side.units == side.n else f"{side.units} images ({side.n} questions)"
+def _too_few(task: Task, side: Comparison, min_items: int) -> str:
+    unit, item = ("images", "questions") if task == "vqa" else ("captions", "items")
+    what = f"{side.n} items" if side.units == side.n else f"{side.units} {unit} ({side.n} {item})"
     return f"only {what}; at least {min_items} are asked for"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
-from updater.gate.items import Item, asked_sample, captioned_sample, limited
+from updater.gate.items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
 from updater.gate.suites import Family, Suite
 
 _COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")
@@ -28,12 +29,13 @@ def fresh_suite(
 def fresh_suites(
     rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = 400, most: int = 6
 ) -> list[Suite]:
-    """One gain suite for each domain with at least `min_items` fresh images, the largest `most` of them.
+    """One gain suite for each domain with at least `min_items` fresh captions (or images with questions), the largest
+    `most` of them.
 
     If no domain has enough, one suite over all rows together; none if there are no rows.
     """
     found = {domain: items for domain, items in _items(rows, family).items() if domain}
-    enough = [domain for domain in found if _images(found[domain], family) >= min_items]
+    enough = [domain for domain in found if _units(found[domain], family) >= min_items]
     domains = sorted(enough, key=lambda domain: -len(found[domain]))[:most]
     suites = [_suite(found[domain], domain, family, limit, 0) for domain in domains]
     suites = suites or [_suite(_all(rows, family), None, family, limit, 0)]
@@ -55,10 +57,9 @@ def _all(rows: pa.Table, family: Family) -> list[Item]:
     return [item for items in _items(rows, family).values() for item in items]
 
 
-def _images(items: Iterable[Item], family: Family) -> int:
-    """Independent items: captions stand for themselves, several questions on one image for one."""
-    kept = list(items)
-    return len(kept) if family == "clip" else len({item.read() for item in kept})
+def _units(items: Sequence[Item], family: Family) -> int:
+    """Clusters of items that are independent of each other."""
+    return len(np.unique((caption_clusters if family == "clip" else image_clusters)(items)))
 
 
 def _suite(items: list[Item], domain: str | None, family: Family, limit: int, seed: int) -> Suite:

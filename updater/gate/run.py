@@ -114,7 +114,7 @@ def _suites(
                 raise
             return [], [Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])]
         worst = asker.worst(suite, before, after)
-        scores.append(Scores(suite, base, before, after, asker.chance(suite), worst, suite.pictures()))
+        scores.append(Scores(suite, base, before, after, asker.chance(suite), worst, suite.clusters()))
     results = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
     return results, asker.answer_checks(candidate, suites)
 

@@ -1,18 +1,17 @@
 """The statistics that let a candidate in: paired tests, their intervals, and what several tests may spend together.
 
-Every comparison is paired: the same items, before and after. Three kinds of outcome exist.
+Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
   (T. Tango, Statistics in Medicine 17, 1998, 891-908) with the interval that inverts it: unlike Wald it keeps its
   level when few items disagree, and it does not collapse to a point when none does. Superiority uses the exact
   McNemar test.
-- *Recall both ways*: two 0/1 per item, which are not independent. The item is the cluster: its two outcomes are
-  averaged and whole items are resampled (a studentised bootstrap). Differences take few values (-1, -1/2, 0, 1/2,
-  1), so resampling items is a multinomial draw over those values, which is exact and fast.
-- *Answers to questions*: one number in [0, 1] per question, and several questions may be about one image. What a
-  model sees in an image shows in all of them, so the image is the cluster: whole images are resampled, and the mean
-  over questions is a ratio of two sums over images (its error by linearisation: Cochran, Sampling Techniques, 1977,
-  6.4). Where each question has its own image and every outcome is 0 or 1, it is an accuracy, and is tested as one.
+- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other.
+  The two ways of asking in retrieval do, items with the same caption do (what an update does to the caption's vector
+  shows in all of them), and questions about one image do. An item's outcomes are averaged, and whole clusters are
+  resampled (a studentised bootstrap); the mean over items is a ratio of two sums over clusters, its error by
+  linearisation (Cochran, Sampling Techniques, 1977, 6.4). Taking ten items of a caption for independent makes a test
+  at 3% one at 20%. Where each item is alone with one outcome of 0 or 1, it is an accuracy, and is tested as one.
 
 All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
 """
@@ -55,7 +54,7 @@ class Comparison:
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
     units: int
-    """Items that are independent of each other: images, where several questions are about one."""
+    """Clusters that are independent of each other: captions, images, or items where each is alone."""
 
     def needed(self, level: float, power: float = 0.8) -> int:
         """Items with which non-inferiority would be shown at `level` with `power` if nothing had changed."""
@@ -124,32 +123,39 @@ def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Compari
     )
 
 
-def compare_recall(before: Floats, after: Floats, *, margin: float, level: float, seed: int = 0) -> Comparison:
-    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1], item by item (clusters of views).
+def compare_clusters(
+    before: Floats,
+    after: Floats,
+    clusters: NDArray[np.int_] | None = None,
+    *,
+    margin: float,
+    level: float,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1].
 
-    `level` is the smallest level that will be asked about: it decides how many draws are made.
+    Args:
+        clusters: [n]; items with the same number are resampled together. None: each item is alone.
+        level: the smallest level that will be asked about: it decides how many draws are made.
+
+    Raises:
+        ValueError: the arrays do not align.
     """
     _check(before, after)
-    first = before.reshape(len(before), -1).mean(axis=1)
-    second = after.reshape(len(after), -1).mean(axis=1)
-    boot = bootstrap(second - first, seed=seed, draws=_draws(level))
-    return _compared(first, second, boot, len(first), margin, "studentised bootstrap over items")
-
-
-def compare_answers(
-    before: Floats, after: Floats, pictures: NDArray[np.str_], *, margin: float, level: float, seed: int = 0
-) -> Comparison:
-    """Compare two aligned vectors of shape [n] in [0, 1]; questions with the same `pictures` [n] are one cluster."""
-    _check(before, after)
-    _, index = np.unique(pictures, return_inverse=True)
-    images = int(index.max()) + 1
-    if images == len(before) and bool(np.isin([before, after], (0.0, 1.0)).all()):
-        return compare_accuracy(before, after, margin=margin)
-    sizes = np.bincount(index).astype(np.float64)
-    sums = np.bincount(index, weights=after - before).astype(np.float64)
-    boot = bootstrap(sums, sizes, seed=seed, draws=_draws(level))
-    method = "studentised bootstrap over items" if images == len(before) else "studentised bootstrap over images"
-    return _compared(before, after, boot, images, margin, method)
+    first = before.reshape(len(before), -1)
+    second = after.reshape(len(after), -1)
+    index = np.arange(len(first)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    if len(index) != len(first):
+        raise ValueError(f"{len(index)} clusters for {len(first)} items")
+    units = int(index.max()) + 1
+    alone = units == len(first)
+    if alone and first.shape[1] == 1 and bool(np.isin([first, second], (0.0, 1.0)).all()):
+        return compare_accuracy(first[:, 0], second[:, 0], margin=margin)
+    own_first, own_second = first.mean(axis=1), second.mean(axis=1)
+    sums = np.bincount(index, weights=own_second - own_first).astype(np.float64)
+    boot = bootstrap(sums, np.bincount(index).astype(np.float64), seed=seed, draws=_draws(level))
+    method = f"studentised bootstrap over {'items' if alone else 'clusters'}"
+    return _compared(own_first, own_second, boot, units, margin, method)
 
 
 def _compared(before: Floats, after: Floats, boot: Bootstrap, units: int, margin: float, method: str) -> Comparison:

@@ -18,11 +18,21 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from ops.digests import digest12, digest_bytes, digest_json
+from ops.digests import digest_bytes, digest_json
 from ops.errors import GateError, RecordError
 from streams.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
-from updater.gate.items import Half, Item, asked, captioned, limited, of_half, without_lonely
+from updater.gate.items import (
+    Half,
+    Item,
+    asked,
+    caption_clusters,
+    captioned,
+    image_clusters,
+    limited,
+    of_half,
+    without_lonely,
+)
 
 BUILTIN = Path(__file__).parent / "suites"
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
@@ -149,12 +159,13 @@ class Suite(BaseModel):
             self._digest = digest_json([self.model_dump(include=fields), images])
         return self._digest
 
-    def pictures(self) -> NDArray[np.str_] | None:
-        """For each item the name of its image's content: questions about one image are not independent.
-
-        None where every item counts by itself.
+    def clusters(self) -> NDArray[np.int_] | None:
+        """For each item the number of its cluster: items that share a caption (retrieval) or an image (questions) are
+        not independent of each other. None where every item counts by itself.
         """
-        return np.array([digest12(digest) for digest in self._image_digests()]) if self.task == "vqa" else None
+        if self.task == "classification":
+            return None
+        return (image_clusters if self.task == "vqa" else caption_clusters)(self.items())
 
     def _image_digests(self) -> list[str]:
         return [digest_bytes(_bytes(self, item)) for item in self.items()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -188,16 +190,16 @@ def test_false_accepts_stay_below_the_level() -> None:
 def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
     """A VQA suite whose questions come in pairs about one image."""
     suite = suite_over(before, "asked", role, "vqa")
-    pictures = np.repeat(np.arange(len(before) // 2).astype(str), 2)
+    clusters = np.repeat(np.arange(len(before) // 2), 2)
     first = outcomes(before)
-    return Scores(suite, first, first, outcomes(after), chance=0.25, pictures=pictures)
+    return Scores(suite, first, first, outcomes(after), chance=0.25, clusters=clusters)
 
 
 def test_questions_are_compared_by_image_and_too_few_images_are_too_few() -> None:
     before = hits(160, 0.6)
     (enough,) = judge(asked_twice(before, before), min_items=80, margin=0.1)
     assert (enough.decision, enough.n, enough.task) == ("passed", 160, "vqa")
-    assert enough.method == "studentised bootstrap over images" and enough.by_view.keys() == {"answer"}
+    assert enough.method == "studentised bootstrap over clusters" and enough.by_view.keys() == {"answer"}
     (few,) = judge(asked_twice(before, before), min_items=81, margin=0.1)
     assert few.decision == "inconclusive"
     assert few.reason == "only 80 images (160 questions); at least 81 are asked for"
@@ -210,3 +212,12 @@ def test_a_vqa_suite_can_fail_and_be_a_weak_guard() -> None:
     poor = hits(400, 0.27)
     (guard,) = judge(asked_twice(poor, poor))
     assert "weak guard" in guard.reason
+
+
+def test_min_items_counts_captions_and_not_their_items() -> None:
+    before = hits(500, 0.5, views=2)
+    entry = replace(scores("captions", before, before), clusters=np.repeat(np.arange(50), 10))
+    (enough,) = judge(entry, min_items=50)
+    assert (enough.decision, enough.n) == ("passed", 500)
+    (few,) = judge(entry, min_items=51)
+    assert few.reason == "only 50 captions (500 items); at least 51 are asked for"

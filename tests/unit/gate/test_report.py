@@ -128,9 +128,8 @@ def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
     worst = (Worse("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
     suite = suite_over(before, "vqa_colour", "retention", "vqa")
     first = outcomes(before)
-    pictures = np.arange(300).astype(str)
     results = decide(
-        [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, pictures)],
+        [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, np.arange(300))],
         level=0.03, margin=0.05, min_items=50,
     )  # fmt: skip
     page = render(replace(verdict(), suites=tuple(results), candidate="vlm-0123456789ab").to_json())

@@ -201,14 +201,38 @@ def test_a_yes_no_suite_leaves_other_questions_out(tmp_path: Path) -> None:
     assert sorted(item.answers for item in suite.items()) == [("no",), ("yes",)]
 
 
-def test_questions_about_one_image_have_one_picture(tmp_path: Path) -> None:
+def test_questions_about_one_image_are_one_cluster(tmp_path: Path) -> None:
     _questions(tmp_path)
     folder = tmp_path / "data" / "asked"
     (folder / "2.png").write_bytes((folder / "1.png").read_bytes())  # the content decides, not the name
-    pictures = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").pictures()
-    assert pictures is not None and len(pictures) == 6 and len(set(pictures)) == 2
-    folder_dataset(tmp_path / "data" / "things")
-    assert _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n").pictures() is None
+    clusters = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").clusters()
+    assert clusters is not None and len(clusters) == 6 and len(set(clusters)) == 2
+
+
+def test_items_that_share_a_caption_or_an_image_are_one_cluster(tmp_path: Path) -> None:
+    folder = folder_dataset(tmp_path / "data" / "things", count=6)
+    lines = [
+        ("0.png", "a dog"),
+        ("1.png", "A dog"),
+        ("1.png", "a red ball"),
+        ("2.png", "a red ball"),
+        ("3.png", "a cat"),
+    ]
+    rows = [f"{file},{text},kind,{text},".strip() for file, text in lines]
+    (folder / "data.csv").write_text("\n".join(["file,text,label,concept,split", *rows]) + "\n")
+    suite = _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n")
+    clusters = suite.clusters()
+    assert clusters is not None
+    found = {item.text: number for item, number in zip(suite.items(), clusters, strict=True)}
+    assert found["a dog"] == found["A dog"] == found["a red ball"] != found["a cat"]
+    classes = _suite(tmp_path, "task: classification\ndata: ${home}/data/things\n")
+    assert classes.clusters() is None
+
+
+def test_a_domain_has_enough_when_its_captions_are_enough() -> None:
+    rows = sample_rows(40, "flags", texts=[f"flag {i // 4}" for i in range(40)])
+    assert [suite.name for suite in fresh_suites(rows, min_items=10)] == ["fresh.flags"]
+    assert [suite.name for suite in fresh_suites(rows, min_items=11)] == ["fresh"]
 
 
 def test_the_digest_of_a_vqa_suite_follows_its_references(tmp_path: Path) -> None:
