@@ -3,7 +3,7 @@
 suites      what is asked: items, role (retention or gain), task, margin; fresh makes them from new samples
 asker       what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers, vlm_checks)
 statistics  what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
-decision    outcomes and checks -> results per suite and one outcome
+decision    outcomes and checks -> results per suite, the pooled gain and one outcome
 verdict     the result, as plain data
 run         all of it for one candidate -> Verdict
 report      a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names

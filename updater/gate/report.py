@@ -52,15 +52,15 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
     retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
     gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
-    suites = gains + retention
+    suites = [{"statistic": None, **suite} for suite in gains + retention]  # reports written before have none
     return environment.get_template(template).render(
-        r=report,
+        r={"gain": None, **report, "suites": suites},
         forest=forest(suites) if suites else "",
         bars=bars(suites) if suites else "",
         cost=_cost(report),
         facts=_facts(report),
-        retention=retention,
-        gains=gains,
+        retention=[suite for suite in suites if suite["role"] == "retention"],
+        gains=[suite for suite in suites if suite["role"] == "gain"],
     )
 
 

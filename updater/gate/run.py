@@ -11,10 +11,10 @@ from ops.errors import AdapterError, GateError
 from ops.progress import say
 from ops.settings import Gate as GateSettings
 from updater.gate.asker import Asker, M
-from updater.gate.decision import Scores, conclude, decide
+from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.statistics import spend
 from updater.gate.suites import Suite
-from updater.gate.verdict import Check, SuiteResult, Verdict
+from updater.gate.verdict import Check, Verdict
 
 
 def run_gate(
@@ -59,11 +59,11 @@ def run_gate(
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
     level = spend(settings.alpha, looks)
     checks = asker.checks(candidate, asked, facts)
-    results: list[SuiteResult] = []
+    findings = Findings((), None)
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        results, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
+        findings, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
         checks += trouble
-    outcome, reasons = conclude(results, checks)
+    outcome, reasons = conclude(findings, checks)
     crossing = None
     if outcome == "passed":
         crossing = asker.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
@@ -73,7 +73,8 @@ def run_gate(
         candidate=candidate,
         incumbent=incumbent,
         base=asker.base.name,
-        suites=tuple(results),
+        suites=findings.results,
+        gain=findings.gain,
         checks=tuple(checks),
         alpha=settings.alpha,
         level=level,
@@ -95,7 +96,7 @@ def _suites(
     suites: Sequence[Suite],
     settings: GateSettings,
     level: float,
-) -> tuple[list[SuiteResult], list[Check]]:
+) -> tuple[Findings, list[Check]]:
     scores = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
@@ -112,11 +113,13 @@ def _suites(
         except Exception as error:  # a bad candidate is rejected, it does not end the updater
             if isinstance(error, GateError):
                 raise
-            return [], [Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])]
+            return Findings((), None), [
+                Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
+            ]
         worst = asker.worst(suite, before, after)
         scores.append(Scores(suite, base, before, after, asker.chance(suite), worst, suite.clusters()))
-    results = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
-    return results, asker.answer_checks(candidate, suites)
+    findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
+    return findings, asker.answer_checks(candidate, suites)
 
 
 def _asked(suite: Suite, facts: Mapping[str, Any]) -> Suite:

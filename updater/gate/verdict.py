@@ -51,6 +51,50 @@ class Worse:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One quantity before and after, over one suite or several."""
+
+    name: str
+    """What is measured: a metric, or the rank statistic."""
+    before: float
+    after: float
+    difference: float
+    ci_low: float
+    """One-sided bounds at the level of the test."""
+    ci_high: float
+    p: float
+    """Of a `statistic` that there is no gain; of a `recall` that the loss is at least the default margin."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledGain:
+    """What all gain suites say together; it decides whether there is a gain."""
+
+    decision: Decision
+    reason: str
+    n: int
+    units: int
+    """Independent captions, images or items."""
+    strata: dict[str, int]
+    """Units of each suite: its weight in the mean."""
+    statistic: Change
+    """What must become better."""
+    recall: Change
+    """The metric that users see; a loss of `margin` must be excluded."""
+    margin: float
+    alpha: float
+    """The level of both tests: this look's share of alpha."""
+    method: str
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger keeps."""
+        return {
+            "decision": self.decision, "units": self.units, "strata": self.strata, "margin": self.margin,
+            "statistic": asdict(self.statistic), "recall": asdict(self.recall),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     """What one suite found. Scores and differences are shares (0.05 = 5 points)."""
 
@@ -61,6 +105,8 @@ class SuiteResult:
     description: str
     half: str
     n: int
+    units: int
+    """Independent captions, images or items; `min_items` counts these."""
     base: float
     before: float
     after: float
@@ -78,8 +124,9 @@ class SuiteResult:
     p_incumbent: float
     p_base: float
     alpha: float
-    """The level this suite was tested at: this look's share of alpha, after Holm."""
+    """The level this suite was tested at: this look's share of alpha; in a gain suite after Holm."""
     margin: float
+    """Of a gain suite the default one, for its `recall`."""
     decision: Decision
     reason: str
     method: str
@@ -93,6 +140,10 @@ class SuiteResult:
     """Answers that went from wrong to right, and the other way round."""
     worsened: int = 0
     worst: tuple[Worse, ...] = ()
+    statistic: Change | None = None
+    """Of a gain suite: what its gain is tested on, against the incumbent."""
+    recall: Change | None = None
+    """Of a gain suite: its metric, and whether a loss of the margin is excluded."""
 
     @property
     def margin_left(self) -> float | None:
@@ -146,7 +197,7 @@ class Verdict:
     checks: tuple[Check, ...]
     alpha: float
     level: float
-    """This look's share of alpha, before Holm."""
+    """This look's share of alpha."""
     looks: int
     """Verdicts since the last release, this one not counted."""
     seconds: float
@@ -155,15 +206,20 @@ class Verdict:
     meta: dict[str, Any] = field(default_factory=dict)
     cross_version: CrossVersion | None = None
     """How the candidate's texts find images that the incumbent embedded; None where the image tower is the same."""
+    gain: PooledGain | None = None
+    """The test over all gain suites; None where there is none, or nothing was scored."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
-        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven."""
+        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven, `gain`
+        for the test over all gain suites.
+        """
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":
             return tuple(failed)
-        return tuple(suite.name for suite in self.suites if suite.decision == "inconclusive")
+        kept = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
+        return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
@@ -179,6 +235,7 @@ class Verdict:
                 "role": suite.role,
                 "metric": suite.metric,
                 "n": suite.n,
+                "units": suite.units,
                 "base": suite.base,
                 "before": suite.before,
                 "after": suite.after,
@@ -187,6 +244,8 @@ class Verdict:
                 "margin": suite.margin,
                 "margin_left": suite.margin_left,
                 "decision": suite.decision,
+                **({"statistic": asdict(suite.statistic)} if suite.statistic else {}),
+                **({"recall": asdict(suite.recall)} if suite.recall else {}),
             }
             for suite in self.suites
         }
@@ -200,6 +259,7 @@ class Verdict:
                 "looks": self.looks,
                 "seconds": self.seconds,
                 "suites": suites,
+                "gain": self.gain.summary() if self.gain else None,
                 "checks": {check.name: check.ok for check in self.checks},
                 "cross_version": None
                 if self.cross_version is None

@@ -55,6 +55,8 @@ class Answers:
     """As the model gave them; empty where a log-probability was not finite."""
     hits: NDArray[np.float64]
     """What each earned, in [0, 1]: [n, 1]."""
+    ranks: None = None
+    """An answer in words has none."""
 
 
 class VlmAsker:

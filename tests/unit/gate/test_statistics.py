@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from updater.gate.resampling import bootstrap
+from updater.gate.resampling import bootstrap, stratified
 from updater.gate.statistics import (
     compare_accuracy,
     compare_clusters,
     holm,
     items_needed,
     mcnemar_superior,
+    pool,
+    reciprocal_log_rank,
     spend,
     tango_interval,
     tango_z,
@@ -326,3 +328,73 @@ def test_ten_items_of_a_caption_are_not_ten_items() -> None:
 def test_clusters_that_do_not_align_are_refused() -> None:
     with pytest.raises(ValueError, match="3 clusters for 4 items"):
         compare_clusters(np.zeros((4, 2)), np.zeros((4, 2)), np.arange(3), margin=0.05, level=0.05)
+
+
+def test_a_pool_is_the_mean_over_strata_by_their_units() -> None:
+    rng = np.random.default_rng(12)
+    changes = [rng.choice([-0.5, 0.0, 0.5], n, p=[0.1, 0.7, 0.2]) for n in (300, 100, 50)]
+    strata = [
+        compare_clusters(np.zeros(len(change)) + 0.5, change + 0.5, margin=0.05, level=0.03, seed=i)
+        for i, change in enumerate(changes)
+    ]
+    found = pool(strata, 0.05)
+    shares = np.array([300, 100, 50]) / 450
+    mean = float(shares @ [change.mean() for change in changes])
+    error = math.sqrt(float(shares**2 @ [change.var(ddof=1) / len(change) for change in changes]))
+    assert found.difference == pytest.approx(mean) and found.after - found.before == pytest.approx(mean)
+    assert (found.n, found.units) == (450, 450) and "3 strata" in found.method
+    low, high = found.bounds(0.05)
+    assert (low, high) == pytest.approx(stats.norm.interval(0.9, mean, error), abs=0.006)
+    assert pool(strata[:1], 0.05) is strata[0]
+
+
+def test_strata_together_show_a_gain_that_is_none_at_most_at_their_level() -> None:
+    rng = np.random.default_rng(13)
+    level, runs = 0.05, 600
+    shown = 0
+    for seed in range(runs):
+        parts = [rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], n, p=[0.05, 0.1, 0.7, 0.1, 0.05]) for n in (60, 40, 20)]
+        boots = [bootstrap(part, seed=10 * seed + i, draws=999) for i, part in enumerate(parts)]
+        shown += stratified(boots, [60, 40, 20]).p_above(0.0) <= level
+    assert shown / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
+
+
+def _retrieval(rng: np.random.Generator, n: int, drift: float) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks among 300 before and after, both ways of asking: right answers lie at different depths, and all move."""
+    depth = rng.normal(1.2, 1.2, n)
+    sides = []
+    for shift in (0.0, drift):
+        score = depth[:, None] + shift + rng.normal(0.0, 0.2, (n, 2))
+        sides.append(np.floor(300 * stats.norm.sf(score)).astype(np.int32))
+    return sides[0], sides[1]
+
+
+@pytest.mark.parametrize("n", [50, 150])
+def test_the_rank_statistic_keeps_its_level_and_shows_what_recall_does_not(n: int) -> None:
+    rng = np.random.default_rng(14)
+    level, runs = 0.05, 300
+    shown = {"no gain": 0, "gain": 0, "gain by recall": 0}
+    for seed in range(runs):
+        for what, drift in (("no gain", 0.0), ("gain", 0.1)):
+            before, after = _retrieval(rng, n, drift)
+            change = (reciprocal_log_rank(after) - reciprocal_log_rank(before)).mean(axis=1)
+            boot = bootstrap(change, reach=float(np.abs(change).max()), seed=seed, draws=999)
+            shown[what] += boot.p_above(0.0) <= level
+        hits = ((after < 5).astype(float) - (before < 5)).mean(axis=1)
+        shown["gain by recall"] += bootstrap(hits, seed=seed, draws=999).p_above(0.0) <= level
+    assert shown["no gain"] / runs <= level + 3 * math.sqrt(level * (1 - level) / runs)
+    assert shown["gain"] > 1.4 * shown["gain by recall"]
+
+
+def test_drawing_counts_and_drawing_clusters_are_the_same_bootstrap() -> None:
+    """Values that differ by nothing that matters are drawn one by one, equal ones by their counts."""
+    rng = np.random.default_rng(15)
+    change = rng.choice([-0.5, 0.0, 0.5], 200, p=[0.1, 0.75, 0.15])
+    few, many = bootstrap(change), bootstrap(change + rng.normal(0.0, 1e-9, 200))
+    assert (many.low(0.03), many.high(0.03)) == pytest.approx((few.low(0.03), few.high(0.03)), abs=2e-3)
+
+
+def test_a_model_that_changes_no_rank_has_no_gain() -> None:
+    ranks = reciprocal_log_rank(np.arange(100).reshape(50, 2))
+    same = compare_clusters(ranks, ranks, margin=0.05, level=0.03, graded=True)
+    assert same.difference == 0.0 and same.p_superior > 0.3
