@@ -27,8 +27,9 @@ def update_suites(settings: Settings, store: SampleStore, update: UpdateRow) -> 
     family: Family = "vlm" if update.family == "vlm" else "clip"
     having: Having = "text" if family == "clip" else "question"
     fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=having)
-    suites = load_suites(settings.gate.suites, settings.home, family)
-    return suites, fresh_suites(fresh, family=family, min_items=settings.gate.min_items)
+    most = settings.gate.max_items
+    suites = load_suites(settings.gate.suites, settings.home, family, most)
+    return suites, fresh_suites(fresh, family=family, min_items=settings.gate.min_items, limit=most)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gate import counting, resample
-from benchmarks.gate.cases import Case, Rule, has_ranks, hits_of
+from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
@@ -84,9 +84,11 @@ def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | 
         return None
     before = trials[plan.incumbent] if plan.incumbent else base
     suites = workshop.suites(plan.domain)
-    sides = [trial.answers for trial in (base, before, after)]
+    sides: list[Outcomes] = [trial.answers for trial in (base, before, after)]
     if not all(has_ranks(side[suite.name]) for suite in suites for side in sides):  # some were kept as hits
-        alike = {id(side): {suite.name: hits_of(suite, side[suite.name]) for suite in suites} for side in sides}
+        alike: dict[int, Outcomes] = {
+            id(side): {suite.name: hits_of(suite, side[suite.name]) for suite in suites} for side in sides
+        }
         sides = [alike[id(side)] for side in sides]
     return Case(plan.name, plan.kind, suites, *sides)
 

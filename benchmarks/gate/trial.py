@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.gate.cases import Answers
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.lessons import pools
-from benchmarks.gate.plans import KNOWN, NEW, Plan
+from benchmarks.gate.plans import DRAWN, KNOWN, NEW, Plan
 from benchmarks.gate.population import Population
 from ops.digests import digest_json
 from ops.errors import RatchetError, TrainingError
@@ -60,7 +60,8 @@ class Workshop:
     @classmethod
     def open(cls, settings: Settings, out: Path) -> Workshop:
         """With the settings' base, and data that are prepared where they are missing. Raises RatchetError."""
-        retention = [s for s in load_suites([], settings.home, "clip") if s.role == "retention"]
+        shipped = [suite for suite in load_suites([], settings.home, "clip") if suite.role == "retention"]
+        retention = [s.model_copy(update={"limit": DRAWN.get(s.name, s.limit)}) for s in shipped]
         for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
             prepare_domain(domain, settings.home)
         gains = [fresh(settings.home, domain) for domain in NEW]

@@ -48,9 +48,10 @@ def gate_command(
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
     base = _base(settings, family)
-    asked = load_suites(suites if suites is not None else settings.gate.suites, settings.home, family)
+    paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
+    asked = load_suites(paths, settings.home, family, most)
     rows = SampleStore(settings.lake).scan(split="fresh_eval", having="text" if family == "clip" else "question")
-    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items)
+    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items, limit=most)
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate

@@ -25,9 +25,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from updater.gate.resampling import Floats
 from updater.gate.statistics import (
     Comparison,
-    Floats,
     compare_accuracy,
     compare_clusters,
     holm,

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 
 from updater.gate.items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
-from updater.gate.suites import Family, Suite
+from updater.gate.suites import MAX_ITEMS, Family, Suite
 
 _COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")
 
 
 def fresh_suite(
-    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = 400, seed: int = 0
+    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = MAX_ITEMS, seed: int = 0
 ) -> Suite:
     """A gain suite from rows with the columns id, image, domain, concept and text (or question and answer).
 
@@ -27,7 +27,7 @@ def fresh_suite(
 
 
 def fresh_suites(
-    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = 400, most: int = 6
+    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = MAX_ITEMS, most: int = 6
 ) -> list[Suite]:
     """One gain suite for each domain with at least `min_items` fresh captions (or images with questions), the largest
     `most` of them.

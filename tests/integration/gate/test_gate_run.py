@@ -159,7 +159,7 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
     )
     assert verdict.outcome == "inconclusive"
     assert verdict.suites[0].decision == "passed"
-    assert verdict.caught_by == ("fresh",)
+    assert verdict.caught_by == ("gain",)
 
 
 def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import GateError
+from ops.settings import Gate
 from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
 from updater.gate.fresh import fresh_suite, fresh_suites
-from updater.gate.suites import BUILTIN, Suite, load_suites
+from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 
 def _suite(home: Path, text: str, name: str = "things") -> Suite:
@@ -110,6 +111,28 @@ def test_a_wrong_suite_says_what_is_wrong(tmp_path: Path, text: str, message: st
     assert message in str(error.value)
     assert "things.yaml" in error.value.message
     assert error.value.fix
+
+
+def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(tmp_path: Path) -> None:
+    folder_dataset(tmp_path / "data" / "things", count=60)
+    text = "task: retrieval\ndata: ${home}/data/things\n"
+    for name, limit in (("open", ""), ("own", "limit: 30\n")):
+        (tmp_path / f"{name}.yaml").write_text(text + limit)
+
+    def counts(most: int) -> dict[str, int]:
+        suites = load_suites([tmp_path], tmp_path, "clip", most)
+        return {suite.name: len(suite.items()) for suite in suites}
+
+    assert counts(Gate().max_items) == {"open": 60, "own": 30}
+    assert counts(50) == {"open": 50, "own": 30}
+    rows = sample_rows(500, "flags")
+    assert len(fresh_suite(rows).items()) == 500, "four hundred show 3 points, and nothing smaller"
+    assert [len(suite.items()) for suite in fresh_suites(rows, limit=450)] == [450]
+    assert Gate().max_items == MAX_ITEMS
+
+
+def test_the_built_in_suites_of_the_clip_ask_everything() -> None:
+    assert {suite.limit for suite in load_suites(home=Path("/home"), family="clip", max_items=1234)} == {1234}
 
 
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
