@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, true
 from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError
@@ -189,7 +189,9 @@ class LearningQueries:
             return None if row is None else as_row(VerdictRow, row)
 
     def looks_since_release(self, family: str) -> int:
-        """Verdicts of a family since the last released update: the looks that already spent alpha."""
+        """Verdicts of a family since the last released update that spent alpha. Those of earlier versions of Ratchet do
+        not say whether they did, and count.
+        """
         last = (
             select(func.max(t.Verdict.id))
             .join(t.Proposal, t.Proposal.update_id == t.Verdict.update_id)
@@ -199,7 +201,8 @@ class LearningQueries:
         with self.database.read() as session:
             since = session.scalar(last) or 0
             query = select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
-            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family)) or 0
+            spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
+            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family, spent)) or 0
 
 
 def _update(session: Session, update_id: str) -> t.Update:

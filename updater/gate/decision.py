@@ -79,6 +79,9 @@ class Findings:
     results: tuple[SuiteResult, ...]
     gain: PooledGain | None
     """None where there is no gain suite."""
+    tested: bool = False
+    """Whether everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
+    It follows from how much there was to ask, and not from the answers."""
 
 
 def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> Findings:
@@ -97,7 +100,10 @@ def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: 
             shown, local = gained.get(i, (False, level))
             results.append(_result(s, side, local, _gain(s, side, is_worse, shown, local, min_items)))
     strata = [(s.suite, side) for s, side in zip(scores, sides, strict=True) if s.suite.role == "gain"]
-    return Findings(tuple(results), _pooled(strata, level, margin, min_items) if strata else None)
+    gain = _pooled(strata, level, margin, min_items) if strata else None
+    held = [side.units >= min_items for s, side in zip(scores, sides, strict=True) if s.suite.role == "retention"]
+    tested = bool(held) and all(held) and gain is not None and gain.units >= min_items
+    return Findings(tuple(results), gain, tested)
 
 
 def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[Outcome, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from updater.gate.verdict import Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+NO_LOOK = "none: it could not have passed, and spends no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -98,7 +99,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Incumbent", report["incumbent"] or "the base alone"),
         ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
         ("Significance", f"α = {report['alpha']:g} over all looks; {report['level']:.4f} for this one"),
-        ("Look", f"number {looks + 1} since the last release"),
+        ("Look", f"number {looks + 1} since the last release" if report.get("spent", True) else NO_LOOK),
         ("Time", report["created_at"]),
     ]
     if (crossing := report.get("cross_version")) is not None:

@@ -37,7 +37,7 @@ def run_gate(
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the asker's family.
         fresh: gain suite(s) from `fresh_eval`, see `fresh_suites`.
-        looks: verdicts since the last release (`Ledger.looks_since_release`).
+        looks: verdicts since the last release that spent alpha (`Ledger.looks_since_release`).
         settings: alpha, default margin and min_items.
         cost: shown in the report: maf_planned, maf_spent, seconds, steps, ...
         meta: shown in the report: recipe, data_from, data_to, update, ...; `tuned_on` (names of suites that the
@@ -59,10 +59,13 @@ def run_gate(
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
     level = spend(settings.alpha, looks)
     checks = asker.checks(candidate, asked, facts)
+    early = len(checks)
     findings = Findings((), None)
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
         findings, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
         checks += trouble
+    # checks that look at the answers come after the tests, and take nothing back
+    sound = all(check.ok for check in checks[:early])
     outcome, reasons = conclude(findings, checks)
     crossing = None
     if outcome == "passed":
@@ -75,6 +78,7 @@ def run_gate(
         base=asker.base.name,
         suites=findings.results,
         gain=findings.gain,
+        spent=sound and findings.tested,
         checks=tuple(checks),
         alpha=settings.alpha,
         level=level,

@@ -199,7 +199,7 @@ class Verdict:
     level: float
     """This look's share of alpha."""
     looks: int
-    """Verdicts since the last release, this one not counted."""
+    """Verdicts since the last release that spent alpha, this one not counted."""
     seconds: float
     created_at: str
     cost: dict[str, Any] = field(default_factory=dict)
@@ -208,6 +208,9 @@ class Verdict:
     """How the candidate's texts find images that the incumbent embedded; None where the image tower is the same."""
     gain: PooledGain | None = None
     """The test over all gain suites; None where there is none, or nothing was scored."""
+    spent: bool = True
+    """Whether this verdict spent its share of alpha: it could have passed by its tests. False where a check that looks
+    at no answers failed, or there were too few items for a test that a pass needs."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -257,6 +260,7 @@ class Verdict:
                 "alpha": self.alpha,
                 "level": self.level,
                 "looks": self.looks,
+                "spent": self.spent,
                 "seconds": self.seconds,
                 "suites": suites,
                 "gain": self.gain.summary() if self.gain else None,

@@ -142,7 +142,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
         settings=SETTINGS,
     )
     assert verdict.outcome == "passed", verdict.reasons
-    assert verdict.caught_by == ()
+    assert verdict.caught_by == () and verdict.spent
     assert [s.decision for s in verdict.suites] == ["passed", "passed"]
 
 
@@ -175,6 +175,7 @@ def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Sui
             settings=SETTINGS,
         )
         levels.append((verdict.level, verdict.suites[0].ci_low))
+        assert not verdict.spent, "without fresh samples nothing can pass"
     assert levels[1][0] < levels[0][0] / 20
     assert levels[1][1] < levels[0][1], "a smaller level makes a wider interval"
 
@@ -251,7 +252,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
     )
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",)
-    assert verdict.suites == ()
+    assert verdict.suites == () and not verdict.spent
 
 
 def test_a_candidate_that_breaks_the_engine_is_rejected(

@@ -324,3 +324,11 @@ def test_a_domain_whose_loss_is_not_excluded_is_told_and_holds_nothing_up() -> N
     found = findings(KEPT, LEARNT, unclear)
     assert conclude(found, FINE)[0] == "passed"
     assert "a loss of" in found.results[2].reason and "recall@5 is not excluded" in found.results[2].reason
+
+
+def test_what_could_not_pass_for_lack_of_items_was_not_tested() -> None:
+    few = scores("few", hits(30, 0.5), hits(30, 0.5))
+    few_new = scores("new", hits(30, 0.4, 2), hits(30, 0.9, 2), role="gain")
+    assert findings(KEPT, LEARNT).tested and findings(LOST, NO_GAIN).tested
+    for entries in ((KEPT,), (LEARNT,), (KEPT, few, LEARNT), (KEPT, few_new), ()):
+        assert not findings(*entries).tested
