@@ -14,6 +14,8 @@ from ops.ledger.database import Database, as_row
 from ops.ledger.events import add_event, clipped
 from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, VerdictRow
 
+RELEASED_VERDICTS = 500
+"""That are looked through for the best release."""
 FINISHED = ("done", "failed", "abandoned")
 
 
@@ -187,6 +189,22 @@ class LearningQueries:
         with self.database.read() as session:
             row = session.scalars(query).first()
             return None if row is None else as_row(VerdictRow, row)
+
+    def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
+        """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
+        were withdrawn.
+        """
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        released = select(column).where(column.is_not(None), t.Release.share >= 1)
+        query = (
+            select(t.Verdict)
+            .join(t.Adapter, t.Adapter.name == t.Verdict.adapter)
+            .where(t.Verdict.adapter.in_(released), t.Adapter.base == base, t.Adapter.withdrawn.is_(None))
+            .order_by(t.Verdict.id.desc())
+            .limit(RELEASED_VERDICTS)
+        )
+        with self.database.read() as session:
+            return [as_row(VerdictRow, row) for row in session.scalars(query)]
 
     def looks_since_release(self, family: str) -> int:
         """Verdicts of a family since the last released update that spent alpha. Those of earlier versions of Ratchet do

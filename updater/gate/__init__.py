@@ -1,6 +1,7 @@
 """The gate: zero-shot suites and statistics that let a candidate into service, or keep it out.
 
-suites      what is asked: items, role (retention or gain), task, margin; fresh makes them from new samples
+suites      what is asked: items, role (retention or gain), task, margin; fresh makes them from new samples,
+            memory_suites from those of what was learned before
 asker       what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers, vlm_checks)
 statistics  what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
 decision    outcomes and checks -> results per suite, the pooled gain and one outcome

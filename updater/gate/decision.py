@@ -70,6 +70,10 @@ class Scores:
     worst: tuple[Worse, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
+    best: Marks | None = None
+    """The best release so far; None where it is the incumbent, or there was none."""
+    best_name: str = ""
+    """Its adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,7 @@ def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[Outcome, tupl
         return "inconclusive", tuple(unproven)
     return "passed", (
         f"gain: {gain.reason}",
-        f"all {len(retention)} retention suites stay inside their margin, against {INCUMBENT} and {BASE}",
+        f"all {len(retention)} retention suites stay inside their margin, against every model that was compared",
     )
 
 
@@ -138,6 +142,7 @@ class _Sides:
     incumbent: Comparison
     base: Comparison
     statistic: Comparison
+    best: Comparison | None = None
 
     @classmethod
     def of(cls, scores: Scores, margin: float, level: float) -> _Sides:
@@ -148,9 +153,12 @@ class _Sides:
         references = {INCUMBENT: incumbent}
         if base is not incumbent and suite.role == "retention":
             references[BASE] = base
+        best = None if scores.best is None else _compare(scores, scores.best, own, level)
+        if best is not None:
+            references[f"the best release {scores.best_name}"] = best
         ranked = _ranks(scores) if suite.role == "gain" else None
         statistic = incumbent if ranked is None else _clustered(scores, *ranked, own, level, graded=True)
-        return cls(references, incumbent, base, statistic)
+        return cls(references, incumbent, base, statistic, best)
 
     @property
     def units(self) -> int:
@@ -241,6 +249,8 @@ def _result(scores: Scores, sides: _Sides, local: float, decided: tuple[Decision
         improved=int(np.sum(after > before)),
         worsened=int(np.sum(after < before)),
         worst=scores.worst,
+        best=scores.best_name,
+        best_release=None if sides.best is None else _noninferiority(metric, sides.best, local),
         statistic=None if retention else _superiority(_statistic_name(suite, sides), sides.statistic, local),
         recall=None if retention else _noninferiority(metric, against, local),
     )

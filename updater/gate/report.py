@@ -53,7 +53,8 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
     retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
     gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
-    suites = [{"statistic": None, **suite} for suite in gains + retention]  # reports written before have none
+    missing = {"statistic": None, "best_release": None}  # in reports of earlier versions
+    suites = [{**missing, **suite} for suite in gains + retention]
     return environment.get_template(template).render(
         r={"gain": None, **report, "suites": suites},
         forest=forest(suites) if suites else "",

@@ -26,6 +26,7 @@ def run_gate(
     fresh: Suite | Sequence[Suite],
     looks: int,
     settings: GateSettings,
+    best: Mapping[str, str] | None = None,
     cost: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Verdict:
@@ -38,6 +39,8 @@ def run_gate(
         suites: retention suites, and gain suites of the user, all of the asker's family.
         fresh: gain suite(s) from `fresh_eval`, see `fresh_suites`.
         looks: verdicts since the last release that spent alpha (`Ledger.looks_since_release`).
+        best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
+            whose best is the incumbent, is compared with incumbent and base.
         settings: alpha, default margin and min_items.
         cost: shown in the report: maf_planned, maf_spent, seconds, steps, ...
         meta: shown in the report: recipe, data_from, data_to, update, ...; `tuned_on` (names of suites that the
@@ -62,7 +65,7 @@ def run_gate(
     early = len(checks)
     findings = Findings((), None)
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
+        findings, trouble = _suites(asker, candidate, incumbent, asked, best or {}, settings, level)
         checks += trouble
     # checks that look at the answers come after the tests, and take nothing back
     sound = all(check.ok for check in checks[:early])
@@ -98,6 +101,7 @@ def _suites(
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
+    best: Mapping[str, str],
     settings: GateSettings,
     level: float,
 ) -> tuple[Findings, list[Check]]:
@@ -107,9 +111,11 @@ def _suites(
         try:
             base = asker.score(suite, None, label=f"{suite.name}, base")
             before = base if incumbent is None else asker.score(suite, incumbent, label=f"{suite.name}, incumbent")
+            rival = _rival(suite, best, incumbent, candidate)
+            released = asker.score(suite, rival, label=f"{suite.name}, best release") if rival else None
         except (RuntimeError, ValueError, AdapterError) as error:
             raise GateError(
-                f"suite {suite.name}: base or incumbent cannot be scored: {error}",
+                f"suite {suite.name}: base, incumbent or best release cannot be scored: {error}",
                 "Nothing can be judged without them; check the base and the live adapter (`ratchet doctor`).",
             ) from error
         try:
@@ -121,9 +127,16 @@ def _suites(
                 Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
             ]
         worst = asker.worst(suite, before, after)
-        scores.append(Scores(suite, base, before, after, asker.chance(suite), worst, suite.clusters()))
+        chance, clusters = asker.chance(suite), suite.clusters()
+        scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
     findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
     return findings, asker.answer_checks(candidate, suites)
+
+
+def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candidate: str) -> str:
+    """The best release by a retention suite, if it is another adapter than both that are compared; else empty."""
+    name = best.get(suite.name, "") if suite.role == "retention" else ""
+    return "" if name in (incumbent, candidate) else name
 
 
 def _asked(suite: Suite, facts: Mapping[str, Any]) -> Suite:

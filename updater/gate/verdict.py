@@ -63,7 +63,7 @@ class Change:
     """One-sided bounds at the level of the test."""
     ci_high: float
     p: float
-    """Of a `statistic` that there is no gain; of a `recall` that the loss is at least the default margin."""
+    """Of a `statistic` that there is no gain; of the others that the loss is at least the margin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class SuiteResult:
     ci_base_low: float
     ci_base_high: float
     p: float
-    """Retention: of a loss of at least the margin, the larger of both references. Gain: of no gain."""
+    """Retention: of a loss of at least the margin, the largest over the references. Gain: of no gain."""
     p_incumbent: float
     p_base: float
     alpha: float
@@ -144,11 +144,16 @@ class SuiteResult:
     """Of a gain suite: what its gain is tested on, against the incumbent."""
     recall: Change | None = None
     """Of a gain suite: its metric, and whether a loss of the margin is excluded."""
+    best: str = ""
+    """Adapter of the best release so far by this suite; empty where it is the incumbent, or there was none."""
+    best_release: Change | None = None
+    """The metric from the best release to the candidate, and whether a loss of the margin is excluded."""
 
     @property
     def margin_left(self) -> float | None:
-        """What the worse of both lower bounds leaves of the margin; below 0 it is used up. None without a margin."""
-        return min(self.ci_low, self.ci_base_low) + self.margin if self.role == "retention" else None
+        """What the worst of the lower bounds leaves of the margin; below 0 it is used up. None for a gain suite."""
+        lows = [self.ci_low, self.ci_base_low, *([self.best_release.ci_low] if self.best_release else [])]
+        return min(lows) + self.margin if self.role == "retention" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +254,7 @@ class Verdict:
                 "decision": suite.decision,
                 **({"statistic": asdict(suite.statistic)} if suite.statistic else {}),
                 **({"recall": asdict(suite.recall)} if suite.recall else {}),
+                **({"best": suite.best, "best_release": asdict(suite.best_release)} if suite.best_release else {}),
             }
             for suite in self.suites
         }

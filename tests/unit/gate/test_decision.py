@@ -332,3 +332,19 @@ def test_what_could_not_pass_for_lack_of_items_was_not_tested() -> None:
     assert findings(KEPT, LEARNT).tested and findings(LOST, NO_GAIN).tested
     for entries in ((KEPT,), (LEARNT,), (KEPT, few, LEARNT), (KEPT, few_new), ()):
         assert not findings(*entries).tested
+
+
+def test_small_losses_to_the_best_release_do_not_add_up() -> None:
+    """The incumbent is four points below the best release and above the base; the candidate takes two more."""
+    best = hits(800, 0.6)
+    incumbent, base = changed(best, 32, 0), changed(best, 100, 0)
+    candidate = changed(incumbent, 16, 0)
+    entry = scores("memory.flags", incumbent, candidate, base=base)
+    (alone,) = judge(entry)
+    assert alone.decision == "passed" and alone.best_release is None
+    (result,) = judge(replace(entry, best=outcomes(best), best_name="clip-best"))
+    assert result.decision == "failed" and "against the best release clip-best" in result.reason
+    assert result.best == "clip-best" and result.best_release is not None
+    assert result.best_release.difference == pytest.approx(-0.06)
+    assert result.margin_left == pytest.approx(result.best_release.ci_low + 0.05)
+    assert result.p == result.best_release.p > alone.p
