@@ -15,9 +15,9 @@ from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from streams.store import SampleStore
 from updater.gate import Suite, fresh_suites, load_suites
-from updater.gate.items import Half
 from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
-from updater.gate.open import open_asker
+from updater.gate.open import open_evaluator
+from updater.gate.suite_items import Half
 from updater.learner import Base
 from updater.pools import HAVING
 from updater.recipes import Family
@@ -87,10 +87,10 @@ class TuningScores:
         """The mean of both roles' means; of one role where there is no suite of the other. Between 0 and 1."""
         name = adapter_name(directory)
         marks: dict[str, list[float]] = {}
-        with open_asker(self.settings, self.base) as asker:
-            asker.load(name, directory)
+        with open_evaluator(self.settings, self.base) as evaluator:
+            evaluator.load(name, directory)
             for suite in self.suites:
-                score = asker.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
+                score = evaluator.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
                 marks.setdefault(suite.role, []).append(float(score))
         means = [sum(scores) / len(scores) for scores in marks.values()]
         return sum(means) / len(means) if means else 0.0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ops.settings import Gate
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.statistics import spend
+from updater.gate.interim_analyses import spend
 from updater.gate.suites import Suite
 from updater.gate.verdict import Outcome, SuiteResult
 

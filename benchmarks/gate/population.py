@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ops.digests import digest_json
-from updater.gate.items import in_order_of_draw
 from updater.gate.score import Scorer
+from updater.gate.suite_items import in_order_of_draw
 from updater.gate.suites import Suite
 
 MOST = 50_000

@@ -23,8 +23,8 @@ from ops.progress import step
 from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
-from updater.gate.kept import keep, kept
 from updater.gate.score import Scorer
+from updater.gate.score_cache import keep, kept
 from updater.gate.suites import Suite, load_suites
 from updater.result import Limits
 from updater.train import train

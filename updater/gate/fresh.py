@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from updater.gate.items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
+from updater.gate.suite_items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 _COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")

@@ -1,4 +1,4 @@
-"""The statistics that let a candidate in: paired tests, their intervals, and what several tests may spend together.
+"""The statistics that let a candidate in: paired tests, their intervals, and corrections for several.
 
 Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
 
@@ -243,18 +243,6 @@ def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:
         refused[i] = going
         levels[i] = local
     return refused, levels
-
-
-def spend(alpha: float, looks: int) -> float:
-    """The level of this look, when `looks` verdicts have fallen since the last release.
-
-    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many looks: however long an updater tries,
-    the chance that a bad candidate slips in before the next release stays below alpha. It starts at 0.61 alpha and
-    falls slowly (alpha / 2^k would leave nothing after ten tries).
-    """
-    if looks < 0:
-        raise ValueError(f"looks is {looks}: it counts earlier verdicts")
-    return alpha * 6.0 / (math.pi**2 * (looks + 1) ** 2)
 
 
 @lru_cache(maxsize=64)

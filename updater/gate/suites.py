@@ -22,7 +22,7 @@ from ops.digests import digest_bytes, digest_json
 from ops.errors import GateError, RecordError
 from streams.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
-from updater.gate.items import (
+from updater.gate.suite_items import (
     Half,
     Item,
     asked,

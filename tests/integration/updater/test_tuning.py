@@ -17,7 +17,7 @@ from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate import load_suites
-from updater.gate.open import open_asker
+from updater.gate.open import open_evaluator
 from updater.service import UpdaterService
 from updater.tuning import TuningScores, tuned_on, update_suites
 
@@ -57,10 +57,10 @@ def _expected(settings: Settings, update: UpdateRow) -> float:
     service = UpdaterService(settings)
     directory = service.artifacts.fetch(f"adapters/{update.adapter}")
     suites, fresh = update_suites(settings, service.store, update)
-    with open_asker(settings, load_base(settings.home, "tiny")) as asker:
-        asker.load(str(update.adapter), directory)
+    with open_evaluator(settings, load_base(settings.home, "tiny")) as evaluator:
+        evaluator.load(str(update.adapter), directory)
         marks = {
-            suite.name: asker.score(suite.half("tuning"), str(update.adapter)).hits.mean()
+            suite.name: evaluator.score(suite.half("tuning"), str(update.adapter)).hits.mean()
             for suite in (*suites, *fresh)
             if suite.name != "few"
         }

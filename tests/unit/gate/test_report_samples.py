@@ -26,10 +26,10 @@ from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, outcomes, picture
 from updater.gate import Suite, fresh_suite, load_suites
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import write_report
 from updater.gate.score import Outcomes
 from updater.gate.verdict import Verdict, Worse
-from updater.gate.worst import thumbnail, worst_answers, worst_items
 
 TEXTS = [f"a private caption {n} of somebody" for n in range(4)]
 QUESTIONS = [f"who is number {n} of the family?" for n in range(4)]

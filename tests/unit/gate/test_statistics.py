@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from updater.gate.interim_analyses import spend
 from updater.gate.resampling import bootstrap, stratified
 from updater.gate.statistics import (
     compare_accuracy,
@@ -18,7 +19,6 @@ from updater.gate.statistics import (
     mcnemar_superior,
     pool,
     reciprocal_log_rank,
-    spend,
     tango_interval,
     tango_z,
 )
