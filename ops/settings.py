@@ -323,7 +323,12 @@ class Gate(Section):
     suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
     alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false accept, over all looks.")
     margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
-    min_items: int = Field(50, ge=2, description="Fewer items than this are inconclusive.")
+    min_items: int = Field(
+        50, ge=2, description="Fewer independent items (captions, images) than this are inconclusive."
+    )
+    max_items: int = Field(
+        2000, ge=50, le=50_000, description="Most items of a suite that names no limit, of a fresh domain as well."
+    )
 
 
 class Catalog(Section):

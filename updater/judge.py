@@ -14,8 +14,9 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from streams.store import SampleStore
+from updater.best_releases import best_releases
 from updater.gate import Verdict, run_gate, write_report
-from updater.gate.open import open_asker
+from updater.gate.open import open_evaluator
 from updater.recorded import fetch_recorded
 from updater.tuning import tuned_on, update_suites
 
@@ -67,23 +68,32 @@ def _gate(
         "rank": update.recipe.get("rank"),
     }
     suites, fresh = update_suites(settings, store, update)
+    names = [suite.name for suite in suites if suite.role == "retention"]
+    best = best_releases(ledger, base.family, base.digest, names, update.incumbent)
     if update.recipe.get("merge", {}).get("search"):
         meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
-    with open_asker(settings, base) as asker:
+    with open_evaluator(settings, base) as evaluator:
         if update.incumbent:
-            asker.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
+            evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
+        for name in sorted({*best.values()} - {adapter}):
+            try:
+                evaluator.load(name, fetch_recorded(artifacts, ledger, name))
+            except AdapterError as error:  # an old release that is gone must not keep every new one out
+                best = {suite: other for suite, other in best.items() if other != name}
+                meta.setdefault("not_compared", {})[name] = error.message
         try:
             directory = fetch_recorded(artifacts, ledger, adapter)
             meta["bytes"] = sum(file.stat().st_size for file in directory.iterdir())
-            asker.load(adapter, directory, candidate=True)
+            evaluator.load(adapter, directory, candidate=True)
         except AdapterError as error:
             meta["load_error"] = error.message
         return run_gate(
-            asker=asker,
+            evaluator=evaluator,
             candidate=adapter,
             incumbent=update.incumbent,
             suites=suites,
             fresh=fresh,
+            best=best,
             looks=ledger.looks_since_release(base.family),
             settings=settings.gate,
             cost=update.cost,

@@ -8,27 +8,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+
 from ops.ledger import UpdateRow
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
-from streams.store import Having, SampleStore
+from streams.store import SampleStore
 from updater.gate import Suite, fresh_suites, load_suites
-from updater.gate.items import Half
-from updater.gate.open import open_asker
+from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
+from updater.gate.open import open_evaluator
+from updater.gate.suite_items import Half
 from updater.learner import Base
+from updater.pools import HAVING
 from updater.recipes import Family
 
 
 def update_suites(settings: Settings, store: SampleStore, update: UpdateRow) -> tuple[list[Suite], list[Suite]]:
-    """What an update is judged by: the suites of its family, and fresh ones from what is new.
+    """What an update is judged by: the suites of its family with those of what was learned before, and fresh ones.
+
+    What lies before the update's data is what the updates that led to its incumbent have learned.
 
     Raises GateError when a suite cannot be read.
     """
     family: Family = "vlm" if update.family == "vlm" else "clip"
-    having: Having = "text" if family == "clip" else "question"
-    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=having)
-    suites = load_suites(settings.gate.suites, settings.home, family)
-    return suites, fresh_suites(fresh, family=family, min_items=settings.gate.min_items)
+    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=HAVING[family])
+    most = settings.gate.max_items
+    suites = load_suites(settings.gate.suites, settings.home, family, most)
+    suites += _memory_suites(settings, store, update, family, fresh)
+    return suites, fresh_suites(fresh, family=family, min_items=settings.gate.min_items, limit=most)
+
+
+def _memory_suites(
+    settings: Settings, store: SampleStore, update: UpdateRow, family: Family, fresh: pa.Table
+) -> list[Suite]:
+    if not update.data_from:
+        return []  # nothing was learned yet
+    version, having, min_units = update.store_version, HAVING[family], 2 * settings.gate.min_items
+    rows = store.scan(version=version, split="fresh_eval", columns=["id", "domain"], having=having)
+    chosen = choose_memory(learned_before(rows, fresh), min_units)
+    wanted = [each for ids in chosen.values() for each in ids]
+    held = store.scan(version=version, split="fresh_eval", ids=wanted, having=having)
+    return memory_suites(held, chosen, family, min_units)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
@@ -67,10 +87,10 @@ class TuningScores:
         """The mean of both roles' means; of one role where there is no suite of the other. Between 0 and 1."""
         name = adapter_name(directory)
         marks: dict[str, list[float]] = {}
-        with open_asker(self.settings, self.base) as asker:
-            asker.load(name, directory)
+        with open_evaluator(self.settings, self.base) as evaluator:
+            evaluator.load(name, directory)
             for suite in self.suites:
-                score = asker.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
+                score = evaluator.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
                 marks.setdefault(suite.role, []).append(float(score))
         means = [sum(scores) / len(scores) for scores in marks.values()]
         return sum(means) / len(means) if means else 0.0

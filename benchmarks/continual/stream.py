@@ -1,7 +1,8 @@
 """What is learned, in which orders, and what is asked after each update.
 
 Eight updates over unlike domains, none of which the shipped base was trained on; the largest domain is two updates of
-different concepts. Each has one suite over concepts that no domain trains on. Held out are the base's own domains, and
+different concepts. Each has one suite, over concepts that no domain trains on; that of `fashion` asks for the ten
+classes that its update trains on, in other pictures. Held out are the base's own domains, and
 two that nobody trains on.
 """
 

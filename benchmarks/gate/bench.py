@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gate import counting, resample
-from benchmarks.gate.cases import Case, Rule
+from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
@@ -79,11 +79,18 @@ def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figur
 
 def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | None:
     """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
-    after, base = trials[plan.name], trials["base"].hits
+    after, base = trials[plan.name], trials["base"]
     if after.trouble:
         return None
-    before = trials[plan.incumbent].hits if plan.incumbent else base
-    return Case(plan.name, plan.kind, workshop.suites(plan.domain), base, before, after.hits)
+    before = trials[plan.incumbent] if plan.incumbent else base
+    suites = workshop.suites(plan.domain)
+    sides: list[Outcomes] = [trial.answers for trial in (base, before, after)]
+    if not all(has_ranks(side[suite.name]) for suite in suites for side in sides):  # some were kept as hits
+        alike: dict[int, Outcomes] = {
+            id(side): {suite.name: hits_of(suite, side[suite.name]) for suite in suites} for side in sides
+        }
+        sides = [alike[id(side)] for side in sides]
+    return Case(plan.name, plan.kind, suites, *sides)
 
 
 def resampled(
@@ -124,7 +131,10 @@ def _about(row: counting.Row) -> Figures:
         "gained": row.case.gained,
         "lost": {s.name: row.case.lost(s) for s in row.case.suites if s.role == "retention"},
         "outcome": row.judged.outcome,
-        "held_by": [r.name for r in row.judged.results if r.decision != "passed"],
+        "held_by": [
+            *(r.name for r in row.judged.results if r.role == "retention" and r.decision != "passed"),
+            *([] if row.judged.gained else ["gain"]),
+        ],
     }
 
 

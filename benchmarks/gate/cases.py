@@ -11,14 +11,27 @@ from numpy.typing import NDArray
 
 from ops.settings import Gate
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.statistics import spend
+from updater.gate.interim_analyses import spend
 from updater.gate.suites import Suite
 from updater.gate.verdict import Outcome, SuiteResult
 
 Hits = NDArray[np.float64]
-Outcomes = Mapping[str, Hits]
-"""By suite name, 0 or 1: [items, views]."""
+Answers = NDArray[np.float64] | NDArray[np.int32]
+"""[items, views]: 0-based ranks of the right answers (integers), or 0 and 1 where only hits were kept (floats)."""
+Outcomes = Mapping[str, Answers]
+"""By suite name."""
 Truth = Literal["harmful", "idle", "good"]
+
+
+def hits_of(suite: Suite, answers: Answers) -> Hits:
+    """0 or 1 for each answer."""
+    hits = answers < suite.k if has_ranks(answers) else answers
+    return hits.astype(np.float64)
+
+
+def has_ranks(answers: Answers) -> bool:
+    """Whether they are ranks."""
+    return bool(np.issubdtype(answers.dtype, np.integer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +78,8 @@ class Case:
 
     def lost(self, suite: Suite) -> float:
         """Share lost on all items, against the better of incumbent and base."""
-        name = suite.name
-        return float(max(self.before[name].mean(), self.base[name].mean()) - self.after[name].mean())
+        base, before, after = (hits_of(suite, side[suite.name]).mean() for side in (self.base, self.before, self.after))
+        return float(max(before, base) - after)
 
     def beyond(self, rule: Rule) -> float:
         """Most that a retention suite lost beyond its margin; negative where all are inside."""
@@ -75,7 +88,8 @@ class Case:
     @property
     def gained(self) -> float:
         """The largest gain on all items of a gain suite, against the incumbent."""
-        return max(float((self.after[s.name] - self.before[s.name]).mean()) for s in self.suites if s.role == "gain")
+        gains = [suite for suite in self.suites if suite.role == "gain"]
+        return max(float((hits_of(s, self.after[s.name]) - hits_of(s, self.before[s.name])).mean()) for s in gains)
 
     def truth(self, rule: Rule) -> Truth:
         """Harmful if a retention suite lost more than its margin; else good if it gained anything, and idle if not."""
@@ -90,31 +104,34 @@ class Judged:
 
     outcome: Outcome
     results: tuple[SuiteResult, ...]
+    gained: bool
+    """Whether a gain was shown, over all gain suites."""
 
     @property
     def kept(self) -> bool:
         """Whether every retention suite passed."""
         return all(result.decision == "passed" for result in self.results if result.role == "retention")
 
-    @property
-    def gained(self) -> bool:
-        """Whether a gain suite passed."""
-        return any(result.decision == "passed" for result in self.results if result.role == "gain")
-
 
 @dataclass(frozen=True, slots=True)
 class _Marks:
     ids: NDArray[np.str_]
     hits: Hits
+    ranks: NDArray[np.int32] | None
+
+    @classmethod
+    def of(cls, suite: Suite, answers: Answers) -> _Marks:
+        ids = np.arange(len(answers)).astype(str)
+        return cls(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 
 
 def judge(case: Case, rule: Rule) -> Judged:
     """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
     scores = []
     for suite in case.suites:
-        ids = np.arange(len(case.after[suite.name])).astype(str)
-        base = _Marks(ids, case.base[suite.name])
-        before = base if case.before is case.base else _Marks(ids, case.before[suite.name])
-        scores.append(Scores(suite, base, before, _Marks(ids, case.after[suite.name])))
-    results = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
-    return Judged(conclude(results, ())[0], tuple(results))
+        base = _Marks.of(suite, case.base[suite.name])
+        before = base if case.before is case.base else _Marks.of(suite, case.before[suite.name])
+        scores.append(Scores(suite, base, before, _Marks.of(suite, case.after[suite.name])))
+    findings = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
+    gained = findings.gain is not None and findings.gain.decision == "passed"
+    return Judged(conclude(findings, ())[0], findings.results, gained)

@@ -21,6 +21,12 @@ BAD = ("naive", "rate", "shuffled", "poisoned", "forgotten")
 GOOD = ("first", "second")
 DRIFT = "drift"
 NEW_PAIRS = 250
+DRAWN = {
+    "clipart_retrieval": 320, "emoji_retrieval": 280, "fashion_classes": 320, "flags_retrieval": 250,
+    "pixel_classes": 400, "pixel_retrieval": 400, "stamp_classes": 400,
+}  # fmt: skip
+"""Items of a shipped suite that the benchmark's gate sees, of all that decide what is true, and the size of the
+galleries in which all of them are asked. In service the gate asks all."""
 CHAIN = 10
 """Updates of the slow drift, each from the one before."""
 

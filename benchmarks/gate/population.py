@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ops.digests import digest_json
-from updater.gate.items import in_order_of_draw
 from updater.gate.score import Scorer
+from updater.gate.suite_items import in_order_of_draw
 from updater.gate.suites import Suite
 
 MOST = 50_000
-Hits = NDArray[np.float64]
+Ranks = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Population:
         for gallery in self.galleries:
             yield [item.id for item in gallery.suite.items()]
 
-    def hits(self, scorer: Scorer, adapter: str | None) -> Hits:
-        """One model's outcomes, 0 or 1: [n, views]."""
-        parts = [scorer.score(g.suite, adapter).hits[g.counted] for g in self.galleries]
+    def ranks(self, scorer: Scorer, adapter: str | None) -> Ranks:
+        """One model's outcomes: [n, views]."""
+        parts = [scorer.score(g.suite, adapter).ranks[g.counted] for g in self.galleries]
         return np.concatenate(parts)

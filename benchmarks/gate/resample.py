@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gate.cases import Case, Hits, Judged, Rule, judge
+from benchmarks.gate.cases import Answers, Case, Hits, Judged, Rule, has_ranks, hits_of, judge
 from updater.gate.suites import Suite
 
+LAST_RANK = 9999
+"""Of an answer that was lost."""
 Generator = np.random.Generator
 Pick = dict[str, NDArray[np.int_]]
 
@@ -26,15 +28,16 @@ def pick(case: Case, sizes: dict[str, int], rng: Generator) -> Pick:
     return {s.name: rng.integers(len(case.after[s.name]), size=sizes[s.name]) for s in case.suites}
 
 
-def swapped(before: Hits, after: Hits, rng: Generator) -> tuple[Hits, Hits]:
+def swapped(before: Answers, after: Answers, rng: Generator) -> tuple[Answers, Answers]:
     """Both sides of each item, exchanged or not."""
     coin = rng.random(len(before))[:, None] < 0.5
     return np.where(coin, after, before), np.where(coin, before, after)
 
 
-def lowered(after: Hits, share: float, rng: Generator) -> Hits:
+def lowered(after: Answers, share: float, rng: Generator) -> Answers:
     """Each hit lost with probability ``share``."""
-    return np.where(rng.random(after.shape) < share, 0.0, after)
+    lost = after.dtype.type(LAST_RANK) if has_ranks(after) else 0.0
+    return np.where(rng.random(after.shape) < share, lost, after)
 
 
 def share_to_lose(before: Hits, after: Hits, margin: float) -> float:
@@ -51,14 +54,16 @@ def unchanged(case: Case, drawn: Case, rng: Generator, edge: Suite | None = None
     ``case`` holds the outcomes on all items. Base and incumbent are one here: one comparison is under test. Without
     an ``edge`` the gain suites do not change either; with one they keep what was learnt, so that only it is in the way.
     """
-    before, after = {}, {}
+    before: dict[str, Answers] = {}
+    after: dict[str, Answers] = {}
     for suite in drawn.suites:
         name = suite.name
         first, second = drawn.before[name], drawn.after[name]
+        held = [hits_of(suite, side[name]) for side in (case.before, case.after)]
         if suite.role == "retention" or edge is None:
             first, second = swapped(first, second, rng)
         if edge is not None and name == edge.name:
-            second = lowered(second, share_to_lose(case.before[name], case.after[name], margin), rng)
+            second = lowered(second, share_to_lose(held[0], held[1], margin), rng)
         before[name], after[name] = first, second
     return replace(drawn, base=before, before=before, after=after)
 

@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.gate.cases import Answers
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.lessons import pools
-from benchmarks.gate.plans import KNOWN, NEW, Plan
-from benchmarks.gate.population import Hits, Population
+from benchmarks.gate.plans import DRAWN, KNOWN, NEW, Plan
+from benchmarks.gate.population import Population
 from ops.digests import digest_json
 from ops.errors import RatchetError, TrainingError
 from ops.progress import step
 from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
-from updater.gate.kept import keep, kept
 from updater.gate.score import Scorer
+from updater.gate.score_cache import keep, kept
 from updater.gate.suites import Suite, load_suites
 from updater.result import Limits
 from updater.train import train
@@ -34,12 +35,12 @@ LIMITS = Limits(gflops=1e9, seconds=3600.0, threads=1, checkpoint_steps=1000)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One model and what it answered. ``hits`` is empty where training itself refused the candidate."""
+    """One model and what it answered. ``answers`` is empty where training itself refused the candidate."""
 
     name: str
     adapter: str
     """Empty for the base."""
-    hits: dict[str, Hits]
+    answers: dict[str, Answers]
     """By suite name, of every item: [n, views]."""
     seconds: float
     trouble: str = ""
@@ -59,7 +60,8 @@ class Workshop:
     @classmethod
     def open(cls, settings: Settings, out: Path) -> Workshop:
         """With the settings' base, and data that are prepared where they are missing. Raises RatchetError."""
-        retention = [s for s in load_suites([], settings.home, "clip") if s.role == "retention"]
+        shipped = [suite for suite in load_suites([], settings.home, "clip") if suite.role == "retention"]
+        retention = [s.model_copy(update={"limit": DRAWN.get(s.name, s.limit)}) for s in shipped]
         for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
             prepare_domain(domain, settings.home)
         gains = [fresh(settings.home, domain) for domain in NEW]
@@ -74,7 +76,7 @@ class Workshop:
     def of_base(self) -> Trial:
         """What the base answers."""
         key = digest_json([self.base.digest, self._asked])
-        return self._kept("base", key) or self._keep(Trial("base", "", self._hits(None), 0.0), key)
+        return self._kept("base", key) or self._keep(Trial("base", "", self._ranks(None), 0.0), key)
 
     def of(self, plan: Plan, incumbent: Trial | None) -> Trial:
         """What a candidate answers; trained unless its file is there. ``incumbent``: the trial it goes on from."""
@@ -98,21 +100,20 @@ class Workshop:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             self.engine.load(result.adapter, result.directory)
-            hits = self._hits(result.adapter)
+            ranks = self._ranks(result.adapter)
             self.scorer.forget(result.adapter)
             self.engine.unload(result.adapter)
-        return Trial(plan.name, result.adapter, hits, time.monotonic() - started)
+        return Trial(plan.name, result.adapter, ranks, time.monotonic() - started)
 
-    def _hits(self, adapter: str | None) -> dict[str, Hits]:
-        return {name: population.hits(self.scorer, adapter) for name, population in self.populations.items()}
+    def _ranks(self, adapter: str | None) -> dict[str, Answers]:
+        return {name: population.ranks(self.scorer, adapter) for name, population in self.populations.items()}
 
     def _path(self, name: str) -> Path:
         return self.out / "outcomes" / f"{name}.npz"
 
     def _keep(self, trial: Trial, key: str) -> Trial:
         about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.trouble}
-        arrays = {name: hits.astype(np.uint8) for name, hits in trial.hits.items()}
-        keep(self._path(trial.name), about=np.array(json.dumps(about)), **arrays)
+        keep(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
         return trial
 
     def _kept(self, name: str, key: str) -> Trial | None:
@@ -124,8 +125,12 @@ class Workshop:
         arrays = kept(self._path(name), names)
         if arrays is None:
             return None
-        hits = {suite: array.astype(np.float64) for suite, array in zip(names, arrays, strict=True)}
-        return Trial(name, about["adapter"], hits, about["seconds"], about["trouble"])
+        # earlier runs kept hits alone, in bytes
+        answers = {
+            suite: array.astype(np.float64) if array.dtype == np.uint8 else array
+            for suite, array in zip(names, arrays, strict=True)
+        }
+        return Trial(name, about["adapter"], answers, about["seconds"], about["trouble"])
 
 
 def fresh_name(domain: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, true
 from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError
@@ -14,6 +14,8 @@ from ops.ledger.database import Database, as_row
 from ops.ledger.events import add_event, clipped
 from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, VerdictRow
 
+RELEASED_VERDICTS = 500
+"""That are looked through for the best release."""
 FINISHED = ("done", "failed", "abandoned")
 
 
@@ -188,8 +190,26 @@ class LearningQueries:
             row = session.scalars(query).first()
             return None if row is None else as_row(VerdictRow, row)
 
+    def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
+        """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
+        were withdrawn.
+        """
+        column = t.Release.clip if family == "clip" else t.Release.vlm
+        released = select(column).where(column.is_not(None), t.Release.share >= 1)
+        query = (
+            select(t.Verdict)
+            .join(t.Adapter, t.Adapter.name == t.Verdict.adapter)
+            .where(t.Verdict.adapter.in_(released), t.Adapter.base == base, t.Adapter.withdrawn.is_(None))
+            .order_by(t.Verdict.id.desc())
+            .limit(RELEASED_VERDICTS)
+        )
+        with self.database.read() as session:
+            return [as_row(VerdictRow, row) for row in session.scalars(query)]
+
     def looks_since_release(self, family: str) -> int:
-        """Verdicts of a family since the last released update: the looks that already spent alpha."""
+        """Verdicts of a family since the last released update that spent alpha. Those of earlier versions of Ratchet do
+        not say whether they did, and count.
+        """
         last = (
             select(func.max(t.Verdict.id))
             .join(t.Proposal, t.Proposal.update_id == t.Verdict.update_id)
@@ -199,7 +219,8 @@ class LearningQueries:
         with self.database.read() as session:
             since = session.scalar(last) or 0
             query = select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
-            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family)) or 0
+            spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
+            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family, spent)) or 0
 
 
 def _update(session: Session, update_id: str) -> t.Update:

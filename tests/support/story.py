@@ -39,12 +39,13 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
     gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
     entries = [replace(kept, worst=worst), gained]
-    results = decide(entries, level=0.03, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
     checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01),)
-    outcome, reasons = conclude(results, checks)
+    outcome, reasons = conclude(findings, checks)
     return Verdict(
-        outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=tuple(results),
-        checks=checks, alpha=0.05, level=0.03, looks=0, seconds=12.5, created_at="2026-01-01T00:00:00+00:00",
+        outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=findings.results,
+        gain=findings.gain, checks=checks, alpha=0.05, level=0.03, looks=0, seconds=12.5,
+        created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
     )  # fmt: skip
 

@@ -1,13 +1,16 @@
 """The gate: zero-shot suites and statistics that let a candidate into service, or keep it out.
 
-suites      what is asked: items, role (retention or gain), task, margin; fresh makes them from new samples
-asker       what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers, vlm_checks)
-statistics  what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
-decision    outcomes and checks -> results per suite and one outcome
-verdict     the result, as plain data
-run         all of it for one candidate -> Verdict
-report      a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names
-command     `ratchet gate run` and `ratchet gate report`
+suites            what is asked: items (suite_items), role (retention or gain), task, margin; fresh makes them from new
+                  samples, memory_suites from those of what was learned before
+evaluator         what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers,
+                  vlm_checks); score_cache keeps what was answered, regressions shows what became worse
+statistics        what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
+interim_analyses  what one of several looks may spend of alpha
+decision          outcomes and checks -> results per suite, the pooled gain and one outcome
+verdict           the result, as plain data
+run               all of it for one candidate -> Verdict
+report            a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names
+command           `ratchet gate run` and `ratchet gate report`
 
 The names below are imported when they are first used: who only draws a report (the console) does without torch.
 """
@@ -18,7 +21,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from updater.gate.clip import ClipAsker
+    from updater.gate.clip import ClipEvaluator
     from updater.gate.fresh import fresh_suite, fresh_suites
     from updater.gate.report import write_report
     from updater.gate.run import run_gate
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Check": "verdict",
-    "ClipAsker": "clip",
+    "ClipEvaluator": "clip",
     "Suite": "suites",
     "SuiteResult": "verdict",
     "Verdict": "verdict",
@@ -41,7 +44,7 @@ _MODULES = {
 
 __all__ = [
     "Check",
-    "ClipAsker",
+    "ClipEvaluator",
     "Suite",
     "SuiteResult",
     "Verdict",

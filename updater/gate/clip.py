@@ -11,7 +11,6 @@ import numpy as np
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from updater.adapters import trainer_encoder
-from updater.gate.asker import PROBE, probe
 from updater.gate.checks import (
     Encode,
     check_collapse,
@@ -23,17 +22,18 @@ from updater.gate.checks import (
     check_size,
 )
 from updater.gate.cross_version import measure_cross_version
-from updater.gate.items import Item
+from updater.gate.evaluator import PROBE, probe
+from updater.gate.regressions import worst_items
 from updater.gate.score import Outcomes, Scorer
+from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, CrossVersion, Worse
-from updater.gate.worst import worst_items
 
 LATENCY_BATCH = 8
 
 
-class ClipAsker:
-    """Asks the models in a `ClipEngine`. See :class:`updater.gate.asker.Asker`."""
+class ClipEvaluator:
+    """Asks the models in a `ClipEngine`. See :class:`updater.gate.evaluator.Evaluator`."""
 
     family: Family = "clip"
 

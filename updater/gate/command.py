@@ -17,7 +17,7 @@ from serving.engines.base import ClipBase, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.gate.fresh import fresh_suites
-from updater.gate.open import open_asker
+from updater.gate.open import open_evaluator
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
 from updater.gate.suites import Family, load_suites
@@ -48,26 +48,27 @@ def gate_command(
     artifacts = Artifacts(settings.artifacts)
     family = _family(candidate)
     base = _base(settings, family)
-    asked = load_suites(suites if suites is not None else settings.gate.suites, settings.home, family)
+    paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
+    asked = load_suites(paths, settings.home, family, most)
     rows = SampleStore(settings.lake).scan(split="fresh_eval", having="text" if family == "clip" else "question")
-    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items)
+    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items, limit=most)
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate
-    with open_asker(settings, base) as asker:
+    with open_evaluator(settings, base) as evaluator:
         if before is not None:
             before, directory = _locate(artifacts, before)
-            asker.load(before, directory)
+            evaluator.load(before, directory)
         try:
             name, directory = _locate(artifacts, candidate)
-            asker.load(name, directory)
+            evaluator.load(name, directory)
             meta |= _about(directory)
         except AdapterError as error:
             if not Path(candidate).is_dir() and not artifacts.exists(f"adapters/{candidate}"):
                 raise  # a name that is nowhere is a typing error; an adapter that will not load is a verdict
             meta["load_error"] = error.message
         verdict = run_gate(
-            asker=asker,
+            evaluator=evaluator,
             candidate=name,
             incumbent=before,
             suites=asked,

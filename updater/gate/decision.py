@@ -1,16 +1,18 @@
-"""From outcomes to decisions: results per suite, and one outcome for the candidate.
+"""From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
-Retention: per suite a non-inferiority test against the incumbent and one against the base; both must hold, so the
-suite's p is the larger one (intersection-union: no correction inside a suite). Holm runs over the retention suites.
-A suite *failed* if it is shown to be worse than before, at the level that Holm gave it, and not shown to stay inside
-the margin; it is *inconclusive* if neither is shown. Neither is a pass. (Without the correction every further suite
-would make it likelier that one which did not change looks worse.)
+Retention: per suite non-inferiority against each reference (the incumbent, the base, the best release so far). All
+suites must pass and each against all references, so every test is made at the whole level of the look and the suite's p
+is its largest (intersection-union: Berger, Technometrics 24, 1982). A correction would buy nothing: a candidate that
+loses more than the margin on some suite must pass that suite to get in, and does so with at most the level.
 
-Gain: superiority over the incumbent; Holm over the gain suites. One must be shown; one that is shown to be worse and
-not shown to stay inside the default margin rejects the candidate.
+Gain: one test over all gain suites together, stratified by suite: the mean of their differences weighted by their
+units. For retrieval it is on 1/log2(2 + rank), for other tasks on the metric. The gain counts only where a loss of the
+default margin is excluded for the metric, too, over the same strata. Single suites attribute the gain and decide
+nothing (Holm over them).
 
-The two families are tested at this look's level each: a bad release needs a loss beyond the margin on some retention
-suite (excluded at that level) or no gain at all (excluded at that level).
+Rejection is another matter: it needs one suite that is shown to be worse, so every further suite would make it likelier
+that one which did not change looks worse. Holm runs over all suites of both roles, and Bonferroni over a suite's
+references. What is not shown to stay inside the margin, nor to be worse, is *inconclusive*. Neither is a pass.
 """
 
 from __future__ import annotations
@@ -23,9 +25,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from updater.gate.statistics import Comparison, compare_accuracy, compare_answers, compare_recall, holm
-from updater.gate.suites import Suite
-from updater.gate.verdict import Check, Decision, Outcome, SuiteResult, Worse
+from updater.gate.resampling import Floats
+from updater.gate.statistics import (
+    Comparison,
+    compare_accuracy,
+    compare_clusters,
+    holm,
+    pool,
+    reciprocal_log_rank,
+)
+from updater.gate.suites import Suite, Task
+from updater.gate.verdict import Change, Check, Decision, Outcome, PooledGain, SuiteResult, Worse
+
+RANK_STATISTIC = "1/log2(2 + rank)"
+INCUMBENT, BASE = "the incumbent", "the base"
 
 
 class Marks(Protocol):
@@ -39,6 +52,10 @@ class Marks(Protocol):
     def hits(self) -> NDArray[np.float64]:
         """How right each answer is, in [0, 1]: [n, views]."""
 
+    @property
+    def ranks(self) -> NDArray[np.int32] | None:
+        """0-based ranks of the right answers [n, views]; None where answers have none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Scores:
@@ -51,108 +68,178 @@ class Scores:
     chance: float = 0.0
     """What guessing would score."""
     worst: tuple[Worse, ...] = ()
-    pictures: NDArray[np.str_] | None = None
-    """Items with the same are about one image, and not independent; None: every item counts by itself."""
+    clusters: NDArray[np.int_] | None = None
+    """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
+    best: Marks | None = None
+    """The best release so far; None where it is the incumbent, or there was none."""
+    best_name: str = ""
+    """Its adapter."""
 
 
-def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> list[SuiteResult]:
-    """One result per suite, in the order given. `margin` is for suites that name none."""
-    results: dict[int, SuiteResult] = {}
-    for role in ("retention", "gain"):
-        family = [(i, _Pair.of(s, margin, level / len(scores))) for i, s in enumerate(scores) if s.suite.role == role]
-        able = [(i, pair) for i, pair in family if pair.incumbent.units >= min_items]
-        refused, levels = holm([pair.p(role) for _, pair in able], level)
-        tested = {i: (shown, local) for (i, _), shown, local in zip(able, refused, levels, strict=True)}
-        for i, pair in family:
-            shown, local = tested.get(i, (False, level / max(len(family), 1)))
-            results[i] = _result(scores[i], pair, shown, local, min_items)
-    return [results[i] for i in range(len(scores))]
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the suites say."""
+
+    results: tuple[SuiteResult, ...]
+    gain: PooledGain | None
+    """None where there is no gain suite."""
+    tested: bool = False
+    """Whether everything that a pass needs could be tested: some retention suite, each with items enough, and a gain.
+    It follows from how much there was to ask, and not from the answers."""
 
 
-def conclude(results: Sequence[SuiteResult], checks: Sequence[Check]) -> tuple[Outcome, tuple[str, ...]]:
+def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> Findings:
+    """One result per suite, in the order given, and the pooled gain. `margin` is for suites that name none."""
+    sides = [_Sides.of(s, margin, level / max(len(scores), 1)) for s in scores]
+    able = [i for i, side in enumerate(sides) if side.units >= min_items]
+    worse = _holm([sides[i].p_worse(level) for i in able], able, level)
+    gains = [i for i in able if scores[i].suite.role == "gain"]
+    gained = _holm([sides[i].statistic.p_superior for i in gains], gains, level)
+    results = []
+    for i, (s, side) in enumerate(zip(scores, sides, strict=True)):
+        is_worse = worse.get(i, (False, level))[0]
+        if s.suite.role == "retention":
+            results.append(_result(s, side, level, _retention(s, side, is_worse, level, min_items)))
+        else:
+            shown, local = gained.get(i, (False, level))
+            results.append(_result(s, side, local, _gain(s, side, is_worse, shown, local, min_items)))
+    strata = [(s.suite, side) for s, side in zip(scores, sides, strict=True) if s.suite.role == "gain"]
+    gain = _pooled(strata, level, margin, min_items) if strata else None
+    held = [side.units >= min_items for s, side in zip(scores, sides, strict=True) if s.suite.role == "retention"]
+    tested = bool(held) and all(held) and gain is not None and gain.units >= min_items
+    return Findings(tuple(results), gain, tested)
+
+
+def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[Outcome, tuple[str, ...]]:
     """The outcome and its reasons, the gravest first."""
+    results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
     failed += [f"{r.name}: {r.reason}" for r in results if r.decision == "failed"]
     if failed:
         return "rejected", tuple(failed)
     retention = [r for r in results if r.role == "retention"]
-    gains = [r for r in results if r.role == "gain"]
     unproven = [f"{r.name}: {r.reason}" for r in retention if r.decision == "inconclusive"]
     if not retention:
         unproven.append("no retention suite was asked: what the model could do before is not protected")
-    if not any(r.decision == "passed" for r in gains):
-        shown = [f"{r.name}: {r.reason}" for r in gains]
-        unproven += shown or ["there are no fresh samples to show a gain on"]
-    if unproven:
+    if gain is None:
+        unproven.append("there are no fresh samples to show a gain on")
+    elif gain.decision != "passed":
+        unproven.append(f"gain: {gain.reason}")
+    if unproven or gain is None:
         return "inconclusive", tuple(unproven)
-    best = max((r for r in gains if r.decision == "passed"), key=lambda r: r.difference)
     return "passed", (
-        f"{best.name}: {best.reason}",
-        f"all {len(retention)} retention suites stay inside their margin, against the incumbent and the base",
+        f"gain: {gain.reason}",
+        f"all {len(retention)} retention suites stay inside their margin, against every model that was compared",
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _Sides:
+    """The candidate beside each reference, by the suite's metric; `statistic` is what a gain is tested on."""
+
+    references: dict[str, Comparison]
+    """By the reference's name in words; a model that is two references is compared once."""
     incumbent: Comparison
     base: Comparison
+    statistic: Comparison
+    best: Comparison | None = None
 
     @classmethod
-    def of(cls, scores: Scores, margin: float, level: float) -> _Pair:
-        own = scores.suite.margin or margin if scores.suite.role == "retention" else margin
-        first = _compare(scores, scores.before, own, level)
-        same = scores.before is scores.base
-        return cls(first, first if same else _compare(scores, scores.base, own, level))
+    def of(cls, scores: Scores, margin: float, level: float) -> _Sides:
+        suite = scores.suite
+        own = suite.margin or margin if suite.role == "retention" else margin
+        incumbent = _compare(scores, scores.before, own, level)
+        base = incumbent if scores.before is scores.base else _compare(scores, scores.base, own, level)
+        references = {INCUMBENT: incumbent}
+        if base is not incumbent and suite.role == "retention":
+            references[BASE] = base
+        best = None if scores.best is None else _compare(scores, scores.best, own, level)
+        if best is not None:
+            references[f"the best release {scores.best_name}"] = best
+        ranked = _ranks(scores) if suite.role == "gain" else None
+        statistic = incumbent if ranked is None else _clustered(scores, *ranked, own, level, graded=True)
+        return cls(references, incumbent, base, statistic, best)
 
-    def p(self, role: str) -> float:
-        if role == "gain":
-            return self.incumbent.p_superior
-        return max(self.incumbent.p_noninferior, self.base.p_noninferior)
+    @property
+    def units(self) -> int:
+        return self.incumbent.units
+
+    @property
+    def worst(self) -> tuple[str, Comparison]:
+        """The reference against which least is shown."""
+        return max(self.references.items(), key=lambda entry: entry[1].p_noninferior)
+
+    def p_worse(self, level: float) -> float:
+        """Of H0: no loss against any reference. 1 where the loss is shown to stay inside the margin."""
+        open_ = [side.p_worse for side in self.references.values() if side.p_noninferior > level]
+        return min(1.0, min(open_, default=1.0) * len(self.references))
 
 
 def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> Comparison:
     if reference.ids.tolist() != scores.after.ids.tolist():
         raise ValueError(f"suite {scores.suite.name}: the models answered different items")
     if scores.suite.task == "classification":
-        return compare_accuracy(reference.hits[:, 0], scores.after.hits[:, 0], margin=margin)
-    seed = zlib.crc32(scores.suite.name.encode())
-    if scores.pictures is not None:
         before, after = reference.hits[:, 0], scores.after.hits[:, 0]
-        return compare_answers(before, after, scores.pictures, margin=margin, level=level, seed=seed)
-    return compare_recall(reference.hits, scores.after.hits, margin=margin, level=level, seed=seed)
+        return compare_accuracy(before, after, margin=margin, level=level, seed=_seed(scores.suite))
+    return _clustered(scores, reference.hits, scores.after.hits, margin, level)
 
 
-def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: int) -> SuiteResult:
-    suite, against = scores.suite, pair.incumbent
+def _clustered(
+    scores: Scores, before: Floats, after: Floats, margin: float, level: float, *, graded: bool = False
+) -> Comparison:
+    seed = _seed(scores.suite)
+    return compare_clusters(before, after, scores.clusters, margin=margin, level=level, seed=seed, graded=graded)
+
+
+def _ranks(scores: Scores) -> tuple[Floats, Floats] | None:
+    """The rank statistic of incumbent and candidate, in retrieval where both have ranks."""
+    if scores.suite.task != "retrieval" or scores.before.ranks is None or scores.after.ranks is None:
+        return None
+    return reciprocal_log_rank(scores.before.ranks), reciprocal_log_rank(scores.after.ranks)
+
+
+def _seed(suite: Suite) -> int:
+    return zlib.crc32(suite.name.encode())
+
+
+def _holm(p_values: list[float], places: Sequence[int], level: float) -> dict[int, tuple[bool, float]]:
+    refused, levels = holm(p_values, level)
+    return {i: (shown, local) for i, shown, local in zip(places, refused, levels, strict=True)}
+
+
+def _result(scores: Scores, sides: _Sides, local: float, decided: tuple[Decision, str]) -> SuiteResult:
+    suite, against = scores.suite, sides.incumbent
     low, high = against.bounds(local)
-    base_low, base_high = pair.base.bounds(local)
+    base_low, base_high = sides.base.bounds(local)
     retention = suite.role == "retention"
-    decision, reason = (_retention if retention else _gain)(pair, shown, local, min_items)
+    decision, reason = decided
     if retention and against.before - scores.chance <= against.margin:
         reason += "; weak guard: the incumbent is no further above chance than the margin"
     before, after = scores.before.hits, scores.after.hits
+    metric = str(suite.metric)
     return SuiteResult(
         name=suite.name,
         role=suite.role,
         task=suite.task,
-        metric=str(suite.metric),
+        metric=metric,
         description=suite.description,
         half=suite._half,
         n=against.n,
+        units=against.units,
         base=float(scores.base.hits.mean()),
         before=against.before,
         after=against.after,
         difference=against.difference,
         ci_low=low,
         ci_high=high,
-        difference_base=pair.base.difference,
+        difference_base=sides.base.difference,
         ci_base_low=base_low,
         ci_base_high=base_high,
-        p=pair.p(suite.role),
+        p=sides.worst[1].p_noninferior if retention else sides.statistic.p_superior,
         p_incumbent=against.p_noninferior if retention else against.p_superior,
-        p_base=pair.base.p_noninferior if retention else pair.base.p_superior,
+        p_base=sides.base.p_noninferior if retention else sides.base.p_superior,
         alpha=local,
-        margin=against.margin if retention else 0.0,
+        margin=against.margin,
         decision=decision,
         reason=reason,
         method=against.method,
@@ -162,41 +249,109 @@ def _result(scores: Scores, pair: _Pair, shown: bool, local: float, min_items: i
         improved=int(np.sum(after > before)),
         worsened=int(np.sum(after < before)),
         worst=scores.worst,
+        best=scores.best_name,
+        best_release=None if sides.best is None else _noninferiority(metric, sides.best, local),
+        statistic=None if retention else _superiority(_statistic_name(suite, sides), sides.statistic, local),
+        recall=None if retention else _noninferiority(metric, against, local),
     )
 
 
-def _retention(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
-    names = (("the incumbent", pair.incumbent), ("the base", pair.base))
-    name, worst = max(names, key=lambda entry: entry[1].p_noninferior)
-    low = worst.bounds(local)[0]
+def _retention(scores: Scores, sides: _Sides, is_worse: bool, level: float, min_items: int) -> tuple[Decision, str]:
+    name, worst = sides.worst
+    low = worst.bounds(level)[0]
     if worst.units < min_items:
-        return "inconclusive", _too_few(worst, min_items)
-    if shown:
+        return "inconclusive", _too_few(scores.suite.task, worst, min_items)
+    if worst.p_noninferior <= level:
         return "passed", f"at most {points(-low)} lost, {points(worst.margin)} allowed" if low < 0 else "nothing lost"
-    for reference, side in names:
-        if side.p_worse <= local:
-            change = f"from {percent(side.before)} to {percent(side.after)}"
-            return "failed", f"lost {points(-side.difference)} against {reference} ({change})"
+    if is_worse:
+        lost = [entry for entry in sides.references.items() if entry[1].p_noninferior > level]
+        reference, side = min(lost, key=lambda entry: entry[1].p_worse)
+        return "failed", f"lost {points(-side.difference)} against {reference} ({_moved(side)})"
     return "inconclusive", (
         f"a loss of {points(-low)} against {name} is not excluded, {points(worst.margin)} allowed; "
-        f"about {max(worst.needed(local), worst.n + 1)} items would tell"
+        f"about {max(worst.needed(level), worst.n + 1)} items would tell"
     )
 
 
-def _gain(pair: _Pair, shown: bool, local: float, min_items: int) -> tuple[Decision, str]:
-    side = pair.incumbent
-    change = f"from {percent(side.before)} to {percent(side.after)}"
+def _gain(
+    scores: Scores, sides: _Sides, is_worse: bool, shown: bool, local: float, min_items: int
+) -> tuple[Decision, str]:
+    side, statistic = sides.incumbent, sides.statistic
     if side.units < min_items:
-        return "inconclusive", _too_few(side, min_items)
+        return "inconclusive", _too_few(scores.suite.task, side, min_items)
+    if is_worse:
+        return "failed", f"lost {points(-side.difference)} on new data ({_moved(side)})"
+    metric = scores.suite.metric
+    kept = side.p_noninferior <= local
+    loss = "" if kept else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
+    if shown and kept:
+        name = _statistic_name(scores.suite, sides)
+        beside = "" if name == metric else f"; {metric} {_moved(side)}"
+        return "passed", f"gained {points(statistic.difference)} of {name} ({_moved(statistic)}){beside}"
     if shown:
-        return "passed", f"gained {points(side.difference)} ({change})"
-    if side.p_worse <= local < side.p_noninferior:
-        return "failed", f"lost {points(-side.difference)} on new data ({change})"
-    return "inconclusive", f"no gain shown ({change}, p = {side.p_superior:.2g} at level {local:.2g})"
+        return "inconclusive", f"better by {_statistic_name(scores.suite, sides)} ({_moved(side)}){loss}"
+    return "inconclusive", f"no gain shown ({_moved(side)}, p = {statistic.p_superior:.2g} at level {local:.2g}){loss}"
 
 
-def _too_few(side: Comparison, min_items: int) -> str:
-    what = f"{side.n} items" if side.units == side.n else f"{side.units} images ({side.n} questions)"
+def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float, min_items: int) -> PooledGain:
+    """The test that decides about the gain."""
+    statistic = pool([sides.statistic for _, sides in strata], margin)
+    metric = pool([sides.incumbent for _, sides in strata], margin)
+    names = [
+        ", ".join(dict.fromkeys(name(suite, sides) for suite, sides in strata))
+        for name in (_statistic_name, lambda suite, _: str(suite.metric))
+    ]
+    decision: Decision = "inconclusive"
+    where = strata[0][0].name if len(strata) == 1 else f"{len(strata)} fresh domains"
+    better = f"{names[0]} of {where} {_moved(statistic)}"
+    if metric.units < min_items:
+        reason = f"only {metric.units} independent fresh items; at least {min_items} are asked for"
+    elif statistic.p_superior > level:
+        reason = f"no gain shown ({better}, p = {statistic.p_superior:.2g} at level {level:.2g})"
+    elif metric.p_noninferior > level:
+        reason = f"{better}, but a loss of {points(-metric.bounds(level)[0])} of {names[1]} is not excluded"
+    else:
+        decision = "passed"
+        reason = f"gained {points(statistic.difference)}: {better}"
+        reason += "" if names[0] == names[1] else f"; {names[1]} {_moved(metric)}"
+    return PooledGain(
+        decision=decision,
+        reason=reason,
+        n=metric.n,
+        units=metric.units,
+        strata={suite.name: sides.units for suite, sides in strata},
+        statistic=_superiority(names[0], statistic, level),
+        recall=_noninferiority(names[1], metric, level),
+        margin=margin,
+        alpha=level,
+        method=statistic.method,
+    )
+
+
+def _statistic_name(suite: Suite, sides: _Sides) -> str:
+    return str(suite.metric) if sides.statistic is sides.incumbent else RANK_STATISTIC
+
+
+def _superiority(name: str, side: Comparison, level: float) -> Change:
+    return _change(name, side, level, side.p_superior)
+
+
+def _noninferiority(name: str, side: Comparison, level: float) -> Change:
+    return _change(name, side, level, side.p_noninferior)
+
+
+def _change(name: str, side: Comparison, level: float, p: float) -> Change:
+    low, high = side.bounds(level)
+    return Change(name, side.before, side.after, side.difference, low, high, p)
+
+
+def _moved(side: Comparison) -> str:
+    return f"from {percent(side.before)} to {percent(side.after)}"
+
+
+def _too_few(task: Task, side: Comparison, min_items: int) -> str:
+    unit, item = ("images", "questions") if task == "vqa" else ("captions", "items")
+    what = f"{side.n} items" if side.units == side.n else f"{side.units} {unit} ({side.n} {item})"
     return f"only {what}; at least {min_items} are asked for"
 
 

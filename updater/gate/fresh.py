@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
 
-from updater.gate.items import Item, asked_sample, captioned_sample, limited
-from updater.gate.suites import Family, Suite
+from updater.gate.suite_items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
+from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
 _COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")
 
 
 def fresh_suite(
-    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = 400, seed: int = 0
+    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = MAX_ITEMS, seed: int = 0
 ) -> Suite:
     """A gain suite from rows with the columns id, image, domain, concept and text (or question and answer).
 
@@ -22,25 +23,27 @@ def fresh_suite(
     asked the questions, and its answers must match. Rows without a text (a question) are left out. `domain` takes
     only the rows of one domain.
     """
-    return _suite(_items(rows, family).get(domain, []) if domain else _all(rows, family), domain, family, limit, seed)
+    items = items_by_domain(rows, family).get(domain, []) if domain else _all(rows, family)
+    return _suite(items, domain, family, limit, seed)
 
 
 def fresh_suites(
-    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = 400, most: int = 6
+    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = MAX_ITEMS, most: int = 6
 ) -> list[Suite]:
-    """One gain suite for each domain with at least `min_items` fresh images, the largest `most` of them.
+    """One gain suite for each domain with at least `min_items` fresh captions (or images with questions), the largest
+    `most` of them.
 
     If no domain has enough, one suite over all rows together; none if there are no rows.
     """
-    found = {domain: items for domain, items in _items(rows, family).items() if domain}
-    enough = [domain for domain in found if _images(found[domain], family) >= min_items]
+    found = {domain: items for domain, items in items_by_domain(rows, family).items() if domain}
+    enough = [domain for domain in found if units(found[domain], family) >= min_items]
     domains = sorted(enough, key=lambda domain: -len(found[domain]))[:most]
     suites = [_suite(found[domain], domain, family, limit, 0) for domain in domains]
     suites = suites or [_suite(_all(rows, family), None, family, limit, 0)]
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
-def _items(rows: pa.Table, family: Family) -> dict[str, list[Item]]:
+def items_by_domain(rows: pa.Table, family: Family) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     found: dict[str, list[Item]] = defaultdict(list)
     make = captioned_sample if family == "clip" else asked_sample
@@ -52,27 +55,30 @@ def _items(rows: pa.Table, family: Family) -> dict[str, list[Item]]:
 
 
 def _all(rows: pa.Table, family: Family) -> list[Item]:
-    return [item for items in _items(rows, family).values() for item in items]
+    return [item for items in items_by_domain(rows, family).values() for item in items]
 
 
-def _images(items: Iterable[Item], family: Family) -> int:
-    """Independent items: captions stand for themselves, several questions on one image for one."""
-    kept = list(items)
-    return len(kept) if family == "clip" else len({item.read() for item in kept})
+def units(items: Sequence[Item], family: Family) -> int:
+    """Clusters of items that are independent of each other."""
+    return len(np.unique((caption_clusters if family == "clip" else image_clusters)(items)))
 
 
-def _suite(items: list[Item], domain: str | None, family: Family, limit: int, seed: int) -> Suite:
-    suite = Suite(
-        name=_slug(f"fresh.{domain}" if domain else "fresh"),
-        role="gain",
-        task="retrieval" if family == "clip" else "vqa",
-        limit=limit,
-        seed=seed,
-        description=f"New {domain or 'samples'} that were never trained on.",
-    )
+def store_suite(
+    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, seed: int, description: str
+) -> Suite:
+    """A suite over items of the sample store, at most `limit` of them."""
+    task: Task = "retrieval" if family == "clip" else "vqa"
+    suite = Suite(name=name, role=role, task=task, limit=limit, seed=seed, description=description)
     suite._items = tuple(limited(items, limit, seed))
     return suite
 
 
-def _slug(name: str) -> str:
+def _suite(items: Sequence[Item], domain: str | None, family: Family, limit: int, seed: int) -> Suite:
+    name = slug(f"fresh.{domain}" if domain else "fresh")
+    description = f"New {domain or 'samples'} that were never trained on."
+    return store_suite(items, name, "gain", family, limit, seed, description)
+
+
+def slug(name: str) -> str:
+    """A domain's name as that of a suite."""
     return "".join(c if c.isalnum() or c in "_.-" else "-" for c in name.lower())[:64]

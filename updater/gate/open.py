@@ -12,20 +12,20 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import VlmBase
 from serving.errors import EngineDead
-from updater.gate.asker import Asker
-from updater.gate.clip import ClipAsker
-from updater.gate.vlm import VlmAsker
+from updater.gate.clip import ClipEvaluator
+from updater.gate.evaluator import Evaluator
+from updater.gate.vlm import VlmEvaluator
 
 
 @contextmanager
-def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[Any]]:
+def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Evaluator[Any]]:
     """An engine of `base`, as it serves: a CLIP in this process, a VLM in the engine that the settings name.
 
     Raises:
         GateError: the VLM engine does not start.
     """
     if isinstance(base, ClipBase):
-        yield ClipAsker(ClipEngine.of(settings, base, threads=settings.updater.threads))
+        yield ClipEvaluator(ClipEngine.of(settings, base, threads=settings.updater.threads))
         return
     from serving.engines.vlm.open import open_engine
     from serving.engines.vlm.sync import SyncVlm
@@ -36,4 +36,4 @@ def open_asker(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Asker[A
             vlm = stack.enter_context(SyncVlm(engine))
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
-        yield VlmAsker(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")
+        yield VlmEvaluator(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")

@@ -15,6 +15,7 @@ from updater.gate.verdict import Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
+NO_LOOK = "none: it could not have passed, and spends no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -52,15 +53,16 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
     environment.filters |= {"percent": _percent, "signed": _signed, "number": _number, "value": _value}
     retention = [suite for suite in report["suites"] if suite["role"] == "retention"]
     gains = [suite for suite in report["suites"] if suite["role"] == "gain"]
-    suites = gains + retention
+    missing = {"statistic": None, "best_release": None}  # in reports of earlier versions
+    suites = [{**missing, **suite} for suite in gains + retention]
     return environment.get_template(template).render(
-        r=report,
+        r={"gain": None, **report, "suites": suites},
         forest=forest(suites) if suites else "",
         bars=bars(suites) if suites else "",
         cost=_cost(report),
         facts=_facts(report),
-        retention=retention,
-        gains=gains,
+        retention=[suite for suite in suites if suite["role"] == "retention"],
+        gains=[suite for suite in suites if suite["role"] == "gain"],
     )
 
 
@@ -98,7 +100,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Incumbent", report["incumbent"] or "the base alone"),
         ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
         ("Significance", f"α = {report['alpha']:g} over all looks; {report['level']:.4f} for this one"),
-        ("Look", f"number {looks + 1} since the last release"),
+        ("Look", f"number {looks + 1} since the last release" if report.get("spent", True) else NO_LOOK),
         ("Time", report["created_at"]),
     ]
     if (crossing := report.get("cross_version")) is not None:

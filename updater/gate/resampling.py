@@ -1,9 +1,11 @@
-"""The studentised bootstrap of a mean difference, over items or over clusters of them."""
+"""The studentised bootstrap of a mean difference, over items or clusters of them, and over strata."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +17,30 @@ RESAMPLES = 20_000
 
 PSEUDO = 0.5
 """Half an item is added at -1 and at +1 before resampling, as Agresti and Min (2005) do for paired proportions:
-with no disagreement at all the plain bootstrap would claim certainty from any number of items."""
+with no disagreement at all the plain bootstrap would claim certainty from any number of items. Where outcomes are no
+hits and misses it is added at the largest difference that was seen (`reach`): at +-1 it would hide what 50 items show
+of a rank statistic, and at the differences' root mean square a test at 3% would be one at 6% (both by simulation)."""
+
+CELLS = 4_000_000
+"""Numbers of a chunk of draws: 32 MB."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Bootstrap:
-    """A studentised bootstrap distribution of a mean difference."""
+    """A bootstrap distribution of a mean difference, studentised: each draw is divided by its own standard error."""
 
     difference: float
     error: float
     """Standard error of `difference`."""
-    pivots: Floats
-    """Sorted draws of (mean* - mean) / error*."""
+    moves: Floats
+    """[draws]: each draw's mean less the mean that was drawn from."""
+    errors: Floats
+    """[draws]: each draw's own standard error."""
+
+    @cached_property
+    def pivots(self) -> Floats:
+        """Sorted draws of (mean* - mean) / error*."""
+        return np.sort(self.moves / self.errors)
 
     def p_above(self, value: float) -> float:
         """One-sided p of H0: the difference is at most `value`."""
@@ -54,32 +68,72 @@ class Bootstrap:
         return min(self.difference - float(self.pivots[max(beyond, 0)]) * self.error, 1.0)
 
 
-def bootstrap(sums: Floats, sizes: Floats | None = None, *, seed: int = 0, draws: int = RESAMPLES) -> Bootstrap:
+def bootstrap(
+    sums: Floats, sizes: Floats | None = None, *, reach: float = 1.0, seed: int = 0, draws: int = RESAMPLES
+) -> Bootstrap:
     """Resample clusters with replacement; the same seed gives the same answer.
 
     `sums` [clusters] are the summed differences of a cluster's items, and `sizes` [clusters] how many items it has:
-    one each by default. The difference is sum(sums) / sum(sizes).
+    one each by default. The difference is sum(sums) / sum(sizes). `reach` is the difference of an item at which half an
+    item is added, see PSEUDO.
     """
     n = len(sums)
     ones = np.ones(n) if sizes is None else sizes
     usual = float(ones.mean())
-    pairs = np.concatenate([np.stack([sums, ones], axis=1), [[-usual, usual], [usual, usual]]])
+    pairs = np.concatenate([np.stack([sums, ones], axis=1), [[-reach * usual, usual], [reach * usual, usual]]])
     values, index = np.unique(pairs, axis=0, return_inverse=True)
-    pseudo = index.reshape(-1)[-2:]
-    observed = np.bincount(index.reshape(-1), minlength=len(values)).astype(np.float64)
+    index = index.reshape(-1)
+    pseudo = index[-2:]
+    observed = np.bincount(index, minlength=len(values)).astype(np.float64)
     observed[pseudo] -= 1.0 - PSEUDO  # the two appended clusters weigh half a cluster each
     total, size = values[:, 0], values[:, 1]
     share = observed / observed.sum()
     centre = float(share @ total) / float(share @ size)
     error = math.sqrt(float(share @ (total - centre * size) ** 2) / n) / float(share @ size)
+    moments = np.stack([total, size, total**2, total * size, size**2], axis=1)
+    drawn = _sums(moments, index, share, n, seed, draws)
+    moves = drawn[:, 0] / drawn[:, 1] - centre
+    smooth = (drawn + PSEUDO * moments[pseudo].sum(axis=0)) / (n + 2 * PSEUDO)
+    mean = smooth[:, 0] / smooth[:, 1]
+    squares = smooth[:, 2] - 2 * mean * smooth[:, 3] + mean**2 * smooth[:, 4]
+    errors = np.sqrt(np.maximum(squares, 1e-30) / n) / smooth[:, 1]
+    return Bootstrap(difference=float(sums.sum() / ones.sum()), error=error, moves=moves, errors=errors)
+
+
+def stratified(strata: Sequence[Bootstrap], weights: Sequence[float]) -> Bootstrap:
+    """The weighted mean of the differences of strata that were drawn independently, with as many draws each.
+
+    The variances of strata add up, weighted by the squared weights (Cochran, Sampling Techniques, 1977, 5.3).
+    """
+    shares = np.array(weights, dtype=np.float64) / sum(weights)
+    return Bootstrap(
+        difference=float(shares @ [each.difference for each in strata]),
+        error=math.sqrt(float(shares**2 @ [each.error**2 for each in strata])),
+        moves=shares @ np.stack([each.moves for each in strata]),
+        errors=np.sqrt(shares**2 @ np.stack([each.errors for each in strata]) ** 2),
+    )
+
+
+def _sums(moments: Floats, index: NDArray[np.int_], share: Floats, n: int, seed: int, draws: int) -> Floats:
+    """Sums of `moments` [values, 5] over `n` drawn clusters: [draws, 5].
+
+    A draw is a multinomial count of the different values. Where there are few of them it is drawn as such; where
+    nearly every cluster has its own, drawing the clusters and counting them is several times faster.
+    """
     rng = np.random.default_rng(seed)
-    sample = rng.multinomial(n, share, size=draws).astype(np.float64)
-    mean = (sample @ total) / (sample @ size)
-    sample[:, pseudo] += PSEUDO
-    shares = sample / (n + 2 * PSEUDO)
-    room = shares @ size
-    smooth = (shares @ total) / room
-    squares = shares @ total**2 - 2 * smooth * (shares @ (total * size)) + smooth**2 * (shares @ size**2)
-    errors = np.sqrt(np.maximum(squares, 1e-30) / n) / room
-    pivots = np.sort((mean - centre) / errors)
-    return Bootstrap(difference=float(sums.sum() / ones.sum()), error=error, pivots=pivots)
+    count = len(moments)
+    few = 5 * count < n
+    chunk = max(1, CELLS // (count if few else n))
+    parts = []
+    for start in range(0, draws, chunk):
+        rows = min(chunk, draws - start)
+        if few:
+            counts = rng.multinomial(n, share, size=rows)
+        else:
+            # 2n + 2 equal lots: two for each cluster, one for each of the two appended ones
+            lots = rng.integers(2 * n + 2, size=(rows, n))
+            which = index[np.where(lots < 2 * n, lots // 2, lots - n)]
+            places = which + count * np.arange(rows)[:, None]
+            counts = np.bincount(places.ravel(), minlength=rows * count).reshape(rows, count)
+        parts.append(counts.astype(np.float64) @ moments)
+    return np.concatenate(parts)

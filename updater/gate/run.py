@@ -10,34 +10,37 @@ from typing import Any
 from ops.errors import AdapterError, GateError
 from ops.progress import say
 from ops.settings import Gate as GateSettings
-from updater.gate.asker import Asker, M
-from updater.gate.decision import Scores, conclude, decide
-from updater.gate.statistics import spend
+from updater.gate.decision import Findings, Scores, conclude, decide
+from updater.gate.evaluator import Evaluator, M
+from updater.gate.interim_analyses import spend
 from updater.gate.suites import Suite
-from updater.gate.verdict import Check, SuiteResult, Verdict
+from updater.gate.verdict import Check, Verdict
 
 
 def run_gate(
     *,
-    asker: Asker[M],
+    evaluator: Evaluator[M],
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
     fresh: Suite | Sequence[Suite],
     looks: int,
     settings: GateSettings,
+    best: Mapping[str, str] | None = None,
     cost: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Judge `candidate`. Candidate and incumbent are resident in the engine under their names.
 
     Args:
-        asker: the serving engine of one family of models; what is gated is what is served.
+        evaluator: the serving engine of one family of models; what is gated is what is served.
         candidate: adapter name. If it is not resident (it would not load), the verdict says so.
         incumbent: adapter of the live release; None is the base alone.
-        suites: retention suites, and gain suites of the user, all of the asker's family.
+        suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suite(s) from `fresh_eval`, see `fresh_suites`.
-        looks: verdicts since the last release (`Ledger.looks_since_release`).
+        looks: verdicts since the last release that spent alpha (`Ledger.looks_since_release`).
+        best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
+            whose best is the incumbent, is compared with incumbent and base.
         settings: alpha, default margin and min_items.
         cost: shown in the report: maf_planned, maf_spent, seconds, steps, ...
         meta: shown in the report: recipe, data_from, data_to, update, ...; `tuned_on` (names of suites that the
@@ -51,29 +54,34 @@ def run_gate(
     facts = dict(meta or {})
     asked = [_asked(suite, facts) for suite in (*suites, *_sequence(fresh))]
     for suite in asked:
-        if suite.family != asker.family:
+        if suite.family != evaluator.family:
             raise GateError(
-                f"suite {suite.name}: a {asker.family.upper()} cannot be asked for {suite.task}.",
-                f"Ask it suites of its family (`load_suites(..., family={asker.family!r})`).",
+                f"suite {suite.name}: a {evaluator.family.upper()} cannot be asked for {suite.task}.",
+                f"Ask it suites of its family (`load_suites(..., family={evaluator.family!r})`).",
             )
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
     level = spend(settings.alpha, looks)
-    checks = asker.checks(candidate, asked, facts)
-    results: list[SuiteResult] = []
+    checks = evaluator.checks(candidate, asked, facts)
+    early = len(checks)
+    findings = Findings((), None)
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        results, trouble = _suites(asker, candidate, incumbent, asked, settings, level)
+        findings, trouble = _suites(evaluator, candidate, incumbent, asked, best or {}, settings, level)
         checks += trouble
-    outcome, reasons = conclude(results, checks)
+    # checks that look at the answers come after the tests, and take nothing back
+    sound = all(check.ok for check in checks[:early])
+    outcome, reasons = conclude(findings, checks)
     crossing = None
     if outcome == "passed":
-        crossing = asker.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
+        crossing = evaluator.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
     verdict = Verdict(
         outcome=outcome,
         reasons=reasons,
         candidate=candidate,
         incumbent=incumbent,
-        base=asker.base.name,
-        suites=tuple(results),
+        base=evaluator.base.name,
+        suites=findings.results,
+        gain=findings.gain,
+        spent=sound and findings.tested,
         checks=tuple(checks),
         alpha=settings.alpha,
         level=level,
@@ -81,7 +89,7 @@ def run_gate(
         seconds=time.monotonic() - started,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cost=dict(cost or {}),
-        meta={**facts, "base_digest": asker.base.digest},
+        meta={**facts, "base_digest": evaluator.base.digest},
         cross_version=crossing,
     )
     say(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
@@ -89,34 +97,46 @@ def run_gate(
 
 
 def _suites(
-    asker: Asker[M],
+    evaluator: Evaluator[M],
     candidate: str,
     incumbent: str | None,
     suites: Sequence[Suite],
+    best: Mapping[str, str],
     settings: GateSettings,
     level: float,
-) -> tuple[list[SuiteResult], list[Check]]:
+) -> tuple[Findings, list[Check]]:
     scores = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
         try:
-            base = asker.score(suite, None, label=f"{suite.name}, base")
-            before = base if incumbent is None else asker.score(suite, incumbent, label=f"{suite.name}, incumbent")
+            base = evaluator.score(suite, None, label=f"{suite.name}, base")
+            before = base if incumbent is None else evaluator.score(suite, incumbent, label=f"{suite.name}, incumbent")
+            rival = _rival(suite, best, incumbent, candidate)
+            released = evaluator.score(suite, rival, label=f"{suite.name}, best release") if rival else None
         except (RuntimeError, ValueError, AdapterError) as error:
             raise GateError(
-                f"suite {suite.name}: base or incumbent cannot be scored: {error}",
+                f"suite {suite.name}: base, incumbent or best release cannot be scored: {error}",
                 "Nothing can be judged without them; check the base and the live adapter (`ratchet doctor`).",
             ) from error
         try:
-            after = asker.score(suite, candidate, label=f"{suite.name}, candidate")
+            after = evaluator.score(suite, candidate, label=f"{suite.name}, candidate")
         except Exception as error:  # a bad candidate is rejected, it does not end the updater
             if isinstance(error, GateError):
                 raise
-            return [], [Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])]
-        worst = asker.worst(suite, before, after)
-        scores.append(Scores(suite, base, before, after, asker.chance(suite), worst, suite.pictures()))
-    results = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
-    return results, asker.answer_checks(candidate, suites)
+            return Findings((), None), [
+                Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
+            ]
+        worst = evaluator.worst(suite, before, after)
+        chance, clusters = evaluator.chance(suite), suite.clusters()
+        scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
+    findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
+    return findings, evaluator.answer_checks(candidate, suites)
+
+
+def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candidate: str) -> str:
+    """The best release by a retention suite, if it is another adapter than both that are compared; else empty."""
+    name = best.get(suite.name, "") if suite.role == "retention" else ""
+    return "" if name in (incumbent, candidate) else name
 
 
 def _asked(suite: Suite, facts: Mapping[str, Any]) -> Suite:

@@ -1,18 +1,21 @@
-"""The statistics that let a candidate in: paired tests, their intervals, and what several tests may spend together.
+"""The statistics that let a candidate in: paired tests, their intervals, and corrections for several.
 
-Every comparison is paired: the same items, before and after. Three kinds of outcome exist.
+Every comparison is paired: the same items, before and after. Two kinds of outcome exist.
 
 - *Accuracy*: one 0/1 per item. Non-inferiority uses Tango's score test for a paired difference of proportions
   (T. Tango, Statistics in Medicine 17, 1998, 891-908) with the interval that inverts it: unlike Wald it keeps its
   level when few items disagree, and it does not collapse to a point when none does. Superiority uses the exact
   McNemar test.
-- *Recall both ways*: two 0/1 per item, which are not independent. The item is the cluster: its two outcomes are
-  averaged and whole items are resampled (a studentised bootstrap). Differences take few values (-1, -1/2, 0, 1/2,
-  1), so resampling items is a multinomial draw over those values, which is exact and fast.
-- *Answers to questions*: one number in [0, 1] per question, and several questions may be about one image. What a
-  model sees in an image shows in all of them, so the image is the cluster: whole images are resampled, and the mean
-  over questions is a ratio of two sums over images (its error by linearisation: Cochran, Sampling Techniques, 1977,
-  6.4). Where each question has its own image and every outcome is 0 or 1, it is an accuracy, and is tested as one.
+- *Clusters*: numbers in [0, 1], one for each way in which an item is asked, of items that may depend on each other.
+  The two ways of asking in retrieval do, items with the same caption do (what an update does to the caption's vector
+  shows in all of them), and questions about one image do. An item's outcomes are averaged, and whole clusters are
+  resampled (a studentised bootstrap); the mean over items is a ratio of two sums over clusters, its error by
+  linearisation (Cochran, Sampling Techniques, 1977, 6.4). Taking ten items of a caption for independent makes a test
+  at 3% one at 20%. Where each item is alone with one outcome of 0 or 1, it is an accuracy, and is tested as one.
+
+Retrieval has ranks besides. Of the items whose rank changes few cross the k-th place, so a test on recall@k sees few
+of them; one on 1/log2(2 + rank), the gain of a single right answer in DCG (Jarvelin and Kekalainen, ACM TOIS 20, 2002),
+sees them all, and those near the top most. With it 100 items say what 260 say of recall@5.
 
 All tests are one-sided. `before` and `after` are means over items; a difference is `after - before`.
 """
@@ -20,7 +23,7 @@ All tests are one-sided. `before` and `after` are means over items; a difference
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from updater.gate.resampling import PSEUDO, RESAMPLES, Bootstrap, Floats, bootstrap
+from updater.gate.resampling import PSEUDO, RESAMPLES, Bootstrap, Floats, bootstrap, stratified
 
+SMALLEST_REACH = 1e-6
+"""Of a model that changes no rank at all."""
 MAX_RESAMPLES = 400_000
 """Bound on the draws (about half a second and 50 MB)."""
 
@@ -55,7 +60,9 @@ class Comparison:
     bounds: Callable[[float], tuple[float, float]]
     """Lower and upper bound of the difference, each missed with at most the given probability."""
     units: int
-    """Items that are independent of each other: images, where several questions are about one."""
+    """Clusters that are independent of each other: captions, images, or items where each is alone."""
+    resample: Callable[[], Bootstrap]
+    """Its bootstrap distribution, to be pooled with others."""
 
     def needed(self, level: float, power: float = 0.8) -> int:
         """Items with which non-inferiority would be shown at `level` with `power` if nothing had changed."""
@@ -100,7 +107,12 @@ def mcnemar_superior(gained: int, lost: int) -> float:
     return float(stats.binom.sf(gained - 1, gained + lost, 0.5)) if gained + lost else 1.0
 
 
-def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Comparison:
+def reciprocal_log_rank(ranks: NDArray[np.integer]) -> Floats:
+    """1/log2(2 + rank) of 0-based ranks: 1 where the answer is right, 0.5 at rank 2, near 0 far down."""
+    return np.asarray(1.0 / np.log2(2.0 + ranks), dtype=np.float64)
+
+
+def compare_accuracy(before: Floats, after: Floats, *, margin: float, level: float = 0.05, seed: int = 0) -> Comparison:
     """Compare two aligned 0/1 vectors of shape [n]. Raises ValueError if they are not."""
     _check(before, after)
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
@@ -121,51 +133,85 @@ def compare_accuracy(before: Floats, after: Floats, *, margin: float) -> Compari
         spread=math.sqrt((gained + lost + 2 * PSEUDO) / (n + 2 * PSEUDO)),
         bounds=lambda level: tango_interval(gained, lost, n, level),
         units=n,
+        resample=lambda: bootstrap(after - before, seed=seed, draws=_draws(level)),
     )
 
 
-def compare_recall(before: Floats, after: Floats, *, margin: float, level: float, seed: int = 0) -> Comparison:
-    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1], item by item (clusters of views).
+def compare_clusters(
+    before: Floats,
+    after: Floats,
+    clusters: NDArray[np.int_] | None = None,
+    *,
+    margin: float,
+    level: float,
+    seed: int = 0,
+    graded: bool = False,
+) -> Comparison:
+    """Compare two aligned outcome arrays of shape [n] or [n, views] in [0, 1].
 
-    `level` is the smallest level that will be asked about: it decides how many draws are made.
+    Args:
+        clusters: [n]; items with the same number are resampled together. None: each item is alone.
+        level: the smallest level that will be asked about: it decides how many draws are made.
+        graded: outcomes are no hits and misses, but numbers that nearly every item moves (a rank statistic).
+
+    Raises:
+        ValueError: the arrays do not align.
     """
     _check(before, after)
-    first = before.reshape(len(before), -1).mean(axis=1)
-    second = after.reshape(len(after), -1).mean(axis=1)
-    boot = bootstrap(second - first, seed=seed, draws=_draws(level))
-    return _compared(first, second, boot, len(first), margin, "studentised bootstrap over items")
-
-
-def compare_answers(
-    before: Floats, after: Floats, pictures: NDArray[np.str_], *, margin: float, level: float, seed: int = 0
-) -> Comparison:
-    """Compare two aligned vectors of shape [n] in [0, 1]; questions with the same `pictures` [n] are one cluster."""
-    _check(before, after)
-    _, index = np.unique(pictures, return_inverse=True)
-    images = int(index.max()) + 1
-    if images == len(before) and bool(np.isin([before, after], (0.0, 1.0)).all()):
-        return compare_accuracy(before, after, margin=margin)
+    first = before.reshape(len(before), -1)
+    second = after.reshape(len(after), -1)
+    index = np.arange(len(first)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    if len(index) != len(first):
+        raise ValueError(f"{len(index)} clusters for {len(first)} items")
+    units = int(index.max()) + 1
+    alone = units == len(first)
+    if alone and first.shape[1] == 1 and bool(np.isin([first, second], (0.0, 1.0)).all()):
+        return compare_accuracy(first[:, 0], second[:, 0], margin=margin, level=level, seed=seed)
+    own_first, own_second = first.mean(axis=1), second.mean(axis=1)
+    sums = np.bincount(index, weights=own_second - own_first).astype(np.float64)
     sizes = np.bincount(index).astype(np.float64)
-    sums = np.bincount(index, weights=after - before).astype(np.float64)
-    boot = bootstrap(sums, sizes, seed=seed, draws=_draws(level))
-    method = "studentised bootstrap over items" if images == len(before) else "studentised bootstrap over images"
-    return _compared(before, after, boot, images, margin, method)
+    reach = max(float(np.abs(sums / sizes).max()), SMALLEST_REACH) if graded else 1.0
+    boot = bootstrap(sums, sizes, reach=reach, seed=seed, draws=_draws(level))
+    method = f"studentised bootstrap over {'items' if alone else 'clusters'}"
+    means = float(own_first.mean()), float(own_second.mean())
+    return _compared(means, boot, len(first), units, margin, method)
 
 
-def _compared(before: Floats, after: Floats, boot: Bootstrap, units: int, margin: float, method: str) -> Comparison:
+def pool(strata: Sequence[Comparison], margin: float) -> Comparison:
+    """The mean over strata weighted by their units, its variance the weighted sum of theirs.
+
+    A single stratum is its own pool. The strata must have been compared at one `level` and with different seeds.
+    """
+    if len(strata) == 1 and strata[0].margin == margin:
+        return strata[0]
+    units = sum(stratum.units for stratum in strata)
+    shares = [stratum.units / units for stratum in strata]
+    means = (
+        sum(share * stratum.before for share, stratum in zip(shares, strata, strict=True)),
+        sum(share * stratum.after for share, stratum in zip(shares, strata, strict=True)),
+    )
+    boot = stratified([stratum.resample() for stratum in strata], shares)
+    n = sum(stratum.n for stratum in strata)
+    return _compared(means, boot, n, units, margin, f"stratified studentised bootstrap, {len(strata)} strata")
+
+
+def _compared(
+    means: tuple[float, float], boot: Bootstrap, n: int, units: int, margin: float, method: str
+) -> Comparison:
     return Comparison(
-        n=len(before),
-        before=float(before.mean()),
-        after=float(after.mean()),
+        n=n,
+        before=means[0],
+        after=means[1],
         difference=boot.difference,
         margin=margin,
         p_noninferior=boot.p_above(-margin),
         p_superior=boot.p_above(0.0),
         p_worse=boot.p_below(0.0),
         method=method,
-        spread=boot.error * math.sqrt(len(before)),
+        spread=boot.error * math.sqrt(n),
         bounds=lambda level: (boot.low(level), boot.high(level)),
         units=units,
+        resample=lambda: boot,
     )
 
 
@@ -197,18 +243,6 @@ def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:
         refused[i] = going
         levels[i] = local
     return refused, levels
-
-
-def spend(alpha: float, looks: int) -> float:
-    """The level of this look, when `looks` verdicts have fallen since the last release.
-
-    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many looks: however long an updater tries,
-    the chance that a bad candidate slips in before the next release stays below alpha. It starts at 0.61 alpha and
-    falls slowly (alpha / 2^k would leave nothing after ten tries).
-    """
-    if looks < 0:
-        raise ValueError(f"looks is {looks}: it counts earlier verdicts")
-    return alpha * 6.0 / (math.pi**2 * (looks + 1) ** 2)
 
 
 @lru_cache(maxsize=64)

@@ -18,12 +18,24 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from ops.digests import digest12, digest_bytes, digest_json
+from ops.digests import digest_bytes, digest_json
 from ops.errors import GateError, RecordError
 from streams.folders import INDEX, FolderItem, read_folder
 from updater.gate.answers import polarity
-from updater.gate.items import Half, Item, asked, captioned, limited, of_half, without_lonely
+from updater.gate.suite_items import (
+    Half,
+    Item,
+    asked,
+    caption_clusters,
+    captioned,
+    image_clusters,
+    limited,
+    of_half,
+    without_lonely,
+)
 
+MAX_ITEMS = 2000
+"""Most items where nothing else is said, as the setting gate.max_items: 12 s a model at 6 ms an image."""
 BUILTIN = Path(__file__).parent / "suites"
 _NEEDED = {"classification": "class", "retrieval": "text", "vqa": "question and its answer"}
 
@@ -66,7 +78,9 @@ class Suite(BaseModel):
     kinds: list[str] = Field(default_factory=list, description="Only questions with these labels; all when unset.")
     metric: Metric | None = Field(None, description="accuracy; recall@5 for retrieval; exact_match for vqa.")
     margin: float | None = Field(None, gt=0, lt=1, description="Loss to exclude; the setting gate.margin if unset.")
-    limit: int = Field(500, ge=2, le=50_000, description="Most items, drawn with `seed`.")
+    limit: int = Field(
+        MAX_ITEMS, ge=2, le=50_000, description="Most items, drawn with `seed`; the setting gate.max_items if unset."
+    )
     seed: int = 0
     description: str = ""
 
@@ -149,21 +163,25 @@ class Suite(BaseModel):
             self._digest = digest_json([self.model_dump(include=fields), images])
         return self._digest
 
-    def pictures(self) -> NDArray[np.str_] | None:
-        """For each item the name of its image's content: questions about one image are not independent.
-
-        None where every item counts by itself.
+    def clusters(self) -> NDArray[np.int_] | None:
+        """For each item the number of its cluster: items that share a caption (retrieval) or an image (questions) are
+        not independent of each other. None where every item counts by itself.
         """
-        return np.array([digest12(digest) for digest in self._image_digests()]) if self.task == "vqa" else None
+        if self.task == "classification":
+            return None
+        return (image_clusters if self.task == "vqa" else caption_clusters)(self.items())
 
     def _image_digests(self) -> list[str]:
         return [digest_bytes(_bytes(self, item)) for item in self.items()]
 
 
-def load_suites(paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None) -> list[Suite]:
+def load_suites(
+    paths: Iterable[Path] = (), home: Path | None = None, family: Family | None = None, max_items: int = MAX_ITEMS
+) -> list[Suite]:
     """Read suites from YAML files and folders of them; the built-in ones when `paths` is empty.
 
-    Only those for models of `family` are returned; all when it is None.
+    Only those for models of `family` are returned; all when it is None. `max_items` is the limit of those that name
+    none.
 
     Raises:
         GateError: a file is missing, is not a suite, or two have the same name.
@@ -176,14 +194,14 @@ def load_suites(paths: Iterable[Path] = (), home: Path | None = None, family: Fa
         if not found:
             raise GateError(f"{place} holds no suite.", "Put *.yaml suites there, or change gate.suites.")
         files += found
-    suites = [_load(file, home) for file in files]
+    suites = [_load(file, home, max_items) for file in files]
     for name, count in Counter(suite.name for suite in suites).items():
         if count > 1:
             raise GateError(f"{count} suites are named {name!r}.", "Give each its own name.")
     return [suite for suite in suites if family in (None, suite.family)]
 
 
-def _load(file: Path, home: Path | None) -> Suite:
+def _load(file: Path, home: Path | None, max_items: int) -> Suite:
     try:
         loaded = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -191,7 +209,7 @@ def _load(file: Path, home: Path | None) -> Suite:
     if not isinstance(loaded, dict):
         raise GateError(f"suite {file} is not a mapping.", "See updater/gate/suites for examples.")
     try:
-        suite = Suite(**{"name": file.stem, **loaded})
+        suite = Suite(**{"name": file.stem, "limit": max_items, **loaded})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "suite"

@@ -51,6 +51,50 @@ class Worse:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """One quantity before and after, over one suite or several."""
+
+    name: str
+    """What is measured: a metric, or the rank statistic."""
+    before: float
+    after: float
+    difference: float
+    ci_low: float
+    """One-sided bounds at the level of the test."""
+    ci_high: float
+    p: float
+    """Of a `statistic` that there is no gain; of the others that the loss is at least the margin."""
+
+
+@dataclass(frozen=True, slots=True)
+class PooledGain:
+    """What all gain suites say together; it decides whether there is a gain."""
+
+    decision: Decision
+    reason: str
+    n: int
+    units: int
+    """Independent captions, images or items."""
+    strata: dict[str, int]
+    """Units of each suite: its weight in the mean."""
+    statistic: Change
+    """What must become better."""
+    recall: Change
+    """The metric that users see; a loss of `margin` must be excluded."""
+    margin: float
+    alpha: float
+    """The level of both tests: this look's share of alpha."""
+    method: str
+
+    def summary(self) -> dict[str, Any]:
+        """What the ledger keeps."""
+        return {
+            "decision": self.decision, "units": self.units, "strata": self.strata, "margin": self.margin,
+            "statistic": asdict(self.statistic), "recall": asdict(self.recall),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class SuiteResult:
     """What one suite found. Scores and differences are shares (0.05 = 5 points)."""
 
@@ -61,6 +105,8 @@ class SuiteResult:
     description: str
     half: str
     n: int
+    units: int
+    """Independent captions, images or items; `min_items` counts these."""
     base: float
     before: float
     after: float
@@ -74,12 +120,13 @@ class SuiteResult:
     ci_base_low: float
     ci_base_high: float
     p: float
-    """Retention: of a loss of at least the margin, the larger of both references. Gain: of no gain."""
+    """Retention: of a loss of at least the margin, the largest over the references. Gain: of no gain."""
     p_incumbent: float
     p_base: float
     alpha: float
-    """The level this suite was tested at: this look's share of alpha, after Holm."""
+    """The level this suite was tested at: this look's share of alpha; in a gain suite after Holm."""
     margin: float
+    """Of a gain suite the default one, for its `recall`."""
     decision: Decision
     reason: str
     method: str
@@ -93,11 +140,20 @@ class SuiteResult:
     """Answers that went from wrong to right, and the other way round."""
     worsened: int = 0
     worst: tuple[Worse, ...] = ()
+    statistic: Change | None = None
+    """Of a gain suite: what its gain is tested on, against the incumbent."""
+    recall: Change | None = None
+    """Of a gain suite: its metric, and whether a loss of the margin is excluded."""
+    best: str = ""
+    """Adapter of the best release so far by this suite; empty where it is the incumbent, or there was none."""
+    best_release: Change | None = None
+    """The metric from the best release to the candidate, and whether a loss of the margin is excluded."""
 
     @property
     def margin_left(self) -> float | None:
-        """What the worse of both lower bounds leaves of the margin; below 0 it is used up. None without a margin."""
-        return min(self.ci_low, self.ci_base_low) + self.margin if self.role == "retention" else None
+        """What the worst of the lower bounds leaves of the margin; below 0 it is used up. None for a gain suite."""
+        lows = [self.ci_low, self.ci_base_low, *([self.best_release.ci_low] if self.best_release else [])]
+        return min(lows) + self.margin if self.role == "retention" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,24 +202,32 @@ class Verdict:
     checks: tuple[Check, ...]
     alpha: float
     level: float
-    """This look's share of alpha, before Holm."""
+    """This look's share of alpha."""
     looks: int
-    """Verdicts since the last release, this one not counted."""
+    """Verdicts since the last release that spent alpha, this one not counted."""
     seconds: float
     created_at: str
     cost: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     cross_version: CrossVersion | None = None
     """How the candidate's texts find images that the incumbent embedded; None where the image tower is the same."""
+    gain: PooledGain | None = None
+    """The test over all gain suites; None where there is none, or nothing was scored."""
+    spent: bool = True
+    """Whether this verdict spent its share of alpha: it could have passed by its tests. False where a check that looks
+    at no answers failed, or there were too few items for a test that a pass needs."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
-        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven."""
+        """Names of what kept the candidate out: failed checks and suites; if nothing failed, what is unproven, `gain`
+        for the test over all gain suites.
+        """
         failed = [check.name for check in self.checks if not check.ok]
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":
             return tuple(failed)
-        return tuple(suite.name for suite in self.suites if suite.decision == "inconclusive")
+        kept = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
+        return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
@@ -179,6 +243,7 @@ class Verdict:
                 "role": suite.role,
                 "metric": suite.metric,
                 "n": suite.n,
+                "units": suite.units,
                 "base": suite.base,
                 "before": suite.before,
                 "after": suite.after,
@@ -187,6 +252,9 @@ class Verdict:
                 "margin": suite.margin,
                 "margin_left": suite.margin_left,
                 "decision": suite.decision,
+                **({"statistic": asdict(suite.statistic)} if suite.statistic else {}),
+                **({"recall": asdict(suite.recall)} if suite.recall else {}),
+                **({"best": suite.best, "best_release": asdict(suite.best_release)} if suite.best_release else {}),
             }
             for suite in self.suites
         }
@@ -198,8 +266,10 @@ class Verdict:
                 "alpha": self.alpha,
                 "level": self.level,
                 "looks": self.looks,
+                "spent": self.spent,
                 "seconds": self.seconds,
                 "suites": suites,
+                "gain": self.gain.summary() if self.gain else None,
                 "checks": {check.name: check.ok for check in self.checks},
                 "cross_version": None
                 if self.cross_version is None

@@ -26,13 +26,13 @@ from serving.engines.vlm.generation import GenerationRequest, GenerationResult, 
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
-from updater.gate.asker import probe
 from updater.gate.checks import check_loads, check_size
-from updater.gate.items import Item, open_picture, spread
-from updater.gate.kept import keep, kept
+from updater.gate.evaluator import probe
+from updater.gate.regressions import worst_answers
+from updater.gate.score_cache import keep, kept
+from updater.gate.suite_items import Item, open_picture, spread
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, Worse
-from updater.gate.worst import worst_answers
 
 if TYPE_CHECKING:  # it brings the engines
     from serving.engines.vlm.sync import SyncVlm
@@ -55,10 +55,12 @@ class Answers:
     """As the model gave them; empty where a log-probability was not finite."""
     hits: NDArray[np.float64]
     """What each earned, in [0, 1]: [n, 1]."""
+    ranks: None = None
+    """An answer in words has none."""
 
 
-class VlmAsker:
-    """Asks the models in a VLM engine. See :class:`updater.gate.asker.Asker`."""
+class VlmEvaluator:
+    """Asks the models in a VLM engine. See :class:`updater.gate.evaluator.Evaluator`."""
 
     family: Family = "vlm"
 

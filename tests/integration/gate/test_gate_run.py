@@ -26,7 +26,7 @@ from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.clip import ClipEngine
 from serving.engines.packed_linear import PackedLinear
 from tests.unit.gate.builders import picture
-from updater.gate import ClipAsker, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
+from updater.gate import ClipEvaluator, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
 
 pytestmark = pytest.mark.integration
 SETTINGS = Gate(margin=0.1)
@@ -109,7 +109,7 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
 ) -> None:
     learnt = fresh_from(deal(engine, harsh, range(1000, 1000 + COUNT), "new"))
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=harsh,
         incumbent=None,
         suites=[retention],
@@ -133,7 +133,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
     kept = folder_suite(home, "kept", deal(engine, None, range(2000, 2000 + COUNT), "kept"))
     learnt = fresh_from(deal(engine, candidate, range(3000, 3000 + COUNT), "new"))
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=candidate,
         incumbent=incumbent,
         suites=[kept],
@@ -142,14 +142,14 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
         settings=SETTINGS,
     )
     assert verdict.outcome == "passed", verdict.reasons
-    assert verdict.caught_by == ()
+    assert verdict.caught_by == () and verdict.spent
     assert [s.decision for s in verdict.suites] == ["passed", "passed"]
 
 
 def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     nothing_new = fresh_from(deal(engine, None, range(4000, 4000 + COUNT), "same"))
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=gentle,
         incumbent=None,
         suites=[retention],
@@ -159,14 +159,14 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
     )
     assert verdict.outcome == "inconclusive"
     assert verdict.suites[0].decision == "passed"
-    assert verdict.caught_by == ("fresh",)
+    assert verdict.caught_by == ("gain",)
 
 
 def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     levels = []
     for looks in (0, 5):
         verdict = run_gate(
-            asker=ClipAsker(engine),
+            evaluator=ClipEvaluator(engine),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
@@ -175,6 +175,7 @@ def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Sui
             settings=SETTINGS,
         )
         levels.append((verdict.level, verdict.suites[0].ci_low))
+        assert not verdict.spent, "without fresh samples nothing can pass"
     assert levels[1][0] < levels[0][0] / 20
     assert levels[1][1] < levels[0][1], "a smaller level makes a wider interval"
 
@@ -183,7 +184,7 @@ def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
     engine: ClipEngine, retention: Suite, gentle: str
 ) -> None:
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=gentle,
         incumbent=None,
         suites=[retention],
@@ -214,7 +215,7 @@ def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: Cli
     except AdapterError as error:
         name, reason = "clip-000000000000", error.message
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=name,
         incumbent=None,
         suites=[retention],
@@ -241,7 +242,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
         if isinstance(layer, PackedLinear | nn.Linear) and layer.bias is not None:
             layer.bias = nn.Parameter(torch.full_like(layer.bias, float("inf")), requires_grad=False)
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=name,
         incumbent=None,
         suites=[retention],
@@ -251,7 +252,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
     )
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",)
-    assert verdict.suites == ()
+    assert verdict.suites == () and not verdict.spent
 
 
 def test_a_candidate_that_breaks_the_engine_is_rejected(
@@ -266,7 +267,7 @@ def test_a_candidate_that_breaks_the_engine_is_rejected(
 
     monkeypatch.setattr(engine, "encode_texts", break_for_candidate)
     verdict = run_gate(
-        asker=ClipAsker(engine),
+        evaluator=ClipEvaluator(engine),
         candidate=gentle,
         incumbent=None,
         suites=[retention],
@@ -284,7 +285,7 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
     (home / "gone.yaml").write_text("task: retrieval\ndata: ${home}/data/gone\n")
     with pytest.raises(GateError, match="does not exist"):
         run_gate(
-            asker=ClipAsker(engine),
+            evaluator=ClipEvaluator(engine),
             candidate=gentle,
             incumbent=None,
             suites=load_suites([home / "gone.yaml"], home),
@@ -300,7 +301,7 @@ def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, 
             return engine.encode_images(pixels, adapter), engine.encode_texts(texts, adapter)
 
         return run_gate(
-            asker=ClipAsker(engine, parity=trainer),
+            evaluator=ClipEvaluator(engine, parity=trainer),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
@@ -319,7 +320,7 @@ def test_the_same_candidate_gets_the_same_verdict(
 ) -> None:
     def run(cache: Path) -> dict[str, object]:
         verdict = run_gate(
-            asker=ClipAsker(engine, cache=cache),
+            evaluator=ClipEvaluator(engine, cache=cache),
             candidate=gentle,
             incumbent=None,
             suites=[retention],

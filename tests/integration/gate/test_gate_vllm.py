@@ -34,7 +34,7 @@ def test_a_candidate_that_learned_and_lost_nothing_passes(house: House) -> None:
 def test_noise_in_every_part_of_the_model_is_rejected(house: House) -> None:
     directory = house.home / "noise-everywhere"
     name = tiny_vlm_adapter(house.base, directory, seed=6, scale=3.0, parts=("text", "image", "connector"))
-    house.asker.load(name, directory)
+    house.evaluator.load(name, directory)
     verdict = house.gate(name)
     assert verdict.outcome == "rejected"
     assert {"colour", "presence"} & set(verdict.caught_by)

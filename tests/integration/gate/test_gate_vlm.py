@@ -16,8 +16,8 @@ from tests.integration.gate.vlm_cases import House, open_house
 from tests.integration.gate.vlm_house import question_table, unknown
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, fresh_suites, write_report
-from updater.gate.open import open_asker
-from updater.gate.vlm import VlmAsker
+from updater.gate.open import open_evaluator
+from updater.gate.vlm import VlmEvaluator
 
 pytestmark = pytest.mark.integration
 
@@ -88,12 +88,14 @@ def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
 
     def ask_again() -> tuple[int, dict[str, float]]:
         """How many were asked for the base and the candidate, and the base's scores."""
-        asker = VlmAsker(house.asker.vlm, house.asker.vlm.engine, house.settings.serve, cache=house.asker.cache)
+        evaluator = VlmEvaluator(
+            house.evaluator.vlm, house.evaluator.vlm.engine, house.settings.serve, cache=house.evaluator.cache
+        )
         suites = (*house.suites, *house.fresh)
-        scores = {suite.name: float(asker.score(suite, None).hits.mean()) for suite in suites}
+        scores = {suite.name: float(evaluator.score(suite, None).hits.mean()) for suite in suites}
         for suite in suites:
-            asker.score(suite, name)
-        return asker.asked, scores
+            evaluator.score(suite, name)
+        return evaluator.asked, scores
 
     base = {suite.name: suite.base for suite in first.suites}
     assert ask_again() == (0, base)
@@ -112,7 +114,7 @@ def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(house: Hous
     files = read_adapter(house.home / "huge-source")
     tensors = {key: tensor * 1e15 if "lora_B" in key else tensor for key, tensor in files.tensors.items()}
     name = write_adapter(house.home / "huge", tensors, files.config, house.base)
-    house.asker.load(name, house.home / "huge")
+    house.evaluator.load(name, house.home / "huge")
     verdict = house.gate(name)
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",) and verdict.suites == ()
@@ -130,11 +132,11 @@ def test_a_question_too_long_is_an_error_of_the_suite(house: House) -> None:
 
 
 def test_an_engine_that_dies_is_an_error_and_no_verdict(tmp_path: Path, house: House) -> None:
-    with open_asker(house.settings, house.base) as asker:
-        assert isinstance(asker, VlmAsker)
+    with open_evaluator(house.settings, house.base) as evaluator:
+        assert isinstance(evaluator, VlmEvaluator)
         name = tiny_vlm_adapter(house.base, tmp_path / "a", seed=8, scale=0.1)
-        asker.load(name, tmp_path / "a")
-        asker.cache = tmp_path / "cache"
-        asker.vlm.engine._worker.stop("killed by a test")  # type: ignore[attr-defined]
+        evaluator.load(name, tmp_path / "a")
+        evaluator.cache = tmp_path / "cache"
+        evaluator.vlm.engine._worker.stop("killed by a test")  # type: ignore[attr-defined]
         with pytest.raises(GateError, match="killed by a test"):
-            House(house.settings, house.base, asker).gate(name)
+            House(house.settings, house.base, evaluator).gate(name)

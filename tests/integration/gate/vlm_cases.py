@@ -13,8 +13,8 @@ from ops.settings import Settings
 from serving.engines.vlm.base import VlmBase
 from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
-from updater.gate.open import open_asker
-from updater.gate.vlm import VlmAsker
+from updater.gate.open import open_evaluator
+from updater.gate.vlm import VlmEvaluator
 
 TAUGHT = range(160)
 SEEN_BY_NOBODY = range(2000, 2120)
@@ -26,7 +26,7 @@ class House:
 
     settings: Settings
     base: VlmBase
-    asker: VlmAsker
+    evaluator: VlmEvaluator
 
     @property
     def home(self) -> Path:
@@ -46,7 +46,7 @@ class House:
     def gate(self, candidate: str, incumbent: str | None = None, fresh: Sequence[Suite] | None = None) -> Verdict:
         """One run."""
         return run_gate(
-            asker=self.asker,
+            evaluator=self.evaluator,
             candidate=candidate,
             incumbent=incumbent,
             suites=self.suites,
@@ -58,15 +58,15 @@ class House:
 
     def clear(self) -> None:
         """Unload every adapter: an engine has room for a few."""
-        for name in self.asker.vlm.engine.resident():
-            self.asker.vlm.unload(name)
-        self.asker._directories.clear()
+        for name in self.evaluator.vlm.engine.resident():
+            self.evaluator.vlm.unload(name)
+        self.evaluator._directories.clear()
 
     def noise(self, scale: float) -> str:
         """A random adapter, resident; with scale 0 one that changes nothing."""
         directory = self.home / f"noise-{scale}"
         name = tiny_vlm_adapter(self.base, directory, seed=3, scale=scale)
-        self.asker.load(name, directory)
+        self.evaluator.load(name, directory)
         return name
 
     def learner(self) -> str:
@@ -80,7 +80,7 @@ class House:
 
     def _taught(self, folder: str, asked: Sequence[Any], steps: int) -> str:
         name = taught_adapter(self.base, self.home / folder, asked, steps)
-        self.asker.load(name, self.home / folder)
+        self.evaluator.load(name, self.home / folder)
         return name
 
 
@@ -89,6 +89,6 @@ def open_house(home: Path, engine: str) -> Iterator[House]:
     """A home with its engine open."""
     settings = make_settings(home, engine)
     base = taught_base(home)
-    with open_asker(settings, base) as asker:
-        assert isinstance(asker, VlmAsker) and asker.kind == engine
-        yield House(settings, base, asker)
+    with open_evaluator(settings, base) as evaluator:
+        assert isinstance(evaluator, VlmEvaluator) and evaluator.kind == engine
+        yield House(settings, base, evaluator)

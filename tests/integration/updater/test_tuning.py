@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from ops.artifacts import Artifacts
 from ops.ledger import UpdateRow
 from ops.settings import Settings
 from serving.engines.base import load_base
+from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate import load_suites
-from updater.gate.open import open_asker
+from updater.gate.open import open_evaluator
 from updater.service import UpdaterService
 from updater.tuning import TuningScores, tuned_on, update_suites
 
@@ -55,10 +57,10 @@ def _expected(settings: Settings, update: UpdateRow) -> float:
     service = UpdaterService(settings)
     directory = service.artifacts.fetch(f"adapters/{update.adapter}")
     suites, fresh = update_suites(settings, service.store, update)
-    with open_asker(settings, load_base(settings.home, "tiny")) as asker:
-        asker.load(str(update.adapter), directory)
+    with open_evaluator(settings, load_base(settings.home, "tiny")) as evaluator:
+        evaluator.load(str(update.adapter), directory)
         marks = {
-            suite.name: asker.score(suite.half("tuning"), str(update.adapter)).hits.mean()
+            suite.name: evaluator.score(suite.half("tuning"), str(update.adapter)).hits.mean()
             for suite in (*suites, *fresh)
             if suite.name != "few"
         }
@@ -83,3 +85,30 @@ def test_a_fixed_weight_leaves_the_suites_whole(settings: Settings) -> None:
     report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{update.id}/report.json"))
     assert {suite["half"] for suite in report["suites"]} == {"all"}
     assert "tuned_on" not in report["meta"]
+
+
+def _asked(settings: Settings, version: int, data_from: dict[str, int]) -> tuple[dict[str, set[str]], set[str]]:
+    """Samples of each memory suite, and of the fresh ones, of an update that begins there."""
+    now = datetime.now(UTC)
+    update = UpdateRow(
+        id="u", family="clip", state="trained", recipe={}, seed=0, store_version=version, data_from=data_from,
+        data_to={}, incumbent=None, adapter=None, cost={}, error=None, created_at=now, updated_at=now,
+    )  # fmt: skip
+    suites, fresh = update_suites(settings, SampleStore(settings.lake), update)
+    memory = {s.name: {item.sample_id for item in s.items()} for s in suites if s.name.startswith("memory")}
+    assert all(suite.role == "retention" for suite in suites)
+    return memory, {item.sample_id for suite in fresh for item in suite.items()}
+
+
+def test_what_was_fresh_in_a_released_update_is_memory_in_the_next(settings: Settings) -> None:
+    add_samples(settings, 12)
+    first = add_samples(settings, 30, split="fresh_eval")
+    learned = SampleStore(settings.lake).offsets(first)
+    second = add_samples(settings, 20, split="fresh_eval")
+    memory, fresh = _asked(settings, first, {})
+    assert memory == {} and len(fresh) == 30, "nothing was learned yet"
+    memory, new = _asked(settings, second, learned)
+    assert memory == {"memory.things": fresh} and len(new) == 20 and not new & fresh
+    assert _asked(settings, second, learned) == (memory, new), "the same version has the same suites"
+    rolled_back, again = _asked(settings, second, {})
+    assert rolled_back == {} and again == fresh | new

@@ -126,6 +126,25 @@ def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
     assert 12 <= sum(one.edge_passed for one in lax) <= 36, "the size of the test is its level"
 
 
+def test_a_case_with_ranks_is_judged_by_them_and_has_the_truth_of_its_hits() -> None:
+    """As many hits, but every miss of the new domain is a near one now: recall@5 sees nothing of it."""
+
+    def ranks(outcomes: dict, near: int) -> dict:
+        return {name: np.where(found > 0, 0, near if name == NEW.name else 60) for name, found in outcomes.items()}
+
+    base = ranks(BASE, 60)
+    ranked = Case("ranked", "kind", SUITES, base, base, ranks(BASE, 6))
+    hits = Case("hits", "kind", SUITES, BASE, BASE, BASE)
+    assert ranked.gained == hits.gained == 0.0 and ranked.lost(KNOWN) == hits.lost(KNOWN)
+    assert judge(ranked, RULE).gained and not judge(hits, RULE).gained
+    lost = replace(ranked, after=lowered_all(ranked.after))
+    assert judge(lost, RULE).outcome == "rejected"
+
+
+def lowered_all(outcomes: dict) -> dict:
+    return {name: lowered(found, 0.5, np.random.default_rng(0)) for name, found in outcomes.items()}
+
+
 def test_shares_carry_exact_intervals() -> None:
     found = counting.share(0, 60)
     assert found["low"] == 0.0

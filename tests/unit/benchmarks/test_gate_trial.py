@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
+from benchmarks.gate.bench import case
+from benchmarks.gate.cases import has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.lessons import NOTHING, pools
 from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
@@ -82,9 +84,9 @@ def test_every_item_is_asked_once_and_the_first_are_the_suites_own(base: ClipBas
     assert len(set(asked)) == len(asked) == 40
     assert {len(gallery.suite.items()) for gallery in population.galleries} == {min(limit, 40)}
     scorer = Scorer(ClipEngine(base))
-    hits = population.hits(scorer, None)
-    assert hits.shape == (40, 2)
-    assert np.array_equal(hits[: population.drawn], scorer.score(suite, None).hits)
+    ranks = population.ranks(scorer, None)
+    assert ranks.shape == (40, 2)
+    assert np.array_equal(ranks[: population.drawn], scorer.score(suite, None).ranks)
 
 
 def plan(lie: str) -> Plan:
@@ -139,10 +141,29 @@ def test_a_killed_run_goes_on_from_the_kept_outcomes(workshop: Workshop, monkeyp
                              workshop.out), wanted)  # fmt: skip
     for name, trial in first.items():
         assert again[name].adapter == trial.adapter
-        assert all(np.array_equal(again[name].hits[suite], hits) for suite, hits in trial.hits.items())
+        assert all(np.array_equal(again[name].answers[suite], kept) for suite, kept in trial.answers.items())
     assert first["two"].adapter != first["one"].adapter
+    assert all(has_ranks(kept) for trial in again.values() for kept in trial.answers.values())
     with pytest.raises(AssertionError, match="trained again"):
         workshop.of(replace(wanted[0], new=13), None)  # another plan of that name
+
+
+def test_outcomes_that_were_kept_as_hits_are_still_read(workshop: Workshop) -> None:
+    wanted = short("one")
+    trials = run_all(workshop, [wanted])
+    path = workshop.out / "outcomes" / "one.npz"
+    with np.load(path) as file:
+        about = file["about"]
+    suites = {suite.name: suite for suite in workshop.suites(NEW[0])}
+    hits = {name: hits_of(suite, trials["one"].answers[name]) for name, suite in suites.items()}
+    np.savez_compressed(path, about=about, **{name: own.astype(np.uint8) for name, own in hits.items()})
+    again = run_all(workshop, [wanted])
+    assert all(np.array_equal(again["one"].answers[name], own) for name, own in hits.items())
+    mixed = case(workshop, wanted, again)
+    assert mixed is not None and mixed.before is mixed.base
+    whole = case(workshop, wanted, trials)
+    assert whole is not None and has_ranks(whole.after["held"]) and not has_ranks(mixed.base["held"])
+    assert all(mixed.lost(suite) == whole.lost(suite) for suite in suites.values())
 
 
 def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +172,7 @@ def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: 
 
     monkeypatch.setattr("benchmarks.gate.trial.train", diverges)
     found = run_all(workshop, [short("one")])["one"]
-    assert found.trouble == "the loss of step 3 is nan" and not found.hits
+    assert found.trouble == "the loss of step 3 is nan" and not found.answers
     assert workshop.of(short("one"), None) == found
     with pytest.raises(RatchetError, match="two goes on from one"):
         run_all(workshop, [short("one"), short("two", incumbent="one")])

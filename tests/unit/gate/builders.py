@@ -80,6 +80,12 @@ def outcomes(hits: np.ndarray) -> Outcomes:
     )
 
 
+def ranked(ranks: np.ndarray) -> Outcomes:
+    """Outcomes with these ranks (shape [n, views]), of which the first five count as found."""
+    ids = np.array([f"item {i}" for i in range(len(ranks))])
+    return Outcomes(ids=ids, ranks=ranks.astype(np.int32), answers=np.zeros(ranks.shape, dtype=np.int32), k=5)
+
+
 def changed(hits: np.ndarray, lost: int, gained: int) -> np.ndarray:
     """The same hits with `lost` of them turned into misses and `gained` misses turned into hits."""
     flat = hits.copy().reshape(-1)

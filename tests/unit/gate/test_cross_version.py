@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from updater.gate.cross_version import measure_cross_version
-from updater.gate.items import Item
+from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 
 N, DIM = 120, 64

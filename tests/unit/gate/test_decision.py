@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tests.unit.gate.builders import changed, outcomes, scores, suite_over
-from updater.gate.decision import Scores, conclude, decide
+from tests.unit.gate.builders import changed, outcomes, ranked, scores, suite_over
+from updater.gate.decision import RANK_STATISTIC, Findings, Scores, conclude, decide
 from updater.gate.verdict import Check, SuiteResult
 
 LEVEL = 0.03
@@ -16,8 +18,12 @@ def hits(n: int, share: float, views: int = 1, seed: int = 0) -> np.ndarray:
     return (np.random.default_rng(seed).random((n, views)) < share).astype(float)
 
 
-def judge(*entries: object, min_items: int = 50, margin: float = 0.05) -> list[SuiteResult]:
-    return decide(list(entries), level=LEVEL, margin=margin, min_items=min_items)  # type: ignore[arg-type]
+def findings(*entries: Scores, min_items: int = 50, margin: float = 0.05) -> Findings:
+    return decide(entries, level=LEVEL, margin=margin, min_items=min_items)
+
+
+def judge(*entries: Scores, min_items: int = 50, margin: float = 0.05) -> tuple[SuiteResult, ...]:
+    return findings(*entries, min_items=min_items, margin=margin).results
 
 
 KEPT = scores("kept", hits(600, 0.5), changed(hits(600, 0.5), 8, 9))
@@ -28,17 +34,19 @@ FINE = [Check("finite", True, "all finite")]
 
 
 def test_a_candidate_that_kept_everything_and_learnt_something_passes() -> None:
-    results = judge(KEPT, LEARNT)
+    found = findings(KEPT, LEARNT)
+    results = found.results
     assert [r.decision for r in results] == ["passed", "passed"]
-    outcome, reasons = conclude(results, FINE)
+    outcome, reasons = conclude(found, FINE)
     assert outcome == "passed"
     assert "gained" in reasons[0]
 
 
 def test_a_proven_loss_rejects_whatever_was_learnt() -> None:
-    results = judge(KEPT, LOST, LEARNT)
+    found = findings(KEPT, LOST, LEARNT)
+    results = found.results
     assert [r.decision for r in results] == ["passed", "failed", "passed"]
-    outcome, reasons = conclude(results, FINE)
+    outcome, reasons = conclude(found, FINE)
     assert outcome == "rejected"
     assert reasons[0].startswith("lost: lost 18.3 points against the incumbent")
 
@@ -48,17 +56,38 @@ def test_a_loss_that_chance_makes_in_one_of_many_suites_is_undecided_and_not_a_f
     doubtful = scores("doubtful", hits(100, 0.5), changed(hits(100, 0.5), 9, 1))
     assert judge(doubtful)[0].decision == "failed"
     others = [scores(f"other{n}", hits(100, 0.5), changed(hits(100, 0.5), 6, 6)) for n in range(3)]
-    results = judge(doubtful, *others, LEARNT)
+    found = findings(doubtful, *others, LEARNT)
+    results = found.results
     assert [r.decision for r in results[:4]] == ["inconclusive"] * 4
-    assert conclude(results, FINE)[0] == "inconclusive"
+    assert conclude(found, FINE)[0] == "inconclusive"
 
 
 def test_too_little_data_is_inconclusive_and_not_a_pass() -> None:
     few = scores("few", hits(30, 0.5), hits(30, 0.5))
-    results = judge(few, LEARNT)
+    found = findings(few, LEARNT)
+    results = found.results
     assert results[0].decision == "inconclusive"
     assert "only 30 items" in results[0].reason
-    assert conclude(results, FINE)[0] == "inconclusive"
+    assert conclude(found, FINE)[0] == "inconclusive"
+
+
+@pytest.mark.parametrize("role", ["retention", "gain"])
+def test_one_item_less_than_min_items_decides_nothing_whatever_it_shows(role: str) -> None:
+    """Nothing lost of a wide margin, everything learned, everything lost: each is decided from `min_items` on."""
+    before = hits(50, 0.5)
+    unchanged, learned, lost = before, np.ones_like(before), np.zeros_like(before)
+    shown = {"retention": unchanged, "gain": learned}[role]
+    for after, decision in ((shown, "passed"), (lost, "failed")):
+        entry = scores("few", before, after, role=role, margin=0.3 if role == "retention" else None)
+        assert [r.decision for r in judge(entry, min_items=50)] == [decision]
+        assert [r.decision for r in judge(entry, min_items=51)] == ["inconclusive"]
+
+
+def test_suites_with_too_few_items_leave_the_others_their_level() -> None:
+    few = [scores(f"few{n}", hits(20, 0.5), hits(20, 0.5)) for n in range(5)]
+    alone, *_ = judge(KEPT)
+    among, *_ = judge(KEPT, *few)
+    assert (among.alpha, among.decision) == (alone.alpha, alone.decision)
 
 
 def test_a_wide_interval_is_inconclusive_and_says_how_many_items_would_tell() -> None:
@@ -86,38 +115,39 @@ def test_a_small_loss_to_the_incumbent_that_adds_up_against_the_base_is_caught()
 
 
 def test_no_gain_is_no_release() -> None:
-    results = judge(KEPT, NO_GAIN)
-    outcome, reasons = conclude(results, FINE)
+    found = findings(KEPT, NO_GAIN)
+    outcome, reasons = conclude(found, FINE)
     assert outcome == "inconclusive"
     assert "no gain shown" in reasons[0]
 
 
 def test_one_shown_gain_of_several_is_enough() -> None:
     other = scores("other", hits(200, 0.4, 2, seed=3), hits(200, 0.4, 2, seed=3), role="gain")
-    assert conclude(judge(KEPT, other, LEARNT), FINE)[0] == "passed"
+    assert conclude(findings(KEPT, other, LEARNT), FINE)[0] == "passed"
 
 
 def test_a_loss_on_new_data_rejects() -> None:
     worse = scores("worse", hits(300, 0.5, 2), changed(hits(300, 0.5, 2), 90, 10), role="gain")
-    results = judge(KEPT, LEARNT, worse)
+    found = findings(KEPT, LEARNT, worse)
+    results = found.results
     assert results[2].decision == "failed"
-    assert conclude(results, FINE)[0] == "rejected"
+    assert conclude(found, FINE)[0] == "rejected"
 
 
 def test_without_retention_suites_nothing_passes() -> None:
-    outcome, reasons = conclude(judge(LEARNT), FINE)
+    outcome, reasons = conclude(findings(LEARNT), FINE)
     assert outcome == "inconclusive"
     assert "not protected" in reasons[0]
 
 
 def test_without_fresh_samples_nothing_passes() -> None:
-    outcome, reasons = conclude(judge(KEPT), FINE)
+    outcome, reasons = conclude(findings(KEPT), FINE)
     assert outcome == "inconclusive"
     assert "no fresh samples" in reasons[0]
 
 
 def test_a_failed_check_rejects_before_anything_is_scored() -> None:
-    outcome, reasons = conclude([], [Check("finite", False, "3 of 9 vectors hold NaN")])
+    outcome, reasons = conclude(Findings((), None), [Check("finite", False, "3 of 9 vectors hold NaN")])
     assert outcome == "rejected"
     assert reasons == ("finite: 3 of 9 vectors hold NaN",)
 
@@ -169,16 +199,16 @@ def test_false_accepts_stay_below_the_level() -> None:
 def asked_twice(before: np.ndarray, after: np.ndarray, role: str = "retention") -> Scores:
     """A VQA suite whose questions come in pairs about one image."""
     suite = suite_over(before, "asked", role, "vqa")
-    pictures = np.repeat(np.arange(len(before) // 2).astype(str), 2)
+    clusters = np.repeat(np.arange(len(before) // 2), 2)
     first = outcomes(before)
-    return Scores(suite, first, first, outcomes(after), chance=0.25, pictures=pictures)
+    return Scores(suite, first, first, outcomes(after), chance=0.25, clusters=clusters)
 
 
 def test_questions_are_compared_by_image_and_too_few_images_are_too_few() -> None:
     before = hits(160, 0.6)
     (enough,) = judge(asked_twice(before, before), min_items=80, margin=0.1)
     assert (enough.decision, enough.n, enough.task) == ("passed", 160, "vqa")
-    assert enough.method == "studentised bootstrap over images" and enough.by_view.keys() == {"answer"}
+    assert enough.method == "studentised bootstrap over clusters" and enough.by_view.keys() == {"answer"}
     (few,) = judge(asked_twice(before, before), min_items=81, margin=0.1)
     assert few.decision == "inconclusive"
     assert few.reason == "only 80 images (160 questions); at least 81 are asked for"
@@ -191,3 +221,130 @@ def test_a_vqa_suite_can_fail_and_be_a_weak_guard() -> None:
     poor = hits(400, 0.27)
     (guard,) = judge(asked_twice(poor, poor))
     assert "weak guard" in guard.reason
+
+
+def test_min_items_counts_captions_and_not_their_items() -> None:
+    before = hits(500, 0.5, views=2)
+    entry = replace(scores("captions", before, before), clusters=np.repeat(np.arange(50), 10))
+    (enough,) = judge(entry, min_items=50)
+    assert (enough.decision, enough.n) == ("passed", 500)
+    (few,) = judge(entry, min_items=51)
+    assert few.reason == "only 50 captions (500 items); at least 51 are asked for"
+
+
+FAR, NEAR = 40, 8
+"""Ranks beyond the fifth place."""
+
+
+def ranked_scores(name: str, before: np.ndarray, after: np.ndarray) -> Scores:
+    """A fresh retrieval suite in which each item has these ranks, asked either way."""
+    first, second = (ranked(np.stack([ranks, ranks], axis=1)) for ranks in (before, after))
+    return Scores(suite_over(first.hits, name, "gain", "retrieval"), first, first, second)
+
+
+def test_a_gain_in_ranks_is_shown_where_recall_sees_none_of_it() -> None:
+    before = np.where(np.arange(120) < 40, 0, FAR)
+    after = np.where((before == FAR) & (np.arange(120) % 3 == 0), NEAR, before)
+    found = findings(KEPT, ranked_scores("fresh.new", before, after))
+    assert conclude(found, FINE)[0] == "passed"
+    gain = found.gain
+    assert gain is not None and gain.decision == found.results[1].decision == "passed"
+    assert (gain.statistic.name, gain.recall.name) == (RANK_STATISTIC, "recall@5")
+    assert gain.recall.difference == 0.0 and gain.statistic.difference > 0.02
+    assert gain.statistic.p <= LEVEL
+    result = found.results[1]
+    assert result.statistic == gain.statistic and result.difference == 0.0, "one domain is its own pool"
+
+
+def test_a_gain_in_ranks_does_not_count_while_a_loss_of_recall_is_not_excluded() -> None:
+    """Most items move up, but three of the found ones fall out of the first five."""
+    before = np.where(np.arange(60) < 20, 4, FAR)
+    after = np.where(before == FAR, NEAR, np.where(np.arange(60) < 3, NEAR, 4))
+    found = findings(KEPT, ranked_scores("fresh.new", before, after))
+    gain = found.gain
+    assert gain is not None and gain.statistic.p <= LEVEL < gain.recall.p
+    outcome, reasons = conclude(found, FINE)
+    assert (outcome, gain.decision) == ("inconclusive", "inconclusive")
+    assert "a loss of" in reasons[0] and "recall@5 is not excluded" in reasons[0]
+
+
+def test_domains_show_together_what_none_of_them_shows_alone() -> None:
+    domains = []
+    for n in range(4):
+        before = hits(100, 0.4, 2, seed=n)
+        domains.append(scores(f"fresh.{n}", before, changed(before, 16, 26), role="gain"))
+    found = findings(KEPT, *domains)
+    assert [r.decision for r in found.results[1:]] == ["inconclusive"] * 4
+    gain = found.gain
+    assert gain is not None and gain.decision == "passed" and gain.strata == {f"fresh.{n}": 100 for n in range(4)}
+    assert gain.recall.difference == pytest.approx(np.mean([r.difference for r in found.results[1:]]))
+    assert conclude(found, FINE)[0] == "passed"
+    assert conclude(findings(KEPT, domains[0]), FINE)[0] == "inconclusive"
+
+
+def test_a_gain_suite_with_few_items_counts_in_the_pool_as_much_as_it_has() -> None:
+    few = scores("fresh.few", hits(20, 0.5, 2), changed(hits(20, 0.5, 2), 0, 15), role="gain")
+    found = findings(KEPT, few)
+    assert found.gain is not None and found.gain.decision == "inconclusive"
+    assert "only 20 independent fresh items; at least 50" in found.gain.reason
+    with_others = findings(KEPT, few, LEARNT).gain
+    assert with_others is not None and with_others.strata == {"fresh.few": 20, "new": 300}
+
+
+def test_every_retention_suite_is_tested_at_the_whole_level() -> None:
+    """All must pass, so a further suite makes nothing easier for a bad candidate, and costs a good one no level."""
+    before = hits(300, 0.5)
+    barely = scores("barely", before, changed(before, 10, 8))
+    (alone,) = judge(barely)
+    assert LEVEL / 7 < alone.p <= LEVEL
+    assert [r.decision for r in judge(barely, *[replace(KEPT)] * 6)] == ["passed"] * 7
+    assert {r.alpha for r in judge(barely, KEPT, LOST, LEARNT) if r.role == "retention"} == {LEVEL}
+
+
+def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
+    """Ten suites of items that disagree by a coin; at the level each, one run of four would be rejected."""
+    rng = np.random.default_rng(5)
+    runs, rejected, alone = 300, 0, 0
+    for _ in range(runs):
+        entries = []
+        for i in range(10):
+            before = (rng.random((60, 1)) < 0.5).astype(float)
+            moved = rng.random((60, 1)) < 0.3
+            after = np.where(moved, (rng.random((60, 1)) < 0.5).astype(float), before)
+            entries.append(scores(f"s{i}", before, after))
+        results = judge(*entries)
+        rejected += any(r.decision == "failed" for r in results)
+        alone += any(r.decision != "passed" and r.ci_high < 0 for r in results)
+    assert rejected / runs <= LEVEL + 3 * np.sqrt(LEVEL * (1 - LEVEL) / runs)
+    assert alone > 3 * max(rejected, 1)
+
+
+def test_a_domain_whose_loss_is_not_excluded_is_told_and_holds_nothing_up() -> None:
+    unclear = scores("fresh.unclear", hits(60, 0.5, 2), changed(hits(60, 0.5, 2), 9, 8), role="gain")
+    found = findings(KEPT, LEARNT, unclear)
+    assert conclude(found, FINE)[0] == "passed"
+    assert "a loss of" in found.results[2].reason and "recall@5 is not excluded" in found.results[2].reason
+
+
+def test_what_could_not_pass_for_lack_of_items_was_not_tested() -> None:
+    few = scores("few", hits(30, 0.5), hits(30, 0.5))
+    few_new = scores("new", hits(30, 0.4, 2), hits(30, 0.9, 2), role="gain")
+    assert findings(KEPT, LEARNT).tested and findings(LOST, NO_GAIN).tested
+    for entries in ((KEPT,), (LEARNT,), (KEPT, few, LEARNT), (KEPT, few_new), ()):
+        assert not findings(*entries).tested
+
+
+def test_small_losses_to_the_best_release_do_not_add_up() -> None:
+    """The incumbent is four points below the best release and above the base; the candidate takes two more."""
+    best = hits(800, 0.6)
+    incumbent, base = changed(best, 32, 0), changed(best, 100, 0)
+    candidate = changed(incumbent, 16, 0)
+    entry = scores("memory.flags", incumbent, candidate, base=base)
+    (alone,) = judge(entry)
+    assert alone.decision == "passed" and alone.best_release is None
+    (result,) = judge(replace(entry, best=outcomes(best), best_name="clip-best"))
+    assert result.decision == "failed" and "against the best release clip-best" in result.reason
+    assert result.best == "clip-best" and result.best_release is not None
+    assert result.best_release.difference == pytest.approx(-0.06)
+    assert result.margin_left == pytest.approx(result.best_release.ci_low + 0.05)
+    assert result.p == result.best_release.p > alone.p

@@ -24,16 +24,17 @@ def verdict(lost: int = 60) -> Verdict:
     first = scores("emoji_retrieval", before, changed(before, lost, 5))
     second = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
     entries = [type(first)(first.suite, first.base, first.before, first.after, 0.05, worst), second]
-    results = decide(entries, level=0.03, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
     checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01), Check("latency", True, "fine", float("nan")))
-    outcome, reasons = conclude(results, checks)
+    outcome, reasons = conclude(findings, checks)
     return Verdict(
         outcome=outcome,
         reasons=reasons,
         candidate="clip-0123456789ab",
         incumbent="clip-ba9876543210",
         base="shipped",
-        suites=tuple(results),
+        suites=findings.results,
+        gain=findings.gain,
         checks=checks,
         alpha=0.05,
         level=0.03,
@@ -58,6 +59,7 @@ def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "r" / "report.json").read_text(), parse_constant=pytest.fail)
     assert report["outcome"] == "rejected"
     assert report["caught_by"] == ["emoji_retrieval"]
+    assert report["gain"]["strata"] == {"fresh.fluent3d": 300}
     assert report["checks"][1]["value"] is None, "NaN has no word in JSON"
     page = (tmp_path / "r" / "report.html").read_text()
     assert page == render(report), "an old report can be drawn again from its JSON"
@@ -70,6 +72,9 @@ def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
         "41.2 s",
         "number 4",
         "clip-ba9876543210",
+        "Gain over all new data",
+        "1/log2(2 + rank)",
+        "recall@5",
     ):
         assert text in page
 
@@ -120,7 +125,18 @@ def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
     assert "base64" not in text and len(text) < 4000
     summary = verdict().summary()
     assert summary["caught_by"] == ["emoji_retrieval"]
-    assert set(summary["suites"]["fresh.fluent3d"]) >= {"before", "after", "ci", "decision", "n", "role"}
+    keys = {"before", "after", "ci", "decision", "n", "units", "role", "statistic", "recall"}
+    assert set(summary["suites"]["fresh.fluent3d"]) >= keys
+    assert summary["gain"]["statistic"]["name"] == "1/log2(2 + rank)" and summary["gain"]["decision"] == "passed"
+    assert summary["gain"]["recall"]["name"] == "recall@5"
+
+
+def test_a_report_of_an_earlier_version_is_still_drawn() -> None:
+    value = verdict().to_json()
+    del value["gain"]
+    for suite in value["suites"]:
+        del suite["statistic"], suite["recall"], suite["units"]
+    assert "emoji_retrieval" in render(value) and "Gain over all new data" not in render(value)
 
 
 def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
@@ -128,12 +144,11 @@ def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
     worst = (Worse("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
     suite = suite_over(before, "vqa_colour", "retention", "vqa")
     first = outcomes(before)
-    pictures = np.arange(300).astype(str)
-    results = decide(
-        [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, pictures)],
+    findings = decide(
+        [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, np.arange(300))],
         level=0.03, margin=0.05, min_items=50,
     )  # fmt: skip
-    page = render(replace(verdict(), suites=tuple(results), candidate="vlm-0123456789ab").to_json())
+    page = render(replace(verdict(), suites=findings.results, gain=None, candidate="vlm-0123456789ab").to_json())
     assert "red → nothing" in page and "right: red, crimson" in page
     assert "exact_match" in page and "chance 30.0" in page and "<script>" not in page
     assert "rank 1" not in page

@@ -26,10 +26,10 @@ from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, outcomes, picture
 from updater.gate import Suite, fresh_suite, load_suites
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import write_report
 from updater.gate.score import Outcomes
 from updater.gate.verdict import Verdict, Worse
-from updater.gate.worst import thumbnail, worst_answers, worst_items
 
 TEXTS = [f"a private caption {n} of somebody" for n in range(4)]
 QUESTIONS = [f"who is number {n} of the family?" for n in range(4)]
@@ -77,11 +77,11 @@ def verdict(worst: tuple[Worse, ...]) -> Verdict:
     hits = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     suite = Suite(name="fresh.family", role="gain", task="retrieval")
     entries = [Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst)]
-    results = decide(entries, level=0.03, margin=0.05, min_items=50)
-    outcome, reasons = conclude(results, ())
+    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
+    outcome, reasons = conclude(findings, ())
     return Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent=None, base="tiny",
-        suites=tuple(results), checks=(), alpha=0.05, level=0.03, looks=0, seconds=1.0,
+        suites=findings.results, gain=findings.gain, checks=(), alpha=0.05, level=0.03, looks=0, seconds=1.0,
         created_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 

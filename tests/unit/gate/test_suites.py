@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from ops.errors import GateError
+from ops.settings import Gate
 from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
 from updater.gate.fresh import fresh_suite, fresh_suites
-from updater.gate.suites import BUILTIN, Suite, load_suites
+from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 
 def _suite(home: Path, text: str, name: str = "things") -> Suite:
@@ -112,6 +113,28 @@ def test_a_wrong_suite_says_what_is_wrong(tmp_path: Path, text: str, message: st
     assert error.value.fix
 
 
+def test_a_suite_asks_all_its_items_up_to_the_bound_of_the_settings_or_its_own(tmp_path: Path) -> None:
+    folder_dataset(tmp_path / "data" / "things", count=60)
+    text = "task: retrieval\ndata: ${home}/data/things\n"
+    for name, limit in (("open", ""), ("own", "limit: 30\n")):
+        (tmp_path / f"{name}.yaml").write_text(text + limit)
+
+    def counts(most: int) -> dict[str, int]:
+        suites = load_suites([tmp_path], tmp_path, "clip", most)
+        return {suite.name: len(suite.items()) for suite in suites}
+
+    assert counts(Gate().max_items) == {"open": 60, "own": 30}
+    assert counts(50) == {"open": 50, "own": 30}
+    rows = sample_rows(500, "flags")
+    assert len(fresh_suite(rows).items()) == 500, "four hundred show 3 points, and nothing smaller"
+    assert [len(suite.items()) for suite in fresh_suites(rows, limit=450)] == [450]
+    assert Gate().max_items == MAX_ITEMS
+
+
+def test_the_built_in_suites_of_the_clip_ask_everything() -> None:
+    assert {suite.limit for suite in load_suites(home=Path("/home"), family="clip", max_items=1234)} == {1234}
+
+
 def test_missing_data_and_equal_names_are_errors(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="does not exist") as missing:
         _suite(tmp_path, "task: retrieval\ndata: ${home}/nowhere\n").items()
@@ -201,14 +224,38 @@ def test_a_yes_no_suite_leaves_other_questions_out(tmp_path: Path) -> None:
     assert sorted(item.answers for item in suite.items()) == [("no",), ("yes",)]
 
 
-def test_questions_about_one_image_have_one_picture(tmp_path: Path) -> None:
+def test_questions_about_one_image_are_one_cluster(tmp_path: Path) -> None:
     _questions(tmp_path)
     folder = tmp_path / "data" / "asked"
     (folder / "2.png").write_bytes((folder / "1.png").read_bytes())  # the content decides, not the name
-    pictures = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").pictures()
-    assert pictures is not None and len(pictures) == 6 and len(set(pictures)) == 2
-    folder_dataset(tmp_path / "data" / "things")
-    assert _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n").pictures() is None
+    clusters = _suite(tmp_path, "task: vqa\ndata: ${home}/data/asked\n").clusters()
+    assert clusters is not None and len(clusters) == 6 and len(set(clusters)) == 2
+
+
+def test_items_that_share_a_caption_or_an_image_are_one_cluster(tmp_path: Path) -> None:
+    folder = folder_dataset(tmp_path / "data" / "things", count=6)
+    lines = [
+        ("0.png", "a dog"),
+        ("1.png", "A dog"),
+        ("1.png", "a red ball"),
+        ("2.png", "a red ball"),
+        ("3.png", "a cat"),
+    ]
+    rows = [f"{file},{text},kind,{text},".strip() for file, text in lines]
+    (folder / "data.csv").write_text("\n".join(["file,text,label,concept,split", *rows]) + "\n")
+    suite = _suite(tmp_path, "task: retrieval\ndata: ${home}/data/things\n")
+    clusters = suite.clusters()
+    assert clusters is not None
+    found = {item.text: number for item, number in zip(suite.items(), clusters, strict=True)}
+    assert found["a dog"] == found["A dog"] == found["a red ball"] != found["a cat"]
+    classes = _suite(tmp_path, "task: classification\ndata: ${home}/data/things\n")
+    assert classes.clusters() is None
+
+
+def test_a_domain_has_enough_when_its_captions_are_enough() -> None:
+    rows = sample_rows(40, "flags", texts=[f"flag {i // 4}" for i in range(40)])
+    assert [suite.name for suite in fresh_suites(rows, min_items=10)] == ["fresh.flags"]
+    assert [suite.name for suite in fresh_suites(rows, min_items=11)] == ["fresh"]
 
 
 def test_the_digest_of_a_vqa_suite_follows_its_references(tmp_path: Path) -> None:

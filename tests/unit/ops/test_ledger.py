@@ -266,10 +266,14 @@ def test_looks_count_verdicts_since_the_last_released_update(ledger: Ledger) -> 
     for number in (1, 2):
         _update(ledger, f"u{number}")
         ledger.record_verdict(f"u{number}", f"clip-{number}", "rejected", "reports/x", {})
-    assert ledger.looks_since_release("clip") == 2
+    assert ledger.looks_since_release("clip") == 2, "what says nothing of it has spent"
     assert ledger.looks_since_release("vlm") == 0
-    proposal = ledger.propose("update", clip="clip-2", vlm=None, actor="u", reason="r", update_id="u2")
-    ledger.commit_release(1, clip="clip-2", vlm=None, actor="u", reason="r", proposal_id=proposal.id)
+    for number, spent in ((3, False), (4, True), (5, False)):
+        _update(ledger, f"u{number}")
+        ledger.record_verdict(f"u{number}", f"clip-{number}", "inconclusive", "reports/x", {"spent": spent})
+    assert ledger.looks_since_release("clip") == 3
+    proposal = ledger.propose("update", clip="clip-5", vlm=None, actor="u", reason="r", update_id="u5")
+    ledger.commit_release(1, clip="clip-5", vlm=None, actor="u", reason="r", proposal_id=proposal.id)
     assert ledger.looks_since_release("clip") == 0
 
 

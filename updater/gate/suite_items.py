@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ops.digests import digest12, digest_json
 from ops.errors import GateError, RecordError
@@ -82,6 +86,25 @@ def make_item(
 ) -> Item:
     """An item, named by its place and its text."""
     return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers)
+
+
+def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
+    """For each item the number of its cluster: those that share a caption or an image are in one, over any steps.
+
+    A caption has one vector: what an update does to it shows in all items that have it. The case of letters does not
+    count.
+    """
+    texts = np.unique([item.text.casefold() for item in items], return_inverse=True)[1]
+    images = np.unique([item.source for item in items], return_inverse=True)[1] + len(items)
+    graph = coo_array((np.ones(len(items)), (texts, images)), shape=(2 * len(items), 2 * len(items)))
+    numbers: NDArray[np.int_] = connected_components(graph, directed=False)[1][texts]
+    return numbers
+
+
+def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
+    """For each item the number of its image's content: what a model sees there shows in all questions about it."""
+    numbers: NDArray[np.int_] = np.unique([digest12(item.read()) for item in items], return_inverse=True)[1]
+    return numbers
 
 
 def without_lonely(items: Iterable[Item]) -> list[Item]:

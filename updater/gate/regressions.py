@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ops.errors import GateError
-from updater.gate.items import Item, open_picture
 from updater.gate.score import Outcomes, Scorer
+from updater.gate.suite_items import Item, open_picture
 from updater.gate.suites import Suite
 from updater.gate.verdict import Worse
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater.gate.decision import Marks
-from updater.gate.items import Item, spread
+from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, CrossVersion, Worse
 
@@ -19,7 +19,7 @@ PROBE = 64
 """Items that the engineering checks look at."""
 
 
-class Asker(Protocol[M]):
+class Evaluator(Protocol[M]):
     """One serving engine of a base and its resident adapters: what is gated is what is served."""
 
     @property

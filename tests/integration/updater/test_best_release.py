@@ -1,0 +1,64 @@
+"""A candidate is compared with the best release so far, through the engine that judges it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fixtures.tiny import tiny_adapter
+from ops.artifacts import Artifacts, directory_digest
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.engines.base import load_base
+from tests.integration.updater.home import add_samples, make_home
+from updater.families import spaces_of
+from updater.service import UpdaterService
+
+pytestmark = pytest.mark.integration
+
+
+def release(settings: Settings, folder: Path, number: int, seed: int, gain: float) -> str:
+    """An adapter that answers everybody, and what its verdict said of the suite `things`."""
+    base = load_base(settings.home, "tiny")
+    name = tiny_adapter(base, folder / str(number), seed=seed)
+    ledger = Ledger.open(settings.ledger)
+    Artifacts(settings.artifacts).put_directory(folder / str(number), f"adapters/{name}")
+    digest = directory_digest(folder / str(number))
+    ledger.register_adapter(name, "clip", base.digest, *spaces_of(base, folder / str(number)), {}, digest=digest)
+    ledger.begin_update(
+        f"u-{number}", family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+    )
+    suites = {"things": {"role": "retention", "after": 0.2 + gain, "base": 0.2, "before": 0.2, "n": 30}}
+    ledger.record_verdict(f"u-{number}", name, "passed", "reports/x", {"suites": suites})
+    ledger.advance_update(f"u-{number}", "done", adapter=name)
+    ledger.commit_release(number, clip=name, vlm=None, actor="a", reason="r", proposal_id=None)
+    ledger.close()
+    return name
+
+
+def test_the_verdict_names_the_best_release_and_does_without_one_that_is_gone(tmp_path: Path) -> None:
+    settings = make_home(tmp_path / "home")
+    best = release(settings, tmp_path, 1, seed=1, gain=0.3)
+    incumbent = release(settings, tmp_path, 2, seed=2, gain=0.1)
+    add_samples(settings, 12)
+    add_samples(settings, 12, split="fresh_eval")
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.incumbent == incumbent, update
+    verdict = service.ledger.verdict_of(update.id)
+    assert verdict is not None
+    things = verdict.summary["suites"]["things"]
+    assert things["best"] == best and -1 <= things["best_release"]["ci_low"] <= things["best_release"]["ci_high"] <= 1
+    assert "best" not in verdict.summary["suites"]["fresh.things"]
+
+    shutil.rmtree(tmp_path / "home" / "artifacts" / "adapters" / best)
+    add_samples(settings, 12)
+    later = service.step(now=True).update
+    assert later is not None and later.id != update.id
+    verdict = service.ledger.verdict_of(later.id)
+    assert verdict is not None and "best" not in verdict.summary["suites"]["things"]
+    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{later.id}/report.json"))
+    assert list(report["meta"]["not_compared"]) == [best], "the report says so"
