@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -109,19 +110,25 @@ class Cost:
 def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[list[int]]) -> Cost:
     """Count the first step (nothing is learned by it), what is prepared for it, and a small step of full fine-tuning.
 
-    A batch costs what its longest text makes it cost: the first one is counted as it is, and lengthened by padding, and
-    in between it is linear. ``batches`` are those whose mean length counts; of the others no row is prepared.
+    A batch costs what its longest text makes it cost, and that is a polynomial of second degree, by its attention: the
+    first batch is counted at three lengths, by padding. ``batches`` are those whose lengths count; of the others than
+    the first no row is prepared.
     """
     model, optimizer, rows = learner.model.model, learner.optimizer, batches[0]
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
-    own, mean = lengths[0], sum(lengths) / len(lengths)
-    varies = min(lengths) < max(lengths)
-    with counted() as flops, _peak(learner.model.device, model) as peak, learner.padded(max(lengths) - own):
+    own, most = lengths[0], max(lengths)
+    with counted() as flops, _peak(learner.model.device, model) as peak, learner.padded(most - own):
         learner.backward(rows)
-    step = flops.get_total_flops() / 1e9
-    if varies:
-        step += _slope(learner, rows, max(lengths), own, step) * (mean - max(lengths))
+    costs = {most: flops.get_total_flops() / 1e9}
+    if min(lengths) < most:
+        others = {own, (own + most) // 2} if own < most else {own + STRETCH, own + 2 * STRETCH}
+        for length in sorted(others - {most}):
+            if length <= learner.longest:
+                with counted() as flops, learner.padded(length - own):
+                    learner.backward(rows)
+                costs[length] = flops.get_total_flops() / 1e9
+    step = _mean_cost(costs, lengths)
     optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
     twice = sum(_bytes(p) for kind in _in_place(model) for p in kind.parameters())
@@ -144,14 +151,11 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
     )
 
 
-def _slope(learner: AnyLearner, rows: list[int], longest: int, own: int, gflops: float) -> float:
-    """GFLOPs of a step for each token of its longest text, by another length than ``longest``, at ``gflops``."""
-    other = own if own < longest else min(own + STRETCH, learner.longest)
-    if other == longest:
-        return 0.0
-    with counted() as flops, learner.padded(other - own):
-        learner.backward(rows)
-    return (flops.get_total_flops() / 1e9 - gflops) / (other - longest)
+def _mean_cost(costs: Mapping[int, float], lengths: Sequence[int]) -> float:
+    """Mean over batches of some lengths, by the polynomial through what was counted at others."""
+    known = np.array(list(costs), float)
+    fitted = np.polynomial.Polynomial.fit(known, list(costs.values()), len(costs) - 1)
+    return float(np.mean(fitted(np.array(lengths, float)))) if len(costs) > 1 else next(iter(costs.values()))
 
 
 def _full(learner: AnyLearner, examples: Sequence[Example]) -> tuple[float, float]:

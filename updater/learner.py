@@ -68,8 +68,8 @@ class Learner(ABC, Generic[E]):
         taught = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
         self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
-        taught = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
-        started = "incumbent" in taught or any(objective.frozen_texts for _, objective in self.objectives)
+        teachers = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
+        started = "incumbent" in teachers or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.extra = 0
@@ -109,7 +109,8 @@ class Learner(ABC, Generic[E]):
             self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
             work = Work(Path(self._own_folder.name))
         self.close()
-        self.examples, self.parts, self.work = list(examples), list(parts), work
+        self.examples: list[E] = list(examples)
+        self.parts, self.work = list(parts), work
         layout = spans(self.parts, work.rows, CHUNK)
         self.begin(between)
         contents = [f"{work.key} {self.settled} {each.id} {each.text}" for each in self.examples]

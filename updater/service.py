@@ -269,7 +269,8 @@ class UpdaterService:
             f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
             f" {result.visited} of {result.pending} pending samples visited"
         )
-        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
+        cost = {**cost_of(result), "draw": settings.updater.draw}
+        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 
     def _memory(self, incumbent: str | None) -> Path | None:
         """What the update that made the incumbent left behind, if it left something."""

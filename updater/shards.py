@@ -71,7 +71,8 @@ class Shards:
         folder: where their files are.
         layout: which rows are in which.
         contents: what each row is; a file that was made of other rows is made again.
-        fetch: reads what the rows need (images, say) in a thread of its own; asked for the next shard in advance.
+        fetch: reads what the rows need (images, say) in a thread of its own, for the next shard in advance; None where
+            they need nothing.
         compute: the values of the rows, from what was fetched. All is counted.
         between: called after each shard that was made.
     """
@@ -81,7 +82,7 @@ class Shards:
         folder: Path,
         layout: Sequence[Span],
         contents: Sequence[str],
-        fetch: Callable[[range], Any],
+        fetch: Callable[[range], Any] | None,
         compute: Callable[[range, Any], Values],
         between: Callable[[], None] = lambda: None,
     ) -> None:
@@ -170,16 +171,20 @@ class Shards:
 
     def _make(self, number: int) -> None:
         span = self.layout[number]
-        ahead = self._ahead.pop(number, None)
-        fetched = self.fetch(span.rows) if ahead is None else ahead.result()
-        self._fetch_ahead(number + 1)
+        fetched = None if self.fetch is None else self._fetched(self.fetch, number)
         with counted() as flops, torch.no_grad():
             values = self.compute(span.rows, fetched)
         gflops = flops.get_total_flops() / 1e9
         self._write(number, _packed(values), {"content": self._digest(number), "gflops": repr(gflops)})
         self.gflops[number] = gflops
 
-    def _fetch_ahead(self, number: int) -> None:
+    def _fetched(self, fetch: Callable[[range], Any], number: int) -> Any:
+        ahead = self._ahead.pop(number, None)
+        fetched = fetch(self.layout[number].rows) if ahead is None else ahead.result()
+        self._fetch_ahead(fetch, number + 1)
+        return fetched
+
+    def _fetch_ahead(self, fetch: Callable[[range], Any], number: int) -> None:
         """Begin to read what the next shard of the same group needs, unless it is there."""
         if number >= len(self.layout) or number in self._ahead or self._path(number).exists():
             return
@@ -187,7 +192,7 @@ class Shards:
             return
         if self._reader is None:
             self._reader = ThreadPoolExecutor(1, "shards")
-        self._ahead[number] = self._reader.submit(self.fetch, self.layout[number].rows)
+        self._ahead[number] = self._reader.submit(fetch, self.layout[number].rows)
 
     def _write(self, number: int, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
         path = self._path(number)

@@ -228,7 +228,7 @@ class _Run:
         self.work = Work(
             folder=self.work_dir / "prepared",
             key=self.run,
-            rows=self.plan.counts,
+            rows={str(part): count for part, count in self.plan.counts.items()},
             room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
             threads=self.limits.threads,
         )

@@ -54,7 +54,8 @@ def test_what_a_budget_does_not_pay_for_is_passed_over_and_counted(settings: Set
     json.dumps(facts["visits"])
     console = Console(record=True, width=200)
     console.print(screen(settings))
-    assert "passed over" in console.export_text() and str(BACKLOG - visited) in console.export_text()
+    text = console.export_text()
+    assert "passed over" in text and str(BACKLOG - visited) in text
 
 
 def test_the_draw_is_the_settings_and_does_not_change_when_an_update_is_made_again(settings: Settings) -> None:

@@ -54,6 +54,7 @@ LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
         pytest.param(recipe("locked-image"), False, id="locked image tower"),
         pytest.param(recipe("locked-text"), True, id="locked text tower over an incumbent"),
         pytest.param(recipe("naive"), False, id="naive"),
+        pytest.param(recipe("vr-lwf"), True, id="texts of its own in every batch"),
     ],
 )
 def test_an_update_spends_what_it_planned_within_two_percent(

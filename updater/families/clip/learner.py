@@ -116,7 +116,7 @@ class ClipLearner(Learner[Pair]):
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
         contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
-        shards = Shards(self.work.folder, layout, contents, lambda rows: None, compute, between)
+        shards = Shards(self.work.folder, layout, contents, None, compute, between)
         return Further(texts, [example for example, _ in wanted], shards, common)
 
     def decode(self, image: bytes) -> np.ndarray:
