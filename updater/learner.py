@@ -45,7 +45,7 @@ class Work:
     key: str = ""
     """Names what is computed beside the examples: base, recipe, incumbent. Shards of another one are made again."""
     rows: Mapping[str, int] = field(default_factory=dict)
-    """Examples in a shard, by their pool."""
+    """Examples that a step visits, by their pool: they are in shards of their own."""
     room: float = math.inf
     """Bytes on disk for one example; boundaries of frozen blocks that need more are computed anew at each step."""
     threads: int = 1

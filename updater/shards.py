@@ -48,19 +48,25 @@ class Span:
         return range(self.start, self.end)
 
 
-def spans(groups: Sequence[str], sizes: Mapping[str, int], default: int) -> list[Span]:
-    """Divide rows into shards: of one group each, of ``sizes`` rows (``default`` where a group has no size).
+def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Span]:
+    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows.
 
     The name of a shard tells its group and its place in it: more rows of another group do not change it.
+
+    Args:
+        sizes: of each group, rows of one step, which are prepared together; ``most`` where a group has none.
     """
     edges = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), len(groups)]
     result: list[Span] = []
     counts: dict[str, int] = defaultdict(int)
     for first, last in pairwise(edges if groups else []):
-        for start in range(first, last, sizes.get(groups[first], default)):
-            group = groups[first]
-            result.append(Span(f"{group}-{counts[group]}", start, min(last, start + sizes.get(group, default))))
-            counts[group] += 1
+        group = groups[first]
+        size = sizes.get(group, most)
+        for step in range(first, last, size):
+            end = min(last, step + size)
+            for start in range(step, end, most):
+                result.append(Span(f"{group}-{counts[group]}", start, min(end, start + most)))
+                counts[group] += 1
     return result
 
 

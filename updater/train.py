@@ -160,7 +160,12 @@ class _Run:
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
         )
-        told = {**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step}
+        told = {
+            **cost.to_json(),
+            "prepare_gflops": learner.prepared_gflops(),
+            "memory_ratio": cost.memory_ratio,
+            "maf_per_step": cost.maf_per_step,
+        }
         return TrainResult(
             adapter=name,
             directory=directory,

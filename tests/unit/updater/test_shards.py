@@ -24,7 +24,7 @@ class Work:
     def __init__(self, folder: Path, contents: list[str] | None = None) -> None:
         self.computed: list[range] = []
         self.fetched: list[range] = []
-        layout = spans(GROUPS, {"new": 3, "reference": 4}, default=48)
+        layout = spans(GROUPS, {"new": 3, "reference": 4}, most=48)
         names = contents or [f"row {row}" for row in range(12)]
         self.shards = Shards(folder, layout, names, self.fetch, self.compute)
 
@@ -40,12 +40,14 @@ class Work:
 
 
 def test_rows_are_divided_by_their_group() -> None:
-    layout = spans(GROUPS, {"new": 3, "reference": 4}, default=48)
+    layout = spans(GROUPS, {"new": 3, "reference": 4}, most=48)
     assert [(each.name, each.start, each.end) for each in layout] == [
         ("new-0", 0, 3), ("new-1", 3, 6), ("new-2", 6, 7), ("reference-0", 7, 11), ("reference-1", 11, 12),
     ]  # fmt: skip
-    assert [each.end for each in spans(["a"] * 5, {}, default=2)] == [2, 4, 5]
-    assert spans([], {}, default=2) == []
+    assert [each.end for each in spans(["a"] * 5, {}, most=2)] == [2, 4, 5]
+    # The rows of a step of five end a shard, so that however many steps follow, these shards are the same.
+    assert [each.end for each in spans(["a"] * 12, {"a": 5}, most=3)] == [3, 5, 8, 10, 12]
+    assert spans([], {}, most=2) == []
 
 
 def test_a_shard_is_made_when_one_of_its_rows_is_asked_for_and_no_other(tmp_path: Path) -> None:

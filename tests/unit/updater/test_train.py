@@ -167,7 +167,10 @@ def test_parameters_that_are_not_finite_are_never_written(
 
 
 def test_each_image_is_read_once(base: ClipBase, tmp_path: Path) -> None:
-    """Teacher features and boundaries are kept per sample; steps read nothing. The cost probe reads a few again."""
+    """Teacher features and boundaries are kept per sample; later steps read nothing.
+
+    Six are measured as full fine-tuning, and the rows of one step were read in advance when the first was measured.
+    """
     reads: dict[str, int] = {}
 
     def counted(pair: Pair) -> Pair:
@@ -180,7 +183,7 @@ def test_each_image_is_read_once(base: ClipBase, tmp_path: Path) -> None:
     counting = Pools(tuple(map(counted, pairs("car", 20))), tuple(map(counted, pairs("house", 20))))
     run(base, tmp_path, recipe=recipe(max_steps=10), pools=counting)
     assert len(reads) == 40
-    assert sum(reads.values()) <= 40 + 6
+    assert sum(reads.values()) <= 40 + 6 + 9
 
 
 def test_the_incumbent_teaches_from_the_boundary_on_what_it_says_of_the_whole_input(
