@@ -72,16 +72,21 @@ def _settings(settings: Settings, home: Path) -> Settings:
     write_folder(home / "data" / "backlog", items)
     suite = home / "suite.yaml"
     suite.write_text("name: backlog\ntask: retrieval\ndata: ${home}/data/backlog\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    metrics, nobody = _free_port(), f"http://127.0.0.1:{_free_port()}"
     return ours.model_copy(
         update={
             "base": ours.base.model_copy(update={"vlm": ""}),
-            "updater": ours.updater.model_copy(update={"reference": reference, "metrics_port": port}),
+            "updater": ours.updater.model_copy(update={"reference": reference, "metrics_port": metrics}),
+            "console": ours.console.model_copy(update={"server": nobody}),  # no server here slows the trainer
             "gate": ours.gate.model_copy(update={"suites": [suite]}),
         }
     )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _release(settings: Settings, update: UpdateRow) -> None:
