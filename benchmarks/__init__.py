@@ -10,6 +10,7 @@ from ops.settings import Settings
 
 BENCHMARKS = {
     "agreement": "benchmarks.agreement",
+    "backlog": "benchmarks.backlog.command",
     "chaos": "benchmarks.chaos",
     "continual": "benchmarks.continual.command",
     "duty": "benchmarks.duty",

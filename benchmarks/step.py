@@ -7,7 +7,7 @@ open_clip  a step as in ``open_clip_train``: both towers from decoded pixels and
            all parameters; nothing is distilled
 locked     the same where only those layers learn that the recipe adapts, and the blocks below are frozen
 
-What the recipe computes once per update is told beside, and as a share of each step.
+What the recipe computes once per example is told beside, and as a share of each step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -33,14 +33,14 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from streams.folders import read_folder
 from updater.base import reference_folders
-from updater.cost import counted, measure
+from updater.cost import measure
 from updater.families import make_learner
 from updater.families.clip.towers import trained_modules
 from updater.learner import AnyLearner
 from updater.mixture import BatchPlan, plan_batches
 from updater.pools import Pair, Pools
 from updater.process import use_environment
-from updater.recipes import Recipe, load_recipe
+from updater.recipes import Part, Recipe, load_recipe
 from updater.schedules import learning_rate
 
 WARM_UP = 3
@@ -60,7 +60,6 @@ class Prepared:
     examples: list[Pair]
     seconds: float
     """For all examples."""
-    gflops: float
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the examples in a batch."""
@@ -117,12 +116,11 @@ def _prepare(base: ClipBase, recipe: Recipe, examples: list[Pair]) -> Prepared:
     learner = make_learner(base, recipe, {}, seed=0)
     third = len(examples) // 3
     pools = Pools(tuple(examples[:third]), tuple(examples[third : 2 * third]), tuple(examples[2 * third :]))
-    began = time.perf_counter()
-    with counted() as flops:  # as in training
-        learner.prepare(pools.examples, pools.parts)
-    seconds = time.perf_counter() - began
     plan = plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0)
-    return Prepared(learner, plan, pools, examples, seconds, flops.get_total_flops() / 1e9)
+    began = time.perf_counter()
+    learner.prepare(pools.examples, pools.parts)
+    learner.ready(range(len(examples)))
+    return Prepared(learner, plan, pools, examples, time.perf_counter() - began)
 
 
 class _Batches:
@@ -184,12 +182,15 @@ def _partly(base: ClipBase, recipe: Recipe) -> nn.Module:
 def _figures(settings: Settings, recipe: Recipe, prepared: Prepared, seconds: dict[str, list[float]]) -> dict[str, Any]:
     middle = {side: float(np.median(took)) for side, took in seconds.items()}
     per_pair = prepared.seconds / len(prepared.examples)
-    pairs = settings.updater.min_new_samples + recipe.reference_limit + recipe.replay_limit
     rows = prepared.rows(0)
     batches = [prepared.rows(number) for number in range(recipe.max_steps)]
-    cost = measure(prepared.learner, list(prepared.examples), batches, prepared.gflops)
-    whole = replace(cost, prepare_gflops=prepared.gflops / len(prepared.examples) * pairs)
-    steps = whole.steps_within(settings.budget.gflops_per_update, recipe.max_steps)
+    cost = measure(prepared.learner, prepared.examples, batches)
+    sizes: dict[Part, int] = {
+        "new": settings.updater.min_new_samples, "reference": recipe.reference_limit, "replay": recipe.replay_limit,
+    }  # fmt: skip
+    plan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0)
+    steps = cost.steps_within(settings.budget.gflops_per_update, recipe.max_steps, plan)
+    pairs = sum(plan.visited(part, steps) for part in plan.counts)
     share = per_pair * pairs / steps
     figures: dict[str, Any] = {"recipe": recipe.name, "base": settings.base.clip, "batch_size": len(rows)}
     for side in SIDES:

@@ -143,6 +143,10 @@ class TrainingError(RatchetError):
     """An update cannot be trained."""
 
 
+class DiskFull(RatchetError):
+    """There is no room for what an update keeps on disk; it goes on when there is."""
+
+
 class BudgetError(RatchetError):
     """The compute budget does not allow it."""
 

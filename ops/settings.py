@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from ops.allow_rules import HostRule, NetworkRule, UriRule
 
 MIB = 1024 * 1024
+Draw = Literal["uniform", "newest"]
+"""How an update draws from what is pending."""
 
 
 def is_loopback(host: str) -> bool:
@@ -290,6 +292,13 @@ class Updater(Section):
     vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: a name or a YAML path.")
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
     max_wait_seconds: float = Field(3600.0, gt=0, description="Trigger with fewer samples after this long.")
+    draw: Draw = Field(
+        "uniform",
+        description="Which pending samples an update visits where it cannot visit all: drawn by chance, or the newest.",
+    )
+    work_gib: float = Field(
+        16.0, gt=0, description="Disk that one update may take in home/updates for what it computes once per sample."
+    )
     poll_seconds: float = Field(5.0, gt=0, description="How often the triggers are checked.")
     reference: list[Path] = Field(
         default_factory=list, description="Folder datasets of the reference pool; unset: the shipped base's own."

@@ -30,6 +30,8 @@ IDS_PER_QUERY: Final = 500
 BATCH_ROWS: Final = 8192
 IO_BUFFER_BYTES: Final = 64 << 20
 """What Lance reads ahead in a scan; its default is 2 GiB."""
+ADDRESS: Final = "_rowaddr"
+"""Lance's name for where a row is: its fragment and its place there, in one number."""
 _ID = re.compile(r"[0-9a-f]{64}")
 _ORDER = ("topic", "partition", "offset")
 _REFUSED = [*_ORDER, "reason", "detail", "source", "ingested_at", "original", "original_key", "original_headers"]
@@ -166,6 +168,43 @@ class SampleStore:
         order = pc.sort_indices(table.select(_ORDER), sort_keys=[(name, "ascending") for name in _ORDER])
         return table.take(order).select(wanted)
 
+    def addresses(
+        self,
+        columns: Sequence[str],
+        version: int | None = None,
+        split: str | None = None,
+        having: Having | None = None,
+    ) -> Iterator[pa.RecordBatch]:
+        """Columns of all samples and where they are (``_rowaddr``), batch after batch, in the order of the files.
+
+        For :meth:`rows_at`: an address is good for this version alone.
+        """
+        dataset = self.table.open(version)
+        if dataset is None:
+            return
+        yield from self._batches(dataset, columns, self._where(dataset, split, None, having), BATCH_ROWS, True)
+
+    def rows_at(
+        self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows by their addresses in a version, in that order: no scan, whatever is stored.
+
+        Raises StoreError when one of them is not there.
+        """
+        dataset = self.table.open(version)
+        if dataset is None or not len(addresses):
+            return []
+        where = f"{ADDRESS} IN ({', '.join(str(int(each)) for each in addresses)})"
+        with reading(self.url):
+            table = dataset.to_table(columns=list(columns), filter=where, with_row_address=True)
+        rows = {row.pop(ADDRESS): row for row in table.to_pylist()}
+        if missing := {int(each) for each in addresses} - rows.keys():
+            raise StoreError(
+                f"version {dataset.version} of the sample store {self.url} lacks {len(missing)} rows that it had.",
+                "Addresses are good for one version: ask for them again.",
+            )
+        return [rows[int(each)] for each in addresses]
+
     def image(self, ids: Sequence[str]) -> dict[str, bytes]:
         """Encoded images by sample id; unknown ids are missing."""
         table = self.scan(ids=ids, columns=["id", "image"])
@@ -195,10 +234,14 @@ class SampleStore:
     ) -> Iterator[pa.RecordBatch]:
         """Like :meth:`select`, batch after batch of at most ``size`` rows, in the order in which they are stored."""
         dataset = self.table.open(version)
-        if dataset is None:
-            return
+        if dataset is not None:
+            yield from self._batches(dataset, columns, where, size)
+
+    def _batches(
+        self, dataset: Any, columns: Sequence[str], where: str, size: int, addresses: bool = False
+    ) -> Iterator[pa.RecordBatch]:
         bounds = {"batch_size": size, "batch_readahead": 2, "fragment_readahead": 2, "io_buffer_size": IO_BUFFER_BYTES}
-        batches = iter(dataset.to_batches(columns=list(columns), filter=where, **bounds))
+        batches = iter(dataset.to_batches(columns=list(columns), filter=where, with_row_address=addresses, **bounds))
         while True:
             with reading(self.url):  # not around the yield: what the caller raises is no outage
                 batch = next(batches, None)

@@ -1,44 +1,60 @@
 """What training costs, counted and not guessed: FLOPs of the real step, and its peak memory.
 
 Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
-GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). A multiply-add counts 2.
+GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from ops.errors import BudgetError
 from updater import optimizers
 from updater.adapters.kinds import Kind
+from updater.flops import counted
 from updater.learner import AnyLearner
+from updater.mixture import BatchPlan
 from updater.pools import Example
+from updater.recipes import Part
 
 SMALL, LARGE = 2, 4
 """Batches at which full fine-tuning is measured on a CPU; its activations grow by the row, the rest is fixed."""
+STRETCH = 8
+"""Tokens by which a batch is lengthened that has the longest text of all."""
+
+
+class StepUnaffordable(BudgetError):
+    """A budget does not pay for one step. ``needed``: what would, in MAF-GFLOPs."""
+
+    needed: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured once per update, and kept with it, so that a resumed update plans the same number of steps."""
+    """Measured once per update, on its first batch, and kept with it: a resumed update plans the same steps."""
 
     step_gflops: float
     """Forward and backward of one batch, on average."""
     sample_gflops: float
     """Forward pass of one sample through the whole model."""
-    prepare_gflops: float
-    """All that is computed before the first step: teachers' passes, and what no step changes."""
+    row_gflops: Mapping[Part, float]
+    """What is computed once of an example, by its pool: teachers' passes, and what no step changes."""
+    texts_gflops: float
+    """The same of texts that are in every batch."""
     peak_bytes: float
     full_bytes: float
     """Peak of full fine-tuning at the same batch."""
+    row_bytes: float = 0.0
+    """Disk that is taken for an example, at most."""
     closing: int = 0
     """Steps' worth of passes after the last step: gradients that regularizers measure."""
 
@@ -52,71 +68,97 @@ class Cost:
         """Memory-adjusted GFLOPs of a step."""
         return self.step_gflops * self.memory_ratio
 
-    @property
-    def maf_prepare(self) -> float:
-        """Memory-adjusted GFLOPs before the first step."""
-        return self.prepare_gflops * self.memory_ratio
+    def maf(self, steps: int, prepared_gflops: float) -> float:
+        """Memory-adjusted GFLOPs of an update of so many steps, for which so much was prepared."""
+        return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
 
-    def maf(self, steps: int) -> float:
-        """Memory-adjusted GFLOPs of an update of so many steps, and of what comes before and after them."""
-        return self.maf_prepare + (steps + self.closing) * self.maf_per_step
+    def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
+        """What is prepared for so many steps: the rows that they visit, and no others."""
+        return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
 
-    def steps_within(self, gflops: float, most: int) -> int:
-        """Steps that a budget pays for, at most ``most``. Raises BudgetError when it pays for none."""
-        affordable = int((gflops - self.maf_prepare) / self.maf_per_step) - self.closing if self.maf_per_step else most
-        if affordable < 1:
-            closing = f", {self.closing} such passes at the end" if self.closing else ""
-            raise BudgetError(
-                f"a budget of {gflops:,.0f} MAF-GFLOPs does not pay for one step "
-                f"(teacher passes {self.maf_prepare:,.0f}, a step {self.maf_per_step:,.1f}{closing}).",
-                "Raise budget.gflops_per_update, or use a recipe with a smaller batch or fewer reference pairs.",
-            )
-        return min(affordable, most)
+    def planned(self, steps: int, plan: BatchPlan) -> float:
+        """Memory-adjusted GFLOPs of so many steps and of preparing the rows that they visit."""
+        return self.maf(steps, self.prepare_gflops(steps, plan))
+
+    def steps_within(self, gflops: float, most: int, plan: BatchPlan) -> int:
+        """Steps that a budget pays for with their own rows, at most ``most``.
+
+        Raises StepUnaffordable when it does not pay for one.
+        """
+        if self.planned(1, plan) > gflops:
+            raise self._unaffordable(gflops, plan)
+        # The last number of steps that is within: the cost grows with each.
+        return bisect_right(range(1, most + 1), gflops, key=lambda steps: self.planned(steps, plan))
+
+    def _unaffordable(self, gflops: float, plan: BatchPlan) -> StepUnaffordable:
+        needed = self.planned(1, plan)
+        prepare = self.prepare_gflops(1, plan) * self.memory_ratio
+        closing = f", {self.closing} such passes at the end" if self.closing else ""
+        error = StepUnaffordable(
+            f"a budget of {gflops:,.0f} MAF-GFLOPs does not pay for one step with its own rows, which costs "
+            f"{needed:,.1f} (to prepare the rows {prepare:,.1f}, a step {self.maf_per_step:,.1f}{closing}).",
+            "Raise budget.gflops_per_update and gflops_per_day, or use a recipe with a smaller batch.",
+        )
+        error.needed = needed
+        return error
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def measure(learner: AnyLearner, examples: list[Example], batches: Sequence[list[int]], prepare_gflops: float) -> Cost:
-    """Count real steps (nothing is learned by them), and a small step of full fine-tuning.
+def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[list[int]]) -> Cost:
+    """Count the first step (nothing is learned by it), what is prepared for it, and a small step of full fine-tuning.
 
-    ``batches`` are the first ones that will be learned. A batch costs what its longest text makes it cost: the one with
-    the shortest and the one with the longest are counted, and what lies between is linear.
+    A batch costs what its longest text makes it cost, and that is a polynomial of second degree, by its attention: the
+    first batch is counted at three lengths, by padding. ``batches`` are those whose lengths count; of the others than
+    the first no row is prepared.
     """
-    model, optimizer = learner.model.model, learner.optimizer
-    lengths = [max(learner.length(row) for row in rows) for rows in batches]
-    least, most = min(lengths), max(lengths)
-    rows = batches[lengths.index(most)]
-    with counted() as flops, _peak(learner.model.device, model) as peak:
+    model, optimizer, rows = learner.model.model, learner.optimizer, batches[0]
+    learner.ready(rows)
+    lengths = [max(learner.length(row) for row in batch) for batch in batches]
+    own, most = lengths[0], max(lengths)
+    with counted() as flops, _peak(learner.model.device, model) as peak, learner.padded(most - own):
         learner.backward(rows)
-    step = long = flops.get_total_flops() / 1e9
-    if least < most:
-        with counted() as flops:
-            learner.backward(batches[lengths.index(least)])
-        short = flops.get_total_flops() / 1e9
-        step = short + (long - short) * (sum(lengths) / len(lengths) - least) / (most - least)
+    costs = {most: flops.get_total_flops() / 1e9}
+    if min(lengths) < most:
+        others = {own, (own + most) // 2} if own < most else {own + STRETCH, own + 2 * STRETCH}
+        for length in sorted(others - {most}):
+            if length <= learner.longest:
+                with counted() as flops, learner.padded(length - own):
+                    learner.backward(rows)
+                costs[length] = flops.get_total_flops() / 1e9
+    step = _mean_cost(costs, lengths)
     optimizer.zero_grad(set_to_none=True)
     trained = sum(_bytes(p) + optimizers.state_bytes(optimizer, p) for p in learner.parameters.values())
     twice = sum(_bytes(p) for kind in _in_place(model) for p in kind.parameters())
     weights = sum(_bytes(p) for p in model.parameters()) - twice
     small, sample_gflops = _full(learner, examples[:SMALL])
-    large, _ = _full(learner, (examples * LARGE)[:LARGE])
+    large, _ = _full(learner, (list(examples[:LARGE]) * LARGE)[:LARGE])
     plain = learner.base.build_model()
     everything = sum(_bytes(p) for p in plain.parameters())
     per_row = (large - small) / (LARGE - SMALL)
     return Cost(
         step_gflops=step,
         sample_gflops=sample_gflops,
-        prepare_gflops=prepare_gflops,
+        row_gflops=learner.row_gflops(rows),
+        texts_gflops=learner.texts_gflops(),
         # Gradient and optimizer state of what learns, beside weights and what autograd keeps.
         peak_bytes=weights + trained + peak(),
         full_bytes=everything * 4 + small + per_row * (len(rows) - SMALL),
+        row_bytes=learner.row_bytes(),
         closing=sum(regularizer.passes for _, regularizer in learner.regularizers),
     )
 
 
-def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
+def _mean_cost(costs: Mapping[int, float], lengths: Sequence[int]) -> float:
+    """Mean over batches of some lengths, by the polynomial through what was counted at others."""
+    known = np.array(list(costs), float)
+    fitted = np.polynomial.Polynomial.fit(known, list(costs.values()), len(costs) - 1)
+    return float(np.mean(fitted(np.array(lengths, float)))) if len(costs) > 1 else next(iter(costs.values()))
+
+
+def _full(learner: AnyLearner, examples: Sequence[Example]) -> tuple[float, float]:
     """Bytes that autograd keeps for a step of full fine-tuning, and GFLOPs of one forward pass of one sample."""
     model = learner.base.build_model()
     for parameter in model.parameters():
@@ -124,41 +166,6 @@ def _full(learner: AnyLearner, examples: list[Example]) -> tuple[float, float]:
     with counted() as flops, _peak(torch.device("cpu"), model) as peak:
         learner.plain(model, examples)
     return peak(), flops.get_total_flops() / 1e9 / len(examples)
-
-
-@contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter, that sees all attention: the CPU's kernel, which it does not know, is told it, and the fused
-    layers of inference, of which it knows nothing, are switched off. Nor does it count the weights' gradient of a
-    depthwise convolution as one of all channels with all channels.
-    """
-    aten = torch.ops.aten
-    told = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        aten.convolution_backward: _convolution_backward,
-    }
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with FlopCounterMode(display=False, custom_mapping=told) as flops:
-            yield flops
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _convolution_backward(grad: Any, inputs: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    """Of inputs and of weights, each as much as the forward pass, whatever the groups."""
-    _, _, _, _, transposed, _, _, wanted = rest
-    return int(conv_flop_count(inputs, weight, grad, transposed=transposed)) * sum(map(bool, wanted[:2]))
 
 
 @contextmanager

@@ -5,8 +5,14 @@ What differs between a CLIP and a VLM is in ``updater/families``: the course of 
 
 from __future__ import annotations
 
+import math
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -18,13 +24,32 @@ from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.averaging import Average
 from updater.gradients import harmonized_backward, without_conflicts
+from updater.mixture import PARTS
 from updater.momentum import Momentum
 from updater.objectives import Batch, Features
 from updater.pools import Pair, Question
 from updater.recipes import Part, Recipe, Term
+from updater.shards import Shards, Values, spans
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
+CHUNK = 48
+"""Most examples in one pass of what is computed once, and in a shard where nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a learner keeps what it computes once per example."""
+
+    folder: Path
+    key: str = ""
+    """Names what is computed beside the examples: base, recipe, incumbent. Shards of another one are made again."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Examples that a step visits, by their pool: they are in shards of their own."""
+    room: float = math.inf
+    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed anew at each step."""
+    threads: int = 1
+    """Threads that decode images."""
 
 
 class Learner(ABC, Generic[E]):
@@ -43,6 +68,12 @@ class Learner(ABC, Generic[E]):
         taught = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
         self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
+        teachers = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
+        started = "incumbent" in teachers or any(objective.frozen_texts for _, objective in self.objectives)
+        self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
+        self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
+        self.extra = 0
+        """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
         """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
@@ -62,21 +93,116 @@ class Learner(ABC, Generic[E]):
         """Whether the model can learn from an example at all; others are left out of every pool."""
         return True
 
-    @abstractmethod
-    def prepare(self, examples: Sequence[E], parts: Sequence[Part], between: Callable[[], None] = lambda: None) -> None:
-        """Compute once what no step changes. Steps refer to ``examples`` by number.
+    def prepare(
+        self, examples: Sequence[E], parts: Sequence[Part], work: Work | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
+        when a step first asks for one.
 
-        The model is at its start: a resumed update prepares before it takes its parameters back. ``between`` is called
-        after each chunk (duty cycle, signals).
+        Args:
+            parts: the pool of each.
+            work: where shards are kept; without it, in a folder that goes with the learner.
+            between: called after each shard (duty cycle, signals).
         """
+        if work is None:
+            self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
+            work = Work(Path(self._own_folder.name))
+        self.close()
+        self.examples: list[E] = list(examples)
+        self.parts, self.work = list(parts), work
+        layout = spans(self.parts, work.rows, CHUNK)
+        self.begin(between)
+        contents = [f"{work.key} {self.settled} {each.id} {each.text}" for each in self.examples]
+        self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between)
+
+    def begin(self, between: Callable[[], None]) -> None:
+        """Called by :meth:`prepare` when the examples are known, before any shard is made."""
+
+    @property
+    def settled(self) -> str:
+        """What was decided in :meth:`begin` of what shards hold: of another decision they are made again."""
+        return ""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Most tokens of an example, as :meth:`length` counts them."""
+
+    @abstractmethod
+    def decode(self, image: bytes) -> Any:
+        """What is made of an encoded image before the model sees it, in any thread."""
+
+    @abstractmethod
+    def compute(self, rows: range, images: Sequence[Any]) -> Values:
+        """What no step changes of some examples of one pool, from their decoded images; without gradients, and with the
+        model at its start."""
+
+    def ready(self, rows: Sequence[int]) -> None:
+        """Make what is missing of what no step changes, for some examples. Raises DiskFull."""
+        self.shards.ready(rows)
+
+    def prepared_gflops(self) -> float:
+        """What was computed so far of what no step changes, in all attempts."""
+        return sum(self.shards.gflops.values())
+
+    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
+        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
+        result: dict[Part, float] = {}
+        for part in PARTS:
+            if own := [row for row in rows if self.parts[row] == part]:
+                result[part] = self.shards.mean_gflops(own)
+        return result
+
+    def texts_gflops(self) -> float:
+        """The same for texts that are in every batch."""
+        return 0.0
+
+    def row_bytes(self) -> float:
+        """Disk that was taken for an example so far, on average."""
+        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
+        return sum(self.shards.sizes.values()) / count
+
+    def close(self) -> None:
+        """End what is read in advance."""
+        self.shards.close()
+
+    @contextmanager
+    def padded(self, tokens: int) -> Iterator[None]:
+        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
+        self.extra = tokens
+        try:
+            yield
+        finally:
+            self.extra = 0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is what the update began with, whatever it has learned since."""
+        if self._start is None:
+            yield
+            return
+        with self.model.holding(self._start):
+            yield
+
+    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
+        with self.at_start():
+            return self.compute(rows, images)
+
+    def _fetch(self, rows: range) -> list[Any]:
+        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
+        chosen = [self.examples[row] for row in rows]
+        encoded = [example.read() for example in chosen]
+        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+            return list(pool.map(self.decode, encoded))
 
     @abstractmethod
     def length(self, row: int) -> int:
-        """Tokens of an example; a batch takes as long as its longest."""
+        """Tokens of an example's words; a batch takes as long as its longest."""
 
     @abstractmethod
     def batch(self, rows: Sequence[int]) -> Batch:
-        """What the objectives compare, of some examples."""
+        """What the objectives compare, of some examples, which are made ready."""
 
     @abstractmethod
     def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:

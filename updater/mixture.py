@@ -16,7 +16,11 @@ PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Rows of each pool in one batch, and the order in which the pools are gone through."""
+    """Rows of each pool in one batch, and the order in which the pools are gone through.
+
+    A pool is gone through in epochs: first in its own order, that of its draw, and shuffled anew for each later one. So
+    the rows that steps visit first are always the next ones, and a longer pool has the same first batches.
+    """
 
     counts: Mapping[Part, int]
     sizes: Mapping[Part, int]
@@ -28,15 +32,21 @@ class BatchPlan:
         return sum(self.counts.values())
 
     def batch(self, step: int) -> list[tuple[Part, int]]:
-        """(pool, row) of every row of batch ``step``: each pool in epochs, shuffled anew for each."""
+        """(pool, row) of every row of batch ``step``."""
         return [
             (part, self._row(part, step * count + number))
             for part, count in self.counts.items()
             for number in range(count)
         ]
 
+    def visited(self, part: Part, steps: int) -> int:
+        """Rows of a pool that so many steps see: its first ones."""
+        return min(self.sizes[part], steps * self.counts.get(part, 0))
+
     def _row(self, part: Part, position: int) -> int:
         epoch, place = divmod(position, self.sizes[part])
+        if epoch == 0:
+            return place
         return _shuffled(self.sizes[part], f"{self.seed} {part} {epoch}")[place]
 
 

@@ -1,25 +1,37 @@
-"""What an update is trained on: three pools of examples, pinned by the store's version and a seed."""
+"""What an update is trained on: three pools of examples, pinned by the store's version and a seed.
+
+Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
+its budget pays for.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
+from typing import Any, overload
+
+import numpy as np
 
 from ops.digests import digest12, digest_bytes
 from ops.errors import ConfigError
 from ops.progress import say
+from ops.settings import Draw
 from streams.folders import FolderItem, read_folder
-from streams.store import Having, SampleStore
+from streams.store import SampleStore
+from updater.draw import draw_rows
 from updater.mixture import PARTS
 from updater.recipes import Family, Part, Recipe
-from updater.replay import Candidate, reservoir
 
-READ_ROWS = 256
-"""Images read from the store in one scan."""
+WORDS_ROWS = 1024
+"""Rows whose words are read from the store at once, and kept until others are asked for."""
+IMAGE_ROWS = 48
+"""Rows whose images are: at 8 MiB each 384 MiB, for each of two pools."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +61,25 @@ class Question:
 
 
 Example = Pair | Question
-HAVING: dict[Family, Having] = {"clip": "text", "vlm": "question"}
-"""What a sample must have for a family to learn from it."""
 
 
 @dataclass(frozen=True)
 class Pools:
     """New data D, reference pool P, replay buffer B: all pairs for a CLIP, all questions for a VLM."""
 
-    new: tuple[Example, ...]
-    reference: tuple[Example, ...] = ()
-    replay: tuple[Example, ...] = ()
+    new: Sequence[Example]
+    reference: Sequence[Example] = ()
+    replay: Sequence[Example] = ()
 
-    def of(self, part: Part) -> tuple[Example, ...]:
+    def of(self, part: Part) -> Sequence[Example]:
         """One pool by its name."""
-        pools: dict[Part, tuple[Example, ...]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
+        pools: dict[Part, Sequence[Example]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
         return pools[part]
+
+    def shuffled(self, seed: int) -> Pools:
+        """The same pools in a random order, for those that were not drawn by chance."""
+        order = random.Random(seed)  # noqa: S311 - nothing is kept secret
+        return Pools(*(tuple(order.sample(pool, len(pool))) for pool in map(self.of, PARTS)))
 
     @property
     def sizes(self) -> dict[Part, int]:
@@ -100,30 +115,19 @@ def draw_pools(
     version: int,
     data_from: Mapping[str, int],
     seed: int,
+    draw: Draw = "uniform",
 ) -> Pools:
     """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it.
 
     Only samples that the recipe's family learns from are in them. A pure function of its arguments and of the
-    reference folders' contents.
+    reference folders' contents. Words and images of the store are read when an example is asked for.
     """
-    columns = ["id", "text", "question", "answer", "domain", "concept", "label"]
-    having = HAVING[recipe.family]
-    fresh = set(
-        store.scan(version=version, split="train", after=data_from, columns=["id"], having=having)["id"].to_pylist()
-    )
-    rows = store.scan(version=version, split="train", columns=columns, having=having).to_pylist()
-    new = [row for row in rows if row["id"] in fresh]
-    old = [row for row in rows if row["id"] not in fresh]
-    wanted = recipe.mixture.replay > 0
-    earlier = [Candidate(row["id"], _concept(row, recipe.family)) for row in old] if wanted else []
-    kept = set(reservoir(earlier, recipe.replay_limit, recipe.replay_half_life, seed, recipe.replay_balanced))
-    replay = [row for row in old if row["id"] in kept]
-    lazy = _LazyImages(store, version, [row["id"] for row in (*new, *replay)])
+    drawn = draw_rows(store, recipe, version, data_from, seed, draw)
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
-        new=tuple(_example(row["id"], row, lazy.reader(row["id"]), recipe.family) for row in new),
+        new=StoredExamples(store, version, drawn.new, recipe.family),
         reference=_reference(folders, recipe.reference_limit, seed, recipe.family),
-        replay=tuple(_example(row["id"], row, lazy.reader(row["id"]), recipe.family) for row in replay),
+        replay=StoredExamples(store, version, drawn.replay, recipe.family),
     )
 
 
@@ -133,10 +137,60 @@ def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], famil
     return Pair(name, row["text"], read, row["label"] or "")
 
 
-def _concept(row: Mapping[str, str | None], family: Family) -> str:
-    """What replay is balanced over; for questions also their kind."""
-    kind = f"{row['label'] or ''} " if family == "vlm" else ""
-    return f"{kind}{row['concept'] or row['domain'] or ''}"
+class StoredExamples(Sequence[Example]):
+    """Examples of the sample store in the order of a draw; words and images are read some rows at a time."""
+
+    def __init__(self, store: SampleStore, version: int, addresses: np.ndarray, family: Family) -> None:
+        """``addresses``: uint64 [n], of rows in this version."""
+        self.addresses = addresses
+        self.family: Family = family
+        columns = ["question", "answer"] if family == "vlm" else ["text"]
+        self._words = _Pages(store, version, addresses, ["id", "label", *columns], WORDS_ROWS)
+        self._images = _Pages(store, version, addresses, ["image"], IMAGE_ROWS)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, number: int | slice) -> Example | Sequence[Example]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        place = number % len(self)
+        row = self._words.row(place)
+
+        def read() -> bytes:
+            image: bytes = self._images.row(place)["image"]
+            return image
+
+        return _example(row["id"], row, read, self.family)
+
+
+class _Pages:
+    """Columns of some rows of the store, read a page at a time; the last one is kept. For several threads."""
+
+    def __init__(
+        self, store: SampleStore, version: int, addresses: np.ndarray, columns: Sequence[str], size: int
+    ) -> None:
+        self.store, self.version, self.addresses, self.columns, self.size = store, version, addresses, columns, size
+        self._lock = Lock()
+        self._page = -1
+        self._rows: list[dict[str, Any]] = []
+
+    def row(self, number: int) -> dict[str, Any]:
+        page, place = divmod(number, self.size)
+        with self._lock:
+            if page != self._page:
+                self._rows = []  # both at once would be twice the memory
+                wanted = self.addresses[page * self.size : (page + 1) * self.size].tolist()
+                self._rows, self._page = self.store.rows_at(wanted, self.columns, self.version), page
+            return self._rows[place]
 
 
 def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -> tuple[Example, ...]:
@@ -179,30 +233,6 @@ def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, Fol
         turns.append((seen[item.label], key, item))
         seen[item.label] += 1
     return [(key, item) for _, key, item in sorted(turns, key=lambda each: each[:2])]
-
-
-class _LazyImages:
-    """Reads encoded images of the store in the order in which they will be asked for, some rows at a time."""
-
-    def __init__(self, store: SampleStore, version: int, ids: Sequence[str]) -> None:
-        self.store = store
-        self.version = version
-        self.ids = list(ids)
-        self.place = {name: number for number, name in enumerate(self.ids)}
-        self.held: dict[str, bytes] = {}
-
-    def reader(self, name: str) -> Callable[[], bytes]:
-        """A function that gives the image of one row."""
-        return lambda: self._read(name)
-
-    def _read(self, name: str) -> bytes:
-        if name not in self.held:
-            start = self.place[name] // READ_ROWS * READ_ROWS
-            rows = self.store.scan(
-                version=self.version, columns=["id", "image"], ids=self.ids[start : start + READ_ROWS]
-            )
-            self.held = dict(zip(rows["id"].to_pylist(), rows["image"].to_pylist(), strict=True))
-        return self.held[name]
 
 
 def caption_number(caption: str) -> int:

@@ -8,11 +8,12 @@ count of the row's concept (MetaCLIP's balancing for a stream: a row counts half
 from __future__ import annotations
 
 import hashlib
-import heapq
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Candidate(NamedTuple):
@@ -25,23 +26,35 @@ class Candidate(NamedTuple):
 def reservoir(
     rows: Sequence[Candidate], capacity: int, half_life: float, seed: int, balanced: bool = True
 ) -> list[str]:
-    """Ids of at most ``capacity`` rows, in row order. ``rows`` are oldest first; unbalanced, all are as likely."""
-    if len(rows) <= capacity:
-        return [row.id for row in rows]
-    counts = decayed_counts((row.concept for row in rows), half_life) if balanced else {}
+    """Ids of at most ``capacity`` rows, as :func:`reservoir_order` draws them. ``rows`` are oldest first."""
+    keys = np.fromiter((draw_key(row.id, seed) for row in rows), np.uint64, len(rows))
+    order = reservoir_order(keys, [row.concept for row in rows], capacity, half_life, balanced)
+    return [rows[number].id for number in order]
+
+
+def reservoir_order(
+    keys: np.ndarray, concepts: Sequence[Hashable], capacity: int, half_life: float, balanced: bool = True
+) -> np.ndarray:
+    """Numbers of at most ``capacity`` rows in the order of the draw: the first m of them are a reservoir of m.
+
+    Args:
+        keys: of each row :func:`draw_key`, uint64 [n], oldest row first.
+        concepts: of each row.
+        balanced: without it all rows are as likely.
+    """
+    counts = decayed_counts(concepts, half_life) if balanced else {}
+    weights = np.fromiter((counts.get(concept, 1.0) for concept in concepts), np.float64, len(keys))
     # log(u^(1/w)) = log(u) / w = log(u) x count; log keeps tiny keys apart.
-    keys = [
-        (math.log(_uniform(row.id, seed)) * counts.get(row.concept, 1.0), number) for number, row in enumerate(rows)
-    ]
-    kept = sorted(number for _, number in heapq.nlargest(capacity, keys))
-    return [rows[number].id for number in kept]
+    logarithms = np.log((keys.astype(np.float64) + 0.5) / 2.0**64) * weights
+    order: np.ndarray = np.argsort(-logarithms, kind="stable")[:capacity]
+    return order
 
 
-def decayed_counts(concepts: Iterable[str], half_life: float) -> dict[str, float]:
+def decayed_counts(concepts: Iterable[Hashable], half_life: float) -> dict[Hashable, float]:
     """Rows of each concept, the newest counting 1 and one ``half_life`` rows older counting 0.5."""
     growth = math.log(2) / half_life
-    sums: dict[str, float] = defaultdict(float)
-    last: dict[str, int] = {}
+    sums: dict[Hashable, float] = defaultdict(float)
+    last: dict[Hashable, int] = {}
     number = -1
     for number, concept in enumerate(concepts):
         passed = number - last.get(concept, number)
@@ -50,7 +63,6 @@ def decayed_counts(concepts: Iterable[str], half_life: float) -> dict[str, float
     return {concept: count * math.exp(-growth * (number - last[concept])) for concept, count in sums.items()}
 
 
-def _uniform(name: str, seed: int) -> float:
-    """A number in (0, 1) from a hash."""
-    word = hashlib.sha256(f"{seed} {name}".encode()).digest()[:8]
-    return (int.from_bytes(word, "big") + 0.5) / 2**64
+def draw_key(name: str, seed: int) -> int:
+    """64 bits of a hash of seed and id."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "big")

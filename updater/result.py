@@ -21,6 +21,8 @@ class Limits:
     duty_cycle: float = 1.0
     """Share of time spent computing; the rest of the time the trainer sleeps between steps."""
     checkpoint_steps: int = 10
+    work_bytes: float = 16 * 2**30
+    """Disk for what is computed once per sample."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class TrainResult:
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
     samples: dict[Part, int]
-    """Examples in each pool."""
+    """Examples of each pool that the planned steps visit."""
+    pending: int
+    """New samples in all, of which some were drawn."""
+    visited: int
+    """New samples that were in a batch; the others were passed over."""
     memory: Path | None = None
     """Directory with what the next update from this adapter wants to know, if there is something."""
 
@@ -56,6 +62,9 @@ def cost_of(result: TrainResult) -> dict[str, Any]:
         "truncated": result.truncated,
         "loss_first": result.losses["loss"][0],
         "loss_last": result.losses["loss"][-1],
+        "pending": result.pending,
+        "visited": result.visited,
+        "passed_over": result.pending - result.visited,
         "samples": sum(result.samples.values()),
         **{f"samples_{part}": count for part, count in result.samples.items()},
         **result.cost,

@@ -14,17 +14,19 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ops import metrics
 from ops.artifacts import Artifacts, directory_digest
 from ops.digests import digest12, digest_json
-from ops.errors import BudgetError, ConfigError, GateError, LedgerError, RatchetError, StoreError
+from ops.errors import BudgetError, ConfigError, DiskFull, GateError, LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
 from serving.client import Client
 from streams.store import SampleStore
 from updater import triggers
+from updater.cost import StepUnaffordable
 from updater.facts import Facts
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
 from updater.judge import judge
@@ -46,6 +48,10 @@ class Outcome:
 
     update: UpdateRow | None
     reason: str
+
+
+class BucketEmpty(BudgetError):
+    """Another update has spent what this one was to be charged; it waits until the bucket holds it."""
 
 
 class UpdaterService:
@@ -181,10 +187,10 @@ class UpdaterService:
             if update.state == "gated":
                 metrics.update.now(family, "proposing")
                 update = self._propose(update, family)
-        except (LedgerError, StoreError, GateError, ConfigError):
-            raise  # storage that is away, or settings that are wrong, are no fault of the update: it waits
+        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty):
+            raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
         except RatchetError as error:
-            update = self._fail(update, error)
+            update = self._fail(update, family, error)
         finally:
             metrics.update.now(family, "waiting")
         metrics.update.finished(family, update.state)
@@ -217,19 +223,22 @@ class UpdaterService:
         rate, capacity = triggers.bucket(settings)
         planned = triggers.planned_gflops(settings)
         if not self.ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
-            raise BudgetError(
+            raise BucketEmpty(
                 f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
             )
         self._tell_budget()
         recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
         folders = reference_of(settings, family)
-        pools = draw_pools(self.store, recipe, folders, update.store_version, update.data_from, update.seed)
+        pools = draw_pools(
+            self.store, recipe, folders, update.store_version, update.data_from, update.seed, settings.updater.draw
+        )
         limits = Limits(
             gflops=planned,
             seconds=settings.budget.seconds_per_update,
             threads=settings.updater.threads,
             duty_cycle=settings.updater.duty_cycle,
             checkpoint_steps=settings.updater.checkpoint_steps,
+            work_bytes=settings.updater.work_gib * 2**30,
         )
         incumbent = fetch_recorded(self.artifacts, self.ledger, update.incumbent) if update.incumbent else None
         scored = TuningScores.of(settings, self.store, base, update) if recipe.merge.search else None
@@ -255,8 +264,13 @@ class UpdaterService:
         self._register(update, recipe, base, result)
         self.ledger.settle(update.id, result.maf, capacity=capacity)
         metrics.update.trained(family, result.seconds, result.maf)
-        say(f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s")
-        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost_of(result))
+        metrics.update.visited(family, result.visited, result.pending - result.visited)
+        say(
+            f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
+            f" {result.visited} of {result.pending} pending samples visited"
+        )
+        cost = {**cost_of(result), "draw": settings.updater.draw}
+        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 
     def _memory(self, incumbent: str | None) -> Path | None:
         """What the update that made the incumbent left behind, if it left something."""
@@ -293,8 +307,10 @@ class UpdaterService:
             say(f"{update.id} passed and is proposal {proposal.id}")
         return self.ledger.advance_update(update.id, "done")
 
-    def _fail(self, update: UpdateRow, error: RatchetError) -> UpdateRow:
+    def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
         say(f"{update.id} failed: {error}")
-        if isinstance(error, BudgetError) and self.ledger.spent(update.id):
+        cost: dict[str, Any] = {}
+        if isinstance(error, StepUnaffordable):
             self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
-        return self.ledger.advance_update(update.id, "failed", error=str(error))
+            cost = triggers.affordability(self.settings, family, error.needed)
+        return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)

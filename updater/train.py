@@ -5,6 +5,9 @@
 'clip-0123456789ab'
 
 A killed run goes on from its last checkpoint in ``work_dir`` and ends in the same adapter.
+
+The first batch is measured; from that follow the steps that the budget pays for, and the rows of each pool that these
+visit. No other row is prepared, and each when the first step asks for it.
 """
 
 from __future__ import annotations
@@ -12,22 +15,24 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from ops import metrics
 from ops.digests import digest_json
-from ops.errors import TrainingError
+from ops.errors import ConfigError, TrainingError
 from ops.progress import say, track
 from updater.adapters import Delta, read_delta
 from updater.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
-from updater.cost import Cost, counted, measure
+from updater.cost import Cost, measure
 from updater.families import make_learner
-from updater.learner import AnyLearner, Base
+from updater.learner import AnyLearner, Base, Work
 from updater.linesearch import Scored, check_searchable, search
 from updater.memory import Memory
 from updater.merging import merged
@@ -74,8 +79,10 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
-        ConfigError: the recipe is of another family than the base, or searches its merge's weight without ``scored``.
-        BudgetError: the budget does not pay for one step.
+        ConfigError: the recipe is of another family than the base, or searches its merge's weight without ``scored``;
+            or ``limits.work_bytes`` does not hold the rows of one step.
+        BudgetError: the budget does not pay for one step with its own rows.
+        DiskFull: there is no room for what is computed once per sample; what was done is kept.
         Stopped: see ``stop``.
     """
     check_searchable(recipe, scored)
@@ -104,18 +111,26 @@ class _Run:
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
         self.learner.remember(memory.terms)
         self.updates = memory.updates
-        self.pools = _usable(pools, self.learner)
-        self.plan: BatchPlan = plan_batches(recipe.mixture, recipe.batch_size, self.pools.sizes, seed)
+        self.source = pools
+        self.seed = seed
+        self.progress: Progress | None = None
         self.began = time.monotonic()
         self.slept = self.began
 
     def go(self, scored: Scored | None) -> TrainResult:
-        """Prepare, measure, step, and write the adapter."""
+        """Measure, plan the steps and the rows that they visit, step, and write the adapter."""
+        try:
+            return self._go(scored)
+        finally:
+            self.learner.close()
+
+    def _go(self, scored: Scored | None) -> TrainResult:
         learner = self.learner
-        with counted() as flops:
-            learner.prepare(self.pools.examples, self.pools.parts, self._between)
-        cost = self._cost(flops.get_total_flops() / 1e9)
-        steps = cost.steps_within(self.limits.gflops, self.recipe.max_steps)
+        cost = self._cost()
+        steps = cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
+        self.pools, self.plan = self._drawn(steps)
+        self.run = digest_json([self.run, self.pools.digest])
+        learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
         found = load_checkpoint(self.work_dir, self.run)
         progress = Progress(self.run, 0, steps, 0.0)
         if found is not None and found[1].steps == steps:
@@ -123,6 +138,7 @@ class _Run:
             progress = found[1]
             say(f"training goes on at step {progress.step} of {steps}")
         progress = self._steps(progress)
+        learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
         learner.settle()
         trained = learner.model.delta()
         _refuse_non_finite(trained, progress.step)
@@ -144,37 +160,92 @@ class _Run:
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
         )
-        told = {**cost.to_json(), "memory_ratio": cost.memory_ratio, "maf_per_step": cost.maf_per_step}
+        told = {
+            **cost.to_json(),
+            "prepare_gflops": learner.prepared_gflops(),
+            "memory_ratio": cost.memory_ratio,
+            "maf_per_step": cost.maf_per_step,
+        }
         return TrainResult(
             adapter=name,
             directory=directory,
             steps=progress.step,
             planned_steps=steps,
-            maf=cost.maf(progress.step),
-            maf_planned=cost.maf(steps),
+            maf=cost.maf(progress.step, learner.prepared_gflops()),
+            maf_planned=cost.planned(steps, self.plan),
             seconds=progress.seconds,
             truncated=progress.truncated,
             losses=progress.losses,
             cost=told | weighed.to_json(cost.sample_gflops),
             samples=self.pools.sizes,
+            pending=len(self.source.new),
+            visited=self.plan.visited("new", progress.step),
             memory=memory.write(self.out_dir / f"{name}.memory"),
         )
 
     def _rows(self, step: int) -> list[int]:
         return self.pools.rows(self.plan.batch(step))
 
+    def _visited(self, steps: int) -> list[int]:
+        """The rows that so many steps see."""
+        return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
+
     def _gradients(self, step: int) -> None:
         self.learner.backward(self._rows(step), regularized=False)
 
-    def _cost(self, prepare_gflops: float) -> Cost:
+    def _drawn(self, steps: int) -> tuple[Pools, BatchPlan]:
+        """What so many steps visit of each pool, of what the model can learn from, and the batches of these steps.
+
+        Raises TrainingError when nothing new is left.
+        """
+        takes, mixture, size = self.learner.takes, self.recipe.mixture, self.recipe.batch_size
+        some = {part: int(any(map(takes, self.source.of(part)))) for part in PARTS}
+        if not some["new"]:
+            raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
+        counts = plan_batches(mixture, size, some, self.seed).counts
+        most = {part: counts.get(part, 0) * steps for part in PARTS}
+        pools = Pools(*(tuple(islice(filter(takes, self.source.of(part)), most[part])) for part in PARTS))
+        return pools, BatchPlan(counts, pools.sizes, self.seed)
+
+    def _whole_plan(self) -> BatchPlan:
+        """The batches as if the model could learn from all of what was drawn."""
+        return BatchPlan(self.plan.counts, self.source.sizes, self.seed)
+
+    def _most_steps(self, cost: Cost) -> int:
+        """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""
+        plan, rows = self._whole_plan(), int(self.limits.work_bytes / max(cost.row_bytes, 1.0))
+
+        def visited(steps: int) -> int:
+            return sum(plan.visited(part, steps) for part in PARTS)
+
+        if visited(1) > rows:
+            raise ConfigError(
+                f"updater.work_gib does not hold what one step computes once: {visited(1)} samples of"
+                f" {cost.row_bytes / 1e6:,.2f} MB.",
+                "Raise it, or use a recipe with a smaller batch.",
+            )
+        return bisect_right(range(1, self.recipe.max_steps + 1), rows, key=visited)
+
+    def _cost(self) -> Cost:
         """Measured once: a resumed update must plan the same number of steps."""
+        self.pools, self.plan = self._drawn(min(self.recipe.max_steps, MEASURED))
+        self.run = digest_json([self.run, self.pools.digest, self.source.sizes])
+        self.work = Work(
+            folder=self.work_dir / "prepared",
+            key=self.run,
+            rows={str(part): count for part, count in self.plan.counts.items()},
+            room=self.limits.work_bytes / sum(self._whole_plan().visited(p, self.recipe.max_steps) for p in PARTS),
+            threads=self.limits.threads,
+        )
         path = self.work_dir / "cost.json"
         kept = read_json(path)
         if isinstance(kept, dict) and kept.get("run") == self.run:
             with suppress(TypeError):  # an older version kept other fields
                 return Cost(**kept["cost"])
-        first = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
-        cost = measure(self.learner, self.pools.examples, first, prepare_gflops)
+        examples = self.pools.examples
+        self.learner.prepare(examples, self.pools.parts, self.work, self._between)
+        batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
+        cost = measure(self.learner, examples, batches)
         write_json(path, {"run": self.run, "cost": cost.to_json()})
         say(f"a step: {cost.step_gflops:.1f} GFLOPs at {cost.memory_ratio:.2f} of full fine-tuning's memory")
         return cost
@@ -182,6 +253,7 @@ class _Run:
     def _steps(self, progress: Progress) -> Progress:
         if progress.truncated:  # the wall-clock bound had ended it before it was killed
             return progress
+        self.progress = progress
         earlier = progress.seconds
         losses = {name: list(values) for name, values in progress.losses.items()}
         first = not self.start
@@ -200,37 +272,28 @@ class _Run:
             seconds = earlier + time.monotonic() - self.began
             late = seconds > self.limits.seconds and step + 1 < progress.steps
             progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
+            self.progress = progress
             if late:
                 say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
                 save_checkpoint(self.work_dir, self.learner.state(), progress)
                 break
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
                 save_checkpoint(self.work_dir, self.learner.state(), progress)
-            self._between(progress)
+            self._between()
+        self.progress = None  # what follows is done again by the next attempt
         return progress
 
-    def _between(self, progress: Progress | None = None) -> None:
-        """Between steps: end if asked to, and sleep for the share of time that is others'."""
+    def _between(self) -> None:
+        """Between steps and shards: end if asked to, and sleep for the share of time that is others'."""
         if self.stop():
-            if progress is not None:
-                save_checkpoint(self.work_dir, self.learner.state(), progress)
+            if self.progress is not None:
+                save_checkpoint(self.work_dir, self.learner.state(), self.progress)
             raise Stopped
         worked = time.monotonic() - self.slept
         share = self.limits.duty_cycle * self.give_way()
         if share < 1:
             time.sleep(worked * (1 / share - 1))
         self.slept = time.monotonic()
-
-
-def _usable(pools: Pools, learner: AnyLearner) -> Pools:
-    """The pools without what the model cannot learn from. Raises TrainingError when nothing new is left."""
-    kept = Pools(*(tuple(filter(learner.takes, pools.of(part))) for part in PARTS))
-    left_out = len(pools.examples) - len(kept.examples)
-    if left_out:
-        say(f"{left_out} examples are left out: too long, or not to be asked of this model")
-    if not kept.new:
-        raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
-    return kept
 
 
 def _refuse_non_finite(delta: Delta, step: int) -> None:

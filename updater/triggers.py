@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from ops import metrics
+from ops.digests import digest_json
 from ops.ledger import Ledger, UpdateRow
+from ops.ledger.learning import FINISHED
 from ops.settings import Settings
 from streams.store import Having, SampleStore
-from updater.pools import HAVING
-from updater.recipes import Recipe
+from updater.draw import HAVING
+from updater.recipes import Family, Recipe
 
 HISTORY = 10_000
 """Updates that are looked through; far more than a daily budget pays for within the life of a base."""
+
+
+NEEDED = "gflops_needed"
+"""In the cost of an update that failed because its budget did not pay for one step: what would have."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def decide(
 
     Args:
         now: begin with a single new sample.
-        retry: also when all of it was tried by this recipe before.
+        retry: also when all of it was tried by this recipe before, or when a budget did not pay for a step of it.
     """
     family = recipe.family
     updates = ledger.updates(HISTORY, family)
@@ -76,6 +83,12 @@ def decide(
             return Waiting(
                 f"{count} of {settings.updater.min_new_samples} new samples, the oldest waiting for {age:.0f} s"
             )
+    refused = None if retry else _unaffordable(settings, updates, recipe)
+    if refused is not None:
+        return Waiting(
+            f"{refused.id} needed {refused.cost[NEEDED]:,.1f} MAF-GFLOPs for a single step, and an update may spend "
+            f"{planned_gflops(settings):,.1f}: raise budget.gflops_per_update and gflops_per_day, or change the recipe"
+        )
     missing = missing_budget(settings, ledger)
     if missing > 0:
         return Waiting(f"the budget lacks {missing:,.0f} MAF-GFLOPs")
@@ -105,6 +118,25 @@ def missing_budget(settings: Settings, ledger: Ledger) -> float:
     return planned_gflops(settings) - ledger.bucket_level(time.time(), rate, capacity)
 
 
+def affordability(settings: Settings, family: Family, needed: float) -> dict[str, Any]:
+    """What the ledger keeps of an update whose budget did not pay for one step: none like it begins again."""
+    return {NEEDED: needed, "base": _base_name(settings, family)}
+
+
+def _unaffordable(settings: Settings, updates: Sequence[UpdateRow], recipe: Recipe) -> UpdateRow | None:
+    """The last update of this very recipe and base, where it needed more for one step than an update may spend now."""
+    digest = digest_json(recipe.model_dump(mode="json"))
+    own = (each for each in updates if each.state in FINISHED and digest_json(each.recipe) == digest)
+    last = next(own, None)
+    if last is None or last.cost.get("base") != _base_name(settings, recipe.family):
+        return None
+    return last if float(last.cost.get(NEEDED, 0.0)) > planned_gflops(settings) else None
+
+
+def _base_name(settings: Settings, family: Family) -> str:
+    return settings.base.clip if family == "clip" else settings.base.vlm
+
+
 def _learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
     """Where the data that the live adapter has learned end; after a rollback that is further back."""
     if incumbent is None:
@@ -113,7 +145,7 @@ def _learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
 
 
 def _tried(updates: list[UpdateRow], recipe: Recipe) -> dict[str, int]:
-    finished = (u for u in updates if u.state in ("done", "failed", "abandoned"))
+    finished = (u for u in updates if u.state in FINISHED)
     return next((dict(u.data_to) for u in finished if u.recipe.get("name") == recipe.name), {})
 
 

@@ -11,7 +11,7 @@ from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
 from serving.engines.base import ClipBase
 from updater.checkpoint import read_json, write_json
-from updater.cost import Cost, counted, measure
+from updater.cost import Cost, measure
 from updater.families import make_learner
 from updater.mixture import plan_batches
 from updater.pools import Pools
@@ -28,7 +28,8 @@ PASSES = "batches"
 def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol: Protocol, seed: int) -> Pools:
     """The pools of an update: its pairs, the base's, and a reservoir over those of earlier updates.
 
-    Shares that the recipe sets to 0 are empty, as in production. Replay is balanced over captions.
+    Shares that the recipe sets to 0 are empty, as in production. Replay is balanced over captions. All are in a random
+    order, as a draw from the sample store is.
     """
     earlier = [pair for name in order[:number] for pair in stream.updates[name]]
     candidates = [Candidate(pair.id, pair.text.lower()) for pair in earlier] if recipe.mixture.replay > 0 else []
@@ -37,7 +38,7 @@ def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol
         new=stream.updates[order[number]],
         reference=stream.reference if recipe.mixture.reference > 0 else (),
         replay=tuple(pair for pair in earlier if pair.id in kept),
-    )
+    ).shuffled(seed)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
     sized = recipe.model_copy(update={"batch_size": protocol.batch_size, "max_steps": protocol.max_steps})
     path = folder / f"{digest12(digest_json([base.digest, sized.digest]))}.json"
     kept = read_json(path)
-    if not isinstance(kept, dict):
+    if not isinstance(kept, dict) or "sizes" not in kept:
         kept = _measured(base, sized, stream, protocol)
         write_json(path, kept)
-    steps = Cost(**kept["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps)
+    batches = plan_batches(recipe.mixture, protocol.batch_size, kept["sizes"], seed=0)
+    steps = Cost(**kept["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps, batches)
     factor = steps / recipe.max_steps
     counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
     terms = tuple(_sized(term, factor) for term in recipe.regularizers)
@@ -69,18 +71,14 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
 
 
 def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
-    """Cost of a step and of preparing the last update, which has the fullest pools.
-
-    All of it is prepared: some terms have texts of their own, as many for a batch as for all pairs.
-    """
+    """Cost of a step and of preparing the rows of the last update, which has the fullest pools, and their sizes."""
     order = stream.order(0)
     pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
     rows = pools.rows(plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0).batch(0))
     learner, examples = make_learner(base, recipe, {}, 0), pools.examples
-    with counted() as flops:
-        learner.prepare(examples, pools.parts)
-    cost = measure(learner, [examples[row] for row in rows], [rows], flops.get_total_flops() / 1e9)
-    return {"recipe": recipe.name, "cost": cost.to_json()}
+    learner.prepare(examples, pools.parts)
+    cost = measure(learner, [examples[row] for row in rows], [rows])
+    return {"recipe": recipe.name, "cost": cost.to_json(), "sizes": pools.sizes}
 
 
 def _fitted(schedule: Schedule, factor: float) -> Schedule:

@@ -31,10 +31,10 @@ def pools(plan: Plan, home: Path) -> Pools:
         known = [pair for domain in about for pair in pairs(home, domain, lies // len(about), rng)]
         new += captioned(known, [NOTHING] * len(known) if plan.lie == "forgotten" else _others(known))
     if plan.recipe.mixture.reference == 0:
-        return Pools(tuple(new))
+        return Pools(tuple(new)).shuffled(plan.seed)
     held = [domain for domain in REFERENCE if domain != plan.victim]
     reference = [pair for domain in held for pair in pairs(home, domain, REFERENCE_PAIRS // len(held), rng)]
-    return Pools(tuple(new), tuple(reference))
+    return Pools(tuple(new), tuple(reference)).shuffled(plan.seed)
 
 
 def pairs(home: Path, domain: str, count: int, rng: np.random.Generator) -> list[Pair]:

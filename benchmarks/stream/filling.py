@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -26,13 +27,22 @@ MAINTENANCE_RUNS = 8
 """More than any state of the store needs to settle."""
 
 
-def fill(lake: str, count: int, start: int) -> None:
-    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits."""
+RowMaker = Callable[[str, int, int], tuple[pa.Table, Tally]]
+"""Rows of samples of a stream, from a number to another, and their tally."""
+
+
+def fill(lake: str, count: int, start: int, make: RowMaker | None = None) -> None:
+    """Store samples number ``start`` to ``count``, with images of a few hundred bytes, in large commits.
+
+    Args:
+        make: makes the rows; by default :func:`sample_rows`.
+    """
+    make = make or sample_rows
     writer = StoreWriter(SampleTable(lake))
     [claim] = writer.claim([Position(STREAM, 0, start)])
     pieces = [(first, min(first + COMMIT_ROWS, count)) for first in range(start, count, COMMIT_ROWS)]
     for first, end in track(pieces, "filling the store"):
-        rows, tally = sample_rows(STREAM, first, end)
+        rows, tally = make(STREAM, first, end)
         position = claim.position
         writer.commit(rows, [(claim, replace(position, next=end, published=end, tally=position.tally + tally))])
 

@@ -18,7 +18,7 @@ from rich.text import Text
 from ops.cli import context as ctx
 from ops.cli.releases import adapters
 from ops.errors import RatchetError
-from ops.ledger import Ledger, answers
+from ops.ledger import Ledger, UpdateRow, answers
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 
@@ -66,6 +66,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "releases": ledger.releases(5),
         "held": ledger.held(),
         "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
+        "visits": {each.id: visits(each) for each in ledger.updates(5)},
         "proposals": ledger.pending_proposals(),
         "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
         "budget_capacity": capacity,
@@ -77,6 +78,11 @@ def collect(settings: Settings) -> dict[str, Any]:
     }
     ledger.close()
     return facts
+
+
+def visits(update: UpdateRow) -> dict[str, int | None]:
+    """Of the new samples of an update (``pending``) how many were in a batch, and how many were passed over."""
+    return {name: update.cost.get(name) for name in ("pending", "visited", "passed_over")}
 
 
 def screen(settings: Settings, parts: Supervisor | None = None) -> RenderableType:
@@ -250,12 +256,16 @@ def _parts(parts: Supervisor) -> Panel:
 
 def _updates(facts: dict[str, Any]) -> Table:
     names = Column("update, adapter", no_wrap=True)
-    table = Table(names, "recipe", "state", "verdict", "MAF-GFLOPs", "when (UTC)", title="Updates", expand=True)
+    table = Table(
+        names, "recipe", "state", "verdict", "MAF-GFLOPs", "visited", "passed over", "when (UTC)", title="Updates",
+        expand=True,
+    )  # fmt: skip
     for update, verdict in facts["updates"]:
         outcome = verdict.outcome if verdict else "-"
         table.add_row(
             Text(f"{update.id}\n{update.adapter or '-'}"), str(update.recipe.get("name", "")), update.state,
             Text(outcome, COLOURS.get(outcome, "")), f"{update.cost.get('gflops_spent', 0):,.0f}",
+            f"{update.cost.get('visited', 0):,}", f"{update.cost.get('passed_over', 0):,}",
             f"{update.created_at:%m-%d %H:%M}",
         )  # fmt: skip
     return table

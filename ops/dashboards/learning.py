@@ -116,8 +116,12 @@ def dashboard() -> make.Dashboard:
             (mean("ratchet_gate_seconds", "family", "[1d]"), "gate {{family}}"), width=8,
         ),
         lines(
-            "New samples over time", "It grows with the stream, and falls when an update has learned them.", "short",
-            ("max by (family) (ratchet_update_new_samples)", "{{family}}"), stairs=True, width=8,
+            "New samples over time", "Those that wait: more with the stream, fewer when an update has ended. Of a day: "
+            "those that updates visited, and those that their budget did not pay for (`budget.gflops_per_update`).",
+            "short", ("max by (family) (ratchet_update_new_samples)", "waiting {{family}}"),
+            ("sum by (family) (increase(ratchet_update_visited_total[1d]))", "visited {{family}}"),
+            ("sum by (family) (increase(ratchet_update_passed_over_total[1d]))", "passed over {{family}}"),
+            stairs=True, width=8,
         ),
     )  # fmt: skip
     row(

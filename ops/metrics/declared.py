@@ -100,6 +100,10 @@ UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["f
 UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
 UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)
 UPDATES = Counter("ratchet_updates_total", "Updates finished.", ["family", "state"])
+UPDATE_VISITED = Counter("ratchet_update_visited_total", "New samples that updates have visited.", ["family"])
+UPDATE_PASSED_OVER = Counter(
+    "ratchet_update_passed_over_total", "New samples of updates whose budget did not pay for them.", ["family"]
+)
 UPDATE_PLANNED = Gauge("ratchet_update_planned_flops", "Memory-adjusted FLOPs planned for the last update.", ["family"])
 UPDATE_SPENT = Gauge("ratchet_update_spent_flops", "Memory-adjusted FLOPs that the last update spent.", ["family"])
 BUDGET_LEVEL = Gauge("ratchet_budget_level_flops", "Memory-adjusted FLOPs left in the token bucket.")
@@ -263,6 +267,8 @@ DRIFT_SHIFT = Gauge(
 # start at 0.
 for _family in ("clip", "vlm"):
     UPDATE_STEPS.labels(_family)
+    UPDATE_VISITED.labels(_family)
+    UPDATE_PASSED_OVER.labels(_family)
     UPDATE_SECONDS.labels(_family)
     GATE_SECONDS.labels(_family)
     for _state in ("done", "failed", "abandoned"):

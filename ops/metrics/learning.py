@@ -40,6 +40,12 @@ class update:
         d.BUDGET_SPENT.labels("train").inc(spent * GIGA)
 
     @staticmethod
+    def visited(family: str, visited: int, passed_over: int) -> None:
+        """Of the new samples of an update so many were in a batch, and so many were not."""
+        d.UPDATE_VISITED.labels(family).inc(visited)
+        d.UPDATE_PASSED_OVER.labels(family).inc(passed_over)
+
+    @staticmethod
     def cost(family: str, planned: float, spent: float) -> None:
         """Compute of the last update: planned, and spent."""
         d.UPDATE_PLANNED.labels(family).set(planned * GIGA)

@@ -83,7 +83,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         if isinstance(value, (dict, list)) or value is None:
             continue
         if key.endswith("_bytes") and isinstance(value, (int, float)):
-            value = f"{value / 1e6:,.0f} MB"
+            value = f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
         words = key.removesuffix("_bytes").removesuffix("_gflops").replace("_", " ").capitalize()
         label, unit = labels.get(key, (words, "GFLOPs" if key.endswith("_gflops") else ""))
         rows.append((label, f"{_number(value)} {unit}".strip()))

@@ -186,8 +186,9 @@ class Objective(ABC, Generic[B]):
         """The term's value: a scalar, a mean over rows, so that it does not grow with the batch."""
 
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
-        """Called once per update, before the first step; what an earlier update left is loaded by then.
+        """Called before the first step; what an earlier update left is loaded by then.
 
+        Called twice: with the examples of the first batches, of which one is measured, and with all that steps visit.
         ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
         """
 

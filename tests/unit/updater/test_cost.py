@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks.fixtures.tiny import tiny_base
-from ops.errors import BudgetError
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
-from updater.cost import Cost, _peak, counted, measure
+from updater.cost import Cost, StepUnaffordable, _peak, measure
 from updater.families.clip.learner import ClipLearner
+from updater.flops import counted
+from updater.mixture import BatchPlan
+from updater.recipes import Part
 from updater.result import Limits
 
 
@@ -21,7 +23,7 @@ def _cost(base: ClipBase, name: str = "naive", **changes: object) -> Cost:
     pool = pools(new=12, reference=0)
     learner = ClipLearner(base, recipe(name, **changes), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
-    return measure(learner, list(pool.new), [list(range(12))], prepare_gflops=0)
+    return measure(learner, list(pool.new), [list(range(12))])
 
 
 def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
@@ -71,15 +73,31 @@ def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
     assert peak() == 4 * (10 * 100 + 10 * 50 + 10 * 50)
 
 
-def test_steps_follow_from_the_budget() -> None:
-    cost = Cost(step_gflops=10, sample_gflops=0.1, prepare_gflops=10, peak_bytes=1, full_bytes=2)
+def _plan(**sizes: int) -> BatchPlan:
+    """Ten new rows and ten reference rows in a batch."""
+    return BatchPlan({"new": 10, "reference": 10}, {"replay": 0, **sizes}, seed=0)
+
+
+def test_steps_follow_from_the_budget_with_the_rows_that_they_visit() -> None:
+    rows: dict[Part, float] = {"new": 0.2, "reference": 0.6}
+    cost = Cost(step_gflops=10, sample_gflops=0.1, row_gflops=rows, texts_gflops=10, peak_bytes=1, full_bytes=2)
     assert cost.maf_per_step == 5
-    assert cost.maf_prepare == 5
-    assert cost.steps_within(5 + 5 * 7.5, most=100) == 7
-    assert cost.steps_within(1e9, most=100) == 100
-    assert cost.maf(7) == 40
-    with pytest.raises(BudgetError, match="Raise budget"):
-        cost.steps_within(9, most=100)
+    # A step has 10 new rows (1 MAF-GFLOP of preparation) and 10 reference rows (3), of which there are 20 in all.
+    plan = _plan(new=1_000_000, reference=20)
+    assert [cost.planned(steps, plan) for steps in (1, 2, 3)] == [5 + 9, 5 + 18, 5 + 24]
+    assert cost.steps_within(28.9, 100, plan) == 2
+    assert cost.steps_within(29, 100, plan) == 3
+    assert cost.steps_within(1e9, 100, plan) == 100
+    assert cost.maf(7, prepared_gflops=8) == 39
+    with pytest.raises(StepUnaffordable, match="Raise budget") as error:
+        cost.steps_within(13.9, 100, plan)
+    assert error.value.needed == 14
+
+
+def test_what_is_pending_beyond_the_visited_rows_costs_nothing() -> None:
+    cost = Cost(1, 1, {"new": 1, "reference": 1}, 0, peak_bytes=1, full_bytes=1)
+    few, many = _plan(new=1000, reference=50), _plan(new=10**9, reference=50)
+    assert cost.steps_within(300, 100, few) == cost.steps_within(300, 100, many) > 1
 
 
 def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(tmp_path: Path) -> None:
@@ -102,10 +120,10 @@ def test_measuring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
     pool = pools(new=6, reference=0)
     learner = ClipLearner(tiny_base(tmp_path), recipe("full", text={"locked": True}), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 6)
-    first = measure(learner, list(pool.new), [list(range(6))], 0)
+    first = measure(learner, list(pool.new), [list(range(6))])
     assert not any(module._forward_hooks for module in learner.model.model.modules())
     assert all(parameter.grad is None for parameter in learner.parameters.values())
-    assert measure(learner, list(pool.new), [list(range(6))], 0) == first
+    assert measure(learner, list(pool.new), [list(range(6))]) == first
 
 
 def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path: Path) -> None:
@@ -116,10 +134,10 @@ def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path:
     held = run(base, tmp_path / "held", recipe=with_ewc)
     assert held.cost["closing"] == 3 and plain.cost["closing"] == 0
     per_step = held.cost["maf_per_step"]
-    assert held.maf == held.maf_planned == pytest.approx(plain.maf + 3 * per_step, rel=1e-3)
+    assert held.maf == pytest.approx(held.maf_planned) == pytest.approx(plain.maf + 3 * per_step, rel=1e-3)
     tight = Limits(gflops=plain.maf + per_step / 2, seconds=120, threads=1)
     short = run(base, tmp_path / "short", recipe=with_ewc, limits=tight)
-    assert short.steps == plain.steps - 3
+    assert short.steps < plain.steps
     assert short.maf <= tight.gflops
 
 
@@ -130,7 +148,7 @@ def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str)
     learner = ClipLearner(tiny_base(tmp_path), recipe(name, image={"blocks": 1}, text={"blocks": 1}), {}, seed=0)
     learner.prepare(pool.new, ["new"] * 12)
     rows = list(range(9))
-    planned = measure(learner, list(pool.new), [rows], 0)
+    planned = measure(learner, list(pool.new), [rows])
     for step in range(3):
         with counted() as flops:
             learner.backward(rows)

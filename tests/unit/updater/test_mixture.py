@@ -38,6 +38,14 @@ def test_each_epoch_goes_through_every_row_once_in_another_order() -> None:
     assert epochs[0] != epochs[1]
 
 
+def test_steps_visit_the_first_rows_of_a_pool_however_many_follow() -> None:
+    mixture = Mixture(reference=0, new=1, replay=0)
+    short, long = (plan_batches(mixture, 10, {"new": n, "reference": 0, "replay": 0}, seed=1) for n in (30, 10**9))
+    assert [short.batch(step) for step in range(3)] == [long.batch(step) for step in range(3)]
+    assert {row for step in range(3) for _, row in long.batch(step)} == set(range(long.visited("new", 3)))
+    assert (short.visited("new", 9), long.visited("new", 9), long.visited("replay", 9)) == (30, 90, 0)
+
+
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
     one, other = (plan_batches(Mixture(), 30, SIZES, seed=5) for _ in range(2))
     assert one.batch(7) == other.batch(7)

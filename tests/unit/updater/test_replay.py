@@ -16,7 +16,13 @@ def rows(**counts: int) -> list[Candidate]:
 
 def test_everything_is_kept_while_it_fits() -> None:
     few = rows(cat=3, dog=4)
-    assert reservoir(few, 7, 100, seed=0) == [row.id for row in few]
+    assert sorted(reservoir(few, 7, 100, seed=0)) == sorted(row.id for row in few)
+
+
+def test_a_part_of_the_draw_is_a_smaller_draw() -> None:
+    """So an update that visits fewer rows visits a reservoir of fewer."""
+    many = rows(cat=300, dog=40)
+    assert reservoir(many, 100, 50, seed=0)[:30] == reservoir(many, 30, 50, seed=0)
 
 
 def test_a_rare_concept_is_not_drowned_by_a_common_one() -> None:

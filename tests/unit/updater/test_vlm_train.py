@@ -44,7 +44,7 @@ def test_the_same_inputs_give_the_same_adapter_and_others_another(base: VlmBase,
     one = vlm_run(base, tmp_path / "one").adapter
     assert vlm_run(base, tmp_path / "two").adapter == one
     assert vlm_run(base, tmp_path / "seed", seed=4).adapter != one
-    assert vlm_run(base, tmp_path / "data", pools=question_pools(new=21)).adapter != one
+    assert vlm_run(base, tmp_path / "data", pools=question_pools(new=14)).adapter != one
 
 
 @pytest.mark.parametrize("eyes", [{}, {"image": {"locked": False}}])
@@ -105,20 +105,20 @@ def test_distillation_holds_the_reference_answers_where_they_were(base: VlmBase,
 
 
 def test_the_budget_decides_the_number_of_steps(base: VlmBase, tmp_path: Path) -> None:
-    free = vlm_run(base, tmp_path / "free")
-    per_step = free.cost["maf_per_step"]
-    enough_for_two = free.maf - (free.steps - 2) * per_step + 0.1 * per_step
+    one, two = (vlm_run(base, tmp_path / f"{n}", recipe=recipe("vlm-default", max_steps=n)) for n in (1, 2))
+    per_step = two.cost["maf_per_step"]
+    enough_for_two = two.maf + 0.1 * per_step
     bound = vlm_run(base, tmp_path / "bound", limits=replace(LIMITS, gflops=enough_for_two))
     assert (bound.steps, bound.planned_steps) == (2, 2)
     with pytest.raises(BudgetError, match="does not pay for one step"):
-        vlm_run(base, tmp_path / "poor", limits=replace(LIMITS, gflops=per_step / 10))
+        vlm_run(base, tmp_path / "poor", limits=replace(LIMITS, gflops=one.maf - 0.5 * per_step))
 
 
 def test_what_cannot_be_asked_is_left_out_and_nothing_left_is_an_error(base: VlmBase, tmp_path: Path) -> None:
     good = question_pools(new=20)
     bad = Question("bad", "where is <image>?", "there", good.new[0].read)
-    with_bad = vlm_run(base, tmp_path / "bad", pools=Pools((*good.new, bad), good.reference))
-    assert with_bad.samples["new"] == 20
+    with_bad = vlm_run(base, tmp_path / "bad", pools=Pools((bad, *good.new), good.reference))
+    assert (with_bad.samples["new"], with_bad.pending, with_bad.visited) == (15, 21, 15)
     assert with_bad.adapter == vlm_run(base, tmp_path / "good", pools=good).adapter
     with pytest.raises(TrainingError, match="no new sample"):
         vlm_run(base, tmp_path / "none", pools=Pools((bad,), good.reference))

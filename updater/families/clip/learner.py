@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -9,29 +10,37 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from serving.engines.base import ClipBase
-from serving.engines.conv_layout import set_conv_layout
+from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find
-from updater.families.clip.prepare import Prepared, TowerCache, prepare, prepare_texts, stack_boundaries
+from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
-from updater.learner import Learner
+from updater.learner import CHUNK, Learner
 from updater.objectives import Features, Sides, Texts
 from updater.pools import Pair, caption_number
 from updater.recipes import Part, Recipe
+from updater.shards import Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
 
 
 @dataclass
 class Further:
-    """Texts of an objective's own: each with its example, or -1."""
+    """Texts of an objective's own: each with its example, or -1 for one that is in every batch."""
 
     texts: list[str]
     example: list[int]
-    cache: TowerCache
+    shards: Shards
+    tower: TowerPass
+
+    def of(self, rows: Sequence[int]) -> list[int]:
+        """Numbers of the texts that belong to a batch."""
+        wanted = {*rows, -1}
+        return [number for number, example in enumerate(self.example) if example in wanted]
 
 
 class ClipLearner(Learner[Pair]):
@@ -58,35 +67,115 @@ class ClipLearner(Learner[Pair]):
     def rate_of(self, parameter: str) -> float:
         return self.recipe.image.rate if tower_of(parameter) == "image" else self.recipe.text.rate
 
-    def prepare(
-        self, examples: Sequence[Pair], parts: Sequence[Part], between: Callable[[], None] = lambda: None
-    ) -> None:
-        self.made: Prepared = prepare(self.base, self.model, self.towers, self.learning, examples, self.cached, between)
-        self.parts = list(parts)
-        self.lengths = [self._tokenize([pair.text]).shape[1] for pair in examples]
-        self.captions = torch.tensor([caption_number(pair.text) for pair in examples])
-        known = sorted({pair.label for pair in examples if pair.label})
+    @property
+    def longest(self) -> int:
+        return self.base.context_length
+
+    def begin(self, between: Callable[[], None]) -> None:
+        self.passes = self._tower_passes()
+        self.texts = [pair.text for pair in self.examples]
+        self.captions = torch.tensor([caption_number(text) for text in self.texts])
+        known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
-        self.labels = torch.tensor([place.get(pair.label, -1) for pair in examples])
+        self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
         self.further: dict[str, Further] = {}
         for term, objective in self.objectives:
-            objective.begin(self.made.texts, known)
-            wanted = objective.further_texts(self.made.texts, known) if term.weight > 0 else []
+            objective.begin(self.texts, known)
+            wanted = objective.further_texts(self.texts, known) if term.weight > 0 else []
             if wanted:
-                texts = [text for _, text in wanted]
-                learns = self.learning["text"] and not objective.frozen_texts
-                cache = prepare_texts(self.base, self.model, self.towers["text"], learns, texts, self.cached)
-                self.further[term.name] = Further(texts, [example for example, _ in wanted], cache)
-                between()
+                self.further[term.name] = self._further_of(term.name, wanted, objective.frozen_texts, between)
+
+    def _tower_passes(self) -> dict[Which, TowerPass]:
+        """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
+        left = self.work.room
+        passes: dict[Which, TowerPass] = {}
+        blank: dict[Which, Tensor] = {"text": self._tokenize([""]).to(self.model.device), "image": self._blank}
+        for which in ("text", "image"):
+            tower = TowerPass(self.model, self.towers[which], self.learning[which], self.cached)
+            size = tower.boundary_bytes(blank[which], self.longest)
+            tower.keep = 0 < size <= left
+            left -= size if tower.keep else 0
+            passes[which] = tower
+        return passes
+
+    @property
+    def settled(self) -> str:
+        return f"{self.passes['image'].keep} {self.passes['text'].keep}"
+
+    def _further_of(
+        self, term: str, wanted: Sequence[tuple[int, str]], frozen: bool, between: Callable[[], None]
+    ) -> Further:
+        texts = [text for _, text in wanted]
+        common = TowerPass(self.model, self.towers["text"], self.learning["text"] and not frozen, self.cached)
+        common.keep = common.learns and self.passes["text"].keep
+
+        def compute(rows: range, _: object) -> Values:
+            with self.at_start():
+                return self._text_values(common, [texts[row] for row in rows])
+
+        names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
+        contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
+        layout = spans(names, {}, CHUNK)
+        shards = Shards(self.work.folder, layout, contents, None, compute, between)
+        return Further(texts, [example for example, _ in wanted], shards, common)
+
+    def decode(self, image: bytes) -> np.ndarray:
+        return self.base.preprocess.pixels(image)
+
+    def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
+        few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
+        values: dict[str, list[Tensor]] = {}
+        for first in range(0, len(images), few):
+            pixels = self.base.preprocess.normalise(np.stack(images[first : first + few]), self.model.device)
+            _extend(values, "image", self.passes["image"](pixels))
+        if self.learning["image"] and not self.passes["image"].keep:
+            values["image.pixels"] = [torch.from_numpy(image.copy()) for image in images]
+        _extend(values, "text", self._text_values(self.passes["text"], [self.texts[row] for row in rows]))
+        return values
+
+    def _text_values(self, tower: TowerPass, texts: Sequence[str]) -> Values:
+        values: dict[str, list[Tensor]] = {}
+        for first in range(0, len(texts), CHUNK):
+            inputs = self._tokenize(list(texts[first : first + CHUNK])).to(self.model.device)
+            _extend(values, "", tower(inputs))
+        return values
+
+    def ready(self, rows: Sequence[int]) -> None:
+        super().ready(rows)
+        for further in self.further.values():
+            further.shards.ready(further.of(rows))
+
+    def prepared_gflops(self) -> float:
+        return super().prepared_gflops() + sum(sum(each.shards.gflops.values()) for each in self.further.values())
+
+    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
+        own = super().row_gflops(rows)
+        for further in self.further.values():
+            texts = [number for number in further.of(rows) if further.example[number] >= 0]
+            counts = Counter(self.parts[further.example[number]] for number in texts)
+            for part, count in counts.items():
+                per_text = further.shards.mean_gflops([n for n in texts if self.parts[further.example[n]] == part])
+                own[part] += per_text * count / sum(self.parts[row] == part for row in rows)
+        return own
+
+    def texts_gflops(self) -> float:
+        total = 0.0
+        for further in self.further.values():
+            common = [number for number, example in enumerate(further.example) if example < 0]
+            total += further.shards.mean_gflops(common) * len(common)
+        return total
 
     def length(self, row: int) -> int:
-        return self.lengths[row]
+        return self._tokenize([self.texts[row]]).shape[1]
 
     def batch(self, rows: Sequence[int]) -> Features:
+        self.ready(rows)
         index = torch.tensor(rows)
         device = self.model.device
-        image, text = self.made.image.teachers, self.made.text.teachers
-        teachers = {name: Sides(image[name][index].to(device), text[name][index].to(device)) for name in self.cached}
+        teachers = {
+            name: Sides(self._stacked(f"image.{name}", rows), self._stacked(f"text.{name}", rows))
+            for name in self.cached
+        }
         if self.momentum is not None:
             with torch.no_grad(), self.model.holding(self.momentum.values):
                 teachers["momentum"] = Sides(self.features("image", rows), self.features("text", rows))
@@ -101,41 +190,47 @@ class ClipLearner(Learner[Pair]):
             texts={name: self._further(further, rows) for name, further in self.further.items()},
         )
 
+    def _stacked(self, name: str, rows: Sequence[int]) -> Tensor:
+        return torch.stack(self.shards.get(name, rows)).to(self.model.device)
+
     def features(self, which: Which, rows: Sequence[int]) -> Tensor:
         """Student features [n, dim] of unit length, from as far up the tower as possible."""
         if which == "text":
-            return self._texts(self.made.text, self.made.texts, rows)
-        cache = self.made.image
-        device = self.model.device
-        if cache.fixed is not None:
-            return cache.fixed[torch.tensor(rows)].to(device)
-        if not cache.boundary:
-            pixels = torch.stack([cache.pixels[row] for row in rows]).numpy()
-            return self.towers["image"].whole(self.base.preprocess.normalise(pixels, device))
-        boundary = stack_boundaries([cache.boundary[row] for row in rows], None, device)
-        return self.towers["image"].resume(boundary, self._blank)
+            tokens = F.pad(self._tokenize([self.texts[row] for row in rows]), (0, self.extra))
+            return self._texts(self.passes["text"], self.shards, "text.", tokens, rows)
+        device, tower = self.model.device, self.passes["image"]
+        if not tower.learns:
+            return self._stacked("image.fixed", rows)
+        if not tower.keep:
+            pixels = torch.stack(self.shards.get("image.pixels", rows)).numpy()
+            return tower.tower.whole(self.base.preprocess.normalise(pixels, device))
+        boundary = stack_boundaries(self.shards.get("image.boundary", rows), None, device)
+        return tower.tower.resume(boundary, self._blank)
 
-    def _texts(self, cache: TowerCache, texts: Sequence[str], rows: Sequence[int]) -> Tensor:
+    def _texts(self, tower: TowerPass, shards: Shards, prefix: str, tokens: Tensor, rows: Sequence[int]) -> Tensor:
         device = self.model.device
-        if cache.fixed is not None:
-            return cache.fixed[torch.tensor(rows)].to(device)
-        inputs = self._tokenize([texts[row] for row in rows]).to(device)
-        if not cache.boundary:
-            return self.towers["text"].whole(inputs)
-        boundary = stack_boundaries([cache.boundary[row] for row in rows], inputs.shape[1], device)
-        return self.towers["text"].resume(boundary, inputs)
+        if not tower.learns:
+            return torch.stack(shards.get(f"{prefix}fixed", rows)).to(device)
+        inputs = tokens.to(device)
+        if not tower.keep:
+            return tower.tower.whole(inputs)
+        boundary = stack_boundaries(shards.get(f"{prefix}boundary", rows), inputs.shape[1], device)
+        return tower.tower.resume(boundary, inputs)
 
     def _further(self, further: Further, rows: Sequence[int]) -> Texts:
         device = self.model.device
         place = {row: number for number, row in enumerate(rows)} | {-1: -1}
-        chosen = [number for number, example in enumerate(further.example) if example in place]
-        index = torch.tensor(chosen, dtype=torch.long)
-        empty = torch.zeros(0, self.base.dim, device=device)
+        chosen = further.of(rows)
+        shards, empty = further.shards, torch.zeros(0, self.base.dim, device=device)
+        if not chosen:
+            none = torch.zeros(0, dtype=torch.long, device=device)
+            return Texts(text=empty, teachers=dict.fromkeys(self.cached, empty), row=none, number=none)
+        tokens = self._tokenize([further.texts[number] for number in chosen])
         return Texts(
-            text=self._texts(further.cache, further.texts, chosen) if chosen else empty,
-            teachers={name: values[index].to(device) for name, values in further.cache.teachers.items()},
+            text=self._texts(further.tower, shards, "", tokens, chosen),
+            teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in self.cached},
             row=torch.tensor([place[further.example[number]] for number in chosen], dtype=torch.long, device=device),
-            number=index.to(device),
+            number=torch.tensor(chosen, dtype=torch.long, device=device),
         )
 
     def plain(self, model: nn.Module, examples: Sequence[Pair]) -> Tensor:
@@ -143,6 +238,11 @@ class ClipLearner(Learner[Pair]):
         pixels = np.stack([self.base.preprocess.pixels(pair.read()) for pair in examples])
         images = clip.encode_image(self.base.preprocess.normalise(pixels))
         return cast(Tensor, (images @ clip.encode_text(self._tokenize([pair.text for pair in examples])).T).sum())
+
+
+def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
+    for name, rows in more.items():
+        values.setdefault(f"{tower}.{name}" if tower else name, []).extend(rows)
 
 
 def _adapted(

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.progress import track
 from serving.engines.vlm.base import VlmBase
+from streams.images import decode_image
 from updater.adapters import Delta, LoraModel
 from updater.families.vlm.parts import sees, trained_modules
-from updater.families.vlm.reader import Read, Reader, Tokens, pad
-from updater.learner import Learner
+from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
+from updater.learner import CHUNK, Learner
 from updater.objectives import Answers, Teacher
 from updater.objectives.token_distillation import TokenDistillation, summarise
 from updater.pools import Question
 from updater.recipes import Part, Recipe
+from updater.shards import Values
 
-CHUNK = 48
-CACHE_BYTES = 4 << 30
-"""Most memory for what the image tower gives; more is computed anew at each step."""
 TOP = 256
 """Tokens of a teacher's distribution that are kept one by one; the others are one."""
 Inputs = Mapping[str, Any]
@@ -43,7 +43,9 @@ class VlmLearner(Learner[Question]):
         self.adapted_eyes = sees(base, self.model.base_names)
         inner = cast(Any, self.model.model).base_model
         takes_features = "mm_encoder_outputs" in inspect.signature(inner.forward).parameters
-        self.keeps_features = takes_features and not sees(base, trained)
+        self._takes_features = takes_features and not sees(base, trained)
+        self.keeps_features: bool | None = None
+        self.longest_batch = 0
         self.teachers: dict[str, set[Part]] = {}
         for term, objective in self.objectives:
             if isinstance(objective, TokenDistillation) and term.weight > 0:
@@ -52,72 +54,97 @@ class VlmLearner(Learner[Question]):
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example)
 
-    def prepare(
-        self, examples: Sequence[Question], parts: Sequence[Part], between: Callable[[], None] = lambda: None
-    ) -> None:
-        self.examples = list(examples)
-        self.parts = list(parts)
-        self.sequences: list[Tokens] = []
-        self.features: list[Tensor] = []
-        self.beside: list[dict[str, Tensor]] = []
-        self.encoded: list[bytes] = []
-        self.taught: dict[str, dict[int, Teacher]] = {name: {} for name in self.teachers}
-        for start in track(range(0, len(examples), CHUNK), "teacher answers"):
-            encoded = [each.read() for each in examples[start : start + CHUNK]]
-            read = self.reader.read(examples[start : start + CHUNK], encoded)
-            self._prepare(read, start, encoded)
-            between()
+    @property
+    def longest(self) -> int:
+        return LONGEST
 
-    @torch.no_grad()
-    def _prepare(self, read: Read, start: int, encoded: list[bytes]) -> None:
-        count = len(read.sequences)
-        self.sequences += read.sequences
-        features = self._see(read.images) if self.keeps_features else []
-        if self.keeps_features and start == 0:
-            size = sum(each.numel() * each.element_size() for each in features)
-            self.keeps_features = bool(features) and size / count * len(self.examples) <= CACHE_BYTES
+    def begin(self, between: Callable[[], None]) -> None:
+        """Decide by the first image whether features are kept: the same for all, whatever came first."""
+        if self.keeps_features is None and self.examples:
+            self.keeps_features = False
+            if self._takes_features:
+                features = self._see(self._read(self.examples[:1], [self.examples[0].read()]).images)
+                size = sum(each.numel() * each.element_size() for each in features)
+                self.keeps_features = 0 < size <= self.work.room
+
+    @property
+    def settled(self) -> str:
+        return str(self.keeps_features)
+
+    def decode(self, image: bytes) -> bytes:
+        """Nothing: whole images are decoded where they are used, a pass at a time, for they may be large."""
+        return image
+
+    def compute(self, rows: range, images: Sequence[bytes]) -> Values:
+        values: dict[str, list[Tensor]] = {}
+        for first in range(0, len(rows), CHUNK):
+            for name, more in self._values(rows[first : first + CHUNK], images[first : first + CHUNK]).items():
+                values.setdefault(name, []).extend(more)
+        return values
+
+    def _values(self, rows: range, encoded: Sequence[bytes]) -> Values:
+        """Tokens; what the language model takes of an image, or the encoded image; what each teacher says."""
+        examples = [self.examples[row] for row in rows]
+        read = self._read(examples, encoded)
+        values: dict[str, list[Tensor]] = {"answer": [torch.tensor(each.answer) for each in read.sequences]}
+        for key in read.sequences[0].inputs:
+            values[f"tokens.{key}"] = [each.inputs[key] for each in read.sequences]
         if self.keeps_features:
-            self.features += features
-            self.beside += read.beside_pixels()
+            features = self._see(read.images)
+            beside = read.beside_pixels()
+            values["features"] = features
+            values |= {f"beside.{key}": [each[key] for each in beside] for key in beside[0]}
         else:
-            self.encoded += encoded
+            features, beside = [], []
+            values["encoded"] = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in encoded]
         for name, parts in self.teachers.items():
-            rows = [row for row in range(count) if self.parts[start + row] in parts]
-            shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
-            if rows and shared:
-                eyes = self._eyes([start + row for row in rows])
-            elif rows:
-                eyes = self.reader.read(*self._some(start, rows, encoded)).images
-            else:
+            if self.parts[rows[0]] not in parts:
                 continue
+            shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
+            eyes = self._from_features(features, beside) if shared else read.images
             with self.model.base() if name == "base" else nullcontext():
-                logits, _, owner = self._logits(self.model.model, [read.sequences[row] for row in rows], eyes)
+                logits, _, owner = self._logits(self.model.model, read.sequences, eyes)
             said = summarise(logits.cpu(), TOP)
-            for place, row in enumerate(rows):
-                self.taught[name][start + row] = said[(owner.cpu() == place).nonzero().flatten()]
+            own = [said[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
+            values[f"{name}.tokens"] = [each.tokens for each in own]
+            values[f"{name}.logprobs"] = [each.logprobs for each in own]
+            values[f"{name}.rest"] = [each.rest for each in own]
+        return values
 
-    def _some(self, start: int, rows: Sequence[int], encoded: Sequence[bytes]) -> tuple[list[Question], list[bytes]]:
-        return [self.examples[start + row] for row in rows], [encoded[row] for row in rows]
+    def _read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
+        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+            images = list(pool.map(lambda image: np.array(decode_image(image)), encoded))
+        return self.reader.read(examples, images)
 
     def length(self, row: int) -> int:
-        return len(self.sequences[row])
+        return self.reader.words(self.examples[row])
 
     def batch(self, rows: Sequence[int]) -> Answers:
-        logits, target, row = self._logits(
-            self.model.model, [self.sequences[number] for number in rows], self._eyes(rows)
-        )
+        self.ready(rows)
+        sequences = self._sequences(rows)
+        self.longest_batch = max(len(each) for each in sequences) + self.extra
+        logits, target, row = self._logits(self.model.model, sequences, self._eyes(rows), self.longest_batch)
         return Answers(
             part=tuple(self.parts[number] for number in rows),
             logits=logits,
             target=target,
             row=row,
-            teachers={name: self._teacher(name, rows, logits) for name in self.teachers},
+            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.teachers},
         )
 
+    def _sequences(self, rows: Sequence[int]) -> list[Tokens]:
+        keys = [name.removeprefix("tokens.") for name in self.shards.names(rows[0]) if name.startswith("tokens.")]
+        columns = {key: self.shards.get(f"tokens.{key}", rows) for key in sorted(keys)}
+        answers = self.shards.get("answer", rows)
+        return [
+            Tokens({key: values[place] for key, values in columns.items()}, int(answer))
+            for place, answer in enumerate(answers)
+        ]
+
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
-        read = self.reader.read(examples, [each.read() for each in examples])
-        longest = max(len(each) for each in self.sequences)
-        logits, target, _ = self._logits(model, read.sequences, read.images, longest)
+        """Padded to the length of the batch that was looked at last, which is what a step is compared with."""
+        read = self._read(examples, [each.read() for each in examples])
+        logits, target, _ = self._logits(model, read.sequences, read.images, self.longest_batch)
         return F.cross_entropy(logits, target)
 
     def _logits(
@@ -147,19 +174,30 @@ class VlmLearner(Learner[Question]):
     def _eyes(self, rows: Sequence[int]) -> Inputs:
         """What the model takes of images, for a batch: features if they are kept, else pixels."""
         if not self.keeps_features:
-            chosen = [self.examples[row] for row in rows], [self.encoded[row] for row in rows]
-            return self.reader.read(*chosen).images
+            encoded = [image.numpy().tobytes() for image in self.shards.get("encoded", rows)]
+            return self._read([self.examples[row] for row in rows], encoded).images
+        keys = [name.removeprefix("beside.") for name in self.shards.names(rows[0]) if name.startswith("beside.")]
+        columns = {key: self.shards.get(f"beside.{key}", rows) for key in sorted(keys)}
+        beside = [{key: values[place] for key, values in columns.items()} for place in range(len(rows))]
+        return self._from_features(self.shards.get("features", rows), beside)
+
+    def _from_features(self, features: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]]) -> Inputs:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        own = [self.features[row].to(self.model.device) for row in rows]
+        own = [each.to(self.model.device) for each in features]
         seen = BaseModelOutputWithPooling(pooler_output=torch.stack(own) if self.stacked else tuple(own))
-        beside = {key: torch.cat([self.beside[row][key] for row in rows]) for key in self.beside[0]}
-        return {"mm_encoder_outputs": {"image": seen}, **beside}
+        return {
+            "mm_encoder_outputs": {"image": seen},
+            **{key: torch.cat([b[key] for b in beside]) for key in beside[0]},
+        }
 
-    def _teacher(self, name: str, rows: Sequence[int], logits: Tensor) -> Teacher:
+    def _teacher(self, name: str, rows: Sequence[int], sequences: Sequence[Tokens], logits: Tensor) -> Teacher:
         k = min(TOP, logits.shape[-1])
-        known = self.taught[name]
-        said = [known.get(row) or _silence(self.sequences[row].answer, k) for row in rows]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teachers[name]]
+        known = [rows[place] for place in places]
+        columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
+        told = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
+        said = [told.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
         return Teacher(
             torch.cat([each.tokens for each in said]).to(logits.device),
             torch.cat([each.logprobs for each in said]).to(logits.device),

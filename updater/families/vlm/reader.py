@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
 from serving.errors import InvalidRequest
-from streams.images import decode_image
 from updater.pools import Question
 
 SMALL = 64
@@ -21,6 +21,10 @@ SMALL = 64
 
 LONGEST = 512
 """Most tokens of question, answer and what the chat template writes around them. A batch is as long as its longest."""
+
+
+KNOWN_WORDS = 1 << 16
+"""Questions whose length is remembered: it is asked when they are drawn, and when batches are planned."""
 
 
 @dataclass(frozen=True)
@@ -57,22 +61,27 @@ class Reader:
 
     def __init__(self, base: VlmBase) -> None:
         self.processor = base.processor()
+        self._words = lru_cache(KNOWN_WORDS)(self._count)
 
     def takes(self, example: Question) -> bool:
         """Whether a question can be asked at all, and is not too long with its answer."""
-        try:
-            prompt = render(self.processor, question(np.zeros((1, 1, 3), np.uint8), example.question))
-        except InvalidRequest:
-            return False
-        answer = answer_tokens(self.processor, example.answer)
-        return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer) <= LONGEST
+        return 0 < self.words(example) <= LONGEST
 
-    def read(self, examples: Sequence[Question], encoded: Sequence[bytes]) -> Read:
-        """Tokens and pixels of a chunk of examples, from their encoded images."""
-        asks = [
-            question(np.array(decode_image(image)), each.question)
-            for each, image in zip(examples, encoded, strict=True)
-        ]
+    def words(self, example: Question) -> int:
+        """Tokens of question, answer and what is written around them, with an image of the least size; 0 where the
+        question cannot be asked."""
+        return self._words(example.question, example.answer)
+
+    def _count(self, words: str, answer: str) -> int:
+        try:
+            prompt = render(self.processor, question(np.zeros((1, 1, 3), np.uint8), words))
+        except InvalidRequest:
+            return 0
+        return len(self.processor.tokenizer(prompt)["input_ids"]) + len(answer_tokens(self.processor, answer))
+
+    def read(self, examples: Sequence[Question], images: Sequence[np.ndarray]) -> Read:
+        """Tokens and pixels of a chunk of examples, from their decoded images, uint8 [h, w, 3]."""
+        asks = [question(image, each.question) for each, image in zip(examples, images, strict=True)]
         batch = inputs(self.processor, asks)
         mask = batch.pop("attention_mask").bool()
         shape = batch["input_ids"].shape

@@ -1,0 +1,156 @@
+"""``ratchet bench backlog``: an updater before a million pending pairs, with the default budget.
+
+The pairs are written straight into the sample store; then ``ratchet update`` runs as it always does, with its settings
+and the default recipe, on the shipped base and its reference pool. After each update a part more arrives, and what
+passed is released as the controller would. The gate asks one small suite, and fresh ones from the store.
+
+Every pending pair of an update must be visited or counted as passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.backlog.pairs import pair_rows
+from benchmarks.backlog.trainer import Watched, watch
+from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.inputs import pictures
+from benchmarks.machine import machine
+from benchmarks.stream.filling import fill
+from ops.ledger import Ledger, UpdateRow
+from ops.progress import step
+from ops.settings import Settings
+from streams.folders import FolderItem, write_folder
+from updater.base import reference_folders
+
+SUITE_ITEMS = 120
+ARRIVALS = 0.02
+"""What arrives after an update, as a share of the backlog."""
+UPDATE_SECONDS = 3600.0
+
+
+def run(settings: Settings, pairs: int = 1_000_000, updates: int = 3) -> dict[str, Any]:
+    """Measure on a home of its own with the settings' CLIP. Returns the figures.
+
+    Raises:
+        RatchetError: the base is not registered, or an update does not end.
+    """
+    with tempfile.TemporaryDirectory(prefix="ratchet-bench-") as folder:
+        ours = _settings(settings, Path(folder))
+        make = pair_rows(ours.ingest.fresh_eval_share)
+        stored = pairs
+        fill(ours.lake, pairs, 0, make)
+
+        def arrive(update: UpdateRow) -> None:
+            nonlocal stored
+            _release(ours, update)
+            more = stored + max(2 * ours.updater.min_new_samples, round(pairs * ARRIVALS))
+            fill(ours.lake, more, stored, make)
+            stored = more
+
+        with step(f"{updates} updates"):
+            seen = watch(ours, Path(folder) / "backlog.yaml", updates, UPDATE_SECONDS, arrive)
+        return _figures(ours, seen, pairs)
+
+
+def _settings(settings: Settings, home: Path) -> Settings:
+    """The settings on a new home, with the reference pool where it is and a gate of one small suite."""
+    reference = [folder.resolve() for folder in reference_folders(settings)]
+    ours = bench_home(settings, home, clip_base(settings, settings.base.clip))
+    items = [
+        FolderItem(Path(f"{n}.png"), f"picture {n}", inline=image) for n, image in enumerate(pictures(SUITE_ITEMS))
+    ]
+    write_folder(home / "data" / "backlog", items)
+    suite = home / "suite.yaml"
+    suite.write_text("name: backlog\ntask: retrieval\ndata: ${home}/data/backlog\n")
+    metrics, nobody = _free_port(), f"http://127.0.0.1:{_free_port()}"
+    return ours.model_copy(
+        update={
+            "base": ours.base.model_copy(update={"vlm": ""}),
+            "updater": ours.updater.model_copy(update={"reference": reference, "metrics_port": metrics}),
+            "console": ours.console.model_copy(update={"server": nobody}),  # no server here slows the trainer
+            "gate": ours.gate.model_copy(update={"suites": [suite]}),
+        }
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _release(settings: Settings, update: UpdateRow) -> None:
+    """Do what the release controller does with the proposal of an update that passed."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        for proposal in ledger.pending_proposals():
+            live = ledger.live()
+            ledger.commit_release(
+                (live.number if live else 0) + 1, clip=update.adapter, vlm=None, actor="bench", reason="passed",
+                proposal_id=proposal.id,
+            )  # fmt: skip
+    finally:
+        ledger.close()
+
+
+def _figures(settings: Settings, seen: Watched, pairs: int) -> dict[str, Any]:
+    done = [update for update in seen.updates if update.state == "done"]
+
+    def total(name: str) -> int:
+        return sum(int(update.cost.get(name, 0)) for update in done)
+
+    return {
+        "pairs": pairs,
+        "memory_gib": round(seen.memory / 2**30, 3),
+        "first_step_seconds": round(seen.first_step_seconds, 1),
+        "updates": len(done),
+        "errors": len(seen.updates) - len(done) + seen.restarts,
+        "problems": [update.error for update in seen.updates if update.error],
+        "pending": total("pending"),
+        "visited": total("visited"),
+        "passed_over": total("passed_over"),
+        "by_update": [
+            {
+                name: update.cost.get(name)
+                for name in ("pending", "visited", "passed_over", "steps", "seconds", "truncated", "gflops_spent")
+            }
+            for update in done
+        ],
+        "gflops_per_update": settings.budget.gflops_per_update,
+        "threads": settings.updater.threads,
+        "base": settings.base.clip,
+        "machine": machine(),
+    }
+
+
+def show(figures: dict[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    columns = ("pending", "visited", "passed_over", "steps", "seconds")
+    table = Table("update", *(name.replace("_", " ") for name in columns), title=f"{figures['pairs']:,} pairs at once")
+    for number, update in enumerate(figures["by_update"], 1):
+        table.add_row(str(number), *(f"{update[name]:,.0f}" for name in columns))
+    table.caption = (
+        f"{figures['memory_gib']} GiB at most, the first step after {figures['first_step_seconds']} s,"
+        f" {figures['errors']} errors"
+    )
+    Console().print(table)
+    print(json.dumps(figures), flush=True)
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench backlog``."""
+    parser = argparse.ArgumentParser(prog="ratchet bench backlog", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs that are stored at once (1,000,000)")
+    parser.add_argument("--updates", type=int, default=3, help="updates that are watched (3)")
+    asked = parser.parse_args(arguments)
+    show(run(settings, pairs=asked.pairs, updates=asked.updates))

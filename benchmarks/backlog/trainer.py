@@ -1,0 +1,88 @@
+"""The real trainer process before a backlog, watched: its memory, its first step, and what its updates came to."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import yaml
+
+from benchmarks.process_memory import child_processes
+from ops.cli.context import Context
+from ops.cli.supervisor import STOP_SECONDS, Part, tail
+from ops.errors import RatchetError
+from ops.ledger import Ledger, UpdateRow
+from ops.settings import Settings
+
+POLL_SECONDS = 0.25
+_STEPS = re.compile(r'^ratchet_update_steps_total\{family="clip"\} (\S+)', re.MULTILINE)
+
+
+@dataclass
+class Watched:
+    """What was seen."""
+
+    memory: int = 0
+    """Most bytes of the trainer and its children at once: their own pages, without those of files."""
+    first_step_seconds: float = 0.0
+    """From the start of the process to its first step."""
+    updates: list[UpdateRow] = field(default_factory=list)
+    """Finished updates, oldest first."""
+    restarts: int = 0
+    """How often the process ended by itself; it is not started again."""
+
+
+def watch(
+    settings: Settings, file: Path, updates: int, seconds: float, between: Callable[[UpdateRow], None]
+) -> Watched:
+    """Run ``ratchet update`` until so many updates are finished.
+
+    Args:
+        file: where the settings are written for the process.
+        seconds: longest time for one update.
+        between: called with each finished update, to bring what the next one begins with.
+
+    Raises:
+        RatchetError: an update did not end in time.
+    """
+    values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
+    file.write_text(yaml.safe_dump(values))
+    part = Part("update", Context(file, []).command("update", "--family", "clip"), file.with_suffix(".log"))
+    ledger, seen = Ledger.open(settings.ledger), Watched()
+    part.start()
+    began = last = time.monotonic()
+    try:
+        while len(seen.updates) < updates:
+            seen.memory = max(seen.memory, sum(each.size for each in child_processes().values()))
+            if not seen.first_step_seconds and _steps(settings) > 0:
+                seen.first_step_seconds = time.monotonic() - began
+            known = {each.id for each in seen.updates}
+            for update in reversed(ledger.updates()):
+                if update.id not in known and ledger.is_finished(update.id):
+                    seen.updates.append(update)
+                    between(update)
+                    last = time.monotonic()
+            if not part.running:
+                seen.restarts += 1
+                break
+            if time.monotonic() - last > seconds:
+                raise RatchetError(f"no update ended for {seconds:.0f} s:\n{tail(part.log)}", f"See {part.log}.")
+            time.sleep(POLL_SECONDS)
+        return seen
+    finally:
+        if part.running:
+            part.stop(time.monotonic() + STOP_SECONDS)
+        ledger.close()
+
+
+def _steps(settings: Settings) -> int:
+    try:
+        page = httpx.get(f"http://127.0.0.1:{settings.updater.metrics_port}/metrics", timeout=5.0, trust_env=False).text
+    except httpx.TransportError:
+        return 0
+    match = _STEPS.search(page)
+    return int(float(match[1])) if match else 0

@@ -1,0 +1,89 @@
+"""A backlog that no budget pays for: updates go on, all of it is accounted for, and no failure begins again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from rich.console import Console
+
+from ops.cli.status import collect, screen
+from ops.settings import Settings
+from tests.integration.updater.home import add_samples, make_home
+from updater.service import UpdaterService
+
+pytestmark = pytest.mark.integration
+BACKLOG = 150
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return make_home(tmp_path / "home")
+
+
+def with_budget(settings: Settings, gflops: float, **updater: Any) -> Settings:
+    return settings.model_copy(
+        update={
+            "budget": settings.budget.model_copy(update={"gflops_per_update": gflops}),
+            "updater": settings.updater.model_copy(update=updater),
+        }
+    )
+
+
+def counted(name: str) -> float:
+    return REGISTRY.get_sample_value(f"ratchet_update_{name}_total", {"family": "clip"}) or 0.0
+
+
+def test_what_a_budget_does_not_pay_for_is_passed_over_and_counted(settings: Settings) -> None:
+    add_samples(settings, BACKLOG)
+    before = counted("visited"), counted("passed_over")
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "done", update
+    cost = update.cost
+    visited = 6 * 3  # steps, and new rows of a batch of 9 without replay
+    assert (cost["pending"], cost["visited"], cost["passed_over"]) == (BACKLOG, visited, BACKLOG - visited)
+    assert cost["samples_new"] == visited
+    assert (counted("visited") - before[0], counted("passed_over") - before[1]) == (visited, BACKLOG - visited)
+    assert service.step().reason == "there are no new samples"  # passed over is tried
+    facts = collect(settings)
+    assert facts["visits"] == {update.id: {"pending": BACKLOG, "visited": visited, "passed_over": BACKLOG - visited}}
+    json.dumps(facts["visits"])
+    console = Console(record=True, width=200)
+    console.print(screen(settings))
+    text = console.export_text()
+    assert "passed over" in text and str(BACKLOG - visited) in text
+
+
+def test_the_draw_is_the_settings_and_does_not_change_when_an_update_is_made_again(settings: Settings) -> None:
+    add_samples(settings, BACKLOG)
+    uniform = UpdaterService(settings).step().update
+    again = UpdaterService(settings).step(retry=True).update
+    newest = UpdaterService(with_budget(settings, 6000.0, draw="newest")).step(retry=True).update
+    assert uniform is not None and again is not None and newest is not None
+    assert uniform.adapter == again.adapter != newest.adapter
+
+
+def test_a_budget_that_pays_for_no_step_is_waited_for_and_not_tried_again(settings: Settings) -> None:
+    """Neither as data arrives, nor on request of a single update: only with another budget or recipe."""
+    add_samples(settings, BACKLOG)
+    poor = with_budget(settings, 1e-3)
+    service = UpdaterService(poor)
+    failed = service.step().update
+    assert failed is not None and failed.state == "failed"
+    assert "does not pay for one step with its own rows" in str(failed.error)
+    assert service.ledger.spent(failed.id) == 0
+    for now in (False, True):
+        add_samples(settings, 20)
+        outcome = service.step(now=now)
+        assert outcome.update is None
+        assert failed.id in outcome.reason and "raise budget.gflops_per_update" in outcome.reason
+    assert len(service.ledger.updates()) == 1
+    richer = UpdaterService(with_budget(settings, 2 * failed.cost["gflops_needed"])).step().update
+    assert richer is not None and richer.state == "done"
+    assert richer.cost["pending"] == BACKLOG + 40
+    assert richer.cost["steps"] >= 1
+    assert richer.cost["gflops_spent"] <= 2 * failed.cost["gflops_needed"]
