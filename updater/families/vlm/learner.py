@@ -47,7 +47,8 @@ class VlmLearner(Learner[Question]):
         self.teachers: dict[str, set[Part]] = {}
         for term, objective in self.objectives:
             if isinstance(objective, TokenDistillation) and term.weight > 0:
-                self.teachers.setdefault(objective.teacher, set()).update(term.over)
+                for part in term.over:
+                    self.teachers.setdefault(objective.teacher_of(part) or objective.teacher, set()).add(part)
 
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example)
