@@ -17,6 +17,7 @@ from serving.engines.vlm.base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.averaging import Average
+from updater.cached_gradients import CachedPasses
 from updater.gradients import harmonized_backward, without_conflicts
 from updater.momentum import Momentum
 from updater.objectives import Batch, Features
@@ -43,6 +44,7 @@ class Learner(ABC, Generic[E]):
         taught = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
         self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
+        self.passes = CachedPasses(recipe.micro_batch)
         self._last: Batch | None = None
         self.left_out: list[int] = []
         """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
@@ -85,6 +87,7 @@ class Learner(ABC, Generic[E]):
     def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.passes.drop()
         batch = self.batch(rows)
         alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
         if self.recipe.gradients.drop and isinstance(batch, Features):
@@ -100,6 +103,7 @@ class Learner(ABC, Generic[E]):
             harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
         else:
             loss.backward()  # type: ignore[no-untyped-call]
+            self.passes.backward(after=self.model.restore)
         self.model.restore()
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 

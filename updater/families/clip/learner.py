@@ -106,9 +106,12 @@ class ClipLearner(Learner[Pair]):
         if which == "text":
             return self._texts(self.made.text, self.made.texts, rows)
         cache = self.made.image
-        device = self.model.device
         if cache.fixed is not None:
-            return cache.fixed[torch.tensor(rows)].to(device)
+            return cache.fixed[torch.tensor(rows)].to(self.model.device)
+        return self.passes(self._run_images, rows)
+
+    def _run_images(self, rows: Sequence[int]) -> Tensor:
+        cache, device = self.made.image, self.model.device
         if not cache.boundary:
             pixels = torch.stack([cache.pixels[row] for row in rows]).numpy()
             return self.towers["image"].whole(self.base.preprocess.normalise(pixels, device))
@@ -119,11 +122,15 @@ class ClipLearner(Learner[Pair]):
         device = self.model.device
         if cache.fixed is not None:
             return cache.fixed[torch.tensor(rows)].to(device)
-        inputs = self._tokenize([texts[row] for row in rows]).to(device)
-        if not cache.boundary:
-            return self.towers["text"].whole(inputs)
-        boundary = stack_boundaries([cache.boundary[row] for row in rows], inputs.shape[1], device)
-        return self.towers["text"].resume(boundary, inputs)
+
+        def run(rows: Sequence[int]) -> Tensor:
+            inputs = self._tokenize([texts[row] for row in rows]).to(device)
+            if not cache.boundary:
+                return self.towers["text"].whole(inputs)
+            boundary = stack_boundaries([cache.boundary[row] for row in rows], inputs.shape[1], device)
+            return self.towers["text"].resume(boundary, inputs)
+
+        return self.passes(run, rows)
 
     def _further(self, further: Further, rows: Sequence[int]) -> Texts:
         device = self.model.device

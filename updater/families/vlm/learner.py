@@ -92,7 +92,9 @@ class VlmLearner(Learner[Question]):
             else:
                 continue
             with self.model.base() if name == "base" else nullcontext():
-                logits, _, owner = self._logits(self.model.model, [read.sequences[row] for row in rows], eyes)
+                sequences = [read.sequences[row] for row in rows]
+                logits = self._logits(self.model.model, sequences, eyes)
+            owner = _targets(sequences, logits.device)[1]
             said = summarise(logits.cpu(), TOP)
             for place, row in enumerate(rows):
                 self.taught[name][start + row] = said[(owner.cpu() == place).nonzero().flatten()]
@@ -104,9 +106,8 @@ class VlmLearner(Learner[Question]):
         return len(self.sequences[row])
 
     def batch(self, rows: Sequence[int]) -> Answers:
-        logits, target, row = self._logits(
-            self.model.model, [self.sequences[number] for number in rows], self._eyes(rows)
-        )
+        logits = self.passes(self._run, rows)
+        target, row = _targets([self.sequences[number] for number in rows], logits.device)
         return Answers(
             part=tuple(self.parts[number] for number in rows),
             logits=logits,
@@ -115,24 +116,24 @@ class VlmLearner(Learner[Question]):
             teachers={name: self._teacher(name, rows, logits) for name in self.teachers},
         )
 
+    def _run(self, rows: Sequence[int]) -> Tensor:
+        return self._logits(self.model.model, [self.sequences[number] for number in rows], self._eyes(rows))
+
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
         read = self.reader.read(examples, [each.read() for each in examples])
         longest = max(len(each) for each in self.sequences)
-        logits, target, _ = self._logits(model, read.sequences, read.images, longest)
-        return F.cross_entropy(logits, target)
+        logits = self._logits(model, read.sequences, read.images, longest)
+        return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
-    def _logits(
-        self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Before each answer token of all sequences: logits [t, vocabulary], the token [t], and its sequence [t]."""
+    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0) -> Tensor:
+        """Before each answer token of all sequences, one after another: logits [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
         hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
-        row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)]).to(device)
+        _, row = _targets(sequences, device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
-        logits = vlm.get_output_embeddings()(hidden[row, place - 1])
-        return logits.float(), batch["input_ids"][row, place], row
+        return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1]).float())
 
     def _see(self, images: Inputs) -> list[Tensor]:
         """Image by image what the connector gives, from the processor's outputs; empty when that is more than one
@@ -166,6 +167,13 @@ class VlmLearner(Learner[Question]):
             torch.cat([each.logprobs for each in said]).to(logits.device),
             torch.cat([each.rest for each in said]).to(logits.device),
         )
+
+
+def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each answer token of all sequences, one after another [t], and the sequence that it is of [t]."""
+    target = torch.cat([each.inputs["input_ids"][-each.answer :] for each in sequences])
+    row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)])
+    return target.to(device), row.to(device)
 
 
 def _silence(tokens: int, k: int) -> Teacher:
