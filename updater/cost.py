@@ -2,20 +2,24 @@
 
 Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
 GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch).
+
+Memory is counted in one way for both, on a CPU and on a GPU: weights, gradients and optimizer state of what learns, and
+the most that autograd keeps at once for the backward pass. No allocator is asked.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.errors import BudgetError
 from updater import optimizers
@@ -27,7 +31,7 @@ from updater.pools import Example
 from updater.recipes import Part
 
 SMALL, LARGE = 2, 4
-"""Batches at which full fine-tuning is measured on a CPU; its activations grow by the row, the rest is fixed."""
+"""Batches at which full fine-tuning is measured, on a CPU; its activations grow by the row, the rest is fixed."""
 STRETCH = 8
 """Tokens by which a batch is lengthened that has the longest text of all."""
 
@@ -118,7 +122,7 @@ def measure(learner: AnyLearner, examples: Sequence[Example], batches: Sequence[
     learner.ready(rows)
     lengths = [max(learner.length(row) for row in batch) for batch in batches]
     own, most = lengths[0], max(lengths)
-    with counted() as flops, _peak(learner.model.device, model) as peak, learner.padded(most - own):
+    with counted() as flops, _peak(model) as peak, learner.padded(most - own):
         learner.backward(rows)
     costs = {most: flops.get_total_flops() / 1e9}
     if min(lengths) < most:
@@ -163,48 +167,102 @@ def _full(learner: AnyLearner, examples: Sequence[Example]) -> tuple[float, floa
     model = learner.base.build_model()
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    with counted() as flops, _peak(torch.device("cpu"), model) as peak:
+    with counted() as flops, _peak(model) as peak:
         learner.plain(model, examples)
     return peak(), flops.get_total_flops() / 1e9 / len(examples)
 
 
-@contextmanager
-def _peak(device: torch.device, model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Bytes that the forward pass inside keeps for the backward pass; parameters do not count.
-
-    Nor do weights of the model that could stand where a parameter does.
-
-    On a GPU the allocator knows; on a CPU each storage that autograd saves is counted once.
+class _Kept:
+    """Bytes that autograd keeps for backward passes, now and at most; a storage counts once, until nothing of it is
+    kept. Parameters do not count, nor what is excluded.
     """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: float(torch.cuda.max_memory_allocated(device) - before)
-        return
-    seen: dict[int, int] = {}
-    held: list[Tensor] = []  # a freed storage's address may be used again
 
-    def keep(tensor: Tensor, size: int) -> None:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in seen:
-            held.append(tensor.detach())
-            seen[place] = size
+    def __init__(self) -> None:
+        self.most = 0
+        self._now = 0
+        self._users: Counter[int] = Counter()
+        self._excluded: dict[int, Tensor] = {}  # held, since a freed storage's address may be used again
 
-    def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter) and not (tensor.is_leaf and tensor.requires_grad):
-            keep(tensor, tensor.untyped_storage().nbytes())
-        return tensor
+    def exclude(self, tensor: Tensor) -> None:
+        """Count nothing of this tensor's storage."""
+        self._excluded[_address(tensor)] = tensor.detach()
 
+    def pack(self, tensor: Tensor) -> Tensor | _Saved:
+        """The hook of a tensor that is saved."""
+        parameter = isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+        return tensor if parameter or _address(tensor) in self._excluded else _Saved(tensor, self)
+
+    def add(self, tensor: Tensor) -> None:
+        """One more use of a storage."""
+        self._users[_address(tensor)] += 1
+        if self._users[_address(tensor)] == 1:
+            self._now += tensor.untyped_storage().nbytes()
+            self.most = max(self.most, self._now)
+
+    def remove(self, tensor: Tensor) -> None:
+        """One use less."""
+        self._users[_address(tensor)] -= 1
+        if not self._users[_address(tensor)]:
+            self._now -= tensor.untyped_storage().nbytes()
+
+
+class _Saved:
+    """A saved tensor; autograd lets go of it when its node's backward pass is over."""
+
+    def __init__(self, tensor: Tensor, kept: _Kept) -> None:
+        self.tensor, self._kept = tensor, kept
+        kept.add(tensor)
+
+    def __del__(self) -> None:
+        self._kept.remove(self.tensor)
+
+
+class _AttentionExtras(TorchDispatchMode):
+    """Excludes what an attention kernel returns beside its output: the normalisers of its softmax, seeds, paddings.
+
+    They are small, and differ between the kernels of a CPU and of a GPU.
+    """
+
+    def __init__(self, kept: _Kept) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith("_scaled_dot_product") and not name.endswith("_backward"):
+            for extra in output[1:]:
+                if isinstance(extra, Tensor):
+                    self._kept.exclude(extra)
+        return output
+
+
+@contextmanager
+def _peak(model: nn.Module) -> Iterator[Callable[[], float]]:
+    """Most bytes that are kept at once for backward passes inside, on every device by the same count.
+
+    An allocator's figure would hold temporary buffers, caches and rounding, which no CPU reports, and which depend on
+    the GPU: its ratio to what is counted elsewhere means nothing. Weights of the model that could stand where a
+    parameter does count no more than parameters.
+    """
+    kept = _Kept()
     for parameter in model.parameters():  # of which layers save views: a linear layer its transpose
-        keep(parameter, 0)
-    hooks = [kind.register_forward_hook(lambda _, __, weight: keep(weight, 0)) for kind in _in_place(model)]
+        kept.exclude(parameter)
+    hooks = [kind.register_forward_hook(lambda _, __, weight: kept.exclude(weight)) for kind in _in_place(model)]
     try:
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield lambda: float(sum(seen.values()))
+        with saved_tensors_hooks(kept.pack, _unpack), _AttentionExtras(kept):
+            yield lambda: float(kept.most)
     finally:
         for hook in hooks:
             hook.remove()
-        held.clear()
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    return saved.tensor if isinstance(saved, _Saved) else saved
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _in_place(model: nn.Module) -> list[nn.Module]:

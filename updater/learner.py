@@ -23,10 +23,11 @@ from serving.engines.vlm.base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.averaging import Average
+from updater.cached_gradients import CachedPasses
 from updater.gradients import harmonized_backward, without_conflicts
 from updater.mixture import PARTS
 from updater.momentum import Momentum
-from updater.objectives import Batch, Features
+from updater.objectives import Batch, Features, Objective
 from updater.pools import Pair, Question
 from updater.recipes import Part, Recipe, Term
 from updater.shards import Shards, Values, spans
@@ -65,13 +66,15 @@ class Learner(ABC, Generic[E]):
         self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
         for _, regularizer in self.regularizers:
             regularizer.begin(self.parameters)
-        taught = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
-        self.momentum = Momentum(self.parameters, *taught[0].momentum) if taught else None
+        self.taught = _taught(self.objectives)
+        """The pools whose examples a teacher is asked about, by its name."""
+        followed = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
+        self.momentum = Momentum(self.parameters, *followed[0].momentum) if followed else None
         self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
-        teachers = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
-        started = "incumbent" in teachers or any(objective.frozen_texts for _, objective in self.objectives)
+        started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
+        self.passes = CachedPasses(recipe.micro_batch)
         self.extra = 0
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
@@ -211,6 +214,7 @@ class Learner(ABC, Generic[E]):
     def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.passes.drop()
         batch = self.batch(rows)
         alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
         if self.recipe.gradients.drop and isinstance(batch, Features):
@@ -226,6 +230,7 @@ class Learner(ABC, Generic[E]):
             harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
         else:
             loss.backward()  # type: ignore[no-untyped-call]
+            self.passes.backward(after=self.model.restore)
         self.model.restore()
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
@@ -305,6 +310,15 @@ class Learner(ABC, Generic[E]):
             self.average.load_state(_under(tensors, "average."))
         self.model.load_state(_under(tensors, "model."))
         self.remember(tensors)
+
+
+def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:
+    taught: dict[str, set[Part]] = {}
+    for term, objective in terms:
+        for part in term.over if term.weight > 0 else ():
+            for name in objective.teachers_of(part):
+                taught.setdefault(name, set()).add(part)
+    return taught
 
 
 def _total(batch: Batch, alone: Sequence[tuple[Term, Tensor]]) -> Tensor:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from ops.errors import TrainingError
 from ops.priority import nice_process
 from ops.progress import say
 
@@ -59,16 +60,18 @@ def be_nice(nice: int, idle: bool = False) -> None:
 
 
 @contextmanager
-def only_one(home: Path) -> Iterator[None]:
+def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the trainer's lock of this home: two trainers would both go on with the same unfinished update.
 
-    Waits for another one to end; the kernel lets go of the lock of a process that was killed.
+    Waits for another one to end, or raises TrainingError; the kernel lets go of the lock of a process that was killed.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / "updater.lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if not wait:
+                raise TrainingError(f"an updater works in {home}.", "It judges the adapter by itself.") from None
             say(f"another updater works in {home}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

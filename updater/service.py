@@ -2,7 +2,7 @@
 
 training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
            leaves for the next one (its memory), then the ledger
-trained    the adapter is in the artifacts and in the ledger; the gate judges it
+trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
 gated      the verdict and its report are stored; what passed is proposed
 done       or failed, with the reason
 """
@@ -27,6 +27,7 @@ from serving.client import Client
 from streams.store import SampleStore
 from updater import triggers
 from updater.cost import StepUnaffordable
+from updater.exchange.importing import compare, is_import
 from updater.facts import Facts
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
 from updater.judge import judge
@@ -117,9 +118,14 @@ class UpdaterService:
     def _step_of(self, family: Family, now: bool, retry: bool) -> Outcome:
         found = self.ledger.unfinished_update(family)
         if found is not None:
-            say(f"{found.id} goes on ({found.state})")
+            if found.state == "trained" and is_import(found):
+                unreleased = triggers.waits_for_release(self.ledger, family)
+                if unreleased is not None:
+                    return Outcome(None, unreleased)
+                found = compare(self.ledger, self.store, found, family)
             if found.state == "training" and self._data_is_gone(found):
                 return Outcome(self._abandon(found), "its data is not kept any more")
+            say(f"{found.id} goes on ({found.state})")
             self.store.pin(found.id, found.store_version)  # who began it may have died before that
         else:
             recipe = self.recipes[family]

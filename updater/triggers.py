@@ -59,19 +59,13 @@ def decide(
         retry: also when all of it was tried by this recipe before, or when a budget did not pay for a step of it.
     """
     family = recipe.family
+    unreleased = waits_for_release(ledger, family)
+    if unreleased is not None:
+        return Waiting(unreleased)
     updates = ledger.updates(HISTORY, family)
-    own = {update.id for update in updates}
-    open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
-    if open_proposals:
-        held = ledger.held()
-        why = f"updates are on hold: {held.reason}" if held else "it is being prepared"
-        return Waiting(f"proposal {open_proposals[0].id} is not released yet ({why})")
-    live, stable = ledger.live(), ledger.stable()
-    if live is not None and not live.plain and stable is not None and live.adapter(family) != stable.adapter(family):
-        return Waiting(f"release {live.number} is on trial: an update begins from what comes of it")
-    incumbent = stable.adapter(family) if stable else None
+    incumbent = incumbent_of(ledger, family)
     version = store.version()
-    data_from = _learned(updates, incumbent)
+    data_from = learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
     metrics.update.new_samples(family, count)
@@ -137,8 +131,29 @@ def _base_name(settings: Settings, family: Family) -> str:
     return settings.base.clip if family == "clip" else settings.base.vlm
 
 
-def _learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
-    """Where the data that the live adapter has learned end; after a rollback that is further back."""
+def waits_for_release(ledger: Ledger, family: Family) -> str | None:
+    """Why nothing of a family may be trained or judged now: what it is compared with is not decided."""
+    own = {update.id for update in ledger.updates(HISTORY, family)}
+    open_proposals = [p for p in ledger.pending_proposals() if p.update_id in own]
+    if open_proposals:
+        held = ledger.held()
+        why = f"updates are on hold: {held.reason}" if held else "it is being prepared"
+        return f"proposal {open_proposals[0].id} is not released yet ({why})"
+    live, stable = ledger.live(), ledger.stable()
+    if live is not None and not live.plain and stable is not None and live.adapter(family) != stable.adapter(family):
+        return f"release {live.number} is on trial: an update begins from what comes of it"
+    return None
+
+
+def incumbent_of(ledger: Ledger, family: Family) -> str | None:
+    """The adapter that updates begin from and are compared with; None is the base."""
+    stable = ledger.stable()
+    return stable.adapter(family) if stable else None
+
+
+def learned(updates: list[UpdateRow], incumbent: str | None) -> dict[str, int]:
+    """Where the data that the live adapter has learned end; after a rollback that is further back, and an imported
+    adapter has learned none of it."""
     if incumbent is None:
         return {}
     return next((dict(update.data_to) for update in updates if update.adapter == incumbent), {})

@@ -14,12 +14,12 @@ from ops.ledger import UpdateRow
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from streams.store import SampleStore
+from updater.draw import HAVING
 from updater.gate import Suite, fresh_suites, load_suites
 from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
 from updater.gate.open import open_evaluator
 from updater.gate.suite_items import Half
 from updater.learner import Base
-from updater.pools import HAVING
 from updater.recipes import Family
 
 

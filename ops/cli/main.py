@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ops.cli import (
+    adapters,
     audit,
     base,
     bench,
@@ -67,6 +68,7 @@ app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
 app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
 app.add_typer(base.app, name="base", rich_help_panel="Data and models")
+app.add_typer(adapters.app, name="adapters", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")

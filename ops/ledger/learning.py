@@ -91,17 +91,25 @@ class LearningQueries:
         data_from: dict[str, int],
         data_to: dict[str, int],
         incumbent: str | None,
+        adapter: str | None = None,
     ) -> UpdateRow:
-        """Record that an update started; the same id again returns what is there."""
+        """Record that an update started; the same id again returns what is there.
+
+        Args:
+            adapter: one that was trained elsewhere and is in the ledger: there is nothing to train, only to judge.
+        """
         with self.database.write() as session:
             row = session.get(t.Update, update_id)
             if row is None:
                 row = t.Update(
-                    id=update_id, family=family, state="training", recipe=recipe, seed=seed,
+                    id=update_id, family=family, state="trained" if adapter else "training", recipe=recipe, seed=seed,
                     store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
+                    adapter=adapter,
                 )  # fmt: skip
                 session.add(row)
                 session.flush()
+                if adapter is not None:
+                    _tell_candidate(session, row)
             return as_row(UpdateRow, row)
 
     def advance_update(
@@ -126,6 +134,25 @@ class LearningQueries:
                 _tell_candidate(session, row)
             return as_row(UpdateRow, row)
 
+    def compare_update(
+        self, update_id: str, *, store_version: int, data_from: dict[str, int], incumbent: str | None
+    ) -> UpdateRow:
+        """Set what a trained update is compared with, as long as there is no verdict on it; else nothing changes."""
+        with self.database.write() as session:
+            row = _update(session, update_id)
+            judged = session.scalars(select(t.Verdict.id).where(t.Verdict.update_id == update_id)).first()
+            if row.state == "trained" and judged is None:
+                row.store_version, row.data_from, row.incumbent = store_version, data_from, incumbent
+                session.flush()
+            return as_row(UpdateRow, row)
+
+    def update_of(self, adapter: str) -> UpdateRow | None:
+        """The newest update that made or imported an adapter."""
+        query = select(t.Update).where(t.Update.adapter == adapter).order_by(t.Update.created_at.desc()).limit(1)
+        with self.database.read() as session:
+            row = session.scalars(query).first()
+            return None if row is None else as_row(UpdateRow, row)
+
     def update(self, update_id: str) -> UpdateRow:
         """One update. Raises LedgerError."""
         with self.database.read() as session:
@@ -146,10 +173,10 @@ class LearningQueries:
             return row is not None and row.state in FINISHED
 
     def unfinished_update(self, family: str) -> UpdateRow | None:
-        """The update that a killed trainer left behind, if there is one."""
+        """The oldest update that was not taken to its end: a killed trainer left it, or it was imported."""
         query = select(t.Update).where(t.Update.family == family, t.Update.state.not_in(FINISHED))
         with self.database.read() as session:
-            row = session.scalars(query.order_by(t.Update.created_at.desc())).first()
+            row = session.scalars(query.order_by(t.Update.created_at)).first()
             return None if row is None else as_row(UpdateRow, row)
 
     def record_verdict(

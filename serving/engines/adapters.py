@@ -157,7 +157,7 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     Raises :class:`AdapterError`: files missing, cut short, not safetensors, not finite, or not what they were.
     """
     path = Path(directory)
-    about, config = _read_json(path / ABOUT), _read_json(path / CONFIG)
+    about, config = read_json(path / ABOUT), read_json(path / CONFIG)
     tensors = _read_tensors(path / WEIGHTS)
     try:
         family, base_digest, claimed = (str(about[key]) for key in ("family", "base_digest", "name"))
@@ -333,7 +333,8 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 1 MiB. Raises :class:`AdapterError`."""
     try:
         if path.stat().st_size > 1 << 20:
             raise ValueError("it is larger than 1 MiB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -90,6 +90,16 @@ class Features(Batch):
     scale: float
     texts: Mapping[str, Texts] = field(default_factory=dict)
 
+    def taught(self, teacher_of: Callable[[Part], str | None]) -> Sides:
+        """Each row's features by its own teacher, which its part decides."""
+        names = [teacher_of(part) for part in self.part]
+        sides = self.teachers[names[0] or ""]
+        for name in dict.fromkeys(names[1:]):
+            own = torch.tensor([each == name for each in names], device=self.image.device)[:, None]
+            other = self.teachers[name or ""]
+            sides = Sides(torch.where(own, other.image, sides.image), torch.where(own, other.text, sides.text))
+        return sides
+
     def zero(self) -> Tensor:
         # With gradients, all 0: a step in which no term has rows to see is a step like others, and costs as much.
         return 0.0 * (self.image.sum() + self.text.sum())
@@ -142,6 +152,20 @@ class Answers(Batch):
     def zero(self) -> Tensor:
         return self.logits.new_zeros(())
 
+    def taught(self, teacher_of: Callable[[Part], str | None]) -> Teacher:
+        """What each row's own teacher says, which its part decides."""
+        names = [teacher_of(part) for part in self.part]
+        teacher = self.teachers[names[0] or ""]
+        for name in dict.fromkeys(names[1:]):
+            own = torch.tensor([each == name for each in names], device=self.row.device)[self.row]
+            other = self.teachers[name or ""]
+            teacher = Teacher(
+                torch.where(own[:, None], other.tokens, teacher.tokens),
+                torch.where(own[:, None], other.logprobs, teacher.logprobs),
+                torch.where(own, other.rest, teacher.rest),
+            )
+        return teacher
+
     def mean_over_rows(self, values: Tensor) -> Tensor:
         """Each row's mean over its tokens, and then the mean over rows: long answers count as much as short ones."""
         rows = len(self.part)
@@ -176,10 +200,24 @@ class Objective(ABC, Generic[B]):
     frozen_texts: ClassVar[bool] = False
     """Whether its further texts are needed as its teachers see them alone, so that the student never runs them."""
 
+    replay_teacher: str | None = None
+    """The teacher of replayed rows, where it is another one than ``teacher``."""
+
+    def teacher_of(self, part: Part) -> str | None:
+        """The teacher of rows that came from ``part``."""
+        return self.replay_teacher if part == "replay" and self.replay_teacher else self.teacher
+
+    def teachers_of(self, part: Part) -> tuple[str, ...]:
+        """All teachers that it compares rows from ``part`` with."""
+        if self.replay_teacher is None:
+            return self.teachers
+        own = self.teacher_of(part)
+        return (own,) if own else ()
+
     @property
     def teachers(self) -> tuple[str, ...]:
         """All teachers that it compares with, for one that has several."""
-        return (self.teacher,) if self.teacher else ()
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.replay_teacher) if name))
 
     @abstractmethod
     def __call__(self, batch: B) -> Tensor:

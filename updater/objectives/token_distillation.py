@@ -18,17 +18,20 @@ class TokenDistillation(Objective[Answers]):
     compared with: a lower bound of the whole KL, and equal to it when every token is kept.
 
     Args:
-        teacher: ``base``, or ``incumbent``: the live adapter, with which the update begins.
+        teacher: ``base``, or ``incumbent``: the adapter with which the update begins; the base where there is none.
+        replay: the same for replayed rows, where they have another teacher. Held to the base, they are pulled back to
+            what they were before they were learned.
     """
 
     family: ClassVar[Family] = "vlm"
 
-    def __init__(self, teacher: str = "base") -> None:
+    def __init__(self, teacher: str = "base", replay: str | None = None) -> None:
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
+        self.replay_teacher = known_teacher(replay, "base", "incumbent") if replay is not None else None
 
     def __call__(self, batch: Answers) -> Tensor:
         """Mean over rows of the mean over a row's tokens, in nats."""
-        return batch.mean_over_rows(divergence(batch.teachers[self.teacher], batch.logits))
+        return batch.mean_over_rows(divergence(batch.taught(self.teacher_of), batch.logits))
 
 
 def summarise(logits: Tensor, k: int) -> Teacher:

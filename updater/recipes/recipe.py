@@ -129,6 +129,9 @@ class Recipe(Section):
     text: Tower = Field(default_factory=Tower)
     connector: Tower = Field(Tower(locked=True), description="What brings images into a VLM's language model.")
     batch_size: int = Field(96, ge=2, le=65536)
+    micro_batch: int = Field(
+        0, ge=0, le=65536, description="Rows of one pass of the model, for a batch larger than memory; 0: all at once."
+    )
     mixture: Mixture = Field(default_factory=Mixture)
     reference_limit: int = Field(1500, ge=0, description="Reference examples drawn for one update.")
     replay_limit: int = Field(1500, ge=0, description="Capacity of the replay reservoir.")
@@ -163,6 +166,8 @@ class Recipe(Section):
             raise ValueError(f"adapter.kind is {self.adapter.kind!r}, and a VLM is served with LoRA alone")
         if self.family == "vlm" and self.gradients.drop:
             raise ValueError("gradients.drop compares the features of pairs, and a VLM has none")
+        if self.micro_batch and self.gradients.harmonize:
+            raise ValueError("micro_batch gives the gradient of the loss, and gradients.harmonize wants each term's")
         if self.image.locked and self.text.locked and self.connector.locked:
             raise ValueError("both towers are locked, so that nothing would learn")
         if not any(term.weight > 0 for term in self.objectives):

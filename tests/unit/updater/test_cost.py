@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from updater.cost import Cost, StepUnaffordable, _peak, measure
 from updater.families.clip.learner import ClipLearner
 from updater.flops import counted
 from updater.mixture import BatchPlan
+from updater.pools import Pools
 from updater.recipes import Part
 from updater.result import Limits
 
@@ -66,11 +69,75 @@ def test_a_convolution_costs_backward_twice_what_it_costs_forward(groups: int) -
 def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
     layer = nn.Linear(100, 50)
     x = torch.randn(10, 100, requires_grad=True) * 1  # its gradient needs the weights
-    with _peak(torch.device("cpu"), layer) as peak:
+    with _peak(layer) as peak:
         kept = layer(x).relu()
         (layer(x) * kept).sum()
     # x once (used twice), relu's output once, the second product's other side once; the weights never.
     assert peak() == 4 * (10 * 100 + 10 * 50 + 10 * 50)
+
+
+def test_what_is_freed_between_two_passes_is_not_kept_at_once() -> None:
+    layer = nn.Linear(100, 50)
+    inputs = [torch.randn(10, 100) for _ in range(3)]
+    with _peak(layer) as peak:
+        for x in inputs:
+            layer(x).square().sum().backward()
+    assert peak() == 4 * (10 * 100 + 10 * 50)
+    with _peak(layer) as peak:
+        sum(layer(x).square().sum() for x in inputs).backward()  # type: ignore[union-attr]
+    assert peak() == 3 * 4 * (10 * 100 + 10 * 50)
+
+
+def test_attention_keeps_its_inputs_and_its_output_whatever_the_kernel_adds() -> None:
+    q, k, v = (torch.randn(2, 4, 9, 16, requires_grad=True) * 1 for _ in range(3))
+    with _peak(nn.Identity()) as peak:
+        nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert peak() == 4 * 4 * (2 * 4 * 9 * 16)
+
+
+class _OnGpu(ClipLearner):
+    """A learner that says it is on a GPU, and computes on the CPU."""
+
+    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+        self.model.device = torch.device("cpu")
+        result = super().backward(rows, regularized)
+        self.model.device = torch.device("cuda")
+        return result
+
+
+def _learner(kind: type[ClipLearner], base: ClipBase, pool: Pools, device: str = "cpu", **changes: Any) -> ClipLearner:
+    learner = kind(base, recipe("naive", **changes), {}, seed=0, device=device)
+    learner.prepare(pool.new, ["new"] * len(pool.new))
+    return learner
+
+
+def test_memory_is_counted_in_one_way_and_no_allocator_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("the allocator of the GPU was asked")
+
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "memory_stats", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
+    here, there = (_learner(kind, base, pool) for kind in (ClipLearner, _OnGpu))
+    there.model.device = torch.device("cuda")
+    rows = [list(range(12))]
+    assert measure(there, list(pool.new), rows) == measure(here, list(pool.new), rows)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("blocks", [{}, {"blocks": 1}])
+def test_a_gpu_and_a_cpu_count_the_same(tmp_path: Path, blocks: dict[str, int]) -> None:
+    """But for the mask of the text tower, which a GPU's attention keeps padded."""
+    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
+    cpu, gpu = (
+        measure(_learner(ClipLearner, base, pool, device, image=blocks, text=blocks), list(pool.new), [list(range(12))])
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.full_bytes == cpu.full_bytes
+    assert gpu.peak_bytes == pytest.approx(cpu.peak_bytes, rel=0.01)
+    assert gpu.step_gflops == pytest.approx(cpu.step_gflops, rel=1e-9)
 
 
 def _plan(**sizes: int) -> BatchPlan:

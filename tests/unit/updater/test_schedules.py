@@ -31,9 +31,22 @@ def test_the_rate_before_the_anneal_does_not_depend_on_the_number_of_steps(kind:
     assert short == long
 
 
-def test_later_updates_skip_warm_up_and_cool_down() -> None:
-    assert learning_rate(INFINITE, 0, 100, first=False) == pytest.approx(0.1)
-    assert learning_rate(INFINITE, 99, 100, first=False) == pytest.approx(0.01)
+def test_later_updates_warm_up_to_the_constant_rate_and_skip_the_peak() -> None:
+    rates = [learning_rate(INFINITE, step, 100, first=False) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) / 10 for i in range(10)])
+    assert rates[10:90] == pytest.approx([0.1] * 80)
+    assert rates[99] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("kind", ["infinite", "rsqrt"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_short_update_warms_up_for_a_quarter_of_its_steps(kind: str, first: bool) -> None:
+    schedule = INFINITE.model_copy(update={"kind": kind, "anneal_steps": 0})
+    rates = [learning_rate(schedule, step, 8, first) for step in range(8)]
+    assert rates[0] == pytest.approx(rates[1] / 2)
+    assert rates[1:] == pytest.approx([rates[1]] * 7)
+    (only,) = [learning_rate(schedule, step, 1, first) for step in range(1)]
+    assert only == pytest.approx(rates[1])
 
 
 def test_rsqrt_falls_with_the_root_of_the_step() -> None:

@@ -20,7 +20,7 @@ from updater.adapters.kinds import LORA, find
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
 from updater.learner import CHUNK, Learner
-from updater.objectives import Features, Sides, Texts
+from updater.objectives import Features, Objective, Sides, Texts
 from updater.pools import Pair, caption_number
 from updater.recipes import Part, Recipe
 from updater.shards import Shards, Values, spans
@@ -34,6 +34,7 @@ class Further:
 
     texts: list[str]
     example: list[int]
+    teachers: Sequence[str]
     shards: Shards
     tower: TowerPass
 
@@ -59,8 +60,6 @@ class ClipLearner(Learner[Pair]):
             which: SplitTower(self.model.model, which, first_touched(touched, plain, which)) for which in WHICH
         }
         self.scale = 1 / recipe.temperature if recipe.temperature else float(plain.logit_scale.exp())  # type: ignore[operator]
-        taught = {name for term, objective in self.objectives if term.weight > 0 for name in objective.teachers}
-        self.cached = sorted(taught - {"momentum"})
         self._tokenize = base.tokenizer()
         self._blank = torch.zeros(1, 3, base.preprocess.size, base.preprocess.size, device=self.model.device)
 
@@ -72,7 +71,7 @@ class ClipLearner(Learner[Pair]):
         return self.base.context_length
 
     def begin(self, between: Callable[[], None]) -> None:
-        self.passes = self._tower_passes()
+        self.tower_passes = self._tower_passes()
         self.texts = [pair.text for pair in self.examples]
         self.captions = torch.tensor([caption_number(text) for text in self.texts])
         known = sorted({pair.label for pair in self.examples if pair.label})
@@ -83,7 +82,7 @@ class ClipLearner(Learner[Pair]):
             objective.begin(self.texts, known)
             wanted = objective.further_texts(self.texts, known) if term.weight > 0 else []
             if wanted:
-                self.further[term.name] = self._further_of(term.name, wanted, objective.frozen_texts, between)
+                self.further[term.name] = self._further_of(term.name, wanted, objective, between)
 
     def _tower_passes(self) -> dict[Which, TowerPass]:
         """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
@@ -91,7 +90,7 @@ class ClipLearner(Learner[Pair]):
         passes: dict[Which, TowerPass] = {}
         blank: dict[Which, Tensor] = {"text": self._tokenize([""]).to(self.model.device), "image": self._blank}
         for which in ("text", "image"):
-            tower = TowerPass(self.model, self.towers[which], self.learning[which], self.cached)
+            tower = TowerPass(self.model, self.towers[which], self.learning[which])
             size = tower.boundary_bytes(blank[which], self.longest)
             tower.keep = 0 < size <= left
             left -= size if tower.keep else 0
@@ -100,44 +99,49 @@ class ClipLearner(Learner[Pair]):
 
     @property
     def settled(self) -> str:
-        return f"{self.passes['image'].keep} {self.passes['text'].keep}"
+        return f"{self.tower_passes['image'].keep} {self.tower_passes['text'].keep}"
 
     def _further_of(
-        self, term: str, wanted: Sequence[tuple[int, str]], frozen: bool, between: Callable[[], None]
+        self, term: str, wanted: Sequence[tuple[int, str]], objective: Objective[Any], between: Callable[[], None]
     ) -> Further:
         texts = [text for _, text in wanted]
-        common = TowerPass(self.model, self.towers["text"], self.learning["text"] and not frozen, self.cached)
-        common.keep = common.learns and self.passes["text"].keep
+        teachers = [name for name in objective.teachers if name != "momentum"]
+        learns = self.learning["text"] and not objective.frozen_texts
+        common = TowerPass(self.model, self.towers["text"], learns)
+        common.keep = common.learns and self.tower_passes["text"].keep
 
         def compute(rows: range, _: object) -> Values:
             with self.at_start():
-                return self._text_values(common, [texts[row] for row in rows])
+                return self._text_values(common, teachers, [texts[row] for row in rows])
 
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
         contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
         shards = Shards(self.work.folder, layout, contents, None, compute, between)
-        return Further(texts, [example for example, _ in wanted], shards, common)
+        return Further(texts, [example for example, _ in wanted], teachers, shards, common)
 
     def decode(self, image: bytes) -> np.ndarray:
         return self.base.preprocess.pixels(image)
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
+        teachers = [name for name, parts in self.taught.items() if name != "momentum" and self.parts[rows[0]] in parts]
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(images), few):
             pixels = self.base.preprocess.normalise(np.stack(images[first : first + few]), self.model.device)
-            _extend(values, "image", self.passes["image"](pixels))
-        if self.learning["image"] and not self.passes["image"].keep:
+            _extend(values, "image", self.tower_passes["image"](pixels, teachers))
+        if self.learning["image"] and not self.tower_passes["image"].keep:
             values["image.pixels"] = [torch.from_numpy(image.copy()) for image in images]
-        _extend(values, "text", self._text_values(self.passes["text"], [self.texts[row] for row in rows]))
+        _extend(
+            values, "text", self._text_values(self.tower_passes["text"], teachers, [self.texts[row] for row in rows])
+        )
         return values
 
-    def _text_values(self, tower: TowerPass, texts: Sequence[str]) -> Values:
+    def _text_values(self, tower: TowerPass, teachers: Sequence[str], texts: Sequence[str]) -> Values:
         values: dict[str, list[Tensor]] = {}
         for first in range(0, len(texts), CHUNK):
             inputs = self._tokenize(list(texts[first : first + CHUNK])).to(self.model.device)
-            _extend(values, "", tower(inputs))
+            _extend(values, "", tower(inputs, teachers))
         return values
 
     def ready(self, rows: Sequence[int]) -> None:
@@ -172,10 +176,7 @@ class ClipLearner(Learner[Pair]):
         self.ready(rows)
         index = torch.tensor(rows)
         device = self.model.device
-        teachers = {
-            name: Sides(self._stacked(f"image.{name}", rows), self._stacked(f"text.{name}", rows))
-            for name in self.cached
-        }
+        teachers = {name: self._teacher(name, rows) for name in self.taught if name != "momentum"}
         if self.momentum is not None:
             with torch.no_grad(), self.model.holding(self.momentum.values):
                 teachers["momentum"] = Sides(self.features("image", rows), self.features("text", rows))
@@ -190,32 +191,51 @@ class ClipLearner(Learner[Pair]):
             texts={name: self._further(further, rows) for name, further in self.further.items()},
         )
 
+    def _teacher(self, name: str, rows: Sequence[int]) -> Sides:
+        """Its features; not a number for rows that no objective compares with it."""
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
+        image, text = (torch.full((len(rows), self.base.dim), torch.nan, device=self.model.device) for _ in WHICH)
+        if places:
+            known = [rows[place] for place in places]
+            image[places] = self._stacked(f"image.{name}", known)
+            text[places] = self._stacked(f"text.{name}", known)
+        return Sides(image, text)
+
     def _stacked(self, name: str, rows: Sequence[int]) -> Tensor:
         return torch.stack(self.shards.get(name, rows)).to(self.model.device)
 
     def features(self, which: Which, rows: Sequence[int]) -> Tensor:
         """Student features [n, dim] of unit length, from as far up the tower as possible."""
         if which == "text":
-            tokens = F.pad(self._tokenize([self.texts[row] for row in rows]), (0, self.extra))
-            return self._texts(self.passes["text"], self.shards, "text.", tokens, rows)
-        device, tower = self.model.device, self.passes["image"]
-        if not tower.learns:
+            return self._texts(self.tower_passes["text"], self.shards, "text.", self.texts, rows)
+        if not self.tower_passes["image"].learns:
             return self._stacked("image.fixed", rows)
+        return self.passes(self._run_images, rows)
+
+    def _run_images(self, rows: Sequence[int]) -> Tensor:
+        device, tower = self.model.device, self.tower_passes["image"]
         if not tower.keep:
             pixels = torch.stack(self.shards.get("image.pixels", rows)).numpy()
             return tower.tower.whole(self.base.preprocess.normalise(pixels, device))
         boundary = stack_boundaries(self.shards.get("image.boundary", rows), None, device)
         return tower.tower.resume(boundary, self._blank)
 
-    def _texts(self, tower: TowerPass, shards: Shards, prefix: str, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+    def _texts(
+        self, tower: TowerPass, shards: Shards, prefix: str, texts: Sequence[str], rows: Sequence[int]
+    ) -> Tensor:
         device = self.model.device
         if not tower.learns:
             return torch.stack(shards.get(f"{prefix}fixed", rows)).to(device)
-        inputs = tokens.to(device)
-        if not tower.keep:
-            return tower.tower.whole(inputs)
-        boundary = stack_boundaries(shards.get(f"{prefix}boundary", rows), inputs.shape[1], device)
-        return tower.tower.resume(boundary, inputs)
+
+        def run(rows: Sequence[int]) -> Tensor:
+            tokens = self._tokenize([texts[row] for row in rows])
+            inputs = (F.pad(tokens, (0, self.extra)) if shards is self.shards else tokens).to(device)
+            if not tower.keep:
+                return tower.tower.whole(inputs)
+            boundary = stack_boundaries(shards.get(f"{prefix}boundary", rows), inputs.shape[1], device)
+            return tower.tower.resume(boundary, inputs)
+
+        return self.passes(run, rows)
 
     def _further(self, further: Further, rows: Sequence[int]) -> Texts:
         device = self.model.device
@@ -224,11 +244,10 @@ class ClipLearner(Learner[Pair]):
         shards, empty = further.shards, torch.zeros(0, self.base.dim, device=device)
         if not chosen:
             none = torch.zeros(0, dtype=torch.long, device=device)
-            return Texts(text=empty, teachers=dict.fromkeys(self.cached, empty), row=none, number=none)
-        tokens = self._tokenize([further.texts[number] for number in chosen])
+            return Texts(text=empty, teachers=dict.fromkeys(further.teachers, empty), row=none, number=none)
         return Texts(
-            text=self._texts(further.tower, shards, "", tokens, chosen),
-            teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in self.cached},
+            text=self._texts(further.tower, shards, "", further.texts, chosen),
+            teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in further.teachers},
             row=torch.tensor([place[further.example[number]] for number in chosen], dtype=torch.long, device=device),
             number=torch.tensor(chosen, dtype=torch.long, device=device),
         )

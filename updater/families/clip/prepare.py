@@ -27,28 +27,27 @@ class TowerPass:
     model: AdapterModel
     tower: SplitTower
     learns: bool
-    teachers: Sequence[str]
     keep: bool = False
     """Whether boundaries are kept: for a tower that learns and has a prefix, where there is room for them."""
 
     @torch.no_grad()
-    def __call__(self, inputs: Tensor) -> Values:
-        """Values of some normalised pixels or token ids, with the model at its start."""
+    def __call__(self, inputs: Tensor, teachers: Sequence[str]) -> Values:
+        """Values of some normalised pixels or token ids, with the model at its start, for those teachers."""
         values: dict[str, Sequence[Tensor]] = {}
         boundary: Tensor | None = None
-        if self.keep or "base" in self.teachers:
+        if self.keep or "base" in teachers:
             with self.model.base():
                 features, boundary = self.tower.record(inputs) if self.keep else (self.tower.whole(inputs), None)
             if boundary is not None:
                 values["boundary"] = list(boundary.cpu())
-            if "base" in self.teachers:
+            if "base" in teachers:
                 values["base"] = list(features.cpu())
-        if not self.learns or "incumbent" in self.teachers:
+        if not self.learns or "incumbent" in teachers:
             # What the incumbent changed in a locked tower stays in force; below the boundary it changed nothing.
             features = (self.tower.whole(inputs) if boundary is None else self._resumed(boundary, inputs)).cpu()
             if not self.learns:
                 values["fixed"] = list(features)
-            if "incumbent" in self.teachers:
+            if "incumbent" in teachers:
                 values["incumbent"] = list(features)
         self.model.restore()
         return values

@@ -20,9 +20,9 @@ from updater.families.vlm.parts import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
 from updater.learner import CHUNK, Learner
 from updater.objectives import Answers, Teacher
-from updater.objectives.token_distillation import TokenDistillation, summarise
+from updater.objectives.token_distillation import summarise
 from updater.pools import Question
-from updater.recipes import Part, Recipe
+from updater.recipes import Recipe
 from updater.shards import Values
 
 TOP = 256
@@ -46,10 +46,6 @@ class VlmLearner(Learner[Question]):
         self._takes_features = takes_features and not sees(base, trained)
         self.keeps_features: bool | None = None
         self.longest_batch = 0
-        self.teachers: dict[str, set[Part]] = {}
-        for term, objective in self.objectives:
-            if isinstance(objective, TokenDistillation) and term.weight > 0:
-                self.teachers.setdefault(objective.teacher, set()).update(term.over)
 
     def takes(self, example: Question) -> bool:
         return self.reader.takes(example)
@@ -97,13 +93,14 @@ class VlmLearner(Learner[Question]):
         else:
             features, beside = [], []
             values["encoded"] = [torch.frombuffer(bytearray(image), dtype=torch.uint8) for image in encoded]
-        for name, parts in self.teachers.items():
+        for name, parts in self.taught.items():
             if self.parts[rows[0]] not in parts:
                 continue
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
             eyes = self._from_features(features, beside) if shared else read.images
             with self.model.base() if name == "base" else nullcontext():
-                logits, _, owner = self._logits(self.model.model, read.sequences, eyes)
+                logits = self._logits(self.model.model, read.sequences, eyes)
+            owner = _targets(read.sequences, logits.device)[1]
             said = summarise(logits.cpu(), TOP)
             own = [said[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
             values[f"{name}.tokens"] = [each.tokens for each in own]
@@ -122,15 +119,23 @@ class VlmLearner(Learner[Question]):
     def batch(self, rows: Sequence[int]) -> Answers:
         self.ready(rows)
         sequences = self._sequences(rows)
-        self.longest_batch = max(len(each) for each in sequences) + self.extra
-        logits, target, row = self._logits(self.model.model, sequences, self._eyes(rows), self.longest_batch)
+        self.longest_batch = self._longest(sequences)
+        logits = self.passes(self._run, rows)
+        target, row = _targets(sequences, logits.device)
         return Answers(
             part=tuple(self.parts[number] for number in rows),
             logits=logits,
             target=target,
             row=row,
-            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.teachers},
+            teachers={name: self._teacher(name, rows, sequences, logits) for name in self.taught},
         )
+
+    def _run(self, rows: Sequence[int]) -> Tensor:
+        sequences = self._sequences(rows)
+        return self._logits(self.model.model, sequences, self._eyes(rows), self._longest(sequences))
+
+    def _longest(self, sequences: Sequence[Tokens]) -> int:
+        return max(len(each) for each in sequences) + self.extra
 
     def _sequences(self, rows: Sequence[int]) -> list[Tokens]:
         keys = [name.removeprefix("tokens.") for name in self.shards.names(rows[0]) if name.startswith("tokens.")]
@@ -144,21 +149,18 @@ class VlmLearner(Learner[Question]):
     def plain(self, model: nn.Module, examples: Sequence[Question]) -> Tensor:
         """Padded to the length of the batch that was looked at last, which is what a step is compared with."""
         read = self._read(examples, [each.read() for each in examples])
-        logits, target, _ = self._logits(model, read.sequences, read.images, self.longest_batch)
-        return F.cross_entropy(logits, target)
+        logits = self._logits(model, read.sequences, read.images, self.longest_batch)
+        return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
-    def _logits(
-        self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Before each answer token of all sequences: logits [t, vocabulary], the token [t], and its sequence [t]."""
+    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0) -> Tensor:
+        """Before each answer token of all sequences, one after another: logits [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
         hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
-        row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)]).to(device)
+        _, row = _targets(sequences, device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
-        logits = vlm.get_output_embeddings()(hidden[row, place - 1])
-        return logits.float(), batch["input_ids"][row, place], row
+        return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1]).float())
 
     def _see(self, images: Inputs) -> list[Tensor]:
         """Image by image what the connector gives, from the processor's outputs; empty when that is more than one
@@ -193,7 +195,7 @@ class VlmLearner(Learner[Question]):
 
     def _teacher(self, name: str, rows: Sequence[int], sequences: Sequence[Tokens], logits: Tensor) -> Teacher:
         k = min(TOP, logits.shape[-1])
-        places = [place for place, row in enumerate(rows) if self.parts[row] in self.teachers[name]]
+        places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
         known = [rows[place] for place in places]
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
         told = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
@@ -203,6 +205,13 @@ class VlmLearner(Learner[Question]):
             torch.cat([each.logprobs for each in said]).to(logits.device),
             torch.cat([each.rest for each in said]).to(logits.device),
         )
+
+
+def _targets(sequences: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Each answer token of all sequences, one after another [t], and the sequence that it is of [t]."""
+    target = torch.cat([each.inputs["input_ids"][-each.answer :] for each in sequences])
+    row = torch.cat([torch.full((each.answer,), number) for number, each in enumerate(sequences)])
+    return target.to(device), row.to(device)
 
 
 def _silence(tokens: int, k: int) -> Teacher:

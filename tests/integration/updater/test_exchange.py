@@ -1,0 +1,303 @@
+"""Adapters from elsewhere go through the gate and rollout like ours; an exported one comes back as the same adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
+from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from ops.artifacts import Artifacts
+from ops.cli.main import app
+from ops.errors import AdapterError, RatchetError, TrainingError
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.engines.adapters import adapter_name
+from serving.engines.clip import ClipEngine
+from tests.integration.updater.home import add_samples, make_home, make_vlm_home
+from updater import judge, triggers
+from updater.exchange.command import judge_import
+from updater.exchange.exporting import export_adapter
+from updater.exchange.importing import import_adapter
+from updater.gate import Verdict
+from updater.process import only_one
+from updater.recipes import load_recipe
+from updater.service import UpdaterService
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return make_home(tmp_path / "home")
+
+
+@pytest.fixture
+def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The real gate runs; its outcome, which chance decides on random weights, is the one in here."""
+    wanted = {"outcome": "passed"}
+    real = judge.run_gate
+
+    def decided(**arguments: Any) -> Verdict:
+        return replace(real(**arguments), outcome=wanted["outcome"])
+
+    monkeypatch.setattr(judge, "run_gate", decided)
+    return wanted
+
+
+@pytest.fixture
+def foreign(settings: Settings, tmp_path: Path) -> Path:
+    """A directory with the two files that PEFT writes, and nothing else."""
+    return foreign_adapter(settings, tmp_path / "foreign", seed=1)
+
+
+def foreign_adapter(settings: Settings, folder: Path, seed: int) -> Path:
+    tiny_adapter(tiny_base(settings.home), folder, seed=seed)
+    (folder / "ratchet.json").unlink()
+    return folder
+
+
+def release(ledger: Ledger) -> None:
+    """What the release controller does with an open proposal."""
+    (proposal,) = ledger.pending_proposals()
+    live = ledger.live()
+    number = (live.number if live else 0) + 1
+    ledger.commit_release(
+        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
+    )
+
+
+def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
+    settings: Settings, foreign: Path, outcome: dict[str, str]
+) -> None:
+    add_samples(settings, 8, split="fresh_eval")
+    imported = import_adapter(settings, foreign, actor="ada", base="tiny")
+    assert not imported.known and imported.update.state == "trained"
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and (update.id, update.state) == (imported.update.id, "done")
+    (proposal,) = service.ledger.pending_proposals()
+    assert (proposal.kind, proposal.clip, proposal.update_id) == ("update", update.adapter, update.id)
+    verdict = service.ledger.verdict_of(update.id)
+    assert verdict is not None and "fresh.things" in verdict.summary["suites"]
+    row = service.ledger.adapter(str(update.adapter))
+    assert (row.meta["origin"], row.meta["by"], row.meta["from"]) == ("imported", "ada", str(foreign))
+    (audited,) = service.ledger.audit_rows(subject=f"adapter {row.name}")
+    assert (audited.actor, audited.action) == ("ada", "import adapter")
+
+
+def test_what_the_gate_rejects_is_not_proposed(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
+    outcome["outcome"] = "rejected"
+    update, verdict = judge_import(settings, import_adapter(settings, foreign, actor="ada", base="tiny"))
+    assert verdict is not None and (update.state, verdict.outcome) == ("done", "rejected")
+    ledger = Ledger.open(settings.ledger)
+    assert ledger.pending_proposals() == []
+
+
+def test_the_same_adapter_again_is_known(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
+    first = import_adapter(settings, foreign, actor="ada", base="tiny")
+    again = import_adapter(settings, foreign, actor="bob", base="tiny")
+    assert again.known and again.update == first.update
+    judge_import(settings, first)
+    judged = import_adapter(settings, foreign, actor="bob", base="tiny")
+    assert judged.known and judged.update.state == "done"
+    update, verdict = judge_import(settings, judged)
+    assert verdict is not None and update.state == "done"
+    ledger = Ledger.open(settings.ledger)
+    assert len(ledger.verdicts()) == 1 and len(ledger.pending_proposals()) == 1
+    assert len(ledger.audit_rows(subject=f"adapter {update.adapter}")) == 1
+
+
+def test_an_import_that_was_interrupted_is_completed(
+    settings: Settings, foreign: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(Ledger, "begin_update", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            import_adapter(settings, foreign, actor="ada", base="tiny")
+    assert not import_adapter(settings, foreign, actor="ada", base="tiny").known
+
+
+def test_an_import_has_learned_no_data_of_the_store(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
+    add_samples(settings, 12)
+    service = UpdaterService(settings)
+    own = service.step().update
+    assert own is not None and own.data_to
+    release(service.ledger)
+    imported = import_adapter(settings, foreign, actor="ada", base="tiny").update
+    assert (imported.incumbent, imported.data_from, imported.data_to) == (own.adapter, own.data_to, {})
+    service.step()
+    assert service.step().update is None  # its proposal is open
+    release(service.ledger)
+    ready = triggers.decide(settings, service.ledger, service.store, service.recipes["clip"], retry=True)
+    assert isinstance(ready, triggers.Ready)
+    assert (ready.incumbent, ready.data_from, ready.new_samples) == (imported.adapter, {}, 12)
+    # Nor does it hide that the recipe has tried these samples before.
+    assert service.step().reason == "there are no new samples"
+    add_samples(settings, 12)
+    following = service.step().update
+    assert following is not None and (following.state, following.incumbent) == ("done", imported.adapter)
+
+
+def test_it_is_compared_with_what_is_live_when_it_is_judged(
+    settings: Settings, foreign: Path, tmp_path: Path, outcome: dict[str, str]
+) -> None:
+    first = import_adapter(settings, foreign, actor="ada", base="tiny").update
+    second = import_adapter(settings, foreign_adapter(settings, tmp_path / "2", 2), actor="ada", base="tiny").update
+    assert second.incumbent is None
+    service = UpdaterService(settings)
+    done = service.step().update
+    assert done is not None and done.id == first.id  # in the order of their coming
+    assert "proposal" in service.step().reason  # the second waits for what comes of the first
+    with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
+        judge_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
+    release(service.ledger)
+    done = service.step().update
+    assert done is not None and (done.id, done.incumbent) == (second.id, first.adapter)
+
+
+def test_judging_at_once_leaves_the_work_of_an_updater_alone(
+    settings: Settings, foreign: Path, outcome: dict[str, str]
+) -> None:
+    imported = import_adapter(settings, foreign, actor="ada", base="tiny")
+    with only_one(settings.home), pytest.raises(TrainingError, match="an updater works in"):
+        judge_import(settings, imported)
+    ledger = Ledger.open(settings.ledger)
+    assert ledger.update(imported.update.id).state == "trained"
+    recipe = load_recipe(settings.home / "naive.yaml")
+    other = {"family": "clip", "recipe": recipe.model_dump(mode="json"), "seed": 1, "store_version": 0}
+    ledger.begin_update("update-killed", **other, data_from={}, data_to={}, incumbent=None)
+    update, _ = judge_import(settings, imported)  # it is the older one
+    assert update.state == "done"
+
+
+def test_an_older_update_is_finished_before_an_import(
+    settings: Settings, tmp_path: Path, outcome: dict[str, str]
+) -> None:
+    ledger = Ledger.open(settings.ledger)
+    ledger.begin_update(
+        "update-killed", family="clip", recipe={}, seed=1, store_version=0, data_from={}, data_to={}, incumbent=None
+    )
+    imported = import_adapter(settings, foreign_adapter(settings, tmp_path / "f", 1), actor="ada", base="tiny")
+    with pytest.raises(TrainingError, match="update-killed is not finished"):
+        judge_import(settings, imported)
+
+
+def test_what_is_exported_comes_back_as_the_same_adapter(
+    settings: Settings, tmp_path: Path, outcome: dict[str, str]
+) -> None:
+    add_samples(settings, 12)
+    service = UpdaterService(settings)
+    own = service.step().update
+    assert own is not None and own.adapter
+    release(service.ledger)
+    folder = export_adapter(settings, own.adapter, tmp_path / "out" / "mine")
+    assert adapter_name(folder) == own.adapter
+    card = (folder / "README.md").read_text()
+    for fact in (
+        own.adapter,
+        own.id,
+        "| verdict of the gate | passed |",
+        "| releases | 1 |",
+        service.bases["clip"].digest,
+    ):
+        assert fact in card
+    assert import_adapter(settings, folder, actor="ada").known
+    elsewhere = make_home(tmp_path / "elsewhere")
+    imported = import_adapter(elsewhere, folder, actor="ada")
+    assert not imported.known and imported.update.adapter == own.adapter
+    exported = export_adapter(elsewhere, own.adapter, tmp_path / "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (exported / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(AdapterError, match="exists already"):
+        export_adapter(settings, own.adapter, folder)
+    with pytest.raises(RatchetError, match="not in the ledger"):
+        export_adapter(settings, "clip-000000000000", tmp_path / "nothing")
+
+
+def test_peft_reads_what_is_exported_and_computes_what_is_served(
+    settings: Settings, tmp_path: Path, outcome: dict[str, str], recwarn: pytest.WarningsRecorder
+) -> None:
+    add_samples(settings, 12)
+    service = UpdaterService(settings)
+    own = service.step().update
+    assert own is not None and own.adapter
+    folder = export_adapter(settings, own.adapter, tmp_path / "mine")
+    base = tiny_base(settings.home)
+    model = PeftModel.from_pretrained(base.build_model(), folder).eval()
+    assert not [str(w.message) for w in recwarn if "peft" in str(w.filename)]
+    pixels = np.random.default_rng(1).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        vectors = torch.nn.functional.normalize(model.encode_image(base.preprocess.normalise(pixels)), dim=-1)
+    engine = ClipEngine(base)
+    engine.load(own.adapter, Artifacts(settings.artifacts).fetch(f"adapters/{own.adapter}"))
+    np.testing.assert_allclose(vectors.numpy(), engine.encode_images(pixels, own.adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "base", "message"),
+    [
+        (lambda about: None, None, "does not say which base"),
+        (lambda about: None, "unknown", "base 'unknown' is not served here"),
+        (lambda about: about | {"base_digest": "0" * 64}, None, "base_digest is 000000000000"),
+        (lambda about: about | {"base_digest": 5}, None, "base_digest is no text"),
+        (lambda about: about | {"family": "vlm"}, "tiny", "base 'tiny' is not served"),
+        (lambda about: about | {"name": "clip-000000000000"}, None, "they are damaged or were changed"),
+    ],
+)
+def test_an_adapter_of_another_base_is_refused(
+    settings: Settings, tmp_path: Path, spoil: Callable[[dict[str, Any]], Any], base: str | None, message: str
+) -> None:
+    folder = tmp_path / "adapter"
+    tiny_adapter(tiny_base(settings.home), folder, seed=1)
+    about = spoil(json.loads((folder / "ratchet.json").read_text()))
+    (folder / "ratchet.json").unlink() if about is None else (folder / "ratchet.json").write_text(json.dumps(about))
+    with pytest.raises(AdapterError, match=message) as caught:
+        import_adapter(settings, folder, actor="ada", base=base)
+    assert caught.value.fix
+    ledger = Ledger.open(settings.ledger)
+    assert ledger.updates() == []
+
+
+def test_a_vlm_adapter_takes_the_same_way(tmp_path: Path, outcome: dict[str, str]) -> None:
+    settings = make_vlm_home(tmp_path / "home")
+    tiny_vlm_adapter(tiny_vlm_base(settings.home), tmp_path / "vlm", seed=1)
+    (tmp_path / "vlm" / "ratchet.json").unlink()
+    imported = import_adapter(settings, tmp_path / "vlm", actor="ada", base="tiny-vlm")
+    update, verdict = judge_import(settings, imported)
+    assert verdict is not None and (update.family, update.state) == ("vlm", "done")
+    ledger = Ledger.open(settings.ledger)
+    (proposal,) = ledger.pending_proposals()
+    assert (proposal.family, proposal.vlm) == ("vlm", update.adapter)
+    ledger.close()
+    tiny_vlm_adapter(tiny_vlm_base(settings.home), tmp_path / "wide", seed=1, rank=16)
+    narrow = make_vlm_home(tmp_path / "home", **{"serve.vlm_max_rank": 8})
+    with pytest.raises(AdapterError, match="rank 16; 8 is served"):
+        import_adapter(narrow, tmp_path / "wide", actor="ada")
+
+
+def test_the_commands(settings: Settings, foreign: Path, tmp_path: Path) -> None:
+    def ratchet(*words: str) -> Any:
+        flags = [f"home={settings.home}", "base.clip=tiny", f"gate.suites=[{settings.home / 'suites'}]"]
+        head = [word for flag in flags for word in ("--set", flag)]
+        return CliRunner().invoke(app, [*head, "adapters", *words], env={"COLUMNS": "200"})
+
+    stored = ratchet("import", str(foreign), "--base", "tiny")
+    assert stored.exit_code == 0 and "is stored: import-clip-" in stored.output and "--judge" in stored.output
+    name = stored.output.split()[0]
+    assert "is known" in ratchet("import", str(foreign), "--base", "tiny").output
+    judged = ratchet("import", str(foreign), "--base", "tiny", "--judge")
+    verdict = Ledger.open(settings.ledger).verdict_on(name)
+    assert verdict is not None and f"{verdict.outcome}: " in judged.output
+    assert judged.exit_code == (0 if verdict.outcome == "passed" else 1)
+    written = ratchet("export", name, str(tmp_path / "out"))
+    assert written.exit_code == 0 and adapter_name(tmp_path / "out") == name
