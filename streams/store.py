@@ -174,15 +174,17 @@ class SampleStore:
         version: int | None = None,
         split: str | None = None,
         having: Having | None = None,
+        after: Mapping[str, int] | None = None,
     ) -> Iterator[pa.RecordBatch]:
-        """Columns of all samples and where they are (``_rowaddr``), batch after batch, in the order of the files.
+        """Columns of samples, chosen as by :meth:`scan`, and where they are (``_rowaddr``), batch after batch, in the
+        order of the files.
 
         For :meth:`rows_at`: an address is good for this version alone.
         """
         dataset = self.table.open(version)
         if dataset is None:
             return
-        yield from self._batches(dataset, columns, self._where(dataset, split, None, having), BATCH_ROWS, True)
+        yield from self._batches(dataset, columns, self._where(dataset, split, after, having), BATCH_ROWS, True)
 
     def rows_at(
         self, addresses: Sequence[int], columns: Sequence[str], version: int | None = None

@@ -16,6 +16,7 @@ from serving.engines.adapters import adapter_name
 from streams.store import SampleStore
 from updater.draw import HAVING
 from updater.gate import Suite, fresh_suites, load_suites
+from updater.gate.held_out import WORDS, HeldOut
 from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
 from updater.gate.open import open_evaluator
 from updater.gate.suite_items import Half
@@ -31,24 +32,19 @@ def update_suites(settings: Settings, store: SampleStore, update: UpdateRow) -> 
     Raises GateError when a suite cannot be read.
     """
     family: Family = "vlm" if update.family == "vlm" else "clip"
-    fresh = store.scan(version=update.store_version, split="fresh_eval", after=update.data_from, having=HAVING[family])
-    most = settings.gate.max_items
+    held_out = HeldOut(store, update.store_version, HAVING[family])
+    fresh = held_out.rows(WORDS, update.data_from)
+    min_items, most = settings.gate.min_items, settings.gate.max_items
     suites = load_suites(settings.gate.suites, settings.home, family, most)
-    suites += _memory_suites(settings, store, update, family, fresh)
-    return suites, fresh_suites(fresh, family=family, min_items=settings.gate.min_items, limit=most)
+    if update.data_from:  # else nothing was learned yet
+        suites += _memory_suites(held_out, fresh, family, 2 * min_items)
+    return suites, fresh_suites(fresh, family=family, min_items=min_items, limit=most, images=held_out)
 
 
-def _memory_suites(
-    settings: Settings, store: SampleStore, update: UpdateRow, family: Family, fresh: pa.Table
-) -> list[Suite]:
-    if not update.data_from:
-        return []  # nothing was learned yet
-    version, having, min_units = update.store_version, HAVING[family], 2 * settings.gate.min_items
-    rows = store.scan(version=version, split="fresh_eval", columns=["id", "domain"], having=having)
-    chosen = choose_memory(learned_before(rows, fresh), min_units)
+def _memory_suites(held_out: HeldOut, fresh: pa.Table, family: Family, min_units: int) -> list[Suite]:
+    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), fresh), min_units)
     wanted = [each for ids in chosen.values() for each in ids]
-    held = store.scan(version=version, split="fresh_eval", ids=wanted, having=having)
-    return memory_suites(held, chosen, family, min_units)
+    return memory_suites(held_out.some(wanted, WORDS), chosen, family, min_units, held_out)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ops.errors import GateError
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from updater.adapters import trainer_encoder
@@ -101,6 +102,8 @@ class ClipEvaluator:
             short = [text[:100] for text in texts[:LATENCY_BATCH]]
             checks.append(check_latency(engine, candidate, pixels[:LATENCY_BATCH], short))
             checks.append(check_size(facts.get("rank"), facts.get("bytes")))
+        except GateError:
+            raise
         except Exception as error:  # a candidate that breaks the engine is rejected, with a report
             checks.append(Check("finite", False, f"the candidate failed on the probe: {error!r}"[:300]))
         return checks

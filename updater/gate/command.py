@@ -16,7 +16,9 @@ from serving.engines.adapters import ABOUT, adapter_name, read_adapter
 from serving.engines.base import ClipBase, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
+from updater.draw import HAVING
 from updater.gate.fresh import fresh_suites
+from updater.gate.held_out import WORDS, HeldOut
 from updater.gate.open import open_evaluator
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
@@ -50,8 +52,11 @@ def gate_command(
     base = _base(settings, family)
     paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
     asked = load_suites(paths, settings.home, family, most)
-    rows = SampleStore(settings.lake).scan(split="fresh_eval", having="text" if family == "clip" else "question")
-    fresh = fresh_suites(rows, family=family, min_items=settings.gate.min_items, limit=most)
+    store = SampleStore(settings.lake)
+    held_out = HeldOut(store, store.version(), HAVING[family])
+    fresh = fresh_suites(
+        held_out.rows(WORDS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
+    )
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
     name = candidate

@@ -3,59 +3,82 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
+from updater.gate.held_out import WORDS, Images, TableImages
 from updater.gate.suite_items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
-_COLUMNS = ("id", "image", "text", "question", "answer", "domain", "concept")
-
 
 def fresh_suite(
-    rows: pa.Table, domain: str | None = None, *, family: Family = "clip", limit: int = MAX_ITEMS, seed: int = 0
+    rows: pa.Table,
+    domain: str | None = None,
+    *,
+    family: Family = "clip",
+    limit: int = MAX_ITEMS,
+    seed: int = 0,
+    images: Images | None = None,
 ) -> Suite:
-    """A gain suite from rows with the columns id, image, domain, concept and text (or question and answer).
+    """A gain suite from rows with the columns id, domain, concept and text (or question and answer), and image where
+    there are no ``images``.
 
     A CLIP is asked for retrieval both ways, where items with the same text count as each other's hits; a VLM is
     asked the questions, and its answers must match. Rows without a text (a question) are left out. `domain` takes
     only the rows of one domain.
     """
-    items = items_by_domain(rows, family).get(domain, []) if domain else _all(rows, family)
-    return _suite(items, domain, family, limit, seed)
+    images = images or TableImages(rows)
+    found = items_by_domain(rows, family, images)
+    return _suite(found.get(domain, []) if domain else _all(found), domain, family, limit, seed, images)
 
 
 def fresh_suites(
-    rows: pa.Table, *, family: Family = "clip", min_items: int = 50, limit: int = MAX_ITEMS, most: int = 6
+    rows: pa.Table,
+    *,
+    family: Family = "clip",
+    min_items: int = 50,
+    limit: int = MAX_ITEMS,
+    most: int = 6,
+    images: Images | None = None,
 ) -> list[Suite]:
-    """One gain suite for each domain with at least `min_items` fresh captions (or images with questions), the largest
-    `most` of them.
+    """One gain suite for each domain that asks at least `min_items` fresh captions (or images with questions), the
+    largest `most` of them.
 
-    If no domain has enough, one suite over all rows together; none if there are no rows.
+    If no domain has enough, one suite over all rows together; none if there are no rows. Images are read of none but
+    the items that are drawn.
+
+    Args:
+        limit: items of a suite.
+        images: those of the rows; None where they have a column of them.
     """
-    found = {domain: items for domain, items in items_by_domain(rows, family).items() if domain}
-    enough = [domain for domain in found if units(found[domain], family) >= min_items]
-    domains = sorted(enough, key=lambda domain: -len(found[domain]))[:most]
-    suites = [_suite(found[domain], domain, family, limit, 0) for domain in domains]
-    suites = suites or [_suite(_all(rows, family), None, family, limit, 0)]
+    images = images or TableImages(rows)
+    found = items_by_domain(rows, family, images)
+    suites: list[Suite] = []
+    for domain in sorted(found, key=lambda domain: (-len(found[domain]), domain)):
+        if len(found[domain]) < min_items or len(suites) == most:
+            break
+        if domain:
+            suite = _suite(found[domain], domain, family, limit, 0, images)
+            suites += [suite] if units(suite.items(), family) >= min_items else []
+    suites = suites or [_suite(_all(found), None, family, limit, 0, images)]
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
-def items_by_domain(rows: pa.Table, family: Family) -> dict[str, list[Item]]:
+def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
     found: dict[str, list[Item]] = defaultdict(list)
     make = captioned_sample if family == "clip" else asked_sample
-    for row in rows.select([name for name in _COLUMNS if name in rows.column_names]).to_pylist():
-        item = make(row)
+    for row in rows.select([name for name in WORDS if name in rows.column_names]).to_pylist():
+        item = make(row, images)
         if item is not None:
             found[row.get("domain") or ""].append(item)
     return dict(found)
 
 
-def _all(rows: pa.Table, family: Family) -> list[Item]:
-    return [item for items in items_by_domain(rows, family).values() for item in items]
+def _all(found: Mapping[str, Sequence[Item]]) -> list[Item]:
+    return [item for items in found.values() for item in items]
 
 
 def units(items: Sequence[Item], family: Family) -> int:
@@ -64,19 +87,27 @@ def units(items: Sequence[Item], family: Family) -> int:
 
 
 def store_suite(
-    items: Sequence[Item], name: str, role: Role, family: Family, limit: int, seed: int, description: str
+    items: Sequence[Item],
+    name: str,
+    role: Role,
+    family: Family,
+    limit: int,
+    seed: int,
+    description: str,
+    images: Images,
 ) -> Suite:
     """A suite over items of the sample store, at most `limit` of them."""
     task: Task = "retrieval" if family == "clip" else "vqa"
     suite = Suite(name=name, role=role, task=task, limit=limit, seed=seed, description=description)
     suite._items = tuple(limited(items, limit, seed))
+    images.expect([item.sample_id for item in suite._items])
     return suite
 
 
-def _suite(items: Sequence[Item], domain: str | None, family: Family, limit: int, seed: int) -> Suite:
+def _suite(items: Sequence[Item], domain: str | None, family: Family, limit: int, seed: int, images: Images) -> Suite:
     name = slug(f"fresh.{domain}" if domain else "fresh")
     description = f"New {domain or 'samples'} that were never trained on."
-    return store_suite(items, name, "gain", family, limit, seed, description)
+    return store_suite(items, name, "gain", family, limit, seed, description, images)
 
 
 def slug(name: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from updater.gate.fresh import items_by_domain, slug, store_suite, units
+from updater.gate.held_out import Images, TableImages
 from updater.gate.suites import Family, Suite
 
 CAPACITY = 400
@@ -49,18 +50,22 @@ def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
     return sorted(ids, key=lambda name: hashlib.sha256(f"{PREFIX} {name}".encode()).digest())[:capacity]
 
 
-def memory_suites(rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int) -> list[Suite]:
+def memory_suites(
+    rows: pa.Table, chosen: dict[str, list[str]], family: Family, min_units: int, images: Images | None = None
+) -> list[Suite]:
     """The suites of :func:`choose_memory` from the rows that it chose. Those with fewer independent items than
-    `min_units` are left out.
+    `min_units` are left out. `images`: those of the rows; None where they have a column of them.
     """
-    by_id = {item.sample_id: item for items in items_by_domain(rows, family).values() for item in items}
+    images = images or TableImages(rows)
+    by_id = {item.sample_id: item for items in items_by_domain(rows, family, images).values() for item in items}
     suites = []
     for name, ids in chosen.items():
         items = [by_id[each] for each in ids if each in by_id]
+        images.expect([item.sample_id for item in items])
         if len(items) >= 2 and units(items, family) >= min_units:
             about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
             description = f"{about} released updates were judged by, and that were never trained on."
-            suites.append(store_suite(items, name, "retention", family, CAPACITY, 0, description))
+            suites.append(store_suite(items, name, "retention", family, CAPACITY, 0, description, images))
     return suites
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -63,22 +64,22 @@ def asked(row: FolderItem, place: str) -> Item:
     return make_item(place, str(row.path.absolute()), row.question, row.concept or row.path.name, row.bytes, answers)
 
 
-def captioned_sample(row: Mapping[str, Any]) -> Item | None:
-    """A sample with its text, or None if it has none."""
-    text, image = (row.get("text") or "").strip(), row.get("image")
-    if not text or not image:
+def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
+    """A sample with its text, or None if it has none. ``images``: by sample id."""
+    text = (row.get("text") or "").strip()
+    if not text:
         return None
     source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, text, row.get("concept") or text, _held(bytes(image)))
+    return make_item(source, source, text, row.get("concept") or text, partial(images, row["id"]))
 
 
-def asked_sample(row: Mapping[str, Any]) -> Item | None:
-    """A sample with its question and answer, or None if it has none."""
-    question, answer, image = (row.get("question") or "").strip(), (row.get("answer") or "").strip(), row.get("image")
-    if not question or not answer or not image:
+def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
+    """A sample with its question and answer, or None if it has none. ``images``: by sample id."""
+    question, answer = (row.get("question") or "").strip(), (row.get("answer") or "").strip()
+    if not question or not answer:
         return None
     source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, question, row.get("concept") or source, _held(bytes(image)), (answer,))
+    return make_item(source, source, question, row.get("concept") or source, partial(images, row["id"]), (answer,))
 
 
 def make_item(
@@ -152,7 +153,3 @@ def read_picture(item: Item, read: Callable[[OpenedImage], Result]) -> Result:
             f"the image of suite item {item.name[:300]} cannot be read: {error}",
             "Replace or remove that row of data.csv, or delete that sample.",
         ) from error
-
-
-def _held(image: bytes) -> Callable[[], bytes]:
-    return lambda: image

@@ -97,7 +97,7 @@ def test_a_vlm_too(tmp_path: Path, changes: dict[str, Any]) -> None:
 def test_it_takes_less_memory_and_one_forward_pass_more(base: ClipBase) -> None:
     pool = pools(new=12, reference=8, replay=8)
     costs = [
-        measure(learner(base, "default", micro_batch=size), list(pool.new), [list(range(24))], 0) for size in (0, 12, 4)
+        measure(learner(base, "default", micro_batch=size), list(pool.new), [list(range(24))]) for size in (0, 12, 4)
     ]
     whole, half, sixth = (cost.peak_bytes for cost in costs)
     # Of the whole batch both towers are kept, of a micro-batch one at a time: at least 1/2 against 1/2 - 1/6 is saved.

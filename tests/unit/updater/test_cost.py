@@ -98,6 +98,11 @@ def test_attention_keeps_its_inputs_and_its_output_whatever_the_kernel_adds() ->
 class _OnGpu(ClipLearner):
     """A learner that says it is on a GPU, and computes on the CPU."""
 
+    def ready(self, rows: Sequence[int]) -> None:
+        device, self.model.device = self.model.device, torch.device("cpu")
+        super().ready(rows)
+        self.model.device = device
+
     def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
         self.model.device = torch.device("cpu")
         result = super().backward(rows, regularized)
