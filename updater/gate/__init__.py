@@ -1,7 +1,7 @@
 """The gate: zero-shot suites and statistics that let a candidate into service, or keep it out.
 
 suites            what is asked: items (suite_items), role (retention or gain), task, margin; fresh makes them from new
-                  samples, memory_suites from those of what was learned before
+                  samples, memory_suites from those of what was learned before, both by held_out
 evaluator         what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers,
                   vlm_checks); score_cache keeps what was answered, regressions shows what became worse
 statistics        what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)

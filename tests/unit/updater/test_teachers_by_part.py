@@ -22,7 +22,7 @@ from updater.objectives.feature_distillation import FeatureDistillation
 from updater.objectives.token_distillation import TokenDistillation, summarise
 from updater.recipes import Part, load_recipe
 
-REFERENCE, REPLAY = [12, 13, 14, 15], [20, 21, 22, 23]
+NEW, REFERENCE, REPLAY = 0, [12, 13, 14, 15], [20, 21, 22, 23]
 """Rows of pools with 12 new, 8 reference and 8 replayed examples."""
 PARTS: list[Part] = ["replay", "reference", "replay", "reference"]
 
@@ -110,3 +110,28 @@ def test_an_unknown_teacher_of_replayed_rows_is_refused() -> None:
     wrong = recipe("default", objectives=values["objectives"])
     with pytest.raises(ConfigError, match="momentum"):
         objectives.build(wrong.objectives, "clip")
+
+
+@pytest.mark.parametrize("make", [clip_learner, vlm_learner])
+def test_a_teacher_is_asked_about_the_pools_that_are_compared_with_it_and_no_other(make: Any, tmp_path: Path) -> None:
+    learner = make(tmp_path, start=True)
+    learner.ready([NEW, *REFERENCE, *REPLAY])
+    teachers = {part: _teachers(learner, row) for part, row in zip(PARTS[:2], (REPLAY[0], REFERENCE[0]), strict=True)}
+    assert teachers == {"replay": {"incumbent"}, "reference": {"base"}}
+    assert _teachers(learner, NEW) == set()
+    costs = learner.row_gflops([NEW, *REFERENCE, *REPLAY])
+    assert costs["new"] < min(costs["reference"], costs["replay"])
+
+
+def _teachers(learner: Learner[Any], row: int) -> set[str]:
+    """Those of which something is kept for a row."""
+    names = {word for name in learner.shards.names(row) for word in name.split(".")}
+    return names & {"base", "incumbent"}
+
+
+def test_a_row_that_is_compared_with_no_teacher_cannot_be_taken_for_one_that_is(tmp_path: Path) -> None:
+    learner = clip_learner(tmp_path, start=True)
+    teachers = learner.batch([NEW, *REFERENCE, *REPLAY]).teachers
+    for name, rows in (("base", range(1, 5)), ("incumbent", range(5, 9))):
+        known = [place for place in range(9) if not teachers[name].image[place].isnan().any()]
+        assert known == list(rows)
