@@ -146,8 +146,8 @@ class Learner(ABC, Generic[E]):
         self.shards.ready(rows)
 
     def prepared_gflops(self) -> float:
-        """What was computed so far of what no step changes, in all attempts."""
-        return sum(self.shards.gflops.values())
+        """What was computed so far of what no step changes, in all attempts; the same in any order of the shards."""
+        return math.fsum(self.shards.gflops.values())
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
         """The same for one example of each pool, on average over those of ``rows``, which are ready."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -150,7 +151,9 @@ class ClipLearner(Learner[Pair]):
             further.shards.ready(further.of(rows))
 
     def prepared_gflops(self) -> float:
-        return super().prepared_gflops() + sum(sum(each.shards.gflops.values()) for each in self.further.values())
+        return super().prepared_gflops() + sum(
+            math.fsum(further.shards.gflops.values()) for further in self.further.values()
+        )
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
         own = super().row_gflops(rows)
