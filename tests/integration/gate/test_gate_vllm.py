@@ -43,7 +43,7 @@ def test_noise_in_every_part_of_the_model_is_rejected(house: House) -> None:
 
 def test_an_adapter_that_changes_nothing_is_inconclusive(house: House) -> None:
     verdict = house.gate(house.noise(0.0))
-    assert verdict.outcome == "inconclusive" and verdict.caught_by == ("fresh.new",)
+    assert verdict.outcome == "inconclusive" and verdict.caught_by == ("gain",)
 
 
 def test_an_engine_that_is_killed_is_an_error_and_no_verdict(house: House) -> None:

@@ -62,7 +62,7 @@ def test_noise_is_rejected_with_the_questions_that_it_lost(house: House) -> None
 def test_an_adapter_that_changes_nothing_is_inconclusive(house: House) -> None:
     verdict = house.gate(house.noise(0.0))
     assert verdict.outcome == "inconclusive"
-    assert verdict.caught_by == ("fresh.new",)
+    assert verdict.caught_by == ("gain",)
     assert all(suite.difference == 0.0 for suite in verdict.suites)
 
 

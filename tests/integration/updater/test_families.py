@@ -76,7 +76,8 @@ def test_both_models_learn_in_turn_from_one_stream_and_each_only_its_own_samples
         "reference": 16,
         "replay": 0,
     }
-    assert updates["clip"].cost["samples_new"] == 24
+    cost = updates["clip"].cost
+    assert (cost["pending"], cost["samples_new"], cost["passed_over"]) == (24, 18, 6), "six steps of three new rows"
     for family, kind in (("clip", Pair), ("vlm", Question)):
         pools = trained[family]  # type: ignore[index]
         assert all(type(each) is kind for each in (*pools.new, *pools.reference))
@@ -118,7 +119,7 @@ def test_a_pending_proposal_of_one_model_holds_only_that_one_back(
     third = UpdaterService(settings, family="vlm").step().update
     assert third is not None
     assert (third.incumbent, third.data_from) == (second.adapter, second.data_to)
-    assert (third.cost["samples_new"], third.cost["samples_replay"]) == (30, 10)
+    assert (third.cost["pending"], third.cost["samples_new"], third.cost["samples_replay"]) == (30, 18, 10)
     assert {each.id for each in trained["vlm"].new}.isdisjoint(each.id for each in trained["vlm"].replay)
 
 
