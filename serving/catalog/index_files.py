@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +21,7 @@ import lance
 import numpy as np
 import pyarrow as pa
 
+from ops.files import flush
 from serving.catalog.index_training import COLUMNS
 from serving.catalog.memory_index import MemoryIndex, coding_named
 from serving.catalog.row_columns import RowColumns
@@ -57,7 +57,7 @@ class IndexFiles:
                     "built_rows": built_rows, "files": sums}  # fmt: skip
             (unfinished / META).write_text(json.dumps(meta))
             for path in unfinished.iterdir():
-                _to_disk(path)
+                flush(path)
             self.remove(space)
             unfinished.rename(self._path(space))
         finally:
@@ -144,11 +144,3 @@ def _checksum(path: Path) -> list[int]:
         while part := file.read(1 << 20):
             value, size = zlib.crc32(part, value), size + len(part)
     return [size, value]
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

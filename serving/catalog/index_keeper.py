@@ -18,10 +18,10 @@ from ops.priority import nice_thread
 from ops.settings import Catalog as CatalogSettings
 from serving.catalog.codings import IndexTooLarge
 from serving.catalog.index_recall import EXACT, NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
-from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex, Vectors
+from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.sample_digests import keys_of_ids
-from serving.catalog.table_files import Neighbours
+from serving.catalog.table_files import Neighbours, Vectors
 from serving.catalog.tables import Tables
 from serving.catalog.waking import wait_for_wake
 

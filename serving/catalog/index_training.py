@@ -11,9 +11,9 @@ import lance
 import numpy as np
 
 from serving.catalog.codings import Coding, choose_coding
-from serving.catalog.memory_index import MemoryIndex, Vectors, vectors_of
+from serving.catalog.memory_index import MemoryIndex
 from serving.catalog.row_columns import MOST_TEXT_BYTES, RowColumns
-from serving.catalog.table_files import BATCH_ROWS, unit_rows
+from serving.catalog.table_files import BATCH_ROWS, Vectors, unit_rows, vectors_of
 
 COLUMNS: Final = ["id", "vector", "domain", "source", "time", "text"]
 TRAINING_ROWS: Final = 64

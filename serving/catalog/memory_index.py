@@ -22,9 +22,8 @@ from serving.catalog.queries import Filters, Hit
 from serving.catalog.read_write_lock import ReadWriteLock
 from serving.catalog.row_columns import Positions, RowColumns
 from serving.catalog.sample_digests import Keys, digests_of, keys_of
-from serving.catalog.table_files import unit_rows
+from serving.catalog.table_files import Vectors, unit_rows, vectors_of
 
-Vectors = npt.NDArray[np.float32]
 _faiss: Any = faiss
 """Its stubs lack keywords of parameters, and what lists of blocks have."""
 ADD_ROWS: Final = 128
@@ -217,14 +216,6 @@ class MemoryIndex:
 def coding_named(name: str) -> Coding:
     """Raises KeyError for one that there is not."""
     return {coding.name: coding for coding in CODINGS}[name]
-
-
-def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
-    """The vectors [n, dim] of some rows."""
-    column = rows.column("vector")
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = column.flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat, np.float32).reshape(rows.num_rows, -1)
 
 
 def _refined(partitions: Any, finer: Any) -> Any:

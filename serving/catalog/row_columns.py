@@ -132,13 +132,13 @@ class RowColumns:
     def _write_texts(self, positions: Positions, column: Any) -> None:
         parts = [text.encode() for text in column.fill_null("").to_pylist()]
         sizes = np.asarray([len(part) for part in parts], np.int64)
-        kept = sizes <= MOST_TEXT_BYTES
-        data = b"".join(part for part, keep in zip(parts, kept, strict=True) if keep)
+        short = sizes <= MOST_TEXT_BYTES
+        data = b"".join(part for part, is_short in zip(parts, short, strict=True) if is_short)
         self._texts = _grown(self._texts, self._text_end + len(data))
         self._texts[self._text_end : self._text_end + len(data)] = np.frombuffer(data, np.uint8)
-        lengths = np.where(kept, sizes, 0)
+        lengths = np.where(short, sizes, 0)
         self._text_starts[positions] = self._text_end + np.cumsum(lengths) - lengths
-        self._text_sizes[positions] = np.where(kept, sizes, -1)
+        self._text_sizes[positions] = np.where(short, sizes, -1)
         self._text_end += len(data)
 
 
@@ -184,15 +184,15 @@ class _KeyPlaces:
         self._pending: dict[int, int] = {}
 
     def find(self, keys: Keys) -> Positions:
-        found = np.full(len(keys), -1, np.int64)
+        positions = np.full(len(keys), -1, np.int64)
         if len(self._sorted):
             index = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
             equal = self._sorted[index] == keys
-            found[equal] = self._where[index[equal]]
+            positions[equal] = self._where[index[equal]]
         if self._pending:
             for number, key in enumerate(keys.tolist()):
-                found[number] = self._pending.get(key, found[number])
-        return found
+                positions[number] = self._pending.get(key, positions[number])
+        return positions
 
     def add(self, keys: Keys, positions: Positions, live: npt.NDArray[np.bool_], digests: Digests) -> None:
         self._pending.update(zip(keys.tolist(), positions.tolist(), strict=True))

@@ -28,9 +28,7 @@ _VALUES[np.frombuffer(b"ABCDEF", np.uint8)] = np.arange(10, 16)
 def digests_of(ids: pa.Array | pa.ChunkedArray) -> Digests:
     """Digests [n, 32] of ids. Raises StoreError when one is no digest."""
     column = ids.combine_chunks() if isinstance(ids, pa.ChunkedArray) else ids
-    if isinstance(column, pa.ChunkedArray):  # of no chunks at all
-        return np.empty((0, DIGITS // 2), np.uint8)
-    if not len(column):
+    if not len(column):  # also of no chunks at all
         return np.empty((0, DIGITS // 2), np.uint8)
     column = column.cast(pa.string())
     _, offsets, data = column.buffers()

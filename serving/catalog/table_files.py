@@ -9,9 +9,11 @@ from typing import Final
 import lance
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from serving.catalog.sample_digests import digests_of, keys_of
 
+Vectors = npt.NDArray[np.float32]
 TARGET_ROWS: Final = 65_536
 """Of a data file after small ones were merged."""
 BATCH_ROWS: Final = 4096
@@ -79,10 +81,17 @@ def unit_rows(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(np.nan_to_num(unit, posinf=0.0, neginf=0.0), np.float32)
 
 
+def vectors_of(rows: pa.RecordBatch | pa.Table) -> Vectors:
+    """The vectors [n, dim] of some rows."""
+    column = rows.column("vector")
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, np.float32).reshape(rows.num_rows, -1)
+
+
 def _vectors(
     dataset: lance.LanceDataset, condition: str
 ) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.float32]]]:
     for batch in dataset.to_batches(columns=["id", "vector"], filter=condition or None, batch_size=BATCH_ROWS):
         if batch.num_rows:
-            flat = batch.column("vector").flatten().to_numpy(zero_copy_only=False)
-            yield keys_of(digests_of(batch.column("id"))), flat.reshape(batch.num_rows, -1)
+            yield keys_of(digests_of(batch.column("id"))), vectors_of(batch)

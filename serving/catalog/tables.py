@@ -10,7 +10,6 @@ A search reads a table's vectors, exactly, or goes through the index in memory (
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from lance.fragment import write_fragments
 
+from ops.digests import digest12
 from ops.errors import StoreError, StoreUnavailable
 from serving.catalog.index_files import IndexFiles
 from serving.catalog.memory_index import Effort, MemoryIndex
@@ -55,7 +55,7 @@ class Tables:
         self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
         self._open: dict[str, Any] = {}
         self._merges: dict[str, int] = {}
-        own = None if index_folder is None else index_folder / hashlib.sha256(url.encode()).hexdigest()[:12]
+        own = None if index_folder is None else index_folder / digest12(url.encode())
         self.indexes = SpaceIndexes(self._newest, None if own is None else IndexFiles(own))
         self._session = lance.Session(index_cache_size_bytes=0, metadata_cache_size_bytes=METADATA_BYTES)
         self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
@@ -245,9 +245,8 @@ class Tables:
         if known is not None and time.monotonic() < known[1]:
             return known[0]
         if known is None:
-            if self._table(space) is None:
+            if (dataset := self._newest(space)) is None:
                 return None
-            dataset = lance.dataset(self._address(space), session=self._session)
         else:
             dataset, latest = known[0], known[0].latest_version
             dataset = dataset if latest == dataset.version else dataset.checkout_version(latest)
