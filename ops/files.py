@@ -25,3 +25,12 @@ def replace_file(path: Path, data: bytes, mode: int = 0o644, prefix: str = "") -
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -347,7 +347,9 @@ class Catalog(Section):
     min_recall: float = Field(
         0.9, gt=0, lt=1, description="An index that finds less of the true ten nearest rows is not used."
     )
-    cache_gib: float = Field(2.0, gt=0, description="Memory for the indexes that are searched.")
+    cache_gib: float = Field(
+        2.0, gt=0, description="Memory for the indexes of all image spaces; vectors are coded so that it suffices."
+    )
     most_wait_seconds: float = Field(
         600.0, ge=0,
         description="A release waits no longer for its catalog, where its verdict allows searches before.",

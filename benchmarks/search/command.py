@@ -25,7 +25,6 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.search.mixture import DIMENSIONS, Mixture, map_rows, true_scores, write_rows
 from benchmarks.search.worker import call
-from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Catalog as CatalogSettings
 from ops.settings import Settings
@@ -50,10 +49,8 @@ def run(
         index_rows: see :attr:`ops.settings.Catalog.index_rows`.
 
     Raises:
-        RatchetError: a side has ended, or faiss is not installed.
+        RatchetError: a side has ended.
     """
-    if peer:
-        _check_peer()
     with tempfile.TemporaryDirectory(prefix="ratchet-bench-", dir=folder) as place:
         sizes = [rows // share for share in GROWTH]
         with step("drawing vectors"):
@@ -63,13 +60,6 @@ def run(
                 return _figures([_measure(catalog, None, size, seconds) for size in sizes], rows)
             with LineWorker("benchmarks.search.faiss_side", place) as faiss:
                 return _figures([_measure(catalog, faiss, size, seconds) for size in sizes], rows)
-
-
-def _check_peer() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("faiss") is None:
-        raise RatchetError("faiss is not installed.", "`pip install 'ratchet[bench]'`, or say --without-peer.")
 
 
 def _prepare(folder: Path, sizes: Sequence[int]) -> None:

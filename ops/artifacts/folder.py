@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import time
@@ -11,7 +10,7 @@ from typing import Final
 
 from ops.artifacts.manifest import directory_digest
 from ops.errors import AdapterError
-from ops.files import replace_file
+from ops.files import flush, replace_file
 
 STAGING: Final = ".staging-"
 ABANDONED_SECONDS: Final = 24 * 3600
@@ -48,15 +47,6 @@ def put_directory(source: Path, target: Path, key: str) -> None:
 def write_bytes(target: Path, data: bytes) -> None:
     """Write a file in one step."""
     replace_file(target, data, prefix=STAGING)
-
-
-def flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove_abandoned(folder: Path) -> None:

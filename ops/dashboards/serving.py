@@ -229,15 +229,18 @@ def dashboard() -> make.Dashboard:
             words={"0": ("exact", ORANGE), "1": ("index", GREEN)}, trend=False,
         ),
         lines(
-            "Making indexes", "Time spent on it, in a process of its own, at low priority.", "s",
+            "Making indexes", "Time spent on it, at low priority.", "s",
             ("sum(increase(ratchet_catalog_index_build_seconds_sum[$__range]))", "indexes"), height=4,
         ),
         lines(
-            "Missing and indexed", "Rows that image spaces lack; of the live one, rows in its index, and rows "
-            "that are searched exactly beside it.", "short",
+            "Missing and indexed", "Rows that image spaces lack; and of the live one, rows in its index.", "short",
             ("max(ratchet_catalog_missing_rows)", "missing"), ("max(ratchet_catalog_indexed_rows)", "indexed"),
-            ("max(ratchet_catalog_unindexed_rows)", "searched exactly"),
             height=4,
+        ),
+        number(
+            "Memory of indexes", "Of all image spaces. Their vectors are coded so that it stays below "
+            "catalog.cache_gib.", "bytes",
+            ("max(ratchet_catalog_index_bytes)", ""),
         ),
         number(
             "Fragments", "Data files of its table. Thousands make every scan slow; each 32nd merge compacts.", "none",

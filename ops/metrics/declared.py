@@ -238,10 +238,9 @@ CATALOG_BACKFILL_LEFT = Gauge(
 CATALOG_INDEXED = Gauge(
     "ratchet_catalog_indexed_rows", "Rows of the live image space in its index.", multiprocess_mode=_LATEST
 )
-CATALOG_UNINDEXED = Gauge(
-    "ratchet_catalog_unindexed_rows", "Rows of the live image space that are searched exactly.",
-    multiprocess_mode=_LATEST,
-)  # fmt: skip
+CATALOG_INDEX_BYTES = Gauge(
+    "ratchet_catalog_index_bytes", "Memory of the indexes of all image spaces.", multiprocess_mode=_LATEST
+)
 CATALOG_INDEX_USED = Gauge(
     "ratchet_catalog_index_used", "1 while searches of the live image space go through its index.",
     multiprocess_mode=_LATEST,

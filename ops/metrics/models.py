@@ -78,11 +78,15 @@ class catalog:
         d.CATALOG_BACKFILL_LEFT.set(math.nan if seconds_left is None else seconds_left)
 
     @staticmethod
-    def indexed(rows: int, unindexed: int, used: bool) -> None:
-        """Rows of the live image space in its index and beside it, and whether searches go through the index."""
+    def indexed(rows: int, used: bool) -> None:
+        """Rows of the live image space in its index, and whether searches go through it."""
         d.CATALOG_INDEXED.set(rows)
-        d.CATALOG_UNINDEXED.set(unindexed)
         d.CATALOG_INDEX_USED.set(int(used))
+
+    @staticmethod
+    def index_memory(size: int) -> None:
+        """Bytes of the indexes of all image spaces."""
+        d.CATALOG_INDEX_BYTES.set(size)
 
     @staticmethod
     def index_built(seconds: float) -> None:

@@ -25,7 +25,7 @@ from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.corpus import Corpus
 from serving.catalog.crossing import search_across, usable
 from serving.catalog.embedding import Encode, Pixels
-from serving.catalog.index_keeper import ChangeIndex, IndexKeeper
+from serving.catalog.index_keeper import IndexKeeper
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
@@ -46,17 +46,13 @@ class Catalog:
 
     def __init__(
         self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, settings: CatalogSettings | None = None,
-        change_index: ChangeIndex | None = None,
     ) -> None:  # fmt: skip
-        """Args:
-        change_index: makes and extends indexes; by default in a thread of this process.
-        """
         settings = settings or CatalogSettings()
         self.tables = tables
         self.corpus = corpus
         self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
         self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
-        self.keeper = IndexKeeper(tables, settings, self.reconciler.spaces, self.sample, change_index)
+        self.keeper = IndexKeeper(tables, settings, self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
         """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not
         among those that a controller retires others for."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -16,26 +16,28 @@ from ops import metrics
 from ops.errors import RatchetError
 from ops.priority import nice_thread
 from ops.settings import Catalog as CatalogSettings
-from serving.catalog.index_recall import NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
-from serving.catalog.queries import Filters, IndexChange, as_filters
+from serving.catalog.codings import IndexTooLarge
+from serving.catalog.index_recall import EXACT, NEIGHBOURS, RecallQuestion, RecentQueries, recall_of
+from serving.catalog.memory_index import LEVELS, Effort, Level, MemoryIndex
+from serving.catalog.queries import Filters, as_filters
+from serving.catalog.sample_digests import keys_of_ids
+from serving.catalog.table_files import Neighbours, Vectors
 from serving.catalog.tables import Tables
-from serving.catalog.vector_index import EFFORTS, Effort, IndexState
 from serving.catalog.waking import wait_for_wake
 
 log = logging.getLogger("ratchet.catalog")
-ChangeIndex = Callable[[str, IndexChange], None]
-"""Makes or extends the index of a space; called in a thread."""
 LOOK_SECONDS: Final = 5.0
 NICE: Final = 10
-"""Of the thread that looks at indexes and measures them: requests come first."""
-TAIL_SHARE: Final = 0.02
-TAIL_ROWS: Final = 4096
-"""Rows that came since the index was made are indexed when there are so many, and so large a share: until then they are
-searched exactly, in milliseconds."""
+"""Of the thread that makes indexes and measures them: requests come first."""
+LEAST_SHARES: Final = 2
+"""Parts that the memory for indexes is divided into, at least: an update of the image tower makes a second space."""
+SAVE_SHARE: Final = 0.02
+SAVE_SECONDS: Final = 300.0
+"""An index is kept on the disk anew when such a share of its rows has changed, and not more often than that."""
 GROWTH: Final = 4.0
 """An index is made anew when its table has this multiple of the rows that it was made of: its partitions then are
 too large, and no longer where the vectors are."""
-BETTER: Final = 0.05
+BETTER: Final = 0.07
 """The effort of searches is raised until recall is so much above the bound: it is measured on few queries."""
 MEASURE_SHARE: Final = 0.02
 """Of the time that may go into measuring recall. A measurement reads the whole table once."""
@@ -46,19 +48,20 @@ RETRY_SHARE: Final = 0.1
 
 
 @dataclass(slots=True)
-class SpaceIndex:
+class IndexStatus:
     """What is known of one space's index."""
 
-    state: IndexState = field(default_factory=lambda: IndexState(0, 0, 0))
-    built_rows: int = 0
-    """Rows of the table when the index was made, as far as this process knows."""
+    rows: int = 0
+    """Of the table."""
     recall: float | None = None
     """By the last measurement, at the effort that is used or at the highest one; None: not measured yet."""
     measured_rows: int = -1
     measured_until: float = 0.0
-    measure_seconds: float = 0.0
     build_seconds: float = 0.0
     building: bool = False
+    built_share: float = float("inf")
+    """Memory that it might take when it was made."""
+    saved_at: float = float("-inf")
     trouble: str = ""
 
 
@@ -67,20 +70,18 @@ class IndexKeeper:
 
     def __init__(
         self, tables: Tables, settings: CatalogSettings, spaces: Callable[[], Mapping[str, bool]],
-        sample: Callable[[str, int], list[str]], change: ChangeIndex | None = None,
+        sample: Callable[[str, int], list[str]],
     ) -> None:  # fmt: skip
         """Args:
         spaces: the resident ones, the live one first, with whether each has every row of the corpus.
         sample: some ids of rows of a space; called in another thread.
-        change: makes and extends indexes; by default in this process.
         """
         self.tables = tables
         self.settings = settings
         self.recent = RecentQueries()
         self._spaces = spaces
         self._sample = sample
-        self._change = change or self._change_here
-        self._known: dict[str, SpaceIndex] = {}
+        self._known: dict[str, IndexStatus] = {}
         self._thread = ThreadPoolExecutor(1, "catalog-index", initializer=nice_thread, initargs=(NICE,))
         self._random = np.random.default_rng(0)
         self._wake = asyncio.Event()
@@ -108,13 +109,13 @@ class IndexKeeper:
         """Whether a space of so many rows is searched as fast as it is going to be."""
         if rows < self.settings.index_rows:
             return True
-        known = self._known.get(space, SpaceIndex())
+        known = self._known.get(space, IndexStatus())
         return not known.building and (bool(known.trouble) or known.recall is not None)
 
     async def step(self) -> bool:
         """One look at each space. True when an index was changed or measured."""
         spaces = self._spaces()
-        self._known = {space: self._known.get(space, SpaceIndex()) for space in spaces}
+        self._known = {space: self._known.get(space, IndexStatus()) for space in spaces}
         self.recent.forget_others(list(spaces))
         worked = False
         for number, (space, complete) in enumerate(spaces.items()):
@@ -122,132 +123,186 @@ class IndexKeeper:
             worked |= await self._keep(space, self._known[space], complete or live)
             if live:
                 self._report(space, self._known[space])
+        metrics.catalog.index_memory(self.tables.indexes.bytes())
         return worked
 
     def status(self, space: str) -> dict[str, Any]:
-        """Of one space: rows in the index, recall, and whether searches use it."""
-        known = self._known.get(space, SpaceIndex())
+        """Of one space: rows in the index, its coding and memory, recall, and whether searches use it."""
+        known = self._known.get(space, IndexStatus())
+        held = self.tables.indexes.of(space)
+        index = held.index
         return {
-            "rows": known.state.indexed,
-            "unindexed": known.state.unindexed,
-            "recall": known.recall if known.state.exists else None,
-            "used": self.tables.effort(space) is not None,
+            "rows": 0 if index is None else index.rows,
+            "coding": None if index is None else index.coding.name,
+            "bytes": 0 if index is None else index.bytes,
+            "recall": None if index is None else known.recall,
+            "used": self.tables.indexes.usable(space) is not None,
+            "effort": None if held.effort is None else str(held.effort),
+            "saved": held.saved_rows >= 0,
             "building": known.building,
             "build_seconds": known.build_seconds,
             "trouble": known.trouble,
         }
 
-    async def _keep(self, space: str, known: SpaceIndex, settled: bool) -> bool:
-        known.state = state = await self._in_thread(self.tables.index_state, space)
-        if state.rows < self.settings.index_rows:
-            self.tables.use_index(space, None)
+    async def _keep(self, space: str, known: IndexStatus, settled: bool) -> bool:
+        known.rows = await self._in_thread(self._count, space)
+        if known.rows < self.settings.index_rows:
+            await self._in_thread(self.tables.indexes.forget, space, True)
             return False
-        known.built_rows = known.built_rows or state.indexed
-        changed = True
-        if settled and (not state.exists or self._is_outgrown(known) or self._is_to_be_remade(known)):
-            await self._build(space, known)
-        elif state.exists and state.unindexed >= max(TAIL_ROWS, TAIL_SHARE * state.rows):
-            await self._in_thread(self._change_index, space, "extend")
-        else:
-            changed = False
-        if changed:
-            known.state = await self._in_thread(self.tables.index_state, space)
-        return await self._measure_if_due(space, known, changed) or changed
+        changed = await self._in_thread(self._bring_up, space)
+        if settled and self._is_to_be_made(space, known):
+            changed |= await self._build(space, known)
+        worked = await self._measure_if_due(space, known, changed) or changed
+        await self._save_if_due(space, known)
+        return worked
 
-    def _is_outgrown(self, known: SpaceIndex) -> bool:
-        return known.state.rows >= GROWTH * known.built_rows
-
-    def _is_to_be_remade(self, known: SpaceIndex) -> bool:
-        if known.recall is None or known.recall >= self.settings.min_recall:
-            return False
-        return abs(known.state.rows - known.built_rows) >= RETRY_SHARE * known.built_rows
-
-    async def _build(self, space: str, known: SpaceIndex) -> None:
-        began = time.monotonic()
-        known.building = True
-        log.info("the index of image space %s is made of %d rows", space, known.state.rows)
+    def _count(self, space: str) -> int:
         try:
-            await self._in_thread(self._change_index, space, "build")
+            return self.tables.rows(space)
+        except (OSError, RuntimeError, ValueError):
+            if space not in self.tables.spaces():
+                self.tables.forget(space)  # another process dropped it
+                return 0
+            raise
+
+    def _bring_up(self, space: str) -> bool:
+        """True when an index was taken from the disk."""
+        indexes = self.tables.indexes
+        if indexes.of(space).index is not None:
+            indexes.follow(space)
+            return False
+        return indexes.load(space)
+
+    def _is_to_be_made(self, space: str, known: IndexStatus) -> bool:
+        held = self.tables.indexes.of(space)
+        if (index := held.index) is None or index.columns.end >= GROWTH * held.built_rows:
+            return True
+        differs = abs(index.rows - held.built_rows) >= RETRY_SHARE * held.built_rows
+        if index.bytes > self._share() and (differs or self._share() < known.built_share):
+            return True
+        return differs and known.recall is not None and known.recall < self.settings.min_recall
+
+    def _share(self) -> float:
+        """Bytes of memory for one space's index."""
+        large = sum(each.rows >= self.settings.index_rows for each in self._known.values())
+        return self.settings.cache_gib * 2**30 / max(LEAST_SHARES, large)
+
+    async def _build(self, space: str, known: IndexStatus) -> bool:
+        """False when it would take too much memory: then there is none, and searches are exact."""
+        began, share = time.monotonic(), self._share()
+        known.building = True
+        log.info("the index of image space %s is made of %d rows", space, known.rows)
+        try:
+            await self._in_thread(self.tables.indexes.build, space, share)
             known.trouble = ""
+        except IndexTooLarge as error:
+            known.trouble = str(error)[:300]
+            log.warning("index: %s", error)
+            await self._in_thread(self.tables.indexes.forget, space, True)
+            return False
         except Exception as error:
             known.trouble = f"{type(error).__name__}: {error}"[:300]
             raise
         finally:
             known.building = False
-        known.built_rows = known.state.rows
+        known.built_share, known.saved_at = share, float("-inf")
         known.build_seconds = time.monotonic() - began
         metrics.catalog.index_built(known.build_seconds)
-
-    async def _measure_if_due(self, space: str, known: SpaceIndex, changed: bool) -> bool:
-        if not known.state.exists:
-            return False
-        differs = known.state.rows != known.measured_rows
-        if not changed and not (known.recall is None or (differs and time.monotonic() > known.measured_until)):
-            return False
-        began = time.monotonic()
-        effort, known.recall = await self._in_thread(self._choose_effort, space)
-        self.tables.use_index(space, effort)
-        if effort is None:
-            log.warning("recall@10 of the index of %s is %.3f: searches are exact", space, known.recall)
-        known.measured_rows = known.state.rows
-        known.measure_seconds = time.monotonic() - began
-        known.measured_until = time.monotonic() + known.measure_seconds / MEASURE_SHARE
         return True
 
-    def _choose_effort(self, space: str) -> tuple[Effort | None, float]:
+    async def _save_if_due(self, space: str, known: IndexStatus) -> None:
+        held = self.tables.indexes.of(space)
+        if held.index is None or time.monotonic() - known.saved_at < SAVE_SECONDS:
+            return
+        if held.saved_rows < 0 or abs(held.index.rows - held.saved_rows) > SAVE_SHARE * held.index.rows:
+            known.saved_at = time.monotonic()  # also when it fails: searches do not need it
+            await self._in_thread(self.tables.indexes.save, space)
+
+    async def _measure_if_due(self, space: str, known: IndexStatus, changed: bool) -> bool:
+        index = self.tables.indexes.of(space).index
+        if index is None:
+            return False
+        due = known.recall is None or (index.rows != known.measured_rows and time.monotonic() > known.measured_until)
+        if not changed and not due:
+            return False
+        began = time.monotonic()
+        known.measured_rows = index.rows
+        effort, known.recall = await self._in_thread(self._choose_effort, space, index)
+        self.tables.indexes.of(space).effort = effort
+        if effort is None:
+            log.warning("recall@10 of the index of %s is %.3f: searches are exact", space, known.recall)
+        ended = time.monotonic()
+        known.measured_until = ended + (ended - began) / MEASURE_SHARE
+        return True
+
+    def _choose_effort(self, space: str, index: MemoryIndex) -> tuple[Effort | None, float]:
         """The cheapest effort whose recall is well above the bound, or the highest one when that is above it; and the
         recall. None: no effort is enough.
         """
-        questions = self._questions(space)
-        recall, chosen = 0.0, EFFORTS[-1]
-        for effort in EFFORTS:
-            recall, chosen = self._recall(space, questions, effort), effort
+        end = index.columns.end  # rows from here on are newer than what is looked for exactly
+        plain, filtered = self._questions(space)
+        plain_level, plain_recall = self._choose_level(space, index, plain, end)
+        filtered_level, filtered_recall = self._choose_level(space, index, filtered, end)
+        recall = min(plain_recall, filtered_recall)
+        return (Effort(plain_level, filtered_level) if recall >= self.settings.min_recall else None), recall
+
+    def _choose_level(
+        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], end: int
+    ) -> tuple[Level, float]:
+        recall, chosen = 0.0, LEVELS[-1]
+        for level in LEVELS:
+            recall, chosen = self._recall(space, index, questions, Effort(level, level), end), level
             if recall >= min(1.0, self.settings.min_recall + BETTER):
                 break
-        return (chosen if recall >= self.settings.min_recall else None), recall
+        return chosen, recall
 
-    def _questions(self, space: str) -> list[RecallQuestion]:
+    def _questions(self, space: str) -> tuple[list[RecallQuestion], list[RecallQuestion]]:
         """Stored vectors and clients' queries; and stored vectors among those of the same domain."""
         count = RECALL_QUERIES
         stored = self.tables.vectors(space, self._sample(space, count))
         if not len(stored):
-            return []
+            return [], []
         recent = self.recent.sample(space, count, self._random)
-        plain = np.concatenate([stored, *(query[None] for query in recent if len(query) == stored.shape[1])])
-        questions = [self._question(space, plain, Filters())]
+        queries = np.concatenate([stored, *(query[None] for query in recent if len(query) == stored.shape[1])])
+        plain = [self._question(space, queries, Filters())]
         domain = next((hit.domain for hit in self.tables.search(space, stored[0], 1, Filters())), "")
-        if domain:
-            questions.append(self._question(space, stored[: max(1, count // 2)], as_filters(domain=[domain])))
-        return questions
+        filters = as_filters(domain=[domain])
+        return plain, [self._question(space, stored[: max(1, count // 2)], filters)] if domain else []
 
-    def _question(self, space: str, vectors: Any, filters: Filters) -> RecallQuestion:
-        return RecallQuestion(vectors, filters, self.tables.exact_scores(space, vectors, NEIGHBOURS, filters))
+    def _question(self, space: str, vectors: Vectors, filters: Filters) -> RecallQuestion:
+        return RecallQuestion(vectors, filters, self.tables.nearest(space, vectors, EXACT, filters))
 
-    def _recall(self, space: str, questions: list[RecallQuestion], effort: Effort) -> float:
-        """The least over the conditions."""
+    def _recall(
+        self, space: str, index: MemoryIndex, questions: Sequence[RecallQuestion], effort: Effort, end: int
+    ) -> float:
+        """The least over the conditions, among the rows at positions below ``end``."""
         means = [
-            float(
-                np.mean(
-                    [
-                        recall_of(self.tables.search_with(space, vector, NEIGHBOURS, each.filters, effort), exact)
-                        for vector, exact in zip(each.vectors, each.exact, strict=True)
-                    ]
-                )
+            np.mean(
+                [
+                    self._recall_of_query(space, index, effort, vector, each.filters, exact, end)
+                    for vector, exact in zip(each.vectors, each.exact, strict=True)
+                ]
             )
             for each in questions
         ]
-        return min(means, default=1.0)
+        return float(min(means, default=1.0))
 
-    def _change_index(self, space: str, change: IndexChange) -> None:
-        with self.tables.stable_files(space):
-            self._change(space, change)
+    def _recall_of_query(
+        self, space: str, index: MemoryIndex, effort: Effort, vector: Vectors, filters: Filters, exact: Neighbours,
+        end: int,
+    ) -> float:  # fmt: skip
+        hits = self.tables.search_index(space, index, effort, vector, NEIGHBOURS, filters)
+        keys = keys_of_ids([hit.id for hit in hits])
+        with self.tables.indexes.of(space).writing:
+            old = index.columns.positions(keys) < end
+            places = index.columns.positions(exact.keys)
+        known = (places >= 0) & (places < end)
+        return recall_of(keys[old], Neighbours(exact.scores[known], exact.keys[known]), int((~old).sum()))
 
-    def _change_here(self, space: str, change: IndexChange) -> None:
-        self.tables.change_index(space, change)
-
-    def _report(self, space: str, known: SpaceIndex) -> None:
-        metrics.catalog.indexed(known.state.indexed, known.state.unindexed, self.tables.effort(space) is not None)
-        if known.state.rows < self.settings.index_rows:
+    def _report(self, space: str, known: IndexStatus) -> None:
+        index = self.tables.indexes.of(space).index
+        metrics.catalog.indexed(0 if index is None else index.rows, self.tables.indexes.usable(space) is not None)
+        if known.rows < self.settings.index_rows:
             metrics.catalog.recall(1.0)  # searches are exact
         elif known.recall is not None:
             metrics.catalog.recall(known.recall)

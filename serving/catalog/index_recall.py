@@ -10,11 +10,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from serving.catalog.queries import Filters, Hit
+from serving.catalog.queries import Filters
+from serving.catalog.sample_digests import Keys
+from serving.catalog.table_files import Neighbours
 
 NEIGHBOURS: Final = 10
 SAME: Final = 1e-5
 """Scores that differ by less are equal: rows with equal vectors may come in any order."""
+EXACT: Final = 3 * NEIGHBOURS
+"""Neighbours that are looked for exactly."""
 RECENT: Final = 256
 
 Vectors = npt.NDArray[np.float32]
@@ -44,16 +48,25 @@ class RecentQueries:
 
 @dataclass(frozen=True, slots=True)
 class RecallQuestion:
-    """Queries [n, dim] under one condition, with the exact scores of their nearest rows."""
+    """Queries [n, dim] under one condition, with the exact neighbours of each: more than :data:`NEIGHBOURS`, because of
+    equal scores, and because rows come and go while recall is measured.
+    """
 
     vectors: Vectors
     filters: Filters
-    exact: Sequence[Vectors]
+    exact: Sequence[Neighbours]
 
 
-def recall_of(hits: Sequence[Hit], exact: Vectors) -> float:
-    """Share of the nearest rows that were found: a hit is right when it scores as the last of them, or better."""
-    if not len(exact):
+def recall_of(keys: Keys, exact: Neighbours, newer: int = 0) -> float:
+    """Share of the nearest rows that were found: a hit is right when its exact score is that of the last of them, or
+    better. The score that comes with it does not count: an index rounds it.
+
+    Args:
+        keys: of the hits.
+        newer: further hits, that were not there when the neighbours were looked for.
+    """
+    count = min(NEIGHBOURS - newer, len(exact.scores))
+    if count <= 0:
         return 1.0
-    right = sum(hit.score >= float(exact[-1]) - SAME for hit in hits[: len(exact)])
-    return float(right) / len(exact)
+    right = exact.keys[exact.scores >= exact.scores[count - 1] - SAME]
+    return float(np.isin(keys[:count], right).sum()) / count

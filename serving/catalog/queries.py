@@ -5,10 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
-
-IndexChange = Literal["build", "extend"]
-"""Make an index (anew), or bring the rows into it that came since."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,18 +3,19 @@
 Several catalogs may write one table (two servers on one lake). ``id`` is the table's primary key, which Lance does not
 enforce on plain appends; a merge by it does, also against commits that come in between. So each row is there once.
 
-A search is exact until :meth:`Tables.use_index` says how to search through the index (:mod:`vector_index`), which
-:mod:`index_keeper` decides by the recall that it measures.
+A search reads a table's vectors, exactly, or goes through the index in memory (:mod:`space_indexes`) where
+:mod:`index_keeper` has found that its recall is enough.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
+import logging
 import time
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import lance
@@ -24,18 +25,21 @@ import numpy.typing as npt
 import pyarrow as pa
 from lance.fragment import write_fragments
 
+from ops.digests import digest12
 from ops.errors import StoreError, StoreUnavailable
-from serving.catalog import vector_index
-from serving.catalog.queries import Filters, Hit, IndexChange
+from serving.catalog.index_files import IndexFiles
+from serving.catalog.memory_index import Effort, MemoryIndex
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.space_indexes import SpaceIndexes
+from serving.catalog.table_files import Neighbours, merge_files, nearest_rows, write_out_deletions
 from serving.catalog.table_rows import has_key, quoted, table_of, with_key
-from serving.catalog.vector_index import Effort, IndexState
 
+log = logging.getLogger("ratchet.catalog")
 COMPACT_EVERY = 32
 """Merges between two compactions. Each merge is a fragment; scans of thousands of fragments are slow."""
 PREFIX: Final = "clip_"
 FRESHNESS: Final = timedelta(seconds=5)
 """How old the version of a table may be that a search reads, where another process writes it."""
-CACHE_BYTES: Final = 2 << 30
 METADATA_BYTES: Final = 256 << 20
 HIT_COLUMNS: Final = ["id", "text", "domain", "source", "time"]
 
@@ -43,21 +47,20 @@ HIT_COLUMNS: Final = ["id", "text", "domain", "source", "time"]
 class Tables:
     """The tables of all image spaces under one URL. Any number of processes; one writing thread in each of them."""
 
-    def __init__(self, url: str, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, url: str, index_folder: Path | None = None) -> None:
         """Args:
-        cache_bytes: of memory for the indexes that are searched; parts of them beyond it are read again.
+        index_folder: on the local disk, where indexes are kept from one start to the next; None: they are not.
         """
         self.url = url
         self._database = lancedb.connect(url, read_consistency_interval=FRESHNESS)
         self._open: dict[str, Any] = {}
         self._merges: dict[str, int] = {}
-        self._rewriting: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        """Held by who rewrites a space's data files, and by who makes an index of them."""
-        self._efforts: dict[str, Effort] = {}
-        self._session = lance.Session(index_cache_size_bytes=cache_bytes, metadata_cache_size_bytes=METADATA_BYTES)
+        own = None if index_folder is None else index_folder / digest12(url.encode())
+        self.indexes = SpaceIndexes(self._newest, None if own is None else IndexFiles(own))
+        self._session = lance.Session(index_cache_size_bytes=0, metadata_cache_size_bytes=METADATA_BYTES)
         self._readers: dict[str, tuple[lance.LanceDataset, float]] = {}
-        """What searches read, and until when it is fresh enough. Not LanceDB's tables: those take three times the
-        processor time for a query."""
+        """What exact searches read, and until when it is fresh enough. Not LanceDB's tables: those take three times
+        the processor time for a query."""
 
     def spaces(self) -> list[str]:
         """Image spaces that have a table."""
@@ -76,6 +79,8 @@ class Tables:
 
     def present(self, space: str, ids: Collection[str]) -> set[str]:
         """Those of some ids that have a row in the newest version."""
+        if (indexed := self.indexes.present(space, ids)) is not None:
+            return indexed
         table = self._table(space)
         if table is None:
             return set()
@@ -95,78 +100,46 @@ class Tables:
         table = self._keyed(space) or self._create(space, data.schema)
         table.merge_insert("id").when_not_matched_insert_all().execute(data)
         self._merges[space] = self._merges.get(space, 0) + 1
-        if self._merges[space] >= COMPACT_EVERY and self._rewriting[space].acquire(blocking=False):
-            try:
-                vector_index.merge_files(table.to_lance())
-                table.checkout_latest()
-            finally:
-                self._rewriting[space].release()
-            self._merges[space] = 0
         self._written(space)
+        self.indexes.add(space, data)
+        if self._merges[space] >= COMPACT_EVERY:
+            merge_files(table.to_lance())
+            table.checkout_latest()
+            self._merges[space] = 0
+            self._written(space)
 
     def search(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
-        """The ``k`` nearest rows by cosine similarity, best first; equal scores by id. Exact, or through the index.
+        """The ``k`` nearest rows by cosine similarity, best first; equal scores by id. Exact, or through the index,
+        whose scores have the precision of its codes.
 
         Raises:
             StoreError: the space has another dimension.
         """
-        return self._search(space, vector, k, filters, self._efforts.get(space))
+        usable = self.indexes.usable(space)
+        if usable is None:
+            return self._search_exactly(space, vector, k, filters)
+        return self.search_index(space, *usable, vector, k, filters)
 
-    def search_with(
-        self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters, effort: Effort
+    def search_index(
+        self, space: str, index: MemoryIndex, effort: Effort, vector: npt.NDArray[np.float32], k: int, filters: Filters
     ) -> list[Hit]:
-        """The same through the index, whatever is used for clients."""
-        return self._search(space, vector, k, filters, effort)
+        """The same through an index, however good it is."""
+        _check_dimension(space, index.dimension, vector)
+        hits, lacking = index.search(vector, k, filters, effort)
+        if not lacking:
+            return hits
+        texts = self._texts(space, lacking)
+        return [replace(hit, text=texts.get(hit.id, hit.text)) for hit in hits]
 
-    def use_index(self, space: str, effort: Effort | None) -> None:
-        """Search a space through its index from now on; None: exactly."""
-        if effort is None:
-            self._efforts.pop(space, None)
-        else:
-            self._efforts[space] = effort
+    def nearest(self, space: str, vectors: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Neighbours]:
+        """The ``k`` nearest rows to each of the vectors [n, dim], exactly."""
+        dataset = self._newest(space)
+        return [] if dataset is None else nearest_rows(dataset, vectors, k, filters.sql())
 
-    def effort(self, space: str) -> Effort | None:
-        """How a space is searched through its index; None: exactly."""
-        return self._efforts.get(space)
-
-    def exact_scores(
-        self, space: str, vectors: npt.NDArray[np.float32], k: int, filters: Filters
-    ) -> list[npt.NDArray[np.float32]]:
-        """Cosine similarities of the ``k`` nearest rows to each of the vectors [n, dim], best first, without an
-        index.
-        """
-        table = self._table(space)
-        if table is None:
-            return [np.empty(0, np.float32) for _ in vectors]
-        return vector_index.exact_scores(table.to_lance(), vectors, k, filters.sql())
-
-    def index_state(self, space: str) -> IndexState:
-        """What the index of a space covers."""
-        table = self._table(space)
-        if table is None:
-            return IndexState(0, 0, 0)
-        table.checkout_latest()
-        self._written(space)  # by the process that makes indexes
-        return vector_index.read_state(table.to_lance())
-
-    @contextlib.contextmanager
-    def stable_files(self, space: str) -> Iterator[None]:
-        """Merges add data files meanwhile and rewrite none: an index of files that were rewritten before it is
-        committed is refused by Lance, and its minutes are lost. Waits for a rewrite that has begun.
-        """
-        with self._rewriting[space]:
-            yield
-
-    def change_index(self, space: str, change: IndexChange) -> None:
-        """Make the index of a space (anew), or bring the rows into it that came since. Takes minutes for a million
-        rows; searches go on as before.
-        """
-        table = self._keyed(space)
-        if table is not None:
-            table.checkout_latest()
-            (vector_index.build if change == "build" else vector_index.extend)(table.to_lance())
-            table.checkout_latest()
-            self._written(space)
+    def rows(self, space: str) -> int:
+        """Rows of the newest version of a space's table."""
+        dataset = self._newest(space)
+        return 0 if dataset is None else dataset.count_rows()
 
     def vectors(self, space: str, ids: Sequence[str]) -> npt.NDArray[np.float32]:
         """Vectors [n, dim] of these ids, in their order; unknown ids are passed over."""
@@ -193,6 +166,7 @@ class Tables:
         for names in quoted(ids) if table is not None else ():
             table.delete(f"id IN ({names})")
         self._written(space)
+        self.indexes.remove(space, ids)
 
     def expunge(self, space: str, older_than: timedelta) -> None:
         """Rewrite the data files that still hold removed rows, and remove older versions with their files.
@@ -204,7 +178,7 @@ class Tables:
             return
         table.checkout_latest()
         dataset = table.to_lance()
-        vector_index.write_out_deletions(dataset)
+        write_out_deletions(dataset)
         table.checkout_latest()
         self._written(space)
         dataset.cleanup_old_versions(older_than=older_than, error_if_tagged_old_versions=False)
@@ -215,35 +189,30 @@ class Tables:
         return 0 if table is None else int(table.stats()["fragment_stats"]["num_fragments"])
 
     def drop(self, space: str) -> None:
-        """Remove a space's table, if there is one."""
+        """Remove a space's table, if there is one, and its index."""
         self.forget(space)
+        self.indexes.forget(space, files=True)
         self._database.drop_table(f"{PREFIX}{space}", ignore_missing=True)
 
     def forget_others(self, spaces: Collection[str]) -> None:
-        """Close the tables of all other spaces."""
-        for space in {*self._open, *self._merges, *self._efforts}.difference(spaces):
+        """Close the tables of all other spaces, and let go of their indexes."""
+        for space in {*self._open, *self._merges}.difference(spaces):
             self.forget(space)
+        self.indexes.forget_others(spaces)
 
     def forget(self, space: str) -> None:
         """Close a space's table: the next call opens what is there by then."""
         self._open.pop(space, None)
         self._merges.pop(space, None)
         self._readers.pop(space, None)
-        self._efforts.pop(space, None)
+        self.indexes.forget(space)
 
-    def _search(
-        self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters, effort: Effort | None
-    ) -> list[Hit]:
+    def _search_exactly(self, space: str, vector: npt.NDArray[np.float32], k: int, filters: Filters) -> list[Hit]:
         dataset = self._reader(space)
         if dataset is None:
             return []
-        if dataset.schema.field("vector").type.list_size != len(vector):
-            raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")
-        nearest: dict[str, Any] = {"column": "vector", "q": vector, "k": k, "metric": "cosine"}
-        if effort is None:
-            nearest |= {"use_index": False}
-        else:  # more partitions where the filter leaves too few rows in these
-            nearest |= {"minimum_nprobes": effort.nprobes, "refine_factor": effort.refine}
+        _check_dimension(space, dataset.schema.field("vector").type.list_size, vector)
+        nearest = {"column": "vector", "q": vector, "k": k, "metric": "cosine", "use_index": False}
         rows = dataset.to_table(
             columns=[*HIT_COLUMNS, "_distance"], nearest=nearest, filter=filters.sql() or None, prefilter=True
         )
@@ -254,15 +223,30 @@ class Tables:
         }  # fmt: skip
         return sorted(hits.values(), key=lambda hit: (-hit.score, hit.id))
 
+    def _texts(self, space: str, ids: Sequence[str]) -> dict[str, str]:
+        texts: dict[str, str] = {}
+        try:
+            for names in quoted(ids):
+                if (dataset := self._reader(space)) is not None:
+                    rows = dataset.to_table(columns=["id", "text"], filter=f"id IN ({names})")
+                    texts |= zip(rows["id"].to_pylist(), rows["text"].to_pylist(), strict=True)
+        except (OSError, RuntimeError, ValueError) as error:  # hits without their texts are better than none
+            log.warning("long texts of image space %s cannot be read: %s", space, error)
+        return texts
+
+    def _newest(self, space: str) -> lance.LanceDataset | None:
+        """The newest version of a space's table, opened for this call alone: threads share no version."""
+        table = self._table(space)
+        return None if table is None else lance.dataset(self._address(space), session=self._session)
+
     def _reader(self, space: str) -> lance.LanceDataset | None:
         """A space's table as searches read it: at most :data:`FRESHNESS` old, and after own writes the newest one."""
         known = self._readers.get(space)
         if known is not None and time.monotonic() < known[1]:
             return known[0]
         if known is None:
-            if self._table(space) is None:
+            if (dataset := self._newest(space)) is None:
                 return None
-            dataset = lance.dataset(self._address(space), session=self._session)
         else:
             dataset, latest = known[0], known[0].latest_version
             dataset = dataset if latest == dataset.version else dataset.checkout_version(latest)
@@ -332,3 +316,8 @@ class Tables:
 
     def _address(self, space: str) -> str:
         return f"{self.url}/{PREFIX}{space}.lance"
+
+
+def _check_dimension(space: str, dimension: int, vector: npt.NDArray[np.float32]) -> None:
+    if dimension != len(vector):
+        raise StoreError(f"the index of {space} has another dimension than the query.", "Report this.")

@@ -14,10 +14,11 @@ Everything here distrusts the directory: whatever is wrong raises :class:`ops.er
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,7 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise AdapterError(f"Adapter {claimed}: {key} is {tensor.dtype}, which is not served.", _SAVE)
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise AdapterError(
                 f"Adapter {claimed}: {key} holds values that are not finite numbers.",
                 "The training run diverged: do not release it; lower the learning rate.",
@@ -213,15 +214,15 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
     return layers
 
 
-def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """What the adapter adds: ``s B A`` in the shape of each parameter it touches, float32, by parameter name.
+def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32. One
+    at a time: together they are as large as the model.
 
     Targets are Linear, convolutions without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's
     wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     modules = dict(model.named_modules())
-    deltas: dict[str, torch.Tensor] = {}
     for module_name, (a, b, scale) in lora_layers(files).items():
         # PEFT wraps a MultiheadAttention and reaches its out_proj through `base_layer`.
         plain_name = ".".join(part for part in module_name.split(".") if part != "base_layer")
@@ -234,8 +235,7 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[
         weight = getattr(module, parameter)
         if module_name.endswith(INNER_OUT_PROJ):
             scale *= OUT_PROJ_TIMES
-        deltas[f"{plain_name}.{parameter}"] = _delta(files.name, plain_name, a, b, scale, weight)
-    return deltas
+        yield f"{plain_name}.{parameter}", _delta(files.name, plain_name, a, b, scale, weight)
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -251,18 +251,27 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
         if name not in parameters or parameters[name].shape != tensor.shape:
             shape = list(tensor.shape)
             raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", _OTHER_BASE)
-    deltas = delta_weights(files, model)
     changed: dict[str, torch.Tensor] = {}
-    for name in {**whole, **deltas}:
-        weight = parameters[name].detach()
-        merged = whole[name].to(weight.device, weight.dtype) if name in whole else weight
-        if name in deltas:
-            merged = merged + deltas[name].to(weight.device, weight.dtype)
-        if not bool(torch.isfinite(merged).all()):
+
+    def note(name: str, merged: torch.Tensor, weight: torch.Tensor) -> None:
+        if not is_finite(merged):
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
         if not torch.equal(merged, weight):
             changed[name] = merged
+
+    for name, delta in delta_weights(files, model):
+        weight = parameters[name].detach()
+        merged = whole.pop(name).to(weight.device, weight.dtype) if name in whole else weight
+        note(name, merged + delta.to(weight.device, weight.dtype), weight)
+    for name, tensor in whole.items():
+        weight = parameters[name].detach()
+        note(name, tensor.to(weight.device, weight.dtype), weight)
     return changed
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are. In one pass that writes nothing: ``isfinite`` makes a tensor of truth values."""
+    return tensor.numel() == 0 or all(math.isfinite(float(bound)) for bound in torch.aminmax(tensor))
 
 
 INNER_OUT_PROJ = ".base_layer.out_proj"

@@ -18,7 +18,6 @@ from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
 from serving.catalog.crossing import usable
-from serving.catalog.index_process import IndexProcess
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
@@ -62,10 +61,8 @@ class CatalogReplica:
                 raise StoreError(f"the catalog cannot be embedded with {clip or 'the base'}: {answer.error}")
             return answer.vectors
 
-        tables = Tables(f"{settings.lake}/catalog", int(settings.catalog.cache_gib * 2**30))
-        self.catalog = Catalog(
-            tables, SampleStore(settings.lake), pixels, encode, settings.catalog, IndexProcess(tables.url)
-        )
+        tables = Tables(f"{settings.lake}/catalog", settings.home / "catalog-index")
+        self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode, settings.catalog)
         self._ledger = Ledger.lazy(settings.ledger)
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)

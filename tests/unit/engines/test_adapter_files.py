@@ -133,7 +133,7 @@ def test_shapes_that_do_not_fit_are_named(base: ClipBase, folder: Path) -> None:
 
     _edit(folder, widen)
     with pytest.raises(AdapterError, match=r"999.*do not fit"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 def test_layers_that_the_base_does_not_have_are_named(base: ClipBase, folder: Path) -> None:
@@ -143,21 +143,21 @@ def test_layers_that_the_base_does_not_have_are_named(base: ClipBase, folder: Pa
     }
     write_adapter(folder, tensors, {"r": 4, "lora_alpha": 4, "target_modules": ["nowhere"]}, base)
     with pytest.raises(AdapterError, match=r"no layer 'visual\.nowhere'"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 def test_half_a_pair_is_refused(base: ClipBase, folder: Path) -> None:
     tiny_adapter(base, folder, seed=1)
     _edit(folder, lambda tensors: tensors.pop(next(k for k in tensors if "lora_B" in k)))
     with pytest.raises(AdapterError, match="only one of"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 def test_tensors_that_are_no_lora_are_refused(base: ClipBase, folder: Path) -> None:
     tiny_adapter(base, folder, seed=1)
     _edit(folder, lambda tensors: tensors.update({"visual.proj": torch.ones(64, 32)}))
     with pytest.raises(AdapterError, match="no LoRA tensor"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 def test_patterns_from_outside_are_names_and_not_programs(base: ClipBase, folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_patterns_from_outside_are_names_and_not_programs(base: ClipBase, folder
     evil = files.config | {"rank_pattern": {"(a+)+b": 4}}
     write_adapter(folder.with_name("evil"), files.tensors, evil, base)
     with pytest.raises(AdapterError, match="no plain name"):
-        delta_weights(folder.with_name("evil"), base.build_model())
+        dict(delta_weights(folder.with_name("evil"), base.build_model()))
 
 
 @pytest.mark.parametrize("missing", [WEIGHTS, "adapter_config.json", "ratchet.json"])
@@ -196,7 +196,7 @@ def test_an_alpha_that_is_no_finite_number_is_refused(base: ClipBase, folder: Pa
     tiny_adapter(base, folder, seed=1)
     _edit_config(folder, lora_alpha=alpha)
     with pytest.raises(AdapterError, match=r"alpha .* no finite number"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 @pytest.mark.parametrize("change", [{"r": 0}, {"r": "4"}, {"r": None}, {"r": 8}, {"rank_pattern": {"c_fc": 9}}])
@@ -206,7 +206,7 @@ def test_a_rank_that_the_tensors_do_not_have_is_refused(
     tiny_adapter(base, folder, seed=1)
     _edit_config(folder, **change)
     with pytest.raises(AdapterError, match="says rank"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 def test_tensors_of_rank_zero_or_without_two_dimensions_are_refused(base: ClipBase, folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_tensors_of_rank_zero_or_without_two_dimensions_are_refused(base: ClipBa
 
     _edit(folder, flatten)
     with pytest.raises(AdapterError, match="no matrix"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
     def empty(tensors: dict[str, torch.Tensor]) -> None:
         for key in tensors:
@@ -226,7 +226,7 @@ def test_tensors_of_rank_zero_or_without_two_dimensions_are_refused(base: ClipBa
 
     _edit(folder, empty)
     with pytest.raises(AdapterError, match="says rank"):
-        delta_weights(folder, base.build_model())
+        dict(delta_weights(folder, base.build_model()))
 
 
 @pytest.mark.parametrize("text", ['{"lora_alpha": NaN}', '{"r": Infinity}', "[" * 100_000, '{"rank_pattern": [1]}'])

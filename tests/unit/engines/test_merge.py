@@ -103,7 +103,7 @@ def test_single_layers_have_the_delta_that_peft_computes() -> None:
     wrapped = get_peft_model(model, LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"], init_lora_weights=False))
     config = canonical_config(wrapped.peft_config["default"].to_dict())
     files = AdapterFiles("clip-0", "clip", "", config, get_peft_model_state_dict(wrapped))
-    ours = delta_weights(files, nn.Sequential(nn.Conv2d(6, 5, 1), nn.Linear(4, 3)))
+    ours = dict(delta_weights(files, nn.Sequential(nn.Conv2d(6, 5, 1), nn.Linear(4, 3))))
     for name, layer in (("0", wrapped.base_model.model[0]), ("1", wrapped.base_model.model[1])):
         torch.testing.assert_close(ours[f"{name}.weight"], layer.get_delta_weight("default"))
 

@@ -1,9 +1,11 @@
-"""The approximate index of a space, on real LanceDB: made, extended, measured, and not used where it finds little."""
+"""The approximate index of a space, on real LanceDB and real faiss: made, followed, measured, kept and bounded."""
 
 from __future__ import annotations
 
 import hashlib
-from datetime import UTC, datetime
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,19 @@ import pyarrow as pa
 import pytest
 from prometheus_client import REGISTRY
 
+from ops.errors import StoreError
 from ops.settings import Catalog as CatalogSettings
-from serving.catalog import index_keeper
+from serving.catalog import index_keeper, space_indexes
+from serving.catalog.codings import CODINGS, IndexTooLarge, choose_coding, estimated_bytes
 from serving.catalog.index_keeper import IndexKeeper
-from serving.catalog.index_process import IndexProcess
+from serving.catalog.memory_index import Level, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import COMPACT_EVERY, Tables
-from serving.catalog.vector_index import Effort
 
 DIM, ROWS = 16, 600
 SETTINGS = CatalogSettings(index_rows=256, min_recall=0.8)
 SPACE = "aaaa"
+EASY = Level(1, 10)
 
 
 def names(start: int, count: int) -> list[str]:
@@ -35,20 +39,24 @@ def vectors(start: int, count: int) -> np.ndarray:
     return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
 
-def add(tables: Tables, start: int, count: int) -> None:
+def rows_of(start: int, count: int, text: str = "text") -> pa.Table:
     numbers = range(start, start + count)
-    rows = pa.table(
+    times = [datetime(2024, 1, 1, tzinfo=UTC) + timedelta(days=n % 28) for n in numbers]
+    return pa.table(
         {
             "id": names(start, count), "domain": [f"d{n % 5}" for n in numbers], "source": ["s"] * count,
-            "time": pa.array([datetime(2024, 1, 1, tzinfo=UTC)] * count, pa.timestamp("us", "UTC")),
-            "text": [f"text {n}" for n in numbers],
+            "time": pa.array(times, pa.timestamp("us", "UTC")), "text": [f"{text} {n}" for n in numbers],
         }
     )  # fmt: skip
-    tables.merge(SPACE, rows, vectors(start, count))
 
 
-def keeper_of(tables: Tables, settings: CatalogSettings = SETTINGS) -> IndexKeeper:
-    return IndexKeeper(tables, settings, lambda: {SPACE: True}, lambda space, count: names(0, ROWS)[:: ROWS // count])
+def add(tables: Tables, start: int, count: int, text: str = "text", space: str = SPACE) -> None:
+    tables.merge(space, rows_of(start, count, text), vectors(start, count))
+
+
+def keeper_of(tables: Tables, settings: CatalogSettings = SETTINGS, *spaces: str) -> IndexKeeper:
+    resident = dict.fromkeys(spaces or (SPACE,), True)
+    return IndexKeeper(tables, settings, lambda: resident, lambda space, count: names(0, ROWS)[:: ROWS // count])
 
 
 async def settle(keeper: IndexKeeper) -> None:
@@ -56,15 +64,35 @@ async def settle(keeper: IndexKeeper) -> None:
         pass
 
 
+def nearest(tables: Tables, number: int, filters: Filters | None = None) -> str:
+    return tables.search(SPACE, vectors(number, 1)[0], 1, filters or Filters())[0].text
+
+
+def index_of(tables: Tables) -> MemoryIndex:
+    index = tables.indexes.of(SPACE).index
+    assert index is not None
+    return index
+
+
 def value(name: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_catalog_{name}")
 
 
+def holds(folder: Path, needle: bytes) -> bool:
+    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
 @pytest.fixture
 def tables(tmp_path: Path) -> Tables:
-    tables = Tables(str(tmp_path))
+    tables = Tables(str(tmp_path / "lake"), tmp_path / "index")
     add(tables, 0, ROWS)
     return tables
+
+
+@pytest.fixture
+def restarted(tmp_path: Path) -> Callable[[], Tables]:
+    """The same tables as another process would have them."""
+    return lambda: Tables(str(tmp_path / "lake"), tmp_path / "index")
 
 
 async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(tables: Tables) -> None:
@@ -73,108 +101,398 @@ async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enoug
     await settle(keeper)
     assert keeper.is_ready(SPACE, ROWS)
     status = keeper.status(SPACE)
-    assert (status["rows"], status["unindexed"], status["used"]) == (ROWS, 0, True)
+    assert (status["rows"], status["used"], status["coding"]) == (ROWS, True, "16 bits")
     assert status["recall"] >= SETTINGS.min_recall
     assert value("recall_ratio") == status["recall"] and value("index_used") == 1
+    assert value("indexed_rows") == ROWS and value("index_bytes") == status["bytes"] > 0
     hits = tables.search(SPACE, vectors(7, 1)[0], 3, Filters())
-    assert (hits[0].text, len(hits)) == ("text 7", 3)
+    exact = tables._search_exactly(SPACE, vectors(7, 1)[0], 3, Filters())
+    assert hits[0].score == pytest.approx(1.0, abs=1e-3)
+    assert [(hit.id, hit.text, hit.domain, hit.source, hit.time) for hit in hits[:1]] == [
+        (hit.id, hit.text, hit.domain, hit.source, hit.time) for hit in exact[:1]
+    ]
 
 
-async def test_an_index_is_made_while_rows_come_in(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a backfill: so many rows that a merge would rewrite the files that the index is being made of."""
-    create = lance.LanceDataset.create_index
-
-    def create_beside_merges(self: lance.LanceDataset, *args: Any, **options: Any) -> Any:
-        for number in range(COMPACT_EVERY + 1):
-            add(tables, ROWS + number, 1)
-        return create(self, *args, **options)
-
-    monkeypatch.setattr(lance.LanceDataset, "create_index", create_beside_merges)
+async def test_an_index_that_cannot_be_changed_is_made_anew(
+    tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keeper = keeper_of(tables)
-    await keeper.step()
-    assert keeper.status(SPACE)["rows"] == ROWS
-    before = tables.fragments(SPACE)
-    add(tables, 2 * ROWS, 1)
-    assert tables.fragments(SPACE) < before  # what was put off
+    await settle(keeper)
+    monkeypatch.setattr(index_of(tables).columns, "write", None)
+    add(tables, ROWS, 1)
+    assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.faiss"))
+    assert nearest(tables, ROWS) == f"text {ROWS}", "exactly"
+    await settle(keeper)
+    assert keeper.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"
 
 
 async def test_a_small_space_has_no_index_and_is_ready_at_once(tables: Tables) -> None:
     keeper = keeper_of(tables, CatalogSettings(index_rows=1000))
     assert keeper.is_ready(SPACE, ROWS)
     await settle(keeper)
-    assert not tables.index_state(SPACE).exists and tables.effort(SPACE) is None
+    assert tables.indexes.of(SPACE).index is None and tables.indexes.usable(SPACE) is None
     assert value("recall_ratio") == 1.0
 
 
-async def test_what_came_after_the_index_was_made_is_found_at_once_and_indexed_later(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
+async def test_what_came_after_the_index_was_made_is_in_it_at_once(tables: Tables) -> None:
+    await settle(keeper_of(tables))
+    index = index_of(tables)
+    for number in range(COMPACT_EVERY + 1):  # small files are merged on the way
+        add(tables, ROWS + number, 1)
+        assert nearest(tables, ROWS + number) == f"text {ROWS + number}"
+    assert index_of(tables) is index and index.rows == ROWS + COMPACT_EVERY + 1
+
+
+async def test_rows_that_another_catalog_adds_and_removes_are_followed(
+    tables: Tables, restarted: Callable[[], Tables]
 ) -> None:
     keeper = keeper_of(tables)
     await settle(keeper)
-    add(tables, ROWS, 50)
-    assert tables.search(SPACE, vectors(ROWS + 3, 1)[0], 1, Filters())[0].text == f"text {ROWS + 3}"
+    other = restarted()
+    add(other, ROWS, 50)
     await settle(keeper)
-    assert tables.index_state(SPACE).unindexed == 50
-    monkeypatch.setattr(index_keeper, "TAIL_ROWS", 40)
+    assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 3) == f"text {ROWS + 3}"
+    add(other, ROWS + 50, 1)
+    assert tables.present(SPACE, names(ROWS + 50, 2)) == set(names(ROWS + 50, 1))
+    assert nearest(tables, ROWS + 50) == f"text {ROWS + 50}", "who asks for it finds it"
+    other.remove(SPACE, names(3, 1))
     await settle(keeper)
-    state = tables.index_state(SPACE)
-    assert (state.rows, state.unindexed) == (ROWS + 50, 0)
-    assert tables.search(SPACE, vectors(ROWS + 3, 1)[0], 1, Filters())[0].text == f"text {ROWS + 3}"
+    assert index_of(tables).rows == ROWS + 50 and nearest(tables, 3) != "text 3"
+    add(other, ROWS + 51, 1)
+    other.remove(SPACE, names(4, 1))
+    await settle(keeper)
+    assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 51) == f"text {ROWS + 51}"
+
+
+async def test_both_catalogs_of_one_lake_have_what_both_merged(tables: Tables, restarted: Callable[[], Tables]) -> None:
+    other = restarted()
+    for each in (tables, other):
+        await settle(keeper_of(each))
+    add(tables, ROWS, 20)
+    add(other, ROWS + 10, 20)
+    for each in (tables, other):
+        each.indexes.follow(SPACE)
+        assert index_of(each).rows == ROWS + 30
+        assert all(nearest(each, ROWS + n) == f"text {ROWS + n}" for n in range(30))
+
+
+async def test_searches_and_changes_go_on_while_an_index_is_made(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, during = space_indexes.build_index, list[str]()
+
+    def build_beside_changes(dataset: lance.LanceDataset, most_bytes: float) -> MemoryIndex:
+        index = build(dataset, most_bytes)
+        at = index.rows
+        for number in range(COMPACT_EVERY + 1):
+            add(tables, at + number, 1)
+        tables.remove(SPACE, names(5, 1))
+        add(tables, 5, 1, "again")
+        during.append(nearest(tables, at + 3))
+        during.append(nearest(tables, 5))
+        return index
+
+    monkeypatch.setattr(space_indexes, "build_index", build_beside_changes)
+    keeper = keeper_of(tables)
+    await keeper.step()  # the first index: searches are exact meanwhile
+    assert during == [f"text {ROWS + 3}", "again 5"]
+    first, rows = index_of(tables), ROWS + COMPACT_EVERY + 1
+    assert first.rows == rows and nearest(tables, ROWS + 3) == f"text {ROWS + 3}"
+    tables.indexes.build(SPACE, 2**30)  # another one: they go to the old one
+    assert during[2:] == [f"text {rows + 3}", "again 5"]
+    assert index_of(tables) is not first and index_of(tables).rows == tables.rows(SPACE)
+    assert nearest(tables, 5) == "again 5"
+
+
+async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
+    await settle(keeper_of(tables))
+    wrong, ended = list[str](), threading.Event()
+
+    def search() -> None:
+        while not ended.is_set():
+            for number in range(100, 130):
+                if (text := nearest(tables, number)) != f"text {number}":
+                    wrong.append(text)
+
+    callers = [threading.Thread(target=search) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for number in range(5):
+        add(tables, ROWS + 200 * number, 200)
+        tables.remove(SPACE, names(ROWS + 200 * number, 100))
+    ended.set()
+    for caller in callers:
+        caller.join()
+    assert wrong == [] and index_of(tables).rows == ROWS + 500
+
+
+async def test_an_index_is_made_anew_when_its_table_has_outgrown_it(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_keeper, "GROWTH", 1.5)
+    keeper = keeper_of(tables)
+    await settle(keeper)
+    first = index_of(tables)
+    add(tables, ROWS, ROWS // 4)
+    await settle(keeper)
+    assert index_of(tables) is first
+    add(tables, 2 * ROWS, ROWS // 2)
+    await settle(keeper)
+    assert index_of(tables) is not first and index_of(tables).partitions.nlist > first.partitions.nlist
+    assert nearest(tables, 2 * ROWS + 5) == f"text {2 * ROWS + 5}"
 
 
 async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_keeper, "EFFORTS", (Effort(1, 1),))
+    monkeypatch.setattr(index_keeper, "LEVELS", (EASY,))
     keeper = keeper_of(tables, CatalogSettings(index_rows=256, min_recall=0.99))
     await settle(keeper)
     status = keeper.status(SPACE)
     assert status["recall"] < 0.99 and not status["used"] and status["rows"] == ROWS
     assert value("recall_ratio") == status["recall"] and value("index_used") == 0
-    exact = tables.exact_scores(SPACE, vectors(1000, 1), 10, Filters())[0]
+    [exact] = tables.nearest(SPACE, vectors(1000, 1), 10, Filters())
     scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
-    assert scores == pytest.approx(exact.tolist(), abs=1e-5)
+    assert scores == pytest.approx(exact.scores.tolist(), abs=1e-5)
     assert keeper.is_ready(SPACE, ROWS)
     monkeypatch.undo()
+    before = index_of(tables)
     add(tables, ROWS, ROWS // 5)
-    before = keeper.status(SPACE)["build_seconds"]
     await settle(keeper)
-    assert keeper.status(SPACE)["build_seconds"] != before and keeper.status(SPACE)["used"]
+    assert index_of(tables) is not before and keeper.status(SPACE)["used"]
 
 
-async def test_filters_find_all_that_meets_them_through_the_index(tables: Tables) -> None:
+async def test_filters_find_all_that_meets_them_through_the_index(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await settle(keeper_of(tables))
     query = vectors(2000, 1)
-    for filters in (as_filters(domain=["d3"]), as_filters(domain=["d1", "d2"], source=["s"])):
-        exact = tables.exact_scores(SPACE, query, 10, filters)[0]
-        hits = tables.search(SPACE, query[0], 10, filters)
-        assert {hit.domain for hit in hits} <= set(filters.domain)
-        assert sum(hit.score >= exact[-1] - 1e-5 for hit in hits) >= 8
-    assert tables.search(SPACE, query[0], 10, as_filters(domain=["none"])) == []
+    day = datetime(2024, 1, 4, tzinfo=UTC)
+    for few in (True, False):
+        monkeypatch.setattr("serving.catalog.memory_index.FEW_ROWS", 1024 if few else 0)
+        index_of(tables)._forget_masks()
+        for filters in (
+            as_filters(domain=["d3"]), as_filters(domain=["d1", "d2"], source=["s"]),
+            as_filters(since=day, until=day + timedelta(days=9)),
+        ):  # fmt: skip
+            [exact] = tables.nearest(SPACE, query, 10, filters)
+            hits = tables.search(SPACE, query[0], 10, filters)
+            assert {hit.id for hit in hits} <= {row for row, meets in _meeting(filters).items() if meets}
+            right = sum(hit.score >= exact.scores[-1] - 1e-3 for hit in hits)
+            assert right == 10 if few else right >= 8
+        assert tables.search(SPACE, query[0], 10, as_filters(domain=["none"])) == []
+    add(tables, ROWS + 3, 1)  # d3
+    assert nearest(tables, ROWS + 3, as_filters(domain=["d3"])) == f"text {ROWS + 3}"
 
 
-async def test_rows_that_are_removed_are_not_found_and_their_bytes_go(tables: Tables, tmp_path: Path) -> None:
+def _meeting(filters: Filters) -> dict[str, bool]:
+    rows = rows_of(0, ROWS)
+    return {
+        row["id"]: (not filters.domain or row["domain"] in filters.domain)
+        and (filters.since is None or row["time"] >= filters.since)
+        and (filters.until is None or row["time"] < filters.until)
+        for row in rows.to_pylist()
+    }
+
+
+async def test_rows_that_are_removed_are_not_found_and_their_bytes_go_everywhere(
+    tables: Tables, tmp_path: Path, restarted: Callable[[], Tables]
+) -> None:
     keeper = keeper_of(tables)
     await settle(keeper)
-    from datetime import timedelta
-
+    digest = bytes.fromhex(names(7, 1)[0])
+    assert holds(tmp_path / "index", digest), "the index is kept on the disk"
+    index = index_of(tables)
+    [position] = index.columns.positions(np.asarray([int.from_bytes(digest[:8], "big")], np.uint64))
+    code = index.finer.sa_encode(vectors(7, 1)).tobytes()  # type: ignore[union-attr]
+    assert holds(tmp_path / "index", code)
     tables.remove(SPACE, names(7, 1))
+    assert not holds(tmp_path / "index", digest) and not holds(tmp_path / "index", code)
     tables.expunge(SPACE, timedelta(0))
     tables.expunge(SPACE, timedelta(0))
-    assert tables.search(SPACE, vectors(7, 1)[0], 1, Filters())[0].text != "text 7"
-    assert tables.search(SPACE, vectors(8, 1)[0], 1, Filters())[0].text == "text 8"
-    assert tables.index_state(SPACE).rows == ROWS - 1
-    held = [path for path in tmp_path.rglob("*") if path.is_file() and names(7, 1)[0].encode() in path.read_bytes()]
-    assert held == []
+    assert nearest(tables, 7) != "text 7" and nearest(tables, 8) == "text 8"
+    assert tables.rows(SPACE) == index.rows == ROWS - 1
+    tables.indexes.save(SPACE)
+    assert holds(tmp_path / "index", bytes.fromhex(names(8, 1)[0]))
+    assert not holds(tmp_path, digest) and not holds(tmp_path, names(7, 1)[0].encode())
+    assert not holds(tmp_path / "index", code)
+    assert not index.finer.reconstruct_batch(np.asarray([position])).any() or index.coding.bits != 16  # type: ignore[union-attr]
+    again = restarted()
+    await settle(keeper_of(again))
+    assert nearest(again, 7) != "text 7" and index_of(again).rows == ROWS - 1
 
 
-async def test_queries_of_clients_count_for_recall(tables: Tables) -> None:
+async def test_no_code_of_a_removed_row_is_left_behind_the_end_of_its_list(tables: Tables) -> None:
+    import faiss
+
+    await settle(keeper_of(tables))
+    tables.remove(SPACE, names(0, ROWS // 2))
+    partitions = index_of(tables).partitions
+    lists = faiss.downcast_InvertedLists(partitions.invlists)
+    free = 0
+    for number in range(partitions.nlist):
+        rows = lists.list_size(number)
+        blocks = -(-rows // lists.n_per_block)
+        if blocks:
+            codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size).reshape(blocks, -1)
+            for slot in range(rows, blocks * lists.n_per_block):
+                assert not lists.packer.unpack_1(codes, slot).any()
+                free += 1
+    assert free
+
+
+async def test_an_index_that_was_kept_is_taken_at_the_next_start(
+    tables: Tables, restarted: Callable[[], Tables], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keeper_of(tables)
+    await settle(keeper)
+    assert keeper.status(SPACE)["saved"]
+    writer = Tables(tables.url)  # of another machine, while this one does not run
+    add(writer, ROWS, 30)
+    writer.remove(SPACE, names(9, 2))
+    monkeypatch.setattr(space_indexes, "build_index", None)  # is not called
+    again = restarted()
+    later = keeper_of(again)
+    await settle(later)
+    assert later.status(SPACE)["used"] and index_of(again).rows == ROWS + 28
+    assert nearest(again, ROWS + 3) == f"text {ROWS + 3}" and nearest(again, 9) != "text 9"
+    assert nearest(again, 30, as_filters(domain=["d0"])) == "text 30"
+
+
+@pytest.mark.parametrize("name", ["partitions.faiss", "finer.faiss", "digests.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+async def test_a_damaged_file_is_made_anew(
+    tables: Tables, tmp_path: Path, restarted: Callable[[], Tables], name: str, damage: str
+) -> None:
+    await settle(keeper_of(tables))
+    [path] = (tmp_path / "index").rglob(name)
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "changed":
+        path.write_bytes(content[:-9] + bytes(byte ^ 255 for byte in content[-9:]))
+    else:
+        path.unlink()
+    again = restarted()
+    keeper = keeper_of(again)
+    await settle(keeper)
+    assert keeper.status(SPACE)["used"] and index_of(again).rows == ROWS
+    assert keeper.status(SPACE)["build_seconds"] > 0
+    assert nearest(again, 17) == "text 17"
+
+
+async def test_the_memory_of_an_index_decides_how_vectors_are_coded(tables: Tables) -> None:
+    text_bytes = 8.0
+    sizes = [estimated_bytes(ROWS, DIM, text_bytes, coding) for coding in CODINGS]
+    assert sizes == sorted(sizes, reverse=True)
+    for coding, size in zip(CODINGS, sizes, strict=True):
+        assert choose_coding(ROWS, DIM, text_bytes, size) == coding
+        settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=2 * (size + 300) / 2**30)
+        keeper = keeper_of(tables, settings)
+        tables.indexes.forget(SPACE, files=True)
+        await settle(keeper)
+        status = keeper.status(SPACE)
+        assert status["coding"] == coding.name and status["used"]
+        assert status["bytes"] <= size + 300
+        assert nearest(tables, 3, as_filters(domain=["d3"])).startswith("text ")
+    with pytest.raises(IndexTooLarge, match="cache_gib"):
+        choose_coding(ROWS, DIM, text_bytes, sizes[-1] - 1)
+
+
+async def test_an_index_that_does_not_fit_is_not_made_and_searches_are_exact(tables: Tables) -> None:
+    keeper = keeper_of(tables, CatalogSettings(index_rows=256, cache_gib=1e-5))
+    await settle(keeper)
+    status = keeper.status(SPACE)
+    assert not status["used"] and "catalog.cache_gib" in status["trouble"] and keeper.is_ready(SPACE, ROWS)
+    assert nearest(tables, 7) == "text 7"
+
+
+async def test_indexes_are_coded_smaller_when_more_spaces_share_the_memory(tables: Tables) -> None:
+    spaces = ("aaaa", "bbbb", "cccc", "dddd")
+    share = estimated_bytes(ROWS, DIM, 8.0, CODINGS[1]) + 300
+    settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=len(spaces) * share / 2**30)
+    alone = keeper_of(tables, settings)
+    await settle(alone)
+    assert alone.status(SPACE)["coding"] == "16 bits"
+    for space in spaces[1:]:
+        add(tables, 0, ROWS, space=space)
+    together = keeper_of(tables, settings, *spaces)
+    await settle(together)
+    assert {together.status(space)["coding"] for space in spaces} == {"8 bits"}
+    assert tables.indexes.bytes() <= len(spaces) * share
+
+
+async def test_a_long_text_is_not_kept_in_memory_and_comes_whole(tables: Tables) -> None:
+    add(tables, ROWS, 1, "long " * 1000)
+    await settle(keeper_of(tables))
+    assert nearest(tables, ROWS) == f"{'long ' * 1000} {ROWS}"
+    assert index_of(tables).columns.bytes < 200 * ROWS
+
+
+async def test_another_dimension_is_an_error(tables: Tables) -> None:
+    await settle(keeper_of(tables))
+    with pytest.raises(StoreError, match="dimension"):
+        tables.search(SPACE, vectors(0, 1)[0][:8], 1, Filters())
+
+
+async def test_a_space_that_is_dropped_leaves_no_index(
+    tables: Tables, restarted: Callable[[], Tables], tmp_path: Path
+) -> None:
+    keeper = keeper_of(tables)
+    await settle(keeper)
+    restarted().drop(SPACE)
+    await settle(keeper)
+    assert tables.indexes.usable(SPACE) is None and keeper.status(SPACE)["rows"] == 0
+    assert not holds(tmp_path / "index", bytes.fromhex(names(1, 1)[0]))
+
+
+async def test_a_table_with_an_index_of_lance_is_read_and_loses_it(tables: Tables) -> None:
+    """The version before this one made it."""
+    dataset = lance.dataset(f"{tables.url}/clip_{SPACE}.lance")
+    dataset.create_index("vector", "IVF_PQ", name="nearest", metric="cosine", num_partitions=2, num_sub_vectors=4)
+    dataset.create_scalar_index("id", "BTREE", name="by_id")
+    keeper = keeper_of(tables)
+    await settle(keeper)
+    assert keeper.status(SPACE)["used"]
+    for number in range(COMPACT_EVERY):
+        add(tables, ROWS + number, 1)
+    assert nearest(tables, ROWS + 5) == f"text {ROWS + 5}"
+    assert lance.dataset(f"{tables.url}/clip_{SPACE}.lance").describe_indices() == []
+
+
+async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = keeper_of(tables)
     keeper.recent.add(SPACE, vectors(5000, 1)[0])
-    [plain, _] = keeper._questions(SPACE)
+    [plain], [filtered] = keeper._questions(SPACE)
     assert len(plain.vectors) == 41 and np.allclose(plain.vectors[-1], vectors(5000, 1)[0])
+    assert filtered.filters == as_filters(domain=["d0"])
+    await settle(keeper)
+    effort = tables.indexes.of(SPACE).effort
+    assert effort is not None
+    before = keeper._recall(SPACE, index_of(tables), [plain], effort, ROWS)
+    search, client = tables.search_index, plain.vectors[-1]
+    monkeypatch.setattr(
+        tables, "search_index", lambda *args: [] if np.array_equal(args[3], client) else search(*args)
+    )  # the index finds nothing for it
+    assert keeper._recall(SPACE, index_of(tables), [plain], effort, ROWS) < before
 
 
-def test_an_index_is_made_by_a_process_of_its_own(tables: Tables) -> None:
-    IndexProcess(tables.url)(SPACE, "build")
-    assert tables.index_state(SPACE).indexed == ROWS
+async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await settle(keeper_of(tables))
+    keeper, nearest_of, at = keeper_of(tables), tables.nearest, [ROWS]
+
+    def nearest_and_later(space: str, queries: np.ndarray, *args: Any) -> Any:
+        exact = nearest_of(space, queries, *args)
+        for query in queries[:20]:  # nearer to the query than all but one
+            tables.merge(
+                space, rows_of(at[0], 6), np.stack([query + 0.01 * vectors(at[0] + n, 1)[0] for n in range(6)])
+            )
+            at[0] += 6
+        return exact
+
+    before = keeper._choose_effort(SPACE, index_of(tables))[1]
+    monkeypatch.setattr(tables, "nearest", nearest_and_later)
+    assert keeper._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
+    assert at[0] > ROWS

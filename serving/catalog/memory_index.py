@@ -1,0 +1,244 @@
+"""The approximate index of one image space, in memory: faiss for the vectors, :class:`RowColumns` for the rest.
+
+Vectors lie in partitions around centroids, as product-quantized residuals that are scored 32 at a time; the best
+candidates are ranked by a finer code (:mod:`codings`). Positions are faiss's ids.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from serving.catalog.codings import CODINGS, Coding
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.read_write_lock import ReadWriteLock
+from serving.catalog.row_columns import Positions, RowColumns
+from serving.catalog.sample_digests import Keys, digests_of, keys_of
+from serving.catalog.table_files import Vectors, unit_rows, vectors_of
+
+_faiss: Any = faiss
+"""Its stubs lack keywords of parameters, and what lists of blocks have."""
+ADD_ROWS: Final = 128
+"""Rows that are added in one go: searches wait for some milliseconds."""
+FEW_ROWS: Final = 512
+"""So few rows that meet a filter are all scored."""
+FILTERS: Final = 32
+"""Whose rows are remembered, in a bit for each row."""
+LEAST_CANDIDATES_A_HIT: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How hard a search tries."""
+
+    partitions: int
+    """That are looked into; more of them where a filter leaves few rows."""
+    candidates: int
+    """That are ranked by the finer code, at least."""
+
+
+LEVELS: Final = (
+    Level(4, 80), Level(8, 120), Level(16, 160), Level(32, 160), Level(64, 240), Level(128, 480), Level(256, 960),
+)  # fmt: skip
+"""The cheapest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How a space is searched through its index: without a filter, and with one."""
+
+    plain: Level
+    filtered: Level
+
+    def __str__(self) -> str:
+        return f"{self.plain.partitions} partitions, {self.filtered.partitions} and more under a filter"
+
+
+class MemoryIndex:
+    """Any number of threads may search; one at a time may write."""
+
+    def __init__(self, partitions: Any, finer: Any | None, coding: Coding, columns: RowColumns) -> None:
+        """Args:
+        partitions: an ``IndexIVFPQFastScan`` (see :mod:`index_training`), its ids the positions in ``columns``.
+        finer: an ``IndexScalarQuantizer`` of all positions, or None.
+        """
+        self.partitions = partitions
+        self.finer = finer
+        self.coding = coding
+        self.columns = columns
+        self.dimension = int(partitions.d)
+        self._engine = partitions if finer is None else _refined(partitions, finer)
+        self._lock = ReadWriteLock()
+        self._masks: OrderedDict[Filters, tuple[Any, int]] = OrderedDict()
+        self._masks_lock = threading.Lock()
+        self._parameters: dict[tuple[int, int, int], Any] = {}
+
+    @property
+    def rows(self) -> int:
+        """That can be found."""
+        return self.columns.rows
+
+    @property
+    def bytes(self) -> int:
+        """Of memory."""
+        return round(self.columns.bytes + self.columns.end * self.coding.row_bytes(self.dimension))
+
+    def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
+        """For each key, whether its row is here. Only the writer may ask."""
+        return self.columns.positions(keys) >= 0
+
+    def add(self, data: pa.RecordBatch | pa.Table, at_once: int = ADD_ROWS, threads: int = 1) -> int:
+        """Add those rows (id, vector, domain, source, time, text) that are not here. Returns how many those were.
+
+        Args:
+            at_once: rows for which searches wait.
+            threads: that compute.
+        """
+        faiss.omp_set_num_threads(threads)  # of this thread
+        keys = keys_of(digests_of(data.column("id")))
+        _, first = np.unique(keys, return_index=True)
+        new = np.sort(first[~self.contains(keys[first])])
+        for start in range(0, len(new), at_once):
+            self._add(data.take(pa.array(new[start : start + at_once], pa.int64())))
+        return len(new)
+
+    def remove(self, keys: Keys) -> int:
+        """Take rows out, with their bytes. Unknown ones are passed over. Returns how many there were."""
+        positions = np.unique(self.columns.positions(keys))
+        positions = positions[positions >= 0]
+        if not len(positions):
+            return 0
+        with self._lock.writing():
+            self.drop_codes(positions)
+            self.columns.remove(positions)
+            self._forget_masks()
+        return len(positions)
+
+    def drop_codes(self, positions: Positions) -> None:
+        """Take out the codes of positions that no row is at. Not while others search."""
+        if not len(positions):
+            return
+        _take_out(self.partitions, positions)
+        if self.finer is not None:
+            codes = faiss.rev_swig_ptr(self.finer.codes.data(), self.finer.ntotal * self.finer.code_size)
+            codes.reshape(-1, self.finer.code_size)[positions] = 0
+
+    def search(self, vector: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[Hit], list[str]]:
+        """The ``k`` nearest rows, best first, equal scores by id; and the ids of those hits whose text is in the table
+        alone. Scores have the precision of the finer code.
+        """
+        query = np.ascontiguousarray(vector / max(math.sqrt(float(vector @ vector)), 1e-12), np.float32)[None]
+        faiss.omp_set_num_threads(1)  # of this thread: callers at once use a core each
+        with self._lock.reading():
+            scores, positions = self._nearest(query, min(k, max(1, self.rows)), filters, effort)
+            count = len(positions) - positions.count(-1)  # what is missing is last
+            hits, lacking = self.columns.hits(positions[:count], scores[:count])
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id)), lacking
+
+    def _nearest(self, query: Vectors, k: int, filters: Filters, effort: Effort) -> tuple[list[float], list[int]]:
+        if filters == Filters():
+            scores, positions = self._engine.search(query, k, params=self._plain(effort.plain, k))
+            return scores[0].tolist(), positions[0].tolist()
+        selected, count = self._mask(filters)
+        if not count:
+            return [], []
+        if count <= FEW_ROWS and self.finer is not None:
+            return self._score_all(query, selected, k)
+        share = math.sqrt(count / max(1, self.rows))
+        level = replace(
+            effort.filtered, partitions=min(self.partitions.nlist, round(effort.filtered.partitions / share))
+        )
+        selector = _faiss.IDSelectorBitmap(selected)
+        scores, positions = self._engine.search(query, k, params=self._searching(level, k, selector))
+        return scores[0].tolist(), positions[0].tolist()
+
+    def _score_all(self, query: Vectors, positions: Positions, k: int) -> tuple[list[float], list[int]]:
+        vectors = self.finer.reconstruct_batch(positions)  # type: ignore[union-attr]
+        scores = np.einsum("nd,d->n", vectors, query[0])  # not BLAS, whose threads callers at once would wait for
+        best = np.argsort(-scores, kind="stable")[:k]
+        return scores[best].tolist(), positions[best].tolist()
+
+    def _plain(self, level: Level, k: int) -> Any:
+        key = (level.partitions, level.candidates, k)
+        if key not in self._parameters:
+            self._parameters[key] = self._searching(level, k, None)
+        return self._parameters[key]
+
+    def _searching(self, level: Level, k: int, selector: Any) -> Any:
+        partitions = min(level.partitions, self.partitions.nlist)
+        chosen = {} if selector is None else {"sel": selector}
+        parameters = _faiss.SearchParametersIVF(nprobe=partitions, **chosen)
+        if self.finer is None:
+            return parameters
+        factor = max(float(LEAST_CANDIDATES_A_HIT), level.candidates / k)
+        return _faiss.IndexRefineSearchParameters(k_factor=factor, base_index_params=parameters)
+
+    def _mask(self, filters: Filters) -> tuple[Any, int]:
+        """Positions that meet the conditions when they are few, else a bit for each position; and their number."""
+        with self._masks_lock:
+            if (known := self._masks.get(filters)) is not None:
+                self._masks.move_to_end(filters)
+                return known
+        mask = self.columns.matching(filters)
+        count = int(np.count_nonzero(mask))
+        few = count <= FEW_ROWS and self.finer is not None
+        selected = np.flatnonzero(mask).astype(np.int64) if few else np.packbits(mask, bitorder="little")
+        with self._masks_lock:
+            self._masks[filters] = selected, count
+            while len(self._masks) > FILTERS:
+                self._masks.popitem(last=False)
+        return selected, count
+
+    def _forget_masks(self) -> None:
+        with self._masks_lock:
+            self._masks.clear()
+
+    def _add(self, rows: pa.RecordBatch | pa.Table) -> None:
+        vectors = unit_rows(vectors_of(rows))
+        with self._lock.writing():
+            positions = self.columns.allocate(rows.num_rows)
+            self.columns.write(positions, rows)
+            self.partitions.add_with_ids(vectors, positions)
+            if self.finer is not None:
+                self.finer.add(vectors)
+                self._engine.ntotal = self.finer.ntotal
+            self._forget_masks()
+
+
+def coding_named(name: str) -> Coding:
+    """Raises KeyError for one that there is not."""
+    return {coding.name: coding for coding in CODINGS}[name]
+
+
+def _refined(partitions: Any, finer: Any) -> Any:
+    """faiss's two-stage search over both. Its constructor wants as many rows in the one as in the other, and positions
+    of removed rows are in the finer code alone.
+    """
+    rows, partitions.ntotal = partitions.ntotal, finer.ntotal
+    engine = faiss.IndexRefine(partitions, finer)
+    partitions.ntotal = rows
+    return engine
+
+
+def _take_out(partitions: Any, positions: Positions) -> None:
+    """Remove codes, and overwrite what faiss leaves of them behind the end of their lists."""
+    lists = _faiss.downcast_InvertedLists(partitions.invlists)
+    before = [lists.list_size(number) for number in range(partitions.nlist)]
+    partitions.remove_ids(faiss.IDSelectorBatch(positions))
+    nothing = np.zeros(partitions.code_size, np.uint8)
+    for number, size in enumerate(before):
+        rows = lists.list_size(number)
+        if rows == size or not rows:
+            continue
+        blocks = -(-rows // lists.n_per_block)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), blocks * lists.block_size).reshape(blocks, -1)
+        for slot in range(rows, blocks * lists.n_per_block):
+            lists.packer.pack_1(nothing, slot, codes)

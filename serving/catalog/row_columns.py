@@ -1,0 +1,221 @@
+"""What hits say of their rows, in memory: arrays by position, and no Python object for a row.
+
+77 bytes a row, and its text. A position is never used twice; that of a removed row stays empty.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from serving.catalog.queries import Filters, Hit
+from serving.catalog.sample_digests import DIGITS, Digests, Keys, digests_of, keys_of
+
+Positions = npt.NDArray[np.int64]
+GROWTH: Final = 1.25
+LEAST_LENGTH: Final = 1024
+MOST_TEXT_BYTES: Final = 1024
+"""A longer text is not kept: it is read from the table when its row is found."""
+PENDING_ROWS: Final = 65_536
+ROW_BYTES: Final = 32 + 1 + 8 + (8 + 4) + 2 * 4 + 2 * 8
+"""Of digest, liveness, time, place of the text, domain and source, and the key's place."""
+NO_TIME: Final = np.iinfo(np.int64).min
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+
+class RowColumns:
+    """Digest, domain, source, time and text by position. One writer at a time."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        """All positions are below this one."""
+        self.rows = 0
+        """Positions that hold a row."""
+        self._digests: Digests = np.zeros((LEAST_LENGTH, 32), np.uint8)
+        self._live = np.zeros(LEAST_LENGTH, np.bool_)
+        self._times = np.zeros(LEAST_LENGTH, np.int64)
+        self._domains, self._sources = _Dictionary(), _Dictionary()
+        self._text_starts = np.zeros(LEAST_LENGTH, np.int64)
+        self._text_sizes = np.zeros(LEAST_LENGTH, np.int32)
+        self._texts = np.zeros(LEAST_LENGTH, np.uint8)
+        self._text_end = 0
+        self._places = _KeyPlaces()
+
+    @property
+    def bytes(self) -> int:
+        """Of memory, without what arrays grow ahead."""
+        return self.end * ROW_BYTES + self._text_end + self._domains.value_bytes + self._sources.value_bytes
+
+    def live(self) -> npt.NDArray[np.bool_]:
+        """By position: whether it holds a row. A view."""
+        return self._live[: self.end]
+
+    def digests(self) -> Digests:
+        """By position; zeros where there is no row. A view."""
+        return self._digests[: self.end]
+
+    def positions(self, keys: Keys) -> Positions:
+        """Where the rows with these keys are; -1 for those that are nowhere."""
+        positions = self._places.find(keys)
+        here = positions >= 0
+        positions[here] = np.where(self._live[positions[here]], positions[here], -1)
+        return positions
+
+    def allocate(self, count: int) -> Positions:
+        """The next positions."""
+        first, self.end = self.end, self.end + count
+        for name in ("_digests", "_live", "_times", "_text_starts", "_text_sizes"):
+            setattr(self, name, _grown(getattr(self, name), self.end))
+        return np.arange(first, self.end, dtype=np.int64)
+
+    def write(self, positions: Positions, rows: pa.RecordBatch | pa.Table) -> None:
+        """Rows (id, domain, source, time, text) at positions that were allocated and hold none."""
+        digests = digests_of(rows.column("id"))
+        self._digests[positions] = digests
+        times = rows.column("time").cast(pa.timestamp("us", "UTC")).cast(pa.int64())
+        self._times[positions] = np.asarray(times.fill_null(NO_TIME).to_numpy(zero_copy_only=False), np.int64)
+        self._domains.write(positions, self.end, rows.column("domain"))
+        self._sources.write(positions, self.end, rows.column("source"))
+        self._write_texts(positions, rows.column("text"))
+        self._live[positions] = True
+        self.rows += len(positions)
+        self._places.add(keys_of(digests), positions, self.live(), self.digests())
+
+    def remove(self, positions: Positions) -> None:
+        """Take rows out, with their bytes."""
+        for start, size in zip(self._text_starts[positions], self._text_sizes[positions], strict=True):
+            self._texts[start : start + max(0, size)] = 0
+        self._live[positions] = False
+        self._digests[positions] = 0
+        self._times[positions] = NO_TIME
+        self._text_sizes[positions] = 0
+        self.rows -= len(positions)
+
+    def matching(self, filters: Filters) -> npt.NDArray[np.bool_]:
+        """By position: whether its row meets the conditions."""
+        mask = self.live().copy()
+        if filters.domain:
+            mask &= self._domains.among(filters.domain, self.end)
+        if filters.source:
+            mask &= self._sources.among(filters.source, self.end)
+        if filters.since is not None or filters.until is not None:
+            times = self._times[: self.end]
+            mask &= times != NO_TIME
+            if filters.since is not None:
+                mask &= times >= _microseconds(filters.since)
+            if filters.until is not None:
+                mask &= times < _microseconds(filters.until)
+        return mask
+
+    def hits(self, positions: list[int], scores: list[float]) -> tuple[list[Hit], list[str]]:
+        """The rows at some positions; and the ids of those whose text is empty here, and in the table alone."""
+        digests = self._digests[positions].tobytes().hex()
+        ids = [digests[start : start + DIGITS] for start in range(0, len(digests), DIGITS)]
+        times, sizes = self._times[positions].tolist(), self._text_sizes[positions].tolist()
+        hits = [
+            Hit(name, score, self._text(start, size), domain, source, _moment(time))
+            for name, score, start, size, domain, source, time in zip(
+                ids, scores, self._text_starts[positions].tolist(), sizes, self._domains.values(positions),
+                self._sources.values(positions), times, strict=True,
+            )
+        ]  # fmt: skip
+        return hits, [name for name, size in zip(ids, sizes, strict=True) if size < 0]
+
+    def _text(self, start: int, size: int) -> str:
+        return self._texts[start : start + size].tobytes().decode() if size > 0 else ""
+
+    def _write_texts(self, positions: Positions, column: Any) -> None:
+        parts = [text.encode() for text in column.fill_null("").to_pylist()]
+        sizes = np.asarray([len(part) for part in parts], np.int64)
+        short = sizes <= MOST_TEXT_BYTES
+        data = b"".join(part for part, is_short in zip(parts, short, strict=True) if is_short)
+        self._texts = _grown(self._texts, self._text_end + len(data))
+        self._texts[self._text_end : self._text_end + len(data)] = np.frombuffer(data, np.uint8)
+        lengths = np.where(short, sizes, 0)
+        self._text_starts[positions] = self._text_end + np.cumsum(lengths) - lengths
+        self._text_sizes[positions] = np.where(short, sizes, -1)
+        self._text_end += len(data)
+
+
+class _Dictionary:
+    """A column of which many rows have the same value."""
+
+    def __init__(self) -> None:
+        self._codes = np.zeros(LEAST_LENGTH, np.int32)
+        self._values: list[str] = []
+        self._numbers: dict[str, int] = {}
+        self.value_bytes = 0
+
+    def write(self, positions: Positions, end: int, column: Any) -> None:
+        encoded = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).fill_null("")
+        encoded = encoded.dictionary_encode()
+        numbers = np.asarray([self._number(value) for value in encoded.dictionary.to_pylist()], np.int32)
+        self._codes = _grown(self._codes, end)
+        self._codes[positions] = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
+
+    def values(self, positions: list[int]) -> list[str]:
+        return [self._values[code] for code in self._codes[positions].tolist()]
+
+    def among(self, values: tuple[str, ...], end: int) -> npt.NDArray[np.bool_]:
+        numbers = [self._numbers[value] for value in values if value in self._numbers]
+        codes = self._codes[:end]
+        return codes == numbers[0] if len(numbers) == 1 else np.isin(codes, np.asarray(numbers, np.int32))
+
+    def _number(self, value: str) -> int:
+        number = self._numbers.get(value)
+        if number is None:
+            number = self._numbers[value] = len(self._values)
+            self._values.append(value)
+            self.value_bytes += 200 + len(value)  # of a list, a dictionary and a string
+        return number
+
+
+class _KeyPlaces:
+    """From keys to positions: sorted arrays, and a dictionary of what came since they were sorted."""
+
+    def __init__(self) -> None:
+        self._sorted: Keys = np.empty(0, np.uint64)
+        self._where: Positions = np.empty(0, np.int64)
+        self._pending: dict[int, int] = {}
+
+    def find(self, keys: Keys) -> Positions:
+        positions = np.full(len(keys), -1, np.int64)
+        if len(self._sorted):
+            index = np.minimum(np.searchsorted(self._sorted, keys), len(self._sorted) - 1)
+            equal = self._sorted[index] == keys
+            positions[equal] = self._where[index[equal]]
+        if self._pending:
+            for number, key in enumerate(keys.tolist()):
+                positions[number] = self._pending.get(key, positions[number])
+        return positions
+
+    def add(self, keys: Keys, positions: Positions, live: npt.NDArray[np.bool_], digests: Digests) -> None:
+        self._pending.update(zip(keys.tolist(), positions.tolist(), strict=True))
+        if len(self._pending) >= PENDING_ROWS:
+            self._where = np.flatnonzero(live).astype(np.int64)
+            every = keys_of(digests[self._where])
+            order = np.argsort(every)
+            self._sorted, self._where = every[order], self._where[order]
+            self._pending.clear()
+
+
+def _grown(array: npt.NDArray[_Scalar], end: int) -> npt.NDArray[_Scalar]:
+    """The array, or a longer copy of it with zeros behind, that has ``end`` entries at least."""
+    if end <= len(array):
+        return array
+    longer = np.zeros((int(end * GROWTH), *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    return longer
+
+
+def _moment(microseconds: int) -> datetime | None:
+    return None if microseconds == NO_TIME else EPOCH + timedelta(microseconds=microseconds)
+
+
+def _microseconds(moment: datetime) -> int:
+    return (moment - EPOCH) // timedelta(microseconds=1)
