@@ -99,7 +99,7 @@ def install_node() -> None:
     digest = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()
     stamp = NODE / "node_modules" / ".installed"
     if not stamp.is_file() or stamp.read_text() != digest:
-        npm = [NODE_PROGRAM, NPM, "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
+        npm = [str(NODE_PROGRAM), str(NPM), "ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund"]
         subprocess.run(npm, cwd=NODE, check=True)
         stamp.write_text(digest)
 

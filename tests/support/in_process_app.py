@@ -31,6 +31,7 @@ from serving.http.image_loader import ImageLoader
 from serving.messages import EncodeResult, Kind
 from serving.releases.admission import Admission
 from serving.releases.commands import HoldCommand, HoldingCommand, LiveCommand, ReleaseCommand, RollbackCommand
+from serving.releases.observations import Observations
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Outcome, Prepared, Residency
@@ -87,7 +88,6 @@ class InProcessApp:
             spaces.image,
             spaces.text,
             logit_scale=self.engine.logit_scale,
-            tokens=sum(map(len, payload)) if kind == "text" else 0,
         )
 
     async def change(self, command: LiveCommand) -> Outcome:
@@ -141,6 +141,9 @@ class InProcessApp:
         while await self.catalog.reconciler.step():
             continue
         return 1
+
+    async def observations(self) -> list[Observations]:
+        return []
 
     async def in_flight(self) -> dict[int, int]:
         return self.admission.in_flight()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import click
 import typer
@@ -106,9 +107,9 @@ def _parts(text: str) -> Iterator[Block | str]:
 
 def resolve(line: str) -> click.Context:
     """Find the command of a line and read its arguments, without running it. Raises click's error."""
-    command: click.Command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     words = shlex.split(line)[1:]
-    context = command.make_context("ratchet", words)
+    context: click.Context = command.make_context("ratchet", words)
     while isinstance(command, click.Group):
         words = [*context._protected_args, *context.args]
         if not words and command.invoke_without_command:
