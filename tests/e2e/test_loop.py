@@ -35,9 +35,9 @@ from tests.support.shapes import shapes
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
 SPLIT_KEY = "e2e"
-TRIGGER = 458
+TRIGGER = 428
 """What this key leaves to train on of the 540 samples that are published first: an update begins with all of them, and
-82 are fresh. A key of each store's own gives 35 to 160 fresh ones, and the gate asks for 50."""
+112 are fresh. A key of each store's own gives 35 to 160 fresh ones, and the gate asks for 50."""
 PAGES = {
     "RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetBrokerDown",
     "RatchetReleaseDisagreement",
