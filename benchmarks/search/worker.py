@@ -3,19 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.line_worker import LineWorker, answer, questions
-
-
-class Side(Protocol):
-    """What a worker process holds."""
-
-    def grow(self, rows: int) -> dict[str, Any]:
-        """Hold the first ``rows`` vectors; returns what it cost."""
-
-    def measure(self, callers: int, seconds: float, filtered: bool) -> dict[str, Any]:
-        """Search in a closed loop; returns requests a second, latencies and recall@10."""
 
 
 def call(worker: LineWorker, verb: str, **arguments: Any) -> dict[str, Any]:
@@ -23,8 +13,8 @@ def call(worker: LineWorker, verb: str, **arguments: Any) -> dict[str, Any]:
     return worker.ask({"verb": verb, **arguments})
 
 
-def serve(side: Side) -> None:
-    """In the worker's process: answer commands."""
+def serve(side: object) -> None:
+    """In the worker's process: answer commands, each of which is a method of ``side``."""
     for command in questions():
         arguments = {name: value for name, value in command.items() if name != "verb"}
         answer(getattr(side, str(command["verb"]))(**arguments))
