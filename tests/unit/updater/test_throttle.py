@@ -193,6 +193,6 @@ def test_a_trainer_that_gives_way_rests_between_steps_and_computes_the_same(
     rests: list[float] = []
     monkeypatch.setattr("updater.train.time.sleep", rests.append)
     polite = run(base, tmp_path / "polite", give_way=lambda: 0.5)
-    assert len(rests) == 1 + polite.steps  # after the one chunk of teacher features, and after each step
+    assert len(rests) > polite.steps  # after each step, and after each shard of what is computed once
     assert all(rest > 0 for rest in rests)
     assert polite.adapter == plain.adapter
