@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ops.cli.context import Context
+from ops.errors import RatchetError
 from ops.loading import FILE, FILE_VARIABLE
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.settings_file import update_section
+
+if TYPE_CHECKING:
+    from serving.engines.backends import EngineChoice
+    from serving.engines.base import ClipBase
 
 MARK = "tuned"
 """File in ``home/engines`` that says that this was done."""
@@ -27,8 +32,12 @@ def run_tune(shared: Context) -> None:
 
     settings = shared.settings
     base = load_base(settings.home, settings.base.clip)
+
+    def objection(choice: EngineChoice) -> str:
+        return _objection(settings, base, choice)
+
     with step(f"measuring {base.name} on this machine (one to two minutes)"):
-        tuning = tune(base, settings.home, say)
+        tuning = tune(base, settings.home, say, objection)
     workloads = [f"{kind}s/s, {count} at once" for kind, count in WORKLOADS]
     engines = Table("engine", "precision", *workloads, "cosine to float32", title="Engines")
     for row in tuning.engines:
@@ -51,6 +60,25 @@ def run_tune(shared: Context) -> None:
     mark = settings.home / "engines" / MARK
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
+
+
+def _objection(settings: Settings, base: ClipBase, choice: EngineChoice) -> str:
+    """Why half precision must not serve: the base scores differently with it on a suite of the gate. Told suite by
+    suite; empty when nothing is against it.
+    """
+    from serving.engines.processor import usable_cores
+    from updater.gate.engine_scores import engine_scores
+    from updater.gate.suites import load_suites
+
+    try:
+        suites = load_suites(settings.gate.suites, settings.home, "clip", settings.gate.max_items)
+        scores = engine_scores(base, choice, suites, usable_cores())
+    except RatchetError as error:
+        return f"the gate's suites could not be asked: {error.message}"
+    for row in scores:
+        say(f"{row.suite}: {row.float32:.3f} in float32, {row.served:.3f} with {choice}, noise {row.noise:.3f}")
+    worse = [row.suite for row in scores if not row.within_noise]
+    return f"other scores than float32 on {', '.join(worse)}" if worse else ""
 
 
 def is_tuned(settings: Settings) -> bool:

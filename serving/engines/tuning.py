@@ -9,7 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, Final
@@ -36,6 +36,7 @@ MEASURE_SECONDS: float = 3.0
 START_SECONDS: Final = 120.0
 """Longest wait for an encoder process to load the base."""
 Report = Callable[[str], None]
+Objection = Callable[[EngineChoice], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +89,17 @@ class Tuning:
         }
 
 
-def tune(base: ClipBase, home: Path, say: Report) -> Tuning:
+def tune(base: ClipBase, home: Path, say: Report, objection: Objection = lambda choice: "") -> Tuning:
     """Measure everything (one to two minutes for a ViT-B-32).
 
     Args:
         home: the home that the base is registered in.
         say: is told of each result.
+        objection: why half precision must not be used, asked of what would be chosen; empty when it may.
     """
     torch.set_num_threads(usable_cores())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    engines = measure(base, all_choices(device), device)
+    engines = accepted(measure(base, all_choices(device), device), objection)
     choice = best_of(engines)
     say(f"engine: {choice}")
     engine = ClipEngine(base, device, choice=choice)
@@ -112,6 +114,15 @@ def tune(base: ClipBase, home: Path, say: Report) -> Tuning:
         layouts.append(run_layout(home, base.name, choice, layout, tuning.max_batch, MEASURE_SECONDS))
         say(f"{layout.replicas} x {layout.threads} threads: {layouts[-1].images_per_second:.1f} images/s")
     return Tuning(engines, batches, layouts)
+
+
+def accepted(engines: Sequence[Measurement], objection: Objection) -> list[Measurement]:
+    """What was measured, with an error where the choice would fall on it and is objected to."""
+    engines = list(engines)
+    while (choice := best_of(engines)).precision != "float32" and (error := objection(choice)):
+        place = next(number for number, row in enumerate(engines) if row.choice == choice)
+        engines[place] = replace(engines[place], error=error)
+    return engines
 
 
 def layouts_of(cores: int) -> list[Layout]:

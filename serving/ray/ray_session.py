@@ -100,9 +100,6 @@ def prepare_environment(settings: Settings) -> Path:
             loopback.SWITCH: "1",
             "PROMETHEUS_MULTIPROC_DIR": str(metrics),
             "OMP_NUM_THREADS": "1",  # encoders set their own number
-            # About a millisecond. With libgomp's 300,000 an encoder's threads keep the cores that the answer needs for
-            # 15 ms after each pass: a processor waits for 140 cycles at each turn.
-            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "20000"),
         }
     )
     binary = haproxy_binary()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -40,7 +41,8 @@ class Encoder:
         ledger = Ledger.lazy(settings.ledger)
         adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
         self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
-        engine = ClipEngine.of(settings)
+        with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see EncoderWorker
+            engine = starting.submit(ClipEngine.of, settings).result()
         self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
         self._batches = FairBatches(self._run, settings.serve.max_batch * IMAGE_COST, settings.serve.batch_wait_seconds)
         self._adapters = adapters
@@ -49,8 +51,7 @@ class Encoder:
         rows = self._source.newest()
         adapters.expect(self._source.adapters)
         needed = rows.needed("clip")
-        prepared = [self.worker.prepare_now(clip) for clip in dict.fromkeys([*needed, *rows.clips])]
-        check_start(prepared, needed)
+        check_start(self.worker.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
 
     async def encode(self, kind: Kind, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:

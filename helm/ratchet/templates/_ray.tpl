@@ -24,8 +24,6 @@
   value: /run/ratchet/metrics
 - name: OMP_NUM_THREADS # encoders set their own number
   value: "1"
-- name: GOMP_SPINCOUNT # about a millisecond: threads that wait longer let go of the core, see serving/ray/ray_session.py
-  value: "20000"
 {{- end -}}
 
 {{/* How long a node that ends (SIGTERM) may take. Serve stops its replicas a request's deadline and 5 s before this is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving.engines.backends import FLOAT32, EngineChoice
 from serving.engines.engine_choice import Measurement
-from serving.engines.tuning import Layout, Tuning, layouts_of
+from serving.engines.tuning import Layout, Tuning, accepted, layouts_of
 
 HALF = EngineChoice("torch", "bfloat16")
 
@@ -34,3 +34,17 @@ def test_cores_are_shared_by_halves() -> None:
     assert layouts_of(2) == [Layout(1, 2), Layout(2, 1)]
     assert layouts_of(1) == [Layout(1, 1)]
     assert layouts_of(96)[-1] == Layout(8, 12)
+
+
+def test_half_precision_that_is_objected_to_is_not_chosen() -> None:
+    asked = []
+
+    def objection(choice: EngineChoice) -> str:
+        asked.append(choice)
+        return "other scores"
+
+    onnx = EngineChoice("onnx", "bfloat16")
+    rows = [*tuning().engines, Measurement(onnx, (0.2, 0.05), 0.9999)]
+    assert Tuning(accepted(rows, objection), {}, []).choice == FLOAT32
+    assert asked == [HALF, onnx]  # the fastest first; float32 needs no leave
+    assert Tuning(accepted(rows, lambda choice: ""), {}, []).choice == HALF

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
@@ -223,3 +224,41 @@ async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> 
 
 def test_an_image_costs_four_texts() -> None:
     assert (EncodeRequest("image", pixels(3), None, 0).cost, EncodeRequest("text", [[1], [2]], None, 0).cost) == (12, 2)
+
+
+class ThreadsSeen:
+    """Implements what a worker needs of an engine, and notes with how many threads each call may compute."""
+
+    def __init__(self, engine: ClipEngine) -> None:
+        self._engine = engine
+        self.golden_threads: set[int] = set()
+        self.pass_threads: set[int] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def golden(self, clip: str | None) -> Any:
+        self.golden_threads.add(torch.get_num_threads())
+        return self._engine.golden(clip)
+
+    def encode_images(self, *arguments: Any) -> Any:
+        self.pass_threads.add(torch.get_num_threads())
+        return self._engine.encode_images(*arguments)
+
+
+async def test_only_the_thread_of_the_passes_computes_with_several(
+    base: ClipBase, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    name = stored(base, artifacts, tmp_path, seed=1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        engine = ThreadsSeen(ClipEngine(base))
+        worker = EncoderWorker(engine, artifacts, "r1")  # type: ignore[arg-type]
+        assert not (await worker.prepare(name)).error
+        for adapter in (None, name):
+            await worker.encode([EncodeRequest("image", pixels(1), adapter, soon())])
+    finally:
+        torch.set_num_threads(before)
+    assert engine.golden_threads == {1}
+    assert engine.pass_threads == {2}
