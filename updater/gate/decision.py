@@ -325,6 +325,7 @@ def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float,
         margin=margin,
         alpha=level,
         method=statistic.method,
+        spread=statistic.unit_spread,
     )
 
 

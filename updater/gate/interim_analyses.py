@@ -67,6 +67,32 @@ class Look:
         return next_look(self.items, self.needed)
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is settled about a candidate before its answers are looked at."""
+
+    alpha: float
+    """What all looks at it may spend together."""
+    needed: int
+    """Independent items of its last look."""
+    tested: tuple[int, ...] = ()
+    """Items of the looks that were made."""
+    candidates: int = 0
+    """Others that were looked at since the last release, before it."""
+    only: bool = False
+    """It is looked at once, with the items that there are."""
+
+    @classmethod
+    def alone(cls, alpha: float) -> Plan:
+        """The only look at the first candidate after a release."""
+        return cls(candidate_alpha(alpha, 0), 1, only=True)
+
+    def look(self, items: int) -> Look:
+        """The next look, with so many items."""
+        items = max(1, items)
+        return look(self.alpha, self.tested, items, items if self.only else self.needed)
+
+
 def candidate_alpha(alpha: float, candidates: int) -> float:
     """What all looks at one candidate may spend together, when `candidates` have been looked at since the last release.
 
@@ -77,6 +103,11 @@ def candidate_alpha(alpha: float, candidates: int) -> float:
     if candidates < 0:
         raise ValueError(f"candidates is {candidates}: it counts those that were looked at before")
     return alpha * 6.0 / (math.pi**2 * (candidates + 1) ** 2)
+
+
+def alpha_left(alpha: float, candidates: int) -> float:
+    """What is left for further candidates when so many have taken their shares since the last release."""
+    return alpha - sum(candidate_alpha(alpha, k) for k in range(candidates))
 
 
 def needed_items(

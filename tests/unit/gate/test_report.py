@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.interim_analyses import Plan
 from updater.gate.report import render, render_body, write_report
 from updater.gate.verdict import Check, Verdict, Worse
 
@@ -37,8 +38,9 @@ def verdict(lost: int = 60) -> Verdict:
         gain=findings.gain,
         checks=checks,
         alpha=0.05,
-        level=0.03,
-        looks=3,
+        look=Plan(0.03, 300, (100,)).look(250),
+        candidates=3,
+        fresh=250,
         seconds=41.25,
         created_at="2026-01-01T00:00:00+00:00",
         cost={
@@ -70,7 +72,9 @@ def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
         "58,211 GFLOPs",
         "250 MB",
         "41.2 s",
-        "number 4",
+        "number 2 at this candidate; 250 of 300 independent items",
+        "with 300 items, if it is inconclusive",
+        "candidate 4",
         "clip-ba9876543210",
         "Gain over all new data",
         "1/log2(2 + rank)",
@@ -112,6 +116,11 @@ def test_nothing_is_styled_in_place_so_that_the_console_can_forbid_it() -> None:
     body = render_body(verdict().to_json())
     assert "style=" not in body and "<style" not in body
     assert "emoji_retrieval" in body and "<svg" in body
+
+
+def test_a_report_of_an_earlier_version_has_a_page() -> None:
+    report = {key: value for key, value in verdict().to_json().items() if key not in ("look", "candidates", "fresh")}
+    assert "Rejected" in render({**report, "level": 0.03, "looks": 3})
 
 
 def test_a_verdict_without_suites_has_a_page_too() -> None:
