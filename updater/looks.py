@@ -15,7 +15,7 @@ from typing import Any
 
 from ops.ledger import Ledger, UpdateRow, VerdictRow
 from ops.settings import Gate as GateSettings
-from updater.gate.interim_analyses import Plan, candidate_alpha, needed_items
+from updater.gate.interim_analyses import RANK_EFFICIENCY, Plan, candidate_alpha, needed_items
 
 RECENT = 10
 """Verdicts from which the spread of the rank statistic is taken."""
@@ -80,11 +80,20 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
 
 
 def spread(verdicts: Sequence[VerdictRow]) -> float | None:
-    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None: none has."""
+    """Standard deviation of one item's difference, pooled over the newest verdicts that have one; None: none has.
+
+    It is the larger one of the statistic's and of the hits' over what the statistic is worth: ``gate.detect`` is in
+    points that users see, and a gain of 3 points of recall can be less than 3 points of 1/log2(2 + rank).
+    """
     gains: list[Mapping[str, Any]] = [verdict.summary.get("gain") or {} for verdict in verdicts]
-    measured = [(gain["units"], gain["spread"]) for gain in gains if gain.get("spread") and gain["units"] > 1][:RECENT]
-    units = sum(count for count, _ in measured)
-    return math.sqrt(sum(count * value**2 for count, value in measured) / units) if units else None
+    measured = [gain for gain in gains if gain.get("spread") and gain["units"] > 1][:RECENT]
+    units = sum(gain["units"] for gain in measured)
+    if not units:
+        return None
+    variances = (
+        max(gain["spread"] ** 2, gain["recall_spread"] ** 2 / RANK_EFFICIENCY) * gain["units"] for gain in measured
+    )
+    return math.sqrt(sum(variances) / units)
 
 
 def kept(ledger: Ledger, updates: Sequence[UpdateRow], incumbent: str | None) -> Kept | None:

@@ -250,7 +250,8 @@ def _learning(facts: dict[str, Any]) -> Panel:
 def learning_line(family: str, told: dict[str, Any]) -> str:
     """Fresh items and alpha of one model, and the candidate that waits for more of them."""
     line = f"{family}: {told['fresh_items']:,} of {told['fresh_items_needed']:,} fresh items"
-    line += f"\n  alpha {told['alpha']:g}: {told['alpha_spent']:.2g} spent since the last release"
+    left = told["alpha"] - told["alpha_spent"]
+    line += f"\n  alpha {told['alpha']:g}: {told['alpha_spent']:.2g} spent since the last release, {left:.2g} left"
     if (kept := told["kept"]) is not None:
         line += f"\n  {kept['adapter']}: {kept['looks']} looks, the next with {kept['asked_again_with']:,} fresh items"
     return line

@@ -326,6 +326,7 @@ def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float,
         alpha=level,
         method=statistic.method,
         spread=statistic.unit_spread,
+        recall_spread=metric.unit_spread,
     )
 
 

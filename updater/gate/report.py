@@ -117,10 +117,7 @@ def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
     return [
         ("Look", f"{made}; {look['items']:,} of {look['needed']:,} independent items of new data"),
         ("Level of this look", f"{look['level']:.2g}"),
-        (
-            "Spent on this candidate",
-            f"{look['spent'] if look['made'] else 0.0:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left",
-        ),
+        ("Spent on this candidate", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),
         ("Before the next release", f"α = {alpha:g}; candidate {before + 1}, {left:.2g} left for later ones"),
     ]

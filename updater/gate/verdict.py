@@ -89,12 +89,14 @@ class PooledGain:
     method: str
     spread: float
     """Standard deviation of one unit's difference of the statistic."""
+    recall_spread: float
+    """The same of `recall`."""
 
     def summary(self) -> dict[str, Any]:
         """What the ledger keeps."""
         return {
             "decision": self.decision, "units": self.units, "strata": self.strata, "margin": self.margin,
-            "spread": self.spread,
+            "spread": self.spread, "recall_spread": self.recall_spread,
             "statistic": asdict(self.statistic), "recall": asdict(self.recall),
         }  # fmt: skip
 
@@ -237,11 +239,13 @@ class Verdict:
         return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def look_summary(self) -> dict[str, Any]:
-        """The look, and what follows from it."""
+        """The look, and what follows from it. Where it was not made it has spent nothing."""
+        spent = self.look.spent if self.spent else self.look.before
+        taken = self.candidates + (self.spent or self.look.number > 1)
         return {
-            **asdict(self.look), "left": self.look.left, "next": self.look.next, "fresh": self.fresh,
-            "candidates": self.candidates, "made": self.spent,
-            "left_for_others": alpha_left(self.alpha, self.candidates + 1),
+            **asdict(self.look), "spent": spent, "left": self.look.alpha - spent, "next": self.look.next,
+            "fresh": self.fresh, "candidates": self.candidates, "made": self.spent,
+            "left_for_others": alpha_left(self.alpha, taken),
         }  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:

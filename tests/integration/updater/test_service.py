@@ -165,7 +165,7 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     from updater import service as service_module
 
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
-    gate = settings.gate.model_copy(update={"detect": 0.2378})  # 16 items are needed
+    gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
     service = UpdaterService(settings.model_copy(update={"updater": impatient, "gate": gate}))
     add_samples(settings, 12)
     add_samples(settings, 8, split="fresh_eval")

@@ -118,9 +118,14 @@ def test_nothing_is_styled_in_place_so_that_the_console_can_forbid_it() -> None:
     assert "emoji_retrieval" in body and "<svg" in body
 
 
-def test_a_report_of_an_earlier_version_has_a_page() -> None:
-    report = {key: value for key, value in verdict().to_json().items() if key not in ("look", "candidates", "fresh")}
-    assert "Rejected" in render({**report, "level": 0.03, "looks": 3})
+def test_a_look_that_was_not_made_has_spent_nothing() -> None:
+    made = verdict().to_json()["look"]
+    unmade = replace(verdict(), spent=False).to_json()["look"]
+    assert unmade["spent"] == made["before"] < made["spent"]
+    assert unmade["left"] > made["left"]
+    assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
+    first = replace(verdict(), spent=False, look=Plan(0.03, 300).look(250)).to_json()["look"]
+    assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
 
 
 def test_a_verdict_without_suites_has_a_page_too() -> None:
@@ -142,7 +147,7 @@ def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
 
 def test_a_report_of_an_earlier_version_is_still_drawn() -> None:
     value = verdict().to_json()
-    del value["gain"]
+    del value["gain"], value["look"], value["candidates"], value["fresh"]
     for suite in value["suites"]:
         del suite["statistic"], suite["recall"], suite["units"]
     assert "emoji_retrieval" in render(value) and "Gain over all new data" not in render(value)
