@@ -1,0 +1,112 @@
+"""Updates that move ranks as real ones did, by as much as is asked for.
+
+A real update moves the ranks of many items up and of nearly as many down. Each simulated item takes what happened to a
+real one whose ranks were about the same (its *donor*), either as it happened or backwards. With more items of the first
+kind the update gains, with more of the second it loses; how many items move, and how far, is as in the real one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.lifetime.outcomes import Ranks, Source
+
+EDGES = (1, 3, 5, 10, 30, 100)
+"""Ranks between two edges are about the same; 5 is where recall@5 ends."""
+MOST_ROUNDS = 12
+"""A large gain is several updates' worth; one that is not there by then cannot be had."""
+Generator = np.random.Generator
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Donors by what their ranks were."""
+
+    first: Ranks
+    second: Ranks
+    order: NDArray[np.int_]
+    """Donors sorted by cell."""
+    starts: NDArray[np.int_]
+    """[cells + 1]: where each cell begins in ``order``."""
+
+    @classmethod
+    def of(cls, first: Ranks, second: Ranks) -> Kernel:
+        """From ``first`` to ``second``, both [donors, views]."""
+        cells = _cells(first)
+        count = (len(EDGES) + 1) ** first.shape[1]
+        starts = np.searchsorted(np.sort(cells), np.arange(count + 1))
+        return cls(first, second, np.argsort(cells, kind="stable"), starts)
+
+    def step(self, ranks: Ranks, rng: Generator) -> Ranks:
+        """Each item's ranks after its donor's move; those without a donor stay. Shape [n, views]."""
+        cells = _cells(ranks)
+        low, high = self.starts[cells], self.starts[cells + 1]
+        known = high > low
+        place = low + (rng.random(len(ranks)) * (high - low)).astype(np.int_)
+        donors = self.order[np.minimum(place, len(self.order) - 1)]
+        moved = known[:, None] & (self.first[donors] != self.second[donors])
+        return np.where(moved, self.second[donors], ranks).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What updates do to the items of one suite."""
+
+    k: int
+    """Ranks below it are hits."""
+    forward: Kernel
+    backward: Kernel
+
+    @classmethod
+    def of(cls, source: Source) -> Moves:
+        return cls(source.suite.k, Kernel.of(source.before, source.after), Kernel.of(source.after, source.before))
+
+    def share(self, ranks: Ranks) -> float:
+        """Share of hits."""
+        return float((ranks < self.k).mean())
+
+    def moved(
+        self, ranks: Ranks, change: float, rng: Generator, *, base: Ranks | None = None, back: float = 0.0,
+        churn: float = 1.0,
+    ) -> Ranks:  # fmt: skip
+        """Ranks after an update whose share of hits is ``change`` higher over all of these items.
+
+        Exact to half an item where it can be had: a share of hits has an upper end.
+
+        Args:
+            base, back: share of the items that first go back to what they were under the base.
+            churn: share of the items that have a donor at all.
+        """
+        wanted = self.share(ranks) + change
+        if base is not None:
+            ranks = np.where(rng.random(len(ranks))[:, None] < back, base, ranks)
+        for _ in range(MOST_ROUNDS):
+            taking = rng.random(len(ranks))[:, None] < churn
+            up, down = (np.where(taking, kernel.step(ranks, rng), ranks) for kernel in (self.forward, self.backward))
+            gains, losses = self._hits(up) - self._hits(ranks), self._hits(down) - self._hits(ranks)
+            order = rng.permutation(len(ranks))
+            reached = np.concatenate([[0.0], np.cumsum((gains - losses)[order])]) + losses.sum()
+            left = (wanted - self.share(ranks)) * len(ranks)
+            first = int(np.abs(reached - left).argmin())
+            forward = np.zeros(len(ranks), dtype=bool)
+            forward[order[:first]] = True
+            ranks = np.where(forward[:, None], up, down)
+            if abs(reached[first] - left) <= 0.5:
+                break
+        return ranks
+
+    def _hits(self, ranks: Ranks) -> Floats:
+        mean: Floats = (ranks < self.k).mean(axis=1)
+        return mean
+
+
+def _cells(ranks: Ranks) -> NDArray[np.int_]:
+    """A number for each combination of about the same ranks: [n]."""
+    places = np.searchsorted(np.array(EDGES), ranks, side="right")
+    powers = (len(EDGES) + 1) ** np.arange(ranks.shape[1])
+    cells: NDArray[np.int_] = places @ powers
+    return cells
