@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ops.settings import Gate
 from updater.gate.decision import Scores, conclude, decide
-from updater.gate.interim_analyses import spend
+from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.suites import Suite
 from updater.gate.verdict import Outcome, SuiteResult
 
@@ -44,7 +44,7 @@ class Rule:
 
     @classmethod
     def of(cls, settings: Gate) -> Rule:
-        return cls(spend(settings.alpha, 0), settings.margin, settings.min_items)
+        return cls(candidate_alpha(settings.alpha, 0), settings.margin, settings.min_items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,158 @@
-"""What each of several looks may spend of alpha, so that looking again and again keeps the chance of a false accept."""
+"""When a candidate is asked, and at which level: the items that a test needs, and what each look spends of alpha.
+
+A look is one gate run whose tests could be made. Two rules keep the chance of a false accept:
+
+- *Over the looks at one candidate* the alpha-spending function of Lan and DeMets (Biometrika 70, 1983, 659-663) of
+  O'Brien-Fleming type, by information fraction: of the independent items that a look has, as a share of those that are
+  needed. Early looks spend hardly anything, so that the last one is nearly what it would be alone. The levels follow
+  from the joint distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969,
+  235-244). It is that of independent increments, which holds where later looks ask the earlier ones' items and new
+  ones; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
+- *Over the candidates* since the last release a series of shares that sums to alpha (:func:`candidate_alpha`). A
+  candidate takes its share with its first look. What later looks did not spend of it goes to nobody: whether there were
+  any may depend on the answers, and then a share that is handed on is no chance any more.
+
+Items are independent ones everywhere: captions, images with questions, or clusters.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+from updater.gate.statistics import items_needed
+
+PRIOR_SPREAD = 0.35
+"""Standard deviation of one item's difference, as long as no verdict has one."""
+LOOKS = 4
+"""An inconclusive candidate is asked again with each further quarter of the needed items."""
+LEAST_LEVEL = 1e-9
+"""A look that may spend less spends nothing."""
+POINTS = 300
+"""Of the numerical integration: levels are exact to six digits where looks are a hundredth of the items apart."""
+REACH = 8.0
+"""It begins so many standard deviations below zero."""
 
 
-def spend(alpha: float, looks: int) -> float:
-    """The level of this look, when `looks` verdicts have fallen since the last release.
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at a candidate."""
 
-    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many looks: however long an updater tries,
+    number: int
+    """1 is the first."""
+    items: int
+    """Independent items that it has."""
+    needed: int
+    """Those of the last look, set with the first."""
+    alpha: float
+    """What all looks at this candidate may spend together."""
+    level: float
+    """Of each test of this look: p values up to it are significant."""
+    spent: float
+    """By the looks so far, this one included."""
+
+    @property
+    def left(self) -> float:
+        """What later looks at the candidate may spend."""
+        return self.alpha - self.spent
+
+    @property
+    def next(self) -> int | None:
+        """Items with which the candidate is asked again if it is inconclusive; None after the last look."""
+        return next_look(self.items, self.needed)
+
+
+def candidate_alpha(alpha: float, candidates: int) -> float:
+    """What all looks at one candidate may spend together, when `candidates` have been looked at since the last release.
+
+    The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many candidates: however long an updater tries,
     the chance that a bad candidate slips in before the next release stays below alpha. It starts at 0.61 alpha and
-    falls slowly (alpha / 2^k would leave nothing after ten tries).
+    falls slowly (alpha / 2^k would leave nothing after ten).
     """
-    if looks < 0:
-        raise ValueError(f"looks is {looks}: it counts earlier verdicts")
-    return alpha * 6.0 / (math.pi**2 * (looks + 1) ** 2)
+    if candidates < 0:
+        raise ValueError(f"candidates is {candidates}: it counts those that were looked at before")
+    return alpha * 6.0 / (math.pi**2 * (candidates + 1) ** 2)
+
+
+def needed_items(
+    spread: float | None, *, detect: float, alpha: float, power: float, fewest: int = 1, most: int | None = None
+) -> int:
+    """Items with which one look at `alpha` shows a true gain of `detect` with the chance `power`.
+
+    Args:
+        spread: standard deviation of one item's difference; None: PRIOR_SPREAD.
+        alpha: what the candidate may spend (:func:`candidate_alpha`).
+        fewest: items that a test asks for at least.
+        most: items that the gate can ask at most; more are not waited for.
+    """
+    wanted = max(fewest, items_needed(PRIOR_SPREAD if spread is None else spread, detect, alpha, power))
+    return wanted if most is None else min(wanted, max(most, fewest))
+
+
+def next_look(items: int, needed: int) -> int | None:
+    """Items with which a candidate that was inconclusive with `items` of them is asked again.
+
+    None: it is given up, because it was asked with all that are needed.
+    """
+    return None if items >= needed else min(needed, items + math.ceil(needed / LOOKS))
+
+
+def spending(alpha: float, fraction: float) -> float:
+    """What may be spent up to an information fraction: 2 - 2 Phi(z(alpha / 2) / sqrt(fraction))."""
+    if fraction <= 0.0:
+        return 0.0
+    return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
+
+
+def look(alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
+    """The next look at a candidate.
+
+    Args:
+        alpha: what all looks at the candidate may spend together.
+        tested: items of the earlier looks at it, in their order.
+        items: those of this one. Where they are no more than before, its level is 0: it has nothing new to say.
+        needed: items of the last look, set with the first.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    if min(items, needed, *tested) < 1:
+        raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
+    levels = _levels(alpha, [*tested, items], needed)
+    spent = spending(alpha, max([*tested, items]) / needed)
+    return Look(len(tested) + 1, items, needed, alpha, levels[-1], spent)
+
+
+def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:
+    """One-sided levels of looks with so many items: a Brownian motion at the times looks / needed must cross."""
+    nodes, weights = np.polynomial.legendre.leggauss(POINTS)
+    places, masses = np.zeros(1), np.ones(1)  # where the motion is, of the paths that have not crossed
+    time, spent = 0.0, 0.0
+    levels = []
+    for items in looks:
+        step, allowed = items / needed - time, spending(alpha, items / needed)
+        if step <= 0.0 or allowed - spent < LEAST_LEVEL:
+            levels.append(0.0)
+            continue
+        time, deviation = items / needed, math.sqrt(step)
+        bound = _bound(places, masses, deviation, allowed - spent)
+        levels.append(float(stats.norm.sf(bound / math.sqrt(time))))
+        low = -REACH * math.sqrt(time)
+        grid = low + (bound - low) * (nodes + 1.0) / 2.0
+        density = stats.norm.pdf(grid[:, None], places, deviation) @ masses
+        places, masses, spent = grid, density * weights * (bound - low) / 2.0, allowed
+    return levels
+
+
+def _bound(places: NDArray[np.float64], masses: NDArray[np.float64], deviation: float, chance: float) -> float:
+    """What the motion exceeds after one more step with this chance."""
+
+    def excess(bound: float) -> float:
+        return float(stats.norm.sf(bound, places, deviation) @ masses) - chance
+
+    return float(optimize.brentq(excess, -REACH, REACH * (1.0 + deviation), xtol=1e-12))

@@ -12,7 +12,7 @@ from ops.progress import say
 from ops.settings import Gate as GateSettings
 from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.evaluator import Evaluator, M
-from updater.gate.interim_analyses import spend
+from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.suites import Suite
 from updater.gate.verdict import Check, Verdict
 
@@ -60,7 +60,7 @@ def run_gate(
                 f"Ask it suites of its family (`load_suites(..., family={evaluator.family!r})`).",
             )
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
-    level = spend(settings.alpha, looks)
+    level = candidate_alpha(settings.alpha, looks)
     checks = evaluator.checks(candidate, asked, facts)
     early = len(checks)
     findings = Findings((), None)

@@ -10,7 +10,6 @@ import pytest
 from scipy import optimize, stats
 
 from updater.gate import statistics
-from updater.gate.interim_analyses import spend
 from updater.gate.resampling import bootstrap, stratified
 from updater.gate.statistics import (
     compare_accuracy,
@@ -211,23 +210,6 @@ def test_holm_controls_the_familywise_error() -> None:
     runs = 4000
     wrong = sum(any(holm(list(p), 0.05)[0]) for p in rng.random((runs, 6)))
     assert wrong / runs <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
-
-
-def test_all_looks_together_spend_alpha_and_no_more() -> None:
-    levels = [spend(0.05, looks) for looks in range(20_000)]
-    assert sum(levels) == pytest.approx(0.05, rel=1e-3)
-    assert sum(levels) < 0.05
-    assert levels[0] == pytest.approx(0.0304, abs=1e-4)
-    assert levels == sorted(levels, reverse=True)
-
-
-def test_trying_again_and_again_keeps_the_false_accept_rate() -> None:
-    """A candidate at the margin, judged 30 times on fresh data, slips in with at most alpha in all."""
-    rng = np.random.default_rng(9)
-    tries, runs = 30, 2000
-    levels = np.array([spend(0.05, k) for k in range(tries)])
-    slipped = (rng.random((runs, tries)) <= levels).any(axis=1).mean()
-    assert slipped <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / runs)
 
 
 def test_items_needed_matches_the_normal_formula() -> None:

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from updater.gate.interim_analyses import candidate_alpha, look, needed_items, next_look, spending
+
+
+def nominal(alpha: float, looks: list[int], needed: int) -> list[float]:
+    return [look(alpha, looks[:i], items, needed).level for i, items in enumerate(looks)]
+
+
+@pytest.mark.parametrize(
+    ("looks", "bounds"),
+    [
+        ([2, 4], [2.9626, 1.9686]),
+        ([1, 2, 3, 4], [4.3326, 2.9631, 2.3590, 2.0141]),
+        ([1, 2, 3, 4, 5], [4.8769, 3.3569, 2.6803, 2.2898, 2.0310]),
+    ],
+)
+def test_the_bounds_of_looks_are_the_published_ones(looks: list[int], bounds: list[float]) -> None:
+    """Lan and DeMets' function of O'Brien-Fleming type at 2.5%, equally spaced looks (as gsDesign tabulates them)."""
+    levels = nominal(0.025, looks, looks[-1])
+    assert stats.norm.isf(levels) == pytest.approx(bounds, abs=2e-4)
+
+
+def test_one_look_with_all_items_is_an_ordinary_test() -> None:
+    alone = look(0.03, [], 500, 500)
+    assert alone.level == pytest.approx(0.03, abs=1e-9)
+    assert (alone.number, alone.spent, alone.left, alone.next) == (1, pytest.approx(0.03), pytest.approx(0.0), None)
+    assert look(0.03, [], 900, 500).level == pytest.approx(0.03, abs=1e-9)
+
+
+def test_what_looks_spend_adds_up_to_the_candidates_share() -> None:
+    first = look(0.03, [], 250, 500)
+    assert first.spent == pytest.approx(spending(0.03, 0.5)) == pytest.approx(first.level)
+    assert first.left == pytest.approx(0.03 - first.spent)
+    last = look(0.03, [250, 375], 500, 500)
+    assert (last.number, last.spent, last.left) == (3, pytest.approx(0.03), pytest.approx(0.0))
+    assert 0.8 * 0.03 < last.level < 0.03
+
+
+def test_a_look_without_new_items_spends_nothing() -> None:
+    again = look(0.03, [250], 250, 500)
+    assert again.level == 0.0
+    assert again.spent == pytest.approx(spending(0.03, 0.5))
+
+
+def test_a_look_with_hardly_any_items_spends_nothing() -> None:
+    assert look(0.03, [], 10, 500).level == 0.0
+
+
+def test_a_candidate_is_asked_again_with_each_quarter_of_the_needed_items_and_given_up_after_all() -> None:
+    looks, items = [60], 60
+    while (following := next_look(items, 500)) is not None:
+        looks.append(following)
+        items = following
+    assert looks == [60, 185, 310, 435, 500]
+    assert next_look(501, 500) is None
+    assert next_look(1, 3) == 2
+
+
+def test_shares_of_all_candidates_together_stay_below_alpha() -> None:
+    shares = [candidate_alpha(0.05, k) for k in range(5000)]
+    assert sum(shares) < 0.05
+    assert sum(shares) == pytest.approx(0.05, rel=1e-3)
+    assert shares[0] == pytest.approx(0.05 * 6 / math.pi**2)
+    with pytest.raises(ValueError, match="candidates is -1"):
+        candidate_alpha(0.05, -1)
+
+
+def test_needed_items_follow_from_spread_power_and_what_is_to_be_seen() -> None:
+    wanted = needed_items(0.22, detect=0.03, alpha=0.03, power=0.8)
+    z = stats.norm.isf(0.03) + stats.norm.ppf(0.8)
+    assert wanted == math.ceil((z * 0.22 / 0.03) ** 2)
+    assert needed_items(0.22, detect=0.015, alpha=0.03, power=0.8) == pytest.approx(4 * wanted, abs=4)
+    assert needed_items(0.22, detect=0.03, alpha=0.003, power=0.8) > wanted
+    assert needed_items(0.22, detect=0.03, alpha=0.03, power=0.9) > wanted
+    assert needed_items(None, detect=0.03, alpha=0.03, power=0.8) > wanted  # the prior is on the safe side
+    assert needed_items(0.01, detect=0.03, alpha=0.03, power=0.8, fewest=50) == 50
+    assert needed_items(0.22, detect=0.001, alpha=0.03, power=0.8, fewest=50, most=2000) == 2000
+
+
+def test_bad_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match="0 items"):
+        look(0.03, [], 0, 500)
+    with pytest.raises(ValueError, match="of 0 needed"):
+        look(0.03, [], 10, 0)
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    """[runs, items] cumulated differences with mean 0 and deviation 1."""
+    return np.cumsum(np.random.default_rng(7).standard_normal((40_000, 100), dtype=np.float32), axis=1)
+
+
+def accepted(sums: np.ndarray, looks: list[int], levels: list[float], gain: float = 0.0) -> float:
+    z = np.stack([(sums[:, n - 1] + gain * n) / math.sqrt(n) for n in looks], axis=1)
+    return float((z >= stats.norm.isf(levels)).any(axis=1).mean())
+
+
+@pytest.mark.parametrize("looks", [[100], [25, 50, 75, 100], [10, 35, 60, 85, 100], [60, 85, 110], [98, 100]])
+def test_a_candidate_without_gain_passes_one_of_its_looks_with_at_most_its_share(
+    noise: np.ndarray, looks: list[int]
+) -> None:
+    looks = [min(n, 100) for n in looks]
+    rate = accepted(noise, looks, nominal(0.03, looks, 100))
+    assert rate <= 0.03 + 3 * math.sqrt(0.03 * 0.97 / len(noise))
+    assert rate >= 0.03 - 3 * math.sqrt(0.03 * 0.97 / len(noise)), "it is spent, too"
+
+
+@pytest.mark.parametrize("looks", [[100], [25, 50, 75, 100]])
+def test_a_gain_of_the_wanted_size_is_shown_with_the_wanted_power(noise: np.ndarray, looks: list[int]) -> None:
+    # so large that 100 items of deviation 1 are needed
+    gain = float(stats.norm.isf(0.03) + stats.norm.ppf(0.8)) / 10
+    assert needed_items(1.0, detect=gain * 1.000001, alpha=0.03, power=0.8) == 100
+    assert accepted(noise, looks, nominal(0.03, looks, 100), gain) == pytest.approx(0.8, abs=0.02)
+
+
+def test_looks_at_items_that_stay_the_same_are_tested_more_strictly_than_needed() -> None:
+    """A retention suite: the same answers at each look."""
+    z = np.random.default_rng(8).standard_normal(40_000)
+    levels = nominal(0.03, [25, 50, 75, 100], 100)
+    rate = float((z[:, None] >= stats.norm.isf(levels)).any(axis=1).mean())
+    assert rate < 0.03
+
+
+def test_over_many_candidates_the_chance_of_a_false_accept_stays_below_alpha() -> None:
+    """Forty candidates without gain one after the other, looked at up to four times each."""
+    rng = np.random.default_rng(9)
+    slipped = np.zeros(4000, dtype=bool)
+    for k in range(40):
+        levels = nominal(candidate_alpha(0.05, k), [25, 50, 75, 100], 100)
+        sums = np.cumsum(rng.standard_normal((4000, 4)), axis=1)
+        slipped |= (sums / np.sqrt(np.arange(1, 5)) >= stats.norm.isf(levels)).any(axis=1)
+    assert slipped.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
