@@ -14,6 +14,7 @@ from ops.ledger import VerdictRow
 from ops.settings import Gate
 from updater.best_releases import best_by_suite
 from updater.gate.decision import Findings, conclude
+from updater.gate.interim_analyses import LEAST_LEVEL
 
 TRIGGERS = 12
 """After so many the stream brings something else."""
@@ -136,12 +137,12 @@ class Stream:
         outcomes: list[str] = []
         for trigger in range(1, TRIGGERS + 1):
             self._arrive(lesson.domain)
-            look = self.schedule.next(len(self._fresh))
+            look = self.schedule.triggered(len(self._fresh))
             if look is None:
                 continue
             if candidate is None or self.schedule.kept is None:
                 candidate = self._candidate()
-            findings = self._ask(candidate, look.level)
+            findings = self._ask(candidate, max(look.level, LEAST_LEVEL))
             outcome, _ = conclude(findings, ())
             outcomes.append(outcome)
             released = outcome == "passed"

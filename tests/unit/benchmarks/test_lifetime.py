@@ -14,7 +14,7 @@ from benchmarks.lifetime.asking import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.command import Task, run
 from benchmarks.lifetime.moves import Moves
 from benchmarks.lifetime.outcomes import Source, read_sources
-from benchmarks.lifetime.schedule import Schedule
+from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import World, make_world
 from ops.errors import ConfigError
@@ -123,12 +123,29 @@ def test_suites_are_those_of_the_gate(world: World) -> None:
 
 
 def test_an_updater_that_waits_asks_when_there_are_the_items_that_a_gain_needs() -> None:
-    schedule = Schedule(SETTINGS, 0.03, waiting=True, spread=0.1)
+    schedule = Schedule(SETTINGS, 0.03, waiting=True)
     needed = schedule.needed
-    assert schedule.next(needed - 1) is None
-    assert (schedule.next(needed) or pytest.fail("no look")).level > 0.02
+    assert needed > 900 and schedule.triggered(100) is None
+    first = schedule.triggered(needed)
+    assert first is not None and first.level == pytest.approx(first.alpha) and first.next is None
+    assert [schedule.triggered(45 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
+
+
+def test_a_kept_candidate_is_asked_again_and_spends_once() -> None:
+    schedule = Schedule(SETTINGS, 0.03, waiting=True)
+    early = [schedule.triggered(200) for _ in range(PATIENCE)][-1]
+    assert early is not None and early.next is not None
+    schedule.looked(early, None, tested=True, released=False, again=True)
+    assert schedule.kept is early and schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
+    second = schedule.triggered(early.next)
+    assert second is not None and second.number == 2
+    schedule.looked(second, None, tested=True, released=False, again=False)
+    assert schedule.kept is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
     hasty = Schedule(SETTINGS, 0.03, waiting=False)
-    assert (hasty.next(10) or pytest.fail("no look")).items == 10
+    single = hasty.triggered(10)
+    assert single is not None and single.items == 10
+    hasty.looked(single, None, tested=True, released=True, again=False)
+    assert hasty.candidates == 0 and hasty.history == [single.alpha]
 
 
 def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -> None:
