@@ -59,7 +59,10 @@ def prepare_data(settings: Settings) -> Settings:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    updater = {"recipe": str(path), "reference": [folder], "min_new_samples": 1, "metrics_port": port}
+    updater = {
+        "recipe": str(path), "reference": [folder], "min_new_samples": 1, "metrics_port": port,
+        "wait_for_items": False,
+    }  # fmt: skip
     budget = dict.fromkeys(("gflops_per_day", "gflops_per_update", "seconds_per_update"), 1e15)
     return settings.model_copy(
         update={

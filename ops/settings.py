@@ -291,7 +291,13 @@ class Updater(Section):
     recipe: str = Field("default", description="Recipe of CLIP updates: a name or a YAML path.")
     vlm_recipe: str = Field("vlm-default", description="Recipe of VLM updates: a name or a YAML path.")
     min_new_samples: int = Field(256, ge=1, description="New train samples that trigger an update.")
-    max_wait_seconds: float = Field(3600.0, gt=0, description="Trigger with fewer samples after this long.")
+    max_wait_seconds: float = Field(
+        3600.0, gt=0, description="Trigger with fewer samples or fresh items after this long."
+    )
+    wait_for_items: bool = Field(
+        True,
+        description="Wait for the fresh items that show gate.detect; off: an update is judged once, by what there is.",
+    )
     draw: Draw = Field(
         "uniform",
         description="Which pending samples an update visits where it cannot visit all: drawn by chance, or the newest.",
@@ -330,7 +336,13 @@ class Gate(Section):
     """What a candidate has to prove."""
 
     suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
-    alpha: float = Field(0.05, gt=0, lt=0.5, description="Chance of a false accept, over all looks.")
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, description="Chance of a false accept before the next release, over all candidates."
+    )
+    detect: float = Field(
+        0.03, gt=0, lt=1, description="Gain that the gate is to see: updates wait for the fresh items that show it."
+    )
+    power: float = Field(0.8, ge=0.5, lt=1, description="Chance with which the gate sees a true gain of gate.detect.")
     margin: float = Field(0.05, gt=0, lt=1, description="Loss that a retention suite must exclude (0.05 = 5 points).")
     min_items: int = Field(
         50, ge=2, description="Fewer independent items (captions, images) than this are inconclusive."

@@ -14,6 +14,7 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from streams.store import SampleStore
+from updater import looks
 from updater.best_releases import best_releases
 from updater.gate import Verdict, run_gate, write_report
 from updater.gate.open import open_evaluator
@@ -70,7 +71,9 @@ def _gate(
     suites, fresh = update_suites(settings, store, update)
     names = [suite.name for suite in suites if suite.role == "retention"]
     best = best_releases(ledger, base.family, base.digest, names, update.incumbent)
-    if update.recipe.get("merge", {}).get("search"):
+    halved = bool(update.recipe.get("merge", {}).get("search"))
+    plan = looks.plan(settings.gate, ledger, base.family, update, halved=halved)
+    if halved:
         meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
     with open_evaluator(settings, base) as evaluator:
         if update.incumbent:
@@ -94,7 +97,7 @@ def _gate(
             suites=suites,
             fresh=fresh,
             best=best,
-            looks=ledger.looks_since_release(base.family),
+            plan=plan,
             settings=settings.gate,
             cost=update.cost,
             meta=meta,
@@ -102,7 +105,9 @@ def _gate(
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:
-    metrics.gate.decided(update.family, verdict.outcome, verdict.seconds, _gflops(verdict.summary(), update))
+    kept = verdict.outcome == "inconclusive" and verdict.look.next is not None
+    outcome = "kept" if kept else verdict.outcome
+    metrics.gate.decided(update.family, outcome, verdict.seconds, _gflops(verdict.summary(), update))
 
 
 def _gate_cost(ledger: Ledger, update: UpdateRow) -> dict[str, Any]:

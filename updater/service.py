@@ -1,5 +1,6 @@
 """The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
 
+           a candidate that was inconclusive is asked again as an update that is trained already (updater.looks)
 training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
            leaves for the next one (its memory), then the ledger
 trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
@@ -25,7 +26,7 @@ from ops.progress import say
 from ops.settings import Settings
 from serving.client import Client
 from streams.store import SampleStore
-from updater import triggers
+from updater import looks, triggers
 from updater.cost import StepUnaffordable
 from updater.exchange.importing import compare, is_import
 from updater.facts import Facts
@@ -39,7 +40,7 @@ from updater.recorded import fetch_recorded
 from updater.result import Limits, TrainResult, cost_of
 from updater.throttle import Throttle, latencies
 from updater.train import train
-from updater.triggers import Ready, Waiting
+from updater.triggers import Again, Ready, Waiting
 from updater.tuning import TuningScores
 
 
@@ -132,7 +133,7 @@ class UpdaterService:
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
                 return Outcome(None, ready.reason)
-            found = self._begin(recipe, ready)
+            found = self._ask_again(ready) if isinstance(ready, Again) else self._begin(recipe, ready)
         done = self._finish(found, family)
         return Outcome(done, done.error or done.state)
 
@@ -173,11 +174,35 @@ class UpdaterService:
             data_from=ready.data_from,
             data_to=ready.data_to,
             incumbent=ready.incumbent,
+            cost={looks.ONLY_LOOK: True} if ready.once else None,
         )
         self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
-        say(f"{update.id} begins: {ready.new_samples} new samples, recipe {recipe.name}")
+        say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
+        if ready.fresh.items < ready.fresh.needed:
+            wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
+            then = "" if ready.once else ": then it asks again when more fresh items are there"
+            say(f"{update.id}: the gate may not be able to show {wanted}{then}")
         for deletion in self.ledger.list_deletions_in(update.id, update.store_version):
             say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
+        return update
+
+    def _ask_again(self, again: Again) -> UpdateRow:
+        """Record the next look at a candidate that was inconclusive."""
+        last = again.kept.update
+        update = self.ledger.begin_update(
+            again.kept.next_id,
+            family=last.family,
+            recipe=last.recipe,
+            seed=last.seed,
+            store_version=again.store_version,
+            data_from=last.data_from,
+            data_to=last.data_to,
+            incumbent=last.incumbent,
+            adapter=last.adapter,
+            cost={**last.cost, looks.TRAINED_BY: looks.split_id(last.id)[0]},
+        )
+        self.store.pin(update.id, update.store_version)
+        say(f"{update.id}: {update.adapter} is asked again, {again.fresh}")
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:

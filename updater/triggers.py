@@ -1,4 +1,4 @@
-"""When an update begins, and on which data."""
+"""When an update begins, and on which data; and when a candidate is asked again."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ops.ledger.learning import FINISHED
 from ops.settings import Settings
 from streams.store import Having, SampleStore
 from updater.draw import HAVING
+from updater.fresh_items import FreshItems, fresh_items
+from updater.looks import Kept
 from updater.recipes import Family, Recipe
 
 HISTORY = 10_000
@@ -36,6 +38,20 @@ class Ready:
     previous: str | None
     """Id of the newest update, so that a repeated attempt on the same data gets an id of its own."""
     new_samples: int
+    fresh: FreshItems
+    """With fewer than needed the gate may not see a gain of ``gate.detect``."""
+    once: bool = False
+    """It is judged once, with the items that there are: an operator wants it now, or ``updater.wait_for_items`` is
+    off."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """A candidate that was inconclusive is asked again: enough fresh items have arrived."""
+
+    kept: Kept
+    store_version: int
+    fresh: FreshItems
 
 
 @dataclass(frozen=True)
@@ -47,15 +63,20 @@ class Waiting:
 
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
-) -> Ready | Waiting:
+) -> Ready | Again | Waiting:
     """Whether an update of the recipe's family begins.
 
     Data to learn is what the live adapter (beside a canary, the stable one) has not learned: everything after the
     update that made it that a family can learn from. The trigger counts only what came after the last finished update
     of this recipe, so that rejected data is not tried for ever. Only the family's own proposals are waited for.
 
+    It also waits for as many fresh items as the gate needs to show a gain of ``gate.detect``; when the oldest new
+    sample has waited for ``updater.max_wait_seconds``, it begins without them. While an inconclusive candidate is kept
+    for its next look nothing is trained, unless the stream brings new samples and no fresh ones. With
+    ``updater.wait_for_items`` off it waits for no items, and no candidate is kept.
+
     Args:
-        now: begin with a single new sample.
+        now: begin with a single new sample, whatever the gate can see, and instead of a candidate that is kept.
         retry: also when all of it was tried by this recipe before, or when a budget did not pay for a step of it.
     """
     family = recipe.family
@@ -68,24 +89,42 @@ def decide(
     data_from = learned(updates, incumbent)
     seen = data_from if retry else _later(data_from, _tried(updates, recipe))
     count = store.count(version=version, split="train", after=seen, having=HAVING[family])
+    fresh = fresh_items(
+        settings.gate,
+        ledger,
+        store,
+        updates,
+        family=family,
+        version=version,
+        data_from=data_from,
+        incumbent=incumbent,
+        halved=bool(recipe.merge.search),
+    )
     metrics.update.new_samples(family, count)
+    metrics.update.fresh_items(family, fresh.items, fresh.needed)
+    waits = settings.updater.wait_for_items and not (now or retry)
+    if fresh.kept is not None and waits:
+        if fresh.enough:
+            return Again(fresh.kept, version, fresh)
+        if not (_dried_up(settings, fresh) and count >= settings.updater.min_new_samples):
+            return Waiting(str(fresh))
     if count == 0:
         return Waiting("there are no new samples")
-    if not now and not retry and count < settings.updater.min_new_samples:
+    few = count < settings.updater.min_new_samples and not (now or retry)
+    if few or (waits and not fresh.enough):
         age = _oldest_seconds(store, version, seen, HAVING[family])
         if age < settings.updater.max_wait_seconds:
-            return Waiting(
-                f"{count} of {settings.updater.min_new_samples} new samples, the oldest waiting for {age:.0f} s"
-            )
+            missing = f"{count} of {settings.updater.min_new_samples} new samples" if few else str(fresh)
+            return Waiting(f"{missing}, the oldest sample waiting for {age:.0f} s")
     refused = None if retry else _unaffordable(settings, updates, recipe)
     if refused is not None:
         return Waiting(
             f"{refused.id} needed {refused.cost[NEEDED]:,.1f} MAF-GFLOPs for a single step, and an update may spend "
             f"{planned_gflops(settings):,.1f}: raise budget.gflops_per_update and gflops_per_day, or change the recipe"
         )
-    missing = missing_budget(settings, ledger)
-    if missing > 0:
-        return Waiting(f"the budget lacks {missing:,.0f} MAF-GFLOPs")
+    lacking = missing_budget(settings, ledger)
+    if lacking > 0:
+        return Waiting(f"the budget lacks {lacking:,.0f} MAF-GFLOPs")
     return Ready(
         store_version=version,
         data_from=data_from,
@@ -93,7 +132,37 @@ def decide(
         incumbent=incumbent,
         previous=updates[0].id if updates else None,
         new_samples=count,
+        fresh=fresh,
+        once=not waits,
     )
+
+
+def fresh_of(settings: Settings, ledger: Ledger, store: SampleStore, family: Family, *, halved: bool) -> FreshItems:
+    """The fresh items that a family's next update waits for, or a candidate of it that is kept.
+
+    Args:
+        halved: whether the recipe searches for a weight, on half of them.
+    """
+    updates = ledger.updates(HISTORY, family)
+    incumbent = incumbent_of(ledger, family)
+    return fresh_items(
+        settings.gate,
+        ledger,
+        store,
+        updates,
+        family=family,
+        version=store.version(),
+        data_from=learned(updates, incumbent),
+        incumbent=incumbent,
+        halved=halved,
+    )
+
+
+def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
+    """Whether no fresh item has come for long since a candidate was asked: there may be none any more."""
+    assert fresh.kept is not None
+    age = (datetime.now(UTC) - fresh.kept.verdict.created_at.astimezone(UTC)).total_seconds()
+    return fresh.items <= fresh.kept.seen and age >= settings.updater.max_wait_seconds
 
 
 def planned_gflops(settings: Settings) -> float:

@@ -19,7 +19,6 @@ from updater.gate import Suite, fresh_suites, load_suites
 from updater.gate.held_out import WORDS, HeldOut
 from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
 from updater.gate.open import open_evaluator
-from updater.gate.suite_items import Half
 from updater.learner import Base
 from updater.recipes import Family
 
@@ -48,15 +47,8 @@ def _memory_suites(held_out: HeldOut, fresh: pa.Table, family: Family, min_units
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
-    """The suites that a search may look at: those of which both halves have items enough to say something.
-
-    A suite that is too small to be divided stays whole for the gate.
-    """
-    few = max(min_items, 2)
-    for suite in suites:
-        suite.items()  # read once: both halves are made of it
-    halves: tuple[Half, Half] = ("tuning", "hidden")
-    return [suite for suite in suites if all(len(suite.half(half).items()) >= few for half in halves)]
+    """The suites that a search may look at: those of which both halves have items enough to say something."""
+    return [suite for suite in suites if suite.divisible(min_items)]
 
 
 class TuningScores:

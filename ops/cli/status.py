@@ -18,7 +18,7 @@ from rich.text import Text
 from ops.cli import context as ctx
 from ops.cli.releases import adapters
 from ops.errors import RatchetError
-from ops.ledger import Ledger, UpdateRow, answers
+from ops.ledger import Ledger, UpdateRow, VerdictRow, answers
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 
@@ -57,16 +57,18 @@ def status(
 def collect(settings: Settings) -> dict[str, Any]:
     """The facts behind the screen, from the ledger, the sample store and the server's health."""
     from streams.store import SampleStore
+    from updater.learning_state import learning_states
 
-    ledger = Ledger.open(settings.ledger)
+    ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
     capacity = settings.budget.gflops_per_day
-    stream = stream_state(settings, SampleStore(settings.lake), ledger)
+    stream = stream_state(settings, store, ledger)
     facts: dict[str, Any] = {
         "live": ledger.live(),
         "releases": ledger.releases(5),
         "held": ledger.held(),
         "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
         "visits": {each.id: visits(each) for each in ledger.updates(5)},
+        "learning": {family: state.facts() for family, state in learning_states(settings, ledger, store).items()},
         "proposals": ledger.pending_proposals(),
         "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
         "budget_capacity": capacity,
@@ -240,9 +242,19 @@ def _learning(facts: dict[str, Any]) -> Panel:
     bar = "█" * max(0, round(share * 20))
     running = [update for update, _ in facts["updates"] if update.state in ("training", "trained", "gated")]
     state = f"update {running[0].id[:12]} {running[0].state}" if running else "waiting for data or budget"
-    return Panel(
-        f"{state}\nbudget {bar:<20} {share:.0%}\n{facts['budget_level']:,.0f} MAF-GFLOPs left", title="learning"
-    )
+    lines = [state, f"budget {bar:<20} {share:.0%}", f"{facts['budget_level']:,.0f} MAF-GFLOPs left"]
+    lines += [learning_line(family, told) for family, told in facts["learning"].items()]
+    return Panel(Text("\n".join(lines)), title="learning")
+
+
+def learning_line(family: str, told: dict[str, Any]) -> str:
+    """Fresh items and alpha of one model, and the candidate that waits for more of them."""
+    line = f"{family}: {told['fresh_items']:,} of {told['fresh_items_needed']:,} fresh items"
+    left = told["alpha"] - told["alpha_spent"]
+    line += f"\n  alpha {told['alpha']:g}: {told['alpha_spent']:.2g} spent since the last release, {left:.2g} left"
+    if (kept := told["kept"]) is not None:
+        line += f"\n  {kept['adapter']}: {kept['looks']} looks, the next with {kept['asked_again_with']:,} fresh items"
+    return line
 
 
 def _parts(parts: Supervisor) -> Panel:
@@ -264,11 +276,26 @@ def _updates(facts: dict[str, Any]) -> Table:
         outcome = verdict.outcome if verdict else "-"
         table.add_row(
             Text(f"{update.id}\n{update.adapter or '-'}"), str(update.recipe.get("name", "")), update.state,
-            Text(outcome, COLOURS.get(outcome, "")), f"{update.cost.get('gflops_spent', 0):,.0f}",
+            Text(_look_of(verdict) or outcome, COLOURS.get(outcome, "")), _spent(update),
             f"{update.cost.get('visited', 0):,}", f"{update.cost.get('passed_over', 0):,}",
             f"{update.created_at:%m-%d %H:%M}",
         )  # fmt: skip
     return table
+
+
+def _look_of(verdict: VerdictRow | None) -> str:
+    """The outcome, which look it is of those that were made, and what it spent of what its candidate may spend."""
+    look = verdict.summary.get("look") if verdict else None
+    if verdict is None or look is None:
+        return ""
+    if not look["made"]:
+        return f"{verdict.outcome}\nno look: nothing spent"
+    return f"{verdict.outcome}\nlook {look['number']}: {look['spent']:.2g} of {look['alpha']:.2g} spent"
+
+
+def _spent(update: UpdateRow) -> str:
+    """Compute; a further look at a candidate was not trained again."""
+    return "-" if "trained_by" in update.cost else f"{update.cost.get('gflops_spent', 0):,.0f}"
 
 
 def _releases(facts: dict[str, Any]) -> Table:

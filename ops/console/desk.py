@@ -15,18 +15,19 @@ import pyarrow as pa
 from ops.access import Access
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError, RecordError
-from ops.ledger import Ledger, ReleaseRow
+from ops.ledger import Family, Ledger, ReleaseRow
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from serving.client import Client, ServerError
 from streams.images import decode_image
 from streams.store import SampleStore
+from updater.learning_state import LearningState, learning_states
 
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0
 """Facts that many viewers poll are asked for once in so long, however many look."""
 STREAM_SECONDS = 5.0
-"""The same for the stream, where gaps are looked for in the whole store."""
+"""The same for the stream, where gaps are looked for in the whole store, and for the items that the gate could ask."""
 PATIENCE_SECONDS = 5.0
 """How long a page waits for the server before it shows what it can without."""
 ACTION_SECONDS = 900.0
@@ -169,6 +170,10 @@ class Desk:
     def stream(self) -> StreamState:
         """How the stream stands."""
         return self.kept("stream", lambda: stream_state(self.settings, self.store, self.ledger), STREAM_SECONDS)
+
+    def learning(self) -> dict[Family, LearningState]:
+        """Fresh items and alpha of each model."""
+        return self.kept("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
 
     def live(self) -> ReleaseRow | None:
         """The live release, as the ledger has it."""

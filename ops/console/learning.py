@@ -26,14 +26,30 @@ class Lesson:
         return self.update.state in RUNNING
 
     @property
+    def again(self) -> bool:
+        """Whether it is a further look at a candidate that an earlier update trained."""
+        return "trained_by" in self.update.cost
+
+    @property
     def train_gflops(self) -> float:
-        """Memory-adjusted compute of training."""
+        """Memory-adjusted compute of training; none for a further look at a candidate that was trained before."""
+        if self.again:
+            return 0.0
         return float(self.update.cost.get("gflops_spent") or 0.0)
 
     @property
     def gate_gflops(self) -> float:
         """Compute of judging it."""
         return float(self.update.cost.get("gate_gflops") or 0.0)
+
+    @property
+    def look(self) -> str:
+        """Which look at the candidate it was, and what that spent; empty where nothing was spent."""
+        look = self.verdict.summary.get("look") if self.verdict else None
+        if look is None or not look["made"]:
+            return ""
+        items = f"{look['items']:,} of {look['needed']:,} items"
+        return f"number {look['number']} with {items}, {look['spent']:.2g} of {look['alpha']:.2g} spent"
 
     @property
     def best_gain(self) -> tuple[str, float] | None:

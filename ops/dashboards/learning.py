@@ -58,6 +58,18 @@ def dashboard() -> make.Dashboard:
     )  # fmt: skip
     row(
         board,
+        "Before the gate",
+        lines(
+            "Fresh items", "Independent samples that were kept out of training, since the live release's data, and "
+            "those that the gate needs to show a gain of `gate.detect`. An update, or a candidate that was "
+            "inconclusive, waits for them.", "short",
+            ("max by (family) (ratchet_update_fresh_items)", "there {{family}}"),
+            ("max by (family) (ratchet_update_needed_items)", "needed {{family}}"), stairs=True, least=0,
+            width=24,
+        ),
+    )  # fmt: skip
+    row(
+        board,
         "Over releases",
         lines(
             "Gain of the live release", "Stairs that go up: each release knows more of the new data than the base. The "

@@ -92,11 +92,14 @@ class LearningQueries:
         data_to: dict[str, int],
         incumbent: str | None,
         adapter: str | None = None,
+        cost: dict[str, Any] | None = None,
     ) -> UpdateRow:
         """Record that an update started; the same id again returns what is there.
 
         Args:
-            adapter: one that was trained elsewhere and is in the ledger: there is nothing to train, only to judge.
+            adapter: one that is in the ledger already, from elsewhere or from an earlier update: there is nothing to
+                train, only to judge.
+            cost: what was spent on it before.
         """
         with self.database.write() as session:
             row = session.get(t.Update, update_id)
@@ -104,7 +107,7 @@ class LearningQueries:
                 row = t.Update(
                     id=update_id, family=family, state="trained" if adapter else "training", recipe=recipe, seed=seed,
                     store_version=store_version, data_from=data_from, data_to=data_to, incumbent=incumbent,
-                    adapter=adapter,
+                    adapter=adapter, cost=cost or {},
                 )  # fmt: skip
                 session.add(row)
                 session.flush()
@@ -210,6 +213,13 @@ class LearningQueries:
             row = session.scalars(select(t.Verdict).where(t.Verdict.update_id == update_id)).first()
             return None if row is None else as_row(VerdictRow, row)
 
+    def verdicts_of(self, family: str, limit: int = 50) -> list[VerdictRow]:
+        """The newest verdicts of a family, newest first."""
+        query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id).where(t.Update.family == family)
+        with self.database.read() as session:
+            rows = session.scalars(query.order_by(t.Verdict.id.desc()).limit(limit))
+            return [as_row(VerdictRow, row) for row in rows]
+
     def verdict_on(self, adapter: str) -> VerdictRow | None:
         """The newest verdict on an adapter, if anybody judged it."""
         query = select(t.Verdict).where(t.Verdict.adapter == adapter).order_by(t.Verdict.id.desc()).limit(1)
@@ -233,9 +243,9 @@ class LearningQueries:
         with self.database.read() as session:
             return [as_row(VerdictRow, row) for row in session.scalars(query)]
 
-    def looks_since_release(self, family: str) -> int:
-        """Verdicts of a family since the last released update that spent alpha. Those of earlier versions of Ratchet do
-        not say whether they did, and count.
+    def looks_since_release(self, family: str) -> list[VerdictRow]:
+        """Verdicts of a family since the last released update that spent alpha, oldest first. Those of earlier versions
+        of Ratchet do not say whether they did, and count.
         """
         last = (
             select(func.max(t.Verdict.id))
@@ -243,11 +253,12 @@ class LearningQueries:
             .join(t.Update, t.Update.id == t.Verdict.update_id)
             .where(t.Proposal.state == "committed", t.Update.family == family)
         )
+        spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
         with self.database.read() as session:
             since = session.scalar(last) or 0
-            query = select(func.count()).select_from(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
-            spent = func.coalesce(t.Verdict.summary["spent"].as_boolean(), true())
-            return session.scalar(query.where(t.Verdict.id > since, t.Update.family == family, spent)) or 0
+            query = select(t.Verdict).join(t.Update, t.Update.id == t.Verdict.update_id)
+            query = query.where(t.Verdict.id > since, t.Update.family == family, spent).order_by(t.Verdict.id)
+            return [as_row(VerdictRow, row) for row in session.scalars(query)]
 
 
 def _update(session: Session, update_id: str) -> t.Update:

@@ -96,6 +96,10 @@ DOUBLES_SETTLED = Counter(
 # -- learning -------------------------------------------------------------------------------------------------------
 UPDATE_STATE = Gauge("ratchet_update_state", "What the trainer does now: 1 for one state, else 0.", ["family", "state"])
 UPDATE_WAITING = Gauge("ratchet_update_new_samples", "Train samples that no update has learned or tried.", ["family"])
+UPDATE_FRESH = Gauge("ratchet_update_fresh_items", "Independent fresh items that the gate could ask now.", ["family"])
+UPDATE_FRESH_NEEDED = Gauge(
+    "ratchet_update_needed_items", "Those that it needs to show a gain of gate.detect.", ["family"]
+)
 UPDATE_STEPS = Counter("ratchet_update_steps_total", "Training steps done.", ["family"])
 UPDATE_LOSS = Gauge("ratchet_update_loss", "Loss of the last step.", ["family", "term"])
 UPDATE_SECONDS = Histogram("ratchet_update_seconds", "Time to train one update.", ["family"], buckets=LONG_SECONDS)
@@ -110,7 +114,9 @@ BUDGET_LEVEL = Gauge("ratchet_budget_level_flops", "Memory-adjusted FLOPs left i
 BUDGET_SIZE = Gauge("ratchet_budget_size_flops", "Memory-adjusted FLOPs that the bucket holds: a day's refill.")
 BUDGET_UPDATE = Gauge("ratchet_budget_update_flops", "Memory-adjusted FLOPs that the bucket must hold for an update.")
 BUDGET_SPENT = Counter("ratchet_budget_spent_flops_total", "Memory-adjusted FLOPs spent.", ["purpose"])
-GATE_VERDICTS = Counter("ratchet_gate_verdicts_total", "Verdicts of the gate.", ["family", "outcome"])
+GATE_VERDICTS = Counter(
+    "ratchet_gate_verdicts_total", "Verdicts of the gate; `kept`: inconclusive, and asked again.", ["family", "outcome"]
+)
 GATE_LAST = Gauge(
     "ratchet_gate_last_verdict_timestamp_seconds", "When a verdict fell last; absent before the first.",
     ["family", "outcome"],
@@ -272,7 +278,7 @@ for _family in ("clip", "vlm"):
     GATE_SECONDS.labels(_family)
     for _state in ("done", "failed", "abandoned"):
         UPDATES.labels(_family, _state)
-    for _outcome in ("passed", "rejected", "inconclusive"):
+    for _outcome in ("passed", "rejected", "inconclusive", "kept"):
         GATE_VERDICTS.labels(_family, _outcome)
 for _purpose in ("train", "gate"):
     BUDGET_SPENT.labels(_purpose)

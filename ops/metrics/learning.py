@@ -27,6 +27,12 @@ class update:
         d.UPDATE_WAITING.labels(family).set(count)
 
     @staticmethod
+    def fresh_items(family: str, items: int, needed: int) -> None:
+        """So many independent fresh items could be asked, of those that the gate needs."""
+        d.UPDATE_FRESH.labels(family).set(items)
+        d.UPDATE_FRESH_NEEDED.labels(family).set(needed)
+
+    @staticmethod
     def stepped(family: str, losses: Mapping[str, float]) -> None:
         """One training step was done."""
         d.UPDATE_STEPS.labels(family).inc()
@@ -80,7 +86,8 @@ class gate:
 
     @staticmethod
     def decided(family: str, outcome: str, seconds: float, spent: float) -> None:
-        """A verdict fell; what its forward passes cost."""
+        """A verdict fell; what its forward passes cost. ``kept``: it was inconclusive, and the candidate is asked
+        again."""
         d.GATE_VERDICTS.labels(family, outcome).inc()
         d.GATE_SECONDS.labels(family).observe(seconds)
         d.BUDGET_SPENT.labels("gate").inc(spent * GIGA)

@@ -113,7 +113,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
                     "reference": [str(home / "data" / "old")],
                     "threads": 1,
                 },
-                "gate": {"suites": [str(home / "suites")]},
+                "gate": {"suites": [str(home / "suites")], "detect": 0.2},
                 "watch": {"seconds": 1.0},
                 # What comes again is answered from the cache: compared at once or never. This update changes much, and
                 # the guard would take it back.

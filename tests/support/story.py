@@ -15,6 +15,7 @@ from serving.releases.guard import look
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
+from updater.gate.interim_analyses import Plan
 from updater.gate.report import write_report
 from updater.gate.verdict import Check, Verdict, Worse
 
@@ -44,8 +45,8 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
     outcome, reasons = conclude(findings, checks)
     return Verdict(
         outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=findings.results,
-        gain=findings.gain, checks=checks, alpha=0.05, level=0.03, looks=0, seconds=12.5,
-        created_at="2026-01-01T00:00:00+00:00",
+        gain=findings.gain, checks=checks, alpha=0.05,
+        look=Plan(0.03, 300).look(300), candidates=0, fresh=300, seconds=12.5, created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
     )  # fmt: skip
 

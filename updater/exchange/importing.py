@@ -21,6 +21,7 @@ from updater import triggers
 from updater.exchange.peft_files import convert, named
 from updater.families import FAMILIES, family_base, spaces_of
 from updater.learner import Base
+from updater.looks import ONLY_LOOK
 from updater.recipes import Family
 
 IMPORTED: Final = "imported"
@@ -87,6 +88,7 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
             seed=0,
             data_to={},
             adapter=name,
+            cost={ONLY_LOOK: True},
             **_comparison(ledger, SampleStore(settings.lake), family),
         )
         return Import(update, known=False)

@@ -19,6 +19,7 @@ from streams.store import SampleStore
 from updater.draw import HAVING
 from updater.gate.fresh import fresh_suites
 from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.interim_analyses import Plan
 from updater.gate.open import open_evaluator
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
@@ -78,7 +79,7 @@ def gate_command(
             incumbent=before,
             suites=asked,
             fresh=fresh,
-            looks=0,
+            plan=Plan.alone(settings.gate.alpha),
             settings=settings.gate,
             meta=meta,
         )

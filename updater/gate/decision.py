@@ -325,6 +325,8 @@ def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float,
         margin=margin,
         alpha=level,
         method=statistic.method,
+        spread=statistic.unit_spread,
+        recall_spread=metric.unit_spread,
     )
 
 

@@ -44,10 +44,10 @@ def fresh_suites(
     images: Images | None = None,
 ) -> list[Suite]:
     """One gain suite for each domain that asks at least `min_items` fresh captions (or images with questions), the
-    largest `most` of them.
+    largest `most` of them, and one over the rest, if it asks as many.
 
-    If no domain has enough, one suite over all rows together; none if there are no rows. Images are read of none but
-    the items that are drawn.
+    If no domain has enough, one suite over all rows together; none if there are no rows. So hardly any row is left
+    out, and with a further row there are not fewer items. Images are read of none but the items that are drawn.
 
     Args:
         limit: items of a suite.
@@ -56,13 +56,16 @@ def fresh_suites(
     images = images or TableImages(rows)
     found = items_by_domain(rows, family, images)
     suites: list[Suite] = []
+    asked: set[str] = set()
     for domain in sorted(found, key=lambda domain: (-len(found[domain]), domain)):
         if len(found[domain]) < min_items or len(suites) == most:
             break
-        if domain:
-            suite = _suite(found[domain], domain, family, limit, 0, images)
-            suites += [suite] if units(suite.items(), family) >= min_items else []
-    suites = suites or [_suite(_all(found), None, family, limit, 0, images)]
+        suite = _suite(found[domain], domain, family, limit, 0, images)
+        if domain and suite.units() >= min_items:
+            suites.append(suite)
+            asked.add(domain)
+    rest = _suite(_all({d: items for d, items in found.items() if d not in asked}), None, family, limit, 0, images)
+    suites += [rest] if not suites or rest.units() >= min_items else []
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 

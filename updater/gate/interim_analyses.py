@@ -27,8 +27,11 @@ from scipy import optimize, stats
 
 from updater.gate.statistics import items_needed
 
-PRIOR_SPREAD = 0.35
-"""Standard deviation of one item's difference, as long as no verdict has one."""
+PRIOR_SPREAD = 0.25
+"""Standard deviation of one item's difference, as long as no verdict has one. On the safe side: of the hits of gentle
+updates it is 0.1 to 0.24 (docs/benchmarks/gate), and the rank statistic sees as much with fewer items."""
+RANK_EFFICIENCY = 2.6
+"""A test on 1/log2(2 + rank) sees with one item what one on hits sees with so many."""
 LOOKS = 4
 """An inconclusive candidate is asked again with each further quarter of the needed items."""
 LEAST_LEVEL = 1e-9
@@ -53,8 +56,10 @@ class Look:
     """What all looks at this candidate may spend together."""
     level: float
     """Of each test of this look: p values up to it are significant."""
+    before: float
+    """Spent by the looks before it."""
     spent: float
-    """By the looks so far, this one included."""
+    """Spent with this one."""
 
     @property
     def left(self) -> float:
@@ -65,6 +70,32 @@ class Look:
     def next(self) -> int | None:
         """Items with which the candidate is asked again if it is inconclusive; None after the last look."""
         return next_look(self.items, self.needed)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is settled about a candidate before its answers are looked at."""
+
+    alpha: float
+    """What all looks at it may spend together."""
+    needed: int
+    """Independent items of its last look."""
+    tested: tuple[int, ...] = ()
+    """Items of the looks that were made."""
+    candidates: int = 0
+    """Others that were looked at since the last release, before it."""
+    only: bool = False
+    """It is looked at once, with the items that there are."""
+
+    @classmethod
+    def alone(cls, alpha: float) -> Plan:
+        """The only look at the first candidate after a release."""
+        return cls(candidate_alpha(alpha, 0), 1, only=True)
+
+    def look(self, items: int) -> Look:
+        """The next look, with so many items."""
+        items = max(1, items)
+        return look(self.alpha, self.tested, items, items if self.only else self.needed)
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
@@ -79,18 +110,25 @@ def candidate_alpha(alpha: float, candidates: int) -> float:
     return alpha * 6.0 / (math.pi**2 * (candidates + 1) ** 2)
 
 
+def alpha_left(alpha: float, candidates: int) -> float:
+    """What is left for further candidates when so many have taken their shares since the last release."""
+    return alpha - sum(candidate_alpha(alpha, k) for k in range(candidates))
+
+
 def needed_items(
     spread: float | None, *, detect: float, alpha: float, power: float, fewest: int = 1, most: int | None = None
 ) -> int:
     """Items with which one look at `alpha` shows a true gain of `detect` with the chance `power`.
 
     Args:
-        spread: standard deviation of one item's difference; None: PRIOR_SPREAD.
+        spread: standard deviation of one item's difference; None: PRIOR_SPREAD. At least that of a gain of `detect`
+            without any loss is taken, a variance of d (1 - d) in hits: earlier candidates may have changed less.
         alpha: what the candidate may spend (:func:`candidate_alpha`).
         fewest: items that a test asks for at least.
         most: items that the gate can ask at most; more are not waited for.
     """
-    wanted = max(fewest, items_needed(PRIOR_SPREAD if spread is None else spread, detect, alpha, power))
+    least = math.sqrt(detect * (1.0 - detect) / RANK_EFFICIENCY)
+    wanted = max(fewest, items_needed(max(PRIOR_SPREAD if spread is None else spread, least), detect, alpha, power))
     return wanted if most is None else min(wanted, max(most, fewest))
 
 
@@ -124,8 +162,8 @@ def look(alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
     if min(items, needed, *tested) < 1:
         raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
     levels = _levels(alpha, [*tested, items], needed)
-    spent = spending(alpha, max([*tested, items]) / needed)
-    return Look(len(tested) + 1, items, needed, alpha, levels[-1], spent)
+    before, spent = (spending(alpha, max([0, *made]) / needed) for made in (tested, [*tested, items]))
+    return Look(len(tested) + 1, items, needed, alpha, levels[-1], before, spent)
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:

@@ -15,7 +15,7 @@ from updater.gate.verdict import Verdict, jsonable
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
-NO_LOOK = "none: it could not have passed, and spends no alpha"
+NO_LOOK = "none: it could not have passed, and spent no alpha"
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -80,7 +80,7 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     rows = []
     for key, value in report["cost"].items():
-        if isinstance(value, (dict, list)) or value is None:
+        if isinstance(value, (dict, list, bool)) or value is None:
             continue
         if key.endswith("_bytes") and isinstance(value, (int, float)):
             value = f"{value / 1e6:,.0f} MB" if value >= 1e6 else f"{value / 1e3:,.1f} kB"
@@ -94,13 +94,11 @@ def _cost(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of the facts table: who was judged, against whom, on what data and at which level."""
     meta = dict(report["meta"])
-    looks = report["looks"]
     rows = [
         ("Candidate", report["candidate"]),
         ("Incumbent", report["incumbent"] or "the base alone"),
         ("Base", f"{report['base']} ({str(meta.pop('base_digest', ''))[:12]})"),
-        ("Significance", f"α = {report['alpha']:g} over all looks; {report['level']:.4f} for this one"),
-        ("Look", f"number {looks + 1} since the last release" if report.get("spent", True) else NO_LOOK),
+        *(_look(report["look"], report["alpha"]) if "look" in report else ()),  # not in reports of earlier versions
         ("Time", report["created_at"]),
     ]
     if (crossing := report.get("cross_version")) is not None:
@@ -109,6 +107,20 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     for key, value in meta.items():
         rows.append((key.replace("_", " ").capitalize(), _value(value)))
     return rows
+
+
+def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
+    """Rows about alpha, and about what comes next."""
+    before, left = look["candidates"], look["left_for_others"]
+    made = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
+    following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
+    return [
+        ("Look", f"{made}; {look['items']:,} of {look['needed']:,} independent items of new data"),
+        ("Level of this look", f"{look['level']:.2g}"),
+        ("Spent on this candidate", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
+        ("Next look", following),
+        ("Before the next release", f"α = {alpha:g}; candidate {before + 1}, {left:.2g} left for later ones"),
+    ]
 
 
 def _crossing(crossing: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from ops.progress import say
 from ops.settings import Gate as GateSettings
 from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.evaluator import Evaluator, M
-from updater.gate.interim_analyses import candidate_alpha
+from updater.gate.interim_analyses import LEAST_LEVEL, Plan
 from updater.gate.suites import Suite
 from updater.gate.verdict import Check, Verdict
 
@@ -24,7 +24,7 @@ def run_gate(
     incumbent: str | None,
     suites: Sequence[Suite],
     fresh: Suite | Sequence[Suite],
-    looks: int,
+    plan: Plan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
     cost: Mapping[str, Any] | None = None,
@@ -38,7 +38,7 @@ def run_gate(
         incumbent: adapter of the live release; None is the base alone.
         suites: retention suites, and gain suites of the user, all of the evaluator's family.
         fresh: gain suite(s) from `fresh_eval`, see `fresh_suites`.
-        looks: verdicts since the last release that spent alpha (`Ledger.looks_since_release`).
+        plan: what the looks at this candidate may spend, and those that were made; `Plan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
             whose best is the incumbent, is compared with incumbent and base.
         settings: alpha, default margin and min_items.
@@ -60,7 +60,8 @@ def run_gate(
                 f"Ask it suites of its family (`load_suites(..., family={evaluator.family!r})`).",
             )
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
-    level = candidate_alpha(settings.alpha, looks)
+    look = plan.look(sum(suite.units() for suite in asked if suite.role == "gain"))
+    level = max(look.level, LEAST_LEVEL)
     checks = evaluator.checks(candidate, asked, facts)
     early = len(checks)
     findings = Findings((), None)
@@ -84,8 +85,9 @@ def run_gate(
         spent=sound and findings.tested,
         checks=tuple(checks),
         alpha=settings.alpha,
-        level=level,
-        looks=looks,
+        look=look,
+        candidates=plan.candidates,
+        fresh=sum(suite.units() for suite in asked[len(suites) :]),
         seconds=time.monotonic() - started,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cost=dict(cost or {}),

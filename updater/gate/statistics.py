@@ -64,6 +64,11 @@ class Comparison:
     resample: Callable[[], Bootstrap]
     """Its bootstrap distribution, to be pooled with others."""
 
+    @property
+    def unit_spread(self) -> float:
+        """Standard deviation of one independent unit's difference."""
+        return self.spread * math.sqrt(self.units / self.n)
+
     def needed(self, level: float, power: float = 0.8) -> int:
         """Items with which non-inferiority would be shown at `level` with `power` if nothing had changed."""
         return items_needed(self.spread, self.margin, level, power)
@@ -247,7 +252,9 @@ def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:
 
 @lru_cache(maxsize=64)
 def _draws(level: float) -> int:
-    """Enough draws that 25 of them lie beyond `level`."""
+    """Enough draws that 25 of them lie beyond `level`; the least, where no number that is affordable would reach it."""
+    if level * MAX_RESAMPLES < 1.0:
+        return RESAMPLES
     return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(25.0 / level))))
 
 

@@ -133,6 +133,12 @@ class Suite(BaseModel):
         """Where scores of this suite may be kept, if it belongs to a home folder."""
         return self._home / "cache" / "gate" if self._home else None
 
+    def divisible(self, min_items: int) -> bool:
+        """Whether both halves have items enough to say something; else the suite stays whole for the gate."""
+        halves: tuple[Half, Half] = ("tuning", "hidden")
+        self.items()  # read once: both halves are made of it
+        return all(len(self.half(half).items()) >= max(min_items, 2) for half in halves)
+
     def half(self, half: Half) -> Suite:
         """The same suite over its tuning half or its hidden half: by hash of the concept, so both are stable."""
         suite = self.model_copy()
@@ -170,6 +176,11 @@ class Suite(BaseModel):
         if self.task == "classification":
             return None
         return (image_clusters if self.task == "vqa" else caption_clusters)(self.items())
+
+    def units(self) -> int:
+        """Clusters, or items where each counts by itself: what is independent."""
+        clusters = self.clusters()
+        return len(self.items()) if clusters is None else len(np.unique(clusters))
 
     def _image_digests(self) -> list[str]:
         return [digest_bytes(_bytes(self, item)) for item in self.items()]

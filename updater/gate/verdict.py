@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from updater.gate.interim_analyses import Look, alpha_left
+
 Outcome = Literal["passed", "rejected", "inconclusive"]
 Decision = Literal["passed", "failed", "inconclusive"]
 
@@ -83,13 +85,18 @@ class PooledGain:
     """The metric that users see; a loss of `margin` must be excluded."""
     margin: float
     alpha: float
-    """The level of both tests: this look's share of alpha."""
+    """The level of both tests: that of the look."""
     method: str
+    spread: float
+    """Standard deviation of one unit's difference of the statistic."""
+    recall_spread: float
+    """The same of `recall`."""
 
     def summary(self) -> dict[str, Any]:
         """What the ledger keeps."""
         return {
             "decision": self.decision, "units": self.units, "strata": self.strata, "margin": self.margin,
+            "spread": self.spread, "recall_spread": self.recall_spread,
             "statistic": asdict(self.statistic), "recall": asdict(self.recall),
         }  # fmt: skip
 
@@ -124,7 +131,7 @@ class SuiteResult:
     p_incumbent: float
     p_base: float
     alpha: float
-    """The level this suite was tested at: this look's share of alpha; in a gain suite after Holm."""
+    """The level this suite was tested at: that of the look; in a gain suite after Holm."""
     margin: float
     """Of a gain suite the default one, for its `recall`."""
     decision: Decision
@@ -201,10 +208,12 @@ class Verdict:
     suites: tuple[SuiteResult, ...]
     checks: tuple[Check, ...]
     alpha: float
-    level: float
-    """This look's share of alpha."""
-    looks: int
-    """Verdicts since the last release that spent alpha, this one not counted."""
+    look: Look
+    """Which look at the candidate this is, its level, and what looks have spent and may still spend."""
+    candidates: int
+    """Others that were looked at since the last release, before this one."""
+    fresh: int
+    """Independent items of the look that are new samples; others are of gain suites of the user."""
     seconds: float
     created_at: str
     cost: dict[str, Any] = field(default_factory=dict)
@@ -214,8 +223,8 @@ class Verdict:
     gain: PooledGain | None = None
     """The test over all gain suites; None where there is none, or nothing was scored."""
     spent: bool = True
-    """Whether this verdict spent its share of alpha: it could have passed by its tests. False where a check that looks
-    at no answers failed, or there were too few items for a test that a pass needs."""
+    """Whether the look was made, and spent its part of alpha: it could have passed by its tests. False where a check
+    that looks at no answers failed, or there were too few items for a test that a pass needs."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -229,9 +238,19 @@ class Verdict:
         kept = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
         return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
+    def look_summary(self) -> dict[str, Any]:
+        """The look, and what follows from it. Where it was not made it has spent nothing."""
+        spent = self.look.spent if self.spent else self.look.before
+        taken = self.candidates + (self.spent or self.look.number > 1)
+        return {
+            **asdict(self.look), "spent": spent, "left": self.look.alpha - spent, "next": self.look.next,
+            "fresh": self.fresh, "candidates": self.candidates, "made": self.spent,
+            "left_for_others": alpha_left(self.alpha, taken),
+        }  # fmt: skip
+
     def to_json(self) -> dict[str, Any]:
         """Everything, as JSON values (NaN and infinity become None: JSON has no words for them)."""
-        value = jsonable(asdict(self))
+        value = jsonable({**asdict(self), "look": self.look_summary()})
         value["caught_by"] = list(self.caught_by)
         assert isinstance(value, dict)
         return value
@@ -264,8 +283,7 @@ class Verdict:
                 "reasons": list(self.reasons),
                 "caught_by": list(self.caught_by),
                 "alpha": self.alpha,
-                "level": self.level,
-                "looks": self.looks,
+                "look": self.look_summary(),
                 "spent": self.spent,
                 "seconds": self.seconds,
                 "suites": suites,

@@ -88,4 +88,5 @@ def _checked(update_id: str) -> str:
 
 def _facts(at: Visit) -> dict[str, Any]:
     learned = lessons(at.desk.ledger, limit=40)
-    return {"lessons": learned, "current": next((lesson for lesson in learned if lesson.running), None)}
+    current = next((lesson for lesson in learned if lesson.running), None)
+    return {"lessons": learned, "current": current, "learning": at.desk.learning()}

@@ -43,6 +43,7 @@ def facts(desk: Desk) -> dict[str, Any]:
         "watch": watching(status, live),
         "held": desk.ledger.held(),
         "waiting": desk.ledger.pending_proposals(),
+        "learning": desk.learning(),
         "lessons": learned,
         "current": next((lesson for lesson in learned if lesson.running), None),
         "judged": next((lesson for lesson in learned if lesson.verdict is not None), None),

@@ -27,6 +27,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.packed_linear import PackedLinear
 from tests.unit.gate.builders import picture
 from updater.gate import ClipEvaluator, Suite, Verdict, fresh_suite, load_suites, run_gate, write_report
+from updater.gate.interim_analyses import Plan, candidate_alpha
 
 pytestmark = pytest.mark.integration
 SETTINGS = Gate(margin=0.1)
@@ -114,7 +115,7 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
         incumbent=None,
         suites=[retention],
         fresh=learnt,
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
     )
     known, new = verdict.suites
@@ -138,7 +139,7 @@ def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: 
         incumbent=incumbent,
         suites=[kept],
         fresh=learnt,
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
     )
     assert verdict.outcome == "passed", verdict.reasons
@@ -154,7 +155,7 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
         incumbent=None,
         suites=[retention],
         fresh=nothing_new,
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
     )
     assert verdict.outcome == "inconclusive"
@@ -162,19 +163,19 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
     assert verdict.caught_by == ("gain",)
 
 
-def test_later_looks_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
+def test_later_candidates_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     levels = []
-    for looks in (0, 5):
+    for plan in (Plan.alone(0.05), Plan(candidate_alpha(0.05, 5), 50, candidates=5)):
         verdict = run_gate(
             evaluator=ClipEvaluator(engine),
             candidate=gentle,
             incumbent=None,
             suites=[retention],
             fresh=[],
-            looks=looks,
+            plan=plan,
             settings=SETTINGS,
         )
-        levels.append((verdict.level, verdict.suites[0].ci_low))
+        levels.append((verdict.look.alpha, verdict.suites[0].ci_low))
         assert not verdict.spent, "without fresh samples nothing can pass"
     assert levels[1][0] < levels[0][0] / 20
     assert levels[1][1] < levels[0][1], "a smaller level makes a wider interval"
@@ -189,7 +190,7 @@ def test_a_suite_the_recipe_was_tuned_on_is_judged_on_its_hidden_half(
         incumbent=None,
         suites=[retention],
         fresh=[],
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
         meta={"tuned_on": ["known"]},
     )
@@ -220,7 +221,7 @@ def test_a_candidate_of_nans_gets_a_verdict_and_a_report(home: Path, engine: Cli
         incumbent=None,
         suites=[retention],
         fresh=[],
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
         meta={"load_error": reason},
     )
@@ -247,7 +248,7 @@ def test_a_model_that_answers_nan_in_the_engine_is_rejected_as_not_finite(
         incumbent=None,
         suites=[retention],
         fresh=[],
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
     )
     assert verdict.outcome == "rejected"
@@ -272,7 +273,7 @@ def test_a_candidate_that_breaks_the_engine_is_rejected(
         incumbent=None,
         suites=[retention],
         fresh=[],
-        looks=0,
+        plan=Plan.alone(SETTINGS.alpha),
         settings=SETTINGS,
     )
     assert verdict.outcome == "rejected"
@@ -290,7 +291,7 @@ def test_missing_suite_data_are_an_error_of_the_suite_and_not_of_the_candidate(
             incumbent=None,
             suites=load_suites([home / "gone.yaml"], home),
             fresh=[],
-            looks=0,
+            plan=Plan.alone(SETTINGS.alpha),
             settings=SETTINGS,
         )
 
@@ -306,7 +307,7 @@ def test_parity_compares_the_trainers_model_with_the_server(engine: ClipEngine, 
             incumbent=None,
             suites=[retention],
             fresh=[],
-            looks=0,
+            plan=Plan.alone(SETTINGS.alpha),
             settings=SETTINGS,
         )
 
@@ -325,7 +326,7 @@ def test_the_same_candidate_gets_the_same_verdict(
             incumbent=None,
             suites=[retention],
             fresh=[],
-            looks=0,
+            plan=Plan.alone(SETTINGS.alpha),
             settings=SETTINGS,
         )
         return verdict.summary()["suites"]  # type: ignore[no-any-return]

@@ -46,6 +46,7 @@ def settings(tmp_path: Path) -> Settings:
             "base.vlm": "tiny-vlm",
             "gate.suites": [home / "suites"],
             "gate.min_items": 20,
+            "gate.detect": 0.5,
             "serve.vlm_engine": "transformers",
         },
         environ={},

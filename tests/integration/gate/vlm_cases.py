@@ -13,6 +13,7 @@ from ops.settings import Settings
 from serving.engines.vlm.base import VlmBase
 from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
+from updater.gate.interim_analyses import Plan
 from updater.gate.open import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
@@ -51,7 +52,7 @@ class House:
             incumbent=incumbent,
             suites=self.suites,
             fresh=self.fresh if fresh is None else fresh,
-            looks=0,
+            plan=Plan.alone(self.settings.gate.alpha),
             settings=self.settings.gate,
             meta={"rank": 8, "bytes": 50_000},
         )

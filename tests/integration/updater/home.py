@@ -37,6 +37,7 @@ def make_home(home: Path, **overrides: Any) -> Settings:
             "updater.recipe": str(home / "default.yaml"),
             "updater.reference": [home / "data" / "things"],
             "updater.min_new_samples": 10,
+            "updater.wait_for_items": False,
             "updater.threads": 1,
             "updater.nice": 0,
             "updater.poll_seconds": 0.1,

@@ -159,6 +159,47 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
     assert service.ledger.spent(update.id) == 0
 
 
+def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
+    settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from updater import service as service_module
+
+    impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
+    gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
+    service = UpdaterService(settings.model_copy(update={"updater": impatient, "gate": gate}))
+    add_samples(settings, 12)
+    add_samples(settings, 8, split="fresh_eval")
+    verdict["outcome"] = "inconclusive"
+    first = service.step().update
+    assert first is not None and first.state == "done"
+    assert service.step().reason.startswith("8 of 16 fresh items")
+    add_samples(settings, 8, split="fresh_eval")
+
+    monkeypatch.setattr(service_module, "train", _killed)  # nothing is trained from here on
+    real = service_module.judge
+    monkeypatch.setattr(service_module, "judge", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        service.step()
+    monkeypatch.setattr(service_module, "judge", real)
+    verdict["outcome"] = "passed"
+    second = service.step().update
+    assert second is not None
+    assert (second.id, second.adapter, second.state) == (f"{first.id}-look-2", first.adapter, "done")
+    assert second.store_version > first.store_version and second.data_to == first.data_to
+    assert [len(service.ledger.updates()), len(service.ledger.verdicts())] == [2, 2]
+    looks = [row.summary["look"] for row in reversed(service.ledger.verdicts())]
+    assert [(look["number"], look["items"], look["needed"], look["next"]) for look in looks] == [
+        (1, 8, 16, 12), (2, 16, 16, None),
+    ]  # fmt: skip
+    assert looks[0]["spent"] < looks[1]["spent"] == pytest.approx(looks[0]["alpha"], rel=1e-4)
+    (proposal,) = service.ledger.pending_proposals()
+    assert (proposal.clip, proposal.update_id) == (first.adapter, second.id)
+    report = json.loads(Artifacts(settings.artifacts).read_bytes(f"reports/{second.id}/report.json"))
+    assert report["look"]["number"] == 2 and report["fresh"] == 16
+    release(service.ledger)
+    assert service.step().reason == "there are no new samples"
+
+
 def test_missing_suites_leave_the_update_trained_until_they_are_there(
     settings: Settings, verdict: dict[str, str]
 ) -> None:

@@ -70,7 +70,10 @@ def test_pages_tell_the_story_of_the_ledger(visitor: TestClient, story: Story) -
     assert "5,802" in visitor.get("/budget").text
     verdicts = visitor.get("/gate").text
     assert "Rejected" in verdicts and "Passed" in verdicts
-    assert "Release 2" in visitor.get("/overview/now").text
+    assert "0 of " in verdicts and "fresh items" in verdicts
+    assert "alpha 0.05 until the next release" in verdicts
+    overview = visitor.get("/overview/now").text
+    assert "Release 2" in overview and "fresh items" in overview
     assert visitor.get("/audit?about=release+2&actor=updater").text.count("<tr>") == 2
     assert "No row fits" in visitor.get("/audit?actor=nobody").text
 

@@ -38,7 +38,10 @@ def test_what_looks_spend_adds_up_to_the_candidates_share() -> None:
     first = look(0.03, [], 250, 500)
     assert first.spent == pytest.approx(spending(0.03, 0.5)) == pytest.approx(first.level)
     assert first.left == pytest.approx(0.03 - first.spent)
+    assert first.before == 0.0
+    assert look(0.03, [250], 375, 500).before == first.spent
     last = look(0.03, [250, 375], 500, 500)
+    assert last.next is None
     assert (last.number, last.spent, last.left) == (3, pytest.approx(0.03), pytest.approx(0.0))
     assert 0.8 * 0.03 < last.level < 0.03
 
@@ -80,8 +83,14 @@ def test_needed_items_follow_from_spread_power_and_what_is_to_be_seen() -> None:
     assert needed_items(0.22, detect=0.03, alpha=0.003, power=0.8) > wanted
     assert needed_items(0.22, detect=0.03, alpha=0.03, power=0.9) > wanted
     assert needed_items(None, detect=0.03, alpha=0.03, power=0.8) > wanted  # the prior is on the safe side
-    assert needed_items(0.01, detect=0.03, alpha=0.03, power=0.8, fewest=50) == 50
+    assert needed_items(0.01, detect=0.2, alpha=0.03, power=0.8, fewest=50) == 50
     assert needed_items(0.22, detect=0.001, alpha=0.03, power=0.8, fewest=50, most=2000) == 2000
+
+
+def test_candidates_that_changed_nothing_do_not_make_a_gain_look_easy_to_see() -> None:
+    """A gain of 3 points in hits alone, without a loss, has a variance of 0.03 * 0.97."""
+    idle = needed_items(0.001, detect=0.03, alpha=0.03, power=0.8)
+    assert idle == needed_items((0.03 * 0.97 / 2.6) ** 0.5, detect=0.03, alpha=0.03, power=0.8) > 90
 
 
 def test_bad_numbers_are_named() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.interim_analyses import Plan
 from updater.gate.report import render, render_body, write_report
 from updater.gate.verdict import Check, Verdict, Worse
 
@@ -37,8 +38,9 @@ def verdict(lost: int = 60) -> Verdict:
         gain=findings.gain,
         checks=checks,
         alpha=0.05,
-        level=0.03,
-        looks=3,
+        look=Plan(0.03, 300, (100,)).look(250),
+        candidates=3,
+        fresh=250,
         seconds=41.25,
         created_at="2026-01-01T00:00:00+00:00",
         cost={
@@ -70,7 +72,9 @@ def test_both_files_are_written_and_say_the_same(tmp_path: Path) -> None:
         "58,211 GFLOPs",
         "250 MB",
         "41.2 s",
-        "number 4",
+        "number 2 at this candidate; 250 of 300 independent items",
+        "with 300 items, if it is inconclusive",
+        "candidate 4",
         "clip-ba9876543210",
         "Gain over all new data",
         "1/log2(2 + rank)",
@@ -114,6 +118,16 @@ def test_nothing_is_styled_in_place_so_that_the_console_can_forbid_it() -> None:
     assert "emoji_retrieval" in body and "<svg" in body
 
 
+def test_a_look_that_was_not_made_has_spent_nothing() -> None:
+    made = verdict().to_json()["look"]
+    unmade = replace(verdict(), spent=False).to_json()["look"]
+    assert unmade["spent"] == made["before"] < made["spent"]
+    assert unmade["left"] > made["left"]
+    assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
+    first = replace(verdict(), spent=False, look=Plan(0.03, 300).look(250)).to_json()["look"]
+    assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
+
+
 def test_a_verdict_without_suites_has_a_page_too() -> None:
     value = verdict().to_json()
     page = render({**value, "suites": [], "checks": [{**value["checks"][0], "ok": False}], "meta": {}, "cost": {}})
@@ -133,7 +147,7 @@ def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
 
 def test_a_report_of_an_earlier_version_is_still_drawn() -> None:
     value = verdict().to_json()
-    del value["gain"]
+    del value["gain"], value["look"], value["candidates"], value["fresh"]
     for suite in value["suites"]:
         del suite["statistic"], suite["recall"], suite["units"]
     assert "emoji_retrieval" in render(value) and "Gain over all new data" not in render(value)

@@ -26,6 +26,7 @@ from tests.unit.console.test_pages import settings as console_settings
 from tests.unit.gate.builders import changed, outcomes, picture
 from updater.gate import Suite, fresh_suite, load_suites
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.interim_analyses import Plan
 from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import write_report
 from updater.gate.score import Outcomes
@@ -81,8 +82,8 @@ def verdict(worst: tuple[Worse, ...]) -> Verdict:
     outcome, reasons = conclude(findings, ())
     return Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent=None, base="tiny",
-        suites=findings.results, gain=findings.gain, checks=(), alpha=0.05, level=0.03, looks=0, seconds=1.0,
-        created_at="2026-01-01T00:00:00+00:00",
+        suites=findings.results, gain=findings.gain, checks=(), alpha=0.05,
+        look=Plan(0.03, 300).look(300), candidates=0, fresh=300, seconds=1.0, created_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 
 

@@ -171,6 +171,19 @@ def test_fresh_rows_become_gain_suites_by_domain() -> None:
     assert fresh_suites(rows.slice(0, 0)) == []
 
 
+def test_small_domains_of_fresh_rows_are_asked_together() -> None:
+    """A domain that becomes large enough for a suite of its own does not take the others' items away."""
+    small = [_own_words(8, f"domain{number}") for number in range(4)]
+    before = fresh_suites(pa.concat_tables([*small, _own_words(9, "flags")]), min_items=10)
+    after = fresh_suites(pa.concat_tables([*small, _own_words(10, "flags")]), min_items=10)
+    assert [(suite.name, suite.units()) for suite in before] == [("fresh", 41)]
+    assert [(suite.name, suite.units()) for suite in after] == [("fresh.flags", 10), ("fresh", 32)]
+
+
+def _own_words(count: int, domain: str) -> pa.Table:
+    return sample_rows(count, domain, [f"{domain} {i}" for i in range(count)])
+
+
 def test_fresh_rows_without_a_text_are_left_out_and_the_limit_holds() -> None:
     rows = sample_rows(20, texts=["", " ", *[f"t{i}" for i in range(18)]])
     assert len(fresh_suite(rows).items()) == 18

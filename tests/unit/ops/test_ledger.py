@@ -266,15 +266,19 @@ def test_looks_count_verdicts_since_the_last_released_update(ledger: Ledger) -> 
     for number in (1, 2):
         _update(ledger, f"u{number}")
         ledger.record_verdict(f"u{number}", f"clip-{number}", "rejected", "reports/x", {})
-    assert ledger.looks_since_release("clip") == 2, "what says nothing of it has spent"
-    assert ledger.looks_since_release("vlm") == 0
+    assert _looked_at(ledger) == ["u1", "u2"], "what says nothing of it has spent"
+    assert ledger.looks_since_release("vlm") == []
     for number, spent in ((3, False), (4, True), (5, False)):
         _update(ledger, f"u{number}")
         ledger.record_verdict(f"u{number}", f"clip-{number}", "inconclusive", "reports/x", {"spent": spent})
-    assert ledger.looks_since_release("clip") == 3
+    assert _looked_at(ledger) == ["u1", "u2", "u4"]
     proposal = ledger.propose("update", clip="clip-5", vlm=None, actor="u", reason="r", update_id="u5")
     ledger.commit_release(1, clip="clip-5", vlm=None, actor="u", reason="r", proposal_id=proposal.id)
-    assert ledger.looks_since_release("clip") == 0
+    assert _looked_at(ledger) == []
+
+
+def _looked_at(ledger: Ledger) -> list[str]:
+    return [verdict.update_id for verdict in ledger.looks_since_release("clip")]
 
 
 def test_a_verdict_falls_once(ledger: Ledger) -> None:

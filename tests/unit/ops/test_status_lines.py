@@ -1,10 +1,10 @@
-"""What `ratchet status` says of the catalog and of replicas."""
+"""What `ratchet status` says of the catalog, of replicas, and of what the gate waits for."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ops.cli.status import catalog_lines, replica_lines
+from ops.cli.status import catalog_lines, learning_line, replica_lines
 
 
 def space(missing: int, left: float | None = None, building: bool = False) -> dict[str, Any]:
@@ -35,3 +35,12 @@ def test_replicas_are_told_of_only_where_one_does_not_run() -> None:
     replicas = {"Encoder": {"RUNNING": 2}, "Vlm": {"STARTING": 1, "RUNNING": 1}, "Catalog": {"STOPPING": 1}}
     assert replica_lines(replicas) == "Catalog: 1 stopping\nVlm: 1 running, 1 starting\n"
     assert replica_lines({}) == ""
+
+
+def test_fresh_items_and_alpha_are_told_and_the_candidate_that_is_kept() -> None:
+    told = {"fresh_items": 1120, "fresh_items_needed": 1400, "alpha": 0.05, "alpha_spent": 0.038, "kept": None}
+    assert learning_line("clip", told).splitlines() == [
+        "clip: 1,120 of 1,400 fresh items", "  alpha 0.05: 0.038 spent since the last release, 0.012 left",
+    ]  # fmt: skip
+    told["kept"] = {"adapter": "clip-a", "looks": 2, "asked_again_with": 1300}
+    assert learning_line("clip", told).splitlines()[-1] == "  clip-a: 2 looks, the next with 1,300 fresh items"
