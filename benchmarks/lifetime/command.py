@@ -30,7 +30,6 @@ from updater.checkpoint import write_json
 
 UPDATES = 40
 MOST_UPDATES = 400
-DETECT = 0.03
 RULES = (
     Rules(),
     Rules("no memory suites", memory=False),
@@ -53,14 +52,13 @@ class Task:
     seed: int
     forgotten: float
     settings: Gate
-    detect: float
 
     def run(self, sources: Mapping[str, Source]) -> Course:
         """The same task has the same course; tasks with one seed have one world and the same lessons."""
         world_rng, rng = (np.random.default_rng([self.seed, number]) for number in range(2))
         world = make_world(sources, world_rng)
         lessons = lessons_of(world, self.updates, self.gains, world_rng)
-        return Stream(world, self.rules, self.settings, self.detect, rng, self.forgotten).run(lessons)
+        return Stream(world, self.rules, self.settings, rng, self.forgotten).run(lessons)
 
 
 def run(
@@ -81,7 +79,7 @@ def run(
     gains = (GAIN3, *OTHER_GAINS)
 
     def tasks(which: Rules, given: tuple[float, ...]) -> list[Task]:
-        return [Task(which, given, updates, seed, forgotten, settings.gate, DETECT) for seed in range(streams)]
+        return [Task(which, given, updates, seed, forgotten, settings.gate) for seed in range(streams)]
 
     groups = {each.name: tasks(each, gains) for each in rules} | {IDLE: tasks(rules[0], (0.0,))}
     wanted = [task for group in groups.values() for task in group]
@@ -97,7 +95,7 @@ def run(
         "alpha_mean": real[0]["alpha_mean"],
         "alpha_most": real[0]["alpha_most"],
         "forgotten": forgotten,
-        "detect": DETECT,
+        "detect": settings.gate.detect,
         "updates": updates,
         "rules": rows,
         "seconds": round(time.monotonic() - started, 1),

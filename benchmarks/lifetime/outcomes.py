@@ -8,12 +8,13 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gate.plans import GOOD, NEW, plans
+from benchmarks.gate.plans import BAD, CHAIN, GOOD, NEW, plans
 from benchmarks.gate.trial import fresh_name
 from ops.errors import ConfigError
 from updater.gate.suites import Suite, load_suites
@@ -56,10 +57,10 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
             "Run `ratchet bench gate`, which keeps ranks, and name its folder with --outcomes.",
         )
     pairs: dict[str, list[tuple[Ranks, Ranks]]] = defaultdict(list)
-    for plan in plans(MOST_CANDIDATES, MOST_CANDIDATES):
-        before, after = trials.get(plan.incumbent or "base"), trials.get(plan.name)
-        if plan.kind in GOOD and before and after:
-            asked = {fresh_name(plan.domain), *(name for name in after if not name.startswith(fresh_name("")))}
+    for candidate, incumbent, domain in _good_plans():
+        before, after = trials.get(incumbent or "base"), trials.get(candidate)
+        if before and after:
+            asked = {fresh_name(domain), *(name for name in after if not name.startswith(fresh_name("")))}
             for name in asked & after.keys():
                 pairs[name].append((before[name], after[name]))
     suites = [suite for suite in load_suites([], None, "clip") if suite.role == "retention"]
@@ -68,6 +69,13 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
     if missing:
         raise ConfigError(f"{place} has no good candidate for {', '.join(missing)}.", "Run `ratchet bench gate`.")
     return {suite.name: _source(suite, base[suite.name], pairs[suite.name]) for suite in suites}
+
+
+@lru_cache(maxsize=1)
+def _good_plans() -> list[tuple[str, str, str]]:
+    """Name, incumbent and domain of each candidate that is meant to be good."""
+    fewest = CHAIN + len(BAD)
+    return [(p.name, p.incumbent, p.domain) for p in plans(fewest, MOST_CANDIDATES) if p.kind in GOOD]
 
 
 def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Source:

@@ -13,8 +13,8 @@ from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
 from ops.ledger import VerdictRow
 from ops.settings import Gate
 from updater.best_releases import best_by_suite
-from updater.gate.decision import Findings, conclude
-from updater.gate.interim_analyses import LEAST_LEVEL
+from updater.gate.decision import conclude
+from updater.gate.interim_analyses import LEAST_LEVEL, Look
 
 TRIGGERS = 12
 """After so many the stream brings something else."""
@@ -108,11 +108,11 @@ class Stream:
     """One updater in one world."""
 
     def __init__(
-        self, world: World, rules: Rules, settings: Gate, detect: float, rng: Generator, forgotten: float = FORGOTTEN
+        self, world: World, rules: Rules, settings: Gate, rng: Generator, forgotten: float = FORGOTTEN
     ) -> None:
         self.world, self.rules, self.settings, self.rng, self.forgotten = world, rules, settings, rng, forgotten
         self.live = _Live(world.base)
-        self.schedule = Schedule(settings, detect, rules.waiting)
+        self.schedule = Schedule(settings, rules.waiting)
         self.course = Course()
         self._static = static_suites(world)
         self._order = {domain.name: rng.permutation(ITEMS) for domain in world.streamed}
@@ -140,19 +140,15 @@ class Stream:
             look = self.schedule.triggered(len(self._fresh))
             if look is None:
                 continue
-            if candidate is None or self.schedule.kept is None:
+            if candidate is None or look.number == 1:
                 candidate = self._candidate()
-            findings = self._ask(candidate, max(look.level, LEAST_LEVEL))
-            outcome, _ = conclude(findings, ())
-            outcomes.append(outcome)
-            released = outcome == "passed"
-            self.schedule.looked(
-                look, findings.gain, tested=findings.tested, released=released, again=outcome == "inconclusive"
-            )
-            if released:
-                self._release(candidate, findings)
+            verdict, tested = self._judge(candidate, look)
+            outcomes.append(verdict.outcome)
+            self.schedule.looked(look, verdict, tested=tested)
+            if verdict.outcome == "passed":
+                self._release(candidate, verdict)
                 return Ended(lesson, trigger, True, len(outcomes), tuple(outcomes))
-        self.schedule.drop()
+        self.schedule.due = None
         return Ended(lesson, TRIGGERS, False, len(outcomes), tuple(outcomes))
 
     def _arrive(self, domain: str) -> None:
@@ -177,12 +173,20 @@ class Stream:
             for domain in self.world.static
         )
 
-    def _ask(self, candidate: Model, level: float) -> Findings:
+    def _judge(self, candidate: Model, look: Look) -> tuple[VerdictRow, bool]:
+        """The verdict, and whether its tests could be made."""
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
-        return findings_of(
-            suites, self.world.base, self.live.model, candidate, self._best(suites), level, self.settings,
-            ranked=self.rules.ranks,
+        findings = findings_of(
+            suites, self.world.base, self.live.model, candidate, self._best(suites), max(look.level, LEAST_LEVEL),
+            self.settings, ranked=self.rules.ranks,
         )  # fmt: skip
+        outcome, _ = conclude(findings, ())
+        summary = {
+            "suites": {result.name: {"after": result.after, "base": result.base} for result in findings.results},
+            "gain": findings.gain.summary() if findings.gain else None,
+        }
+        name = f"clip-{len(self.schedule.verdicts):012d}"
+        return VerdictRow(0, name, name, outcome, "", summary, datetime.now(UTC)), findings.tested
 
     def _best(self, suites: Sequence[Asked]) -> Mapping[str, tuple[str, Model]]:
         if not self.rules.best:
@@ -191,14 +195,11 @@ class Stream:
         best = best_by_suite(self.live.verdicts, names, self.live.name or None)
         return {suite: (name, self.live.released[name]) for suite, name in best.items()}
 
-    def _release(self, candidate: Model, findings: Findings) -> None:
+    def _release(self, candidate: Model, verdict: VerdictRow) -> None:
         self.course.harmful_released += self._is_harmful(candidate)
-        name = f"clip-{len(self.live.released):012d}"
-        suites = {result.name: {"after": result.after, "base": result.base} for result in findings.results}
-        verdict = VerdictRow(0, name, name, "passed", "", {"suites": suites}, datetime.now(UTC))
         self.live.verdicts.insert(0, verdict)
-        self.live.released[name] = candidate
-        self.live.model, self.live.name = candidate, name
+        self.live.released[verdict.adapter] = candidate
+        self.live.model, self.live.name = candidate, verdict.adapter
         self._learned += self._fresh
         self._fresh, self._pending = [], {}
         self._memory = memory_of(self._learned, self.settings) if self.rules.memory else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,11 @@ from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import World, make_world
 from ops.errors import ConfigError
+from ops.ledger import VerdictRow
 from ops.settings import Gate, Settings
+from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
+from updater.gate.verdict import Outcome
 
 N = 400
 SETTINGS = Gate()
@@ -81,11 +85,23 @@ def test_only_the_candidates_of_a_domain_say_how_it_is_learned(sources: dict[str
 
 @pytest.mark.parametrize("change", [0.0, 0.03, 0.2, -0.04, -0.15])
 def test_an_update_changes_the_share_of_hits_by_what_was_asked_for(sources: dict[str, Source], change: float) -> None:
-    moves, rng = Moves.of(sources["fresh.fluent3d"]), np.random.default_rng(1)
-    before = sources["fresh.fluent3d"].base[rng.integers(N, size=3000)]
-    after = moves.moved(before, change, rng)
-    assert moves.share(after) - moves.share(before) == pytest.approx(change, abs=1 / 3000)
-    assert (after != before).mean() > 0.1, "items that move do so in both directions"
+    rng = np.random.default_rng(1)
+    for name in ("fresh.fluent3d", "flags_retrieval"):
+        moves, before = Moves.of(sources[name]), sources[name].base[rng.integers(N, size=3000)]
+        for update in (moves.changed, moves.learned):
+            after = update(before, change, rng)
+            assert moves.share(after) - moves.share(before) == pytest.approx(change, abs=1 / 3000)
+            assert (after < before).mean() > 0.03 and (after > before).mean() > 0.03, "items move in both directions"
+
+
+def test_what_is_learned_shows_in_ranks_as_it_did_in_real_updates(sources: dict[str, Source]) -> None:
+    source, rng = sources["fresh.fluent3d"], np.random.default_rng(5)
+    moves, before = Moves.of(source), source.base[rng.integers(N, size=3000)]
+    real = moves.share(source.after) - moves.share(source.before)
+    after = moves.learned(before, real, rng)
+    gains = [float((reciprocal_log_rank(new) - reciprocal_log_rank(old)).mean()) for old, new in
+             ((source.before, source.after), (before, after))]  # fmt: skip
+    assert gains[1] == pytest.approx(gains[0], rel=0.35)
 
 
 def test_models_do_not_drift_away_from_the_base_where_they_learn_nothing(world: World) -> None:
@@ -95,7 +111,7 @@ def test_models_do_not_drift_away_from_the_base_where_they_learn_nothing(world: 
     for _ in range(12):
         model = world.candidate(model, {}, {}, 0.1, rng)
         apart.append(float((model[domain.name] != world.base[domain.name]).mean()))
-    assert apart[-1] < 2.5 * apart[0]
+    assert apart[-1] < 3 * apart[0]
     assert abs(world.learned(domain, model)) < 0.03
 
 
@@ -122,37 +138,41 @@ def test_suites_are_those_of_the_gate(world: World) -> None:
     assert fresh[0].answers(marked, ranked=True)[:, 0].tolist() == [2 * item for item in items]
 
 
-def test_an_updater_that_waits_asks_when_there_are_the_items_that_a_gain_needs() -> None:
-    schedule = Schedule(SETTINGS, 0.03, waiting=True)
-    needed = schedule.needed
-    assert needed > 900 and schedule.triggered(100) is None
+def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever() -> None:
+    schedule = Schedule(SETTINGS, waiting=True)
+    needed = schedule.plan().needed
+    assert needed > 400 and schedule.triggered(100) is None
     first = schedule.triggered(needed)
     assert first is not None and first.level == pytest.approx(first.alpha) and first.next is None
-    assert [schedule.triggered(45 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
+    assert [schedule.triggered(9 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
 
 
-def test_a_kept_candidate_is_asked_again_and_spends_once() -> None:
-    schedule = Schedule(SETTINGS, 0.03, waiting=True)
+def verdict(outcome: Outcome) -> VerdictRow:
+    return VerdictRow(0, "u", "clip-1", outcome, "", {}, datetime.now(UTC))
+
+
+def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:
+    schedule = Schedule(SETTINGS, waiting=True)
     early = [schedule.triggered(200) for _ in range(PATIENCE)][-1]
     assert early is not None and early.next is not None
-    schedule.looked(early, None, tested=True, released=False, again=True)
-    assert schedule.kept is early and schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
+    schedule.looked(early, verdict("inconclusive"), tested=True)
+    assert schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
     second = schedule.triggered(early.next)
     assert second is not None and second.number == 2
-    schedule.looked(second, None, tested=True, released=False, again=False)
-    assert schedule.kept is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
-    hasty = Schedule(SETTINGS, 0.03, waiting=False)
+    schedule.looked(second, verdict("rejected"), tested=True)
+    assert schedule.due is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
+    hasty = Schedule(SETTINGS, waiting=False)
     single = hasty.triggered(10)
-    assert single is not None and single.items == 10
-    hasty.looked(single, None, tested=True, released=True, again=False)
-    assert hasty.candidates == 0 and hasty.history == [single.alpha]
+    assert single is not None and single.items == 10 and single.next is None
+    hasty.looked(single, verdict("passed"), tested=True)
+    assert hasty.candidates == 0 and hasty.history == [pytest.approx(single.alpha)]
 
 
 def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -> None:
     def course(gain: float, harmful: float, monkey: pytest.MonkeyPatch) -> Stream:
         monkey.setattr("benchmarks.lifetime.stream.HARMFUL", harmful)
         monkey.setattr("benchmarks.lifetime.stream.HARM", 0.1)
-        stream = Stream(world, Rules(waiting=False), SETTINGS, 0.03, np.random.default_rng(4), 0.0)
+        stream = Stream(world, Rules(waiting=False), SETTINGS, np.random.default_rng(4), 0.0)
         stream.run([Lesson("domain-0", gain)])
         return stream
 
@@ -171,7 +191,7 @@ def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for
     figures = run(settings, updates=2, streams=1, rules=rules, outcomes=folder, workers=1)
     assert 0.0 <= figures["released_within_12_triggers_gain3"] <= 1.0
     assert [row["rules"] for row in figures["rules"]] == ["as it is", "without memory", "no update gains"]
-    task = Task(rules[0], (0.03, 0.1), 2, 0, 0.1, settings.gate, 0.03)
+    task = Task(rules[0], (0.03, 0.1), 2, 0, 0.1, settings.gate)
     first, second = (task.run(read_sources(folder)) for _ in range(2))
     assert [e.outcomes for e in first.lessons] == [e.outcomes for e in second.lessons]
     other = replace(task, seed=1).run(read_sources(folder))
