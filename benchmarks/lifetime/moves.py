@@ -87,8 +87,8 @@ class Moves:
         self, ranks: Ranks, change: float, rng: Generator, *, base: Ranks | None = None, back: float = 0.0,
         churn: float = 1.0,
     ) -> Ranks:  # fmt: skip
-        """Ranks after an update that learned something else, with a share of hits that is higher by ``change``. Exact to
-        half an item where it can be had: a share of hits has an upper end.
+        """Ranks after an update that learned something else, with a share of hits that is higher by ``change``, to half
+        an item where it can be had: a share of hits has an upper end.
 
         Args:
             base, back: share of the items that first go back to what they were under the base.
