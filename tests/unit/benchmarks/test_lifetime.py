@@ -36,7 +36,7 @@ def ranks(seed: int, views: int) -> np.ndarray:
 def moved(before: np.ndarray, seed: int, up: float) -> np.ndarray:
     """A fifth of the ranks are drawn anew, most of them for the better."""
     rng = np.random.default_rng(seed)
-    other = (before * np.where(rng.random(before.shape) < up, 0.5, 1.8)).astype(np.int32)
+    other = np.where(rng.random(before.shape) < up, before // 2, 2 * before + 1)
     return np.where(rng.random(before.shape) < 0.2, other, before)
 
 
@@ -171,7 +171,7 @@ def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:
 def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -> None:
     def course(gain: float, harmful: float, monkey: pytest.MonkeyPatch) -> Stream:
         monkey.setattr("benchmarks.lifetime.stream.HARMFUL", harmful)
-        monkey.setattr("benchmarks.lifetime.stream.HARM", 0.1)
+        monkey.setattr("benchmarks.lifetime.stream.HARM", 0.03)
         stream = Stream(world, Rules(waiting=False), SETTINGS, np.random.default_rng(4), 0.0)
         stream.run([Lesson("domain-0", gain)])
         return stream
@@ -181,13 +181,13 @@ def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -
     (ended,) = good.course.lessons
     assert ended.released and ended.outcomes[-1] == "passed" and good.course.kept == 1.0
     assert good.live.verdicts[0].summary["suites"]["fresh.domain-0"]["after"] > 0
-    assert harmful.course.harmful >= 10 and harmful.course.harmful_released <= 1
+    assert harmful.course.harmful >= 6 and harmful.course.harmful_released <= 1
 
 
 def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for(tmp_path: Path) -> None:
     settings = Settings(home=tmp_path)
     folder = write(tmp_path / "outcomes")
-    rules = (Rules(waiting=False), Rules("without memory", memory=False, waiting=False))
+    rules = (Rules(), Rules("without memory", memory=False))
     figures = run(settings, updates=2, streams=1, rules=rules, outcomes=folder, workers=1)
     assert 0.0 <= figures["released_within_12_triggers_gain3"] <= 1.0
     assert [row["rules"] for row in figures["rules"]] == ["as it is", "without memory", "no update gains"]
