@@ -83,7 +83,7 @@ def run(
 
     groups = {each.name: tasks(each, gains) for each in rules} | {IDLE: tasks(rules[0], (0.0,))}
     wanted = [task for group in groups.values() for task in group]
-    courses = iter(track(_run_all(wanted, outcomes, workers), "streams", total=len(wanted)))
+    courses = track(_run_all(wanted, outcomes, workers), "streams", total=len(wanted))
     rows = [row_of(name, list(islice(courses, len(group)))) for name, group in groups.items()]
     *real, idle = rows
     return {
