@@ -5,7 +5,7 @@ suites            what is asked: items (suite_items), role (retention or gain), 
 evaluator         what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers,
                   vlm_checks); score_cache keeps what was answered, regressions shows what became worse
 statistics        what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
-interim_analyses  what one of several looks may spend of alpha
+interim_analyses  the items that a test needs, when a candidate is asked again, and what each look spends of alpha
 decision          outcomes and checks -> results per suite, the pooled gain and one outcome
 verdict           the result, as plain data
 run               all of it for one candidate -> Verdict
