@@ -18,6 +18,7 @@ BENCHMARKS = {
     "gate": "benchmarks.gate",
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
+    "lifetime": "benchmarks.lifetime",
     "search": "benchmarks.search.command",
     "soak": "benchmarks.soak",
     "step": "benchmarks.step",
@@ -25,7 +26,7 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "ingest", "search"})
+WITHOUT_MODELS = frozenset({"chaos", "ingest", "lifetime", "search"})
 """These need no base."""
 
 

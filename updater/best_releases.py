@@ -27,7 +27,11 @@ def best_releases(
         suites: names of retention suites. That of a memory suite also stands for the fresh suite of its domain, by
             which the domain was judged when it was new.
     """
-    verdicts = ledger.released_verdicts(family, base)
+    return best_by_suite(ledger.released_verdicts(family, base), suites, incumbent)
+
+
+def best_by_suite(verdicts: Sequence[VerdictRow], suites: Sequence[str], incumbent: str | None) -> dict[str, str]:
+    """:func:`best_releases` among released verdicts, the newest first."""
     best: dict[str, str] = {}
     for name in suites:
         scored = [(score, verdict.adapter) for verdict in verdicts if (score := _score(verdict, name)) is not None]

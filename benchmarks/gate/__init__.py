@@ -2,8 +2,10 @@
 
 plans       which candidates, bad and good, from mild to strong; lessons: what each is trained on
 trial       trains one with the updater's own trainer, and keeps its outcomes in a file (engine: quick scoring)
-population  all held-out items of each suite: they decide what is true of a candidate
+margin      candidates beside the margin, between the base and a bad one (scaling: W + s ΔW of an adapter)
+population  all items of each suite that no candidate trains on: they decide what is true of a candidate
 cases       truth and verdict of one candidate, the latter by the gate's own decision on the suites' own draw
+redrawn     items dealt out anew to the gate and to a truth that it never sees
 resample    other draws of items, also under exact no change and exactly at the margin
 counting    false accepts, false rejects and the slow drift; power, plot: how many items a suite needs
 

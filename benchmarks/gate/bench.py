@@ -6,7 +6,8 @@ import argparse
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from rich.table import Table
 
 from benchmarks.gate import counting, resample
 from benchmarks.gate.cases import Case, Outcomes, Rule, has_ranks, hits_of
+from benchmarks.gate.margin import TRIES, beside, parents_of
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, Plan, plans
 from benchmarks.gate.plot import draw
 from benchmarks.gate.power import power
+from benchmarks.gate.redrawn import figures_of, redraw
 from benchmarks.gate.trial import Trial, Workshop, run_all
 from benchmarks.machine import machine
 from ops.errors import ConfigError
@@ -30,18 +33,45 @@ Figures = dict[str, Any]
 FEWEST = CHAIN + len(BAD)
 
 
-def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figures:
-    """Train, judge and resample; returns the figures and leaves results.json and power.png in ``out``.
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much of everything."""
+
+    bad: int
+    good: int
+    parents: int
+    """Bad candidates that are scaled to lie beside the margin."""
+    tries: int
+    """Scales for each target of a parent."""
+    deals: int
+    """Redrawn item sets of each candidate."""
+    draws: int
+    """Item sets for each question about drawn items."""
+
+
+FULL = Extent(40, 40, 10, TRIES, 25, 1000)
+FAST = Extent(FEWEST, 2 * len(GOOD), 2, 1, 5, 100)
+
+
+def run(settings: Settings, extent: Extent, out: Path) -> Figures:
+    """Train, judge and redraw; returns the figures and leaves results.json and power.png in ``out``.
 
     Raises RatchetError when base or data cannot be had.
     """
+    return measure(Workshop.open(settings, out), plans(extent.bad, extent.good), extent, Rule.of(settings.gate))
+
+
+def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Rule) -> Figures:
+    """The figures of some plans in a workshop."""
     started = time.monotonic()
-    workshop = Workshop.open(settings, out)
-    wanted = plans(bad, good)
-    trials = run_all(workshop, wanted)
+    out, draws = workshop.out, extent.draws
+    trials = dict(run_all(workshop, wanted))
     cases = [made for plan in wanted if (made := case(workshop, plan, trials)) is not None]
-    rule = Rule.of(settings.gate)
-    sizes = {name: population.drawn for name, population in workshop.populations.items()}
+    margin = list(at_margin(workshop, wanted, trials, extent, rule))
+    shown = {name: population.shown for name, population in workshop.populations.items()}
+    redrawn = redraw([*cases, *margin], shown, rule, extent.deals, seed=6)
+    wide = figures_of(list(track(redrawn, "redrawn item sets", total=extent.deals * (len(cases) + len(margin)))))
+    sizes = {name: population.held_out for name, population in workshop.populations.items()}
     own = {one.name: one.rows({s.name: np.arange(sizes[s.name]) for s in one.suites}) for one in cases}
     found = counting.rows(cases, [own[one.name] for one in cases], rule)
     drifted = counting.drift(found, rule, own)
@@ -52,10 +82,14 @@ def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figur
     shipped: dict[str, list[int]] = defaultdict(list)
     for one in workshop.populations.values():
         if one.suite.role == "retention":
-            shipped[one.suite.task].append(one.drawn)
+            shipped[one.suite.task].append(one.held_out)
     plot = draw(curves, shipped, out / "power.png") if curves else None
     total = counting.counted(found)
     figures = {
+        "false_accepts_at_margin": wide["false_accepts"]["rate"],
+        "false_rejects_gain3": wide["false_rejects_gain3"]["rate"],
+        "drift_caught_before_harm": drifted["caught_before_harm"],
+        "redrawn": wide,
         "false_accepts": total["false_accepts"],
         "false_rejects": total["false_rejects"],
         "false_accepts_resampled": drawn["harmful"]["passed"],
@@ -67,7 +101,7 @@ def run(settings: Settings, bad: int, good: int, draws: int, out: Path) -> Figur
         "resampled": drawn,
         "not_trained": {name: trial.trouble for name, trial in trials.items() if trial.trouble},
         "level": rule.level,
-        "items": {name: [sizes[name], one.n] for name, one in workshop.populations.items()},
+        "items": {name: [sizes[name], shown[name], one.n] for name, one in workshop.populations.items()},
         "seconds": round(time.monotonic() - started, 1),
         "seconds_of_candidates": round(sum(trial.seconds for trial in trials.values()), 1),
         "machine": machine(),
@@ -91,6 +125,29 @@ def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | 
         }
         sides = [alike[id(side)] for side in sides]
     return Case(plan.name, plan.kind, suites, *sides)
+
+
+def at_margin(
+    workshop: Workshop, wanted: Sequence[Plan], trials: dict[str, Trial], extent: Extent, rule: Rule
+) -> Iterator[Case]:
+    """Scaled candidates beside the margin; their trials are added to ``trials``."""
+    trained = [plan for plan in wanted if not trials[plan.name].trouble]
+    for parent in parents_of(trained, extent.parents):
+
+        def loses(plan: Plan, parent: Plan = parent) -> float:
+            trials[plan.name] = workshop.of_scaled(plan, parent)
+            return _case(workshop, plan, trials).beyond(rule)
+
+        whole = _case(workshop, parent, trials)
+        none = replace(whole, after=whole.base).beyond(rule)
+        for plan in beside(parent, loses, whole.beyond(rule), none, extent.tries):
+            yield _case(workshop, plan, trials)
+
+
+def _case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case:
+    made = case(workshop, plan, trials)
+    assert made is not None, f"{plan.name} was trained"
+    return made
 
 
 def resampled(
@@ -152,9 +209,18 @@ def show(figures: Figures) -> None:
     for name in ("harmful", "good", "no_change", "at_margin"):
         shares = [resampled[name][key]["rate"] for key in counting.TALLIED]
         sets.add_row(name.replace("_", " "), *("-" if rate is None else f"{rate:.1%}" for rate in shares))
+    wide = figures["redrawn"]
+    losses = Table("true loss beyond the margin", "passed", "candidates", title="Redrawn item sets, by true loss")
+    gains = Table("true gain", "passed", "candidates", title="and by true gain, every loss inside half the margin")
+    for shown, key in ((losses, "by_loss"), (gains, "by_gain")):
+        for row in wide[key]:
+            edges = f"{100 * row['from']:+.1f} to {100 * row['to']:+.1f} points"
+            shown.add_row(edges, _rate(row["passed"]), str(row["candidates"]))
     drifted = figures["drift"]
     within = sum(step["within_margin_of_incumbent"] for step in drifted["steps"])
     lines = {
+        "False accepts, up to 2 points beyond the margin": _rate(wide["false_accepts"]),
+        "False rejects, gain of 3 points and loss inside half the margin": _rate(wide["false_rejects_gain3"]),
         "False accepts": f"{_rate(figures['false_accepts'])}, resampled {_rate(figures['false_accepts_resampled'])}",
         "False rejects": f"{_rate(figures['false_rejects'])}, resampled {_rate(figures['false_rejects_resampled'])}",
         "A suite exactly at its margin passed": _rate(resampled["suite_at_margin_passed"]["all"]),
@@ -165,7 +231,7 @@ def show(figures: Figures) -> None:
         "Results": figures["results"],
     }
     console = Console()
-    console.print(table, sets)
+    console.print(table, losses, gains, sets)
     for name, line in lines.items():
         console.print(f"{name}: {line}", highlight=False, soft_wrap=True)
     print(json.dumps(figures), flush=True)
@@ -181,16 +247,20 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench gate``."""
     parser = argparse.ArgumentParser(prog="ratchet bench gate", description="How often the gate is wrong.")
     parser.add_argument("--candidates", type=int, default=40, help=f"bad ones, and as many good ones (>= {FEWEST})")
-    parser.add_argument("--fast", action="store_true", help="a candidate or two of each kind, and 100 draws")
-    parser.add_argument("--draws", type=int, default=1000, help="item sets for each question")
+    parser.add_argument("--fast", action="store_true", help="a candidate or two of each kind, and few item sets")
+    parser.add_argument("--draws", type=int, default=FULL.draws, help="item sets for each question")
+    parser.add_argument("--deals", type=int, default=FULL.deals, help="redrawn item sets of each candidate")
+    parser.add_argument("--parents", type=int, default=FULL.parents, help="bad ones that are scaled to the margin")
     parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate")
     asked = parser.parse_args(arguments)
-    if not FEWEST <= asked.candidates <= 150 or asked.draws < 1:
+    if not FEWEST <= asked.candidates <= 150 or min(asked.draws, asked.deals, asked.parents) < 1:
         raise ConfigError(
-            f"--candidates {asked.candidates} --draws {asked.draws}: too few or too many.",
-            f"Ask for {FEWEST} to 150 candidates (every kind, and {CHAIN} updates of {DRIFT}), and for some draws.",
+            f"--candidates {asked.candidates} --draws {asked.draws} --deals {asked.deals} --parents {asked.parents}:"
+            " too few or too many.",
+            f"Ask for {FEWEST} to 150 candidates (every kind, and {CHAIN} updates of {DRIFT}), and some of the rest.",
         )
-    bad, good, draws = (FEWEST, 2 * len(GOOD), 100) if asked.fast else (asked.candidates, asked.candidates, asked.draws)
+    given = Extent(asked.candidates, asked.candidates, asked.parents, TRIES, asked.deals, asked.draws)
+    extent = FAST if asked.fast else given
     out = asked.out or settings.home / "bench" / "gate"
-    say(f"{bad} bad and {good} good candidates, {draws} item sets; outcomes are kept in {out / 'outcomes'}")
-    show(run(settings, bad, good, draws, out))
+    say(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
+    show(run(settings, extent, out))

@@ -114,24 +114,27 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
-class _Marks:
+class ItemMarks:
+    """One model's answers to one suite, as the gate's decision takes them. Items are named by their number."""
+
     ids: NDArray[np.str_]
     hits: Hits
     ranks: NDArray[np.int32] | None
 
-    @classmethod
-    def of(cls, suite: Suite, answers: Answers) -> _Marks:
-        ids = np.arange(len(answers)).astype(str)
-        return cls(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
+
+def marks_of(suite: Suite, answers: Answers) -> ItemMarks:
+    """The marks of outcomes."""
+    ids = np.arange(len(answers)).astype(str)
+    return ItemMarks(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 
 
 def judge(case: Case, rule: Rule) -> Judged:
     """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
     scores = []
     for suite in case.suites:
-        base = _Marks.of(suite, case.base[suite.name])
-        before = base if case.before is case.base else _Marks.of(suite, case.before[suite.name])
-        scores.append(Scores(suite, base, before, _Marks.of(suite, case.after[suite.name])))
+        base = marks_of(suite, case.base[suite.name])
+        before = base if case.before is case.base else marks_of(suite, case.before[suite.name])
+        scores.append(Scores(suite, base, before, marks_of(suite, case.after[suite.name])))
     findings = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
     gained = findings.gain is not None and findings.gain.decision == "passed"
     return Judged(conclude(findings, ())[0], findings.results, gained)

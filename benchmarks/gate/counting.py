@@ -108,6 +108,7 @@ def drift(found: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[s
     return {
         "steps": steps,
         "caught_at": caught[0] if caught else None,
+        "caught_before_harm": bool(caught) and (not harmful or caught[0] < harmful[0]),
         "harmful_from": harmful[0] if harmful else None,
         "let_in_without_base": sum(step["kept_without_base"] for step in steps),
     }

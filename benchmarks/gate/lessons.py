@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gate.plans import KNOWN, Plan
+from ops.digests import digest_json
 from streams.folders import FolderItem, read_folder
 from updater.base.shipped import REFERENCE
 from updater.pools import Pair, Pools
@@ -38,7 +39,7 @@ def pools(plan: Plan, home: Path) -> Pools:
 
 
 def pairs(home: Path, domain: str, count: int, rng: np.random.Generator) -> list[Pair]:
-    """``count`` pairs of a domain's training split (all, where there are fewer)."""
+    """``count`` pairs of the part of a domain's training split that is not reserved (all, where there are fewer)."""
     rows = _rows(home / "data" / domain)
     chosen = rng.permutation(len(rows))[:count]
     return [Pair(f"{domain}/{rows[i].path.name}", rows[i].text, rows[i].bytes) for i in chosen]
@@ -56,6 +57,11 @@ def _others(given: Sequence[Pair]) -> list[str]:
     return [next_one[pair.text] for pair in given]
 
 
+def reserved(row: FolderItem) -> bool:
+    """Whether no candidate trains on a row of a training split: half of the concepts, by their hash."""
+    return int(digest_json(["reserved", row.concept or row.text or row.path.name])[:8], 16) % 2 == 1
+
+
 @lru_cache(maxsize=8)
 def _rows(folder: Path) -> list[FolderItem]:
-    return [row for row in read_folder(folder, split="train") if row.text]
+    return [row for row in read_folder(folder, split="train") if row.text and not reserved(row)]

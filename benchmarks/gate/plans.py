@@ -20,13 +20,14 @@ KNOWN = ("noto", "pixel_ultica", "openclipart")
 BAD = ("naive", "rate", "shuffled", "poisoned", "forgotten")
 GOOD = ("first", "second")
 DRIFT = "drift"
+MARGIN = "margin"
+"""A bad candidate whose change of the weights is scaled until what it loses lies beside the margin (module margin)."""
 NEW_PAIRS = 250
-DRAWN = {
+GALLERY = {
     "clipart_retrieval": 320, "emoji_retrieval": 280, "fashion_classes": 320, "flags_retrieval": 250,
     "pixel_classes": 400, "pixel_retrieval": 400, "stamp_classes": 400,
 }  # fmt: skip
-"""Items of a shipped suite that the benchmark's gate sees, of all that decide what is true, and the size of the
-galleries in which all of them are asked. In service the gate asks all."""
+"""Size of the galleries in which the items of a shipped suite are asked."""
 CHAIN = 10
 """Updates of the slow drift, each from the one before."""
 
@@ -50,6 +51,8 @@ class Plan:
     """The known domain that they are about; all when empty."""
     incumbent: str = ""
     """Name of the plan that it goes on from; the base when empty."""
+    scale: float = 1.0
+    """Of the change of the weights that was trained."""
 
 
 def plans(bad: int, good: int) -> list[Plan]:

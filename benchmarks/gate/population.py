@@ -1,4 +1,8 @@
-"""All held-out items of a suite's data, asked as the suite asks its own draw of them.
+"""All items of a suite's data that no candidate trains on, asked as the suite asks its own draw of them.
+
+These are the suite's own, and what is reserved of the domain's training split (lessons). The gate of a redrawn item set
+asks some of them, and the others, which it never sees, decide what is true. The base was trained on the training split
+of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
 
 How hard it is to find a text depends on how many there are to choose from. So the items are dealt out in galleries as
 large as the suite: the first is the suite's own draw, and each item is asked in one gallery.
@@ -12,12 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.gate.lessons import reserved
 from ops.digests import digest_json
+from streams.folders import read_folder
 from updater.gate.score import Scorer
-from updater.gate.suite_items import in_order_of_draw
+from updater.gate.suite_items import Item, in_order_of_draw
 from updater.gate.suites import Suite
 
-MOST = 50_000
+LIMIT = 50_000
+"""Of a suite that asks everything."""
+MOST = 2000
+"""Items of a population: 12 s at 6 ms an image, once; what is true of a suite is then known to about half a point."""
+SHOWN = 2 / 3
+"""Of a population, what a gate is shown at most: a suite without reserved items is divided."""
 Ranks = NDArray[np.int32]
 
 
@@ -35,13 +46,16 @@ class Population:
 
     suite: Suite
     galleries: tuple[Gallery, ...]
+    held_out: int
+    """Items that the suite has in service: the first so many of every array of outcomes."""
 
     @classmethod
     def of(cls, suite: Suite) -> Population:
         """Raises GateError when the suite's data are missing."""
-        everything = suite.model_copy(update={"limit": MOST})
-        everything._items = everything._digest = None
-        order = in_order_of_draw(everything.items(), suite.seed)
+        own_items = _whole(suite).items()
+        known = {item.id for item in own_items}
+        rest = [item for item in _reserved(suite) if item.id not in known]
+        order = [*in_order_of_draw(own_items, suite.seed), *in_order_of_draw(rest, suite.seed)][:MOST]
         galleries = []
         for start in range(0, len(order), suite.limit):
             own = {item.id for item in order[start : start + suite.limit]}
@@ -50,12 +64,12 @@ class Population:
             gallery = suite.model_copy()
             gallery._items, gallery._digest, gallery._home = tuple(items), None, None  # no home: scores are not kept
             galleries.append(Gallery(gallery, np.array([item.id in own for item in items])))
-        return cls(suite, tuple(galleries))
+        return cls(suite, tuple(galleries), min(len(own_items), MOST))
 
     @property
-    def drawn(self) -> int:
-        """Items of the suite's own draw: the first so many of every array of outcomes."""
-        return int(self.galleries[0].counted.sum())
+    def shown(self) -> int:
+        """Items of a redrawn set: as many as in service, where enough are left to know the truth by."""
+        return min(self.held_out, int(SHOWN * self.n))
 
     @property
     def n(self) -> int:
@@ -75,3 +89,21 @@ class Population:
         """One model's outcomes: [n, views]."""
         parts = [scorer.score(g.suite, adapter).ranks[g.counted] for g in self.galleries]
         return np.concatenate(parts)
+
+
+def _reserved(suite: Suite) -> list[Item]:
+    """Reserved items of a suite that asks about one split of its folder."""
+    if suite.split is None:
+        return []
+    train = _whole(suite, split="train")
+    kept = {
+        row.path.relative_to(suite.folder).as_posix() for row in read_folder(suite.folder, "train") if reserved(row)
+    }
+    return [item for item in train.items() if item.name in kept]
+
+
+def _whole(suite: Suite, **changes: str) -> Suite:
+    """The suite without a limit."""
+    whole = suite.model_copy(update={"limit": LIMIT, **changes})
+    whole._items = whole._digest = None
+    return whole

@@ -15,8 +15,9 @@ import numpy as np
 from benchmarks.gate.cases import Answers
 from benchmarks.gate.engine import LateEngine
 from benchmarks.gate.lessons import pools
-from benchmarks.gate.plans import DRAWN, KNOWN, NEW, Plan
+from benchmarks.gate.plans import GALLERY, KNOWN, NEW, Plan
 from benchmarks.gate.population import Population
+from benchmarks.gate.scaling import write_scaled
 from ops.digests import digest_json
 from ops.errors import RatchetError, TrainingError
 from ops.progress import step
@@ -61,7 +62,7 @@ class Workshop:
     def open(cls, settings: Settings, out: Path) -> Workshop:
         """With the settings' base, and data that are prepared where they are missing. Raises RatchetError."""
         shipped = [suite for suite in load_suites([], settings.home, "clip") if suite.role == "retention"]
-        retention = [s.model_copy(update={"limit": DRAWN.get(s.name, s.limit)}) for s in shipped]
+        retention = [s.model_copy(update={"limit": GALLERY.get(s.name, s.limit)}) for s in shipped]
         for domain in sorted({*NEW, *KNOWN, *(suite.folder.name for suite in retention)} & DOMAINS.keys()):
             prepare_domain(domain, settings.home)
         gains = [fresh(settings.home, domain) for domain in NEW]
@@ -84,6 +85,34 @@ class Workshop:
         key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._asked])
         return self._kept(plan.name, key) or self._keep(self._made(plan, incumbent), key)
 
+    def of_scaled(self, plan: Plan, parent: Plan) -> Trial:
+        """What ``parent``'s candidate answers with ``plan.scale`` times its change of the base's weights. The parent
+        goes on from the base; it is trained again where its adapter is not in the folder.
+        """
+        trained = self.of(parent, None)
+        key = digest_json([plan.name, plan.scale, trained.adapter, self.base.digest, self._asked])
+        found = self._kept(plan.name, key)
+        if found is not None:
+            return found
+        directory = self.out / "adapters" / trained.adapter
+        if not directory.is_dir():
+            self._made(parent, None)
+        started, work = time.monotonic(), self.out / "work" / plan.name
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            adapter = write_scaled(directory, self.base, plan.scale, work / "adapter")
+            ranks = self._answers(adapter, work / "adapter")
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return self._keep(Trial(plan.name, adapter, ranks, time.monotonic() - started), key)
+
+    def _answers(self, adapter: str, directory: Path) -> dict[str, Answers]:
+        self.engine.load(adapter, directory)
+        ranks = self._ranks(adapter)
+        self.scorer.forget(adapter)
+        self.engine.unload(adapter)
+        return ranks
+
     def _made(self, plan: Plan, incumbent: Trial | None) -> Trial:
         started = time.monotonic()
         adapters, work = self.out / "adapters", self.out / "work" / plan.name
@@ -99,10 +128,7 @@ class Workshop:
                 return Trial(plan.name, "", {}, time.monotonic() - started, error.message)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
-            self.engine.load(result.adapter, result.directory)
-            ranks = self._ranks(result.adapter)
-            self.scorer.forget(result.adapter)
-            self.engine.unload(result.adapter)
+            ranks = self._answers(result.adapter, result.directory)
         return Trial(plan.name, result.adapter, ranks, time.monotonic() - started)
 
     def _ranks(self, adapter: str | None) -> dict[str, Answers]:

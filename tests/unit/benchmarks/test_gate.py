@@ -9,12 +9,15 @@ import pytest
 
 from benchmarks.gate import counting
 from benchmarks.gate.cases import Case, Rule, judge
+from benchmarks.gate.margin import beside, parents_of
 from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
 from benchmarks.gate.power import power
+from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
 from ops.settings import Gate
 from tests.unit.gate.builders import suite_over
 from updater.gate.suites import Suite
+from updater.gate.verdict import Outcome
 
 RULE = Rule.of(Gate())
 N = 400
@@ -68,6 +71,7 @@ def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -
     assert drifted["caught_at"] == drifted["harmful_from"] == 1
     assert drifted["steps"][0]["by"] == ["known", "classes"]
     assert drifted["let_in_without_base"] == 1
+    assert not drifted["caught_before_harm"], "it was harmful at once"
 
 
 def test_swapping_sides_leaves_no_difference_and_all_disagreement() -> None:
@@ -187,3 +191,43 @@ def test_every_kind_is_there_and_an_incumbent_comes_first() -> None:
     assert all(plan in found for plan in few), "a smaller run's outcomes serve a larger one"
     with pytest.raises(ValueError, match="every kind"):
         plans(14, 2)
+
+
+def test_a_deal_shows_the_gate_some_items_and_keeps_the_others_for_the_truth() -> None:
+    seen, unseen = deal(GOOD_ONE, {"known": 300, "classes": 100, "fresh.new": 399}, np.random.default_rng(0))
+    assert [len(seen[name]) for name in SIZES] == [300, 100, 399]
+    assert all(sorted([*seen[name], *unseen[name]]) == list(range(N)) for name in SIZES)
+
+
+def test_errors_are_counted_where_the_truth_lies() -> None:
+    def one(name: str, beyond: float, gained: float, outcome: Outcome, worst: float = 0.2) -> Redrawn:
+        return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
+
+    found = figures_of([
+        one("harmful", 0.01, 0.02, "passed"), one("harmful", 0.01, 0.02, "rejected"),
+        one("without gain", 0.01, 0.0, "rejected"), one("far", 0.05, 0.02, "rejected"),
+        one("good", -0.03, 0.04, "inconclusive"), one("good", -0.04, 0.04, "passed"),
+        one("good but near", -0.01, 0.04, "rejected", worst=0.8), one("small gain", -0.04, 0.02, "inconclusive"),
+    ])  # fmt: skip
+    assert (found["false_accepts"]["count"], found["false_accepts"]["of"]) == (1, 2)
+    assert (found["false_accepts_any_gain"]["of"], found["false_accepts_beyond"]["of"]) == (3, 1)
+    assert (found["false_rejects_gain3"]["count"], found["false_rejects_gain3"]["of"]) == (1, 2)
+    assert (found["candidates_at_margin"], found["candidates_gain3"]) == (1, 1)
+
+
+def test_redrawn_items_let_the_good_in_and_keep_the_bad_out() -> None:
+    shown = dict.fromkeys(SIZES, 300)
+    found = list(redraw([GOOD_ONE, BAD_ONE], shown, RULE, 6, seed=0))
+    assert [one.outcome for one in found] == ["passed"] * 6 + ["rejected"] * 6
+    assert all(one.beyond < 0 for one in found[:6]) and all(one.beyond > 0.2 for one in found[6:])
+
+
+def test_scales_are_looked_for_between_the_base_and_a_bad_candidate() -> None:
+    """A loss that grows with the square of the scale, 30 points beyond a margin of 5 in the end."""
+    parents = parents_of(plans(40, 40), 4)
+    assert [plan.kind for plan in parents] == ["naive", "forgotten", "poisoned", "naive"]
+    found = {plan.scale: 0.35 * plan.scale**2 - 0.05 for plan in
+             beside(parents[0], lambda plan: 0.35 * plan.scale**2 - 0.05, 0.3, -0.05, tries=4)}  # fmt: skip
+    assert len(found) >= 4 and all(abs(loss) <= 0.02 for loss in found.values())
+    assert min(found.values()) < -0.01 and max(found.values()) > 0.01
+    assert not list(beside(parents[0], lambda _: -0.04, -0.04, -0.05, tries=4)), "it is no bad one"

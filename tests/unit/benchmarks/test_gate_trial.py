@@ -10,18 +10,23 @@ import numpy as np
 import pytest
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.gate.bench import case
-from benchmarks.gate.cases import has_ranks, hits_of
+from benchmarks.gate.bench import Extent, case, measure
+from benchmarks.gate.cases import Rule, has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
-from benchmarks.gate.lessons import NOTHING, pools
+from benchmarks.gate.lessons import NOTHING, pairs, pools, reserved
+from benchmarks.gate.margin import scaled as scaled_plan
 from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
 from benchmarks.gate.population import Population
+from benchmarks.gate.scaling import write_scaled
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
+from ops.settings import Gate
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from streams.folders import read_folder
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run
+from updater.adapters import read_delta
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 from updater.train import TrainResult
@@ -79,14 +84,28 @@ def test_an_adapter_of_early_blocks_is_refused(base: ClipBase, tmp_path: Path) -
 def test_every_item_is_asked_once_and_the_first_are_the_suites_own(base: ClipBase, home: Path, limit: int) -> None:
     suite = Suite(name="things", task="retrieval", data=str(home / "data" / NEW[0]), limit=limit)
     population = Population.of(suite)
-    assert population.n == 40 and population.drawn == min(limit, 40)
+    assert population.n == population.held_out == 40 and population.shown == 26
     asked = [i.id for g in population.galleries for i, own in zip(g.suite.items(), g.counted, strict=True) if own]
     assert len(set(asked)) == len(asked) == 40
     assert {len(gallery.suite.items()) for gallery in population.galleries} == {min(limit, 40)}
     scorer = Scorer(ClipEngine(base))
     ranks = population.ranks(scorer, None)
     assert ranks.shape == (40, 2)
-    assert np.array_equal(ranks[: population.drawn], scorer.score(suite, None).ranks)
+    assert np.array_equal(ranks[: min(limit, 40)], scorer.score(suite, None).ranks)
+
+
+def test_what_no_candidate_trains_on_is_asked_besides_the_suites_own_items(base: ClipBase, tmp_path: Path) -> None:
+    folder = folder_dataset(tmp_path / "data" / NEW[0], count=60, split="train")
+    text = (folder / "data.csv").read_text().splitlines()
+    (folder / "data.csv").write_text("\n".join(line.replace("train", "test") if i % 3 == 1 else line
+                                               for i, line in enumerate(text)) + "\n")  # fmt: skip
+    suite = Suite(name="things", task="retrieval", data=str(folder), split="test", limit=15)
+    population = Population.of(suite)
+    asked = [i.name for g in population.galleries for i, own in zip(g.suite.items(), g.counted, strict=True) if own]
+    trained = {row.path.name for row in read_folder(folder, "train") if not reserved(row)}
+    assert population.held_out == 20 and len(asked) == len(set(asked)) == population.n == 60 - len(trained)
+    assert 5 < len(trained) < 35 and not trained & set(asked)
+    assert {pair.id.split("/")[1] for pair in pairs(tmp_path, NEW[0], 60, np.random.default_rng(0))} == trained
 
 
 def plan(lie: str) -> Plan:
@@ -176,3 +195,38 @@ def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: 
     assert workshop.of(short("one"), None) == found
     with pytest.raises(RatchetError, match="two goes on from one"):
         run_all(workshop, [short("one"), short("two", incumbent="one")])
+
+
+def test_half_of_a_change_is_half_of_it_in_every_layer(base: ClipBase, late: TrainResult, tmp_path: Path) -> None:
+    name = write_scaled(late.directory, base, 0.5, tmp_path / "half")
+    assert name != late.adapter
+    whole, half = (read_delta(place, base) for place in (late.directory, tmp_path / "half"))
+    assert whole and half.keys() == whole.keys()
+    for layer, factor in whole.items():
+        assert np.allclose(half[layer].dense(), 0.5 * factor.dense(), atol=1e-7)
+
+
+def test_a_short_run_says_everything_and_trains_nothing_twice(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiny models on forty pictures: what they say of the gate means nothing."""
+    monkeypatch.setattr("benchmarks.gate.power.SIZES", (20,))
+    wanted = [short("one"), replace(short("first-00"), kind="first"), replace(short("drift-00"), kind="drift")]
+    rule = Rule.of(Gate(min_items=5))
+    first = measure(workshop, wanted, Extent(1, 1, 1, 1, 2, 2), rule)
+    assert first["redrawn"]["deals"] >= 6
+    assert {"false_accepts_at_margin", "false_rejects_gain3", "drift_caught_before_harm"} <= first.keys()
+    scaled = sorted(path.stem for path in (workshop.out / "outcomes").glob("onex*.npz"))
+
+    def never(*_: object, **__: object) -> TrainResult:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("benchmarks.gate.trial.train", never)
+    again = measure(workshop, wanted, Extent(1, 1, 1, 1, 2, 2), rule)
+    timed = {"seconds", "machine"}
+    assert {k: v for k, v in again.items() if k not in timed} == {k: v for k, v in first.items() if k not in timed}
+    one = workshop.of(wanted[0], None)
+    parent, half = wanted[0], scaled_plan(wanted[0], 0.5)
+    trial = workshop.of_scaled(half, parent)
+    assert trial.adapter != one.adapter and workshop.of_scaled(half, parent).adapter == trial.adapter
+    assert len(scaled) <= 5

@@ -1,0 +1,111 @@
+"""Redrawn item sets, and a truth that the gate never sees.
+
+All items of each suite are dealt out anew, again and again: so many to the gate, and the others decide what is true of
+the candidate. Both are disjoint parts of one population, so that the truth is no better known than its items allow: it
+has a standard error of half a point to a point and a half. A candidate that truly lies inside its margin is sometimes
+taken for one beyond, and its release then counts as a false accept.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gate.cases import Case, Rule, judge
+from benchmarks.gate.counting import share
+from updater.gate.verdict import Outcome
+
+GAIN3 = 0.03
+BESIDE = 0.02
+"""A true loss is beside the margin up to so far from it."""
+LOSSES = (-0.02, -0.015, -0.01, -0.005, 0.0, 0.005, 0.01, 0.015, 0.02)
+"""Edges of true losses beyond the margin."""
+GAINS = (0.0, 0.01, 0.02, 0.03, 0.05, 0.1, 1.0)
+"""Edges of true gains."""
+
+
+@dataclass(frozen=True, slots=True)
+class Redrawn:
+    """One candidate under one deal of the items."""
+
+    name: str
+    kind: str
+    beyond: float
+    """Most that a suite truly loses beyond its margin."""
+    worst: float
+    """Most that a suite truly loses, as a share of its margin."""
+    gained: float
+    """True gain."""
+    outcome: Outcome
+    kept: bool
+    """Whether all retention suites passed."""
+
+
+def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: int, seed: int) -> Iterator[Redrawn]:
+    """``times`` deals of each case. ``shown``: items of each suite that the gate gets."""
+    rng = np.random.default_rng(seed)
+    for case in cases:
+        for _ in range(times):
+            seen, unseen = deal(case, shown, rng)
+            judged = judge(case.rows(seen), rule)
+            truth = case.rows(unseen)
+            worst = max(truth.lost(s) / (s.margin or rule.margin) for s in case.suites if s.role == "retention")
+            yield Redrawn(case.name, case.kind, truth.beyond(rule), worst, truth.gained, judged.outcome, judged.kept)
+
+
+def deal(
+    case: Case, shown: Mapping[str, int], rng: np.random.Generator
+) -> tuple[dict[str, NDArray[np.int_]], dict[str, NDArray[np.int_]]]:
+    """Items for the gate and for the truth, by suite."""
+    orders = {suite.name: rng.permutation(len(case.after[suite.name])) for suite in case.suites}
+    return (
+        {name: order[: shown[name]] for name, order in orders.items()},
+        {name: order[shown[name] :] for name, order in orders.items()},
+    )
+
+
+def figures_of(found: Sequence[Redrawn]) -> dict[str, Any]:
+    """Error rates over all deals; those of one candidate are not independent of each other.
+
+    False accepts are of deals in which a suite truly lost up to BESIDE more than its margin, where there was a gain to
+    be shown; false rejects of those with a gain of three points and no suite beyond half its margin.
+    """
+    harmful = [one for one in found if 0.0 < one.beyond <= BESIDE]
+    gaining = [one for one in harmful if one.gained > 0.0]
+    fine = [one for one in found if one.gained >= GAIN3 and one.worst <= 0.5]
+    return {
+        "false_accepts": _passed(gaining),
+        "false_accepts_any_gain": _passed(harmful),
+        "false_accepts_beyond": _passed([one for one in found if one.beyond > BESIDE]),
+        "false_rejects_gain3": _others(fine),
+        "not_kept_gain3": share(sum(not one.kept for one in fine), len(fine)),
+        "rejected_gain3": share(sum(one.outcome == "rejected" for one in fine), len(fine)),
+        "candidates_at_margin": len({one.name for one in gaining}),
+        "candidates_gain3": len({one.name for one in fine}),
+        "by_loss": [
+            {"from": low, "to": high, **_row([o for o in found if low < o.beyond <= high and o.gained > 0.0])}
+            for low, high in itertools.pairwise(LOSSES)
+        ],
+        "by_gain": [
+            {"from": low, "to": high, **_row([o for o in found if low < o.gained <= high and o.worst <= 0.5])}
+            for low, high in itertools.pairwise(GAINS)
+        ],
+        "deals": len(found),
+    }
+
+
+def _row(found: Sequence[Redrawn]) -> dict[str, Any]:
+    return {"passed": _passed(found), "candidates": len({one.name for one in found})}
+
+
+def _passed(found: Sequence[Redrawn]) -> dict[str, Any]:
+    return share(sum(one.outcome == "passed" for one in found), len(found))
+
+
+def _others(found: Sequence[Redrawn]) -> dict[str, Any]:
+    return share(sum(one.outcome != "passed" for one in found), len(found))

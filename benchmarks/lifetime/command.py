@@ -1,0 +1,176 @@
+"""The benchmark's course, its flags, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
+from benchmarks.lifetime.report import Row, draw, row_of
+from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
+from benchmarks.lifetime.world import FORGOTTEN, make_world
+from benchmarks.machine import machine
+from ops.errors import ConfigError
+from ops.progress import say, track
+from ops.settings import Gate, Settings
+from updater.checkpoint import write_json
+
+UPDATES = 40
+MOST_UPDATES = 400
+RULES = (
+    Rules(),
+    Rules("no memory suites", memory=False),
+    Rules("no best release", best=False),
+    Rules("gain by recall", ranks=False),
+    Rules("a candidate each trigger", waiting=False),
+    Rules("all of these", memory=False, best=False, ranks=False, waiting=False),
+)
+IDLE = "no update gains"
+"""Not rules, but a stream: whatever it releases is a false release."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One stream to be simulated."""
+
+    rules: Rules
+    gains: tuple[float, ...]
+    updates: int
+    seed: int
+    forgotten: float
+    settings: Gate
+
+    def run(self, sources: Mapping[str, Source]) -> Course:
+        """The same task has the same course; tasks with one seed have one world and the same lessons."""
+        world_rng, rng = (np.random.default_rng([self.seed, number]) for number in range(2))
+        world = make_world(sources, world_rng)
+        lessons = lessons_of(world, self.updates, self.gains, world_rng)
+        return Stream(world, self.rules, self.settings, rng, self.forgotten).run(lessons)
+
+
+def run(
+    settings: Settings,
+    *,
+    updates: int = UPDATES,
+    streams: int = 2,
+    rules: Sequence[Rules] = RULES,
+    forgotten: float = FORGOTTEN,
+    outcomes: Path = ARCHIVE,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Simulate ``streams`` streams for each of the rules, and those without a gain. Returns the figures.
+
+    Raises ConfigError when there are no outcomes.
+    """
+    started = time.monotonic()
+    gains = (GAIN3, *OTHER_GAINS)
+
+    def tasks(which: Rules, given: tuple[float, ...]) -> list[Task]:
+        return [Task(which, given, updates, seed, forgotten, settings.gate) for seed in range(streams)]
+
+    groups = {each.name: tasks(each, gains) for each in rules} | {IDLE: tasks(rules[0], (0.0,))}
+    wanted = [task for group in groups.values() for task in group]
+    courses = track(_run_all(wanted, outcomes, workers), "streams", total=len(wanted))
+    rows = [row_of(name, list(islice(courses, len(group)))) for name, group in groups.items()]
+    *real, idle = rows
+    return {
+        "released_within_12_triggers_gain3": real[0]["gain3"]["rate"],
+        "kept_of_learned": real[0]["kept"],
+        "harmful_released": real[0]["harmful_released"],
+        "harmful": real[0]["harmful"],
+        "released_without_gain": idle["by_gain"]["0"]["rate"],
+        "alpha_mean": real[0]["alpha_mean"],
+        "alpha_most": real[0]["alpha_most"],
+        "forgotten": forgotten,
+        "detect": settings.gate.detect,
+        "updates": updates,
+        "rules": rows,
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": machine(),
+    }
+
+
+def _run_all(tasks: Sequence[Task], outcomes: Path, workers: int | None) -> Iterator[Course]:
+    count = workers or len(os.sched_getaffinity(0))
+    if count == 1:
+        sources = read_sources(outcomes)
+        yield from (task.run(sources) for task in tasks)
+        return
+    with ProcessPoolExecutor(count, get_context("spawn"), initializer=_begin, initargs=(outcomes,)) as pool:
+        yield from pool.map(_run, tasks)
+
+
+_SOURCES: dict[str, Source] = {}
+"""Of a worker process."""
+
+
+def _begin(outcomes: Path) -> None:
+    _SOURCES.update(read_sources(outcomes))
+
+
+def _run(task: Task) -> Course:
+    return task.run(_SOURCES)
+
+
+def show(figures: Mapping[str, Any]) -> None:
+    """A table for people, one JSON line for machines (last)."""
+    table = Table("rules", "released, gain 3", "triggers", "kept", "learned", "harmful released", "looks", "alpha",
+                  title=f"{figures['updates']} updates, {figures['rules'][0]['streams']} streams")  # fmt: skip
+    for row in figures["rules"]:
+        table.add_row(*_cells(row))
+    Console().print(table)
+    print(json.dumps(figures), flush=True)
+
+
+def _cells(row: Row) -> list[str]:
+    released = row["gain3"] if row["gain3"]["of"] else row["by_gain"]["0"]
+    return [
+        row["rules"],
+        f"{released['count']}/{released['of']} ({released['low']:.0%} to {released['high']:.0%})",
+        "-" if row["triggers_gain3"] is None else f"{row['triggers_gain3']:.1f}",
+        "-" if row["kept"] is None else f"{row['kept']:.0%}",
+        f"{row['learned_points']:.0f}",
+        f"{row['harmful_released']}/{row['harmful']}",
+        str(row["looks"]),
+        f"{row['alpha_mean']:.3f} (most {row['alpha_most']:.3f})",
+    ]
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench lifetime``."""
+    parser = argparse.ArgumentParser(prog="ratchet bench lifetime", description="A simulated stream of updates.")
+    parser.add_argument("--updates", type=int, default=UPDATES, help=f"of a stream (2 to {MOST_UPDATES})")
+    parser.add_argument("--streams", type=int, default=2, help="for each set of rules (2)")
+    parser.add_argument("--forgotten", type=float, default=FORGOTTEN,
+                        help=f"share of what was learned that any other update loses ({FORGOTTEN})")  # fmt: skip
+    parser.add_argument("--only", action="store_true", help="the gate as it is, without the rules that are compared")
+    parser.add_argument("--outcomes", type=Path, default=ARCHIVE, help="archive or folder of `ratchet bench gate`")
+    parser.add_argument("--out", type=Path, help="folder of results; by default home/bench/lifetime")
+    asked = parser.parse_args(arguments)
+    if not (2 <= asked.updates <= MOST_UPDATES and 1 <= asked.streams <= 100 and 0.0 <= asked.forgotten <= 1.0):
+        raise ConfigError(
+            f"--updates {asked.updates} --streams {asked.streams} --forgotten {asked.forgotten}: one is out of bounds.",
+            f"Ask for 2 to {MOST_UPDATES} updates, 1 to 100 streams, and a share between 0 and 1.",
+        )
+    out = asked.out or settings.home / "bench" / "lifetime"
+    say(f"{asked.streams} streams of {asked.updates} updates for each set of rules; results go to {out}")
+    figures = run(
+        settings, updates=asked.updates, streams=asked.streams, rules=RULES[:1] if asked.only else RULES,
+        forgotten=asked.forgotten, outcomes=asked.outcomes,
+    )  # fmt: skip
+    write_json(out / "results.json", figures)
+    draw([row for row in figures["rules"] if row["gain3"]["of"]], out / "released.png")
+    show(figures)

@@ -1,0 +1,139 @@
+"""Updates that move ranks as real ones did, by as much as is asked for.
+
+A real update moves the ranks of many items up and of nearly as many down. Each simulated item takes what happened to a
+real one whose ranks were about the same (its *donor*), of one donor as it happened or of another one backwards. What is
+learned has more items of the first kind. Where nothing is learned, an item takes the better or the worse of both moves,
+and the change is as large as is wanted with more of these or of those. How many items move is as in the real update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.lifetime.outcomes import Ranks, Source
+from updater.gate.statistics import reciprocal_log_rank
+
+EDGES = (1, 3, 5, 10, 30, 100)
+"""Ranks between two edges are about the same; 5 is where recall@5 ends."""
+LEARNING_ROUNDS = 4
+"""A large gain is several real updates' worth; what is left of it then goes the shorter way."""
+MOST_ROUNDS = 12
+"""A change that is not there by then cannot be had."""
+Generator = np.random.Generator
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Donors by what their ranks were."""
+
+    first: Ranks
+    second: Ranks
+    order: NDArray[np.int_]
+    """Donors sorted by cell."""
+    starts: NDArray[np.int_]
+    """[cells + 1]: where each cell begins in ``order``."""
+
+    @classmethod
+    def of(cls, first: Ranks, second: Ranks) -> Kernel:
+        """From ``first`` to ``second``, both [donors, views]."""
+        cells = _cells(first)
+        count = (len(EDGES) + 1) ** first.shape[1]
+        starts = np.searchsorted(np.sort(cells), np.arange(count + 1))
+        return cls(first, second, np.argsort(cells, kind="stable"), starts)
+
+    def step(self, ranks: Ranks, rng: Generator) -> Ranks:
+        """Each item's ranks after its donor's move; those without a donor stay. Shape [n, views]."""
+        cells = _cells(ranks)
+        low, high = self.starts[cells], self.starts[cells + 1]
+        known = high > low
+        place = low + (rng.random(len(ranks)) * (high - low)).astype(np.int_)
+        donors = self.order[np.minimum(place, len(self.order) - 1)]
+        moved = known[:, None] & (self.first[donors] != self.second[donors])
+        return np.where(moved, self.second[donors], ranks).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """What updates do to the items of one suite."""
+
+    k: int
+    """Ranks below it are hits."""
+    forward: Kernel
+    backward: Kernel
+
+    @classmethod
+    def of(cls, source: Source) -> Moves:
+        return cls(source.suite.k, Kernel.of(source.before, source.after), Kernel.of(source.after, source.before))
+
+    def share(self, ranks: Ranks) -> float:
+        """Share of hits."""
+        return float((ranks < self.k).mean())
+
+    def learned(self, ranks: Ranks, gain: float, rng: Generator) -> Ranks:
+        """Ranks after an update that learned these items, whose share of hits is higher by ``gain``."""
+        wanted = self.share(ranks) + gain
+        for _ in range(LEARNING_ROUNDS):
+            forward, backward = self.forward.step(ranks, rng), self.backward.step(ranks, rng)
+            ranks, reached = self._mixed(ranks, forward, backward, wanted, rng)
+            if reached:
+                return ranks
+        return self.changed(ranks, wanted - self.share(ranks), rng)
+
+    def changed(
+        self, ranks: Ranks, change: float, rng: Generator, *, base: Ranks | None = None, back: float = 0.0,
+        churn: float = 1.0,
+    ) -> Ranks:  # fmt: skip
+        """Ranks after an update that learned something else, with a share of hits that is higher by ``change``, to half
+        an item where it can be had: a share of hits has an upper end.
+
+        Args:
+            base, back: share of the items that first go back to what they were under the base.
+            churn: share of the items that have donors at all.
+        """
+        wanted = self.share(ranks) + change
+        if base is not None:
+            ranks = np.where(rng.random(len(ranks))[:, None] < back, base, ranks)
+        for _ in range(MOST_ROUNDS):
+            taking = rng.random(len(ranks))[:, None] < churn
+            one, other = (np.where(taking, kernel.step(ranks, rng), ranks) for kernel in (self.forward, self.backward))
+            better = (_statistic(one) >= _statistic(other))[:, None]
+            up, down = np.where(better, one, other), np.where(better, other, one)
+            ranks, reached = self._mixed(ranks, up, down, wanted, rng)
+            if reached:
+                break
+        return ranks
+
+    def _mixed(
+        self, ranks: Ranks, up: Ranks, down: Ranks, wanted: float, rng: Generator
+    ) -> tuple[Ranks, bool]:  # fmt: skip
+        """``up`` for so many drawn items that the share of hits is nearest to what is wanted, ``down`` for the others;
+        and whether it is there, to half an item.
+        """
+        gains, losses = self._hits(up) - self._hits(ranks), self._hits(down) - self._hits(ranks)
+        order = rng.permutation(len(ranks))
+        reached = np.concatenate([[0.0], np.cumsum((gains - losses)[order])]) + losses.sum()
+        left = (wanted - self.share(ranks)) * len(ranks)
+        first = int(np.abs(reached - left).argmin())
+        chosen = np.zeros(len(ranks), dtype=bool)
+        chosen[order[:first]] = True
+        return np.where(chosen[:, None], up, down), bool(abs(reached[first] - left) <= 0.5)
+
+    def _hits(self, ranks: Ranks) -> Floats:
+        mean: Floats = (ranks < self.k).mean(axis=1)
+        return mean
+
+
+def _cells(ranks: Ranks) -> NDArray[np.int_]:
+    """A number for each combination of about the same ranks: [n]."""
+    places = np.searchsorted(np.array(EDGES), ranks, side="right")
+    powers = (len(EDGES) + 1) ** np.arange(ranks.shape[1])
+    cells: NDArray[np.int_] = places @ powers
+    return cells
+
+
+def _statistic(ranks: Ranks) -> Floats:
+    return reciprocal_log_rank(ranks).mean(axis=1)

@@ -1,0 +1,106 @@
+"""What real updates did to real items: the outcomes that `ratchet bench gate` kept, suite by suite."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gate.plans import BAD, CHAIN, GOOD, NEW, plans
+from benchmarks.gate.trial import fresh_name
+from ops.errors import ConfigError
+from updater.gate.suites import Suite, load_suites
+
+ARCHIVE = Path(__file__).parents[2] / "docs" / "benchmarks" / "gate" / "outcomes.tar.xz"
+MOST_CANDIDATES = 150
+Ranks = NDArray[np.int32]
+"""[items, views]: 0-based ranks of the right answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One suite's items under the base, and how updates moved ranks on them."""
+
+    suite: Suite
+    base: Ranks
+    before: Ranks
+    """Under the incumbent, for each item and each good candidate that was asked the suite."""
+    after: Ranks
+    """The same under the candidate."""
+
+
+def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
+    """Sources by suite name: all retention suites, and one for each new domain. Only candidates that were meant to be
+    good count.
+
+    Args:
+        place: the archive, or the folder into which `ratchet bench gate` writes outcomes.
+
+    Raises:
+        ConfigError: there is nothing, or it holds hits and no ranks.
+    """
+    trials = dict(_trials(place))
+    if "base" not in trials:
+        raise ConfigError(f"{place} holds no outcomes of the base.", "Run `ratchet bench gate`, and name its folder.")
+    base = trials["base"]
+    if any(array.dtype == np.uint8 for array in base.values()):
+        raise ConfigError(
+            f"{place} holds hits alone: it was written by an earlier version.",
+            "Run `ratchet bench gate`, which keeps ranks, and name its folder with --outcomes.",
+        )
+    pairs: dict[str, list[tuple[Ranks, Ranks]]] = defaultdict(list)
+    for candidate, incumbent, domain in _good_plans():
+        before, after = trials.get(incumbent or "base"), trials.get(candidate)
+        if before and after:
+            asked = {fresh_name(domain), *(name for name in after if not name.startswith(fresh_name("")))}
+            for name in asked & after.keys():
+                pairs[name].append((before[name], after[name]))
+    suites = [suite for suite in load_suites([], None, "clip") if suite.role == "retention"]
+    suites += [Suite(name=fresh_name(domain), role="gain", task="retrieval", data="-") for domain in NEW]
+    missing = [suite.name for suite in suites if suite.name not in pairs]
+    if missing:
+        raise ConfigError(f"{place} has no good candidate for {', '.join(missing)}.", "Run `ratchet bench gate`.")
+    return {suite.name: _source(suite, base[suite.name], pairs[suite.name]) for suite in suites}
+
+
+@lru_cache(maxsize=1)
+def _good_plans() -> list[tuple[str, str, str]]:
+    """Name, incumbent and domain of each candidate that is meant to be good."""
+    fewest = CHAIN + len(BAD)
+    return [(p.name, p.incumbent, p.domain) for p in plans(fewest, MOST_CANDIDATES) if p.kind in GOOD]
+
+
+def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Source:
+    before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return Source(suite, base, before, after)
+
+
+def _trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
+    for name, content in _files(place):
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            arrays = {suite: file[suite] for suite in file.files if suite != "about"}
+        if arrays:  # none where training refused the candidate
+            yield name, arrays
+
+
+def _files(place: Path) -> Iterator[tuple[str, bytes]]:
+    if place.is_dir():
+        for path in sorted(place.glob("*.npz")):
+            yield path.stem, path.read_bytes()
+        return
+    try:
+        with tarfile.open(place) as archive:
+            for member in archive:
+                found = archive.extractfile(member) if re.search(r"[\w-]+\.npz$", member.name) else None
+                if found is not None:
+                    yield Path(member.name).stem, found.read()
+    except (OSError, tarfile.TarError) as error:
+        raise ConfigError(f"outcomes cannot be read: {error}.", "Name a folder or archive with --outcomes.") from None

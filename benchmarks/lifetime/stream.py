@@ -1,0 +1,208 @@
+"""A stream of updates: data arrive, candidates are trained and asked, what passes is released; the truth is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from benchmarks.lifetime.asking import Asked, Sample, findings_of, fresh_of, memory_of, static_suites
+from benchmarks.lifetime.moves import Generator
+from benchmarks.lifetime.schedule import Schedule
+from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
+from ops.ledger import VerdictRow
+from ops.settings import Gate
+from updater.best_releases import best_by_suite
+from updater.gate.decision import conclude
+from updater.gate.interim_analyses import LEAST_LEVEL, Look
+
+TRIGGERS = 12
+"""After so many the stream brings something else."""
+FRESH = 45
+"""Held-out samples of a trigger: 256 to train on at the default share of 15%."""
+GAIN3 = 0.03
+OTHER_GAINS = (0.01, 0.02, 0.05, 0.1)
+HARMFUL = 0.1
+"""Share of candidates that lose more than the margin somewhere, by up to HARM."""
+HARM = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What the gate does; everything on is what it does now."""
+
+    name: str = "as it is"
+    memory: bool = True
+    """Memory suites."""
+    best: bool = True
+    """The best release so far is a reference."""
+    ranks: bool = True
+    """A gain is tested on ranks."""
+    waiting: bool = True
+    """Looks as :class:`Schedule` has them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """What the stream brings for one update."""
+
+    domain: str
+    gain: float
+    """True gain of a candidate that learned it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A lesson's end."""
+
+    lesson: Lesson
+    triggers: int
+    """Until the release; TRIGGERS where there was none."""
+    released: bool
+    looks: int
+    outcomes: tuple[str, ...]
+    """Of all looks."""
+
+
+@dataclass(slots=True)
+class Course:
+    """What a stream came to."""
+
+    lessons: list[Ended] = field(default_factory=list)
+    harmful: int = 0
+    """Candidates that truly lose more than a margin and were asked."""
+    harmful_released: int = 0
+    best: dict[str, float] = field(default_factory=dict)
+    """By domain the most that a release was truly above the base."""
+    end: dict[str, float] = field(default_factory=dict)
+    """What the last release is."""
+    alpha: list[float] = field(default_factory=list)
+    """Spent before each release, and at the end."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the points above the base that the last release still has; NaN when nothing was learned."""
+        most = sum(self.best.values())
+        return sum(self.end[name] for name in self.best) / most if most > 0 else float("nan")
+
+
+@dataclass(slots=True)
+class _Live:
+    model: Model
+    name: str = ""
+    released: dict[str, Model] = field(default_factory=dict)
+    verdicts: list[VerdictRow] = field(default_factory=list)
+    """The newest first."""
+
+
+def lessons_of(world: World, count: int, gains: Sequence[float], rng: Generator) -> list[Lesson]:
+    """Domains in shuffled rounds, every second lesson with the first gain, the others with the rest in turn."""
+    names = [domain.name for domain in world.streamed]
+    order = [name for _ in range(-(-count // len(names))) for name in rng.permutation(names)]
+    others = gains[1:] or gains
+    given = [gains[0] if number % 2 == 0 else others[number // 2 % len(others)] for number in range(count)]
+    return [Lesson(str(name), gain) for name, gain in zip(order, given, strict=False)]
+
+
+class Stream:
+    """One updater in one world."""
+
+    def __init__(
+        self, world: World, rules: Rules, settings: Gate, rng: Generator, forgotten: float = FORGOTTEN
+    ) -> None:
+        self.world, self.rules, self.settings, self.rng, self.forgotten = world, rules, settings, rng, forgotten
+        self.live = _Live(world.base)
+        self.schedule = Schedule(settings, rules.waiting)
+        self.course = Course()
+        self._static = static_suites(world)
+        self._order = {domain.name: rng.permutation(ITEMS) for domain in world.streamed}
+        self._arrived = dict.fromkeys(self._order, 0)
+        self._fresh: list[Sample] = []
+        self._learned: list[Sample] = []
+        self._memory: list[Asked] = []
+        self._pending: dict[str, float] = {}
+
+    def run(self, lessons: Sequence[Lesson]) -> Course:
+        """All lessons, one after another."""
+        for lesson in lessons:
+            self.course.lessons.append(self._learn(lesson))
+        self.course.alpha = [*self.schedule.history, self.schedule.spent]
+        self.course.end = {d.name: self.world.learned(d, self.live.model) for d in self.world.streamed}
+        return self.course
+
+    def _learn(self, lesson: Lesson) -> Ended:
+        """Triggers until a release, or until the stream brings something else: what was not learned stays pending."""
+        self._pending[lesson.domain] = lesson.gain
+        candidate: Model | None = None
+        outcomes: list[str] = []
+        for trigger in range(1, TRIGGERS + 1):
+            self._arrive(lesson.domain)
+            look = self.schedule.triggered(len(self._fresh))
+            if look is None:
+                continue
+            if candidate is None or look.number == 1:
+                candidate = self._candidate()
+            verdict, tested = self._judge(candidate, look)
+            outcomes.append(verdict.outcome)
+            self.schedule.looked(look, verdict, tested=tested)
+            if verdict.outcome == "passed":
+                self._release(candidate, verdict)
+                return Ended(lesson, trigger, True, len(outcomes), tuple(outcomes))
+        self.schedule.due = None
+        return Ended(lesson, TRIGGERS, False, len(outcomes), tuple(outcomes))
+
+    def _arrive(self, domain: str) -> None:
+        first = self._arrived[domain]
+        self._arrived[domain] += FRESH
+        self._fresh += [(domain, int(self._order[domain][i % ITEMS])) for i in range(first, first + FRESH)]
+
+    def _candidate(self) -> Model:
+        harm: dict[str, float] = {}
+        if self.rng.random() < HARMFUL:
+            victim = self.world.static[self.rng.integers(len(self.world.static))]
+            harm[victim.name] = (victim.suite.margin or self.settings.margin) + self.rng.uniform(0.0, HARM)
+        made = self.world.candidate(self.live.model, self._pending, harm, self.forgotten, self.rng)
+        self.course.harmful += self._is_harmful(made)
+        return made
+
+    def _is_harmful(self, model: Model) -> bool:
+        """Whether a static suite is truly below incumbent or base by more than its margin."""
+        return any(
+            max(domain.score(self.live.model), domain.score(self.world.base)) - domain.score(model)
+            > (domain.suite.margin or self.settings.margin)
+            for domain in self.world.static
+        )
+
+    def _judge(self, candidate: Model, look: Look) -> tuple[VerdictRow, bool]:
+        """The verdict, and whether its tests could be made."""
+        suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
+        findings = findings_of(
+            suites, self.world.base, self.live.model, candidate, self._best(suites), max(look.level, LEAST_LEVEL),
+            self.settings, ranked=self.rules.ranks,
+        )  # fmt: skip
+        outcome, _ = conclude(findings, ())
+        summary = {
+            "suites": {result.name: {"after": result.after, "base": result.base} for result in findings.results},
+            "gain": findings.gain.summary() if findings.gain else None,
+        }
+        name = f"clip-{len(self.schedule.verdicts):012d}"
+        return VerdictRow(0, name, name, outcome, "", summary, datetime.now(UTC)), findings.tested
+
+    def _best(self, suites: Sequence[Asked]) -> Mapping[str, tuple[str, Model]]:
+        if not self.rules.best:
+            return {}
+        names = [asked.suite.name for asked in suites if asked.suite.role == "retention"]
+        best = best_by_suite(self.live.verdicts, names, self.live.name or None)
+        return {suite: (name, self.live.released[name]) for suite, name in best.items()}
+
+    def _release(self, candidate: Model, verdict: VerdictRow) -> None:
+        self.course.harmful_released += self._is_harmful(candidate)
+        self.live.verdicts.insert(0, verdict)
+        self.live.released[verdict.adapter] = candidate
+        self.live.model, self.live.name = candidate, verdict.adapter
+        self._learned += self._fresh
+        self._fresh, self._pending = [], {}
+        self._memory = memory_of(self._learned, self.settings) if self.rules.memory else []
+        for domain in self.world.streamed:
+            above = self.world.learned(domain, candidate)
+            self.course.best[domain.name] = max(self.course.best.get(domain.name, 0.0), above)

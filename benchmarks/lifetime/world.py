@@ -1,0 +1,123 @@
+"""The world of a simulated stream: suites and domains with all their items, and models that answer them.
+
+Its truth is known: a model's score is its share of hits over all items of a domain, and the gate sees a few of them.
+What is not drawn from committed outcomes is calibrated on the chains of ``docs/benchmarks/continual`` (recipe
+``default``, nine chains of eight updates): see the constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.lifetime.moves import Generator, Moves
+from benchmarks.lifetime.outcomes import Ranks, Source
+from updater.gate.suites import Suite
+
+ITEMS = 3000
+"""Of a suite or domain: a share of hits moves in steps of a sixtieth of a point."""
+HELD_OUT = {
+    "clipart_retrieval": 822, "emoji_retrieval": 284, "fashion_classes": 1000, "flags_retrieval": 239,
+    "pixel_classes": 625, "pixel_retrieval": 625, "stamp_classes": 569,
+}  # fmt: skip
+"""Items of the shipped suites in service."""
+DOMAINS = 8
+"""That the stream brings, each in many updates; they are in turn of the kinds whose outcomes are committed."""
+BACK, CHURN = 0.4, 0.5
+"""Of the items of a suite that an update did not learn: those that go back to the base's answer, and those that move.
+Answers then differ from the predecessor's in 4% of the cases and from the base's in 6%, after any number of updates,
+as they do in the chains."""
+REVERSION, SPREAD = 0.3, 0.004
+"""An update brings a suite that is not learned this much nearer to the base's score, and moves it besides: the chains'
+regression of change on level, and what is left of its deviation when that of 64 items is taken away."""
+FORGOTTEN, FORGOTTEN_SPREAD = 0.136, 0.012
+"""Share of what was learned of a domain that an update of another one loses, and the deviation: the chains', too."""
+Model = Mapping[str, Ranks]
+"""Ranks by domain name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """All items of one kind."""
+
+    name: str
+    suite: Suite
+    """A static suite of them; of a domain of the stream its task and metric."""
+    moves: Moves
+    asked: int
+    """Items of the static suite: the first so many. 0: the domain comes by the stream."""
+
+    def score(self, model: Model) -> float:
+        """True share of hits."""
+        return self.moves.share(model[self.name])
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Everything that is asked, and the base."""
+
+    domains: Mapping[str, Domain]
+    base: Model
+
+    @property
+    def streamed(self) -> list[Domain]:
+        return [domain for domain in self.domains.values() if not domain.asked]
+
+    @property
+    def static(self) -> list[Domain]:
+        return [domain for domain in self.domains.values() if domain.asked]
+
+    def learned(self, domain: Domain, model: Model) -> float:
+        """True points (as a share) that a model is above the base."""
+        return domain.score(model) - domain.score(self.base)
+
+    def candidate(
+        self, incumbent: Model, gains: Mapping[str, float], harm: Mapping[str, float], forgotten: float, rng: Generator
+    ) -> Model:
+        """A model that an update makes of the incumbent.
+
+        Args:
+            gains: true gain on the domains that it learned, by name.
+            harm: further losses by name, where nothing was learned.
+            forgotten: share that it loses of what was learned of other domains, in the mean.
+        """
+        made: dict[str, Ranks] = {}
+        for name, domain in self.domains.items():
+            ranks, level = incumbent[name], self.learned(domain, incumbent)
+            if name in gains:
+                made[name] = domain.moves.learned(ranks, gains[name], rng)
+            elif domain.asked:
+                change = -REVERSION * level + rng.normal(0.0, SPREAD) - harm.get(name, 0.0)
+                made[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=BACK, churn=CHURN)
+            elif ranks is self.base[name]:
+                made[name] = ranks  # nobody has learned it yet, nor asks it
+            else:
+                change = -forgotten * level + rng.normal(0.0, FORGOTTEN_SPREAD) - harm.get(name, 0.0)
+                made[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=forgotten, churn=CHURN)
+        return made
+
+
+def make_world(sources: Mapping[str, Source], rng: Generator) -> World:
+    """Items drawn with replacement from the committed ones."""
+    domains: dict[str, Domain] = {}
+    base: dict[str, Ranks] = {}
+    for domain, source in _domains(sources.values()):
+        rows = rng.integers(len(source.base), size=ITEMS)
+        domains[domain.name], base[domain.name] = domain, source.base[rows]
+    return World(domains, base)
+
+
+def _domains(sources: Iterable[Source]) -> Iterable[tuple[Domain, Source]]:
+    new = []
+    for source in sources:
+        if source.suite.role == "retention":
+            yield Domain(source.suite.name, source.suite, Moves.of(source), _held_out(source)), source
+        else:
+            new.append((source, Moves.of(source)))
+    for number in range(DOMAINS):
+        source, moves = new[number % len(new)]
+        yield Domain(f"domain-{number}", source.suite, moves, 0), source
+
+
+def _held_out(source: Source) -> int:
+    return min(HELD_OUT.get(source.suite.name, ITEMS), len(source.base))

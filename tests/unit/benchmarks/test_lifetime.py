@@ -1,0 +1,198 @@
+"""The simulated stream: moves have the true change that is asked for, and the gate's rules decide about them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.gate.plans import NEW
+from benchmarks.gate.trial import fresh_name
+from benchmarks.lifetime.asking import fresh_of, memory_of, static_suites
+from benchmarks.lifetime.command import Task, run
+from benchmarks.lifetime.moves import Moves
+from benchmarks.lifetime.outcomes import Source, read_sources
+from benchmarks.lifetime.schedule import PATIENCE, Schedule
+from benchmarks.lifetime.stream import Lesson, Rules, Stream
+from benchmarks.lifetime.world import World, make_world
+from ops.errors import ConfigError
+from ops.ledger import VerdictRow
+from ops.settings import Gate, Settings
+from updater.gate.statistics import reciprocal_log_rank
+from updater.gate.suites import load_suites
+from updater.gate.verdict import Outcome
+
+N = 400
+SETTINGS = Gate()
+
+
+def ranks(seed: int, views: int) -> np.ndarray:
+    return np.random.default_rng(seed).geometric(0.12, (N, views)).astype(np.int32) - 1
+
+
+def moved(before: np.ndarray, seed: int, up: float) -> np.ndarray:
+    """A fifth of the ranks are drawn anew, most of them for the better."""
+    rng = np.random.default_rng(seed)
+    other = np.where(rng.random(before.shape) < up, before // 2, 2 * before + 1)
+    return np.where(rng.random(before.shape) < 0.2, other, before)
+
+
+def trials() -> dict[str, dict[str, np.ndarray]]:
+    suites = {s.name: len(s.views) for s in load_suites([], None, "clip") if s.role == "retention"}
+    suites |= {fresh_name(domain): 2 for domain in NEW}
+    base = {name: ranks(number, views) for number, (name, views) in enumerate(suites.items())}
+    found = {"base": base}
+    for number in range(3):  # first-00 to first-02 learn the three domains
+        up = 0.5
+        after = {name: moved(own, 50 + number, 0.8 if name.startswith("fresh") else up) for name, own in base.items()}
+        found[f"first-{number:02d}"] = after
+    return found
+
+
+def write(folder: Path, dtype: type = np.int32) -> Path:
+    folder.mkdir()
+    for name, arrays in trials().items():
+        np.savez(folder / f"{name}.npz", about=np.array("{}"), **{k: v.astype(dtype) for k, v in arrays.items()})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
+    return read_sources(write(tmp_path_factory.mktemp("outcomes") / "o"))
+
+
+@pytest.fixture(scope="module")
+def world(sources: dict[str, Source]) -> World:
+    return make_world(sources, np.random.default_rng(0))
+
+
+def test_outcomes_that_are_hits_alone_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="hits alone"):
+        read_sources(write(tmp_path / "hits", np.uint8))
+    with pytest.raises(ConfigError, match="no outcomes of the base"):
+        read_sources(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_sources(tmp_path / "none.tar.xz")
+
+
+def test_only_the_candidates_of_a_domain_say_how_it_is_learned(sources: dict[str, Source]) -> None:
+    assert len(sources["flags_retrieval"].before) == 3 * N
+    assert all(len(sources[fresh_name(domain)].before) == N for domain in NEW)
+
+
+@pytest.mark.parametrize("change", [0.0, 0.03, 0.2, -0.04, -0.15])
+def test_an_update_changes_the_share_of_hits_by_what_was_asked_for(sources: dict[str, Source], change: float) -> None:
+    rng = np.random.default_rng(1)
+    for name in ("fresh.fluent3d", "flags_retrieval"):
+        moves, before = Moves.of(sources[name]), sources[name].base[rng.integers(N, size=3000)]
+        for update in (moves.changed, moves.learned):
+            after = update(before, change, rng)
+            assert moves.share(after) - moves.share(before) == pytest.approx(change, abs=1 / 3000)
+            assert (after < before).mean() > 0.03 and (after > before).mean() > 0.03, "items move in both directions"
+
+
+def test_what_is_learned_shows_in_ranks_as_it_did_in_real_updates(sources: dict[str, Source]) -> None:
+    source, rng = sources["fresh.fluent3d"], np.random.default_rng(5)
+    moves, before = Moves.of(source), source.base[rng.integers(N, size=3000)]
+    real = moves.share(source.after) - moves.share(source.before)
+    after = moves.learned(before, real, rng)
+    gains = [float((reciprocal_log_rank(new) - reciprocal_log_rank(old)).mean()) for old, new in
+             ((source.before, source.after), (before, after))]  # fmt: skip
+    assert gains[1] == pytest.approx(gains[0], rel=0.35)
+
+
+def test_models_do_not_drift_away_from_the_base_where_they_learn_nothing(world: World) -> None:
+    model, rng = world.base, np.random.default_rng(2)
+    domain = world.domains["clipart_retrieval"]
+    apart = []
+    for _ in range(12):
+        model = world.candidate(model, {}, {}, 0.1, rng)
+        apart.append(float((model[domain.name] != world.base[domain.name]).mean()))
+    assert apart[-1] < 3 * apart[0]
+    assert abs(world.learned(domain, model)) < 0.03
+
+
+def test_what_was_learned_is_forgotten_in_part_by_an_update_of_something_else(world: World) -> None:
+    rng = np.random.default_rng(3)
+    domain = world.domains["domain-0"]
+    learned = world.candidate(world.base, {domain.name: 0.1}, {}, 0.5, rng)
+    assert world.learned(domain, learned) == pytest.approx(0.1, abs=0.001)
+    later = world.candidate(learned, {"domain-1": 0.03}, {}, 0.5, rng)
+    assert 0.0 < world.learned(domain, later) < 0.09
+    harmed = world.candidate(learned, {}, {"flags_retrieval": 0.1}, 0.0, rng)
+    assert world.learned(world.domains["flags_retrieval"], harmed) < -0.08
+
+
+def test_suites_are_those_of_the_gate(world: World) -> None:
+    samples = [("domain-1", i) for i in range(120)] + [("domain-0", i) for i in range(130)]
+    (static, *_), memory = static_suites(world), memory_of(samples, SETTINGS)
+    assert static.answers(world.base, ranked=True).shape == (N, 2)
+    assert [asked.suite.name for asked in memory] == ["memory.domain-0", "memory.domain-1"]
+    fresh = fresh_of(samples, SETTINGS)
+    assert [asked.suite.name for asked in fresh] == ["fresh.domain-0", "fresh.domain-1"]
+    marked = {name: np.arange(3000 * 2).reshape(3000, 2) for name in world.base}
+    items = [int(item.sample_id.split("/")[1]) for item in fresh[0].suite.items()]
+    assert fresh[0].answers(marked, ranked=True)[:, 0].tolist() == [2 * item for item in items]
+
+
+def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever() -> None:
+    schedule = Schedule(SETTINGS, waiting=True)
+    needed = schedule.plan().needed
+    assert needed > 400 and schedule.triggered(100) is None
+    first = schedule.triggered(needed)
+    assert first is not None and first.level == pytest.approx(first.alpha) and first.next is None
+    assert [schedule.triggered(9 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
+
+
+def verdict(outcome: Outcome) -> VerdictRow:
+    return VerdictRow(0, "u", "clip-1", outcome, "", {}, datetime.now(UTC))
+
+
+def test_a_kept_candidate_is_asked_again_and_counts_once() -> None:
+    schedule = Schedule(SETTINGS, waiting=True)
+    early = [schedule.triggered(200) for _ in range(PATIENCE)][-1]
+    assert early is not None and early.next is not None
+    schedule.looked(early, verdict("inconclusive"), tested=True)
+    assert schedule.candidates == 1 and schedule.triggered(early.next - 1) is None
+    second = schedule.triggered(early.next)
+    assert second is not None and second.number == 2
+    schedule.looked(second, verdict("rejected"), tested=True)
+    assert schedule.due is None and schedule.candidates == 1 and schedule.spent == pytest.approx(second.spent)
+    hasty = Schedule(SETTINGS, waiting=False)
+    single = hasty.triggered(10)
+    assert single is not None and single.items == 10 and single.next is None
+    hasty.looked(single, verdict("passed"), tested=True)
+    assert hasty.candidates == 0 and hasty.history == [pytest.approx(single.alpha)]
+
+
+def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -> None:
+    def course(gain: float, harmful: float, monkey: pytest.MonkeyPatch) -> Stream:
+        monkey.setattr("benchmarks.lifetime.stream.HARMFUL", harmful)
+        monkey.setattr("benchmarks.lifetime.stream.HARM", 0.03)
+        stream = Stream(world, Rules(waiting=False), SETTINGS, np.random.default_rng(4), 0.0)
+        stream.run([Lesson("domain-0", gain)])
+        return stream
+
+    with pytest.MonkeyPatch.context() as monkey:
+        good, harmful = course(0.15, 0.0, monkey), course(0.15, 1.0, monkey)
+    (ended,) = good.course.lessons
+    assert ended.released and ended.outcomes[-1] == "passed" and good.course.kept == 1.0
+    assert good.live.verdicts[0].summary["suites"]["fresh.domain-0"]["after"] > 0
+    assert harmful.course.harmful >= 6 and harmful.course.harmful_released <= 1
+
+
+def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    folder = write(tmp_path / "outcomes")
+    rules = (Rules(), Rules("without memory", memory=False))
+    figures = run(settings, updates=2, streams=1, rules=rules, outcomes=folder, workers=1)
+    assert 0.0 <= figures["released_within_12_triggers_gain3"] <= 1.0
+    assert [row["rules"] for row in figures["rules"]] == ["as it is", "without memory", "no update gains"]
+    task = Task(rules[0], (0.03, 0.1), 2, 0, 0.1, settings.gate)
+    first, second = (task.run(read_sources(folder)) for _ in range(2))
+    assert [e.outcomes for e in first.lessons] == [e.outcomes for e in second.lessons]
+    other = replace(task, seed=1).run(read_sources(folder))
+    assert [e.lesson for e in other.lessons] != [e.lesson for e in first.lessons]
