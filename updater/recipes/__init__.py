@@ -6,7 +6,9 @@
 
 from ops.ledger.rows import Family
 from updater.recipes.recipe import (
+    PLACE,
     Adapter,
+    Batches,
     Gradients,
     Merge,
     Mixture,
@@ -16,12 +18,16 @@ from updater.recipes.recipe import (
     Schedule,
     Term,
     Tower,
+    TrainPrecision,
+    Views,
     load_recipe,
     recipe_names,
 )
 
 __all__ = [
+    "PLACE",
     "Adapter",
+    "Batches",
     "Family",
     "Gradients",
     "Merge",
@@ -32,6 +38,8 @@ __all__ = [
     "Schedule",
     "Term",
     "Tower",
+    "TrainPrecision",
+    "Views",
     "load_recipe",
     "recipe_names",
 ]

@@ -20,6 +20,7 @@ from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
+from updater.families.clip.views import phrased, view_pixels
 from updater.learner import CHUNK, Learner
 from updater.objectives import Features, Objective, Sides, Texts
 from updater.pools import Pair, caption_number
@@ -52,13 +53,14 @@ class ClipLearner(Learner[Pair]):
 
     def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
-        trained, model = _adapted(base, plain, recipe, start, seed, device)
+        trained, model = adapted_model(base, plain, recipe, start, seed, device)
         set_conv_layout(model.model.get_submodule("visual"))
         super().__init__(base, recipe, model)
         touched = self.model.base_names
         self.learning: dict[Which, bool] = {which: any(tower_of(name) == which for name in trained) for which in WHICH}
         self.towers = {
-            which: SplitTower(self.model.model, which, first_touched(touched, plain, which)) for which in WHICH
+            which: SplitTower(self.model.model, which, first_touched(touched, plain, which), self.precision)
+            for which in WHICH
         }
         self.scale = 1 / recipe.temperature if recipe.temperature else float(plain.logit_scale.exp())  # type: ignore[operator]
         self._tokenize = base.tokenizer()
@@ -73,8 +75,8 @@ class ClipLearner(Learner[Pair]):
 
     def begin(self, between: Callable[[], None]) -> None:
         self.tower_passes = self._tower_passes()
-        self.texts = [pair.text for pair in self.examples]
-        self.captions = torch.tensor([caption_number(text) for text in self.texts])
+        self.texts = [phrased(pair, self.recipe.caption_templates) for pair in self.examples]
+        self.captions = torch.tensor([caption_number(pair.text) for pair in self.examples])
         known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
@@ -121,8 +123,8 @@ class ClipLearner(Learner[Pair]):
         shards = Shards(self.work.folder, layout, contents, None, compute, between)
         return Further(texts, [example for example, _ in wanted], teachers, shards, common)
 
-    def decode(self, image: bytes) -> np.ndarray:
-        return self.base.preprocess.pixels(image)
+    def decode(self, example: Pair, image: bytes) -> np.ndarray:
+        return view_pixels(self.base.preprocess, image, example, self.recipe.views)
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))
@@ -258,8 +260,10 @@ class ClipLearner(Learner[Pair]):
     def plain(self, model: nn.Module, examples: Sequence[Pair]) -> Tensor:
         clip = cast(Any, model)
         pixels = np.stack([self.base.preprocess.pixels(pair.read()) for pair in examples])
-        images = clip.encode_image(self.base.preprocess.normalise(pixels))
-        return cast(Tensor, (images @ clip.encode_text(self._tokenize([pair.text for pair in examples])).T).sum())
+        tokens = self._tokenize([pair.text for pair in examples])
+        with self.computing():
+            images, texts = clip.encode_image(self.base.preprocess.normalise(pixels)), clip.encode_text(tokens)
+        return cast(Tensor, (images.float() @ texts.float().T).sum())
 
 
 def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
@@ -267,7 +271,7 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
         values.setdefault(f"{tower}.{name}" if tower else name, []).extend(rows)
 
 
-def _adapted(
+def adapted_model(
     base: ClipBase, plain: nn.Module, recipe: Recipe, start: Delta, seed: int, device: str
 ) -> tuple[list[str], AdapterModel]:
     """Names of what learns, and the model in which it does."""
