@@ -17,6 +17,7 @@ from serving.engines.base import ClipBase, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.draw import HAVING
+from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.fresh import fresh_suites
 from updater.gate.held_out import WORDS, HeldOut
 from updater.gate.open import open_evaluator
@@ -78,6 +79,7 @@ def gate_command(
             incumbent=before,
             suites=asked,
             fresh=fresh,
+            counts=StoreCounts(store, held_out.version, held_out.having, settings.home / "cache" / "gate"),
             looks=0,
             settings=settings.gate,
             meta=meta,

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from updater.gate.diagnostics.results import Diagnostics, without_pictures
+
 Outcome = Literal["passed", "rejected", "inconclusive"]
 Decision = Literal["passed", "failed", "inconclusive"]
 
@@ -216,6 +218,8 @@ class Verdict:
     spent: bool = True
     """Whether this verdict spent its share of alpha: it could have passed by its tests. False where a check that looks
     at no answers failed, or there were too few items for a test that a pass needs."""
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    """What is told beside, and decides nothing."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -271,6 +275,7 @@ class Verdict:
                 "suites": suites,
                 "gain": self.gain.summary() if self.gain else None,
                 "checks": {check.name: check.ok for check in self.checks},
+                "diagnostics": without_pictures(asdict(self.diagnostics)),
                 "cross_version": None
                 if self.cross_version is None
                 else {**self.cross_version.summary(), "incumbent": self.incumbent},
