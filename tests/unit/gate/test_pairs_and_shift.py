@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,9 +214,7 @@ def test_what_cannot_be_computed_is_a_warning_and_ends_no_gate_run() -> None:
 
 def test_pictures_of_a_folder_are_shown_with_the_pair(tmp_path: Path) -> None:
     asked = suite()
-    items = [
-        Item(i.id, i.text, i.key, i.name, f"/{n}.png", lambda n=n: picture(n)) for n, i in enumerate(asked.items())
-    ]  # type: ignore[misc]
+    items = [replace(item, source=f"/{n}.png", read=partial(picture, n)) for n, item in enumerate(asked.items())]
     asked._items = tuple(items)
     scorer: Any = GivenVectors({None: 0.1, "clip-blind": -1.0}, tmp_path)
     found = pair_accuracy(scorer, asked, None, "clip-blind")
