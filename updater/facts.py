@@ -38,6 +38,7 @@ class Facts:
             own = [row for row in verdicts if row.adapter.startswith(f"{family}-")]
             if own:
                 metrics.gate.scored(family, _scores(own[0]))
+                metrics.gate.shifted(family, _shifts(own[0]))
             for row in reversed(own):
                 metrics.gate.last(family, row.outcome, row.created_at.timestamp())
         self._told = newest
@@ -48,3 +49,10 @@ def _scores(verdict: VerdictRow) -> list[Score]:
         Score(name, suite["role"], suite["base"], suite["before"], suite["after"], suite.get("margin_left"))
         for name, suite in verdict.summary.get("suites", {}).items()
     ]
+
+
+def _shifts(verdict: VerdictRow) -> dict[str, tuple[float, float]]:
+    """By tower; none of a VLM, nor of a candidate that was not scored, nor of an earlier version's verdict."""
+    shift = (verdict.summary.get("diagnostics") or {}).get("shift")
+    towers = shift["towers"] if shift else {}
+    return {tower: (moved["from_incumbent"], moved["from_base"]) for tower, moved in towers.items()}

@@ -13,10 +13,12 @@ from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
-from streams.store import SampleStore
+from streams.store import Having, SampleStore
 from updater import looks
 from updater.best_releases import best_releases
+from updater.draw import HAVING
 from updater.gate import Verdict, run_gate, write_report
+from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.open import open_evaluator
 from updater.recorded import fetch_recorded
 from updater.tuning import tuned_on, update_suites
@@ -97,11 +99,16 @@ def _gate(
             suites=suites,
             fresh=fresh,
             best=best,
+            counts=StoreCounts(store, update.store_version, _having(update), settings.home / "cache" / "gate"),
             plan=plan,
             settings=settings.gate,
             cost=update.cost,
             meta=meta,
         )
+
+
+def _having(update: UpdateRow) -> Having:
+    return HAVING["vlm" if update.family == "vlm" else "clip"]
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ops.cli import context as ctx
 from ops.cli.audit import lines
+from ops.cli.cells import printable
 from ops.errors import ReleaseError
 from ops.ledger import Family, Ledger, ProposalRow, answers
 from ops.progress import say
@@ -73,6 +74,8 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
 
     Example:  ratchet releases show 3
     """
+    from updater.gate.diagnostics.lines import diagnostics_lines
+
     ledger = Ledger.open(ctx.of(context).settings.ledger)
     release = ledger.release(number)
     facts: dict[str, Any] = {
@@ -96,6 +99,8 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
             "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
+        if verdict is not None and (beside := "\n".join(diagnostics_lines(verdict.summary.get("diagnostics") or {}))):
+            told["beside the verdict"] = printable(beside)
         facts |= {f"{family}: {name}": value for name, value in told.items()}
     table = Table(show_header=False, title=f"Release {number}")
     for name, value in facts.items():

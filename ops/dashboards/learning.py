@@ -101,6 +101,13 @@ def dashboard() -> make.Dashboard:
             ("max by (family, suite) (ratchet_gate_margin_left_ratio)", "{{family}} {{suite}}"), least=-0.05, most=0.1,
             steps=[(None, RED), (0, ORANGE), (0.01, GREEN)], height=12,
         ),
+        lines(
+            "Shift of features", "How far the candidate's features of retention items are from the incumbent's and the "
+            "base's, by tower, as 1 - cosine; 0: not moved. From the base it grows with each release; if one tower "
+            "moves alone, or an update moves much more than those before, look at what it lost.", "none",
+            ("max by (family, tower, model) (ratchet_gate_feature_shift_ratio)",
+            "{{family}} {{tower}}, from the {{model}}"), stairs=True, least=0, width=24,
+        ),
     )  # fmt: skip
     row(
         board,

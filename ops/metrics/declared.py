@@ -55,6 +55,7 @@ LABELS = {
     "status": "HTTP status codes that the application uses",
     "suite": "suites of the last verdict: YAML files, and at most six domains of fresh samples",
     "term": "terms of the recipe's objective, and `loss`, their weighted sum",
+    "tower": "image, text",
     "type": "of an event: candidate, verdict, proposal, release, rollback, deletion, gap",
     "version": "one at a time",
 }
@@ -130,6 +131,12 @@ GATE_MARGIN = Gauge(
     "Lower bound of a retention suite's difference, against the worse of base and incumbent, plus its margin; below 0 "
     "it does not pass.",
     ["family", "suite"],
+)
+GATE_SHIFT = Gauge(
+    "ratchet_gate_feature_shift_ratio",
+    "Mean of 1 - cosine between a tower's features of a retention item by the candidate of the last verdict and by "
+    "another model; 0 where nothing moved.",
+    ["family", "tower", "model"],
 )
 
 # -- releases -------------------------------------------------------------------------------------------------------

@@ -107,3 +107,12 @@ class gate:
                 d.GATE_SCORE.labels(family, each.suite, each.role, model).set(getattr(each, model))
             if each.margin_left is not None:
                 d.GATE_MARGIN.labels(family, each.suite).set(each.margin_left)
+
+    @staticmethod
+    def shifted(family: str, shifts: Mapping[str, tuple[float, float]]) -> None:
+        """By tower how far the features of the last candidate are from the incumbent's and from the base's. Those of
+        the verdict before go."""
+        d.GATE_SHIFT.remove_by_labels({"family": family})
+        for tower, (incumbent, base) in shifts.items():
+            d.GATE_SHIFT.labels(family, tower, "incumbent").set(incumbent)
+            d.GATE_SHIFT.labels(family, tower, "base").set(base)

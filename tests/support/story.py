@@ -15,6 +15,7 @@ from serving.releases.guard import look
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
 from tests.unit.gate.builders import changed, scores
 from updater.gate.decision import conclude, decide
+from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import write_report
 from updater.gate.verdict import Check, Verdict, Worse
@@ -22,6 +23,7 @@ from updater.gate.verdict import Check, Verdict, Worse
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
 """A caption that wants to be a program."""
 ITEMS = 400
+SHIFT = FeatureShift({"image": TowerShift(128, 0.01, 0.03, 31.0, 30.0)}, 0.8, 0.79)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
         gain=findings.gain, checks=checks, alpha=0.05,
         look=Plan(0.03, 300).look(300), candidates=0, fresh=300, seconds=12.5, created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
+        diagnostics=Diagnostics(shift=SHIFT, warnings=(f"something to look at {caption}",)),
     )  # fmt: skip
 
 

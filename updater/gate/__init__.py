@@ -8,9 +8,10 @@ statistics        what may be concluded from paired outcomes (resampling: the bo
 interim_analyses  the items that a test needs, when a candidate is asked again, and what each look spends of alpha
 decision          outcomes and checks -> results per suite, the pooled gain and one outcome
 verdict           the result, as plain data
+diagnostics       what a verdict tells beside: rare concepts, pairs that look alike, shares of yes, shift of features
 run               all of it for one candidate -> Verdict
 report            a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names
-command           `ratchet gate run` and `ratchet gate report`
+command           `ratchet gate run` and `ratchet gate report` (`ratchet gate pairs` is in diagnostics)
 
 The names below are imported when they are first used: who only draws a report (the console) does without torch.
 """

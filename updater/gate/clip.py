@@ -23,6 +23,10 @@ from updater.gate.checks import (
     check_size,
 )
 from updater.gate.cross_version import measure_cross_version
+from updater.gate.decision import Scores
+from updater.gate.diagnostics.feature_shift import feature_shift
+from updater.gate.diagnostics.pair_accuracy import pair_accuracy
+from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.evaluator import PROBE, probe
 from updater.gate.regressions import worst_items
 from updater.gate.score import Outcomes, Scorer
@@ -63,6 +67,19 @@ class ClipEvaluator:
     def chance(self, suite: Suite) -> float:
         """Expected score of random answers."""
         return self.scorer.chance(suite)
+
+    def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
+        """Pairs that look alike to the base, and how far the features moved."""
+        suites = [each.suite for each in scores]
+        pairs = {
+            suite.name: pair_accuracy(self.scorer, suite, incumbent, candidate)
+            for suite in suites
+            if suite.task == "retrieval"
+        }
+        return Diagnostics(
+            pairs={name: each for name, each in pairs.items() if each is not None},
+            shift=feature_shift(self.scorer, suites, incumbent, candidate),
+        )
 
     def worst(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Worse, ...]:
         """Hits that became misses."""

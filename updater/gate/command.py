@@ -17,6 +17,7 @@ from serving.engines.base import ClipBase, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.draw import HAVING
+from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.fresh import fresh_suites
 from updater.gate.held_out import WORDS, HeldOut
 from updater.gate.interim_analyses import Plan
@@ -79,6 +80,7 @@ def gate_command(
             incumbent=before,
             suites=asked,
             fresh=fresh,
+            counts=StoreCounts(store, held_out.version, held_out.having, settings.home / "cache" / "gate"),
             plan=Plan.alone(settings.gate.alpha),
             settings=settings.gate,
             meta=meta,

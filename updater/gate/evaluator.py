@@ -8,7 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
-from updater.gate.decision import Marks
+from updater.gate.decision import Marks, Scores
+from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Family, Suite
 from updater.gate.verdict import Check, CrossVersion, Worse
@@ -49,6 +50,9 @@ class Evaluator(Protocol[M]):
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> CrossVersion | None:
         """How the candidate's texts find images that the incumbent embedded. None where that is no question."""
+
+    def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
+        """What is told beside the decision and is of this family; after all suites were scored."""
 
     def chance(self, suite: Suite) -> float:
         """What guessing scores."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from updater.gate.diagnostics.results import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics
 from updater.gate.plots import bars, forest
 from updater.gate.verdict import Verdict, jsonable
 
@@ -59,6 +61,10 @@ def _fill(template: str, report: Mapping[str, Any]) -> str:
         r={"gain": None, **report, "suites": suites},
         forest=forest(suites) if suites else "",
         bars=bars(suites) if suites else "",
+        beside=report.get("diagnostics") or asdict(Diagnostics()),
+        bins=TAIL_BINS,
+        pair_chance=PAIR_CHANCE,
+        yes_bound=YES_BOUND,
         cost=_cost(report),
         facts=_facts(report),
         retention=[suite for suite in suites if suite["role"] == "retention"],

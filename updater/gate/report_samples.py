@@ -14,7 +14,9 @@ SAMPLES = ("sample", "sample_before", "sample_after")
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:
     """Ids of the samples that a report names."""
-    return {str(worse[name]) for worse in _worst(report) for name in SAMPLES if worse.get(name)}
+    named = {str(worse[name]) for worse in _worst(report) for name in SAMPLES if worse.get(name)}
+    images = (pair[side] for pair in _pairs(report) for side in ("first", "second"))
+    return named | {str(image["sample"]) for image in images if image["sample"]}
 
 
 def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
@@ -31,7 +33,32 @@ def with_samples(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]
             {**suite, "worst": [_filled(worse, rows, picture) for worse in suite.get("worst") or ()]}
             for suite in report.get("suites") or ()
         ],
+        **_with_pairs(report, rows, picture),
     }
+
+
+def _with_pairs(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
+    """The diagnostics with the texts and pictures of their pairs; nothing of a report of an earlier version."""
+    diagnostics = report.get("diagnostics")
+    if not diagnostics:
+        return {}
+
+    def filled(image: Mapping[str, Any]) -> dict[str, Any]:
+        if not image["sample"]:
+            return dict(image)
+        row = rows.get(image["sample"])
+        if row is None:
+            return {**image, "text": "a sample that was deleted"}
+        return {**image, "text": row["text"], "thumbnail": picture.format(image["sample"])}
+
+    pairs = {
+        suite: {
+            **found,
+            "shown": [{**p, "first": filled(p["first"]), "second": filled(p["second"])} for p in found["shown"]],
+        }
+        for suite, found in diagnostics["pairs"].items()
+    }
+    return {"diagnostics": {**diagnostics, "pairs": pairs}}
 
 
 def _filled(worse: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], picture: str) -> dict[str, Any]:
@@ -55,3 +82,8 @@ def _filled(worse: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]], pic
 def _worst(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for suite in report.get("suites") or ():
         yield from suite.get("worst") or ()
+
+
+def _pairs(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for found in (report.get("diagnostics") or {}).get("pairs", {}).values():
+        yield from found["shown"]

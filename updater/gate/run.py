@@ -11,6 +11,8 @@ from ops.errors import AdapterError, GateError
 from ops.progress import say
 from ops.settings import Gate as GateSettings
 from updater.gate.decision import Findings, Scores, conclude, decide
+from updater.gate.diagnostics.concept_counts import ConceptCounts
+from updater.gate.diagnostics.diagnose import diagnose
 from updater.gate.evaluator import Evaluator, M
 from updater.gate.interim_analyses import LEAST_LEVEL, Plan
 from updater.gate.suites import Suite
@@ -27,6 +29,7 @@ def run_gate(
     plan: Plan,
     settings: GateSettings,
     best: Mapping[str, str] | None = None,
+    counts: ConceptCounts | None = None,
     cost: Mapping[str, Any] | None = None,
     meta: Mapping[str, Any] | None = None,
 ) -> Verdict:
@@ -41,6 +44,8 @@ def run_gate(
         plan: what the looks at this candidate may spend, and those that were made; `Plan.alone` for a single one.
         best: by retention suite the adapter of the best release so far, resident in the engine; a suite without one, or
             whose best is the incumbent, is compared with incumbent and base.
+        counts: how often concepts are in the data that the candidate learned from; without them results are not split
+            by it.
         settings: alpha, default margin and min_items.
         cost: shown in the report: maf_planned, maf_spent, seconds, steps, ...
         meta: shown in the report: recipe, data_from, data_to, update, ...; `tuned_on` (names of suites that the
@@ -65,8 +70,9 @@ def run_gate(
     checks = evaluator.checks(candidate, asked, facts)
     early = len(checks)
     findings = Findings((), None)
+    scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, trouble = _suites(evaluator, candidate, incumbent, asked, best or {}, settings, level)
+        findings, trouble, scores = _suites(evaluator, candidate, incumbent, asked, best or {}, settings, level)
         checks += trouble
     # checks that look at the answers come after the tests, and take nothing back
     sound = all(check.ok for check in checks[:early])
@@ -74,6 +80,7 @@ def run_gate(
     crossing = None
     if outcome == "passed":
         crossing = evaluator.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
+    diagnostics = diagnose(evaluator, scores, incumbent, candidate, counts)
     verdict = Verdict(
         outcome=outcome,
         reasons=reasons,
@@ -93,6 +100,7 @@ def run_gate(
         cost=dict(cost or {}),
         meta={**facts, "base_digest": evaluator.base.digest},
         cross_version=crossing,
+        diagnostics=diagnostics,
     )
     say(f"gate: {candidate} {outcome} in {verdict.seconds:.0f} s: {reasons[0]}")
     return verdict
@@ -106,8 +114,9 @@ def _suites(
     best: Mapping[str, str],
     settings: GateSettings,
     level: float,
-) -> tuple[Findings, list[Check]]:
-    scores = []
+) -> tuple[Findings, list[Check], list[Scores]]:
+    """What the suites say, checks of the answers, and the answers; none of those where the candidate failed."""
+    scores: list[Scores] = []
     for number, suite in enumerate(suites, start=1):
         say(f"gate: suite {number}/{len(suites)} {suite.name} ({len(suite.items())} items)")
         try:
@@ -125,14 +134,13 @@ def _suites(
         except Exception as error:  # a bad candidate is rejected, it does not end the updater
             if isinstance(error, GateError):
                 raise
-            return Findings((), None), [
-                Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
-            ]
+            failed = Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
+            return Findings((), None), [failed], []
         worst = evaluator.worst(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
     findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
-    return findings, evaluator.answer_checks(candidate, suites)
+    return findings, evaluator.answer_checks(candidate, suites), scores
 
 
 def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candidate: str) -> str:

@@ -175,7 +175,7 @@ class Scorer:
 
     def _classify(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> Outcomes:
         (classes,) = self.choices(suite)
-        prompts = [[_prompt(template, suite, name) for template in suite.templates] for name in classes]
+        prompts = [[prompt(template, suite, name) for template in suite.templates] for name in classes]
         flat = self.texts([p for group in prompts for p in group], adapter, label)
         heads = flat.reshape(len(classes), len(suite.templates), -1).mean(axis=1)
         heads = heads / np.linalg.norm(heads, axis=1, keepdims=True)
@@ -194,8 +194,12 @@ class Scorer:
         to_image = own[:, None] == own[None, :]
         return _outcomes(items, [(similarity, to_text), (similarity.T[own], to_image)], suite.k)
 
+    def folder(self, suite: Suite) -> Path | None:
+        """Where its answers are kept; None: nowhere."""
+        return self.cache or suite.cache
+
     def _path(self, suite: Suite, adapter: str | None) -> Path | None:
-        folder = self.cache or suite.cache
+        folder = self.folder(suite)
         if folder is None:
             return None
         spaces = self.engine.spaces(adapter)
@@ -214,7 +218,8 @@ def _outcomes(
     )
 
 
-def _prompt(template: str, suite: Suite, label: str) -> str:
+def prompt(template: str, suite: Suite, label: str) -> str:
+    """A class as a suite's template asks for it."""
     return template.replace("{}", suite.names.get(label, label.replace("_", " ")))
 
 

@@ -21,6 +21,7 @@ from streams.images import OpenedImage, open_image
 
 Half = Literal["all", "tuning", "hidden"]
 Result = TypeVar("Result")
+T = TypeVar("T")
 MAX_PIXELS = 60_000_000
 MAX_BYTES = 32 * 1024 * 1024
 SAMPLE = "sample/"
@@ -44,6 +45,8 @@ class Item:
     read: Callable[[], bytes]
     answers: tuple[str, ...] = ()
     """Reference answers of a question, as many as people gave; the main one comes first."""
+    concept: str = ""
+    """What is shown, in words; empty where the data name none."""
 
     @property
     def sample_id(self) -> str:
@@ -55,13 +58,14 @@ def captioned(row: FolderItem, place: str, text: str) -> Item:
     """An image of a folder with its caption or class."""
     # where the class is all there is to a concept, each picture goes to a half by itself
     key = row.path.name if row.concept == text else row.concept or row.text or row.path.name
-    return make_item(place, str(row.path.absolute()), text, key, row.bytes)
+    return make_item(place, str(row.path.absolute()), text, key, row.bytes, concept=row.concept)
 
 
 def asked(row: FolderItem, place: str) -> Item:
     """An image of a folder with its question and answers."""
     answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
-    return make_item(place, str(row.path.absolute()), row.question, row.concept or row.path.name, row.bytes, answers)
+    key = row.concept or row.path.name
+    return make_item(place, str(row.path.absolute()), row.question, key, row.bytes, answers, row.concept)
 
 
 def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
@@ -70,7 +74,8 @@ def captioned_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> 
     if not text:
         return None
     source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, text, row.get("concept") or text, partial(images, row["id"]))
+    concept = row.get("concept") or ""
+    return make_item(source, source, text, concept or text, partial(images, row["id"]), concept=concept)
 
 
 def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item | None:
@@ -79,14 +84,21 @@ def asked_sample(row: Mapping[str, Any], images: Callable[[str], bytes]) -> Item
     if not question or not answer:
         return None
     source = f"{SAMPLE}{row['id']}"
-    return make_item(source, source, question, row.get("concept") or source, partial(images, row["id"]), (answer,))
+    concept = row.get("concept") or ""
+    return make_item(source, source, question, concept or source, partial(images, row["id"]), (answer,), concept)
 
 
 def make_item(
-    name: str, source: str, text: str, key: str, read: Callable[[], bytes], answers: tuple[str, ...] = ()
+    name: str,
+    source: str,
+    text: str,
+    key: str,
+    read: Callable[[], bytes],
+    answers: tuple[str, ...] = (),
+    concept: str = "",
 ) -> Item:
     """An item, named by its place and its text."""
-    return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers)
+    return Item(digest12(digest_json([name, text])), text, key, name, source, read, answers, concept)
 
 
 def caption_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
@@ -134,8 +146,8 @@ def of_half(items: Iterable[Item], half: Half) -> list[Item]:
     return [item for item in items if int(digest_json(item.key)[:8], 16) % 2 == bit]
 
 
-def spread(items: Sequence[Item], count: int) -> list[Item]:
-    """At most `count` items, evenly spaced."""
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them, evenly spaced."""
     return list(items[:: max(1, len(items) // max(count, 1))][:count])
 
 

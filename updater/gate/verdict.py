@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from updater.gate.diagnostics.results import Diagnostics, without_pictures
 from updater.gate.interim_analyses import Look, alpha_left
 
 Outcome = Literal["passed", "rejected", "inconclusive"]
@@ -225,6 +226,8 @@ class Verdict:
     spent: bool = True
     """Whether the look was made, and spent its part of alpha: it could have passed by its tests. False where a check
     that looks at no answers failed, or there were too few items for a test that a pass needs."""
+    diagnostics: Diagnostics = field(default_factory=Diagnostics)
+    """What is told beside, and decides nothing."""
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -289,6 +292,7 @@ class Verdict:
                 "suites": suites,
                 "gain": self.gain.summary() if self.gain else None,
                 "checks": {check.name: check.ok for check in self.checks},
+                "diagnostics": without_pictures(asdict(self.diagnostics)),
                 "cross_version": None
                 if self.cross_version is None
                 else {**self.cross_version.summary(), "incumbent": self.incumbent},

@@ -27,6 +27,9 @@ from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
 from updater.gate.checks import check_loads, check_size
+from updater.gate.decision import Scores
+from updater.gate.diagnostics.results import Diagnostics
+from updater.gate.diagnostics.yes_share import yes_share
 from updater.gate.evaluator import probe
 from updater.gate.regressions import worst_answers
 from updater.gate.score_cache import keep, kept
@@ -106,6 +109,15 @@ class VlmEvaluator:
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float
     ) -> None:
         """None: nothing that it computes is kept."""
+
+    def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
+        """The share of "yes" beside yes/no questions."""
+        shares = {
+            each.suite.name: yes_share(each.suite, each.base.texts, each.before.texts, each.after.texts)
+            for each in scores
+            if isinstance(each.base, Answers) and isinstance(each.before, Answers) and isinstance(each.after, Answers)
+        }
+        return Diagnostics(yes={name: share for name, share in shares.items() if share is not None})
 
     def worst(self, suite: Suite, before: Answers, after: Answers) -> tuple[Worse, ...]:
         """Answers that were better before."""

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
+from ops.cli.main import app
 from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
+from streams.rows import Position, tally_of
+from streams.store import SampleStore
+from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import folder_dataset
 from updater.gate.command import gate_command, report_command
+from updater.gate.diagnostics.command import pairs_command
 
 pytestmark = pytest.mark.integration
 
@@ -53,6 +60,33 @@ def test_a_candidate_is_judged_by_name_and_by_directory(settings: Settings) -> N
     again, _ = gate_command(settings, str(settings.home / "work-1"), out=settings.home / "elsewhere")
     assert again.candidate == name
     assert (settings.home / "elsewhere" / "report.json").is_file()
+
+
+def test_the_verdict_tells_results_by_how_often_the_store_named_a_concept(settings: Settings) -> None:
+    rows = [sample(0, n, text=f"a picture of concept {n % 5}") for n in range(60)]
+    put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 60, tally=tally_of(rows)))
+    verdict, page = gate_command(settings, _adapter(settings, 1))
+    tail = verdict.diagnostics.tail
+    assert tail is not None and tail.rows == tail.counted == 60
+    assert {each.name: each.n for each in tail.suites["things"]} == {"never": 55, "10-99": 5}
+    assert "how often a concept was seen" in page.read_text()
+
+
+def test_pairs_of_a_suite_are_listed_and_mined_once(settings: Settings) -> None:
+    tiny_base(settings.home)
+    index = settings.home / "data" / "things" / "data.csv"
+    index.write_text(re.sub(r"thing number (\d+)", r"kind\1 shape\1", index.read_text()))
+    listed = pairs_command(settings, "things")
+    assert listed and all(each.first.text != each.second.text for each in listed)
+    assert len(list((settings.home / "cache" / "gate" / "pairs").iterdir())) == 1
+    assert [each.pair for each in pairs_command(settings, "things")] == [each.pair for each in listed]
+    with pytest.raises(GateError, match=r"no retrieval suite 'other'.*things"):
+        pairs_command(settings, "other")
+    arguments = ["--set", f"home={settings.home}", "--set", "base.clip=tiny", "--set",
+                 f'gate.suites=["{settings.home / "suites"}"]', "gate", "pairs", "things", "--limit", "2"]  # fmt: skip
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert f"{len(listed)} pairs of things" in shown.output and listed[0].first.text in shown.output
+    assert listed[-1].first.text not in shown.output
 
 
 def test_the_incumbent_is_what_is_live_unless_told(settings: Settings) -> None:

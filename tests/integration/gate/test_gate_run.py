@@ -125,6 +125,10 @@ def test_a_candidate_that_forgets_is_rejected_by_the_suite_it_forgot(
     assert new.decision == "passed", "it did learn: retention alone kept it out"
     assert known.worst and all(w.rank_after >= 10 > w.rank_before for w in known.worst)
     assert all(w.thumbnail.startswith("data:image/jpeg;base64,") for w in known.worst)
+    beside = verdict.diagnostics
+    assert beside.warnings == () and beside.shift is not None and beside.tail is None
+    assert beside.shift.towers["image"].from_base == beside.shift.towers["image"].from_incumbent > 0
+    assert beside.pairs["known"].n >= 5 and beside.pairs["known"].score.before == beside.pairs["known"].base
 
 
 def test_a_candidate_that_learns_and_forgets_nothing_passes(home: Path, engine: ClipEngine) -> None:

@@ -70,6 +70,9 @@ def test_one_that_always_says_yes_is_caught_by_the_check(house: House) -> None:
     verdict = house.gate(house.yes_sayer())
     assert verdict.outcome == "rejected"
     assert "yes_no" in verdict.caught_by
+    share = verdict.diagnostics.yes["presence"]
+    assert share.after == 1.0 and share.truth == pytest.approx(0.5, abs=0.2) and share.before < 0.8
+    assert any("presence" in warning for warning in verdict.diagnostics.warnings)
     assert next(suite for suite in verdict.suites if suite.name == "colour").decision == "passed"
 
 

@@ -69,7 +69,7 @@ def test_pages_tell_the_story_of_the_ledger(visitor: TestClient, story: Story) -
     assert "Release 2" in timeline and story.adapter in timeline and "812 records" in timeline
     assert "5,802" in visitor.get("/budget").text
     verdicts = visitor.get("/gate").text
-    assert "Rejected" in verdicts and "Passed" in verdicts
+    assert "Rejected" in verdicts and "Passed" in verdicts and "Warning: something to look at" in verdicts
     assert "0 of " in verdicts and "fresh items" in verdicts
     assert "alpha 0.05 until the next release" in verdicts
     overview = visitor.get("/overview/now").text
@@ -94,6 +94,7 @@ def test_what_is_away_is_said_where_it_is_missed(visitor: TestClient) -> None:
 
 def test_a_verdict_is_drawn_from_its_data_and_its_stored_page_is_shut_in(visitor: TestClient, story: Story) -> None:
     page = visitor.get(f"/gate/{story.rejected}")
+    assert "How far the features moved" in page.text and "something to look at" in page.text
     assert "Change per suite" in page.text and "style=" not in page.text and EVIL not in page.text
     stored = visitor.get(f"/gate/{story.rejected}/report")
     assert stored.headers["content-security-policy"].startswith("sandbox; default-src 'none'")

@@ -12,6 +12,19 @@ import pytest
 
 from tests.unit.gate.builders import changed, outcomes, scores, suite_over
 from updater.gate.decision import Scores, conclude, decide
+from updater.gate.diagnostics.lines import diagnostics_lines
+from updater.gate.diagnostics.results import (
+    Diagnostics,
+    FeatureShift,
+    Interval,
+    PairAccuracy,
+    PairImage,
+    ShownPair,
+    Tail,
+    TailBin,
+    TowerShift,
+    YesShare,
+)
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import render, render_body, write_report
 from updater.gate.verdict import Check, Verdict, Worse
@@ -147,10 +160,53 @@ def test_the_ledgers_summary_is_small_and_has_no_pictures() -> None:
 
 def test_a_report_of_an_earlier_version_is_still_drawn() -> None:
     value = verdict().to_json()
-    del value["gain"], value["look"], value["candidates"], value["fresh"]
+    del value["gain"], value["look"], value["candidates"], value["fresh"], value["diagnostics"]
     for suite in value["suites"]:
         del suite["statistic"], suite["recall"], suite["units"]
     assert "emoji_retrieval" in render(value) and "Gain over all new data" not in render(value)
+
+
+BESIDE = Diagnostics(
+    tail=Tail(
+        2_000_000, 1_000_000,
+        {"emoji_retrieval": (TailBin("never", 41, 40, Interval(0.5, 0.25, -0.25, -0.4, -0.1)),)},
+    ),
+    pairs={"emoji_retrieval": PairAccuracy(
+        17, 0.1, Interval(0.7, 0.6, -0.1, -0.2, 0.05), 1, 3,
+        (ShownPair(PairImage(EVIL, "data:image/jpeg;base64,BBBB"), PairImage("", "", "sample-of-store"), 0.987, True),),
+    )},
+    yes={"vqa_presence": YesShare(300, 0.5, 0.48, 0.52, 0.71)},
+    shift=FeatureShift({"image": TowerShift(128, 0.0123, 0.0456, 31.5, 29.25)}, 0.81, 0.79),
+    warnings=("vqa_presence: " + EVIL,),
+)  # fmt: skip
+
+
+def test_what_is_told_beside_is_in_the_report_in_the_summary_and_on_a_terminal() -> None:
+    value = replace(verdict(), diagnostics=BESIDE)
+    report = json.loads(json.dumps(value.to_json()))
+    page = render(report)
+    for text in ("estimated from 1,000,000", "41 items", "−25.0", "17 pairs", "sample sample-of-st", "0.987", "71.0",
+                 "0.0123", "31.5 → 29.2", "0.810 → 0.790", "data:image/jpeg;base64,BBBB"):  # fmt: skip
+        assert text in page, text
+    assert "<script>" not in page and "Warning:" in page
+    summary = value.summary()["diagnostics"]
+    assert "BBBB" not in json.dumps(summary) and summary["pairs"]["emoji_retrieval"]["n"] == 17
+    told = list(diagnostics_lines(summary))
+    assert told == list(diagnostics_lines(report["diagnostics"]))
+    for line in ("emoji_retrieval, concepts seen never (41 items): 50.0% -> 25.0% (-25.0 [-40.0, -10.0])",
+                 "emoji_retrieval, 17 pairs that look alike: 70.0% -> 60.0% (-10.0 [-20.0, +5.0]), base 10.0%",
+                 'vqa_presence, share of "yes": 52.0% -> 71.0%; truth 50.0%, base 48.0%',
+                 "modality gap 0.810 -> 0.790"):  # fmt: skip
+        assert line in told
+    assert told[0].startswith("warning: vqa_presence")
+
+
+def test_a_verdict_with_nothing_beside_says_nothing_of_it() -> None:
+    value = verdict()
+    page = render(value.to_json())
+    assert not any(words in page for words in ("how often a concept", "look alike", "Share of", "features moved"))
+    assert list(diagnostics_lines(value.summary()["diagnostics"])) == []
+    assert list(diagnostics_lines({})) == [], "a verdict of an earlier version"
 
 
 def test_a_question_is_shown_with_its_answers_before_and_after() -> None:

@@ -29,6 +29,7 @@ from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import Plan
 from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import write_report
+from updater.gate.report_samples import samples_of, with_samples
 from updater.gate.score import Outcomes
 from updater.gate.verdict import Verdict, Worse
 
@@ -100,6 +101,23 @@ def test_a_report_holds_no_byte_of_a_sample(tmp_path: Path) -> None:
         content = file.read_text()
         assert [needle for needle in needles if needle[:80] in content] == [], file.name
         assert all(name[:12] in content for name in ids), "it is named, to be looked up"
+
+
+def test_samples_of_a_pair_are_named_and_filled_in_until_they_are_deleted() -> None:
+    gone, there = rows()[0]["id"], rows()[1]
+    pair = {"first": {"text": "", "thumbnail": "", "sample": gone},
+            "second": {"text": "", "thumbnail": "", "sample": there["id"]}}  # fmt: skip
+    folder = {"first": {"text": "a fox", "thumbnail": "data:", "sample": ""}, "second": pair["second"]}
+    report = {"suites": [], "diagnostics": {"tail": None, "pairs": {"fresh.family": {"n": 9, "shown": [pair, folder]}}}}
+    assert samples_of(report) == {gone, there["id"]}
+    shown = with_samples(report, {there["id"]: there}, "/samples/{}.png")["diagnostics"]["pairs"]["fresh.family"]
+    assert shown["n"] == 9 and [each["first"]["text"] for each in shown["shown"]] == [
+        "a sample that was deleted", "a fox"
+    ]  # fmt: skip
+    assert shown["shown"][0]["second"] == {
+        "text": TEXTS[1], "thumbnail": f"/samples/{there['id']}.png", "sample": there["id"]
+    }  # fmt: skip
+    assert with_samples({"suites": []}, {}, "") == {"suites": []}, "a report of an earlier version"
 
 
 def test_an_item_of_a_folder_is_shown_in_the_report_itself(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from ops.errors import ReleaseError
 from ops.ledger import Ledger
 
 runner = CliRunner()
+BESIDE = {"warnings": [], "tail": None, "pairs": {}, "yes": {},
+          "shift": {"towers": {}, "gap_before": 0.81, "gap_after": 0.79}}  # fmt: skip
 
 
 def _commands() -> list[list[str]]:
@@ -92,11 +94,14 @@ def test_releases_show_tells_where_a_release_came_from(tmp_path: Path) -> None:
         data_from={"t:0": 0}, data_to={"t:0": 10}, incumbent=None,
     )  # fmt: skip
     ledger.advance_update("u1", "done", adapter="clip-a", cost={"gflops_spent": 12.0})
-    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {})
+    ledger.record_verdict("u1", "clip-a", "passed", "reports/u1", {"diagnostics": BESIDE})
     ledger.commit_release(1, clip="clip-a", vlm=None, actor="updater", reason="gate passed", proposal_id=None)
     ledger.close()
     shown = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "show", "1"], env={"COLUMNS": "200"}).output
-    for fact in ("clip-a", "u1", "default", "'t:0': 10", "passed", "reports/u1", "updater", "gate passed", "12.0"):
+    for fact in (
+        "clip-a", "u1", "default", "'t:0': 10", "passed", "reports/u1", "updater", "gate passed", "12.0",
+        "modality gap 0.810 -> 0.790",
+    ):  # fmt: skip
         assert fact in shown
     listed = runner.invoke(app, ["--set", f"home={tmp_path}", "releases", "list"], env={"COLUMNS": "200"}).output
     assert "live" in listed

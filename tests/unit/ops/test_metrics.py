@@ -149,6 +149,15 @@ def test_suites_of_an_older_verdict_are_gone_after_the_next() -> None:
     assert found[score.format("vlm", "gain", "fresh.pixel")] == 0.4  # the other model's stay
 
 
+def test_the_shift_of_features_is_that_of_the_last_verdict() -> None:
+    shift = "ratchet_gate_feature_shift_ratio family=clip model={} tower={}"
+    metrics.gate.shifted("clip", {"image": (0.01, 0.04), "text": (0.0, 0.0)})
+    assert exported("update")[shift.format("base", "image")] == 0.04
+    metrics.gate.shifted("clip", {"text": (0.02, 0.03)})
+    assert exported("update")[shift.format("incumbent", "text")] == 0.02
+    assert shift.format("base", "image") not in exported("update")
+
+
 def test_an_operators_action_counts_as_done_or_refused() -> None:
     def counted(outcome: str) -> float:
         return exported("serve").get(f"ratchet_operator_actions_total action=rollback outcome={outcome}", 0)

@@ -22,14 +22,14 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
 
 
-def judged(ledger: Ledger, number: int, outcome: Outcome, suites: dict[str, dict[str, Any]]) -> None:
+def judged(ledger: Ledger, number: int, outcome: Outcome, suites: dict[str, dict[str, Any]], **summary: Any) -> None:
     update, adapter = f"update-{number}", f"clip-{number:012x}"
     ledger.begin_update(
         update, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
     )
     cost = {"gflops_planned": 10.0 * number, "gflops_spent": 8.0 * number}
     ledger.advance_update(update, "trained", adapter=adapter, cost=cost)
-    ledger.record_verdict(update, adapter, outcome, "", {"suites": suites})
+    ledger.record_verdict(update, adapter, outcome, "", {"suites": suites, **summary})
     ledger.advance_update(update, "done")
 
 
@@ -63,6 +63,17 @@ def test_what_another_process_judges_is_exported_at_the_next_look(ledger: Ledger
     facts.tell(["clip"])
     assert value("gate_margin_left_ratio", family="clip", suite="a.facts") is None
     assert value("gate_margin_left_ratio", family="clip", suite="b.facts") == 0.02
+
+
+def test_the_shift_of_the_last_candidates_features_is_exported(ledger: Ledger) -> None:
+    moved = {"from_incumbent": 0.01, "from_base": 0.03}
+    judged(ledger, 5, "passed", {}, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
+    Facts(ledger).tell(["clip"])
+    assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") == 0.03
+    assert value("gate_feature_shift_ratio", family="clip", tower="text", model="incumbent") == 0.01
+    judged(ledger, 6, "rejected", {}, diagnostics={"shift": None})
+    Facts(ledger).tell(["clip"])
+    assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") is None
 
 
 def test_without_a_verdict_nothing_is_made_up(ledger: Ledger) -> None:
