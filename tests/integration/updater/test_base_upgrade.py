@@ -10,15 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks.fixtures.tiny import tiny_base
-from ops.artifacts import Artifacts
 from ops.cli.main import app
-from ops.errors import AdapterError, BaseModelError, ConfigError, ReleaseError, TrainingError
+from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
-from serving.engines.adapters import read_adapter
 from tests.integration.updater.home import add_samples, make_home
 from updater import judge
-from updater.adapters import read_delta
 from updater.gate import Verdict
 from updater.process import only_one
 from updater.service import UpdaterService
@@ -150,17 +147,6 @@ def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropp
         switch_base(settings, "wide", actor="ann", reason="r")
 
 
-def test_an_upgrade_that_was_judged_against_something_else_is_not_released(
-    settings: Settings, verdicts: list[Verdict]
-) -> None:
-    learn(settings)
-    upgraded(settings)
-    ledger = Ledger.open(settings.ledger)
-    ledger.commit_release(2, clip=None, vlm=None, actor="ann", reason="back to the base", proposal_id=None)
-    with pytest.raises(ReleaseError, match="was judged against clip-"):
-        switch_base(settings, "wide", actor="ann", reason="r")
-
-
 def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: Settings) -> None:
     wide = tiny_base(settings.home, "wide")
     with pytest.raises(BaseModelError, match="no base 'nothing'; registered CLIPs: tiny, wide"):
@@ -177,14 +163,6 @@ def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: S
     assert Ledger.open(settings.ledger).updates() == []
     with pytest.raises(ReleaseError, match="nothing is released yet"):
         switch_base(settings, wide.name, actor="ann", reason="r")
-
-
-def test_an_adapter_is_never_trained_on_from_on_another_base(settings: Settings, verdicts: list[Verdict]) -> None:
-    adapter = str(learn(settings).adapter)
-    directory = Artifacts(settings.artifacts).fetch(f"adapters/{adapter}")
-    assert read_adapter(directory).base_name == "tiny"
-    with pytest.raises(AdapterError, match=r"belongs to the base 'tiny' .* and this one is 'wide'"):
-        read_delta(directory, tiny_base(settings.home, "wide"))
 
 
 def _flags(settings: Settings, name: str) -> list[str]:
