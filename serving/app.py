@@ -230,15 +230,35 @@ def _migrate(settings: Settings) -> None:
 
     Raises:
         LedgerUnavailable: the ledger is away, and there is no copy.
+        ConfigError: every release has another base than the settings.
     """
     try:
-        Ledger.open(settings.ledger).close()
+        ledger = Ledger.open(settings.ledger)
+        try:
+            _check_base(settings, ledger)
+        finally:
+            ledger.close()
     except LedgerUnavailable as error:
         from serving.releases.residency_source import ResidencySource
 
         source = ResidencySource.of(settings, Ledger.lazy(settings.ledger), "server")
         number = source.newest().window[0].number
         say(f"[yellow]{error.message}[/yellow] starting with release {number}, the last known one ({source.source})")
+
+
+def _check_base(settings: Settings, ledger: Ledger) -> None:
+    from serving.releases.lineage import Lineage
+
+    lineage, live = Lineage.of(settings), ledger.live()
+    if lineage is None or live is None or lineage.has(live):
+        return
+    if not ledger.releases(1, lineage.digest):
+        raise ConfigError(
+            f"{lineage.why_not(live)}.",
+            f"Set base.clip to the base of the live release, or learn on {lineage.name!r} what was learned: "
+            f"`ratchet base upgrade {lineage.name}`, then `ratchet base switch {lineage.name}`.",
+        )
+    say(f"[yellow]{lineage.why_not(live)}[/yellow]: the newest release of this base answers")
 
 
 def _start(settings: Settings, server: Server) -> None:

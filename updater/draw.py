@@ -37,12 +37,22 @@ class Drawn:
 
 
 def draw_rows(
-    store: SampleStore, recipe: Recipe, version: int, data_from: Mapping[str, int], seed: int, draw: Draw
+    store: SampleStore,
+    recipe: Recipe,
+    version: int,
+    data_from: Mapping[str, int],
+    seed: int,
+    draw: Draw,
+    data_to: Mapping[str, int] | None = None,
 ) -> Drawn:
-    """Draw from the training split of a version; new is what lies at or after the offsets ``data_from``."""
+    """Draw from the training split of a version; new is what lies at or after the offsets ``data_from``. What lies at
+    or after ``data_to`` is not drawn; None: all that the version has may be.
+    """
     replays = recipe.mixture.replay > 0
     new, old = _Rows(), _Rows()
     for batch in _batches(store, recipe.family, version):
+        if data_to is not None:
+            batch = batch.filter(pa.array(~_is_new(batch, data_to)))
         fresh = _is_new(batch, data_from)
         new.add(batch, fresh, seed)
         if replays and not fresh.all():

@@ -18,10 +18,12 @@ from updater import looks
 from updater.best_releases import best_releases
 from updater.draw import HAVING
 from updater.gate import Verdict, run_gate, write_report
+from updater.gate.across_bases import base_alone
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.open import open_evaluator
+from updater.gate.open import open_across_bases, open_evaluator
 from updater.recorded import fetch_recorded
 from updater.tuning import tuned_on, update_suites
+from updater.upgrades.replay import new_base, old_base
 
 
 def judge(
@@ -33,6 +35,9 @@ def judge(
     update: UpdateRow,
 ) -> UpdateRow:
     """Gate the adapter of a trained update and record what came out. Safe to repeat: a verdict is recorded once.
+
+    Args:
+        base: that the adapter is of; an upgrade's incumbent is of another one.
 
     Raises:
         GateError: a suite cannot be read, base or incumbent cannot be scored, or the engine died. The update stays
@@ -70,14 +75,24 @@ def _gate(
         "data_to": update.data_to,
         "rank": update.recipe.get("rank"),
     }
-    suites, fresh = update_suites(settings, store, update)
+    upgrade = ledger.base_upgrade(update.id)
+    suites, fresh = update_suites(settings, store, update, update.data_to if upgrade else None)
     names = [suite.name for suite in suites if suite.role == "retention"]
-    best = best_releases(ledger, base.family, base.digest, names, update.incumbent)
+    released = base.digest if upgrade is None else upgrade.old_base
+    best = best_releases(ledger, base.family, released, names, update.incumbent)
     halved = bool(update.recipe.get("merge", {}).get("search"))
     plan = looks.plan(settings.gate, ledger, base.family, update, halved=halved)
+    incumbent = update.incumbent
+    if upgrade is None:
+        opened = open_evaluator(settings, base)
+    else:
+        old, new = old_base(settings, upgrade), new_base(settings, upgrade)
+        opened = open_across_bases(settings, old, new, adapter)
+        incumbent = incumbent or base_alone(old)
+        meta["upgrade"] = {"from": upgrade.old_name, "from_digest": upgrade.old_base, "to": upgrade.new_name}
     if halved:
         meta["tuned_on"] = [suite.name for suite in tuned_on([*suites, *fresh], settings.gate.min_items)]
-    with open_evaluator(settings, base) as evaluator:
+    with opened as evaluator:
         if update.incumbent:
             evaluator.load(update.incumbent, fetch_recorded(artifacts, ledger, update.incumbent))
         for name in sorted({*best.values()} - {adapter}):
@@ -95,7 +110,7 @@ def _gate(
         return run_gate(
             evaluator=evaluator,
             candidate=adapter,
-            incumbent=update.incumbent,
+            incumbent=incumbent,
             suites=suites,
             fresh=fresh,
             best=best,

@@ -130,13 +130,15 @@ def draw_pools(
     data_from: Mapping[str, int],
     seed: int,
     draw: Draw = "uniform",
+    data_to: Mapping[str, int] | None = None,
 ) -> Pools:
-    """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it.
+    """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it; with
+    ``data_to`` without what lies after that.
 
     Only samples that the recipe's family learns from are in them. A pure function of its arguments and of the
     reference folders' contents. Words and images of the store are read when an example is asked for.
     """
-    drawn = draw_rows(store, recipe, version, data_from, seed, draw)
+    drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to)
     folders = reference if recipe.mixture.reference > 0 else ()
     return Pools(
         new=StoredExamples(store, version, drawn.new, recipe.family),

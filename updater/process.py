@@ -59,11 +59,15 @@ def be_nice(nice: int, idle: bool = False) -> None:
             group.write_text(str(os.nice(0)))
 
 
+class UpdaterBusy(TrainingError):
+    """An updater works in this home, and takes up what is recorded."""
+
+
 @contextmanager
 def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the trainer's lock of this home: two trainers would both go on with the same unfinished update.
 
-    Waits for another one to end, or raises TrainingError; the kernel lets go of the lock of a process that was killed.
+    Waits for another one to end, or raises UpdaterBusy; the kernel lets go of the lock of a process that was killed.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / "updater.lock").open("a") as file:
@@ -71,7 +75,7 @@ def only_one(home: Path, *, wait: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if not wait:
-                raise TrainingError(f"an updater works in {home}.", "It judges the adapter by itself.") from None
+                raise UpdaterBusy(f"an updater works in {home}.", "It takes up what is recorded by itself.") from None
             say(f"another updater works in {home}; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -51,6 +51,22 @@ class TrainResult:
     """Directory with what the next update from this adapter wants to know, if there is something."""
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a training run would come to, by one measured batch."""
+
+    steps: int
+    """That the budget pays for, at most those of the recipe."""
+    gflops: float
+    """Memory-adjusted GFLOPs of these steps, and of what is prepared for them."""
+    seconds: float
+    """On this machine as busy as it is now, without pauses for others."""
+    visited: int
+    """New samples that these steps visit."""
+    sample_gflops: float
+    """Forward pass of one sample through the whole model."""
+
+
 def cost_of(result: TrainResult) -> dict[str, Any]:
     """What the ledger and the report tell of a training run."""
     return {

@@ -10,6 +10,7 @@ done       or failed, with the reason
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import deque
@@ -20,8 +21,17 @@ from typing import Any
 from ops import metrics
 from ops.artifacts import Artifacts, directory_digest
 from ops.digests import digest12, digest_json
-from ops.errors import BudgetError, ConfigError, DiskFull, GateError, LedgerError, RatchetError, StoreError
-from ops.ledger import Ledger, UpdateRow
+from ops.errors import (
+    BaseModelError,
+    BudgetError,
+    ConfigError,
+    DiskFull,
+    GateError,
+    LedgerError,
+    RatchetError,
+    StoreError,
+)
+from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.progress import say
 from ops.settings import Settings
 from serving.client import Client
@@ -42,6 +52,8 @@ from updater.throttle import Throttle, latencies
 from updater.train import train
 from updater.triggers import Again, Ready, Waiting
 from updater.tuning import TuningScores
+from updater.upgrades.lineage import waits_for_base
+from updater.upgrades.replay import new_base, old_base
 
 
 @dataclass(frozen=True)
@@ -124,11 +136,15 @@ class UpdaterService:
                 if unreleased is not None:
                     return Outcome(None, unreleased)
                 found = compare(self.ledger, self.store, found, family)
+            if waits := self._waits_for_base(family, self.ledger.base_upgrade(found.id)):
+                return Outcome(None, waits)
             if found.state == "training" and self._data_is_gone(found):
                 return Outcome(self._abandon(found), "its data is not kept any more")
             say(f"{found.id} goes on ({found.state})")
             self.store.pin(found.id, found.store_version)  # who began it may have died before that
         else:
+            if waits := self._waits_for_base(family):
+                return Outcome(None, waits)
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
@@ -136,6 +152,16 @@ class UpdaterService:
             found = self._ask_again(ready) if isinstance(ready, Again) else self._begin(recipe, ready)
         done = self._finish(found, family)
         return Outcome(done, done.error or done.state)
+
+    def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
+        """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
+        if upgrade is None:
+            return waits_for_base(self.ledger, self.settings.home, self.bases[family])
+        try:
+            new_base(self.settings, upgrade), old_base(self.settings, upgrade)
+        except BaseModelError as error:
+            return str(error)
+        return None
 
     def run_forever(self) -> None:
         """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
@@ -207,11 +233,12 @@ class UpdaterService:
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
         """Take an update from where it is to its end."""
-        work, base = self.work_dir(update), self.bases[family]
+        work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
         try:
+            base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
             if update.state == "training":
                 metrics.update.now(family, "training")
-                update = self._train(update, family, base, work)
+                update = self._train(update, family, base, work, upgrade)
             if update.state == "trained":
                 metrics.update.now(family, "judging")
                 update = judge(self.settings, self.ledger, self.artifacts, self.store, base, update)
@@ -249,30 +276,36 @@ class UpdaterService:
         """Checkpoints and measured costs of an unfinished update."""
         return self.settings.home / "updates" / update.id
 
-    def _train(self, update: UpdateRow, family: Family, base: Base, work: Path) -> UpdateRow:
+    def _train(
+        self, update: UpdateRow, family: Family, base: Base, work: Path, upgrade: BaseUpgradeRow | None
+    ) -> UpdateRow:
         settings = self.settings
         rate, capacity = triggers.bucket(settings)
-        planned = triggers.planned_gflops(settings)
-        if not self.ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
+        planned = upgrade.gflops if upgrade else triggers.planned_gflops(settings)
+        charged = upgrade is None  # an upgrade has a budget of its own
+        if charged and not self.ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
             raise BucketEmpty(
                 f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
             )
         self._tell_budget()
         recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
         folders = reference_of(settings, family)
+        learned = update.data_to if upgrade else None
         pools = draw_pools(
-            self.store, recipe, folders, update.store_version, update.data_from, update.seed, settings.updater.draw
-        )
+            self.store, recipe, folders, update.store_version, update.data_from, update.seed, settings.updater.draw,
+            learned,
+        )  # fmt: skip
         limits = Limits(
             gflops=planned,
-            seconds=settings.budget.seconds_per_update,
+            seconds=math.inf if upgrade else settings.budget.seconds_per_update,
             threads=settings.updater.threads,
             duty_cycle=settings.updater.duty_cycle,
             checkpoint_steps=settings.updater.checkpoint_steps,
             work_bytes=settings.updater.work_gib * 2**30,
         )
-        incumbent = fetch_recorded(self.artifacts, self.ledger, update.incumbent) if update.incumbent else None
-        scored = TuningScores.of(settings, self.store, base, update) if recipe.merge.search else None
+        begins_at = None if upgrade else update.incumbent  # no adapter fits another base
+        incumbent = fetch_recorded(self.artifacts, self.ledger, begins_at) if begins_at else None
+        scored = TuningScores.of(settings, self.store, base, update, learned) if recipe.merge.search else None
         self._throttle.begin()
         with self.stop.training():
             result = train(
@@ -284,7 +317,7 @@ class UpdaterService:
                 limits=limits,
                 out_dir=work / "adapter",
                 work_dir=work,
-                memory=self._memory(update.incumbent),
+                memory=self._memory(begins_at),
                 scored=scored,
                 stop=self.stop,
                 give_way=self._throttle,
@@ -293,7 +326,8 @@ class UpdaterService:
         if result.memory is not None:
             self.artifacts.put_directory(result.memory, f"memories/{result.adapter}")
         self._register(update, recipe, base, result)
-        self.ledger.settle(update.id, result.maf, capacity=capacity)
+        if charged:
+            self.ledger.settle(update.id, result.maf, capacity=capacity)
         metrics.update.trained(family, result.seconds, result.maf)
         metrics.update.visited(family, result.visited, result.pending - result.visited)
         say(
@@ -325,7 +359,11 @@ class UpdaterService:
         for name, why in self.ledger.withdrawn([update.adapter]).items():
             say(f"{update.id} made {name} again, which was withdrawn: {why}")
             return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
-        if verdict is not None and verdict.outcome == "passed":
+        if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
+            outcome = verdict.outcome if verdict else "not judged"
+            passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
+            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
+        elif verdict is not None and verdict.outcome == "passed":
             proposal = self.ledger.propose(
                 "update",
                 family=family,
@@ -341,7 +379,7 @@ class UpdaterService:
     def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
         say(f"{update.id} failed: {error}")
         cost: dict[str, Any] = {}
-        if isinstance(error, StepUnaffordable):
+        if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
             self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
             cost = triggers.affordability(self.settings, family, error.needed)
         return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)

@@ -40,7 +40,7 @@ from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Example, Pools
 from updater.precision import kept_precision, training_precision
 from updater.recipes import Merge, Part, Recipe
-from updater.result import Limits, TrainResult
+from updater.result import Estimate, Limits, TrainResult
 from updater.schedules import learning_rate
 from updater.visits import run_starts, visits
 
@@ -91,15 +91,41 @@ def train(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = read_delta(incumbent, base) if incumbent else {}
     recalled = Memory.read(memory) if memory else Memory()
-    run = digest_json(
-        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
-    )
-    precision = kept_precision(work_dir, run, training_precision(recipe, base, torch.device(place)))
-    recipe = recipe.model_copy(update={"precision": precision})
-    run = digest_json([run, precision])
+    recipe, run = _settled(base, recipe, pools, seed, incumbent, recalled, work_dir, place)
     with _reproducible(limits.threads):
         course = _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run)
         return course.go(scored)
+
+
+def estimate(
+    base: Base, recipe: Recipe, pools: Pools, *, seed: int, limits: Limits, work_dir: Path, device: str | None = None
+) -> Estimate:
+    """What :func:`train` would come to from the base: one batch is measured and one step taken, which is thrown away.
+
+    What is prepared for it stays in ``work_dir``; training with the same arguments uses it.
+
+    Raises: what :func:`train` does before its first step.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    nothing = Memory()
+    recipe, run = _settled(base, recipe, pools, seed, None, nothing, work_dir, place)
+    with _reproducible(limits.threads):
+        course = _Run(
+            base, recipe, pools, {}, nothing, seed, limits, work_dir, work_dir, lambda: False, lambda: 1.0, place, run
+        )
+        return course.estimate()
+
+
+def _settled(
+    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, memory: Memory, work_dir: Path,
+    device: str,
+) -> tuple[Recipe, str]:  # fmt: skip
+    """The recipe in the precision of this run, and what names the run: everything that decides what it computes."""
+    run = digest_json(
+        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, memory.digest]
+    )
+    precision = kept_precision(work_dir, run, training_precision(recipe, base, torch.device(device)))
+    return recipe.model_copy(update={"precision": precision}), digest_json([run, precision])
 
 
 class _Run:
@@ -129,10 +155,37 @@ class _Run:
         finally:
             self.learner.close()
 
+    def estimate(self) -> Estimate:
+        """Measure, plan the steps, and take one of them, whose rows no other has."""
+        try:
+            cost, steps = self._planned()
+            plan = self._whole_plan()
+            self.learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
+            rows = self._rows(1)
+            began = time.monotonic()
+            self.learner.ready(rows)
+            prepared = time.monotonic()
+            self.learner.backward(rows)
+            stepped = time.monotonic()
+            visited = sum(plan.visited(part, steps) for part in PARTS)
+            return Estimate(
+                steps=steps,
+                gflops=cost.planned(steps, plan),
+                seconds=(prepared - began) * visited / len(rows) + (stepped - prepared) * steps,
+                visited=plan.visited("new", steps),
+                sample_gflops=cost.sample_gflops,
+            )
+        finally:
+            self.learner.close()
+
+    def _planned(self) -> tuple[Cost, int]:
+        """What a step costs, and how many the budget pays for."""
+        cost = self._cost()
+        return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
+
     def _go(self, scored: Scored | None) -> TrainResult:
         learner = self.learner
-        cost = self._cost()
-        steps = cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
+        cost, steps = self._planned()
         self.pools, self.plan = self._drawn(steps)
         self.run = digest_json([self.run, self.pools.digest])
         learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)

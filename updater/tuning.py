@@ -5,7 +5,7 @@ PAINT's measure: the mean of what must not be lost (retention suites) and of wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,25 +23,31 @@ from updater.learner import Base
 from updater.recipes import Family
 
 
-def update_suites(settings: Settings, store: SampleStore, update: UpdateRow) -> tuple[list[Suite], list[Suite]]:
+def update_suites(
+    settings: Settings, store: SampleStore, update: UpdateRow, learned: Mapping[str, int] | None = None
+) -> tuple[list[Suite], list[Suite]]:
     """What an update is judged by: the suites of its family with those of what was learned before, and fresh ones.
 
-    What lies before the update's data is what the updates that led to its incumbent have learned.
+    Args:
+        learned: where the data end that the updates which led to the incumbent have learned; by default where the
+            update's own begin. Of one that learns them anew, held-out samples of them are in both kinds of suite.
 
     Raises GateError when a suite cannot be read.
     """
+    learned = update.data_from if learned is None else learned
     family: Family = "vlm" if update.family == "vlm" else "clip"
     held_out = HeldOut(store, update.store_version, HAVING[family])
     fresh = held_out.rows(WORDS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
     suites = load_suites(settings.gate.suites, settings.home, family, most)
-    if update.data_from:  # else nothing was learned yet
-        suites += _memory_suites(held_out, fresh, family, 2 * min_items)
+    if learned:  # else nothing was learned yet
+        pending = fresh if learned == update.data_from else held_out.rows(["id"], learned)
+        suites += _memory_suites(held_out, pending, family, 2 * min_items)
     return suites, fresh_suites(fresh, family=family, min_items=min_items, limit=most, images=held_out)
 
 
-def _memory_suites(held_out: HeldOut, fresh: pa.Table, family: Family, min_units: int) -> list[Suite]:
-    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), fresh), min_units)
+def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:
+    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), min_units)
     wanted = [each for ids in chosen.values() for each in ids]
     return memory_suites(held_out.some(wanted, WORDS), chosen, family, min_units, held_out)
 
@@ -61,9 +67,16 @@ class TuningScores:
         self.suites = [suite.half("tuning") for suite in suites]
 
     @classmethod
-    def of(cls, settings: Settings, store: SampleStore, base: Base, update: UpdateRow) -> TuningScores:
-        """On what an update will be judged by. Raises GateError when a suite cannot be read."""
-        suites, fresh = update_suites(settings, store, update)
+    def of(
+        cls,
+        settings: Settings,
+        store: SampleStore,
+        base: Base,
+        update: UpdateRow,
+        learned: Mapping[str, int] | None = None,
+    ) -> TuningScores:
+        """On what an update will be judged by, see :func:`update_suites`. Raises GateError."""
+        suites, fresh = update_suites(settings, store, update, learned)
         return cls(settings, base, tuned_on([*suites, *fresh], settings.gate.min_items))
 
     @property

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ops.cli import base_upgrade
 from ops.cli import context as ctx
 from ops.errors import ConfigError
 
@@ -130,6 +131,10 @@ def pull(context: typer.Context, names: _NAMES) -> None:
     settings = ctx.of(context).settings
     for name in names:
         typer.echo(pull_base(settings.home, name, settings.artifacts))
+
+
+app.command()(base_upgrade.upgrade)
+app.command()(base_upgrade.switch)
 
 
 def _describe(base: Any) -> None:

@@ -76,6 +76,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "stream": stream,
         "health": _health(settings),
         "stable": ledger.stable(),
+        "approved_upgrade": ledger.approved_upgrade(),
         **_controller(settings),
     }
     ledger.close()
@@ -109,8 +110,8 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 def _controller(settings: Settings) -> dict[str, Any]:
     """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``replicas``: of each
-    deployment by state. ``rollout``: what the guard watches. ``catalog``: rows, backfill and index of each image space;
-    None while the server does not answer.
+    deployment by state. ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work.
+    ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
     from serving.client import Client
     from serving.engines.base import list_bases
@@ -122,16 +123,17 @@ def _controller(settings: Settings) -> dict[str, Any]:
     rollout: dict[str, Any] = {"state": "unknown"}
     catalog: dict[str, Any] | None = None
     replicas: dict[str, dict[str, int]] = {}
+    trouble = ""
     try:
         with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
             vlm["problem"] = status.get("vlm_problem", "")
-            replicas = controller["replicas"]
+            replicas, trouble = controller["replicas"], controller["trouble"]
     except RatchetError:
         pass
-    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog}
+    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": trouble}
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
@@ -199,6 +201,7 @@ def _serving(facts: dict[str, Any]) -> Panel:
     lines.append(rollout_line(facts["rollout"]), "cyan")
     lines.append(_vlm_line(facts["vlm"]))
     lines.append(replica_lines(facts["replicas"]), "yellow")
+    lines.append(f"{facts['trouble']}\n" if facts["trouble"] else "", "yellow")
     lines.append(catalog_lines(facts["catalog"]))
     if facts["held"]:
         lines.append(f"on hold by {facts['held'].actor}: {facts['held'].reason}\n", "yellow")
@@ -242,6 +245,8 @@ def _learning(facts: dict[str, Any]) -> Panel:
     bar = "█" * max(0, round(share * 20))
     running = [update for update, _ in facts["updates"] if update.state in ("training", "trained", "gated")]
     state = f"update {running[0].id[:12]} {running[0].state}" if running else "waiting for data or budget"
+    if not running and (upgrade := facts["approved_upgrade"]) is not None:
+        state = f"base {upgrade.new_name} passed the gate: ratchet base switch {upgrade.new_name}"
     lines = [state, f"budget {bar:<20} {share:.0%}", f"{facts['budget_level']:,.0f} MAF-GFLOPs left"]
     lines += [learning_line(family, told) for family, told in facts["learning"].items()]
     return Panel(Text("\n".join(lines)), title="learning")

@@ -9,6 +9,7 @@ from ops.ledger.ledger import Ledger
 from ops.ledger.rows import (
     AdapterRow,
     AuditRow,
+    BaseUpgradeRow,
     DeletionRow,
     DeletionState,
     EventRow,
@@ -34,6 +35,7 @@ from ops.ledger.rows import (
 __all__ = [
     "AdapterRow",
     "AuditRow",
+    "BaseUpgradeRow",
     "DeletionRow",
     "DeletionState",
     "EventRow",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 from ops.ledger.audit import AuditQueries
+from ops.ledger.bases import BaseQueries
 from ops.ledger.budget import BudgetQueries
 from ops.ledger.database import Database, open_database
 from ops.ledger.deletions import DeletionQueries
@@ -22,6 +23,7 @@ from ops.ledger.rollout import RolloutQueries
 class Ledger(
     LearningQueries, ProposalQueries, ReleaseQueries, HoldQueries, RolloutQueries, BudgetQueries, KeyQueries,
     ResubmissionQueries, EventQueries, LeaseQueries, DeletionQueries, AuditQueries,
+    BaseQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, or_, select, true
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -67,12 +67,12 @@ class ReleaseQueries:
             if proposal is not None:
                 check_open(proposal)
                 check_hold(session, proposal, actor)
-            _check_number(session, number)
+            check_number(session, number)
             row = t.Release(
                 number=number, clip=clip, vlm=vlm, actor=actor, reason=reason, proposal_id=proposal_id, share=share,
-                attempt=attempt,
+                attempt=attempt, clip_base=_base_of(session, clip),
             )  # fmt: skip
-            _append(session, row, proposal)
+            append_release(session, row, proposal)
             if hold_after_rollback and proposal is not None and proposal.kind == "rollback":
                 _hold_after_rollback(session, row)
             return as_row(ReleaseRow, row)
@@ -98,19 +98,21 @@ class ReleaseQueries:
                 raise LedgerError(f"release {number} does not exist.", "See `ratchet releases list`.")
             return as_row(ReleaseRow, row)
 
-    def releases(self, limit: int = 50) -> list[ReleaseRow]:
-        """The newest releases, newest first."""
+    def releases(self, limit: int = 50, base: str | None = None) -> list[ReleaseRow]:
+        """The newest releases, newest first. ``base``: only those whose CLIP has this base (its digest)."""
+        query = select(t.Release).where(of_base(base)).order_by(t.Release.number.desc()).limit(limit)
         with self.database.read() as session:
-            rows = session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(limit))
-            return [as_row(ReleaseRow, row) for row in rows]
+            return [as_row(ReleaseRow, row) for row in session.scalars(query)]
 
-    def before(self, family: Family, adapter: str | None) -> ReleaseRow | None:
-        """The newest plain release whose adapter of this family is another one, and was not withdrawn."""
+    def before(self, family: Family, adapter: str | None, base: str | None = None) -> ReleaseRow | None:
+        """The newest plain release whose adapter of this family is another one, and was not withdrawn; with ``base``
+        only of those whose CLIP has this base.
+        """
         column = t.Release.clip if family == "clip" else t.Release.vlm
         withdrawn = select(t.Adapter.name).where(t.Adapter.withdrawn.is_not(None))
         query = (
             select(t.Release)
-            .where(t.Release.share >= 1, column.is_distinct_from(adapter))
+            .where(t.Release.share >= 1, column.is_distinct_from(adapter), of_base(base))
             .where(or_(column.is_(None), column.not_in(withdrawn)))
             .order_by(t.Release.number.desc())
             .limit(1)
@@ -120,18 +122,35 @@ class ReleaseQueries:
             return None if row is None else as_row(ReleaseRow, row)
 
 
+def of_base(base: str | None) -> ColumnElement[bool]:
+    """The condition that a release's CLIP has a base; without one it holds always. Releases that name no base are of
+    the only one that there was."""
+    return true() if base is None else or_(t.Release.clip_base == base, t.Release.clip_base.is_(None))
+
+
 def _live(session: Session) -> t.Release | None:
     return session.scalars(select(t.Release).order_by(t.Release.number.desc()).limit(1)).first()
 
 
-def _check_number(session: Session, number: int) -> None:
+def _base_of(session: Session, clip: str | None) -> str | None:
+    """The base that an adapter is recorded with; of the base alone, and of one that is not recorded, the live one."""
+    adapter = None if clip is None else session.get(t.Adapter, clip)
+    if adapter is not None:
+        return adapter.base
+    live = _live(session)
+    return None if live is None else live.clip_base
+
+
+def check_number(session: Session, number: int) -> None:
+    """Raise ReleaseConflict unless this is the number of the next release."""
     live = _live(session)
     expected = (live.number if live else 0) + 1
     if number != expected:
         raise ReleaseConflict(f"release {number} cannot be next: {expected} is.", "Prepare again from what is live.")
 
 
-def _append(session: Session, row: t.Release, proposal: t.Proposal | None) -> None:
+def append_release(session: Session, row: t.Release, proposal: t.Proposal | None) -> None:
+    """Add a release, with its note and its event, and end its proposal."""
     session.add(row)
     if proposal is not None:
         proposal.state, proposal.release, proposal.share = "committed", row.number, row.share

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
+from ops.ledger.releases import of_base
 from ops.ledger.rows import Family, ReleaseRow
 
 PLAIN = 1.0
@@ -25,10 +26,12 @@ class RolloutQueries:
         with self.database.read() as session:
             return _newest_plain(session)
 
-    def incumbent(self, number: int) -> ReleaseRow | None:
-        """The newest plain release before ``number``: what it is compared with, and what the guard goes back to."""
+    def incumbent(self, number: int, base: str | None = None) -> ReleaseRow | None:
+        """The newest plain release before ``number``: what it is compared with, and what the guard goes back to; with
+        ``base`` of those whose CLIP has this base.
+        """
         with self.database.read() as session:
-            return _newest_plain(session, number)
+            return _newest_plain(session, number, base)
 
     def was_stable(self, family: Family, adapter: str | None) -> bool:
         """Whether an adapter (None: the base alone) was in a plain release, and so answered all requests."""
@@ -72,8 +75,8 @@ class RolloutQueries:
             return f"{name} has no passed verdict in the ledger and was never live"
 
 
-def _newest_plain(session: Session, before: int | None = None) -> ReleaseRow | None:
-    query = select(t.Release).where(t.Release.share >= PLAIN).order_by(t.Release.number.desc()).limit(1)
+def _newest_plain(session: Session, before: int | None = None, base: str | None = None) -> ReleaseRow | None:
+    query = select(t.Release).where(t.Release.share >= PLAIN, of_base(base)).order_by(t.Release.number.desc()).limit(1)
     if before is not None:
         query = query.where(t.Release.number < before)
     row = session.scalars(query).first()

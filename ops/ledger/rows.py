@@ -130,6 +130,8 @@ class ReleaseRow:
     share: float = 1.0
     """1: a plain release. Between: a canary, which answers this share of the requests while the newest older plain
     release answers the others. 0: a shadow, which answers nobody and is only compared."""
+    clip_base: str | None = None
+    """Digest of the base of ``clip``, or of the base alone; None as long as no other base was ever live."""
 
     @property
     def plain(self) -> bool:
@@ -139,6 +141,21 @@ class ReleaseRow:
     def adapter(self, family: Family) -> str | None:
         """The adapter of one family."""
         return self.clip if family == "clip" else self.vlm
+
+
+@dataclass(frozen=True)
+class BaseUpgradeRow:
+    """What an upgrade goes from and to: digests of both bases and the names under which they were registered."""
+
+    update_id: str
+    old_base: str
+    old_name: str
+    new_base: str
+    new_name: str
+    gflops: float
+    """Its budget, in MAF-GFLOPs; the token bucket is not charged for it."""
+    actor: str
+    created_at: datetime
 
 
 def answers(share: float) -> str:

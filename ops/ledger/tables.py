@@ -110,6 +110,24 @@ class Release(Base):
     share: Mapped[float] = mapped_column(default=1.0, server_default="1")
     attempt: Mapped[str | None] = mapped_column(String(32), unique=True, index=True)
     """Names the call that wrote the row, so that it can be found when the answer to COMMIT was lost."""
+    clip_base: Mapped[str | None] = mapped_column(String(64))
+    """Digest of the base that ``clip`` is an adapter of, or that answers alone; None as long as there was only one."""
+    created_at: Mapped[datetime] = mapped_column(default=utc_now)
+
+
+class BaseUpgrade(Base):
+    """An update that trains an adapter of another base than the live one, from nothing. Digests of both bases, and the
+    names under which they were registered; MAF-GFLOPs.
+    """
+
+    __tablename__ = "base_upgrades"
+    update_id: Mapped[str] = mapped_column(ForeignKey("updates.id"), primary_key=True)
+    old_base: Mapped[str] = mapped_column(String(64))
+    old_name: Mapped[str] = mapped_column(String(64))
+    new_base: Mapped[str] = mapped_column(String(64))
+    new_name: Mapped[str] = mapped_column(String(64))
+    gflops: Mapped[float]
+    actor: Mapped[str] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 

@@ -75,6 +75,17 @@ class AdapterFiles:
     base_digest: str
     config: dict[str, Any]
     tensors: dict[str, torch.Tensor]
+    base_name: str = ""
+    """What its base was called where it was made."""
+
+    def check_base(self, base: ClipBase | VlmBase) -> None:
+        """Raise :class:`AdapterError` when it belongs to another base than this one."""
+        if self.base_digest != base.digest:
+            raise AdapterError(
+                f"Adapter {self.name} belongs to the base {self.base_name[:64]!r} ({digest12(self.base_digest)}), "
+                f"and this one is {base.name!r} ({digest12(base.digest)}).",
+                "Start with that base, or learn on this one what was learned: `ratchet base upgrade`.",
+            )
 
 
 def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +188,7 @@ def read_adapter(directory: Path | str) -> AdapterFiles:
         raise AdapterError(
             f"Adapter {claimed}: its files have the digest of {name}; they are damaged or were changed.", _AGAIN
         )
-    return AdapterFiles(name, family, base_digest, canonical_config(config), tensors)
+    return AdapterFiles(name, family, base_digest, canonical_config(config), tensors, str(about.get("base", "")))
 
 
 def whole_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:

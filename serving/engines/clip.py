@@ -108,12 +108,7 @@ class ClipEngine:
                 raise AdapterError(
                     f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
                 )
-            if files.base_digest != self.base.digest:
-                raise AdapterError(
-                    f"Adapter {name} belongs to the base {files.base_digest[:12]}; "
-                    f"this engine has {self.base.name!r} ({self.base.digest[:12]}).",
-                    "Start the server with that base, or train the adapter for this one.",
-                )
+            files.check_base(self.base)
             changed = effective_weights(files, self._model)
             spaces = self.base.spaces_with(changed)
             # A new dict, so that readers need no lock.

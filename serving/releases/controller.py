@@ -31,6 +31,7 @@ from serving.releases.commands import (
 )
 from serving.releases.fallback import Fallback
 from serving.releases.lease import RENEW_SECONDS, ControllerLease
+from serving.releases.lineage import Lineage
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
 from serving.releases.types import Outcome
@@ -64,9 +65,10 @@ class ReleaseController:
         rollout = settings.rollout
         share = {"direct": 1.0, "canary": rollout.share, "shadow": 0.0}[rollout.mode]
         self.lease = ControllerLease(self.ledger)
+        self.lineage = Lineage.of(settings)
         self.protocol = ReleaseProtocol(
             self.ledger, self.broadcast, settings.serve.rollback_window, update_share=share,
-            hold_after_rollback=rollout.hold_after_rollback, lease=self.lease,
+            hold_after_rollback=rollout.hold_after_rollback, lease=self.lease, lineage=self.lineage,
         )  # fmt: skip
         self.rollout = RolloutController(self.ledger, self.protocol, rollout, self.broadcast.observations)
         self.fallback = Fallback(
@@ -235,18 +237,32 @@ class ReleaseController:
     async def _keep_lease(self) -> None:
         while True:
             try:
-                await self.lease.keep()
+                if await self._other_base():
+                    await asyncio.to_thread(self.lease.give_back)  # to a server that can load what is live
+                else:
+                    await self.lease.keep()
             except RatchetError as error:
                 log.warning("lease: %s", error)
             except Exception:
                 log.exception("lease")
             await asyncio.sleep(RENEW_SECONDS)
 
+    async def _leads(self) -> bool:
+        """Whether this controller changes what is live."""
+        return self.lease.epoch is not None and not await self._other_base()
+
+    async def _other_base(self) -> str:
+        """Why this server cannot answer with the live release; empty where it has the same base."""
+        if self.lineage is None:
+            return ""
+        live = await asyncio.to_thread(self.ledger.live)
+        return "" if live is None or self.lineage.has(live) else self.lineage.why_not(live)
+
     async def _guard(self) -> None:
         await self._started.wait()
         while True:
             try:
-                outcome = await self.rollout.step() if self.lease.epoch is not None else None
+                outcome = await self.rollout.step() if await self._leads() else None
                 if outcome is not None:
                     self._recorded(outcome)
             except RatchetError as error:
@@ -261,7 +277,7 @@ class ReleaseController:
         await self._started.wait()
         while True:
             try:
-                outcome = None if self.lease.epoch is None else await self.fallback.step()
+                outcome = await self.fallback.step() if await self._leads() else None
                 if outcome is not None:
                     self._recorded(outcome)
             except RatchetError as error:
@@ -277,8 +293,8 @@ class ReleaseController:
                     outcome = await self._start()
                 else:
                     await self._follow()
-                    outcome = await self.protocol.step() if self.lease.epoch is not None else None
-                self._trouble = ""
+                    outcome = await self.protocol.step() if await self._leads() else None
+                self._trouble = await self._other_base()
                 if outcome is not None:
                     self._recorded(outcome)
                     continue

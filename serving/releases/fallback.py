@@ -85,7 +85,7 @@ class Fallback:
         return outcome
 
     async def _target(self, live: ReleaseRow, family: Family) -> ReleaseRow:
-        releases = await asyncio.to_thread(self._ledger.releases, MAX_RELEASES)
+        releases = await asyncio.to_thread(self._ledger.releases, MAX_RELEASES, live.clip_base)
         withdrawn = await asyncio.to_thread(self._ledger.withdrawn, [row.adapter(family) for row in releases])
         rejected: set[str | None] = {live.adapter(family), *withdrawn}
         for row in releases:

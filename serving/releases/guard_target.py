@@ -37,7 +37,7 @@ def find_guard_target(ledger: Ledger, settings: Rollout, now: float) -> GuardTar
     """The live release, if it is watched at ``now`` (seconds since the epoch)."""
     with ledger.reading():
         live = ledger.live()
-        incumbent = None if live is None else ledger.incumbent(live.number)
+        incumbent = None if live is None else ledger.incumbent(live.number, live.clip_base)
         if live is None or incumbent is None:
             return None
         kind = "release" if live.proposal_id is None else ledger.proposal(live.proposal_id).kind

@@ -35,7 +35,7 @@ def roll_back_offline(
     number = live.number if live else 0
     if expected_live is not None and expected_live != number:
         raise ReleaseConflict(f"release {number} is live, not {expected_live}.", "Look at `ratchet releases list`.")
-    adapters = rollback_target(ledger, families, to)
+    adapters = rollback_target(ledger, families, to, base=live.clip_base if live else None)
     assert live is not None  # else there was no target
     stable = ledger.stable() or live
     clip, vlm = (adapters.get(family, stable.adapter(family)) for family in ("clip", "vlm"))

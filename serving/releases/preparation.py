@@ -17,10 +17,12 @@ from serving.releases.types import Broadcast, Prepared, Residency
 class Preparation:
     """Makes replicas ready for adapters, and knows the spaces of those that they hold. Use from one event loop."""
 
-    def __init__(self, ledger: Ledger, broadcast: Broadcast, size: int) -> None:
+    def __init__(self, ledger: Ledger, broadcast: Broadcast, size: int, base: str | None = None) -> None:
+        """``base``: digest of the base that the encoders have; None: there is only one."""
         self.ledger = ledger
         self.broadcast = broadcast
         self.size = size
+        self.base = base
         self._spaces: dict[str | None, tuple[str, str]] = {}
 
     async def make_ready(self, goal: Mapping[Family, str | None], live: ReleaseRow | None) -> None:
@@ -38,6 +40,10 @@ class Preparation:
             jobs.append(self._ready_vlm(goal["vlm"]))
         await _together(jobs)
 
+    def read(self) -> ResidencyRows:
+        """What the ledger says is resident."""
+        return read_residency(self.ledger, self.size, self.base)
+
     async def residency(self) -> Residency:
         """What stays loaded. Spaces that are not known are asked for: adapters are loaded for it. Releases whose CLIP
         adapter is gone or damaged are left out.
@@ -45,7 +51,7 @@ class Preparation:
         Raises:
             ReleaseError: the encoders cannot tell the spaces of what answers requests.
         """
-        rows = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        rows = await asyncio.to_thread(self.read)
         return await resolve_residency(rows, self._ask)
 
     async def known_residency(self, rows: ResidencyRows) -> Residency:
@@ -75,7 +81,7 @@ class Preparation:
         image, text = await self._prepare(clip)
         if live is None:
             return
-        residency = await asyncio.to_thread(read_residency, self.ledger, self.size)
+        residency = await asyncio.to_thread(self.read)
         # A resident space is kept complete all the time: a rollback need not wait for rows that arrive right now.
         snapshot = ReleaseSnapshot(live.number + 1, clip, image, text)
         await self.broadcast.cover(snapshot, wait=clip not in residency.clips)

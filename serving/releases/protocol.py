@@ -28,10 +28,10 @@ from ops.ledger.proposals import ENDED
 from ops.ledger.rows import Family, HoldRow, ProposalKind, ProposalRow, ReleaseRow
 from serving.releases.announcement import RELEASE_SECONDS, ROLLBACK_SECONDS, Announcer
 from serving.releases.commands import LiveCommand, PromoteCommand, ReleaseCommand, RollbackCommand
+from serving.releases.lineage import Lineage
 from serving.releases.preparation import Preparation
 from serving.releases.proposal_runner import Lease, ProposalRunner
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.residency import read_residency
 from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
 from serving.releases.types import Adapters, Broadcast, Outcome, Residency, scope_of
 from serving.releases.work import Postponed
@@ -54,18 +54,21 @@ class ReleaseProtocol:
         update_share: float = 1.0,
         hold_after_rollback: bool = False,
         lease: Lease | None = None,
+        lineage: Lineage | None = None,
     ) -> None:
         """Args:
         update_share: of the requests, for updates that passed the gate; see :attr:`ReleaseRow.share`.
         hold_after_rollback: see :attr:`ops.settings.Rollout.hold_after_rollback`.
         lease: without it this process only proposes, and another one carries out; except rollbacks, whose commit checks
             that the live release is the expected one. None: there is no other process.
+        lineage: the base that this server has. None: there is only one.
         """
         self.ledger = ledger
         self.broadcast = broadcast
         self.size = window
         self._lease = lease
-        self._preparation = Preparation(ledger, broadcast, window)
+        self._lineage = lineage
+        self._preparation = Preparation(ledger, broadcast, window, None if lineage is None else lineage.digest)
         self._runner = ProposalRunner(ledger, self._preparation, update_share, hold_after_rollback, lease)
         self._announcer = Announcer(broadcast)
         self._turn = asyncio.Lock()
@@ -81,9 +84,12 @@ class ReleaseProtocol:
 
         Raises:
             LeaseLost: there is no release, and another process is about to make the first one.
+            ReleaseError: no release has the base of this server, or what has it cannot be served.
         """
         self._preparation.learn(await self.broadcast.resident())
-        if await asyncio.to_thread(self.ledger.live) is not None:
+        if (live := await asyncio.to_thread(self.ledger.live)) is not None:
+            if self._lineage is not None and not (await asyncio.to_thread(self._preparation.read)).window:
+                self._lineage.check(live)
             await self.follow()
             return None
         if self._lease is not None and self._lease.epoch is None:
@@ -189,7 +195,7 @@ class ReleaseProtocol:
 
     async def known_residency(self) -> Residency:
         """What stays loaded, as far as it is known without asking a replica."""
-        return await self._preparation.known_residency(await asyncio.to_thread(read_residency, self.ledger, self.size))
+        return await self._preparation.known_residency(await asyncio.to_thread(self._preparation.read))
 
     async def retire(self, patience_seconds: float = 60.0) -> None:
         """Unload what left the window, once no request that was stamped with it is in flight. What is being prepared at
@@ -243,7 +249,7 @@ class ReleaseProtocol:
 
     def _plan_rollback(self, command: RollbackCommand) -> RollbackPlan:
         served: tuple[Family, ...] = ("clip", "vlm") if self.broadcast.has_vlm else ("clip",)
-        return plan_rollback(self.ledger, command, served, self.size)
+        return plan_rollback(self.ledger, command, served, self.size, self._lineage)
 
     async def _is_known(self, clip: str | None) -> bool:
         """Whether replicas can serve an adapter that is resident; a process that has just begun asks the ingress."""
@@ -272,7 +278,12 @@ class ReleaseProtocol:
     async def _ordered(
         self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
     ) -> Outcome:
-        """Propose what an operator ordered, and run it, or wait until the process with the lease has."""
+        """Propose what an operator ordered, and run it, or wait until the process with the lease has.
+
+        Raises ReleaseError where the live release has another base than this server.
+        """
+        if self._lineage is not None:
+            self._lineage.check(await asyncio.to_thread(self.ledger.live))
         if self._lease is not None and self._lease.epoch is None:
             proposal = await asyncio.to_thread(self._propose, kind, adapters, command, share, forced)
             return await self._carried_out_elsewhere(proposal)
@@ -299,7 +310,7 @@ class ReleaseProtocol:
     async def _announce(self, seconds: float) -> int:
         """The release is committed: a replica that this does not reach follows the ledger by itself."""
         try:
-            rows = await self._in_thread(read_residency, self.ledger, self.size)
+            rows = await self._in_thread(self._preparation.read)
         except RatchetError:
             return 0
         residency = await self._preparation.known_residency(rows)

@@ -57,26 +57,28 @@ class ResidencyRows:
         return tuple(dict.fromkeys(row.adapter(family) for row in self.answering)) or (None,)
 
 
-def read_residency(ledger: Ledger, size: int) -> ResidencyRows:
-    """From the ledger: ``size`` releases, and for each family the newest other adapter."""
+def read_residency(ledger: Ledger, size: int, base: str | None = None) -> ResidencyRows:
+    """From the ledger: ``size`` releases, and for each family the newest other adapter. ``base``: only releases whose
+    CLIP has this base (its digest).
+    """
     with ledger.reading():
-        return _read_residency(ledger, size)
+        return _read_residency(ledger, size, base)
 
 
-def _read_residency(ledger: Ledger, size: int) -> ResidencyRows:
-    newest = ledger.releases(size)
+def _read_residency(ledger: Ledger, size: int, base: str | None) -> ResidencyRows:
+    newest = ledger.releases(size, base)
     if not newest:
         return ResidencyRows((), None, ())
     live = newest[0]
-    incumbent = ledger.incumbent(live.number)
+    incumbent = ledger.incumbent(live.number, base)
     first = {row.number: row for row in (live, incumbent) if row is not None}
     others = [row for row in newest if row.number not in first]
     window = sorted([*first.values(), *others[: size - len(first)]], key=lambda row: -row.number)
-    rollback_release = ledger.before("clip", live.clip)
+    rollback_release = ledger.before("clip", live.clip, base)
     if rollback_release is not None and rollback_release.clip in {row.clip for row in window}:
         rollback_release = None
     vlms = dict.fromkeys(row.vlm for row in window)
-    if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm)) is not None:
+    if len(vlms) == 1 and (other := ledger.before("vlm", live.vlm, base)) is not None:
         vlms[other.vlm] = None
     return ResidencyRows(tuple(window), rollback_release, tuple(vlms))
 

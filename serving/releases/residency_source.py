@@ -15,6 +15,7 @@ from ops.files import replace_file
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.releases.bounded_call import BoundedCall
+from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.residency_file import MAX_BYTES, ResidencyCopy, decode_copy, encode_copy
 
@@ -39,6 +40,7 @@ class ResidencySource:
         artifacts: Artifacts,
         part: str,
         digests: Callable[[], Mapping[str, str]] = dict,
+        lineage: Lineage | None = None,
     ) -> None:
         """Args:
         ledger: may be away.
@@ -47,12 +49,15 @@ class ResidencySource:
         artifacts: have another copy; may be away.
         part: for the metrics.
         digests: the full digests of adapters that this node knows.
+        lineage: releases of another base are left out, and copies of them are not used.
         """
+        self._lineage = lineage
+        base = None if lineage is None else lineage.digest
         self._path = path
         self._artifacts = artifacts
         self._part = part
         self._digests = digests
-        self._read_ledger = BoundedCall(lambda: read_residency(ledger, size), LEDGER_SECONDS)
+        self._read_ledger = BoundedCall(lambda: read_residency(ledger, size, base), LEDGER_SECONDS)
         self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
         self._pending = b""
         self._write_artifacts = BoundedCall(self._copy_to_artifacts, ARTIFACTS_SECONDS)
@@ -71,7 +76,7 @@ class ResidencySource:
         """The source that the settings describe."""
         return cls(
             ledger, settings.serve.rollback_window, residency_path(settings.home), Artifacts(settings.artifacts), part,
-            digests,
+            digests, Lineage.of(settings),
         )  # fmt: skip
 
     def read(self) -> ResidencyRows:
@@ -145,7 +150,10 @@ class ResidencySource:
         for source, read in readers:
             try:
                 if data := read():
-                    copies.append((decode_copy(data), source))
+                    copy = decode_copy(data)
+                    if self._lineage is not None:
+                        self._lineage.check(copy.rows.window[0])
+                    copies.append((copy, source))
             except Exception as error:
                 log.warning("no residency from the %s: %s: %s", source, type(error).__name__, error)
         return copies

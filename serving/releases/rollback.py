@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from ops.digests import digest12
 from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
+from serving.releases.lineage import Lineage
 from serving.releases.residency import ResidencyRows, read_residency
 from serving.releases.types import Adapters
 from serving.releases.work import Goal
@@ -54,24 +56,30 @@ async def ledger_answers() -> AsyncIterator[None]:
         ) from None
 
 
-def plan_rollback(ledger: Ledger, command: RollbackCommand, served: Sequence[Family], size: int) -> RollbackPlan:
+def plan_rollback(
+    ledger: Ledger, command: RollbackCommand, served: Sequence[Family], size: int, lineage: Lineage | None = None
+) -> RollbackPlan:
     """What a command means at this moment; see :func:`rollback_target`.
 
     Args:
         served: families that there are replicas of.
         size: of the rollback window.
+        lineage: the base of this server; only to its releases. None: there is only one.
 
     Raises:
         ReleaseConflict: something else is live by now.
-        ReleaseError: there is nothing to go back to.
+        ReleaseError: there is nothing to go back to, or what is live has another base.
     """
+    base = None if lineage is None else lineage.digest
     families = tuple(served) if command.family is None else (command.family,)
     with ledger.reading():
-        adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn)
         live = ledger.live()
+        if lineage is not None:
+            lineage.check(live)
+        adapters = rollback_target(ledger, families, command.to, command.allow_withdrawn, base)
         check_live(live, command.expected_live)
         goal = goal_of(adapters, ledger.stable())
-        return RollbackPlan(live.number if live else 0, adapters, goal, read_residency(ledger, size))
+        return RollbackPlan(live.number if live else 0, adapters, goal, read_residency(ledger, size, base))
 
 
 def check_live(live: ReleaseRow | None, expected: int) -> None:
@@ -91,20 +99,33 @@ def goal_of(adapters: Adapters, stable: ReleaseRow | None) -> Goal:
 
 
 def rollback_target(
-    ledger: Ledger, families: Sequence[Family], to: int | None, allow_withdrawn: bool = False
+    ledger: Ledger,
+    families: Sequence[Family],
+    to: int | None,
+    allow_withdrawn: bool = False,
+    base: str | None = None,
 ) -> Adapters:
     """Adapters of release ``to``, or of the newest one that had another adapter in one of the families.
 
+    Args:
+        base: that of the live release (its digest): a rollback stays on it. None: there is only one.
+
     Raises:
-        ReleaseError: there is none, or what it had was withdrawn or never answered all requests.
+        ReleaseError: there is none, it has another base, or what it had was withdrawn or never answered all requests.
     """
     live = ledger.live()
     if live is None:
         raise ReleaseError("nothing is live, so nothing can be rolled back.", "Wait for /health/ready.")
     try:
-        release = _other(ledger, live, families) if to is None else ledger.release(to)
+        release = _other(ledger, live, families, base) if to is None else ledger.release(to)
     except LedgerError as error:
         raise ReleaseError(error.message, error.fix) from None
+    if base is not None and "clip" in families and release.clip_base not in (None, base):
+        raise ReleaseError(
+            f"release {release.number} has the base {digest12(str(release.clip_base))}, and release {live.number} "
+            f"{digest12(base)}.",
+            "The base is changed by `ratchet base switch NAME`.",
+        )
     adapters: Adapters = {family: release.adapter(family) for family in families}
     if not allow_withdrawn:
         for name, why in ledger.withdrawn(list(adapters.values())).items():
@@ -127,11 +148,11 @@ def _refuse_trial(ledger: Ledger, release: ReleaseRow, adapters: Adapters) -> No
             )
 
 
-def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family]) -> ReleaseRow:
+def _other(ledger: Ledger, live: ReleaseRow, families: Sequence[Family], base: str | None) -> ReleaseRow:
     stable = ledger.stable() or live
     if any(stable.adapter(family) != live.adapter(family) for family in families):
         return stable  # a canary or a shadow is taken back by what answers beside it
-    older = [ledger.before(family, stable.adapter(family)) for family in families]
+    older = [ledger.before(family, stable.adapter(family), base) for family in families]
     release = max((row for row in older if row is not None), key=lambda row: row.number, default=None)
     if release is None:
         kind = "another" if len(families) > 1 else f"another {NAMES[families[0]]}"

@@ -21,6 +21,7 @@ from serving.catalog.crossing import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
+from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.crossing_verdicts import CrossingVerdicts
 from serving.replicas.residency_reader import residency_reader
@@ -64,6 +65,7 @@ class CatalogReplica:
         tables = Tables(f"{settings.lake}/catalog", settings.home / "catalog-index")
         self.catalog = Catalog(tables, SampleStore(settings.lake), pixels, encode, settings.catalog)
         self._ledger = Ledger.lazy(settings.ledger)
+        self._home = settings.home
         self._residency_reader = residency_reader(settings, self._ledger, encoder, "catalog")
         self._watcher = Watcher(self.catalog, settings.watch)
         self._loop: asyncio.Task[None] | None = None
@@ -159,16 +161,18 @@ class CatalogReplica:
         catalog = await self._started()
         drop = await asyncio.to_thread(self._holds_lease, epoch)
         try:
-            spare = await asyncio.to_thread(self._proposed_spaces) if drop else set()
+            spare = await asyncio.to_thread(self._spared_spaces) if drop else set()
         except LedgerError as error:
             log.warning("no table is dropped while the ledger is away: %s", error)
             drop, spare = False, set()
         return await catalog.retire(keep, drop, spare)
 
-    def _proposed_spaces(self) -> set[str]:
-        """Image spaces of the releases that are proposed: what is embedded for them stays through a restart."""
+    def _spared_spaces(self) -> set[str]:
+        """Image spaces of the releases that are proposed, whose embeddings stay through a restart; and of the newest
+        release of each base."""
         proposals = self._ledger.pending_proposals()
-        return {self._ledger.adapter(each.clip).image_space for each in proposals if each.clip is not None}
+        proposed = {self._ledger.adapter(each.clip).image_space for each in proposals if each.clip is not None}
+        return proposed | spaces_of_bases(self._ledger, self._home)
 
     def _holds_lease(self, epoch: int | None) -> bool:
         if epoch is None:

@@ -27,8 +27,10 @@ NEGLIGIBLE = 1e-9
 
 
 def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
-    """What an adapter directory changes of its base. Raises AdapterError."""
-    return delta_of(read_adapter(directory), base)
+    """What an adapter directory changes of its base. Raises AdapterError, also when it is an adapter of another one."""
+    files = read_adapter(directory)
+    files.check_base(base)
+    return delta_of(files, base)
 
 
 def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:

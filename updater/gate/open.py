@@ -12,6 +12,7 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import VlmBase
 from serving.errors import EngineDead
+from updater.gate.across_bases import AcrossBasesEvaluator
 from updater.gate.clip import ClipEvaluator
 from updater.gate.evaluator import Evaluator
 from updater.gate.vlm import VlmEvaluator
@@ -37,3 +38,10 @@ def open_evaluator(settings: Settings, base: ClipBase | VlmBase) -> Iterator[Eva
         except EngineDead as error:
             raise GateError(f"the VLM engine does not start: {error.message}", error.fix) from error
         yield VlmEvaluator(vlm, engine, settings.serve, cache=settings.home / "cache" / "gate")
+
+
+@contextmanager
+def open_across_bases(settings: Settings, old: ClipBase, new: ClipBase, candidate: str) -> Iterator[Evaluator[Any]]:
+    """Two engines of this process, one for each base; see :class:`AcrossBasesEvaluator`."""
+    engines = [ClipEngine.of(settings, base, threads=settings.updater.threads) for base in (old, new)]
+    yield AcrossBasesEvaluator(engines[0], engines[1], candidate)

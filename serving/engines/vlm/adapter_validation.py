@@ -41,12 +41,7 @@ def read_validated_adapter(base: VlmBase, shapes: Shapes, name: str, directory: 
         raise AdapterError(
             f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
         )
-    if files.base_digest != base.digest:
-        raise AdapterError(
-            f"Adapter {name} belongs to the base {files.base_digest[:12]}; "
-            f"this engine has {base.name!r} ({base.digest[:12]}).",
-            "Start the server with that base, or train the adapter for this one.",
-        )
+    files.check_base(base)
     whole = whole_weights(files)
     if whole:
         raise AdapterError(

@@ -121,3 +121,15 @@ def test_an_empty_store_has_nothing_pending(tmp_path: Path) -> None:
 def test_an_address_of_another_version_is_an_error(store: SampleStore) -> None:
     with pytest.raises(StoreError, match="lacks 1 rows"):
         store.rows_at([999 << 32], ["id"], store.version())
+
+
+def test_what_lies_after_the_end_of_the_data_is_neither_new_nor_replayed(store: SampleStore) -> None:
+    def until(data_from: dict[str, int], data_to: dict[str, int]) -> Pools:
+        return draw_pools(store, recipe(replay_limit=60), (), store.version(), data_from, 1, "uniform", data_to)
+
+    anew = until({}, {"samples:0": 30})
+    assert set(texts(anew.new)) == {f"text 0 {offset}" for offset in range(30)} and not anew.replay
+    both = until({"samples:0": 10, "samples:1": 5}, {"samples:0": 30, "samples:1": 5})
+    assert set(texts(both.new)) == {f"text 0 {offset}" for offset in range(10, 30)}
+    early = {f"text 0 {offset}" for offset in range(10)} | {f"text 1 {offset}" for offset in range(5)}
+    assert set(texts(both.replay)) == early

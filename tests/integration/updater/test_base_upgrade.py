@@ -1,0 +1,172 @@
+"""Another base: what was learned is learned anew on it, judged across bases, released, and taken back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.fixtures.tiny import tiny_base
+from ops.cli.main import app
+from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
+from ops.ledger import Ledger, UpdateRow
+from ops.settings import Settings
+from tests.integration.updater.home import add_samples, make_home
+from updater import judge
+from updater.gate import Verdict
+from updater.process import only_one
+from updater.service import UpdaterService
+from updater.upgrades.command import begin_command, cancel_command, finish_command, plan_command
+from updater.upgrades.switch import switch_base
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A home with two bases of different dimension; the first is served."""
+    made = make_home(tmp_path / "home", **{"gate.min_items": 2})
+    tiny_base(made.home, "wide", seed=5, dim=48)
+    return made
+
+
+@pytest.fixture
+def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
+    """The real gate runs; its outcome, which chance decides on random weights, is a pass."""
+    made: list[Verdict] = []
+    real = judge.run_gate
+
+    def decided(**arguments: Any) -> Verdict:
+        made.append(replace(real(**arguments), outcome="passed"))
+        return made[-1]
+
+    monkeypatch.setattr(judge, "run_gate", decided)
+    return made
+
+
+def learn(settings: Settings, fresh: int = 12) -> UpdateRow:
+    """One update of the served base over new samples, released as the controller would."""
+    add_samples(settings, 12)
+    add_samples(settings, fresh, split="fresh_eval", partition=1)
+    service = UpdaterService(settings)
+    update = service.step().update
+    assert update is not None and update.state == "done", update
+    (proposal,) = service.ledger.pending_proposals()
+    live = service.ledger.live()
+    service.ledger.commit_release(
+        (live.number if live else 0) + 1, clip=proposal.clip, vlm=None, actor="updater", reason="passed",
+        proposal_id=proposal.id,
+    )  # fmt: skip
+    return update
+
+
+def upgraded(settings: Settings, name: str = "wide", gflops: float | None = None) -> UpdateRow:
+    update = begin_command(settings, plan_command(settings, name, gflops), "ann")
+    return finish_command(settings, update.id)[0]
+
+
+def on(settings: Settings, base: str) -> Settings:
+    return settings.model_copy(update={"base": settings.base.model_copy(update={"clip": base})})
+
+
+def test_what_was_learned_is_learned_anew_released_learned_on_from_and_taken_back(
+    settings: Settings, verdicts: list[Verdict]
+) -> None:
+    old, new = tiny_base(settings.home), tiny_base(settings.home, "wide")
+    first = learn(settings)
+    add_samples(settings, 5)  # pending: not learned by the incumbent, so not by the upgrade
+    ledger = Ledger.open(settings.ledger)
+
+    plan = plan_command(settings, "wide")
+    told = dict(plan.rows())
+    assert told["dimension"] == "32 -> 48" and told["to learn anew"] == "12 samples"
+    assert plan.training.steps > 0 and plan.training.visited == 12
+    update = upgraded(settings)
+    assert (update.state, update.data_from, update.data_to) == ("done", {}, first.data_to)
+    assert update.incumbent == first.adapter and update.cost["pending"] == 12
+    assert ledger.adapter(str(update.adapter)).base == new.digest
+    assert ledger.spent(update.id) == 0, "it has a budget of its own"
+    verdict = verdicts[-1]
+    assert (verdict.base, verdict.incumbent) == ("wide", first.adapter)
+    assert {suite.name for suite in verdict.suites} == {"things", "memory.things", "fresh.things"}
+    assert {check.name: check.ok for check in verdict.checks}["parity"]
+    assert ledger.pending_proposals() == [], "encoders that run have the old base"
+
+    waiting = UpdaterService(settings).step()
+    assert waiting.update is None and "ratchet base switch wide" in waiting.reason
+    row = switch_base(settings, "wide", actor="ann", reason="better")
+    assert (row.number, row.clip, row.clip_base) == (2, update.adapter, new.digest)
+    assert ledger.release(1).clip_base == old.digest
+    waiting = UpdaterService(settings).step()
+    assert waiting.update is None and "'wide'" in waiting.reason and "'tiny'" in waiting.reason
+
+    second = learn(on(settings, "wide"))
+    assert (second.incumbent, second.data_from) == (update.adapter, update.data_to)
+    assert ledger.adapter(str(second.adapter)).base == new.digest == ledger.release(3).clip_base
+
+    back = switch_base(settings, "tiny", actor="ann", reason="searches are worse")
+    assert (back.number, back.clip, back.clip_base) == (4, first.adapter, old.digest)
+    assert ledger.held() is not None, "as after every rollback"
+    again = switch_base(settings, "wide", actor="ann", reason="they were not")
+    assert (again.number, again.clip) == (5, second.adapter), "the newest of that base"
+
+
+def test_without_a_release_the_old_base_alone_is_the_incumbent_and_all_that_is_stored_is_learned(
+    settings: Settings, verdicts: list[Verdict]
+) -> None:
+    add_samples(settings, 12)
+    add_samples(settings, 12, split="fresh_eval", partition=1)
+    ledger = Ledger.open(settings.ledger)
+    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="first start", proposal_id=None)
+    update = upgraded(settings)
+    assert update.cost["pending"] == 12 and update.incumbent is None
+    assert verdicts[-1].incumbent == "the base tiny"
+    row = switch_base(settings, "wide", actor="ann", reason="better")
+    assert (row.clip, ledger.release(1).clip_base) == (update.adapter, tiny_base(settings.home).digest)
+
+
+def test_an_upgrade_that_was_interrupted_goes_on_and_one_that_waits_can_be_dropped(
+    settings: Settings, verdicts: list[Verdict]
+) -> None:
+    learn(settings)
+    update = begin_command(settings, plan_command(settings, "wide"), "ann")
+    tiny_base(settings.home, "third", seed=9)
+    with pytest.raises(TrainingError, match="'wide' is not finished"):
+        CliRunner().invoke(app, _flags(settings, "third"), catch_exceptions=False)
+    with only_one(settings.home):
+        told = CliRunner().invoke(app, _flags(settings, "wide"))
+    assert told.exit_code == 0 and "the updater that runs here does it next" in told.output
+    done = UpdaterService(settings).step().update
+    assert done is not None and (done.id, done.state) == (update.id, "done")
+    assert cancel_command(settings, "wide").state == "abandoned"
+    assert Ledger.open(settings.ledger).approved_upgrade() is None
+    with pytest.raises(ReleaseError, match="no upgrade to the base 'wide' has passed"):
+        switch_base(settings, "wide", actor="ann", reason="r")
+
+
+def test_what_cannot_be_upgraded_is_said_before_anything_is_recorded(settings: Settings) -> None:
+    wide = tiny_base(settings.home, "wide")
+    with pytest.raises(BaseModelError, match="no base 'nothing'; registered CLIPs: tiny, wide"):
+        plan_command(settings, "nothing")
+    with pytest.raises(BaseModelError, match="'tiny' is the one that is live"):
+        plan_command(settings, "tiny")
+    with pytest.raises(TrainingError, match="no training sample"):
+        plan_command(settings, "wide")
+    add_samples(settings, 12)
+    with pytest.raises(ConfigError, match="is no budget"):
+        plan_command(settings, "wide", -1.0)
+    told = CliRunner().invoke(app, [*_flags(settings, "wide"), "--dry-run"])
+    assert told.exit_code == 0 and "32 -> 48" in told.output and "12 samples" in told.output
+    assert Ledger.open(settings.ledger).updates() == []
+    with pytest.raises(ReleaseError, match="nothing is released yet"):
+        switch_base(settings, wide.name, actor="ann", reason="r")
+
+
+def _flags(settings: Settings, name: str) -> list[str]:
+    words = ["--set", f"home={settings.home}", "--set", "base.clip=tiny"]
+    words += ["--set", f"updater.recipe={settings.home / 'default.yaml'}", "--set", "updater.nice=0"]
+    words += ["--set", f'updater.reference=["{settings.home / "data" / "things"}"]', "--set", "updater.threads=1"]
+    return [*words, "base", "upgrade", name]
