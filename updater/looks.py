@@ -76,7 +76,12 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
         fewest=settings.min_items,
         most=settings.max_items // (2 if halved else 1),
     )
-    return Plan(alpha, needed, (), others, only=update is not None and bool(update.cost.get(ONLY_LOOK)))
+    return Plan(alpha, needed, (), others, only=update is not None and _only_look(ledger, update))
+
+
+def _only_look(ledger: Ledger, update: UpdateRow) -> bool:
+    """An upgrade to another base, too: further looks are updates, and those are of the base that is live."""
+    return bool(update.cost.get(ONLY_LOOK)) or ledger.base_upgrade(update.id) is not None
 
 
 def spread(verdicts: Sequence[VerdictRow]) -> float | None:
