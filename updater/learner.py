@@ -10,7 +10,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ops.errors import TrainingError
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater import objectives, optimizers, regularizers
@@ -29,6 +30,7 @@ from updater.mixture import PARTS
 from updater.momentum import Momentum
 from updater.objectives import Batch, Features, Objective
 from updater.pools import Pair, Question
+from updater.precision import computing, training_precision
 from updater.recipes import Part, Recipe, Term
 from updater.shards import Shards, Values, spans
 
@@ -60,6 +62,7 @@ class Learner(ABC, Generic[E]):
         self.base = base
         self.recipe = recipe
         self.model = model
+        self.precision = training_precision(recipe, base, model.device)
         self.objectives = objectives.build(recipe.objectives, recipe.family)
         self.regularizers = regularizers.build(recipe)
         self.parameters = model.parameters
@@ -91,6 +94,10 @@ class Learner(ABC, Generic[E]):
     def rate_of(self, parameter: str) -> float:
         """The recipe's factor on the learning rate of a parameter."""
         return 1.0
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, passes of the model run in the recipe's precision."""
+        return computing(self.precision, self.model.device)
 
     def takes(self, example: E) -> bool:
         """Whether the model can learn from an example at all; others are left out of every pool."""
@@ -235,8 +242,16 @@ class Learner(ABC, Generic[E]):
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 
     def update(self, rate: float, step: int = 0, steps: int = 1) -> None:
-        """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it."""
-        torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
+        """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it.
+
+        Raises TrainingError, and changes nothing, where the gradient is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient of step {step} is not finite (its norm is {float(norm)}, in {self.precision}).",
+                f"Lower schedule.peak in recipe {self.recipe.name!r}, or look for broken samples in the newest data.",
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()

@@ -38,6 +38,7 @@ from updater.memory import Memory
 from updater.merging import merged
 from updater.mixture import PARTS, BatchPlan, plan_batches
 from updater.pools import Pools
+from updater.precision import kept_precision, training_precision
 from updater.recipes import Merge, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
@@ -92,6 +93,9 @@ def train(
     run = digest_json(
         [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, recalled.digest]
     )
+    precision = kept_precision(work_dir, run, training_precision(recipe, base, torch.device(place)))
+    recipe = recipe.model_copy(update={"precision": precision})
+    run = digest_json([run, precision])
     with _reproducible(limits.threads):
         course = _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run)
         return course.go(scored)
@@ -165,6 +169,7 @@ class _Run:
             "prepare_gflops": learner.prepared_gflops(),
             "memory_ratio": cost.memory_ratio,
             "maf_per_step": cost.maf_per_step,
+            "precision": self.learner.precision,
         }
         return TrainResult(
             adapter=name,

@@ -35,6 +35,12 @@ class Processor:
             return "bfloat16" if self.cuda >= AMPERE else "float16" if self.cuda >= VOLTA else None
         return "bfloat16" if self.amx or self.avx512_bf16 else None
 
+    @property
+    def multiplies_bfloat16_fast(self) -> bool:
+        """Whether it has units for products of matrices: tensor cores, or AMX. AVX512-BF16 alone may be slower than
+        float32, which only a measurement tells."""
+        return self.half == "bfloat16" and (self.cuda is not None or self.amx)
+
 
 @cache
 def processor(device: str = "cpu") -> Processor:

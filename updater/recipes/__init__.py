@@ -16,6 +16,7 @@ from updater.recipes.recipe import (
     Schedule,
     Term,
     Tower,
+    TrainPrecision,
     load_recipe,
     recipe_names,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Schedule",
     "Term",
     "Tower",
+    "TrainPrecision",
     "load_recipe",
     "recipe_names",
 ]

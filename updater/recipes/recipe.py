@@ -14,6 +14,7 @@ from ops.ledger.rows import Family
 
 SHIPPED = Path(__file__).parent
 Part = Literal["new", "reference", "replay"]
+TrainPrecision = Literal["float32", "bfloat16"]
 ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
 
 
@@ -131,6 +132,9 @@ class Recipe(Section):
     batch_size: int = Field(96, ge=2, le=65536)
     micro_batch: int = Field(
         0, ge=0, le=65536, description="Rows of one pass of the model, for a batch larger than memory; 0: all at once."
+    )
+    precision: Literal["auto"] | TrainPrecision = Field(
+        "auto", description="Of the model's passes; auto: bfloat16 where the processor multiplies it fast."
     )
     mixture: Mixture = Field(default_factory=Mixture)
     reference_limit: int = Field(1500, ge=0, description="Reference examples drawn for one update.")

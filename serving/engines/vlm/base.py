@@ -60,6 +60,11 @@ class VlmBase:
         """The Hugging Face folder."""
         return self.directory / MODEL
 
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum((self.model / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
+
     def build_model(self) -> nn.Module:
         """The transformers model in ``eval`` mode, float32, without gradients.
 

@@ -52,13 +52,14 @@ class ClipLearner(Learner[Pair]):
 
     def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
-        trained, model = _adapted(base, plain, recipe, start, seed, device)
+        trained, model = adapted_model(base, plain, recipe, start, seed, device)
         set_conv_layout(model.model.get_submodule("visual"))
         super().__init__(base, recipe, model)
         touched = self.model.base_names
         self.learning: dict[Which, bool] = {which: any(tower_of(name) == which for name in trained) for which in WHICH}
         self.towers = {
-            which: SplitTower(self.model.model, which, first_touched(touched, plain, which)) for which in WHICH
+            which: SplitTower(self.model.model, which, first_touched(touched, plain, which), self.precision)
+            for which in WHICH
         }
         self.scale = 1 / recipe.temperature if recipe.temperature else float(plain.logit_scale.exp())  # type: ignore[operator]
         self._tokenize = base.tokenizer()
@@ -258,8 +259,10 @@ class ClipLearner(Learner[Pair]):
     def plain(self, model: nn.Module, examples: Sequence[Pair]) -> Tensor:
         clip = cast(Any, model)
         pixels = np.stack([self.base.preprocess.pixels(pair.read()) for pair in examples])
-        images = clip.encode_image(self.base.preprocess.normalise(pixels))
-        return cast(Tensor, (images @ clip.encode_text(self._tokenize([pair.text for pair in examples])).T).sum())
+        tokens = self._tokenize([pair.text for pair in examples])
+        with self.computing():
+            images, texts = clip.encode_image(self.base.preprocess.normalise(pixels)), clip.encode_text(tokens)
+        return cast(Tensor, (images.float() @ texts.float().T).sum())
 
 
 def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
@@ -267,7 +270,7 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
         values.setdefault(f"{tower}.{name}" if tower else name, []).extend(rows)
 
 
-def _adapted(
+def adapted_model(
     base: ClipBase, plain: nn.Module, recipe: Recipe, start: Delta, seed: int, device: str
 ) -> tuple[list[str], AdapterModel]:
     """Names of what learns, and the model in which it does."""

@@ -75,7 +75,7 @@ def stack_boundaries(rows: Sequence[Tensor], length: int | None, device: torch.d
     """
     if length is None:
         return torch.stack(list(rows)).to(device)
-    out = torch.zeros(len(rows), length, *rows[0].shape[1:])
+    out = rows[0].new_zeros(len(rows), length, *rows[0].shape[1:])
     for number, row in enumerate(rows):
         used = min(length, len(row))
         out[number, :used] = row[:used]

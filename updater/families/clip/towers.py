@@ -18,7 +18,8 @@ from serving.engines.base import ClipBase
 from serving.engines.spaces import tower_of
 from updater.adapters.kinds.base import Selects
 from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
-from updater.recipes import Recipe, Tower
+from updater.precision import computing
+from updater.recipes import Recipe, Tower, TrainPrecision
 
 Which = Literal["image", "text"]
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -98,8 +99,9 @@ def first_touched(names: Iterable[str], model: nn.Module, which: Which) -> int:
 class SplitTower:
     """One tower that can start at its boundary. ``cut`` blocks form the prefix; 0 means that it has none."""
 
-    def __init__(self, model: nn.Module, which: Which, cut: int) -> None:
+    def __init__(self, model: nn.Module, which: Which, cut: int, precision: TrainPrecision = "float32") -> None:
         self.model = cast(Any, model)
+        self.precision: TrainPrecision = precision
         self.which = which
         self.cut = cut
         self._prefix: list[_Skippable] = []
@@ -110,12 +112,14 @@ class SplitTower:
                 self._prefix.append(blocks[number])
 
     def whole(self, inputs: Tensor) -> Tensor:
-        """Features [n, dim] of unit length from normalised pixels or token ids."""
+        """Features, float32 [n, dim] of unit length, from normalised pixels or token ids."""
         encode = self.model.encode_image if self.which == "image" else self.model.encode_text
-        return F.normalize(encode(inputs), dim=-1)
+        with computing(self.precision, inputs.device):
+            features = encode(inputs)
+        return F.normalize(features.float(), dim=-1)
 
     def record(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of the whole tower, and the boundary on the way there, float32 [n, ...]."""
+        """Features of the whole tower, and the boundary on the way there [n, ...]."""
         features = self.whole(inputs)
         return features, self._prefix[-1].output
 

@@ -153,20 +153,22 @@ class VlmLearner(Learner[Question]):
         return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
     def _logits(self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0) -> Tensor:
-        """Before each answer token of all sequences, one after another: logits [t, vocabulary]."""
+        """Before each answer token of all sequences, one after another: logits, float32 [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
-        hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
+        with self.computing():
+            hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
         _, row = _targets(sequences, device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
-        return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1]).float())
+        return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))
 
     def _see(self, images: Inputs) -> list[Tensor]:
         """Image by image what the connector gives, from the processor's outputs; empty when that is more than one
         tensor, and has to be computed at each step."""
         inner = cast(Any, self.model.model).base_model
-        made = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
+        with self.computing():
+            made = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
         given = made.pooler_output
         if set(made.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
             return []
@@ -186,7 +188,7 @@ class VlmLearner(Learner[Question]):
     def _from_features(self, features: Sequence[Tensor], beside: Sequence[Mapping[str, Tensor]]) -> Inputs:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        own = [each.to(self.model.device) for each in features]
+        own = [each.to(self.model.device, torch.float32) for each in features]
         seen = BaseModelOutputWithPooling(pooler_output=torch.stack(own) if self.stacked else tuple(own))
         return {
             "mm_encoder_outputs": {"image": seen},
