@@ -1,13 +1,15 @@
 """``ratchet bench step``: what a training step costs beside one of open_clip's own training loop.
 
-Three sides, in turns in one process, on the same threads, with the same rows of the same batches:
+Three sides, each in float32 and in bfloat16, in turns in one process, on the same threads, with the same rows of the
+same batches:
 
-default    a recipe's step as the trainer does it: from the boundaries of frozen blocks and cached teachers
-open_clip  a step as in ``open_clip_train``: both towers from decoded pixels and token ids, ``ClipLoss``, AdamW over
-           all parameters; nothing is distilled
-locked     the same where only those layers learn that the recipe adapts, and the blocks below are frozen
+default         a recipe's step as the trainer does it: from the boundaries of frozen blocks and cached teachers
+open_clip       a step as in ``open_clip_train``: both towers from decoded pixels and token ids, ``ClipLoss``, AdamW,
+                over the parameters that the recipe trains; nothing is distilled
+open_clip_full  the same over all parameters of both towers, as its users fine-tune
 
-What the recipe computes once per example is told beside, and as a share of each step.
+In bfloat16 open_clip's sides are those of its ``--precision amp_bf16``. What the recipe computes once per example is
+told beside, and as a share of each step.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from open_clip.loss import ClipLoss
+from open_clip_train.precision import get_autocast
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -35,19 +39,36 @@ from streams.folders import read_folder
 from updater.base import reference_folders
 from updater.cost import measure
 from updater.families import make_learner
-from updater.families.clip.towers import trained_modules
+from updater.families.clip.learner import adapted_model
 from updater.learner import AnyLearner
 from updater.mixture import BatchPlan, plan_batches
 from updater.pools import Pair, Pools
+from updater.precision import training_precision
 from updater.process import use_environment
-from updater.recipes import Part, Recipe, load_recipe
+from updater.recipes import Part, Recipe, TrainPrecision, load_recipe
 from updater.schedules import learning_rate
 
 WARM_UP = 3
-SIDES = ("default", "open_clip", "locked")
+FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
+"""What ``--fast`` measures: enough to see that it runs."""
+SIDES = ("default", "open_clip", "open_clip_full")
+OPEN_CLIP_PRECISION: dict[TrainPrecision, str] = {"float32": "fp32", "bfloat16": "amp_bf16"}
+"""What its ``--precision`` calls them."""
+PRECISIONS: tuple[TrainPrecision, ...] = get_args(TrainPrecision)
+CPU = torch.device("cpu")
 RESAMPLES = 10_000
 MAX_SCALE = float(np.log(100))
 """Where open_clip's loop bounds the logarithm of the scale."""
+
+
+@dataclass
+class _Turn:
+    """One side in one precision, and how long each step took after warm-up."""
+
+    side: str
+    precision: TrainPrecision
+    step: Callable[[int, Tensor, Tensor], None]
+    seconds: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -66,37 +87,45 @@ class Prepared:
         return self.pools.rows(self.plan.batch(step))
 
 
-def run(settings: Settings, steps: int = 20, pairs: int = 480, recipe: str = "default") -> dict[str, Any]:
+def run(
+    settings: Settings, steps: int = 20, pairs: int = 480, recipe: str = "default", batch: int | None = None
+) -> dict[str, Any]:
     """Measure with the settings' CLIP, on its reference pool. Returns the figures.
 
     Args:
-        steps: of each side, after warm-up.
+        steps: of each side in each precision, after warm-up.
         pairs: examples that are prepared; an update's whole preparation is scaled from them.
+        batch: rows of a step; the recipe's when unset.
 
     Raises:
         RatchetError: the base is not registered, or has no reference pool.
     """
     base, plan = load_base(settings.home, settings.base.clip), load_recipe(recipe)
+    plan = plan.model_copy(update={"batch_size": batch or plan.batch_size})
     examples = _examples(settings, pairs)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.updater.threads)
     try:
-        prepared = _prepare(base, plan, examples)
-        batches = _Batches(base, prepared)
-        sides: dict[str, _Ours | _OpenClip] = {
-            "default": _Ours(prepared, plan, WARM_UP + steps),
-            "open_clip": _OpenClip(base.build_model().requires_grad_(True)),
-            "locked": _OpenClip(_partly(base, plan)),
-        }
-        seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+        prepared = {each: _prepare(base, plan.model_copy(update={"precision": each}), examples) for each in PRECISIONS}
+        batches = _Batches(base, prepared["float32"])
+        _, adapted = adapted_model(base, base.build_model(), plan, {}, seed=0, device="cpu")
+        small, full = _OpenClip(adapted.model), _OpenClip(base.build_model().requires_grad_(True))
+        turns: list[_Turn] = []
+        for each in PRECISIONS:
+            ours = _Ours(prepared[each], plan, WARM_UP + steps)
+            turns += [
+                _Turn("default", each, ours.step),
+                _Turn("open_clip", each, partial(small.step, each)),
+                _Turn("open_clip_full", each, partial(full.step, each)),
+            ]
         for number in track(range(WARM_UP + steps), "steps in turns"):
             images, texts = batches.of(number)
-            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            for turn in turns if number % 2 == 0 else reversed(turns):
                 began = time.perf_counter()
-                sides[side].step(number, images, texts)
+                turn.step(number, images, texts)
                 if number >= WARM_UP:
-                    seconds[side].append(time.perf_counter() - began)
-        return _figures(settings, plan, prepared, seconds)
+                    turn.seconds.append(time.perf_counter() - began)
+        return _figures(settings, base, plan, prepared, {(turn.side, turn.precision): turn.seconds for turn in turns})
     finally:
         torch.set_num_threads(before)
 
@@ -151,7 +180,7 @@ class _Ours:
 
 
 class _OpenClip:
-    """A step of ``open_clip_train.train.train_one_epoch``: one process, float32, its optimizer and its bounds."""
+    """A step of ``open_clip_train.train.train_one_epoch``: one process, its precisions, optimizer and bounds."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = cast(Any, model.train())
@@ -162,51 +191,55 @@ class _OpenClip:
         groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.2}]
         self.optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.98), eps=1e-6)
 
-    def step(self, number: int, images: Tensor, texts: Tensor) -> None:
+    def step(self, precision: TrainPrecision, number: int, images: Tensor, texts: Tensor) -> None:
         self.optimizer.zero_grad()
-        image_features, text_features, scale = self.model(images, texts)
-        self.loss(image_features, text_features, scale).backward()
+        with get_autocast(OPEN_CLIP_PRECISION[precision], device_type="cpu")():
+            loss = self.loss(*self.model(images, texts))
+        loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, MAX_SCALE)
 
 
-def _partly(base: ClipBase, recipe: Recipe) -> nn.Module:
-    """The model in which only the layers learn that the recipe adapts."""
-    model = base.build_model()
-    for name in trained_modules(base, model, recipe):
-        model.get_submodule(name).requires_grad_(True)
-    return model
-
-
-def _figures(settings: Settings, recipe: Recipe, prepared: Prepared, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    middle = {side: float(np.median(took)) for side, took in seconds.items()}
-    per_pair = prepared.seconds / len(prepared.examples)
-    rows = prepared.rows(0)
-    batches = [prepared.rows(number) for number in range(recipe.max_steps)]
-    cost = measure(prepared.learner, prepared.examples, batches)
+def _figures(
+    settings: Settings,
+    base: ClipBase,
+    recipe: Recipe,
+    prepared: Mapping[TrainPrecision, Prepared],
+    seconds: Mapping[tuple[str, TrainPrecision], list[float]],
+) -> dict[str, Any]:
+    first = prepared["float32"]
+    rows = first.rows(0)
+    batches = [first.rows(number) for number in range(recipe.max_steps)]
+    cost = measure(first.learner, first.examples, batches)
     sizes: dict[Part, int] = {
         "new": settings.updater.min_new_samples, "reference": recipe.reference_limit, "replay": recipe.replay_limit,
     }  # fmt: skip
     plan = plan_batches(recipe.mixture, recipe.batch_size, sizes, seed=0)
     steps = cost.steps_within(settings.budget.gflops_per_update, recipe.max_steps, plan)
     pairs = sum(plan.visited(part, steps) for part in plan.counts)
-    share = per_pair * pairs / steps
-    figures: dict[str, Any] = {"recipe": recipe.name, "base": settings.base.clip, "batch_size": len(rows)}
-    for side in SIDES:
-        figures[f"seconds_{side}"] = round(middle[side], 4)
-    for name, other in (("ratio", "open_clip"), ("ratio_to_locked", "locked")):
-        low, high = _interval(seconds["default"], seconds[other])
-        figures[name] = round(middle["default"] / middle[other], 3)
-        figures[f"{name}_low"], figures[f"{name}_high"] = round(low, 3), round(high, 3)
+    figures: dict[str, Any] = {"recipe": recipe.name, "model": settings.base.clip, "batch": len(rows)}
+    for precision in PRECISIONS:
+        middle = {side: float(np.median(seconds[side, precision])) for side in SIDES}
+        figures |= {f"seconds_{side}_{precision}": round(middle[side], 4) for side in SIDES}
+        for side in SIDES[1:]:
+            low, high = _interval(seconds["default", precision], seconds[side, precision])
+            name = f"step_to_{side}_{precision}"
+            figures[name] = round(middle["default"] / middle[side], 3)
+            figures[f"{name}_low"], figures[f"{name}_high"] = round(low, 3), round(high, 3)
+        per_pair = prepared[precision].seconds / len(first.examples)
+        share = per_pair * pairs / steps
+        figures |= {
+            f"seconds_preparation_per_pair_{precision}": round(per_pair, 4),
+            f"seconds_preparation_per_step_{precision}": round(share, 4),
+            f"with_preparation_to_open_clip_{precision}": round((middle["default"] + share) / middle["open_clip"], 3),
+        }
     return figures | {
-        "ratio_with_preparation": round((middle["default"] + share) / middle["open_clip"], 3),
-        "seconds_preparation_per_pair": round(per_pair, 4),
-        "seconds_preparation_per_step": round(share, 4),
+        "precision_auto": training_precision(recipe.model_copy(update={"precision": "auto"}), base, CPU),
         "pairs_of_an_update": pairs,
         "steps_of_an_update": steps,
         "gflops_of_a_step": round(cost.step_gflops, 1),
-        "steps_measured": len(seconds["default"]),
+        "steps_measured": len(seconds["default", "float32"]),
         "threads": settings.updater.threads,
         "machine": machine(),
     }
@@ -222,14 +255,19 @@ def _interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, fl
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table("a step of", "s", "recipe / it", "95%", title=f"Recipe {figures['recipe']!r} beside open_clip")
-    for side, ratio in (("default", ""), ("open_clip", "ratio"), ("locked", "ratio_to_locked")):
-        interval = f"{figures[f'{ratio}_low']} to {figures[f'{ratio}_high']}" if ratio else ""
-        table.add_row(side, str(figures[f"seconds_{side}"]), str(figures.get(ratio, "")), interval)
-    table.add_row(
-        "preparation, a step's part", str(figures["seconds_preparation_per_step"]),
-        str(figures["ratio_with_preparation"]), "with it",
-    )  # fmt: skip
+    title = f"Recipe {figures['recipe']!r} beside open_clip ({figures['model']}, batch {figures['batch']})"
+    table = Table("a step of", "precision", "s", "recipe / it", "95%", title=title)
+    for precision in PRECISIONS:
+        for side in SIDES:
+            name = f"step_to_{side}_{precision}"
+            interval = f"{figures[f'{name}_low']} to {figures[f'{name}_high']}" if name in figures else ""
+            table.add_row(
+                side, precision, str(figures[f"seconds_{side}_{precision}"]), str(figures.get(name, "")), interval
+            )
+        table.add_row(
+            "preparation, a step's part", precision, str(figures[f"seconds_preparation_per_step_{precision}"]),
+            str(figures[f"with_preparation_to_open_clip_{precision}"]), "with it, to open_clip",
+        )  # fmt: skip
     Console().print(table)
     print(json.dumps(figures), flush=True)
 
@@ -237,9 +275,12 @@ def show(figures: dict[str, Any]) -> None:
 def main(settings: Settings, arguments: Sequence[str]) -> None:
     """``ratchet bench step``."""
     parser = argparse.ArgumentParser(prog="ratchet bench step", description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--steps", type=int, default=20, help="steps of each side, after warm-up (20)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each side and precision, after warm-up (20)")
     parser.add_argument("--pairs", type=int, default=480, help="pairs that are prepared (480)")
     parser.add_argument("--recipe", default="default", help="recipe, a name or a YAML path (default)")
+    parser.add_argument("--batch", type=int, default=None, help="rows of a step (the recipe's)")
+    parser.add_argument("--fast", action="store_true", help="a few small steps, to see that it runs")
     asked = parser.parse_args(arguments)
     use_environment()
-    show(run(settings, steps=asked.steps, pairs=asked.pairs, recipe=asked.recipe))
+    size: dict[str, Any] = FAST if asked.fast else {"steps": asked.steps, "pairs": asked.pairs, "batch": asked.batch}
+    show(run(settings, recipe=asked.recipe, **size))

@@ -19,6 +19,7 @@ from ops.settings import Settings
 from streams.folders import read_folder
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
+from updater.families.clip.learner import ClipLearner, adapted_model
 from updater.recipes import load_recipe
 
 
@@ -40,12 +41,38 @@ def test_a_step_is_measured_beside_open_clips_and_told_as_one_line_of_json(
     assert torch.get_num_threads() == before
     step.show(figures)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures
-    assert figures["ratio"] == pytest.approx(figures["seconds_default"] / figures["seconds_open_clip"], abs=0.02)
-    assert figures["ratio_low"] <= figures["ratio"] <= figures["ratio_high"]
-    assert figures["ratio_with_preparation"] > figures["ratio"]
+    for precision in ("float32", "bfloat16"):
+        ours = figures[f"seconds_default_{precision}"]
+        for side in ("open_clip", "open_clip_full"):
+            ratio = figures[f"step_to_{side}_{precision}"]
+            assert ratio == pytest.approx(ours / figures[f"seconds_{side}_{precision}"], abs=0.02)
+            assert figures[f"step_to_{side}_{precision}_low"] <= ratio <= figures[f"step_to_{side}_{precision}_high"]
+        assert figures[f"with_preparation_to_open_clip_{precision}"] > figures[f"step_to_open_clip_{precision}"]
+    assert {"amx", "avx512_bf16"} <= figures["machine"].keys()
+    assert figures["precision_auto"] == "float32", "of a small base, on every processor"
     recipe = load_recipe("default")
-    assert figures["batch_size"] == recipe.batch_size
+    assert (figures["model"], figures["batch"]) == ("tiny", recipe.batch_size)
     assert figures["pairs_of_an_update"] == 256 + recipe.reference_limit + recipe.replay_limit
+
+
+def test_open_clips_step_trains_what_the_recipe_trains(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    recipe = load_recipe("default")
+    learner = ClipLearner(base, recipe, {}, seed=0)
+    _, adapted = adapted_model(base, base.build_model(), recipe, {}, seed=0, device="cpu")
+    side = step._OpenClip(adapted.model)
+    before = {name: parameter.detach().clone() for name, parameter in adapted.model.named_parameters()}
+    trained = {name for name, parameter in adapted.model.named_parameters() if parameter.requires_grad}
+    assert sorted(before[name].shape for name in trained) == sorted(p.shape for p in learner.parameters.values())
+    images, texts = torch.randn(4, 3, 32, 32), base.tokenizer()(["a red car", "a tree", "a house", "a dog"])
+    for number in range(2):
+        for precision in step.PRECISIONS:
+            side.step(precision, number, images, texts)
+    for name, parameter in adapted.model.named_parameters():
+        if name in trained:
+            assert not torch.equal(before[name], parameter), name
+        else:  # PEFT adds and subtracts what attention learns, and leaves the rounding
+            assert torch.allclose(before[name], parameter, rtol=0, atol=1e-6), name
 
 
 def test_without_a_reference_pool_there_is_nothing_to_step_on(tmp_path: Path) -> None:
