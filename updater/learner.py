@@ -123,7 +123,7 @@ class Learner(ABC, Generic[E]):
         self.parts, self.work = list(parts), work
         layout = spans(self.parts, work.rows, CHUNK)
         self.begin(between)
-        contents = [f"{work.key} {self.settled} {each.id} {each.text}" for each in self.examples]
+        contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
         self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between)
 
     def begin(self, between: Callable[[], None]) -> None:
@@ -140,8 +140,8 @@ class Learner(ABC, Generic[E]):
         """Most tokens of an example, as :meth:`length` counts them."""
 
     @abstractmethod
-    def decode(self, image: bytes) -> Any:
-        """What is made of an encoded image before the model sees it, in any thread."""
+    def decode(self, example: E, image: bytes) -> Any:
+        """What is made of an example's encoded image before the model sees it, in any thread."""
 
     @abstractmethod
     def compute(self, rows: range, images: Sequence[Any]) -> Values:
@@ -204,7 +204,7 @@ class Learner(ABC, Generic[E]):
         chosen = [self.examples[row] for row in rows]
         encoded = [example.read() for example in chosen]
         with ThreadPoolExecutor(self.work.threads, "decode") as pool:
-            return list(pool.map(self.decode, encoded))
+            return list(pool.map(self.decode, chosen, encoded))
 
     @abstractmethod
     def length(self, row: int) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from updater.recipes import Mixture, Part
@@ -25,6 +25,8 @@ class BatchPlan:
     counts: Mapping[Part, int]
     sizes: Mapping[Part, int]
     seed: int
+    runs: Mapping[Part, tuple[int, ...]] = field(default_factory=dict)
+    """Where runs of rows begin that stay together in later epochs, by the pools that have them."""
 
     @property
     def rows(self) -> int:
@@ -47,7 +49,10 @@ class BatchPlan:
         epoch, place = divmod(position, self.sizes[part])
         if epoch == 0:
             return place
-        return _shuffled(self.sizes[part], f"{self.seed} {part} {epoch}")[place]
+        key = f"{self.seed} {part} {epoch}"
+        if part in self.runs:
+            return _shuffled_runs(self.sizes[part], self.runs[part], key)[place]
+        return shuffled(self.sizes[part], key)[place]
 
 
 def plan_batches(mixture: Mixture, batch_size: int, sizes: Mapping[Part, int], seed: int) -> BatchPlan:
@@ -81,8 +86,15 @@ def _apportioned(rows: int, shares: Mapping[Part, float]) -> dict[Part, int]:
 
 
 @lru_cache(maxsize=8)
-def _shuffled(size: int, key: str) -> tuple[int, ...]:
+def shuffled(size: int, key: str) -> tuple[int, ...]:
+    """The numbers below ``size`` in an order that the key decides."""
     order = list(range(size))
     # Python's generator, seeded by a hash: the same on every machine and for every version of torch.
     random.Random(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")).shuffle(order)  # noqa: S311
     return tuple(order)
+
+
+@lru_cache(maxsize=8)
+def _shuffled_runs(size: int, starts: tuple[int, ...], key: str) -> tuple[int, ...]:
+    ends = (*starts[1:], size)
+    return tuple(row for run in shuffled(len(starts), key) for row in range(starts[run], ends[run]))

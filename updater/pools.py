@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -42,6 +42,14 @@ class Pair:
     text: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
     label: str = ""
+    domain: str = ""
+    view: int = 0
+    """The view of the image that is seen; 0 is the image as it is."""
+
+    @property
+    def content(self) -> str:
+        """Names what is learned from."""
+        return f"{self.id} {self.view} {self.text}"
 
 
 @dataclass(frozen=True)
@@ -53,11 +61,17 @@ class Question:
     answer: str
     read: Callable[[], bytes] = field(repr=False, compare=False)
     label: str = ""
+    domain: str = ""
 
     @property
     def text(self) -> str:
         """Both as one line, to tell examples apart."""
         return f"{self.question} {self.answer}"
+
+    @property
+    def content(self) -> str:
+        """Names what is learned from."""
+        return f"{self.id} {self.text}"
 
 
 Example = Pair | Question
@@ -132,9 +146,10 @@ def draw_pools(
 
 
 def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], family: Family) -> Example:
+    label, domain = row["label"] or "", row["domain"] or ""
     if family == "vlm":
-        return Question(name, row["question"], row["answer"], read, row["label"] or "")
-    return Pair(name, row["text"], read, row["label"] or "")
+        return Question(name, row["question"], row["answer"], read, label, domain)
+    return Pair(name, row["text"], read, label, domain)
 
 
 class StoredExamples(Sequence[Example]):
@@ -145,7 +160,7 @@ class StoredExamples(Sequence[Example]):
         self.addresses = addresses
         self.family: Family = family
         columns = ["question", "answer"] if family == "vlm" else ["text"]
-        self._words = _Pages(store, version, addresses, ["id", "label", *columns], WORDS_ROWS)
+        self._words = _Pages(store, version, addresses, ["id", "label", "domain", *columns], WORDS_ROWS)
         self._images = _Pages(store, version, addresses, ["image"], IMAGE_ROWS)
 
     def __len__(self) -> int:
@@ -173,19 +188,25 @@ class StoredExamples(Sequence[Example]):
 
 
 class _Pages:
-    """Columns of some rows of the store, read a page at a time; the last one is kept. For several threads."""
+    """Columns of some rows of the store, read a page at a time; the last one is kept. For several threads.
+
+    A row that is asked for out of turn, in another order than that of the draw, is read alone.
+    """
 
     def __init__(
         self, store: SampleStore, version: int, addresses: np.ndarray, columns: Sequence[str], size: int
     ) -> None:
         self.store, self.version, self.addresses, self.columns, self.size = store, version, addresses, columns, size
         self._lock = Lock()
-        self._page = -1
+        self._page = self._last = -1
         self._rows: list[dict[str, Any]] = []
 
     def row(self, number: int) -> dict[str, Any]:
         page, place = divmod(number, self.size)
         with self._lock:
+            in_turn, self._last = not place or number == self._last + 1, number
+            if page != self._page and not in_turn:
+                return self.store.rows_at([int(self.addresses[number])], self.columns, self.version)[0]
             if page != self._page:
                 self._rows = []  # both at once would be twice the memory
                 wanted = self.addresses[page * self.size : (page + 1) * self.size].tolist()
@@ -208,7 +229,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
             words = item.text if family == "clip" else item.question and f"{item.question} {item.answer}"
             if words:
                 key = f"{seed} {folder.name} {item.path.name} {words}".encode()
-                drawn.append((hashlib.sha256(key).digest(), item))
+                drawn.append((hashlib.sha256(key).digest(), replace(item, domain=item.domain or folder.name)))
     drawn.sort(key=lambda each: each[0])
     if family == "vlm":
         drawn = _in_turn(drawn)
@@ -217,7 +238,7 @@ def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -
     return tuple(
         _example(
             f"reference-{key.hex()[:32]}",
-            {"text": item.text, "question": item.question, "answer": item.answer, "label": item.label},
+            {name: getattr(item, name) for name in ("text", "question", "answer", "label", "domain")},
             item.bytes,
             family,
         )

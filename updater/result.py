@@ -42,7 +42,7 @@ class TrainResult:
     """Every term at every step, unweighted, and ``loss``, their weighted sum."""
     cost: dict[str, Any]
     samples: dict[Part, int]
-    """Examples of each pool that the planned steps visit."""
+    """Examples of each pool that the planned steps visit; one counts once for each of its views."""
     pending: int
     """New samples in all, of which some were drawn."""
     visited: int

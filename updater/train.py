@@ -37,11 +37,12 @@ from updater.linesearch import Scored, check_searchable, search
 from updater.memory import Memory
 from updater.merging import merged
 from updater.mixture import PARTS, BatchPlan, plan_batches
-from updater.pools import Pools
+from updater.pools import Example, Pools
 from updater.precision import kept_precision, training_precision
-from updater.recipes import Merge, Recipe
+from updater.recipes import Merge, Part, Recipe
 from updater.result import Limits, TrainResult
 from updater.schedules import learning_rate
+from updater.visits import run_starts, visits
 
 MEASURED = 100
 """Batches whose mean length a step's cost follows from."""
@@ -184,7 +185,7 @@ class _Run:
             cost=told | weighed.to_json(cost.sample_gflops),
             samples=self.pools.sizes,
             pending=len(self.source.new),
-            visited=self.plan.visited("new", progress.step),
+            visited=self._seen(progress.step),
             memory=memory.write(self.out_dir / f"{name}.memory"),
         )
 
@@ -194,6 +195,11 @@ class _Run:
     def _visited(self, steps: int) -> list[int]:
         """The rows that so many steps see."""
         return self.pools.rows([(p, row) for p in self.plan.counts for row in range(self.plan.visited(p, steps))])
+
+    def _seen(self, steps: int) -> int:
+        """New samples that so many steps see, in whatever view."""
+        seen = self.pools.new[: self.plan.visited("new", steps)]
+        return len(seen) if self.recipe.views.count == 1 else len({each.id for each in seen})
 
     def _gradients(self, step: int) -> None:
         self.learner.backward(self._rows(step), regularized=False)
@@ -209,12 +215,22 @@ class _Run:
             raise TrainingError("there is no new sample to learn from.", "Look at what is published on the stream.")
         counts = plan_batches(mixture, size, some, self.seed).counts
         most = {part: counts.get(part, 0) * steps for part in PARTS}
-        pools = Pools(*(tuple(islice(filter(takes, self.source.of(part)), most[part])) for part in PARTS))
-        return pools, BatchPlan(counts, pools.sizes, self.seed)
+        batches = self.recipe.batches
+
+        def drawn(part: Part) -> tuple[Example, ...]:
+            rows = tuple(islice(filter(takes, self.source.of(part)), most[part]))
+            return visits(rows, most[part], self.recipe.views, batches, f"{self.seed} {part}")
+
+        pools = Pools(*map(drawn, PARTS))
+        runs: dict[Part, tuple[int, ...]] = {}
+        if batches.domains == "grouped":
+            runs = {part: run_starts([each.domain for each in pools.of(part)], batches.group) for part in PARTS}
+        return pools, BatchPlan(counts, pools.sizes, self.seed, runs)
 
     def _whole_plan(self) -> BatchPlan:
-        """The batches as if the model could learn from all of what was drawn."""
-        return BatchPlan(self.plan.counts, self.source.sizes, self.seed)
+        """The batches as if the model could learn from all of what was drawn, in every view."""
+        views = self.recipe.views.count
+        return BatchPlan(self.plan.counts, {part: n * views for part, n in self.source.sizes.items()}, self.seed)
 
     def _most_steps(self, cost: Cost) -> int:
         """As many as the recipe wants, and as the disk may hold the rows of. Raises ConfigError where that is none."""

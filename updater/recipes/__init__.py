@@ -6,7 +6,9 @@
 
 from ops.ledger.rows import Family
 from updater.recipes.recipe import (
+    PLACE,
     Adapter,
+    Batches,
     Gradients,
     Merge,
     Mixture,
@@ -17,12 +19,15 @@ from updater.recipes.recipe import (
     Term,
     Tower,
     TrainPrecision,
+    Views,
     load_recipe,
     recipe_names,
 )
 
 __all__ = [
+    "PLACE",
     "Adapter",
+    "Batches",
     "Family",
     "Gradients",
     "Merge",
@@ -34,6 +39,7 @@ __all__ = [
     "Term",
     "Tower",
     "TrainPrecision",
+    "Views",
     "load_recipe",
     "recipe_names",
 ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from ops.digests import digest_json
 from ops.errors import ConfigError
@@ -16,6 +16,11 @@ SHIPPED = Path(__file__).parent
 Part = Literal["new", "reference", "replay"]
 TrainPrecision = Literal["float32", "bfloat16"]
 ALL_PARTS: tuple[Part, ...] = ("new", "reference", "replay")
+
+
+PLACE = "{}"
+"""Where a caption stands in a template."""
+Template = Annotated[str, StringConstraints(pattern=r"^[^{}]*\{\}[^{}]*$", max_length=200)]
 
 
 class Section(BaseModel):
@@ -68,6 +73,23 @@ class Mixture(Section):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of reference, new and replay add up to {total:g}, not to 1")
         return self
+
+
+class Batches(Section):
+    """Which examples of a pool are in a batch together."""
+
+    domains: Literal["mixed", "grouped"] = Field(
+        "mixed", description="grouped: runs of one domain, whose rows are each other's (hard) negatives."
+    )
+    group: int = Field(16, ge=2, le=65536, description="Rows of one domain in a run (grouped only).")
+
+
+class Views(Section):
+    """Views of an image (CLIP only): each pass over a pool takes the next one, which is prepared and charged then."""
+
+    count: int = Field(1, ge=1, le=4, description="Views of each image; the first one is the image as it is.")
+    area: float = Field(0.6, gt=0, le=1, description="Least share of the image that is in another view.")
+    flip: bool = Field(False, description="Mirror half of the other views: not where left, right or letters count.")
 
 
 class Term(Section):
@@ -137,6 +159,11 @@ class Recipe(Section):
         "auto", description="Of the model's passes; auto: bfloat16 where the processor multiplies it fast."
     )
     mixture: Mixture = Field(default_factory=Mixture)
+    batches: Batches = Field(default_factory=Batches)
+    views: Views = Field(default_factory=Views)
+    caption_templates: tuple[Template, ...] = Field(
+        (), max_length=100, description="Put around short captions, such as 'a photo of a {}'; each view has another."
+    )
     reference_limit: int = Field(1500, ge=0, description="Reference examples drawn for one update.")
     replay_limit: int = Field(1500, ge=0, description="Capacity of the replay reservoir.")
     replay_balanced: bool = Field(True, description="Balanced over concepts; else every earlier row is as likely.")
@@ -170,6 +197,8 @@ class Recipe(Section):
             raise ValueError(f"adapter.kind is {self.adapter.kind!r}, and a VLM is served with LoRA alone")
         if self.family == "vlm" and self.gradients.drop:
             raise ValueError("gradients.drop compares the features of pairs, and a VLM has none")
+        if self.family == "vlm" and (self.views.count > 1 or self.caption_templates):
+            raise ValueError("views and caption_templates are of a CLIP: a VLM is asked where things are")
         if self.micro_batch and self.gradients.harmonize:
             raise ValueError("micro_batch gives the gradient of the loss, and gradients.harmonize wants each term's")
         if self.image.locked and self.text.locked and self.connector.locked:

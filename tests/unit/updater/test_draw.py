@@ -106,6 +106,9 @@ def test_words_and_images_are_read_for_the_rows_that_are_asked_for(
     words = some[47].text.split()
     assert [some[row].read() for row in (0, 47)][1] == f"{words[1]}:{words[2]}".encode()
     assert read[2:] == [("image", 48)]
+    # In another order than that of the draw, a row costs no page.
+    assert some[57].read() == some[57].read()
+    assert read[3:] == [("image", 1), ("image", 1)]
 
 
 def test_an_empty_store_has_nothing_pending(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ def any_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> st.SearchStrategy[A
     parts = get_args(annotation)
     if get_origin(annotation) in (Union, UnionType):
         return st.one_of([any_of(part, () if part is NoneType else bounds) for part in parts])
+    if get_origin(annotation) is Annotated:
+        return any_of(parts[0], parts[1:])
     if annotation is Mixture:
         return shares()
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

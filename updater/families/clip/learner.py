@@ -20,6 +20,7 @@ from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
+from updater.families.clip.views import phrased, view_pixels
 from updater.learner import CHUNK, Learner
 from updater.objectives import Features, Objective, Sides, Texts
 from updater.pools import Pair, caption_number
@@ -74,8 +75,8 @@ class ClipLearner(Learner[Pair]):
 
     def begin(self, between: Callable[[], None]) -> None:
         self.tower_passes = self._tower_passes()
-        self.texts = [pair.text for pair in self.examples]
-        self.captions = torch.tensor([caption_number(text) for text in self.texts])
+        self.texts = [phrased(pair, self.recipe.caption_templates) for pair in self.examples]
+        self.captions = torch.tensor([caption_number(pair.text) for pair in self.examples])
         known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
@@ -122,8 +123,8 @@ class ClipLearner(Learner[Pair]):
         shards = Shards(self.work.folder, layout, contents, None, compute, between)
         return Further(texts, [example for example, _ in wanted], teachers, shards, common)
 
-    def decode(self, image: bytes) -> np.ndarray:
-        return self.base.preprocess.pixels(image)
+    def decode(self, example: Pair, image: bytes) -> np.ndarray:
+        return view_pixels(self.base.preprocess, image, example, self.recipe.views)
 
     def compute(self, rows: range, images: Sequence[np.ndarray]) -> Values:
         few = min(CHUNK, images_per_pass(self.model.model.get_submodule("visual"), self.model.device))

@@ -67,7 +67,7 @@ class VlmLearner(Learner[Question]):
     def settled(self) -> str:
         return str(self.keeps_features)
 
-    def decode(self, image: bytes) -> bytes:
+    def decode(self, example: Question, image: bytes) -> bytes:
         """Nothing: whole images are decoded where they are used, a pass at a time, for they may be large."""
         return image
 
