@@ -67,11 +67,11 @@ def gradient(made: Learner[Any]) -> torch.Tensor:
 )
 def test_a_few_steps_agree_in_both_precisions(base: ClipBase, name: str, changes: dict[str, Any]) -> None:
     whole, half = (learner(base, name, precision=each, **changes) for each in ("float32", "bfloat16"))
+    assert torch.cosine_similarity(gradient(whole), gradient(half), dim=0) > 0.95
     expected, found = steps(whole, 4), steps(half, 4)
     assert found == pytest.approx(expected, rel=TOLERANCE)
     assert found != expected
     assert abs(expected[-1] - expected[0]) > 1e-3, "the steps did something"
-    assert torch.cosine_similarity(gradient(whole), gradient(half), dim=0) > 0.98
 
 
 def test_what_learns_and_what_is_compared_is_float32(base: ClipBase) -> None:
