@@ -85,7 +85,7 @@ def drift(found: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[s
 
     It is *caught* at the first update that retention keeps out with the base and would have let in without it.
     """
-    steps = []
+    steps: list[dict[str, Any]] = []
     for number, row in enumerate([row for row in found if row.case.kind == DRIFT], 1):
         blind = judge(drawn[row.case.name].without_base(), rule)
         alone = row.case.without_base()

@@ -40,7 +40,7 @@ class Asked:
 
     def answers(self, model: Model, *, ranked: bool) -> Answers:
         """Ranks of the right answers [items, views], or hits where the gate is to see no ranks."""
-        ranks = np.concatenate([model[name][rows] for name, rows in self.rows])
+        ranks: Answers = np.concatenate([model[name][rows] for name, rows in self.rows])
         return ranks if ranked else (ranks < self.suite.k).astype(np.float64)
 
 

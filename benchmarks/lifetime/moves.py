@@ -136,4 +136,5 @@ def _cells(ranks: Ranks) -> NDArray[np.int_]:
 
 
 def _statistic(ranks: Ranks) -> Floats:
-    return reciprocal_log_rank(ranks).mean(axis=1)
+    means: Floats = reciprocal_log_rank(ranks).mean(axis=1)
+    return means

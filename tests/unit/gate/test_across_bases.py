@@ -15,6 +15,7 @@ from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, run_gate
 from updater.gate.across_bases import AcrossBasesEvaluator, base_alone
 from updater.gate.clip import ClipEvaluator
+from updater.gate.interim_analyses import Plan
 from updater.gate.memory_suites import choose_memory, memory_suites
 
 
@@ -42,8 +43,8 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
 
     memory = memory_suites(rows, choose_memory(rows, 10), "clip", 10)
     verdict = run_gate(
-        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=suite, looks=0,
-        settings=Gate(min_items=5),
+        evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=suite,
+        plan=Plan.alone(0.05), settings=Gate(min_items=5),
     )  # fmt: skip
     assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
     assert {check.name: check.ok for check in verdict.checks}["parity"]

@@ -37,7 +37,9 @@ class GivenVectors:
         self.sight, self.kept, self.embedded = sight, folder, 0
         space = lambda name: SimpleNamespace(image=f"image {sight[name]}", text="text")  # noqa: E731
         self.engine = SimpleNamespace(spaces=space, choice="torch")
-        self.words = unit(np.random.default_rng(1).normal(size=(N, DIM)))
+        words = np.random.default_rng(1).normal(size=(N, DIM))
+        words[TWINS : 2 * TWINS] -= 0.5 * words[:TWINS]  # captions of twins say different things
+        self.words = unit(words)
 
     def folder(self, suite: Suite) -> Path | None:
         return self.kept

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streams.rows import Position, tally_of
+from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import outcomes, question_rows, sample_rows
@@ -27,7 +27,7 @@ def store_of(home: Path, captions: Iterable[str], **fields: Any) -> tuple[Sample
     store = SampleStore(str(home / "lake"))
     rows = [sample(0, n, text=text, **fields) for n, text in enumerate(captions)]
     rows += [sample(0, 900, text="a red fox", split="fresh_eval"), sample(0, 901, text="", question="a red fox?")]
-    return store, put(store, rows, Position(TOPIC, 0, 902, tally=tally_of(rows)))
+    return store, put(store, rows, Position(TOPIC, 0, 902))
 
 
 def counts_in(home: Path, captions: Iterable[str], concepts: list[str], **fields: Any) -> list[int]:

@@ -116,7 +116,7 @@ def test_when_the_ledger_is_back_it_is_what_counts(node: Node, monkeypatch: pyte
 def test_a_ledger_that_hangs_takes_one_thread_and_a_bounded_time(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LEDGER_SECONDS", 0.02)
     release, before = threading.Event(), threading.active_count()
-    monkeypatch.setattr(node.ledger, "releases", lambda limit: release.wait() and [])
+    monkeypatch.setattr(node.ledger, "releases", lambda limit, base: release.wait() and [])
     source = node.source(node.ledger)
     for _ in range(5):
         with pytest.raises(LedgerUnavailable, match="does not answer"):

@@ -20,7 +20,7 @@ def upgrade() -> None:
         sa.Column("old_name", sa.String(64), nullable=False),
         sa.Column("new_base", sa.String(64), nullable=False),
         sa.Column("new_name", sa.String(64), nullable=False),
-        sa.Column("gflops", sa.Float(), nullable=False),
+        sa.Column("gflops", sa.Double(), nullable=False),
         sa.Column("actor", sa.String(200), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     )
