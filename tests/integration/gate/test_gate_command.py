@@ -16,7 +16,7 @@ from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
-from streams.rows import Position, tally_of
+from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import folder_dataset
@@ -64,7 +64,7 @@ def test_a_candidate_is_judged_by_name_and_by_directory(settings: Settings) -> N
 
 def test_the_verdict_tells_results_by_how_often_the_store_named_a_concept(settings: Settings) -> None:
     rows = [sample(0, n, text=f"a picture of concept {n % 5}") for n in range(60)]
-    put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 60, tally=tally_of(rows)))
+    put(SampleStore(settings.lake), rows, Position(TOPIC, 0, 60))
     verdict, page = gate_command(settings, _adapter(settings, 1))
     tail = verdict.diagnostics.tail
     assert tail is not None and tail.rows == tail.counted == 60

@@ -185,10 +185,13 @@ def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -
     assert harmful.course.harmful >= 3 and harmful.course.harmful_released <= 1
 
 
-def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for(tmp_path: Path) -> None:
+def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.lifetime.stream.TRIGGERS", 2)
     settings = Settings(home=tmp_path)
     folder = write(tmp_path / "outcomes")
-    rules = (Rules(), Rules("without memory", memory=False))
+    rules = (Rules(waiting=False), Rules("without memory", memory=False, waiting=False))
     figures = run(settings, updates=2, streams=1, rules=rules, outcomes=folder, workers=1)
     assert 0.0 <= figures["released_within_12_triggers_gain3"] <= 1.0
     assert [row["rules"] for row in figures["rules"]] == ["as it is", "without memory", "no update gains"]
