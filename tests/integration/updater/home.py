@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks.fixtures.tiny import tiny_base
 from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
@@ -17,6 +20,8 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
+from updater import judge
+from updater.gate import Verdict
 
 TOPIC = "samples"
 
@@ -68,6 +73,20 @@ def make_vlm_home(home: Path, **overrides: Any) -> Settings:
         "serve.vlm_engine": "transformers",
     }
     return make_home(home, **both, **overrides)
+
+
+def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The real gate runs; ``["outcome"]`` of what is returned then replaces its outcome, which chance decides on random
+    weights.
+    """
+    wanted = {"outcome": outcome}
+    real = judge.run_gate
+
+    def decided(**arguments: Any) -> Verdict:
+        return replace(real(**arguments), outcome=wanted["outcome"])
+
+    monkeypatch.setattr(judge, "run_gate", decided)
+    return wanted
 
 
 def add_samples(

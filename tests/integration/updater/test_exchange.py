@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, make_home, make_vlm_home
-from updater import judge, triggers
+from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home
+from updater import triggers
 from updater.exchange.command import judge_import
 from updater.exchange.exporting import export_adapter
 from updater.exchange.importing import import_adapter
-from updater.gate import Verdict
 from updater.process import only_one
 from updater.recipes import load_recipe
 from updater.service import UpdaterService
@@ -43,15 +41,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The real gate runs; its outcome, which chance decides on random weights, is the one in here."""
-    wanted = {"outcome": "passed"}
-    real = judge.run_gate
-
-    def decided(**arguments: Any) -> Verdict:
-        return replace(real(**arguments), outcome=wanted["outcome"])
-
-    monkeypatch.setattr(judge, "run_gate", decided)
-    return wanted
+    return judged_as("passed", monkeypatch)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater import mortal_trainer
-from tests.integration.updater.home import add_samples, make_vlm_home
+from tests.integration.updater.home import add_samples, judged_as, make_vlm_home
 from tests.integration.updater.test_kill import SECONDS
-from updater import judge, service
-from updater.gate import Verdict
+from updater import service
 from updater.pools import Pair, Pools, Question
 from updater.recipes import Family, load_recipe
 from updater.service import UpdaterService
@@ -34,13 +32,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def passing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real gate runs; its outcome, which chance decides on random weights, is always that it passed."""
-    real = judge.run_gate
-
-    def passed(**arguments: Any) -> Verdict:
-        return replace(real(**arguments), outcome="passed")
-
-    monkeypatch.setattr(judge, "run_gate", passed)
+    judged_as("passed", monkeypatch)
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,10 +13,9 @@ from ops.errors import GateError, TrainingError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
-from tests.integration.updater.home import add_samples, make_home
-from updater import judge, triggers
+from tests.integration.updater.home import add_samples, judged_as, make_home
+from updater import triggers
 from updater.command import run_update
-from updater.gate import Verdict
 from updater.recipes import load_recipe
 from updater.service import UpdaterService
 
@@ -32,15 +29,7 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The real gate runs; ``verdict["outcome"]`` then replaces its outcome, which chance decides on random weights."""
-    wanted = {"outcome": "rejected"}
-    real = judge.run_gate
-
-    def decided(**arguments: Any) -> Verdict:
-        return replace(real(**arguments), outcome=wanted["outcome"])
-
-    monkeypatch.setattr(judge, "run_gate", decided)
-    return wanted
+    return judged_as("rejected", monkeypatch)
 
 
 def release(ledger: Ledger) -> None:
