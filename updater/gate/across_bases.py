@@ -12,6 +12,8 @@ from pathlib import Path
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from updater.gate.clip import ClipEvaluator
+from updater.gate.decision import Scores
+from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.score import Outcomes
 from updater.gate.suites import Suite
 from updater.gate.verdict import CrossVersion
@@ -43,6 +45,10 @@ class AcrossBasesEvaluator(ClipEvaluator):
             return super().score(suite, adapter, label=label)
         alone = adapter == base_alone(self.old.base)
         return self.old.score(suite, None if alone else adapter, label=label)
+
+    def diagnostics(self, scores: Sequence[Scores], incumbent: str | None, candidate: str) -> Diagnostics:
+        """None: features of two bases cannot be compared."""
+        return Diagnostics()
 
     def cross_version(
         self, suites: Sequence[Suite], incumbent: str | None, candidate: str, margin: float, level: float

@@ -47,6 +47,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
         plan=Plan.alone(0.05), settings=Gate(min_items=5),
     )  # fmt: skip
     assert (verdict.base, verdict.meta["base_digest"], verdict.cross_version) == ("wide", new.digest, None)
+    assert verdict.diagnostics.warnings == ()
     assert {check.name: check.ok for check in verdict.checks}["parity"]
     (retained,) = [each for each in verdict.suites if each.role == "retention"]
     own = memory[0]
