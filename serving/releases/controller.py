@@ -291,10 +291,13 @@ class ReleaseController:
             try:
                 if not self._started.is_set():
                     outcome = await self._start()
+                    other_base = await self._other_base()
                 else:
                     await self._follow()
-                    outcome = await self.protocol.step() if await self._leads() else None
-                self._trouble = await self._other_base()
+                    other_base = await self._other_base()
+                    leads = self.lease.epoch is not None and not other_base
+                    outcome = await self.protocol.step() if leads else None
+                self._trouble = other_base
                 if outcome is not None:
                     self._recorded(outcome)
                     continue
