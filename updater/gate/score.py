@@ -198,13 +198,14 @@ class Scorer:
         """Where its answers are kept; None: nowhere."""
         return self.cache or suite.cache
 
+    def key(self, suite: Suite, adapter: str | None) -> list[str]:
+        """Names everything that decides what one model answers to a suite."""
+        spaces = self.engine.spaces(adapter)
+        return [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
+
     def _path(self, suite: Suite, adapter: str | None) -> Path | None:
         folder = self.folder(suite)
-        if folder is None:
-            return None
-        spaces = self.engine.spaces(adapter)
-        what = [suite.digest(), spaces.image, spaces.text, str(self.engine.choice)]
-        return folder / f"{digest12(digest_json(what))}.npz"
+        return None if folder is None else folder / f"{digest12(digest_json(self.key(suite, adapter)))}.npz"
 
 
 def _outcomes(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,14 +34,15 @@ class GivenVectors:
     def __init__(self, sight: dict[str | None, float], folder: Path | None = None) -> None:
         """``sight``: by model, how much of the difference between twins it sees, from -1 (the wrong way) to 1."""
         self.sight, self.kept, self.embedded = sight, folder, 0
-        space = lambda name: SimpleNamespace(image=f"image {sight[name]}", text="text")  # noqa: E731
-        self.engine = SimpleNamespace(spaces=space, choice="torch")
         words = np.random.default_rng(1).normal(size=(N, DIM))
         words[TWINS : 2 * TWINS] -= 0.5 * words[:TWINS]  # captions of twins say different things
         self.words = unit(words)
 
     def folder(self, suite: Suite) -> Path | None:
         return self.kept
+
+    def key(self, suite: Suite, adapter: str | None) -> list[str]:
+        return [suite.digest(), f"image {self.sight[adapter]}"]
 
     def images(self, items: list[Item], adapter: str | None, label: str = "") -> np.ndarray:
         self.embedded += len(items)

@@ -81,9 +81,7 @@ def pair_file(scorer: Scorer, suite: Suite, adapter: str | None, *what: object) 
     folder = scorer.folder(suite)
     if folder is None:
         return None
-    spaces = scorer.engine.spaces(adapter)
-    name = digest_json([*what, suite.digest(), spaces.image, spaces.text, str(scorer.engine.choice)])
-    return folder / "pairs" / f"{digest12(name)}.npz"
+    return folder / "pairs" / f"{digest12(digest_json([*what, *scorer.key(suite, adapter)]))}.npz"
 
 
 def mine_pairs(items: Sequence[Item], images: Vectors, texts: Vectors) -> list[HardPair]:
