@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,11 @@ from rich.console import Console
 
 from ops.cli.status import collect, screen
 from ops.settings import Settings
-from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.home import add_samples
 from updater.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 BACKLOG = 150
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return make_home(tmp_path / "home")
 
 
 def with_budget(settings: Settings, gflops: float, **updater: Any) -> Settings:

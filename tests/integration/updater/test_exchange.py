@@ -35,11 +35,6 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return make_home(tmp_path / "home")
-
-
-@pytest.fixture
 def outcome(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return judged_as("passed", monkeypatch)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 
 import pytest
 
@@ -13,18 +12,13 @@ from ops.errors import GateError, TrainingError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
-from tests.integration.updater.home import add_samples, judged_as, make_home
+from tests.integration.updater.home import add_samples, judged_as
 from updater import triggers
 from updater.command import run_update
 from updater.recipes import load_recipe
 from updater.service import UpdaterService
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    return make_home(tmp_path / "home")
 
 
 @pytest.fixture

@@ -1,0 +1,16 @@
+"""What tests of the whole updater share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ops.settings import Settings
+from tests.integration.updater.home import make_home
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """A home with a tiny CLIP; files that need another one have a fixture of their own."""
+    return make_home(tmp_path / "home")
