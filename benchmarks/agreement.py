@@ -171,5 +171,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--adapter", action="append", default=[], help="also this one of the ledger (repeatable)")
     parser.add_argument("--domain", action="append", default=[], help="prepared folder in home/data (repeatable)")
     parser.add_argument("--sizes", type=float, nargs="*", default=list(SIZES), help="of the noise, to the weights")
-    asked = parser.parse_args(arguments)
-    show(run(settings, asked.sizes, asked.adapter, asked.domain))
+    options = parser.parse_args(arguments)
+    show(run(settings, options.sizes, options.adapter, options.domain))

@@ -183,5 +183,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=4, help="phases without and with a trainer (4)")
     parser.add_argument("--seconds", type=float, default=45.0, help="length of a phase (45)")
     parser.add_argument("--share", type=float, default=0.5, help="load as a share of capacity (0.5)")
-    asked = parser.parse_args(arguments)
-    show(run(settings, rounds=asked.rounds, seconds=asked.seconds, share=asked.share))
+    options = parser.parse_args(arguments)
+    show(run(settings, rounds=options.rounds, seconds=options.seconds, share=options.share))

@@ -280,7 +280,9 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--recipe", default="default", help="recipe, a name or a YAML path (default)")
     parser.add_argument("--batch", type=int, default=None, help="rows of a step (the recipe's)")
     parser.add_argument("--fast", action="store_true", help="a few small steps, to see that it runs")
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     use_environment()
-    size: dict[str, Any] = FAST if asked.fast else {"steps": asked.steps, "pairs": asked.pairs, "batch": asked.batch}
-    show(run(settings, recipe=asked.recipe, **size))
+    size: dict[str, Any] = (
+        FAST if options.fast else {"steps": options.steps, "pairs": options.pairs, "batch": options.batch}
+    )
+    show(run(settings, recipe=options.recipe, **size))

@@ -221,5 +221,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="ratchet bench vqa", description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each server at each level (3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of a turn (5)")
-    asked = parser.parse_args(arguments)
-    show(run(settings, rounds=asked.rounds, seconds=asked.seconds))
+    options = parser.parse_args(arguments)
+    show(run(settings, rounds=options.rounds, seconds=options.seconds))

@@ -155,5 +155,5 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="ratchet bench backlog", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000, help="pairs that are stored at once (1,000,000)")
     parser.add_argument("--updates", type=int, default=3, help="updates that are watched (3)")
-    asked = parser.parse_args(arguments)
-    show(run(settings, pairs=asked.pairs, updates=asked.updates))
+    options = parser.parse_args(arguments)
+    show(run(settings, pairs=options.pairs, updates=options.updates))

@@ -162,18 +162,18 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--fast", action="store_true", help=f"{', '.join(FAST)} over {FAST_UPDATES} updates: 10 minutes"
     )
-    asked = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: its processes end with it
     there = clip_methods()
     wanted = Wanted(
-        methods=asked.only or ([name for name in FAST if name in there] if asked.fast else there),
-        orders=1 if asked.fast else asked.orders,
-        seeds=1 if asked.fast else asked.seeds,
-        updates=FAST_UPDATES if asked.fast else len(UPDATES),
-        minutes=asked.minutes,
-        jobs=asked.jobs,
-        report_only=asked.report,
-        again=asked.again,
-        out=asked.out,
+        methods=options.only or ([name for name in FAST if name in there] if options.fast else there),
+        orders=1 if options.fast else options.orders,
+        seeds=1 if options.fast else options.seeds,
+        updates=FAST_UPDATES if options.fast else len(UPDATES),
+        minutes=options.minutes,
+        jobs=options.jobs,
+        report_only=options.report,
+        again=options.again,
+        out=options.out,
     )
     show(run(settings, wanted))

@@ -252,15 +252,16 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--deals", type=int, default=FULL.deals, help="redrawn item sets of each candidate")
     parser.add_argument("--parents", type=int, default=FULL.parents, help="bad ones that are scaled to the margin")
     parser.add_argument("--out", type=Path, help="folder of outcomes and results; by default home/bench/gate")
-    asked = parser.parse_args(arguments)
-    if not FEWEST <= asked.candidates <= 150 or min(asked.draws, asked.deals, asked.parents) < 1:
+    options = parser.parse_args(arguments)
+    if not FEWEST <= options.candidates <= 150 or min(options.draws, options.deals, options.parents) < 1:
         raise ConfigError(
-            f"--candidates {asked.candidates} --draws {asked.draws} --deals {asked.deals} --parents {asked.parents}:"
+            f"--candidates {options.candidates} --draws {options.draws} --deals {options.deals} "
+            f"--parents {options.parents}:"
             " too few or too many.",
             f"Ask for {FEWEST} to 150 candidates (every kind, and {CHAIN} updates of {DRIFT}), and some of the rest.",
         )
-    given = Extent(asked.candidates, asked.candidates, asked.parents, TRIES, asked.deals, asked.draws)
-    extent = FAST if asked.fast else given
-    out = asked.out or settings.home / "bench" / "gate"
+    given = Extent(options.candidates, options.candidates, options.parents, TRIES, options.deals, options.draws)
+    extent = FAST if options.fast else given
+    out = options.out or settings.home / "bench" / "gate"
     say(f"{extent.bad} bad and {extent.good} good candidates; outcomes are kept in {out / 'outcomes'}")
     show(run(settings, extent, out))

@@ -159,17 +159,18 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--only", action="store_true", help="the gate as it is, without the rules that are compared")
     parser.add_argument("--outcomes", type=Path, default=ARCHIVE, help="archive or folder of `ratchet bench gate`")
     parser.add_argument("--out", type=Path, help="folder of results; by default home/bench/lifetime")
-    asked = parser.parse_args(arguments)
-    if not (2 <= asked.updates <= MOST_UPDATES and 1 <= asked.streams <= 100 and 0.0 <= asked.forgotten <= 1.0):
+    options = parser.parse_args(arguments)
+    if not (2 <= options.updates <= MOST_UPDATES and 1 <= options.streams <= 100 and 0.0 <= options.forgotten <= 1.0):
         raise ConfigError(
-            f"--updates {asked.updates} --streams {asked.streams} --forgotten {asked.forgotten}: one is out of bounds.",
+            f"--updates {options.updates} --streams {options.streams} --forgotten {options.forgotten}: "
+            "one is out of bounds.",
             f"Ask for 2 to {MOST_UPDATES} updates, 1 to 100 streams, and a share between 0 and 1.",
         )
-    out = asked.out or settings.home / "bench" / "lifetime"
-    say(f"{asked.streams} streams of {asked.updates} updates for each set of rules; results go to {out}")
+    out = options.out or settings.home / "bench" / "lifetime"
+    say(f"{options.streams} streams of {options.updates} updates for each set of rules; results go to {out}")
     figures = run(
-        settings, updates=asked.updates, streams=asked.streams, rules=RULES[:1] if asked.only else RULES,
-        forgotten=asked.forgotten, outcomes=asked.outcomes,
+        settings, updates=options.updates, streams=options.streams, rules=RULES[:1] if options.only else RULES,
+        forgotten=options.forgotten, outcomes=options.outcomes,
     )  # fmt: skip
     write_json(out / "results.json", figures)
     draw([row for row in figures["rules"] if row["gain3"]["of"]], out / "released.png")
