@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def digest_bytes(*parts: bytes) -> str:
+def digest_bytes(*parts: bytes | memoryview) -> str:
     """SHA-256 of the parts, each preceded by its length so that their borders count. 64 hex digits."""
     sha = hashlib.sha256()
     for part in parts:
@@ -35,7 +35,7 @@ def digest_tensor(name: str, tensor: torch.Tensor) -> str:
     import torch  # settings and the ledger must not wait for torch
 
     flat = tensor.detach().to("cpu").contiguous()
-    raw = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = flat.reshape(-1).view(torch.uint8).numpy().data  # a copy would hold the interpreter's lock
     return digest_bytes(name.encode(), str(flat.dtype).encode(), str(tuple(flat.shape)).encode(), raw)
 
 

@@ -1,5 +1,5 @@
-"""Niceness of processes and threads: what nobody waits for computes after what somebody waits for. It never goes back
-up.
+"""Priority of processes and threads: what nobody waits for computes after what somebody waits for. A niceness never
+goes back up.
 """
 
 from __future__ import annotations
@@ -7,7 +7,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
+
+_pace = threading.local()
 
 
 def nice_process(nice: int) -> None:
@@ -23,3 +27,25 @@ def nice_thread(nice: int) -> None:
         thread = threading.get_native_id()
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, thread, max(nice, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def pace_thread(share: float, gives_way: Callable[[], bool]) -> None:
+    """Let this thread compute for at most ``share`` (0 to 1) of the time while ``gives_way()`` holds; it sleeps in
+    :func:`breathe`.
+
+    Niceness alone gives way on a core, and not in the caches and the bandwidth of the memory, which all cores share.
+    """
+    _pace.rest, _pace.gives_way, _pace.since = 1 / share - 1, gives_way, time.thread_time()
+
+
+def breathe() -> None:
+    """Call between the parts of long work: sleeps in proportion to what was computed since the last call, on a thread
+    that called :func:`pace_thread`. Does nothing on any other.
+    """
+    rest = getattr(_pace, "rest", 0.0)
+    if not rest:
+        return
+    computed = time.thread_time() - _pace.since
+    if _pace.gives_way():
+        time.sleep(rest * computed)
+    _pace.since += computed

@@ -30,6 +30,7 @@ from torch import nn
 
 from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import AdapterError
+from ops.priority import breathe
 from serving.engines.base import ClipBase, can_carry_lora
 from serving.engines.vlm.base import VlmBase
 
@@ -265,8 +266,10 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
     changed: dict[str, torch.Tensor] = {}
 
     def note(name: str, merged: torch.Tensor, weight: torch.Tensor) -> None:
+        breathe()
         if not is_finite(merged):
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
+        breathe()
         if not torch.equal(merged, weight):
             changed[name] = merged
 

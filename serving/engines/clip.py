@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ops.errors import AdapterError
+from ops.priority import breathe
 from ops.settings import Settings
 from serving.engines.adapters import AdapterFiles, effective_weights, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
@@ -166,7 +167,8 @@ class ClipEngine:
         Raises :class:`AdapterError` when a vector is not finite or has no length.
         """
         resident = self._get(adapter)
-        images = self._raw_images(resident, golden_pixels(self.base.preprocess.size))
+        pixels = golden_pixels(self.base.preprocess.size)
+        images = np.concatenate([self._golden_image(resident, image) for image in pixels])
         texts = self._raw_texts(resident, self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
             lengths = np.linalg.norm(raw, axis=1)
@@ -185,6 +187,10 @@ class ClipEngine:
             "cosines": [[round(float(v), 4) for v in row] for row in _unit(images) @ _unit(texts).T],
         }
 
+    def _golden_image(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:
+        breathe()
+        return self._raw_images(resident, pixels[None])
+
     def _get(self, adapter: str | None) -> _Resident:
         if adapter is None:
             return self._none
@@ -202,7 +208,9 @@ class ClipEngine:
         for count in SIZES if self.device.type == "cuda" else (1,):
             towers.images(np.zeros((count, size, size, 3), np.uint8))
             for width in sorted({self.widths.width(length) for length in WARM_LENGTHS}):
+                breathe()
                 towers.texts(torch.zeros(count, width, dtype=torch.long))
+            breathe()
         return towers
 
     def _changed(self, resident: _Resident) -> Mapping[str, torch.Tensor]:

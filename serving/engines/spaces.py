@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from ops.digests import digest12, digest_json, digest_tensor
+from ops.priority import breathe
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,11 @@ def tower_of(name: str) -> Tower | None:
 
 def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """SHA-256 of each tensor (float32, row-major), by name."""
-    return {name: digest_tensor(name, _canonical(tensor)) for name, tensor in tensors.items()}
+    digests = {}
+    for name, tensor in tensors.items():
+        digests[name] = digest_tensor(name, _canonical(tensor))
+        breathe()
+    return digests
 
 
 def make_spaces(

@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
-from ops.priority import nice_thread
+from ops.priority import nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
 from serving.releases.types import Prepared, cause_of
@@ -37,6 +37,13 @@ log = logging.getLogger("ratchet.encoder")
 
 LOADING_NICE = 19
 """Of the thread that loads adapters and runs golden inputs; requests come first."""
+LOADING_SHARE = 0.25
+"""Of the time in which that thread computes while requests come: it slows down their passes on other cores, too, by a
+fifth with ViT-B/32, which at three quarters of the capacity doubles the longest waits."""
+PACED_SECONDS = 20.0
+"""Of one load; then it goes on without rests. Operators wait for it."""
+BUSY_SECONDS = 1.0
+"""Since the last pass: other requests may come."""
 BACKGROUND_COST = 4 * IMAGE_COST
 """Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
 
@@ -49,11 +56,14 @@ class EncoderWorker:
         self.artifacts = artifacts
         self.replica = replica
         self._compute = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),))
-        self._loading = ThreadPoolExecutor(1, "load", _begin_loading)
+        self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (self._loading_gives_way,))
         self._lock = threading.Lock()
         self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}
         self._waiting = 0
+        self._last_pass = -math.inf
+        self._paced_until = -math.inf
+        self._hurrying = 0
         self._background = asyncio.Lock()
         self._health = ForwardHealth()
 
@@ -74,6 +84,7 @@ class EncoderWorker:
         """Same, on the caller's thread."""
         if (known := self._held(clip)) is not None:
             return known
+        self._paced_until = time.monotonic() + PACED_SECONDS
         try:
             self._ensure(clip)
             self.engine.golden(clip)
@@ -91,8 +102,18 @@ class EncoderWorker:
         """
         if clip is None or clip in self.engine.resident:
             return None
-        prepared = await self.prepare(clip)
+        self._hurrying += 1
+        try:
+            prepared = await self.prepare(clip)
+        finally:
+            self._hurrying -= 1
         return EncodeResult(None, clip, code="adapter", error=prepared.error) if prepared.error else None
+
+    def _loading_gives_way(self) -> bool:
+        """Whether requests come, and none of them waits for what is being loaded."""
+        now = time.monotonic()
+        busy = self._waiting > 0 or now - self._last_pass < BUSY_SECONDS
+        return busy and not self._hurrying and now < self._paced_until
 
     def _held(self, clip: str | None) -> Prepared | None:
         return self._prepared.get(clip) if clip is None or clip in self.engine.resident else None
@@ -121,6 +142,7 @@ class EncoderWorker:
             return await asyncio.get_running_loop().run_in_executor(self._compute, self.encode_now, list(requests))
         finally:
             self._waiting -= 1
+            self._last_pass = time.monotonic()
 
     async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
         """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
@@ -206,6 +228,7 @@ class EncoderWorker:
                 self.engine.unload(adapter)
 
 
-def _begin_loading() -> None:
+def _begin_loading(gives_way: Callable[[], bool]) -> None:
     nice_thread(LOADING_NICE)
+    pace_thread(LOADING_SHARE, gives_way)
     torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

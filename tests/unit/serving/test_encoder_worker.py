@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
+from ops import priority
 from ops.artifacts import Artifacts
 from ops.errors import ArtifactsUnavailable
 from serving.engines.base import ClipBase
@@ -20,6 +22,7 @@ from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Kind
+from serving.replicas import encoder_worker
 from serving.replicas.encoder_worker import EncoderWorker
 
 
@@ -262,3 +265,36 @@ async def test_only_the_thread_of_the_passes_computes_with_several(
         torch.set_num_threads(before)
     assert engine.golden_threads == {1}
     assert engine.pass_threads == {2}
+
+
+@pytest.fixture
+def rests(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that paced threads would have slept."""
+    slept: list[float] = []
+    monkeypatch.setattr(priority, "time", SimpleNamespace(sleep=slept.append, thread_time=time.thread_time))
+    return slept
+
+
+async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float]
+) -> None:
+    first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
+    assert not (await worker.prepare(first)).error
+    assert not rests, "nobody asks for anything"
+    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    assert not (await worker.prepare(second)).error
+    assert len(rests) > 10, "each weight, its digest and each golden input is a part"
+    rests.clear()
+    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    assert await worker.load_missing(third) is None
+    assert not rests
+
+
+async def test_a_load_that_takes_long_rests_no_more(
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, rests: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(encoder_worker, "PACED_SECONDS", 0.0)
+    await worker.encode([EncodeRequest("text", ids("x"), None, soon())])
+    assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
+    assert not rests
