@@ -114,8 +114,8 @@ async def resume(request: Request) -> JSONResponse:
 
 @router.get("/admin/v1/status", summary="Controller and catalog at a glance")
 async def status(request: Request) -> JSONResponse:
-    """Resident releases, requests in flight, replicas, VLM engines (and why none has started yet), coverage of the
-    catalog, what is on hold.
+    """Resident releases, requests in flight, replicas, engine and precision of encoders and VLMs (and why no VLM has
+    started yet), coverage of the catalog, what is on hold.
     """
     state = app_state(request)
     operator(request)

@@ -149,6 +149,13 @@ class RayBroadcast:
             log.info("the state of the replicas is not known: %s: %s", type(error).__name__, error)
             return {}
 
+    async def encoder_status(self) -> list[dict[str, Any]]:
+        """What each encoder says of itself: its engine, precision and base; none while one does not answer."""
+        try:
+            return await call_every_replica(self.encoder, "status", seconds=STATUS_SECONDS)
+        except ReleaseError:
+            return []
+
     async def vlm_status(self) -> list[dict[str, Any]]:
         """What each VLM replica says of itself; none while all of them are starting."""
         if self.vlm is None:

@@ -125,6 +125,7 @@ class ReleaseController:
         held = await asyncio.to_thread(self.ledger.held)
         residency = await self.protocol.known_residency()
         flight = await self.broadcast.in_flight() if self._started.is_set() else {}
+        encoders, vlms = await asyncio.gather(self.broadcast.encoder_status(), self.broadcast.vlm_status())
         return {
             "started": self._started.is_set(),
             "trouble": self._trouble,
@@ -138,7 +139,8 @@ class ReleaseController:
             ],
             "rollout": self.rollout.status(),
             "replicas": await self.broadcast.replica_states(),
-            "vlm": await self.broadcast.vlm_status(),
+            "encoders": encoders,
+            "vlm": vlms,
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 

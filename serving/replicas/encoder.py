@@ -94,6 +94,10 @@ class Encoder:
         """Unload what left the rollback window."""
         return await self.worker.retire(keep)
 
+    async def status(self) -> dict[str, Any]:
+        """What this replica runs; see :meth:`EncoderWorker.status`."""
+        return self.worker.status()
+
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Starts the follower, and raises when this replica lags behind for long,
         or when its forward passes fail.

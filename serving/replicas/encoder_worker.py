@@ -115,6 +115,15 @@ class EncoderWorker:
         busy = self._waiting > 0 or now - self._last_pass < BUSY_SECONDS
         return busy and not self._hurrying and now < self._paced_until
 
+    def status(self) -> dict[str, Any]:
+        """What an operator wants to know of this replica."""
+        choice, base = self.engine.choice, self.engine.base
+        return {
+            "replica": self.replica, "engine": choice.engine, "precision": choice.precision,
+            "device": self.engine.device.type, "base": base.name, "base_digest": base.digest,
+            "resident": list(self.engine.resident),
+        }  # fmt: skip
+
     def _held(self, clip: str | None) -> Prepared | None:
         return self._prepared.get(clip) if clip is None or clip in self.engine.resident else None
 

@@ -149,7 +149,8 @@ class VlmWorker:
     def status(self) -> dict[str, Any]:
         """What an operator wants to know of this replica."""
         return {
-            "replica": self.replica, "engine": self.engine.kind, "base": self.engine.base.name,
+            "replica": self.replica, "engine": self.engine.kind, "precision": self.engine.precision,
+            "base": self.engine.base.name,
             "resident": sorted(self.engine.resident()), "running": self.engine.running(),
             "waiting": max(0, self._inside - self.batch), "trouble": self.engine.trouble(),
         }  # fmt: skip

@@ -99,6 +99,10 @@ class VlmEngine(Protocol):
     base: VlmBase
     kind: Literal["vllm", "transformers"]
 
+    @property
+    def precision(self) -> str:
+        """Data type of the weights that run, as torch names it; known after :meth:`start`."""
+
     async def start(self) -> None:
         """Load the base (seconds to a minute), and find out whether tower adapters are applied."""
 

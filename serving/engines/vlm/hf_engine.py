@@ -40,6 +40,7 @@ class TransformersEngine:
     """See :class:`serving.engines.vlm.generation.VlmEngine`."""
 
     kind: Literal["vllm", "transformers"] = "transformers"
+    precision = "float32"
     tower_lora = True
     """Adapters of every part are applied."""
 

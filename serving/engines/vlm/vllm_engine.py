@@ -63,6 +63,11 @@ class VllmEngine:
         self._running = 0
         self._closed = False
 
+    @property
+    def precision(self) -> str:
+        """What vLLM chose where ``dtype`` is auto; empty before :meth:`start`."""
+        return "" if self._engine is None else str(self._engine.model_config.dtype).removeprefix("torch.")
+
     async def start(self) -> None:
         """Start vLLM (5 to 30 s), load the zero adapter, and find out which parts take adapters.
 

@@ -20,6 +20,7 @@ class MemoryVlm:
 
     most: int = 4
     kind: Literal["vllm", "transformers"] = "transformers"
+    precision = "float32"
     base: Any = field(default_factory=lambda: SimpleNamespace(name="memory"))
     names: set[str] = field(default_factory=set)
     bad: set[str] = field(default_factory=set)

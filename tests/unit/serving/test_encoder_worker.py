@@ -17,6 +17,7 @@ from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops import priority
 from ops.artifacts import Artifacts
 from ops.errors import ArtifactsUnavailable
+from serving.engines.backends import EngineChoice
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer
@@ -57,6 +58,17 @@ def ids(*texts: str) -> list[list[int]]:
 
 def soon() -> float:
     return time.monotonic() + 60
+
+
+def test_the_status_names_engine_precision_base_and_what_is_resident(
+    base: ClipBase, artifacts: Artifacts, tmp_path: Path
+) -> None:
+    worker = EncoderWorker(ClipEngine(base, choice=EngineChoice("torch", "bfloat16")), artifacts, "r1")
+    name = stored(base, artifacts, tmp_path, 1)
+    worker.prepare_now(name)
+    found = worker.status()
+    assert (found["engine"], found["precision"], found["device"]) == ("torch", "bfloat16", worker.engine.device.type)
+    assert (found["base"], found["base_digest"], found["resident"]) == (base.name, base.digest, [name])
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])

@@ -152,6 +152,9 @@ class SilentBroadcast(PlainBroadcast):
     async def observations(self) -> list[Any]:
         return []
 
+    async def encoder_status(self) -> list[dict[str, Any]]:
+        return [{"replica": "r1", "engine": "torch", "precision": "float32"}]
+
     async def vlm_status(self) -> list[dict[str, Any]]:
         return []
 
@@ -198,4 +201,5 @@ async def test_however_many_ask_for_the_status_replicas_are_asked_once(servers: 
     controller.broadcast.vlm_status = counting  # type: ignore[method-assign]
     statuses = await asyncio.gather(*(controller.status() for _ in range(50)))
     assert asked == 1 and all(status["started"] for status in statuses)
+    assert statuses[0]["encoders"] == [{"replica": "r1", "engine": "torch", "precision": "float32"}]
     assert statuses[0]["replicas"] == {"Encoder": {"RUNNING": 2}}

@@ -218,6 +218,7 @@ async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWork
     await until(lambda: worker.status()["running"] == 5)
     told = worker.status()
     assert (told["running"], told["waiting"], told["engine"], told["base"]) == (5, 3, "transformers", "memory")
+    assert told["precision"] == "float32"
     engine.gate.set()
     await asyncio.gather(*asked)
     assert worker.status()["running"] == 0
