@@ -34,22 +34,28 @@ Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Wh
 
 @app.command("list")
 def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min=1, max=1000)] = 20) -> None:
-    """Releases, newest first, and proposals that failed or wait.
+    """Releases, newest first, with the base of their CLIP, and proposals that failed or wait.
 
     Example:  ratchet releases list --limit 5
     """
-    ledger = Ledger.open(ctx.of(context).settings.ledger)
+    from serving.engines.registered import names_by_digest
+    from serving.releases.lineage import clip_bases
+
+    settings = ctx.of(context).settings
+    ledger = Ledger.open(settings.ledger)
     table = Table(
-        "", "release", "answers", Column("adapters", no_wrap=True), "who", "when (UTC)", "why", title="Releases"
-    )
+        "", "release", "answers", Column("adapters", no_wrap=True), "CLIP base", "who", "when (UTC)", "why",
+        title="Releases",
+    )  # fmt: skip
     rows, stable = ledger.releases(limit), ledger.stable()
+    bases = clip_bases(rows, names_by_digest(settings.home), settings.base.clip)
     for index, row in enumerate(rows):
         when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
         mark = "[green]live[/green]" if index == 0 else ""
         if stable is not None and index and row.number == stable.number:
             mark = "[green]stable[/green]"
         table.add_row(
-            mark, str(row.number), answers(row.share), adapters(row.clip, row.vlm),
+            mark, str(row.number), answers(row.share), adapters(row.clip, row.vlm), Text(bases[row.number]),
             Text(row.actor), when, Text(row.reason),
         )  # fmt: skip
     Console().print(table)

@@ -21,12 +21,14 @@ from ops.console.pages import (
     compare,
     deletions,
     gate,
+    models,
     overview,
     pictures,
     playground,
     quarantine,
     releases,
     signin,
+    stream,
 )
 from ops.console.sessions import Session, Sessions
 from ops.console.visit import NAV, Refused, SignIn, intended, sign_in_link
@@ -37,6 +39,10 @@ from updater.gate.report import styles
 log = logging.getLogger("ratchet.console")
 FORM_BYTES = 256 * 1024
 """Room for the texts of a form beside its picture."""
+PAGES = (
+    overview, playground, compare, releases, models, gate, stream, quarantine, budget, audit, deletions, pictures,
+    signin,
+)  # fmt: skip
 STATIC = Path(__file__).parent / "static"
 
 
@@ -46,7 +52,7 @@ def build_console(settings: Settings) -> FastAPI:
     app.state.desk = Desk(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
-    for page in (overview, playground, compare, releases, gate, quarantine, budget, audit, deletions, pictures, signin):
+    for page in PAGES:
         app.include_router(page.router, dependencies=[Depends(intended)])
     _static(app)
     _errors(app)

@@ -19,6 +19,7 @@ from ops.ledger import Family, Ledger, ReleaseRow
 from ops.settings import Settings
 from ops.stream_state import StreamState, stream_state
 from serving.client import Client, ServerError
+from serving.engines.registered import names_by_digest
 from streams.images import decode_image
 from streams.store import SampleStore
 from updater.learning_state import LearningState, learning_states
@@ -174,6 +175,10 @@ class Desk:
     def learning(self) -> dict[Family, LearningState]:
         """Fresh items and alpha of each model."""
         return self.kept("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
+
+    def base_names(self) -> dict[str, str]:
+        """Names of the bases that are registered here, by digest."""
+        return self.kept("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
 
     def live(self) -> ReleaseRow | None:
         """The live release, as the ledger has it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 from ops.ledger import Ledger, UpdateRow, VerdictRow
 from ops.settings import Settings
@@ -41,6 +42,16 @@ class Lesson:
     def gate_gflops(self) -> float:
         """Compute of judging it."""
         return float(self.update.cost.get("gate_gflops") or 0.0)
+
+    @property
+    def train_seconds(self) -> float:
+        """Time of training it; see :attr:`train_gflops`."""
+        return 0.0 if self.again else float(self.update.cost.get("seconds") or 0.0)
+
+    @property
+    def gate_seconds(self) -> float:
+        """Time of judging it."""
+        return float(self.update.cost.get("gate_seconds") or 0.0)
 
     @property
     def look(self) -> str:
@@ -92,6 +103,34 @@ class Purse:
     def wait_seconds(self) -> float:
         """Until it pays for the next one; 0 when it does."""
         return max(0.0, (self.per_update - self.level) / self.capacity * DAY_SECONDS)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What updates took together. Compute of training is memory-adjusted GFLOPs, as the budget counts; that of the gate
+    is GFLOPs.
+    """
+
+    updates: int
+    train_gflops: float
+    train_seconds: float
+    gate_runs: int
+    gate_gflops: float
+    gate_seconds: float
+
+
+def costs(rows: Sequence[Lesson], since: datetime | None = None) -> Costs:
+    """The sum over updates that began at ``since`` or later; over all of ``rows`` where it is None."""
+    chosen = [row for row in rows if since is None or row.update.created_at >= since]
+    judged = [row for row in chosen if row.gate_seconds or row.gate_gflops]
+    return Costs(
+        updates=sum(row.train_gflops > 0 for row in chosen),
+        train_gflops=sum(row.train_gflops for row in chosen),
+        train_seconds=sum(row.train_seconds for row in chosen),
+        gate_runs=len(judged),
+        gate_gflops=sum(row.gate_gflops for row in judged),
+        gate_seconds=sum(row.gate_seconds for row in judged),
+    )
 
 
 def lessons(ledger: Ledger, limit: int = 20) -> list[Lesson]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ops.digests import digest12
 from ops.errors import BaseModelError
-from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.base import DESCRIPTION, ClipBase, list_bases, load_base
 
 
 def base_of(home: Path, digest: str) -> ClipBase | None:
@@ -18,6 +19,17 @@ def base_of(home: Path, digest: str) -> ClipBase | None:
 def digest_of(home: Path, name: str) -> str | None:
     """The digest of a registered CLIP base; None where there is none of that name."""
     return load_base(home, name).digest if name in list_bases(home, "clip") else None
+
+
+def names_by_digest(home: Path | str) -> dict[str, str]:
+    """Digest to name of every registered base, CLIP and VLM; one whose description cannot be read is left out."""
+    names = {}
+    for path in sorted((Path(home) / "bases").glob(f"*/{DESCRIPTION}")):
+        try:
+            names[str(json.loads(path.read_text())["digest"])] = path.parent.name
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return names
 
 
 def shown(home: Path, digest: str) -> str:

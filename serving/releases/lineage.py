@@ -6,6 +6,7 @@ are replaced by servers that have the other base. What is live is changed by ser
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,25 @@ class Lineage:
                 f"{self.why_not(release)}.",
                 "Ask a server of that base, or change the base: `ratchet base switch`, then base.clip.",
             )
+
+
+def clip_bases(releases: Sequence[ReleaseRow], names: Mapping[str, str], own: str) -> dict[int, str]:
+    """The CLIP base of each release, by its number: the base's name where that is known, and 12 digits of its digest.
+
+    Args:
+        names: of the registered bases, by digest.
+        own: ``base.clip``. A release that names no base is of the only one that there was: that of the other releases,
+            or this.
+    """
+    digests = {row.clip_base for row in releases if row.clip_base is not None}
+    only = next(iter(digests)) if len(digests) == 1 else None
+
+    def base(digest: str | None) -> str:
+        if digest is None:
+            return own
+        return f"{names[digest]} ({digest12(digest)})" if digest in names else digest12(digest)
+
+    return {row.number: base(row.clip_base or only) for row in releases}
 
 
 def spaces_of_bases(ledger: Ledger, home: Path) -> set[str]:

@@ -12,6 +12,7 @@ from ops.console.desk import Desk
 from ops.console.drawing import duration
 from ops.console.learning import lessons, purse
 from ops.console.rollout import on_trial, watching
+from ops.console.served import served_models
 from ops.console.timeline import timeline
 from ops.console.visit import Reader
 
@@ -40,6 +41,11 @@ def facts(desk: Desk) -> dict[str, Any]:
         "live": live,
         "trial": on_trial(live),
         "stable": desk.ledger.stable(),
+        "engines": [
+            f"{model.name}: {engine}"
+            for model in served_models(status, live, desk.settings)
+            for engine in model.engines
+        ],
         "watch": watching(status, live),
         "held": desk.ledger.held(),
         "waiting": desk.ledger.pending_proposals(),

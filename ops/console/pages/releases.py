@@ -15,6 +15,7 @@ from ops.console.timeline import timeline, unreleased
 from ops.console.visit import Operator, Reader, Visit
 from ops.errors import ReleaseConflict
 from serving.client import Client, ServerError
+from serving.releases.lineage import clip_bases
 
 router = APIRouter()
 Action = Literal["rollback", "release", "promote", "hold", "resume"]
@@ -28,10 +29,12 @@ def releases(at: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> 
     """What was live, and is."""
     ledger, live = at.desk.ledger, at.desk.live()
     entries = timeline(ledger, at.desk.windows(), limit + 1)
+    bases = clip_bases([entry.row for entry in entries], at.desk.base_names(), at.desk.settings.base.clip)
     return at.page(
         "releases.html", "Releases", entries=entries[:limit], more=limit + PAGE if len(entries) > limit < MOST else 0,
         held=ledger.held(), proposals=unreleased(ledger), away=at.desk.status() is None,
         trial=on_trial(live), stable=ledger.stable(), watch=watching(at.desk.status(), live),
+        bases=bases,
     )  # fmt: skip
 
 

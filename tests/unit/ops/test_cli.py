@@ -133,7 +133,7 @@ def test_releases_tell_whom_each_answers_and_what_was_forced_or_withdrawn(tmp_pa
     ledger.close()
     arguments, wide = ["--set", f"home={tmp_path}", "releases"], {"COLUMNS": "200"}
     listed = runner.invoke(app, [*arguments, "list"], env=wide).output.splitlines()
-    assert any(all(word in line for word in ("live", "2", "canary 25%", "clip-b")) for line in listed)
+    assert any(all(word in line for word in ("live", "2", "canary 25%", "clip-b", "shipped")) for line in listed)
     assert any(all(word in line for word in ("stable", "1", "all", "base")) for line in listed)
     shown = runner.invoke(app, [*arguments, "show", "2"], env=wide).output
     for fact in ("canary 25%", "no gate had passed it", "clip-b was withdrawn", "it disagrees"):
