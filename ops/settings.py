@@ -386,6 +386,16 @@ class Console(Section):
     port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
     server: str | None = Field(None, description="URL of the model server; by default serve.host and serve.port.")
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
+    public: bool = Field(
+        False,
+        description="Read-only without a key, for a team's screen: no sign-in, no forms, nothing of people or samples.",
+    )
+    public_samples: bool = Field(
+        False, description="In public mode also show pictures and texts of samples that a verdict names."
+    )
+    public_requests_per_minute: int = Field(
+        300, ge=1, le=1_000_000, description="Requests a minute that one address may make in public mode."
+    )
 
     @property
     def on_loopback(self) -> bool:

@@ -29,7 +29,10 @@ from ops.console.pages import (
     releases,
     signin,
     stream,
+    tour,
 )
+from ops.console.public import NAV as PUBLIC_NAV
+from ops.console.public import ReadOnly
 from ops.console.sessions import Session, Sessions
 from ops.console.visit import NAV, Refused, SignIn, intended, sign_in_link
 from ops.errors import LedgerUnavailable, RatchetError
@@ -41,8 +44,9 @@ FORM_BYTES = 256 * 1024
 """Room for the texts of a form beside its picture."""
 PAGES = (
     overview, playground, compare, releases, models, gate, stream, quarantine, budget, audit, deletions, pictures,
-    signin,
+    tour, signin,
 )  # fmt: skip
+PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STATIC = Path(__file__).parent / "static"
 
 
@@ -52,11 +56,19 @@ def build_console(settings: Settings) -> FastAPI:
     app.state.desk = Desk(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
-    for page in PAGES:
+    public = settings.console.public
+    samples = (pictures,) if settings.console.public_samples else ()
+    for page in (*PUBLIC_PAGES, *samples) if public else PAGES:
         app.include_router(page.router, dependencies=[Depends(intended)])
     _static(app)
     _errors(app)
-    app.add_middleware(
+    if public:
+        app.add_middleware(
+            ReadOnly,
+            requests_per_minute=settings.console.public_requests_per_minute,
+            trusted_proxies=settings.serve.trusted_proxies,
+        )
+    app.add_middleware(  # the last one is the outermost: its headers are on every answer
         Guard,
         sessions=app.state.sessions,
         max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
@@ -142,8 +154,13 @@ def _errors(app: FastAPI) -> None:
 def _trouble(request: Request, status: int, title: str, message: str, fix: str) -> Response:
     """An error as a page, or as a box where a part of a page was asked for. Needs no ledger."""
     session: Session = request.state.session
+    desk: Desk = request.app.state.desk
+    public = desk.settings.console.public
+    if public:
+        message = fix = ""  # they may name addresses and paths
     partial = request.headers.get("hx-request") == "true"
     template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
     told = {"title": title, "message": message, "fix": fix, "dialog": request.headers.get("hx-target") == "dialog"}
-    frame = {"csrf": session.csrf, "nav": NAV, "section": "", "visit": None}
+    nav = PUBLIC_NAV if public else NAV
+    frame = {"csrf": session.csrf, "nav": nav, "section": "", "visit": None, "public": public, "here": request.url.path}
     return HTMLResponse(template.render(told | frame), status)

@@ -9,8 +9,10 @@ from typing import Any
 
 import jinja2
 
+from ops.console import tour
+from ops.console.public import REFRESH_SECONDS, SPEAKERS
 from ops.console.timeline import ranges, records
-from ops.ledger import answers
+from ops.ledger import SYSTEM_ACTORS, answers
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -113,5 +115,9 @@ def pairs(value: Any) -> str:
 TEMPLATES.filters |= {
     "ago": ago, "utc": utc, "iso": iso, "duration": duration, "number": number, "points": points, "percent": percent,
     "adapter": adapter, "pairs": pairs, "answers": answers, "odds": odds,
+}  # fmt: skip
+TEMPLATES.globals |= {
+    "system_actors": SYSTEM_ACTORS, "speakers": SPEAKERS, "refresh_seconds": REFRESH_SECONDS,
+    "tour_steps": tour.STEPS,
 }  # fmt: skip
 TEMPLATES.globals |= {"tones": TONES, "states": STATES, "kinds": KINDS, "records": records, "ranges": ranges}

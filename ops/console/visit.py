@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 from fastapi.responses import HTMLResponse
 
 from ops.access import Principal
+from ops.console import public
 from ops.console.desk import Desk
 from ops.console.drawing import TEMPLATES
 from ops.console.sessions import Session
@@ -55,6 +56,11 @@ class Visit:
     principal: Principal | None
 
     @property
+    def public(self) -> bool:
+        """Whether the console is in public mode, see :mod:`ops.console.public`."""
+        return self.desk.settings.console.public
+
+    @property
     def operator(self) -> bool:
         """Whether he may act."""
         return self.principal is not None and self.principal.may("operate")
@@ -86,7 +92,8 @@ class Visit:
         """A whole page."""
         path = self.request.url.path
         section = next((link for link, _ in reversed(NAV) if path == link or path.startswith(f"{link}/")), "/")
-        return self.part(template, status, title=title, nav=NAV, section=section, **facts)
+        nav = public.NAV if self.public else NAV
+        return self.part(template, status, title=title, nav=nav, section=section, here=self.here, **facts)
 
     def dialog(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part that opens over the page; without a script it is a page of its own."""
@@ -97,7 +104,8 @@ class Visit:
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part of a page, for htmx to put in its place."""
         return HTMLResponse(
-            TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, **facts), status
+            TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, public=self.public, **facts),
+            status,
         )
 
 
@@ -105,6 +113,8 @@ def visit(request: Request) -> Visit:
     """Who asks; also for pages that everybody may see."""
     desk: Desk = request.app.state.desk
     session: Session = request.state.session
+    if desk.settings.console.public:
+        return Visit(request, desk, session, None)
     key = session.key or None
     principal = desk.access.identify(key) if key or request.app.state.local else None
     if key and (principal is None or principal.kind == "anonymous"):
@@ -125,7 +135,9 @@ async def intended(request: Request) -> None:
 
 
 def reader(found: Annotated[Visit, Depends(visit)]) -> Visit:
-    """Somebody who may look and play. Raises SignIn."""
+    """Somebody who may look and play; in public mode, anybody who looks. Raises SignIn."""
+    if found.public:
+        return found
     if found.principal is None or not found.principal.may("infer", "operate"):
         raise SignIn(found.here)
     return found
@@ -133,6 +145,8 @@ def reader(found: Annotated[Visit, Depends(visit)]) -> Visit:
 
 def operator(found: Annotated[Visit, Depends(reader)]) -> Visit:
     """Somebody who may act. Raises SignIn, or Refused when his key may not."""
+    if found.public:
+        raise Refused(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
     if not found.signed_in:
         raise SignIn(found.here)
     if not found.operator:

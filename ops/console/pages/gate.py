@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from ops.console.learning import lessons
 from ops.console.pages.pictures import SAMPLE
+from ops.console.public import without_samples
 from ops.console.visit import Reader, Refused, Visit
 from ops.errors import LedgerError, RatchetError
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body
@@ -47,7 +48,9 @@ def verdict(at: Reader, update_id: str) -> Response:
         raise Refused(404, "There is no such update", "", "See the list of verdicts.") from None
     said = at.desk.ledger.verdict_of(update_id)
     report = at.desk.report_data(update_id) if said is not None else None
-    if report is not None:
+    if report is not None and at.public and not at.desk.settings.console.public_samples:
+        report = without_samples(report)
+    elif report is not None:
         report = with_samples(report, _samples(at, report), THUMBNAIL)
     body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
     return at.page("verdict.html", f"Verdict on {update_id}", update=found, verdict=said, body=body)
@@ -74,6 +77,8 @@ def _samples(at: Visit, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _stored(at: Visit, update_id: str, name: str) -> bytes:
+    if at.public:
+        raise Refused(404, "There is no such page", "Stored reports are not public.", "See the verdict.")
     try:
         return at.desk.report(_checked(update_id), name)
     except RatchetError as error:

@@ -57,7 +57,7 @@ def facts(desk: Desk) -> dict[str, Any]:
         "samples": stream.samples,
         "stream": stream,
         "entries": timeline(desk.ledger, {}, limit=5),
-        "problems": [*problems(status), *stream.problems()],
+        "problems": [*problems(status, public=desk.settings.console.public), *stream.problems()],
         "backfills": backfills(status),
     }
 
@@ -75,8 +75,12 @@ def backfills(status: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def problems(status: dict[str, Any] | None) -> list[str]:
-    """What is not well, in words; empty when all is."""
+def problems(status: dict[str, Any] | None, *, public: bool = False) -> list[str]:
+    """What is not well, in words; empty when all is.
+
+    Args:
+        public: without the messages of errors, which may name addresses and paths.
+    """
     if status is None:
         return ["The model server does not answer."]
     found = []
@@ -84,9 +88,9 @@ def problems(status: dict[str, Any] | None) -> list[str]:
     if not controller["started"]:
         found.append("No release is being served yet.")
     if controller["trouble"]:
-        found.append(f"The last release could not be made: {controller['trouble']}")
+        found.append("The last release could not be made" + ("." if public else f": {controller['trouble']}"))
     if vlm := status.get("vlm_problem"):
-        found.append(f"Questions about pictures are not answered yet: {vlm}")
+        found.append("Questions about pictures are not answered yet" + ("." if public else f": {vlm}"))
     live = max(controller["resident"], key=lambda row: row["release"], default=None)
     space = catalog["spaces"].get(live["image_space"]) if live else None
     if space is not None and space["coverage"] < 1:

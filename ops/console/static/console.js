@@ -3,9 +3,12 @@
 
 const IDLE_MS = 30 * 60 * 1000; // nobody looked for so long: stop asking
 let touched = Date.now();
+const isPublic = () => document.body.hasAttribute("data-public"); // a screen: nobody touches it
 for (const kind of ["pointerdown", "keydown", "focus"]) {
   addEventListener(kind, () => { touched = Date.now(); }, { capture: true, passive: true });
 }
+
+for (const element of document.querySelectorAll("[data-scripted]")) element.hidden = false;
 
 // -- dialogs
 document.addEventListener("htmx:afterSwap", (event) => {
@@ -39,7 +42,7 @@ document.addEventListener("keydown", (event) => { // what looks like a button is
 let paused = false;
 document.addEventListener("htmx:beforeRequest", (event) => {
   if (!event.target.hasAttribute("data-live")) return;
-  if (paused || document.hidden || Date.now() - touched > IDLE_MS) event.preventDefault();
+  if (paused || document.hidden || (!isPublic() && Date.now() - touched > IDLE_MS)) event.preventDefault();
 });
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-pause]");
@@ -50,7 +53,8 @@ document.addEventListener("click", (event) => {
 });
 const lost = (isLost) => { document.getElementById("lost").hidden = !isLost; };
 document.addEventListener("htmx:sendError", () => lost(true));
-document.addEventListener("htmx:afterOnLoad", () => lost(false));
+document.addEventListener("htmx:afterOnLoad", () => { if (!isPublic()) lost(false); });
+document.addEventListener("htmx:afterRequest", (event) => { if (isPublic()) lost(!event.detail.successful); });
 
 // -- pictures
 const show = (drop) => {

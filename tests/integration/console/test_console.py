@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, Route, expect
 
 from tests.integration.console.conftest import Place, sign_in
-from tests.support.browser import PHONE, serious
+from tests.integration.serving.server_fixture import free_port
+from tests.support.browser import PHONE, console, serious
 from tests.support.kafka import picture, produce, records_seen, wait_for
 from tests.support.story import withdraw
 
@@ -27,6 +29,7 @@ PAGES = (
     "/budget",
     "/audit",
     "/audit/deletions",
+    "/tour",
     "/sign-in",
 )
 
@@ -71,6 +74,54 @@ def test_a_visitor_looks_without_a_key_and_is_asked_for_one_before_he_acts(visit
     assert place.operator not in cookie["value"]
     visitor.get_by_role("button", name="Sign out").click()
     expect(visitor.get_by_role("link", name="Sign in")).to_be_visible()
+
+
+def test_the_tour_of_a_first_visit_goes_by_keyboard_and_is_not_shown_again(visitor: Page) -> None:
+    visitor.goto("/")
+    tour = visitor.get_by_role("dialog", name="Is it healthy?")
+    expect(tour).to_be_visible()
+    expect(visitor.locator("#tour-health")).to_have_class(re.compile("toured"))
+    expect(visitor.locator(":focus")).to_have_id("tour-title")
+    visitor.keyboard.press("Tab")
+    visitor.keyboard.press("Enter")
+    expect(visitor.get_by_role("dialog", name="What is live?")).to_be_visible()
+    expect(visitor.locator(".toured")).to_have_id("tour-live")
+    assert serious(Axe().run(visitor, options={"resultTypes": ["violations"]}).response["violations"]) == []
+    visitor.keyboard.press("Escape")
+    expect(visitor.get_by_role("dialog")).to_have_count(0)
+    expect(visitor.locator(".toured")).to_have_count(0)
+    visitor.reload()
+    expect(visitor.get_by_role("heading", name="Overview")).to_be_visible()
+    expect(visitor.get_by_role("dialog")).to_have_count(0)
+    visitor.get_by_role("link", name="Tour", exact=True).click()
+    visitor.get_by_role("link", name="Show it on the Overview").click()
+    for title in ("Is it healthy?", "What is live?", "Is it learning?"):
+        expect(visitor.get_by_role("dialog", name=title)).to_be_visible()
+        visitor.get_by_role("button", name="Next", exact=True).click()
+    visitor.get_by_role("button", name="Skip the tour").click()
+    expect(visitor.get_by_role("dialog")).to_have_count(0)
+
+
+def test_a_public_screen_shows_what_comes_and_has_nothing_to_press_but_pause(
+    visitor: Page, place: Place, tmp_path: Path
+) -> None:
+    port = free_port()
+    config = tmp_path / "public.yaml"
+    own = {**yaml.safe_load(place.server.config.read_text()), "console": {"port": port, "public": True}}
+    config.write_text(yaml.safe_dump(own))
+    with console(config, f"http://127.0.0.1:{port}", tmp_path / "public.log") as url:
+        for scheme in ("light", "dark"):
+            visitor.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+            for path in ("/", "/releases", "/models", "/gate", "/stream", "/budget"):
+                visitor.goto(f"{url}{path}")
+                assert visitor.get_by_role("button").all_inner_texts() == ["Pause updates"], path
+                found = Axe().run(visitor, options={"resultTypes": ["violations"]}).response["violations"]
+                assert serious(found) == [], path
+        visitor.goto(f"{url}/")
+        expect(visitor.get_by_role("dialog")).to_have_count(0)
+        releases(place, 1)
+        expect(visitor.locator("#main")).to_contain_text(f"Release {place.live}", timeout=30_000)
+        assert visitor.context.cookies(url) == []
 
 
 def test_a_key_that_may_only_look_cannot_act(visitor: Page, place: Place) -> None:

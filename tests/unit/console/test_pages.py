@@ -26,6 +26,7 @@ PAGES = (
     "/budget",
     "/audit",
     "/audit/deletions",
+    "/tour",
     "/sign-in",
 )
 

@@ -1,0 +1,193 @@
+"""Public mode: read-only without a key, and nothing in it that could be a secret."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from fastapi.testclient import TestClient
+
+from ops.console.app import build_console
+from ops.console.desk import Desk
+from ops.console.pages.overview import problems
+from ops.console.public import without_samples
+from ops.ledger import Ledger
+from streams.deletion import request_deletion
+from streams.rows import Position
+from streams.store import SampleStore
+from tests.support.story import EVIL, Story, tell, withdraw
+from tests.unit.console.test_guard import LOCAL
+from tests.unit.console.test_pages import PAGES, settings
+
+OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
+SECRETS = ("ana", "the customer complained", "cam-7", "postgres://", "deletion-", "key:")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("public")
+
+
+@pytest.fixture(scope="module")
+def story(home: Path) -> Story:
+    """A ledger and a store with something in them that must not be shown."""
+    made = tell(settings(home), home / "made")
+    ledger = Ledger.open(settings(home).ledger)
+    ledger.register_adapter(made.adapter, "clip", "base", "i", "t", {})
+    ledger.commit_release(1, clip=None, vlm=None, actor="ratchet", reason="postgres://db is away", proposal_id=None)
+    ledger.commit_release(2, clip=made.adapter, vlm=None, actor="updater", reason="update passed", proposal_id=None)
+    withdraw(ledger, 2, 1, made.adapter)
+    ledger.commit_release(
+        3, clip=None, vlm=None, actor="key:ana/console", reason="the customer complained", proposal_id=None
+    )
+    ledger.hold("key:ana", "the customer complained")
+    ledger.begin_update(
+        "update-failed", family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
+    )
+    ledger.advance_update("update-failed", "failed", error="postgres://db is away")
+    request_deletion(ledger, {"source": "cam-7"}, actor="key:ana", reason="the customer complained")
+    ledger.close()
+    rows: list[dict[str, Any]] = [
+        {
+            "kind": "sample", "topic": "samples", "partition": 0, "offset": 0, "id": "0" * 64, "text": "a cat",
+            "domain": "cats", "source": "cam-7", "split": "train", "size": 1000, "ingested_at": datetime.now(UTC),
+        }
+    ]  # fmt: skip
+    SampleStore(settings(home).lake).put(rows, [Position("samples", 0, 1)])
+    return made
+
+
+def public(home: Path, **console: object) -> TestClient:
+    return TestClient(build_console(settings(home, public=True, **console)), base_url=LOCAL, follow_redirects=False)
+
+
+@pytest.fixture
+def screen(home: Path, story: Story) -> Iterator[TestClient]:
+    with public(home) as client:
+        yield client
+
+
+@pytest.mark.parametrize("page", OPEN)
+def test_a_page_is_shown_without_a_key_a_cookie_or_a_form(screen: TestClient, page: str) -> None:
+    answer = screen.get(page)
+    assert answer.status_code == 200, answer.text
+    assert "<form" not in answer.text and "csrf" not in answer.text and "/sign-in" not in answer.text
+    assert "set-cookie" not in answer.headers
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    for link in re.findall(r'href="(/[^"#?]*)', answer.text):
+        assert screen.get(link).status_code == 200, f"{page} leads to {link}"
+
+
+@pytest.mark.parametrize("page", OPEN)
+def test_a_page_asks_for_itself_again_with_and_without_a_script(screen: TestClient, page: str) -> None:
+    text = screen.get(page).text
+    assert f'hx-get="{page}" hx-trigger="every 10s" hx-select="#main"' in text
+    assert '<noscript><meta http-equiv="refresh"' in text and 'class="public"' in text
+
+
+@pytest.mark.parametrize("page", OPEN)
+def test_nothing_of_people_sources_or_errors_is_shown(screen: TestClient, page: str) -> None:
+    text = html.unescape(screen.get(page).text)
+    assert [secret for secret in SECRETS if secret in text] == []
+
+
+def test_what_is_shown_is_what_happened(screen: TestClient) -> None:
+    timeline = html.unescape(screen.get("/releases").text)
+    assert "Release 3" in timeline and "an operator" in timeline and "update passed" in timeline
+    assert "Updates are on hold" in timeline and "4 of 40 inputs agree" in timeline
+    assert "1 waiting" in screen.get("/stream").text and "cats" in screen.get("/stream").text
+
+
+def test_every_route_that_posts_refuses(home: Path, screen: TestClient) -> None:
+    whole = build_console(settings(home))
+    posts = [route for route in whole.routes if isinstance(route, APIRoute) and "POST" in route.methods]
+    assert len(posts) >= 8
+    ledger = Ledger.open(settings(home).ledger)
+    before = (ledger.live(), len(ledger.audit_rows(500)))
+    key = settings(home).operator_key().get_secret_value()
+    form = {"reason": "x", "expected_live": "3", "key": key, "text": "x", "action": "x", "left": "1", "right": "2"}
+    for route in posts:
+        path = route.path.format(action="rollback", place="samples:0:0")
+        answer = screen.post(path, data=form, headers={"authorization": f"Bearer {key}"})
+        assert (answer.status_code, answer.text) == (403, "this console is public and read-only."), path
+    for method in ("PUT", "DELETE", "PATCH"):
+        assert screen.request(method, "/releases").status_code == 403
+    assert (ledger.live(), len(ledger.audit_rows(500))) == before
+    ledger.close()
+
+
+def test_what_asks_before_an_action_refuses_too(screen: TestClient) -> None:
+    for action in ("rollback", "release", "promote", "hold", "resume"):
+        answer = screen.get(f"/releases/{action}")
+        assert answer.status_code == 403 and "read-only" in answer.text and "<form" not in answer.text
+
+
+def test_what_needs_a_key_elsewhere_is_not_there(screen: TestClient, story: Story) -> None:
+    for page in set(PAGES) - set(OPEN):
+        assert screen.get(page).status_code == 404, page
+    for page in (f"/gate/{story.rejected}/report", f"/gate/{story.rejected}/data", "/samples/" + "0" * 64 + ".png"):
+        assert screen.get(page).status_code == 404, page
+
+
+def test_a_session_of_an_operator_counts_for_nothing(home: Path, story: Story, screen: TestClient) -> None:
+    with TestClient(build_console(settings(home)), base_url=LOCAL, follow_redirects=False) as other:
+        token = re.findall(r'"x-csrf-token": "([^"]+)"', other.get("/sign-in").text)[0]
+        other.post("/sign-in", data={"key": settings(home).operator_key().get_secret_value(), "csrf": token})
+        screen.cookies = other.cookies
+    answer = screen.get("/releases")
+    assert "Roll back" not in answer.text and "set-cookie" not in answer.headers
+
+
+def test_a_verdict_is_shown_without_its_samples_unless_the_setting_says_so(home: Path, story: Story) -> None:
+    with public(home) as screen:
+        page = html.unescape(screen.get(f"/gate/{story.rejected}").text)
+    assert "Change per suite" in page and "a dog" not in page and "/samples/" not in page
+    with public(home, public_samples=True) as screen:
+        page = screen.get(f"/gate/{story.rejected}").text
+        assert "a dog" in page and EVIL not in page
+        assert screen.get("/samples/" + "0" * 64 + ".png").status_code == 200
+
+
+def test_a_report_loses_its_samples_and_nothing_else() -> None:
+    report = {
+        "outcome": "passed", "suites": [{"name": "a", "worst": [{"text": "x"}]}],
+        "diagnostics": {"pairs": {"a": {"count": 2, "shown": [{"first": {}}]}}, "shift": 1},
+    }  # fmt: skip
+    assert without_samples(report) == {
+        "outcome": "passed", "suites": [{"name": "a", "worst": []}],
+        "diagnostics": {"pairs": {"a": {"count": 2, "shown": []}}, "shift": 1},
+    }  # fmt: skip
+    assert without_samples({"suites": None, "diagnostics": None}) == {"suites": [], "diagnostics": None}
+
+
+def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, story: Story) -> None:
+    with public(home, public_requests_per_minute=3) as screen:
+        answers = [screen.get("/nowhere") for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [404, 404, 404, 429]
+        assert 1 <= int(answers[-1].headers["retry-after"]) <= 20
+        assert screen.get("/health/live").status_code == 200, "probes are not counted"
+
+
+def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(_: Desk) -> None:
+        from ops.errors import LedgerError
+
+        raise LedgerError("postgres://db is away.", "Start /srv/db.")
+
+    with public(home) as screen:
+        monkeypatch.setattr(Desk, "live", away)
+        answer = screen.get("/models")
+    assert answer.status_code == 503 and "postgres" not in answer.text and "/srv/db" not in answer.text
+    status = {
+        "controller": {"started": True, "trouble": "postgres://db", "resident": []}, "vlm_problem": "/srv/model",
+        "catalog": {"spaces": {}},
+    }  # fmt: skip
+    assert problems(status, public=True) == [
+        "The last release could not be made.", "Questions about pictures are not answered yet.",
+    ]  # fmt: skip
