@@ -12,9 +12,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
-from ops.console.desk import Desk
-from ops.console.drawing import TEMPLATES
-from ops.console.guard import Guard
+from ops.console.data import ConsoleData
 from ops.console.pages import (
     audit,
     budget,
@@ -33,8 +31,10 @@ from ops.console.pages import (
 )
 from ops.console.public import NAV as PUBLIC_NAV
 from ops.console.public import ReadOnly
+from ops.console.request_context import NAV, Refused, SignIn, intended, sign_in_link
+from ops.console.security import SecurityMiddleware
 from ops.console.sessions import Session, Sessions
-from ops.console.visit import NAV, Refused, SignIn, intended, sign_in_link
+from ops.console.template_filters import TEMPLATES
 from ops.errors import LedgerUnavailable, RatchetError
 from ops.settings import Settings
 from updater.gate.report import styles
@@ -53,7 +53,7 @@ STATIC = Path(__file__).parent / "static"
 def build_console(settings: Settings) -> FastAPI:
     """The application of one console. It opens its connections with the first request."""
     app = FastAPI(title="Ratchet console", docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.desk = Desk(settings)
+    app.state.data = ConsoleData(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
     public = settings.console.public
@@ -69,7 +69,7 @@ def build_console(settings: Settings) -> FastAPI:
             trusted_proxies=settings.serve.trusted_proxies,
         )
     app.add_middleware(  # the last one is the outermost: its headers are on every answer
-        Guard,
+        SecurityMiddleware,
         sessions=app.state.sessions,
         max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
         local=settings.console.on_loopback,
@@ -90,8 +90,8 @@ def _static(app: FastAPI) -> None:
 
     @app.get("/health/ready")
     def ready(request: Request) -> Response:
-        desk: Desk = request.app.state.desk
-        desk.live()
+        data: ConsoleData = request.app.state.data
+        data.live()
         return Response("ok", media_type="text/plain")
 
     app.mount("/static", _Static(directory=STATIC))
@@ -154,13 +154,20 @@ def _errors(app: FastAPI) -> None:
 def _trouble(request: Request, status: int, title: str, message: str, fix: str) -> Response:
     """An error as a page, or as a box where a part of a page was asked for. Needs no ledger."""
     session: Session = request.state.session
-    desk: Desk = request.app.state.desk
-    public = desk.settings.console.public
+    data: ConsoleData = request.app.state.data
+    public = data.settings.console.public
     if public:
         message = fix = ""  # they may name addresses and paths
     partial = request.headers.get("hx-request") == "true"
     template = TEMPLATES.get_template("trouble_part.html" if partial else "trouble.html")
-    told = {"title": title, "message": message, "fix": fix, "dialog": request.headers.get("hx-target") == "dialog"}
+    facts = {"title": title, "message": message, "fix": fix, "dialog": request.headers.get("hx-target") == "dialog"}
     nav = PUBLIC_NAV if public else NAV
-    frame = {"csrf": session.csrf, "nav": nav, "section": "", "visit": None, "public": public, "here": request.url.path}
-    return HTMLResponse(template.render(told | frame), status)
+    frame = {
+        "csrf": session.csrf,
+        "nav": nav,
+        "section": "",
+        "context": None,
+        "public": public,
+        "here": request.url.path,
+    }
+    return HTMLResponse(template.render(facts | frame), status)

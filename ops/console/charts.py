@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ops.console.learning import Lesson
+from ops.console.update_summaries import UpdateSummary
 from updater.gate.plots import BAD, BEFORE, GOOD, INK, LINE, MUTED, OPEN, drawn, figure, style
 
 COLOURS = {"passed": GOOD, "rejected": BAD, "inconclusive": OPEN}
@@ -15,34 +15,34 @@ MOST = 16
 """Updates in a plot; older ones are in the table."""
 
 
-def learning(lessons: Sequence[Lesson]) -> str:
+def learning(summaries: Sequence[UpdateSummary]) -> str:
     """For each judged update the best gain and the worst loss, in points; empty without any."""
-    judged = [lesson for lesson in reversed(lessons) if lesson.verdict is not None][-MOST:]
+    judged = [summary for summary in reversed(summaries) if summary.verdict is not None][-MOST:]
     return _learning(
         tuple(
             (
-                lesson.update.family,
-                lesson.verdict.outcome if lesson.verdict else "",
-                lesson.best_gain[1] if lesson.best_gain else None,
-                lesson.worst_loss[1] if lesson.worst_loss else None,
+                summary.update.family,
+                summary.verdict.outcome if summary.verdict else "",
+                summary.best_gain[1] if summary.best_gain else None,
+                summary.worst_loss[1] if summary.worst_loss else None,
             )
-            for lesson in judged
+            for summary in judged
         )
     )
 
 
-def spending(lessons: Sequence[Lesson]) -> str:
+def spending(summaries: Sequence[UpdateSummary]) -> str:
     """Compute of each update: training, and judging on top; empty without any."""
-    spent = [lesson for lesson in reversed(lessons) if lesson.train_gflops > 0][-MOST:]
+    spent = [summary for summary in reversed(summaries) if summary.train_gflops > 0][-MOST:]
     return _spending(
         tuple(
             (
-                lesson.update.family,
-                lesson.verdict.outcome if lesson.verdict else "",
-                lesson.train_gflops,
-                lesson.gate_gflops,
+                summary.update.family,
+                summary.verdict.outcome if summary.verdict else "",
+                summary.train_gflops,
+                summary.gate_gflops,
             )
-            for lesson in spent
+            for summary in spent
         )
     )
 

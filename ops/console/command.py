@@ -13,12 +13,12 @@ STOP_SECONDS = 5
 
 def run_console(settings: Settings) -> None:
     """Serve the console until SIGTERM."""
-    at = settings.console
-    say(f"console on http://{at.host}:{at.port}")
+    console = settings.console
+    say(f"console on http://{console.host}:{console.port}")
     uvicorn.run(
         build_console(settings),
-        host=at.host,
-        port=at.port,
+        host=console.host,
+        port=console.port,
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,

@@ -73,5 +73,5 @@ def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:
     suites = [{**suite, "worst": []} for suite in report.get("suites") or ()]
     if not diagnostics:
         return {**report, "suites": suites}
-    pairs = {suite: {**found, "shown": []} for suite, found in diagnostics["pairs"].items()}
+    pairs = {suite: {**pair, "shown": []} for suite, pair in diagnostics["pairs"].items()}
     return {**report, "suites": suites, "diagnostics": {**diagnostics, "pairs": pairs}}

@@ -57,12 +57,17 @@ class TakenBack:
 
 def watching(status: Mapping[str, Any] | None, live: ReleaseRow | None) -> Watch | None:
     """From what the server says of itself. None when nothing is watched, or the guard has not seen ``live`` yet."""
-    told = {} if status is None else status["controller"]["rollout"]
-    if live is None or told.get("release") != live.number:
+    watched = {} if status is None else status["controller"]["rollout"]
+    if live is None or watched.get("release") != live.number:
         return None
-    compared = sum(seen["inputs"] for seen in told["compared"].values())
+    compared = sum(seen["inputs"] for seen in watched["compared"].values())
     return Watch(
-        live.number, told["incumbent"], told["seconds"], told["seconds_left"], _findings(told["guardrails"]), compared
+        live.number,
+        watched["incumbent"],
+        watched["seconds"],
+        watched["seconds_left"],
+        _findings(watched["guardrails"]),
+        compared,
     )
 
 
@@ -72,9 +77,12 @@ def taken_back(ledger: Ledger, limit: int) -> dict[int, TakenBack]:
     for row in reversed(ledger.audit_rows(limit * ROWS_OF_AN_ACT, subject="release", actor=ACTOR)):
         number = row.subject.removeprefix("release ")
         if row.action == "withdraw" and number.isdecimal():
-            said = row.detail
+            detail = row.detail
             found[int(number)] = TakenBack(
-                said["reason"], said.get("back_to"), tuple(said["adapters"]), _findings(said.get("guardrails", ()))
+                detail["reason"],
+                detail.get("back_to"),
+                tuple(detail["adapters"]),
+                _findings(detail.get("guardrails", ())),
             )
     return found
 
@@ -84,7 +92,7 @@ def on_trial(live: ReleaseRow | None) -> ReleaseRow | None:
     return None if live is None or live.plain else live
 
 
-def _findings(told: Sequence[Mapping[str, Any]]) -> tuple[Finding, ...]:
+def _findings(guardrails: Sequence[Mapping[str, Any]]) -> tuple[Finding, ...]:
     """What is out of bounds first."""
-    found = [Finding(one["guardrail"], one["family"], one["shown"], one["broken"], one["chance"]) for one in told]
+    found = [Finding(one["guardrail"], one["family"], one["shown"], one["broken"], one["chance"]) for one in guardrails]
     return tuple(sorted(found, key=lambda one: not one.broken))

@@ -24,7 +24,7 @@ PURPOSE = b"ratchet console sessions"
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A visitor. ``key`` is empty before he signs in."""
+    """A visitor. ``key`` is empty before the sign-in."""
 
     csrf: str
     """Every form sends it back; a page of another site cannot know it."""

@@ -51,14 +51,14 @@ class Entry:
 def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) -> list[Entry]:
     """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
-    made, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
+    updates_by_adapter, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
     withdrawn = ledger.withdrawn([row.adapter(family) for row in rows for family in FAMILIES])
     entries = []
     for index, row in enumerate(rows[:limit]):
         older = rows[index + 1] if index + 1 < len(rows) else None
         entries.append(
             Entry(
-                row, _kind(ledger, row), changes(ledger, older, row, made, withdrawn), live=index == 0,
+                row, _kind(ledger, row), changes(ledger, older, row, updates_by_adapter, withdrawn), live=index == 0,
                 resident=row.number in resident, taken_back=back.get(row.number),
                 stable=index > 0 and stable is not None and row.number == stable.number,
             )
@@ -70,19 +70,19 @@ def changes(
     ledger: Ledger,
     older: ReleaseRow | None,
     row: ReleaseRow,
-    made: Mapping[str, UpdateRow],
+    updates_by_adapter: Mapping[str, UpdateRow],
     withdrawn: Mapping[str, str],
 ) -> tuple[Change, ...]:
     """The models that differ between two releases."""
-    found = []
+    differences = []
     for family in FAMILIES:
         before = older.adapter(family) if older else None
         after = row.adapter(family)
         if older is not None and before != after:
-            update = made.get(after or "")
+            update = updates_by_adapter.get(after or "")
             verdict = ledger.verdict_of(update.id) if update else None
-            found.append(Change(family, before, after, update, verdict, withdrawn.get(after or "", "")))
-    return tuple(found)
+            differences.append(Change(family, before, after, update, verdict, withdrawn.get(after or "", "")))
+    return tuple(differences)
 
 
 def _kind(ledger: Ledger, row: ReleaseRow) -> str:

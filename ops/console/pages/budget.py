@@ -8,8 +8,8 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from ops.console import charts
-from ops.console.learning import costs, lessons, purse
-from ops.console.visit import Reader
+from ops.console.request_context import Reader
+from ops.console.update_summaries import budget_state, costs, update_summaries
 
 router = APIRouter()
 SHOWN = 50
@@ -19,11 +19,13 @@ DAY = timedelta(days=1)
 
 
 @router.get("/budget")
-def budget(at: Reader) -> Response:
+def budget(context: Reader) -> Response:
     """The bucket's level, and what each update took from it."""
-    learned = lessons(at.desk.ledger, limit=SUMMED)
-    return at.page(
-        "budget.html", "Budget", purse=purse(at.desk.ledger, at.desk.settings), lessons=learned[:SHOWN],
-        chart=charts.spending(learned), seconds=at.desk.settings.budget.seconds_per_update,
-        spans=(("Last 24 hours", costs(learned, datetime.now(UTC) - DAY)), (f"Last {SUMMED} updates", costs(learned))),
+    ledger, settings = context.data.ledger, context.data.settings
+    summaries = update_summaries(ledger, limit=SUMMED)
+    day = costs(summaries, datetime.now(UTC) - DAY)
+    return context.page(
+        "budget.html", "Budget", budget=budget_state(ledger, settings), updates=summaries[:SHOWN],
+        chart=charts.spending(summaries), seconds=settings.budget.seconds_per_update,
+        spans=(("Last 24 hours", day), (f"Last {SUMMED} updates", costs(summaries))),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from ops.console.pages.pictures import Chosen, inline
 from ops.console.pages.playground import ASK_SECONDS, LABELS, Text, away, listed
-from ops.console.visit import Reader, Refused
+from ops.console.request_context import Reader, Refused
 from ops.errors import RatchetError
 from serving.client import Client
 
@@ -36,20 +36,20 @@ class Side:
 
 
 @router.get("/compare")
-def compare(at: Reader) -> Response:
+def compare(context: Reader) -> Response:
     """The form."""
-    resident = at.desk.windows(fresh=True)
-    live = at.desk.live()
-    return at.page(
+    resident = context.data.resident_releases(fresh=True)
+    live = context.data.live()
+    return context.page(
         "compare.html", "Compare", resident=sorted(resident.items(), reverse=True), live=live.number if live else 0,
-        examples=at.desk.examples(), labels=LABELS, question=QUESTION, away=at.desk.status() is None,
-        vlm=bool(at.desk.settings.base.vlm),
+        examples=context.data.examples(), labels=LABELS, question=QUESTION, away=context.data.status() is None,
+        vlm=bool(context.data.settings.base.vlm),
     )  # fmt: skip
 
 
 @router.post("/compare")
 def compared(
-    at: Reader,
+    context: Reader,
     picture: Chosen,
     left: Annotated[int, Form()],
     right: Annotated[int, Form()],
@@ -60,10 +60,10 @@ def compared(
     """Both answers."""
     if picture is None and not text.strip():
         raise Refused(400, "Nothing to compare", "", "Choose a picture, or write some words.")
-    if picture is not None and at.desk.draw(picture, 64) is None:
+    if picture is not None and context.data.draw(picture, 64) is None:
         raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
-    resident = at.desk.windows(fresh=True)
-    if at.desk.status() is None:
+    resident = context.data.resident_releases(fresh=True)
+    if context.data.status() is None:
         raise away()
     gone = [number for number in (left, right) if number not in resident]
     if gone:
@@ -75,8 +75,8 @@ def compared(
         )
     sides = [Side(number, resident[number]) for number in (left, right)]
     names = listed(labels)
-    vlm = question.strip() if at.desk.settings.base.vlm else ""
-    with at.client(ASK_SECONDS) as client, ThreadPoolExecutor(4) as pool:
+    vlm = question.strip() if context.data.settings.base.vlm else ""
+    with context.client(ASK_SECONDS) as client, ThreadPoolExecutor(4) as pool:
         asks = [each for side in sides for each in _asks(client, side, picture, text.strip(), names, vlm)]
         running: list[tuple[Side, Future[None]]] = [(side, pool.submit(ask)) for side, ask in asks]
     for side, done in running:
@@ -85,8 +85,9 @@ def compared(
             side.trouble.append(error.message)
         elif error is not None:
             raise error
-    return at.part(
-        "compared.html", sides=sides, picture=inline(at, picture) if picture is not None else "", text=text.strip(),
+    return context.part(
+        "compared.html", sides=sides, text=text.strip(),
+        picture=inline(context, picture) if picture is not None else "",
         question=vlm if picture is not None else "", same=_same(sides),
     )  # fmt: skip
 

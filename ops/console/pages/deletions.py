@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 
-from ops.console.visit import Reader, Refused, Visit
+from ops.console.request_context import Reader, Refused, RequestContext
 from ops.ledger import DeletionRow, DeletionState
 from streams.deletion import as_json
 
@@ -26,34 +26,34 @@ MEANING: dict[DeletionState, str] = {
 
 @router.get("/audit/deletions")
 def deletions(
-    at: Reader,
+    context: Reader,
     state: Annotated[DeletionState | Literal[""], Query()] = "",
     limit: Annotated[int, Query(ge=1, le=MOST)] = STEP,
 ) -> Response:
     """The newest deletions; only those in one state."""
-    rows = at.desk.ledger.deletions(limit + 1, [state] if state else ())
+    rows = context.data.ledger.deletions(limit + 1, [state] if state else ())
     more = min(limit + STEP, MOST) if len(rows) > limit < MOST else 0
-    return at.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
+    return context.page("deletions.html", "Deletions", rows=rows[:limit], state=state, states=STATES, more=more)
 
 
 @router.get("/audit/deletions/{deletion_id:path}/receipt")
-def receipt(at: Reader, deletion_id: str) -> Response:
+def receipt(context: Reader, deletion_id: str) -> Response:
     """The receipt of one, as the command line and the API give it."""
-    return JSONResponse(as_json(_deletion(at, deletion_id)))
+    return JSONResponse(as_json(_deletion(context, deletion_id)))
 
 
 @router.get("/audit/deletions/{deletion_id:path}")
-def deletion(at: Reader, deletion_id: str) -> Response:
+def deletion(context: Reader, deletion_id: str) -> Response:
     """One deletion: what it selected, what it removed, and what may still know of it."""
-    row = _deletion(at, deletion_id)
-    return at.page(
+    row = _deletion(context, deletion_id)
+    return context.page(
         "deletion.html", f"Deletion {row.id}"[:120], row=row, receipt=as_json(row), shown=STATES[row.state],
         meaning=MEANING[row.state], subject=f"deletion {row.id}"[:200],
     )  # fmt: skip
 
 
-def _deletion(at: Visit, deletion_id: str) -> DeletionRow:
-    row = at.desk.ledger.deletion(deletion_id) if len(deletion_id) <= ID_CHARS else None
+def _deletion(context: RequestContext, deletion_id: str) -> DeletionRow:
+    row = context.data.ledger.deletion(deletion_id) if len(deletion_id) <= ID_CHARS else None
     if row is None:
         raise Refused(404, "There is no such deletion", "", "See the list of deletions.")
     return row

@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 from markupsafe import Markup
 
-from ops.console.learning import lessons
 from ops.console.pages.pictures import SAMPLE
 from ops.console.public import without_samples
-from ops.console.visit import Reader, Refused, Visit
+from ops.console.request_context import Reader, Refused, RequestContext
+from ops.console.update_summaries import update_summaries
 from ops.errors import LedgerError, RatchetError
 from updater.gate.report import HTML_NAME, JSON_NAME, render_body
 from updater.gate.report_samples import samples_of, with_samples
@@ -28,59 +28,59 @@ REPORT_POLICY = (
 
 
 @router.get("/gate")
-def verdicts(at: Reader) -> Response:
+def verdicts(context: Reader) -> Response:
     """Every update, and what the gate said of it."""
-    return at.page("gate.html", "Gate", **_facts(at))
+    return context.page("gate.html", "Gate", **_facts(context))
 
 
 @router.get("/gate/now")
-def now(at: Reader) -> Response:
+def now(context: Reader) -> Response:
     """What is trained or judged at this moment, and the list."""
-    return at.part("gate_now.html", **_facts(at))
+    return context.part("gate_now.html", **_facts(context))
 
 
 @router.get("/gate/{update_id}")
-def verdict(at: Reader, update_id: str) -> Response:
+def verdict(context: Reader, update_id: str) -> Response:
     """One verdict, drawn from its data."""
     try:
-        found = at.desk.ledger.update(_checked(update_id))
+        update = context.data.ledger.update(_checked(update_id))
     except LedgerError:
         raise Refused(404, "There is no such update", "", "See the list of verdicts.") from None
-    said = at.desk.ledger.verdict_of(update_id)
-    report = at.desk.report_data(update_id) if said is not None else None
-    if report is not None and at.public and not at.desk.settings.console.public_samples:
+    outcome = context.data.ledger.verdict_of(update_id)
+    report = context.data.report_data(update_id) if outcome is not None else None
+    if report is not None and context.public and not context.data.settings.console.public_samples:
         report = without_samples(report)
     elif report is not None:
-        report = with_samples(report, _samples(at, report), THUMBNAIL)
+        report = with_samples(report, _samples(context, report), THUMBNAIL)
     body = Markup(render_body(report)) if report is not None else None  # noqa: S704  (escaped by its own template)
-    return at.page("verdict.html", f"Verdict on {update_id}", update=found, verdict=said, body=body)
+    return context.page("verdict.html", f"Verdict on {update_id}", update=update, verdict=outcome, body=body)
 
 
 @router.get("/gate/{update_id}/report")
-def report_page(at: Reader, update_id: str) -> Response:
+def report_page(context: Reader, update_id: str) -> Response:
     """The report as it was stored: a page of its own, to print or to keep."""
-    return HTMLResponse(_stored(at, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY})
+    return HTMLResponse(_stored(context, update_id, HTML_NAME), headers={"content-security-policy": REPORT_POLICY})
 
 
 @router.get("/gate/{update_id}/data")
-def report_data(at: Reader, update_id: str) -> Response:
+def report_data(context: Reader, update_id: str) -> Response:
     """The report's numbers."""
     name = f'attachment; filename="{_checked(update_id)}.json"'
     return Response(
-        _stored(at, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
+        _stored(context, update_id, JSON_NAME), media_type="application/json", headers={"content-disposition": name}
     )
 
 
-def _samples(at: Visit, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _samples(context: RequestContext, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The samples that a report names and the store still has."""
-    return at.desk.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
+    return context.data.samples({name for name in samples_of(report) if SAMPLE.fullmatch(name)})
 
 
-def _stored(at: Visit, update_id: str, name: str) -> bytes:
-    if at.public:
+def _stored(context: RequestContext, update_id: str, name: str) -> bytes:
+    if context.public:
         raise Refused(404, "There is no such page", "Stored reports are not public.", "See the verdict.")
     try:
-        return at.desk.report(_checked(update_id), name)
+        return context.data.report(_checked(update_id), name)
     except RatchetError as error:
         raise Refused(404, "This report is not there", error.message, "It may be written in a moment.") from None
 
@@ -91,7 +91,7 @@ def _checked(update_id: str) -> str:
     return update_id
 
 
-def _facts(at: Visit) -> dict[str, Any]:
-    learned = lessons(at.desk.ledger, limit=40)
-    current = next((lesson for lesson in learned if lesson.running), None)
-    return {"lessons": learned, "current": current, "learning": at.desk.learning()}
+def _facts(context: RequestContext) -> dict[str, Any]:
+    summaries = update_summaries(context.data.ledger, limit=40)
+    current = next((summary for summary in summaries if summary.running), None)
+    return {"updates": summaries, "current": current, "learning": context.data.learning()}

@@ -8,56 +8,56 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from ops.console import charts
-from ops.console.desk import Desk
-from ops.console.drawing import duration
-from ops.console.learning import lessons, purse
+from ops.console.data import ConsoleData
+from ops.console.request_context import Reader
 from ops.console.rollout import on_trial, watching
 from ops.console.served import served_models
+from ops.console.template_filters import duration
 from ops.console.timeline import timeline
-from ops.console.visit import Reader
+from ops.console.update_summaries import budget_state, update_summaries
 
 router = APIRouter()
 
 
 @router.get("/")
-def overview(at: Reader) -> Response:
+def overview(context: Reader) -> Response:
     """The page; its upper part asks again by itself."""
-    found = at.desk.kept("overview", lambda: facts(at.desk))
-    return at.page("overview.html", "Overview", chart=charts.learning(found["lessons"]), **found)
+    overview_facts = context.data.cached("overview", lambda: facts(context.data))
+    return context.page("overview.html", "Overview", chart=charts.learning(overview_facts["updates"]), **overview_facts)
 
 
 @router.get("/overview/now")
-def now(at: Reader) -> Response:
+def now(context: Reader) -> Response:
     """What changes."""
-    return at.part("overview_now.html", **at.desk.kept("overview", lambda: facts(at.desk)))
+    return context.part("overview_now.html", **context.data.cached("overview", lambda: facts(context.data)))
 
 
-def facts(desk: Desk) -> dict[str, Any]:
+def facts(data: ConsoleData) -> dict[str, Any]:
     """From the ledger, the store and the server, each asked once for all viewers."""
-    status, live, stream = desk.status(), desk.live(), desk.stream()
-    learned = lessons(desk.ledger, limit=20)
+    status, live, stream = data.status(), data.live(), data.stream()
+    summaries = update_summaries(data.ledger, limit=20)
     return {
         "server": status,
         "live": live,
         "trial": on_trial(live),
-        "stable": desk.ledger.stable(),
+        "stable": data.ledger.stable(),
         "engines": [
             f"{model.name}: {engine}"
-            for model in served_models(status, live, desk.settings)
+            for model in served_models(status, live, data.settings)
             for engine in model.engines
         ],
         "watch": watching(status, live),
-        "held": desk.ledger.held(),
-        "waiting": desk.ledger.pending_proposals(),
-        "learning": desk.learning(),
-        "lessons": learned,
-        "current": next((lesson for lesson in learned if lesson.running), None),
-        "judged": next((lesson for lesson in learned if lesson.verdict is not None), None),
-        "purse": purse(desk.ledger, desk.settings),
+        "held": data.ledger.held(),
+        "waiting": data.ledger.pending_proposals(),
+        "learning": data.learning(),
+        "updates": summaries,
+        "current": next((summary for summary in summaries if summary.running), None),
+        "judged": next((summary for summary in summaries if summary.verdict is not None), None),
+        "budget": budget_state(data.ledger, data.settings),
         "samples": stream.samples,
         "stream": stream,
-        "entries": timeline(desk.ledger, {}, limit=5),
-        "problems": [*problems(status, public=desk.settings.console.public), *stream.problems()],
+        "entries": timeline(data.ledger, {}, limit=5),
+        "problems": [*problems(status, public=data.settings.console.public), *stream.problems()],
         "backfills": backfills(status),
     }
 
@@ -83,18 +83,18 @@ def problems(status: dict[str, Any] | None, *, public: bool = False) -> list[str
     """
     if status is None:
         return ["The model server does not answer."]
-    found = []
+    messages = []
     controller, catalog = status["controller"], status["catalog"]
     if not controller["started"]:
-        found.append("No release is being served yet.")
+        messages.append("No release is being served yet.")
     if controller["trouble"]:
-        found.append("The last release could not be made" + ("." if public else f": {controller['trouble']}"))
+        messages.append("The last release could not be made" + ("." if public else f": {controller['trouble']}"))
     if vlm := status.get("vlm_problem"):
-        found.append("Questions about pictures are not answered yet" + ("." if public else f": {vlm}"))
+        messages.append("Questions about pictures are not answered yet" + ("." if public else f": {vlm}"))
     live = max(controller["resident"], key=lambda row: row["release"], default=None)
     space = catalog["spaces"].get(live["image_space"]) if live else None
     if space is not None and space["coverage"] < 1:
         left = space.get("seconds_left")
         when = f", for about {duration(left)} more" if left else ""
-        found.append(f"{space['coverage']:.0%} of the pictures can be found; the others are being prepared{when}.")
-    return found
+        messages.append(f"{space['coverage']:.0%} of the pictures can be found; the others are being prepared{when}.")
+    return messages

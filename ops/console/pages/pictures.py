@@ -1,4 +1,4 @@
-"""Pictures that a visitor chose: one of the examples, or one that he dropped in."""
+"""Pictures that a visitor chose: one of the examples, or one that was dropped in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, File, Form, UploadFile
 from fastapi.responses import Response
 
-from ops.console.visit import Reader, Refused, Visit
+from ops.console.request_context import Reader, Refused, RequestContext
 
 router = APIRouter()
 SAMPLE = re.compile("[0-9a-f]{64}")
@@ -25,11 +25,11 @@ NO_PICTURE = (
 
 
 @router.get("/samples/{sample_id}.png")
-def sample(at: Reader, sample_id: str, size: int = 192) -> Response:
+def sample(context: Reader, sample_id: str, size: int = 192) -> Response:
     """A sample's picture, small. Read from the store, so it is there without the server."""
     if not SAMPLE.fullmatch(sample_id) or size not in SIZES:
         raise Refused(404, "There is no such picture", "", "")
-    return drawn(at.desk.thumbnail(sample_id, size))
+    return drawn(context.data.thumbnail(sample_id, size))
 
 
 def drawn(png: bytes | None) -> Response:
@@ -40,30 +40,30 @@ def drawn(png: bytes | None) -> Response:
 
 
 def chosen(
-    at: Reader,
+    context: Reader,
     sample: Annotated[str, Form(max_length=64)] = "",
     upload: Annotated[UploadFile | None, File()] = None,
 ) -> bytes | None:
     """The bytes of the picture that a form names; an upload goes before an example. None when it names none."""
-    if upload is not None and (data := upload.file.read(at.desk.settings.serve.max_image_bytes + 1)):
-        if len(data) > at.desk.settings.serve.max_image_bytes:
+    if upload is not None and (data := upload.file.read(context.data.settings.serve.max_image_bytes + 1)):
+        if len(data) > context.data.settings.serve.max_image_bytes:
             raise Refused(413, "This picture is too large", f"It has {len(data):,} bytes or more.", "Scale it down.")
         return data
-    return at.desk.picture(sample) if SAMPLE.fullmatch(sample) else None
+    return context.data.picture(sample) if SAMPLE.fullmatch(sample) else None
 
 
-def needed(at: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -> bytes:
+def needed(context: Reader, picture: Annotated[bytes | None, Depends(chosen)]) -> bytes:
     """The same where there has to be one. Raises Refused."""
     if picture is None:
         raise Refused(400, "Choose a picture first", "", "Pick one of the examples, or drop one in.")
-    if at.desk.draw(picture, 64) is None:
+    if context.data.draw(picture, 64) is None:
         raise Refused(400, "This is no picture that can be read", "", "Use a whole PNG, JPEG, WebP, GIF or BMP file.")
     return picture
 
 
-def inline(at: Visit, picture: bytes, size: int = 192) -> str:
+def inline(context: RequestContext, picture: bytes, size: int = 192) -> str:
     """A picture as it goes into the page, drawn again."""
-    png = at.desk.draw(picture, size) or b""
+    png = context.data.draw(picture, size) or b""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Form
 from fastapi.responses import Response
 
-from ops.console.desk import words
+from ops.console.data import short_texts
 from ops.console.pages.pictures import Picture, inline
-from ops.console.visit import Reader, Refused, Visit
+from ops.console.request_context import Reader, Refused, RequestContext
 from serving.client import Client, ServerError, data_uri
 
 router = APIRouter()
@@ -23,51 +23,51 @@ Text = Annotated[str, Form(max_length=2000)]
 
 
 @router.get("/playground")
-def playground(at: Reader) -> Response:
+def playground(context: Reader) -> Response:
     """The page."""
-    examples = at.desk.examples()
+    examples = context.data.examples()
     questions = list(dict.fromkeys(row["question"] for row in examples if 3 <= len(row["question"]) <= 60))[:4]
-    return at.page(
-        "playground.html", "Playground", examples=examples, texts=words(examples), questions=questions,
-        labels=LABELS, away=at.desk.status() is None, vlm=bool(at.desk.settings.base.vlm),
+    return context.page(
+        "playground.html", "Playground", examples=examples, texts=short_texts(examples), questions=questions,
+        labels=LABELS, away=context.data.status() is None, vlm=bool(context.data.settings.base.vlm),
     )  # fmt: skip
 
 
 @router.post("/playground/search")
-def search(at: Reader, text: Text = "") -> Response:
+def search(context: Reader, text: Text = "") -> Response:
     """Pictures for words."""
     if not text.strip():
         raise Refused(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
-    found = asked(at, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
-    return at.part("hits.html", found=found, title=f"Pictures for “{text.strip()}”")
+    found = asked(context, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
+    return context.part("hits.html", found=found, title=f"Pictures for “{text.strip()}”")
 
 
 @router.post("/playground/similar")
-def similar(at: Reader, picture: Picture) -> Response:
+def similar(context: Reader, picture: Picture) -> Response:
     """Pictures for a picture."""
-    found = asked(at, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
-    return at.part("hits.html", found=found, title="Pictures like yours")
+    found = asked(context, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
+    return context.part("hits.html", found=found, title="Pictures like yours")
 
 
 @router.post("/playground/classify")
-def classify(at: Reader, picture: Picture, labels: Text = "") -> Response:
+def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
     """Which of these words fits best."""
     names = listed(labels)
     if len(names) < 2:
         raise Refused(400, "Give at least two words", "", "Write them with commas between.")
     body = {"images": [data_uri(picture)], "labels": names, "templates": ["a picture of a {}."]}
-    found = asked(at, lambda client: client.post("/v1/classify", body))
+    found = asked(context, lambda client: client.post("/v1/classify", body))
     shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
-    return at.part("shares.html", shares=shares, model=found["model"], picture=inline(at, picture, 96))
+    return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture, 96))
 
 
 @router.post("/playground/ask")
-def ask(at: Reader, picture: Picture, question: Text = "") -> Response:
+def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
     """An answer about the picture."""
     if not question.strip():
         raise Refused(400, "Ask a question", "", "For example: what is this?")
-    found = asked(at, lambda client: client.vqa(picture, question.strip()))
-    return at.part("answer.html", found=found, question=question.strip(), picture=inline(at, picture, 96))
+    found = asked(context, lambda client: client.vqa(picture, question.strip()))
+    return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture, 96))
 
 
 def listed(labels: str) -> list[str]:
@@ -75,10 +75,10 @@ def listed(labels: str) -> list[str]:
     return list(dict.fromkeys(label.strip()[:200] for label in labels.split(",") if label.strip()))[:MOST_LABELS]
 
 
-def asked(at: Visit, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
+def asked(context: RequestContext, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
     """What the server answers to the visitor. Raises Refused with its words."""
     try:
-        with at.client(ASK_SECONDS) as client:
+        with context.client(ASK_SECONDS) as client:
             return call(client)
     except ServerError as error:
         if error.status == 0:

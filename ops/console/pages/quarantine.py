@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, Query
 from fastapi.responses import Response
 
 from ops.console.pages.pictures import drawn
-from ops.console.visit import Operator, Reader, Refused, Visit
+from ops.console.request_context import Operator, Reader, Refused, RequestContext
 from ops.errors import AlreadyResubmitted, RatchetError, UnknownRecord
 from streams.codecs import Encoded, glimpse
 from streams.records import Reason
@@ -47,69 +47,74 @@ WORDS: Final[Mapping[Reason, str]] = {
 
 @router.get("/quarantine")
 def quarantine(
-    at: Reader,
+    context: Reader,
     reason: Annotated[str, Query(max_length=40)] = "",
     source: Annotated[str, Query(max_length=256)] = "",
 ) -> Response:
     """The newest refused records; of one reason, of one source."""
     chosen = reason if reason in WORDS else None
-    rows = list_quarantine(at.desk.settings, at.desk.ledger, SHOWN, chosen, source or None)
-    counts = at.desk.kept("refusals", lambda: refusal_counts(at.desk.store), seconds=10.0)
+    rows = list_quarantine(context.data.settings, context.data.ledger, SHOWN, chosen, source or None)
+    counts = context.data.cached("refusals", lambda: refusal_counts(context.data.store), seconds=10.0)
     sources = [(name, count) for name, count in counts["source"].top(SOURCES) if name and name != OTHERS]
-    return at.page(
+    return context.page(
         "quarantine.html", "Quarantine", rows=rows, reason=chosen or "", words=WORDS, most=SHOWN, source=source,
         sources=sources, counts=counts["reason"].counts,
     )  # fmt: skip
 
 
 @router.get("/quarantine/{place}/picture")
-def picture(at: Reader, place: str) -> Response:
+def picture(context: Reader, place: str) -> Response:
     """What can be seen of a refused record."""
-    record = _record(at, place)
-    image, _ = glimpse(record.value, record.headers, max_image_bytes=at.desk.settings.ingest.max_image_bytes)
-    return drawn(at.desk.draw(image, 192) if image else None)
+    record = _record(context, place)
+    image, _ = glimpse(record.value, record.headers, max_image_bytes=context.data.settings.ingest.max_image_bytes)
+    return drawn(context.data.draw(image, 192) if image else None)
 
 
 @router.get("/quarantine/{place}")
-def look(at: Reader, place: str) -> Response:
+def look(context: Reader, place: str) -> Response:
     """One record, and the form to send it again."""
-    return _shown(at, place)
+    return _shown(context, place)
 
 
 @router.post("/quarantine/{place}/resubmit")
-def again(at: Operator, place: str, reason: Why = "", force: Annotated[bool, Form()] = False) -> Response:
+def again(context: Operator, place: str, reason: Why = "", force: Annotated[bool, Form()] = False) -> Response:
     """Send a record to the topic again, as it came."""
     if not reason.strip():
-        return _shown(at, place, wrong="Say why: it is kept in the audit log.", status=400)
-    assert at.principal is not None
+        return _shown(context, place, wrong="Say why: it is kept in the audit log.", status=400)
+    assert context.principal is not None
     try:
         delivery = resubmit(
-            at.desk.settings, at.desk.ledger, place, actor=at.principal.actor(), reason=reason.strip(), force=force
+            context.data.settings,
+            context.data.ledger,
+            place,
+            actor=context.principal.actor(),
+            reason=reason.strip(),
+            force=force,
         )
     except UnknownRecord as error:
         raise Refused(404, "There is no such record", error.message, error.fix) from None
     except AlreadyResubmitted as error:
-        return _shown(at, place, wrong=error.message, force=True, typed=reason, status=409)
+        return _shown(context, place, wrong=error.message, force=True, typed=reason, status=409)
     except RatchetError as error:
-        return _shown(at, place, wrong=str(error), typed=reason, status=502)
-    return at.dialog("resubmitted.html", "Sent again", place=place, delivery=delivery)
+        return _shown(context, place, wrong=str(error), typed=reason, status=502)
+    return context.dialog("resubmitted.html", "Sent again", place=place, delivery=delivery)
 
 
 def _shown(
-    at: Visit, place: str, *, wrong: str = "", force: bool = False, typed: str = "", status: int = 200
+    context: RequestContext, place: str, *, wrong: str = "", force: bool = False, typed: str = "", status: int = 200
 ) -> Response:
-    record = _record(at, place)
-    _, texts = glimpse(record.value, record.headers, max_image_bytes=at.desk.settings.ingest.max_image_bytes)
-    before = at.desk.ledger.resubmissions([place]).get(place)
+    record = _record(context, place)
+    _, texts = glimpse(record.value, record.headers, max_image_bytes=context.data.settings.ingest.max_image_bytes)
+    before = context.data.ledger.resubmissions([place]).get(place)
     size = len(record.value or b"")
-    return at.dialog(
+    return context.dialog(
         "record.html", "A refused record", status, place=place, texts=texts, size=size, before=before, wrong=wrong,
         force=force or before is not None, typed=typed,
     )  # fmt: skip
 
 
-def _record(at: Visit, place: str) -> Encoded:
+def _record(context: RequestContext, place: str) -> Encoded:
     try:
-        return quarantined(at.desk.settings, place)
+        return quarantined(context.data.settings, place)
     except UnknownRecord as error:
         raise Refused(404, "There is no such record", error.message, "See the list.") from None

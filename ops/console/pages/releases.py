@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Form, Query
 from fastapi.responses import Response
 
-from ops.console import plans
-from ops.console.desk import ACTION_SECONDS
-from ops.console.plans import BASE, NO_SHARE, Choice, How, Plan
+from ops.console import action_preview
+from ops.console.action_preview import BASE, NO_SHARE, ActionPreview, Choice, How
+from ops.console.data import ACTION_SECONDS
+from ops.console.request_context import Operator, Reader, RequestContext
 from ops.console.rollout import on_trial, watching
 from ops.console.timeline import timeline, unreleased
-from ops.console.visit import Operator, Reader, Visit
 from ops.errors import ReleaseConflict
 from serving.client import Client, ServerError
 from serving.releases.lineage import clip_bases
@@ -25,22 +25,22 @@ Name = Annotated[str, Form(max_length=64)]
 
 
 @router.get("/releases")
-def releases(at: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
+def releases(context: Reader, limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE) -> Response:
     """What was live, and is."""
-    ledger, live = at.desk.ledger, at.desk.live()
-    entries = timeline(ledger, at.desk.windows(), limit + 1)
-    bases = clip_bases([entry.row for entry in entries], at.desk.base_names(), at.desk.settings.base.clip)
-    return at.page(
+    ledger, live = context.data.ledger, context.data.live()
+    entries = timeline(ledger, context.data.resident_releases(), limit + 1)
+    bases = clip_bases([entry.row for entry in entries], context.data.base_names(), context.data.settings.base.clip)
+    return context.page(
         "releases.html", "Releases", entries=entries[:limit], more=limit + PAGE if len(entries) > limit < MOST else 0,
-        held=ledger.held(), proposals=unreleased(ledger), away=at.desk.status() is None,
-        trial=on_trial(live), stable=ledger.stable(), watch=watching(at.desk.status(), live),
+        held=ledger.held(), proposals=unreleased(ledger), away=context.data.status() is None,
+        trial=on_trial(live), stable=ledger.stable(), watch=watching(context.data.status(), live),
         bases=bases,
     )  # fmt: skip
 
 
 @router.get("/releases/{action}")
 def ask(
-    at: Operator,
+    context: Operator,
     action: Action,
     to: Annotated[str, Query(max_length=12)] = "",
     family: Annotated[str, Query(max_length=8)] = "",
@@ -51,13 +51,13 @@ def ask(
     reason: Annotated[str, Query(max_length=1000)] = "",
 ) -> Response:
     """What will happen, and the question why."""
-    usual = f"{100 * at.desk.settings.rollout.share:.5g}"
-    return _asked(at, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
+    usual = f"{100 * context.data.settings.rollout.share:.5g}"
+    return _asked(context, action, Choice.of(to, family, clip, vlm, how, percent or usual), typed=reason)
 
 
 @router.post("/releases/{action}")
 def act(
-    at: Operator,
+    context: Operator,
     action: Action,
     expected_live: Annotated[int, Form(ge=0)],
     reason: Annotated[str, Form(max_length=1000)] = "",
@@ -73,36 +73,42 @@ def act(
     choice = Choice.of(to, family, clip, vlm, how, percent)
     reason = reason.strip()
     if not reason:
-        return _asked(at, action, choice, wrong="Say why: it is kept in the audit log.", status=400)
+        return _asked(context, action, choice, wrong="Say why: it is kept in the audit log.", status=400)
     if action == "release" and choice.share is None:
-        return _asked(at, action, choice, wrong=NO_SHARE, typed=reason, status=400)
+        return _asked(context, action, choice, wrong=NO_SHARE, typed=reason, status=400)
     named = [name for name in choice.adapters.values() if name != BASE]
-    meant = bool(force) and set(plans.unproven(at.desk.ledger, named)) <= set(force.split())  # warned of just these
+    meant = bool(force) and set(action_preview.unproven(context.data.ledger, named)) <= set(
+        force.split()
+    )  # warned of just these
     try:
-        with at.client(ACTION_SECONDS) as client:
+        with context.client(ACTION_SECONDS) as client:
             made = _do(client, action, choice, reason, expected_live, meant)
     except ReleaseConflict as conflict:
-        live = at.desk.live()
-        return at.dialog(
+        live = context.data.live()
+        return context.dialog(
             "conflict.html", "Somebody was faster", 409, message=conflict.message, live=live, seen=expected_live,
             action=action, query=choice.query,
         )  # fmt: skip
     except ServerError as error:
         wrong = error.message if error.status else f"{error.message} Look at the list before you try again."
-        return _asked(at, action, choice, wrong=wrong, typed=reason, status=502 if error.status == 0 else 422)
+        return _asked(context, action, choice, wrong=wrong, typed=reason, status=502 if error.status == 0 else 422)
     finally:
-        at.desk.forget()
-    return at.dialog("done.html", "Done", action=action, made=made)
+        context.data.invalidate()
+    return context.dialog("done.html", "Done", action=action, made=made)
 
 
-def _asked(at: Visit, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200) -> Response:
-    picking = at.request.headers.get("hx-trigger", "").startswith("pick-")  # then the place in the form is kept
-    plan: Plan = plans.plan(at.desk.ledger, action, choice, at.desk.windows(fresh=True))
-    return at.dialog(
+def _asked(
+    context: RequestContext, action: str, choice: Choice, *, wrong: str = "", typed: str = "", status: int = 200
+) -> Response:
+    picking = context.request.headers.get("hx-trigger", "").startswith("pick-")  # then the place in the form is kept
+    preview: ActionPreview = action_preview.preview(
+        context.data.ledger, action, choice, context.data.resident_releases(fresh=True)
+    )
+    return context.dialog(
         "action.html",
-        plan.title,
+        preview.title,
         status,
-        plan=plan,
+        preview=preview,
         choice=choice,
         action=action,
         wrong=wrong,

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 
 from ops.console.pages.quarantine import WORDS
+from ops.console.request_context import Reader
 from ops.console.stream import COUNTED_SAMPLES, ORIGINS, deletion_counts, origins, row_counts
-from ops.console.visit import Reader
 
 router = APIRouter()
 COUNT_SECONDS = 60.0
@@ -17,13 +17,13 @@ DELETIONS = 5
 
 
 @router.get("/stream")
-def stream(at: Reader) -> Response:
+def stream(context: Reader) -> Response:
     """Counts, sources, gaps and deletions."""
-    desk = at.desk
-    counts = desk.kept("rows", lambda: row_counts(desk.store))
-    return at.page(
-        "stream.html", "Stream", stream=desk.stream(), counts=counts, most=COUNTED_SAMPLES, columns=ORIGINS,
-        origins=desk.kept("origins", lambda: origins(desk.store), seconds=COUNT_SECONDS),
-        gaps=desk.store.gaps(GAPS) if counts.lost else [], gap_limit=GAPS,
-        deletions=desk.ledger.deletions(DELETIONS), deletion_counts=deletion_counts(desk.ledger), reasons=WORDS,
+    data = context.data
+    counts = data.cached("rows", lambda: row_counts(data.store))
+    return context.page(
+        "stream.html", "Stream", stream=data.stream(), counts=counts, most=COUNTED_SAMPLES, columns=ORIGINS,
+        origins=data.cached("origins", lambda: origins(data.store), seconds=COUNT_SECONDS),
+        gaps=data.store.gaps(GAPS) if counts.lost else [], gap_limit=GAPS,
+        deletions=data.ledger.deletions(DELETIONS), deletion_counts=deletion_counts(data.ledger), reasons=WORDS,
     )  # fmt: skip

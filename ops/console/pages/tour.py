@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 from fastapi.responses import Response
 
-from ops.console.visit import Reader
+from ops.console.request_context import Reader
 
 router = APIRouter()
 
 
 @router.get("/tour")
-def tour(at: Reader) -> Response:
+def tour(context: Reader) -> Response:
     """All steps."""
-    return at.page("tour.html", "Tour")
+    return context.page("tour.html", "Tour")

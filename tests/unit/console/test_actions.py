@@ -14,8 +14,8 @@ from ops.console.app import build_console
 from ops.ledger import Ledger
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.unit.console.test_guard import LOCAL, signed_in
 from tests.unit.console.test_pages import settings
+from tests.unit.console.test_security import LOCAL, signed_in
 from tests.unit.data.pictures import png
 
 PARTIAL = {"hx-request": "true", "hx-target": "dialog"}

@@ -13,18 +13,18 @@ import pytest
 from fastapi.testclient import TestClient
 
 from ops.console.app import build_console
-from ops.console.desk import Desk
-from ops.console.learning import Lesson, costs, lessons
+from ops.console.data import ConsoleData
 from ops.console.served import loaded_releases, served_models
 from ops.console.stream import origins, row_counts
+from ops.console.update_summaries import UpdateSummary, costs, update_summaries
 from ops.ledger import Ledger
 from serving.releases.lineage import clip_bases
 from streams.deletion import request_deletion
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.story import tell
-from tests.unit.console.test_guard import LOCAL
 from tests.unit.console.test_pages import settings
+from tests.unit.console.test_security import LOCAL
 
 STATUS: dict[str, Any] = {
     "controller": {
@@ -88,8 +88,8 @@ def test_engine_and_precision_are_what_the_replicas_say(
     away = text(visitor, "/models")
     assert "not known" in away and "bfloat16" not in away, "the settings are no measurement"
     assert "serve.engine auto, serve.precision auto" in away
-    monkeypatch.setattr(Desk, "_status", lambda _: STATUS)
-    visitor.app.state.desk.forget()  # type: ignore[attr-defined]
+    monkeypatch.setattr(ConsoleData, "_status", lambda _: STATUS)
+    visitor.app.state.data.invalidate()  # type: ignore[attr-defined]
     page = text(visitor, "/models")
     assert "torch bfloat16 cpu" in page and f"shipped ({'e' * 12})" in page
     assert "2 running" in page and "1 starting" in page
@@ -121,7 +121,7 @@ def test_the_stream_page_counts_kinds_sources_gaps_and_refusals(visitor: TestCli
     counts = row_counts(store)
     assert (counts.samples, counts.duplicates, counts.refused, counts.lost) == (3, 1, 1, 20)
     assert origins(store).samples["source"] == [("cam-1", 2), ("<cam 2>", 1)]
-    visitor.app.state.desk._kept.clear()  # type: ignore[attr-defined]
+    visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
     page = visitor.get("/stream").text
     assert "samples:0, offsets 5 to 24" in page and "retention" in page
     assert "Neither a picture nor JSON" in page and "&lt;cam 2&gt;" in page and "<cam 2>" not in page
@@ -158,7 +158,7 @@ def test_each_release_names_the_base_of_its_clip(visitor: TestClient, ledger: Le
     folder = settings(tmp_path).home / "bases" / "vit-b"
     folder.mkdir(parents=True)
     (folder / "base.json").write_text(f'{{"digest": "{"b" * 64}"}}')
-    visitor.app.state.desk._kept.clear()  # type: ignore[attr-defined]
+    visitor.app.state.data._cache.clear()  # type: ignore[attr-defined]
     page = text(visitor, "/releases")
     assert f"CLIP base vit-b ({'b' * 12})" in page and f"CLIP base {'a' * 12}" in page and "other base" in page
 
@@ -173,10 +173,12 @@ def test_a_release_without_a_base_has_that_of_the_others(ledger: Ledger) -> None
 
 def test_costs_sum_training_and_gate_apart(visitor: TestClient, ledger: Ledger, tmp_path: Path) -> None:
     tell(settings(tmp_path), tmp_path / "made")
-    rows = lessons(ledger)
+    rows = update_summaries(ledger)
     total = costs(rows)
     assert (total.updates, total.train_gflops, total.gate_runs, total.gate_gflops) == (2, 2 * 5801.5, 2, 640.0)
-    again = [Lesson(replace(row.update, cost={**row.update.cost, "trained_by": "x"}), row.verdict) for row in rows]
+    again = [
+        UpdateSummary(replace(row.update, cost={**row.update.cost, "trained_by": "x"}), row.verdict) for row in rows
+    ]
     assert (costs(again).train_gflops, costs(again).gate_runs) == (0.0, 2), "a further look is not trained again"
     tomorrow = datetime.now(UTC) + timedelta(days=1)
     assert costs(rows, tomorrow).updates == 0

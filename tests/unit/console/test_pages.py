@@ -12,7 +12,7 @@ from ops.console.app import build_console
 from ops.ledger import Ledger
 from ops.settings import Settings
 from tests.support.story import EVIL, Story, tell
-from tests.unit.console.test_guard import csrf
+from tests.unit.console.test_security import csrf
 
 PAGES = (
     "/",

@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 
 from ops.console.app import build_console
-from ops.console.desk import Desk
+from ops.console.data import ConsoleData
 from ops.console.pages.overview import problems
 from ops.console.public import without_samples
 from ops.ledger import Ledger
@@ -22,8 +22,8 @@ from streams.deletion import request_deletion
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.story import EVIL, Story, tell, withdraw
-from tests.unit.console.test_guard import LOCAL
 from tests.unit.console.test_pages import PAGES, settings
+from tests.unit.console.test_security import LOCAL
 
 OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
 SECRETS = ("ana", "the customer complained", "cam-7", "postgres://", "deletion-", "key:")
@@ -175,13 +175,13 @@ def test_an_address_that_asks_too_often_is_told_when_to_come_back(home: Path, st
 
 
 def test_messages_of_errors_are_not_shown(home: Path, story: Story, monkeypatch: pytest.MonkeyPatch) -> None:
-    def away(_: Desk) -> None:
+    def away(_: ConsoleData) -> None:
         from ops.errors import LedgerError
 
         raise LedgerError("postgres://db is away.", "Start /srv/db.")
 
     with public(home) as screen:
-        monkeypatch.setattr(Desk, "live", away)
+        monkeypatch.setattr(ConsoleData, "live", away)
         answer = screen.get("/models")
     assert answer.status_code == 503 and "postgres" not in answer.text and "/srv/db" not in answer.text
     status = {

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from ops.console.action_preview import NO_SHARE, Choice, preview
 from ops.console.app import build_console
-from ops.console.desk import Desk
-from ops.console.plans import NO_SHARE, Choice, plan
+from ops.console.data import ConsoleData
 from ops.console.rollout import watching
 from ops.ledger import Ledger
 from serving.client import Client
 from tests.support.story import seen, withdraw
+from tests.unit.console.test_action_preview import told
 from tests.unit.console.test_actions import PARTIAL
-from tests.unit.console.test_guard import LOCAL, signed_in
 from tests.unit.console.test_pages import settings
-from tests.unit.console.test_plans import told
+from tests.unit.console.test_security import LOCAL, signed_in
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_canary_and_the_stable_release_beside_it_are_told_apart(ledger: Ledger
     assert "Promote…" in operator.get("/releases").text
     release(ledger, "clip-b", share=0.0)
     page = text(operator.get("/releases").text)
-    assert ">shadow<" in page and "It answers nobody, and is only compared." in page
+    assert ">shadow<" in page and "It answers no request, and is only compared." in page
     release(ledger, "clip-b")
     page = text(operator.get("/releases").text)
     assert "On trial" not in page and "Promote…" not in page and ">stable<" not in page
@@ -92,7 +92,7 @@ def test_what_the_guard_saw_is_shown_while_it_watches(
                        "rollout": {**watch, "seconds_left": 180.0, **seen(2, 1)}},
         "catalog": {"spaces": {}, "corpus_rows": 0},
     }  # fmt: skip
-    monkeypatch.setattr(Desk, "_status", lambda _: status)
+    monkeypatch.setattr(ConsoleData, "_status", lambda _: status)
     for path in ("/releases", "/overview/now"):
         page = text(operator.get(path).text)
         assert "Under guard: release 2" in page and "watched for 3 min more" in page
@@ -124,10 +124,10 @@ def test_releasing_what_was_withdrawn_warns_although_the_gate_had_passed_it(
     release(ledger, "clip-b")
     reason = withdraw(ledger, 3, 2, "clip-b")
     release(ledger, "clip-a", actor="guard")
-    found = plan(ledger, "release", Choice(clip="clip-b"), resident={})
+    found = preview(ledger, "release", Choice(clip="clip-b"), resident={})
     assert found.warnings == (f"The guard withdrew clip-b: {reason}.",) and found.force == ("clip-b",)
     assert dict(found.adapters["clip"])["clip-b"] == "withdrawn"
-    back = plan(ledger, "rollback", Choice(to=3), resident={})
+    back = preview(ledger, "rollback", Choice(to=3), resident={})
     assert not back.possible and "clip-b was withdrawn" in told(back)
     shown = operator.get("/releases/release?clip=clip-b", headers=PARTIAL).text
     assert 'name="force" value="clip-b"' in shown and reason in shown
@@ -145,7 +145,7 @@ def test_a_release_by_hand_goes_to_everybody_to_a_share_or_to_nobody(
     assert 'name="percent"' in shown and 'value="10"' in shown, "the usual share is offered"
     assert "Release 4 is made as a canary: 10% of the requests get it" in shown
     shadow = operator.get("/releases/release?clip=clip-a&how=shadow", headers=PARTIAL).text
-    assert "it answers nobody" in shadow and 'name="percent"' not in shadow
+    assert "it answers no request" in shadow and 'name="percent"' not in shadow
     form = {"reason": "step by step", "expected_live": "3", "clip": "clip-a"}
     for how, percent in (("all", "7"), ("canary", "2.5"), ("shadow", "")):
         answer = operator.post("/releases/release", data={**form, "how": how, "percent": percent}, headers=PARTIAL)
@@ -161,25 +161,25 @@ def test_a_release_by_hand_goes_to_everybody_to_a_share_or_to_nobody(
 
 
 def test_what_a_trial_does_and_ends_is_said_before(ledger: Ledger) -> None:
-    assert not plan(ledger, "promote", Choice(), resident={}).possible
-    tried = plan(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"), resident={})
+    assert not preview(ledger, "promote", Choice(), resident={}).possible
+    tried = preview(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"), resident={})
     assert "25% of the requests get it, a caller always or never. Release 2 answers the others." in told(tried)
     assert "updates wait until then" in told(tried) and tried.possible
     same = Choice(clip="clip-a", how="shadow")
-    assert not plan(ledger, "release", same, resident={}).possible, "there is nothing to compare"
+    assert not preview(ledger, "release", same, resident={}).possible, "there is nothing to compare"
     release(ledger, "clip-b", share=0.25)
     wider = Choice(clip="clip-b", how="canary", percent="50")
-    assert plan(ledger, "release", wider, resident={}).possible
-    assert not plan(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"), resident={}).possible
-    promoted = plan(ledger, "promote", Choice(), resident={})
+    assert preview(ledger, "release", wider, resident={}).possible
+    assert not preview(ledger, "release", Choice(clip="clip-b", how="canary", percent="25"), resident={}).possible
+    promoted = preview(ledger, "promote", Choice(), resident={})
     assert promoted.possible and "What release 3 tries (canary 25%) answers everybody." in told(promoted)
     assert "The CLIP changes from clip-a to clip-b." in promoted.happens
     assert promoted.warnings == ("No gate has passed this adapter, and it was never live: clip-b.",)
-    back = plan(ledger, "rollback", Choice(), resident={2: {}})
+    back = preview(ledger, "rollback", Choice(), resident={2: {}})
     assert back.possible and "The trial of release 3 (canary 25%) ends" in told(back)
     assert "The CLIP stays as it is (clip-a)." in back.happens and "less than a second" in told(back)
     ledger.hold("ana", "launch")
-    assert "Updates wait until that is over" in told(plan(ledger, "resume", Choice(), resident={}))
+    assert "Updates wait until that is over" in told(preview(ledger, "resume", Choice(), resident={}))
 
 
 def test_a_promotion_is_asked_of_the_server_with_what_was_live(

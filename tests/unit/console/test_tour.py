@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 
 from ops.console.app import build_console
 from ops.console.tour import STEPS
-from tests.unit.console.test_guard import LOCAL
 from tests.unit.console.test_pages import settings
+from tests.unit.console.test_security import LOCAL
 
 
 @pytest.fixture(scope="module")

@@ -137,7 +137,7 @@ def test_an_item_of_a_folder_is_shown_in_the_report_itself(tmp_path: Path) -> No
 def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """An update whose report names samples of the store."""
     monkeypatch.setattr(maintenance, "SETTLE_SECONDS", -1.0)
-    monkeypatch.setattr("ops.console.desk.STATUS_SECONDS", 0.0)
+    monkeypatch.setattr("ops.console.data.STATUS_SECONDS", 0.0)
     made = console_settings(tmp_path)
     made = made.model_copy(update={"maintain": made.maintain.model_copy(update={"keep_seconds": 0.0})})
     put(SampleStore(made.lake), rows(), Position(TOPIC, 0, 4))

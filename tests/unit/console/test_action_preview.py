@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.console.plans import Choice, Plan, plan
+from ops.console.action_preview import ActionPreview, Choice, preview
 from ops.ledger import Ledger
 from tests.support.story import Story, tell
 from tests.unit.console.test_pages import settings
@@ -25,65 +25,65 @@ def release(ledger: Ledger, *adapters: tuple[str | None, str | None]) -> None:
         ledger.commit_release(number, clip=clip, vlm=vlm, actor="test", reason=f"number {number}", proposal_id=None)
 
 
-def told(found: Plan) -> str:
+def told(found: ActionPreview) -> str:
     return " ".join(found.happens)
 
 
 def test_a_rollback_names_both_models_and_how_long_it_takes(ledger: Ledger) -> None:
     release(ledger, (None, None), ("clip-a", "vlm-a"), ("clip-b", "vlm-a"))
-    found = plan(ledger, "rollback", Choice(), resident={3: {}, 2: {}})
+    found = preview(ledger, "rollback", Choice(), resident={3: {}, 2: {}})
     assert (found.live, found.possible) == (3, True)
     assert "The CLIP changes from clip-b to clip-a." in found.happens
     assert "The VLM stays as it is (vlm-a)." in found.happens
     assert "less than a second" in told(found)
     assert [row.number for row in found.targets] == [2, 1]
-    far = plan(ledger, "rollback", Choice.of("1", "", "", ""), resident={3: {}, 2: {}})
+    far = preview(ledger, "rollback", Choice.of("1", "", "", ""), resident={3: {}, 2: {}})
     assert "from vlm-a to the base alone" in told(far) and "not loaded any more" in told(far)
 
 
 def test_a_rollback_of_one_model_leaves_the_other(ledger: Ledger) -> None:
     release(ledger, ("clip-a", "vlm-a"), ("clip-b", "vlm-a"), ("clip-b", "vlm-b"))
-    found = plan(ledger, "rollback", Choice.of("", "clip", "", ""), resident={})
+    found = preview(ledger, "rollback", Choice.of("", "clip", "", ""), resident={})
     assert "The CLIP changes from clip-b to clip-a." in found.happens
     assert "The VLM stays as it is (vlm-b)." in found.happens
 
 
 def test_what_cannot_be_rolled_back_is_not_offered(ledger: Ledger) -> None:
-    assert not plan(ledger, "rollback", Choice(), resident={}).possible
+    assert not preview(ledger, "rollback", Choice(), resident={}).possible
     release(ledger, (None, None))
-    found = plan(ledger, "rollback", Choice(), resident={})
+    found = preview(ledger, "rollback", Choice(), resident={})
     assert not found.possible and "no release before 1" in told(found)
     release(ledger, (None, None))
-    assert not plan(ledger, "rollback", Choice.of("1", "", "", ""), resident={}).possible, "it serves the same"
+    assert not preview(ledger, "rollback", Choice.of("1", "", "", ""), resident={}).possible, "it serves the same"
 
 
 def test_releasing_what_the_gate_rejected_warns(ledger: Ledger, tmp_path: Path) -> None:
     story: Story = tell(settings(tmp_path), tmp_path / "made")
     release(ledger, (story.adapter, None))
-    assert not plan(ledger, "release", Choice(), resident={}).possible
-    bad = plan(ledger, "release", Choice(clip="clip-ba9876543210"), resident={})
+    assert not preview(ledger, "release", Choice(), resident={}).possible
+    bad = preview(ledger, "release", Choice(clip="clip-ba9876543210"), resident={})
     assert bad.possible and bad.warnings == ("The gate rejected this adapter: clip-ba9876543210.",)
-    base = plan(ledger, "release", Choice(clip="base"), resident={})
+    base = preview(ledger, "release", Choice(clip="base"), resident={})
     assert base.warnings == () and f"from {story.adapter} to the base alone" in told(base)
-    assert not plan(ledger, "release", Choice(clip=story.adapter), resident={}).possible
+    assert not preview(ledger, "release", Choice(clip=story.adapter), resident={}).possible
     assert dict(base.adapters["clip"]) == {story.adapter: "passed", "clip-ba9876543210": "rejected"}
 
 
 def test_hold_and_resume_tell_who_held_and_what_waits(ledger: Ledger) -> None:
     release(ledger, (None, None))
-    assert plan(ledger, "hold", Choice(), resident={}).possible
-    assert not plan(ledger, "resume", Choice(), resident={}).possible
+    assert preview(ledger, "hold", Choice(), resident={}).possible
+    assert not preview(ledger, "resume", Choice(), resident={}).possible
     ledger.hold("ana", "launch")
-    again = plan(ledger, "hold", Choice(), resident={})
+    again = preview(ledger, "hold", Choice(), resident={})
     assert not again.possible and "by ana: launch" in told(again)
-    assert "No update waits" in told(plan(ledger, "resume", Choice(), resident={}))
+    assert "No update waits" in told(preview(ledger, "resume", Choice(), resident={}))
     for number in range(2):
         update = f"update-{number}"
         ledger.begin_update(
             update, family="clip", recipe={}, seed=0, store_version=0, data_from={}, data_to={}, incumbent=None
         )
         ledger.propose("update", clip=f"clip-{number}", actor="updater", reason="passed", update_id=update)
-    assert "2 updates wait" in told(plan(ledger, "resume", Choice(), resident={}))
+    assert "2 updates wait" in told(preview(ledger, "resume", Choice(), resident={}))
 
 
 def test_nonsense_in_a_form_counts_as_not_said() -> None:

@@ -1,4 +1,4 @@
-"""What an operator is about to do, in words, before he does it."""
+"""What an operator is about to do, in words, before it is done."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlencode
 
-from ops.console.drawing import adapter
 from ops.console.rollout import on_trial
+from ops.console.template_filters import adapter
 from ops.console.timeline import FAMILIES, NAMES, trained
 from ops.errors import RatchetError
 from ops.ledger import Family, Ledger, ReleaseRow, answers
@@ -24,7 +24,7 @@ REQUESTS = "Requests that have begun end under the release that they began with;
 OFFERED = 60
 """Releases and adapters that a form offers."""
 How = Literal["all", "canary", "shadow"]
-"""Whom a release answers: everybody, a share, or nobody."""
+"""Whom a release answers: all requests, a share of them, or none."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ActionPreview:
     """What will happen."""
 
     title: str
@@ -86,7 +86,7 @@ class Plan:
     """Choices by family: name and what the gate said."""
 
 
-def plan(ledger: Ledger, action: str, choice: Choice, resident: Mapping[int, object]) -> Plan:
+def preview(ledger: Ledger, action: str, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
     """The plan of one action, from what the ledger has now."""
     live = ledger.live()
     if action == "rollback":
@@ -111,14 +111,14 @@ def unproven(ledger: Ledger, names: Sequence[str | None]) -> dict[str, str]:
     }
 
 
-def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident: Mapping[int, object]) -> Plan:
+def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident: Mapping[int, object]) -> ActionPreview:
     title, verb, number = "Roll back", "Roll back now", live.number if live else 0
     targets = tuple(row for row in ledger.releases(OFFERED) if live is not None and row.number < live.number)
     families = FAMILIES if choice.family is None else (choice.family,)
     try:
         target = rollback_target(ledger, families, choice.to)
     except RatchetError as error:
-        return Plan(title, verb, number, (error.message,), possible=False, targets=targets)
+        return ActionPreview(title, verb, number, (error.message,), possible=False, targets=targets)
     assert live is not None
     others = ledger.stable() or live
     wanted = {family: target.get(family, others.adapter(family)) for family in FAMILIES}
@@ -130,10 +130,10 @@ def _rollback(ledger: Ledger, live: ReleaseRow | None, choice: Choice, resident:
     )
     happens = (f"Release {number + 1} is made.", *_moves(live, others, wanted), speed, REQUESTS)
     possible = not (live.plain and _serves(live, wanted))
-    return Plan(title, verb, number, happens, targets=targets, possible=possible)
+    return ActionPreview(title, verb, number, happens, targets=targets, possible=possible)
 
 
-def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
+def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> ActionPreview:
     number = live.number if live else 0
     said = _said(ledger)
     offered = {
@@ -142,7 +142,7 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     title, verb = "Release an adapter", "Release now"
     if not choice.adapters or live is None:
         first = "Choose an adapter. What you do not name stays as it is."
-        return Plan(title, verb, number, (first,), possible=False, adapters=offered)
+        return ActionPreview(title, verb, number, (first,), possible=False, adapters=offered)
     named = {family: None if name == BASE else name for family, name in choice.adapters.items()}
     others = ledger.stable() or live
     wanted = {family: named.get(family, others.adapter(family)) for family in FAMILIES}
@@ -151,14 +151,16 @@ def _release(ledger: Ledger, live: ReleaseRow | None, choice: Choice) -> Plan:
     happens = (*_answering(choice, number + 1, others.number), *_moves(live, others, wanted), slow, REQUESTS)
     same = _serves(others, wanted) if live.plain or choice.share != 1 else False
     same = same or (_serves(live, wanted) and live.share == choice.share)
-    return Plan(title, verb, number, happens, tuple(warned.values()), not same, force=tuple(warned), adapters=offered)
+    return ActionPreview(
+        title, verb, number, happens, tuple(warned.values()), not same, force=tuple(warned), adapters=offered
+    )
 
 
-def _promote(ledger: Ledger, live: ReleaseRow | None) -> Plan:
+def _promote(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
     title, verb, trial = "Promote", "Promote now", on_trial(live)
     if trial is None:
         nothing = "No canary and no shadow is live, so nothing can be promoted."
-        return Plan(title, verb, live.number if live else 0, (nothing,), possible=False)
+        return ActionPreview(title, verb, live.number if live else 0, (nothing,), possible=False)
     wanted = {family: trial.adapter(family) for family in FAMILIES}
     happens = (
         f"Release {trial.number + 1} is made. What release {trial.number} tries "
@@ -168,10 +170,10 @@ def _promote(ledger: Ledger, live: ReleaseRow | None) -> Plan:
         REQUESTS,
     )
     warnings = unproven(ledger, list(wanted.values()))
-    return Plan(title, verb, trial.number, happens, tuple(warnings.values()))
+    return ActionPreview(title, verb, trial.number, happens, tuple(warnings.values()))
 
 
-def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:
+def _hold(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
     happens: tuple[str, ...] = (
         "Updates that pass the gate wait until somebody resumes.",
         "Learning and judging go on. You can still release and roll back by hand.",
@@ -179,10 +181,10 @@ def _hold(ledger: Ledger, live: ReleaseRow | None) -> Plan:
     held = ledger.held()
     if held is not None:
         happens = (f"Updates are on hold already, by {held.actor}: {held.reason}",)
-    return Plan("Hold updates", "Hold updates", live.number if live else 0, happens, possible=held is None)
+    return ActionPreview("Hold updates", "Hold updates", live.number if live else 0, happens, possible=held is None)
 
 
-def _resume(ledger: Ledger, live: ReleaseRow | None) -> Plan:
+def _resume(ledger: Ledger, live: ReleaseRow | None) -> ActionPreview:
     waiting = sum(proposal.kind == "update" for proposal in ledger.pending_proposals())
     happens = {
         0: "No update waits now. The next one that passes the gate is released at once.",
@@ -190,11 +192,13 @@ def _resume(ledger: Ledger, live: ReleaseRow | None) -> Plan:
     }.get(waiting, f"{waiting} updates wait, and are released one after the other.")
     held = ledger.held()
     if held is None:
-        return Plan("Resume updates", "Resume", live.number if live else 0, ("Nothing is on hold.",), possible=False)
+        return ActionPreview(
+            "Resume updates", "Resume", live.number if live else 0, ("Nothing is on hold.",), possible=False
+        )
     number, trial = live.number if live else 0, on_trial(live)
     if trial is not None:
         happens = f"Release {trial.number} is on trial. Updates wait until that is over."
-    return Plan("Resume updates", "Resume", number, (f"On hold by {held.actor}: {held.reason}", happens))
+    return ActionPreview("Resume updates", "Resume", number, (f"On hold by {held.actor}: {held.reason}", happens))
 
 
 def _answering(choice: Choice, number: int, stable: int) -> list[str]:
@@ -210,7 +214,7 @@ def _answering(choice: Choice, number: int, stable: int) -> list[str]:
     if choice.share > 0:
         first = f"Release {number} is made as a canary: {100 * choice.share:.5g}% of the requests get it"
         return [f"{first}, a caller always or never. Release {stable} answers the others.", lasts]
-    first = f"Release {number} is made as a shadow: it answers nobody, and is only compared with release {stable}."
+    first = f"Release {number} is made as a shadow: it answers no request, and is only compared with release {stable}."
     return [first, lasts]
 
 

@@ -39,14 +39,14 @@ EXAMPLE_ROWS = 20_000
 MAX_REPORT_BYTES = 32 << 20
 
 
-class Desk:
+class ConsoleData:
     """Everything a page may ask. Safe to use from several threads; connects when it is first asked."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.store = SampleStore(settings.lake)
         self._thumbnails = lru_cache(KEPT_PICTURES)(self._thumbnail)
-        self._kept: dict[str, tuple[float, Any]] = {}
+        self._cache: dict[str, tuple[float, Any]] = {}
         self._lock = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
 
@@ -77,30 +77,30 @@ class Desk:
         Args:
             fresh: ask now, for somebody who is about to act; who only watches gets what is a little older.
         """
-        return self.kept("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
+        return self.cached("status", self._status, seconds=0.0 if fresh else STATUS_SECONDS)
 
-    def windows(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
+    def resident_releases(self, *, fresh: bool = False) -> dict[int, dict[str, Any]]:
         """Resident releases, which can be asked by number; empty when the server does not answer."""
         status = self.status(fresh=fresh)
         rows = [] if status is None else status["controller"]["resident"]
         return {row["release"]: row for row in rows}
 
-    def kept(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
+    def cached(self, name: str, make: Callable[[], Result], seconds: float = STATUS_SECONDS) -> Result:
         """What ``make`` returned in the last seconds. Who asks while it is being made waits for it."""
         with self._lock:
             turn = self._turns.setdefault(name, threading.Lock())
         with turn:
-            at, value = self._kept.get(name, (float("-inf"), None))
-            if time.monotonic() - at > seconds:
+            since, value = self._cache.get(name, (float("-inf"), None))
+            if time.monotonic() - since > seconds:
                 value = make()
-                self._kept[name] = (time.monotonic(), value)
-            found: Result = value
-            return found
+                self._cache[name] = (time.monotonic(), value)
+            result: Result = value
+            return result
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """Ask anew what is kept: somebody changed something."""
         for name in ("status", "overview"):
-            self._kept.pop(name, None)
+            self._cache.pop(name, None)
 
     def _status(self) -> dict[str, Any] | None:
         key = self.settings.operator_key().get_secret_value()
@@ -135,7 +135,7 @@ class Desk:
 
     def thumbnail(self, sample_id: str, size: int) -> bytes | None:
         """A sample's picture as PNG, drawn again so that no byte of a producer reaches a browser."""
-        deleted = self.kept("deleted", lambda: self.store.tally()["deleted"], STATUS_SECONDS)
+        deleted = self.cached("deleted", lambda: self.store.tally()["deleted"], STATUS_SECONDS)
         return self._thumbnails(sample_id, size, deleted)
 
     def _thumbnail(self, sample_id: str, size: int, deleted: int) -> bytes | None:
@@ -157,7 +157,7 @@ class Desk:
 
     def examples(self, count: int = 12) -> list[dict[str, Any]]:
         """Samples to play with, spread over the store; newest data included."""
-        return self.kept("examples", lambda: self._examples(count), seconds=30.0)
+        return self.cached("examples", lambda: self._examples(count), seconds=30.0)
 
     def _examples(self, count: int) -> list[dict[str, Any]]:
         many = self.store.count() > EXAMPLE_ROWS
@@ -170,22 +170,22 @@ class Desk:
 
     def stream(self) -> StreamState:
         """How the stream stands."""
-        return self.kept("stream", lambda: stream_state(self.settings, self.store, self.ledger), STREAM_SECONDS)
+        return self.cached("stream", lambda: stream_state(self.settings, self.store, self.ledger), STREAM_SECONDS)
 
     def learning(self) -> dict[Family, LearningState]:
         """Fresh items and alpha of each model."""
-        return self.kept("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
+        return self.cached("learning", lambda: learning_states(self.settings, self.ledger, self.store), STREAM_SECONDS)
 
     def base_names(self) -> dict[str, str]:
         """Names of the bases that are registered here, by digest."""
-        return self.kept("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
+        return self.cached("bases", lambda: names_by_digest(self.settings.home), seconds=60.0)
 
     def live(self) -> ReleaseRow | None:
         """The live release, as the ledger has it."""
         return self.ledger.live()
 
 
-def words(rows: Sequence[dict[str, Any]], most: int = 5) -> list[str]:
+def short_texts(rows: Sequence[dict[str, Any]], most: int = 5) -> list[str]:
     """Short texts of samples, to try a search with."""
     texts = dict.fromkeys(row["text"].strip() for row in rows if 3 <= len(row["text"].strip()) <= 40)
     return list(texts)[:most]

@@ -1,4 +1,4 @@
-"""One request: who asks, what he may do, and how the answer is drawn."""
+"""One request: who asks, what they may do, and how the answer is rendered."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fastapi.responses import HTMLResponse
 
 from ops.access import Principal
 from ops.console import public
-from ops.console.desk import Desk
-from ops.console.drawing import TEMPLATES
+from ops.console.data import ConsoleData
 from ops.console.sessions import Session
+from ops.console.template_filters import TEMPLATES
 from serving.client import Client
 
 NAV = (
@@ -47,27 +47,27 @@ class SignIn(Exception):
 
 
 @dataclass(frozen=True)
-class Visit:
+class RequestContext:
     """What a page needs to answer."""
 
     request: Request
-    desk: Desk
+    data: ConsoleData
     session: Session
     principal: Principal | None
 
     @property
     def public(self) -> bool:
         """Whether the console is in public mode, see :mod:`ops.console.public`."""
-        return self.desk.settings.console.public
+        return self.data.settings.console.public
 
     @property
     def operator(self) -> bool:
-        """Whether he may act."""
+        """Whether the caller may act."""
         return self.principal is not None and self.principal.may("operate")
 
     @property
     def signed_in(self) -> bool:
-        """Whether he showed a key."""
+        """Whether the caller showed a key."""
         return self.principal is not None and self.principal.kind != "anonymous"
 
     @property
@@ -86,7 +86,7 @@ class Visit:
 
     def client(self, timeout: float = 60.0) -> Client:
         """The server, asked with the visitor's own key."""
-        return self.desk.client(self.session.key, timeout)
+        return self.data.client(self.session.key, timeout)
 
     def page(self, template: str, title: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A whole page."""
@@ -104,22 +104,22 @@ class Visit:
     def part(self, template: str, status: int = 200, **facts: Any) -> HTMLResponse:
         """A part of a page, for htmx to put in its place."""
         return HTMLResponse(
-            TEMPLATES.get_template(template).render(visit=self, csrf=self.session.csrf, public=self.public, **facts),
+            TEMPLATES.get_template(template).render(context=self, csrf=self.session.csrf, public=self.public, **facts),
             status,
         )
 
 
-def visit(request: Request) -> Visit:
+def request_context(request: Request) -> RequestContext:
     """Who asks; also for pages that everybody may see."""
-    desk: Desk = request.app.state.desk
+    data: ConsoleData = request.app.state.data
     session: Session = request.state.session
-    if desk.settings.console.public:
-        return Visit(request, desk, session, None)
+    if data.settings.console.public:
+        return RequestContext(request, data, session, None)
     key = session.key or None
-    principal = desk.access.identify(key) if key or request.app.state.local else None
+    principal = data.access.identify(key) if key or request.app.state.local else None
     if key and (principal is None or principal.kind == "anonymous"):
         principal = None  # the key was revoked
-    return Visit(request, desk, session, principal)
+    return RequestContext(request, data, session, principal)
 
 
 async def intended(request: Request) -> None:
@@ -134,27 +134,27 @@ async def intended(request: Request) -> None:
         )
 
 
-def reader(found: Annotated[Visit, Depends(visit)]) -> Visit:
+def reader(context: Annotated[RequestContext, Depends(request_context)]) -> RequestContext:
     """Somebody who may look and play; in public mode, anybody who looks. Raises SignIn."""
-    if found.public:
-        return found
-    if found.principal is None or not found.principal.may("infer", "operate"):
-        raise SignIn(found.here)
-    return found
+    if context.public:
+        return context
+    if context.principal is None or not context.principal.may("infer", "operate"):
+        raise SignIn(context.here)
+    return context
 
 
-def operator(found: Annotated[Visit, Depends(reader)]) -> Visit:
-    """Somebody who may act. Raises SignIn, or Refused when his key may not."""
-    if found.public:
+def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestContext:
+    """Somebody who may act. Raises SignIn, or Refused when the key may not."""
+    if context.public:
         raise Refused(403, "This console is read-only", "It is in public mode.", "Use one that is not, or `ratchet`.")
-    if not found.signed_in:
-        raise SignIn(found.here)
-    if not found.operator:
-        name = found.principal.name if found.principal else ""
+    if not context.signed_in:
+        raise SignIn(context.here)
+    if not context.operator:
+        name = context.principal.name if context.principal else ""
         raise Refused(
             403, "Not allowed", f"The key {name!r} may look, but not act.", "Sign in with a key of scope `operate`."
         )
-    return found
+    return context
 
 
 def sign_in_link(next_page: str) -> str:
@@ -162,6 +162,6 @@ def sign_in_link(next_page: str) -> str:
     return "/sign-in?" + urlencode({"next": next_page})
 
 
-Anyone = Annotated[Visit, Depends(visit)]
-Reader = Annotated[Visit, Depends(reader)]
-Operator = Annotated[Visit, Depends(operator)]
+Anyone = Annotated[RequestContext, Depends(request_context)]
+Reader = Annotated[RequestContext, Depends(reader)]
+Operator = Annotated[RequestContext, Depends(operator)]

@@ -9,32 +9,32 @@ from typing import Any
 
 import pytest
 
-from ops.console.desk import Desk, words
-from ops.console.drawing import ago, duration, number, pairs, percent, points
+from ops.console.data import ConsoleData, short_texts
 from ops.console.pages.overview import backfills, problems
+from ops.console.template_filters import ago, duration, number, pairs, percent, points
 from tests.unit.console.test_pages import settings
 
 
 def test_many_viewers_cost_one_question(tmp_path: Path) -> None:
-    desk, asked = Desk(settings(tmp_path)), []
+    data, asked = ConsoleData(settings(tmp_path)), []
 
     def question() -> int:
         asked.append(1)
         return len(asked)
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: desk.kept("overview", question, seconds=60), range(40)))
+        found = list(pool.map(lambda _: data.cached("overview", question, seconds=60), range(40)))
     assert found == [1] * 40
-    assert desk.kept("overview", question, seconds=0.0) == 2, "who wants it fresh gets it fresh"
-    desk.forget()
-    assert desk.kept("overview", question, seconds=60) == 3
+    assert data.cached("overview", question, seconds=0.0) == 2, "who wants it fresh gets it fresh"
+    data.invalidate()
+    assert data.cached("overview", question, seconds=60) == 3
 
 
 def test_a_question_that_fails_is_asked_again(tmp_path: Path) -> None:
-    desk = Desk(settings(tmp_path))
+    data = ConsoleData(settings(tmp_path))
     with pytest.raises(ZeroDivisionError):
-        desk.kept("x", lambda: 1 // 0)
-    assert desk.kept("x", lambda: 7) == 7
+        data.cached("x", lambda: 1 // 0)
+    assert data.cached("x", lambda: 7) == 7
 
 
 def test_what_is_not_well_is_said_in_words() -> None:
@@ -61,7 +61,7 @@ def status(live: float = 1.0, next_one: float = 1.0, trouble: str = "") -> dict[
 
 def test_suggestions_are_short_and_each_is_given_once() -> None:
     rows = [{"text": text} for text in ("", "a cat", "a cat", "x" * 41, " a dog ")]
-    assert words(rows) == ["a cat", "a dog"]
+    assert short_texts(rows) == ["a cat", "a dog"]
 
 
 def test_numbers_are_written_for_people() -> None:

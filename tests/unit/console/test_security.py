@@ -10,7 +10,7 @@ from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from ops.console import guard
+from ops.console import security
 from ops.console.app import build_console
 from ops.console.pages.signin import _local
 from ops.console.sessions import COOKIE, Session, Sessions
@@ -158,7 +158,7 @@ def test_large_bodies_are_refused_declared_or_not(tmp_path: Path) -> None:
 
 
 def test_too_many_at_once_are_told_to_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MAX_REQUESTS", 0)
+    monkeypatch.setattr(security, "MAX_REQUESTS", 0)
     answer = visitor(tmp_path).get("/")
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
 

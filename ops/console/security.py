@@ -39,7 +39,7 @@ class TooLarge(HTTPException):
         super().__init__(413)
 
 
-class Guard:
+class SecurityMiddleware:
     """Refuses strange hosts (on loopback), large bodies and too many requests; opens the session; adds the headers.
 
     Args:
@@ -60,8 +60,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        found = self.sessions.open(_cookie(headers))
-        session = found or Session.new()
+        known = self.sessions.open(_cookie(headers))
+        session = known or Session.new()
         state = scope.setdefault("state", {})
         state["session"] = session
 
@@ -70,9 +70,13 @@ class Guard:
                 answer = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     answer.setdefault(name, value)
-                kept: Session | None = state.get("keep", session if found is None else None)
-                if kept is not None and "no_cookie" not in state and not scope["path"].startswith(WITHOUT_COOKIE):
-                    answer.append("set-cookie", self._set_cookie(kept))
+                cookie_session: Session | None = state.get("keep", session if known is None else None)
+                if (
+                    cookie_session is not None
+                    and "no_cookie" not in state
+                    and not scope["path"].startswith(WITHOUT_COOKIE)
+                ):
+                    answer.append("set-cookie", self._set_cookie(cookie_session))
             await send(message)
 
         self.running += 1
@@ -80,7 +84,7 @@ class Guard:
             refusal = self._refusal(scope, headers)
             if refusal is not None:
                 await refusal(scope, receive, guarded)
-            elif found is None and _came_from_elsewhere(scope, headers):
+            elif known is None and _came_from_elsewhere(scope, headers):
                 # A Strict cookie is not sent along a link on another site. Asked for by our own page, it is.
                 state["no_cookie"] = True
                 await PlainTextResponse(BOUNCE, media_type="text/html")(scope, receive, guarded)

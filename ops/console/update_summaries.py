@@ -15,7 +15,7 @@ DAY_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
-class Lesson:
+class UpdateSummary:
     """One update and what became of it."""
 
     update: UpdateRow
@@ -74,14 +74,14 @@ class Lesson:
 
     def _extreme(self, role: str, choose: Callable[..., tuple[str, float]]) -> tuple[str, float] | None:
         suites = self.verdict.summary.get("suites", {}) if self.verdict else {}
-        found = [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
-        if not found:
+        differences = [(name, float(suite["difference"])) for name, suite in suites.items() if suite["role"] == role]
+        if not differences:
             return None
-        return choose(found, key=lambda pair: pair[1])
+        return choose(differences, key=lambda pair: pair[1])
 
 
 @dataclass(frozen=True)
-class Purse:
+class BudgetState:
     """The token bucket. Amounts are memory-adjusted GFLOPs."""
 
     level: float
@@ -119,7 +119,7 @@ class Costs:
     gate_seconds: float
 
 
-def costs(rows: Sequence[Lesson], since: datetime | None = None) -> Costs:
+def costs(rows: Sequence[UpdateSummary], since: datetime | None = None) -> Costs:
     """The sum over updates that began at ``since`` or later; over all of ``rows`` where it is None."""
     chosen = [row for row in rows if since is None or row.update.created_at >= since]
     judged = [row for row in chosen if row.gate_seconds or row.gate_gflops]
@@ -133,15 +133,15 @@ def costs(rows: Sequence[Lesson], since: datetime | None = None) -> Costs:
     )
 
 
-def lessons(ledger: Ledger, limit: int = 20) -> list[Lesson]:
+def update_summaries(ledger: Ledger, limit: int = 20) -> list[UpdateSummary]:
     """The newest updates, newest first."""
     verdicts = {verdict.update_id: verdict for verdict in ledger.verdicts(limit * 2)}
-    return [Lesson(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
+    return [UpdateSummary(update, verdicts.get(update.id)) for update in ledger.updates(limit)]
 
 
-def purse(ledger: Ledger, settings: Settings) -> Purse:
+def budget_state(ledger: Ledger, settings: Settings) -> BudgetState:
     """What is left to spend."""
     budget = settings.budget
     capacity = budget.gflops_per_day
     level = ledger.bucket_level(time.time(), capacity / DAY_SECONDS, capacity)
-    return Purse(level, capacity, min(budget.gflops_per_update, capacity), ledger.spent())
+    return BudgetState(level, capacity, min(budget.gflops_per_update, capacity), ledger.spent())
