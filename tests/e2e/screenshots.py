@@ -4,7 +4,8 @@
     python -m tests.e2e.screenshots --home .ratchet/demo --out docs/images/console
 
 It starts a console of its own beside the demo and waits for each moment: before the first update, when an update was
-rejected, and when one is live. ``--now NAME`` does not wait, and takes all pages under that name.
+rejected, and when one is live. ``--now NAME`` does not wait, and takes all pages under that name; ``--public NAME``
+does the same of the public mode.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from playwright.sync_api import Browser, Page, expect
 
 from ops.ledger import Ledger
 from ops.loading import load_settings
-from ops.settings import Settings
-from tests.support.browser import DESKTOP, PHONE, chromium, console
+from tests.support.browser import PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0
 COLOURS = 256
 """A picture of a page needs no more, and has a third of the bytes."""
-SIZES = {"desktop": DESKTOP, "phone": PHONE}
+SIZES = {"desktop": {"width": 1440, "height": 900}, "phone": PHONE}
 SCHEMES = ("light", "dark")
 Visit = Callable[[Page], None]
 
@@ -86,6 +86,23 @@ def quarantine(page: Page) -> None:
     page.goto("/quarantine")
 
 
+def models(page: Page) -> None:
+    """What is served."""
+    page.goto("/models")
+
+
+def stream(page: Page) -> None:
+    """What came in."""
+    page.goto("/stream")
+
+
+def tour(page: Page) -> None:
+    """A first visit, at its third step."""
+    page.goto("/?tour")
+    for _ in range(2):
+        page.get_by_role("button", name="Next", exact=True).click()
+
+
 def audit(page: Page) -> None:
     """Who did what."""
     page.goto("/audit")
@@ -99,8 +116,9 @@ MOMENTS: dict[str, tuple[Callable[[Ledger], bool], tuple[Visit, ...]]] = {
         (overview, releases, gate, compare, budget, rollback),
     ),
 }
+PUBLIC: tuple[Visit, ...] = (overview, releases, models, gate, stream, budget)
 EVERYTHING: tuple[Visit, ...] = (
-    overview, playground, releases, gate, compare, rollback, budget, quarantine, audit,
+    overview, playground, releases, models, gate, stream, compare, rollback, budget, quarantine, audit, tour,
 )  # fmt: skip
 
 
@@ -110,35 +128,44 @@ def main() -> None:
     flags.add_argument("--home", type=Path, required=True, help="Home folder of the running demo.")
     flags.add_argument("--out", type=Path, required=True, help="Folder of the pictures.")
     flags.add_argument("--now", help="Take all pages at once, under this name.")
+    flags.add_argument("--public", help="Take the pages of the public mode at once, under this name.")
     flags.add_argument("--pages", nargs="*", help="Only these pages.")
     asked = flags.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     settings = load_settings(asked.home / "ratchet.yaml", {"console.port": _free_port()}, environ={})
     url = f"http://{settings.console.host}:{settings.console.port}"
     own = asked.out / ".ratchet-console.yaml"
-    own.write_text(f"{(asked.home / 'ratchet.yaml').read_text()}\nconsole: {{port: {settings.console.port}}}\n")
+    public = str(bool(asked.public)).lower()
+    own.write_text(
+        f"{(asked.home / 'ratchet.yaml').read_text()}\nconsole: {{port: {settings.console.port}, public: {public}}}\n"
+    )
     try:
         with console(own, url, asked.out / ".console.log"), chromium() as browser:
             ledger = Ledger.open(settings.ledger)
-            moments = {asked.now: (lambda _: True, EVERYTHING)} if asked.now else MOMENTS
+            moments = MOMENTS
+            if now := asked.now or asked.public:
+                moments = {now: (lambda _: True, PUBLIC if asked.public else EVERYTHING)}
             for moment, (came, pages) in moments.items():
                 _await(ledger, came, moment)
                 chosen = [page for page in pages if not asked.pages or page.__name__ in asked.pages]
-                take(browser, url, settings, chosen, asked.out, moment)
+                key = "" if asked.public else settings.operator_key().get_secret_value()
+                take(browser, url, key, chosen, asked.out, moment)
     finally:
         own.unlink()
         (asked.out / ".console.log").unlink(missing_ok=True)
 
 
-def take(browser: Browser, url: str, settings: Settings, pages: list[Visit], out: Path, moment: str) -> None:
-    """Each page in both schemes and both sizes, signed in as the operator."""
+def take(browser: Browser, url: str, key: str, pages: list[Visit], out: Path, moment: str) -> None:
+    """Each page in both schemes and both sizes, signed in with ``key`` unless that is empty."""
     for size, viewport in SIZES.items():
         context = browser.new_context(base_url=url, viewport=viewport, reduced_motion="reduce")  # type: ignore[arg-type]
+        context.add_init_script("localStorage.setItem('ratchet-tour', 'seen')")
         page = context.new_page()
-        page.goto("/sign-in")
-        page.get_by_label("API key").fill(settings.operator_key().get_secret_value())
-        page.get_by_role("button", name="Sign in").click()
-        page.get_by_role("button", name="Sign out").wait_for()
+        if key:
+            page.goto("/sign-in")
+            page.get_by_label("API key").fill(key)
+            page.get_by_role("button", name="Sign in").click()
+            page.get_by_role("button", name="Sign out").wait_for()
         for visit in pages:
             visit(page)
             for scheme in SCHEMES:
