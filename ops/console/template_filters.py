@@ -12,7 +12,8 @@ import jinja2
 from ops.console import tour
 from ops.console.public import REFRESH_SECONDS, SPEAKERS
 from ops.console.timeline import ranges, records
-from ops.ledger import SYSTEM_ACTORS, answers
+from ops.ledger import answers
+from ops.ledger.rows import SYSTEM_ACTORS
 
 TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

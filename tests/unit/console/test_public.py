@@ -26,7 +26,7 @@ from tests.unit.console.test_pages import PAGES, settings
 from tests.unit.console.test_security import LOCAL
 
 OPEN = ("/", "/releases", "/models", "/gate", "/stream", "/budget")
-SECRETS = ("ana", "the customer complained", "cam-7", "postgres://", "deletion-", "key:")
+SECRETS = ("the customer complained", "cam-7", "postgres://", "deletion-", "key:")
 
 
 @pytest.fixture(scope="module")
