@@ -12,6 +12,8 @@ from ops.console.stream import COUNTED_SAMPLES, ORIGINS, deletion_counts, origin
 router = APIRouter()
 COUNT_SECONDS = 60.0
 """Whole columns are scanned at most once in so long, however many look."""
+GAP_SECONDS = 5.0
+"""Gaps are looked for in the whole store at most once in so long."""
 GAPS = 50
 DELETIONS = 5
 
@@ -24,6 +26,6 @@ def stream(context: Reader) -> Response:
     return context.page(
         "stream.html", "Stream", stream=data.stream(), counts=counts, most=COUNTED_SAMPLES, columns=ORIGINS,
         origins=data.cached("origins", lambda: origins(data.store), seconds=COUNT_SECONDS),
-        gaps=data.store.gaps(GAPS) if counts.lost else [], gap_limit=GAPS,
+        gaps=data.cached("gaps", lambda: data.store.gaps(GAPS), seconds=GAP_SECONDS), gap_limit=GAPS,
         deletions=data.ledger.deletions(DELETIONS), deletion_counts=deletion_counts(data.ledger), reasons=WORDS,
     )  # fmt: skip
