@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from benchmarks.continual.stream import RECALL_AT, Suite
 from serving.engines.clip import ClipEngine
+from updater.gate.ranking import rank_of_best
 from updater.gate.score import IMAGE_BATCH, TEXT_BATCH
-from updater.ranking import rank_of_best
 
 Vectors = NDArray[np.float32]
 Bools = NDArray[np.bool_]

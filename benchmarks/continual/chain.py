@@ -26,11 +26,11 @@ from ops.digests import digest_json
 from ops.progress import say
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from updater.checkpoint import read_json, write_json
-from updater.pools import mixed_seed
+from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
-from updater.result import Limits, TrainResult, cost_of
-from updater.train import train
+from updater.training.checkpoint import read_json, write_json
+from updater.training.result import Limits, TrainResult, cost_of
+from updater.training.train import train
 
 ZERO_SHOT = "zero-shot.json"
 BASE_VECTORS = "base-vectors.npz"
@@ -104,7 +104,7 @@ class Chain:
         return self.asker.read(path)
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.train.train` raises."""
+        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
         rows = updates_done(self.results, self.recipe, self.unit)
         for number in range(len(rows), min(updates, len(self.order))):
             say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")

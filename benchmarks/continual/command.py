@@ -33,8 +33,8 @@ from ops.errors import ConfigError
 from ops.progress import say
 from ops.settings import Settings
 from serving.engines.base import load_base
-from updater.checkpoint import write_json
 from updater.recipes import load_recipe, recipe_names
+from updater.training.checkpoint import write_json
 
 FAST = ("naive", "replay", "zscl", "default")
 FAST_UPDATES = 5

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.continual.asking import Encoded, Vectors, images_of, right_images, texts_of
+from benchmarks.continual.backward_map import SHARES, BackwardMap, Index, fit, recall, recall_while_backfilling
 from benchmarks.continual.stream import RECALL_AT, Suite
-from updater.backward import SHARES, BackwardMap, Index, fit, recall, recall_while_backfilling
 
 FITTED = 0.25
 

@@ -14,8 +14,8 @@ from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
 from benchmarks.continual.nearest import NAME as NEAREST
 from ops.errors import RatchetError
-from updater.checkpoint import read_json
 from updater.recipes import load_recipe
+from updater.training.checkpoint import read_json
 
 Hits = dict[str, Floats]
 """By suite [items]: the share of an item's views that were answered rightly."""

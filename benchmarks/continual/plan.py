@@ -10,13 +10,14 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
 from serving.engines.base import ClipBase
-from updater.checkpoint import read_json, write_json
-from updater.cost import Cost, measure
+from updater.budget.cost import Cost
+from updater.data.mixture import plan_batches
+from updater.data.pools import Pools
+from updater.data.replay import Candidate, reservoir
 from updater.families import make_learner
-from updater.mixture import plan_batches
-from updater.pools import Pools
 from updater.recipes import Recipe, Schedule, Term
-from updater.replay import Candidate, reservoir
+from updater.training.checkpoint import read_json, write_json
+from updater.training.measure import measure
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
 COUNTED = ("average_every",)

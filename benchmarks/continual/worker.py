@@ -15,10 +15,10 @@ from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import load_stream
 from ops.errors import RatchetError
 from serving.engines.base import load_base
-from updater.checkpoint import write_json
-from updater.process import StopSignal
+from updater.loop.process import StopSignal
 from updater.recipes import load_recipe
-from updater.train import Stopped
+from updater.training.checkpoint import write_json
+from updater.training.train import Stopped
 
 FAILED = "failed.json"
 

@@ -27,7 +27,7 @@ from benchmarks.machine import machine
 from ops.errors import ConfigError
 from ops.progress import say, track
 from ops.settings import Settings
-from updater.checkpoint import write_json
+from updater.training.checkpoint import write_json
 
 Figures = dict[str, Any]
 FEWEST = CHAIN + len(BAD)

@@ -13,7 +13,7 @@ from benchmarks.gate.plans import KNOWN, Plan
 from ops.digests import digest_json
 from streams.folders import FolderItem, read_folder
 from updater.base.shipped import REFERENCE
-from updater.pools import Pair, Pools
+from updater.data.pools import Pair, Pools
 
 REFERENCE_PAIRS = 160
 NOTHING = "a picture"

@@ -27,8 +27,8 @@ from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer
 from updater.gate.score_cache import keep, kept
 from updater.gate.suites import Suite, load_suites
-from updater.result import Limits
-from updater.train import train
+from updater.training.result import Limits
+from updater.training.train import train
 
 LIMITS = Limits(gflops=1e9, seconds=3600.0, threads=1, checkpoint_steps=1000)
 """Steps are bounded by the recipes, not by the budget."""

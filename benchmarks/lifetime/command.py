@@ -26,7 +26,7 @@ from benchmarks.machine import machine
 from ops.errors import ConfigError
 from ops.progress import say, track
 from ops.settings import Gate, Settings
-from updater.checkpoint import write_json
+from updater.training.checkpoint import write_json
 
 UPDATES = 40
 MOST_UPDATES = 400

@@ -57,7 +57,7 @@ def status(
 def collect(settings: Settings) -> dict[str, Any]:
     """The facts behind the screen, from the ledger, the sample store and the server's health."""
     from streams.store import SampleStore
-    from updater.learning_state import learning_states
+    from updater.scheduling.learning_state import learning_states
 
     ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
     capacity = settings.budget.gflops_per_day

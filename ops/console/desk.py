@@ -21,7 +21,7 @@ from ops.stream_state import StreamState, stream_state
 from serving.client import Client, ServerError
 from streams.images import decode_image
 from streams.store import SampleStore
-from updater.learning_state import LearningState, learning_states
+from updater.scheduling.learning_state import LearningState, learning_states
 
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0

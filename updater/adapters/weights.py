@@ -17,7 +17,7 @@ from serving.engines.base import ClipBase
 from updater.adapters.factors import Delta, Factor, Whole, combine, fits
 from updater.adapters.kinds import Kind, find
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
-from updater.found import options_of
+from updater.recipes.plugin_registry import options_of
 
 
 class WeightModel(AdapterModel):

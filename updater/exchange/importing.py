@@ -17,12 +17,12 @@ from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.adapters import MAX_RANK, adapter_name
 from streams.store import SampleStore
-from updater import triggers
 from updater.exchange.peft_files import convert, named
 from updater.families import FAMILIES, family_base, spaces_of
-from updater.learner import Base
-from updater.looks import ONLY_LOOK
 from updater.recipes import Family
+from updater.scheduling import triggers
+from updater.scheduling.kept_candidates import ONLY_LOOK
+from updater.step.learner import Base
 
 IMPORTED: Final = "imported"
 """Name in the place of a recipe's."""

@@ -18,8 +18,8 @@ from streams.folders import read_folder
 from updater.adapters import Delta
 from updater.families.clip.learner import ClipLearner
 from updater.families.vlm.learner import VlmLearner
-from updater.learner import AnyLearner, Base
 from updater.recipes import Family, Recipe, load_recipe
+from updater.step.learner import AnyLearner, Base
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 

@@ -16,7 +16,7 @@ from serving.engines.adapters import ABOUT, adapter_name, read_adapter
 from serving.engines.base import ClipBase, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
-from updater.draw import HAVING
+from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts
 from updater.gate.fresh import fresh_suites
 from updater.gate.held_out import WORDS, HeldOut

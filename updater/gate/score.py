@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.progress import track
 from serving.engines.clip import ClipEngine
+from updater.gate.ranking import rank_of_best
 from updater.gate.score_cache import keep, kept
 from updater.gate.suite_items import Item, read_picture
 from updater.gate.suites import Suite
-from updater.ranking import rank_of_best
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from updater.adapters import Delta
-from updater.found import file_names, find, options_of
 from updater.recipes import Merge
+from updater.recipes.plugin_registry import file_names, find, options_of
 
 __all__ = ["NONE", "merged", "names"]
 

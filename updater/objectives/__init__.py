@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ops.errors import ConfigError
-from updater.found import file_names, options_of
 from updater.objectives.base import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
+from updater.recipes.plugin_registry import file_names, options_of
 
 __all__ = ["Answers", "Batch", "Features", "Objective", "Sides", "Teacher", "Texts", "build", "names", "values"]
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from updater.divergence import row_divergence
 from updater.objectives.base import Features, Objective, known_teacher
+from updater.objectives.shared.divergence import row_divergence
 from updater.recipes import Family
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.objectives.base import Features, Objective
-from updater.prototypes import Prototypes
+from updater.objectives.shared.prototypes import Prototypes
 from updater.recipes import Family
 
 

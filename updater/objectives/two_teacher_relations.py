@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from updater.objectives.base import Features, Objective
-from updater.prototypes import Prototypes
+from updater.objectives.shared.prototypes import Prototypes
 from updater.recipes import Family
 
 TEACHERS = ("base", "incumbent")

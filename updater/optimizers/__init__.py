@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from updater.found import file_names, find, options_of
 from updater.recipes import Optimizer
+from updater.recipes.plugin_registry import file_names, find, options_of
 
 __all__ = ["make", "names", "state_bytes"]
 

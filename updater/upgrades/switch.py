@@ -17,7 +17,7 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.registered import digest_of
-from updater.recorded import fetch_recorded
+from updater.adapters.recorded import fetch_recorded
 
 
 @dataclass(frozen=True)

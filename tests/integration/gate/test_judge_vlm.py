@@ -25,7 +25,7 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.vlm_house import encoded, known, unknown, write_questions
 from updater.gate.command import gate_command
-from updater.judge import judge
+from updater.loop.judge import judge
 
 pytestmark = pytest.mark.integration
 STORED = 3

@@ -20,8 +20,8 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
-from updater import judge
 from updater.gate import Verdict
+from updater.loop import judge
 
 TOPIC = "samples"
 

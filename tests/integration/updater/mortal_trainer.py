@@ -13,10 +13,10 @@ from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
-from updater import judge
-from updater.command import run_update
-from updater.learner import Learner
-from updater.service import UpdaterService
+from updater.commands.update import run_update
+from updater.loop import judge
+from updater.loop.service import UpdaterService
+from updater.step.learner import Learner
 
 import_ahead(__name__)
 backward, put_directory = Learner.backward, Artifacts.put_directory

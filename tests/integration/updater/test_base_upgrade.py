@@ -15,11 +15,11 @@ from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from tests.integration.updater.home import add_samples, make_home
-from updater import judge
+from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command
 from updater.gate import Verdict
-from updater.process import only_one
-from updater.service import UpdaterService
-from updater.upgrades.command import begin_command, cancel_command, finish_command, plan_command
+from updater.loop import judge
+from updater.loop.process import only_one
+from updater.loop.service import UpdaterService
 from updater.upgrades.switch import switch_base
 
 pytestmark = pytest.mark.integration

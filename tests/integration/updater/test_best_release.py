@@ -15,7 +15,7 @@ from ops.settings import Settings
 from serving.engines.base import load_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.families import spaces_of
-from updater.service import UpdaterService
+from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 

@@ -23,13 +23,13 @@ from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
 from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home
-from updater import triggers
-from updater.exchange.command import judge_import
+from updater.commands.exchange import judge_import
 from updater.exchange.exporting import export_adapter
 from updater.exchange.importing import import_adapter
-from updater.process import only_one
+from updater.loop.process import only_one
+from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.service import UpdaterService
+from updater.scheduling import triggers
 
 pytestmark = pytest.mark.integration
 

@@ -18,10 +18,10 @@ from tests.integration.updater.home import add_samples, make_home
 from tests.integration.updater.test_kill import SECONDS
 from tests.integration.updater.test_service import release, verdict
 from tests.unit.updater.builders import recipe
-from updater import service as service_module
 from updater.adapters import read_delta
-from updater.memory import Memory
-from updater.service import UpdaterService
+from updater.loop import service as service_module
+from updater.loop.service import UpdaterService
+from updater.training.carry_over import Memory
 
 __all__ = ["verdict"]
 

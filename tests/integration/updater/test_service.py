@@ -13,10 +13,10 @@ from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
 from tests.integration.updater.home import add_samples, judged_as
-from updater import triggers
-from updater.command import run_update
+from updater.commands.update import run_update
+from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.service import UpdaterService
+from updater.scheduling import triggers
 
 pytestmark = pytest.mark.integration
 
@@ -145,7 +145,7 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from updater import service as service_module
+    from updater.loop import service as service_module
 
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
     gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
@@ -205,7 +205,7 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
     from datetime import timedelta
 
     from streams import compaction
-    from updater import service as service_module
+    from updater.loop import service as service_module
 
     add_samples(settings, 12)
     service = UpdaterService(settings)

@@ -24,7 +24,7 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
-from updater.train import Stopped
+from updater.training.train import Stopped
 
 METHODS = ("default", "locked-text")
 

@@ -29,7 +29,7 @@ from tests.unit.updater.builders import recipe, run
 from updater.adapters import read_delta
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
-from updater.train import TrainResult
+from updater.training.train import TrainResult
 
 LAST = {"blocks": 1}
 

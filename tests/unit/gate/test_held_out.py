@@ -19,7 +19,7 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import picture
 from updater.gate.held_out import PAGE, WORDS, HeldOut
-from updater.tuning import update_suites
+from updater.loop.tuning import update_suites
 
 LEARNED, FRESH, LIMIT = 420, 300, 50
 VERSION_TIME = datetime(2026, 1, 1, tzinfo=UTC)

@@ -13,9 +13,9 @@ from ops.errors import GateError
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import folder_dataset, sample_rows
 from updater.gate.fresh import fresh_suite
+from updater.gate.ranking import rank_of_best
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite, load_suites
-from updater.ranking import rank_of_best
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase
 from updater import objectives
 from updater.adapters import Delta
+from updater.data.pools import Pair, Pools, Question
 from updater.families.vlm.learner import VlmLearner
 from updater.objectives import Answers, Batch, Features, Sides
 from updater.objectives.token_distillation import summarise
-from updater.pools import Pair, Pools, Question
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
-from updater.train import Limits, TrainResult, train
+from updater.training.train import Limits, TrainResult, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)

@@ -7,8 +7,8 @@ not here: it is PEFT's (``updater/adapters/lora.py``), which never forms ΔW.
 from __future__ import annotations
 
 from ops.errors import ConfigError
-from updater import found
 from updater.adapters.kinds.base import Kind
+from updater.recipes import plugin_registry
 
 __all__ = ["LORA", "Kind", "find", "names"]
 
@@ -17,11 +17,11 @@ LORA = "lora"
 
 def names() -> list[str]:
     """Names that a recipe's ``adapter.kind`` may have."""
-    return sorted([LORA, *found.file_names(__name__)])
+    return sorted([LORA, *plugin_registry.file_names(__name__)])
 
 
 def find(name: str) -> type[Kind]:
     """The class of a kind. Raises ConfigError when there is none; plain LoRA has no file here."""
     if name == LORA:
         raise ConfigError(f"there is no adapter kind {name!r}.", f"Use one of {', '.join(names())}.")
-    return found.find(__name__, "KIND", "adapter kind", name, names())  # type: ignore[no-any-return]
+    return plugin_registry.find(__name__, "KIND", "adapter kind", name, names())  # type: ignore[no-any-return]

@@ -18,14 +18,14 @@ from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
 from updater.adapters.kinds import LORA, find
+from updater.data.pools import Pair, caption_number
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
 from updater.families.clip.views import phrased, view_pixels
-from updater.learner import CHUNK, Learner
 from updater.objectives import Features, Objective, Sides, Texts
-from updater.pools import Pair, caption_number
 from updater.recipes import Part, Recipe
-from updater.shards import Shards, Values, spans
+from updater.step.learner import CHUNK, Learner
+from updater.step.shards import Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
 

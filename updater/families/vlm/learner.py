@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from serving.engines.vlm.base import VlmBase
 from streams.images import decode_image
 from updater.adapters import Delta, LoraModel
+from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
-from updater.learner import CHUNK, Learner
 from updater.objectives import Answers, Teacher
 from updater.objectives.token_distillation import summarise
-from updater.pools import Question
 from updater.recipes import Recipe
-from updater.shards import Values
+from updater.step.learner import CHUNK, Learner
+from updater.step.shards import Values
 
 TOP = 256
 """Tokens of a teacher's distribution that are kept one by one; the others are one."""

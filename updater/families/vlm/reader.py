@@ -14,7 +14,7 @@ from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
 from serving.errors import InvalidRequest
-from updater.pools import Question
+from updater.data.pools import Question
 
 SMALL = 64
 """Values of one image that are no pixels, such as its grid of patches, are at most this many."""

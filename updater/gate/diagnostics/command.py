@@ -10,7 +10,7 @@ from ops.settings import Settings
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from streams.store import SampleStore
-from updater.draw import HAVING
+from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator
 from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
 from updater.gate.fresh import fresh_suites
