@@ -125,7 +125,7 @@ class Chain:
             limits=Limits(self.protocol.gflops, SECONDS, threads=1, checkpoint_steps=20),
             out_dir=adapters,
             work_dir=work,
-            memory=adapters / last["memory"] if last.get("memory") else None,
+            carry_over=adapters / last["memory"] if last.get("memory") else None,
             stop=stop,
             device="cpu",
         )
@@ -135,7 +135,7 @@ class Chain:
             "chain": chain_name(self.recipe, self.unit),
             "update": self.order[number],
             "adapter": result.adapter,
-            "memory": result.memory.name if result.memory else None,
+            "memory": result.carry_over.name if result.carry_over else None,
             "hits": packed(self.asker.outcomes(vectors)),
             "cross": crossing(
                 self.stream.suites, self.asker.read(self._vectors_path(number)), vectors, self.base_vectors

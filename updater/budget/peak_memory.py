@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from updater.adapters.kinds import Kind
+from updater.adapters.parametrizations import Parametrization
 
 
 class _Kept:
@@ -109,4 +109,4 @@ def _address(tensor: Tensor) -> int:
 
 def replaced_weights(model: nn.Module) -> list[nn.Module]:
     """What forms a whole weight in place of a parameter of the base."""
-    return [module for module in model.modules() if isinstance(module, Kind) and module.in_place]
+    return [module for module in model.modules() if isinstance(module, Parametrization) and module.in_place]

@@ -15,7 +15,7 @@ from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase, list_bases, load_base
 from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.folders import read_folder
-from updater.adapters import Delta
+from updater.adapters import WeightDelta
 from updater.families.clip.learner import ClipLearner
 from updater.families.vlm.learner import VlmLearner
 from updater.recipes import Family, Recipe, load_recipe
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def make_learner(base: Base, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> AnyLearner:
+def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> AnyLearner:
     """The learner of a base. Raises ConfigError when the recipe is of another family."""
     if recipe.family == "clip" and isinstance(base, ClipBase):
         return ClipLearner(base, recipe, start, seed, device)

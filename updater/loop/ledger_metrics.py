@@ -18,17 +18,17 @@ VERDICTS = 500
 """Verdicts that are looked through for the last one with each outcome."""
 
 
-class Facts:
+class LedgerMetrics:
     """Exports them when they have changed."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self._told: tuple[Any, ...] = ()
+        self._exported: tuple[Any, ...] = ()
 
-    def tell(self, families: Iterable[Family]) -> None:
+    def export(self, families: Iterable[Family]) -> None:
         """Look at the ledger, and export what is new."""
         newest = [(row.id, row.state) for row in self.ledger.updates(1)], [row.id for row in self.ledger.verdicts(1)]
-        if newest == self._told:
+        if newest == self._exported:
             return
         verdicts = self.ledger.verdicts(VERDICTS)
         for family in families:
@@ -41,7 +41,7 @@ class Facts:
                 metrics.gate.shifted(family, _shifts(own[0]))
             for row in reversed(own):
                 metrics.gate.last(family, row.outcome, row.created_at.timestamp())
-        self._told = newest
+        self._exported = newest
 
 
 def _scores(verdict: VerdictRow) -> list[Score]:

@@ -115,18 +115,18 @@ class StopSignal:
         self.wanted = True
 
 
-class Waits:
+class ThrottledLog:
     """Why the updater waits, said when the reason is another one, and else once a minute.
 
     The figures in a reason change with every look: they alone are no news.
     """
 
     def __init__(self) -> None:
-        self._said, self._at = "", 0.0
+        self._last_kind, self._last_time = "", 0.0
 
-    def tell(self, reason: str) -> None:
+    def say(self, reason: str) -> None:
         """Say the reason, if it is time to."""
         kind = re.sub(r"\d[\d.,]*", "", reason)
-        if kind != self._said or time.monotonic() - self._at > QUIET_SECONDS:
+        if kind != self._last_kind or time.monotonic() - self._last_time > QUIET_SECONDS:
             say(f"updater waits: {reason}")
-            self._said, self._at = kind, time.monotonic()
+            self._last_kind, self._last_time = kind, time.monotonic()

@@ -2,7 +2,7 @@
 
            a candidate that was inconclusive is asked again as an update that is trained already (kept_candidates.py)
 training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
-           leaves for the next one (its memory), then the ledger
+           leaves for the next one (its carry-over), then the ledger
 trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
 gated      the verdict and its report are stored; what passed is proposed
 done       or failed, with the reason
@@ -42,13 +42,13 @@ from updater.budget.throttle import Throttle, latencies
 from updater.data.pools import draw_pools, mixed_seed
 from updater.exchange.importing import compare, is_import
 from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
-from updater.loop.judge import judge
-from updater.loop.ledger_metrics import Facts
-from updater.loop.process import StopSignal, Waits
+from updater.loop.gate_update import gate_update
+from updater.loop.ledger_metrics import LedgerMetrics
+from updater.loop.process import StopSignal, ThrottledLog
 from updater.loop.tuning import TuningScores
 from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
-from updater.scheduling.triggers import Again, Ready, Waiting
+from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.result import Limits, TrainResult, cost_of
 from updater.training.train import train
@@ -99,7 +99,7 @@ class UpdaterService:
         self.artifacts = Artifacts(settings.artifacts)
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
-        self._facts = Facts(self.ledger)
+        self._ledger_metrics = LedgerMetrics(self.ledger)
         server = Client(settings.console_server, settings.operator_key(), actor="updater", timeout=2.0)
         at = settings.updater
         self._throttle = Throttle(
@@ -149,7 +149,7 @@ class UpdaterService:
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
                 return Outcome(None, ready.reason)
-            found = self._ask_again(ready) if isinstance(ready, Again) else self._begin(recipe, ready)
+            found = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         done = self._finish(found, family)
         return Outcome(done, done.error or done.state)
 
@@ -167,11 +167,11 @@ class UpdaterService:
         """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
         for family in self.turns:
             metrics.update.now(family, "waiting")
-        waits = Waits()
+        waiting_log = ThrottledLog()
         while not self.stop():
             try:
                 self._tell_budget()
-                self._facts.tell(self.turns)
+                self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
                 outcome = self.step()
                 reason = outcome.reason
@@ -179,7 +179,7 @@ class UpdaterService:
             except RatchetError as error:
                 reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
             if wait:
-                waits.tell(reason)
+                waiting_log.say(reason)
             time.sleep(wait)
 
     def _tell_budget(self) -> None:
@@ -212,15 +212,15 @@ class UpdaterService:
             say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
         return update
 
-    def _ask_again(self, again: Again) -> UpdateRow:
+    def _reevaluate(self, due: Reevaluate) -> UpdateRow:
         """Record the next look at a candidate that was inconclusive."""
-        last = again.kept.update
+        last = due.candidate.update
         update = self.ledger.begin_update(
-            again.kept.next_id,
+            due.candidate.next_id,
             family=last.family,
             recipe=last.recipe,
             seed=last.seed,
-            store_version=again.store_version,
+            store_version=due.store_version,
             data_from=last.data_from,
             data_to=last.data_to,
             incumbent=last.incumbent,
@@ -228,7 +228,7 @@ class UpdaterService:
             cost={**last.cost, kept_candidates.TRAINED_BY: kept_candidates.split_id(last.id)[0]},
         )
         self.store.pin(update.id, update.store_version)
-        say(f"{update.id}: {update.adapter} is asked again, {again.fresh}")
+        say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
         return update
 
     def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
@@ -241,7 +241,7 @@ class UpdaterService:
                 update = self._train(update, family, base, work, upgrade)
             if update.state == "trained":
                 metrics.update.now(family, "judging")
-                update = judge(self.settings, self.ledger, self.artifacts, self.store, base, update)
+                update = gate_update(self.settings, self.ledger, self.artifacts, self.store, base, update)
             if update.state == "gated":
                 metrics.update.now(family, "proposing")
                 update = self._propose(update, family)
@@ -317,14 +317,14 @@ class UpdaterService:
                 limits=limits,
                 out_dir=work / "adapter",
                 work_dir=work,
-                memory=self._memory(begins_at),
+                carry_over=self._carry_over(begins_at),
                 scored=scored,
                 stop=self.stop,
-                give_way=self._throttle,
+                duty_cycle=self._throttle,
             )
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
-        if result.memory is not None:
-            self.artifacts.put_directory(result.memory, f"memories/{result.adapter}")
+        if result.carry_over is not None:
+            self.artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
         self._register(update, recipe, base, result)
         if charged:
             self.ledger.settle(update.id, result.maf, capacity=capacity)
@@ -337,7 +337,7 @@ class UpdaterService:
         cost = {**cost_of(result), "draw": settings.updater.draw}
         return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
 
-    def _memory(self, incumbent: str | None) -> Path | None:
+    def _carry_over(self, incumbent: str | None) -> Path | None:
         """What the update that made the incumbent left behind, if it left something."""
         key = f"memories/{incumbent}"
         return self.artifacts.fetch(key) if incumbent and self.artifacts.exists(key) else None

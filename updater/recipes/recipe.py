@@ -40,7 +40,7 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """What learns in the layers that learn, found by name in ``updater/adapters/kinds``."""
+    """What learns in the layers that learn, found by name in ``updater/adapters/parametrizations``."""
 
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)

@@ -14,7 +14,7 @@ from updater.gate.fresh import fresh_suites
 from updater.gate.held_out import WORDS, HeldOut
 from updater.recipes import Family
 from updater.scheduling import kept_candidates
-from updater.scheduling.kept_candidates import Kept
+from updater.scheduling.kept_candidates import KeptCandidate
 
 PLENTY = 20
 """So many times the items that an update needs are not read to be counted. Where their captions are that few, the gate
@@ -27,19 +27,20 @@ class FreshItems:
 
     items: int
     needed: int
-    kept: Kept | None
+    candidate: KeptCandidate | None
     """The candidate that waits for them; None: the next update does."""
 
     @property
     def enough(self) -> bool:
         """Whether the wait is over."""
-        return self.items >= (self.needed if self.kept is None else self.kept.next_items)
+        return self.items >= (self.needed if self.candidate is None else self.candidate.next_items)
 
     def __str__(self) -> str:
-        told = f"{self.items:,} of {self.needed:,} fresh items"
-        if self.kept is None:
-            return told
-        return f"{told}: {self.kept.update.adapter} was inconclusive, and is asked again with {self.kept.next_items:,}"
+        count = f"{self.items:,} of {self.needed:,} fresh items"
+        if self.candidate is None:
+            return count
+        adapter, due = self.candidate.update.adapter, self.candidate.next_items
+        return f"{count}: {adapter} was inconclusive, and is asked again with {due:,}"
 
 
 def fresh_items(
@@ -60,7 +61,7 @@ def fresh_items(
         updates: of the family, newest first.
         halved: a search looks at half of them, see :func:`updater.loop.tuning.tuned_on`.
     """
-    candidate = kept_candidates.kept(ledger, updates, incumbent)
+    candidate = kept_candidates.kept_candidate(ledger, updates, incumbent)
     if candidate is not None:
         needed = candidate.needed
     else:

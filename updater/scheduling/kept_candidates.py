@@ -28,7 +28,7 @@ LOOK = re.compile(r"^(?P<first>.+)-look-(?P<number>\d+)$")
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptCandidate:
     """An inconclusive candidate that is asked again."""
 
     update: UpdateRow
@@ -101,7 +101,7 @@ def spread(verdicts: Sequence[VerdictRow]) -> float | None:
     return math.sqrt(sum(variances) / units)
 
 
-def kept(ledger: Ledger, updates: Sequence[UpdateRow], incumbent: str | None) -> Kept | None:
+def kept_candidate(ledger: Ledger, updates: Sequence[UpdateRow], incumbent: str | None) -> KeptCandidate | None:
     """The candidate that is asked again; None where there is none.
 
     It is the newest update's: a newer one ends it, and so does another incumbent, a look with all the items that are
@@ -118,4 +118,4 @@ def kept(ledger: Ledger, updates: Sequence[UpdateRow], incumbent: str | None) ->
     if verdict is None or look is None or look["next"] is None or ledger.withdrawn([update.adapter]):
         return None
     others = look["items"] - look["fresh"]  # of the user's gain suites: they stay
-    return Kept(update, verdict, max(0, look["next"] - others), max(0, look["needed"] - others), look["fresh"])
+    return KeptCandidate(update, verdict, max(0, look["next"] - others), max(0, look["needed"] - others), look["fresh"])

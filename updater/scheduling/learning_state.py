@@ -40,13 +40,13 @@ class LearningState:
 
     def facts(self) -> dict[str, Any]:
         """For machines."""
-        kept = self.fresh.kept
+        candidate = self.fresh.candidate
         return {
             "fresh_items": self.fresh.items,
             "fresh_items_needed": self.fresh.needed,
-            "kept": None if kept is None else {
-                "adapter": kept.update.adapter, "update": kept.update.id, "looks": len(self.plan.tested),
-                "asked_again_with": kept.next_items,
+            "kept": None if candidate is None else {
+                "adapter": candidate.update.adapter, "update": candidate.update.id, "looks": len(self.plan.tested),
+                "asked_again_with": candidate.next_items,
             },
             "alpha": self.alpha, "alpha_spent": self.spent, "candidates": self.plan.candidates,
         }  # fmt: skip
@@ -63,7 +63,9 @@ def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> d
 def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
     halved = _searches(settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe)
     fresh = triggers.fresh_of(settings, ledger, store, family, halved=halved)
-    plan = kept_candidates.plan(settings.gate, ledger, family, fresh.kept.update if fresh.kept else None, halved=halved)
+    plan = kept_candidates.plan(
+        settings.gate, ledger, family, fresh.candidate.update if fresh.candidate else None, halved=halved
+    )
     return LearningState(fresh, plan, settings.gate.alpha)
 
 

@@ -17,7 +17,7 @@ from streams.store import Having, SampleStore
 from updater.data.draw import HAVING
 from updater.recipes import Family, Recipe
 from updater.scheduling.fresh_items import FreshItems, fresh_items
-from updater.scheduling.kept_candidates import Kept
+from updater.scheduling.kept_candidates import KeptCandidate
 
 HISTORY = 10_000
 """Updates that are looked through; far more than a daily budget pays for within the life of a base."""
@@ -46,10 +46,10 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Again:
+class Reevaluate:
     """A candidate that was inconclusive is asked again: enough fresh items have arrived."""
 
-    kept: Kept
+    candidate: KeptCandidate
     store_version: int
     fresh: FreshItems
 
@@ -63,7 +63,7 @@ class Waiting:
 
 def decide(
     settings: Settings, ledger: Ledger, store: SampleStore, recipe: Recipe, *, now: bool = False, retry: bool = False
-) -> Ready | Again | Waiting:
+) -> Ready | Reevaluate | Waiting:
     """Whether an update of the recipe's family begins.
 
     Data to learn is what the live adapter (beside a canary, the stable one) has not learned: everything after the
@@ -103,9 +103,9 @@ def decide(
     metrics.update.new_samples(family, count)
     metrics.update.fresh_items(family, fresh.items, fresh.needed)
     waits = settings.updater.wait_for_items and not (now or retry)
-    if fresh.kept is not None and waits:
+    if fresh.candidate is not None and waits:
         if fresh.enough:
-            return Again(fresh.kept, version, fresh)
+            return Reevaluate(fresh.candidate, version, fresh)
         if not (_dried_up(settings, fresh) and count >= settings.updater.min_new_samples):
             return Waiting(str(fresh))
     if count == 0:
@@ -160,9 +160,9 @@ def fresh_of(settings: Settings, ledger: Ledger, store: SampleStore, family: Fam
 
 def _dried_up(settings: Settings, fresh: FreshItems) -> bool:
     """Whether no fresh item has come for long since a candidate was asked: there may be none any more."""
-    assert fresh.kept is not None
-    age = (datetime.now(UTC) - fresh.kept.verdict.created_at.astimezone(UTC)).total_seconds()
-    return fresh.items <= fresh.kept.seen and age >= settings.updater.max_wait_seconds
+    assert fresh.candidate is not None
+    age = (datetime.now(UTC) - fresh.candidate.verdict.created_at.astimezone(UTC)).total_seconds()
+    return fresh.items <= fresh.candidate.seen and age >= settings.updater.max_wait_seconds
 
 
 def planned_gflops(settings: Settings) -> float:

@@ -17,19 +17,19 @@ from torch import Tensor
 
 from ops.digests import digest_tensors
 from ops.errors import TrainingError
-from updater.adapters import Delta, Factor, Whole
+from updater.adapters import Dense, LowRank, WeightDelta
 
 NAME = "memory.safetensors"
 
 
 @dataclass(frozen=True)
-class Memory:
+class CarryOver:
     """``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
 
     ``updates``: how many came before, where the schedule looks at that.
     """
 
-    start: Delta = field(default_factory=dict)
+    start: WeightDelta = field(default_factory=dict)
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     updates: int = 0
 
@@ -40,7 +40,7 @@ class Memory:
         if self.updates:
             made["updates"] = torch.tensor(self.updates)
         for name, part in self.start.items():
-            if isinstance(part, Factor):
+            if isinstance(part, LowRank):
                 made |= {f"start/{name}/a": part.a, f"start/{name}/b": part.b}
             else:
                 made[f"start/{name}/whole"] = part.value
@@ -62,7 +62,7 @@ class Memory:
         return directory
 
     @classmethod
-    def read(cls, directory: Path) -> Memory:
+    def read(cls, directory: Path) -> CarryOver:
         """What :meth:`write` wrote. Raises TrainingError when it is damaged."""
         try:
             tensors = load_file(directory / NAME)
@@ -72,12 +72,12 @@ class Memory:
                 "Delete it: the update then starts from the adapter alone.",
             ) from None
         terms = {name.removeprefix("term/"): value for name, value in tensors.items() if name.startswith("term/")}
-        start: dict[str, Factor | Whole] = {}
+        start: dict[str, LowRank | Dense] = {}
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
             name, _, side = rest.rpartition("/")
             if kind == "start" and side == "whole":
-                start[name] = Whole(value)
+                start[name] = Dense(value)
             elif kind == "start" and side == "a":
-                start[name] = Factor(value, tensors[f"start/{name}/b"])
+                start[name] = LowRank(value, tensors[f"start/{name}/b"])
         return cls(start, terms, int(tensors.get("updates", 0)))

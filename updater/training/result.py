@@ -47,7 +47,7 @@ class TrainResult:
     """New samples in all, of which some were drawn."""
     visited: int
     """New samples that were in a batch; the others were passed over."""
-    memory: Path | None = None
+    carry_over: Path | None = None
     """Directory with what the next update from this adapter wants to know, if there is something."""
 
 

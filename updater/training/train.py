@@ -28,7 +28,7 @@ from ops import metrics
 from ops.digests import digest_json
 from ops.errors import ConfigError, TrainingError
 from ops.progress import say, track
-from updater.adapters import Delta, read_delta
+from updater.adapters import WeightDelta, read_delta
 from updater.budget.cost import Cost
 from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools
@@ -38,7 +38,7 @@ from updater.merging import merged
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
-from updater.training.carry_over import Memory
+from updater.training.carry_over import CarryOver
 from updater.training.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
 from updater.training.linesearch import Scored, check_searchable, search
 from updater.training.measure import measure
@@ -64,22 +64,22 @@ def train(
     limits: Limits,
     out_dir: Path,
     work_dir: Path,
-    memory: Path | None = None,
+    carry_over: Path | None = None,
     scored: Scored | None = None,
     stop: Callable[[], bool] = lambda: False,
-    give_way: Callable[[], float] = lambda: 1.0,
+    duty_cycle: Callable[[], float] = lambda: 1.0,
     device: str | None = None,
 ) -> TrainResult:
     """Train one update.
 
     Args:
         incumbent: adapter directory to start from; None starts from the base.
-        memory: what the update that made the incumbent left for the next one, if its recipe left something.
+        carry_over: what the update that made the incumbent left for the next one, if its recipe left something.
         out_dir: the adapter is written to ``out_dir/<its name>``.
         work_dir: keeps checkpoints and measured costs of this update.
         scored: scores merged adapters, for recipes whose merge searches its weight.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
-        give_way: asked between steps for the share of the duty cycle that may be used just now.
+        duty_cycle: asked between steps for the share of ``limits.duty_cycle`` that may be used just now.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
@@ -92,10 +92,12 @@ def train(
     check_searchable(recipe, scored)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = read_delta(incumbent, base) if incumbent else {}
-    recalled = Memory.read(memory) if memory else Memory()
-    recipe, run = _settled(base, recipe, pools, seed, incumbent, recalled, work_dir, place)
+    received = CarryOver.read(carry_over) if carry_over else CarryOver()
+    recipe, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
     with _reproducible(limits.threads):
-        course = _Run(base, recipe, pools, start, recalled, seed, limits, out_dir, work_dir, stop, give_way, place, run)
+        course = _Run(
+            base, recipe, pools, start, received, seed, limits, out_dir, work_dir, stop, duty_cycle, place, run
+        )
         return course.go(scored)
 
 
@@ -109,7 +111,7 @@ def estimate(
     Raises: what :func:`train` does before its first step.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    nothing = Memory()
+    nothing = CarryOver()
     recipe, run = _settled(base, recipe, pools, seed, None, nothing, work_dir, place)
     with _reproducible(limits.threads):
         course = _Run(
@@ -119,12 +121,12 @@ def estimate(
 
 
 def _settled(
-    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, memory: Memory, work_dir: Path,
+    base: Base, recipe: Recipe, pools: Pools, seed: int, incumbent: Path | None, received: CarryOver, work_dir: Path,
     device: str,
 ) -> tuple[Recipe, str]:  # fmt: skip
     """The recipe in the precision of this run, and what names the run: everything that decides what it computes."""
     run = digest_json(
-        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, memory.digest]
+        [base.digest, recipe.digest, pools.digest, seed, incumbent.name if incumbent else None, received.digest]
     )
     precision = run_precision(work_dir, run, training_precision(recipe, base, torch.device(device)))
     return recipe.model_copy(update={"precision": precision}), digest_json([run, precision])
@@ -134,16 +136,17 @@ class _Run:
     """The course of one call of :func:`train`."""
 
     def __init__(
-        self, base: Base, recipe: Recipe, pools: Pools, served: Delta, memory: Memory, seed: int, limits: Limits,
-        out_dir: Path, work_dir: Path, stop: Callable[[], bool], give_way: Callable[[], float], device: str, run: str,
+        self, base: Base, recipe: Recipe, pools: Pools, served: WeightDelta, received: CarryOver, seed: int,
+        limits: Limits, out_dir: Path, work_dir: Path, stop: Callable[[], bool], duty_cycle: Callable[[], float],
+        device: str, run: str,
     ) -> None:  # fmt: skip
         self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
-        self.out_dir, self.work_dir, self.stop, self.give_way = out_dir, work_dir, stop, give_way
-        starts = {"served": served, "trained": memory.start or served, "base": {}}
-        self.start: Delta = starts[recipe.merge.start]
+        self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
+        starts = {"served": served, "trained": received.start or served, "base": {}}
+        self.start: WeightDelta = starts[recipe.merge.start]
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
-        self.learner.remember(memory.terms)
-        self.updates = memory.updates
+        self.learner.remember(received.terms)
+        self.updates = received.updates
         self.source = pools
         self.seed = seed
         self.progress: Progress | None = None
@@ -215,7 +218,7 @@ class _Run:
             directory = self.out_dir / name
             if not directory.exists():
                 (Path(staging) / "adapter").rename(directory)
-        memory = Memory(
+        carry_over = CarryOver(
             start=trained if self.recipe.merge.start == "trained" else {},
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
@@ -241,7 +244,7 @@ class _Run:
             samples=self.pools.sizes,
             pending=len(self.source.new),
             visited=self._seen(progress.step),
-            memory=memory.write(self.out_dir / f"{name}.memory"),
+            carry_over=carry_over.write(self.out_dir / f"{name}.memory"),
         )
 
     def _rows(self, step: int) -> list[int]:
@@ -366,13 +369,13 @@ class _Run:
                 save_checkpoint(self.work_dir, self.learner.state(), self.progress)
             raise Stopped
         worked = time.monotonic() - self.slept
-        share = self.limits.duty_cycle * self.give_way()
+        share = self.limits.duty_cycle * self.duty_cycle()
         if share < 1:
             time.sleep(worked * (1 / share - 1))
         self.slept = time.monotonic()
 
 
-def _refuse_non_finite(delta: Delta, step: int) -> None:
+def _refuse_non_finite(delta: WeightDelta, step: int) -> None:
     for name, part in delta.items():
         if not all(bool(torch.isfinite(tensor).all()) for tensor in part.tensors()):
             raise TrainingError(

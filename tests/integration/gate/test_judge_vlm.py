@@ -25,7 +25,7 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.vlm_house import encoded, known, unknown, write_questions
 from updater.gate.command import gate_command
-from updater.loop.judge import judge
+from updater.loop.gate_update import gate_update
 
 pytestmark = pytest.mark.integration
 STORED = 3
@@ -84,7 +84,7 @@ def _trained(ledger: Ledger, adapter: str, incumbent: str | None = None) -> Upda
 
 def _judge(settings: Settings, ledger: Ledger, update: UpdateRow) -> UpdateRow:
     artifacts, store = Artifacts(settings.artifacts), SampleStore(settings.lake)
-    return judge(settings, ledger, artifacts, store, load_vlm_base(settings.home, "tiny-vlm"), update)
+    return gate_update(settings, ledger, artifacts, store, load_vlm_base(settings.home, "tiny-vlm"), update)
 
 
 def _engine_threads() -> list[str]:

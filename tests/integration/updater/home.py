@@ -21,7 +21,7 @@ from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
 from updater.gate import Verdict
-from updater.loop import judge
+from updater.loop import gate_update
 
 TOPIC = "samples"
 
@@ -80,12 +80,12 @@ def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     weights.
     """
     wanted = {"outcome": outcome}
-    real = judge.run_gate
+    real = gate_update.run_gate
 
     def decided(**arguments: Any) -> Verdict:
         return replace(real(**arguments), outcome=wanted["outcome"])
 
-    monkeypatch.setattr(judge, "run_gate", decided)
+    monkeypatch.setattr(gate_update, "run_gate", decided)
     return wanted
 
 

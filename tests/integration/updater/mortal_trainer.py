@@ -14,7 +14,7 @@ from ops.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
 from updater.commands.update import run_update
-from updater.loop import judge
+from updater.loop import gate_update
 from updater.loop.service import UpdaterService
 from updater.step.learner import Learner
 
@@ -62,7 +62,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "before the adapter is stored": (Artifacts, "put_directory", die),
     "between the adapter and the ledger": (Ledger, "register_adapter", die),
     "between the adapter's row and the update's": (Ledger, "advance_update", die),
-    "in the gate": (judge, "run_gate", die),
+    "in the gate": (gate_update, "run_gate", die),
     "between verdict and proposal": (UpdaterService, "_propose", die),
     "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),
     "nowhere, but slowly": (Learner, "backward", slow_step),

@@ -21,7 +21,7 @@ from tests.unit.updater.builders import recipe
 from updater.adapters import read_delta
 from updater.loop import service as service_module
 from updater.loop.service import UpdaterService
-from updater.training.carry_over import Memory
+from updater.training.carry_over import CarryOver
 
 __all__ = ["verdict"]
 
@@ -37,8 +37,8 @@ def remembering(home: Path) -> Settings:
     return settings
 
 
-def memory_of(settings: Settings, update: UpdateRow) -> Memory:
-    return Memory.read(Artifacts(settings.artifacts).fetch(f"memories/{update.adapter}"))
+def memory_of(settings: Settings, update: UpdateRow) -> CarryOver:
+    return CarryOver.read(Artifacts(settings.artifacts).fetch(f"memories/{update.adapter}"))
 
 
 def last(settings: Settings) -> UpdateRow:
@@ -52,7 +52,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
     real = service_module.train
 
     def watched(*arguments: Any, **options: Any) -> Any:
-        seen.append(options["memory"])
+        seen.append(options["carry_over"])
         return real(*arguments, **options)
 
     monkeypatch.setattr(service_module, "train", watched)

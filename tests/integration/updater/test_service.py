@@ -159,11 +159,11 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     add_samples(settings, 8, split="fresh_eval")
 
     monkeypatch.setattr(service_module, "train", _killed)  # nothing is trained from here on
-    real = service_module.judge
-    monkeypatch.setattr(service_module, "judge", _killed)
+    real = service_module.gate_update
+    monkeypatch.setattr(service_module, "gate_update", _killed)
     with pytest.raises(KeyboardInterrupt):
         service.step()
-    monkeypatch.setattr(service_module, "judge", real)
+    monkeypatch.setattr(service_module, "gate_update", real)
     verdict["outcome"] = "passed"
     second = service.step().update
     assert second is not None

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from serving.engines.base import ClipBase
 from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
-from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
-from updater.adapters.kinds import LORA, find
+from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
+from updater.adapters.parametrizations import LORA, find
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
@@ -51,7 +51,7 @@ class ClipLearner(Learner[Pair]):
 
     base: ClipBase
 
-    def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
+    def __init__(self, base: ClipBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
         trained, model = adapted_model(base, plain, recipe, start, seed, device)
         set_conv_layout(model.model.get_submodule("visual"))
@@ -272,7 +272,7 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
 
 
 def adapted_model(
-    base: ClipBase, plain: nn.Module, recipe: Recipe, start: Delta, seed: int, device: str
+    base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
 ) -> tuple[list[str], AdapterModel]:
     """Names of what learns, and the model in which it does."""
     kind = recipe.adapter.kind

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from serving.engines.vlm.base import VlmBase
 from streams.images import decode_image
-from updater.adapters import Delta, LoraModel
+from updater.adapters import LoraModel, WeightDelta
 from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
@@ -35,7 +35,7 @@ class VlmLearner(Learner[Question]):
 
     base: VlmBase
 
-    def __init__(self, base: VlmBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
+    def __init__(self, base: VlmBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
         trained = trained_modules(base, plain, recipe)
         super().__init__(base, recipe, LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device))

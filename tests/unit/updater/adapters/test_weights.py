@@ -17,9 +17,9 @@ from serving.engines.clip import ClipEngine
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.shared_weights import shell_of
 from tests.unit.updater.builders import recipe, run
-from updater.adapters import Delta, Factor, LoraModel, WeightModel, Whole, merge, read_delta
-from updater.adapters.kinds import LORA, find, names
+from updater.adapters import Dense, LoraModel, LowRank, WeightDelta, WeightModel, merge, read_delta
 from updater.adapters.model import dense_delta
+from updater.adapters.parametrizations import LORA, find, names
 from updater.families.clip.towers import trained_parameters
 
 KINDS = [name for name in names() if name != LORA]
@@ -33,7 +33,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
 
 
 @pytest.fixture(scope="module")
-def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Delta]:
+def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str, WeightDelta]:
     """What an update may begin with: nothing, LoRA on every layer, or every parameter replaced."""
     folder = tmp_path_factory.mktemp("incumbents")
     tiny_adapter(base, folder / "lora", seed=1, scale=0.2)
@@ -43,7 +43,7 @@ def starts(base: ClipBase, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return {"base": {}, "factors": read_delta(folder / "lora", base), "whole": read_delta(folder / "whole", base)}
 
 
-def model_of(base: ClipBase, kind: str, start: Delta, seed: int = 0, **changes: Any) -> WeightModel:
+def model_of(base: ClipBase, kind: str, start: WeightDelta, seed: int = 0, **changes: Any) -> WeightModel:
     """All of the towers learn, unless ``changes`` of the recipe say otherwise."""
     plan = recipe("full", **changes)
     trained = trained_parameters(base, base.build_model(), plan, find(kind).selects)
@@ -75,7 +75,7 @@ def in_training(model: WeightModel) -> dict[str, Tensor]:
     return found
 
 
-def with_delta(base: ClipBase, delta: Delta) -> dict[str, Tensor]:
+def with_delta(base: ClipBase, delta: WeightDelta) -> dict[str, Tensor]:
     plain = base.build_model()
     dense = dense_delta(delta, plain)
     return {n: (p.double() + dense.get(n, 0)).float() for n, p in plain.named_parameters()}
@@ -90,7 +90,7 @@ def agree(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("begin", ["base", "factors", "whole"])
 def test_what_is_in_training_is_what_it_says_and_what_is_served(
-    base: ClipBase, starts: dict[str, Delta], tmp_path: Path, kind: str, begin: str
+    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, kind: str, begin: str
 ) -> None:
     start = starts[begin]
     model = model_of(base, kind, start)
@@ -110,7 +110,7 @@ def test_what_is_in_training_is_what_it_says_and_what_is_served(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("begin", ["factors", "whole"])
 def test_inside_base_the_model_is_the_base_bit_by_bit(
-    base: ClipBase, starts: dict[str, Delta], kind: str, begin: str
+    base: ClipBase, starts: dict[str, WeightDelta], kind: str, begin: str
 ) -> None:
     model = model_of(base, kind, starts[begin])
     move(model, 0.05)
@@ -128,28 +128,28 @@ def test_the_factor_of_attentions_out_proj_is_half_of_its_difference(base: ClipB
     name = "visual.transformer.resblocks.1.attn.out_proj.weight"
     difference = in_training(model)[name] - dict(base.build_model().named_parameters())[name]
     part = model.delta()[OUT_PROJ]
-    assert isinstance(part, Factor)
+    assert isinstance(part, LowRank)
     torch.testing.assert_close(2 * part.dense().float(), difference, rtol=0, atol=1e-6)
 
 
 def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
-    base: ClipBase, starts: dict[str, Delta], tmp_path: Path
+    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path
 ) -> None:
     alone = model_of(base, "nusa_cl", {})
     move(alone, 0.05)
     alone.write(alone.delta(), tmp_path / "one")
-    assert all(isinstance(part, Factor) and part.rank == RANK for part in read_delta(tmp_path / "one", base).values())
+    assert all(isinstance(part, LowRank) and part.rank == RANK for part in read_delta(tmp_path / "one", base).values())
     after = model_of(base, "nusa_cl", starts["factors"], text={"locked": True})
     move(after, 0.05)
     after.write(after.delta(), tmp_path / "two")
     written = read_delta(tmp_path / "two", base)
-    assert all(isinstance(part, Whole) == name.startswith("visual.") for name, part in written.items())
+    assert all(isinstance(part, Dense) == name.startswith("visual.") for name, part in written.items())
     # A third update adds factors to whole weights, and a fourth has to make them one.
     third = model_of(base, "nusa_cl", written, text={"locked": True})
     move(third, 0.05)
     third.write(third.delta(), tmp_path / "three")
     assert {type(part) for n, part in read_delta(tmp_path / "three", base).items() if n.startswith("visual.")} == {
-        Whole, Factor,
+        Dense, LowRank,
     }  # fmt: skip
     fourth = model_of(base, "nusa_cl", read_delta(tmp_path / "three", base), text={"locked": True})
     move(fourth, 0.05)
@@ -159,20 +159,20 @@ def test_ranks_that_add_up_are_written_whole_and_others_as_factors(
 
 
 def test_vera_never_outgrows_its_rank(base: ClipBase, tmp_path: Path) -> None:
-    start: Delta = {}
+    start: WeightDelta = {}
     for update in range(3):
         model = model_of(base, "vera", start, seed=update)
         move(model, 0.3, seed=update)
         model.write(model.delta(), tmp_path / str(update))
         start = read_delta(tmp_path / str(update), base)
-        assert all(isinstance(part, Factor) and part.rank == RANK for part in start.values())
+        assert all(isinstance(part, LowRank) and part.rank == RANK for part in start.values())
         plain = base.build_model()
         agree(in_training(model), dict(plain.named_parameters()) | effective_weights(tmp_path / str(update), plain))
 
 
 @pytest.mark.parametrize("kind", ["full", "bias", "nusa_cl"])
 def test_a_locked_tower_keeps_its_space_though_the_incumbent_changed_it(
-    base: ClipBase, starts: dict[str, Delta], tmp_path: Path, kind: str
+    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, kind: str
 ) -> None:
     engine = ClipEngine(base)
     incumbent = tiny_adapter(base, tmp_path / "incumbent", seed=1, scale=0.2)
@@ -187,7 +187,7 @@ def test_a_locked_tower_keeps_its_space_though_the_incumbent_changed_it(
 
 
 def test_a_merge_of_factors_and_whole_weights_is_between_both(
-    base: ClipBase, starts: dict[str, Delta], tmp_path: Path
+    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path
 ) -> None:
     model = model_of(base, "full", starts["factors"])
     move(model, 0.05)
@@ -201,7 +201,7 @@ def test_a_merge_of_factors_and_whole_weights_is_between_both(
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_lora_has_whole_weights_in_force_but_inside_base(
-    base: ClipBase, starts: dict[str, Delta], tmp_path: Path, whole: bool
+    base: ClipBase, starts: dict[str, WeightDelta], tmp_path: Path, whole: bool
 ) -> None:
     """Also after a pass: PEFT then has made new parameters of attention."""
     layers = ["visual.transformer.resblocks.0.attn", "transformer.resblocks.1.mlp.c_fc"]
@@ -247,7 +247,7 @@ def test_what_a_kind_does_not_know_is_refused_by_name(base: ClipBase) -> None:
 
 def test_an_incumbent_of_another_base_is_refused_by_name(base: ClipBase) -> None:
     with pytest.raises(AdapterError, match=r"visual\.nowhere"):
-        model_of(base, "full", {"visual.nowhere": Factor(torch.ones(4, 8).double(), torch.ones(8, 4).double())})
+        model_of(base, "full", {"visual.nowhere": LowRank(torch.ones(4, 8).double(), torch.ones(8, 4).double())})
 
 
 def test_whole_weights_are_named_as_the_parameters_are(base: ClipBase, tmp_path: Path) -> None:

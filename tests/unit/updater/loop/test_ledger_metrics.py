@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 
 from ops.ledger import Ledger
 from ops.ledger.rows import Outcome
-from updater.loop.ledger_metrics import Facts
+from updater.loop.ledger_metrics import LedgerMetrics
 
 
 def value(name: str, **labels: str) -> float | None:
@@ -40,7 +40,7 @@ def suite(role: str, after: float, left: float | None) -> dict[str, Any]:
 def test_the_last_verdict_and_cost_are_exported_by_an_updater_that_has_just_started(ledger: Ledger) -> None:
     judged(ledger, 1, "passed", {"fresh.facts": suite("gain", 0.9, None)})
     judged(ledger, 2, "rejected", {"emoji.facts": suite("retention", 0.4, -0.07)})
-    Facts(ledger).tell(["clip"])
+    LedgerMetrics(ledger).export(["clip"])
     assert value("update_planned_flops", family="clip") == 20e9
     assert value("update_spent_flops", family="clip") == 16e9
     score = {"family": "clip", "suite": "emoji.facts", "role": "retention"}
@@ -56,11 +56,11 @@ def test_the_last_verdict_and_cost_are_exported_by_an_updater_that_has_just_star
 
 
 def test_what_another_process_judges_is_exported_at_the_next_look(ledger: Ledger) -> None:
-    facts = Facts(ledger)
+    exporter = LedgerMetrics(ledger)
     judged(ledger, 3, "passed", {"a.facts": suite("retention", 0.5, 0.01)})
-    facts.tell(["clip"])
+    exporter.export(["clip"])
     judged(ledger, 4, "passed", {"b.facts": suite("retention", 0.5, 0.02)})
-    facts.tell(["clip"])
+    exporter.export(["clip"])
     assert value("gate_margin_left_ratio", family="clip", suite="a.facts") is None
     assert value("gate_margin_left_ratio", family="clip", suite="b.facts") == 0.02
 
@@ -68,14 +68,14 @@ def test_what_another_process_judges_is_exported_at_the_next_look(ledger: Ledger
 def test_the_shift_of_the_last_candidates_features_is_exported(ledger: Ledger) -> None:
     moved = {"from_incumbent": 0.01, "from_base": 0.03}
     judged(ledger, 5, "passed", {}, diagnostics={"shift": {"towers": {"image": moved, "text": moved}}})
-    Facts(ledger).tell(["clip"])
+    LedgerMetrics(ledger).export(["clip"])
     assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") == 0.03
     assert value("gate_feature_shift_ratio", family="clip", tower="text", model="incumbent") == 0.01
     judged(ledger, 6, "rejected", {}, diagnostics={"shift": None})
-    Facts(ledger).tell(["clip"])
+    LedgerMetrics(ledger).export(["clip"])
     assert value("gate_feature_shift_ratio", family="clip", tower="image", model="base") is None
 
 
 def test_without_a_verdict_nothing_is_made_up(ledger: Ledger) -> None:
-    Facts(ledger).tell(["vlm"])
+    LedgerMetrics(ledger).export(["vlm"])
     assert value("gate_last_verdict_timestamp_seconds", family="vlm", outcome="passed") is None

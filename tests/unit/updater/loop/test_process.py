@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from updater.loop import process
-from updater.loop.process import Waits
+from updater.loop.process import ThrottledLog
 
 SCRIPT = """
 import os, sys
@@ -80,7 +80,7 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_ends() -> None:
 def test_a_reason_to_wait_is_said_again_for_other_words_or_after_a_while_but_not_for_other_figures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = Waits()
+    waits = ThrottledLog()
     for seconds in (6, 12, 20):
         waits.tell(f"2 of 256 new samples, the oldest waiting for {seconds} s")
     waits.tell("the budget lacks 5,994 MAF-GFLOPs")

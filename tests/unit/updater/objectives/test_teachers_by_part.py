@@ -14,7 +14,7 @@ from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import ConfigError
 from tests.unit.updater.builders import answers, batch, learner_of, pools, question_pools, recipe
 from updater import objectives
-from updater.adapters import Delta, read_delta
+from updater.adapters import WeightDelta, read_delta
 from updater.families.clip.learner import ClipLearner
 from updater.objectives import Sides
 from updater.objectives.feature_distillation import FeatureDistillation
@@ -29,7 +29,7 @@ PARTS: list[Part] = ["replay", "reference", "replay", "reference"]
 
 def clip_learner(home: Path, start: bool) -> ClipLearner:
     base = tiny_base(home)
-    delta: Delta = {}
+    delta: WeightDelta = {}
     if start:
         tiny_adapter(base, home / "adapter", seed=1)
         delta = read_delta(home / "adapter", base)
@@ -41,7 +41,7 @@ def clip_learner(home: Path, start: bool) -> ClipLearner:
 
 def vlm_learner(home: Path, start: bool) -> Learner[Any]:
     base = tiny_vlm_base(home)
-    delta: Delta = {}
+    delta: WeightDelta = {}
     if start:
         tiny_vlm_adapter(base, home / "adapter", seed=1)
         delta = read_delta(home / "adapter", base)

@@ -64,7 +64,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recipe]
 def test_the_example_is_whole() -> None:
     folders = {name.rpartition("/")[0] for name in _files()}
     assert folders == {
-        "updater/objectives", "updater/regularizers", "updater/adapters/kinds", "updater/merging",
+        "updater/objectives", "updater/regularizers", "updater/adapters/parametrizations", "updater/merging",
         "updater/optimizers", "",
     }  # fmt: skip
 

@@ -40,7 +40,13 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
     changed = effective_weights(first.directory, base.build_model())
     assert any(name.startswith("visual.") for name in changed) != plan.image.locked
     assert any(not name.startswith("visual.") for name in changed) != plan.text.locked
-    again = {"recipe": plan, "pools": pools(replay=12), "incumbent": first.directory, "memory": first.memory, "seed": 5}
+    again = {
+        "recipe": plan,
+        "pools": pools(replay=12),
+        "incumbent": first.directory,
+        "carry_over": first.carry_over,
+        "seed": 5,
+    }
     with pytest.raises(Stopped):
         run(base, tmp_path / "stopped", **again, stop=_soon())
     resumed = run(base, tmp_path / "stopped", **again)

@@ -18,7 +18,7 @@ from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_
 from updater.recipes import Recipe, load_recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.learning_state import learning_states
-from updater.scheduling.triggers import Again, Ready, Waiting
+from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 
 NEEDED = 16
 FIRST = candidate_alpha(0.05, 0)
@@ -42,7 +42,7 @@ class Lab:
         changed = getattr(self.settings, section).model_copy(update=values)
         self.settings: Settings = self.settings.model_copy(update={section: changed})
 
-    def decide(self, **how: bool) -> Ready | Again | Waiting:
+    def decide(self, **how: bool) -> Ready | Reevaluate | Waiting:
         """What the updater would do."""
         return triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
 
@@ -134,14 +134,14 @@ def test_an_inconclusive_candidate_is_asked_again_when_a_quarter_has_arrived_and
     assert waiting.reason == "11 of 16 fresh items: clip-u1 was inconclusive, and is asked again with 12"
     add_samples(lab.settings, 1, split="fresh_eval")
     again = lab.decide()
-    assert isinstance(again, Again)
-    assert (again.kept.update.adapter, again.kept.next_id, again.store_version) == (
+    assert isinstance(again, Reevaluate)
+    assert (again.candidate.update.adapter, again.candidate.next_id, again.store_version) == (
         "clip-u1", "u1-look-2", lab.store.version(),
     )  # fmt: skip
     lab.judged("u1-look-2", fresh=12)
     add_samples(lab.settings, 4, split="fresh_eval")
     last = lab.decide()
-    assert isinstance(last, Again) and last.kept.next_id == "u1-look-3"
+    assert isinstance(last, Reevaluate) and last.candidate.next_id == "u1-look-3"
 
 
 def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_update_trains(lab: Lab) -> None:
@@ -150,7 +150,7 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
     lab.judged("u1-look-2", fresh=18)
     add_samples(lab.settings, 12)
     state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
-    assert state.fresh.kept is None and state.fresh.needed > NEEDED, "the second candidate has a smaller share"
+    assert state.fresh.candidate is None and state.fresh.needed > NEEDED, "the second candidate has a smaller share"
     lab.set("updater", max_wait_seconds=1e-3)
     assert isinstance(lab.decide(), Ready)
 
@@ -158,18 +158,18 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
 @pytest.mark.parametrize("outcome", ["passed", "rejected"])
 def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: Outcome) -> None:
     lab.judged("u1", outcome)
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), None) is None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
 
 
 def test_a_candidate_is_kept_until_there_is_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
     lab.judged("u1")
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), None) is not None
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), "clip-other") is None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is not None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), "clip-other") is None
     lab.ledger.register_adapter("clip-u1", "clip", "b", "i", "t", {})
     lab.ledger.withdraw(["clip-u1"], actor="guard", subject="s", reason="slow", evidence={})
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), None) is None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
     lab.judged("u2", "rejected")
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), None) is None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
 
 
 def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
@@ -227,7 +227,7 @@ def test_what_an_operator_asked_for_is_judged_once_with_what_there_is(lab: Lab) 
     assert verdict is not None
     look = verdict.summary["look"]
     assert (look["needed"], look["spent"], look["next"]) == (9, pytest.approx(FIRST), None)
-    assert kept_candidates.kept(lab.ledger, lab.ledger.updates(), None) is None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
 
 
 def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from benchmarks.fixtures.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import recipe, run
-from updater.adapters import Factor, read_delta
+from updater.adapters import LowRank, read_delta
 from updater.step.averaging import Average
 from updater.step.learner import AnyLearner, Learner
 
@@ -87,4 +87,4 @@ def test_an_update_hands_over_the_mean_of_its_parameters(
     for name in layers:
         factors = handed[f"{name}.lora_B"].double() @ handed[f"{name}.lora_A"].double()
         part = written[name]
-        assert isinstance(part, Factor) and torch.allclose(part.dense(), plan.alpha / plan.rank * factors, atol=1e-7)
+        assert isinstance(part, LowRank) and torch.allclose(part.dense(), plan.alpha / plan.rank * factors, atol=1e-7)

@@ -11,9 +11,9 @@ from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import TrainingError
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
-from updater.adapters import Factor, Whole
+from updater.adapters import Dense, LowRank
 from updater.training import train as train_module
-from updater.training.carry_over import NAME, Memory
+from updater.training.carry_over import NAME, CarryOver
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +23,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
 
 def test_a_memory_survives_its_file(tmp_path: Path) -> None:
     start = {
-        "visual.a.b": Factor(torch.rand(2, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)),
-        "text.ln.weight": Whole(torch.rand(5, dtype=torch.float64)),
+        "visual.a.b": LowRank(torch.rand(2, 3, dtype=torch.float64), torch.rand(4, 2, dtype=torch.float64)),
+        "text.ln.weight": Dense(torch.rand(5, dtype=torch.float64)),
     }
-    kept = Memory(start, {"objective.x/y": torch.arange(3)}, updates=7)
+    kept = CarryOver(start, {"objective.x/y": torch.arange(3)}, updates=7)
     assert kept.write(tmp_path / "kept") == tmp_path / "kept"
-    found = Memory.read(tmp_path / "kept")
-    assert found.digest == kept.digest != Memory(start, {"objective.x/y": torch.arange(3)}, updates=8).digest
+    found = CarryOver.read(tmp_path / "kept")
+    assert found.digest == kept.digest != CarryOver(start, {"objective.x/y": torch.arange(3)}, updates=8).digest
     assert found.updates == 7
     assert set(found.start) == set(start) and set(found.terms) == {"objective.x/y"}
     for name, part in start.items():
@@ -38,11 +38,11 @@ def test_a_memory_survives_its_file(tmp_path: Path) -> None:
 
 
 def test_nothing_to_remember_is_no_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
-    assert Memory().write(tmp_path / "none") is None
+    assert CarryOver().write(tmp_path / "none") is None
     assert not (tmp_path / "none").exists()
     (tmp_path / NAME).write_bytes(b"damaged")
     with pytest.raises(TrainingError, match="cannot be read"):
-        Memory.read(tmp_path)
+        CarryOver.read(tmp_path)
 
 
 def test_the_number_of_updates_is_counted_along_the_chain(
@@ -61,10 +61,10 @@ def test_the_number_of_updates_is_counted_along_the_chain(
     incumbent = memory = None
     for update in range(2):
         rates.append([])
-        done = run(base, tmp_path / str(update), recipe=plan, incumbent=incumbent, memory=memory, seed=update)
-        incumbent, memory = done.directory, done.memory
+        done = run(base, tmp_path / str(update), recipe=plan, incumbent=incumbent, carry_over=memory, seed=update)
+        incumbent, memory = done.directory, done.carry_over
         assert memory is not None
-        assert Memory.read(memory).updates == update + 1
+        assert CarryOver.read(memory).updates == update + 1
     ratios = [[rate / first for rate, first in zip(row, rates[0], strict=True)] for row in rates[1:]]
     assert ratios[0] == pytest.approx([(2 / 5) ** 0.5] * 4)
 
@@ -75,7 +75,7 @@ def test_only_a_recipe_that_goes_on_from_what_was_trained_starts_there(base: Cli
 
     def second(name: str, memory: Path | None) -> str:
         plan = recipe(name, max_steps=3)
-        return run(base, tmp_path / f"{name}-{memory is None}", recipe=plan, memory=memory, **after).adapter
+        return run(base, tmp_path / f"{name}-{memory is None}", recipe=plan, carry_over=memory, **after).adapter
 
-    assert second("finetuned-merge", first.memory) != second("finetuned-merge", None)
-    assert second("ema-merge", first.memory) == second("ema-merge", None)
+    assert second("finetuned-merge", first.carry_over) != second("finetuned-merge", None)
+    assert second("ema-merge", first.carry_over) == second("ema-merge", None)

@@ -11,25 +11,25 @@ import torch
 from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
 from tests.unit.updater.builders import recipe, run
-from updater.adapters import Delta, Factor, Whole, compress, read_delta
+from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
 from updater.merging import merged, names
 from updater.recipes import Merge
 
 OUT, INNER = 6, 5
 
 
-def factor(seed: int, rank: int = 2) -> Factor:
+def factor(seed: int, rank: int = 2) -> LowRank:
     made = torch.Generator().manual_seed(seed)
-    return Factor(
+    return LowRank(
         torch.randn(rank, INNER, generator=made, dtype=torch.float64),
         torch.randn(OUT, rank, generator=made, dtype=torch.float64),
     )
 
 
-def values(delta: Delta, name: str = "layer") -> list[float]:
+def values(delta: WeightDelta, name: str = "layer") -> list[float]:
     """ΔW as one row of floats."""
     part = delta[name]
-    dense = part.dense() if isinstance(part, Factor) else part.value
+    dense = part.dense() if isinstance(part, LowRank) else part.value
     return [float(value) for value in dense.flatten()]
 
 
@@ -37,9 +37,9 @@ def length(row: list[float]) -> float:
     return math.sqrt(sum(value * value for value in row))
 
 
-OLD: Delta = {"layer": factor(1), "bias": Whole(torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64))}
-NEW: Delta = {"layer": factor(2), "bias": Whole(torch.tensor([-1.5, -2.0, 1.0, 4.0], dtype=torch.float64))}
-START: Delta = {"layer": factor(3), "bias": Whole(torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64))}
+OLD: WeightDelta = {"layer": factor(1), "bias": Dense(torch.tensor([3.0, -1.0, 2.0, 0.5], dtype=torch.float64))}
+NEW: WeightDelta = {"layer": factor(2), "bias": Dense(torch.tensor([-1.5, -2.0, 1.0, 4.0], dtype=torch.float64))}
+START: WeightDelta = {"layer": factor(3), "bias": Dense(torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=torch.float64))}
 
 
 @pytest.mark.parametrize("name", ["layer", "bias"])
@@ -53,7 +53,7 @@ def test_slerp_equals_the_plain_formula(name: str) -> None:
 
 def test_slerp_keeps_the_length_that_the_straight_line_loses() -> None:
     left, right = torch.eye(INNER, dtype=torch.float64)[:2].split(1)
-    one, other = Factor(left, factor(1).b[:, :1]), Factor(right, factor(1).b[:, :1])  # orthogonal, equally long
+    one, other = LowRank(left, factor(1).b[:, :1]), LowRank(right, factor(1).b[:, :1])  # orthogonal, equally long
     between = values(merged(Merge(rule="slerp", weight=0.5), {"layer": one}, {"layer": other}, {}))
     straight = values(merged(Merge(rule="linear", weight=0.5), {"layer": one}, {"layer": other}, {}))
     assert length(between) == pytest.approx(length(values({"layer": one})))
@@ -61,7 +61,7 @@ def test_slerp_keeps_the_length_that_the_straight_line_loses() -> None:
 
 
 def test_slerp_of_one_direction_or_of_one_alone_is_the_straight_line() -> None:
-    twice = {"layer": Factor(2 * factor(1).a, factor(1).b)}
+    twice = {"layer": LowRank(2 * factor(1).a, factor(1).b)}
     assert values(merged(Merge(rule="slerp", weight=0.5), {"layer": factor(1)}, twice, {})) == pytest.approx(
         [1.5 * value for value in values(OLD)]
     )
@@ -92,16 +92,16 @@ def test_ties_equals_the_plain_loop(name: str, keep: float) -> None:
 
 
 def test_ties_keeps_the_stronger_side_of_a_conflict_where_a_mean_would_cancel_both() -> None:
-    old = {"bias": Whole(torch.tensor([2.0, 1.0, 0.1, 0.0], dtype=torch.float64))}
-    new = {"bias": Whole(torch.tensor([-1.9, 1.0, 0.0, 0.1], dtype=torch.float64))}
+    old = {"bias": Dense(torch.tensor([2.0, 1.0, 0.1, 0.0], dtype=torch.float64))}
+    new = {"bias": Dense(torch.tensor([-1.9, 1.0, 0.0, 0.1], dtype=torch.float64))}
     found = values(merged(Merge(rule="ties", weight=1.0, options={"keep": 0.5}), old, new, {}), "bias")
     assert found == pytest.approx([2.0, 1.0, 0.0, 0.0])
 
 
 def test_what_ties_makes_of_factors_is_exact_until_it_is_compressed() -> None:
-    wide = {"layer": Factor(torch.randn(2, 9, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))}
+    wide = {"layer": LowRank(torch.randn(2, 9, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64))}
     part = merged(Merge(rule="ties", weight=1.0), {}, wide, {})["layer"]
-    assert isinstance(part, Factor) and part.rank == 4
+    assert isinstance(part, LowRank) and part.rank == 4
     assert torch.allclose(compress(part, 4).dense(), part.dense(), atol=1e-12)
     assert int((part.dense() != 0).sum()) == int(0.2 * 36)
 
@@ -156,5 +156,5 @@ def test_a_zero_shot_merge_trains_from_the_base_and_joins_what_is_served(tmp_pat
     expected = merged(plan.merge, served, trained, {})
     assert set(found) == set(expected)
     for name, part in expected.items():
-        assert isinstance(part, Factor)
+        assert isinstance(part, LowRank)
         assert values(found, name) == pytest.approx(values({name: compress(part, plan.rank)}, name), abs=1e-6)

@@ -105,13 +105,13 @@ def test_what_mattered_moves_less(term: Regularizer) -> None:
 @pytest.mark.parametrize("name", ["ewc", "si"])
 def test_importance_is_remembered_and_holds_the_next_update(base: ClipBase, tmp_path: Path, name: str) -> None:
     first = run(base, tmp_path / "first", recipe=recipe(name, **IMAGES))
-    assert first.memory is not None
-    known = load_file(first.memory / "memory.safetensors")
+    assert first.carry_over is not None
+    known = load_file(first.carry_over / "memory.safetensors")
     assert known and all(key.startswith(f"term/regularizer.{name}.") for key in known)
     assert all(float(value.min()) >= 0 for value in known.values())
     assert max(float(value.max()) for value in known.values()) > 0
     assert first.losses[name] == [0.0] * first.steps
-    again = {"pools": pools(replay=12), "incumbent": first.directory, "memory": first.memory, "seed": 5}
+    again = {"pools": pools(replay=12), "incumbent": first.directory, "carry_over": first.carry_over, "seed": 5}
     plan = recipe(name, regularizers=[{"name": name, "weight": 1e4}], **IMAGES)
     second = run(base, tmp_path / "second", recipe=plan, **again)
     assert second.losses[name][0] == 0 and second.losses[name][-1] > 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.kinds.base import Kind, matrix, normal
+from updater.adapters.parametrizations.base import Parametrization, matrix, normal
 
 
-class Dora(Kind):
+class Dora(Parametrization):
     """W' = m (W + s B A) / ||W + s B A||, with the norm and m per output row; s = alpha / rank, B = 0 at first.
 
     The norm is a constant to the gradient, as in the paper (its section 4.3), which saves memory and costs no accuracy.
@@ -32,4 +32,4 @@ def _norms(rows: Tensor) -> Tensor:
     return rows.square().sum(dim=1, keepdim=True).sqrt().clamp_min(1e-12)
 
 
-KIND = Dora
+PARAMETRIZATION = Dora

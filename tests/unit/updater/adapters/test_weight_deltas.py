@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from updater.adapters import Factor, compress, merge
+from updater.adapters import LowRank, compress, merge
 
 
-def factor(out: int, inner: int, rank: int, seed: int) -> Factor:
+def factor(out: int, inner: int, rank: int, seed: int) -> LowRank:
     made = torch.Generator().manual_seed(seed)
-    return Factor(
+    return LowRank(
         torch.randn(rank, inner, generator=made, dtype=torch.float64),
         torch.randn(out, rank, generator=made, dtype=torch.float64),
     )

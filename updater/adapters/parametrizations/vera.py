@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.kinds.base import Kind, matrix, normal
+from updater.adapters.parametrizations.base import Parametrization, matrix, normal
 
 
-class Vera(Kind):
+class Vera(Parametrization):
     """W' = W + diag(b) B diag(d) A with A, B frozen; b = 0 and d = ``start`` (the paper's d_init) at first.
 
     A and B come from ``seed`` and the shape alone, not from the update's seed: the rows of every update's ΔW lie in the
@@ -34,4 +34,4 @@ class Vera(Kind):
         return self.inner * self.a, self.outer * self.b
 
 
-KIND = Vera
+PARAMETRIZATION = Vera

@@ -26,7 +26,7 @@ from updater.scheduling import kept_candidates
 from updater.upgrades.replay import new_base, old_base
 
 
-def judge(
+def gate_update(
     settings: Settings,
     ledger: Ledger,
     artifacts: Artifacts,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.kinds.base import Kind, matrix, normal
+from updater.adapters.parametrizations.base import Parametrization, matrix, normal
 
 
-class Codyra(Kind):
+class Codyra(Parametrization):
     """W' = W + B diag(g) A; B = 0 and g = 1 at first.
 
     In the second half of an update each step ends with ``g <- sign(g) max(|g| - kappa_t, 0)``, the proximal step of an
@@ -41,4 +41,4 @@ class Codyra(Kind):
         self.g.copy_(self.g.sign() * (self.g.abs() - kappa).clamp_min(0))
 
 
-KIND = Codyra
+PARAMETRIZATION = Codyra

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.kinds.base import Kind, matrix
+from updater.adapters.parametrizations.base import Parametrization, matrix
 
 
-class NusaCl(Kind):
+class NusaCl(Parametrization):
     """W' = W + U_n M V_n^T; U_n, V_n are the ``rank`` last singular directions of W, frozen. M = 0 at first.
 
     W is the weight as the update finds it, so that what an earlier update wrote there is no longer free.
@@ -41,4 +41,4 @@ class NusaCl(Kind):
         self.v.copy_(tensors["v"])
 
 
-KIND = NusaCl
+PARAMETRIZATION = NusaCl

@@ -16,7 +16,7 @@ NEGLIGIBLE = 1e-6
 
 
 @dataclass(frozen=True)
-class Factor:
+class LowRank:
     """ΔW = b @ a of one layer, the LoRA scale folded in: a [r, in], b [out, r], float64."""
 
     a: Tensor
@@ -32,7 +32,7 @@ class Factor:
         return self.b @ self.a
 
     @classmethod
-    def of(cls, matrix: Tensor) -> Factor:
+    def of(cls, matrix: Tensor) -> LowRank:
         """A ΔW [out, in] that has no low rank, exactly; the writer's compression finds its best approximation."""
         out, inner = matrix.shape
         eye = torch.eye(min(out, inner), dtype=matrix.dtype)
@@ -44,7 +44,7 @@ class Factor:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Dense:
     """The difference of one whole parameter, for what low rank cannot say: float64, in the parameter's shape."""
 
     value: Tensor
@@ -54,33 +54,33 @@ class Whole:
         return (self.value,)
 
 
-Delta = Mapping[str, Factor | Whole]
+WeightDelta = Mapping[str, LowRank | Dense]
 """Factors by module name as PEFT spells it; whole differences by parameter name."""
 
 
-def merge(incumbent: Delta, trained: Delta, weight: float) -> dict[str, Factor | Whole]:
+def merge(incumbent: WeightDelta, trained: WeightDelta, weight: float) -> dict[str, LowRank | Dense]:
     """ΔW = (1 - weight) ΔW_incumbent + weight ΔW_trained, exactly: ranks add up until :func:`compress`."""
     return combine([(1 - weight, incumbent), (weight, trained)])
 
 
-def combine(shares: Sequence[tuple[float, Delta]]) -> dict[str, Factor | Whole]:
+def combine(shares: Sequence[tuple[float, WeightDelta]]) -> dict[str, LowRank | Dense]:
     """ΔW = the weighted sum of deltas, exactly; where one has nothing, its ΔW is 0."""
-    combined: dict[str, Factor | Whole] = {}
+    combined: dict[str, LowRank | Dense] = {}
     for name in sorted({name for _, delta in shares for name in delta}):
         parts = [(share, delta[name]) for share, delta in shares if name in delta and share != 0]
-        factors = [(share, part) for share, part in parts if isinstance(part, Factor)]
-        wholes = [share * part.value for share, part in parts if isinstance(part, Whole)]
+        factors = [(share, part) for share, part in parts if isinstance(part, LowRank)]
+        wholes = [share * part.value for share, part in parts if isinstance(part, Dense)]
         if wholes:
-            combined[name] = Whole(torch.stack(wholes).sum(dim=0))
+            combined[name] = Dense(torch.stack(wholes).sum(dim=0))
         elif factors:
-            combined[name] = Factor(
+            combined[name] = LowRank(
                 a=torch.cat([factor.a for _, factor in factors]),
                 b=torch.cat([share * factor.b for share, factor in factors], dim=1),
             )
     return combined
 
 
-def fits(factor: Factor, rank: int) -> bool:
+def fits(factor: LowRank, rank: int) -> bool:
     """Whether :func:`compress` to ``rank`` loses nothing that float32 could hold."""
     if factor.rank <= rank:
         return True
@@ -88,7 +88,7 @@ def fits(factor: Factor, rank: int) -> bool:
     return bool((dense - compress(factor, rank).dense()).norm() <= NEGLIGIBLE * dense.norm())
 
 
-def compress(factor: Factor, rank: int) -> Factor:
+def compress(factor: LowRank, rank: int) -> LowRank:
     """The best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank.
 
     Through QR of both factors and an SVD of their small [r, r] core, so that the cost does not grow with the layer.
@@ -103,4 +103,4 @@ def compress(factor: Factor, rank: int) -> Factor:
     b = torch.zeros(factor.b.shape[0], rank, dtype=factor.b.dtype)
     a[:keep] = root[:, None] * (vt[:keep] @ q_in.T)
     b[:, :keep] = (q_out @ u[:, :keep]) * root
-    return Factor(a, b)
+    return LowRank(a, b)

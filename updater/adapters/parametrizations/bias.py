@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from updater.adapters.kinds.base import Selects
-from updater.adapters.kinds.full import Full
+from updater.adapters.parametrizations.base import Selects
+from updater.adapters.parametrizations.full import Full
 
 
 class Bias(Full):
@@ -14,4 +14,4 @@ class Bias(Full):
     selects: ClassVar[Selects] = "biases"
 
 
-KIND = Bias
+PARAMETRIZATION = Bias

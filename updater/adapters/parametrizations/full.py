@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.kinds.base import Kind, Selects
+from updater.adapters.parametrizations.base import Parametrization, Selects
 
 
-class Full(Kind):
+class Full(Parametrization):
     """W' = W + D, D of the weight's shape, 0 at first. Weight decay then pulls towards the start, not towards 0."""
 
     selects: ClassVar[Selects] = "all"
@@ -24,4 +24,4 @@ class Full(Kind):
         return weight + self.difference
 
 
-KIND = Full
+PARAMETRIZATION = Full

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 Selects = Literal["layers", "norms", "biases", "all"]
-"""The weights that a kind is put on: of layers that take LoRA, of normalisations, biases, or every parameter."""
+"""The weights that are parametrized: of layers that take LoRA, of normalisations, biases, or every parameter."""
 
 
-class Kind(nn.Module, ABC):
+class Parametrization(nn.Module, ABC):
     """One weight's parametrization, registered with ``torch.nn.utils.parametrize``.
 
     ``__init__`` takes the weight as the update finds it, the recipe's rank and alpha, a seeded generator, and the
