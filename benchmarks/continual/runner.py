@@ -120,8 +120,8 @@ class Runner:
 
 def failure(results: Path, unit: Unit) -> str:
     """Why a unit failed; empty when it did not."""
-    found = read_json(unit.folder(results) / FAILED)
-    return str(found.get("reason", "")) if isinstance(found, dict) else ""
+    record = read_json(unit.folder(results) / FAILED)
+    return str(record.get("reason", "")) if isinstance(record, dict) else ""
 
 
 def best(scores: Callable[[str], float | None], methods: Sequence[str], count: int) -> list[str]:

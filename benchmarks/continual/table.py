@@ -26,30 +26,30 @@ bootstrap over items as above; `≈` marks what cannot be told apart. By order: 
 that of the tables above. Lowest: the lowest GM of any chain at any point of its stream."""
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(outcome: dict[str, Any]) -> str:
     """The report: what was done, three tables, and how to read them."""
-    zero, methods = found["zero_shot"], found["methods"]
-    where = {name: ", ".join(values) or "unknown" for name, values in found["origin"].items()}
+    zero, methods = outcome["zero_shot"], outcome["methods"]
+    where = {name: ", ".join(values) or "unknown" for name, values in outcome["origin"].items()}
     several = [(name, m) for name, m in methods.items() if m["all"]["chains"] > 1]
     repeated = dict(sorted(several, key=lambda each: -each[1]["all"]["gm_delta"]))
     parts = [
         "# Learning on a stream",
         f"`ratchet bench continual`, {where['date']}, commit `{where['commit']}`, on {where['cpu']}, "
         f"torch {where['torch']}.",
-        f"{found['updates']} updates of at most {found['protocol']['new']} pairs each, one after another, with "
-        f"{found['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
+        f"{outcome['updates']} updates of at most {outcome['protocol']['new']} pairs each, one after another, with "
+        f"{outcome['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
         f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "
-        f"({', '.join(found['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
-        f"({', '.join(found['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
-        *("## Learned and kept", QUALITY, _table(methods | found["untrained"], _QUALITY)),
+        f"({', '.join(outcome['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
+        f"({', '.join(outcome['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
+        *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
         *("## Searches that cross versions", CROSSING, _table(methods, _CROSSING)),
         *("## Cost", COST, _table(methods, _COST)),
     ]
     if repeated:
         parts += ["## Orders and seeds", REPEATED, _table(repeated, _REPEATED)]
-    if found["failed"]:
-        parts += ["## Not run", "\n".join(f"- `{name}`: {reason}" for name, reason in found["failed"].items())]
+    if outcome["failed"]:
+        parts += ["## Not run", "\n".join(f"- `{name}`: {reason}" for name, reason in outcome["failed"].items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,18 +63,18 @@ def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Me
 
 def _interval(key: str) -> Callable[[Method], str]:
     def cell(method: Method) -> str:
-        found = method["intervals"][key]
-        shown = f"{found['value']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
-        return f"**{shown}**" if found["clear"] else shown
+        interval = method["intervals"][key]
+        shown = f"{interval['value']:+.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
+        return f"**{shown}**" if interval["clear"] else shown
 
     return cell
 
 
 def _like_default(figures: dict[str, Any]) -> str:
-    found = figures["against_default"]
-    if not found:
+    interval = figures["against_default"]
+    if not interval:
         return "–"
-    return f"{found['value']:+.1f}" if found["clear"] else f"≈ {found['value']:+.1f}"
+    return f"{interval['value']:+.1f}" if interval["clear"] else f"≈ {interval['value']:+.1f}"
 
 
 def _within(group: str, key: str) -> Callable[[Method], str]:

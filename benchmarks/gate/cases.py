@@ -108,7 +108,7 @@ class Judged:
     """Whether a gain was shown, over all gain suites."""
 
     @property
-    def kept(self) -> bool:
+    def retained(self) -> bool:
         """Whether every retention suite passed."""
         return all(result.decision == "passed" for result in self.results if result.role == "retention")
 

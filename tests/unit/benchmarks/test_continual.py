@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.continual.asking import Asker
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
-from benchmarks.continual.outcomes import read_asked, read_course
+from benchmarks.continual.evaluation import Evaluator
+from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.report import _prepared, figures
@@ -129,9 +129,9 @@ def test_orders_are_permutations_of_the_same_updates() -> None:
 
 def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
     suites = stream().suites
-    asker = Asker(ClipEngine(base, "cpu"), suites)
-    made = asker.encode(None)
-    found = asker.outcomes(made)
+    evaluator = Evaluator(ClipEngine(base, "cpu"), suites)
+    made = evaluator.encode(None)
+    found = evaluator.outcomes(made)
     for suite in suites:
         for row, pair in enumerate(suite.items):
             if suite.task == "classification":
@@ -169,7 +169,7 @@ def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> Non
 
 
 def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) -> None:
-    asked = read_asked(results)
+    asked = read_reference(results)
     course = read_course(results, Unit("default"), 2, asked)
     assert course is not None
     failed = Unit("full").folder(results)

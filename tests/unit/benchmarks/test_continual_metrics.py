@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.continual.intervals import resampled
 from benchmarks.continual.metrics import geometric_mean, mtil, tic, trajectory
-from benchmarks.continual.outcomes import Asked
+from benchmarks.continual.outcomes import Reference
 
 MATRIX = np.array([
     [0.9, 0.2, 0.3],
@@ -48,7 +48,7 @@ def test_draws_take_the_same_items_for_all_methods() -> None:
     rng = np.random.default_rng(0)
     one = {"a": rng.random(20), "b": rng.random(10), "z": rng.random(15)}
     worse = {name: hits - 0.25 for name, hits in one.items()}
-    asked = Asked(one, ("a", "b"), ("z",), one)
+    asked = Reference(one, ("a", "b"), ("z",), one)
     draws = resampled({"base": one, "worse": worse}, asked, draws=200)
     found = draws.difference("a_ka", "worse", "base")
     assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25))
@@ -63,7 +63,7 @@ def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
     rng = np.random.default_rng(1)
     base = {"a": (rng.random(30) < 0.5).astype(float), "z": np.ones(5)}
     other = {"a": (rng.random(30) < 0.6).astype(float), "z": np.ones(5)}
-    found = resampled({"base": base, "other": other}, Asked(base, ("a",), ("z",), base)).difference(
+    found = resampled({"base": base, "other": other}, Reference(base, ("a",), ("z",), base)).difference(
         "a_ka", "other", "base"
     )
     means = []

@@ -65,7 +65,7 @@ def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -
     incumbent = {name: after(found, 0.3, 0.0, 30) for name, found in BASE.items()}
     late = case("late", 0.01, before=incumbent)
     assert late.truth(RULE) == "harmful" and late.without_base().truth(RULE) == "good"
-    assert not judge(late, RULE).kept and judge(late.without_base(), RULE).kept
+    assert not judge(late, RULE).retained and judge(late.without_base(), RULE).retained
     (found,) = counting.rows([replace(late, kind=DRIFT)], [late], RULE)
     drifted = counting.drift([found], RULE, {"late": late})
     assert drifted["caught_at"] == drifted["harmful_from"] == 1

@@ -13,11 +13,11 @@ from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from benchmarks.gate.bench import Extent, case, measure
 from benchmarks.gate.cases import Rule, has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
-from benchmarks.gate.lessons import NOTHING, pairs, pools, reserved
 from benchmarks.gate.margin import scaled as scaled_plan
 from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
+from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.settings import Gate

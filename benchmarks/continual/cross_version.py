@@ -1,4 +1,4 @@
-"""Searches that cross versions: texts of a new model in an index that the old one made, wholly or in part.
+"""Search across versions: texts of a new model in an index that the old one made, wholly or in part.
 
 A backward map takes new queries into the old space. It is fitted on the quarter of the index that is embedded anew
 first, images alone: what a release would have after some minutes.
@@ -10,24 +10,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.continual.asking import Encoded, Vectors, images_of, right_images, texts_of
 from benchmarks.continual.backward_map import SHARES, BackwardMap, Index, fit, recall, recall_while_backfilling
+from benchmarks.continual.evaluation import Encoded, Vectors, images_of, right_images, texts_of
 from benchmarks.continual.stream import RECALL_AT, Suite
 
 FITTED = 0.25
 
 
-def crossing(suites: Sequence[Suite], previous: Encoded, now: Encoded, base: Encoded) -> dict[str, float]:
+def cross_version_recall(suites: Sequence[Suite], previous: Encoded, now: Encoded, base: Encoded) -> dict[str, float]:
     """Recall at 5 of texts in images, mean over retrieval suites, by the versions of both.
 
     ``old_old`` is the version before; ``new_at_0`` to ``new_at_1`` are new queries while 0 to all of its index are
     embedded anew, ``mapped_at_...`` the same with a map for what is still old; ``new_base``, ``mapped_base`` meet the
     index of the base.
     """
-    asked = [suite for suite in suites if suite.task == "retrieval"]
-    back, to_base = _map(asked, now, previous), _map(asked, now, base)
-    found = [_one(suite, previous, now, back) | _base(suite, base, now, to_base) for suite in asked]
-    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
+    retrieval = [suite for suite in suites if suite.task == "retrieval"]
+    back, to_base = _map(retrieval, now, previous), _map(retrieval, now, base)
+    by_suite = [_one(suite, previous, now, back) | _base(suite, base, now, to_base) for suite in retrieval]
+    return {name: float(np.mean([each[name] for each in by_suite])) for name in by_suite[0]}
 
 
 def _one(suite: Suite, previous: Encoded, now: Encoded, back: BackwardMap) -> dict[str, float]:

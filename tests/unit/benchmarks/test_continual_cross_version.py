@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.continual.asking import Asker, Encoded, Vectors
-from benchmarks.continual.crossing import crossing
+from benchmarks.continual.cross_version import cross_version_recall
+from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
 from benchmarks.continual.nearest import nearest_means
 from benchmarks.continual.stream import Stream, Suite
 from benchmarks.fixtures.tiny import tiny_base
@@ -44,7 +44,7 @@ def test_a_map_takes_new_queries_into_an_index_of_a_space_that_was_turned(suite:
     texts = _unit(images + 0.3 * rng.normal(size=(ITEMS, DIM)))
     turn = np.linalg.qr(rng.normal(size=(DIM, DIM)))[0]
     old, new = _encoded(suite, images, texts), _encoded(suite, images @ turn, texts @ turn)
-    found = crossing([suite], old, new, old)
+    found = cross_version_recall([suite], old, new, old)
     assert found["old_old"] > 0.9
     assert found["new_at_1"] == found["mapped_at_1"] == pytest.approx(found["old_old"])
     assert found["new_at_0"] < 0.4 < found["new_at_0.5"] < found["old_old"]
@@ -61,14 +61,14 @@ def test_a_search_in_the_old_index_is_a_plain_ranking(suite: Suite) -> None:
     for pair in suite.items:
         ranked = sorted(suite.items, key=lambda other: -float(new.texts[pair.text] @ old.images[other.id]))
         right += pair.id in [other.id for other in ranked[:5]]
-    assert crossing([suite], old, new, old)["new_at_0"] == pytest.approx(right / ITEMS)
+    assert cross_version_recall([suite], old, new, old)["new_at_0"] == pytest.approx(right / ITEMS)
 
 
 def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path) -> None:
     plain = stream()
     engine = ClipEngine(tiny_base(tmp_path), "cpu")
-    asker = Asker(engine, plain.suites)
-    base = asker.encode(None)
+    evaluator = Evaluator(engine, plain.suites)
+    base = evaluator.encode(None)
     assert nearest_means(engine, plain, base) == {}
     boat = next(suite for suite in plain.suites if suite.name == "boat")
     lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))

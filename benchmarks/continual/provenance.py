@@ -12,20 +12,20 @@ from typing import Any
 from benchmarks.machine import machine
 
 
-def origin() -> dict[str, str]:
+def provenance() -> dict[str, str]:
     """Commit (empty outside a repository; a plus: and changes), processor, version of torch, and day."""
-    found = machine()
+    host = machine()
     return {
         "commit": _commit(),
-        "cpu": f"{found['cores']} cores of {found['cpu']}",
-        "torch": str(found["torch"]),
+        "cpu": f"{host['cores']} cores of {host['cpu']}",
+        "torch": str(host["torch"]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
 
-def together(origins: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+def distinct_values(origins: Sequence[dict[str, str]]) -> dict[str, list[str]]:
     """Every value that occurs, by name."""
-    return {key: sorted({found[key] for found in origins}) for key in ("commit", "cpu", "torch", "date")}
+    return {key: sorted({each[key] for each in origins}) for key in ("commit", "cpu", "torch", "date")}
 
 
 @cache

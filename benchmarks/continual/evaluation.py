@@ -33,8 +33,8 @@ class Encoded:
         partial.replace(path)
 
 
-class Asker:
-    """Asks one engine's adapters about suites; pixels are decoded once."""
+class Evaluator:
+    """Evaluates one engine's adapters on suites; pixels are decoded once."""
 
     def __init__(self, engine: ClipEngine, suites: Sequence[Suite]) -> None:
         self.engine = engine
@@ -62,23 +62,23 @@ class Asker:
 
     def read(self, path: Path) -> Encoded:
         """What :meth:`Encoded.write` wrote of these suites."""
-        with np.load(path) as found:
-            images, texts = found["images"].astype(np.float32), found["texts"].astype(np.float32)
+        with np.load(path) as arrays:
+            images, texts = arrays["images"].astype(np.float32), arrays["texts"].astype(np.float32)
         return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
 
-    def outcomes(self, made: Encoded) -> dict[str, Bools]:
+    def outcomes(self, encoded: Encoded) -> dict[str, Bools]:
         """By suite: whether each item was answered rightly; [n, 2] for retrieval both ways, [n, 1] for classes."""
-        return {suite.name: _outcome(suite, made) for suite in self.suites}
+        return {suite.name: _outcome(suite, encoded) for suite in self.suites}
 
 
-def images_of(suite: Suite, made: Encoded) -> Vectors:
+def images_of(suite: Suite, encoded: Encoded) -> Vectors:
     """Vectors of a suite's images, [n, dim]."""
-    return np.stack([made.images[pair.id] for pair in suite.items])
+    return np.stack([encoded.images[pair.id] for pair in suite.items])
 
 
-def texts_of(suite: Suite, made: Encoded) -> Vectors:
+def texts_of(suite: Suite, encoded: Encoded) -> Vectors:
     """Vectors of the items' own texts, [n, dim]."""
-    return np.stack([made.texts[pair.text] for pair in suite.items])
+    return np.stack([encoded.texts[pair.text] for pair in suite.items])
 
 
 def right_images(suite: Suite) -> Bools:
@@ -102,25 +102,25 @@ def _prompt(template: str, name: str) -> str:
     return template.replace("{}", name)
 
 
-def _outcome(suite: Suite, made: Encoded) -> Bools:
+def _outcome(suite: Suite, encoded: Encoded) -> Bools:
     if suite.task == "classification":
-        return _classified(suite, made)[:, None]
-    images = images_of(suite, made)
+        return _classified(suite, encoded)[:, None]
+    images = images_of(suite, encoded)
     texts = sorted({pair.text for pair in suite.items})
     own = np.array([texts.index(pair.text) for pair in suite.items])
-    similarity = images @ np.stack([made.texts[text] for text in texts]).T
+    similarity = images @ np.stack([encoded.texts[text] for text in texts]).T
     to_text = rank_of_best(similarity, own[:, None] == np.arange(len(texts))[None, :])
-    to_image = rank_of_best(texts_of(suite, made) @ images.T, right_images(suite))
+    to_image = rank_of_best(texts_of(suite, encoded) @ images.T, right_images(suite))
     return np.stack([to_text, to_image], axis=1) < RECALL_AT
 
 
-def _classified(suite: Suite, made: Encoded) -> Bools:
+def _classified(suite: Suite, encoded: Encoded) -> Bools:
     classes = _classes(suite)
     heads = np.stack([
-        np.mean([made.texts[_prompt(template, name)] for template in suite.templates], axis=0) for name in classes
+        np.mean([encoded.texts[_prompt(template, name)] for template in suite.templates], axis=0) for name in classes
     ])  # fmt: skip
     heads /= np.linalg.norm(heads, axis=1, keepdims=True)
     right = np.array([[pair.label == name for name in classes] for pair in suite.items])
-    similarity = images_of(suite, made) @ heads.T
+    similarity = images_of(suite, encoded) @ heads.T
     ranks: Bools = rank_of_best(similarity, right) == 0
     return ranks

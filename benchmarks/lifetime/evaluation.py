@@ -31,7 +31,7 @@ class NoImages:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RankedSuite:
     """A suite, and where its items' ranks are in a model."""
 
     suite: Suite
@@ -44,27 +44,27 @@ class Asked:
         return ranks if ranked else (ranks < self.suite.k).astype(np.float64)
 
 
-def static_suites(world: World) -> list[Asked]:
+def static_suites(world: World) -> list[RankedSuite]:
     """Those that ask about what the base knew."""
-    return [Asked(domain.suite, ((domain.name, np.arange(domain.asked)),)) for domain in world.static]
+    return [RankedSuite(domain.suite, ((domain.name, np.arange(domain.suite_items)),)) for domain in world.static]
 
 
-def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[Asked]:
+def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
     """Gain suites of new held-out samples."""
     table = _table(samples)
-    made = fresh_suites(table, min_items=settings.min_items, limit=settings.max_items, images=NoImages())
-    return [_asked(suite) for suite in made]
+    suites = fresh_suites(table, min_items=settings.min_items, limit=settings.max_items, images=NoImages())
+    return [_ranked_suite(suite) for suite in suites]
 
 
-def memory_of(samples: Sequence[Sample], settings: Gate) -> list[Asked]:
+def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
     """Retention suites of held-out samples of what was learned."""
     table, fewest = _table(samples), 2 * settings.min_items
-    made = memory_suites(table, choose_memory(table, fewest), "clip", fewest, NoImages())
-    return [_asked(suite) for suite in made]
+    suites = memory_suites(table, choose_memory(table, fewest), "clip", fewest, NoImages())
+    return [_ranked_suite(suite) for suite in suites]
 
 
 def findings_of(
-    suites: Sequence[Asked],
+    suites: Sequence[RankedSuite],
     base: Model,
     incumbent: Model,
     candidate: Model,
@@ -81,12 +81,12 @@ def findings_of(
         ranked: whether the gate sees ranks; else hits alone.
     """
     scores = []
-    for asked in suites:
-        sides = [marks_of(asked.suite, asked.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)]
+    for each in suites:
+        sides = [marks_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)]
         before = sides[0] if incumbent is base else sides[1]
-        name, released = best.get(asked.suite.name, ("", None))
-        rival = None if released is None else marks_of(asked.suite, asked.answers(released, ranked=ranked))
-        scores.append(Scores(asked.suite, sides[0], before, sides[2], best=rival, best_name=name))
+        name, released = best.get(each.suite.name, ("", None))
+        rival = None if released is None else marks_of(each.suite, each.answers(released, ranked=ranked))
+        scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
     return decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
 
 
@@ -95,7 +95,7 @@ def _table(samples: Sequence[Sample]) -> pa.Table:
     return pa.table({"id": ids, "text": ids, "domain": [domain for domain, _ in samples]})
 
 
-def _asked(suite: Suite) -> Asked:
+def _ranked_suite(suite: Suite) -> RankedSuite:
     places = [item.sample_id.rsplit("/", 1) for item in suite.items()]
     rows: list[tuple[str, np.ndarray]] = []
     start = 0
@@ -103,4 +103,4 @@ def _asked(suite: Suite) -> Asked:
         if end == len(places) or places[end][0] != places[start][0]:
             rows.append((places[start][0], np.array([int(item) for _, item in places[start:end]])))
             start = end
-    return Asked(suite, tuple(rows))
+    return RankedSuite(suite, tuple(rows))
