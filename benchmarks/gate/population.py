@@ -1,8 +1,8 @@
 """All items of a suite's data that no candidate trains on, asked as the suite asks its own draw of them.
 
 These are the suite's own, and what is reserved of the domain's training split (training_data). The gate of a redrawn
-item set asks some of them, and the others, which it never sees, decide what is true. The base was trained on the training split
-of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
+item set asks some of them, and the others, which it never sees, decide what is true. The base was trained on the
+training split of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
 
 How hard it is to find a text depends on how many there are to choose from. So the items are dealt out in galleries as
 large as the suite: the first is the suite's own draw, and each item is asked in one gallery.

@@ -25,7 +25,7 @@ from ops.settings import Settings
 from serving.engines.base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suites import Suite, load_suites
 from updater.training.result import Limits
 from updater.training.train import train
@@ -139,16 +139,16 @@ class Workshop:
 
     def _cache(self, trial: Trial, key: str) -> Trial:
         about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.trouble}
-        keep(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
+        store_arrays(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
         return trial
 
     def _cached(self, name: str, key: str) -> Trial | None:
-        record = kept(self._path(name), ("about",))
+        record = load_arrays(self._path(name), ("about",))
         about: dict[str, Any] = json.loads(str(record[0])) if record else {}
         if about.get("key") != key:
             return None
         names = [] if about["trouble"] else list(self.populations)
-        arrays = kept(self._path(name), names)
+        arrays = load_arrays(self._path(name), names)
         if arrays is None:
             return None
         # earlier runs kept hits alone, in bytes

@@ -184,9 +184,15 @@ class LoraModel(AdapterModel):
 
     def write(self, delta: WeightDelta, directory: Path) -> str:
         learned = {name for name in self.layers if f"{name}.lora_A" in self.parameters}
-        kept = {name: factor for name, factor in self._start_delta.items() if name not in learned}
+        unchanged = {name: factor for name, factor in self._start_delta.items() if name not in learned}
         return write_delta(
-            self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=self.config.to_dict(), kept=kept
+            self.frozen,
+            delta,
+            directory,
+            rank=self.rank,
+            alpha=self.alpha,
+            config=self.config.to_dict(),
+            unchanged=unchanged,
         )
 
 

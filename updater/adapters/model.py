@@ -128,12 +128,12 @@ def write_delta(
     rank: int,
     alpha: float,
     config: Mapping[str, Any],
-    kept: WeightDelta,
+    unchanged: WeightDelta,
 ) -> str:
     """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name.
 
-    What is in ``kept`` with the same rank is written as it is there, bit by bit: a locked tower keeps its embedding
-    space, and with it every search index.
+    What is in ``unchanged`` with the same rank is written as it is there, bit by bit: a locked tower keeps its
+    embedding space, and with it every search index.
     """
     model = frozen.build_model()
     scale = alpha / rank
@@ -144,8 +144,8 @@ def write_delta(
         if isinstance(part, Dense):
             tensors[f"{PREFIX}{name}"] = applied(parameters[name], part)
             continue
-        same = kept.get(name)
-        small = same if isinstance(same, LowRank) and same.rank == rank else compress(part, rank)
+        known = unchanged.get(name)
+        small = known if isinstance(known, LowRank) and known.rank == rank else compress(part, rank)
         shape = parameters[parameter_of(name, modules)].shape
         tensors[f"{PREFIX}{name}.lora_A.weight"] = small.a.reshape(rank, *shape[1:]).float()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (

@@ -121,7 +121,7 @@ class WeightModel(AdapterModel):
         Ranks add up where an update begins with new factors, and these methods merge each update into the weights;
         compressed again and again, what earlier ones learned would be lost.
         """
-        kept = {
+        unchanged = {
             name: part
             for name, part in self._start.items()
             if isinstance(part, LowRank) and parameter_of(name, self._modules) not in self.parametrizations
@@ -131,7 +131,9 @@ class WeightModel(AdapterModel):
         delta = combine([(1.0, {n: part for n, part in delta.items() if n not in over}), (1.0, wholes)])
         targets = sorted(name for name, part in delta.items() if isinstance(part, LowRank))
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
-        return write_delta(self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, kept=kept)
+        return write_delta(
+            self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, unchanged=unchanged
+        )
 
     def stepped(self, step: int, steps: int) -> None:
         for parametrization in self.parametrizations.values():

@@ -12,12 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_back
 
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
-    """torch's counter, that sees all attention: the CPU's kernel, which it does not know, is told it, and the fused
-    layers of inference, of which it knows nothing, are switched off. Nor does it count the weights' gradient of a
-    depthwise convolution as one of all channels with all channels.
+    """torch's counter, that sees all attention: it gets the formula of the CPU's kernel, which it does not know, and
+    the fused layers of inference, of which it knows nothing, are switched off. Nor does it count the weights'
+    gradient of a depthwise convolution as one of all channels with all channels.
     """
     aten = torch.ops.aten
-    told = {
+    formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         aten.convolution_backward: _convolution_backward,
@@ -25,7 +25,7 @@ def counted() -> Iterator[FlopCounterMode]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=told) as flops:
+        with FlopCounterMode(display=False, custom_mapping=formulas) as flops:
             yield flops
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

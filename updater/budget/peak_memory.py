@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from updater.adapters.parametrizations import Parametrization
 
 
-class _Kept:
+class _SavedBytes:
     """Bytes that autograd keeps for backward passes, now and at most; a storage counts once, until nothing of it is
-    kept. Parameters do not count, nor what is excluded.
+    saved_bytes. Parameters do not count, nor what is excluded.
     """
 
     def __init__(self) -> None:
@@ -51,12 +51,12 @@ class _Kept:
 class _Saved:
     """A saved tensor; autograd lets go of it when its node's backward pass is over."""
 
-    def __init__(self, tensor: Tensor, kept: _Kept) -> None:
-        self.tensor, self._kept = tensor, kept
-        kept.add(tensor)
+    def __init__(self, tensor: Tensor, saved_bytes: _SavedBytes) -> None:
+        self.tensor, self._saved_bytes = tensor, saved_bytes
+        saved_bytes.add(tensor)
 
     def __del__(self) -> None:
-        self._kept.remove(self.tensor)
+        self._saved_bytes.remove(self.tensor)
 
 
 class _AttentionExtras(TorchDispatchMode):
@@ -65,9 +65,9 @@ class _AttentionExtras(TorchDispatchMode):
     They are small, and differ between the kernels of a CPU and of a GPU.
     """
 
-    def __init__(self, kept: _Kept) -> None:
+    def __init__(self, saved_bytes: _SavedBytes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept = kept
+        self._saved_bytes = saved_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
@@ -75,7 +75,7 @@ class _AttentionExtras(TorchDispatchMode):
         if name.startswith("_scaled_dot_product") and not name.endswith("_backward"):
             for extra in output[1:]:
                 if isinstance(extra, Tensor):
-                    self._kept.exclude(extra)
+                    self._saved_bytes.exclude(extra)
         return output
 
 
@@ -87,13 +87,16 @@ def peak_saved_bytes(model: nn.Module) -> Iterator[Callable[[], float]]:
     the GPU: its ratio to what is counted elsewhere means nothing. Weights of the model that could stand where a
     parameter does count no more than parameters.
     """
-    kept = _Kept()
+    saved_bytes = _SavedBytes()
     for parameter in model.parameters():  # of which layers save views: a linear layer its transpose
-        kept.exclude(parameter)
-    hooks = [kind.register_forward_hook(lambda _, __, weight: kept.exclude(weight)) for kind in replaced_weights(model)]
+        saved_bytes.exclude(parameter)
+    hooks = [
+        kind.register_forward_hook(lambda _, __, weight: saved_bytes.exclude(weight))
+        for kind in replaced_weights(model)
+    ]
     try:
-        with saved_tensors_hooks(kept.pack, _unpack), _AttentionExtras(kept):
-            yield lambda: float(kept.most)
+        with saved_tensors_hooks(saved_bytes.pack, _unpack), _AttentionExtras(saved_bytes):
+            yield lambda: float(saved_bytes.most)
     finally:
         for hook in hooks:
             hook.remove()

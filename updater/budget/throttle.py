@@ -73,11 +73,11 @@ class Throttle:
         now = self.clock()
         if self._seen and now - self._seen[-1][0] < WINDOW_SECONDS:
             return
-        found = self.read()
-        if found is None or (self._seen and _restarted(found, self._seen[-1][1])):
+        totals = self.read()
+        if totals is None or (self._seen and _restarted(totals, self._seen[-1][1])):
             self._seen.clear()
-        if found is not None:
-            self._seen.append((now, found))
+        if totals is not None:
+            self._seen.append((now, totals))
         while len(self._seen) > 1 and self._seen[1][0] <= now - BEFORE_SECONDS:
             self._seen.popleft()
 
@@ -87,14 +87,14 @@ class Throttle:
         A route with too few requests since then is compared with all that it answered, as is everything when nothing
         was watched: the updater has just been started.
         """
-        found = self.read() or {}
+        totals = self.read() or {}
         then = self._seen[0][1] if self._seen else {}
         self._seen.clear()
-        lately = {route: _since(took, then.get(route, Took())) for route, took in found.items()}
+        lately = {route: _since(took, then.get(route, Took())) for route, took in totals.items()}
         self._before = {
-            route: took if took.requests >= WINDOW_REQUESTS else found[route] for route, took in lately.items()
+            route: took if took.requests >= WINDOW_REQUESTS else totals[route] for route, took in lately.items()
         }
-        self._open(found)
+        self._open(totals)
 
     def __call__(self) -> float:
         """The share now; looks at the server when it did not for a while."""
@@ -104,15 +104,15 @@ class Throttle:
             self._look(self.read())
         return self.share
 
-    def _look(self, found: Latencies | None) -> None:
-        if found is None:  # nobody is served, so that nobody is in the way
+    def _look(self, totals: Latencies | None) -> None:
+        if totals is None:  # nobody is served, so that nobody is in the way
             self._set(1.0, "the server does not answer")
             return
-        if self._window is None or _restarted(found, self._window):
+        if self._window is None or _restarted(totals, self._window):
             self._before = {} if self._window is not None else self._before
-            self._open(found)
+            self._open(totals)
             return
-        lately = {route: _since(took, self._window.get(route, Took())) for route, took in found.items()}
+        lately = {route: _since(took, self._window.get(route, Took())) for route, took in totals.items()}
         if max((took.requests for took in lately.values()), default=0) >= WINDOW_REQUESTS:
             worst, route = max((self._ratio(route, took), route) for route, took in lately.items())
             share = self.share / 2 if worst > self.most_ratio else self.share + GROWTH
@@ -121,7 +121,7 @@ class Throttle:
             self._set(self.share + GROWTH, "there are few requests")
         else:
             return
-        self._open(found)
+        self._open(totals)
 
     def _ratio(self, route: str, lately: Took) -> float:
         """Mean of a route lately over its mean before the update; 0 where too few requests tell."""
@@ -130,8 +130,8 @@ class Throttle:
             return 0.0
         return (lately.seconds / lately.requests) / (before.seconds / before.requests)
 
-    def _open(self, found: Latencies) -> None:
-        self._window, self._began = found, self.clock()
+    def _open(self, totals: Latencies) -> None:
+        self._window, self._began = totals, self.clock()
 
     def _set(self, share: float, why: str) -> None:
         bounded = min(1.0, max(self.least, share))
@@ -147,14 +147,14 @@ def latencies(client: Client) -> Latencies | None:
     except ServerError:
         return None
     lines = "\n".join(line for line in page.splitlines() if line.startswith((f"{METRIC}_count", f"{METRIC}_sum")))
-    found: dict[str, Took] = {}
+    totals: dict[str, Took] = {}
     for family in text_string_to_metric_families(f"{lines}\n"):
         for sample in family.samples:
             route = sample.labels["route"]
             if route.startswith("/v1"):
                 field = "requests" if sample.name.endswith("_count") else "seconds"
-                found[route] = found.get(route, Took())._replace(**{field: sample.value})
-    return found
+                totals[route] = totals.get(route, Took())._replace(**{field: sample.value})
+    return totals
 
 
 def _since(now: Took, then: Took) -> Took:

@@ -17,10 +17,10 @@ from updater.recipes import Batches, Views
 
 def visits(rows: Sequence[Example], most: int, views: Views, batches: Batches, seed: str) -> tuple[Example, ...]:
     """At most ``most`` visits of a pool: its rows in their order, and after them, in another one, each further view."""
-    found = list(islice(_with_views(rows, views, seed), most))
+    examples = list(islice(_with_views(rows, views, seed), most))
     if batches.domains == "mixed":
-        return tuple(found)
-    return tuple(found[place] for place in grouped([each.domain for each in found], batches.group))
+        return tuple(examples)
+    return tuple(examples[place] for place in grouped([each.domain for each in examples], batches.group))
 
 
 def _with_views(rows: Sequence[Example], views: Views, seed: str) -> Iterator[Example]:

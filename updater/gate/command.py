@@ -53,7 +53,7 @@ def gate_command(
     family = _family(candidate)
     base = _base(settings, family)
     paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
-    asked = load_suites(paths, settings.home, family, most)
+    loaded = load_suites(paths, settings.home, family, most)
     store = SampleStore(settings.lake)
     held_out = HeldOut(store, store.version(), HAVING[family])
     fresh = fresh_suites(
@@ -78,7 +78,7 @@ def gate_command(
             evaluator=evaluator,
             candidate=name,
             incumbent=before,
-            suites=asked,
+            suites=loaded,
             fresh=fresh,
             counts=StoreCounts(store, held_out.version, held_out.having, settings.home / "cache" / "gate"),
             plan=Plan.alone(settings.gate.alpha),

@@ -282,9 +282,9 @@ def _gain(
     if is_worse:
         return "failed", f"lost {points(-side.difference)} on new data ({_moved(side)})"
     metric = scores.suite.metric
-    kept = side.p_noninferior <= local
-    loss = "" if kept else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
-    if shown and kept:
+    noninferior = side.p_noninferior <= local
+    loss = "" if noninferior else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
+    if shown and noninferior:
         name = _statistic_name(scores.suite, sides)
         beside = "" if name == metric else f"; {metric} {_moved(side)}"
         return "passed", f"gained {points(statistic.difference)} of {name} ({_moved(statistic)}){beside}"

@@ -30,8 +30,8 @@ def fresh_suite(
     only the rows of one domain.
     """
     images = images or TableImages(rows)
-    found = items_by_domain(rows, family, images)
-    return _suite(found.get(domain, []) if domain else _all(found), domain, family, limit, seed, images)
+    by_domain = items_by_domain(rows, family, images)
+    return _suite(by_domain.get(domain, []) if domain else _all(by_domain), domain, family, limit, seed, images)
 
 
 def fresh_suites(
@@ -54,34 +54,35 @@ def fresh_suites(
         images: those of the rows; None where they have a column of them.
     """
     images = images or TableImages(rows)
-    found = items_by_domain(rows, family, images)
+    by_domain = items_by_domain(rows, family, images)
     suites: list[Suite] = []
-    asked: set[str] = set()
-    for domain in sorted(found, key=lambda domain: (-len(found[domain]), domain)):
-        if len(found[domain]) < min_items or len(suites) == most:
+    covered: set[str] = set()
+    for domain in sorted(by_domain, key=lambda domain: (-len(by_domain[domain]), domain)):
+        if len(by_domain[domain]) < min_items or len(suites) == most:
             break
-        suite = _suite(found[domain], domain, family, limit, 0, images)
+        suite = _suite(by_domain[domain], domain, family, limit, 0, images)
         if domain and suite.units() >= min_items:
             suites.append(suite)
-            asked.add(domain)
-    rest = _suite(_all({d: items for d, items in found.items() if d not in asked}), None, family, limit, 0, images)
+            covered.add(domain)
+    others = _all({domain: items for domain, items in by_domain.items() if domain not in covered})
+    rest = _suite(others, None, family, limit, 0, images)
     suites += [rest] if not suites or rest.units() >= min_items else []
     return [suite for suite in suites if len(suite.items()) >= 2]
 
 
 def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str, list[Item]]:
     """Items by domain, in the order in which domains appear."""
-    found: dict[str, list[Item]] = defaultdict(list)
+    by_domain: dict[str, list[Item]] = defaultdict(list)
     make = captioned_sample if family == "clip" else asked_sample
     for row in rows.select([name for name in WORDS if name in rows.column_names]).to_pylist():
         item = make(row, images)
         if item is not None:
-            found[row.get("domain") or ""].append(item)
-    return dict(found)
+            by_domain[row.get("domain") or ""].append(item)
+    return dict(by_domain)
 
 
-def _all(found: Mapping[str, Sequence[Item]]) -> list[Item]:
-    return [item for items in found.values() for item in items]
+def _all(by_domain: Mapping[str, Sequence[Item]]) -> list[Item]:
+    return [item for items in by_domain.values() for item in items]
 
 
 def units(items: Sequence[Item], family: Family) -> int:

@@ -66,8 +66,8 @@ def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
 
 
 def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | str, Item | str]) -> Worse:
-    kept = not item.sample_id  # what a model answers to a sample's question may repeat the sample
-    before, after = (_shown(answer) if kept else "" for answer in answers)
+    shown = not item.sample_id  # what a model answers to a sample's question may repeat the sample
+    before, after = (_shown(answer) if shown else "" for answer in answers)
     return Worse(
         id=item.id,
         text=_shown(item),
@@ -76,8 +76,8 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
         rank_after=ranks[1],
         answer_before=before,
         answer_after=after,
-        thumbnail=thumbnail(item) if kept else "",
-        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if kept else "",
+        thumbnail=thumbnail(item) if shown else "",
+        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if shown else "",
         sample=item.sample_id,
         sample_before=_sample_id(answers[0]),
         sample_after=_sample_id(answers[1]),

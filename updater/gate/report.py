@@ -118,10 +118,10 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
     """Rows about alpha, and about what comes next."""
     before, left = look["candidates"], look["left_for_others"]
-    made = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
+    number = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
     following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
     return [
-        ("Look", f"{made}; {look['items']:,} of {look['needed']:,} independent items of new data"),
+        ("Look", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
         ("Level of this look", f"{look['level']:.2g}"),
         ("Spent on this candidate", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),

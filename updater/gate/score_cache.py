@@ -16,7 +16,7 @@ KEEP_FILES = 400
 """Score files kept in a folder; the oldest go first (each about 10 KB)."""
 
 
-def keep(path: Path, **arrays: NDArray[Any]) -> None:
+def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     """Write arrays atomically; then drop the oldest files beyond the bound."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.stem}.{os.getpid()}.npz")
@@ -27,7 +27,7 @@ def keep(path: Path, **arrays: NDArray[Any]) -> None:
         old.unlink(missing_ok=True)
 
 
-def kept(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
+def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
     """The arrays of these names, or None if there is no file or it is damaged (it is then written anew)."""
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -238,8 +238,8 @@ class Verdict:
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":
             return tuple(failed)
-        kept = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
-        return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
+        unproven = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
+        return (*unproven, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def look_summary(self) -> dict[str, Any]:
         """The look, and what follows from it. Where it was not made it has spent nothing."""

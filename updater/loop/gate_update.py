@@ -127,8 +127,8 @@ def _having(update: UpdateRow) -> Having:
 
 
 def _count(verdict: Verdict, update: UpdateRow) -> None:
-    kept = verdict.outcome == "inconclusive" and verdict.look.next is not None
-    outcome = "kept" if kept else verdict.outcome
+    again = verdict.outcome == "inconclusive" and verdict.look.next is not None
+    outcome = "kept" if again else verdict.outcome
     metrics.gate.decided(update.family, outcome, verdict.seconds, _gflops(verdict.summary(), update))
 
 

@@ -101,9 +101,9 @@ class UpdaterService:
         self.stop = stop or StopSignal()
         self._ledger_metrics = LedgerMetrics(self.ledger)
         server = Client(settings.console_server, settings.operator_key(), actor="updater", timeout=2.0)
-        at = settings.updater
+        limits = settings.updater
         self._throttle = Throttle(
-            lambda: latencies(server), at.max_latency_ratio, min(1.0, at.least_duty_cycle / at.duty_cycle)
+            lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
         )
 
     def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
@@ -129,19 +129,19 @@ class UpdaterService:
         return Outcome(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
 
     def _step_of(self, family: Family, now: bool, retry: bool) -> Outcome:
-        found = self.ledger.unfinished_update(family)
-        if found is not None:
-            if found.state == "trained" and is_import(found):
+        update = self.ledger.unfinished_update(family)
+        if update is not None:
+            if update.state == "trained" and is_import(update):
                 unreleased = triggers.waits_for_release(self.ledger, family)
                 if unreleased is not None:
                     return Outcome(None, unreleased)
-                found = compare(self.ledger, self.store, found, family)
-            if waits := self._waits_for_base(family, self.ledger.base_upgrade(found.id)):
+                update = compare(self.ledger, self.store, update, family)
+            if waits := self._waits_for_base(family, self.ledger.base_upgrade(update.id)):
                 return Outcome(None, waits)
-            if found.state == "training" and self._data_is_gone(found):
-                return Outcome(self._abandon(found), "its data is not kept any more")
-            say(f"{found.id} goes on ({found.state})")
-            self.store.pin(found.id, found.store_version)  # who began it may have died before that
+            if update.state == "training" and self._data_is_gone(update):
+                return Outcome(self._abandon(update), "its data is not kept any more")
+            say(f"{update.id} goes on ({update.state})")
+            self.store.pin(update.id, update.store_version)  # who began it may have died before that
         else:
             if waits := self._waits_for_base(family):
                 return Outcome(None, waits)
@@ -149,8 +149,8 @@ class UpdaterService:
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
                 return Outcome(None, ready.reason)
-            found = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
-        done = self._finish(found, family)
+            update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
+        done = self._finish(update, family)
         return Outcome(done, done.error or done.state)
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:

@@ -88,5 +88,5 @@ def _units(
     held_out = HeldOut(store, version, HAVING[family])
     rows = held_out.rows(WORDS, dict(data_from))
     suites = fresh_suites(rows, family=family, min_items=min_items, limit=max_items, images=held_out)
-    asked = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]
-    return sum(suite.units() for suite in asked)
+    gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]
+    return sum(suite.units() for suite in gated)

@@ -61,12 +61,12 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
         update: the look; None: of a candidate that will be trained.
         halved: only half of the fresh items are asked, because a search looks at the other half.
     """
-    made = ledger.looks_since_release(family)
+    verdicts = ledger.looks_since_release(family)
     candidate = None if update is None else split_id(update.id)[0]
-    own = [verdict.summary["look"] for verdict in made if split_id(verdict.update_id)[0] == candidate]
+    own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
     if own:
         return Plan(own[0]["alpha"], own[0]["needed"], tuple(look["items"] for look in own), own[0]["candidates"])
-    others = len({split_id(verdict.update_id)[0] for verdict in made})
+    others = len({split_id(verdict.update_id)[0] for verdict in verdicts})
     alpha = candidate_alpha(settings.alpha, others)
     needed = needed_items(
         spread(ledger.verdicts_of(family)),

@@ -28,16 +28,16 @@ def harmonized_backward(terms: Sequence[Tensor], parameters: Sequence[nn.Paramet
             if against < 0:
                 own -= against / other.square().sum() * other
         whole += own
-    at = 0
+    offset = 0
     for parameter in parameters:
-        parameter.grad = whole[at : at + parameter.numel()].view_as(parameter).clone()
-        at += parameter.numel()
+        parameter.grad = whole[offset : offset + parameter.numel()].view_as(parameter).clone()
+        offset += parameter.numel()
 
 
 def _flat(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    found = torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True)
+    gradients = torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True)
     return torch.cat(
-        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, found, strict=True)]
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
     )
 
 

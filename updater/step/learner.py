@@ -226,9 +226,9 @@ class Learner(ABC, Generic[E]):
         batch = self.batch(rows)
         alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
         if self.recipe.gradients.drop and isinstance(batch, Features):
-            kept = without_conflicts(_total(batch, alone), batch, self.recipe.gradients.drop)
-            self.left_out = [row for number, row in enumerate(rows) if number not in kept]
-            batch = batch.select(kept)
+            without_conflict = without_conflicts(_total(batch, alone), batch, self.recipe.gradients.drop)
+            self.left_out = [row for number, row in enumerate(rows) if number not in without_conflict]
+            batch = batch.select(without_conflict)
             alone = objectives.values(self.objectives, batch)
         self._last = batch
         if regularized:
@@ -275,11 +275,11 @@ class Learner(ABC, Generic[E]):
 
     def remembered(self) -> dict[str, Tensor]:
         """What objectives and regularizers keep for the next update, by name."""
-        found = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
-        found |= {
+        state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
+        state |= {
             f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
         }
-        return {name: value.detach().cpu().contiguous() for name, value in found.items()}
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""

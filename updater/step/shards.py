@@ -166,10 +166,10 @@ class Shards:
         path = self._path(number)
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
-                if told["content"] != self._digest(number):
+                metadata = file.metadata() or {}
+                if metadata["content"] != self._digest(number):
                     return False
-                self.gflops[number] = float(told["gflops"])
+                self.gflops[number] = float(metadata["gflops"])
         except (SafetensorError, OSError, KeyError, ValueError):  # there is none, or it is damaged: it is made again
             return False
         self.sizes[number] = path.stat().st_size
@@ -200,7 +200,7 @@ class Shards:
             self._reader = ThreadPoolExecutor(1, "shards")
         self._ahead[number] = self._reader.submit(fetch, self.layout[number].rows)
 
-    def _write(self, number: int, tensors: dict[str, Tensor], told: dict[str, str]) -> None:
+    def _write(self, number: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         path = self._path(number)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -209,7 +209,7 @@ class Shards:
             raise self._full(f"{free / 1e6:,.0f} MB are free, and {(size + RESERVE_BYTES) / 1e6:,.0f} MB are needed")
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, partial, metadata=told)
+            save_file(tensors, partial, metadata=metadata)
         except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
             partial.unlink(missing_ok=True)
             raise self._full(str(error)) from error

@@ -36,15 +36,15 @@ class CarryOver:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
-        made = {f"term/{name}": value for name, value in self.terms.items()}
+        tensors = {f"term/{name}": value for name, value in self.terms.items()}
         if self.updates:
-            made["updates"] = torch.tensor(self.updates)
+            tensors["updates"] = torch.tensor(self.updates)
         for name, part in self.start.items():
             if isinstance(part, LowRank):
-                made |= {f"start/{name}/a": part.a, f"start/{name}/b": part.b}
+                tensors |= {f"start/{name}/a": part.a, f"start/{name}/b": part.b}
             else:
-                made[f"start/{name}/whole"] = part.value
-        return {name: value.contiguous().clone() for name, value in made.items()}
+                tensors[f"start/{name}/whole"] = part.value
+        return {name: value.contiguous().clone() for name, value in tensors.items()}
 
     @property
     def digest(self) -> str:

@@ -194,11 +194,11 @@ class _Run:
         self.pools, self.plan = self._drawn(steps)
         self.run = digest_json([self.run, self.pools.digest])
         learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-        found = load_checkpoint(self.work_dir, self.run)
+        checkpoint = load_checkpoint(self.work_dir, self.run)
         progress = Progress(self.run, 0, steps, 0.0)
-        if found is not None and found[1].steps == steps:
-            learner.load_state(found[0])
-            progress = found[1]
+        if checkpoint is not None and checkpoint[1].steps == steps:
+            learner.load_state(checkpoint[0])
+            progress = checkpoint[1]
             say(f"training goes on at step {progress.step} of {steps}")
         progress = self._steps(progress)
         learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
@@ -223,7 +223,7 @@ class _Run:
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
         )
-        told = {
+        costs = {
             **cost.to_json(),
             "prepare_gflops": learner.prepared_gflops(),
             "memory_ratio": cost.memory_ratio,
@@ -240,7 +240,7 @@ class _Run:
             seconds=progress.seconds,
             truncated=progress.truncated,
             losses=progress.losses,
-            cost=told | weighed.to_json(cost.sample_gflops),
+            cost=costs | weighed.to_json(cost.sample_gflops),
             samples=self.pools.sizes,
             pending=len(self.source.new),
             visited=self._seen(progress.step),
@@ -317,10 +317,10 @@ class _Run:
             threads=self.limits.threads,
         )
         path = self.work_dir / "cost.json"
-        kept = read_json(path)
-        if isinstance(kept, dict) and kept.get("run") == self.run:
+        saved = read_json(path)
+        if isinstance(saved, dict) and saved.get("run") == self.run:
             with suppress(TypeError):  # an older version kept other fields
-                return Cost(**kept["cost"])
+                return Cost(**saved["cost"])
         examples = self.pools.examples
         self.learner.prepare(examples, self.pools.parts, self.work, self._between)
         batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]

@@ -98,7 +98,7 @@ def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
         scores = {suite.name: float(evaluator.score(suite, None).hits.mean()) for suite in suites}
         for suite in suites:
             evaluator.score(suite, name)
-        return evaluator.asked, scores
+        return evaluator.question_count, scores
 
     base = {suite.name: suite.base for suite in first.suites}
     assert ask_again() == (0, base)

@@ -101,8 +101,8 @@ class VlmLearner(Learner[Question]):
             with self.model.base() if name == "base" else nullcontext():
                 logits = self._logits(self.model.model, read.sequences, eyes)
             owner = _targets(read.sequences, logits.device)[1]
-            said = summarise(logits.cpu(), TOP)
-            own = [said[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
+            summaries = summarise(logits.cpu(), TOP)
+            own = [summaries[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
             values[f"{name}.tokens"] = [each.tokens for each in own]
             values[f"{name}.logprobs"] = [each.logprobs for each in own]
             values[f"{name}.rest"] = [each.rest for each in own]
@@ -168,9 +168,9 @@ class VlmLearner(Learner[Question]):
         tensor, and has to be computed at each step."""
         inner = cast(Any, self.model.model).base_model
         with self.computing():
-            made = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
-        given = made.pooler_output
-        if set(made.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+            output = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
+        given = output.pooler_output
+        if set(output.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
             return []
         self.stacked = isinstance(given, Tensor)
         return [each.detach().cpu().clone() for each in given]
@@ -200,12 +200,12 @@ class VlmLearner(Learner[Question]):
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
         known = [rows[place] for place in places]
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
-        told = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
-        said = [told.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
+        by_place = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
+        teachers = [by_place.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
         return Teacher(
-            torch.cat([each.tokens for each in said]).to(logits.device),
-            torch.cat([each.logprobs for each in said]).to(logits.device),
-            torch.cat([each.rest for each in said]).to(logits.device),
+            torch.cat([each.tokens for each in teachers]).to(logits.device),
+            torch.cat([each.logprobs for each in teachers]).to(logits.device),
+            torch.cat([each.rest for each in teachers]).to(logits.device),
         )
 
 
