@@ -99,7 +99,7 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
         "kinds": counting.by_kind(rows),
         "drift": drifted,
         "resampled": drawn,
-        "not_trained": {name: trial.trouble for name, trial in trials.items() if trial.trouble},
+        "not_trained": {name: trial.error for name, trial in trials.items() if trial.error},
         "level": rule.level,
         "items": {name: [sizes[name], shown[name], one.n] for name, one in workshop.populations.items()},
         "seconds": round(time.monotonic() - started, 1),
@@ -114,7 +114,7 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
 def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | None:
     """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
     after, base = trials[plan.name], trials["base"]
-    if after.trouble:
+    if after.error:
         return None
     before = trials[plan.incumbent] if plan.incumbent else base
     suites = workshop.suites(plan.domain)
@@ -131,7 +131,7 @@ def at_margin(
     workshop: Workshop, wanted: Sequence[Plan], trials: dict[str, Trial], extent: Extent, rule: Rule
 ) -> Iterator[Case]:
     """Scaled candidates beside the margin; their trials are added to ``trials``."""
-    trained = [plan for plan in wanted if not trials[plan.name].trouble]
+    trained = [plan for plan in wanted if not trials[plan.name].error]
     for parent in parents_of(trained, extent.parents):
 
         def loses(plan: Plan, parent: Plan = parent) -> float:

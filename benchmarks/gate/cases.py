@@ -122,8 +122,8 @@ class ItemMarks:
     ranks: NDArray[np.int32] | None
 
 
-def marks_of(suite: Suite, answers: Answers) -> ItemMarks:
-    """The marks of outcomes."""
+def item_scores_of(suite: Suite, answers: Answers) -> ItemMarks:
+    """The item scores of outcomes."""
     ids = np.arange(len(answers)).astype(str)
     return ItemMarks(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 
@@ -132,9 +132,9 @@ def judge(case: Case, rule: Rule) -> Judged:
     """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
     scores = []
     for suite in case.suites:
-        base = marks_of(suite, case.base[suite.name])
-        before = base if case.before is case.base else marks_of(suite, case.before[suite.name])
-        scores.append(Scores(suite, base, before, marks_of(suite, case.after[suite.name])))
+        base = item_scores_of(suite, case.base[suite.name])
+        before = base if case.before is case.base else item_scores_of(suite, case.before[suite.name])
+        scores.append(Scores(suite, base, before, item_scores_of(suite, case.after[suite.name])))
     findings = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
     gained = findings.gain is not None and findings.gain.decision == "passed"
     return Judged(conclude(findings, ())[0], findings.results, gained)

@@ -44,7 +44,7 @@ class Trial:
     answers: dict[str, Answers]
     """By suite name, of every item: [n, views]."""
     seconds: float
-    trouble: str = ""
+    error: str = ""
 
 
 class Workshop:
@@ -138,7 +138,7 @@ class Workshop:
         return self.out / "outcomes" / f"{name}.npz"
 
     def _cache(self, trial: Trial, key: str) -> Trial:
-        about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.trouble}
+        about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.error}
         store_arrays(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
         return trial
 
@@ -175,7 +175,7 @@ def run_all(workshop: Workshop, wanted: Sequence[Plan]) -> Mapping[str, Trial]:
     trials: dict[str, Trial] = {"base": workshop.of_base()}
     for plan in wanted:
         incumbent = trials[plan.incumbent] if plan.incumbent else None
-        if incumbent is not None and incumbent.trouble:
-            raise RatchetError(f"{plan.name} goes on from {plan.incumbent}: {incumbent.trouble}", "Lower its rate.")
+        if incumbent is not None and incumbent.error:
+            raise RatchetError(f"{plan.name} goes on from {plan.incumbent}: {incumbent.error}", "Lower its rate.")
         trials[plan.name] = workshop.of(plan, incumbent)
     return trials

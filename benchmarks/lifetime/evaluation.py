@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.gate.cases import Answers, marks_of
+from benchmarks.gate.cases import Answers, item_scores_of
 from benchmarks.lifetime.world import Model, World
 from ops.settings import Gate
 from updater.gate.decision import Findings, Scores, decide
-from updater.gate.fresh import fresh_suites
 from updater.gate.memory_suites import choose_memory, memory_suites
+from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Suite
 
 Sample = tuple[str, int]
@@ -82,10 +82,12 @@ def findings_of(
     """
     scores = []
     for each in suites:
-        sides = [marks_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)]
+        sides = [
+            item_scores_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)
+        ]
         before = sides[0] if incumbent is base else sides[1]
         name, released = best.get(each.suite.name, ("", None))
-        rival = None if released is None else marks_of(each.suite, each.answers(released, ranked=ranked))
+        rival = None if released is None else item_scores_of(each.suite, each.answers(released, ranked=ranked))
         scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
     return decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
 

@@ -18,12 +18,12 @@ from serving.engines.vlm.base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.fresh import fresh_suites
-from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
-from updater.gate.open import open_evaluator
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
+from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Family, load_suites
 from updater.gate.verdict import Verdict
 
@@ -57,7 +57,7 @@ def gate_command(
     store = SampleStore(settings.lake)
     held_out = HeldOut(store, store.version(), HAVING[family])
     fresh = fresh_suites(
-        held_out.rows(WORDS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
+        held_out.rows(TEXT_COLUMNS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
     )
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}

@@ -35,13 +35,13 @@ from updater.gate.statistics import (
     reciprocal_log_rank,
 )
 from updater.gate.suites import Suite, Task
-from updater.gate.verdict import Change, Check, Decision, Outcome, PooledGain, SuiteResult, Worse
+from updater.gate.verdict import Change, Check, Decision, Outcome, PooledGain, Regression, SuiteResult
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
 
 
-class Marks(Protocol):
+class ItemScores(Protocol):
     """What one model got for its answers to a suite, whatever family it is of."""
 
     @property
@@ -62,15 +62,15 @@ class Scores:
     """Three models' answers to one suite. `before` is the incumbent (the base itself, where nothing was released)."""
 
     suite: Suite
-    base: Marks
-    before: Marks
-    after: Marks
+    base: ItemScores
+    before: ItemScores
+    after: ItemScores
     chance: float = 0.0
     """What guessing would score."""
-    worst: tuple[Worse, ...] = ()
+    worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
-    best: Marks | None = None
+    best: ItemScores | None = None
     """The best release so far; None where it is the incumbent, or there was none."""
     best_name: str = ""
     """Its adapter."""
@@ -175,7 +175,7 @@ class _Sides:
         return min(1.0, min(open_, default=1.0) * len(self.references))
 
 
-def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> Comparison:
+def _compare(scores: Scores, reference: ItemScores, margin: float, level: float) -> Comparison:
     if reference.ids.tolist() != scores.after.ids.tolist():
         raise ValueError(f"suite {scores.suite.name}: the models answered different items")
     if scores.suite.task == "classification":

@@ -19,7 +19,7 @@ from streams.store import ADDRESS, Having, SampleStore
 
 WORDS_ROWS = 1024
 """Rows whose words are read at once."""
-WORDS = ("id", "text", "question", "answer", "domain", "concept")
+TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
 PAGE = 16
 """Images that are read at once."""
 PAGES = 8

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 SAMPLES = ("sample", "sample_before", "sample_after")
-"""Fields of :class:`updater.gate.verdict.Worse` that name a sample."""
+"""Fields of :class:`updater.gate.verdict.Regression` that name a sample."""
 
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:

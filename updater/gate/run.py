@@ -72,8 +72,8 @@ def run_gate(
     findings = Findings((), None)
     scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, trouble, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, level)
-        checks += trouble
+        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, level)
+        checks += failed
     # checks that look at the answers come after the tests, and take nothing back
     sound = all(check.ok for check in checks[:early])
     outcome, reasons = conclude(findings, checks)
@@ -136,7 +136,7 @@ def _suites(
                 raise
             failed = Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
             return Findings((), None), [failed], []
-        worst = evaluator.worst(suite, before, after)
+        worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
     findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)

@@ -25,7 +25,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Worse:
+class Regression:
     """An item that was right before and is wrong now.
 
     Of a sample of the store only ids are kept, and its texts and its thumbnail are empty: who shows the report reads
@@ -147,7 +147,7 @@ class SuiteResult:
     improved: int = 0
     """Answers that went from wrong to right, and the other way round."""
     worsened: int = 0
-    worst: tuple[Worse, ...] = ()
+    worst: tuple[Regression, ...] = ()
     statistic: Change | None = None
     """Of a gain suite: what its gain is tested on, against the incumbent."""
     recall: Change | None = None

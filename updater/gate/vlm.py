@@ -35,7 +35,7 @@ from updater.gate.regressions import worst_answers
 from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, open_picture, spread
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, Worse
+from updater.gate.verdict import Check, Regression
 
 if TYPE_CHECKING:  # it brings the engines
     from serving.engines.vlm.sync import SyncVlm
@@ -119,7 +119,7 @@ class VlmEvaluator:
         }
         return Diagnostics(yes={name: share for name, share in shares.items() if share is not None})
 
-    def worst(self, suite: Suite, before: Answers, after: Answers) -> tuple[Worse, ...]:
+    def regressions(self, suite: Suite, before: Answers, after: Answers) -> tuple[Regression, ...]:
         """Answers that were better before."""
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
 

@@ -20,7 +20,7 @@ from updater.gate import Verdict, run_gate, write_report
 from updater.gate.across_bases import base_alone
 from updater.gate.best_releases import best_releases
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.open import open_across_bases, open_evaluator
+from updater.gate.evaluator_factory import open_across_bases, open_evaluator
 from updater.loop.tuning import tuned_on, update_suites
 from updater.scheduling import kept_candidates
 from updater.upgrades.replay import new_base, old_base

@@ -16,9 +16,9 @@ from serving.engines.adapters import adapter_name
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate import Suite, fresh_suites, load_suites
-from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
-from updater.gate.open import open_evaluator
 from updater.recipes import Family
 from updater.step.learner import Base
 
@@ -37,7 +37,7 @@ def update_suites(
     learned = update.data_from if learned is None else learned
     family: Family = "vlm" if update.family == "vlm" else "clip"
     held_out = HeldOut(store, update.store_version, HAVING[family])
-    fresh = held_out.rows(WORDS, update.data_from)
+    fresh = held_out.rows(TEXT_COLUMNS, update.data_from)
     min_items, most = settings.gate.min_items, settings.gate.max_items
     suites = load_suites(settings.gate.suites, settings.home, family, most)
     if learned:  # else nothing was learned yet
@@ -49,7 +49,7 @@ def update_suites(
 def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:
     chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), min_units)
     wanted = [each for ids in chosen.values() for each in ids]
-    return memory_suites(held_out.some(wanted, WORDS), chosen, family, min_units, held_out)
+    return memory_suites(held_out.some(wanted, TEXT_COLUMNS), chosen, family, min_units, held_out)
 
 
 def tuned_on(suites: Sequence[Suite], min_items: int) -> list[Suite]:
@@ -87,11 +87,11 @@ class TuningScores:
     def __call__(self, directory: Path) -> float:
         """The mean of both roles' means; of one role where there is no suite of the other. Between 0 and 1."""
         name = adapter_name(directory)
-        marks: dict[str, list[float]] = {}
+        by_role: dict[str, list[float]] = {}
         with open_evaluator(self.settings, self.base) as evaluator:
             evaluator.load(name, directory)
             for suite in self.suites:
                 score = evaluator.score(suite, name, label=f"{suite.name}, tuning half").hits.mean()
-                marks.setdefault(suite.role, []).append(float(score))
-        means = [sum(scores) / len(scores) for scores in marks.values()]
+                by_role.setdefault(suite.role, []).append(float(score))
+        means = [sum(scores) / len(scores) for scores in by_role.values()]
         return sum(means) / len(means) if means else 0.0

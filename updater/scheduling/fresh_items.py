@@ -10,8 +10,8 @@ from ops.ledger import Ledger, UpdateRow
 from ops.settings import Gate as GateSettings
 from streams.store import SampleStore
 from updater.data.draw import HAVING
-from updater.gate.fresh import fresh_suites
-from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.sample_suites import fresh_suites
 from updater.recipes import Family
 from updater.scheduling import kept_candidates
 from updater.scheduling.kept_candidates import KeptCandidate
@@ -86,7 +86,7 @@ def _units(
 ) -> int:
     """Independent items of the fresh suites that the gate would make."""
     held_out = HeldOut(store, version, HAVING[family])
-    rows = held_out.rows(WORDS, dict(data_from))
+    rows = held_out.rows(TEXT_COLUMNS, dict(data_from))
     suites = fresh_suites(rows, family=family, min_items=min_items, limit=max_items, images=held_out)
     gated = [each.half("hidden") if halved and each.divisible(min_items) else each for each in suites]
     return sum(suite.units() for suite in gated)

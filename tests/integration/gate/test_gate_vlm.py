@@ -16,7 +16,7 @@ from tests.integration.gate.vlm_cases import House, open_house
 from tests.integration.gate.vlm_house import question_table, unknown
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, fresh_suites, write_report
-from updater.gate.open import open_evaluator
+from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 pytestmark = pytest.mark.integration

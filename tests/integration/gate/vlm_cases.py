@@ -13,8 +13,8 @@ from ops.settings import Settings
 from serving.engines.vlm.base import VlmBase
 from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
+from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.interim_analyses import Plan
-from updater.gate.open import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 TAUGHT = range(160)

@@ -97,9 +97,9 @@ class VlmLearner(Learner[Question]):
             if self.parts[rows[0]] not in parts:
                 continue
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
-            eyes = self._from_features(features, beside) if shared else read.images
+            image_inputs = self._from_features(features, beside) if shared else read.images
             with self.model.base() if name == "base" else nullcontext():
-                logits = self._logits(self.model.model, read.sequences, eyes)
+                logits = self._logits(self.model.model, read.sequences, image_inputs)
             owner = _targets(read.sequences, logits.device)[1]
             summaries = summarise(logits.cpu(), TOP)
             own = [summaries[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
@@ -152,13 +152,13 @@ class VlmLearner(Learner[Question]):
         logits = self._logits(model, read.sequences, read.images, self.longest_batch)
         return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
-    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0) -> Tensor:
+    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], image_inputs: Inputs, length: int = 0) -> Tensor:
         """Before each answer token of all sequences, one after another: logits, float32 [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
         with self.computing():
-            hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
+            hidden = vlm.base_model(**batch, **_to(image_inputs, device), use_cache=False).last_hidden_state
         _, row = _targets(sequences, device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
         return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pyarrow as pa
 
-from updater.gate.held_out import WORDS, Images, TableImages
+from updater.gate.held_out import TEXT_COLUMNS, Images, TableImages
 from updater.gate.suite_items import Item, asked_sample, caption_clusters, captioned_sample, image_clusters, limited
 from updater.gate.suites import MAX_ITEMS, Family, Role, Suite, Task
 
@@ -74,7 +74,7 @@ def items_by_domain(rows: pa.Table, family: Family, images: Images) -> dict[str,
     """Items by domain, in the order in which domains appear."""
     by_domain: dict[str, list[Item]] = defaultdict(list)
     make = captioned_sample if family == "clip" else asked_sample
-    for row in rows.select([name for name in WORDS if name in rows.column_names]).to_pylist():
+    for row in rows.select([name for name in TEXT_COLUMNS if name in rows.column_names]).to_pylist():
         item = make(row, images)
         if item is not None:
             by_domain[row.get("domain") or ""].append(item)
