@@ -68,7 +68,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "held": ledger.held(),
         "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
         "visits": {each.id: visits(each) for each in ledger.updates(5)},
-        "learning": {family: state.facts() for family, state in learning_states(settings, ledger, store).items()},
+        "learning": {family: state.to_json() for family, state in learning_states(settings, ledger, store).items()},
         "proposals": ledger.pending_proposals(),
         "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
         "budget_capacity": capacity,

@@ -11,7 +11,7 @@ from updater.loop.service import UpdaterService
 from updater.recipes import Family
 
 
-def judge_import(settings: Settings, imported: Import) -> tuple[UpdateRow, VerdictRow | None]:
+def gate_import(settings: Settings, imported: Import) -> tuple[UpdateRow, VerdictRow | None]:
     """Judge and propose an imported adapter, unless that was done before.
 
     Raises:

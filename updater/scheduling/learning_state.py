@@ -38,7 +38,7 @@ class LearningState:
             f"alpha {self.alpha:g} until the next release: {self.spent:.2g} spent, {self.alpha - self.spent:.2g} left"
         )
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For machines."""
         candidate = self.fresh.candidate
         return {

@@ -253,7 +253,7 @@ def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -
     lab.judged("u0", "rejected", fresh=20)
     lab.judged("u1", fresh=8)
     state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
-    facts = state.facts()
+    facts = state.to_json()
     assert facts["fresh_items"] == 8 and facts["fresh_items_needed"] > NEEDED
     assert facts["kept"]["adapter"] == "clip-u1" and facts["kept"]["looks"] == 1
     assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
