@@ -77,7 +77,7 @@ class VlmEvaluator:
         self.question_count = 0
         """Questions that the engine has answered."""
         self._directories: dict[str, Path] = {}
-        self._texts: dict[tuple[str | None, str, str, int], str] = {}
+        self._known_texts: dict[tuple[str | None, str, str, int], str] = {}
         self._room: dict[str, int] = {}
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
@@ -199,11 +199,11 @@ class VlmEvaluator:
 
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
         """Answers in the order of the items; the engine is asked for those that are not known yet."""
-        missing = [item for item in items if self._key(suite, item, adapter) not in self._texts]
+        missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
         for some in self._portions(missing):
             asks = [self._ask(item, self._tokens(suite)) for item in some]
             self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
-        return [self._texts[self._key(suite, item, adapter)] for item in items]
+        return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
     def _replies(
         self, asks: Sequence[GenerationRequest], adapter: str | None, label: str, suite: Suite
@@ -242,7 +242,7 @@ class VlmEvaluator:
 
     def _remember(self, suite: Suite, items: Sequence[Item], adapter: str | None, texts: Sequence[str]) -> None:
         for item, text in zip(items, texts, strict=True):
-            self._texts[self._key(suite, item, adapter)] = text
+            self._known_texts[self._key(suite, item, adapter)] = text
 
     def _path(self, suite: Suite, adapter: str | None) -> Path | None:
         folder = self.cache or suite.cache

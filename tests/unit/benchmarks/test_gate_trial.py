@@ -191,7 +191,7 @@ def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: 
 
     monkeypatch.setattr("benchmarks.gate.trial.train", diverges)
     found = run_all(workshop, [short("one")])["one"]
-    assert found.trouble == "the loss of step 3 is nan" and not found.answers
+    assert found.error == "the loss of step 3 is nan" and not found.answers
     assert workshop.of(short("one"), None) == found
     with pytest.raises(RatchetError, match="two goes on from one"):
         run_all(workshop, [short("one"), short("two", incumbent="one")])

@@ -82,11 +82,11 @@ def test_a_reason_to_wait_is_said_again_for_other_words_or_after_a_while_but_not
 ) -> None:
     waits = ThrottledLog()
     for seconds in (6, 12, 20):
-        waits.tell(f"2 of 256 new samples, the oldest waiting for {seconds} s")
-    waits.tell("the budget lacks 5,994 MAF-GFLOPs")
-    waits.tell("the budget lacks 812 MAF-GFLOPs")
+        waits.say(f"2 of 256 new samples, the oldest waiting for {seconds} s")
+    waits.say("the budget lacks 5,994 MAF-GFLOPs")
+    waits.say("the budget lacks 812 MAF-GFLOPs")
     monkeypatch.setattr(process, "QUIET_SECONDS", -1.0)
-    waits.tell("the budget lacks 7 MAF-GFLOPs")
+    waits.say("the budget lacks 7 MAF-GFLOPs")
     said = capsys.readouterr().err.splitlines()
     assert [line.partition("waits: ")[2] for line in said] == [
         "2 of 256 new samples, the oldest waiting for 6 s",
