@@ -19,12 +19,12 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import random_adapter
 from benchmarks.machine import machine
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
+from ops.testing.inputs import random_adapter
 from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
 from serving.engines.vlm.base import load_vlm_base

@@ -22,14 +22,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import pictures
-from benchmarks.load import Report, Sample, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
 from ops.errors import RatchetError
+from ops.load.traffic import Report, Sample, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from serving.app import start
 
 REST_SECONDS = 3.0

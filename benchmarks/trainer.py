@@ -19,12 +19,11 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.inputs import pictures
-from ops.cli.context import Context
-from ops.cli.supervisor import STOP_SECONDS, Part, tail
+from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
 from ops.digests import digest_bytes
 from ops.errors import RatchetError
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
@@ -80,7 +79,9 @@ class BusyTrainer:
         values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
         file.write_text(yaml.safe_dump(values))
         self.url = f"http://127.0.0.1:{settings.updater.metrics_port}/metrics"
-        self.part = Part("update", Context(file, []).command("update", "--family", "clip"), file.with_suffix(".log"))
+        self.part = ChildProcess(
+            "update", ratchet_command("update", "--family", "clip", file=file), file.with_suffix(".log")
+        )
 
     def start(self) -> None:
         """Start it, and return when it has taken some steps. Raises RatchetError when it does not."""

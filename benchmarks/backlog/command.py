@@ -23,12 +23,12 @@ from rich.table import Table
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.inputs import pictures
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
 from ops.ledger import Ledger, UpdateRow
 from ops.progress import step
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from updater.base import reference_folders
 

@@ -17,9 +17,9 @@ from benchmarks.encode.generator import LoadResult, Order
 from benchmarks.encode.grid import Cell, Kind
 from benchmarks.encode.payloads import BodyTemplate, JpegInput, jpegs, text
 from benchmarks.line_worker import LineWorker
-from benchmarks.load import percentile
 from benchmarks.serving.session_processes import session_pids
 from ops.errors import RatchetError
+from ops.load.traffic import percentile
 from ops.settings import Settings
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

@@ -12,11 +12,6 @@ from typing import Final
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from benchmarks.fixtures.commit_relay import CommitRelay
-from benchmarks.fixtures.postgres import PostgresServer
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
-from benchmarks.inputs import pictures, random_adapter
 from benchmarks.samples import fill_store
 from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.serving.whole_server import WholeServer
@@ -25,6 +20,11 @@ from benchmarks.swap import make_adapters
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import BaseModels, Rollout, Settings
+from ops.testing.commit_relay import CommitRelay
+from ops.testing.inputs import pictures, random_adapter
+from ops.testing.postgres import PostgresServer
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.base import load_vlm_base
 from streams.broker import free_port
 

@@ -21,7 +21,6 @@ from typing import Any
 
 from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
-from benchmarks.proxy import Proxy
 from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
 from benchmarks.stream.chaos_plan import Fault, plan
 from benchmarks.stream.chaos_records import SteadyProducer
@@ -30,6 +29,7 @@ from benchmarks.stream.part import Part
 from benchmarks.stream.small_disk import SmallDisk
 from ops.progress import say, step
 from ops.settings import Maintain, Settings
+from ops.testing.tcp_relay import TcpRelay
 from streams.broker import EmbeddedBroker, free_port
 from streams.store import SampleStore
 
@@ -59,7 +59,7 @@ class Run:
     """One run: what is running, and what is broken now."""
 
     def __init__(
-        self, installation: Installation, producer: SteadyProducer, proxy: Proxy, disk: SmallDisk, logs: Path
+        self, installation: Installation, producer: SteadyProducer, proxy: TcpRelay, disk: SmallDisk, logs: Path
     ) -> None:
         self.installation = installation
         self.proxy = proxy
@@ -156,7 +156,7 @@ def run(
             say("[yellow]no small disk can be mounted here (that takes root): the disk does not get full[/yellow]")
         port = free_port()
         broker = stack.enter_context(EmbeddedBroker(advertised=f"127.0.0.1:{port}"))
-        proxy = Proxy(port, broker.address)
+        proxy = TcpRelay(port, broker.address)
         proxy.open()
         stack.callback(proxy.cut)
         installation = Installation(settings, disk.folder, f"127.0.0.1:{port}", **PRESSURE)

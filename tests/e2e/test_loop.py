@@ -15,16 +15,16 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.fixtures.postgres import free_port
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
-from benchmarks.load import Traffic
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
 from ops.ledger import Ledger
+from ops.load.traffic import Traffic
+from ops.testing.postgres import free_port
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore

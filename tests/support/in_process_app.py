@@ -15,11 +15,11 @@ import httpx
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.inputs import pictures
 from ops.access import Access
 from ops.ledger import Ledger
 from ops.settings import Serve, Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_base
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.fixtures.postgres import free_port
 from ops.alerts import as_yaml, rule_groups
+from ops.testing.postgres import free_port
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}

@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 import torch
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.settings import Serve
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine

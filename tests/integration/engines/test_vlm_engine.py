@@ -15,9 +15,9 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops import metrics
 from ops.errors import AdapterError
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message, VlmEngine, question
 from serving.errors import InvalidRequest
 from tests.integration.engines.conftest import House

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.artifacts import Artifacts
 from ops.digests import digest_bytes
 from ops.errors import GateError
 from ops.ledger import Ledger, UpdateRow
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.hf_engine import TransformersEngine

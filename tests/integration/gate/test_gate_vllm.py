@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
+from ops.testing.tiny_vlm import tiny_vlm_adapter
 from tests.integration.gate.vlm_cases import House, open_house
 
 pytestmark = [

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
+from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.adapters import read_adapter, write_adapter
 from tests.integration.gate.vlm_cases import House, open_house
 from tests.integration.gate.vlm_house import question_table, unknown

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.settings import Settings
+from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.vlm.base import VlmBase
 from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate

@@ -18,9 +18,9 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
 from torch import nn
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import write_adapter
 from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base
 from serving.engines.vlm.generation import question

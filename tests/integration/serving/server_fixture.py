@@ -18,16 +18,16 @@ from typing import Any, ClassVar, Literal
 import httpx
 import yaml
 
-from benchmarks.expected import ExpectedVectors
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from benchmarks.inputs import pictures
-from benchmarks.load import Traffic
 from benchmarks.serving.session_processes import engine_pids, session_pids
 from ops.artifacts import Artifacts
 from ops.ledger import Family, Ledger
+from ops.load.expected import ExpectedVectors
+from ops.load.traffic import Traffic
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.client import Client
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

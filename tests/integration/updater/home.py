@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.digests import digest_bytes
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.cli.main import app
 from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command
 from updater.gate import Verdict

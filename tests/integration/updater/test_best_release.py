@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.artifacts import Artifacts, directory_digest
 from ops.ledger import Ledger
 from ops.settings import Settings
+from ops.testing.tiny import tiny_adapter
 from serving.engines.base import load_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.families import spaces_of

@@ -13,13 +13,13 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.artifacts import Artifacts
 from ops.cli.main import app
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.ledger import Ledger
 from ops.settings import Settings
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
 from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home

@@ -19,7 +19,7 @@ from benchmarks.continual.plots import all_plots
 from benchmarks.continual.report import _prepared, figures
 from benchmarks.continual.stream import ORDERS, UPDATES
 from benchmarks.continual.table import markdown
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from tests.unit.benchmarks.builders import PROTOCOL, stream

@@ -11,8 +11,8 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import BaseModelError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from benchmarks.gate.bench import Extent, case, measure
 from benchmarks.gate.cases import Rule, has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
@@ -21,6 +20,7 @@ from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.settings import Gate
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from streams.folders import read_folder

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 
 

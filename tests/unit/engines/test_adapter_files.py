@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.errors import AdapterError
+from ops.testing.tiny import tiny_adapter
 from serving.engines.adapters import (
     adapter_name,
     content_name,

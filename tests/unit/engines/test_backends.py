@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_adapter
 from serving.engines.backends import EngineChoice
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

@@ -16,8 +16,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from benchmarks.fixtures.tiny import CONFIG, tiny_base
 from ops.errors import BaseModelError
+from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import make_spaces

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.golden_inputs import golden_pixels

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from benchmarks.fixtures.tiny import CONFIG
 from ops.errors import AdapterError
+from ops.testing.tiny import CONFIG
 from serving.engines.adapters import (
     AdapterFiles,
     canonical_config,

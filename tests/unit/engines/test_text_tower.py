@@ -9,7 +9,7 @@ import open_clip.model
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import CONFIG, tiny_adapter
+from ops.testing.tiny import CONFIG, tiny_adapter
 from serving.engines.base import ClipBase, save_base
 from serving.engines.clip import ClipEngine
 from serving.engines.preprocess import Preprocess

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import TokenChunk
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import AdapterError
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_batch import Row, Scoring

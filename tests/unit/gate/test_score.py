@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import GateError
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import folder_dataset, sample_rows
 from updater.gate.ranking import rank_of_best

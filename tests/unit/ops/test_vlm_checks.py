@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli.checks import Finding, examine
 from ops.cli.status import collect
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny_vlm import tiny_vlm_base
 
 
 def settings(home: Path, **flags: Any) -> Settings:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops import priority
 from ops.artifacts import Artifacts
 from ops.errors import ArtifactsUnavailable
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer

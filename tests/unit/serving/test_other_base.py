@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.artifacts import Artifacts
 from ops.errors import ConfigError, LedgerUnavailable, ReleaseError
 from ops.ledger import Ledger, ReleaseRow
 from ops.settings import BaseModels, Rollout, Settings
+from ops.testing.tiny import tiny_base
 from serving.app import _check_base
 from serving.engines.base import ClipBase
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand

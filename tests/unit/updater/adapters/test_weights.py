@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fixtures.tiny import RANK, tiny_adapter, tiny_base
 from ops.errors import AdapterError, ConfigError
+from ops.testing.tiny import RANK, tiny_adapter, tiny_base
 from serving.engines.adapters import effective_weights, read_adapter
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.budget.flops import counted

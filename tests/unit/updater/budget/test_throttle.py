@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops import metrics
+from ops.testing.tiny import tiny_base
 from serving.client import Client
 from tests.unit.updater.builders import run
 from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latencies, Throttle, Took, latencies

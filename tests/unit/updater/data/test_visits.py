@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from serving.engines.preprocess import Preprocess
 from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run

@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import AdapterError
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name, effective_weights, read_adapter
 from serving.engines.base import ClipBase
 from serving.engines.vlm.base import VlmBase

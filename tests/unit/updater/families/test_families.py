@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import ConfigError
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder
 from streams.store import SampleStore
 from tests.unit.updater.builders import picture, recipe

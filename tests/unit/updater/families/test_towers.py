@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import recipe
 from updater.families.clip.prepare import stack_boundaries
 from updater.families.clip.towers import SplitTower, find_blocks, first_touched, trained_modules

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import ConfigError
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import inputs

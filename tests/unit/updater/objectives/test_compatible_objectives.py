@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots

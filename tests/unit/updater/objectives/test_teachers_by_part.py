@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from tests.unit.updater.builders import answers, batch, learner_of, pools, question_pools, recipe
 from updater import objectives
 from updater.adapters import WeightDelta, read_delta

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.data.pools import Pair, caption_number

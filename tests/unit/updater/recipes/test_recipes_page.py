@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from tests.support.pages import Page
 from tests.support.recipe_table import PAGE, missing, told

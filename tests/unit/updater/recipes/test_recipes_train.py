@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import LowRank, read_delta

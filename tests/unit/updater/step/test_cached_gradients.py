@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
 from updater.families.clip.learner import ClipLearner

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import batch, recipe
 from updater.data.pools import Pair

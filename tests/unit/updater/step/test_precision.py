@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import ConfigError, TrainingError
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
 from serving.engines.processor import Processor

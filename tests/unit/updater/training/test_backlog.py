@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import LIMITS, pairs, recipe, run
 from updater.adapters import read_delta

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import TrainingError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank

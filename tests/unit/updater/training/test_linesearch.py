@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.adapters import adapter_name, effective_weights
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import recipe, run

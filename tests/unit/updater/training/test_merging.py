@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
 from updater.merging import merged, names

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import BudgetError, TrainingError
+from ops.testing.tiny import tiny_base
 from serving.engines.adapters import effective_weights
 from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine

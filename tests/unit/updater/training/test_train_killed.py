@@ -15,7 +15,7 @@ import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import LIMITS, recipe, run
 from updater.training import checkpoint
 from updater.step.learner import Learner

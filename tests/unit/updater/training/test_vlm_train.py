@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import BudgetError, ConfigError, TrainingError
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.base import VlmBase
 from tests.unit.updater.builders import LIMITS, pools, question_pools, recipe, run

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError, BaseModelError, ReleaseError
 from ops.ledger import Ledger
 from ops.settings import BaseModels, Settings
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.adapters import read_adapter
 from updater.adapters import read_delta
 from updater.upgrades.lineage import waits_for_base

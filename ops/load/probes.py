@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from benchmarks.expected import ANSWER_TOKENS, Question
 from ops.ledger.rows import Family
+from ops.load.expected import ANSWER_TOKENS, Question
 from serving.client import data_uri
 
 RequestKind = Literal["embeddings", "classify", "search", "chat"]

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.answers import AnswerCheck
-from benchmarks.expected import ExpectedVectors
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.generator import content
-from benchmarks.inputs import pictures
-from benchmarks.probes import Probe, classify_probes, embedding_probes, search_probes
 from benchmarks.swap import make_adapters
 from ops.ledger import Ledger
+from ops.load.answers import AnswerCheck
+from ops.load.expected import ExpectedVectors
+from ops.load.generator import content
+from ops.load.probes import Probe, classify_probes, embedding_probes, search_probes
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_base
 from serving.http.classify import probabilities
 
 IMAGES, TEXTS, IDS = pictures(3), ("a cat", "a map"), ("a", "b", "c")

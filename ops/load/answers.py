@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.expected import ExpectedAnswers, ExpectedVectors, Question
-from benchmarks.probes import Probe
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
+from ops.load.expected import ExpectedAnswers, ExpectedVectors, Question
+from ops.load.probes import Probe
 from ops.settings import Settings
 from serving.http.classify import probabilities
 from serving.releases.release_snapshot import BASE

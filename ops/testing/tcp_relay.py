@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 
 
-class Proxy:
+class TcpRelay:
     """A TCP relay that can be cut and opened again."""
 
     def __init__(self, port: int, target: str) -> None:

@@ -10,12 +10,12 @@ import torch
 
 from benchmarks import BENCHMARKS, duty, step
 from benchmarks.duty import Phase
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.load import Report, Sample
 from benchmarks.trainer import SAMPLES, prepare_data
 from ops.errors import RatchetError
+from ops.load.traffic import Report, Sample
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
 from streams.folders import read_folder
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset

@@ -1,4 +1,4 @@
-"""Inputs that benchmarks make themselves: random adapters and drawn pictures, always the same."""
+"""Inputs that benchmarks and tests make themselves: random adapters and drawn pictures, always the same."""
 
 from __future__ import annotations
 

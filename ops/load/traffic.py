@@ -6,7 +6,7 @@
 Report(requests=812, failed=0, mixed=0, ...)
 
 The load is made by a process of its own. Checking happens in :meth:`Traffic.report`, so it takes nothing from the
-server while it is measured: :mod:`benchmarks.expected` answers the same inputs.
+server while it is measured: :mod:`ops.load.expected` answers the same inputs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.answers import AnswerCheck
-from benchmarks.expected import Question
-from benchmarks.probes import (
+from ops.errors import RatchetError
+from ops.ledger.rows import Family
+from ops.load.answers import AnswerCheck
+from ops.load.expected import Question
+from ops.load.probes import (
     RequestKind,
     batch_probes,
     chat_probes,
@@ -35,8 +37,6 @@ from benchmarks.probes import (
     interleaved,
     search_probes,
 )
-from ops.errors import RatchetError
-from ops.ledger.rows import Family
 from ops.settings import Settings
 
 
@@ -105,8 +105,8 @@ class Traffic:
     def __enter__(self) -> Traffic:
         plan = Path(self._folder.name) / "plan.json"
         plan.write_text(json.dumps(self._plan))
-        command = [sys.executable, "-m", "benchmarks.generator", str(plan), str(self._results)]
-        root = Path(__file__).resolve().parent.parent
+        command = [sys.executable, "-m", "ops.load.generator", str(plan), str(self._results)]
+        root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root)
         return self
 
