@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from ops.addresses import local_url
 from ops.metrics import PARTS
 from ops.settings import Settings
 
@@ -119,9 +120,8 @@ def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str,
     port = settings.ingest.metrics_port if part == "ingest" else settings.maintain.metrics_port
     if not port:
         return {}
-    host = "127.0.0.1" if settings.metrics_host in ("0.0.0.0", "::") else settings.metrics_host  # noqa: S104
     try:
-        text = _get(f"http://{host}:{port}/metrics")
+        text = _get(f"{local_url(settings.metrics_host, port)}/metrics")
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     except (httpx.HTTPError, ValueError):
         return {}

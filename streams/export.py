@@ -10,7 +10,6 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ops.errors import ConfigError
+from ops.files import replacing
 from streams.folders import FolderItem, write_folder
 from streams.images import sniff
 from streams.rows import SAMPLE_SCHEMA
@@ -106,7 +106,7 @@ def _item(row: Row) -> FolderItem:
 
 
 def _write_tar(path: Path, rows: Iterator[Row]) -> None:
-    with _complete(path) as partial, tarfile.open(partial, "w") as tar:
+    with replacing(path) as partial, tarfile.open(partial, "w") as tar:
         for row in rows:
             values = {**{name: row[name] for name in _FIELDS if row[name]}, "time": _time(row)}
             _add(tar, image_name(row), row["image"])
@@ -121,7 +121,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
-    with _complete(path) as partial, pq.ParquetWriter(partial, _PARQUET) as writer:
+    with replacing(path) as partial, pq.ParquetWriter(partial, _PARQUET) as writer:
         group: list[dict[str, Any]] = []
         size = 0
         for row in rows:
@@ -134,18 +134,6 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
                 group, size = [], 0
         if group:
             writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A partial file that gets its name at the end, or is removed."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _time(row: Row) -> str | None:

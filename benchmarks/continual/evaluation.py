@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.continual.stream import RECALL_AT, Suite
+from ops.files import replacing
 from serving.engines.clip import ClipEngine
 from updater.gate.ranking import rank_of_best
 from updater.gate.score import IMAGE_BATCH, TEXT_BATCH
@@ -27,10 +28,9 @@ class Encoded:
 
     def write(self, path: Path) -> None:
         """Keep them, float16, whole or not at all. Names are not kept: they follow from the suites."""
-        partial = path.with_suffix(".partial.npz")
         images, texts = (np.stack(list(side.values())).astype(np.float16) for side in (self.images, self.texts))
-        np.savez(partial, images=images, texts=texts)
-        partial.replace(path)
+        with replacing(path) as staging:
+            np.savez(staging, images=images, texts=texts)
 
 
 class Evaluator:

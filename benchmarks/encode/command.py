@@ -26,12 +26,12 @@ from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.serving.session_processes import kill, session_pids
 from benchmarks.stream.part import Part, write_settings
+from ops.addresses import free_port
 from ops.errors import BaseModelError, ConfigError
 from ops.progress import say, step, track
 from ops.settings import MIB, Settings
 from serving.client import Client
 from serving.engines.base import ClipBase
-from streams.broker import free_port
 
 MODELS: Final = ("ViT-B-32", "shipped")
 START_SECONDS: Final = 300.0

@@ -17,6 +17,7 @@ from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from benchmarks.swap import make_adapters
+from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import BaseModels, Rollout, Settings
@@ -26,7 +27,6 @@ from ops.testing.postgres import PostgresServer
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.base import load_vlm_base
-from streams.broker import free_port
 
 HOME_BYTES: Final = 256 << 20
 IMAGES: Final = 6

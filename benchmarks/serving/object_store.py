@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.stream.part import wait_for
+from ops.addresses import free_port
 from ops.testing.tcp_relay import TcpRelay
-from streams.broker import free_port
 
 BUCKET = "chaos"
 URL = f"s3://{BUCKET}/ratchet"

@@ -27,10 +27,12 @@ from benchmarks.stream.chaos_records import SteadyProducer
 from benchmarks.stream.installation import Installation
 from benchmarks.stream.part import Part
 from benchmarks.stream.small_disk import SmallDisk
+from ops.addresses import free_port
 from ops.progress import say, step
 from ops.settings import Maintain, Settings
 from ops.testing.tcp_relay import TcpRelay
-from streams.broker import EmbeddedBroker, free_port
+from ops.waiting import wait_until
+from streams.broker import EmbeddedBroker
 from streams.store import SampleStore
 
 WORKERS = 2
@@ -130,15 +132,14 @@ class Run:
         last: dict[int, int] = {}
         for partition, offset in self.producer.places:
             last[partition] = max(last.get(partition, 0), offset + 1)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline:
+
+        def is_drained() -> bool:
             self._revive()
             positions = self.installation.store.positions().values()
             done = {each.partition for each in positions if each.published >= last.get(each.partition, 0)}
-            if done >= last.keys():
-                return True
-            time.sleep(0.5)
-        return False
+            return done >= last.keys()
+
+        return wait_until(is_drained, DRAIN_SECONDS, pause=0.5)
 
 
 def run(

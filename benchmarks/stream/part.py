@@ -7,16 +7,16 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from ops.addresses import free_port
 from ops.errors import RatchetError
 from ops.settings import Settings
-from streams.broker import free_port
+from ops.waiting import wait_until
 
 _SECRETS: Final[Any] = {"origins": True, "access": True, "kafka": {"oauth", "schema_registry_auth"}}
 _LINE = re.compile(r"^(\w+)(\{[^}]*\})? (\S+)$", re.MULTILINE)
@@ -156,10 +156,7 @@ def wait_for(
     fix: str = "Run it again on a machine that has less to do.",
 ) -> None:
     """Wait until a condition holds. Raises RatchetError when it does not come, or ``alive`` does not hold any more."""
-    deadline = time.monotonic() + seconds
-    while not condition():
+    if not wait_until(condition, seconds, pause=SAMPLE_SECONDS, alive=alive):
         if not alive():
             raise RatchetError(f"a process ended before {what}.", fix)
-        if time.monotonic() > deadline:
-            raise RatchetError(f"{what} did not come within {seconds:.0f} s.", fix)
-        time.sleep(SAMPLE_SECONDS)
+        raise RatchetError(f"{what} did not come within {seconds:.0f} s.", fix)

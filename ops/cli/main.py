@@ -29,6 +29,7 @@ from ops.cli import (
 )
 from ops.cli.context import Context
 from ops.errors import RatchetError
+from ops.logs import configure_logging
 
 app = typer.Typer(
     name="ratchet",
@@ -87,6 +88,7 @@ app.command(
 
 def main() -> None:
     """Run the command line; a known error is shown without a traceback and ends with status 1."""
+    configure_logging()
     try:
         app()
     except RatchetError as error:

@@ -51,7 +51,7 @@ def up(
             if not is_tuned(settings):
                 say("`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two")
             if "console" in names:
-                say(f"console on http://{settings.console.host}:{settings.console.port}")
+                say(f"console on {settings.console.url}")
             console = Console()
             if not console.is_terminal:
                 while True:

@@ -141,7 +141,7 @@ def show(
     values = {
         **dict(facts(row)),
         "bytes": str(len(row["image"])),
-        "thumbnail": f"http://{console.host}:{console.port}/samples/{row['id']}.png",
+        "thumbnail": f"{console.url}/samples/{row['id']}.png",
     }
     if as_json:
         typer.echo(json.dumps(values, indent=2))

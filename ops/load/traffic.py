@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from ops.load.probes import (
     search_probes,
 )
 from ops.settings import Settings
+from ops.waiting import wait_until
 
 
 @dataclass(frozen=True)
@@ -130,11 +130,9 @@ class Traffic:
 
     def wait_for(self, requests: int, timeout_seconds: float = 60.0) -> None:
         """Return when so many requests were answered. Raises RatchetError when they are not in time."""
-        end = time.monotonic() + timeout_seconds
-        while len(self._rows()) < requests:
-            if time.monotonic() > end or (self._process is not None and self._process.poll() is not None):
-                raise RatchetError(f"the load has {len(self._rows())} of {requests} answers.", "Is the server up?")
-            time.sleep(0.1)
+        running = lambda: self._process is None or self._process.poll() is None  # noqa: E731
+        if not wait_until(lambda: len(self._rows()) >= requests, timeout_seconds, alive=running):
+            raise RatchetError(f"the load has {len(self._rows())} of {requests} answers.", "Is the server up?")
 
     def releases(self) -> set[int]:
         """Numbers of the releases that answered so far."""

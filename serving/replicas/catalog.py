@@ -16,6 +16,7 @@ from ops import metrics
 from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
+from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.catalog.crossing import usable
 from serving.catalog.queries import Filters, Hit
@@ -40,6 +41,7 @@ class CatalogReplica:
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         close_replica_port()
+        configure_logging()
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.

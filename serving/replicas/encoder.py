@@ -12,6 +12,7 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.priority import nice_process
 from ops.settings import Settings
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Kind
@@ -32,6 +33,7 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
         nice_process(MODEL_NICE)
+        configure_logging()
         metrics.build.started("encoder")
         # Here and not above, because whoever deploys this class imports this module.
         from serving.engines.clip import ClipEngine

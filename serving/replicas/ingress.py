@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.engines.base import base_directory, load_base
 from serving.engines.vlm.base import MODEL
@@ -72,6 +73,7 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        configure_logging()
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.lazy(settings.ledger)

@@ -12,6 +12,7 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.priority import nice_process
 from ops.settings import Settings
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
@@ -41,6 +42,7 @@ class VlmReplica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
         nice_process(MODEL_NICE)
+        configure_logging()
         metrics.build.started("vlm")
         await wait_for_clip()
         try:

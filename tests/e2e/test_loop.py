@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from ops.addresses import free_port
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
@@ -22,9 +23,9 @@ from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
 from ops.ledger import Ledger
 from ops.load.traffic import Traffic
-from ops.testing.postgres import free_port
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
+from ops.waiting import wait_until
 from serving.client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore
@@ -138,10 +139,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 
 def wait(condition: Callable[[], bool], seconds: float = 90.0, explain: Callable[[], object] = str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen in time {explain()}"
-        time.sleep(0.2)
+    assert wait_until(condition, seconds, pause=0.2), f"it did not happen in time {explain()}"
 
 
 def descendants(pid: int) -> list[int]:

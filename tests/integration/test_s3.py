@@ -15,10 +15,10 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
-from ops.testing.postgres import free_port
 from ops.testing.tiny import tiny_base
 from serving.engines.base import load_base
 from streams.rows import Position, tally_of

@@ -15,8 +15,8 @@ from benchmarks.encode.peers.environment import Environment, same_torch
 from benchmarks.encode.peers.hf_clip import write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from benchmarks.encode.peers.process import PeerProcess
+from ops.addresses import free_port
 from serving.engines.base import ClipBase
-from streams.broker import free_port
 
 INFINITY: Final = (
     # Without its extra "vision", whose ColPali is not needed, and without optimum: BetterTransformer, which it imports

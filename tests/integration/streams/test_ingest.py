@@ -16,10 +16,11 @@ import pytest
 from kafka import KafkaConsumer
 from prometheus_client import REGISTRY
 
+from ops.addresses import free_port
 from ops.settings import Settings
 from ops.testing.tcp_relay import TcpRelay
 from streams import Producer, Sample
-from streams.broker import EmbeddedBroker, free_port
+from streams.broker import EmbeddedBroker
 from streams.clients import Admin
 from streams.codecs import encode
 from streams.consumer import Consumer

@@ -14,10 +14,10 @@ from benchmarks.serving.chaos import violations
 from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport, audit, totals
 from benchmarks.serving.chaos_plan import STATES, plan, states_of
 from benchmarks.serving.chaos_states import faketime_library
+from ops.addresses import free_port
 from ops.load.probes import RequestKind
 from ops.load.traffic import Sample
 from ops.testing.tcp_relay import TcpRelay
-from streams.broker import free_port
 
 
 def sample(began: float, problem: str = "", kind: RequestKind = "embeddings", seconds: float = 1.0) -> Sample:

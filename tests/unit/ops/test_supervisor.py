@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,11 @@ from ops import child_process
 from ops.child_process import ChildProcess, tail
 from ops.cli.context import Context
 from ops.cli.supervisor import Supervisor
+from ops.waiting import wait_until
 
 
-def _wait(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
+def _wait(condition: Callable[[], object]) -> None:
+    assert wait_until(condition, 10.0, pause=0.02), "nothing happened"
 
 
 def _alive(pid: int) -> bool:

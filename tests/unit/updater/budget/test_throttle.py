@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 
 from ops import metrics
+from ops.addresses import free_port
 from ops.testing.tiny import tiny_base
 from serving.client import Client
 from tests.unit.updater.builders import run
@@ -170,9 +170,7 @@ def test_a_server_that_is_away_is_in_nobodys_way_and_one_that_restarts_counts_an
 
 
 def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with Client(f"http://127.0.0.1:{port}") as client:
         assert latencies(client) is None
         metrics.listen("serve", port)
