@@ -14,11 +14,11 @@ from benchmarks.gate.counting import share
 from benchmarks.gate.plot import INK, LINE, MUTED, PAPER
 from benchmarks.lifetime.stream import GAIN3, TRIGGERS, Course, Ended
 
-Row = dict[str, Any]
+FigureRow = dict[str, Any]
 COLOURS = ("#17704a", "#1f5fa8", "#d98032", "#b23232", "#7a4fa3", "#9a8a10")
 
 
-def row_of(name: str, courses: Sequence[Course]) -> Row:
+def row_of(name: str, courses: Sequence[Course]) -> FigureRow:
     """Figures over all streams of a rule set."""
     lessons = [ended for course in courses for ended in course.lessons]
     headline = [ended for ended in lessons if ended.lesson.gain == GAIN3]
@@ -55,7 +55,7 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(float(np.mean(values)), 4) if values else None
 
 
-def draw(rows: Sequence[Row], path: Path) -> Path:
+def draw(rows: Sequence[FigureRow], path: Path) -> Path:
     """Updates with a gain of 3 points that were released by trigger, a line for each rule set; writes a PNG."""
     figure = Figure(figsize=(7.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.stream.part import wait_for
+from benchmarks.stream.ratchet_process import wait_for
 from ops.addresses import free_port
 from ops.testing.tcp_relay import TcpRelay
 

@@ -25,7 +25,7 @@ from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
 from benchmarks.stream.chaos_plan import Fault, plan
 from benchmarks.stream.chaos_records import SteadyProducer
 from benchmarks.stream.installation import Installation
-from benchmarks.stream.part import Part
+from benchmarks.stream.ratchet_process import RatchetProcess
 from benchmarks.stream.small_disk import SmallDisk
 from ops.addresses import free_port
 from ops.progress import say, step
@@ -68,9 +68,10 @@ class Run:
         self.disk = disk
         workers = {f"worker {number}": installation.config_of(number) for number in range(WORKERS)}
         self.parts = {
-            name: Part("ingest", config, logs / f"{name.replace(' ', '-')}.log") for name, config in workers.items()
+            name: RatchetProcess("ingest", config, logs / f"{name.replace(' ', '-')}.log")
+            for name, config in workers.items()
         }
-        self.parts["maintain"] = Part("maintain", installation.config, logs / "maintain.log")
+        self.parts["maintain"] = RatchetProcess("maintain", installation.config, logs / "maintain.log")
         self.producer = producer
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0

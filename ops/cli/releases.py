@@ -22,7 +22,7 @@ from ops.settings import Settings
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
 
 
-class Kind(StrEnum):
+class FamilyOption(StrEnum):
     """The families of adapters."""
 
     clip = "clip"
@@ -116,7 +116,7 @@ def rollback(
         int | None, typer.Option(help="Release to go back to; the one before the live one by default.")
     ] = None,
     family: Annotated[
-        Kind | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
+        FamilyOption | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
     ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
     offline: Annotated[
@@ -209,7 +209,7 @@ def _sets(row: ProposalRow) -> str:
 
 
 def _roll_back_offline(
-    settings: Settings, reason: str, to: int | None, family: Kind | None, expected_live: int | None
+    settings: Settings, reason: str, to: int | None, family: FamilyOption | None, expected_live: int | None
 ) -> None:
     from serving.app import serves_vlm
     from serving.releases.offline import roll_back_offline

@@ -35,7 +35,7 @@ from serving.releases.lease import RENEW_SECONDS, ControllerLease
 from serving.releases.lineage import Lineage
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
@@ -99,7 +99,7 @@ class ReleaseController:
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
-    async def change(self, command: LiveCommand) -> Outcome | RatchetError:
+    async def change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         """Carry out a release, promotion or rollback. Expected errors are returned: a raised one means a dead replica.
 
         Adapters that no gate passed and that were never live need ``force``.
@@ -144,7 +144,7 @@ class ReleaseController:
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 
-    async def _carry_out(self, command: LiveCommand) -> Outcome:
+    async def _carry_out(self, command: LiveCommand) -> ReleaseResult:
         match command:
             case ReleaseCommand():
                 return await self._release(command)
@@ -153,7 +153,7 @@ class ReleaseController:
             case RollbackCommand():
                 return await self.protocol.rollback(command)
 
-    async def _release(self, command: ReleaseCommand) -> Outcome:
+    async def _release(self, command: ReleaseCommand) -> ReleaseResult:
         unproven: list[str] = []
         for family, name in command.adapters.items():
             if name is None:
@@ -179,7 +179,7 @@ class ReleaseController:
         task.add_done_callback(self._running.discard)
         return task
 
-    async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
+    async def _judged(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
             try:
                 async with asyncio.timeout(START_SECONDS):
@@ -204,7 +204,7 @@ class ReleaseController:
         if isinstance(error, LeaseLost):
             self.lease.lost()
 
-    def _recorded(self, outcome: Outcome) -> None:
+    def _recorded(self, outcome: ReleaseResult) -> None:
         self._seen = max(self._seen, outcome.number)
         kind = outcome.kind
         metrics.release.decided(kind, "committed")
@@ -215,7 +215,7 @@ class ReleaseController:
         log.info("release %d is live: %s", outcome.number, outcome)
         self._spawn(self._after(outcome))
 
-    async def _after(self, outcome: Outcome) -> None:
+    async def _after(self, outcome: ReleaseResult) -> None:
         detail = asdict(outcome)
         await asyncio.to_thread(tell_of_live, self.ledger, self.families)
         await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
@@ -319,7 +319,7 @@ class ReleaseController:
                 self._trouble = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _start(self) -> Outcome | None:
+    async def _start(self) -> ReleaseResult | None:
         outcome = await self.protocol.start()
         self._started.set()
         if outcome is None:

@@ -28,7 +28,7 @@ from ops import metrics
 from ops.errors import AdapterError, RatchetError
 from ops.priority import nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
 from serving.replicas.forward_health import ForwardHealth, is_persistent
@@ -144,7 +144,7 @@ class EncoderWorker:
             self._waiting -= 1
             self._last_pass = time.monotonic()
 
-    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+    async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
         """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
         parts: list[EncodeResult] = []
@@ -167,7 +167,7 @@ class EncoderWorker:
         first = requests[0]
         return self._encode_all(first.kind, first.adapter, [request.payload for request in requests])
 
-    def _encode_all(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
+    def _encode_all(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         """The batch in one pass. When that fails each payload is tried alone, so that only the one at fault fails.
 
         Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
@@ -192,7 +192,7 @@ class EncoderWorker:
         self.engine.encode_tokens(self._probe_rows)
         self.engine.encode_images(np.zeros((1, size, size, 3), np.uint8))
 
-    def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
+    def _encode_group(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         began = time.perf_counter()
         try:
             try:
@@ -208,7 +208,7 @@ class EncoderWorker:
         scale = float(self.engine.logit_scale)
         return [EncodeResult(part, adapter, spaces.image, spaces.text, scale) for part in np.split(vectors, ends)]
 
-    def _forward(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
+    def _forward(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
         self._ensure(adapter)
         if kind == "image":
             return self.engine.encode_images(np.concatenate(payloads), adapter)

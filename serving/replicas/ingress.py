@@ -27,7 +27,7 @@ from serving.http.quarantine_service import QuarantineService
 from serving.http.receipt_service import ReceiptService
 from serving.http.replica_share import share_of
 from serving.http.token_texts import token_texts
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
@@ -89,7 +89,7 @@ class Ingress:
         vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
         self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)
 
-        async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+        async def unhurried(kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
             return answer
 

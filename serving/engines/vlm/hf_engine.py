@@ -25,7 +25,7 @@ from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_requests
-from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.residents import Residents
@@ -121,7 +121,7 @@ class TransformersEngine:
             said: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
             post = _poster(said.put_nowait)
             most = min(request.max_tokens, self._serve.vlm_context - length)
-            row = Row(request, most, lambda *token: post(token), post)
+            row = BatchRow(request, most, lambda *token: post(token), post)
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
             self._working().put(model, row)

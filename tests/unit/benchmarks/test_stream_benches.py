@@ -17,7 +17,7 @@ from benchmarks.stream.filling import fill, sample_rows
 from benchmarks.stream.growth import Growth
 from benchmarks.stream.ingest import figures_of
 from benchmarks.stream.jpegs import canvas, jpegs
-from benchmarks.stream.part import write_settings
+from benchmarks.stream.ratchet_process import write_settings
 from benchmarks.stream.throughput import Throughput
 from ops.loading import load_settings
 from ops.settings import Ingest, Kafka, Settings

@@ -14,7 +14,7 @@ from ops.errors import AdapterError
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import end_token
 from serving.errors import EngineDead, InvalidRequest
@@ -73,7 +73,7 @@ def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> li
     told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
     with worker._ready:
         for one, out in zip(requests, told, strict=True):
-            worker.put(model, Row(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
+            worker.put(model, BatchRow(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
     results = []
     for out in told:
         items = [out.get(timeout=60)]
@@ -134,7 +134,7 @@ def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker
     worker.join()
     assert "illegal memory access" in worker.trouble
     with pytest.raises(EngineDead):
-        worker.put(model, Row(request("red?"), TOKENS, lambda *_: None, lambda _: None))
+        worker.put(model, BatchRow(request("red?"), TOKENS, lambda *_: None, lambda _: None))
 
 
 def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worker, model: Any) -> None:

@@ -21,7 +21,7 @@ from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
-from serving.messages import EncodeRequest, EncodeResult, Kind
+from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.replicas import encoder_worker
 from serving.replicas.encoder_worker import EncoderWorker
 
@@ -61,7 +61,7 @@ def soon() -> float:
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 async def test_a_batch_answers_each_request_under_its_adapter(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, kind: Kind
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, kind: Modality
 ) -> None:
     names: list[str | None] = [None, stored(base, artifacts, tmp_path, 1), stored(base, artifacts, tmp_path, 2)]
     payloads: list[Any] = [pixels(2), pixels(1, 1)] if kind == "image" else [ids("a cat", "a dog"), ids("a bird")]

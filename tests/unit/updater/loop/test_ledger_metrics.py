@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from ops.ledger import Ledger
-from ops.ledger.rows import Outcome
+from ops.ledger.rows import GateOutcome
 from updater.loop.ledger_metrics import LedgerMetrics
 
 
@@ -22,7 +22,9 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
 
 
-def judged(ledger: Ledger, number: int, outcome: Outcome, suites: dict[str, dict[str, Any]], **summary: Any) -> None:
+def judged(
+    ledger: Ledger, number: int, outcome: GateOutcome, suites: dict[str, dict[str, Any]], **summary: Any
+) -> None:
     update, adapter = f"update-{number}", f"clip-{number:012x}"
     ledger.begin_update(
         update, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ops.ledger import Ledger
-from ops.ledger.rows import Outcome
+from ops.ledger.rows import GateOutcome
 from ops.loading import load_settings
 from ops.settings import Settings
 from streams.store import SampleStore
@@ -47,7 +47,7 @@ class Lab:
         return triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
 
     def judged(
-        self, name: str, outcome: Outcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
+        self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
     ) -> None:
         """An update that was trained and judged, with the look that the gate would have made."""
         add_samples(self.settings, 1)
@@ -58,7 +58,7 @@ class Lab:
         )  # fmt: skip
         self.record(update.id, outcome, fresh, made)
 
-    def record(self, update_id: str, outcome: Outcome, fresh: int, made: bool = True) -> None:
+    def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
         """The verdict of an update."""
         update = self.ledger.update(update_id)
         plan = kept_candidates.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
@@ -156,7 +156,7 @@ def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_upda
 
 
 @pytest.mark.parametrize("outcome", ["passed", "rejected"])
-def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: Outcome) -> None:
+def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: GateOutcome) -> None:
     lab.judged("u1", outcome)
     assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
 

@@ -29,7 +29,7 @@ def write_settings(settings: Settings, path: Path) -> Path:
     return path
 
 
-class Part:
+class RatchetProcess:
     """``ratchet NAME``, which can be killed, stopped and started again.
 
     >>> with Part("ingest", write_settings(settings, path), log) as worker: ...
@@ -85,7 +85,7 @@ class Part:
             self.kill()
             return False
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> RatchetProcess:
         self.start()
         return self
 
