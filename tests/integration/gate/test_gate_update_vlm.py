@@ -23,7 +23,7 @@ from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.integration.gate.vlm_house import encoded, known, unknown, write_questions
+from tests.integration.gate.taught_vlm import encoded, known, unknown, write_questions
 from updater.gate.command import gate_command
 from updater.loop.gate_update import gate_update
 

@@ -16,7 +16,7 @@ from updater.budget.throttle import GROWTH, POLL_SECONDS, WINDOW_SECONDS, Latenc
 QUICK, SLOW = 0.02, 0.2
 
 
-class House:
+class CountedServer:
     """A server whose requests are counted by hand, and a clock that is set by hand."""
 
     def __init__(self) -> None:
@@ -42,131 +42,131 @@ class House:
         return self.throttle()
 
 
-def begun(route: str = "/v1/embeddings") -> House:
-    house = House()
-    house.serve(QUICK, route=route)
-    house.throttle.begin()
-    return house
+def begun(route: str = "/v1/embeddings") -> CountedServer:
+    server = CountedServer()
+    server.serve(QUICK, route=route)
+    server.throttle.begin()
+    return server
 
 
 def test_while_requests_take_longer_than_before_the_share_is_halved_down_to_the_least() -> None:
-    house = begun()
+    server = begun()
     shares = []
     for _ in range(4):
-        house.serve(SLOW)
-        shares.append(house.ask())
+        server.serve(SLOW)
+        shares.append(server.ask())
     assert shares == [0.5, 0.25, 0.2, 0.2]
 
 
 def test_when_serving_is_quick_again_the_share_grows_back_in_tenths() -> None:
-    house = begun()
-    house.serve(SLOW)
-    assert house.ask() == 0.5
+    server = begun()
+    server.serve(SLOW)
+    assert server.ask() == 0.5
     shares = []
     for _ in range(7):
-        house.serve(QUICK)
-        shares.append(house.ask())
+        server.serve(QUICK)
+        shares.append(server.ask())
     assert shares == pytest.approx([0.6, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0])
 
 
 def test_serving_that_was_slow_before_the_update_is_not_the_trainers_fault() -> None:
-    house = House()
-    house.serve(SLOW)
-    house.throttle.begin()
-    house.serve(SLOW)
-    assert house.ask() == 1.0
+    server = CountedServer()
+    server.serve(SLOW)
+    server.throttle.begin()
+    server.serve(SLOW)
+    assert server.ask() == 1.0
 
 
-def share_at_twice_the_quick_time(house: House) -> float:
-    house.throttle.begin()
-    house.serve(2 * QUICK)
-    return house.ask()
+def share_at_twice_the_quick_time(server: CountedServer) -> float:
+    server.throttle.begin()
+    server.serve(2 * QUICK)
+    return server.ask()
 
 
 def test_what_was_slow_long_before_the_update_does_not_hide_that_it_is_slow_now() -> None:
-    house = House()
-    house.serve(SLOW, count=3000)  # yesterday's rush
+    server = CountedServer()
+    server.serve(SLOW, count=3000)  # yesterday's rush
     for _ in range(15):
-        house.watch()
-        house.serve(QUICK)
-    assert share_at_twice_the_quick_time(house) == 0.5
+        server.watch()
+        server.serve(QUICK)
+    assert share_at_twice_the_quick_time(server) == 0.5
 
 
 def test_only_the_minutes_before_an_update_are_kept_and_a_restarted_server_counts_anew() -> None:
-    house = House()
-    house.throttle.watch()
-    house.serve(SLOW)
+    server = CountedServer()
+    server.throttle.watch()
+    server.serve(SLOW)
     for _ in range(11):
-        house.watch()
-    house.serve(QUICK, count=100)
-    house.routes["/v1/embeddings"] = [QUICK] * 60  # it was restarted
-    house.watch()
-    house.serve(QUICK)
-    assert share_at_twice_the_quick_time(house) == 0.5
+        server.watch()
+    server.serve(QUICK, count=100)
+    server.routes["/v1/embeddings"] = [QUICK] * 60  # it was restarted
+    server.watch()
+    server.serve(QUICK)
+    assert share_at_twice_the_quick_time(server) == 0.5
 
 
 def test_few_requests_in_those_minutes_leave_all_that_there_were_to_compare_with() -> None:
-    house = House()
-    house.serve(QUICK)
-    house.throttle.watch()
-    house.serve(SLOW, count=10)
-    house.throttle.begin()
-    house.serve(1.5 * QUICK, count=100)
-    assert house.ask() == 1.0  # all of them took 26 ms on average
-    house.serve(4 * QUICK, count=100)
-    assert house.ask() == 0.5
+    server = CountedServer()
+    server.serve(QUICK)
+    server.throttle.watch()
+    server.serve(SLOW, count=10)
+    server.throttle.begin()
+    server.serve(1.5 * QUICK, count=100)
+    assert server.ask() == 1.0  # all of them took 26 ms on average
+    server.serve(4 * QUICK, count=100)
+    assert server.ask() == 0.5
 
 
 def test_a_slow_route_is_compared_with_itself_and_not_with_a_quick_one() -> None:
-    house = begun()
-    house.serve(SLOW, route="/v1/chat/completions")  # was not asked before: nothing to compare it with
-    house.serve(QUICK)
-    assert house.ask() == 1.0
-    house.throttle.begin()
-    house.serve(0.4, route="/v1/chat/completions")
-    house.serve(QUICK)
-    assert house.ask() == 0.5
+    server = begun()
+    server.serve(SLOW, route="/v1/chat/completions")  # was not asked before: nothing to compare it with
+    server.serve(QUICK)
+    assert server.ask() == 1.0
+    server.throttle.begin()
+    server.serve(0.4, route="/v1/chat/completions")
+    server.serve(QUICK)
+    assert server.ask() == 0.5
 
 
 def test_a_quarter_of_slow_requests_is_slow_by_as_much_as_it_raises_the_mean() -> None:
-    house = begun()
-    house.serve(QUICK, count=75)
-    house.serve(1.9 * QUICK, count=25)
-    assert house.ask() == 1.0
-    house.serve(QUICK, count=75)
-    house.serve(2.1 * QUICK, count=25)
-    assert house.ask() == 0.5
+    server = begun()
+    server.serve(QUICK, count=75)
+    server.serve(1.9 * QUICK, count=25)
+    assert server.ask() == 1.0
+    server.serve(QUICK, count=75)
+    server.serve(2.1 * QUICK, count=25)
+    assert server.ask() == 0.5
 
 
 def test_a_handful_of_requests_says_nothing_and_after_a_while_nobody_is_there() -> None:
-    house = begun()
-    house.serve(SLOW)
-    assert house.ask() == 0.5
-    house.serve(SLOW, count=20)
-    assert house.ask() == 0.5
-    assert house.ask(WINDOW_SECONDS) == pytest.approx(0.5 + GROWTH)
+    server = begun()
+    server.serve(SLOW)
+    assert server.ask() == 0.5
+    server.serve(SLOW, count=20)
+    assert server.ask() == 0.5
+    assert server.ask(WINDOW_SECONDS) == pytest.approx(0.5 + GROWTH)
 
 
 def test_the_server_is_asked_now_and_then_only() -> None:
-    house = begun()
-    assert house.ask() == 1.0
-    house.serve(SLOW)
-    assert house.ask(POLL_SECONDS / 2) == 1.0
-    assert house.ask(POLL_SECONDS / 2) == 0.5
+    server = begun()
+    assert server.ask() == 1.0
+    server.serve(SLOW)
+    assert server.ask(POLL_SECONDS / 2) == 1.0
+    assert server.ask(POLL_SECONDS / 2) == 0.5
 
 
 def test_a_server_that_is_away_is_in_nobodys_way_and_one_that_restarts_counts_anew() -> None:
-    house = begun()
-    house.serve(SLOW)
-    assert house.ask() == 0.5
-    house.up = False
-    assert house.ask() == 1.0
-    house.up = True
-    house.routes.clear()
-    house.serve(SLOW, count=250)
-    assert house.ask() == 1.0
-    house.serve(SLOW, count=250)
-    assert house.ask() == 1.0
+    server = begun()
+    server.serve(SLOW)
+    assert server.ask() == 0.5
+    server.up = False
+    assert server.ask() == 1.0
+    server.up = True
+    server.routes.clear()
+    server.serve(SLOW, count=250)
+    assert server.ask() == 1.0
+    server.serve(SLOW, count=250)
+    assert server.ask() == 1.0
 
 
 def test_latencies_are_read_from_the_page_that_prometheus_scrapes() -> None:

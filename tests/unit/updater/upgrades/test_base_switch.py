@@ -16,7 +16,7 @@ from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.switch import plan_switch
 
 
-class Place:
+class TwoBases:
     """Two bases, and an upgrade from "tiny" with the adapter "a" to "wide" with the adapter "n" that passed."""
 
     def __init__(self, home: Path) -> None:
@@ -45,40 +45,40 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def bases(tmp_path: Path) -> TwoBases:
+    return TwoBases(tmp_path)
 
 
-def test_the_upgrade_that_passed_is_what_a_switch_releases(place: Place) -> None:
-    switch = plan_switch(place.settings, place.ledger, "wide")
-    assert (switch.clip, switch.update_id, switch.live_base) == ("n", "upgrade-1", place.old.digest)
-    waiting = waits_for_base(place.ledger, place.settings.home, place.old)
+def test_the_upgrade_that_passed_is_what_a_switch_releases(bases: TwoBases) -> None:
+    switch = plan_switch(bases.settings, bases.ledger, "wide")
+    assert (switch.clip, switch.update_id, switch.live_base) == ("n", "upgrade-1", bases.old.digest)
+    waiting = waits_for_base(bases.ledger, bases.settings.home, bases.old)
     assert waiting is not None and "`ratchet base switch wide` releases it" in waiting
 
 
-def test_it_is_not_released_when_something_else_is_live_than_it_was_judged_against(place: Place) -> None:
-    place.release("b")
-    place.refused("wide", "was judged against a, and b is live by now")
+def test_it_is_not_released_when_something_else_is_live_than_it_was_judged_against(bases: TwoBases) -> None:
+    bases.release("b")
+    bases.refused("wide", "was judged against a, and b is live by now")
 
 
-def test_a_base_that_is_live_or_has_nothing_to_release_is_refused(place: Place) -> None:
-    place.refused("tiny", "has the base 'tiny' already")
-    place.refused("nothing", "no base 'nothing'")
-    tiny_base(place.settings.home, "third", seed=9)
-    place.refused("third", "no upgrade to the base 'third' has passed the gate")
+def test_a_base_that_is_live_or_has_nothing_to_release_is_refused(bases: TwoBases) -> None:
+    bases.refused("tiny", "has the base 'tiny' already")
+    bases.refused("nothing", "no base 'nothing'")
+    tiny_base(bases.settings.home, "third", seed=9)
+    bases.refused("third", "no upgrade to the base 'third' has passed the gate")
 
 
-def test_what_is_open_is_decided_first(place: Place) -> None:
-    proposal = place.ledger.propose("update", clip="b", actor="updater", reason="passed")
-    place.refused("wide", f"proposal {proposal.id} is not decided yet")
-    place.ledger.advance_proposal(proposal.id, "failed", "not now")
-    place.release("b", share=0.1)
-    place.refused("wide", "release 2 is on trial")
+def test_what_is_open_is_decided_first(bases: TwoBases) -> None:
+    proposal = bases.ledger.propose("update", clip="b", actor="updater", reason="passed")
+    bases.refused("wide", f"proposal {proposal.id} is not decided yet")
+    bases.ledger.advance_proposal(proposal.id, "failed", "not now")
+    bases.release("b", share=0.1)
+    bases.refused("wide", "release 2 is on trial")
 
 
-def test_an_adapter_is_not_trained_on_from_on_another_base(place: Place, tmp_path: Path) -> None:
-    tiny_adapter(place.old, tmp_path / "adapter", seed=1)
+def test_an_adapter_is_not_trained_on_from_on_another_base(bases: TwoBases, tmp_path: Path) -> None:
+    tiny_adapter(bases.old, tmp_path / "adapter", seed=1)
     assert read_adapter(tmp_path / "adapter").base_name == "tiny"
-    assert read_delta(tmp_path / "adapter", place.old)
+    assert read_delta(tmp_path / "adapter", bases.old)
     with pytest.raises(AdapterError, match=r"belongs to the base 'tiny' .* and this one is 'wide'"):
-        read_delta(tmp_path / "adapter", place.new)
+        read_delta(tmp_path / "adapter", bases.new)
