@@ -123,17 +123,17 @@ def _controller(settings: Settings) -> dict[str, Any]:
     rollout: dict[str, Any] = {"state": "unknown"}
     catalog: dict[str, Any] | None = None
     replicas: dict[str, dict[str, int]] = {}
-    trouble = ""
+    last_error = ""
     try:
         with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
             vlm["problem"] = status.get("vlm_problem", "")
-            replicas, trouble = controller["replicas"], controller["trouble"]
+            replicas, last_error = controller["replicas"], controller["trouble"]
     except RatchetError:
         pass
-    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": trouble}
+    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": last_error}
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:

@@ -60,7 +60,7 @@ class Vlms(Protocol):
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """The answer piece by piece. Closing the iterator aborts the request."""
+        """The answer chunk by chunk. Closing the iterator aborts the request."""
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float

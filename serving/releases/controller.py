@@ -77,7 +77,7 @@ class ReleaseController:
             self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
         )
         self._started = asyncio.Event()
-        self._trouble = ""
+        self._last_error = ""
         self._seen = 0
         """The newest release that the replicas of this server were told of."""
         self._retiring = self._retire_again = False
@@ -129,7 +129,7 @@ class ReleaseController:
         flight = await self.broadcast.in_flight() if self._started.is_set() else {}
         return {
             "started": self._started.is_set(),
-            "trouble": self._trouble,
+            "trouble": self._last_error,
             "epoch": self.lease.epoch,
             "fallback": self.fallback.problem,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
@@ -185,9 +185,9 @@ class ReleaseController:
                 async with asyncio.timeout(START_SECONDS):
                     await self._started.wait()
             except TimeoutError:
-                trouble = self._trouble or "replicas are starting"
+                last_error = self._last_error or "replicas are starting"
                 return ReleaseError(
-                    f"the release controller has not started yet: {trouble}.",
+                    f"the release controller has not started yet: {last_error}.",
                     "Try again shortly, or use `ratchet releases rollback --offline`.",
                 )
         try:
@@ -299,7 +299,7 @@ class ReleaseController:
                     other_base = await self._other_base()
                     leads = self.lease.epoch is not None and not other_base
                     outcome = await self.protocol.step() if leads else None
-                self._trouble = other_base
+                self._last_error = other_base
                 if outcome is not None:
                     self._recorded(outcome)
                     continue
@@ -308,15 +308,15 @@ class ReleaseController:
                 self.lease.lost()
             except LedgerUnavailable as error:
                 log.warning("proposal: %s", error)
-                self._trouble = str(error)
+                self._last_error = str(error)
             except RatchetError as error:
                 log.warning("proposal: %s", error)
-                self._trouble = str(error)
+                self._last_error = str(error)
                 metrics.release.decided("update", "failed")
                 self._spawn(self._retire())
             except Exception as error:
                 log.exception("controller")
-                self._trouble = f"{type(error).__name__}: {error}"[:300]
+                self._last_error = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
 
     async def _start(self) -> ReleaseResult | None:

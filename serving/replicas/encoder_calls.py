@@ -41,10 +41,10 @@ class EncoderCalls:
         """
         # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
         step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
-        pieces = [payload[start : start + step] for start in range(0, len(payload), step)]
-        if len(pieces) == 1:
-            return await self._one(kind, pieces[0], snapshot, deadline)
-        tasks = [asyncio.ensure_future(self._one(kind, piece, snapshot, deadline)) for piece in pieces]
+        chunks = [payload[start : start + step] for start in range(0, len(payload), step)]
+        if len(chunks) == 1:
+            return await self._one(kind, chunks[0], snapshot, deadline)
+        tasks = [asyncio.ensure_future(self._one(kind, chunk, snapshot, deadline)) for chunk in chunks]
         try:
             answers = await asyncio.gather(*tasks)
         finally:

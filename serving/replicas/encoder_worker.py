@@ -1,7 +1,7 @@
 """One encoder replica's work, free of Ray: resident adapters, batches by adapter, and room for background work.
 
 All forward passes go through one thread: the engine uses its own threads inside a pass, and two passes at once would
-only make each other late. Work that nobody waits for (the catalog's) goes in small pieces between the batches that
+only make each other late. Work that nobody waits for (the catalog's) goes in small chunks between the batches that
 somebody waits for.
 
 No other thread of the process computes with several threads. OpenMP keeps those of each thread that ever did; when they
@@ -45,7 +45,7 @@ PACED_SECONDS = 20.0
 BUSY_SECONDS = 1.0
 """Since the last pass: other requests may come."""
 BACKGROUND_COST = 4 * IMAGE_COST
-"""Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
+"""Of one background chunk: at 12 ms an image, a request waits at most 50 ms for four of them."""
 
 
 class EncoderWorker:
@@ -145,13 +145,13 @@ class EncoderWorker:
             self._last_pass = time.monotonic()
 
     async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
-        """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
+        """Encode items that nobody waits for: small chunks, each when no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
         parts: list[EncodeResult] = []
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
             request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
-            async with self._background:  # of several calls, too, one piece at a time: a batch waits for one at most
+            async with self._background:  # of several calls, too, one chunk at a time: a batch waits for one at most
                 patience = time.monotonic() + 1.0
                 while self._waiting and time.monotonic() < patience:
                     await asyncio.sleep(0.002)

@@ -59,7 +59,7 @@ class MirroredVlms:
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """See :meth:`VlmCalls.stream`: its own iterator, so that a piece costs nothing more."""
+        """See :meth:`VlmCalls.stream`: its own iterator, so that a chunk costs nothing more."""
         self._offer(request)
         return self.calls.stream(request, snapshot, deadline)
 

@@ -92,7 +92,7 @@ class VlmReplica:
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
-        """Pieces of the answer; see :meth:`VlmWorker.stream`."""
+        """Chunks of the answer; see :meth:`VlmWorker.stream`."""
         async for chunk in self.worker.stream(request, adapter, seconds):
             yield chunk
 
@@ -121,8 +121,8 @@ class VlmReplica:
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
-        if trouble := self.worker.engine.trouble():
-            raise RuntimeError(f"the engine is dead: {trouble}")
+        if last_error := self.worker.engine.last_error():
+            raise RuntimeError(f"the engine is dead: {last_error}")
         await self.worker.check_health()
         await self._follower.check()
 

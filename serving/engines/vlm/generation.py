@@ -62,7 +62,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """What came since the last piece. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+    """What came since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -112,7 +112,7 @@ class VlmEngine(Protocol):
         """Names that requests may use."""
 
     def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
-        """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
+        """Answer chunk by chunk under a resident adapter (None: the base). Closing the iterator aborts the request.
 
         Raises InvalidRequest, AdapterError (not resident), EngineDead.
         """
@@ -129,7 +129,7 @@ class VlmEngine(Protocol):
     def running(self) -> int:
         """Requests inside."""
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
 
     async def close(self) -> None:

@@ -115,7 +115,7 @@ class TransformersEngine:
                 self._running -= 1
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer piece by piece."""
+        """Answer chunk by chunk."""
         with self._using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
             said: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
@@ -142,9 +142,9 @@ class TransformersEngine:
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
-        pieces = self.stream(request, adapter)
-        async with contextlib.aclosing(pieces):
-            return await whole(pieces)
+        chunks = self.stream(request, adapter)
+        async with contextlib.aclosing(chunks):
+            return await whole(chunks)
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
@@ -166,9 +166,9 @@ class TransformersEngine:
         """Requests inside."""
         return self._running
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
-        return "The engine was not started." if self._worker is None else self._worker.trouble
+        return "The engine was not started." if self._worker is None else self._worker.last_error
 
     async def close(self) -> None:
         """End the thread, after the token it is at."""
@@ -177,8 +177,8 @@ class TransformersEngine:
             await asyncio.to_thread(self._worker.join)
 
     def _working(self) -> Worker:
-        if self._worker is None or self._worker.trouble:
-            raise EngineDead(self.trouble(), "Start a new engine.")
+        if self._worker is None or self._worker.last_error:
+            raise EngineDead(self.last_error(), "Start a new engine.")
         return self._worker
 
     def _length(self, request: GenerationRequest, choices: Sequence[str] = ()) -> int:

@@ -34,22 +34,22 @@ class Worker:
         self._threads = threads
         self._waiting: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
         self._ready = threading.Condition()
-        self.trouble = ""
+        self.last_error = ""
         self._thread = threading.Thread(target=self._run, name="vlm-answers", daemon=True)
         self._thread.start()
 
     def put(self, model: nn.Module, work: BatchRow | Scoring) -> None:
         """Queue work. Raises :class:`EngineDead` when the thread has ended."""
         with self._ready:
-            if self.trouble:
-                raise EngineDead(self.trouble, _RESTART)
+            if self.last_error:
+                raise EngineDead(self.last_error, _RESTART)
             self._waiting.append((model, work))
             self._ready.notify()
 
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
         with self._ready:
-            self.trouble = self.trouble or why
+            self.last_error = self.last_error or why
             self._ready.notify()
 
     def join(self) -> None:
@@ -62,8 +62,8 @@ class Worker:
         try:
             while True:
                 with self._ready:
-                    self._ready.wait_for(lambda: self._waiting or self.trouble)
-                    if self.trouble:
+                    self._ready.wait_for(lambda: self._waiting or self.last_error)
+                    if self.last_error:
                         break
                     model, now = self._take()
                 self._do(model, now)
@@ -73,7 +73,7 @@ class Worker:
             left = [*now, *(work for _, work in self._waiting)]
             self._waiting.clear()
         for work in left:
-            work.fail(EngineDead(self.trouble, _RESTART))
+            work.fail(EngineDead(self.last_error, _RESTART))
 
     def _take(self) -> tuple[nn.Module, Sequence[BatchRow | Scoring]]:
         """The oldest work, and with a row as many more rows of its model as fit into the batch."""
@@ -129,4 +129,4 @@ class Worker:
             raise error from None
 
     def _stopped(self) -> bool:
-        return bool(self.trouble)
+        return bool(self.last_error)

@@ -149,7 +149,7 @@ class VllmEngine:
         """Forget an adapter when its last request has ended."""
 
         async def drop(request: Any) -> None:
-            if not self.trouble():
+            if not self.last_error():
                 await self._while_alive(self._engine.remove_lora(request.lora_int_id))
 
         await self._residents.remove(name, drop)
@@ -170,7 +170,7 @@ class VllmEngine:
                 self._running -= 1
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer piece by piece."""
+        """Answer chunk by chunk."""
         with self._using(adapter) as lora:
             (prompt,) = await self._made(request)
             detokenizer = Detokenizer(self._tokenizer, request.stop)
@@ -229,7 +229,7 @@ class VllmEngine:
         """Requests inside."""
         return self._running
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
         if self._closed:
             return "The engine was closed."
@@ -267,9 +267,9 @@ class VllmEngine:
             task.cancel()
 
     def _alive(self) -> None:
-        trouble = self.trouble()
-        if trouble:
-            raise EngineDead(trouble, _RESTART)
+        last_error = self.last_error()
+        if last_error:
+            raise EngineDead(last_error, _RESTART)
 
     @property
     def _tokenizer(self) -> Any:
@@ -298,15 +298,15 @@ class VllmEngine:
         except VLLMClientError as error:
             raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error
         except (EngineDeadError, EngineGenerateError) as error:
-            trouble = self.trouble()
-            if not trouble and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
+            last_error = self.last_error()
+            if not last_error and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
                 cause = error.__cause__ or error
                 raise InvalidRequest(f"vLLM could not answer the request: {cause!r}", "Change the request.") from error
-            raise EngineDead(trouble or f"vLLM could not answer: {error!r}", _RESTART) from error
+            raise EngineDead(last_error or f"vLLM could not answer: {error!r}", _RESTART) from error
 
     async def _last(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> Any:
         outputs = self._outputs(prompt, sampling, lora)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 return output  # FINAL_ONLY: there is one
-        raise EngineDead(self.trouble() or "vLLM ended a request without an answer.", _RESTART)
+        raise EngineDead(self.last_error() or "vLLM ended a request without an answer.", _RESTART)

@@ -58,7 +58,7 @@ async def test_a_killed_engine_says_so_and_a_new_one_answers(cases: VlmCases) ->
     with pytest.raises(EngineDead):
         async for _ in stream:
             pass
-    assert "process ended" in engine.trouble()
+    assert "process ended" in engine.last_error()
     for call in (engine.reply(long, None), engine.score(long, ["yes"], None), engine.golden(None)):
         with pytest.raises(EngineDead, match="Start a new engine"):
             await call
@@ -94,4 +94,4 @@ def test_a_blocking_facade_gives_replies_and_scores_in_order(cases: VlmCases) ->
         assert vlm.golden(name) != vlm.golden(None)
         vlm.unload(name)
         assert vlm.engine.resident() == frozenset()
-    assert vlm.engine.trouble() == "The engine was closed."
+    assert vlm.engine.last_error() == "The engine was closed."

@@ -75,16 +75,16 @@ async def test_vllm_counts_in_metrics_of_its_own_and_they_come_with_ours(engine:
     assert counted == (len(reply.tokens) if engine.kind == "vllm" else 0)
 
 
-async def test_a_stream_is_the_reply_in_pieces(loaded: VlmEngine, cases: VlmCases) -> None:
+async def test_a_stream_is_the_reply_in_chunks(loaded: VlmEngine, cases: VlmCases) -> None:
     for name in (None, cases.names[0]):
         reply = await loaded.reply(cases.asks[1], name)
-        pieces = [piece async for piece in loaded.stream(cases.asks[1], name)]
-        assert len(pieces) > 1
-        assert "".join(piece.text for piece in pieces) == reply.text
-        assert tuple(token for piece in pieces for token in piece.tokens) == reply.tokens
-        assert [piece.finish for piece in pieces] == [""] * (len(pieces) - 1) + [reply.finish]
-        assert pieces[-1].completion_tokens == len(reply.tokens)
-        assert pieces[-1].prompt_tokens == reply.prompt_tokens
+        chunks = [chunk async for chunk in loaded.stream(cases.asks[1], name)]
+        assert len(chunks) > 1
+        assert "".join(chunk.text for chunk in chunks) == reply.text
+        assert tuple(token for chunk in chunks for token in chunk.tokens) == reply.tokens
+        assert [chunk.finish for chunk in chunks] == [""] * (len(chunks) - 1) + [reply.finish]
+        assert chunks[-1].completion_tokens == len(reply.tokens)
+        assert chunks[-1].prompt_tokens == reply.prompt_tokens
 
 
 async def test_adapters_are_swapped_under_traffic_without_a_failure_or_a_mix(
@@ -151,7 +151,7 @@ async def test_bad_adapters_are_refused_while_traffic_goes_on(
         assert not traffic.done()
     over = True
     assert await traffic > 0
-    assert loaded.trouble() == ""
+    assert loaded.last_error() == ""
 
 
 async def test_a_request_for_an_adapter_that_is_not_resident_is_refused(engine: VlmEngine, cases: VlmCases) -> None:
@@ -177,15 +177,15 @@ async def test_an_adapter_stays_until_its_last_request_has_ended(loaded: VlmEngi
     name = cases.names[0]
     ask = dataclasses.replace(cases.asks[0], max_tokens=100)
     whole = await loaded.reply(ask, name)
-    pieces = loaded.stream(ask, name)
-    first = await anext(pieces)
+    chunks = loaded.stream(ask, name)
+    first = await anext(chunks)
     leaving = asyncio.create_task(loaded.unload(name))
     await asyncio.sleep(0)
     assert name not in loaded.resident()
     with pytest.raises(AdapterError, match="is not resident"):
         await loaded.reply(ask, name)
-    rest = [piece async for piece in pieces]
-    assert (*first.tokens, *[token for piece in rest for token in piece.tokens]) == whole.tokens
+    rest = [chunk async for chunk in chunks]
+    assert (*first.tokens, *[token for chunk in rest for token in chunk.tokens]) == whole.tokens
     await leaving
 
 

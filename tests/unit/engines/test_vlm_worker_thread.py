@@ -97,7 +97,7 @@ def test_the_row_that_makes_a_batch_fail_fails_alone_and_the_others_are_answered
     (failure,) = results.pop(2)
     assert isinstance(failure, InvalidRequest) and "out of range" in failure.message
     assert [tokens(items) for items in results] == alone
-    assert worker.trouble == ""
+    assert worker.last_error == ""
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -132,7 +132,7 @@ def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker
     results = answers(worker, model, [request(text) for text in PROMPTS])
     assert all(isinstance(items[-1], EngineDead) for items in results)
     worker.join()
-    assert "illegal memory access" in worker.trouble
+    assert "illegal memory access" in worker.last_error
     with pytest.raises(EngineDead):
         worker.put(model, BatchRow(request("red?"), TOKENS, lambda *_: None, lambda _: None))
 
@@ -148,4 +148,4 @@ def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worke
         hook.remove()
     assert all(isinstance(items[-1], AdapterError) and len(items) == 1 for items in results)
     assert len(answers(worker, model, [request("red?")])[0]) >= 1
-    assert worker.trouble == ""
+    assert worker.last_error == ""

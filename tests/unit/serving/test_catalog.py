@@ -14,7 +14,7 @@ import pytest
 
 from ops.errors import RecordError, StoreError
 from serving.catalog.catalog import Catalog
-from serving.catalog.embedding import PIECE_ROWS
+from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -94,11 +94,11 @@ def stored(tables: Tables, space: str) -> set[str]:
 
 
 async def test_every_row_is_in_every_resident_space(catalog: Catalog, store: SampleStore, encoder: Encoder) -> None:
-    put(store, rows(0, PIECE_ROWS + 5), PIECE_ROWS + 5)
+    put(store, rows(0, CHUNK_ROWS + 5), CHUNK_ROWS + 5)
     await catalog.adopt([THERE, HERE])
     await settle(catalog)
     for snapshot in (HERE, THERE):
-        assert len(stored(catalog.tables, snapshot.image_space)) == PIECE_ROWS + 4  # one image cannot be read
+        assert len(stored(catalog.tables, snapshot.image_space)) == CHUNK_ROWS + 4  # one image cannot be read
     assert catalog.status()["coverage"] == 1.0
     put(store, rows(50, 1), 51)
     await settle(catalog)
@@ -173,7 +173,7 @@ async def test_a_space_that_a_release_waits_for_stays(
     running.cancel()
 
 
-@pytest.mark.parametrize("loop", ["reconciler", "keeper"])
+@pytest.mark.parametrize("loop", ["reconciler", "maintainer"])
 async def test_a_loop_that_is_woken_as_it_is_ended_ends(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:

@@ -192,7 +192,7 @@ async def test_what_is_held_is_told_while_the_files_of_another_adapter_do_not_co
     assert "was stopped" in (await loading).error
 
 
-async def test_background_calls_take_turns_piece_by_piece(
+async def test_background_calls_take_turns_chunk_by_chunk(
     worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside, most = 0, 0
@@ -216,7 +216,7 @@ async def test_background_calls_take_turns_piece_by_piece(
     monkeypatch.setattr(worker, "encode_now", counted)
     monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", submitted)
     await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
-    assert most == 1, "a request that comes now waits for one piece"
+    assert most == 1, "a request that comes now waits for one chunk"
 
 
 async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:

@@ -136,7 +136,7 @@ async def test_the_lease_goes_to_a_server_that_can_load_what_is_live(
         await until(lambda: old.lease.epoch is not None and old._started.is_set())
         bases.change(bases.new, "n")
         old.broadcast.broken["n"] = "does not fit"  # type: ignore[attr-defined]
-        await until(lambda: old.lease.epoch is None and "'wide'" in old._trouble)
+        await until(lambda: old.lease.epoch is None and "'wide'" in old._last_error)
         servers._settings = bases.settings(bases.new)
         new = await servers.start()
         await until(lambda: new.lease.epoch is not None and new._started.is_set())

@@ -62,10 +62,10 @@ class IndexStatus:
     built_share: float = float("inf")
     """Memory that it might take when it was made."""
     saved_at: float = float("-inf")
-    trouble: str = ""
+    last_error: str = ""
 
 
-class IndexKeeper:
+class IndexMaintainer:
     """Looks at one space after the other. Use from one event loop; indexes are made in a thread of its own."""
 
     def __init__(
@@ -110,7 +110,7 @@ class IndexKeeper:
         if rows < self.settings.index_rows:
             return True
         known = self._known.get(space, IndexStatus())
-        return not known.building and (bool(known.trouble) or known.recall is not None)
+        return not known.building and (bool(known.last_error) or known.recall is not None)
 
     async def step(self) -> bool:
         """One look at each space. True when an index was changed or measured."""
@@ -141,7 +141,7 @@ class IndexKeeper:
             "saved": held.saved_rows >= 0,
             "building": known.building,
             "build_seconds": known.build_seconds,
-            "trouble": known.trouble,
+            "trouble": known.last_error,
         }
 
     async def _keep(self, space: str, known: IndexStatus, settled: bool) -> bool:
@@ -194,14 +194,14 @@ class IndexKeeper:
         log.info("the index of image space %s is made of %d rows", space, known.rows)
         try:
             await self._in_thread(self.tables.indexes.build, space, share)
-            known.trouble = ""
+            known.last_error = ""
         except IndexTooLarge as error:
-            known.trouble = str(error)[:300]
+            known.last_error = str(error)[:300]
             log.warning("index: %s", error)
             await self._in_thread(self.tables.indexes.forget, space, True)
             return False
         except Exception as error:
-            known.trouble = f"{type(error).__name__}: {error}"[:300]
+            known.last_error = f"{type(error).__name__}: {error}"[:300]
             raise
         finally:
             known.building = False

@@ -51,7 +51,7 @@ def rank_across(by_old: Sequence[Hit], scores: Mapping[str, float]) -> list[Hit]
     return sorted(hits, key=lambda hit: (-hit.score, hit.id))
 
 
-def usable(crossings: Mapping[str, str], space: str, complete: Collection[str]) -> str | None:
+def usable(cross_version: Mapping[str, str], space: str, complete: Collection[str]) -> str | None:
     """The space by whose vectors a space is searched; None: by its own."""
-    old = crossings.get(space)
+    old = cross_version.get(space)
     return old if old in complete and space not in complete else None

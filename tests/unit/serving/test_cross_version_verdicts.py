@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ops.errors import LedgerUnavailable
-from serving.catalog.crossing import usable
+from serving.catalog.cross_version import usable
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.crossing_verdicts import CrossingVerdicts
+from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
 
 BASE = ReleaseSnapshot(1, None, "aaaa", "t")
 NEW = ReleaseSnapshot(2, "clip-new", "bbbb", "t")
@@ -28,23 +28,23 @@ class Verdicts:
         return SimpleNamespace(summary={"cross_version": self.measured[clip]})
 
 
-def crossings(measured: dict[str, Any], window: list[ReleaseSnapshot]) -> Any:
+def cross_version(measured: dict[str, Any], window: list[ReleaseSnapshot]) -> Any:
     ledger: Any = Verdicts(**measured)
-    verdicts = CrossingVerdicts(ledger)
+    verdicts = CrossVersionVerdicts(ledger)
     verdicts.remember(window)
     return verdicts.read([NEW], {"aaaa"})
 
 
 async def test_a_space_is_searched_by_that_of_the_incumbent_it_was_measured_against() -> None:
     allowed = {"allowed": True, "incumbent": None}
-    assert await crossings({"clip-new": allowed}, [BASE]) == {"bbbb": "aaaa"}
-    assert await crossings({"clip-new": {**allowed, "incumbent": "clip-gone"}}, [BASE]) == {}
+    assert await cross_version({"clip-new": allowed}, [BASE]) == {"bbbb": "aaaa"}
+    assert await cross_version({"clip-new": {**allowed, "incumbent": "clip-gone"}}, [BASE]) == {}
 
 
 async def test_without_a_verdict_that_allows_it_searches_wait() -> None:
-    assert await crossings({}, [BASE]) == {}
-    assert await crossings({"clip-new": {"allowed": False, "incumbent": None}}, [BASE]) == {}
-    assert await crossings({"clip-new": None}, [BASE]) == {}, "the ledger is away"
+    assert await cross_version({}, [BASE]) == {}
+    assert await cross_version({"clip-new": {"allowed": False, "incumbent": None}}, [BASE]) == {}
+    assert await cross_version({"clip-new": None}, [BASE]) == {}, "the ledger is away"
 
 
 def test_a_space_that_is_complete_is_searched_by_its_own_vectors() -> None:

@@ -15,7 +15,7 @@ log = logging.getLogger("ratchet.catalog")
 MOST_SPACES: Final = 64
 
 
-class CrossingVerdicts:
+class CrossVersionVerdicts:
     """Reads verdicts, and remembers the image spaces of releases, by which their incumbents are known."""
 
     def __init__(self, ledger: Ledger) -> None:
@@ -30,7 +30,7 @@ class CrossingVerdicts:
 
     async def read(self, snapshots: Sequence[ReleaseSnapshot], complete: Collection[str]) -> dict[str, str]:
         """By image space of those that are not complete: the space by whose vectors it may be searched until then."""
-        crossings: dict[str, str] = {}
+        cross_version: dict[str, str] = {}
         for snapshot in snapshots:
             if snapshot.clip is None or snapshot.image_space in complete:
                 continue
@@ -40,8 +40,8 @@ class CrossingVerdicts:
                 log.warning("the verdict on %s cannot be read: %s", snapshot.clip, error)
                 continue
             if old is not None:
-                crossings[snapshot.image_space] = old
-        return crossings
+                cross_version[snapshot.image_space] = old
+        return cross_version
 
     def _space_before(self, clip: str) -> str | None:
         verdict = self._ledger.verdict_on(clip)
