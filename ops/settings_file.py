@@ -45,12 +45,12 @@ def _edited(text: str, section: str, values: Mapping[str, Any]) -> str:
     indent = next((m.group(1) for line in block if (m := re.match(r"(\s+)[^\s#]", line))), "  ")
     for name, value in values.items():
         new = f"{indent}{name}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-        at = next((i for i, line in enumerate(block) if re.match(rf"{indent}{re.escape(name)}:", line)), None)
-        if at is None:
+        position = next((i for i, line in enumerate(block) if re.match(rf"{indent}{re.escape(name)}:", line)), None)
+        if position is None:
             block.insert(0, new)
         else:
-            comment = re.search(r"\s+#.*$", block[at])
-            block[at] = new + (comment.group() if comment else "")
+            comment = re.search(r"\s+#.*$", block[position])
+            block[position] = new + (comment.group() if comment else "")
     return "\n".join([*lines[: start + 1], *block, *lines[end:]]) + "\n"
 
 

@@ -73,16 +73,16 @@ class StreamState:
 
     def problems(self) -> list[str]:
         """What is not well, in words; empty when all is."""
-        found = []
+        problems = []
         if self.waiting_for:
-            found.append(f"Ingest waits for the {self.waiting_for}.")
+            problems.append(f"Ingest waits for the {self.waiting_for}.")
         if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
-            found.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
+            problems.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
         if self.maintenance_failing:
-            found.append("The last run of maintenance failed.")
+            problems.append("The last run of maintenance failed.")
         if self.oldest_deletion > RECENT:
-            found.append("A deletion is not complete after a day.")
-        return found
+            problems.append("A deletion is not complete after a day.")
+        return problems
 
 
 def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> StreamState:

@@ -49,9 +49,9 @@ def build(
 
     home = ctx.of(context).settings.home
     if family in (None, Family.clip):
-        _made(build_base(home, retrain=retrain))
+        _show(build_base(home, retrain=retrain))
     if family in (None, Family.vlm):
-        _made(build_vlm(home, retrain=retrain))
+        _show(build_vlm(home, retrain=retrain))
 
 
 @app.command()
@@ -75,11 +75,11 @@ def add(
 
     home = ctx.of(context).settings.home
     if family is Family.clip:
-        _made(add_base(home, name, model=model, weights=weights))
+        _show(add_base(home, name, model=model, weights=weights))
     elif weights is not None:
         raise ConfigError("--weights is for a CLIP.", "Put the weights into the VLM's folder and name that: --model.")
     else:
-        _made(add_vlm(home, name, model))
+        _show(add_vlm(home, name, model))
 
 
 @app.command("list")
@@ -177,7 +177,7 @@ def score(
         _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, VLM_NAME)))
 
 
-def _made(base: ClipBase | VlmBase) -> None:
+def _show(base: ClipBase | VlmBase) -> None:
     typer.echo(f"{base.name} {base.digest[:12]} in {base.directory}")
 
 

@@ -57,7 +57,7 @@ def doctor(
     table = Table("", "what", "found", "to mend it", title="Doctor")
     findings = examine(ctx.of(context).settings)
     for finding in findings:
-        table.add_row(marks[finding.state], finding.what, finding.found, finding.fix)
+        table.add_row(marks[finding.state], finding.what, finding.result, finding.fix)
     Console().print(table)
     if any(finding.state == "fail" for finding in findings):
         raise typer.Exit(1)

@@ -36,8 +36,8 @@ class Context:
 
 def of(context: typer.Context) -> Context:
     """The :class:`Context` of a typer command."""
-    found = context.find_object(Context)
-    return found if found is not None else Context(None, [])
+    shared = context.find_object(Context)
+    return shared if shared is not None else Context(None, [])
 
 
 def person() -> str:

@@ -93,15 +93,15 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
         if update is None:
             continue
         verdict = ledger.verdict_of(update.id)
-        told = {
+        summary = {
             "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
             "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
             "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
         if verdict is not None and (beside := "\n".join(diagnostics_lines(verdict.summary.get("diagnostics") or {}))):
-            told["beside the verdict"] = printable(beside)
-        facts |= {f"{family}: {name}": value for name, value in told.items()}
+            summary["beside the verdict"] = printable(beside)
+        facts |= {f"{family}: {name}": value for name, value in summary.items()}
     table = Table(show_header=False, title=f"Release {number}")
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))

@@ -29,20 +29,20 @@ class ExpectedVectors:
         preprocess = self.engine.base.preprocess
         self.pixels = np.stack([preprocess.pixels(image) for image in images])
         self.texts = list(texts)
-        self._made: dict[str, npt.NDArray[np.float32]] = {}
+        self._answers: dict[str, npt.NDArray[np.float32]] = {}
 
     def of(self, adapter: str) -> npt.NDArray[np.float32]:
         """All probe items under an adapter: images first, then texts."""
-        if adapter not in self._made:
+        if adapter not in self._answers:
             name = None if adapter == BASE else adapter
             if name is not None:
                 self.engine.load(name, self.artifacts.fetch(f"adapters/{name}"))
-            self._made[adapter] = np.concatenate(
+            self._answers[adapter] = np.concatenate(
                 [self.engine.encode_images(self.pixels, name), self.engine.encode_texts(self.texts, name)]
             )
             if name is not None:
                 self.engine.unload(name)
-        return self._made[adapter]
+        return self._answers[adapter]
 
 
 class ExpectedAnswers:
@@ -54,11 +54,11 @@ class ExpectedAnswers:
         self.asks = [
             question(np.array(decode_image(image).convert("RGB")), text, ANSWER_TOKENS) for image, text in questions
         ]
-        self._made: dict[str, list[str]] = {}
+        self._answers: dict[str, list[str]] = {}
 
     def prepare(self, adapters: Sequence[str]) -> None:
         """Answer under each adapter, with one engine for all."""
-        missing = [adapter for adapter in dict.fromkeys(adapters) if adapter not in self._made]
+        missing = [adapter for adapter in dict.fromkeys(adapters) if adapter not in self._answers]
         if not missing:
             return
         from serving.engines.vlm.hf_engine import TransformersEngine  # slow to import, and not every load asks
@@ -70,11 +70,11 @@ class ExpectedAnswers:
                 name = None if adapter == BASE else adapter
                 if name is not None:
                     engine.load(name, self.artifacts.fetch(f"adapters/{name}"))
-                self._made[adapter] = [reply.text for reply in engine.replies(self.asks, name)]
+                self._answers[adapter] = [reply.text for reply in engine.replies(self.asks, name)]
                 if name is not None:
                     engine.unload(name)
 
     def of(self, adapter: str) -> list[str]:
         """An answer for each question."""
         self.prepare([adapter])
-        return self._made[adapter]
+        return self._answers[adapter]

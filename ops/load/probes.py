@@ -101,8 +101,8 @@ def interleaved(clip: list[Probe], vlm: list[Probe]) -> list[Probe]:
     ]
 
 
-def _chat(number: int, asked: Question) -> Probe:
-    image, text = asked
+def _chat(number: int, question: Question) -> Probe:
+    image, text = question
     content = [{"type": "image_url", "image_url": {"url": data_uri(image)}}, {"type": "text", "text": text}]
     body = {"model": "vlm", "messages": [{"role": "user", "content": content}], "temperature": 0,
             "max_tokens": ANSWER_TOKENS}  # fmt: skip

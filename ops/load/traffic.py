@@ -110,7 +110,9 @@ class Traffic:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=root)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:

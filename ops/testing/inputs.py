@@ -59,7 +59,7 @@ def random_adapter(
 
 def pictures(count: int) -> list[bytes]:
     """Small drawn images, encoded as PNG."""
-    made = []
+    images = []
     random = np.random.default_rng(0)
     for _ in range(count):
         image = Image.new("RGB", (128, 128), tuple(int(v) for v in random.integers(0, 256, 3)))
@@ -69,5 +69,5 @@ def pictures(count: int) -> list[bytes]:
             draw.ellipse((x, y, x + w + 4, y + h + 4), fill=tuple(int(v) for v in random.integers(0, 256, 3)))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
-        made.append(buffer.getvalue())
-    return made
+        images.append(buffer.getvalue())
+    return images

@@ -156,7 +156,7 @@ class Reconciler:
     async def _store(self, fill: SpaceFill) -> None:
         rows = await fill.store()
         if rows is not None and fill.space == self.live_space and fill.complete >= 0:  # else it is a backfill
-            self._found(rows["ingested_at"].to_pylist())
+            self._record_delays(rows["ingested_at"].to_pylist())
 
     async def _mark_complete(self, fill: SpaceFill, version: int) -> None:
         if fill.complete == version or not fill.loaded or not fill.is_idle or fill.coverage.missing:
@@ -190,7 +190,7 @@ class Reconciler:
                 await wait_for_wake(self._wake, IDLE_SECONDS)
                 self._wake.clear()
 
-    def _found(self, ingested: list[datetime | None]) -> None:
+    def _record_delays(self, ingested: list[datetime | None]) -> None:
         """Samples became searchable under the live release."""
         for moment in ingested:
             if moment is not None:

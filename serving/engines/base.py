@@ -92,9 +92,9 @@ class ClipBase:
 
         path = self.directory / WEIGHTS
         if not path.is_file() or path.stat().st_size != self.weights_bytes:
-            found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
             raise BaseModelError(
-                f"Base {self.name!r}: {path} {found}, expected {self.weights_bytes}.",
+                f"Base {self.name!r}: {path} {state}, expected {self.weights_bytes}.",
                 "Remove the directory and run `ratchet base build` (or `ratchet base add`) again.",
             )
         model = construct(self.model_cfg, self.directory)
@@ -115,8 +115,8 @@ class ClipBase:
         """Hash every tensor on disk again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
         from safetensors.torch import load_file
 
-        found = tensor_digests(load_file(self.directory / WEIGHTS))
-        wrong = sorted(name for name in found.keys() | self.tensors if found.get(name) != self.tensors.get(name))
+        digests = tensor_digests(load_file(self.directory / WEIGHTS))
+        wrong = sorted(name for name in digests.keys() | self.tensors if digests.get(name) != self.tensors.get(name))
         if wrong:
             raise BaseModelError(
                 f"Base {self.name!r}: {len(wrong)} tensors differ from their recorded digest, first {wrong[0]!r}.",
@@ -171,8 +171,8 @@ def load_base(home: Path | str, name: str) -> ClipBase:
 
 def list_bases(home: Path | str, family: str | None = None) -> list[str]:
     """Names of the registered bases, of one family or of all."""
-    found = {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
-    return sorted(name for name, about in found.items() if family in (None, about.get("family", "clip")))
+    bases = {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
+    return sorted(name for name, about in bases.items() if family in (None, about.get("family", "clip")))
 
 
 def save_base(

@@ -98,8 +98,8 @@ class VlmBase:
 
     def verify(self) -> None:
         """Hash every file again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
-        found = _file_digests(self.model)
-        wrong = sorted(name for name in found.keys() | self.files if found.get(name) != self.files.get(name))
+        digests = _file_digests(self.model)
+        wrong = sorted(name for name in digests.keys() | self.files if digests.get(name) != self.files.get(name))
         if wrong:
             raise BaseModelError(f"Base {self.name!r}: {wrong[0]!r} is not what was registered.", _AGAIN)
 

@@ -118,8 +118,8 @@ class TransformersEngine:
         """Answer chunk by chunk."""
         with self._using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
-            said: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
-            post = _poster(said.put_nowait)
+            events: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
+            post = _poster(events.put_nowait)
             most = min(request.max_tokens, self._serve.vlm_context - length)
             row = BatchRow(request, most, lambda *token: post(token), post)
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
@@ -127,7 +127,7 @@ class TransformersEngine:
             self._working().put(model, row)
             try:
                 while True:
-                    item = await said.get()
+                    item = await events.get()
                     if isinstance(item, RatchetError):
                         raise item
                     token, logprob, finish = item

@@ -172,7 +172,7 @@ class VllmEngine:
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
         """Answer chunk by chunk."""
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(request)
+            (prompt,) = await self._render(request)
             detokenizer = Detokenizer(self._tokenizer, request.stop)
             length, done = len(prompt["prompt_token_ids"]), 0
             outputs = self._outputs(prompt, sampling(request, every=True), lora)
@@ -193,7 +193,7 @@ class VllmEngine:
         if request.stop:
             return await whole(self.stream(request, adapter))
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(request)
+            (prompt,) = await self._render(request)
             one = (await self._last(prompt, sampling(request, every=False), lora)).outputs[0]
             text = self._tokenizer.decode(one.token_ids, skip_special_tokens=True)
             finish = finish_of(one.finish_reason)
@@ -205,8 +205,8 @@ class VllmEngine:
         """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
         with self._using(adapter) as lora:
-            (plain,) = await self._made(request)
-            prompts = await self._made(request, choices)
+            (plain,) = await self._render(request)
+            prompts = await self._render(request, choices)
 
             async def one(prompt: dict[str, Any]) -> float:
                 output = await self._last(prompt, plan, lora)
@@ -275,7 +275,7 @@ class VllmEngine:
     def _tokenizer(self) -> Any:
         return self._engine.renderer.tokenizer
 
-    async def _made(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def _render(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         assert self._prompts is not None
         try:
             return await self._prompts.make(request, answers)
