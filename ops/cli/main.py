@@ -12,7 +12,7 @@ from rich.console import Console
 from ops.cli import (
     adapters,
     audit,
-    base,
+    bases,
     bench,
     config,
     data,
@@ -68,7 +68,7 @@ app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
 app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
-app.add_typer(base.app, name="base", rich_help_panel="Data and models")
+app.add_typer(bases.app, name="base", rich_help_panel="Data and models")
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")

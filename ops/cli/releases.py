@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -20,13 +19,6 @@ from ops.progress import say
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
-
-
-class FamilyOption(StrEnum):
-    """The families of adapters."""
-
-    clip = "clip"
-    vlm = "vlm"
 
 
 Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
@@ -116,7 +108,7 @@ def rollback(
         int | None, typer.Option(help="Release to go back to; the one before the live one by default.")
     ] = None,
     family: Annotated[
-        FamilyOption | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
+        Family | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
     ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
     offline: Annotated[
@@ -133,8 +125,7 @@ def rollback(
         _roll_back_offline(settings, reason, to, family, expected_live)
         return
     with _operator(settings) as client:
-        chosen = None if family is None else family.value
-        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
+        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
     _say_held(settings)
 
 
@@ -209,13 +200,13 @@ def _sets(row: ProposalRow) -> str:
 
 
 def _roll_back_offline(
-    settings: Settings, reason: str, to: int | None, family: FamilyOption | None, expected_live: int | None
+    settings: Settings, reason: str, to: int | None, family: Family | None, expected_live: int | None
 ) -> None:
     from serving.app import serves_vlm
     from serving.releases.offline import roll_back_offline
 
     served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
-    families: list[Family] = served if family is None else [family.value]
+    families: list[Family] = served if family is None else [family]
     row = roll_back_offline(
         Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live,
         hold_after_rollback=settings.rollout.hold_after_rollback,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,19 +12,13 @@ from rich.table import Table
 from ops.cli import base_upgrade
 from ops.cli import context as ctx
 from ops.errors import ConfigError
+from ops.ledger.rows import Family
 
 if TYPE_CHECKING:
     from serving.engines.base import ClipBase
     from serving.engines.vlm.base import VlmBase
 
 app = typer.Typer(help="Frozen base checkpoints that adapters are trained against.", no_args_is_help=True)
-
-
-class Family(StrEnum):
-    """The two kinds of models."""
-
-    clip = "clip"
-    vlm = "vlm"
 
 
 _FAMILY = Annotated[Family | None, typer.Option(help="Only this one; both otherwise.")]
@@ -48,9 +41,9 @@ def build(
     from updater.base.vlm import build_vlm
 
     home = ctx.of(context).settings.home
-    if family in (None, Family.clip):
+    if family in (None, "clip"):
         _show(build_base(home, retrain=retrain))
-    if family in (None, Family.vlm):
+    if family in (None, "vlm"):
         _show(build_vlm(home, retrain=retrain))
 
 
@@ -62,7 +55,7 @@ def add(
         str, typer.Option(help="CLIP: open_clip model name (ViT-B-16). VLM: a folder. Both: hf-hub:NAME.")
     ],
     weights: Annotated[Path | None, typer.Option(help="CLIP: safetensors file; not for hf-hub: names.")] = None,
-    family: Annotated[Family, typer.Option(help="Kind of model.")] = Family.clip,
+    family: Annotated[Family, typer.Option(help="Kind of model.")] = "clip",
 ) -> None:
     """Register any open_clip model or Hugging Face VLM as a base. Serve it with --set base.clip=NAME or base.vlm=NAME.
 
@@ -74,7 +67,7 @@ def add(
     from updater.base.vlm import add_vlm
 
     home = ctx.of(context).settings.home
-    if family is Family.clip:
+    if family == "clip":
         _show(add_base(home, name, model=model, weights=weights))
     elif weights is not None:
         raise ConfigError("--weights is for a CLIP.", "Put the weights into the VLM's folder and name that: --model.")
@@ -165,7 +158,7 @@ def score(
     from updater.base.vlm import VLM_NAME, score_vlm
 
     home = ctx.of(context).settings.home
-    if family in (None, Family.clip):
+    if family in (None, "clip"):
         choices = {name: EngineChoice("torch", name) for name in DTYPES}
         if precision not in choices:
             raise ConfigError(f"{precision!r} is no precision.", f"Choose one of {', '.join(DTYPES)}.")
@@ -173,7 +166,7 @@ def score(
         if precision != "float32":
             other = score_base(home, choice=choices[precision])
             _scores(f"Zero-shot scores in {precision}", "domain", other)
-    if family in (None, Family.vlm):
+    if family in (None, "vlm"):
         _scores("Answers", "kind of question", score_vlm(load_vlm_base(home, VLM_NAME)))
 
 
@@ -187,13 +180,13 @@ def _registered(home: Path, family: Family | None) -> list[Any]:
     from serving.engines.base import load_base
     from serving.engines.vlm.base import load_vlm_base
 
-    clips = [load_base(home, name) for name in registered(home, "clip") if family is not Family.vlm]
-    vlms = [load_vlm_base(home, name) for name in registered(home, "vlm") if family is not Family.clip]
+    clips = [load_base(home, name) for name in registered(home, "clip") if family != "vlm"]
+    vlms = [load_vlm_base(home, name) for name in registered(home, "vlm") if family != "clip"]
     return [*clips, *vlms]
 
 
 def _model(base: Any) -> str:
-    if base.family == Family.vlm:
+    if base.family == "vlm":
         return str(base.architecture)
     return f"dimension {base.dim}, images of {base.preprocess.size} px"
 
