@@ -32,7 +32,7 @@ class TcpRelay:
             sockets = [*self._links, *([self._listener] if self._listener else [])]
             self._links, self._listener = [], None
         for each in sockets:
-            _break(each)
+            break_link(each)
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):
@@ -47,8 +47,8 @@ class TcpRelay:
                     current = self._listener is listener
                     self._links += [near, far] if current else []
                 if not current:  # cut meanwhile
-                    _break(near)
-                    _break(far)
+                    break_link(near)
+                    break_link(far)
                     return
                 for pair in ((near, far), (far, near)):
                     threading.Thread(target=self._relay, args=pair, daemon=True).start()
@@ -64,7 +64,8 @@ class TcpRelay:
                 each.shutdown(socket.SHUT_RDWR)
 
 
-def _break(link: socket.socket) -> None:
+def break_link(link: socket.socket) -> None:
+    """Shut a connection down and close it; one that is gone already is no error."""
     with suppress(OSError):
         link.shutdown(socket.SHUT_RDWR)
     link.close()

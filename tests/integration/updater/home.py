@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ops.digests import digest_bytes
+from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.tiny import tiny_base
@@ -136,3 +137,13 @@ def _asked(number: int) -> dict[str, str]:
     if number % 2:
         return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}
     return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}
+
+
+def release(ledger: Ledger) -> None:
+    """What the release controller does with an open proposal."""
+    (proposal,) = ledger.pending_proposals()
+    live = ledger.live()
+    number = (live.number if live else 0) + 1
+    ledger.commit_release(
+        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
+    )

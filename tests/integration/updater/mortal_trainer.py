@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
+from tests.support.sudden_death import die
 from updater.commands.update import run_update
 from updater.loop import gate_update
 from updater.loop.service import UpdaterService
@@ -21,12 +20,6 @@ from updater.step.learner import Learner
 import_ahead(__name__)
 backward, put_directory = Learner.backward, Artifacts.put_directory
 SLOW_STEP_SECONDS = 0.3
-
-
-def die(*_: Any, **__: Any) -> NoReturn:
-    """End as ``kill -9`` would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("a killed process went on")
 
 
 def die_at_step(number: int) -> Callable[..., Any]:

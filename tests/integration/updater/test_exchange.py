@@ -22,7 +22,7 @@ from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home
+from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
 from updater.commands.exchange import gate_import
 from updater.exchange.exporting import export_adapter
 from updater.exchange.importing import import_adapter
@@ -49,16 +49,6 @@ def foreign_adapter(settings: Settings, folder: Path, seed: int) -> Path:
     tiny_adapter(tiny_base(settings.home), folder, seed=seed)
     (folder / "ratchet.json").unlink()
     return folder
-
-
-def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
-    (proposal,) = ledger.pending_proposals()
-    live = ledger.live()
-    number = (live.number if live else 0) + 1
-    ledger.commit_release(
-        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
-    )
 
 
 def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(

@@ -9,10 +9,9 @@ import pytest
 
 from ops.artifacts import Artifacts
 from ops.errors import GateError, TrainingError
-from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
-from tests.integration.updater.home import add_samples, judged_as
+from tests.integration.updater.home import add_samples, judged_as, release
 from updater.commands.update import run_update
 from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
@@ -24,16 +23,6 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return judged_as("rejected", monkeypatch)
-
-
-def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
-    (proposal,) = ledger.pending_proposals()
-    live = ledger.live()
-    number = (live.number if live else 0) + 1
-    ledger.commit_release(
-        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
-    )
 
 
 def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Settings, verdict: dict[str, str]) -> None:

@@ -16,15 +16,7 @@ from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principa
 from ops.errors import AccessError, LedgerUnavailable
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Serve, Settings
-
-
-class Clock:
-    """Time that stands still until it is moved."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 class NoKeys:

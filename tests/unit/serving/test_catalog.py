@@ -21,6 +21,7 @@ from serving.releases.release_snapshot import ReleaseSnapshot
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
+from tests.support.disk import holds
 from tests.support.waiting import until
 
 DIM = 8
@@ -67,11 +68,6 @@ class Encoder:
         if self.gate is not None:
             await self.gate.wait()
         return np.stack([vector(int(image[0, 0, 0]) + (1000 if clip else 0)) for image in batch])
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
 
 
 @pytest.fixture
@@ -380,7 +376,3 @@ async def test_two_samples_with_one_id_are_one_until_they_are_settled(catalog: C
 
 def delete(store: SampleStore, where: str) -> int:
     return len(StoreWriter(store.table).remove(where, "deletion", "d"))
-
-
-def holds(folder: Path, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())

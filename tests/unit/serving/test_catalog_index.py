@@ -23,6 +23,7 @@ from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.memory_index import Level, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import COMPACT_EVERY, Tables
+from tests.support.disk import holds
 
 DIM, ROWS = 16, 600
 SETTINGS = CatalogSettings(index_rows=256, min_recall=0.8)
@@ -76,10 +77,6 @@ def index_of(tables: Tables) -> MemoryIndex:
 
 def value(name: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_catalog_{name}")
-
-
-def holds(folder: Path, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
 @pytest.fixture

@@ -24,11 +24,6 @@ from tests.unit.serving.test_catalog import DIM, HERE, THERE, Encoder, pixels, p
 ROWS = 3 * CHUNK_ROWS
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
 def open_catalog(folder: Path) -> Catalog:
     return Catalog(
         Tables(str(folder / "lake" / "catalog")),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ops.testing.tiny import tiny_base
 from serving.engines.base import ClipBase
 from tests.unit.updater.builders import batch, pairs, recipe
+from tests.unit.updater.plain_rows import softmax
 from updater.families.clip.learner import ClipLearner
 from updater.objectives import Features, Sides
 from updater.objectives.prototype_relation import PrototypeRelation
@@ -41,11 +42,6 @@ def dot(a: list[float], b: list[float]) -> float:
 
 def unit(a: list[float]) -> list[float]:
     return [x / math.sqrt(dot(a, a)) for x in a]
-
-
-def softmax(scores: list[float]) -> list[float]:
-    total = sum(math.exp(score) for score in scores)
-    return [math.exp(score) / total for score in scores]
 
 
 def divergence(p: list[float], q: list[float]) -> float:
