@@ -102,7 +102,7 @@ def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
     try:
         loaded = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "Mend the line it names.") from None
+        raise ConfigError(f"{file} is not YAML: {error}", "Fix the line it names.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
     values: list[tuple[str, tuple[Any, str]]] = []

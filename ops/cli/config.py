@@ -54,7 +54,7 @@ def doctor(
         run_tune(ctx.of(context))
         return
     marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
-    table = Table("", "what", "found", "to mend it", title="Doctor")
+    table = Table("", "what", "found", "fix", title="Doctor")
     findings = examine(ctx.of(context).settings)
     for finding in findings:
         table.add_row(marks[finding.state], finding.what, finding.result, finding.fix)
