@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, mode: int = 0o644, prefix: str = "") -> Iterator[Path]:
+def replacing(path: Path, mode: int = 0o644, prefix: str = "", durable: bool = True) -> Iterator[Path]:
     """Yield a new file beside ``path``, with its suffix; what is written there takes the place of ``path`` at the end.
 
     Folders that are missing are made. After an error the old content stays, and the new file is removed.
@@ -21,6 +21,8 @@ def replacing(path: Path, mode: int = 0o644, prefix: str = "") -> Iterator[Path]
     Args:
         mode: permissions of the file.
         prefix: of the name that it has until it is complete; by default a dot and its own name.
+        durable: bring it to the disk before it takes the place. Without, a crash of the machine may leave it damaged:
+            for large files that are checked when they are read, and can be made again.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(suffix=path.suffix, prefix=prefix or f".{path.name}.", dir=path.parent)
@@ -29,7 +31,8 @@ def replacing(path: Path, mode: int = 0o644, prefix: str = "") -> Iterator[Path]
     try:
         yield staging
         staging.chmod(mode)
-        flush(staging)
+        if durable:
+            flush(staging)
         staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)

@@ -7,7 +7,6 @@ same bits, and makes no shard again. Images are read and decoded for the next sh
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections import defaultdict
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ops.digests import digest_bytes
 from ops.errors import DiskFull
+from ops.files import replacing
 from updater.budget.flops import counted
 
 RESERVE_BYTES = 256 << 20
@@ -207,13 +207,11 @@ class Shards:
         free = shutil.disk_usage(self.folder).free
         if free < size + RESERVE_BYTES:
             raise self._full(f"{free / 1e6:,.0f} MB are free, and {(size + RESERVE_BYTES) / 1e6:,.0f} MB are needed")
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            save_file(tensors, partial, metadata=metadata)
+            with replacing(path, durable=False) as staging:
+                save_file(tensors, staging, metadata=metadata)
         except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
-            partial.unlink(missing_ok=True)
             raise self._full(str(error)) from error
-        partial.replace(path)
         self.sizes[number] = path.stat().st_size
 
     def _full(self, why: str) -> DiskFull:

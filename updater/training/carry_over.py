@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ops.digests import digest_tensors
 from ops.errors import TrainingError
+from ops.files import replacing
 from updater.adapters import Dense, LowRank, WeightDelta
 
 NAME = "memory.safetensors"
@@ -55,10 +56,8 @@ class CarryOver:
         """Write it, and return the directory; None when there is nothing to remember."""
         if not self.tensors:
             return None
-        directory.mkdir(parents=True, exist_ok=True)
-        partial = directory / f".{NAME}"
-        save_file(self.tensors, partial)
-        partial.replace(directory / NAME)
+        with replacing(directory / NAME) as staging:
+            save_file(self.tensors, staging)
         return directory
 
     @classmethod

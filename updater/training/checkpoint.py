@@ -6,7 +6,6 @@ Batches are a pure function of seed and step, so that parameters, moments and th
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ops.files import replace_file, replacing
 from ops.progress import say
 
 NAME = "checkpoint.safetensors"
@@ -37,10 +37,8 @@ class Progress:
 
 def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
     """Write the checkpoint whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{NAME}.{os.getpid()}"
-    save_file(tensors, partial, metadata={"progress": json.dumps(asdict(progress))})
-    partial.replace(directory / NAME)
+    with replacing(directory / NAME) as staging:
+        save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
 
 
 def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progress] | None:
@@ -62,10 +60,7 @@ def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progr
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    partial.replace(path)
+    replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
