@@ -25,11 +25,11 @@ from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
 from ops.testing.inputs import random_adapter
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.clip_base import load_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.messages import Modality
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
 from streams.folders import FolderItem, read_folder

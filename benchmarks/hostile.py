@@ -33,7 +33,7 @@ from ops.progress import step
 from ops.settings import Settings
 from ops.testing.inputs import pictures
 from serving.app import serves_vlm, start
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 
 TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 ATTACKER = "127.0.0.2"

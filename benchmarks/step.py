@@ -34,7 +34,7 @@ from benchmarks.machine import machine
 from ops.errors import RatchetError
 from ops.progress import track
 from ops.settings import Settings
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from streams.folders import read_folder
 from updater.base import reference_folders
 from updater.data.mixture import BatchPlan, plan_batches

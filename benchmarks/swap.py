@@ -32,9 +32,9 @@ from ops.settings import Settings
 from ops.testing.inputs import pictures, random_adapter
 from serving.app import serves_vlm, start
 from serving.client import Client, ServerError
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.clip_base import load_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 
 ADAPTERS = 4
 ROLLBACK_EVERY = 4

@@ -21,8 +21,8 @@ from ops.addresses import free_port
 from ops.errors import RatchetError
 from ops.settings import Serve
 from ops.waiting import wait_until
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
+from serving.engines.vlm.vlm_base import VlmBase
 
 START_SECONDS = 180.0
 

@@ -31,8 +31,8 @@ from ops.settings import Settings
 from ops.testing.inputs import pictures, random_adapter
 from serving.app import start
 from serving.client import Client, data_uri
-from serving.engines.vlm.base import VlmBase, load_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, question
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.images import decode_image
 
 LEVELS = (1, 8, 32)

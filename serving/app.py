@@ -199,7 +199,7 @@ def ingress_scale(server: Serve) -> dict[str, Any]:
 
 def serves_vlm(settings: Settings) -> bool:
     """Whether the settings name a VLM base that is registered."""
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")
 

@@ -24,8 +24,8 @@ from benchmarks.continual.provenance import provenance
 from benchmarks.continual.stream import Stream
 from ops.digests import digest_json
 from ops.progress import say
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
 from updater.training.checkpoint import read_json, write_json

@@ -32,7 +32,7 @@ from ops.digests import digest12, digest_json
 from ops.errors import ConfigError
 from ops.progress import say
 from ops.settings import Settings
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from updater.recipes import load_recipe, recipe_names
 from updater.training.checkpoint import write_json
 

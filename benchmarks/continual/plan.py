@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from updater.budget.cost import Cost
 from updater.data.mixture import plan_batches
 from updater.data.pools import Pools

@@ -31,7 +31,7 @@ from ops.errors import BaseModelError, ConfigError
 from ops.progress import say, step, track
 from ops.settings import MIB, Settings
 from serving.client import Client
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 
 MODELS: Final = ("ViT-B-32", "shipped")
 START_SECONDS: Final = 300.0

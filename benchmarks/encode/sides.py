@@ -21,8 +21,8 @@ from benchmarks.serving.session_processes import session_pids
 from ops.errors import RatchetError
 from ops.load.traffic import percentile
 from ops.settings import Settings
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.messages import Modality
 
 CHECKED = 4

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ops.errors import AdapterError, ConfigError
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces

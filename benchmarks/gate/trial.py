@@ -22,7 +22,7 @@ from ops.digests import digest_json
 from ops.errors import RatchetError, TrainingError
 from ops.progress import step
 from ops.settings import Settings
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer
 from updater.gate.score_cache import load_arrays, store_arrays

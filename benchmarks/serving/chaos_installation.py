@@ -26,7 +26,7 @@ from ops.testing.inputs import pictures, random_adapter
 from ops.testing.postgres import PostgresServer
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 
 HOME_BYTES: Final = 256 << 20
 IMAGES: Final = 6

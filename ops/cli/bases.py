@@ -15,8 +15,8 @@ from ops.errors import ConfigError
 from ops.ledger.rows import Family
 
 if TYPE_CHECKING:
-    from serving.engines.base import ClipBase
-    from serving.engines.vlm.base import VlmBase
+    from serving.engines.clip_base import ClipBase
+    from serving.engines.vlm.vlm_base import VlmBase
 
 app = typer.Typer(help="Frozen base checkpoints that adapters are trained against.", no_args_is_help=True)
 
@@ -153,7 +153,7 @@ def score(
     Examples:  ratchet base score --family vlm    |    ratchet base score --family clip --precision bfloat16
     """
     from serving.engines.backends import DTYPES, EngineChoice
-    from serving.engines.vlm.base import load_vlm_base
+    from serving.engines.vlm.vlm_base import load_vlm_base
     from updater.base import score_base
     from updater.base.vlm import VLM_NAME, score_vlm
 
@@ -176,9 +176,9 @@ def _show(base: ClipBase | VlmBase) -> None:
 
 def _registered(home: Path, family: Family | None) -> list[Any]:
     """Every base of a family, CLIPs first."""
-    from serving.engines.base import list_bases as registered
-    from serving.engines.base import load_base
-    from serving.engines.vlm.base import load_vlm_base
+    from serving.engines.clip_base import list_bases as registered
+    from serving.engines.clip_base import load_base
+    from serving.engines.vlm.vlm_base import load_vlm_base
 
     clips = [load_base(home, name) for name in registered(home, "clip") if family != "vlm"]
     vlms = [load_vlm_base(home, name) for name in registered(home, "vlm") if family != "clip"]

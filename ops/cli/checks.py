@@ -110,7 +110,7 @@ def _ledger(settings: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    from serving.engines.base import base_directory, list_bases
+    from serving.engines.clip_base import base_directory, list_bases
 
     if settings.base.clip in list_bases(settings.home):
         return Finding("ok", "base", str(base_directory(settings.home, settings.base.clip)))
@@ -118,7 +118,7 @@ def _base(settings: Settings) -> Finding:
 
 
 def _vlm_base(settings: Settings) -> Finding:
-    from serving.engines.base import base_directory, list_bases
+    from serving.engines.clip_base import base_directory, list_bases
 
     name = settings.base.vlm
     if not name:

@@ -114,7 +114,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
     ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
     from serving.client import Client
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     base = settings.base.vlm
     vlm: dict[str, Any] = {

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from serving.engines.adapters import write_adapter
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 
 
 def random_adapter(

@@ -31,8 +31,8 @@ from torch import nn
 from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import AdapterError
 from ops.priority import breathe
-from serving.engines.base import ClipBase, can_carry_lora
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase, can_carry_lora
+from serving.engines.vlm.vlm_base import VlmBase
 
 FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"

@@ -26,7 +26,7 @@ from ops.priority import breathe
 from ops.settings import Settings
 from serving.engines.adapters import AdapterFiles, effective_weights, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.conv_layout import ROWS
 from serving.engines.cuda_graphs import SIZES
 from serving.engines.engine_choice import choose_engine, make_backend

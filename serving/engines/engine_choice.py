@@ -27,7 +27,7 @@ from ops.digests import digest12, digest_json
 from ops.files import replace_file
 from ops.settings import Serve
 from serving.engines.backends import FLOAT32, Backend, EngineChoice, EngineName, Precision, Towers
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import ROWS
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import processor

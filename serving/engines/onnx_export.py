@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ops.errors import ConfigError
 from ops.files import replacing
-from serving.engines.base import ClipBase, construct
+from serving.engines.clip_base import ClipBase, construct
 from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import attend, is_self_attention
 from serving.engines.spaces import Tower, tower_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ops.digests import digest12
 from ops.errors import BaseModelError
-from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 
 def base_of(home: Path, digest: str) -> ClipBase | None:

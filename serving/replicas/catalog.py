@@ -48,7 +48,7 @@ class CatalogReplica:
         from serving.catalog.catalog import Catalog
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher
-        from serving.engines.base import load_base
+        from serving.engines.clip_base import load_base
         from streams.images import open_image
         from streams.store import SampleStore
 

@@ -17,8 +17,8 @@ from ops.access import Access
 from ops.ledger import Ledger
 from ops.logs import configure_logging
 from ops.settings import Settings
-from serving.engines.base import base_directory, load_base
-from serving.engines.vlm.base import MODEL
+from serving.engines.clip_base import base_directory, load_base
+from serving.engines.vlm.vlm_base import MODEL
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.deletion_service import DeletionService

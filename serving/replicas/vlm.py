@@ -53,8 +53,8 @@ class VlmReplica:
             raise
 
     async def _start(self, settings: Settings) -> None:
-        from serving.engines.vlm.base import load_vlm_base
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
+        from serving.engines.vlm.vlm_base import load_vlm_base
         from serving.replicas.vlm_worker import VlmWorker
 
         self.settings = settings

@@ -20,7 +20,7 @@ from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
 from ops.testing.tiny import tiny_base
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from streams.rows import Position, tally_of
 from streams.store import SampleStore
 from streams.table import SampleTable

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES, PREFIX, write_adapter
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 OTHER_BASE = "It belongs to another base: release the base alone, and update from there."

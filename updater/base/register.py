@@ -26,7 +26,7 @@ from torch import nn
 
 from ops.errors import BaseModelError
 from ops.progress import say, step
-from serving.engines.base import TEXT_FILES, ClipBase, construct, save_base
+from serving.engines.clip_base import TEXT_FILES, ClipBase, construct, save_base
 from serving.engines.preprocess import Preprocess
 
 HUB, LOCAL = "hf-hub:", "local-dir:"

@@ -13,7 +13,7 @@ from pathlib import Path
 from ops.artifacts import Artifacts, directory_digest
 from ops.errors import BaseModelError
 from ops.progress import step
-from serving.engines.base import base_directory, list_bases
+from serving.engines.clip_base import base_directory, list_bases
 
 
 def push_base(home: Path, name: str, artifacts: Artifacts) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from ops.errors import BaseModelError
 from ops.progress import say, step
 from ops.settings import Settings
-from serving.engines.base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
+from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
 from streams.demo import prepare_domain
 from streams.folders import read_folder

@@ -21,7 +21,7 @@ from torch import nn
 
 from ops.digests import digest_tensors
 from ops.errors import BaseModelError
-from serving.engines.base import TEXT_FILES, construct
+from serving.engines.clip_base import TEXT_FILES, construct
 from serving.engines.preprocess import Preprocess
 
 SIDE = 128

@@ -12,8 +12,8 @@ from typing import get_args
 from ops.errors import ConfigError
 from ops.settings import Settings
 from serving.engines.adapters import effective_weights
-from serving.engines.base import ClipBase, list_bases, load_base
-from serving.engines.vlm.base import VlmBase, load_vlm_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.folders import read_folder
 from updater.adapters import WeightDelta
 from updater.families.clip.learner import ClipLearner

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ops.errors import GateError
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.adapters import trainer_encoder
 from updater.gate.checks import (
     Encode,

@@ -13,8 +13,8 @@ from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
-from serving.engines.base import ClipBase, load_base
-from serving.engines.vlm.base import VlmBase, load_vlm_base
+from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from serving.engines.backends import FLOAT32, EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ops.errors import GateError
 from ops.settings import Settings
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead
 from updater.gate.across_bases import AcrossBasesEvaluator
 from updater.gate.clip import ClipEvaluator

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError, GateError
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity

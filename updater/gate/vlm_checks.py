@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import nn
 
 from serving.engines.adapters import effective_weights
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift
 from updater.gate.verdict import Check

@@ -11,8 +11,8 @@ from ops.artifacts import Artifacts
 from ops.errors import AdapterError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.store import Having, SampleStore
 from updater.adapters.recorded import fetch_recorded
 from updater.data.draw import HAVING

@@ -8,7 +8,7 @@ from typing import Any
 from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
-from serving.engines.base import list_bases
+from serving.engines.clip_base import list_bases
 from streams.store import SampleStore
 from updater.gate.interim_analyses import Plan, alpha_left
 from updater.recipes import Family, load_recipe

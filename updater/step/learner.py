@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ops.errors import TrainingError
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives, optimizers, regularizers
 from updater.adapters import AdapterModel
 from updater.data.mixture import PARTS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ops.digests import digest12
 from ops.ledger import Ledger
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.registered import shown
 from updater.step.learner import Base
 

@@ -15,7 +15,7 @@ from ops.digests import digest12, digest_json
 from ops.errors import BaseModelError, ConfigError, TrainingError
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.settings import Settings
-from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
 from serving.engines.registered import need_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING

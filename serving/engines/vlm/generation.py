@@ -19,7 +19,7 @@ from serving.engines.vlm.sampling_parameters import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.engines.vlm.base import VlmBase
+    from serving.engines.vlm.vlm_base import VlmBase
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""

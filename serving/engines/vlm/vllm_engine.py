@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeVar
 from ops.errors import AdapterError, ConfigError, RatchetError
 from ops.settings import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_requests
@@ -32,6 +31,7 @@ from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
 from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm, slots_of
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 ZERO = "zero"

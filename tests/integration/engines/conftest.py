@@ -12,9 +12,9 @@ import torch
 
 from ops.settings import Serve
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine
+from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.vlm_reference import Peft, Reference, some_asks
 
 SAFE_MARGIN = 3e-3

@@ -22,9 +22,9 @@ from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import write_adapter
-from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 NAME = "taught-vlm"

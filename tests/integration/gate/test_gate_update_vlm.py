@@ -18,8 +18,8 @@ from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import read_adapter, write_adapter
-from serving.engines.vlm.base import load_vlm_base
 from serving.engines.vlm.hf_engine import TransformersEngine
+from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore

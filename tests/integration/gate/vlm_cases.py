@@ -10,7 +10,7 @@ from typing import Any
 
 from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_adapter
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
 from updater.gate.evaluator_factory import open_evaluator

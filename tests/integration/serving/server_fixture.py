@@ -29,9 +29,9 @@ from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.waiting import wait_until
 from serving.client import Client
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore

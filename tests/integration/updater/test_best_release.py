@@ -12,7 +12,7 @@ from ops.artifacts import Artifacts, directory_digest
 from ops.ledger import Ledger
 from ops.settings import Settings
 from ops.testing.tiny import tiny_adapter
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.families import spaces_of
 from updater.loop.service import UpdaterService

@@ -12,7 +12,7 @@ import pytest
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
 from tests.integration.updater.test_kill import SECONDS

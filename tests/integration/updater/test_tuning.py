@@ -11,7 +11,7 @@ import pytest
 from ops.artifacts import Artifacts
 from ops.ledger import UpdateRow
 from ops.settings import Settings
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset

@@ -20,8 +20,8 @@ from benchmarks.continual.report import _prepared, figures
 from benchmarks.continual.stream import ORDERS, UPDATES
 from benchmarks.continual.table import markdown
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
 from updater.training.train import Stopped

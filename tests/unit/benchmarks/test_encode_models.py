@@ -13,8 +13,8 @@ from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from ops.errors import BaseModelError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip_base import ClipBase
 
 TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
 

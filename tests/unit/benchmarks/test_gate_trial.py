@@ -21,8 +21,8 @@ from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.settings import Gate
 from ops.testing.tiny import tiny_adapter, tiny_base
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from streams.folders import read_folder
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 
 
 @pytest.fixture(scope="session")

@@ -19,8 +19,8 @@ from serving.engines.adapters import (
     read_adapter,
     write_adapter,
 )
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 
 WEIGHTS = "adapter_model.safetensors"
 

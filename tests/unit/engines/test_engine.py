@@ -12,8 +12,8 @@ import pytest
 
 from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
 
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]

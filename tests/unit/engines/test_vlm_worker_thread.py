@@ -12,11 +12,11 @@ from torch import nn
 
 from ops.errors import AdapterError
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, Message
 from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import end_token
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 TOKENS = 6

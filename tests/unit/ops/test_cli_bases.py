@@ -13,7 +13,7 @@ from ops.errors import RatchetError
 from ops.loading import load_settings
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.base import list_bases
+from serving.engines.clip_base import list_bases
 
 runner = CliRunner()
 

@@ -17,8 +17,8 @@ from ops import priority
 from ops.artifacts import Artifacts
 from ops.errors import ArtifactsUnavailable
 from ops.testing.tiny import tiny_adapter, tiny_base
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.messages import EncodeRequest, EncodeResult, Modality

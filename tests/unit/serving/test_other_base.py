@@ -12,7 +12,7 @@ from ops.ledger import Ledger, ReleaseRow
 from ops.settings import BaseModels, Rollout, Settings
 from ops.testing.tiny import tiny_base
 from serving.app import _check_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
 from serving.releases.lineage import Lineage, spaces_of_bases

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives
 from updater.adapters import WeightDelta
 from updater.data.pools import Pair, Pools, Question

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
 from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel

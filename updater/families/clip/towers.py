@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
 from updater.adapters.parametrizations.base import Selects
 from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.images import decode_image
 from updater.adapters import LoraModel, WeightDelta
 from updater.data.pools import Question

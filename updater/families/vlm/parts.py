@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.families.modules import BLOCK_LISTS, late_layers, some
 from updater.recipes import Recipe, Tower
 

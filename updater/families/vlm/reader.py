@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import InvalidRequest
 from updater.data.pools import Question
 

@@ -7,8 +7,8 @@ from itertools import chain
 
 from ops.errors import GateError
 from ops.settings import Settings
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import load_base
 from streams.store import SampleStore
 from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ops.errors import BaseModelError
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 from updater.base.vlm import add_vlm
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater.budget.cost import Cost, StepUnaffordable
 from updater.budget.flops import counted

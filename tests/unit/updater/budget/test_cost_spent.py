@@ -11,7 +11,7 @@ import pytest
 
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.budget.flops import counted
 from updater.data.pools import Pools, Question

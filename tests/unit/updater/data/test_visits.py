@@ -15,7 +15,7 @@ from PIL import Image
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.preprocess import Preprocess
 from tests.unit.updater.builders import pairs, picture, pools, question_pools, recipe, run
 from updater.data.mixture import BatchPlan

@@ -18,8 +18,8 @@ from ops.errors import AdapterError
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name, effective_weights, read_adapter
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters import read_delta
 from updater.exchange.peft_files import convert
 

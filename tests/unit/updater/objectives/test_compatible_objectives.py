@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, pools, recipe
 from tests.unit.updater.plain_rows import Rows, columns, dots
 from updater import objectives

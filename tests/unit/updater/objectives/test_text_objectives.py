@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import COLOURS, batch, pairs, recipe
 from updater.data.pools import Pair, caption_number
 from updater.families.clip.learner import ClipLearner

@@ -12,8 +12,8 @@ import pytest
 
 from ops.testing.tiny import tiny_base
 from serving.engines.adapters import effective_weights
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import picture, pools, recipe, run
 from updater.adapters import trainer_encoder
 from updater.budget.cost import Cost

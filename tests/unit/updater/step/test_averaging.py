@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import LowRank, read_delta
 from updater.step.averaging import Average

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import batch, recipe
 from updater.data.pools import Pair
 from updater.families.clip.learner import ClipLearner

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from ops.errors import ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import SMALL_BYTES
 from serving.engines.processor import Processor
 from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run

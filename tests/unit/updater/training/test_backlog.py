@@ -11,7 +11,7 @@ import torch
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import LIMITS, pairs, recipe, run
 from updater.adapters import read_delta
 from updater.data.pools import Pair, Pools

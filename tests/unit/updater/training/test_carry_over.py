@@ -9,7 +9,7 @@ import torch
 
 from ops.errors import TrainingError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater.adapters import Dense, LowRank
 from updater.training import train as train_module

@@ -10,7 +10,7 @@ import torch
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from serving.engines.adapters import adapter_name, effective_weights
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import recipe, run
 from updater.recipes import Merge, Recipe, load_recipe
 from updater.training.linesearch import search

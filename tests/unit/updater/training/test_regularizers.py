@@ -11,7 +11,7 @@ from torch import nn
 
 from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
 from updater.regularizers.base import Regularizer

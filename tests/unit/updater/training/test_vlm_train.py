@@ -13,7 +13,7 @@ from ops.errors import BudgetError, ConfigError, TrainingError
 from ops.testing.tiny import tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import effective_weights
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from tests.unit.updater.builders import LIMITS, pools, question_pools, recipe, run
 from updater.data.pools import Pools, Question
 from updater.training.train import Stopped, TrainResult

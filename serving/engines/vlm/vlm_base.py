@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ops.digests import digest_bytes, digest_json
 from ops.errors import BaseModelError
-from serving.engines.base import DESCRIPTION, base_directory, move_into_place
+from serving.engines.clip_base import DESCRIPTION, base_directory, move_into_place
 
 if TYPE_CHECKING:
     from torch import nn
