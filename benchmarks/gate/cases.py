@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.suites import Suite
-from updater.gate.verdict import Outcome, SuiteResult
+from updater.gate.verdict import SuiteResult
 
 Hits = NDArray[np.float64]
 Answers = NDArray[np.float64] | NDArray[np.int32]
@@ -102,7 +103,7 @@ class Case:
 class Judged:
     """What the gate says."""
 
-    outcome: Outcome
+    outcome: GateOutcome
     results: tuple[SuiteResult, ...]
     gained: bool
     """Whether a gain was shown, over all gain suites."""

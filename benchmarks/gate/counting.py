@@ -11,7 +11,7 @@ from scipy import stats
 from benchmarks.gate.cases import Case, Judged, Rule, Truth, judge
 from benchmarks.gate.plans import DRIFT
 from benchmarks.gate.resample import Drawn
-from updater.gate.verdict import Outcome
+from ops.ledger.rows import GateOutcome
 
 Share = dict[str, float | int | None]
 TALLIED = ("passed", "rejected", "inconclusive", "gain_shown", "all_kept")
@@ -127,9 +127,9 @@ def tally(drawn: Iterable[Drawn]) -> dict[str, Share]:
     return {name: share(count, len(verdicts)) for name, count in zip(TALLIED, counts, strict=True)}
 
 
-def _with(rows: Sequence[Row], outcome: Outcome) -> int:
+def _with(rows: Sequence[Row], outcome: GateOutcome) -> int:
     return _outcomes([row.judged for row in rows], outcome)
 
 
-def _outcomes(verdicts: Sequence[Judged], outcome: Outcome) -> int:
+def _outcomes(verdicts: Sequence[Judged], outcome: GateOutcome) -> int:
     return sum(one.outcome == outcome for one in verdicts)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gate.cases import Case, Rule, judge
 from benchmarks.gate.counting import share
-from updater.gate.verdict import Outcome
+from ops.ledger.rows import GateOutcome
 
 GAIN3 = 0.03
 BESIDE = 0.02
@@ -41,7 +41,7 @@ class Redrawn:
     """Most that a suite truly loses, as a share of its margin."""
     gained: float
     """True gain."""
-    outcome: Outcome
+    outcome: GateOutcome
     retained: bool
     """Whether all retention suites passed."""
 

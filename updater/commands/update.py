@@ -7,7 +7,7 @@ from ops.errors import TrainingError
 from ops.progress import say
 from ops.settings import Settings
 from updater.loop.process import StopSignal, only_one
-from updater.loop.service import Outcome, UpdaterService
+from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe
 from updater.training.train import Stopped
 
@@ -19,7 +19,7 @@ def run_update(
     recipe: str | None = None,
     family: Family | None = None,
     retry: bool = False,
-) -> Outcome | None:
+) -> StepResult | None:
     """The updater, until SIGTERM; with ``once``, one update.
 
     Args:

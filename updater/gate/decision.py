@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ops.ledger.rows import GateOutcome
 from updater.gate.resampling import Floats
 from updater.gate.statistics import (
     Comparison,
@@ -35,7 +36,7 @@ from updater.gate.statistics import (
     reciprocal_log_rank,
 )
 from updater.gate.suites import Suite, Task
-from updater.gate.verdict import Change, Check, Decision, Outcome, PooledGain, Regression, SuiteResult
+from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression, SuiteResult
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
@@ -110,7 +111,7 @@ def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: 
     return Findings(tuple(results), gain, tested)
 
 
-def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[Outcome, tuple[str, ...]]:
+def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, tuple[str, ...]]:
     """The outcome and its reasons, the gravest first."""
     results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]

@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ops.ledger.rows import GateOutcome
 from updater.gate.diagnostics.results import Diagnostics, without_pictures
 from updater.gate.interim_analyses import Look, alpha_left
 
-Outcome = Literal["passed", "rejected", "inconclusive"]
 Decision = Literal["passed", "failed", "inconclusive"]
 
 
@@ -200,7 +200,7 @@ class CrossVersion:
 class Verdict:
     """The result of one gate run."""
 
-    outcome: Outcome
+    outcome: GateOutcome
     reasons: tuple[str, ...]
     candidate: str
     incumbent: str | None

@@ -57,7 +57,7 @@ from updater.upgrades.replay import new_base, old_base
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What one call of :meth:`UpdaterService.step` did: nothing (``update`` is None), or one whole update."""
 
     update: UpdateRow | None
@@ -106,7 +106,7 @@ class UpdaterService:
             lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
         )
 
-    def step(self, *, now: bool = False, retry: bool = False) -> Outcome:
+    def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
         """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
 
         Each family is asked in its turn, until one of them has something to do.
@@ -125,33 +125,33 @@ class UpdaterService:
                 return outcome
             reasons[family] = outcome.reason
         if len(set(reasons.values())) == 1:
-            return Outcome(None, next(iter(reasons.values())))
-        return Outcome(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
+            return StepResult(None, next(iter(reasons.values())))
+        return StepResult(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
 
-    def _step_of(self, family: Family, now: bool, retry: bool) -> Outcome:
+    def _step_of(self, family: Family, now: bool, retry: bool) -> StepResult:
         update = self.ledger.unfinished_update(family)
         if update is not None:
             if update.state == "trained" and is_import(update):
                 unreleased = triggers.waits_for_release(self.ledger, family)
                 if unreleased is not None:
-                    return Outcome(None, unreleased)
+                    return StepResult(None, unreleased)
                 update = compare(self.ledger, self.store, update, family)
             if waits := self._waits_for_base(family, self.ledger.base_upgrade(update.id)):
-                return Outcome(None, waits)
+                return StepResult(None, waits)
             if update.state == "training" and self._data_is_gone(update):
-                return Outcome(self._abandon(update), "its data is not kept any more")
+                return StepResult(self._abandon(update), "its data is not kept any more")
             say(f"{update.id} goes on ({update.state})")
             self.store.pin(update.id, update.store_version)  # who began it may have died before that
         else:
             if waits := self._waits_for_base(family):
-                return Outcome(None, waits)
+                return StepResult(None, waits)
             recipe = self.recipes[family]
             ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
             if isinstance(ready, Waiting):
-                return Outcome(None, ready.reason)
+                return StepResult(None, ready.reason)
             update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
         done = self._finish(update, family)
-        return Outcome(done, done.error or done.state)
+        return StepResult(done, done.error or done.state)
 
     def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
         """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""

@@ -14,10 +14,10 @@ from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
 from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate
 from tests.unit.gate.builders import suite_over
 from updater.gate.suites import Suite
-from updater.gate.verdict import Outcome
 
 RULE = Rule.of(Gate())
 N = 400
@@ -200,7 +200,7 @@ def test_a_deal_shows_the_gate_some_items_and_keeps_the_others_for_the_truth() -
 
 
 def test_errors_are_counted_where_the_truth_lies() -> None:
-    def one(name: str, beyond: float, gained: float, outcome: Outcome, worst: float = 0.2) -> Redrawn:
+    def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
         return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
 
     found = figures_of([

@@ -20,10 +20,10 @@ from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import World, make_world
 from ops.errors import ConfigError
 from ops.ledger import VerdictRow
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate, Settings
 from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
-from updater.gate.verdict import Outcome
 
 N = 400
 SETTINGS = Gate()
@@ -147,7 +147,7 @@ def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever() -> 
     assert [schedule.triggered(9 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
 
 
-def verdict(outcome: Outcome) -> VerdictRow:
+def verdict(outcome: GateOutcome) -> VerdictRow:
     return VerdictRow(0, "u", "clip-1", outcome, "", {}, datetime.now(UTC))
 
 
