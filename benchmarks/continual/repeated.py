@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.continual.intervals import Interval, resampled
-from benchmarks.continual.metrics import Trajectory
+from benchmarks.continual.metrics import Trajectory, forgetting
 from benchmarks.continual.outcomes import Course, Hits, Reference
 
 FIGURES = ("a_ka", "a_zs", "gm")
@@ -34,6 +34,7 @@ def repeated(courses: Sequence[Course], reference: Reference, standard: Sequence
         **figures(np.ones(len(courses), bool), "_delta"),
         **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
         "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
+        "forgotten_per_update": _forgotten(courses),
         "by_order": {str(order): figures(orders == order, "") for order in sorted(set(orders.tolist()))},
     }
 
@@ -48,6 +49,14 @@ def beside(ours: Sequence[Course], others: Sequence[Course], reference: Referenc
         return None
     sides = {"ours": _mean(ours, shared), "others": _mean(others, shared)}
     return resampled(sides, reference).difference("gm", "ours", "others")
+
+
+def _forgotten(courses: Sequence[Course]) -> float | None:
+    moments = [each for course in courses if (each := forgetting(course.path(course.order))) is not None]
+    if not moments:
+        return None
+    lost, squared = np.sum(moments, axis=0)
+    return round(float(lost / squared), 3)
 
 
 def _end(path: Trajectory, key: str) -> float:

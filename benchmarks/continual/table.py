@@ -9,7 +9,7 @@ Method = dict[str, Any]
 QUALITY = """\
 Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
 seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
-`≈` marks what cannot be told from `default` by its GM. `nearest-mean` answers the suites with classes by the nearest
+`≈` marks no significant difference from `default` in GM. `nearest-mean` answers the suites with classes by the nearest
 class mean on the base's features, and all others as the base does."""
 STREAM = """\
 MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
@@ -22,8 +22,9 @@ COST = """\
 All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
 REPEATED = """\
 Mean and standard deviation over chains, one for each order and seed. GM − default: over the chains that both have, by a
-bootstrap over items as above; `≈` marks what cannot be told apart. By order: over its seeds, the first order is
-that of the tables above. Lowest: the lowest GM of any chain at any point of its stream."""
+bootstrap over items as above; `≈` marks no significant difference. By order: over its seeds, the first order is
+that of the tables above. Lowest: the lowest GM of any chain at any point of its stream. Forgotten: share of what was
+learned of a suite (3 points at least) that a later update of another one loses, by regression through the origin."""
 
 
 def markdown(outcome: dict[str, Any]) -> str:
@@ -85,6 +86,10 @@ def _signed(group: str, key: str) -> Callable[[Method], str]:
     return lambda method: f"{method[group][key]:+.1f}"
 
 
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
 def _by_order(key: str) -> Callable[[Method], str]:
     return _each_order(lambda order: f"{order[key]:+.1f}")
 
@@ -138,4 +143,5 @@ _REPEATED = (
     ("GM by order", _by_order("gm")),
     ("GM − default by order", _each_order(_like_default)),
     ("lowest GM", _signed("all", "gm_lowest")),
+    ("forgotten", lambda m: _share(m["all"]["forgotten_per_update"])),
 )

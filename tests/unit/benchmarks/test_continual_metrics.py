@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.continual.intervals import resampled
-from benchmarks.continual.metrics import geometric_mean, mtil, tic, trajectory
+from benchmarks.continual.metrics import forgetting, geometric_mean, mtil, tic, trajectory
 from benchmarks.continual.outcomes import Reference
 
 MATRIX = np.array([
@@ -42,6 +42,21 @@ def test_in_domain_backward_and_forward_are_the_diagonal_and_the_two_triangles()
     assert found.forward == pytest.approx((0.2 + 0.3 + 0.4) / 3)
     with pytest.raises(ValueError, match="two updates"):
         tic(MATRIX[:1])
+
+
+def test_forgetting_is_the_share_of_what_was_learned_that_later_updates_take() -> None:
+    path = np.array([
+        [0.5, 0.2, 0.3],
+        [0.9, 0.2, 0.3],
+        [0.8, 0.4, 0.3],
+        [0.725, 0.35, 0.3],
+    ])  # fmt: skip
+    moments = forgetting(path)
+    assert moments is not None
+    lost, squared = moments
+    assert squared == pytest.approx(0.4**2 + 0.3**2 + 0.2**2), "the last was not learned, and nothing comes after it"
+    assert lost / squared == pytest.approx(0.25)
+    assert forgetting(path[:2]) is None
 
 
 def test_draws_take_the_same_items_for_all_methods() -> None:
