@@ -19,28 +19,28 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import random_adapter
 from benchmarks.machine import machine
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
-from serving.engines.base import load_base
+from ops.testing.inputs import random_adapter
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.clip_base import load_base
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.engines.vlm.sync import SyncVlm
-from serving.messages import Kind
+from serving.engines.vlm.vlm_base import load_vlm_base
+from serving.messages import Modality
 from serving.releases.agreement import TEXTS, Neighbours, same_answer
 from streams.folders import FolderItem, read_folder
 from streams.images import decode_image
 
-KINDS: tuple[tuple[int, Kind], ...] = ((0, "image"), (1, "text"))
+KINDS: tuple[tuple[int, Modality], ...] = ((0, "image"), (1, "text"))
 SIZES = (0.02, 0.05, 0.1, 0.2, 0.3, 1.0, 10.0)
 ITEMS = 80
 ANSWER_TOKENS = 16
 CLIP_DOMAINS, VLM_DOMAINS = ("noto", "pixel_ultica"), ("vqa_base",)
-Row = dict[str, Any]
+FigureRow = dict[str, Any]
 Vectors = npt.NDArray[np.float32]
 
 
@@ -51,7 +51,7 @@ def run(
 
     Returns the figures. Raises RatchetError when a domain is not prepared.
     """
-    rows: list[Row] = []
+    rows: list[FigureRow] = []
     for domain in domains or (*CLIP_DOMAINS, *VLM_DOMAINS):
         folder = settings.home / "data" / domain
         if not folder.is_dir():
@@ -73,7 +73,7 @@ def _spread(items: Sequence[FolderItem]) -> list[FolderItem]:
 def _clip(
     settings: Settings, domain: str, items: Sequence[FolderItem], sizes: Sequence[float], adapters: Sequence[str],
     made: Path,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[FigureRow]:  # fmt: skip
     base = load_base(settings.home, settings.base.clip)
     engine = ClipEngine(base)
     pixels = np.stack([base.preprocess.pixels(item.bytes()) for item in items])
@@ -110,7 +110,7 @@ def _recall(images: Vectors, texts: Vectors, nearest: int = 5) -> float:
 def _vlm(
     settings: Settings, domain: str, items: Sequence[FolderItem], sizes: Sequence[float], adapters: Sequence[str],
     made: Path,
-) -> Iterator[Row]:  # fmt: skip
+) -> Iterator[FigureRow]:  # fmt: skip
     from serving.engines.vlm.hf_engine import TransformersEngine  # slow to import
 
     base = load_vlm_base(settings.home, settings.base.vlm)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.random_base import random_base
 from ops.settings import Settings
-from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
 
 
 def cache_folder(settings: Settings) -> Path:

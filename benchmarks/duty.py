@@ -22,22 +22,22 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import pictures
-from benchmarks.load import Report, Sample, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
 from ops.errors import RatchetError
+from ops.load.traffic import Report, Sample, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from serving.app import start
 
 REST_SECONDS = 3.0
 """Between two phases, so that none answers what waited in the other."""
 SHARES = (0.5, 0.95, 0.99)
-Kind = Literal["without", "starting", "with"]
+PhaseKind = Literal["without", "starting", "with"]
 """What the trainer does: it does not run, it starts, it takes steps."""
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[PhaseKind, ...] = get_args(PhaseKind)
 RESAMPLES = 2_000
 
 
@@ -47,7 +47,7 @@ class Phase:
 
     begin: float
     end: float
-    kind: Kind
+    kind: PhaseKind
     steps: int = 0
 
 
@@ -105,7 +105,7 @@ def _measure(
     return _figures(settings, load.report(), phases, rate)
 
 
-def _phase(kind: Kind, act: Callable[[], None]) -> Phase:
+def _phase(kind: PhaseKind, act: Callable[[], None]) -> Phase:
     began = time.time()
     act()
     return Phase(began, time.time(), kind)

@@ -26,14 +26,14 @@ from rich.table import Table
 from benchmarks import hostile_attacks as attacks
 from benchmarks.bench_home import bench_home
 from benchmarks.hostile_attacks import Target
-from benchmarks.inputs import pictures
-from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.server_memory import ServerMemory
+from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import step
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from serving.app import serves_vlm, start
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 
 TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 ATTACKER = "127.0.0.2"

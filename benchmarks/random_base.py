@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ops.errors import ConfigError
 from ops.progress import step
-from serving.engines.base import ClipBase, construct, list_bases, load_base
+from serving.engines.clip_base import ClipBase, construct, list_bases, load_base
 from updater.base import add_base
 
 SEED = 0

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 
-from benchmarks.stream.part import wait_for
+from benchmarks.stream.ratchet_process import wait_for
 from ops.settings import Settings
 from serving.client import Client, ServerError
 from streams.records import Sample

@@ -19,15 +19,15 @@ from typing import Any, Final
 
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.figures_table import show_figures
-from benchmarks.inputs import pictures
-from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.process_memory import ProcessMemory, child_processes
 from benchmarks.samples import fill_store, wait_until_searchable
 from benchmarks.serving.session_processes import session_pids
 from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, Swaps, make_adapters, make_vlm_adapters, throughput
+from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import say, step, track
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from serving.app import serves_vlm, start
 from serving.client import Client
 

@@ -34,19 +34,19 @@ from benchmarks.machine import machine
 from ops.errors import RatchetError
 from ops.progress import track
 from ops.settings import Settings
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from streams.folders import read_folder
 from updater.base import reference_folders
-from updater.cost import measure
+from updater.data.mixture import BatchPlan, plan_batches
+from updater.data.pools import Pair, Pools
 from updater.families import make_learner
 from updater.families.clip.learner import adapted_model
-from updater.learner import AnyLearner
-from updater.mixture import BatchPlan, plan_batches
-from updater.pools import Pair, Pools
-from updater.precision import training_precision
-from updater.process import use_environment
+from updater.loop.process import use_environment
 from updater.recipes import Part, Recipe, TrainPrecision, load_recipe
-from updater.schedules import learning_rate
+from updater.step.learner import AnyLearner
+from updater.step.precision import training_precision
+from updater.training.measure import measure
+from updater.training.schedules import learning_rate
 
 WARM_UP = 3
 FAST: dict[str, Any] = {"steps": 2, "pairs": 48, "batch": 24}
@@ -167,7 +167,7 @@ class _Batches:
 
 
 class _Ours:
-    """The recipe's step, as in ``updater/train.py``."""
+    """The recipe's step, as in ``updater/training/train.py``."""
 
     def __init__(self, prepared: Prepared, recipe: Recipe, steps: int) -> None:
         self.prepared, self.recipe, self.steps = prepared, recipe, steps

@@ -21,20 +21,20 @@ from typing import Any
 
 from benchmarks.bench_home import bench_home, clip_base
 from benchmarks.figures_table import show_figures
-from benchmarks.inputs import pictures, random_adapter
-from benchmarks.load import Report, Traffic, percentile
 from benchmarks.machine import machine
 from benchmarks.process_memory import child_processes, memory_growth
 from ops.artifacts import Artifacts
 from ops.errors import RatchetError
 from ops.ledger import Ledger
+from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
+from ops.testing.inputs import pictures, random_adapter
 from serving.app import serves_vlm, start
 from serving.client import Client, ServerError
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import load_vlm_base
+from serving.engines.clip_base import load_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 
 ADAPTERS = 4
 ROLLBACK_EVERY = 4

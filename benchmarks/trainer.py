@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import re
-import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.inputs import pictures
-from ops.cli.context import Context
-from ops.cli.supervisor import STOP_SECONDS, Part, tail
+from ops.addresses import free_port
+from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
 from ops.digests import digest_bytes
 from ops.errors import RatchetError
 from ops.settings import Settings
+from ops.testing.inputs import pictures
+from ops.waiting import wait_until
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
@@ -56,11 +56,8 @@ def prepare_data(settings: Settings) -> Settings:
     endless = Recipe.parse({**recipe.model_dump(mode="json"), "max_steps": FOREVER})
     path = settings.home / "endless.yaml"
     path.write_text(endless.to_yaml())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     updater = {
-        "recipe": str(path), "reference": [folder], "min_new_samples": 1, "metrics_port": port,
+        "recipe": str(path), "reference": [folder], "min_new_samples": 1, "metrics_port": free_port(),
         "wait_for_items": False,
     }  # fmt: skip
     budget = dict.fromkeys(("gflops_per_day", "gflops_per_update", "seconds_per_update"), 1e15)
@@ -80,16 +77,16 @@ class BusyTrainer:
         values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
         file.write_text(yaml.safe_dump(values))
         self.url = f"http://127.0.0.1:{settings.updater.metrics_port}/metrics"
-        self.part = Part("update", Context(file, []).command("update", "--family", "clip"), file.with_suffix(".log"))
+        self.part = ChildProcess(
+            "update", ratchet_command("update", "--family", "clip", file=file), file.with_suffix(".log")
+        )
 
     def start(self) -> None:
         """Start it, and return when it has taken some steps. Raises RatchetError when it does not."""
         self.part.start()
-        end = time.monotonic() + START_SECONDS
-        while self.steps() < FIRST_STEPS:
-            if not self.part.running or time.monotonic() > end:
-                raise RatchetError(f"the trainer takes no steps:\n{tail(self.part.log)}", f"See {self.part.log}.")
-            time.sleep(0.5)
+        running = lambda: self.part.running  # noqa: E731
+        if not wait_until(lambda: self.steps() >= FIRST_STEPS, START_SECONDS, pause=0.5, alive=running):
+            raise RatchetError(f"the trainer takes no steps:\n{tail(self.part.log)}", f"See {self.part.log}.")
 
     def steps(self) -> int:
         """Steps since it was started last; 0 while it does not answer."""

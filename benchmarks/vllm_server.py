@@ -9,20 +9,20 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from ops.addresses import free_port
 from ops.errors import RatchetError
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
+from ops.waiting import wait_until
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm
+from serving.engines.vlm.vlm_base import VlmBase
 
 START_SECONDS = 180.0
 
@@ -34,7 +34,7 @@ def vllm_server(base: VlmBase, serve: Serve, adapter: str, directory: Path, log:
     Raises:
         RatchetError: it does not start in time; its log is named.
     """
-    port = _free_port()
+    port = free_port()
     with log.open("wb") as out, child_environment(serve):
         command = ["-m", "benchmarks.vllm_server", *flags(base, serve, adapter, directory, port)]
         process = subprocess.Popen(
@@ -76,20 +76,16 @@ def _flag(name: str, value: Any) -> list[str]:
 
 
 def _await(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200:
-                return
-        time.sleep(0.5)
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/v1/models", trust_env=False).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    if wait_until(answers, START_SECONDS, pause=0.5, alive=lambda: process.poll() is None):
+        return
     last = log.read_text(errors="replace")[-2000:]
     raise RatchetError(f"vLLM's own server did not start: {last}", f"Its log is {log}.")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chat import Run, closed_loop
-from benchmarks.inputs import pictures, random_adapter
 from benchmarks.machine import machine
 from benchmarks.vllm_server import vllm_server
 from ops.artifacts import Artifacts
@@ -29,10 +28,11 @@ from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.progress import step, track
 from ops.settings import Settings
+from ops.testing.inputs import pictures, random_adapter
 from serving.app import start
 from serving.client import Client, data_uri
-from serving.engines.vlm.base import VlmBase, load_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, question
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.images import decode_image
 
 LEVELS = (1, 8, 32)

@@ -102,10 +102,10 @@ def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
     try:
         loaded = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}", "Mend the line it names.") from None
+        raise ConfigError(f"{file} is not YAML: {error}", "Fix the line it names.") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{file} must hold a mapping of settings.", "See docs/operator.md for an example.")
-    found: list[tuple[str, tuple[Any, str]]] = []
+    values: list[tuple[str, tuple[Any, str]]] = []
 
     def walk(prefix: str, value: Any) -> None:
         name = prefix
@@ -115,10 +115,10 @@ def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:
             return
         if _field(name) is None:
             raise ConfigError(f"{file}: unknown setting {name!r}.", _nearest(name))
-        found.append((name, (value, str(file))))
+        values.append((name, (value, str(file))))
 
     walk("", loaded)
-    return found
+    return values
 
 
 def _put(values: dict[str, Any], origins: dict[str, str], name: str, value: Any, origin: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import secrets
 from pathlib import Path
@@ -11,21 +10,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from ops.addresses import is_loopback, local_url
 from ops.allow_rules import HostRule, NetworkRule, UriRule
 
 MIB = 1024 * 1024
 Draw = Literal["uniform", "newest"]
 """How an update draws from what is pending."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on is of this machine alone. A name other than ``localhost`` counts as the world."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Section(BaseModel):
@@ -266,8 +256,7 @@ class Serve(Section):
     @property
     def url(self) -> str:
         """URL under which a process of the same machine reaches the server."""
-        host = "127.0.0.1" if self.host in ("0.0.0.0", "::", "") else self.host  # noqa: S104  compared, not bound
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return local_url(self.host, self.port)
 
 
 class AccessRules(Section):
@@ -401,6 +390,11 @@ class Console(Section):
     def on_loopback(self) -> bool:
         """Whether only this machine can reach the console."""
         return is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """URL under which a browser of the same machine reaches the console."""
+        return local_url(self.host, self.port)
 
 
 class Rollout(Section):

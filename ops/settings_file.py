@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 
 from ops.errors import ConfigError
+from ops.files import replace_file
 
 
 def update_section(path: Path, section: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def update_section(path: Path, section: str, values: Mapping[str, Any]) -> dict[
     if _parse(path, changed) != wanted:
         lines = ", ".join(f"{section}.{name}: {value}" for name, value in values.items())
         raise ConfigError(f"{path} cannot be edited line by line.", f"Write these into it yourself: {lines}.")
-    _replace(path, changed)
+    replace_file(path, changed.encode(), mode=path.stat().st_mode & 0o777 if path.exists() else 0o644)
     return {name: old[name] for name in values if name in old}
 
 
@@ -46,12 +45,12 @@ def _edited(text: str, section: str, values: Mapping[str, Any]) -> str:
     indent = next((m.group(1) for line in block if (m := re.match(r"(\s+)[^\s#]", line))), "  ")
     for name, value in values.items():
         new = f"{indent}{name}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"
-        at = next((i for i, line in enumerate(block) if re.match(rf"{indent}{re.escape(name)}:", line)), None)
-        if at is None:
+        position = next((i for i, line in enumerate(block) if re.match(rf"{indent}{re.escape(name)}:", line)), None)
+        if position is None:
             block.insert(0, new)
         else:
-            comment = re.search(r"\s+#.*$", block[at])
-            block[at] = new + (comment.group() if comment else "")
+            comment = re.search(r"\s+#.*$", block[position])
+            block[position] = new + (comment.group() if comment else "")
     return "\n".join([*lines[: start + 1], *block, *lines[end:]]) + "\n"
 
 
@@ -63,13 +62,3 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a mapping of settings.", "See docs/operator.md for an example.")
     return value
-
-
-def _replace(path: Path, text: str) -> None:
-    """Beside it and renamed: whoever reads it sees the old file or the new one."""
-    handle, work = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-    Path(work).chmod(mode)
-    Path(work).replace(path)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from ops.metrics import PARTS
+from ops.addresses import local_url
+from ops.metrics import NAME_PREFIXES
 from ops.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,16 +73,16 @@ class StreamState:
 
     def problems(self) -> list[str]:
         """What is not well, in words; empty when all is."""
-        found = []
+        problems = []
         if self.waiting_for:
-            found.append(f"Ingest waits for the {self.waiting_for}.")
+            problems.append(f"Ingest waits for the {self.waiting_for}.")
         if self.gaps and datetime.now(UTC) - self.gaps[0].time < RECENT:
-            found.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
+            problems.append(f"Records were lost before they were read: {self.gaps[0].shown}.")
         if self.maintenance_failing:
-            found.append("The last run of maintenance failed.")
+            problems.append("The last run of maintenance failed.")
         if self.oldest_deletion > RECENT:
-            found.append("A deletion is not complete after a day.")
-        return found
+            problems.append("A deletion is not complete after a day.")
+        return problems
 
 
 def stream_state(settings: Settings, store: SampleStore, ledger: Ledger) -> StreamState:
@@ -119,16 +120,15 @@ def scrape(settings: Settings, part: Literal["ingest", "maintain"]) -> dict[str,
     port = settings.ingest.metrics_port if part == "ingest" else settings.maintain.metrics_port
     if not port:
         return {}
-    host = "127.0.0.1" if settings.metrics_host in ("0.0.0.0", "::") else settings.metrics_host  # noqa: S104
     try:
-        text = _get(f"http://{host}:{port}/metrics")
+        text = _get(f"{local_url(settings.metrics_host, port)}/metrics")
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     except (httpx.HTTPError, ValueError):
         return {}
     return {
         " ".join([sample.name, *(value for _, value in sorted(sample.labels.items()))]): sample.value
         for sample in samples
-        if sample.name.startswith(PARTS[part])
+        if sample.name.startswith(NAME_PREFIXES[part])
     }
 
 

@@ -29,6 +29,7 @@ from ops.errors import ConfigError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.loading import load_settings
+from ops.logs import configure_logging
 from ops.progress import say, step
 from ops.settings import Serve, Settings
 from serving.client import Client
@@ -198,7 +199,7 @@ def ingress_scale(server: Serve) -> dict[str, Any]:
 
 def serves_vlm(settings: Settings) -> bool:
     """Whether the settings name a VLM base that is registered."""
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     return settings.base.vlm in list_bases(settings.home, "vlm")
 
@@ -332,6 +333,7 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
 
 def main(arguments: list[str]) -> None:
     """``python -m serving.app [ratchet.yaml]``: the server alone, for containers and tests."""
+    configure_logging()
     try:
         serve_app(load_settings(Path(arguments[0]) if arguments else None))
     except ConfigError as error:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-Kind = Literal["image", "text"]
+Modality = Literal["image", "text"]
 TEXT_COST = 1
 IMAGE_COST = 4
 MODEL_NICE = 4
@@ -23,7 +23,7 @@ class EncodeRequest:
     their clocks may differ.
     """
 
-    kind: Kind
+    kind: Modality
     payload: Any
     adapter: str | None
     deadline: float

@@ -36,7 +36,7 @@ class StartProgress:
         self._statuses = statuses
         self._statuses_due = 0.0
         self._ended: set[str] = set()
-        self._said: dict[Family, str] = {}
+        self._last_problems: dict[Family, str] = {}
         self._began = time.monotonic() if began is None else began
 
     @property
@@ -56,9 +56,9 @@ class StartProgress:
             if not problem:
                 self._waiting.remove(model)
                 say(f"[green]{NAMES[model]} answers[/green] on {self._client.url} after {self.seconds:.1f} s")
-            elif problem != self._said.get(model):
+            elif problem != self._last_problems.get(model):
                 say(f"{NAMES[model]} after {self.seconds:.0f} s: {problem}")
-                self._said[model] = problem
+                self._last_problems[model] = problem
         return not self._waiting
 
     def wait_for(self, model: Family, seconds: float, check: Callable[[], object] = lambda: None) -> None:
@@ -76,7 +76,7 @@ class StartProgress:
             self.look()
             if model in self._waiting and self.seconds > seconds:
                 raise ServerError(
-                    f"{self._client.url} was not ready within {seconds:.0f} s: {self._said.get(model, '')}",
+                    f"{self._client.url} was not ready within {seconds:.0f} s: {self._last_problems.get(model, '')}",
                     "Look at the server's log.",
                 )
             time.sleep(LOOK_SECONDS)

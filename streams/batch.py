@@ -16,19 +16,19 @@ from ops.errors import StoreError, StoreUnavailable
 from ops.settings import Kafka
 from streams.assignment import Reading
 from streams.quality.duplicates import DuplicateIndex, Sample
-from streams.quality.validate import Accepted, Row, refuse
+from streams.quality.validate import Accepted, StoreRow, refuse
 from streams.rows import SCHEMA, Position, RecordPosition, duplicate_row, name_of, tally_of
 from streams.writer import StoreWriter
 
 log = logging.getLogger(__name__)
-Entry = tuple[Reading, int, Accepted | Row, int]
+Entry = tuple[Reading, int, Accepted | StoreRow, int]
 """Under which reading; the first offset behind it; the sample, or the row of what is none; bytes."""
 Watermark = Callable[[Reading], int | None]
 """Offset of a reading's first refusal that is not published yet, or None where there is none."""
 
 
 @dataclass
-class Outcome:
+class CommitResult:
     """What became of the records of a batch."""
 
     version: int = 0
@@ -37,14 +37,14 @@ class Outcome:
     """By split."""
     duplicates: Counter[str] = field(default_factory=Counter)
     """By kind."""
-    rows: list[Row] = field(default_factory=list)
+    rows: list[StoreRow] = field(default_factory=list)
     """What was stored."""
     readings: list[Reading] = field(default_factory=list)
     records: int = 0
     size: int = 0
     """Bytes of the records."""
 
-    def of_kind(self, kind: str) -> list[Row]:
+    def of_kind(self, kind: str) -> list[StoreRow]:
         """The rows of one kind."""
         return [row for row in self.rows if row["kind"] == kind]
 
@@ -65,7 +65,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, reading: Reading, end: int, result: Accepted | Row, size: int) -> None:
+    def add(self, reading: Reading, end: int, result: Accepted | StoreRow, size: int) -> None:
         """Take in a record of ``size`` bytes, behind which the next one to read is ``end``."""
         if not self._entries:
             self._since = time.monotonic()
@@ -97,7 +97,7 @@ class Batch:
             self._entries = [entry for entry in self._entries if entry[0] not in lost]
             self._bytes = sum(size for *_, size in self._entries)
 
-    def commit(self, watermark: Watermark) -> Outcome:
+    def commit(self, watermark: Watermark) -> CommitResult:
         """Store all of it in one commit, and empty the batch.
 
         Raises:
@@ -106,7 +106,9 @@ class Batch:
             StoreUnavailable: nothing was stored; to be tried again.
         """
         ends: dict[Reading, int] = {reading: end for reading, end, _, _ in self._entries}
-        outcome = Outcome(readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries))
+        outcome = CommitResult(
+            readings=list(ends), records=len(self._entries), size=sum(size for *_, size in self._entries)
+        )
         if not ends:
             return outcome
         try:
@@ -155,7 +157,7 @@ class Batch:
         except StoreError as error:
             log.warning("a sample that two workers stored is made a duplicate later: %s", error)
 
-    def _decide(self, outcome: Outcome) -> list[Row]:
+    def _decide(self, outcome: CommitResult) -> list[StoreRow]:
         """The rows to store: samples, as duplicates those that repeat the store or this batch, others as they are."""
         rows = []
         for _, _, result, _ in self._entries:
@@ -176,7 +178,7 @@ class Batch:
         return rows
 
 
-def _misfit(row: Row) -> str:
+def _misfit(row: StoreRow) -> str:
     """Why the table cannot hold a row, or empty."""
     try:
         pa.Table.from_pylist([row], schema=SCHEMA)
@@ -185,7 +187,7 @@ def _misfit(row: Row) -> str:
     return ""
 
 
-def _position(reading: Reading, end: int, rows: list[Row], unpublished: int | None) -> Position:
+def _position(reading: Reading, end: int, rows: list[StoreRow], unpublished: int | None) -> Position:
     """Where the partition stands behind the batch. Refusals are published after it."""
     position = reading.claim.position
     own = [row for row in rows if _is_of(row, position)]

@@ -10,14 +10,15 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from ops.addresses import free_port
 from ops.errors import BrokerError
 from ops.progress import say
 from ops.settings import Kafka, Settings
+from ops.waiting import wait_until
 from streams.clients import ensure_topics
 
 START_SECONDS = 20.0
@@ -59,16 +60,14 @@ class EmbeddedBroker:
             self.process = subprocess.Popen(
                 [*command, "--storage-engine", "memory://tansu/"], stdout=out, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(self.address):
-            if not self.running or time.monotonic() > deadline:
-                self.stop()
-                where = f" Its output is in {self.log}." if self.log else ""
-                raise BrokerError(
-                    f"the embedded broker did not come up on {self.address}.{where}",
-                    "Is the port free, and can this machine run the binary? See `ratchet doctor`.",
-                )
-            time.sleep(0.02)
+        running = lambda: self.running  # noqa: E731
+        if not wait_until(lambda: _answers(self.address), START_SECONDS, pause=0.02, alive=running):
+            self.stop()
+            where = f" Its output is in {self.log}." if self.log else ""
+            raise BrokerError(
+                f"the embedded broker did not come up on {self.address}.{where}",
+                "Is the port free, and can this machine run the binary? See `ratchet doctor`.",
+            )
         return self
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
@@ -137,13 +136,6 @@ def _binary() -> str:
             f"the embedded broker has no binary for this machine: {error}.",
             "Point `kafka.bootstrap` to an Apache Kafka broker.",
         ) from error
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _answers(address: str) -> bool:

@@ -91,10 +91,10 @@ class Admin:
 
     def topic_id(self, topic: str) -> str | None:
         """Kafka's id of a topic; empty where the broker has no ids, None when there is no such topic."""
-        [found] = self._ask("describing topics", lambda client: client.describe_topics([topic]))
-        if found["error_code"] == UnknownTopicOrPartitionError.errno:
+        [description] = self._ask("describing topics", lambda client: client.describe_topics([topic]))
+        if description["error_code"] == UnknownTopicOrPartitionError.errno:
             return None
-        return str(found["topic_id"] or "")
+        return str(description["topic_id"] or "")
 
     def ensure_topics(self, topics: Sequence[str], partitions: int = 1) -> None:
         """Create the topics that are not there: for the largest records, with the broker's own replication factor.

@@ -26,7 +26,7 @@ from ops.progress import say
 from ops.settings import Settings
 from streams import tolerant_fetch
 from streams.assignment import Reading, start_position
-from streams.batch import Outcome
+from streams.batch import CommitResult
 from streams.clients import Admin, explain
 from streams.consumer_parts import CONNECT_SECONDS, Connection, ConsumerParts
 from streams.ingest_report import IngestReport
@@ -296,7 +296,7 @@ class Consumer:
             if reading.claim.key in error.keys:
                 self._assignment.give_up(reading)
 
-    def _publish(self, outcome: Outcome) -> None:
+    def _publish(self, outcome: CommitResult) -> None:
         refused = outcome.of_kind("quarantine")
         for reading in outcome.readings:
             mine = [row for row in refused if (row["topic"], row["partition"]) == (reading.stream, reading.partition)]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from ops.errors import StoreFull, StoreUnavailable
+from ops.files import replace_file
 from streams.rows import RecordPosition, name_of
 
 DEATHS: Final = 3
@@ -181,9 +182,7 @@ def _named(content: bytes) -> list[str]:
 
 
 def _save(path: Path, counts: Counter[str]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(counts))
-    partial.replace(path)
+    replace_file(path, json.dumps(counts).encode())
 
 
 def _outage(folder: Path, error: OSError) -> StoreUnavailable:

@@ -10,7 +10,6 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,13 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ops.errors import ConfigError
+from ops.files import replacing
 from streams.folders import FolderItem, write_folder
 from streams.images import sniff
 from streams.rows import SAMPLE_SCHEMA
 from streams.sample_queries import SampleFilter, stream_samples
 from streams.store import SampleStore
 
-Row = Mapping[str, Any]
+SampleRow = Mapping[str, Any]
 GROUP_BYTES: Final = 16 << 20
 """Bytes of images in one row group of a Parquet file: what a reader holds."""
 GROUP_ROWS: Final = 1024
@@ -44,7 +44,7 @@ def export(
     which: SampleFilter | None = None,
     *,
     version: int | None = None,
-    follow: Callable[[Iterable[Row]], Iterator[Row]] = iter,
+    follow: Callable[[Iterable[SampleRow]], Iterator[SampleRow]] = iter,
 ) -> int:
     """Write samples to ``path``: ``.parquet`` a Parquet file, ``.tar`` a shard, any other name a folder.
 
@@ -66,7 +66,7 @@ def export(
         raise ConfigError(f"{path} is there already.", "Name a path that is not there yet.")
     count = 0
 
-    def counted() -> Iterator[Row]:
+    def counted() -> Iterator[SampleRow]:
         nonlocal count
         rows = stream_samples(store, which or SampleFilter(), store.version() if version is None else version)
         for row in follow(rows):
@@ -84,16 +84,16 @@ def export(
     return count
 
 
-def image_name(row: Row) -> str:
+def image_name(row: SampleRow) -> str:
     """A file name for a sample's image: its id, with the suffix of its format."""
     return f"{row['id']}.{_SUFFIXES.get(sniff(row['image']), 'bin')}"
 
 
-def _write_folder(path: Path, rows: Iterator[Row]) -> None:
+def _write_folder(path: Path, rows: Iterator[SampleRow]) -> None:
     write_folder(path, (_item(row) for row in rows))
 
 
-def _item(row: Row) -> FolderItem:
+def _item(row: SampleRow) -> FolderItem:
     names = ("text", "label", "concept", "split", "domain", "source", "question", "answer")
     texts: dict[str, Any] = {name: row[name] or "" for name in names}
     return FolderItem(
@@ -105,8 +105,8 @@ def _item(row: Row) -> FolderItem:
     )
 
 
-def _write_tar(path: Path, rows: Iterator[Row]) -> None:
-    with _complete(path) as partial, tarfile.open(partial, "w") as tar:
+def _write_tar(path: Path, rows: Iterator[SampleRow]) -> None:
+    with replacing(path) as partial, tarfile.open(partial, "w") as tar:
         for row in rows:
             values = {**{name: row[name] for name in _FIELDS if row[name]}, "time": _time(row)}
             _add(tar, image_name(row), row["image"])
@@ -120,8 +120,8 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
-    with _complete(path) as partial, pq.ParquetWriter(partial, _PARQUET) as writer:
+def _write_parquet(path: Path, rows: Iterator[SampleRow]) -> None:
+    with replacing(path) as partial, pq.ParquetWriter(partial, _PARQUET) as writer:
         group: list[dict[str, Any]] = []
         size = 0
         for row in rows:
@@ -136,17 +136,5 @@ def _write_parquet(path: Path, rows: Iterator[Row]) -> None:
             writer.write_table(pa.Table.from_pylist(group, schema=_PARQUET))
 
 
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A partial file that gets its name at the end, or is removed."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _time(row: Row) -> str | None:
+def _time(row: SampleRow) -> str | None:
     return row["time"].isoformat() if row["time"] else None

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ops.errors import RecordError
+from ops.files import replacing
 from streams.row_fields import TAG_SEPARATOR, decode_base64, inside, iso_time, list_field, text_field
 from streams.tables import MAX_IMAGE_BYTES, Where, csv_rows, dataset_error, jsonl_rows
 
@@ -176,8 +177,7 @@ def write_folder(path: Path | str, items: Iterable[FolderItem]) -> Path:
     """
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
-    partial = root / f".{INDEX}.partial"
-    with partial.open("w", encoding="utf-8", newline="") as stream:
+    with replacing(root / INDEX) as staging, staging.open("w", encoding="utf-8", newline="") as stream:
         # CRLF as in RFC 4180; with "\n" alone, Python before 3.13 leaves a lone "\r" in a text unquoted.
         rows = csv.writer(stream, lineterminator="\r\n")
         rows.writerow(COLUMNS)
@@ -189,7 +189,6 @@ def write_folder(path: Path | str, items: Iterable[FolderItem]) -> Path:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(item.inline)
             rows.writerow([place.as_posix(), *(_cell(item, name) for name in COLUMNS[1:])])
-    partial.replace(root / INDEX)
     return root
 
 

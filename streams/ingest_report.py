@@ -10,9 +10,9 @@ from typing import Any, Final
 from ops import metrics
 from ops.errors import RatchetError, RegistryUnavailable, StoreError, StoreFull
 from ops.progress import say
-from streams.batch import Outcome
+from streams.batch import CommitResult
 from streams.ingest_status import Dependency, IngestStatus
-from streams.quality.validate import Row
+from streams.quality.validate import StoreRow
 from streams.store import SampleStore
 
 #: A group that lets nobody in for so long is a problem that somebody has to look at.
@@ -61,7 +61,7 @@ class IngestReport:
         say(f"ingest: [yellow]{error}[/yellow] Trying again in {seconds:g} s.")
         return dependency
 
-    def committed(self, outcome: Outcome, lag: int | None, seconds: float) -> None:
+    def committed(self, outcome: CommitResult, lag: int | None, seconds: float) -> None:
         """A batch was stored in this time."""
         refused, gaps = outcome.of_kind("quarantine"), outcome.of_kind("gap")
         metrics.ingest.committed(seconds)
@@ -86,7 +86,7 @@ class IngestReport:
         for row in gaps:
             self.lost(row)
 
-    def lost(self, row: Row) -> None:
+    def lost(self, row: StoreRow) -> None:
         """A gap was stored."""
         count = row["until"] - row["offset"]
         metrics.ingest.lost(count, row["reason"])

@@ -16,7 +16,7 @@ from streams.assignment import Reading, new_generation
 from streams.consumer_parts import Connection, ConsumerParts
 from streams.ingest_report import IngestReport
 from streams.log_watch import gap
-from streams.quality.validate import Row
+from streams.quality.validate import StoreRow
 from streams.rows import tally_of
 from streams.store import SampleStore
 
@@ -81,7 +81,7 @@ class LogChanges:
             lost = gap(reading, start, reading.next, "truncated")
             self._loop.patiently(partial(self._begin_anew, reading, lost, first if divergence is None else divergence))
 
-    def _begin_anew(self, reading: Reading, lost: Row, start: int) -> None:
+    def _begin_anew(self, reading: Reading, lost: StoreRow, start: int) -> None:
         """Store the gap and the new generation in one commit."""
         position = reading.claim.position
         generation = new_generation(self._store.positions().values(), position, start)

@@ -14,7 +14,7 @@ from ops import metrics
 from ops.errors import BrokerError
 from streams.assignment import Reading
 from streams.clients import Admin
-from streams.quality.validate import Row
+from streams.quality.validate import StoreRow
 
 Cause = Literal["retention", "truncated"]
 
@@ -89,7 +89,7 @@ class LogWatch:
             self._measured.discard(partition)
 
 
-def gap(reading: Reading, start: int, until: int, cause: Cause) -> Row:
+def gap(reading: Reading, start: int, until: int, cause: Cause) -> StoreRow:
     """The row that says that the offsets from ``start`` to before ``until`` are lost."""
     why = {
         "retention": "the broker deleted them before they were read",

@@ -46,7 +46,7 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
     @property
     def arrived(self) -> int:
         """Bytes behind the head that have come in, whether or not anybody read them."""
-        return 0 if self._wire is None else self._wire.passed + len(self._wire.kept)
+        return 0 if self._wire is None else self._wire.passed + len(self._wire.buffered)
 
     def _counted(self, stream: httpcore.AsyncNetworkStream) -> CountingStream:
         self._wire = CountingStream(stream)
@@ -59,16 +59,16 @@ class CountingStream(httpcore.AsyncNetworkStream):
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self.stream = stream
         self.in_head = True
-        self.kept = b""
+        self.buffered = b""
         self.passed = 0
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Some bytes; none at the end."""
-        if not self.kept:
-            self.kept = await self.stream.read(max_bytes, timeout)
-        end = self.kept.find(b"\n") + 1 if self.in_head else 0
-        piece = self.kept[: end or max_bytes]
-        self.kept = self.kept[len(piece) :]
+        if not self.buffered:
+            self.buffered = await self.stream.read(max_bytes, timeout)
+        end = self.buffered.find(b"\n") + 1 if self.in_head else 0
+        piece = self.buffered[: end or max_bytes]
+        self.buffered = self.buffered[len(piece) :]
         if not self.in_head:
             self.passed += len(piece)
         return piece

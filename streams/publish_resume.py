@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from ops.errors import BrokerError, ConfigError
+from ops.files import replace_file
 
 MAX_ROWS: Final = 256
 """Rows in flight. With `SAVE_ROWS` no more than the sender itself lets wait for acknowledgements (512)."""
@@ -141,16 +141,7 @@ class ProgressFile:
         self._change(lambda: self.file.unlink(missing_ok=True))
 
     def _write(self, progress: Progress) -> None:
-        def replace() -> None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("w", encoding="utf-8") as stream:
-                json.dump(asdict(progress), stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self.file)
-
-        self._change(replace)
+        self._change(lambda: replace_file(self.file, json.dumps(asdict(progress)).encode()))
 
     def _change(self, write: Callable[[], None]) -> None:
         try:

@@ -24,15 +24,15 @@ from typing import Any
 from streams.codecs import Encoded, Headers
 from streams.rows import RecordPosition, name_of
 
-Row = Mapping[str, Any]
+RefusalRow = Mapping[str, Any]
 
 
-def position_of(row: Row) -> RecordPosition:
+def position_of(row: RefusalRow) -> RecordPosition:
     """Where a refused record's row is from."""
     return row["topic"], row["partition"], row["offset"]
 
 
-def message(row: Row) -> Encoded:
+def message(row: RefusalRow) -> Encoded:
     """What is published for a refused record's row."""
     record = original(row)
     # Brokers take a record with neither key nor value; the client does not send one.
@@ -40,7 +40,7 @@ def message(row: Row) -> Encoded:
     return Encoded(record.key, value, [*record.headers, *_headers(row)])
 
 
-def claim_check(row: Row) -> Encoded:
+def claim_check(row: RefusalRow) -> Encoded:
     """What is published for a row whose record the topic does not take."""
     size = len(row["original"] or b"")
     text = json.dumps({"record": name_of(position_of(row)), "reason": row["reason"], "bytes": size})
@@ -48,7 +48,7 @@ def claim_check(row: Row) -> Encoded:
     return Encoded(None, text.encode(), [*_headers(row), check])
 
 
-def original(row: Row) -> Encoded:
+def original(row: RefusalRow) -> Encoded:
     """The record of a refused record's row, as it came."""
     headers = [
         (name, b"" if value is None else base64.b64decode(value)) for name, value in json.loads(row["original_headers"])
@@ -66,7 +66,7 @@ def refused_position(record: Any) -> RecordPosition | None:
         return None
 
 
-def _headers(row: Row) -> Headers:
+def _headers(row: RefusalRow) -> Headers:
     refused_at: datetime = row["ingested_at"]
     ours = {
         "reason": row["reason"],

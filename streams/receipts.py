@@ -17,7 +17,7 @@ from streams.conditions import at_offset, in_gap, quoted
 from streams.rows import Position, parse_stream
 from streams.store import SampleStore
 
-Outcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
+RecordOutcome = Literal["stored", "duplicate", "refused", "tombstone", "deleted", "lost", "no_record", "not_read_yet"]
 """
 stored        a sample; ``split`` says of which split
 duplicate     not stored: it repeats the sample ``duplicate_of``; ``reason`` is duplicate_exact or duplicate_perceptual
@@ -29,7 +29,7 @@ no_record     its offset was passed, and no record stood there: the mark of a tr
 not_read_yet  the partition has not been read so far
 """
 MAX_RECEIPTS: Final = 1000
-_OUTCOMES: Final[Mapping[str, Outcome]] = {
+_OUTCOMES: Final[Mapping[str, RecordOutcome]] = {
     "sample": "stored",
     "duplicate": "duplicate",
     "quarantine": "refused",
@@ -75,7 +75,7 @@ class Receipt:
     """The topic, with its generation if it was made anew (topic@1)."""
     partition: int
     offset: int
-    outcome: Outcome
+    outcome: RecordOutcome
     id: str = ""
     """Of its sample."""
     duplicate_of: str = ""

@@ -99,8 +99,8 @@ def corrupt_records(
     """One record for each offset; the first carries the bytes."""
     known = timestamp if -1 <= timestamp <= INT64_MAX else -1
     for offset in offsets:
-        kept = bytes(raw[:MAX_RAW_BYTES]) if offset == offsets.start else None
-        yield CorruptRecord(Corrupt(partition.topic, partition.partition, offset, known, detail, kept))
+        excerpt = bytes(raw[:MAX_RAW_BYTES]) if offset == offsets.start else None
+        yield CorruptRecord(Corrupt(partition.topic, partition.partition, offset, known, detail, excerpt))
 
 
 class DamagedBatch:
@@ -210,7 +210,7 @@ class TolerantBatch(DefaultRecordBatch):  # type: ignore[misc]
         first = max(expected, self._from)
         most = most_records(len(self._source), bool(self.compression_type), self._limit)
         offsets = range(first, min(self.last_offset + 1, first + most))
-        detail = f"the batch of offsets {self.base_offset} to {self.last_offset} cannot be read: {_told(error)}"
+        detail = f"the batch of offsets {self.base_offset} to {self.last_offset} cannot be read: {_message_of(error)}"
         yield from corrupt_records(self._partition, offsets, detail, self._source, self.max_timestamp)
 
     def _maybe_uncompress(self) -> None:
@@ -249,7 +249,7 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
             first = max(expected, self._from)
             most = most_records(len(self._source), bool(self.compression_type), self._limit)
             offsets = range(first, min(self.base_offset + 1, first + most))
-            detail = f"the message set up to offset {self.base_offset} cannot be read: {_told(error)}"
+            detail = f"the message set up to offset {self.base_offset} cannot be read: {_message_of(error)}"
             yield from corrupt_records(self._partition, offsets, detail, self._source)
 
     def _decompress(self, key_offset: int) -> bytearray:
@@ -266,5 +266,5 @@ class TolerantLegacyBatch(LegacyRecordBatch):  # type: ignore[misc]
         return messages
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     return (str(error) or type(error).__name__)[:200]

@@ -21,7 +21,7 @@ from streams.assignment import Reading
 from streams.codecs import Encoded
 from streams.fenced_sender import FencedSender
 from streams.outbox import Outbox, OutboxEntry
-from streams.quarantine import Row, claim_check, message, position_of, refused_position
+from streams.quarantine import RefusalRow, claim_check, message, position_of, refused_position
 from streams.rows import Position, name_of
 from streams.store import SampleStore
 
@@ -38,7 +38,7 @@ class _Job:
     reading: Reading
     start: int
     end: int
-    rows: list[Row] | None
+    rows: list[RefusalRow] | None
     """None: they are in the store alone."""
     size: int = 0
     page: int = PAGE_ROWS
@@ -68,7 +68,7 @@ class RefusalPublisher:
         if position.published < position.next:
             self._queue(_Job(reading, position.published, position.next, None))
 
-    def publish(self, reading: Reading, rows: Sequence[Row]) -> None:
+    def publish(self, reading: Reading, rows: Sequence[RefusalRow]) -> None:
         """Publish rows of one partition that were just stored."""
         if rows:
             size = sum(len(row["original"] or b"") + 1024 for row in rows)
@@ -171,7 +171,7 @@ class RefusalPublisher:
                 self._jobs.popleft()
                 self._changed.notify_all()
 
-    def _from_store(self, job: _Job) -> list[Row]:
+    def _from_store(self, job: _Job) -> list[RefusalRow]:
         position = job.reading.claim.position
         part = Position(position.stream, position.partition, job.end, published=job.start)
         return list(self.store.outbox(part, job.page))
@@ -199,7 +199,7 @@ class RefusalPublisher:
             outbox.close()
 
 
-def _entry(row: Row, oversized: bool) -> OutboxEntry:
+def _entry(row: RefusalRow, oversized: bool) -> OutboxEntry:
     record: Encoded = claim_check(row) if oversized else message(row)
     return OutboxEntry(name_of(position_of(row)), record, row["ingested_at"])
 

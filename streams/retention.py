@@ -40,9 +40,9 @@ def expire(store: SampleStore, rules: Retention, now: datetime | None = None) ->
     if limit is None:
         return 0
     expired = _over(store, limit)
-    kept = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
+    retained = _reservoir(store, limit, rules.keep_samples) if rules.keep_samples else set()
     removed = 0
-    for ids in _chunks((name for name, _ in expired if name not in kept), IDS_AT_ONCE):
+    for ids in _chunks((name for name, _ in expired if name not in retained), IDS_AT_ONCE):
         where = f"kind = 'sample' AND id IN ({', '.join(map(quoted, ids))})"
         removed += len(StoreWriter(store.table).remove(where, "retention", "older than the limit"))
         if removed >= MOST_AT_ONCE:
@@ -93,13 +93,13 @@ def _reservoir(store: SampleStore, limit: datetime, capacity: int) -> set[str]:
             heaps = _cut(heaps, capacity)
             held = sum(map(len, heaps.values()))
     level = _level(map(len, heaps.values()), capacity)
-    kept, rest = [], []
+    retained, rest = [], []
     for heap in heaps.values():
         ordered = sorted(heap, reverse=True)
-        kept += ordered[:level]
+        retained += ordered[:level]
         rest += ordered[level : level + 1]
-    kept += heapq.nlargest(capacity - len(kept), rest)
-    return {name for _, name in kept}
+    retained += heapq.nlargest(capacity - len(retained), rest)
+    return {name for _, name in retained}
 
 
 def _cut(heaps: _Heaps, capacity: int) -> _Heaps:

@@ -112,9 +112,9 @@ class ValueCounts:
         for each in pc.value_counts(values):
             self.counts[each["values"].as_py() or ""] += each["counts"].as_py()
         if len(self.counts) > MAX_VALUES:
-            kept = Counter(dict(self.counts.most_common(MAX_VALUES // 2)))
-            self.omitted += self.counts.total() - kept.total()
-            self.counts = kept
+            most_common = Counter(dict(self.counts.most_common(MAX_VALUES // 2)))
+            self.omitted += self.counts.total() - most_common.total()
+            self.counts = most_common
 
     def top(self, limit: int) -> list[tuple[str, int]]:
         """The most frequent values; the others are summed up as the last."""

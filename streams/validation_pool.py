@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from streams.assignment import Reading
-from streams.quality.validate import Accepted, Received, Row
+from streams.quality.validate import Accepted, Received, StoreRow
 from streams.validation_process import restore
 
 CHUNK_RECORDS: Final = 8
@@ -27,7 +27,7 @@ class Validated:
     """The next offset to read behind it."""
     leader_epoch: int
     size: int
-    result: Accepted | Row
+    result: Accepted | StoreRow
 
 
 @dataclass(slots=True)
@@ -35,9 +35,9 @@ class _Chunk:
     """Records of one partition in their order, with their leader epochs, and the results that were known before."""
 
     reading: Reading
-    records: list[tuple[Received, int, Row | None]] = field(default_factory=list)
+    records: list[tuple[Received, int, StoreRow | None]] = field(default_factory=list)
     size: int = 0
-    future: Future[list[Accepted | Row]] = field(default_factory=Future)
+    future: Future[list[Accepted | StoreRow]] = field(default_factory=Future)
 
     @property
     def unknown(self) -> list[Received]:
@@ -48,10 +48,10 @@ class _Chunk:
 class Validators(Protocol):
     """What validates: :mod:`streams.validation_threads` or :mod:`streams.validation_process`."""
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
         """Validate some records, in the background."""
 
-    def alone(self, received: Received) -> Accepted | Row:
+    def alone(self, received: Received) -> Accepted | StoreRow:
         """Validate a record after a process has died over it or over others."""
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class ValidationPool:
         """Whether another poll's records may be added."""
         return self._bytes < self._max_bytes and self._records < self._max_records
 
-    def add(self, reading: Reading, received: Received, leader_epoch: int, result: Row | None = None) -> None:
+    def add(self, reading: Reading, received: Received, leader_epoch: int, result: StoreRow | None = None) -> None:
         """Take in a record, perhaps with its result. It is validated after :meth:`flush`, or when a chunk is full."""
         if self._filling is not None and self._filling.reading is not reading:
             self.flush()

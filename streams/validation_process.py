@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from ops.settings import Ingest, Kafka
 from streams.crash_guard import CrashGuard, Notes
-from streams.quality.validate import Accepted, Received, Row, Rules, refuse, validate
+from streams.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
 from streams.registry import SchemaRegistry
 from streams.uris import UriFetcher
 
@@ -64,7 +64,7 @@ class ProcessValidators:
         self._guard = guard
         self._begin()
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
         """Validate some records. The future raises BrokenProcessPool when one of the processes dies meanwhile."""
         try:
             return self._pool.submit(validate_all, records)
@@ -72,7 +72,7 @@ class ProcessValidators:
             self._restart()
             return self._pool.submit(validate_all, records)
 
-    def alone(self, received: Received) -> Accepted | Row:
+    def alone(self, received: Received) -> Accepted | StoreRow:
         """Validate a record while no other one is: if a process dies again, it was this one. Waits for it."""
         self._count_deaths()
         while not self._guard.is_poison(received.record_position):
@@ -114,7 +114,7 @@ class ProcessValidators:
             self._pool.submit(validate_all, ())  # each piece of work for which none is idle
 
 
-def validate_all(records: Sequence[Received]) -> list[Accepted | Row]:
+def validate_all(records: Sequence[Received]) -> list[Accepted | StoreRow]:
     """In the process: validate some records, those that name an image to fetch at once.
 
     An image that is the record's own value is left out of the row: the consumer has it.
@@ -123,7 +123,7 @@ def validate_all(records: Sequence[Received]) -> list[Accepted | Row]:
     return list(results)
 
 
-def crashed(received: Received, guard: CrashGuard) -> Row:
+def crashed(received: Received, guard: CrashGuard) -> StoreRow:
     """The refusal of a record at which too many processes died."""
     deaths = guard.deaths(received.record_position)
     return refuse(received, "crashed", f"a process died {deaths} times while it validated this record.")
@@ -153,7 +153,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _validate(received: Received) -> Accepted | Row:
+def _validate(received: Received) -> Accepted | StoreRow:
     with _notes.validating(received.record_position):
         result = validate(received, _rules)
     if not isinstance(result, Accepted):
@@ -162,7 +162,7 @@ def _validate(received: Received) -> Accepted | Row:
     return Accepted(row, None)
 
 
-def restore(received: Received, result: Accepted | Row) -> Accepted | Row:
+def restore(received: Received, result: Accepted | StoreRow) -> Accepted | StoreRow:
     """In the consumer: put back what was left out."""
     if isinstance(result, Accepted):
         row = result.row if result.row["image"] is not None else {**result.row, "image": received.value}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from streams.crash_guard import CrashGuard
-from streams.quality.validate import Accepted, Received, Row, validate
+from streams.quality.validate import Accepted, Received, StoreRow, validate
 from streams.validation_process import Work
 
 
@@ -19,11 +19,11 @@ class ThreadValidators:
         self._rules = work.rules()
         self._threads = ThreadPoolExecutor(count, "validate")
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
         """Validate some records, in the background."""
         return self._threads.submit(lambda: [self._validate(received) for received in records])
 
-    def alone(self, received: Received) -> Accepted | Row:
+    def alone(self, received: Received) -> Accepted | StoreRow:
         """Validate a record here."""
         return self._validate(received)
 
@@ -32,6 +32,6 @@ class ThreadValidators:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._rules.end()
 
-    def _validate(self, received: Received) -> Accepted | Row:
+    def _validate(self, received: Received) -> Accepted | StoreRow:
         with self._guard.validating(received.record_position):
             return validate(received, self._rules)

@@ -233,12 +233,12 @@ class StoreWriter:
             new_fragments=list(new),
             fields_modified=[],
         )
-        trouble: Exception | None = None
+        failure: Exception | None = None
         for attempt in range(1 if changed else ATTEMPTS):
             if attempt:
                 time.sleep(random.uniform(0.002, 0.01) * attempt)  # noqa: S311  (spreads the tries)
                 base = self.table.create()
-                if trouble is not None and _fragments_by_path(base, [new[-1].files[0].path]):
+                if failure is not None and _fragments_by_path(base, [new[-1].files[0].path]):
                     return base  # the answer was lost, the commit was not
             if fences_removed - {fragment.fragment_id for fragment in base.get_fragments()}:
                 return None
@@ -250,8 +250,8 @@ class StoreWriter:
             except OSError as error:
                 if changed and _is_conflict(error):
                     raise CommitConflictError(str(error)) from error
-                trouble = error
-        raise trouble or StoreUnavailable(
+                failure = error
+        raise failure or StoreUnavailable(
             f"the sample store {self.table.url} could not be written: {ATTEMPTS} conflicts in a row.", "Try again."
         )
 

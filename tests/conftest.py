@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fixtures.postgres import postgres
+from ops.testing.postgres import postgres
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +22,13 @@ from rich.table import Table
 from benchmarks.backlog.pairs import pair_rows
 from benchmarks.backlog.trainer import Watched, watch
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.inputs import pictures
 from benchmarks.machine import machine
 from benchmarks.stream.filling import fill
+from ops.addresses import free_port
 from ops.ledger import Ledger, UpdateRow
 from ops.progress import step
 from ops.settings import Settings
+from ops.testing.inputs import pictures
 from streams.folders import FolderItem, write_folder
 from updater.base import reference_folders
 
@@ -72,7 +72,7 @@ def _settings(settings: Settings, home: Path) -> Settings:
     write_folder(home / "data" / "backlog", items)
     suite = home / "suite.yaml"
     suite.write_text("name: backlog\ntask: retrieval\ndata: ${home}/data/backlog\n")
-    metrics, nobody = _free_port(), f"http://127.0.0.1:{_free_port()}"
+    metrics, nobody = free_port(), f"http://127.0.0.1:{free_port()}"
     return ours.model_copy(
         update={
             "base": ours.base.model_copy(update={"vlm": ""}),
@@ -84,12 +84,6 @@ def _settings(settings: Settings, home: Path) -> Settings:
             "gate": ours.gate.model_copy(update={"suites": [suite]}),
         }
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _release(settings: Settings, update: UpdateRow) -> None:

@@ -12,8 +12,7 @@ import httpx
 import yaml
 
 from benchmarks.process_memory import child_processes
-from ops.cli.context import Context
-from ops.cli.supervisor import STOP_SECONDS, Part, tail
+from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
 from ops.errors import RatchetError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
@@ -51,7 +50,7 @@ def watch(
     """
     values = settings.model_dump(mode="json", exclude_none=True, exclude={"serve": {"operator_key"}})
     file.write_text(yaml.safe_dump(values))
-    part = Part("update", Context(file, []).command("update", "--family", "clip"), file.with_suffix(".log"))
+    part = ChildProcess("update", ratchet_command("update", "--family", "clip", file=file), file.with_suffix(".log"))
     ledger, seen = Ledger.open(settings.ledger), Watched()
     part.start()
     began = last = time.monotonic()

@@ -14,23 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.continual.asking import Asker, Bools, Encoded
-from benchmarks.continual.crossing import crossing
+from benchmarks.continual.cross_version import cross_version_recall
+from benchmarks.continual.evaluation import Bools, Encoded, Evaluator
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.nearest import nearest_means
-from benchmarks.continual.origin import origin
 from benchmarks.continual.plan import Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.provenance import provenance
 from benchmarks.continual.stream import Stream
 from ops.digests import digest_json
 from ops.progress import say
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from updater.checkpoint import read_json, write_json
-from updater.pools import mixed_seed
+from serving.engines.clip_base import ClipBase
+from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
-from updater.result import Limits, TrainResult, cost_of
-from updater.train import train
+from updater.training.checkpoint import read_json, write_json
+from updater.training.result import Limits, TrainResult, cost_of
+from updater.training.train import train
 
 ZERO_SHOT = "zero-shot.json"
 BASE_VECTORS = "base-vectors.npz"
@@ -66,12 +66,12 @@ def chain_name(recipe: Recipe, unit: Unit) -> str:
 
 def updates_done(results: Path, recipe: Recipe, unit: Unit) -> list[dict[str, Any]]:
     """What is there of a unit: the files of its updates, up to the first that is missing."""
-    found: list[dict[str, Any]] = []
+    updates: list[dict[str, Any]] = []
     while True:
-        row = read_json(update_path(unit.folder(results), len(found) + 1))
+        row = read_json(update_path(unit.folder(results), len(updates) + 1))
         if not isinstance(row, dict) or row.get("chain") != chain_name(recipe, unit):
-            return found
-        found.append(row)
+            return updates
+        updates.append(row)
 
 
 class Chain:
@@ -79,14 +79,14 @@ class Chain:
 
     def __init__(
         self, base: ClipBase, stream: Stream, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path,
-        asker: Asker | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:  # fmt: skip
-        """``asker``: of an engine of this base, to save making one. Raises BudgetError."""
+        """``evaluator``: of an engine of this base, to save making one. Raises BudgetError."""
         self.base, self.stream, self.protocol, self.unit, self.results = base, stream, protocol, unit, results
         self.recipe = recipe
         self.folder = unit.folder(results)
         self.order = stream.order(unit.order)
-        self.asker = asker or Asker(ClipEngine(base, "cpu"), stream.suites)
+        self.evaluator = evaluator or Evaluator(ClipEngine(base, "cpu"), stream.suites)
         self.base_vectors = self._zero_shot()
         self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
 
@@ -94,17 +94,17 @@ class Chain:
         """The base's answers, written once for all chains, and its vectors."""
         path, answers = self.results / BASE_VECTORS, self.results / ZERO_SHOT
         if not path.is_file() or not answers.is_file():
-            vectors = self.asker.encode(None)
+            vectors = self.evaluator.encode(None)
             self.results.mkdir(parents=True, exist_ok=True)
             vectors.write(path)
             roles = {suite.name: suite.role for suite in self.stream.suites}
-            nearest = nearest_means(self.asker.engine, self.stream, vectors)
-            hits = packed(self.asker.outcomes(vectors))
+            nearest = nearest_means(self.evaluator.engine, self.stream, vectors)
+            hits = packed(self.evaluator.outcomes(vectors))
             write_json(answers, {"hits": hits, "roles": roles, NEAREST: packed(nearest)})
-        return self.asker.read(path)
+        return self.evaluator.read(path)
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
-        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.train.train` raises."""
+        """Go on until ``updates`` are done. Raises Stopped, and what :func:`updater.training.train.train` raises."""
         rows = updates_done(self.results, self.recipe, self.unit)
         for number in range(len(rows), min(updates, len(self.order))):
             say(f"{self.unit}: update {number + 1} of {updates}, {self.order[number]}")
@@ -125,7 +125,7 @@ class Chain:
             limits=Limits(self.protocol.gflops, SECONDS, threads=1, checkpoint_steps=20),
             out_dir=adapters,
             work_dir=work,
-            memory=adapters / last["memory"] if last.get("memory") else None,
+            carry_over=adapters / last["memory"] if last.get("memory") else None,
             stop=stop,
             device="cpu",
         )
@@ -135,14 +135,14 @@ class Chain:
             "chain": chain_name(self.recipe, self.unit),
             "update": self.order[number],
             "adapter": result.adapter,
-            "memory": result.memory.name if result.memory else None,
-            "hits": packed(self.asker.outcomes(vectors)),
-            "cross": crossing(
-                self.stream.suites, self.asker.read(self._vectors_path(number)), vectors, self.base_vectors
+            "memory": result.carry_over.name if result.carry_over else None,
+            "hits": packed(self.evaluator.outcomes(vectors)),
+            "cross": cross_version_recall(
+                self.stream.suites, self.evaluator.read(self._vectors_path(number)), vectors, self.base_vectors
             ),
             "cost": cost_of(result),
             "cpu_seconds": {"training": trained - began, "asking": time.process_time() - trained},
-            "origin": origin(),
+            "origin": provenance(),
             "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         vectors.write(self._vectors_path(number + 1))
@@ -156,11 +156,11 @@ class Chain:
         return row
 
     def _vectors(self, result: TrainResult) -> Encoded:
-        self.asker.engine.load(result.adapter, result.directory)
+        self.evaluator.engine.load(result.adapter, result.directory)
         try:
-            return self.asker.encode(result.adapter)
+            return self.evaluator.encode(result.adapter)
         finally:
-            self.asker.engine.unload(result.adapter)
+            self.evaluator.engine.unload(result.adapter)
 
 
 def packed(outcomes: dict[str, Bools]) -> dict[str, list[str]]:

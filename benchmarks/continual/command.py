@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.chain import Unit
-from benchmarks.continual.outcomes import read_asked, read_course
+from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import figures
@@ -32,9 +32,9 @@ from ops.digests import digest12, digest_json
 from ops.errors import ConfigError
 from ops.progress import say
 from ops.settings import Settings
-from serving.engines.base import load_base
-from updater.checkpoint import write_json
+from serving.engines.clip_base import load_base
 from updater.recipes import load_recipe, recipe_names
+from updater.training.checkpoint import write_json
 
 FAST = ("naive", "replay", "zscl", "default")
 FAST_UPDATES = 5
@@ -87,20 +87,20 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
         jobs = wanted.jobs or len(os.sched_getaffinity(0))
         deadline = began + 60 * wanted.minutes
         _run(Runner(settings.home, settings.base.clip, results, protocol, wanted.updates, jobs, deadline), wanted)
-    found = figures(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates, protocol)
-    _write(found, wanted.out or results)
-    return found
+    outcome = figures(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates, protocol)
+    _write(outcome, wanted.out or results)
+    return outcome
 
 
 def _run(runner: Runner, wanted: Wanted) -> None:
     """Every method once; then, if there is time, the best ones in all orders with all seeds."""
     if not runner.run([Unit(name) for name in wanted.methods]):
         return say("the time is over; call again to go on")
-    asked = read_asked(runner.results)
+    reference = read_reference(runner.results)
 
     def score(name: str) -> float | None:
-        course = read_course(runner.results, Unit(name), runner.updates, asked)
-        return float(course.trajectory(asked).gm[-1]) if course else None
+        course = read_course(runner.results, Unit(name), runner.updates, reference)
+        return float(course.trajectory(reference).gm[-1]) if course else None
 
     chosen = best(score, wanted.methods, BEST)
     # All orders first: a run that is stopped early then shows every order with one seed.
@@ -112,11 +112,11 @@ def _run(runner: Runner, wanted: Wanted) -> None:
     return None
 
 
-def _write(found: dict[str, Any], folder: Path) -> None:
+def _write(outcome: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", found)
-    drawings = all_plots(found) if found["methods"] else {}
-    (folder / "README.md").write_text(markdown(found) + _pictures(drawings))
+    write_json(folder / "results.json", outcome)
+    drawings = all_plots(outcome) if outcome["methods"] else {}
+    (folder / "README.md").write_text(markdown(outcome) + _pictures(drawings))
     for name, drawing in drawings.items():
         (folder / name).write_text(drawing)
     say(f"tables and plots are in {folder}")
@@ -126,22 +126,22 @@ def _pictures(drawings: dict[str, str]) -> str:
     return "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in drawings)
 
 
-def show(found: dict[str, Any]) -> None:
+def show(outcome: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    title = f"After {found['updates']} updates, points against zero-shot"
+    title = f"After {outcome['updates']} updates, points against zero-shot"
     table = Table("method", "learned (A_KA)", "kept (A_ZS)", "geometric mean", "MAF", "steps", "seconds", title=title)
-    rows = {**found["methods"], **found["untrained"]}
+    rows = {**outcome["methods"], **outcome["untrained"]}
     for name, m in rows.items():
         spans = [m["intervals"][key] for key in ("a_ka", "a_zs", "gm")]
         cells = [f"{i['value']:+.1f} [dim]({i['low']:+.1f} to {i['high']:+.1f})[/dim]" for i in spans]
         table.add_row(name, *cells, f"{m['maf']:,.0f}", str(m["steps"]), f"{m['seconds']:.0f}")
-    for name, reason in found["failed"].items():
+    for name, reason in outcome["failed"].items():
         table.add_row(name, reason)
     Console().print(table)
     keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
     line = {
         "methods": {name: {key: m[key] for key in keys} for name, m in rows.items()},
-        **{key: found[key] for key in ("zero_shot", "failed", "updates", "origin")},
+        **{key: outcome[key] for key in ("zero_shot", "failed", "updates", "origin")},
     }
     print(json.dumps(line), flush=True)
 

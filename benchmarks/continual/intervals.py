@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.continual.metrics import Floats, geometric_mean
-from benchmarks.continual.outcomes import Asked, Hits
+from benchmarks.continual.outcomes import Hits, Reference
 
 DRAWS = 2000
 LEVEL = 0.95
@@ -55,12 +55,12 @@ class Draws:
     def difference(self, figure: str, name: str, other: str) -> Interval:
         """How much higher ``name`` scores than ``other``, percentile interval."""
         values = self.of(figure)
-        found = 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
-        low, high = np.quantile(found[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(float(found[0]), float(low), float(high))
+        differences = 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
+        low, high = np.quantile(differences[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Interval(float(differences[0]), float(low), float(high))
 
 
-def resampled(hits: Mapping[str, Hits], asked: Asked, draws: int = DRAWS, seed: int = 0) -> Draws:
+def resampled(hits: Mapping[str, Hits], reference: Reference, draws: int = DRAWS, seed: int = 0) -> Draws:
     """Draw the items of every suite anew, for all methods together. ``hits``: by method, then by suite."""
     names = tuple(hits)
 
@@ -74,4 +74,4 @@ def resampled(hits: Mapping[str, Hits], asked: Asked, draws: int = DRAWS, seed: 
         return total / len(suites)
 
     rng = np.random.default_rng(seed)
-    return Draws(names, mean_over(asked.adaptation, rng), mean_over(asked.held_out, rng))
+    return Draws(names, mean_over(reference.adaptation, rng), mean_over(reference.held_out, rng))

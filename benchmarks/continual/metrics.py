@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+LEARNED = 0.03
+"""The least gain that counts as learned: below it the noise of a suite's items is larger."""
 
 
 def geometric_mean(a_ka: Floats, a_zs: Floats) -> Floats:
@@ -77,3 +79,21 @@ def tic(matrix: Floats) -> Tic:
         raise ValueError("TiC's means need two updates and two suites")
     t, e = np.indices(matrix.shape)
     return Tic(float(matrix[t == e].mean()), float(matrix[e < t].mean()), float(matrix[e > t].mean()))
+
+
+def forgetting(path: Floats) -> tuple[float, float] | None:
+    """Sums over everything that was learned and every later update: of what was left of it times what the update took,
+    and of what was left of it squared. Their ratio, over any number of chains, is the share of what was learned that an
+    update of another suite loses: the slope of a regression through the origin.
+
+    ``path`` has columns in the order of the stream. None where nothing was learned by more than :data:`LEARNED`.
+    """
+    moments = []
+    for column, scores in enumerate(path.T):
+        gains = scores[column + 1 :] - scores[0]
+        if len(gains) > 1 and gains[0] >= LEARNED:
+            moments.append((gains[:-1] @ (gains[:-1] - gains[1:]), gains[:-1] @ gains[:-1]))
+    if not moments:
+        return None
+    lost, squared = np.sum(moments, axis=0)
+    return float(lost), float(squared)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.continual.asking import Bools, Encoded, images_of
+from benchmarks.continual.baselines import NearestMean
+from benchmarks.continual.evaluation import Bools, Encoded, images_of
 from benchmarks.continual.stream import Stream, Suite
 from serving.engines.clip import ClipEngine
-from updater.baselines import NearestMean
-from updater.pools import Pair
+from updater.data.pools import Pair
 
 NAME = "nearest-mean"
 

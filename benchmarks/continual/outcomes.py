@@ -14,15 +14,15 @@ from benchmarks.continual.chain import ZERO_SHOT, Unit, updates_done
 from benchmarks.continual.metrics import Floats, Trajectory, trajectory
 from benchmarks.continual.nearest import NAME as NEAREST
 from ops.errors import RatchetError
-from updater.checkpoint import read_json
 from updater.recipes import load_recipe
+from updater.training.checkpoint import read_json
 
 Hits = dict[str, Floats]
 """By suite [items]: the share of an item's views that were answered rightly."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Reference:
     """The base's answers, and which suites are of which kind."""
 
     base: Hits
@@ -49,9 +49,9 @@ class Course:
         """Scores [updates + 1, suites]."""
         return np.array([[hits[name].mean() for name in suites] for hits in self.hits])
 
-    def trajectory(self, asked: Asked) -> Trajectory:
+    def trajectory(self, reference: Reference) -> Trajectory:
         """A_KA and A_ZS along the stream."""
-        return trajectory(self.path(asked.adaptation), self.path(asked.held_out))
+        return trajectory(self.path(reference.adaptation), self.path(reference.held_out))
 
     def total(self, key: str) -> float:
         """Sum of a cost over all updates."""
@@ -62,30 +62,30 @@ class Course:
         return float(max(row["cost"][key] for row in self.rows))
 
 
-def read_asked(results: Path) -> Asked:
+def read_reference(results: Path) -> Reference:
     """Raises RatchetError when nothing was run yet."""
-    found = read_json(results / ZERO_SHOT)
-    if not isinstance(found, dict):
+    zero_shot = read_json(results / ZERO_SHOT)
+    if not isinstance(zero_shot, dict):
         raise RatchetError(
             f"there are no results in {results}.",
             "Run `ratchet bench continual` without --report, with more minutes, or unpack results there.",
         )
-    roles: dict[str, str] = found["roles"]
-    base = _unpacked(found["hits"])
-    return Asked(
+    roles: dict[str, str] = zero_shot["roles"]
+    base = _unpacked(zero_shot["hits"])
+    return Reference(
         base,
         tuple(name for name, role in roles.items() if role == "adaptation"),
         tuple(name for name, role in roles.items() if role == "held-out"),
-        base | _unpacked(found[NEAREST]),
+        base | _unpacked(zero_shot[NEAREST]),
     )
 
 
-def read_course(results: Path, unit: Unit, updates: int, asked: Asked) -> Course | None:
+def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -> Course | None:
     """The first ``updates`` updates of a unit; None unless all of them are there."""
     rows = updates_done(results, load_recipe(unit.method), unit)[:updates]
     if len(rows) < updates:
         return None
-    return Course(unit, (asked.base, *(_unpacked(row["hits"]) for row in rows)), tuple(rows))
+    return Course(unit, (reference.base, *(_unpacked(row["hits"]) for row in rows)), tuple(rows))
 
 
 def _unpacked(hits: dict[str, list[str]]) -> Hits:

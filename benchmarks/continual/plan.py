@@ -9,14 +9,15 @@ from typing import Any
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream
 from ops.digests import digest12, digest_json
-from serving.engines.base import ClipBase
-from updater.checkpoint import read_json, write_json
-from updater.cost import Cost, measure
+from serving.engines.clip_base import ClipBase
+from updater.budget.cost import Cost
+from updater.data.mixture import plan_batches
+from updater.data.pools import Pools
+from updater.data.replay import Candidate, reservoir
 from updater.families import make_learner
-from updater.mixture import plan_batches
-from updater.pools import Pools
 from updater.recipes import Recipe, Schedule, Term
-from updater.replay import Candidate, reservoir
+from updater.training.checkpoint import read_json, write_json
+from updater.training.measure import measure
 
 PHASES = ("warmup_steps", "cooldown_steps", "anneal_steps")
 COUNTED = ("average_every",)
@@ -33,11 +34,11 @@ def draw(stream: Stream, order: list[str], number: int, recipe: Recipe, protocol
     """
     earlier = [pair for name in order[:number] for pair in stream.updates[name]]
     candidates = [Candidate(pair.id, pair.text.lower()) for pair in earlier] if recipe.mixture.replay > 0 else []
-    kept = set(reservoir(candidates, protocol.replay, recipe.replay_half_life, seed, recipe.replay_balanced))
+    replayed = set(reservoir(candidates, protocol.replay, recipe.replay_half_life, seed, recipe.replay_balanced))
     return Pools(
         new=stream.updates[order[number]],
         reference=stream.reference if recipe.mixture.reference > 0 else (),
-        replay=tuple(pair for pair in earlier if pair.id in kept),
+        replay=tuple(pair for pair in earlier if pair.id in replayed),
     ).shuffled(seed)
 
 
@@ -57,12 +58,12 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
     """
     sized = recipe.model_copy(update={"batch_size": protocol.batch_size, "max_steps": protocol.max_steps})
     path = folder / f"{digest12(digest_json([base.digest, sized.digest]))}.json"
-    kept = read_json(path)
-    if not isinstance(kept, dict) or "sizes" not in kept:
-        kept = _measured(base, sized, stream, protocol)
-        write_json(path, kept)
-    batches = plan_batches(recipe.mixture, protocol.batch_size, kept["sizes"], seed=0)
-    steps = Cost(**kept["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps, batches)
+    measured = read_json(path)
+    if not isinstance(measured, dict) or "sizes" not in measured:
+        measured = _measured(base, sized, stream, protocol)
+        write_json(path, measured)
+    batches = plan_batches(recipe.mixture, protocol.batch_size, measured["sizes"], seed=0)
+    steps = Cost(**measured["cost"] | {"closing": 0}).steps_within(protocol.gflops, protocol.max_steps, batches)
     factor = steps / recipe.max_steps
     counted = {name: _scaled(getattr(recipe, name), factor) for name in COUNTED if hasattr(recipe, name)}
     terms = tuple(_sized(term, factor) for term in recipe.regularizers)

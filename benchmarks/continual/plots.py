@@ -23,14 +23,14 @@ LABEL: dict[str, Any] = {
 }
 
 
-def all_plots(found: dict[str, Any]) -> dict[str, str]:
+def all_plots(outcome: dict[str, Any]) -> dict[str, str]:
     """SVG by name of the file."""
-    everything = found["methods"]
+    everything = outcome["methods"]
     methods = {name: m for name, m in everything.items() if name == STANDARD or m["geometric_mean_delta"] > -FAR}
     far = [f"{name} ({m['geometric_mean_delta']:+.0f})" for name, m in everything.items() if name not in methods]
     below = f"far below, and not drawn: {', '.join(far)}" if far else ""
     return {
-        "trajectories.svg": _trajectories(methods, found["updates"], below),
+        "trajectories.svg": _trajectories(methods, outcome["updates"], below),
         "retention.svg": _retention(methods, below),
         "cost.svg": _cost(methods, below),
     }
@@ -50,8 +50,8 @@ def _colour(name: str, methods: dict[str, Any]) -> str:
 
 
 def _trajectories(methods: dict[str, Any], updates: int, below: str) -> str:
-    made = figure(HEIGHT, WIDTH)
-    axes = made.add_axes((0.09, 0.13, 0.7, 0.83))
+    plot = figure(HEIGHT, WIDTH)
+    axes = plot.add_axes((0.09, 0.13, 0.7, 0.83))
     named = _named(methods)
     for name in sorted(methods, key=named.__contains__):
         line = methods[name]["trajectory"]["geometric_mean"]
@@ -65,12 +65,12 @@ def _trajectories(methods: dict[str, Any], updates: int, below: str) -> str:
         axes.annotate(name, ends[name], (updates * 1.04, y), va="center", annotation_clip=False, **LABEL)
     axes.set_xlabel("updates", color=MUTED)
     axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
-    return _finished(made, axes, "Geometric mean along the stream, against zero-shot", "t", below)
+    return _finished(plot, axes, "Geometric mean along the stream, against zero-shot", "t", below)
 
 
 def _retention(methods: dict[str, Any], below: str) -> str:
-    made = figure(HEIGHT, WIDTH)
-    axes = made.add_axes((0.09, 0.13, 0.88, 0.83))
+    plot = figure(HEIGHT, WIDTH)
+    axes = plot.add_axes((0.09, 0.13, 0.88, 0.83))
     named = _named(methods)
     for name, method in methods.items():
         x, y = (method["intervals"][key] for key in ("a_ka", "a_zs"))
@@ -84,12 +84,12 @@ def _retention(methods: dict[str, Any], below: str) -> str:
     axes.axvline(0, color=MUTED, linewidth=0.9)
     axes.set_xlabel("learned: adaptation suites − zero-shot, points", color=MUTED)
     axes.set_ylabel("kept: held-out suites − zero-shot, points", color=MUTED)
-    return _finished(made, axes, "What was kept against what was learned", "r", below)
+    return _finished(plot, axes, "What was kept against what was learned", "r", below)
 
 
 def _cost(methods: dict[str, Any], below: str) -> str:
-    made = figure(HEIGHT, WIDTH)
-    axes = made.add_axes((0.09, 0.13, 0.88, 0.83))
+    plot = figure(HEIGHT, WIDTH)
+    axes = plot.add_axes((0.09, 0.13, 0.88, 0.83))
     named = _named(methods)
     for name, method in methods.items():
         gm = method["intervals"]["gm"]
@@ -102,7 +102,7 @@ def _cost(methods: dict[str, Any], below: str) -> str:
     _name_points(axes, points)
     axes.set_xlabel("CPU seconds of training, whole stream", color=MUTED)
     axes.set_ylabel("geometric mean − zero-shot, points", color=MUTED)
-    return _finished(made, axes, "Geometric mean against the time that training took", "c", below)
+    return _finished(plot, axes, "Geometric mean against the time that training took", "c", below)
 
 
 def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
@@ -113,8 +113,8 @@ def _name_points(axes: Any, points: dict[str, tuple[float, float]]) -> None:
     heights = _apart(points, 0.2 * width, (high - low) * 0.05)
     for name, (x, y) in points.items():
         beyond = x > left + 0.8 * width
-        at = (x - 0.02 * width if beyond else x + 0.02 * width, heights[name])
-        axes.annotate(name, (x, y), at, va="center", ha="right" if beyond else "left", **LABEL)
+        position = (x - 0.02 * width if beyond else x + 0.02 * width, heights[name])
+        axes.annotate(name, (x, y), position, va="center", ha="right" if beyond else "left", **LABEL)
 
 
 def _apart(points: dict[str, tuple[float, float]], near: float, gap: float) -> dict[str, float]:
@@ -131,12 +131,12 @@ def _apart(points: dict[str, tuple[float, float]], near: float, gap: float) -> d
     return heights
 
 
-def _finished(made: Any, axes: Any, title: str, prefix: str, below: str) -> str:
+def _finished(plot: Any, axes: Any, title: str, prefix: str, below: str) -> str:
     axes.text(0.01, 0.02, below, transform=axes.transAxes, fontsize=8.5, color=MUTED)
     style(axes)
     axes.grid(axis="y", color=LINE, linewidth=0.7)
     axes.tick_params(axis="y", colors=MUTED, labelsize=8.5)
-    return alone(drawn(made, title, prefix))
+    return alone(drawn(plot, title, prefix))
 
 
 def alone(svg: str) -> str:

@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 
 from benchmarks.continual.intervals import Interval, resampled
-from benchmarks.continual.metrics import Trajectory
-from benchmarks.continual.outcomes import Asked, Course, Hits
+from benchmarks.continual.metrics import Trajectory, forgetting
+from benchmarks.continual.outcomes import Course, Hits, Reference
 
 FIGURES = ("a_ka", "a_zs", "gm")
 
 
-def repeated(courses: Sequence[Course], asked: Asked, standard: Sequence[Course] = ()) -> dict[str, Any]:
+def repeated(courses: Sequence[Course], reference: Reference, standard: Sequence[Course] = ()) -> dict[str, Any]:
     """Mean and spread over chains, points against zero-shot, and how much higher the GM is than ``standard``'s.
 
     ``by_order`` has the means over the seeds of each order, with the same comparison within it.
     """
-    paths = [course.trajectory(asked) for course in courses]
+    paths = [course.trajectory(reference) for course in courses]
     ends = {key: np.array([_end(path, key) for path in paths]) for key in FIGURES}
     orders = np.array([course.unit.order for course in courses])
 
     def figures(wanted: np.ndarray, suffix: str) -> dict[str, Any]:
-        against = beside(list(compress(courses, wanted)), standard, asked)
+        against = beside(list(compress(courses, wanted)), standard, reference)
         means = {f"{key}{suffix}": round(float(values[wanted].mean()), 2) for key, values in ends.items()}
         return {**means, "against_default": against.plain() if against else None}
 
@@ -34,11 +34,12 @@ def repeated(courses: Sequence[Course], asked: Asked, standard: Sequence[Course]
         **figures(np.ones(len(courses), bool), "_delta"),
         **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
         "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
+        "forgotten_per_update": _forgotten(courses),
         "by_order": {str(order): figures(orders == order, "") for order in sorted(set(orders.tolist()))},
     }
 
 
-def beside(ours: Sequence[Course], others: Sequence[Course], asked: Asked) -> Interval | None:
+def beside(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Interval | None:
     """How much higher the GM is than others', where both were run; None where they share no chain.
 
     Items are drawn anew, with the mean over the shared chains for each of them.
@@ -47,7 +48,15 @@ def beside(ours: Sequence[Course], others: Sequence[Course], asked: Asked) -> In
     if not shared:
         return None
     sides = {"ours": _mean(ours, shared), "others": _mean(others, shared)}
-    return resampled(sides, asked).difference("gm", "ours", "others")
+    return resampled(sides, reference).difference("gm", "ours", "others")
+
+
+def _forgotten(courses: Sequence[Course]) -> float | None:
+    moments = [each for course in courses if (each := forgetting(course.path(course.order))) is not None]
+    if not moments:
+        return None
+    lost, squared = np.sum(moments, axis=0)
+    return round(float(lost / squared), 3)
 
 
 def _end(path: Trajectory, key: str) -> float:

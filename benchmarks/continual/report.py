@@ -12,9 +12,9 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import Draws, resampled
 from benchmarks.continual.metrics import Trajectory, mtil, tic
 from benchmarks.continual.nearest import NAME as NEAREST
-from benchmarks.continual.origin import together
-from benchmarks.continual.outcomes import Asked, Course, Hits, read_asked, read_course
+from benchmarks.continual.outcomes import Course, Hits, Reference, read_course, read_reference
 from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.provenance import distinct_values
 from benchmarks.continual.repeated import repeated
 from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
@@ -28,59 +28,61 @@ def figures(
     results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int, protocol: Protocol
 ) -> dict[str, Any]:
     """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
-    asked = read_asked(results)
-    chains = {name: _courses(results, name, orders, seeds, updates, asked) for name in methods}
+    reference = read_reference(results)
+    chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
     chains = {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
     first = {name: courses[0] for name, courses in chains.items()}
-    untrained = {BASE: asked.base, NEAREST: asked.nearest}
-    draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, asked)
-    zero = Course(Unit(BASE), (asked.base,), ()).trajectory(asked)
-    found = {name: _method(name, course, asked, draws) for name, course in first.items()}
+    untrained = {BASE: reference.base, NEAREST: reference.nearest}
+    draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, reference)
+    zero = Course(Unit(BASE), (reference.base,), ()).trajectory(reference)
+    by_method = {name: _method(name, course, reference, draws) for name, course in first.items()}
     for name, courses in chains.items():
-        found[name]["all"] = repeated(courses, asked, () if name == STANDARD else chains.get(STANDARD, ()))
+        by_method[name]["all"] = repeated(courses, reference, () if name == STANDARD else chains.get(STANDARD, ()))
     failed = {name: reason for name in methods if (reason := failure(results, Unit(name)))}
     return {
-        "methods": dict(sorted(found.items(), key=lambda each: -each[1]["geometric_mean"])),
-        "untrained": {name: _untrained(name, hits, asked, draws) for name, hits in untrained.items()},
+        "methods": dict(sorted(by_method.items(), key=lambda each: -each[1]["geometric_mean"])),
+        "untrained": {name: _untrained(name, hits, reference, draws) for name, hits in untrained.items()},
         "failed": failed,
         "zero_shot": {
             "a_ka": _points(zero.a_ka[0]),
             "a_zs": _points(zero.a_zs[0]),
             "geometric_mean": _points(zero.gm[0]),
-            "suites": {name: _points(hits.mean()) for name, hits in asked.base.items()},
+            "suites": {name: _points(hits.mean()) for name, hits in reference.base.items()},
         },
-        "items": {name: len(hits) for name, hits in asked.base.items()},
-        "adaptation": list(asked.adaptation),
-        "held_out": list(asked.held_out),
+        "items": {name: len(hits) for name, hits in reference.base.items()},
+        "adaptation": list(reference.adaptation),
+        "held_out": list(reference.held_out),
         "updates": updates,
         "protocol": vars(protocol),
-        "origin": together([row["origin"] for each in chains.values() for course in each for row in course.rows]),
+        "origin": distinct_values(
+            [row["origin"] for each in chains.values() for course in each for row in course.rows]
+        ),
     }
 
 
 def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
     """At the end of a path, with intervals."""
-    kept = {key: draws.difference(key, name, BASE) for key in ("a_ka", "a_zs", "gm")}
+    intervals = {key: draws.difference(key, name, BASE) for key in ("a_ka", "a_zs", "gm")}
     against = draws.difference("gm", name, STANDARD) if STANDARD in draws.names and name != STANDARD else None
     return {
-        "a_ka_delta": round(kept["a_ka"].value, 2),
-        "a_zs_delta": round(kept["a_zs"].value, 2),
+        "a_ka_delta": round(intervals["a_ka"].value, 2),
+        "a_zs_delta": round(intervals["a_zs"].value, 2),
         "geometric_mean": _points(path.gm[-1]),
-        "geometric_mean_delta": round(kept["gm"].value, 2),
-        "intervals": {key: value.plain() for key, value in kept.items()},
+        "geometric_mean_delta": round(intervals["gm"].value, 2),
+        "intervals": {key: value.plain() for key, value in intervals.items()},
         "against_default": against.plain() if against else None,
         "suites": {suite: _points(each.mean()) for suite, each in hits.items()},
     }
 
 
-def _untrained(name: str, hits: Hits, asked: Asked, draws: Draws) -> dict[str, Any]:
+def _untrained(name: str, hits: Hits, reference: Reference, draws: Draws) -> dict[str, Any]:
     """What costs nothing."""
-    path = Course(Unit(name), (hits,), ()).trajectory(asked)
+    path = Course(Unit(name), (hits,), ()).trajectory(reference)
     return {**_quality(name, path, hits, draws), "maf": 0.0, "steps": 0, "seconds": 0.0}
 
 
-def _method(name: str, course: Course, asked: Asked, draws: Draws) -> dict[str, Any]:
-    path = course.trajectory(asked)
+def _method(name: str, course: Course, reference: Reference, draws: Draws) -> dict[str, Any]:
+    path = course.trajectory(reference)
     return {
         "description": load_recipe(name).description,
         **_quality(name, path, course.hits[-1], draws),
@@ -133,9 +135,9 @@ def _cross(course: Course) -> dict[str, float]:
     }
 
 
-def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, asked: Asked) -> list[Course]:
+def _courses(results: Path, name: str, orders: int, seeds: int, updates: int, reference: Reference) -> list[Course]:
     units = [Unit(name, order, seed) for order in range(orders) for seed in range(seeds)]
-    return [course for unit in units if (course := read_course(results, unit, updates, asked))]
+    return [course for unit in units if (course := read_course(results, unit, updates, reference))]
 
 
 def _prepared(cost: dict[str, Any]) -> float:

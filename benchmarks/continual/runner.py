@@ -16,9 +16,9 @@ from benchmarks.continual.chain import Unit, updates_done
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.worker import FAILED
 from ops.progress import say
-from updater.checkpoint import read_json, write_json
-from updater.process import ENVIRONMENT
+from updater.loop.process import ENVIRONMENT
 from updater.recipes import load_recipe
+from updater.training.checkpoint import read_json, write_json
 
 POLL_SECONDS = 2.0
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -120,8 +120,8 @@ class Runner:
 
 def failure(results: Path, unit: Unit) -> str:
     """Why a unit failed; empty when it did not."""
-    found = read_json(unit.folder(results) / FAILED)
-    return str(found.get("reason", "")) if isinstance(found, dict) else ""
+    record = read_json(unit.folder(results) / FAILED)
+    return str(record.get("reason", "")) if isinstance(record, dict) else ""
 
 
 def best(scores: Callable[[str], float | None], methods: Sequence[str], count: int) -> list[str]:

@@ -21,7 +21,7 @@ from ops.digests import digest_json
 from ops.progress import step
 from streams.demo import DOMAINS, prepare_domain
 from streams.folders import FolderItem, read_folder
-from updater.pools import Pair
+from updater.data.pools import Pair
 
 Role = Literal["adaptation", "held-out"]
 Task = Literal["retrieval", "classification"]

@@ -9,7 +9,7 @@ Method = dict[str, Any]
 QUALITY = """\
 Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
 seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
-`≈` marks what cannot be told from `default` by its GM. `nearest-mean` answers the suites with classes by the nearest
+`≈` marks no significant difference from `default` in GM. `nearest-mean` answers the suites with classes by the nearest
 class mean on the base's features, and all others as the base does."""
 STREAM = """\
 MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
@@ -22,34 +22,35 @@ COST = """\
 All updates of one chain, on one core. Peak memory is counted: weights, gradients, moments and kept activations."""
 REPEATED = """\
 Mean and standard deviation over chains, one for each order and seed. GM − default: over the chains that both have, by a
-bootstrap over items as above; `≈` marks what cannot be told apart. By order: over its seeds, the first order is
-that of the tables above. Lowest: the lowest GM of any chain at any point of its stream."""
+bootstrap over items as above; `≈` marks no significant difference. By order: over its seeds, the first order is
+that of the tables above. Lowest: the lowest GM of any chain at any point of its stream. Forgotten: share of what was
+learned of a suite (3 points at least) that a later update of another one loses, by regression through the origin."""
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(outcome: dict[str, Any]) -> str:
     """The report: what was done, three tables, and how to read them."""
-    zero, methods = found["zero_shot"], found["methods"]
-    where = {name: ", ".join(values) or "unknown" for name, values in found["origin"].items()}
+    zero, methods = outcome["zero_shot"], outcome["methods"]
+    where = {name: ", ".join(values) or "unknown" for name, values in outcome["origin"].items()}
     several = [(name, m) for name, m in methods.items() if m["all"]["chains"] > 1]
     repeated = dict(sorted(several, key=lambda each: -each[1]["all"]["gm_delta"]))
     parts = [
         "# Learning on a stream",
         f"`ratchet bench continual`, {where['date']}, commit `{where['commit']}`, on {where['cpu']}, "
         f"torch {where['torch']}.",
-        f"{found['updates']} updates of at most {found['protocol']['new']} pairs each, one after another, with "
-        f"{found['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
+        f"{outcome['updates']} updates of at most {outcome['protocol']['new']} pairs each, one after another, with "
+        f"{outcome['protocol']['gflops']:g} memory-adjusted GFLOPs (MAF) each for every method, teacher passes "
         f"included. Zero-shot, the base scores {zero['a_ka']:.1f} on the adaptation suites "
-        f"({', '.join(found['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
-        f"({', '.join(found['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
-        *("## Learned and kept", QUALITY, _table(methods | found["untrained"], _QUALITY)),
+        f"({', '.join(outcome['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
+        f"({', '.join(outcome['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
+        *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
         *("## Searches that cross versions", CROSSING, _table(methods, _CROSSING)),
         *("## Cost", COST, _table(methods, _COST)),
     ]
     if repeated:
         parts += ["## Orders and seeds", REPEATED, _table(repeated, _REPEATED)]
-    if found["failed"]:
-        parts += ["## Not run", "\n".join(f"- `{name}`: {reason}" for name, reason in found["failed"].items())]
+    if outcome["failed"]:
+        parts += ["## Not run", "\n".join(f"- `{name}`: {reason}" for name, reason in outcome["failed"].items())]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,18 +64,18 @@ def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Me
 
 def _interval(key: str) -> Callable[[Method], str]:
     def cell(method: Method) -> str:
-        found = method["intervals"][key]
-        shown = f"{found['value']:+.1f} ({found['low']:+.1f} to {found['high']:+.1f})"
-        return f"**{shown}**" if found["clear"] else shown
+        interval = method["intervals"][key]
+        shown = f"{interval['value']:+.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
+        return f"**{shown}**" if interval["clear"] else shown
 
     return cell
 
 
 def _like_default(figures: dict[str, Any]) -> str:
-    found = figures["against_default"]
-    if not found:
+    interval = figures["against_default"]
+    if not interval:
         return "–"
-    return f"{found['value']:+.1f}" if found["clear"] else f"≈ {found['value']:+.1f}"
+    return f"{interval['value']:+.1f}" if interval["clear"] else f"≈ {interval['value']:+.1f}"
 
 
 def _within(group: str, key: str) -> Callable[[Method], str]:
@@ -83,6 +84,10 @@ def _within(group: str, key: str) -> Callable[[Method], str]:
 
 def _signed(group: str, key: str) -> Callable[[Method], str]:
     return lambda method: f"{method[group][key]:+.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _by_order(key: str) -> Callable[[Method], str]:
@@ -138,4 +143,5 @@ _REPEATED = (
     ("GM by order", _by_order("gm")),
     ("GM − default by order", _each_order(_like_default)),
     ("lowest GM", _signed("all", "gm_lowest")),
+    ("forgotten", lambda m: _share(m["all"]["forgotten_per_update"])),
 )

@@ -14,11 +14,11 @@ from benchmarks.continual.chain import Chain, Unit
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import load_stream
 from ops.errors import RatchetError
-from serving.engines.base import load_base
-from updater.checkpoint import write_json
-from updater.process import StopSignal
+from serving.engines.clip_base import load_base
+from updater.loop.process import StopSignal
 from updater.recipes import load_recipe
-from updater.train import Stopped
+from updater.training.checkpoint import write_json
+from updater.training.train import Stopped
 
 FAILED = "failed.json"
 

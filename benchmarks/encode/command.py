@@ -25,13 +25,13 @@ from benchmarks.encode.sides import HttpSide, RawSide, Side, Turn, check, cpu_se
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
 from benchmarks.serving.session_processes import kill, session_pids
-from benchmarks.stream.part import Part, write_settings
+from benchmarks.stream.ratchet_process import RatchetProcess, write_settings
+from ops.addresses import free_port
 from ops.errors import BaseModelError, ConfigError
 from ops.progress import say, step, track
 from ops.settings import MIB, Settings
 from serving.client import Client
-from serving.engines.base import ClipBase
-from streams.broker import free_port
+from serving.engines.clip_base import ClipBase
 
 MODELS: Final = ("ViT-B-32", "shipped")
 START_SECONDS: Final = 300.0
@@ -132,7 +132,7 @@ def measure(
 
 def _start_ratchet(settings: Settings, config: Path, log: Path, stack: ExitStack) -> None:
     settings.operator_key()
-    part = Part("serve", config, log)
+    part = RatchetProcess("serve", config, log)
 
     def stop() -> None:
         if not part.stop(STOP_SECONDS):

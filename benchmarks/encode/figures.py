@@ -12,8 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.encode.grid import Cell, Kind
+from benchmarks.encode.grid import Cell
 from benchmarks.encode.sides import Turn
+from serving.messages import Modality
 
 OURS, RAW = "ratchet", "raw"
 CPU_CELL = Cell("image", 1, 8)
@@ -65,7 +66,7 @@ def ratios(cells: Iterable[CellFigures]) -> dict[str, float | None]:
     """What must be shown, of one model's cells; each the worst over the cells that it is about."""
     rows = list(cells)
 
-    def worst(side: str, kind: Kind, items: int | None = None, concurrency: int | None = None) -> float | None:
+    def worst(side: str, kind: Modality, items: int | None = None, concurrency: int | None = None) -> float | None:
         values = [
             ratio
             for row in rows

@@ -15,9 +15,9 @@ from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import PICTURES, BodyTemplate, JpegInput, jpegs, text_input
 from benchmarks.line_worker import answer, questions
+from serving.messages import Modality
 
 TIMEOUT_SECONDS = 300.0
 REFUSED_PAUSE_SECONDS = 0.1
@@ -32,7 +32,7 @@ class Order:
 
     url: str
     template: BodyTemplate
-    kind: Kind
+    kind: Modality
     items: int
     concurrency: int
     seconds: float
@@ -66,7 +66,7 @@ class Inputs:
         self._pictures = [JpegInput(each) for each in jpegs(pictures)]
         self._numbers = count(1)
 
-    def take(self, kind: Kind, items: int) -> Iterator[tuple[bytes, ...]]:
+    def take(self, kind: Modality, items: int) -> Iterator[tuple[bytes, ...]]:
         """The pieces of each input of a request."""
         for _ in range(items):
             number = next(self._numbers)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
-from serving.messages import IMAGE_COST, TEXT_COST
+from serving.messages import IMAGE_COST, TEXT_COST, Modality
 
-Kind = Literal["image", "text"]
-KINDS: Final[tuple[Kind, ...]] = ("image", "text")
+KINDS: Final[tuple[Modality, ...]] = ("image", "text")
 CONCURRENCIES: Final = (1, 8, 32, 128)
 ITEMS: Final = (1, 16)
 MOST_IMAGES: Final = 512
@@ -23,7 +22,7 @@ TEXTS_PER_IMAGE: Final = IMAGE_COST // TEXT_COST
 class Cell:
     """One kind of load: a closed loop of ``concurrency`` clients, each with ``items`` inputs in a request."""
 
-    kind: Kind
+    kind: Modality
     items: int
     concurrency: int
 
@@ -58,7 +57,7 @@ class Grid:
 
 
 def cells(
-    kinds: Sequence[Kind] = KINDS, items: Sequence[int] = ITEMS, concurrencies: Sequence[int] = CONCURRENCIES
+    kinds: Sequence[Modality] = KINDS, items: Sequence[int] = ITEMS, concurrencies: Sequence[int] = CONCURRENCIES
 ) -> tuple[Cell, ...]:
     """All combinations, but those with more than :data:`MOST_IMAGES` images in flight."""
     return tuple(

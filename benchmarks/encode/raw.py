@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import jpegs, text
 from benchmarks.line_worker import answer, questions
 from ops.loading import load_settings
 from ops.settings import Serve, Settings
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
+from serving.messages import Modality
 
 
 class RawLoop:
@@ -34,7 +34,7 @@ class RawLoop:
         self._decoding = ThreadPoolExecutor(threads)
         self._jpegs = jpegs()
 
-    def run(self, kind: Kind, batch: int, seconds: float) -> dict[str, float]:
+    def run(self, kind: Modality, batch: int, seconds: float) -> dict[str, float]:
         """Batches for about so many seconds, after one that is not counted."""
         numbers = count()
         self._encode(kind, batch, numbers)
@@ -44,7 +44,7 @@ class RawLoop:
             items += batch
         return {"items": items, "seconds": time.perf_counter() - began}
 
-    def _encode(self, kind: Kind, batch: int, numbers: count[int]) -> None:
+    def _encode(self, kind: Modality, batch: int, numbers: count[int]) -> None:
         if kind == "text":
             self.engine.encode_texts([text(next(numbers)) for _ in range(batch)])
             return

@@ -14,15 +14,16 @@ import httpx
 import numpy as np
 
 from benchmarks.encode.generator import LoadResult, Order
-from benchmarks.encode.grid import Cell, Kind
+from benchmarks.encode.grid import Cell
 from benchmarks.encode.payloads import BodyTemplate, JpegInput, jpegs, text
 from benchmarks.line_worker import LineWorker
-from benchmarks.load import percentile
 from benchmarks.serving.session_processes import session_pids
 from ops.errors import RatchetError
+from ops.load.traffic import percentile
 from ops.settings import Settings
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
+from serving.messages import Modality
 
 CHECKED = 4
 """Inputs of each kind whose vectors are compared before anything is measured."""
@@ -57,7 +58,7 @@ class Side(Protocol):
 
     name: str
 
-    def kinds(self) -> Sequence[Kind]:
+    def kinds(self) -> Sequence[Modality]:
         """What it can embed."""
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
@@ -68,8 +69,9 @@ class HttpSide:
     """A server."""
 
     def __init__(
-        self, name: str, url: Callable[[Kind], str], template: Callable[[Kind], BodyTemplate], generator: LineWorker,
-        kinds: Sequence[Kind] = ("image", "text"), pause: Callable[[], None] = lambda: None,
+        self, name: str, url: Callable[[Modality], str], template: Callable[[Modality], BodyTemplate],
+        generator: LineWorker,
+        kinds: Sequence[Modality] = ("image", "text"), pause: Callable[[], None] = lambda: None,
         resume: Callable[[], None] = lambda: None, outside: Callable[[], list[int]] = list,
     ) -> None:  # fmt: skip
         """``pause`` and ``resume``: after and before each turn. ``outside``: the processes whose CPU time counts."""
@@ -82,7 +84,7 @@ class HttpSide:
         self._resume = resume
         self._outside = outside
 
-    def kinds(self) -> Sequence[Kind]:
+    def kinds(self) -> Sequence[Modality]:
         return self._kinds
 
     def measure(self, cell: Cell, seconds: float) -> Turn:
@@ -103,7 +105,7 @@ class HttpSide:
             1000 * result.cpu_seconds / max(1, requests + result.failed),
         )  # fmt: skip
 
-    def vectors(self, kind: Kind) -> np.ndarray:
+    def vectors(self, kind: Modality) -> np.ndarray:
         """What it answers to the inputs of :func:`check`, float32 [n, dim]. Raises RatchetError."""
         inputs: list[tuple[bytes, ...]] = (
             [(text(number).encode(),) for number in range(CHECKED)]
@@ -134,7 +136,7 @@ class RawSide:
         self._worker = worker
         self._max_batch = max_batch
 
-    def kinds(self) -> Sequence[Kind]:
+    def kinds(self) -> Sequence[Modality]:
         return ("image", "text")
 
     def describe(self) -> dict[str, Any]:
@@ -147,7 +149,7 @@ class RawSide:
         return Turn(answer["items"] // cell.items, 0, answer["seconds"], float("nan"), float("nan"))
 
 
-def ratchet_template(kind: Kind) -> BodyTemplate:
+def ratchet_template(kind: Modality) -> BodyTemplate:
     """Ratchet's embeddings."""
     item = ('{"image":"data:image/jpeg;base64,', '"}') if kind == "image" else ('"', '"')
     return BodyTemplate('{"model":"clip","encoding_format":"base64","input":[', item, "]}")

@@ -1,6 +1,6 @@
 """``ratchet bench gate``: how often the gate is wrong, on candidates that were really trained.
 
-plans       which candidates, bad and good, from mild to strong; lessons: what each is trained on
+plans       which candidates, bad and good, from mild to strong; training_data: what each is trained on
 trial       trains one with the updater's own trainer, and keeps its outcomes in a file (engine: quick scoring)
 margin      candidates beside the margin, between the base and a bad one (scaling: W + s ΔW of an adapter)
 population  all items of each suite that no candidate trains on: they decide what is true of a candidate

@@ -27,7 +27,7 @@ from benchmarks.machine import machine
 from ops.errors import ConfigError
 from ops.progress import say, track
 from ops.settings import Settings
-from updater.checkpoint import write_json
+from updater.training.checkpoint import write_json
 
 Figures = dict[str, Any]
 FEWEST = CHAIN + len(BAD)
@@ -66,17 +66,17 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
     started = time.monotonic()
     out, draws = workshop.out, extent.draws
     trials = dict(run_all(workshop, wanted))
-    cases = [made for plan in wanted if (made := case(workshop, plan, trials)) is not None]
+    cases = [each for plan in wanted if (each := case(workshop, plan, trials)) is not None]
     margin = list(at_margin(workshop, wanted, trials, extent, rule))
     shown = {name: population.shown for name, population in workshop.populations.items()}
     redrawn = redraw([*cases, *margin], shown, rule, extent.deals, seed=6)
     wide = figures_of(list(track(redrawn, "redrawn item sets", total=extent.deals * (len(cases) + len(margin)))))
     sizes = {name: population.held_out for name, population in workshop.populations.items()}
     own = {one.name: one.rows({s.name: np.arange(sizes[s.name]) for s in one.suites}) for one in cases}
-    found = counting.rows(cases, [own[one.name] for one in cases], rule)
-    drifted = counting.drift(found, rule, own)
-    harmful = [row.case for row in found if row.truth == "harmful"]
-    fine = [row.case for row in found if row.truth == "good"]
+    rows = counting.rows(cases, [own[one.name] for one in cases], rule)
+    drifted = counting.drift(rows, rule, own)
+    harmful = [row.case for row in rows if row.truth == "harmful"]
+    fine = [row.case for row in rows if row.truth == "good"]
     drawn = resampled(harmful, fine, rule, sizes, draws)
     curves = power(fine, rule, draws, seed=5)
     shipped: dict[str, list[int]] = defaultdict(list)
@@ -84,7 +84,7 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
         if one.suite.role == "retention":
             shipped[one.suite.task].append(one.held_out)
     plot = draw(curves, shipped, out / "power.png") if curves else None
-    total = counting.counted(found)
+    total = counting.counted(rows)
     figures = {
         "false_accepts_at_margin": wide["false_accepts"]["rate"],
         "false_rejects_gain3": wide["false_rejects_gain3"]["rate"],
@@ -96,10 +96,10 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
         "false_rejects_resampled": counting.others(drawn["good"]["passed"]),
         "slow_drift_caught_at": drifted["caught_at"],
         "total": total,
-        "kinds": counting.by_kind(found),
+        "kinds": counting.by_kind(rows),
         "drift": drifted,
         "resampled": drawn,
-        "not_trained": {name: trial.trouble for name, trial in trials.items() if trial.trouble},
+        "not_trained": {name: trial.error for name, trial in trials.items() if trial.error},
         "level": rule.level,
         "items": {name: [sizes[name], shown[name], one.n] for name, one in workshop.populations.items()},
         "seconds": round(time.monotonic() - started, 1),
@@ -107,14 +107,14 @@ def measure(workshop: Workshop, wanted: Sequence[Plan], extent: Extent, rule: Ru
         "machine": machine(),
     }
     results = out / "results.json"
-    write_json(results, {**figures, "power": curves, "candidates": [_about(row) for row in found]})
+    write_json(results, {**figures, "power": curves, "candidates": [_about(row) for row in rows]})
     return {**figures, "results": str(results), "plot": str(plot)}
 
 
 def case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case | None:
     """A candidate's outcomes beside its incumbent's and the base's; None where training refused it."""
     after, base = trials[plan.name], trials["base"]
-    if after.trouble:
+    if after.error:
         return None
     before = trials[plan.incumbent] if plan.incumbent else base
     suites = workshop.suites(plan.domain)
@@ -131,7 +131,7 @@ def at_margin(
     workshop: Workshop, wanted: Sequence[Plan], trials: dict[str, Trial], extent: Extent, rule: Rule
 ) -> Iterator[Case]:
     """Scaled candidates beside the margin; their trials are added to ``trials``."""
-    trained = [plan for plan in wanted if not trials[plan.name].trouble]
+    trained = [plan for plan in wanted if not trials[plan.name].error]
     for parent in parents_of(trained, extent.parents):
 
         def loses(plan: Plan, parent: Plan = parent) -> float:
@@ -145,9 +145,9 @@ def at_margin(
 
 
 def _case(workshop: Workshop, plan: Plan, trials: Mapping[str, Trial]) -> Case:
-    made = case(workshop, plan, trials)
-    assert made is not None, f"{plan.name} was trained"
-    return made
+    trained = case(workshop, plan, trials)
+    assert trained is not None, f"{plan.name} was trained"
+    return trained
 
 
 def resampled(
@@ -161,22 +161,22 @@ def resampled(
         "no_change": resample.draws_unchanged(fine, rule, sizes, count, seed=3),
         "at_margin": resample.draws_at_margin(fine, rule, sizes, count, seed=4),
     }
-    found = {name: list(track(asked, f"item sets, {name}", total=count)) for name, asked in questions.items()}
+    verdicts = {name: list(track(draws, f"item sets, {name}", total=count)) for name, draws in questions.items()}
     return {
-        **{name: counting.tally(drawn) for name, drawn in found.items()},
+        **{name: counting.tally(drawn) for name, drawn in verdicts.items()},
         "harmful_by_kind": {
-            kind: counting.tally(one for one in found["harmful"] if one.kind == kind)["passed"]
-            for kind in dict.fromkeys(one.kind for one in found["harmful"])
+            kind: counting.tally(one for one in verdicts["harmful"] if one.kind == kind)["passed"]
+            for kind in dict.fromkeys(one.kind for one in verdicts["harmful"])
         },
         "suite_at_margin_passed": {
             name: counting.share(sum(one.edge_passed for one in own), len(own))
-            for name, own in _by_edge(found["at_margin"]).items()
+            for name, own in _by_edge(verdicts["at_margin"]).items()
         },
     }
 
 
-def _by_edge(found: Sequence[resample.Drawn]) -> dict[str, list[resample.Drawn]]:
-    return {"all": list(found)} | {name: [one for one in found if one.edge == name] for name in {o.edge for o in found}}
+def _by_edge(drawn: Sequence[resample.Drawn]) -> dict[str, list[resample.Drawn]]:
+    return {"all": list(drawn)} | {name: [one for one in drawn if one.edge == name] for name in {o.edge for o in drawn}}
 
 
 def _about(row: counting.Row) -> Figures:

@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate
 from updater.gate.decision import Scores, conclude, decide
 from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.suites import Suite
-from updater.gate.verdict import Outcome, SuiteResult
+from updater.gate.verdict import SuiteResult
 
 Hits = NDArray[np.float64]
 Answers = NDArray[np.float64] | NDArray[np.int32]
@@ -102,13 +103,13 @@ class Case:
 class Judged:
     """What the gate says."""
 
-    outcome: Outcome
+    outcome: GateOutcome
     results: tuple[SuiteResult, ...]
     gained: bool
     """Whether a gain was shown, over all gain suites."""
 
     @property
-    def kept(self) -> bool:
+    def retained(self) -> bool:
         """Whether every retention suite passed."""
         return all(result.decision == "passed" for result in self.results if result.role == "retention")
 
@@ -122,8 +123,8 @@ class ItemMarks:
     ranks: NDArray[np.int32] | None
 
 
-def marks_of(suite: Suite, answers: Answers) -> ItemMarks:
-    """The marks of outcomes."""
+def item_scores_of(suite: Suite, answers: Answers) -> ItemMarks:
+    """The item scores of outcomes."""
     ids = np.arange(len(answers)).astype(str)
     return ItemMarks(ids, hits_of(suite, answers), answers.astype(np.int32) if has_ranks(answers) else None)
 
@@ -132,9 +133,9 @@ def judge(case: Case, rule: Rule) -> Judged:
     """The gate's own decision on all items of a case. The engineering checks are left out: they only refuse more."""
     scores = []
     for suite in case.suites:
-        base = marks_of(suite, case.base[suite.name])
-        before = base if case.before is case.base else marks_of(suite, case.before[suite.name])
-        scores.append(Scores(suite, base, before, marks_of(suite, case.after[suite.name])))
+        base = item_scores_of(suite, case.base[suite.name])
+        before = base if case.before is case.base else item_scores_of(suite, case.before[suite.name])
+        scores.append(Scores(suite, base, before, item_scores_of(suite, case.after[suite.name])))
     findings = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
     gained = findings.gain is not None and findings.gain.decision == "passed"
     return Judged(conclude(findings, ())[0], findings.results, gained)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ops.errors import AdapterError, ConfigError
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.shared_weights import shell_of
 from serving.engines.spaces import Spaces
@@ -57,7 +57,7 @@ class LateEngine(ClipEngine):
             super().encode_images(pixels, name) - self.encode_images(pixels, name),
             super().encode_texts(texts, name) - self.encode_texts(texts, name),
         )
-        if not max(float(np.abs(found).max()) for found in differences) <= TOLERANCE:
+        if not max(float(np.abs(difference).max()) for difference in differences) <= TOLERANCE:
             self.unload(name)
             raise AdapterError(
                 f"Adapter {name} changes blocks before the last ones, whose output is kept.",
@@ -100,7 +100,7 @@ class LateEngine(ClipEngine):
             missing = [row for row, key in enumerate(keys) if key not in known]
             if missing:
                 boundary = self._recorders[which].record(inputs(missing))[1]
-                known.update({keys[row]: kept.clone() for row, kept in zip(missing, boundary, strict=True)})
+                known.update({keys[row]: output.clone() for row, output in zip(missing, boundary, strict=True)})
             rows = stack_boundaries([known[key] for key in keys], length, self.device)
             vectors: np.ndarray = self._towers[adapter][which].resume(rows, stem).float().cpu().numpy()
         return vectors

@@ -26,8 +26,8 @@ KINDS = ("naive", "forgotten", "poisoned")
 
 def parents_of(plans: Sequence[Plan], most: int) -> list[Plan]:
     """Plans to be scaled, kinds in turn."""
-    found = [[plan for plan in plans if plan.kind == kind and not plan.incumbent] for kind in KINDS]
-    in_turn = [kind[place] for place in range(len(plans)) for kind in found if place < len(kind)]
+    by_kind = [[plan for plan in plans if plan.kind == kind and not plan.incumbent] for kind in KINDS]
+    in_turn = [kind[place] for place in range(len(plans)) for kind in by_kind if place < len(kind)]
     return in_turn[:most]
 
 

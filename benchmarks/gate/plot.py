@@ -20,9 +20,9 @@ AIM = 0.8
 def draw(power: Sequence[Mapping[str, Any]], shipped: Mapping[str, Sequence[int]], path: Path) -> Path:
     """Write a PNG. ``shipped``: sizes of the built-in suites, by task, which are marked on the axis."""
     tasks = list(dict.fromkeys(str(row["task"]) for row in power))
-    made = Figure(figsize=(5.0 * len(tasks) + 1.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(made)
-    for axes, task in zip(made.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+    figure = Figure(figsize=(5.0 * len(tasks) + 1.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         own = [row for row in power if row["task"] == task]
         sizes = sorted({int(row["items"]) for row in own})
         margins = sorted({float(row["margin"]) for row in own})
@@ -45,11 +45,11 @@ def draw(power: Sequence[Mapping[str, Any]], shipped: Mapping[str, Sequence[int]
         for spine in axes.spines.values():
             spine.set_visible(False)
         axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
-    first = made.axes[0]
+    first = figure.axes[0]
     first.set_ylabel("shown to be inside the margin, %", color=MUTED)
     handles, labels = first.get_legend_handles_labels()
-    made.legend(handles, labels, title="margin", loc="outside right upper", frameon=False, fontsize=8.5,
+    figure.legend(handles, labels, title="margin", loc="outside right upper", frameon=False, fontsize=8.5,
                 title_fontsize=8.5, labelcolor=INK)  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    figure.savefig(path)
     return path

@@ -1,8 +1,8 @@
 """All items of a suite's data that no candidate trains on, asked as the suite asks its own draw of them.
 
-These are the suite's own, and what is reserved of the domain's training split (lessons). The gate of a redrawn item set
-asks some of them, and the others, which it never sees, decide what is true. The base was trained on the training split
-of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
+These are the suite's own, and what is reserved of the domain's training split (training_data). The gate of a redrawn
+item set asks some of them, and the others, which it never sees, decide what is true. The base was trained on the
+training split of its own domains: there all sides have seen the reserved items once, and no candidate saw them again.
 
 How hard it is to find a text depends on how many there are to choose from. So the items are dealt out in galleries as
 large as the suite: the first is the suite's own draw, and each item is asked in one gallery.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.gate.lessons import reserved
+from benchmarks.gate.training_data import reserved
 from ops.digests import digest_json
 from streams.folders import read_folder
 from updater.gate.score import Scorer
@@ -96,10 +96,10 @@ def _reserved(suite: Suite) -> list[Item]:
     if suite.split is None:
         return []
     train = _whole(suite, split="train")
-    kept = {
+    names = {
         row.path.relative_to(suite.folder).as_posix() for row in read_folder(suite.folder, "train") if reserved(row)
     }
-    return [item for item in train.items() if item.name in kept]
+    return [item for item in train.items() if item.name in names]
 
 
 def _whole(suite: Suite, **changes: str) -> Suite:

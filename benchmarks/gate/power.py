@@ -24,7 +24,7 @@ TASKS: tuple[Task, ...] = ("retrieval", "classification")
 
 def power(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> list[dict[str, Any]]:
     """Power by task, suite size and margin: ``count`` item sets for each size, from the good candidates in turn."""
-    found = []
+    rows = []
     rng = np.random.default_rng(seed)
     for task in TASKS:
         sources = [(case, suite) for case in cases for suite in case.suites if _guards(suite, task)]
@@ -32,12 +32,12 @@ def power(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> list[dict
             continue
         for size in track(SIZES, f"power, {task}"):
             lows = np.array([_low(sources[i % len(sources)], size, rule.level, rng) for i in range(count)])
-            found += [
+            rows += [
                 {"task": task, "items": size, "margin": margin, "power": float((lows >= -margin).mean()),
                  "draws": count, "level": rule.level}
                 for margin in MARGINS
             ]  # fmt: skip
-    return found
+    return rows
 
 
 def _guards(suite: Suite, task: Task) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gate.cases import Case, Rule, judge
 from benchmarks.gate.counting import share
-from updater.gate.verdict import Outcome
+from ops.ledger.rows import GateOutcome
 
 GAIN3 = 0.03
 BESIDE = 0.02
@@ -41,8 +41,8 @@ class Redrawn:
     """Most that a suite truly loses, as a share of its margin."""
     gained: float
     """True gain."""
-    outcome: Outcome
-    kept: bool
+    outcome: GateOutcome
+    retained: bool
     """Whether all retention suites passed."""
 
 
@@ -55,7 +55,9 @@ def redraw(cases: Sequence[Case], shown: Mapping[str, int], rule: Rule, times: i
             judged = judge(case.rows(seen), rule)
             truth = case.rows(unseen)
             worst = max(truth.lost(s) / (s.margin or rule.margin) for s in case.suites if s.role == "retention")
-            yield Redrawn(case.name, case.kind, truth.beyond(rule), worst, truth.gained, judged.outcome, judged.kept)
+            yield Redrawn(
+                case.name, case.kind, truth.beyond(rule), worst, truth.gained, judged.outcome, judged.retained
+            )
 
 
 def deal(
@@ -69,43 +71,43 @@ def deal(
     )
 
 
-def figures_of(found: Sequence[Redrawn]) -> dict[str, Any]:
+def figures_of(redrawn: Sequence[Redrawn]) -> dict[str, Any]:
     """Error rates over all deals; those of one candidate are not independent of each other.
 
     False accepts are of deals in which a suite truly lost up to BESIDE more than its margin, where there was a gain to
     be shown; false rejects of those with a gain of three points and no suite beyond half its margin.
     """
-    harmful = [one for one in found if 0.0 < one.beyond <= BESIDE]
+    harmful = [one for one in redrawn if 0.0 < one.beyond <= BESIDE]
     gaining = [one for one in harmful if one.gained > 0.0]
-    fine = [one for one in found if one.gained >= GAIN3 and one.worst <= 0.5]
+    fine = [one for one in redrawn if one.gained >= GAIN3 and one.worst <= 0.5]
     return {
         "false_accepts": _passed(gaining),
         "false_accepts_any_gain": _passed(harmful),
-        "false_accepts_beyond": _passed([one for one in found if one.beyond > BESIDE]),
+        "false_accepts_beyond": _passed([one for one in redrawn if one.beyond > BESIDE]),
         "false_rejects_gain3": _others(fine),
-        "not_kept_gain3": share(sum(not one.kept for one in fine), len(fine)),
+        "not_kept_gain3": share(sum(not one.retained for one in fine), len(fine)),
         "rejected_gain3": share(sum(one.outcome == "rejected" for one in fine), len(fine)),
         "candidates_at_margin": len({one.name for one in gaining}),
         "candidates_gain3": len({one.name for one in fine}),
         "by_loss": [
-            {"from": low, "to": high, **_row([o for o in found if low < o.beyond <= high and o.gained > 0.0])}
+            {"from": low, "to": high, **_row([o for o in redrawn if low < o.beyond <= high and o.gained > 0.0])}
             for low, high in itertools.pairwise(LOSSES)
         ],
         "by_gain": [
-            {"from": low, "to": high, **_row([o for o in found if low < o.gained <= high and o.worst <= 0.5])}
+            {"from": low, "to": high, **_row([o for o in redrawn if low < o.gained <= high and o.worst <= 0.5])}
             for low, high in itertools.pairwise(GAINS)
         ],
-        "deals": len(found),
+        "deals": len(redrawn),
     }
 
 
-def _row(found: Sequence[Redrawn]) -> dict[str, Any]:
-    return {"passed": _passed(found), "candidates": len({one.name for one in found})}
+def _row(redrawn: Sequence[Redrawn]) -> dict[str, Any]:
+    return {"passed": _passed(redrawn), "candidates": len({one.name for one in redrawn})}
 
 
-def _passed(found: Sequence[Redrawn]) -> dict[str, Any]:
-    return share(sum(one.outcome == "passed" for one in found), len(found))
+def _passed(redrawn: Sequence[Redrawn]) -> dict[str, Any]:
+    return share(sum(one.outcome == "passed" for one in redrawn), len(redrawn))
 
 
-def _others(found: Sequence[Redrawn]) -> dict[str, Any]:
-    return share(sum(one.outcome != "passed" for one in found), len(found))
+def _others(redrawn: Sequence[Redrawn]) -> dict[str, Any]:
+    return share(sum(one.outcome != "passed" for one in redrawn), len(redrawn))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ops.errors import AdapterError
 from serving.engines.adapters import read_adapter, write_adapter
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 
 FIRST, SECOND = ".lora_A.weight", ".lora_B.weight"
 

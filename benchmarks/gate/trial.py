@@ -14,21 +14,21 @@ import numpy as np
 
 from benchmarks.gate.cases import Answers
 from benchmarks.gate.engine import LateEngine
-from benchmarks.gate.lessons import pools
 from benchmarks.gate.plans import GALLERY, KNOWN, NEW, Plan
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
+from benchmarks.gate.training_data import pools
 from ops.digests import digest_json
 from ops.errors import RatchetError, TrainingError
 from ops.progress import step
 from ops.settings import Settings
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from streams.demo import DOMAINS, prepare_domain
 from updater.gate.score import Scorer
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suites import Suite, load_suites
-from updater.result import Limits
-from updater.train import train
+from updater.training.result import Limits
+from updater.training.train import train
 
 LIMITS = Limits(gflops=1e9, seconds=3600.0, threads=1, checkpoint_steps=1000)
 """Steps are bounded by the recipes, not by the budget."""
@@ -44,7 +44,7 @@ class Trial:
     answers: dict[str, Answers]
     """By suite name, of every item: [n, views]."""
     seconds: float
-    trouble: str = ""
+    error: str = ""
 
 
 class Workshop:
@@ -56,7 +56,7 @@ class Workshop:
         self.populations = {suite.name: Population.of(suite) for suite in suites}
         self.engine = LateEngine(base)
         self.scorer = Scorer(self.engine)
-        self._asked = digest_json([population.digest for population in self.populations.values()])
+        self._populations_digest = digest_json([population.digest for population in self.populations.values()])
 
     @classmethod
     def open(cls, settings: Settings, out: Path) -> Workshop:
@@ -71,32 +71,32 @@ class Workshop:
     def suites(self, domain: str) -> tuple[Suite, ...]:
         """What a candidate that learnt a domain is asked: every retention suite, and this domain."""
         wanted = fresh_name(domain)
-        asked = [population.suite for population in self.populations.values()]
-        return tuple(suite for suite in asked if suite.role == "retention" or suite.name == wanted)
+        suites = [population.suite for population in self.populations.values()]
+        return tuple(suite for suite in suites if suite.role == "retention" or suite.name == wanted)
 
     def of_base(self) -> Trial:
         """What the base answers."""
-        key = digest_json([self.base.digest, self._asked])
-        return self._kept("base", key) or self._keep(Trial("base", "", self._ranks(None), 0.0), key)
+        key = digest_json([self.base.digest, self._populations_digest])
+        return self._cached("base", key) or self._cache(Trial("base", "", self._ranks(None), 0.0), key)
 
     def of(self, plan: Plan, incumbent: Trial | None) -> Trial:
         """What a candidate answers; trained unless its file is there. ``incumbent``: the trial it goes on from."""
         given = {**asdict(plan), "recipe": plan.recipe.digest}
-        key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._asked])
-        return self._kept(plan.name, key) or self._keep(self._made(plan, incumbent), key)
+        key = digest_json([given, incumbent.adapter if incumbent else "", self.base.digest, self._populations_digest])
+        return self._cached(plan.name, key) or self._cache(self._trained(plan, incumbent), key)
 
     def of_scaled(self, plan: Plan, parent: Plan) -> Trial:
         """What ``parent``'s candidate answers with ``plan.scale`` times its change of the base's weights. The parent
         goes on from the base; it is trained again where its adapter is not in the folder.
         """
         trained = self.of(parent, None)
-        key = digest_json([plan.name, plan.scale, trained.adapter, self.base.digest, self._asked])
-        found = self._kept(plan.name, key)
-        if found is not None:
-            return found
+        key = digest_json([plan.name, plan.scale, trained.adapter, self.base.digest, self._populations_digest])
+        cached = self._cached(plan.name, key)
+        if cached is not None:
+            return cached
         directory = self.out / "adapters" / trained.adapter
         if not directory.is_dir():
-            self._made(parent, None)
+            self._trained(parent, None)
         started, work = time.monotonic(), self.out / "work" / plan.name
         shutil.rmtree(work, ignore_errors=True)
         try:
@@ -104,7 +104,7 @@ class Workshop:
             ranks = self._answers(adapter, work / "adapter")
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        return self._keep(Trial(plan.name, adapter, ranks, time.monotonic() - started), key)
+        return self._cache(Trial(plan.name, adapter, ranks, time.monotonic() - started), key)
 
     def _answers(self, adapter: str, directory: Path) -> dict[str, Answers]:
         self.engine.load(adapter, directory)
@@ -113,15 +113,15 @@ class Workshop:
         self.engine.unload(adapter)
         return ranks
 
-    def _made(self, plan: Plan, incumbent: Trial | None) -> Trial:
+    def _trained(self, plan: Plan, incumbent: Trial | None) -> Trial:
         started = time.monotonic()
         adapters, work = self.out / "adapters", self.out / "work" / plan.name
         before = adapters / incumbent.adapter if incumbent else None
         with step(f"candidate {plan.name}"):
-            lessons = pools(plan, self.home)
+            training_pools = pools(plan, self.home)
             try:
                 result = train(
-                    self.base, plan.recipe, lessons, before, seed=plan.seed, limits=LIMITS, out_dir=adapters,
+                    self.base, plan.recipe, training_pools, before, seed=plan.seed, limits=LIMITS, out_dir=adapters,
                     work_dir=work, device="cpu",
                 )  # fmt: skip
             except TrainingError as error:
@@ -137,18 +137,18 @@ class Workshop:
     def _path(self, name: str) -> Path:
         return self.out / "outcomes" / f"{name}.npz"
 
-    def _keep(self, trial: Trial, key: str) -> Trial:
-        about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.trouble}
-        keep(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
+    def _cache(self, trial: Trial, key: str) -> Trial:
+        about = {"key": key, "adapter": trial.adapter, "seconds": trial.seconds, "trouble": trial.error}
+        store_arrays(self._path(trial.name), about=np.array(json.dumps(about)), **trial.answers)
         return trial
 
-    def _kept(self, name: str, key: str) -> Trial | None:
-        found = kept(self._path(name), ("about",))
-        about: dict[str, Any] = json.loads(str(found[0])) if found else {}
+    def _cached(self, name: str, key: str) -> Trial | None:
+        record = load_arrays(self._path(name), ("about",))
+        about: dict[str, Any] = json.loads(str(record[0])) if record else {}
         if about.get("key") != key:
             return None
         names = [] if about["trouble"] else list(self.populations)
-        arrays = kept(self._path(name), names)
+        arrays = load_arrays(self._path(name), names)
         if arrays is None:
             return None
         # earlier runs kept hits alone, in bytes
@@ -172,10 +172,10 @@ def fresh(home: Path, domain: str) -> Suite:
 
 def run_all(workshop: Workshop, wanted: Sequence[Plan]) -> Mapping[str, Trial]:
     """Every plan's trial by name. Raises RatchetError when a plan's incumbent could not be trained."""
-    found: dict[str, Trial] = {"base": workshop.of_base()}
+    trials: dict[str, Trial] = {"base": workshop.of_base()}
     for plan in wanted:
-        incumbent = found[plan.incumbent] if plan.incumbent else None
-        if incumbent is not None and incumbent.trouble:
-            raise RatchetError(f"{plan.name} goes on from {plan.incumbent}: {incumbent.trouble}", "Lower its rate.")
-        found[plan.name] = workshop.of(plan, incumbent)
-    return found
+        incumbent = trials[plan.incumbent] if plan.incumbent else None
+        if incumbent is not None and incumbent.error:
+            raise RatchetError(f"{plan.name} goes on from {plan.incumbent}: {incumbent.error}", "Lower its rate.")
+        trials[plan.name] = workshop.of(plan, incumbent)
+    return trials

@@ -3,8 +3,8 @@
 outcomes  what real updates did to real items, as `ratchet bench gate` kept it
 moves     simulated updates that move ranks as those did, with a true change that is known
 world     suites and domains with all their items; candidates that learn, forget and harm
-asking    the gate's suites and decision about them
-schedule  when a candidate is trained and asked, and at which level
+evaluation  the gate's suites and decision about them
+schedule  when a candidate is trained and evaluated, and at which level
 stream    one updater over many lessons; report: figures of several streams
 
 Nothing is trained, and no model runs: ranks stand for models.

@@ -19,14 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.lifetime.outcomes import ARCHIVE, Source, read_sources
-from benchmarks.lifetime.report import Row, draw, row_of
+from benchmarks.lifetime.report import FigureRow, draw, row_of
 from benchmarks.lifetime.stream import GAIN3, OTHER_GAINS, Course, Rules, Stream, lessons_of
 from benchmarks.lifetime.world import FORGOTTEN, make_world
 from benchmarks.machine import machine
 from ops.errors import ConfigError
 from ops.progress import say, track
 from ops.settings import Gate, Settings
-from updater.checkpoint import write_json
+from updater.training.checkpoint import write_json
 
 UPDATES = 40
 MOST_UPDATES = 400
@@ -135,7 +135,7 @@ def show(figures: Mapping[str, Any]) -> None:
     print(json.dumps(figures), flush=True)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: FigureRow) -> list[str]:
     released = row["gain3"] if row["gain3"]["of"] else row["by_gain"]["0"]
     return [
         row["rules"],

@@ -60,8 +60,8 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
     for candidate, incumbent, domain in _good_plans():
         before, after = trials.get(incumbent or "base"), trials.get(candidate)
         if before and after:
-            asked = {fresh_name(domain), *(name for name in after if not name.startswith(fresh_name("")))}
-            for name in asked & after.keys():
+            wanted = {fresh_name(domain), *(name for name in after if not name.startswith(fresh_name("")))}
+            for name in wanted & after.keys():
                 pairs[name].append((before[name], after[name]))
     suites = [suite for suite in load_suites([], None, "clip") if suite.role == "retention"]
     suites += [Suite(name=fresh_name(domain), role="gain", task="retrieval", data="-") for domain in NEW]
@@ -99,8 +99,8 @@ def _files(place: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(place) as archive:
             for member in archive:
-                found = archive.extractfile(member) if re.search(r"[\w-]+\.npz$", member.name) else None
-                if found is not None:
-                    yield Path(member.name).stem, found.read()
+                extracted = archive.extractfile(member) if re.search(r"[\w-]+\.npz$", member.name) else None
+                if extracted is not None:
+                    yield Path(member.name).stem, extracted.read()
     except (OSError, tarfile.TarError) as error:
         raise ConfigError(f"outcomes cannot be read: {error}.", "Name a folder or archive with --outcomes.") from None

@@ -14,15 +14,15 @@ from benchmarks.gate.counting import share
 from benchmarks.gate.plot import INK, LINE, MUTED, PAPER
 from benchmarks.lifetime.stream import GAIN3, TRIGGERS, Course, Ended
 
-Row = dict[str, Any]
+FigureRow = dict[str, Any]
 COLOURS = ("#17704a", "#1f5fa8", "#d98032", "#b23232", "#7a4fa3", "#9a8a10")
 
 
-def row_of(name: str, courses: Sequence[Course]) -> Row:
+def row_of(name: str, courses: Sequence[Course]) -> FigureRow:
     """Figures over all streams of a rule set."""
     lessons = [ended for course in courses for ended in course.lessons]
     headline = [ended for ended in lessons if ended.lesson.gain == GAIN3]
-    kept, most = (sum(sum(side.values()) for side in sides) for sides in _sides(courses))
+    retained, most = (sum(sum(side.values()) for side in sides) for sides in _sides(courses))
     return {
         "rules": name,
         "streams": len(courses),
@@ -35,7 +35,7 @@ def row_of(name: str, courses: Sequence[Course]) -> Row:
         "triggers_gain3": _mean([e.triggers for e in headline if e.released]),
         "looks": sum(ended.looks for ended in lessons),
         "learned_points": round(100 * most / max(len(courses), 1), 1),
-        "kept": round(kept / most, 3) if most > 0 else None,
+        "kept": round(retained / most, 3) if most > 0 else None,
         "harmful": sum(course.harmful for course in courses),
         "harmful_released": sum(course.harmful_released for course in courses),
         "alpha_mean": _mean([spent for course in courses for spent in course.alpha]),
@@ -55,11 +55,11 @@ def _mean(values: Sequence[float]) -> float | None:
     return round(float(np.mean(values)), 4) if values else None
 
 
-def draw(rows: Sequence[Row], path: Path) -> Path:
+def draw(rows: Sequence[FigureRow], path: Path) -> Path:
     """Updates with a gain of 3 points that were released by trigger, a line for each rule set; writes a PNG."""
-    made = Figure(figsize=(7.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(made)
-    axes = made.subplots()
+    figure = Figure(figsize=(7.2, 3.9), dpi=150, layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     places = list(range(1, TRIGGERS + 1))
     for row, colour in zip(rows, COLOURS, strict=False):
         axes.plot(places, [100 * (value or 0.0) for value in row["within"]], "o-", color=colour, linewidth=2,
@@ -73,7 +73,7 @@ def draw(rows: Sequence[Row], path: Path) -> Path:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0, colors=MUTED, labelsize=8.5)
-    made.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, labelcolor=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
-    made.savefig(path)
+    figure.savefig(path)
     return path

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from benchmarks.lifetime.asking import Asked, Sample, findings_of, fresh_of, memory_of, static_suites
+from benchmarks.lifetime.evaluation import RankedSuite, Sample, findings_of, fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Generator
 from benchmarks.lifetime.schedule import Schedule
 from benchmarks.lifetime.world import FORGOTTEN, ITEMS, Model, World
 from ops.ledger import VerdictRow
 from ops.settings import Gate
-from updater.best_releases import best_by_suite
+from updater.gate.best_releases import best_by_suite
 from updater.gate.decision import conclude
 from updater.gate.interim_analyses import LEAST_LEVEL, Look
 
@@ -80,7 +80,7 @@ class Course:
     """Spent before each release, and at the end."""
 
     @property
-    def kept(self) -> float:
+    def retained(self) -> float:
         """Share of the points above the base that the last release still has; NaN when nothing was learned."""
         most = sum(self.best.values())
         return sum(self.end[name] for name in self.best) / most if most > 0 else float("nan")
@@ -119,7 +119,7 @@ class Stream:
         self._arrived = dict.fromkeys(self._order, 0)
         self._fresh: list[Sample] = []
         self._learned: list[Sample] = []
-        self._memory: list[Asked] = []
+        self._memory: list[RankedSuite] = []
         self._pending: dict[str, float] = {}
 
     def run(self, lessons: Sequence[Lesson]) -> Course:
@@ -161,9 +161,9 @@ class Stream:
         if self.rng.random() < HARMFUL:
             victim = self.world.static[self.rng.integers(len(self.world.static))]
             harm[victim.name] = (victim.suite.margin or self.settings.margin) + self.rng.uniform(0.0, HARM)
-        made = self.world.candidate(self.live.model, self._pending, harm, self.forgotten, self.rng)
-        self.course.harmful += self._is_harmful(made)
-        return made
+        candidate = self.world.candidate(self.live.model, self._pending, harm, self.forgotten, self.rng)
+        self.course.harmful += self._is_harmful(candidate)
+        return candidate
 
     def _is_harmful(self, model: Model) -> bool:
         """Whether a static suite is truly below incumbent or base by more than its margin."""
@@ -188,10 +188,10 @@ class Stream:
         name = f"clip-{len(self.schedule.verdicts):012d}"
         return VerdictRow(0, name, name, outcome, "", summary, datetime.now(UTC)), findings.tested
 
-    def _best(self, suites: Sequence[Asked]) -> Mapping[str, tuple[str, Model]]:
+    def _best(self, suites: Sequence[RankedSuite]) -> Mapping[str, tuple[str, Model]]:
         if not self.rules.best:
             return {}
-        names = [asked.suite.name for asked in suites if asked.suite.role == "retention"]
+        names = [each.suite.name for each in suites if each.suite.role == "retention"]
         best = best_by_suite(self.live.verdicts, names, self.live.name or None)
         return {suite: (name, self.live.released[name]) for suite, name in best.items()}
 

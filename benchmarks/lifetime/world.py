@@ -44,7 +44,7 @@ class Domain:
     suite: Suite
     """A static suite of them; of a domain of the stream its task and metric."""
     moves: Moves
-    asked: int
+    suite_items: int
     """Items of the static suite: the first so many. 0: the domain comes by the stream."""
 
     def score(self, model: Model) -> float:
@@ -54,18 +54,18 @@ class Domain:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Everything that is asked, and the base."""
+    """All domains, and the base."""
 
     domains: Mapping[str, Domain]
     base: Model
 
     @property
     def streamed(self) -> list[Domain]:
-        return [domain for domain in self.domains.values() if not domain.asked]
+        return [domain for domain in self.domains.values() if not domain.suite_items]
 
     @property
     def static(self) -> list[Domain]:
-        return [domain for domain in self.domains.values() if domain.asked]
+        return [domain for domain in self.domains.values() if domain.suite_items]
 
     def learned(self, domain: Domain, model: Model) -> float:
         """True points (as a share) that a model is above the base."""
@@ -81,20 +81,22 @@ class World:
             harm: further losses by name, where nothing was learned.
             forgotten: share that it loses of what was learned of other domains, in the mean.
         """
-        made: dict[str, Ranks] = {}
+        after: dict[str, Ranks] = {}
         for name, domain in self.domains.items():
             ranks, level = incumbent[name], self.learned(domain, incumbent)
             if name in gains:
-                made[name] = domain.moves.learned(ranks, gains[name], rng)
-            elif domain.asked:
+                after[name] = domain.moves.learned(ranks, gains[name], rng)
+            elif domain.suite_items:
                 change = -REVERSION * level + rng.normal(0.0, SPREAD) - harm.get(name, 0.0)
-                made[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=BACK, churn=CHURN)
+                after[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=BACK, churn=CHURN)
             elif ranks is self.base[name]:
-                made[name] = ranks  # nobody has learned it yet, nor asks it
+                after[name] = ranks  # nobody has learned it yet, nor asks it
             else:
                 change = -forgotten * level + rng.normal(0.0, FORGOTTEN_SPREAD) - harm.get(name, 0.0)
-                made[name] = domain.moves.changed(ranks, change, rng, base=self.base[name], back=forgotten, churn=CHURN)
-        return made
+                after[name] = domain.moves.changed(
+                    ranks, change, rng, base=self.base[name], back=forgotten, churn=CHURN
+                )
+        return after
 
 
 def make_world(sources: Mapping[str, Source], rng: Generator) -> World:

@@ -1,4 +1,4 @@
-"""The catalog as a server runs it: reconcile loop, tables, index keeper, searches; samples and encoders are stand-ins.
+"""The catalog as a server runs it: reconcile loop, tables, index maintainer, searches. Samples and encoders are fakes.
 
 A sample's image is its number, and "encoding" it looks its vector up, so that what is measured is the catalog's own.
 """

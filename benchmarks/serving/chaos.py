@@ -20,7 +20,6 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.load import Traffic
 from benchmarks.machine import machine
 from benchmarks.samples import wait_until_searchable
 from benchmarks.serving.chaos_audit import audit, totals
@@ -29,6 +28,7 @@ from benchmarks.serving.chaos_plan import STATES, State, plan, states_of
 from benchmarks.serving.chaos_states import Chaos
 from benchmarks.serving.operator import Operator
 from ops.errors import ConfigError
+from ops.load.traffic import Traffic
 from ops.progress import say, step
 from ops.settings import Settings
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from benchmarks.load import Sample
-from benchmarks.probes import RequestKind
+from ops.load.probes import RequestKind
+from ops.load.traffic import Sample
 
 Process = str
 """``encoder``, ``vlm``, ``catalog``, ``ingress``, ``controller``."""

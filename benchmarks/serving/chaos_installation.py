@@ -12,21 +12,21 @@ from typing import Final
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from benchmarks.fixtures.commit_relay import CommitRelay
-from benchmarks.fixtures.postgres import PostgresServer
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
-from benchmarks.inputs import pictures, random_adapter
 from benchmarks.samples import fill_store
 from benchmarks.serving.object_store import URL, ObjectStore
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from benchmarks.swap import make_adapters
+from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from ops.settings import BaseModels, Rollout, Settings
-from serving.engines.vlm.base import load_vlm_base
-from streams.broker import free_port
+from ops.testing.commit_relay import CommitRelay
+from ops.testing.inputs import pictures, random_adapter
+from ops.testing.postgres import PostgresServer
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 
 HOME_BYTES: Final = 256 << 20
 IMAGES: Final = 6

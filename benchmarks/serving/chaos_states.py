@@ -13,8 +13,6 @@ from typing import Final
 
 import numpy as np
 
-from benchmarks.fixtures.commit_relay import Loss
-from benchmarks.load import Traffic
 from benchmarks.serving.chaos_audit import Process, StateReport
 from benchmarks.serving.chaos_installation import ChaosInstallation
 from benchmarks.serving.chaos_plan import Phase, State
@@ -22,7 +20,9 @@ from benchmarks.serving.operator import Operator
 from benchmarks.serving.whole_server import WholeServer
 from benchmarks.stream.small_disk import SmallDisk
 from ops.errors import RatchetError
+from ops.load.traffic import Traffic
 from ops.progress import say
+from ops.testing.commit_relay import Loss
 
 STEPS: Final = ("pending", "preparing", "committed", "announced")
 """Of a release, between which processes are killed: proposed, being prepared, committed, told to the operator."""

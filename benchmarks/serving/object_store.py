@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.proxy import Proxy
-from benchmarks.stream.part import wait_for
-from streams.broker import free_port
+from benchmarks.stream.ratchet_process import wait_for
+from ops.addresses import free_port
+from ops.testing.tcp_relay import TcpRelay
 
 BUCKET = "chaos"
 URL = f"s3://{BUCKET}/ratchet"
@@ -25,7 +25,7 @@ class ObjectStore:
     def __init__(self, log: Path) -> None:
         self.log = log
         self.port = free_port()
-        self.relay = Proxy(free_port(), f"127.0.0.1:{self.port}")
+        self.relay = TcpRelay(free_port(), f"127.0.0.1:{self.port}")
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[str, str | None] = {}
 

@@ -13,7 +13,7 @@ from typing import Final
 
 from benchmarks.serving.chaos_audit import Kill, Process
 from benchmarks.serving.session_processes import engine_pids, is_alive, kill, session_pids
-from benchmarks.stream.part import Part, wait_for, write_settings
+from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
 from benchmarks.stream.small_disk import SmallDisk
 from ops.errors import RatchetError
 from ops.settings import Settings
@@ -44,7 +44,7 @@ class WholeServer:
         # As on another machine, it caches artifacts for itself.
         own = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="rc-", ignore_cleanup_errors=True))
         config = write_settings(settings, folder / f"{name}.json")
-        self.part = Part("serve", config, folder / f"{name}.log", {"TMPDIR": own, **environment})
+        self.part = RatchetProcess("serve", config, folder / f"{name}.log", {"TMPDIR": own, **environment})
         self.metrics_disk = SmallDisk(session_directory(settings) / "metrics", METRICS_BYTES)
 
     @property

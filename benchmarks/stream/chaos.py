@@ -21,16 +21,18 @@ from typing import Any
 
 from benchmarks.figures_table import show_figures
 from benchmarks.machine import machine
-from benchmarks.proxy import Proxy
 from benchmarks.stream.chaos_audit import OffsetWatch, audit, quarantined
 from benchmarks.stream.chaos_plan import Fault, plan
 from benchmarks.stream.chaos_records import SteadyProducer
 from benchmarks.stream.installation import Installation
-from benchmarks.stream.part import Part
+from benchmarks.stream.ratchet_process import RatchetProcess
 from benchmarks.stream.small_disk import SmallDisk
+from ops.addresses import free_port
 from ops.progress import say, step
 from ops.settings import Maintain, Settings
-from streams.broker import EmbeddedBroker, free_port
+from ops.testing.tcp_relay import TcpRelay
+from ops.waiting import wait_until
+from streams.broker import EmbeddedBroker
 from streams.store import SampleStore
 
 WORKERS = 2
@@ -59,16 +61,17 @@ class Run:
     """One run: what is running, and what is broken now."""
 
     def __init__(
-        self, installation: Installation, producer: SteadyProducer, proxy: Proxy, disk: SmallDisk, logs: Path
+        self, installation: Installation, producer: SteadyProducer, proxy: TcpRelay, disk: SmallDisk, logs: Path
     ) -> None:
         self.installation = installation
         self.proxy = proxy
         self.disk = disk
         workers = {f"worker {number}": installation.config_of(number) for number in range(WORKERS)}
         self.parts = {
-            name: Part("ingest", config, logs / f"{name.replace(' ', '-')}.log") for name, config in workers.items()
+            name: RatchetProcess("ingest", config, logs / f"{name.replace(' ', '-')}.log")
+            for name, config in workers.items()
         }
-        self.parts["maintain"] = Part("maintain", installation.config, logs / "maintain.log")
+        self.parts["maintain"] = RatchetProcess("maintain", installation.config, logs / "maintain.log")
         self.producer = producer
         self.counts = {"kill": 0, "stop": 0, "cut": 0, "full": 0}
         self.full_seconds = 0.0
@@ -130,15 +133,14 @@ class Run:
         last: dict[int, int] = {}
         for partition, offset in self.producer.places:
             last[partition] = max(last.get(partition, 0), offset + 1)
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline:
+
+        def is_drained() -> bool:
             self._revive()
             positions = self.installation.store.positions().values()
             done = {each.partition for each in positions if each.published >= last.get(each.partition, 0)}
-            if done >= last.keys():
-                return True
-            time.sleep(0.5)
-        return False
+            return done >= last.keys()
+
+        return wait_until(is_drained, DRAIN_SECONDS, pause=0.5)
 
 
 def run(
@@ -156,7 +158,7 @@ def run(
             say("[yellow]no small disk can be mounted here (that takes root): the disk does not get full[/yellow]")
         port = free_port()
         broker = stack.enter_context(EmbeddedBroker(advertised=f"127.0.0.1:{port}"))
-        proxy = Proxy(port, broker.address)
+        proxy = TcpRelay(port, broker.address)
         proxy.open()
         stack.callback(proxy.cut)
         installation = Installation(settings, disk.folder, f"127.0.0.1:{port}", **PRESSURE)

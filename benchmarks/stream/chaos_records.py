@@ -26,7 +26,7 @@ REPEATS_WITHIN = 100
 """A repetition is of one of so many samples before it."""
 GROUP = 20
 """Records that are sent at once."""
-Kind = Literal["good", "bad"]
+RecordKind = Literal["good", "bad"]
 Headers = list[tuple[str, bytes]]
 
 
@@ -34,7 +34,7 @@ Headers = list[tuple[str, bytes]]
 class Made:
     """A record to send."""
 
-    kind: Kind
+    kind: RecordKind
     value: bytes
     headers: Headers
     id: str = ""

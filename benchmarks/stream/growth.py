@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.stream.filling import fill, settle
 from benchmarks.stream.installation import Installation, produce
 from benchmarks.stream.jpegs import canvas, jpegs
-from benchmarks.stream.part import Part
+from benchmarks.stream.ratchet_process import RatchetProcess
 from ops.progress import step
 from ops.settings import Settings
 from streams.broker import EmbeddedBroker
@@ -77,7 +77,7 @@ def _measure(installation: Installation, size: int, commits: int) -> Growth:
     return Growth(size, statistics.median(times), max(times), memory, start_seconds, start_seconds_warm)
 
 
-def _start(installation: Installation, worker: Part, images: Iterator[bytes]) -> float:
+def _start(installation: Installation, worker: RatchetProcess, images: Iterator[bytes]) -> float:
     """Start a worker that finds a batch in its topic; seconds until that is stored."""
     end = installation.stored() + _send(installation, images)
     began = time.time()
@@ -86,7 +86,7 @@ def _start(installation: Installation, worker: Part, images: Iterator[bytes]) ->
     return installation.stored_at() - began
 
 
-def _commit(installation: Installation, worker: Part, images: Iterator[bytes]) -> float:
+def _commit(installation: Installation, worker: RatchetProcess, images: Iterator[bytes]) -> float:
     """Seconds of the commit of one batch, by the worker's own metrics."""
     before, version_at = worker.metrics(), installation.stored_at()
     end = installation.stored() + _send(installation, images)

@@ -10,7 +10,7 @@ from typing import Any
 
 from kafka import KafkaProducer
 
-from benchmarks.stream.part import Part, wait_for, write_settings
+from benchmarks.stream.ratchet_process import RatchetProcess, wait_for, write_settings
 from ops.settings import Settings
 from streams.clients import MAX_RECORD_BYTES, ensure_topics
 from streams.store import SampleStore
@@ -72,12 +72,12 @@ class Installation:
         urls = {"lake_url": self.settings.lake, "ledger_url": self.settings.ledger}
         return write_settings(self.settings.model_copy(update={"home": home, **urls}), home / "settings.json")
 
-    def worker(self, number: int = 0) -> Part:
+    def worker(self, number: int = 0) -> RatchetProcess:
         """A worker that is not started yet."""
-        return Part("ingest", self.config_of(number), self.settings.home / f"ingest-{number}.log")
+        return RatchetProcess("ingest", self.config_of(number), self.settings.home / f"ingest-{number}.log")
 
     @contextmanager
-    def workers(self, count: int) -> Iterator[list[Part]]:
+    def workers(self, count: int) -> Iterator[list[RatchetProcess]]:
         """Running workers, each of which has partitions to read."""
         with ExitStack() as stack:
             parts = [stack.enter_context(self.worker(number)) for number in range(count)]
@@ -85,7 +85,7 @@ class Installation:
                 part.wait_for(lambda: self._shared(parts), "all workers had partitions")
             yield parts
 
-    def _shared(self, parts: Sequence[Part]) -> bool:
+    def _shared(self, parts: Sequence[RatchetProcess]) -> bool:
         lags = [part.lags() for part in parts]
         return all(lags) and sum(map(len, lags)) == self.kafka.partitions
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.stream.bare import run_bare
 from benchmarks.stream.installation import HELD_SESSION_SECONDS, Installation, produce
 from benchmarks.stream.jpegs import canvas, jpegs
-from benchmarks.stream.part import wait_for
+from benchmarks.stream.ratchet_process import wait_for
 from ops.progress import say, step
 from ops.settings import Settings
 from streams.broker import EmbeddedBroker

@@ -9,6 +9,7 @@ from pathlib import Path
 from ops.artifacts.manifest import MARKER, Manifest, directory_digest
 from ops.artifacts.object_store import ObjectStore
 from ops.errors import AdapterError
+from ops.files import replace_file
 
 
 class Bucket:
@@ -54,7 +55,7 @@ class Bucket:
                 _rename(staging, target, local)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        _replace(copied, local.dump())
+        replace_file(copied, local.dump(), prefix=".staging-")
         return target
 
     def _download(self, manifest: Manifest, path: str, key: str, staging: Path) -> Manifest:
@@ -94,9 +95,3 @@ def _rename(staging: Path, target: Path, manifest: Manifest) -> None:
     except OSError:
         if not manifest.has_all(target):  # else another process was faster
             raise
-
-
-def _replace(path: Path, data: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".staging-", delete=False) as file:
-        file.write(data)
-    Path(file.name).replace(path)

@@ -31,7 +31,7 @@ def import_(
 
     Examples:  ratchet adapters import my-adapter/ --base shipped    |    ratchet adapters import exported/ --judge
     """
-    from updater.exchange.command import judge_import
+    from updater.commands.exchange import gate_import
     from updater.exchange.importing import import_adapter
 
     settings = ctx.of(context).settings
@@ -42,7 +42,7 @@ def import_(
         if update.state == "trained":
             typer.echo("the updater judges it next; --judge does it at once")
         return
-    update, verdict = judge_import(settings, imported)
+    update, verdict = gate_import(settings, imported)
     reasons = f": {'; '.join(map(str, verdict.summary.get('reasons', [])))}" if verdict else ""
     typer.echo(f"{verdict.outcome if verdict else update.state}{reasons}{f' ({update.error})' if update.error else ''}")
     if verdict is None or verdict.outcome != "passed" or update.state != "done":

@@ -39,7 +39,7 @@ def upgrade(
     Examples:  ratchet base upgrade b16 --dry-run    |    ratchet base upgrade b16 --budget 400000    |
     ratchet base upgrade b16 --cancel
     """
-    from updater.upgrades.command import begin_command, begun, cancel_command, plan_command
+    from updater.commands.base_upgrade import begin_command, begun, cancel_command, plan_command
 
     settings = ctx.of(context).settings
     if family != "clip":
@@ -84,8 +84,8 @@ def switch(
 
 
 def _finish(settings: Settings, name: str, update_id: str) -> None:
-    from updater.process import UpdaterBusy
-    from updater.upgrades.command import finish_command
+    from updater.commands.base_upgrade import finish_command
+    from updater.loop.process import UpdaterBusy
 
     try:
         update, verdict = finish_command(settings, update_id)

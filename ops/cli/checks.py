@@ -27,7 +27,7 @@ class Finding:
 
     state: Literal["ok", "warn", "fail"]
     what: str
-    found: str
+    result: str
     fix: str = ""
 
 
@@ -110,7 +110,7 @@ def _ledger(settings: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    from serving.engines.base import base_directory, list_bases
+    from serving.engines.clip_base import base_directory, list_bases
 
     if settings.base.clip in list_bases(settings.home):
         return Finding("ok", "base", str(base_directory(settings.home, settings.base.clip)))
@@ -118,7 +118,7 @@ def _base(settings: Settings) -> Finding:
 
 
 def _vlm_base(settings: Settings) -> Finding:
-    from serving.engines.base import base_directory, list_bases
+    from serving.engines.clip_base import base_directory, list_bases
 
     name = settings.base.vlm
     if not name:
@@ -130,24 +130,24 @@ def _vlm_base(settings: Settings) -> Finding:
 
 def _vlm_engine(settings: Settings) -> Finding:
     """Importing vLLM takes seconds and finds what a look at the packages does not: libraries that do not load."""
-    asked = settings.serve.vlm_engine
+    engine = settings.serve.vlm_engine
     if not settings.base.vlm:
         return Finding("ok", "VLM engine", "not needed: base.vlm is empty")
-    if asked == "transformers":
+    if engine == "transformers":
         return Finding("ok", "VLM engine", "transformers, as set")
-    instead = "" if asked == "vllm" else "; transformers is used, which is slower"
-    state: Literal["warn", "fail"] = "fail" if asked == "vllm" else "warn"
+    instead = "" if engine == "vllm" else "; transformers is used, which is slower"
+    state: Literal["warn", "fail"] = "fail" if engine == "vllm" else "warn"
     if importlib.util.find_spec("vllm") is None:
         return Finding(state, "VLM engine", f"vLLM is not installed{instead}", "pip install 'ratchet[vlm-cpu]'")
     try:
         done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
         return Finding(state, "VLM engine", f"importing vLLM takes more than 120 s{instead}", "Install it again.")
-    said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+    output = (done.stdout.strip().splitlines() or ["nothing"])[-1]
     if done.returncode:
-        what, _, fix = said.partition("\t")
+        what, _, fix = output.partition("\t")
         return Finding(state, "VLM engine", f"{what}{instead}", fix or "Install the extra vlm-cpu (or gpu) again.")
-    return Finding("ok", "VLM engine", f"vLLM {said}")
+    return Finding("ok", "VLM engine", f"vLLM {output}")
 
 
 def _kafka(settings: Settings) -> Finding:

@@ -54,10 +54,10 @@ def doctor(
         run_tune(ctx.of(context))
         return
     marks = {"ok": "[green]ok[/green]", "warn": "[yellow]warn[/yellow]", "fail": "[red]fail[/red]"}
-    table = Table("", "what", "found", "to mend it", title="Doctor")
+    table = Table("", "what", "found", "fix", title="Doctor")
     findings = examine(ctx.of(context).settings)
     for finding in findings:
-        table.add_row(marks[finding.state], finding.what, finding.found, finding.fix)
+        table.add_row(marks[finding.state], finding.what, finding.result, finding.fix)
     Console().print(table)
     if any(finding.state == "fail" for finding in findings):
         raise typer.Exit(1)

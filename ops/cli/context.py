@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import getpass
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import typer
 
 from ops.access import OPERATOR
+from ops.child_process import ratchet_command
 from ops.errors import AccessError, ConfigError
 from ops.loading import load_settings, parse_value
 from ops.settings import Settings
@@ -31,18 +31,13 @@ class Context:
 
     def command(self, *words: str) -> list[str]:
         """The command line that runs ``ratchet`` with ``words`` in a child, under the same settings."""
-        head = [sys.executable, "-m", "ops.cli.main"]
-        if self.file is not None:
-            head += ["--config", str(self.file)]
-        for flag in self.flags:
-            head += ["--set", flag]
-        return [*head, *words]
+        return ratchet_command(*words, file=self.file, flags=self.flags)
 
 
 def of(context: typer.Context) -> Context:
     """The :class:`Context` of a typer command."""
-    found = context.find_object(Context)
-    return found if found is not None else Context(None, [])
+    shared = context.find_object(Context)
+    return shared if shared is not None else Context(None, [])
 
 
 def person() -> str:

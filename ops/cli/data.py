@@ -77,8 +77,8 @@ def list_domains() -> None:
     table = Table("domain", "package", "licence", "attribution", title="Domains")
     for name, info in DOMAINS.items():
         table.add_row(name, str(info.package), info.licence, info.attribution)
-    for name, made in QUESTIONS.items():
-        table.add_row(name, f"of {', '.join(made.sources)}", made.licence, "as the domains it is made of")
+    for name, questions in QUESTIONS.items():
+        table.add_row(name, f"of {', '.join(questions.sources)}", questions.licence, "as the domains it is made of")
     Console().print(table)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from ops.cli import (
     adapters,
     audit,
-    base,
+    bases,
     bench,
     config,
     data,
@@ -29,6 +29,7 @@ from ops.cli import (
 )
 from ops.cli.context import Context
 from ops.errors import RatchetError
+from ops.logs import configure_logging
 
 app = typer.Typer(
     name="ratchet",
@@ -67,7 +68,7 @@ app.command(rich_help_panel="Parts")(parts.broker)
 app.command(rich_help_panel="Data and models")(data.publish)
 app.add_typer(data.app, name="data", rich_help_panel="Data and models")
 app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
-app.add_typer(base.app, name="base", rich_help_panel="Data and models")
+app.add_typer(bases.app, name="base", rich_help_panel="Data and models")
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
@@ -87,6 +88,7 @@ app.command(
 
 def main() -> None:
     """Run the command line; a known error is shown without a traceback and ends with status 1."""
+    configure_logging()
     try:
         app()
     except RatchetError as error:

@@ -51,7 +51,7 @@ def up(
             if not is_tuned(settings):
                 say("`ratchet doctor --tune` finds the fastest engine for this machine, in a minute or two")
             if "console" in names:
-                say(f"console on http://{settings.console.host}:{settings.console.port}")
+                say(f"console on {settings.console.url}")
             console = Console()
             if not console.is_terminal:
                 while True:
@@ -108,13 +108,13 @@ def update(
 
     Examples:  ratchet update    |    ratchet update --once --recipe vlm-naive --retry
     """
-    from updater.process import be_nice, use_environment
+    from updater.loop.process import be_nice, use_environment
 
     settings = ctx.of(context).settings
     be_nice(settings.updater.nice, settings.updater.idle)  # before imports that take seconds, and start threads
     use_environment()
 
-    from updater.command import run_update
+    from updater.commands.update import run_update
 
     run_update(settings, once=once, recipe=recipe, family=family, retry=retry)
 

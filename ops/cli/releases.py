@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -20,13 +19,6 @@ from ops.progress import say
 from ops.settings import Settings
 
 app = typer.Typer(help="List, show, roll back, hold and resume releases.", no_args_is_help=True)
-
-
-class Kind(StrEnum):
-    """The families of adapters."""
-
-    clip = "clip"
-    vlm = "vlm"
 
 
 Reason = Annotated[str, typer.Option("--reason", "-r", prompt="Reason", help="Why; kept in the audit log.")]
@@ -99,15 +91,15 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
         if update is None:
             continue
         verdict = ledger.verdict_of(update.id)
-        told = {
+        summary = {
             "trained by update": update.id, "recipe": update.recipe.get("name", ""), "seed": update.seed,
             "data from": update.data_from, "data to": update.data_to, "store version": update.store_version,
             "cost": lines(update.cost), "verdict": verdict.outcome if verdict else "none",
             "report": verdict.report_key if verdict else "none",
         }  # fmt: skip
         if verdict is not None and (beside := "\n".join(diagnostics_lines(verdict.summary.get("diagnostics") or {}))):
-            told["beside the verdict"] = printable(beside)
-        facts |= {f"{family}: {name}": value for name, value in told.items()}
+            summary["beside the verdict"] = printable(beside)
+        facts |= {f"{family}: {name}": value for name, value in summary.items()}
     table = Table(show_header=False, title=f"Release {number}")
     for name, value in facts.items():
         table.add_row(name, Text(str(value)))
@@ -122,7 +114,7 @@ def rollback(
         int | None, typer.Option(help="Release to go back to; the one before the live one by default.")
     ] = None,
     family: Annotated[
-        Kind | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
+        Family | None, typer.Option(help="Only this adapter goes back; the other stays what is live.")
     ] = None,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
     offline: Annotated[
@@ -139,8 +131,7 @@ def rollback(
         _roll_back_offline(settings, reason, to, family, expected_live)
         return
     with _operator(settings) as client:
-        chosen = None if family is None else family.value
-        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=chosen))
+        _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
     _say_held(settings)
 
 
@@ -215,13 +206,13 @@ def _sets(row: ProposalRow) -> str:
 
 
 def _roll_back_offline(
-    settings: Settings, reason: str, to: int | None, family: Kind | None, expected_live: int | None
+    settings: Settings, reason: str, to: int | None, family: Family | None, expected_live: int | None
 ) -> None:
     from serving.app import serves_vlm
     from serving.releases.offline import roll_back_offline
 
     served: list[Family] = ["clip", "vlm"] if serves_vlm(settings) else ["clip"]
-    families: list[Family] = served if family is None else [family.value]
+    families: list[Family] = served if family is None else [family]
     row = roll_back_offline(
         Ledger.open(settings.ledger), families, to=to, actor=ctx.person(), reason=reason, expected_live=expected_live,
         hold_after_rollback=settings.rollout.hold_after_rollback,

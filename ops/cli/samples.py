@@ -141,7 +141,7 @@ def show(
     values = {
         **dict(facts(row)),
         "bytes": str(len(row["image"])),
-        "thumbnail": f"http://{console.host}:{console.port}/samples/{row['id']}.png",
+        "thumbnail": f"{console.url}/samples/{row['id']}.png",
     }
     if as_json:
         typer.echo(json.dumps(values, indent=2))
@@ -160,17 +160,17 @@ def stats(context: typer.Context, as_json: AsJson = False) -> None:
     """
     from streams.sample_queries import store_stats
 
-    found = store_stats(_store(context))
-    groups = {f"samples by {name}": values.top(TOP) for name, values in found.samples.items()}
-    groups |= {f"refused records by {name}": values.top(TOP) for name, values in found.refusals.items()}
+    stats = store_stats(_store(context))
+    groups = {f"samples by {name}": values.top(TOP) for name, values in stats.samples.items()}
+    groups |= {f"refused records by {name}": values.top(TOP) for name, values in stats.refusals.items()}
     kinds = ("sample", "train", "fresh_eval", "duplicate", "quarantine", "tombstone", "deleted", "gap_offsets")
-    counts = {name: found.tally[name] for name in kinds}
-    counts |= {"bytes": found.tally["bytes"], "bytes on disk": found.size}
+    counts = {name: stats.tally[name] for name in kinds}
+    counts |= {"bytes": stats.tally["bytes"], "bytes on disk": stats.size}
     if as_json:
         values = {name: dict(rows) for name, rows in groups.items()}
-        typer.echo(json.dumps({"version": found.version, **counts, **values}, indent=2))
+        typer.echo(json.dumps({"version": stats.version, **counts, **values}, indent=2))
         return
-    table = Table("", Column("count", justify="right"), title=f"Sample store, version {found.version}")
+    table = Table("", Column("count", justify="right"), title=f"Sample store, version {stats.version}")
     for name, count in counts.items():
         table.add_row(name.replace("_", " "), f"{count:,}")
     Console().print(table)

@@ -36,8 +36,8 @@ def write_page(path: Path, title: str, rows: Iterable[Mapping[str, Any]], limits
     """Write samples with their images; returns how many. Raises ConfigError when the file cannot be written."""
     cards = [Card(thumbnail(row["image"], limits), list(facts(row))) for row in rows]
     template = resources.files("ops.cli").joinpath("templates/samples.html").read_text("utf-8")
-    made = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    page = Environment(autoescape=True).from_string(template).render(title=title, cards=cards, made=made)
+    date = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    page = Environment(autoescape=True).from_string(template).render(title=title, cards=cards, made=date)
     try:
         path.write_text(page, "utf-8", errors="replace")
     except OSError as error:

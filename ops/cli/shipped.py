@@ -35,7 +35,7 @@ def make_ready(settings: Settings) -> None:
 
 def make_base_ready(settings: Settings) -> None:
     """Build the shipped bases that are missing. Raises RatchetError when another base is not registered."""
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     if settings.base.clip not in list_bases(settings.home, "clip"):
         _only_shipped(settings.base.clip, CLIP, "--model ...")

@@ -57,7 +57,7 @@ def status(
 def collect(settings: Settings) -> dict[str, Any]:
     """The facts behind the screen, from the ledger, the sample store and the server's health."""
     from streams.store import SampleStore
-    from updater.learning_state import learning_states
+    from updater.scheduling.learning_state import learning_states
 
     ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
     capacity = settings.budget.gflops_per_day
@@ -68,7 +68,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "held": ledger.held(),
         "updates": [(update, ledger.verdict_of(update.id)) for update in ledger.updates(5)],
         "visits": {each.id: visits(each) for each in ledger.updates(5)},
-        "learning": {family: state.facts() for family, state in learning_states(settings, ledger, store).items()},
+        "learning": {family: state.to_json() for family, state in learning_states(settings, ledger, store).items()},
         "proposals": ledger.pending_proposals(),
         "budget_level": ledger.bucket_level(time.time(), capacity / 86400, capacity),
         "budget_capacity": capacity,
@@ -114,7 +114,7 @@ def _controller(settings: Settings) -> dict[str, Any]:
     ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
     from serving.client import Client
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     base = settings.base.vlm
     vlm: dict[str, Any] = {
@@ -123,17 +123,17 @@ def _controller(settings: Settings) -> dict[str, Any]:
     rollout: dict[str, Any] = {"state": "unknown"}
     catalog: dict[str, Any] | None = None
     replicas: dict[str, dict[str, int]] = {}
-    trouble = ""
+    last_error = ""
     try:
         with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
             vlm["problem"] = status.get("vlm_problem", "")
-            replicas, trouble = controller["replicas"], controller["trouble"]
+            replicas, last_error = controller["replicas"], controller["trouble"]
     except RatchetError:
         pass
-    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": trouble}
+    return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": last_error}
 
 
 def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
@@ -145,16 +145,17 @@ def replica_lines(replicas: dict[str, dict[str, int]]) -> str:
     return lines
 
 
-def rollout_line(told: dict[str, Any]) -> str:
+def rollout_line(rollout: dict[str, Any]) -> str:
     """What the guard watches, in one line; empty when it watches nothing."""
-    if "release" not in told:
+    if "release" not in rollout:
         return ""
-    what = {"guard": "guard watches", "shadow": "shadow"}.get(told["state"], f"canary {told['share']:.0%}")
+    what = {"guard": "guard watches", "shadow": "shadow"}.get(rollout["state"], f"canary {rollout['share']:.0%}")
     agree = ", ".join(
-        f"{family} agrees on {seen['agreed']} of {seen['inputs']}" for family, seen in sorted(told["compared"].items())
+        f"{family} agrees on {seen['agreed']} of {seen['inputs']}"
+        for family, seen in sorted(rollout["compared"].items())
     )
-    left = "" if told["seconds_left"] is None else f", {told['seconds_left']:.0f} s left"
-    return f"{what} release {told['release']} against {told['incumbent']}: {agree}{left}\n"
+    left = "" if rollout["seconds_left"] is None else f", {rollout['seconds_left']:.0f} s left"
+    return f"{what} release {rollout['release']} against {rollout['incumbent']}: {agree}{left}\n"
 
 
 def catalog_lines(catalog: dict[str, Any] | None) -> str:
@@ -248,17 +249,18 @@ def _learning(facts: dict[str, Any]) -> Panel:
     if not running and (upgrade := facts["approved_upgrade"]) is not None:
         state = f"base {upgrade.new_name} passed the gate: ratchet base switch {upgrade.new_name}"
     lines = [state, f"budget {bar:<20} {share:.0%}", f"{facts['budget_level']:,.0f} MAF-GFLOPs left"]
-    lines += [learning_line(family, told) for family, told in facts["learning"].items()]
+    lines += [learning_line(family, state) for family, state in facts["learning"].items()]
     return Panel(Text("\n".join(lines)), title="learning")
 
 
-def learning_line(family: str, told: dict[str, Any]) -> str:
+def learning_line(family: str, state: dict[str, Any]) -> str:
     """Fresh items and alpha of one model, and the candidate that waits for more of them."""
-    line = f"{family}: {told['fresh_items']:,} of {told['fresh_items_needed']:,} fresh items"
-    left = told["alpha"] - told["alpha_spent"]
-    line += f"\n  alpha {told['alpha']:g}: {told['alpha_spent']:.2g} spent since the last release, {left:.2g} left"
-    if (kept := told["kept"]) is not None:
-        line += f"\n  {kept['adapter']}: {kept['looks']} looks, the next with {kept['asked_again_with']:,} fresh items"
+    line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
+    left = state["alpha"] - state["alpha_spent"]
+    line += f"\n  alpha {state['alpha']:g}: {state['alpha_spent']:.2g} spent since the last release, {left:.2g} left"
+    if (candidate := state["kept"]) is not None:
+        items = f"{candidate['asked_again_with']:,} fresh items"
+        line += f"\n  {candidate['adapter']}: {candidate['looks']} looks, the next with {items}"
     return line
 
 

@@ -18,7 +18,7 @@ from ops.settings_file import update_section
 
 if TYPE_CHECKING:
     from serving.engines.backends import EngineChoice
-    from serving.engines.base import ClipBase
+    from serving.engines.clip_base import ClipBase
 
 MARK = "tuned"
 """File in ``home/engines`` that says that this was done."""
@@ -26,7 +26,7 @@ MARK = "tuned"
 
 def run_tune(shared: Context) -> None:
     """Measure, print, write. Raises ConfigError, BaseModelError."""
-    from serving.engines.base import load_base
+    from serving.engines.clip_base import load_base
     from serving.engines.engine_choice import WORKLOADS
     from serving.engines.tuning import tune
 

@@ -22,7 +22,7 @@ from serving.client import Client, ServerError
 from serving.engines.registered import names_by_digest
 from streams.images import decode_image
 from streams.store import SampleStore
-from updater.learning_state import LearningState, learning_states
+from updater.scheduling.learning_state import LearningState, learning_states
 
 Result = TypeVar("Result")
 STATUS_SECONDS = 2.0

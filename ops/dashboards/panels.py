@@ -95,7 +95,7 @@ def number(
         nothing: what to show while there is no value.
         names: show the legend instead of the value.
     """
-    made = (
+    panel = (
         stat.Panel()
         .title(title)
         .description(description)
@@ -112,10 +112,10 @@ def number(
         .text_mode(kinds.BigValueTextMode.NAME if names else _text_mode(queries))
     )
     if words:
-        made.mappings([_words(words)])
+        panel.mappings([_words(words)])
     if decimals is not None:
-        made.decimals(decimals)
-    return _with(made, queries, instant=not trend or names)
+        panel.decimals(decimals)
+    return _with(panel, queries, instant=not trend or names)
 
 
 def lines(
@@ -139,7 +139,7 @@ def lines(
         stairs: values that stay until they change.
         least, most: what the axis shows at least.
     """
-    made = (
+    panel = (
         timeseries.Panel()
         .title(title)
         .description(description)
@@ -162,15 +162,15 @@ def lines(
         )
     )
     if stacked:
-        made.stacking(common.StackingConfig().mode(kinds.StackingMode.NORMAL))
+        panel.stacking(common.StackingConfig().mode(kinds.StackingMode.NORMAL))
     if steps:
-        made.thresholds(_thresholds(steps))
-        made.thresholds_style(common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED))
+        panel.thresholds(_thresholds(steps))
+        panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED))
     if least is not None:
-        made.axis_soft_min(least)
+        panel.axis_soft_min(least)
     if most is not None:
-        made.axis_soft_max(most)
-    return _with(made, queries)
+        panel.axis_soft_max(most)
+    return _with(panel, queries)
 
 
 def bars(
@@ -185,7 +185,7 @@ def bars(
     height: int = 9,
 ) -> bargauge.Panel:
     """One bar for each series, at its newest value."""
-    made = (
+    panel = (
         bargauge.Panel()
         .title(title)
         .description(description)
@@ -202,8 +202,8 @@ def bars(
         .color_scheme(make.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
     )
     if most is not None:
-        made.max(most)
-    return _with(made, queries, instant=True)
+        panel.max(most)
+    return _with(panel, queries, instant=True)
 
 
 def states(
@@ -216,7 +216,7 @@ def states(
     height: int = 8,
 ) -> statetimeline.Panel:
     """Bands of states over time. ``words``: text and colour of each value."""
-    made = (
+    panel = (
         statetimeline.Panel()
         .title(title)
         .description(description)
@@ -230,12 +230,12 @@ def states(
         .thresholds(_thresholds([(None, GREY)]))
         .color_scheme(make.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
     )
-    return _with(made, queries)
+    return _with(panel, queries)
 
 
 def heat(title: str, description: str, unit: str, expr: str, *, width: int = 12, height: int = 8) -> heatmap.Panel:
     """A histogram over time. ``expr`` gives increases by ``le``."""
-    made = (
+    panel = (
         heatmap.Panel()
         .title(title)
         .description(description)
@@ -248,14 +248,14 @@ def heat(title: str, description: str, unit: str, expr: str, *, width: int = 12,
         .color(heatmap.HeatmapColorOptions().mode(heat_kinds.HeatmapColorMode.SCHEME).scheme("Blues").steps(32))
     )
     target = _target(expr, "{{le}}", "A").format(query_kinds.PromQueryFormat.HEATMAP)
-    return made.with_target(target)
+    return panel.with_target(target)
 
 
-def _with(made: Made, queries: Sequence[Query], instant: bool = False) -> Made:
+def _with(panel: Made, queries: Sequence[Query], instant: bool = False) -> Made:
     for letter, (expr, legend) in zip("ABCDEFGH", queries, strict=False):
         target = _target(expr, legend, letter)
-        made.with_target(target.instant() if instant else target.range())
-    return made
+        panel.with_target(target.instant() if instant else target.range())
+    return panel
 
 
 def _target(expr: str, legend: str, letter: str) -> prometheus.Dataquery:

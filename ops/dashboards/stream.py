@@ -65,7 +65,7 @@ def dashboard() -> make.Dashboard:
             (f"sum(rate(ratchet_ingest_quarantined_total{RATE})) or vector(0)", "quarantined"), stacked=True,
         ),
         lines(
-            "Quarantined by reason", "Refused records a second. They are kept: mend the producer and publish them "
+            "Quarantined by reason", "Refused records a second. They are kept: fix the producer and publish them "
             "again.", "cps",
             (f"sum by (reason) (rate(ratchet_ingest_quarantined_total{RATE})) or vector(0)", "{{reason}}"),
         ),

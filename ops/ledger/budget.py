@@ -59,7 +59,7 @@ class BudgetQueries:
 
 
 def _refill(session: Session, now: float, rate: float, capacity: float) -> t.Bucket:
-    bucket = _locked(session) or _made(session, now, capacity)
+    bucket = _locked(session) or _create(session, now, capacity)
     elapsed = now - bucket.refilled_at
     if elapsed > 0:
         bucket.level = min(capacity, bucket.level + elapsed * rate)
@@ -75,7 +75,7 @@ def _locked(session: Session) -> t.Bucket | None:
     return session.get(t.Bucket, 1, with_for_update=True)
 
 
-def _made(session: Session, now: float, capacity: float) -> t.Bucket:
+def _create(session: Session, now: float, capacity: float) -> t.Bucket:
     try:
         with session.begin_nested():
             session.add(t.Bucket(id=1, level=capacity, refilled_at=now))

@@ -35,7 +35,7 @@ OUTAGES: Final = (OperationalError, InterfaceError, InternalError, PoolTimeout)
 """What SQLAlchemy raises when the database is away, silent, full, read-only or too busy."""
 FIX: Final = "What is in service goes on. Bring the database back; nothing else needs to be done."
 
-Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 
 class _SharedSession(threading.local):
@@ -204,7 +204,7 @@ def _migrate(database: Database) -> None:
         command.upgrade(alembic_config(connection), "head")
 
 
-def as_row(kind: type[Row], source: Any) -> Row:
+def as_row(kind: type[Result], source: Any) -> Result:
     """Copy the columns of a mapped object into a frozen row."""
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     return kind(**{field.name: getattr(source, field.name) for field in fields})

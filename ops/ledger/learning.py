@@ -12,7 +12,7 @@ from ops.errors import LedgerError
 from ops.ledger import tables as t
 from ops.ledger.database import Database, as_row
 from ops.ledger.events import add_event, clipped
-from ops.ledger.rows import AdapterRow, Outcome, UpdateRow, UpdateState, VerdictRow
+from ops.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
 
 RELEASED_VERDICTS = 500
 """That are looked through for the best release."""
@@ -183,7 +183,7 @@ class LearningQueries:
             return None if row is None else as_row(UpdateRow, row)
 
     def record_verdict(
-        self, update_id: str, adapter: str, outcome: Outcome, report_key: str, summary: dict[str, Any]
+        self, update_id: str, adapter: str, outcome: GateOutcome, report_key: str, summary: dict[str, Any]
     ) -> VerdictRow:
         """Record the gate's verdict; an update has one, and a second call returns the first."""
         with self.database.write() as session:

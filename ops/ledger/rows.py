@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 Family = Literal["clip", "vlm"]
 Scope = Literal["clip", "vlm", "both"]
 """Which adapters a proposal sets; the other stays what is live when it is committed."""
-Outcome = Literal["passed", "rejected", "inconclusive"]
+GateOutcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
@@ -69,7 +69,7 @@ class VerdictRow:
     id: int
     update_id: str
     adapter: str
-    outcome: Outcome
+    outcome: GateOutcome
     report_key: str
     summary: dict[str, Any]
     created_at: datetime

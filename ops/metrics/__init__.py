@@ -6,7 +6,7 @@ it is in :mod:`ops.metrics.exposition`.
 """
 
 from ops.metrics.declared import names
-from ops.metrics.exposition import PARTS, Part, exposition, listen
+from ops.metrics.exposition import NAME_PREFIXES, Process, exposition, listen
 from ops.metrics.learning import gate, update
 from ops.metrics.models import catalog, drift, encoder, vlm
 from ops.metrics.rollout import rollout
@@ -14,6 +14,6 @@ from ops.metrics.serving import build, http, operator, release
 from ops.metrics.stream import events, ingest, maintain
 
 __all__ = [
-    "PARTS", "Part", "build", "catalog", "drift", "encoder", "events", "exposition", "gate", "http", "ingest", "listen",
-    "maintain", "names", "operator", "release", "rollout", "update", "vlm",
+    "NAME_PREFIXES", "Process", "build", "catalog", "drift", "encoder", "events", "exposition", "gate", "http",
+    "ingest", "listen", "maintain", "names", "operator", "release", "rollout", "update", "vlm",
 ]  # fmt: skip

@@ -331,15 +331,15 @@ for _action in ("release", "promote", "rollback", "hold", "resume"):
 
 def names() -> dict[str, set[str]]:
     """What Prometheus gets: the labels of each sample name, those that the client adds (``le``, ``pid``) included."""
-    found: dict[str, set[str]] = {}
+    labels_of: dict[str, set[str]] = {}
     for metric in list(globals().values()):
         if isinstance(metric, Counter):
-            found[f"{metric._name}_total"] = set(metric._labelnames)
+            labels_of[f"{metric._name}_total"] = set(metric._labelnames)
         elif isinstance(metric, Gauge):
-            found[metric._name] = set(metric._labelnames) | (
+            labels_of[metric._name] = set(metric._labelnames) | (
                 {"pid"} if metric._multiprocess_mode == "liveall" else set()
             )
         elif isinstance(metric, Histogram):
-            found[f"{metric._name}_bucket"] = {*metric._labelnames, "le"}
-            found[f"{metric._name}_sum"] = found[f"{metric._name}_count"] = set(metric._labelnames)
-    return found
+            labels_of[f"{metric._name}_bucket"] = {*metric._labelnames, "le"}
+            labels_of[f"{metric._name}_sum"] = labels_of[f"{metric._name}_count"] = set(metric._labelnames)
+    return labels_of

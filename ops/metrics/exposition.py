@@ -20,8 +20,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest, mult
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-Part = Literal["ingest", "maintain", "update", "serve"]
-PARTS: dict[Part, tuple[str, ...]] = {
+Process = Literal["ingest", "maintain", "update", "serve"]
+NAME_PREFIXES: dict[Process, tuple[str, ...]] = {
     "ingest": ("ratchet_ingest_", "ratchet_store_"),
     "maintain": ("ratchet_maintain_", "ratchet_deletion", "ratchet_events_"),
     "update": ("ratchet_update", "ratchet_budget_", "ratchet_gate_"),
@@ -30,18 +30,18 @@ PARTS: dict[Part, tuple[str, ...]] = {
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 
-def exposition(part: Part) -> bytes:
+def exposition(part: Process) -> bytes:
     """The text that Prometheus scrapes of a part: of all processes that share the folder, if there is one."""
     return generate_latest(_registry(part, _own_folder()))
 
 
-def listen(part: Part, port: int, host: str = "127.0.0.1", folder: Path | None = None) -> None:
+def listen(part: Process, port: int, host: str = "127.0.0.1", folder: Path | None = None) -> None:
     """Serve the metrics of this process, or of those that share ``folder``; port 0 is off."""
     if port:
         start_http_server(port, addr=host, registry=_registry(part, folder or _own_folder()))
 
 
-def belongs(name: str, part: Part) -> bool:
+def belongs(name: str, part: Process) -> bool:
     """Whether a part exports the metric of this name.
 
     Ray's own processes write into the same folder; their metrics are scraped from Ray. vLLM has no port of its own, so
@@ -54,14 +54,14 @@ def belongs(name: str, part: Part) -> bool:
     return part != "serve" or name.startswith("vllm:")
 
 
-def _owner(name: str) -> Part:
-    return next((part for part, beginnings in PARTS.items() if name.startswith(beginnings)), "serve")
+def _owner(name: str) -> Process:
+    return next((part for part, beginnings in NAME_PREFIXES.items() if name.startswith(beginnings)), "serve")
 
 
 class _Own(Collector):
     """What belongs to one part, of what another collector has."""
 
-    def __init__(self, part: Part, folder: Path | None) -> None:
+    def __init__(self, part: Process, folder: Path | None) -> None:
         self.part = part
         self.folder = folder
         self.whole: Collector = (
@@ -74,7 +74,7 @@ class _Own(Collector):
         return [metric for metric in self.whole.collect() if belongs(metric.name, self.part)]
 
 
-def _registry(part: Part, folder: Path | None) -> CollectorRegistry:
+def _registry(part: Process, folder: Path | None) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(_Own(part, folder))
     return registry

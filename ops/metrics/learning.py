@@ -93,9 +93,9 @@ class gate:
         d.BUDGET_SPENT.labels("gate").inc(spent * GIGA)
 
     @staticmethod
-    def last(family: str, outcome: str, at: float) -> None:
+    def last(family: str, outcome: str, timestamp: float) -> None:
         """When a verdict with this outcome fell last; seconds since 1970."""
-        d.GATE_LAST.labels(family, outcome).set(at)
+        d.GATE_LAST.labels(family, outcome).set(timestamp)
 
     @staticmethod
     def scored(family: str, scores: Sequence[Score]) -> None:

@@ -76,9 +76,9 @@ class release:
         d.RELEASE_LIVE.labels(part).set(number)
 
     @staticmethod
-    def committed(at: float) -> None:
+    def committed(timestamp: float) -> None:
         """When the live release was committed; seconds since 1970."""
-        d.RELEASE_COMMITTED.set(at)
+        d.RELEASE_COMMITTED.set(timestamp)
 
     @staticmethod
     def phase(phase: str, seconds: float) -> None:

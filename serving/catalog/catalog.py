@@ -1,7 +1,7 @@
 """The catalog of one server: which image spaces are resident, searches in them, and the loops that keep them.
 
-:mod:`reconcile` brings every sample into every resident space, :mod:`index_keeper` makes their indexes, :mod:`claims`
-tells other servers on the same lake which tables are needed here.
+`reconcile` brings every sample into every resident space, `index_maintainer` makes their indexes, `claims` tells
+other servers on the same lake which tables are needed here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ops.errors import StoreError
 from ops.settings import Catalog as CatalogSettings
 from serving.catalog.claims import RENEW_SECONDS, SpaceClaims
 from serving.catalog.corpus import Corpus
-from serving.catalog.crossing import search_across, usable
+from serving.catalog.cross_version import search_across, usable
 from serving.catalog.embedding import Encode, Pixels
-from serving.catalog.index_keeper import IndexKeeper
+from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.reconcile import Reconciler
 from serving.catalog.space_fill import SpaceFill
@@ -52,11 +52,11 @@ class Catalog:
         self.corpus = corpus
         self.claims = SpaceClaims(tables.url, secrets.token_hex(16))
         self.reconciler = Reconciler(tables, corpus, pixels, encode, settings.background_calls)
-        self.keeper = IndexKeeper(tables, settings, self.reconciler.spaces, self.sample)
+        self.maintainer = IndexMaintainer(tables, settings, self.reconciler.spaces, self.sample)
         self._awaited: Counter[str] = Counter()
         """Calls that wait for a space to be complete. It stays meanwhile: the release that it is prepared for is not
         among those that a controller retires others for."""
-        self.crossings: dict[str, str] = {}
+        self.cross_version: dict[str, str] = {}
         """Spaces that may be searched by the vectors of another one until they are complete, and which one."""
         self._reads = ThreadPoolExecutor(SEARCH_THREADS, "search")
         self._live = 0
@@ -67,7 +67,7 @@ class Catalog:
         Returns its rows.
 
         Args:
-            most_seconds: to wait; a space of :attr:`crossings` may go live before it is complete.
+            most_seconds: to wait; a space of :attr:`cross_version` may go live before it is complete.
 
         Raises:
             StoreError: no row was added for :data:`STALL_SECONDS`.
@@ -121,7 +121,7 @@ class Catalog:
             self.reconciler.release(space)
         for snapshot in spaces.values():
             self.reconciler.reside(snapshot).clip = snapshot.clip  # the adapter that made it may be gone
-        self.crossings = {new: old for new, old in self.crossings.items() if new in self.reconciler.fills}
+        self.cross_version = {new: old for new, old in self.cross_version.items() if new in self.reconciler.fills}
         gone = await self._drop_others(spare) if drop else []
         await self.reconciler.in_thread(self.tables.forget_others, tuple(self.reconciler.fills))
         return gone
@@ -130,8 +130,8 @@ class Catalog:
         """See :meth:`Tables.search`. Raises StoreError when the space is not resident."""
         if space not in self.reconciler.fills:
             raise StoreError(f"image space {space} has no index here.", "Use a resident release.")
-        self.keeper.recent.add(space, vector)
-        old = usable(self.crossings, space, self.reconciler.complete())
+        self.maintainer.recent.add(space, vector)
+        old = usable(self.cross_version, space, self.reconciler.complete())
         try:
             if old is None:
                 return await self.read(self.tables.search, space, vector, k, filters)
@@ -170,7 +170,7 @@ class Catalog:
     def status(self) -> dict[str, Any]:
         """Rows, coverage, backfill and index of each resident space; unreadable images count as done."""
         spaces = {
-            space: {**fill.status(), "index": self.keeper.status(space)}
+            space: {**fill.status(), "index": self.maintainer.status(space)}
             for space, fill in self.reconciler.fills.items()
         }
         return {
@@ -178,8 +178,8 @@ class Catalog:
             "coverage": min((space["coverage"] for space in spaces.values()), default=0.0),
             "spaces": spaces,
             "searchable_seconds": self.reconciler.searchable_seconds,
-            "pieces_at_once": self.reconciler.embedder.pace.width,
-            "trouble": self.reconciler.trouble,
+            "chunks_at_once": self.reconciler.embedder.pace.width,
+            "trouble": self.reconciler.last_error,
         }
 
     async def run(self) -> None:
@@ -187,7 +187,7 @@ class Catalog:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._claim())
             tasks.create_task(self.reconciler.run())
-            tasks.create_task(self.keeper.run())
+            tasks.create_task(self.maintainer.run())
 
     async def _wait_for(self, space: str, version: int) -> None:
         rows, since = -1, time.monotonic()
@@ -197,7 +197,7 @@ class Catalog:
             elif time.monotonic() - since > STALL_SECONDS:
                 raise StoreError(
                     f"the backfill of image space {space} stands still at {fill.coverage.ratio:.1%}: "
-                    f"{self.reconciler.trouble or 'no piece was embedded'}.",
+                    f"{self.reconciler.last_error or 'no chunk was embedded'}.",
                     "Look at the encoders' log; what is embedded stays, and the next try goes on from there.",
                 )
             with contextlib.suppress(TimeoutError):
@@ -205,7 +205,7 @@ class Catalog:
                     await self.reconciler.changed.wait()
 
     def _is_covered(self, fill: SpaceFill, version: int) -> bool:
-        return fill.complete >= version and self.keeper.is_ready(fill.space, fill.coverage.rows)
+        return fill.complete >= version and self.maintainer.is_ready(fill.space, fill.coverage.rows)
 
     async def _drop_others(self, spare: Collection[str]) -> list[str]:
         stored = await self.reconciler.in_thread(self.tables.spaces)
@@ -229,4 +229,4 @@ class Catalog:
     def _residency_changed(self) -> None:
         self._claimed.set()
         self.reconciler.wake()
-        self.keeper.wake()
+        self.maintainer.wake()

@@ -1,4 +1,4 @@
-"""From samples to vectors: several pieces at once, over all encoder replicas, as fast as serving leaves room for."""
+"""From samples to vectors: several chunks at once, over all encoder replicas, as fast as serving leaves room for."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ops.priority import nice_thread
 from serving.catalog.corpus import COLUMNS, Corpus, with_text
 
 log = logging.getLogger("ratchet.catalog")
-PIECE_ROWS: Final = 32
+CHUNK_ROWS: Final = 32
 """Rows of one background call: 0.4 s of encoding at 12 ms an image, and 5 MB of pixels."""
 DECODING_THREADS: Final = 2
 DECODING_NICE: Final = 10
 """Requests come first."""
 SLOWER: Final = 2.0
-"""A piece that takes this multiple of the fastest one waits for requests, or for other pieces."""
+"""A chunk that takes this multiple of the fastest one waits for requests, or for other chunks."""
 REMEMBERED: Final = 64
-"""Pieces among which the fastest one is looked for: what else runs on the machine changes with time."""
+"""Chunks among which the fastest one is looked for: what else runs on the machine changes with time."""
 
 Pixels = Callable[[bytes], npt.NDArray[np.uint8]]
 """Encoded image to uint8 [S, S, 3]. Raises RecordError for one that can never be embedded."""
@@ -49,12 +49,12 @@ class Embedded:
 
 
 class Pace:
-    """How many pieces are embedded at once.
+    """How many chunks are embedded at once.
 
     Additive increase, multiplicative decrease (Chiu and Jain, "Analysis of the increase and decrease algorithms for
-    congestion avoidance in computer networks", 1989): one more after each full set of pieces that were about as fast as
-    the fastest one, half as many after one that was much slower. Encoders put requests before pieces, so a busy server
-    makes pieces slow; and more pieces than replicas make each other slow, so the number follows that of the replicas.
+    congestion avoidance in computer networks", 1989): one more after each full set of chunks that were about as fast as
+    the fastest one, half as many after one that was much slower. Encoders put requests before chunks, so a busy server
+    makes chunks slow; and more chunks than replicas make each other slow, so the number follows that of the replicas.
     """
 
     def __init__(self, most: int) -> None:
@@ -64,11 +64,11 @@ class Pace:
 
     @property
     def width(self) -> int:
-        """Pieces at once, 1 at least."""
+        """Chunks at once, 1 at least."""
         return int(self._width)
 
     def ended(self, rows: int, seconds: float) -> None:
-        """A piece was embedded in this time."""
+        """A chunk was embedded in this time."""
         each = seconds / max(1, rows)
         self._seconds.append(each)
         if each > SLOWER * min(self._seconds):
@@ -78,13 +78,13 @@ class Pace:
 
 
 class Embedder:
-    """Reads, decodes and encodes pieces. Use from one event loop."""
+    """Reads, decodes and encodes chunks. Use from one event loop."""
 
-    def __init__(self, corpus: Corpus, pixels: Pixels, encode: Encode, most_pieces: int) -> None:
+    def __init__(self, corpus: Corpus, pixels: Pixels, encode: Encode, most_chunks: int) -> None:
         """Args:
-        most_pieces: at once.
+        most_chunks: at once.
         """
-        self.pace = Pace(most_pieces)
+        self.pace = Pace(most_chunks)
         self.encode = encode
         self._corpus = corpus
         self._pixels = pixels

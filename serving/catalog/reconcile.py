@@ -34,7 +34,7 @@ class Reconciler:
 
     def __init__(self, tables: Tables, corpus: Corpus, pixels: Pixels, encode: Encode, background_calls: int) -> None:
         """Args:
-        background_calls: most pieces that are embedded at once.
+        background_calls: most chunks that are embedded at once.
         """
         self.ids = CorpusIds()
         self.fills: dict[str, SpaceFill] = {}
@@ -44,7 +44,7 @@ class Reconciler:
         self.changed = asyncio.Condition()
         """Notified when a space has become complete."""
         self.searchable_seconds: float | None = None
-        self.trouble = ""
+        self.last_error = ""
         self._tables = tables
         self._corpus = corpus
         self._io = ThreadPoolExecutor(1, "catalog")
@@ -93,7 +93,7 @@ class Reconciler:
             fill.coverage.prefer(self.ids.numbers(samples))
 
     async def run(self) -> None:
-        """Reconcile for ever. A trouble (store away, encoder restarting) is logged and tried again."""
+        """Reconcile for ever. A failure (store away, encoder restarting) is logged and tried again."""
         try:
             await self._run()
         finally:
@@ -126,7 +126,7 @@ class Reconciler:
         if worked or self._reported != (version, self.live_space):
             self._report()
             self._reported = (version, self.live_space)
-        self.trouble = str(errors[0])[:300] if errors else ""
+        self.last_error = str(errors[0])[:300] if errors else ""
         if errors:
             raise errors[0]
         return worked
@@ -141,7 +141,7 @@ class Reconciler:
         self._version = version
 
     async def _start(self, fill: SpaceFill, version: int) -> bool:
-        """Start pieces as long as there is room. True when the space is not complete."""
+        """Start chunks as long as there is room. True when the space is not complete."""
         if fill.complete == version or self.fills.get(fill.space) is not fill:
             return False
         if not fill.loaded:
@@ -156,7 +156,7 @@ class Reconciler:
     async def _store(self, fill: SpaceFill) -> None:
         rows = await fill.store()
         if rows is not None and fill.space == self.live_space and fill.complete >= 0:  # else it is a backfill
-            self._found(rows["ingested_at"].to_pylist())
+            self._record_delays(rows["ingested_at"].to_pylist())
 
     async def _mark_complete(self, fill: SpaceFill, version: int) -> None:
         if fill.complete == version or not fill.loaded or not fill.is_idle or fill.coverage.missing:
@@ -190,7 +190,7 @@ class Reconciler:
                 await wait_for_wake(self._wake, IDLE_SECONDS)
                 self._wake.clear()
 
-    def _found(self, ingested: list[datetime | None]) -> None:
+    def _record_delays(self, ingested: list[datetime | None]) -> None:
         """Samples became searchable under the live release."""
         for moment in ingested:
             if moment is not None:

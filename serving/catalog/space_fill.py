@@ -14,7 +14,7 @@ import pyarrow as pa
 from serving.catalog.corpus_ids import CorpusIds, Numbers
 from serving.catalog.coverage import BackfillRate, SpaceCoverage
 from serving.catalog.deletions import InThread
-from serving.catalog.embedding import PIECE_ROWS, Embedded, Embedder
+from serving.catalog.embedding import CHUNK_ROWS, Embedded, Embedder
 from serving.catalog.tables import Tables
 
 log = logging.getLogger("ratchet.catalog")
@@ -25,7 +25,7 @@ A commit a second costs little, a kill loses two seconds of work, and what is ne
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Chunk:
     """Samples that are embedded in one call, with their numbers in the corpus."""
 
     numbers: Numbers
@@ -47,13 +47,13 @@ class SpaceFill:
         self._ids = ids
         self._tables = tables
         self._in_thread = in_thread
-        self._running: dict[asyncio.Task[Embedded], Piece] = {}
-        self._finished: list[tuple[Piece, Embedded]] = []
+        self._running: dict[asyncio.Task[Embedded], Chunk] = {}
+        self._finished: list[tuple[Chunk, Embedded]] = []
         self._finished_at = 0.0
 
     @property
     def running(self) -> set[asyncio.Task[Embedded]]:
-        """Pieces that are being embedded."""
+        """Chunks that are being embedded."""
         return set(self._running)
 
     @property
@@ -68,32 +68,32 @@ class SpaceFill:
         self.loaded = True
 
     def start(self, embedder: Embedder) -> bool:
-        """Begin to embed the next piece. False when nothing is missing that is not being embedded."""
-        numbers = self.coverage.take(PIECE_ROWS)
+        """Begin to embed the next chunk. False when nothing is missing that is not being embedded."""
+        numbers = self.coverage.take(CHUNK_ROWS)
         if not len(numbers):
             return False
         self.rate.begin()
-        piece = Piece(numbers, self._ids.names(numbers))
-        self._running[asyncio.get_running_loop().create_task(self._embed(embedder, piece.samples))] = piece
+        chunk = Chunk(numbers, self._ids.names(numbers))
+        self._running[asyncio.get_running_loop().create_task(self._embed(embedder, chunk.samples))] = chunk
         return True
 
     def collect(self) -> list[BaseException]:
-        """Take over the pieces that are done. Returns why others failed, which are missing again."""
+        """Take over the chunks that are done. Returns why others failed, which are missing again."""
         errors: list[BaseException] = []
         for task in [task for task in self._running if task.done()]:
-            piece = self._running.pop(task)
+            chunk = self._running.pop(task)
             if task.cancelled() or (error := task.exception()) is not None:
-                self.coverage.give_back(piece.numbers)
+                self.coverage.give_back(chunk.numbers)
                 errors += [] if task.cancelled() or error is None else [error]
                 continue
             if not self._finished:
                 self._finished_at = time.monotonic()
-            self._finished.append((piece, task.result()))
+            self._finished.append((chunk, task.result()))
         return errors
 
     def is_due(self) -> bool:
         """Whether it is time to store what is embedded."""
-        rows = sum(len(piece.numbers) for piece, _ in self._finished)
+        rows = sum(len(chunk.numbers) for chunk, _ in self._finished)
         late = time.monotonic() - self._finished_at > STORE_SECONDS
         last = not self._running and self.coverage.missing <= rows
         return bool(self._finished) and (rows >= STORE_ROWS or late or last)
@@ -104,8 +104,8 @@ class SpaceFill:
         try:
             return await self._store(finished)
         finally:
-            for piece, _ in finished:
-                self.coverage.give_back(piece.numbers)
+            for chunk, _ in finished:
+                self.coverage.give_back(chunk.numbers)
 
     def cancel(self) -> None:
         """Stop what is being embedded; nothing more is stored."""
@@ -130,13 +130,13 @@ class SpaceFill:
         embedded = await embedder.embed(absent, self.clip)
         return Embedded(embedded.rows, embedded.vectors, embedded.unreadable, frozenset(present))
 
-    async def _store(self, finished: list[tuple[Piece, Embedded]]) -> pa.Table | None:
+    async def _store(self, finished: list[tuple[Chunk, Embedded]]) -> pa.Table | None:
         wanted = self._ids.wanted()
         names: dict[str, int] = {}
-        for piece, embedded in finished:
+        for chunk, embedded in finished:
             current = [
                 (number, name)
-                for number, name in zip(piece.numbers.tolist(), piece.samples, strict=True)
+                for number, name in zip(chunk.numbers.tolist(), chunk.samples, strict=True)
                 if wanted[number]  # not deleted meanwhile
             ]
             names.update({name: number for number, name in current})

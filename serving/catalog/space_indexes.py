@@ -92,9 +92,9 @@ class SpaceIndexes:
         if files is None or known.looked_on_disk or (dataset := self._newest(space)) is None:
             return False
         known.looked_on_disk = True
-        if (kept := files.load(space, dataset)) is None:
+        if (loaded := files.load(space, dataset)) is None:
             return False
-        index, built_rows = kept
+        index, built_rows = loaded
         rows = index.rows
         self._exchange(space, index, built_rows)
         with known.writing:

@@ -4,7 +4,7 @@ Several catalogs may write one table (two servers on one lake). ``id`` is the ta
 enforce on plain appends; a merge by it does, also against commits that come in between. So each row is there once.
 
 A search reads a table's vectors, exactly, or goes through the index in memory (:mod:`space_indexes`) where
-:mod:`index_keeper` has found that its recall is enough.
+:mod:`index_maintainer` has found that its recall is enough.
 """
 
 from __future__ import annotations
@@ -289,14 +289,14 @@ class Tables:
         Not LanceDB's create_table: that one, when it loses the race, overwrites the winner's table. With no retries the
         commit writes version 1 or fails.
         """
-        trouble: Exception | None = None
+        failure: Exception | None = None
         try:
             lance.LanceDataset.commit(self._address(space), lance.LanceOperation.Overwrite(schema, []), max_retries=0)
         except OSError as error:
-            trouble = error
+            failure = error
         table = self._keyed(space)
         if table is None:
-            raise StoreUnavailable(f"the table of image space {space} cannot be made: {trouble}.", "It is tried again.")
+            raise StoreUnavailable(f"the table of image space {space} cannot be made: {failure}.", "It is tried again.")
         return table
 
     def _rewrite(self, space: str, table: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is measured on the catalog now and then: its fragments, and drift. Recall is the index keeper's.
+"""What is measured on the catalog now and then: its fragments, and drift. Recall is the index maintainer's.
 
 Everything is read from the table of the live image space. So after a release both windows of the drift are in the new
 space, and after a restart they are the same samples as before.
@@ -27,7 +27,7 @@ class Watcher:
         self._seen = ("", 0)
 
     async def run(self) -> None:
-        """Measure for ever. A trouble is logged and tried again."""
+        """Measure for ever. A failure is logged and tried again."""
         while True:
             await asyncio.sleep(self.settings.seconds)
             try:

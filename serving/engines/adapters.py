@@ -31,8 +31,8 @@ from torch import nn
 from ops.digests import digest12, digest_bytes, digest_json, digest_tensors
 from ops.errors import AdapterError
 from ops.priority import breathe
-from serving.engines.base import ClipBase, can_carry_lora
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase, can_carry_lora
+from serving.engines.vlm.vlm_base import VlmBase
 
 FORMAT = 1
 WEIGHTS = "adapter_model.safetensors"
@@ -134,9 +134,9 @@ def write_adapter(
     ``tensors`` and ``config`` as PEFT makes them (``get_peft_model_state_dict``, ``LoraConfig.to_dict()``).
     """
     target = Path(directory)
-    kept = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
+    weights = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
     plain = canonical_config(config)
-    name = content_name(kept, plain, base.digest, base.family)
+    name = content_name(weights, plain, base.digest, base.family)
     if target.exists():
         there = adapter_name(target)
         if there != name:
@@ -148,7 +148,7 @@ def write_adapter(
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".adapter-", dir=target.parent))
     try:
-        save_file(kept, work / WEIGHTS, metadata={"format": "pt"})
+        save_file(weights, work / WEIGHTS, metadata={"format": "pt"})
         (work / CONFIG).write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n")
         about = {"format": FORMAT, "family": base.family, "name": name, "base": base.name, "base_digest": base.digest}
         (work / ABOUT).write_text(json.dumps(about, indent=1) + "\n")

@@ -26,7 +26,7 @@ from ops.priority import breathe
 from ops.settings import Settings
 from serving.engines.adapters import AdapterFiles, effective_weights, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
-from serving.engines.base import ClipBase, load_base
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.conv_layout import ROWS
 from serving.engines.cuda_graphs import SIZES
 from serving.engines.engine_choice import choose_engine, make_backend
@@ -194,13 +194,13 @@ class ClipEngine:
     def _get(self, adapter: str | None) -> _Resident:
         if adapter is None:
             return self._none
-        found = self._residents.get(adapter)
-        if found is None:
+        resident_adapter = self._residents.get(adapter)
+        if resident_adapter is None:
             raise AdapterError(
                 f"Adapter {adapter} is not resident (resident: {', '.join(self.resident) or 'none'}).",
                 "Load it first.",
             )
-        return found
+        return resident_adapter
 
     def _warmed(self, towers: Towers) -> Towers:
         """Run the shapes that requests will have: the first call of one chooses kernels, and captures a graph."""

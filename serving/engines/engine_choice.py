@@ -24,9 +24,10 @@ import numpy as np
 import torch
 
 from ops.digests import digest12, digest_json
+from ops.files import replace_file
 from ops.settings import Serve
 from serving.engines.backends import FLOAT32, Backend, EngineChoice, EngineName, Precision, Towers
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import ROWS
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import processor
@@ -249,9 +250,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    work = path.with_suffix(".new")
     try:
-        work.write_text(json.dumps(value, indent=1) + "\n")
-        work.replace(path)
+        replace_file(path, (json.dumps(value, indent=1) + "\n").encode())
     except OSError as error:
         log.warning("%s cannot be written (%s): the next process measures again", path, error)

@@ -19,7 +19,7 @@ from torch import nn
 
 from ops.errors import ConfigError
 from serving.engines.backends import Precision
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import ROWS
 from serving.engines.onnx_export import INPUT, exported
 from serving.engines.spaces import Tower, tower_of

@@ -8,8 +8,6 @@ a weight of its tower (a batch norm that was folded into its convolution) cannot
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -20,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from ops.errors import ConfigError
-from serving.engines.base import ClipBase, construct
+from ops.files import replacing
+from serving.engines.clip_base import ClipBase, construct
 from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import attend, is_self_attention
 from serving.engines.spaces import Tower, tower_of
@@ -111,22 +110,19 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
     size = base.preprocess.size
     example = torch.rand(2, 3, size, size) if tower == "image" else torch.randint(1, 100, (2, base.context_length))
     axes = {0: "n"} if tower == "image" else {0: "n", 1: "width"}
-    handle, work = tempfile.mkstemp(dir=path.parent, suffix=".exporting")
-    os.close(handle)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its operator has no ONNX
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with replacing(path) as work, warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # tracing warns of every shape that is read
             torch.onnx.export(
-                (_ImageTower if tower == "image" else _TextTower)(model), (example,), work, dynamo=False,
+                (_ImageTower if tower == "image" else _TextTower)(model), (example,), str(work), dynamo=False,
                 opset_version=OPSET, input_names=[INPUT[tower]], output_names=["vectors"], do_constant_folding=False,
                 dynamic_axes={INPUT[tower]: axes, "vectors": {0: "n"}},
             )  # fmt: skip
-        proto = onnx.load(work)
-        _strip(proto, weight_names(base, tower, model.state_dict()), onnx)
-        onnx.save(proto, work)
-        Path(work).replace(path)
+            proto = onnx.load(str(work))
+            _strip(proto, weight_names(base, tower, model.state_dict()), onnx)
+            onnx.save(proto, str(work))
     except ConfigError:
         raise
     except Exception as error:  # of an exporter that meets what it does not know, anything
@@ -136,7 +132,6 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        Path(work).unlink(missing_ok=True)
 
 
 def _strip(proto: Any, names: list[str], onnx: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ops.digests import digest12
 from ops.errors import BaseModelError
-from serving.engines.base import DESCRIPTION, ClipBase, list_bases, load_base
+from serving.engines.clip_base import DESCRIPTION, ClipBase, list_bases, load_base
 
 
 def base_of(home: Path, digest: str) -> ClipBase | None:

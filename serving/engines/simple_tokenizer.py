@@ -146,7 +146,7 @@ def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[
 
     while heap:
         lowest = heap[0][0]
-        made: list[int] = []
+        merged: list[int] = []
         while heap and heap[0][0] == lowest:
             _, left = heapq.heappop(heap)
             if rank_at(left) != lowest:  # one of the two is part of another merge by now
@@ -157,8 +157,8 @@ def merge(symbols: Sequence[str], ranks: Mapping[tuple[str, str], int]) -> list[
             following[left] = following[right]
             if following[right] >= 0:
                 previous[following[right]] = left
-            made.append(left)
-        for left in made:
+            merged.append(left)
+        for left in merged:
             for place in (previous[left], left):
                 if place >= 0 and (rank := rank_at(place)) is not None:
                     heapq.heappush(heap, (rank, place))

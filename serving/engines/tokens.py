@@ -156,5 +156,5 @@ def _pad_id(file: Path, inner: Any) -> int:
     token: Any = json.loads(config.read_text())["pad_token"] if config.is_file() else "[PAD]"
     if isinstance(token, dict):
         token = token["content"]
-    found = inner.token_to_id(token)
-    return int(found) if found is not None else 0
+    token_id = inner.token_to_id(token)
+    return int(token_id) if token_id is not None else 0

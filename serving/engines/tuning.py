@@ -19,8 +19,8 @@ import torch
 
 from ops.errors import ConfigError
 from serving.engines.backends import EngineChoice
-from serving.engines.base import ClipBase, load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.engine_choice import Measurement, all_choices, best_of, measure
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.processor import usable_cores

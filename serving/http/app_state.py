@@ -33,7 +33,7 @@ from serving.http.vector_cache import VectorCache
 from serving.releases.admission import Admission
 from serving.releases.commands import HoldingCommand, LiveCommand
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 if TYPE_CHECKING:
     from streams.resubmit_many import RefusalFilter
@@ -60,7 +60,7 @@ class Vlms(Protocol):
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """The answer piece by piece. Closing the iterator aborts the request."""
+        """The answer chunk by chunk. Closing the iterator aborts the request."""
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], snapshot: ReleaseSnapshot, deadline: float
@@ -84,7 +84,7 @@ class Index(Protocol):
 class Operations(Protocol):
     """See :class:`serving.releases.controller.ReleaseController`."""
 
-    async def change(self, command: LiveCommand) -> Outcome:
+    async def change(self, command: LiveCommand) -> ReleaseResult:
         """Carry out a release, promotion or rollback. Raises ReleaseError, ReleaseConflict, LedgerError."""
 
     async def hold(self, command: HoldingCommand) -> None:

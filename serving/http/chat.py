@@ -65,11 +65,11 @@ async def chat_completions(request: Request) -> Response:
             if not body.stream:
                 answer = ChatCompletion(snapshot, text_of).whole(await vlms.reply(generation, snapshot, deadline))
                 return JSONResponse(answer, headers=headers)
-            pieces = opened(vlms, generation, snapshot, deadline, held)
-            first = await anext(pieces, None)
+            chunks = opened(vlms, generation, snapshot, deadline, held)
+            first = await anext(chunks, None)
         if first is None:
             raise Unavailable("the model gave no answer.", "Try again.")
-        events = chunks(first, pieces, ChatCompletion(snapshot, text_of, body.include_usage))
+        events = chunk_events(first, chunks, ChatCompletion(snapshot, text_of, body.include_usage))
         held.push_async_callback(events.aclose)
         return EventStream(events, held.pop_all(), headers, deadline, lambda error: state.failed(snapshot, error))
 
@@ -81,30 +81,30 @@ def opened(
     deadline: float,
     held: contextlib.AsyncExitStack,
 ) -> AsyncIterator[TokenChunk]:
-    """The pieces of an answer; closing ``held`` closes them, which aborts the request in the engine."""
-    pieces = vlms.stream(generation, snapshot, deadline)
-    if isinstance(pieces, AsyncGenerator):
-        held.push_async_callback(pieces.aclose)
-    return pieces
+    """The chunks of an answer; closing ``held`` closes them, which aborts the request in the engine."""
+    chunks = vlms.stream(generation, snapshot, deadline)
+    if isinstance(chunks, AsyncGenerator):
+        held.push_async_callback(chunks.aclose)
+    return chunks
 
 
-async def chunks(
-    first: TokenChunk, pieces: AsyncIterator[TokenChunk], answer: ChatCompletion
+async def chunk_events(
+    first: TokenChunk, chunks: AsyncIterator[TokenChunk], answer: ChatCompletion
 ) -> AsyncGenerator[bytes, None]:
-    """Pieces as events."""
-    piece: TokenChunk | None = first
+    """Chunks as events."""
+    chunk: TokenChunk | None = first
     head = answer.first()
-    while piece is not None:
-        text = head + answer.piece(piece)
+    while chunk is not None:
+        text = head + answer.chunk(chunk)
         head = ""
-        if piece.finish:
-            yield text.encode() + answer.last(piece.finish, piece.prompt_tokens, piece.completion_tokens)
+        if chunk.finish:
+            yield text.encode() + answer.last(chunk.finish, chunk.prompt_tokens, chunk.completion_tokens)
             with contextlib.suppress(Exception):  # let it end by itself: closing it would abort what is done
-                await anext(pieces, None)
+                await anext(chunks, None)
             return
         if text:
             yield text.encode()
-        piece = await anext(pieces, None)
+        chunk = await anext(chunks, None)
     raise Unavailable("the answer broke off.", "Send the request again.")
 
 

@@ -45,7 +45,7 @@ UNSUPPORTED = {"audio", "prediction", "web_search_options", "moderation"}
 MESSAGE_FIELDS = {"name"}
 
 
-class Part(OpenAIBody):
+class ContentPart(OpenAIBody):
     """{"type": "text", "text": "..."} or {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}"""
 
     model_config = ConfigDict(extra="forbid")
@@ -54,7 +54,7 @@ class Part(OpenAIBody):
     image_url: ImageUrl | None = None
 
     @model_validator(mode="after")
-    def has_what_it_says(self) -> Part:
+    def has_what_it_says(self) -> ContentPart:
         """A part carries what its type names, and nothing else."""
         other = "image_url" if self.type == "text" else "text"
         if getattr(self, self.type) is None:
@@ -73,7 +73,7 @@ class ChatMessage(OpenAIBody):
 
     model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+    content: Annotated[list[ContentPart], BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart])]
 
 
 class StreamOptions(OpenAIBody):

@@ -1,6 +1,6 @@
 """OpenAI's objects for a chat answer, whole and in chunks.
 
-The parts of a chunk that stay the same are written once for each answer; a piece costs one ``json.dumps``.
+The parts of a chunk that stay the same are written once for each answer; each costs one ``json.dumps``.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class ChatCompletion:
         """The chunk before any text: who speaks."""
         return f'{self._delta}{{"role":"assistant","content":""}}{self._open}'
 
-    def piece(self, piece: TokenChunk) -> str:
-        """The chunk of one piece; nothing when it says nothing."""
+    def chunk(self, chunk: TokenChunk) -> str:
+        """The object of one chunk as JSON; empty when the chunk says nothing."""
         if self.text_of is None:
-            return f'{self._delta}{{"content":{dumps(piece.text)}}}{self._open}' if piece.text else ""
-        if not (piece.text or piece.tokens):
+            return f'{self._delta}{{"content":{dumps(chunk.text)}}}{self._open}' if chunk.text else ""
+        if not (chunk.text or chunk.tokens):
             return ""
-        scores = dumps(listed(piece.tokens, piece.logprobs, self.text_of))
-        delta = f'{{"content":{dumps(piece.text)}}}'
+        scores = dumps(listed(chunk.tokens, chunk.logprobs, self.text_of))
+        delta = f'{{"content":{dumps(chunk.text)}}}'
         return f'{self._delta}{delta},"logprobs":{scores},"finish_reason":null}}]{self._tail}'
 
     def last(self, finish: Finish, prompt: int, completion: int) -> bytes:

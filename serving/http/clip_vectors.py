@@ -21,7 +21,7 @@ from serving.engines.tokens import Tokenizer
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader, ImageSource
 from serving.http.vector_cache import CachedVector, VectorCache
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 log = logging.getLogger("ratchet.http")
@@ -34,7 +34,7 @@ Encoded = tuple[EncodeResult, list[int]]
 class Encoders(Protocol):
     """See :class:`serving.replicas.encoder_calls.EncoderCalls`."""
 
-    async def encode(self, kind: Kind, payload: object, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: object, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), by the snapshot's adapter."""
 
 
@@ -94,7 +94,7 @@ class ClipVectors:
         return await asyncio.to_thread(self.tokenizer.rows, texts)
 
     async def _vectors(
-        self, kind: Kind, space: str, digests: Sequence[bytes], encode: Callable[[list[int]], Awaitable[Encoded]]
+        self, kind: Modality, space: str, digests: Sequence[bytes], encode: Callable[[list[int]], Awaitable[Encoded]]
     ) -> Vectors:
         if not self.cache.max_bytes:
             answer, tokens = await encode(list(range(len(digests))))
@@ -120,7 +120,12 @@ class ClipVectors:
         )
 
     def _keep(
-        self, kind: Kind, space: str, digests: Iterable[bytes], entries: Sequence[CachedVector], answer: EncodeResult
+        self,
+        kind: Modality,
+        space: str,
+        digests: Iterable[bytes],
+        entries: Sequence[CachedVector],
+        answer: EncodeResult,
     ) -> None:
         answered = answer.image_space if kind == "image" else answer.text_space
         if answered != space:

@@ -14,7 +14,7 @@ from ops.ledger.rows import Family
 from serving.http.app_state import CLIP, VLM, AppState, app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.errors import ApiError
-from serving.http.image_bodies import Part, body_schemas, fields_of, read_parts
+from serving.http.image_bodies import FormField, body_schemas, fields_of, read_parts
 from serving.http.image_loader import ImageSource
 from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
@@ -73,7 +73,7 @@ async def read_inputs(request: Request, state: AppState) -> tuple[EmbeddingsRequ
         body = await json_body(request, EmbeddingsRequest)
         return body, [_input(f"input.{index}", item) for index, item in enumerate(body.items())]
     inputs: list[Input] = []
-    others: list[Part] = []
+    others: list[FormField] = []
     for name, value in parts:
         if isinstance(value, str) and name not in INPUT_NAMES:
             others.append((name, value))

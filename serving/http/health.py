@@ -12,7 +12,7 @@ from serving.errors import VlmStarting
 from serving.http import errors
 from serving.http.app_state import app_state, release_headers
 from serving.http.errors import ErrorBody, answer
-from serving.http.probes import Part, PartState, Probes
+from serving.http.probes import Component, ComponentState, Probes
 
 router = APIRouter(tags=["Health"])
 NOT_READY: dict[int | str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ async def live(request: Request) -> JSONResponse:
 
 @router.get("/health/ready", summary="Whether this node answers requests", responses=NOT_READY)
 async def ready(
-    request: Request, model: Annotated[Part, Query(description="Which model; by default CLIP.")] = "clip"
+    request: Request, model: Annotated[Component, Query(description="Which model; by default CLIP.")] = "clip"
 ) -> JSONResponse:
     """200 when a release is live and a text went through an encoder. The VLM and the catalog do not count: while one of
     them restarts, the others answer. A full queue is no outage.
@@ -46,7 +46,7 @@ async def ready(
 
 
 @router.get("/health/ready/{model}", summary="Whether this node answers requests to a model", responses=NOT_READY)
-async def ready_model(request: Request, model: Part) -> JSONResponse:
+async def ready_model(request: Request, model: Component) -> JSONResponse:
     """`clip`, `vlm` or `catalog`; 404 where no VLM is served."""
     return await _ready(request, model)
 
@@ -63,11 +63,11 @@ async def whole(request: Request) -> JSONResponse:
     return JSONResponse({"status": "degraded", "parts": parts, **error}, 503)
 
 
-async def _ready(request: Request, model: Part) -> JSONResponse:
+async def _ready(request: Request, model: Component) -> JSONResponse:
     probes = _probes(request)
     if model not in probes.parts():
         return answer(404, f"no {model} is served here.", "model", "no_vlm")
-    state: PartState = await probes.part(model)
+    state: ComponentState = await probes.part(model)
     if not state.ready:
         seconds = VlmStarting.retry_after if state.starting else errors.RETRY_AFTER_SECONDS
         return answer(503, state.detail, code=state.code, retry_after=seconds)

@@ -17,7 +17,7 @@ MAX_FIELDS = 1000
 FORM = "multipart/form-data"
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/gif")
 """As the schema shows them. Any ``image/...`` is taken: the first bytes say what it is."""
-Part = tuple[str, str | bytes]
+FormField = tuple[str, str | bytes]
 """The name of a field, and its text or the bytes of its file."""
 
 
@@ -50,7 +50,7 @@ async def read_body(
     return checked(model, fields), [data for _, data in files]
 
 
-async def read_parts(request: Request, max_files: int) -> list[Part] | None:
+async def read_parts(request: Request, max_files: int) -> list[FormField] | None:
     """Fields and files in their order; None for a body that is neither a form nor an image.
 
     An image body is a file without a name, after the fields of the query.
@@ -66,7 +66,7 @@ async def read_parts(request: Request, max_files: int) -> list[Part] | None:
         ]
 
 
-def fields_of(parts: Iterable[Part], lists: set[str]) -> dict[str, Any]:
+def fields_of(parts: Iterable[FormField], lists: set[str]) -> dict[str, Any]:
     """The fields that are no files; those in ``lists`` as lists."""
     fields: dict[str, Any] = {}
     for name, value in parts:

@@ -16,7 +16,7 @@ from serving.http.json_bodies import json_body, json_schema
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.rollback import ledger_answers
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 router = APIRouter(tags=["Operations"])
 MAX_ROWS = 500
@@ -139,6 +139,6 @@ def _expected(named: int | None, live: int) -> int:
     return live if named is None else named
 
 
-def _done(outcome: Outcome) -> JSONResponse:
+def _done(outcome: ReleaseResult) -> JSONResponse:
     fields: dict[str, Any] = asdict(outcome)
     return JSONResponse({"object": "release", **fields})

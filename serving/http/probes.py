@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ratchet.http")
 Value = TypeVar("Value")
-Part = Literal["clip", "vlm", "catalog"]
-PARTS: tuple[Part, ...] = ("clip", "vlm", "catalog")
+Component = Literal["clip", "vlm", "catalog"]
+COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
 FRESH_SECONDS = 1.0
 PROBE_SECONDS = 10.0
 WATCH_SECONDS = 10.0
@@ -28,7 +28,7 @@ WATCH_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class PartState:
+class ComponentState:
     """Whether a part answered."""
 
     ready: bool
@@ -72,20 +72,20 @@ class Probes:
 
     def __init__(self, state: AppState) -> None:
         self._state = state
-        self._probe: dict[Part, Callable[[], Awaitable[PartState]]] = {
+        self._probe: dict[Component, Callable[[], Awaitable[ComponentState]]] = {
             "clip": self._clip, "vlm": self._vlm, "catalog": self._catalog,
         }  # fmt: skip
         self._recent = {name: Recent(probe) for name, probe in self._probe.items()}
 
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Component, ...]:
         """What is served here."""
-        return PARTS if self._state.vlms is not None else ("clip", "catalog")
+        return COMPONENTS if self._state.vlms is not None else ("clip", "catalog")
 
-    async def part(self, name: Part) -> PartState:
+    async def part(self, name: Component) -> ComponentState:
         """State of one part, at most a second old."""
         return await self._recent[name].get()
 
-    async def all(self) -> dict[Part, PartState]:
+    async def all(self) -> dict[Component, ComponentState]:
         """State of every part that is served."""
         names = self.parts()
         return dict(zip(names, await asyncio.gather(*(self.part(name) for name in names)), strict=True))
@@ -97,20 +97,20 @@ class Probes:
                 metrics.http.up(name, (await self._probe[name]()).ready)
             await asyncio.sleep(WATCH_SECONDS)
 
-    async def _clip(self) -> PartState:
+    async def _clip(self) -> ComponentState:
         return await self._passed("clip")
 
-    async def _vlm(self) -> PartState:
+    async def _vlm(self) -> ComponentState:
         return await self._passed("vlm")
 
-    async def _passed(self, name: Literal["clip", "vlm"]) -> PartState:
+    async def _passed(self, name: Literal["clip", "vlm"]) -> ComponentState:
         """One forward pass of a model under the live release."""
         state = self._state
         if state.admission.live is None:
             await state.refresh()
         snapshot = state.admission.live
         if snapshot is None:
-            return PartState(False, "no release is live yet.")
+            return ComponentState(False, "no release is live yet.")
         deadline = time.monotonic() + PROBE_SECONDS
         if name == "clip":
             rows = state.tokenizer.rows(["alive"])
@@ -118,26 +118,26 @@ class Probes:
         try:
             work = state.need_vlms().reply(PROBE, snapshot, deadline)
         except VlmStarting as error:
-            return PartState(False, error.message, snapshot.release, code=error.code)
+            return ComponentState(False, error.message, snapshot.release, code=error.code)
         return await _observed(work, snapshot.release)
 
-    async def _catalog(self) -> PartState:
+    async def _catalog(self) -> ComponentState:
         live = self._state.admission.live
         return await _observed(self._state.index.status(), live.release if live else 0)
 
 
-async def _observed(work: Awaitable[object], release: int) -> PartState:
+async def _observed(work: Awaitable[object], release: int) -> ComponentState:
     began = time.perf_counter()
     try:
         async with asyncio.timeout(PROBE_SECONDS):
             await work
     except QueueFull:
-        return PartState(True, "busy", release, time.perf_counter() - began)
+        return ComponentState(True, "busy", release, time.perf_counter() - began)
     except TimeoutError:
-        return PartState(False, f"no answer within {PROBE_SECONDS:g} s.", release)
+        return ComponentState(False, f"no answer within {PROBE_SECONDS:g} s.", release)
     except Exception as error:
         description = described(error)
         if description.code == "internal":
             log.error("a probe failed", exc_info=error)
-        return PartState(False, description.message, release, time.perf_counter() - began)
-    return PartState(True, "ok", release, time.perf_counter() - began)
+        return ComponentState(False, description.message, release, time.perf_counter() - began)
+    return ComponentState(True, "ok", release, time.perf_counter() - began)

@@ -13,7 +13,7 @@ from ops.errors import RecordError
 from serving.http.app_state import app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
-from streams.receipts import Outcome
+from streams.receipts import RecordOutcome
 
 router = APIRouter(tags=["Records"])
 Topic = Annotated[str, Path(max_length=260, pattern="^[^:]+$", description="As the delivery report names it.")]
@@ -33,7 +33,7 @@ class ReceiptBody(BaseModel):
     """The topic, with its generation if it was made anew (`topic@1`)."""
     partition: int
     offset: int
-    outcome: Outcome
+    outcome: RecordOutcome
     id: str | None = None
     """Of its sample."""
     duplicate_of: str | None = None

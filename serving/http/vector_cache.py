@@ -9,9 +9,9 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from serving.messages import Kind
+from serving.messages import Modality
 
-CacheKey = tuple[Kind, str, bytes]
+CacheKey = tuple[Modality, str, bytes]
 """Image or text; the embedding space of that tower; SHA-256 of the content. An entry is of its space for ever, so no
 release can be answered with the vectors of another one."""
 ENTRY_BYTES: Final = 640

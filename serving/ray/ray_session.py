@@ -18,13 +18,13 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from ops.digests import digest12
 from ops.errors import ConfigError
 from ops.settings import Serve, Settings
+from ops.waiting import wait_until
 from serving.ray import loopback
 
 OBJECT_STORE_BYTES = 160 * 1024 * 1024
@@ -37,6 +37,8 @@ START_ATTEMPTS = 1_000_000
 """How often Serve starts a replica of the VLM before it gives up: a VLM that cannot start is an outage of the VLM
 alone, and what it lacks (memory, a file) may come back. Serve takes the smaller one of a deployment's
 ``max_constructor_retry_count`` and this many for each replica."""
+KILL_SECONDS = 5.0
+"""How long killed processes are waited for."""
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 ENGINE_TITLE = b"VLLM::"
 SPAWNED = b"--multiprocessing-fork"
@@ -176,9 +178,7 @@ def end_leftovers(folder: Path) -> None:
     for pid in left:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)  # nothing of theirs is worth a clean end: all truth is elsewhere
-    end = time.monotonic() + 5
-    while time.monotonic() < end and any(_is_ours(pid, mark) for pid in left):
-        time.sleep(0.05)
+    wait_until(lambda: not any(_is_ours(pid, mark) for pid in left), KILL_SECONDS, pause=0.05)
 
 
 def _pids() -> list[int]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from serving.messages import Kind
+from serving.messages import Modality
 
 Vector = npt.NDArray[np.float32]
 REFERENCES = 64
@@ -45,7 +45,7 @@ class Neighbours:
 
     def __init__(self) -> None:
         self._fixed: list[tuple[Vector, Vector]] = []
-        self._newest: dict[Kind, deque[tuple[Vector, Vector]]] = {
+        self._newest: dict[Modality, deque[tuple[Vector, Vector]]] = {
             "image": deque(maxlen=REFERENCES), "text": deque(maxlen=REFERENCES),
         }  # fmt: skip
 
@@ -53,7 +53,7 @@ class Neighbours:
         """Vectors [n, dim] of :data:`TEXTS`."""
         self._fixed = list(zip(one, other, strict=True))
 
-    def judge(self, kind: Kind, one: Vector, other: Vector) -> bool | None:
+    def judge(self, kind: Modality, one: Vector, other: Vector) -> bool | None:
         """Whether both releases agree about an item, which is a reference from then on. None: too few references."""
         texts = [*self._fixed, *self._newest["text"]]
         images = list(self._newest["image"])

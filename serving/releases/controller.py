@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from ops.ledger import Family, Ledger
+from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
 from serving.releases.broadcast import RayBroadcast
@@ -34,7 +35,7 @@ from serving.releases.lease import RENEW_SECONDS, ControllerLease
 from serving.releases.lineage import Lineage
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.rollout_controller import RolloutController
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 log = logging.getLogger("ratchet.controller")
 POLL_SECONDS = 1.0
@@ -58,6 +59,7 @@ class ReleaseController:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        configure_logging()
         metrics.build.started("controller")
         self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = RayBroadcast(encoder, catalog, vlm)
@@ -75,7 +77,7 @@ class ReleaseController:
             self.ledger, self.protocol, self.broadcast.prepare, None if vlm is None else self.broadcast.prepare_vlm
         )
         self._started = asyncio.Event()
-        self._trouble = ""
+        self._last_error = ""
         self._seen = 0
         """The newest release that the replicas of this server were told of."""
         self._retiring = self._retire_again = False
@@ -97,7 +99,7 @@ class ReleaseController:
             if name not in self._loops or self._loops[name].done():
                 self._loops[name] = asyncio.get_running_loop().create_task(work())
 
-    async def change(self, command: LiveCommand) -> Outcome | RatchetError:
+    async def change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         """Carry out a release, promotion or rollback. Expected errors are returned: a raised one means a dead replica.
 
         Adapters that no gate passed and that were never live need ``force``.
@@ -128,7 +130,7 @@ class ReleaseController:
         encoders, vlms = await asyncio.gather(self.broadcast.encoder_status(), self.broadcast.vlm_status())
         return {
             "started": self._started.is_set(),
-            "trouble": self._trouble,
+            "trouble": self._last_error,
             "epoch": self.lease.epoch,
             "fallback": self.fallback.problem,
             "held": None if held is None else {"actor": held.actor, "reason": held.reason},
@@ -144,7 +146,7 @@ class ReleaseController:
             "in_flight": {str(number): count for number, count in flight.items()},
         }  # fmt: skip
 
-    async def _carry_out(self, command: LiveCommand) -> Outcome:
+    async def _carry_out(self, command: LiveCommand) -> ReleaseResult:
         match command:
             case ReleaseCommand():
                 return await self._release(command)
@@ -153,7 +155,7 @@ class ReleaseController:
             case RollbackCommand():
                 return await self.protocol.rollback(command)
 
-    async def _release(self, command: ReleaseCommand) -> Outcome:
+    async def _release(self, command: ReleaseCommand) -> ReleaseResult:
         unproven: list[str] = []
         for family, name in command.adapters.items():
             if name is None:
@@ -179,15 +181,15 @@ class ReleaseController:
         task.add_done_callback(self._running.discard)
         return task
 
-    async def _judged(self, command: LiveCommand) -> Outcome | RatchetError:
+    async def _judged(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         if not isinstance(command, RollbackCommand):  # that one needs no replica to have started
             try:
                 async with asyncio.timeout(START_SECONDS):
                     await self._started.wait()
             except TimeoutError:
-                trouble = self._trouble or "replicas are starting"
+                last_error = self._last_error or "replicas are starting"
                 return ReleaseError(
-                    f"the release controller has not started yet: {trouble}.",
+                    f"the release controller has not started yet: {last_error}.",
                     "Try again shortly, or use `ratchet releases rollback --offline`.",
                 )
         try:
@@ -204,7 +206,7 @@ class ReleaseController:
         if isinstance(error, LeaseLost):
             self.lease.lost()
 
-    def _recorded(self, outcome: Outcome) -> None:
+    def _recorded(self, outcome: ReleaseResult) -> None:
         self._seen = max(self._seen, outcome.number)
         kind = outcome.kind
         metrics.release.decided(kind, "committed")
@@ -215,7 +217,7 @@ class ReleaseController:
         log.info("release %d is live: %s", outcome.number, outcome)
         self._spawn(self._after(outcome))
 
-    async def _after(self, outcome: Outcome) -> None:
+    async def _after(self, outcome: ReleaseResult) -> None:
         detail = asdict(outcome)
         await asyncio.to_thread(tell_of_live, self.ledger, self.families)
         await asyncio.to_thread(self.ledger.audit, "controller", "released", f"release {outcome.number}", detail)
@@ -299,7 +301,7 @@ class ReleaseController:
                     other_base = await self._other_base()
                     leads = self.lease.epoch is not None and not other_base
                     outcome = await self.protocol.step() if leads else None
-                self._trouble = other_base
+                self._last_error = other_base
                 if outcome is not None:
                     self._recorded(outcome)
                     continue
@@ -308,18 +310,18 @@ class ReleaseController:
                 self.lease.lost()
             except LedgerUnavailable as error:
                 log.warning("proposal: %s", error)
-                self._trouble = str(error)
+                self._last_error = str(error)
             except RatchetError as error:
                 log.warning("proposal: %s", error)
-                self._trouble = str(error)
+                self._last_error = str(error)
                 metrics.release.decided("update", "failed")
                 self._spawn(self._retire())
             except Exception as error:
                 log.exception("controller")
-                self._trouble = f"{type(error).__name__}: {error}"[:300]
+                self._last_error = f"{type(error).__name__}: {error}"[:300]
             await asyncio.sleep(POLL_SECONDS)
 
-    async def _start(self) -> Outcome | None:
+    async def _start(self) -> ReleaseResult | None:
         outcome = await self.protocol.start()
         self._started.set()
         if outcome is None:

@@ -13,7 +13,7 @@ from ops.errors import RatchetError, ReleaseError
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
-from serving.releases.types import Outcome, Prepared
+from serving.releases.types import Prepared, ReleaseResult
 
 log = logging.getLogger("ratchet.fallback")
 CHECK_SECONDS: Final = 2.0
@@ -27,7 +27,7 @@ MAX_RELEASES: Final = 50
 class Rollback(Protocol):
     """See :class:`serving.releases.protocol.ReleaseProtocol`."""
 
-    async def rollback(self, command: RollbackCommand) -> Outcome:
+    async def rollback(self, command: RollbackCommand) -> ReleaseResult:
         """A new release with the adapters of an older one."""
 
 
@@ -51,7 +51,7 @@ class Fallback:
         self.problem = ""
         """Why an older release than the ledger's answers; empty when it does not."""
 
-    async def step(self) -> Outcome | None:
+    async def step(self) -> ReleaseResult | None:
         """Check every :data:`CHECK_SECONDS`; the release that was made, if one was.
 
         Raises:
@@ -75,7 +75,7 @@ class Fallback:
         self.problem = ""
         return None
 
-    async def _roll_back(self, live: ReleaseRow, family: Family) -> Outcome:
+    async def _roll_back(self, live: ReleaseRow, family: Family) -> ReleaseResult:
         target = await self._target(live, family)
         command = RollbackCommand(
             actor="ratchet", reason=self.problem[:500], expected_live=live.number, to=target.number, family=family

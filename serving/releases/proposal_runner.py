@@ -12,7 +12,7 @@ from ops.ledger.ledger import Ledger
 from ops.ledger.rows import ProposalKind, ProposalRow
 from serving.releases.preparation import Preparation
 from serving.releases.rollback import check_live, goal_of
-from serving.releases.types import NO_VLM, Outcome, proposed_adapters
+from serving.releases.types import NO_VLM, ReleaseResult, proposed_adapters
 from serving.releases.work import Goal, Postponed, Work
 
 TAKEN_UP: Final[tuple[ProposalKind, ...]] = ("initial", "update")
@@ -39,10 +39,10 @@ class Committed:
     prepared_at: float
     """By the performance counter."""
 
-    def outcome(self, acknowledged: int) -> Outcome:
+    def outcome(self, acknowledged: int) -> ReleaseResult:
         """Once it is announced."""
         proposal = self.proposal
-        return Outcome(
+        return ReleaseResult(
             self.number, self.goal["clip"], self.goal["vlm"], proposal.kind, proposal.family, proposal.id,
             self.prepare_seconds, time.perf_counter() - self.prepared_at, acknowledged, self.share,
         )  # fmt: skip

@@ -33,7 +33,7 @@ from serving.releases.preparation import Preparation
 from serving.releases.proposal_runner import Lease, ProposalRunner
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.rollback import RollbackPlan, ledger_answers, plan_rollback
-from serving.releases.types import Adapters, Broadcast, Outcome, Residency, scope_of
+from serving.releases.types import Adapters, Broadcast, ReleaseResult, Residency, scope_of
 from serving.releases.work import Postponed
 
 Result = TypeVar("Result")
@@ -79,7 +79,7 @@ class ReleaseProtocol:
     def _epoch(self) -> int | None:
         return None if self._lease is None else self._lease.epoch
 
-    async def start(self) -> Outcome | None:
+    async def start(self) -> ReleaseResult | None:
         """Continue from the ledger: make release 1 (the bases alone) if there is none, else announce what is live.
 
         Raises:
@@ -112,7 +112,7 @@ class ReleaseProtocol:
             return_exceptions=True,
         )
 
-    async def step(self) -> Outcome | None:
+    async def step(self) -> ReleaseResult | None:
         """Run the oldest waiting proposal, if one may run: an update's waits while updates are on hold, while another
         one is on trial as a canary or a shadow and, where it is of the VLM, while no VLM replica answers.
         """
@@ -132,7 +132,7 @@ class ReleaseProtocol:
                     return None
             return None
 
-    async def release(self, command: ReleaseCommand, forced: bool = False) -> Outcome:
+    async def release(self, command: ReleaseCommand, forced: bool = False) -> ReleaseResult:
         """Release adapters for an operator. ``forced``: an adapter among them passed no gate and was never live.
 
         Raises:
@@ -143,7 +143,7 @@ class ReleaseProtocol:
             raise ReleaseError("no adapter is named.", "Name a CLIP adapter, a VLM adapter, or both.")
         return await self._ordered("release", command.adapters, command, command.share, forced)
 
-    async def promote(self, command: PromoteCommand) -> Outcome:
+    async def promote(self, command: PromoteCommand) -> ReleaseResult:
         """A plain release of what is on trial. It is loaded everywhere, so this is a commit without a preparation.
 
         Raises:
@@ -159,7 +159,7 @@ class ReleaseProtocol:
         both: Adapters = {"clip": live.clip, "vlm": live.vlm} if self.broadcast.has_vlm else {"clip": live.clip}
         return await self._ordered("promotion", both, command)
 
-    async def rollback(self, command: RollbackCommand) -> Outcome:
+    async def rollback(self, command: RollbackCommand) -> ReleaseResult:
         """A new release with the adapters of an older one.
 
         A proposal that is being prepared is stopped. It fails, because it was judged against what is being taken back;
@@ -184,7 +184,7 @@ class ReleaseProtocol:
             return await self._ordered("rollback", plan.adapters, command)
         committed = time.perf_counter()
         acknowledged = await self._announce(ROLLBACK_SECONDS)
-        return Outcome(
+        return ReleaseResult(
             plan.live + 1, plan.goal["clip"], plan.goal["vlm"], "rollback", proposal.family, proposal.id,
             committed - began, time.perf_counter() - committed, acknowledged,
         )  # fmt: skip
@@ -277,7 +277,7 @@ class ReleaseProtocol:
 
     async def _ordered(
         self, kind: ProposalKind, adapters: Adapters, command: LiveCommand, share: float = 1.0, forced: bool = False
-    ) -> Outcome:
+    ) -> ReleaseResult:
         """Propose what an operator ordered, and run it, or wait until the process with the lease has.
 
         Raises ReleaseError where the live release has another base than this server.
@@ -290,7 +290,7 @@ class ReleaseProtocol:
         async with self._turn:
             return await self._run(await asyncio.to_thread(self._propose, kind, adapters, command, share, forced))
 
-    async def _carried_out_elsewhere(self, proposal: ProposalRow) -> Outcome:
+    async def _carried_out_elsewhere(self, proposal: ProposalRow) -> ReleaseResult:
         began = time.perf_counter()
         while proposal.state not in ENDED:
             await asyncio.sleep(FOLLOW_SECONDS)
@@ -299,11 +299,11 @@ class ReleaseProtocol:
             raise ReleaseError(f"{proposal.error}", "Look at what is live, and propose again.")
         row = await asyncio.to_thread(self.ledger.release, proposal.release)
         seconds = time.perf_counter() - began
-        return Outcome(
+        return ReleaseResult(
             row.number, row.clip, row.vlm, proposal.kind, proposal.family, proposal.id, seconds, 0.0, 0, row.share
         )
 
-    async def _run(self, proposal: ProposalRow) -> Outcome:
+    async def _run(self, proposal: ProposalRow) -> ReleaseResult:
         committed = await self._runner.run(proposal)
         return committed.outcome(await self._announce(RELEASE_SECONDS))
 

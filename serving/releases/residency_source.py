@@ -62,7 +62,7 @@ class ResidencySource:
         self._pending = b""
         self._write_artifacts = BoundedCall(self._copy_to_artifacts, ARTIFACTS_SECONDS)
         self._newest: ResidencyRows | None = None
-        self._kept = b""
+        self._written = b""
         self._keep_at = -float("inf")
         self.source: Source | None = None
         """Where :meth:`newest` has its rows from."""
@@ -121,10 +121,10 @@ class ResidencySource:
         known = self._digests()
         names = {name for name in (*rows.clips, *rows.vlms) if name is not None}
         data = encode_copy(ResidencyCopy(rows, {name: known[name] for name in sorted(names & known.keys())}))
-        if data == self._kept and time.monotonic() < self._keep_at:
+        if data == self._written and time.monotonic() < self._keep_at:
             return
         self._keep_at = time.monotonic() + KEEP_SECONDS
-        self._kept = data
+        self._written = data
         try:
             if self._read_file() != data:
                 replace_file(self._path, data)

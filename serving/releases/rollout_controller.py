@@ -23,7 +23,7 @@ from serving.releases.guard import Evidence, broken, look, look_number
 from serving.releases.guard_target import GuardTarget, find_guard_target
 from serving.releases.observations import ComparisonCounts, Observations, together
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 log = logging.getLogger("ratchet.guard")
 ACTOR = "guard"
@@ -48,7 +48,7 @@ class RolloutController:
         self._looked = (0, 0)
         """Release, and number of its last look."""
 
-    async def step(self) -> Outcome | None:
+    async def step(self) -> ReleaseResult | None:
         """One look, if it is time for one. Returns the release that it made.
 
         Raises:
@@ -82,7 +82,7 @@ class RolloutController:
 
     async def _take_back(
         self, target: GuardTarget, bad: Sequence[Evidence], observations: Observations, evidence: Sequence[Evidence]
-    ) -> Outcome:
+    ) -> ReleaseResult:
         number, back = target.release.number, target.incumbent.number
         reason = f"{_named(bad[0])} of release {number} is out of bounds: {bad[0].shown}"
         log.warning("release %d is taken back to release %d: %s", number, back, reason)
@@ -106,7 +106,9 @@ class RolloutController:
         least = min(observations.compared.get(f, ComparisonCounts()).inputs for f in FAMILIES if target.differs(f))
         return least >= self.settings.min_comparisons and await asyncio.to_thread(self.ledger.held) is None
 
-    async def _promote(self, target: GuardTarget, observations: Observations, evidence: Sequence[Evidence]) -> Outcome:
+    async def _promote(
+        self, target: GuardTarget, observations: Observations, evidence: Sequence[Evidence]
+    ) -> ReleaseResult:
         number = target.release.number
         counts = ", ".join(one.shown for one in evidence if one.guardrail == "agreement")
         reason = f"release {number} stayed within bounds for {time.time() - target.began:.0f} s: {counts}"

@@ -24,7 +24,7 @@ from ops.ledger.rows import Family, ReleaseRow
 from ops.settings import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult
 from serving.errors import AdapterUnservable
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.agreement import Neighbours, same_answer
 from serving.releases.guard_target import GuardTarget
 from serving.releases.observations import ComparisonCounts, Observations, RequestCounts
@@ -39,7 +39,7 @@ ANSWER_TOKENS = 16
 """Of a VLM's answer: later tokens follow from the first ones, and cost as much again."""
 REMEMBERED = 20_000
 """Inputs that are known to be compared already: the same one again is no new evidence."""
-Encode = Callable[[Kind, Any, str | None], Awaitable[EncodeResult]]
+Encode = Callable[[Modality, Any, str | None], Awaitable[EncodeResult]]
 """Items at low priority under an adapter."""
 
 
@@ -104,7 +104,7 @@ class ShadowTraffic:
             self._watch = _Watch(target, {family: ComparisonCounts() for family in families if target.differs(family)})
             self.watching = self.settings.compare_share > 0
 
-    def clip(self, kind: Kind, payload: Any) -> None:
+    def clip(self, kind: Modality, payload: Any) -> None:
         """Items that a client had encoded: pixels, or token ids."""
         self._offer("clip", (kind, payload[:ITEMS]))
 
@@ -150,7 +150,7 @@ class ShadowTraffic:
         watch.compared[family].dropped += 1
         metrics.rollout.compared(family, "dropped")
 
-    async def _clip(self, watch: _Watch, kind: Kind, payload: Any) -> None:
+    async def _clip(self, watch: _Watch, kind: Modality, payload: Any) -> None:
         if not watch.fixed:
             fixed = await self._both(watch, "clip", lambda row: self._vectors("text", self._tokens, row))
             if fixed is None:
@@ -214,7 +214,7 @@ class ShadowTraffic:
         watch.compared[family].agreed += agreed
         metrics.rollout.compared(family, "agree" if agreed else "differ")
 
-    async def _vectors(self, kind: Kind, items: Any, row: ReleaseRow) -> Any:
+    async def _vectors(self, kind: Modality, items: Any, row: ReleaseRow) -> Any:
         answer = await self._encode(kind, items, row.clip)
         if answer.code == "adapter":
             raise AdapterUnservable(answer.error)
@@ -247,7 +247,7 @@ class ShadowTraffic:
             raise _Dropped from None
 
 
-def _digest(kind: Kind, item: Any) -> bytes:
+def _digest(kind: Modality, item: Any) -> bytes:
     digest = hashlib.sha256(kind.encode())
     digest.update(np.ascontiguousarray(item).data)
     return digest.digest()

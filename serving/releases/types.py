@@ -41,7 +41,7 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReleaseResult:
     """A release that is live, and what it took. Times are seconds."""
 
     number: int

@@ -16,14 +16,15 @@ from ops import metrics
 from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
+from ops.logs import configure_logging
 from ops.settings import Settings
-from serving.catalog.crossing import usable
+from serving.catalog.cross_version import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.replicas.crossing_verdicts import CrossingVerdicts
+from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
 from serving.replicas.residency_reader import residency_reader
 from serving.replicas.start_order import wait_for_clip
 
@@ -40,13 +41,14 @@ class CatalogReplica:
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         close_replica_port()
+        configure_logging()
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.
         from serving.catalog.catalog import Catalog
         from serving.catalog.tables import Tables
         from serving.catalog.watch import Watcher
-        from serving.engines.base import load_base
+        from serving.engines.clip_base import load_base
         from streams.images import open_image
         from streams.store import SampleStore
 
@@ -74,7 +76,7 @@ class CatalogReplica:
         self._reading: asyncio.Task[None] | None = None
         self._adopting = asyncio.Lock()
         self._most_wait_seconds = settings.catalog.most_wait_seconds
-        self._verdicts = CrossingVerdicts(self._ledger)
+        self._verdicts = CrossVersionVerdicts(self._ledger)
         self._adopted = 0
         """The newest release that was adopted."""
 
@@ -130,8 +132,8 @@ class CatalogReplica:
         try:
             catalog = await self._started()
             if wait:
-                await self._learn_crossings([snapshot])
-            at_once = usable(catalog.crossings, snapshot.image_space, catalog.reconciler.complete()) is not None
+                await self._learn_cross_version([snapshot])
+            at_once = usable(catalog.cross_version, snapshot.image_space, catalog.reconciler.complete()) is not None
             return await catalog.cover(snapshot, wait, self._most_wait_seconds if at_once else None)
         except RatchetError as error:
             return str(error)
@@ -145,14 +147,14 @@ class CatalogReplica:
         await self.catalog.adopt(window)
         self._verdicts.remember(window)
         self._reading = asyncio.get_running_loop().create_task(
-            self._learn_crossings(window)
+            self._learn_cross_version(window)
         )  # no rollback waits for it
         if window:
             self._adopted = max(self._adopted, window[0].release)
             metrics.release.live("catalog", self._adopted)
 
-    async def _learn_crossings(self, snapshots: Sequence[ReleaseSnapshot]) -> None:
-        self.catalog.crossings |= await self._verdicts.read(snapshots, self.catalog.reconciler.complete())
+    async def _learn_cross_version(self, snapshots: Sequence[ReleaseSnapshot]) -> None:
+        self.catalog.cross_version |= await self._verdicts.read(snapshots, self.catalog.reconciler.complete())
 
     async def retire(self, keep: Sequence[ReleaseSnapshot], epoch: int | None) -> list[str]:
         """See :meth:`Catalog.retire`. ``epoch``: of the controller's lease; without it, or when another controller has

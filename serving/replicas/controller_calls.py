@@ -15,7 +15,7 @@ from serving.errors import Unavailable
 from serving.ray.replica_calls import Attempts, call_replica, queue_full
 from serving.releases.commands import HoldingCommand, LiveCommand, RollbackCommand
 from serving.releases.controller import outcome_of
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 
 CONTROLLER_SECONDS: Final = 20.0
 """How long controllers that die are replaced by others in one call."""
@@ -28,19 +28,19 @@ class ControllerCalls:
     def __init__(self, handle: DeploymentHandle) -> None:
         self.handle = handle
 
-    async def change(self, command: LiveCommand) -> Outcome:
+    async def change(self, command: LiveCommand) -> ReleaseResult:
         """See :meth:`serving.releases.controller.ReleaseController.change`."""
         with metrics.operator.action(command.action):
             return outcome_of(await self._change(command))
 
-    async def _change(self, command: LiveCommand) -> Outcome | RatchetError:
+    async def _change(self, command: LiveCommand) -> ReleaseResult | RatchetError:
         """A controller that dies while it carries out a rollback is no reason to wait: another one is asked. What is
         live can only be replaced once, so asking twice does not go back twice.
         """
         attempts, died = Attempts(CONTROLLER_SECONDS, "release controller"), False
         while attempts.left > 0:
             try:
-                result: Outcome | RatchetError = await self.handle.change.remote(command)
+                result: ReleaseResult | RatchetError = await self.handle.change.remote(command)
             except BackPressureError:
                 raise queue_full() from None
             except RayActorError as error:

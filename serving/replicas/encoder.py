@@ -12,9 +12,10 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.priority import nice_process
 from ops.settings import Settings
-from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Kind
+from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Modality
 from serving.ray.loopback import close_replica_port
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
@@ -32,6 +33,7 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
         nice_process(MODEL_NICE)
+        configure_logging()
         metrics.build.started("encoder")
         # Here and not above, because whoever deploys this class imports this module.
         from serving.engines.clip import ClipEngine
@@ -53,7 +55,7 @@ class Encoder:
         needed = rows.needed("clip")
         check_start(self.worker.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
 
-    async def encode(self, kind: Kind, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:
         time left.
         """
@@ -77,7 +79,7 @@ class Encoder:
             self._running = 0
             self._record_load()
 
-    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+    async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
         """Vectors for the catalog and for comparisons, at low priority."""
         return await self.worker.encode_background(kind, payload, adapter)
 

@@ -15,7 +15,7 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, Unavailable
-from serving.messages import IMAGE_COST, EncodeResult, Kind
+from serving.messages import IMAGE_COST, EncodeResult, Modality
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -30,7 +30,7 @@ class EncoderCalls:
         self.handle = handle
         self.budget = max_batch * IMAGE_COST
 
-    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """Vectors of all items (uint8 [n, S, S, 3], or n lists of token ids), every one by the snapshot's adapter.
 
         Args:
@@ -41,10 +41,10 @@ class EncoderCalls:
         """
         # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
         step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
-        pieces = [payload[start : start + step] for start in range(0, len(payload), step)]
-        if len(pieces) == 1:
-            return await self._one(kind, pieces[0], snapshot, deadline)
-        tasks = [asyncio.ensure_future(self._one(kind, piece, snapshot, deadline)) for piece in pieces]
+        chunks = [payload[start : start + step] for start in range(0, len(payload), step)]
+        if len(chunks) == 1:
+            return await self._one(kind, chunks[0], snapshot, deadline)
+        tasks = [asyncio.ensure_future(self._one(kind, chunk, snapshot, deadline)) for chunk in chunks]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
@@ -52,7 +52,7 @@ class EncoderCalls:
                 task.cancel()
         return _join(answers)
 
-    async def _one(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def _one(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         attempts = Attempts(deadline - time.monotonic(), "encoder", "Send fewer items, or try again later.")
         call = lambda: self.handle.encode.remote(kind, payload, snapshot.clip, attempts.left)  # noqa: E731
         result: EncodeResult = await call_replica(call, attempts)

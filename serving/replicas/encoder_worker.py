@@ -1,7 +1,7 @@
 """One encoder replica's work, free of Ray: resident adapters, batches by adapter, and room for background work.
 
 All forward passes go through one thread: the engine uses its own threads inside a pass, and two passes at once would
-only make each other late. Work that nobody waits for (the catalog's) goes in small pieces between the batches that
+only make each other late. Work that nobody waits for (the catalog's) goes in small chunks between the batches that
 somebody waits for.
 
 No other thread of the process computes with several threads. OpenMP keeps those of each thread that ever did; when they
@@ -28,7 +28,7 @@ from ops import metrics
 from ops.errors import AdapterError, RatchetError
 from ops.priority import nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
-from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Kind
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
 from serving.replicas.forward_health import ForwardHealth, is_persistent
@@ -45,7 +45,7 @@ PACED_SECONDS = 20.0
 BUSY_SECONDS = 1.0
 """Since the last pass: other requests may come."""
 BACKGROUND_COST = 4 * IMAGE_COST
-"""Of one background piece: at 12 ms an image, a request waits at most 50 ms for four of them."""
+"""Of one background chunk: at 12 ms an image, a request waits at most 50 ms for four of them."""
 
 
 class EncoderWorker:
@@ -153,14 +153,14 @@ class EncoderWorker:
             self._waiting -= 1
             self._last_pass = time.monotonic()
 
-    async def encode_background(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
-        """Encode items that nobody waits for: small pieces, each when no batch waits (but at least one a second)."""
+    async def encode_background(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
+        """Encode items that nobody waits for: small chunks, each when no batch waits (but at least one a second)."""
         loop = asyncio.get_running_loop()
         parts: list[EncodeResult] = []
         size = BACKGROUND_COST // (IMAGE_COST if kind == "image" else TEXT_COST)
         for start in range(0, len(payload), size):
             request = EncodeRequest(kind, payload[start : start + size], adapter, math.inf)
-            async with self._background:  # of several calls, too, one piece at a time: a batch waits for one at most
+            async with self._background:  # of several calls, too, one chunk at a time: a batch waits for one at most
                 patience = time.monotonic() + 1.0
                 while self._waiting and time.monotonic() < patience:
                     await asyncio.sleep(0.002)
@@ -176,7 +176,7 @@ class EncoderWorker:
         first = requests[0]
         return self._encode_all(first.kind, first.adapter, [request.payload for request in requests])
 
-    def _encode_all(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
+    def _encode_all(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         """The batch in one pass. When that fails each payload is tried alone, so that only the one at fault fails.
 
         Raises whatever the pass raised when the device is lost: the calls are made again on another replica.
@@ -201,7 +201,7 @@ class EncoderWorker:
         self.engine.encode_tokens(self._probe_rows)
         self.engine.encode_images(np.zeros((1, size, size, 3), np.uint8))
 
-    def _encode_group(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
+    def _encode_group(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> list[EncodeResult]:
         began = time.perf_counter()
         try:
             try:
@@ -217,7 +217,7 @@ class EncoderWorker:
         scale = float(self.engine.logit_scale)
         return [EncodeResult(part, adapter, spaces.image, spaces.text, scale) for part in np.split(vectors, ends)]
 
-    def _forward(self, kind: Kind, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
+    def _forward(self, kind: Modality, adapter: str | None, payloads: list[Any]) -> npt.NDArray[np.float32]:
         self._ensure(adapter)
         if kind == "image":
             return self.engine.encode_images(np.concatenate(payloads), adapter)

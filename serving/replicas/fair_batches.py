@@ -14,9 +14,9 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from serving.messages import EncodeRequest, EncodeResult, Kind
+from serving.messages import EncodeRequest, EncodeResult, Modality
 
-Group = tuple[Kind, str | None]
+Group = tuple[Modality, str | None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class ResidencyFollower:
         self._keep = keep
         self._behind_since: float | None = None
         self._last_error = ""
-        self._said = ""
+        self._last_problem = ""
         self._task: asyncio.Task[None] | None = None
 
     def mark_in_step(self) -> None:
@@ -110,9 +110,9 @@ class ResidencyFollower:
 
     def _say(self, problem: str) -> None:
         """Log a problem once, not every two seconds, and its end."""
-        if problem != self._said:
+        if problem != self._last_problem:
             log.warning("%s", problem or "following the ledger again")
-        self._said = problem
+        self._last_problem = problem
 
     async def _follow(self) -> None:
         while True:

@@ -15,9 +15,10 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.settings import Settings
-from serving.engines.base import base_directory, load_base
-from serving.engines.vlm.base import MODEL
+from serving.engines.clip_base import base_directory, load_base
+from serving.engines.vlm.vlm_base import MODEL
 from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.deletion_service import DeletionService
@@ -26,7 +27,7 @@ from serving.http.quarantine_service import QuarantineService
 from serving.http.receipt_service import ReceiptService
 from serving.http.replica_share import share_of
 from serving.http.token_texts import token_texts
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
@@ -72,6 +73,7 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
+        configure_logging()
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.lazy(settings.ledger)
@@ -87,7 +89,7 @@ class Ingress:
         vlms = None if vlm is None else VlmCalls(vlm, share.vlm_queue)
         self.vlm_start = None if vlm is None else VlmStart(vlm.status.remote, read_vlm_status)
 
-        async def unhurried(kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+        async def unhurried(kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
             answer: EncodeResult = await encoder.encode_background.remote(kind, payload, adapter)
             return answer
 

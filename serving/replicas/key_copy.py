@@ -46,7 +46,7 @@ class KeyCopy:
         self._path = path
         self._secret = secret
         self._artifacts = artifacts
-        self._pending = self._kept = b""
+        self._pending = self._written = b""
         self._read_artifacts = BoundedCall(lambda: artifacts.read_bytes(KEY), ARTIFACTS_SECONDS)
         self._write_artifacts = BoundedCall(lambda: artifacts.write_bytes(KEY, self._pending), ARTIFACTS_SECONDS)
 
@@ -58,13 +58,13 @@ class KeyCopy:
     def keep(self, rows: Iterable[KeyRow]) -> None:
         """Write the keys, where they differ from those that this process has written last."""
         data = self._encode(rows)
-        if data == self._kept:
+        if data == self._written:
             return
         try:
             replace_file(self._path, data, mode=0o600)
             self._pending = data
             self._write_artifacts()
-            self._kept = data
+            self._written = data
         except Exception as error:
             log.warning("the copy of the keys cannot be written, and is tried again: %s", error)
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.shadow_traffic import ShadowTraffic
 from serving.replicas.encoder_calls import EncoderCalls
@@ -21,7 +21,7 @@ class MirroredEncoders:
         self.calls = calls
         self.shadow_traffic = shadow_traffic
 
-    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         """See :meth:`EncoderCalls.encode`."""
         result = await self.calls.encode(kind, payload, snapshot, deadline)
         if self.shadow_traffic.watching:
@@ -59,7 +59,7 @@ class MirroredVlms:
     def stream(
         self, request: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float
     ) -> AsyncIterator[TokenChunk]:
-        """See :meth:`VlmCalls.stream`: its own iterator, so that a piece costs nothing more."""
+        """See :meth:`VlmCalls.stream`: its own iterator, so that a chunk costs nothing more."""
         self._offer(request)
         return self.calls.stream(request, snapshot, deadline)
 

@@ -1,4 +1,4 @@
-"""Token pieces on their way: what is ready at the same moment travels as one."""
+"""Token chunks on their way: what is ready at the same moment travels as one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serving.engines.vlm.generation import TokenChunk
 
 
 def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
-    """Neighbouring pieces as one."""
+    """Neighbouring chunks as one."""
     last = chunks[-1]
     if len(chunks) == 1:
         return last
@@ -25,7 +25,7 @@ def merge_chunks(chunks: Sequence[TokenChunk]) -> TokenChunk:
 
 
 async def coalesce(source: AsyncIterator[TokenChunk], seconds: float) -> AsyncIterator[TokenChunk]:
-    """What came since the last look, as one piece: a reader that is slow makes few messages, not a long queue.
+    """What came since the last look, as one chunk: a reader that is slow makes few messages, not a long queue.
 
     Closing this closes the source.
 

@@ -12,6 +12,7 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
+from ops.logs import configure_logging
 from ops.priority import nice_process
 from ops.settings import Settings
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
@@ -41,6 +42,7 @@ class VlmReplica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
         nice_process(MODEL_NICE)
+        configure_logging()
         metrics.build.started("vlm")
         await wait_for_clip()
         try:
@@ -51,8 +53,8 @@ class VlmReplica:
             raise
 
     async def _start(self, settings: Settings) -> None:
-        from serving.engines.vlm.base import load_vlm_base
         from serving.engines.vlm.open import open_engine  # sets what vLLM reads at import
+        from serving.engines.vlm.vlm_base import load_vlm_base
         from serving.replicas.vlm_worker import VlmWorker
 
         self.settings = settings
@@ -90,7 +92,7 @@ class VlmReplica:
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
-        """Pieces of the answer; see :meth:`VlmWorker.stream`."""
+        """Chunks of the answer; see :meth:`VlmWorker.stream`."""
         async for chunk in self.worker.stream(request, adapter, seconds):
             yield chunk
 
@@ -119,8 +121,8 @@ class VlmReplica:
 
     async def check_health(self) -> None:
         """Serve asks this every few seconds. Raises when the engine is dead, or lags behind for long."""
-        if trouble := self.worker.engine.trouble():
-            raise RuntimeError(f"the engine is dead: {trouble}")
+        if last_error := self.worker.engine.last_error():
+            raise RuntimeError(f"the engine is dead: {last_error}")
         await self.worker.check_health()
         await self._follower.check()
 

@@ -111,7 +111,7 @@ class VlmWorker:
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
-        """Pieces as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
+        """Chunks as they come, or why there are none (any more). Closing it aborts the request. Raises EngineDead."""
         began, last = time.perf_counter(), None
         outcome = "gone"
         try:
@@ -152,7 +152,7 @@ class VlmWorker:
             "replica": self.replica, "engine": self.engine.kind, "precision": self.engine.precision,
             "base": self.engine.base.name,
             "resident": sorted(self.engine.resident()), "running": self.engine.running(),
-            "waiting": max(0, self._inside - self.batch), "trouble": self.engine.trouble(),
+            "waiting": max(0, self._inside - self.batch), "trouble": self.engine.last_error(),
         }  # fmt: skip
 
     async def _answered(

@@ -126,10 +126,10 @@ def turns(conversation: Any, where: Where) -> list[Pair]:
     pairs: list[Pair] = []
     question = ""
     for turn in conversation:
-        speaker, said = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if not isinstance(speaker, str) or not isinstance(said, str):
+        speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+        if not isinstance(speaker, str) or not isinstance(text, str):
             raise where.error("conversations", "has a turn without speaker or words", 'give "from" and "value"')
-        words = said.replace(IMAGE_MARK, "").strip()
+        words = text.replace(IMAGE_MARK, "").strip()
         if speaker in _PEOPLE:
             question = words
         elif speaker in _MODELS and question:

@@ -62,17 +62,17 @@ def _stem(path: Path) -> str:
 def _answered(questions: Path, answers: Path, domain: str) -> Iterator[DatasetRow]:
     finder = ImageFinder(questions)
     subtype = split_name = ""
-    with DiskIndex() as asked:
+    with DiskIndex() as by_id:
         for array, question in elements(questions, ("questions", "data_subtype")):
             if array == "data_subtype":
                 subtype = str(question)
             elif isinstance(question, dict):
-                asked.put(question.get("question_id"), json.dumps(question))
+                by_id.put(question.get("question_id"), json.dumps(question))
         split_name = split_of(subtype) or split_of(questions.stem)
         for number, (_, annotation) in enumerate(elements(answers, ("annotations",)), start=1):
             where = Where(answers, f"annotation {number}")
             try:
-                row, name = _row(annotation, asked, subtype, where)
+                row, name = _row(annotation, by_id, subtype, where)
                 image = ImageRef(finder.find(name, where))
                 items = list(items_of(row, image, where, domain=domain, split=split_name))
             except RecordError as error:
@@ -82,11 +82,11 @@ def _answered(questions: Path, answers: Path, domain: str) -> Iterator[DatasetRo
                 yield DatasetRow(str(where), item)
 
 
-def _row(annotation: Any, asked: DiskIndex, subtype: str, where: Where) -> tuple[dict[str, Any], str]:
+def _row(annotation: Any, questions: DiskIndex, subtype: str, where: Where) -> tuple[dict[str, Any], str]:
     """Columns of a sample, and the name of its image."""
     if not isinstance(annotation, dict):
         raise where.row_error("is no object", "write {question_id, answers}")
-    known = asked.get(annotation.get("question_id"))
+    known = questions.get(annotation.get("question_id"))
     if known is None:
         problem = f"{annotation.get('question_id')!r} is none of the questions"
         raise where.error("question_id", problem[:200], "add the question, or take the answers out")

@@ -95,10 +95,10 @@ def _title(stem: str, title: str, creator: str) -> str:
         return title
     author = re.findall(r"\w{3,}", creator.casefold())
     head, *rest = re.sub(r"[\W_]+", " ", stem).split() or [""]
-    kept = [word for word in rest if len(word) < 3 or not any(a.startswith(word.casefold()) for a in author)]
-    if head == "aiga" and kept:
-        head, *kept = kept
-    return re.sub(r"[\s\d]*$", "", " ".join([head, *kept])).strip()
+    title_words = [word for word in rest if len(word) < 3 or not any(a.startswith(word.casefold()) for a in author)]
+    if head == "aiga" and title_words:
+        head, *title_words = title_words
+    return re.sub(r"[\s\d]*$", "", " ".join([head, *title_words])).strip()
 
 
 def _words(head: bytes) -> list[str]:
@@ -106,12 +106,12 @@ def _words(head: bytes) -> list[str]:
     matches = _WORD.findall(subject[1]) if subject else []
     words = (html.unescape(word.decode("utf-8", "replace")).strip() for word in matches)
     # Three words and more are an author's name or a remark.
-    kept = (
+    subjects = (
         word
         for word in words
         if word.casefold() not in _EMPTY_WORDS and len(word.split()) < 3 and re.search(r"[^\W\d_]{3}", word)
     )
-    return sorted({_PLAIN_WORDS.get(word, word.replace("_", " ")) for word in kept})
+    return sorted({_PLAIN_WORDS.get(word, word.replace("_", " ")) for word in subjects})
 
 
 def game_icons(archive: Path) -> Iterator[Draft]:

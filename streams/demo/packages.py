@@ -98,9 +98,9 @@ def _run(command: list[str], scratch: Path, package: Package) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PackageError(f"`{line}` for {package} did not finish: {error}.", "Check the network.") from error
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "nothing said")[-600:]
+        output = (done.stderr.strip() or done.stdout.strip() or "nothing said")[-600:]
         raise PackageError(
-            f"`{line}` failed with exit status {done.returncode}: {said}",
+            f"`{line}` failed with exit status {done.returncode}: {output}",
             f"Check that this machine reaches its {package.kind} registry, then try again.",
         )
 

@@ -107,8 +107,8 @@ def prepare_questions(name: str, home: Path | str) -> Path:
 def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     rows = []
-    for asked in track(questions, f"writing {info.name}"):
-        picture = asked.picture
+    for question in track(questions, f"writing {info.name}"):
+        picture = question.picture
         path = folder / "images" / f"{picture.hand}-{picture.path.name}"
         if not path.exists():
             _place(picture.path, path)
@@ -116,14 +116,14 @@ def _write(info: QuestionsInfo, questions: Iterable[Question], folder: Path) -> 
             FolderItem(
                 path=path,
                 text="",
-                label=asked.kind,
+                label=question.kind,
                 concept=picture.concept,
-                split=asked.split,
+                split=question.split,
                 domain=info.name,
                 source=picture.hand,
-                question=asked.question,
-                answer=asked.answers[0],
-                answers=asked.answers,
+                question=question.question,
+                answer=question.answers[0],
+                answers=question.answers,
             )
         )
     counts = Counter((row.split, row.label) for row in rows)

@@ -37,8 +37,8 @@ def fashion_questions(folder: Path) -> Iterator[Question]:
         for number in range(pairs):
             name = names[number % len(names)]
             wrong = dice.choice([other for other in names if other != name and by_name[other]])
-            asked = f"is this {with_article(name)}?"
-            rows.append(Question(by_name[name].pop(), split, "presence", asked, ("yes",)))
-            rows.append(Question(by_name[wrong].pop(), split, "presence", asked, ("no",)))
+            text = f"is this {with_article(name)}?"
+            rows.append(Question(by_name[name].pop(), split, "presence", text, ("yes",)))
+            rows.append(Question(by_name[wrong].pop(), split, "presence", text, ("no",)))
         dice.shuffle(rows)
         yield from rows

@@ -171,6 +171,6 @@ def _pairs(
 ) -> Iterator[Question]:
     count = min(most, len(there), len(absent))
     for yes, no in zip(dice.sample(there, count), dice.sample(absent, count), strict=True):
-        asked = dice.choice(asks).format(thing)
-        yield Question(yes, split, "presence", asked, ("yes",))
-        yield Question(no, split, "presence", asked, ("no",))
+        text = dice.choice(asks).format(thing)
+        yield Question(yes, split, "presence", text, ("yes",))
+        yield Question(no, split, "presence", text, ("no",))

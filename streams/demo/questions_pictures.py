@@ -78,10 +78,10 @@ def basic_name(text: str, category: str) -> str:
     `"a pair of army boots, worn"` -> `"shoe"`, `"cat with tears of joy"` -> `"cat"`, `"dog face"` -> `"dog"`.
     """
     plain = _LEAD.sub("", text.casefold().strip().removeprefix("flag: "))
-    said = _WORDS.findall(_BREAK.split(plain, maxsplit=1)[0])
-    if len(said) > 1 and said[-1] == "face" and category != "face":
-        said.pop()
-    return "" if not said or category == "person" else words.NOUNS.get(said[-1], "")
+    content = _WORDS.findall(_BREAK.split(plain, maxsplit=1)[0])
+    if len(content) > 1 and content[-1] == "face" and category != "face":
+        content.pop()
+    return "" if not content or category == "person" else words.NOUNS.get(content[-1], "")
 
 
 # fmt: off

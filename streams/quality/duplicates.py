@@ -30,7 +30,7 @@ from streams.rows import RecordPosition, name_of, parse_position
 from streams.table import SampleTable, fences, reading
 from streams.writer import MOVED
 
-Kind = Literal["exact", "perceptual"]
+DuplicateKind = Literal["exact", "perceptual"]
 OFF: Final = -1
 """The distance at which looks are not compared."""
 CANDIDATES: Final = 64
@@ -66,7 +66,7 @@ class Sample(NamedTuple):
 class Duplicate:
     """Why a sample is a duplicate, and of which sample."""
 
-    kind: Kind
+    kind: DuplicateKind
     id: str
 
 

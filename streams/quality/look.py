@@ -58,7 +58,9 @@ _CELLS = _cells()
 _BRIGHTNESS = np.array([299.0, 587.0, 114.0])
 _THRESHOLD = _DEAD_ZONE * SIDE * _SCALE**2 * 1000
 """An amplitude of one level is a coefficient of 32 where the transform is orthonormal."""
-_LOWEST = sorted(((i, j) for i in range(8) for j in range(8) if i or j), key=lambda at: (at[0] ** 2 + at[1] ** 2, at))
+_LOWEST = sorted(
+    ((i, j) for i in range(8) for j in range(8) if i or j), key=lambda index: (index[0] ** 2 + index[1] ** 2, index)
+)
 
 LOOK_BYTES: Final = 8 + 3 * GRID**2
 _SPLIT_BITS: Final = 12

@@ -28,7 +28,7 @@ ID_HEADER: Final = "ratchet_id"
 """Header of a tombstone that names the sample to delete by its id instead of by the record's key."""
 _LATEST_SECONDS: Final = 4_102_444_800  # 2100-01-01: no clock is that wrong; units are
 
-Row = dict[str, Any]
+StoreRow = dict[str, Any]
 """A row of the store."""
 
 
@@ -79,12 +79,12 @@ class Rules:
 class Accepted:
     """A valid sample: its row in the store."""
 
-    row: Row
+    row: StoreRow
     record: Received | None = None
     """Its record, to be refused after all should its row not fit the table."""
 
 
-def validate(record: Received, rules: Rules) -> Accepted | Row:
+def validate(record: Received, rules: Rules) -> Accepted | StoreRow:
     """Decode and check one record. What it holds never makes it raise: the result says what is wrong with it.
 
     Raises:
@@ -112,7 +112,7 @@ def validate(record: Received, rules: Rules) -> Accepted | Row:
         return refuse(record, "internal", f"{type(error).__name__}: {error}", now)
 
 
-def refuse(record: Received, reason: str, detail: str, now: datetime | None = None) -> Row:
+def refuse(record: Received, reason: str, detail: str, now: datetime | None = None) -> StoreRow:
     """The row of a refused record, which is also the message to the quarantine topic."""
     headers = [
         [name.encode(errors="replace").decode(), None if value is None else base64.b64encode(value).decode()]
@@ -163,7 +163,7 @@ def _accept(sample: Sample, record: Received, rules: Rules, now: datetime) -> Ac
     return Accepted(row, record)
 
 
-def _tombstone(record: Received, now: datetime) -> Row:
+def _tombstone(record: Received, now: datetime) -> StoreRow:
     named = _named_id(record)
     return {"kind": "tombstone", **record.position, "id": named, "key": record_key(record.key), "ingested_at": now}
 

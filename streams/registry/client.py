@@ -12,7 +12,7 @@ import httpx
 
 from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 
-Kind = Literal["AVRO", "JSON", "PROTOBUF"]
+SchemaType = Literal["AVRO", "JSON", "PROTOBUF"]
 
 TIMEOUT_SECONDS: Final = 5.0
 TRIES: Final = 3
@@ -38,7 +38,7 @@ class Reference:
 class Schema:
     """A schema as the registry has it. ``text`` of Protobuf is a FileDescriptorProto in base64."""
 
-    kind: Kind
+    kind: SchemaType
     text: str
     references: tuple[Reference, ...] = ()
 
@@ -74,7 +74,7 @@ class RegistryClient:
         schema = self._schema(path)
         return schema if schema.kind != "PROTOBUF" else self._schema(f"{path}?format=serialized")
 
-    def by_reference(self, reference: Reference, kind: Kind) -> Schema:
+    def by_reference(self, reference: Reference, kind: SchemaType) -> Schema:
         """A schema that another one of the same ``kind`` imports. Raises like :meth:`by_id`."""
         path = f"/subjects/{quote(reference.subject, safe='')}/versions/{reference.version}"
         return self._schema(f"{path}?format=serialized" if kind == "PROTOBUF" else path)
@@ -87,7 +87,7 @@ class RegistryClient:
         body = self._get(path)
         try:
             kind: Any = body.get("schemaType") or "AVRO"  # left out for the first kind that there was
-            if kind not in get_args(Kind):
+            if kind not in get_args(SchemaType):
                 raise RecordError(
                     "schema", f"schema {path} is of the kind {str(kind)[:40]!r}.", "Use Avro, Protobuf or JSON."
                 )

@@ -103,24 +103,24 @@ class SchemaRegistry:
         self.client.close()
 
     def _decoder(self, number: int) -> Decoder:
-        decoder = self._kept(number)
+        decoder = self._cached(number)
         if decoder is None:
             with self._making:  # one thread asks, the others find what it got
-                decoder = self._kept(number) or self._keep(number, self._made(number))
+                decoder = self._cached(number) or self._keep(number, self._make(number))
         if isinstance(decoder, _Refusal):
             error = decoder.error
             raise RecordError(error.reason, error.message, error.fix)
         return decoder
 
-    def _kept(self, number: int) -> Decoder | _Refusal | None:
+    def _cached(self, number: int) -> Decoder | _Refusal | None:
         with self._lock:
-            kept = self._decoders.get(number)
-            if isinstance(kept, _Refusal) and time.monotonic() > kept.until:
+            decoder = self._decoders.get(number)
+            if isinstance(decoder, _Refusal) and time.monotonic() > decoder.until:
                 del self._decoders[number]
                 return None
-            if kept is not None:
+            if decoder is not None:
                 self._decoders.move_to_end(number)
-            return kept
+            return decoder
 
     def _keep(self, number: int, decoder: Decoder | _Refusal) -> Decoder | _Refusal:
         with self._lock:
@@ -129,7 +129,7 @@ class SchemaRegistry:
                 self._decoders.popitem(last=False)
         return decoder
 
-    def _made(self, number: int) -> Decoder | _Refusal:
+    def _make(self, number: int) -> Decoder | _Refusal:
         if self._away is not None and time.monotonic() < self._away[1]:
             error = self._away[0]
             raise RegistryUnavailable(error.message, error.fix)
@@ -149,7 +149,9 @@ class SchemaRegistry:
     def _is_up(self) -> bool:
         """Whether the registry gives a schema that it gave before."""
         with self._lock:
-            known = next((n for n, made in reversed(self._decoders.items()) if not isinstance(made, _Refusal)), None)
+            known = next(
+                (n for n, decoder in reversed(self._decoders.items()) if not isinstance(decoder, _Refusal)), None
+            )
         if known is None:
             return False
         try:

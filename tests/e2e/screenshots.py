@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 import io
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
+from ops.addresses import free_port
 from ops.ledger import Ledger
 from ops.loading import load_settings
+from ops.waiting import wait_until
 from tests.support.browser import PHONE, chromium, console
 
 PATIENCE_SECONDS = 1800.0
@@ -132,8 +132,8 @@ def main() -> None:
     flags.add_argument("--pages", nargs="*", help="Only these pages.")
     asked = flags.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    settings = load_settings(asked.home / "ratchet.yaml", {"console.port": _free_port()}, environ={})
-    url = f"http://{settings.console.host}:{settings.console.port}"
+    settings = load_settings(asked.home / "ratchet.yaml", {"console.port": free_port()}, environ={})
+    url = settings.console.url
     own = asked.out / ".ratchet-console.yaml"
     public = str(bool(asked.public)).lower()
     own.write_text(
@@ -192,17 +192,8 @@ def _press(page: Page, button: str, result: str, field: str = "", text: str = ""
 
 
 def _await(ledger: Ledger, came: Callable[[Ledger], bool], moment: str) -> None:
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not came(ledger):
-        if time.monotonic() > end:
-            raise SystemExit(f"the moment {moment!r} did not come within {PATIENCE_SECONDS:.0f} s")
-        time.sleep(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    if not wait_until(lambda: came(ledger), PATIENCE_SECONDS, pause=1.0):
+        raise SystemExit(f"the moment {moment!r} did not come within {PATIENCE_SECONDS:.0f} s")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.fixtures.postgres import free_port
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
-from benchmarks.load import Traffic
+from ops.addresses import free_port
 from ops.alerts import as_yaml, prometheus_config
 from ops.cli.context import Context
 from ops.cli.metrics import targets_of
 from ops.cli.supervisor import Supervisor
 from ops.dashboards import expressions
 from ops.ledger import Ledger
+from ops.load.traffic import Traffic
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from ops.waiting import wait_until
 from serving.client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore
@@ -54,7 +55,7 @@ RECIPE = {
 
 
 @dataclass
-class House:
+class Installation:
     """A running Ratchet with a tiny base."""
 
     context: Context
@@ -85,7 +86,7 @@ class House:
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     home = tmp_path_factory.mktemp("house")
     tiny_base(home)
     tiny_vlm_base(home)
@@ -134,14 +135,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
             parts.wait_until_ready()
             client = Client(settings.serve.url, operator_key=settings.operator_key())
             ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
-            yield House(context, parts, client, ledger, store, monitor, pager)
+            yield Installation(context, parts, client, ledger, store, monitor, pager)
 
 
 def wait(condition: Callable[[], bool], seconds: float = 90.0, explain: Callable[[], object] = str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"it did not happen in time {explain()}"
-        time.sleep(0.2)
+    assert wait_until(condition, seconds, pause=0.2), f"it did not happen in time {explain()}"
 
 
 def descendants(pid: int) -> list[int]:
@@ -150,82 +148,83 @@ def descendants(pid: int) -> list[int]:
     return [int(child) for child in found] + [each for child in found for each in descendants(int(child))]
 
 
-def test_an_update_goes_from_the_stream_into_service_and_back_under_load(house: House) -> None:
-    settings = house.context.settings
+def test_an_update_goes_from_the_stream_into_service_and_back_under_load(installation: Installation) -> None:
+    settings = installation.context.settings
     items = list(read_folder(settings.home / "data" / "old"))
     probes = {"images": [item.bytes() for item in items[::20]], "texts": sorted({item.text for item in items})}
-    with Traffic(house.client.url, settings=settings, rate=5.0, **probes) as traffic:
-        assert "540 samples" in house.ratchet("publish", str(settings.home / "data" / "new"))
-        wait(lambda: house.store.count() == 540)
-        assert house.client.live() == 1
+    with Traffic(installation.client.url, settings=settings, rate=5.0, **probes) as traffic:
+        assert "540 samples" in installation.ratchet("publish", str(settings.home / "data" / "new"))
+        wait(lambda: installation.store.count() == 540)
+        assert installation.client.live() == 1
 
-        wait(lambda: bool(house.ledger.verdicts(1)))
-        verdict = house.ledger.verdicts(1)[0]
+        wait(lambda: bool(installation.ledger.verdicts(1)))
+        verdict = installation.ledger.verdicts(1)[0]
         assert verdict.outcome == "passed", verdict.summary
-        wait(lambda: house.client.live() == 2)
-        wait(lambda: house.client.status()["catalog"]["coverage"] == 1.0)
-        hits = house.client.search(text="a red circle", k=5)
+        wait(lambda: installation.client.live() == 2)
+        wait(lambda: installation.client.status()["catalog"]["coverage"] == 1.0)
+        hits = installation.client.search(text="a red circle", k=5)
         assert sum("red" in hit["text"] for hit in hits) >= 4
 
-        out = house.ratchet("releases", "rollback", "--reason", "to see the old one")
+        out = installation.ratchet("releases", "rollback", "--reason", "to see the old one")
         assert "release 3 is live everywhere: clip base" in out
-        assert len(house.client.search(text="a red circle", k=5)) == 5
-        house.ratchet("releases", "release", "--clip", verdict.adapter, "--reason", "better")
-        wait(lambda: house.client.live() == 4)
+        assert len(installation.client.search(text="a red circle", k=5)) == 5
+        installation.ratchet("releases", "release", "--clip", verdict.adapter, "--reason", "better")
+        wait(lambda: installation.client.live() == 4)
         time.sleep(1.0)
     report = traffic.report()
     assert (report.failed, report.mixed) == (0, 0), report.problems
     assert {1, 2, 4} <= set(report.releases)
     for command in (("status",), ("releases", "list"), ("releases", "show", "2"), ("gate", "report")):
-        assert house.ratchet(*command)
+        assert installation.ratchet(*command)
 
 
-def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(house: House) -> None:
-    wait(lambda: house.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
+def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: Installation) -> None:
+    wait(lambda: installation.monitor.healthy_targets() == {"serve", "ingest", "maintain", "update"})
 
     def silent() -> list[str]:
         asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in expressions()]
-        recorded = [("recorded", rule["name"]) for rule in house.monitor.rules() if rule["type"] == "recording"]
-        return [f"{what}: {expr}" for what, expr in asked + recorded if not house.monitor.has_data(expr)]
+        recorded = [("recorded", rule["name"]) for rule in installation.monitor.rules() if rule["type"] == "recording"]
+        return [f"{what}: {expr}" for what, expr in asked + recorded if not installation.monitor.has_data(expr)]
 
     def all_speak() -> bool:
-        house.use_everything()  # again and again: a rate needs growth between two scrapes
+        installation.use_everything()  # again and again: a rate needs growth between two scrapes
         return not silent()
 
     wait(all_speak, explain=silent)
-    for rule in house.monitor.rules():
+    for rule in installation.monitor.rules():
         assert rule["health"] == "ok", rule
-        house.monitor.query(rule["query"])
+        installation.monitor.query(rule["query"])
         for name in re.findall(r"\bratchet_\w+", rule["query"]):
-            assert house.monitor.query(f"count({name})"), f"{rule['name']} asks for {name}, which nobody exports"
-    wait(lambda: not PAGES & set(house.pager.alerts()), explain=house.pager.alerts)
-    wait(lambda: sum(house.store.offsets().values()) == 540 + house.refused)
+            assert installation.monitor.query(f"count({name})"), f"{rule['name']} asks for {name}, which nobody exports"
+    wait(lambda: not PAGES & set(installation.pager.alerts()), explain=installation.pager.alerts)
+    wait(lambda: sum(installation.store.offsets().values()) == 540 + installation.refused)
 
 
-def test_after_a_crash_of_everything_it_goes_on_where_it_was(house: House) -> None:
-    live, stored, offsets = house.client.live(), house.store.count(), house.store.offsets()
+def test_after_a_crash_of_everything_it_goes_on_where_it_was(installation: Installation) -> None:
+    live, stored, offsets = installation.client.live(), installation.store.count(), installation.store.offsets()
     assert live == 4
-    before = house.client.embed(["a red circle"])
+    before = installation.client.embed(["a red circle"])
     for name in ("serve", "ingest"):
-        process = house.parts.part(name).process
+        process = installation.parts.part(name).process
         assert process is not None
         for pid in [process.pid, *descendants(process.pid)]:
             os.kill(pid, signal.SIGKILL)
         process.wait()
-    assert not house.client.is_ready()
+    assert not installation.client.is_ready()
     wait(
-        lambda: {"RatchetServingAbsent", "RatchetIngestAbsent"} <= set(house.pager.alerts()), explain=house.pager.alerts
+        lambda: {"RatchetServingAbsent", "RatchetIngestAbsent"} <= set(installation.pager.alerts()),
+        explain=installation.pager.alerts,
     )
-    paged = house.pager.alerts()["RatchetServingAbsent"]
+    paged = installation.pager.alerts()["RatchetServingAbsent"]
     assert paged["labels"]["severity"] == "page"
     assert paged["annotations"]["runbook_url"].endswith("docs/runbooks/RatchetServingAbsent.md")
-    house.ledger.hold("test", "a row that is written while everything is down")
-    wait(lambda: house.parts.tend() or house.client.is_ready(), seconds=180)
-    assert house.client.live() == live
-    assert abs(house.client.embed(["a red circle"]) - before).max() < 1e-5
-    assert (house.store.count(), house.store.offsets()) == (stored, offsets)
+    installation.ledger.hold("test", "a row that is written while everything is down")
+    wait(lambda: installation.parts.tend() or installation.client.is_ready(), seconds=180)
+    assert installation.client.live() == live
+    assert abs(installation.client.embed(["a red circle"]) - before).max() < 1e-5
+    assert (installation.store.count(), installation.store.offsets()) == (stored, offsets)
 
-    folder = shapes(house.context.settings.home / "data" / "late", copies=1, seed=9)
-    house.ratchet("publish", str(folder))
-    wait(lambda: house.store.count() == stored + 12)
-    house.ledger.resume("test", "over")
+    folder = shapes(installation.context.settings.home / "data" / "late", copies=1, seed=9)
+    installation.ratchet("publish", str(folder))
+    wait(lambda: installation.store.count() == stored + 12)
+    installation.ledger.resume("test", "over")

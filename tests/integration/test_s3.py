@@ -15,12 +15,12 @@ import pytest
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from benchmarks.fixtures.postgres import free_port
-from benchmarks.fixtures.tiny import tiny_base
+from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.errors import AdapterError, ArtifactsUnavailable, BaseModelError, RecordError, Superseded
 from ops.settings import Ingest
-from serving.engines.base import load_base
+from ops.testing.tiny import tiny_base
+from serving.engines.clip_base import load_base
 from streams.rows import Position, tally_of
 from streams.store import SampleStore
 from streams.table import SampleTable

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import httpx
 from playwright.sync_api import Browser, Page, sync_playwright
+
+from ops.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = (
@@ -47,10 +48,7 @@ def console(config: Path, url: str, log: Path) -> Iterator[str]:
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environ, cwd=ROOT)
     try:
-        end = time.monotonic() + START_SECONDS
-        while not _answers(url):
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.1)
+        assert wait_until(lambda: _answers(url), START_SECONDS, alive=lambda: process.poll() is None), log.read_text()
         yield url
     finally:
         process.send_signal(signal.SIGTERM)

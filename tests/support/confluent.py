@@ -14,7 +14,7 @@ from google.protobuf import descriptor_pb2, struct_pb2, timestamp_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
 from google.protobuf.message_factory import GetMessageClass
 
-Kind = descriptor_pb2.FieldDescriptorProto
+FieldType = descriptor_pb2.FieldDescriptorProto
 AVRO = {
     "type": "record",
     "name": "Sample",
@@ -56,20 +56,22 @@ def write_protobuf(url: str, message: Any, topic: str = "protobuf") -> bytes:
 def message_types() -> dict[str, Any]:
     """Message classes: the first of its file, one nested in the second, and one whose file imports another file."""
     common = descriptor_pb2.FileDescriptorProto(name="common/box.proto", package="common", syntax="proto3")
-    _message(common.message_type.add(name="Box"), x=Kind.TYPE_DOUBLE, count=Kind.TYPE_INT64)
+    _message(common.message_type.add(name="Box"), x=FieldType.TYPE_DOUBLE, count=FieldType.TYPE_INT64)
     file = descriptor_pb2.FileDescriptorProto(name="sample.proto", package="org.example", syntax="proto3")
     file.dependency.extend([timestamp_pb2.DESCRIPTOR.name, struct_pb2.DESCRIPTOR.name, common.name])
-    first = _message(file.message_type.add(name="Sample"), image=Kind.TYPE_BYTES, text=Kind.TYPE_STRING)
+    first = _message(file.message_type.add(name="Sample"), image=FieldType.TYPE_BYTES, text=FieldType.TYPE_STRING)
     for name, kind, label in (
-        ("time", ".google.protobuf.Timestamp", Kind.LABEL_OPTIONAL),
-        ("extra", ".google.protobuf.Struct", Kind.LABEL_OPTIONAL),
-        ("boxes", ".common.Box", Kind.LABEL_REPEATED),
+        ("time", ".google.protobuf.Timestamp", FieldType.LABEL_OPTIONAL),
+        ("extra", ".google.protobuf.Struct", FieldType.LABEL_OPTIONAL),
+        ("boxes", ".common.Box", FieldType.LABEL_REPEATED),
     ):
-        first.field.add(name=name, number=len(first.field) + 1, type=Kind.TYPE_MESSAGE, type_name=kind, label=label)
-    first.field.add(name="tags", number=9, type=Kind.TYPE_STRING, label=Kind.LABEL_REPEATED)
+        first.field.add(
+            name=name, number=len(first.field) + 1, type=FieldType.TYPE_MESSAGE, type_name=kind, label=label
+        )
+    first.field.add(name="tags", number=9, type=FieldType.TYPE_STRING, label=FieldType.LABEL_REPEATED)
     outer = file.message_type.add(name="Outer")
     outer.nested_type.add(name="Other")
-    _message(outer.nested_type.add(name="Inner"), image=Kind.TYPE_STRING, text=Kind.TYPE_STRING)
+    _message(outer.nested_type.add(name="Inner"), image=FieldType.TYPE_STRING, text=FieldType.TYPE_STRING)
     pool: Any = DescriptorPool()
     for builtin in (timestamp_pb2, struct_pb2):
         pool.AddSerializedFile(builtin.DESCRIPTOR.serialized_pb)
@@ -81,5 +83,5 @@ def message_types() -> dict[str, Any]:
 
 def _message(message: Any, **fields: int) -> Any:
     for number, (name, kind) in enumerate(fields.items(), 1):
-        message.field.add(name=name, number=number, type=kind, label=Kind.LABEL_OPTIONAL)
+        message.field.add(name=name, number=number, type=kind, label=FieldType.LABEL_OPTIONAL)
     return message

@@ -6,10 +6,10 @@ import socket
 import threading
 from contextlib import suppress
 
-from benchmarks.proxy import Proxy
+from ops.testing.tcp_relay import TcpRelay
 
 
-class DamagingProxy(Proxy):
+class DamagingProxy(TcpRelay):
     """Replaces marked bytes in what the broker sends, each mark a number of times.
 
     A broker that is started with ``advertised`` set to this proxy's address sends its clients here.

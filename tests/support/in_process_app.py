@@ -15,11 +15,11 @@ import httpx
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.inputs import pictures
 from ops.access import Access
 from ops.ledger import Ledger
 from ops.settings import Serve, Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_base
 from serving.catalog.catalog import Catalog
 from serving.catalog.tables import Tables
 from serving.engines.clip import ClipEngine
@@ -28,13 +28,13 @@ from serving.http.app import build_app
 from serving.http.app_state import AppState
 from serving.http.deletion_service import DeletionService
 from serving.http.image_loader import ImageLoader
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.admission import Admission
 from serving.releases.commands import HoldCommand, HoldingCommand, LiveCommand, ReleaseCommand, RollbackCommand
 from serving.releases.observations import Observations
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Outcome, Prepared, Residency
+from serving.releases.types import Prepared, ReleaseResult, Residency
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
@@ -77,7 +77,7 @@ class InProcessApp:
     def __post_init__(self) -> None:
         self.protocol = ReleaseProtocol(self.ledger, self, window=2)
 
-    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         run = self.engine.encode_images if kind == "image" else self.engine.encode_tokens
         vectors = run(payload, snapshot.clip)
         spaces = self.engine.spaces(snapshot.clip)
@@ -90,7 +90,7 @@ class InProcessApp:
             logit_scale=self.engine.logit_scale,
         )
 
-    async def change(self, command: LiveCommand) -> Outcome:
+    async def change(self, command: LiveCommand) -> ReleaseResult:
         """Half of the time something is on trial: a promotion of a plain release begins a canary, and fails."""
         match command:
             case ReleaseCommand():

@@ -17,8 +17,8 @@ from ops.settings import Kafka, Settings
 from streams.clients import ensure_topics
 from streams.consumer import Consumer
 from streams.ingest_status import IngestStatus
+from streams.rows import RecordPosition
 
-Place = tuple[str, int, int]
 Message = tuple[bytes | None, list[tuple[str, bytes]]]  # value, headers
 
 
@@ -42,7 +42,7 @@ def make_topics(settings: Settings) -> None:
     ensure_topics(settings.kafka, [settings.kafka.quarantine_topic])
 
 
-def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[Place]:
+def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = None) -> list[RecordPosition]:
     """Send records round robin over the partitions; their places, in the order given."""
     producer = KafkaProducer(bootstrap_servers=kafka.bootstrap, max_request_size=1 << 26)
     try:
@@ -78,7 +78,7 @@ def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 20.
         consumer.close(timeout_ms=1000)
 
 
-def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[Place]:
+def quarantined_places(kafka: Kafka, at_least: int = 0) -> list[RecordPosition]:
     """Places of the originals of all messages in the quarantine topic, with repetitions."""
     places = []
     for record in read_topic(kafka, kafka.quarantine_topic, at_least):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from ops.settings import Settings
 from streams.consumer import Consumer
@@ -14,12 +12,7 @@ from streams.ingest import run_ingest
 from streams.outbox import Outbox
 from streams.quality.duplicates import DuplicateIndex
 from streams.writer import StoreWriter
-
-
-def die(*_: Any, **__: Any) -> NoReturn:
-    """End as ``kill -9`` would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("a killed process went on")
+from tests.support.sudden_death import die
 
 
 def after(function: Callable[..., Any], times: int) -> Callable[..., Any]:

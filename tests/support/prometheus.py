@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks.fixtures.postgres import free_port
+from ops.addresses import free_port
 from ops.alerts import as_yaml, rule_groups
+from ops.waiting import wait_until
 
 START_SECONDS = 60.0
 GRAFANA = {"$__rate_interval": "10m", "$__range": "10m"}
@@ -118,10 +118,8 @@ def _running(command: list[str], log: Path, ready: str) -> Iterator[None]:
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environ)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(ready):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
-            time.sleep(0.05)
+        running = lambda: process.poll() is None  # noqa: E731
+        assert wait_until(lambda: _answers(ready), START_SECONDS, pause=0.05, alive=running), log.read_text()[-2000:]
         yield
     finally:
         process.terminate()

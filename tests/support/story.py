@@ -18,7 +18,7 @@ from updater.gate.decision import conclude, decide
 from updater.gate.diagnostics.results import Diagnostics, FeatureShift, TowerShift
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import write_report
-from updater.gate.verdict import Check, Verdict, Worse
+from updater.gate.verdict import Check, Regression, Verdict
 
 EVIL = '<script>document.title = "stolen"</script><img src=x onerror="document.title=\'stolen\'">'
 """A caption that wants to be a program."""
@@ -38,7 +38,7 @@ class Story:
 def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict:
     """Judged by the real statistics, on made-up answers."""
     before = (np.random.default_rng(0).random((ITEMS, 2)) < 0.6).astype(float)
-    worst = (Worse("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
+    worst = (Regression("a1", caption, "image to text", 0, 40, "a dog", caption, ""),)
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
     gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
     entries = [replace(kept, worst=worst), gained]

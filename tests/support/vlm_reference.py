@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, Image, question
 from serving.engines.vlm.prompts import inputs
+from serving.engines.vlm.vlm_base import VlmBase
 
 QUESTIONS = ("what is this?", "is there a red car?", "which colour?", "what is the round apple on?")
 

@@ -17,23 +17,23 @@ from torch.nn import functional as F
 
 from ops.errors import AdapterError
 from serving.engines.adapters import PREFIX, AdapterFiles, read_adapter, whole_weights
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
-from updater.adapters.factors import Delta, Factor, Whole, compress
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, write_delta
+from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 NEGLIGIBLE = 1e-9
 """A singular value below this share of the largest is no direction: it starts anew instead of being stuck at zero."""
 
 
-def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
+def read_delta(directory: Path, base: ClipBase | VlmBase) -> dict[str, LowRank | Dense]:
     """What an adapter directory changes of its base. Raises AdapterError, also when it is an adapter of another one."""
     files = read_adapter(directory)
     files.check_base(base)
     return delta_of(files, base)
 
 
-def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor | Whole]:
+def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, LowRank | Dense]:
     """Factors with the scale alpha/r folded in, and differences of whole weights."""
     if files.config["rank_pattern"] or files.config["alpha_pattern"] or files.config["use_rslora"]:
         raise AdapterError(
@@ -41,7 +41,7 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor 
             "Release the base, or an adapter that Ratchet trained, and update from there.",
         )
     scale = files.config["lora_alpha"] / files.config["r"]
-    delta: dict[str, Factor | Whole] = {}
+    delta: dict[str, LowRank | Dense] = {}
     whole = whole_weights(files)
     if whole:
         own = dict(base.build_model().named_parameters())
@@ -49,12 +49,12 @@ def delta_of(files: AdapterFiles, base: ClipBase | VlmBase) -> dict[str, Factor 
         if unknown:
             shape = list(whole[unknown[0]].shape)
             raise AdapterError(f"Adapter {files.name} replaces {unknown[0]} {shape}, which the base lacks.", OTHER_BASE)
-        delta |= {name: Whole(value.double() - own[name].detach().double()) for name, value in whole.items()}
+        delta |= {name: Dense(value.double() - own[name].detach().double()) for name, value in whole.items()}
     for key, a in files.tensors.items():
         if key.endswith(".lora_A.weight"):
             module = key.removesuffix(".lora_A.weight")
             b = files.tensors[f"{module}.lora_B.weight"]
-            delta[module.removeprefix(PREFIX)] = Factor(a.flatten(1).double(), scale * b.flatten(1).double())
+            delta[module.removeprefix(PREFIX)] = LowRank(a.flatten(1).double(), scale * b.flatten(1).double())
     return delta
 
 
@@ -70,7 +70,7 @@ class LoraModel(AdapterModel):
         trained: Sequence[str],
         rank: int,
         alpha: float,
-        start: Delta,
+        start: WeightDelta,
         seed: int,
         device: str = "cpu",
     ) -> None:
@@ -79,7 +79,7 @@ class LoraModel(AdapterModel):
         self.rank = rank
         self.alpha = alpha
         self.device = torch.device(device)
-        factors = {name: part for name, part in start.items() if isinstance(part, Factor)}
+        factors = {name: part for name, part in start.items() if isinstance(part, LowRank)}
         carried = {plain_name(name) for name in factors} - {"", *trained}
         # MultiheadAttention is one target for PEFT, which reaches its out_proj by itself.
         self.targets = sorted(
@@ -122,7 +122,7 @@ class LoraModel(AdapterModel):
         return layer.lora_A["default"], layer.lora_B["default"]
 
     @torch.no_grad()
-    def _start(self, start: Mapping[str, Factor]) -> None:
+    def _start(self, start: Mapping[str, LowRank]) -> None:
         unknown = sorted(set(start) - set(self.layers))
         if unknown:
             raise AdapterError(
@@ -172,21 +172,27 @@ class LoraModel(AdapterModel):
                 for side, part in zip("AB", self._sides(name), strict=True):
                     part.weight.requires_grad_(f"{name}.lora_{side}" in self.parameters)
 
-    def delta(self) -> dict[str, Factor | Whole]:
+    def delta(self) -> dict[str, LowRank | Dense]:
         """The factors as they are now, the scale folded in."""
         scale = self.alpha / self.rank
         return self._whole.delta | {
-            name: Factor(
+            name: LowRank(
                 a.weight.detach().flatten(1).double().cpu(), scale * b.weight.detach().flatten(1).double().cpu()
             )
             for name, (a, b) in ((name, self._sides(name)) for name in self.layers)
         }
 
-    def write(self, delta: Delta, directory: Path) -> str:
+    def write(self, delta: WeightDelta, directory: Path) -> str:
         learned = {name for name in self.layers if f"{name}.lora_A" in self.parameters}
-        kept = {name: factor for name, factor in self._start_delta.items() if name not in learned}
+        unchanged = {name: factor for name, factor in self._start_delta.items() if name not in learned}
         return write_delta(
-            self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=self.config.to_dict(), kept=kept
+            self.frozen,
+            delta,
+            directory,
+            rank=self.rank,
+            alpha=self.alpha,
+            config=self.config.to_dict(),
+            unchanged=unchanged,
         )
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES, PREFIX, write_adapter
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
-from updater.adapters.factors import Delta, Factor, Whole, compress
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, compress
 
 OTHER_BASE = "It belongs to another base: release the base alone, and update from there."
 
@@ -39,11 +39,11 @@ class AdapterModel(ABC):
         """Inside, the model is the base alone."""
 
     @abstractmethod
-    def delta(self) -> dict[str, Factor | Whole]:
+    def delta(self) -> dict[str, LowRank | Dense]:
         """The difference to the base as it is now."""
 
     @abstractmethod
-    def write(self, delta: Delta, directory: Path) -> str:
+    def write(self, delta: WeightDelta, directory: Path) -> str:
         """Write ``delta`` as an adapter directory, compressed to the rank; returns the adapter's name."""
 
     def stepped(self, step: int, steps: int) -> None:  # noqa: B027 - most have nothing to do then
@@ -76,11 +76,11 @@ class AdapterModel(ABC):
 class WholeWeights:
     """Whole parameters that an incumbent replaced: in force, but for when the base alone is asked for."""
 
-    def __init__(self, model: nn.Module, delta: Delta) -> None:
+    def __init__(self, model: nn.Module, delta: WeightDelta) -> None:
         self._own: list[tuple[nn.Module, str, nn.Parameter, Tensor, Tensor]] = []
-        self.delta: dict[str, Factor | Whole] = {}
+        self.delta: dict[str, LowRank | Dense] = {}
         for name, part in delta.items():
-            if isinstance(part, Whole):
+            if isinstance(part, Dense):
                 owner, _, leaf = name.rpartition(".")
                 module, parameter = model.get_submodule(owner), model.get_parameter(name)
                 plain = parameter.detach().clone()
@@ -96,20 +96,20 @@ class WholeWeights:
             (parameter if current is None else current).data.copy_(replaced if on else plain)
 
 
-def applied(plain: Tensor, part: Whole) -> Tensor:
+def applied(plain: Tensor, part: Dense) -> Tensor:
     """A parameter's value under a whole difference; exact where the difference was taken of float32 values."""
     return (plain.double().cpu() + part.value).to(plain.device, plain.dtype)
 
 
-def dense_delta(delta: Delta, model: nn.Module) -> dict[str, Tensor]:
+def dense_delta(delta: WeightDelta, model: nn.Module) -> dict[str, Tensor]:
     """ΔW of every parameter that a delta touches, by parameter name, float64 in the parameter's shape."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     modules = dict(model.named_modules())
     dense: dict[str, Tensor] = {}
     for name, part in delta.items():
-        parameter = parameter_of(name, modules) if isinstance(part, Factor) else name
+        parameter = parameter_of(name, modules) if isinstance(part, LowRank) else name
         times = OUT_PROJ_TIMES if name.endswith(INNER_OUT_PROJ) else 1.0
-        value = times * part.dense().reshape(shapes[parameter]) if isinstance(part, Factor) else part.value
+        value = times * part.dense().reshape(shapes[parameter]) if isinstance(part, LowRank) else part.value
         dense[parameter] = dense[parameter] + value if parameter in dense else value
     return dense
 
@@ -122,18 +122,18 @@ def parameter_of(layer: str, modules: Mapping[str, nn.Module]) -> str:
 
 def write_delta(
     frozen: ClipBase | VlmBase,
-    delta: Delta,
+    delta: WeightDelta,
     directory: Path,
     *,
     rank: int,
     alpha: float,
     config: Mapping[str, Any],
-    kept: Delta,
+    unchanged: WeightDelta,
 ) -> str:
     """Write a delta as an adapter directory, factors compressed to the rank; returns the adapter's name.
 
-    What is in ``kept`` with the same rank is written as it is there, bit by bit: a locked tower keeps its embedding
-    space, and with it every search index.
+    What is in ``unchanged`` with the same rank is written as it is there, bit by bit: a locked tower keeps its
+    embedding space, and with it every search index.
     """
     model = frozen.build_model()
     scale = alpha / rank
@@ -141,11 +141,11 @@ def write_delta(
     modules = dict(model.named_modules())
     tensors: dict[str, Tensor] = {}
     for name, part in sorted(delta.items()):
-        if isinstance(part, Whole):
+        if isinstance(part, Dense):
             tensors[f"{PREFIX}{name}"] = applied(parameters[name], part)
             continue
-        same = kept.get(name)
-        small = same if isinstance(same, Factor) and same.rank == rank else compress(part, rank)
+        known = unchanged.get(name)
+        small = known if isinstance(known, LowRank) and known.rank == rank else compress(part, rank)
         shape = parameters[parameter_of(name, modules)].shape
         tensors[f"{PREFIX}{name}.lora_A.weight"] = small.a.reshape(rank, *shape[1:]).float()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = (

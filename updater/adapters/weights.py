@@ -13,15 +13,15 @@ from torch.nn.utils import parametrize
 
 from ops.errors import AdapterError
 from serving.engines.adapters import INNER_OUT_PROJ, OUT_PROJ_TIMES
-from serving.engines.base import ClipBase
-from updater.adapters.factors import Delta, Factor, Whole, combine, fits
-from updater.adapters.kinds import Kind, find
+from serving.engines.clip_base import ClipBase
 from updater.adapters.model import OTHER_BASE, AdapterModel, WholeWeights, dense_delta, parameter_of, write_delta
-from updater.found import options_of
+from updater.adapters.parametrizations import Parametrization, find
+from updater.adapters.weight_deltas import Dense, LowRank, WeightDelta, combine, fits
+from updater.recipes.plugin_registry import options_of
 
 
 class WeightModel(AdapterModel):
-    """A base with a :class:`Kind` on each of ``trained``; the incumbent's ΔW is in the weights from the start."""
+    """A base with a :class:`Parametrization` on each of ``trained``; the incumbent's ΔW is in the weights already."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class WeightModel(AdapterModel):
         options: Mapping[str, Any],
         rank: int,
         alpha: float,
-        start: Delta,
+        start: WeightDelta,
         seed: int,
         device: str = "cpu",
     ) -> None:
@@ -43,30 +43,30 @@ class WeightModel(AdapterModel):
         self._modules = dict(self.model.named_modules())
         self._start = dict(start)
         self._start_dense = _dense(start, self.model, base)
-        self._whole = WholeWeights(self.model, {name: Whole(value) for name, value in self._start_dense.items()})
+        self._whole = WholeWeights(self.model, {name: Dense(value) for name, value in self._start_dense.items()})
         self.model.requires_grad_(False)
-        self.kinds: dict[str, Kind] = {}
+        self.parametrizations: dict[str, Parametrization] = {}
         for number, name in enumerate(sorted(trained)):
             owner, _, attribute = name.rpartition(".")
             weight = getattr(self._modules[owner], attribute)
             generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
             with options_of("adapter kind", kind):
-                made = find(kind)(weight.detach().clone(), rank, alpha, generator, **options)
-            switch = _Switch(made)
+                parametrization = find(kind)(weight.detach().clone(), rank, alpha, generator, **options)
+            switch = _Switch(parametrization)
             parametrize.register_parametrization(self._modules[owner], attribute, switch)
-            self.kinds[name] = made
+            self.parametrizations[name] = parametrization
         self._switches = [m for m in self.model.modules() if isinstance(m, _Switch)]
         self.model.to(self.device)
         self.parameters = {
             f"{name}.{part}": parameter
-            for name, made in self.kinds.items()
-            for part, parameter in made.named_parameters()
+            for name, parametrization in self.parametrizations.items()
+            for part, parameter in parametrization.named_parameters()
             if parameter.requires_grad
         }
 
     @property
     def base_names(self) -> list[str]:
-        return sorted({name.rpartition(".")[0] for name in (*self.kinds, *self._start_dense)})
+        return sorted({name.rpartition(".")[0] for name in (*self.parametrizations, *self._start_dense)})
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -82,24 +82,24 @@ class WeightModel(AdapterModel):
         self._whole.use(on)
 
     @torch.no_grad()
-    def delta(self) -> dict[str, Factor | Whole]:
-        learned: dict[str, Factor | Whole] = {}
+    def delta(self) -> dict[str, LowRank | Dense]:
+        learned: dict[str, LowRank | Dense] = {}
         replaced: set[str] = set()
-        for name, made in self.kinds.items():
-            factors = made.factors()
+        for name, parametrization in self.parametrizations.items():
+            factors = parametrization.factors()
             if factors is None:
-                effective = made(self._started(name).to(self.device)).cpu().double()
-                learned[name] = Whole(effective - self._plain[name].double())
+                effective = parametrization(self._started(name).to(self.device)).cpu().double()
+                learned[name] = Dense(effective - self._plain[name].double())
                 replaced.add(name)
                 continue
             layer = self._layer(name)
             times = OUT_PROJ_TIMES if layer.endswith(INNER_OUT_PROJ) else 1.0
             a, b = (side.detach().double().cpu() for side in factors)
-            learned[layer] = Factor(a, b / times)
+            learned[layer] = LowRank(a, b / times)
         carried = {
             name: part
             for name, part in self._start.items()
-            if (parameter_of(name, self._modules) if isinstance(part, Factor) else name) not in replaced
+            if (parameter_of(name, self._modules) if isinstance(part, LowRank) else name) not in replaced
         }
         return combine([(1.0, carried), (1.0, learned)])
 
@@ -115,51 +115,57 @@ class WeightModel(AdapterModel):
         inside = last == "out_proj" and isinstance(self._modules.get(owner), nn.MultiheadAttention)
         return f"{owner}{INNER_OUT_PROJ}" if inside else layer
 
-    def write(self, delta: Delta, directory: Path) -> str:
+    def write(self, delta: WeightDelta, directory: Path) -> str:
         """As of every adapter, but for factors that the rank no longer holds: those are written as whole weights.
 
         Ranks add up where an update begins with new factors, and these methods merge each update into the weights;
         compressed again and again, what earlier ones learned would be lost.
         """
-        kept = {
+        unchanged = {
             name: part
             for name, part in self._start.items()
-            if isinstance(part, Factor) and parameter_of(name, self._modules) not in self.kinds
+            if isinstance(part, LowRank) and parameter_of(name, self._modules) not in self.parametrizations
         }
-        over = {n: part for n, part in delta.items() if isinstance(part, Factor) and not fits(part, self.rank)}
-        wholes = {name: Whole(value) for name, value in dense_delta(over, self.frozen.build_model()).items()}
+        over = {n: part for n, part in delta.items() if isinstance(part, LowRank) and not fits(part, self.rank)}
+        wholes = {name: Dense(value) for name, value in dense_delta(over, self.frozen.build_model()).items()}
         delta = combine([(1.0, {n: part for n, part in delta.items() if n not in over}), (1.0, wholes)])
-        targets = sorted(name for name, part in delta.items() if isinstance(part, Factor))
+        targets = sorted(name for name, part in delta.items() if isinstance(part, LowRank))
         config = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "target_modules": targets}
-        return write_delta(self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, kept=kept)
+        return write_delta(
+            self.frozen, delta, directory, rank=self.rank, alpha=self.alpha, config=config, unchanged=unchanged
+        )
 
     def stepped(self, step: int, steps: int) -> None:
-        for made in self.kinds.values():
-            made.stepped(step, steps)
+        for parametrization in self.parametrizations.values():
+            parametrization.stepped(step, steps)
 
     def state(self) -> dict[str, Tensor]:
-        return {f"{name}/{key}": value for name, made in self.kinds.items() for key, value in made.state().items()}
+        return {
+            f"{name}/{key}": value
+            for name, parametrization in self.parametrizations.items()
+            for key, value in parametrization.state().items()
+        }
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, made in self.kinds.items():
+        for name, parametrization in self.parametrizations.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
             if own:
-                made.load_state(own)
+                parametrization.load_state(own)
 
 
 class _Switch(nn.Module):
     """A parametrization that can be taken out of force."""
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, parametrization: Parametrization) -> None:
         super().__init__()
-        self.kind = kind
+        self.parametrization = parametrization
         self.on = True
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.kind(weight) if self.on else weight
+        return self.parametrization(weight) if self.on else weight
 
 
-def _dense(start: Delta, model: nn.Module, base: ClipBase) -> dict[str, Tensor]:
+def _dense(start: WeightDelta, model: nn.Module, base: ClipBase) -> dict[str, Tensor]:
     try:
         return dense_delta(start, model)
     except KeyError as error:

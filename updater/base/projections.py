@@ -89,9 +89,9 @@ def train_projections(
 ) -> Projections:
     """Train both maps with a contrastive loss in which equal texts are all positives. Deterministic for a seed."""
     how = recipe or ProjectionRecipe()
-    made = torch.Generator().manual_seed(how.seed)
+    generator = torch.Generator().manual_seed(how.seed)
     width, dim = pairs.images.shape[1], pairs.texts.shape[1]
-    image = nn.Parameter(torch.empty(dim, width).uniform_(-(width**-0.5), width**-0.5, generator=made))
+    image = nn.Parameter(torch.empty(dim, width).uniform_(-(width**-0.5), width**-0.5, generator=generator))
     text = nn.Parameter(torch.eye(dim))
     scale = nn.Parameter(torch.tensor(math.log(how.start_scale)))
     groups: list[dict[str, Any]] = [
@@ -107,10 +107,10 @@ def train_projections(
         optimizer,
         lambda s: min(1.0, (s + 1) / how.warmup_steps) * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps))),
     )
-    drawn = _ClassFeatures(pairs.images, classes, how, made) if classes and how.class_weight else None
+    drawn = _ClassFeatures(pairs.images, classes, how, generator) if classes and how.class_weight else None
 
     def image_vectors(features: torch.Tensor) -> torch.Tensor:
-        keep = (torch.rand(features.shape, generator=made) >= how.dropout).float() / (1 - how.dropout)
+        keep = (torch.rand(features.shape, generator=generator) >= how.dropout).float() / (1 - how.dropout)
         return functional.normalize(features * keep @ image.T, dim=-1)
 
     def text_vectors(features: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ def train_projections(
 
     losses = []
     for _ in track(range(how.epochs), "training projections", total=how.epochs):
-        order = torch.randperm(count, generator=made)
+        order = torch.randperm(count, generator=generator)
         total = 0.0
         for start in range(0, count - size + 1, size):
             rows = order[start : start + size]
@@ -152,7 +152,7 @@ def multi_positive_loss(logits: torch.Tensor, text_of: torch.Tensor) -> torch.Te
 class _ClassFeatures:
     """Draws image features of classes from the classifier's weights and the covariance of real features."""
 
-    def __init__(self, real: torch.Tensor, classes: Classes, how: ProjectionRecipe, made: torch.Generator) -> None:
+    def __init__(self, real: torch.Tensor, classes: Classes, how: ProjectionRecipe, generator: torch.Generator) -> None:
         covariance = torch.cov(real.T)
         ridge = torch.eye(real.shape[1]) * covariance.diagonal().mean()
         towards = (classes.head - classes.head.mean(dim=0)) @ (0.9 * covariance + 0.1 * ridge)
@@ -160,10 +160,10 @@ class _ClassFeatures:
         radius = real.std(dim=0).norm()
         self.means = real.mean(dim=0) + towards * (radius / towards.norm(dim=1, keepdim=True))
         self.spread = how.class_noise * torch.linalg.cholesky(covariance + 1e-3 * ridge)
-        self.count, self.made = how.class_batch, made
+        self.count, self.generator = how.class_batch, generator
 
     def draw(self) -> tuple[torch.Tensor, torch.Tensor]:
         """``float32 [k, width]`` and their classes ``int64 [k]``; pooled ReLU6 features are never negative."""
-        which = torch.randint(len(self.means), (self.count,), generator=self.made)
-        noise = torch.randn(self.count, self.means.shape[1], generator=self.made) @ self.spread.T
+        which = torch.randint(len(self.means), (self.count,), generator=self.generator)
+        noise = torch.randn(self.count, self.means.shape[1], generator=self.generator) @ self.spread.T
         return (self.means[which] + noise).clamp(min=0), which

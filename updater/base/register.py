@@ -26,7 +26,7 @@ from torch import nn
 
 from ops.errors import BaseModelError
 from ops.progress import say, step
-from serving.engines.base import TEXT_FILES, ClipBase, construct, save_base
+from serving.engines.clip_base import TEXT_FILES, ClipBase, construct, save_base
 from serving.engines.preprocess import Preprocess
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
@@ -54,15 +54,15 @@ def add_base(
     with tempfile.TemporaryDirectory(prefix="ratchet-base-") as temporary:
         work = Path(temporary)
         with step(f"reading {model}"):
-            config, found, text_source = _locate(model, weights)
+            config, weights_file, text_source = _locate(model, weights)
         model_cfg = copy.deepcopy(config["model_cfg"])
         text_cfg = model_cfg["text_cfg"]
         tokenizer, text_files = _text_side(text_cfg, text_source, work)
         prepared = dict(config.get("preprocess_cfg") or {}) | dict(preprocess or {})
         prepared.setdefault("size", model_cfg["vision_cfg"].get("image_size", 224))
-        with step(f"loading {found.name}"):
+        with step(f"loading {weights_file.name}"):
             built = construct(model_cfg, work)
-            _load(built, found, model)
+            _load(built, weights_file, model)
         with step(f"writing base {name}"):
             return save_base(
                 home,
@@ -72,7 +72,7 @@ def add_base(
                 Preprocess.from_json(prepared),
                 tokenizer,
                 text_files=text_files,
-                about={"model": model, "weights": found.name},
+                about={"model": model, "weights": weights_file.name},
             )
 
 
@@ -98,15 +98,15 @@ def _locate(model: str, weights: Path | None) -> tuple[dict[str, Any], Path, str
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
         candidates = [folder / n for n in HUB_WEIGHTS] + sorted(folder.glob("*.safetensors"))
-        found = weights or next((path for path in candidates if path.is_file()), None)
-        if found is None:
+        weights_file = weights or next((path for path in candidates if path.is_file()), None)
+        if weights_file is None:
             others = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth"}]
             raise BaseModelError(
                 f"{folder} has no safetensors weights" + (f", only {others[0]}." if others else "."),
                 "Convert the weights to safetensors, or name a file with --weights.",
             )
-        check_safetensors(found)
-        return _read_config(folder / HUB_CONFIG), found, str(folder)
+        check_safetensors(weights_file)
+        return _read_config(folder / HUB_CONFIG), weights_file, str(folder)
     if model.startswith(HUB):
         return _from_hub(model.removeprefix(HUB), weights)
     known = open_clip.get_model_config(model.replace("/", "-"))

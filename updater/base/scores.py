@@ -14,8 +14,8 @@ from typing import Any
 
 from ops.progress import say
 from serving.engines.backends import FLOAT32, EngineChoice
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import load_base
 from streams.demo import prepare_domain
 from updater.base.shipped import ASSETS, DOMAINS, NAME
 from updater.gate.score import Scorer

@@ -13,7 +13,7 @@ from pathlib import Path
 from ops.artifacts import Artifacts, directory_digest
 from ops.errors import BaseModelError
 from ops.progress import step
-from serving.engines.base import base_directory, list_bases
+from serving.engines.clip_base import base_directory, list_bases
 
 
 def push_base(home: Path, name: str, artifacts: Artifacts) -> None:
@@ -44,14 +44,14 @@ def pull_base(home: Path, name: str, url: str) -> Path:
         if not artifacts.exists(f"bases/{name}"):
             raise BaseModelError(f"there is no base {name!r} in {artifacts.root}.", f"Run `ratchet base push {name}`.")
         with step(f"fetching base {name}"):
-            found = artifacts.fetch(f"bases/{name}")
+            fetched = artifacts.fetch(f"bases/{name}")
         if target.exists():
-            if directory_digest(target) != directory_digest(found):
+            if directory_digest(target) != directory_digest(fetched):
                 raise BaseModelError(
                     f"{target} is another base than the one in {artifacts.root}.", "Rename one of them."
                 )
             return target
         if artifacts.local is not None:
-            found = Path(shutil.copytree(found, Path(temporary) / "copy"))
-        found.rename(target)
+            fetched = Path(shutil.copytree(fetched, Path(temporary) / "copy"))
+        fetched.rename(target)
     return target

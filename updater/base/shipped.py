@@ -17,7 +17,7 @@ from torch import nn
 from ops.errors import BaseModelError
 from ops.progress import say, step
 from ops.settings import Settings
-from serving.engines.base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
+from serving.engines.clip_base import DESCRIPTION, TEXT_FILES, ClipBase, base_directory, load_base, save_base
 from serving.engines.tokens import make_tokenizer
 from streams.demo import prepare_domain
 from streams.folders import read_folder
@@ -54,10 +54,10 @@ def build_base(home: Path | str, retrain: bool = False, recipe: ProjectionRecipe
             towers.copy_text_files(work / TEXT_FILES)
             model = towers.join_towers(work)
         if retrain:
-            found = train_on_demo_data(Path(home), model, work, recipe)
+            projections = train_on_demo_data(Path(home), model, work, recipe)
         else:
-            found = read_projections(ASSETS / PROJECTIONS)
-        model.load_state_dict({name: tensor.float() for name, tensor in found.items()}, strict=False)
+            projections = read_projections(ASSETS / PROJECTIONS)
+        model.load_state_dict({name: tensor.float() for name, tensor in projections.items()}, strict=False)
         with step(f"writing base {NAME}"):
             return save_base(
                 home,
@@ -97,10 +97,10 @@ def read_projections(path: Path) -> dict[str, torch.Tensor]:
         raise BaseModelError(
             f"{path} is missing from this installation.", "Make it with `ratchet base build --retrain`."
         )
-    found: dict[str, torch.Tensor] = load_file(path)
-    if set(found) != set(towers.PROJECTIONS):
-        raise BaseModelError(f"{path} holds {sorted(found)}.", "Make it with `ratchet base build --retrain`.")
-    return found
+    projections: dict[str, torch.Tensor] = load_file(path)
+    if set(projections) != set(towers.PROJECTIONS):
+        raise BaseModelError(f"{path} holds {sorted(projections)}.", "Make it with `ratchet base build --retrain`.")
+    return projections
 
 
 def train_on_demo_data(

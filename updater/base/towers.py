@@ -21,7 +21,7 @@ from torch import nn
 
 from ops.digests import digest_tensors
 from ops.errors import BaseModelError
-from serving.engines.base import TEXT_FILES, construct
+from serving.engines.clip_base import TEXT_FILES, construct
 from serving.engines.preprocess import Preprocess
 
 SIDE = 128
@@ -82,8 +82,8 @@ def join_towers(work: Path) -> nn.Module:
     image = {name: tensor for name, tensor in image_state().items() if not name.startswith("classifier.")}
     model.get_submodule("visual.trunk").load_state_dict(image)
     text = load_file(_packaged(*_TEXT_FOLDER) / "model.safetensors")
-    kept = {name: tensor for name, tensor in text.items() if name not in _TEXT_UNUSED}
-    model.get_submodule("text.transformer").load_state_dict(kept)
+    used = {name: tensor for name, tensor in text.items() if name not in _TEXT_UNUSED}
+    model.get_submodule("text.transformer").load_state_dict(used)
     return model.eval().requires_grad_(False)
 
 
@@ -94,10 +94,10 @@ def imagenet_head() -> torch.Tensor:
 
 def image_state() -> dict[str, torch.Tensor]:
     names = list(timm.create_model(TRUNK, pretrained=False).state_dict())
-    found = _pickled_tensors()
-    if len(names) != len(found):
-        raise BaseModelError(f"timm's {TRUNK} has {len(names)} tensors, the package {len(found)}.", _INSTALL)
-    named = dict(zip(names, found.values(), strict=True))
+    tensors = _pickled_tensors()
+    if len(names) != len(tensors):
+        raise BaseModelError(f"timm's {TRUNK} has {len(names)} tensors, the package {len(tensors)}.", _INSTALL)
+    named = dict(zip(names, tensors.values(), strict=True))
     digest = digest_tensors(named)
     if digest != IMAGE_DIGEST:
         raise BaseModelError(

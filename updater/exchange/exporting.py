@@ -12,7 +12,7 @@ from ops.errors import AdapterError
 from ops.ledger import AdapterRow, Ledger
 from ops.settings import Settings
 from serving.engines.adapters import read_adapter, whole_weights
-from updater.recorded import fetch_recorded
+from updater.adapters.recorded import fetch_recorded
 
 CARD: Final = "README.md"
 RELEASES: Final = 1000

@@ -17,12 +17,12 @@ from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
 from serving.engines.adapters import MAX_RANK, adapter_name
 from streams.store import SampleStore
-from updater import triggers
 from updater.exchange.peft_files import convert, named
 from updater.families import FAMILIES, family_base, spaces_of
-from updater.learner import Base
-from updater.looks import ONLY_LOOK
 from updater.recipes import Family
+from updater.scheduling import triggers
+from updater.scheduling.kept_candidates import ONLY_LOOK
+from updater.step.learner import Base
 
 IMPORTED: Final = "imported"
 """Name in the place of a recipe's."""
@@ -63,15 +63,15 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
     artifacts, ledger = Artifacts(settings.artifacts), Ledger.open(settings.ledger)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / "adapter"
-            name = convert(directory, frozen, settings.serve.vlm_max_rank if family == "vlm" else MAX_RANK, made)
+            converted = Path(folder) / "adapter"
+            name = convert(directory, frozen, settings.serve.vlm_max_rank if family == "vlm" else MAX_RANK, converted)
             _check_name(directory, name)
             known = ledger.update_of(name)
             if known is not None:
                 return Import(known, known=True)
             key = f"adapters/{name}"
             if not artifacts.exists(key):  # an import that was interrupted may have stored it
-                artifacts.put_directory(made, key)
+                artifacts.put_directory(converted, key)
         stored = artifacts.fetch(key)
         if adapter_name(stored) != name:
             raise AdapterError(f"artifact {key!r} holds another adapter.", "Restore it from a backup.")

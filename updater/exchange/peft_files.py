@@ -34,9 +34,9 @@ from serving.engines.adapters import (
     read_json,
     write_adapter,
 )
-from serving.engines.base import ClipBase, can_carry_lora
+from serving.engines.clip_base import ClipBase, can_carry_lora
 from serving.engines.vlm.adapter_validation import linear_shapes
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 
 NAMED: Final = 10
 """Names in an error; of the others the number is told."""

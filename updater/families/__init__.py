@@ -12,14 +12,14 @@ from typing import get_args
 from ops.errors import ConfigError
 from ops.settings import Settings
 from serving.engines.adapters import effective_weights
-from serving.engines.base import ClipBase, list_bases, load_base
-from serving.engines.vlm.base import VlmBase, load_vlm_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.folders import read_folder
-from updater.adapters import Delta
+from updater.adapters import WeightDelta
 from updater.families.clip.learner import ClipLearner
 from updater.families.vlm.learner import VlmLearner
-from updater.learner import AnyLearner, Base
 from updater.recipes import Family, Recipe, load_recipe
+from updater.step.learner import AnyLearner, Base
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def make_learner(base: Base, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> AnyLearner:
+def make_learner(base: Base, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> AnyLearner:
     """The learner of a base. Raises ConfigError when the recipe is of another family."""
     if recipe.family == "clip" and isinstance(base, ClipBase):
         return ClipLearner(base, recipe, start, seed, device)

@@ -14,8 +14,8 @@ BLOCK_LISTS = ("blocks", "resblocks", "layer", "layers", "stages")
 
 def block_number(name: str, blocks: str) -> int | None:
     """The number of the block that a module is in, or None when it is in none."""
-    found = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
-    return int(found[1]) if found else None
+    match = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name) if blocks else None
+    return int(match[1]) if match else None
 
 
 def late_layers(names: Sequence[str], part: str, tower: Tower, blocks: str, count: int, recipe: Recipe) -> list[str]:

@@ -1,12 +1,14 @@
 """The gate: zero-shot suites and statistics that let a candidate into service, or keep it out.
 
-suites            what is asked: items (suite_items), role (retention or gain), task, margin; fresh makes them from new
-                  samples, memory_suites from those of what was learned before, both by held_out
-evaluator         what differs between families of models: clip asks a CLIP (score, checks), vlm a VLM (answers,
-                  vlm_checks); score_cache keeps what was answered, regressions shows what became worse
+suites            what is asked: items (suite_items), role (retention or gain), task, margin; sample_suites makes them
+                  from new samples, memory_suites from those of what was learned before, both by held_out
+evaluator         what differs between families of models: clip asks a CLIP (score by ranking, checks), vlm a VLM
+                  (answers, vlm_checks); evaluator_factory opens one; score_cache keeps what was answered, regressions
+                  shows what became worse
 statistics        what may be concluded from paired outcomes (resampling: the bootstrap behind some of it)
 interim_analyses  the items that a test needs, when a candidate is asked again, and what each look spends of alpha
 decision          outcomes and checks -> results per suite, the pooled gain and one outcome
+best_releases     the adapters that a candidate is compared with besides incumbent and base
 verdict           the result, as plain data
 diagnostics       what a verdict tells beside: rare concepts, pairs that look alike, shares of yes, shift of features
 run               all of it for one candidate -> Verdict
@@ -23,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from updater.gate.clip import ClipEvaluator
-    from updater.gate.fresh import fresh_suite, fresh_suites
     from updater.gate.report import write_report
     from updater.gate.run import run_gate
+    from updater.gate.sample_suites import fresh_suite, fresh_suites
     from updater.gate.suites import Suite, load_suites
-    from updater.gate.verdict import Check, SuiteResult, Verdict, Worse
+    from updater.gate.verdict import Check, Regression, SuiteResult, Verdict
 
 _MODULES = {
     "Check": "verdict",
@@ -35,9 +37,9 @@ _MODULES = {
     "Suite": "suites",
     "SuiteResult": "verdict",
     "Verdict": "verdict",
-    "Worse": "verdict",
-    "fresh_suite": "fresh",
-    "fresh_suites": "fresh",
+    "Regression": "verdict",
+    "fresh_suite": "sample_suites",
+    "fresh_suites": "sample_suites",
     "load_suites": "suites",
     "run_gate": "run",
     "write_report": "report",
@@ -46,10 +48,10 @@ _MODULES = {
 __all__ = [
     "Check",
     "ClipEvaluator",
+    "Regression",
     "Suite",
     "SuiteResult",
     "Verdict",
-    "Worse",
     "fresh_suite",
     "fresh_suites",
     "load_suites",

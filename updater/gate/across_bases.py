@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.gate.clip import ClipEvaluator
 from updater.gate.decision import Scores
 from updater.gate.diagnostics.results import Diagnostics

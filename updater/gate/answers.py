@@ -47,8 +47,8 @@ def grade(metric: str, answer: str, references: Sequence[str]) -> float:
     yes_no        1 if its first word is the "yes" or "no" of the (first) reference
     """
     if metric == "yes_no":
-        said = polarity(answer)
-        return float(bool(said) and said == polarity(references[0]))
+        answered = polarity(answer)
+        return float(bool(answered) and answered == polarity(references[0]))
     own = normalise(answer)
     matches = sum(own == normalise(reference) for reference in references) if own else 0
     if metric == "vqa_accuracy" and len(references) >= AGREEING:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ops.errors import GateError
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.adapters import trainer_encoder
 from updater.gate.checks import (
     Encode,
@@ -32,7 +32,7 @@ from updater.gate.regressions import worst_items
 from updater.gate.score import Outcomes, Scorer
 from updater.gate.suite_items import Item
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, CrossVersion, Worse
+from updater.gate.verdict import Check, CrossVersion, Regression
 
 LATENCY_BATCH = 8
 
@@ -81,7 +81,7 @@ class ClipEvaluator:
             shift=feature_shift(self.scorer, suites, incumbent, candidate),
         )
 
-    def worst(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Worse, ...]:
+    def regressions(self, suite: Suite, before: Outcomes, after: Outcomes) -> tuple[Regression, ...]:
         """Hits that became misses."""
         return worst_items(self.scorer, suite, before, after)
 

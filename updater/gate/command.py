@@ -13,17 +13,17 @@ from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import ABOUT, adapter_name, read_adapter
-from serving.engines.base import ClipBase, load_base
-from serving.engines.vlm.base import VlmBase, load_vlm_base
+from serving.engines.clip_base import ClipBase, load_base
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base
 from streams.store import SampleStore
-from updater.draw import HAVING
+from updater.data.draw import HAVING
 from updater.gate.diagnostics.concept_counts import StoreCounts
-from updater.gate.fresh import fresh_suites
-from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.evaluator_factory import open_evaluator
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
 from updater.gate.interim_analyses import Plan
-from updater.gate.open import open_evaluator
 from updater.gate.report import HTML_NAME, JSON_NAME, write_report
 from updater.gate.run import run_gate
+from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Family, load_suites
 from updater.gate.verdict import Verdict
 
@@ -53,11 +53,11 @@ def gate_command(
     family = _family(candidate)
     base = _base(settings, family)
     paths, most = suites if suites is not None else settings.gate.suites, settings.gate.max_items
-    asked = load_suites(paths, settings.home, family, most)
+    loaded = load_suites(paths, settings.home, family, most)
     store = SampleStore(settings.lake)
     held_out = HeldOut(store, store.version(), HAVING[family])
     fresh = fresh_suites(
-        held_out.rows(WORDS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
+        held_out.rows(TEXT_COLUMNS), family=family, min_items=settings.gate.min_items, limit=most, images=held_out
     )
     before = _live(settings, family) if incumbent is None else None if incumbent == "base" else incumbent
     meta: dict[str, Any] = {"started_by": "ratchet gate run"}
@@ -78,7 +78,7 @@ def gate_command(
             evaluator=evaluator,
             candidate=name,
             incumbent=before,
-            suites=asked,
+            suites=loaded,
             fresh=fresh,
             counts=StoreCounts(store, held_out.version, held_out.having, settings.home / "cache" / "gate"),
             plan=Plan.alone(settings.gate.alpha),

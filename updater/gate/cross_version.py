@@ -13,12 +13,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from updater.gate.ranking import rank_of_best
 from updater.gate.score import Scorer
 from updater.gate.statistics import compare_accuracy
 from updater.gate.suite_items import spread
 from updater.gate.suites import Suite
 from updater.gate.verdict import CrossVersion
-from updater.ranking import rank_of_best
 
 MOST_ITEMS: Final = 600
 """Over all suites: images that the incumbent may have to embed once more, some seconds."""

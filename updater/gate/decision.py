@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ops.ledger.rows import GateOutcome
 from updater.gate.resampling import Floats
 from updater.gate.statistics import (
     Comparison,
@@ -35,13 +36,13 @@ from updater.gate.statistics import (
     reciprocal_log_rank,
 )
 from updater.gate.suites import Suite, Task
-from updater.gate.verdict import Change, Check, Decision, Outcome, PooledGain, SuiteResult, Worse
+from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression, SuiteResult
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
 
 
-class Marks(Protocol):
+class ItemScores(Protocol):
     """What one model got for its answers to a suite, whatever family it is of."""
 
     @property
@@ -62,15 +63,15 @@ class Scores:
     """Three models' answers to one suite. `before` is the incumbent (the base itself, where nothing was released)."""
 
     suite: Suite
-    base: Marks
-    before: Marks
-    after: Marks
+    base: ItemScores
+    before: ItemScores
+    after: ItemScores
     chance: float = 0.0
     """What guessing would score."""
-    worst: tuple[Worse, ...] = ()
+    worst: tuple[Regression, ...] = ()
     clusters: NDArray[np.int_] | None = None
     """Items with the same number are not independent (:meth:`Suite.clusters`); None: every item counts by itself."""
-    best: Marks | None = None
+    best: ItemScores | None = None
     """The best release so far; None where it is the incumbent, or there was none."""
     best_name: str = ""
     """Its adapter."""
@@ -110,7 +111,7 @@ def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: 
     return Findings(tuple(results), gain, tested)
 
 
-def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[Outcome, tuple[str, ...]]:
+def conclude(findings: Findings, checks: Sequence[Check]) -> tuple[GateOutcome, tuple[str, ...]]:
     """The outcome and its reasons, the gravest first."""
     results, gain = findings.results, findings.gain
     failed = [f"{check.name}: {check.detail}" for check in checks if not check.ok]
@@ -175,7 +176,7 @@ class _Sides:
         return min(1.0, min(open_, default=1.0) * len(self.references))
 
 
-def _compare(scores: Scores, reference: Marks, margin: float, level: float) -> Comparison:
+def _compare(scores: Scores, reference: ItemScores, margin: float, level: float) -> Comparison:
     if reference.ids.tolist() != scores.after.ids.tolist():
         raise ValueError(f"suite {scores.suite.name}: the models answered different items")
     if scores.suite.task == "classification":
@@ -282,9 +283,9 @@ def _gain(
     if is_worse:
         return "failed", f"lost {points(-side.difference)} on new data ({_moved(side)})"
     metric = scores.suite.metric
-    kept = side.p_noninferior <= local
-    loss = "" if kept else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
-    if shown and kept:
+    noninferior = side.p_noninferior <= local
+    loss = "" if noninferior else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
+    if shown and noninferior:
         name = _statistic_name(scores.suite, sides)
         beside = "" if name == metric else f"; {metric} {_moved(side)}"
         return "passed", f"gained {points(statistic.difference)} of {name} ({_moved(statistic)}){beside}"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from serving.engines.backends import FLOAT32, EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
 
@@ -40,13 +40,13 @@ def engine_scores(base: ClipBase, choice: EngineChoice, suites: Sequence[Suite],
     Raises:
         GateError: an image of a suite cannot be read.
     """
-    asked = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
+    limited = [suite.model_copy(update={"limit": min(suite.limit, ITEMS)}) for suite in suites]
     scores: list[list[tuple[int, float]]] = []
     for each in (FLOAT32, choice):
         scorer = Scorer(ClipEngine(base, threads=threads, choice=each))
-        outcomes = [scorer.score(suite, None, label=str(each)) for suite in asked]
+        outcomes = [scorer.score(suite, None, label=str(each)) for suite in limited]
         scores.append([(len(outcome.ids), float(outcome.hits.mean())) for outcome in outcomes])
     return [
         EngineScore(suite.name, items, plain, served, max(math.sqrt(plain * (1 - plain) / items), 1 / items))
-        for suite, (items, plain), (_, served) in zip(asked, *scores, strict=True)
+        for suite, (items, plain), (_, served) in zip(limited, *scores, strict=True)
     ]

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
-from updater.gate.decision import Marks, Scores
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+from updater.gate.decision import ItemScores, Scores
 from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, CrossVersion, Worse
+from updater.gate.verdict import Check, CrossVersion, Regression
 
-M = TypeVar("M", bound=Marks)
+M = TypeVar("M", bound=ItemScores)
 
 PROBE = 64
 """Items that the engineering checks look at."""
@@ -57,7 +57,7 @@ class Evaluator(Protocol[M]):
     def chance(self, suite: Suite) -> float:
         """What guessing scores."""
 
-    def worst(self, suite: Suite, before: M, after: M) -> tuple[Worse, ...]:
+    def regressions(self, suite: Suite, before: M, after: M) -> tuple[Regression, ...]:
         """Items that were right before and are wrong now."""
 
 

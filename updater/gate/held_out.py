@@ -19,7 +19,7 @@ from streams.store import ADDRESS, Having, SampleStore
 
 WORDS_ROWS = 1024
 """Rows whose words are read at once."""
-WORDS = ("id", "text", "question", "answer", "domain", "concept")
+TEXT_COLUMNS = ("id", "text", "question", "answer", "domain", "concept")
 PAGE = 16
 """Images that are read at once."""
 PAGES = 8
@@ -64,7 +64,7 @@ class HeldOut:
         self._addresses: dict[str, int] = {}
         self._pages: list[list[str]] = []
         self._page_of: dict[str, int] = {}
-        self._kept: OrderedDict[int, dict[str, bytes]] = OrderedDict()
+        self._cached_pages: OrderedDict[int, dict[str, bytes]] = OrderedDict()
         self._lock = Lock()
 
     def rows(self, columns: Sequence[str], after: Mapping[str, int] | None = None) -> pa.Table:
@@ -78,11 +78,11 @@ class HeldOut:
 
     def some(self, ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
         """Other columns of rows that :meth:`rows` has given, in the order of ``ids``."""
-        found: list[dict[str, Any]] = []
+        rows: list[dict[str, Any]] = []
         for start in range(0, len(ids), WORDS_ROWS):
             addresses = [self._addresses[each] for each in ids[start : start + WORDS_ROWS]]
-            found += self.store.rows_at(addresses, columns, self.version)
-        return pa.Table.from_pylist(found, pa.schema([SAMPLE_SCHEMA.field(name) for name in columns]))
+            rows += self.store.rows_at(addresses, columns, self.version)
+        return pa.Table.from_pylist(rows, pa.schema([SAMPLE_SCHEMA.field(name) for name in columns]))
 
     def expect(self, ids: Sequence[str]) -> None:
         """Read neighbours in ``ids`` together, but for those that were expected before."""
@@ -98,12 +98,12 @@ class HeldOut:
             self.expect([sample])
         number = self._page_of[sample]
         with self._lock:
-            if number not in self._kept:
-                self._kept[number] = self._read(self._pages[number])
-            self._kept.move_to_end(number)
-            while len(self._kept) > PAGES:
-                self._kept.popitem(last=False)
-            return self._kept[number][sample]
+            if number not in self._cached_pages:
+                self._cached_pages[number] = self._read(self._pages[number])
+            self._cached_pages.move_to_end(number)
+            while len(self._cached_pages) > PAGES:
+                self._cached_pages.popitem(last=False)
+            return self._cached_pages[number][sample]
 
     def _read(self, page: Sequence[str]) -> dict[str, bytes]:
         try:

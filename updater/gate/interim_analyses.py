@@ -162,7 +162,7 @@ def look(alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
     if min(items, needed, *tested) < 1:
         raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
     levels = _levels(alpha, [*tested, items], needed)
-    before, spent = (spending(alpha, max([0, *made]) / needed) for made in (tested, [*tested, items]))
+    before, spent = (spending(alpha, max([0, *counts]) / needed) for counts in (tested, [*tested, items]))
     return Look(len(tested) + 1, items, needed, alpha, levels[-1], before, spent)
 
 

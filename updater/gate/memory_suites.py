@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from updater.gate.fresh import items_by_domain, slug, store_suite, units
 from updater.gate.held_out import Images, TableImages
+from updater.gate.sample_suites import items_by_domain, slug, store_suite, units
 from updater.gate.suites import Family, Suite
 
 CAPACITY = 400

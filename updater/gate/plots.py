@@ -43,8 +43,8 @@ _ONE_AT_A_TIME = threading.Lock()
 def forest(suites: Suites) -> str:
     """Each suite's difference in points with its interval, zero, and the margin of a retention suite."""
     height = 0.55 + ROW * len(suites)
-    made = figure(height)
-    axes = made.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
+    plot = figure(height)
+    axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
     for row, suite in enumerate(suites):
         y = len(suites) - 1 - row
         colour = COLOURS[suite["decision"]]
@@ -63,14 +63,14 @@ def forest(suites: Suites) -> str:
     axes.set_ylim(-0.6, len(suites) - 0.4)
     axes.set_xlabel("after − before, points", color=MUTED)
     style(axes)
-    return drawn(made, "Difference of every suite with its interval and margin", "f")
+    return drawn(plot, "Difference of every suite with its interval and margin", "f")
 
 
 def bars(suites: Suites) -> str:
     """Score of the incumbent and of the candidate, per suite, with the base as a tick."""
     height = 0.55 + ROW * len(suites)
-    made = figure(height)
-    axes = made.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
+    plot = figure(height)
+    axes = plot.add_axes((0.31, 0.52 / height, 0.67, 1 - 0.56 / height))
     for row, suite in enumerate(suites):
         y = len(suites) - 1 - row
         axes.barh(y + 0.19, 100 * suite["before"], height=0.34, color=BEFORE)
@@ -92,15 +92,15 @@ def bars(suites: Suites) -> str:
     axes.set_xlim(0, max(10.0, 112 * max(max(s["before"], s["after"], s["base"]) for s in suites)))
     axes.set_xlabel("accuracy or recall, %", color=MUTED)
     style(axes)
-    return drawn(made, "Score of every suite before and after", "b")
+    return drawn(plot, "Score of every suite before and after", "b")
 
 
 def figure(height: float, width: float = WIDTH) -> Figure:
     """An empty drawing without a ground; inches."""
-    made = Figure(figsize=(width, height))
-    FigureCanvasSVG(made)
-    made.patch.set_alpha(0)
-    return made
+    plot = Figure(figsize=(width, height))
+    FigureCanvasSVG(plot)
+    plot.patch.set_alpha(0)
+    return plot
 
 
 def style(axes: Any) -> None:
@@ -118,14 +118,14 @@ def _label(name: str) -> str:
     return name if len(name) <= 26 else name[:25] + "…"
 
 
-def drawn(made: Figure, title: str, prefix: str) -> str:
+def drawn(plot: Figure, title: str, prefix: str) -> str:
     """SVG text for inclusion in HTML: text stays text, ids start with ``prefix`` and depend on the drawing alone."""
     stream = io.StringIO()
     with (
         _ONE_AT_A_TIME,
         matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.family": "sans-serif"}),
     ):
-        made.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        plot.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
@@ -141,8 +141,8 @@ def drawn(made: Figure, title: str, prefix: str) -> str:
     return text.replace("<svg ", f"<svg {shown} ", 1)
 
 
-def _attributes(found: re.Match[str]) -> str:
+def _attributes(match: re.Match[str]) -> str:
     """`style="fill: red; stroke: blue"` as `fill="red" stroke="blue"`."""
-    pairs = (part.partition(":") for part in found[1].split(";") if part.strip())
+    pairs = (part.partition(":") for part in match[1].split(";") if part.strip())
     named = ((name.strip(), value.strip()) for name, _, value in pairs)
     return " ".join(f'{name}="{value}"' for name, value in named if name != "font-family")

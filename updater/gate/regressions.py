@@ -13,7 +13,7 @@ from ops.errors import GateError
 from updater.gate.score import Outcomes, Scorer
 from updater.gate.suite_items import Item, open_picture
 from updater.gate.suites import Suite
-from updater.gate.verdict import Worse
+from updater.gate.verdict import Regression
 
 SIDE = 96
 """Longest side of a thumbnail, in pixels: a dozen for each of ten suites stay below 0.5 MB."""
@@ -21,7 +21,9 @@ MOST = 12
 MOST_CHARS = 200
 
 
-def worst_items(scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST) -> tuple[Worse, ...]:
+def worst_items(
+    scorer: Scorer, suite: Suite, before: Outcomes, after: Outcomes, most: int = MOST
+) -> tuple[Regression, ...]:
     """Hits that became misses, the deepest fall first; an item is shown once, in its worse view."""
     fall = np.where((before.hits > after.hits), after.ranks - before.ranks, 0)
     view = fall.argmax(axis=1)
@@ -45,7 +47,7 @@ def worst_answers(
     before: tuple[Sequence[str], NDArray[np.float64]],
     after: tuple[Sequence[str], NDArray[np.float64]],
     most: int = MOST,
-) -> tuple[Worse, ...]:
+) -> tuple[Regression, ...]:
     """Questions that earned more before, the deepest fall first; both arguments are answers and what they earned."""
     items, fall = suite.items(), before[1] - after[1]
     order = np.lexsort((np.array([item.id for item in items]), -fall))[:most]
@@ -65,10 +67,10 @@ def _choices(scorer: Scorer, suite: Suite, view: int) -> Sequence[Item | str]:
     return [by_text.get(text, text) for text in scorer.choices(suite)[view]]
 
 
-def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | str, Item | str]) -> Worse:
-    kept = not item.sample_id  # what a model answers to a sample's question may repeat the sample
-    before, after = (_shown(answer) if kept else "" for answer in answers)
-    return Worse(
+def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | str, Item | str]) -> Regression:
+    shown = not item.sample_id  # what a model answers to a sample's question may repeat the sample
+    before, after = (_shown(answer) if shown else "" for answer in answers)
+    return Regression(
         id=item.id,
         text=_shown(item),
         view=view,
@@ -76,8 +78,8 @@ def _worse(item: Item, view: str, ranks: tuple[int, int], answers: tuple[Item | 
         rank_after=ranks[1],
         answer_before=before,
         answer_after=after,
-        thumbnail=thumbnail(item) if kept else "",
-        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if kept else "",
+        thumbnail=thumbnail(item) if shown else "",
+        expected=", ".join(dict.fromkeys(item.answers))[:MOST_CHARS] if shown else "",
         sample=item.sample_id,
         sample_before=_sample_id(answers[0]),
         sample_after=_sample_id(answers[1]),

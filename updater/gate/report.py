@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from ops.files import replace_file
 from updater.gate.diagnostics.results import PAIR_CHANCE, TAIL_BINS, YES_BOUND, Diagnostics
 from updater.gate.plots import bars, forest
 from updater.gate.verdict import Verdict, jsonable
@@ -25,8 +25,8 @@ def write_report(verdict: Verdict, directory: Path) -> None:
     """Write both files into `directory` (made if missing), each atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     value = verdict.to_json()
-    _write(directory / JSON_NAME, json.dumps(value, indent=1, allow_nan=False) + "\n")
-    _write(directory / HTML_NAME, render(value))
+    replace_file(directory / JSON_NAME, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    replace_file(directory / HTML_NAME, render(value).encode())
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -118,10 +118,10 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
     """Rows about alpha, and about what comes next."""
     before, left = look["candidates"], look["left_for_others"]
-    made = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
+    number = f"number {look['number']} at this candidate" if look["made"] else NO_LOOK
     following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
     return [
-        ("Look", f"{made}; {look['items']:,} of {look['needed']:,} independent items of new data"),
+        ("Look", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
         ("Level of this look", f"{look['level']:.2g}"),
         ("Spent on this candidate", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),
@@ -157,9 +157,3 @@ def _value(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_value(child) for child in value) or "none"
     return _number(jsonable(value))
-
-
-def _write(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)

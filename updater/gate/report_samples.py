@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 SAMPLES = ("sample", "sample_before", "sample_after")
-"""Fields of :class:`updater.gate.verdict.Worse` that name a sample."""
+"""Fields of :class:`updater.gate.verdict.Regression` that name a sample."""
 
 
 def samples_of(report: Mapping[str, Any]) -> set[str]:
@@ -53,10 +53,10 @@ def _with_pairs(report: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
 
     pairs = {
         suite: {
-            **found,
-            "shown": [{**p, "first": filled(p["first"]), "second": filled(p["second"])} for p in found["shown"]],
+            **result,
+            "shown": [{**p, "first": filled(p["first"]), "second": filled(p["second"])} for p in result["shown"]],
         }
-        for suite, found in diagnostics["pairs"].items()
+        for suite, result in diagnostics["pairs"].items()
     }
     return {"diagnostics": {**diagnostics, "pairs": pairs}}
 
@@ -85,5 +85,5 @@ def _worst(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _pairs(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for found in (report.get("diagnostics") or {}).get("pairs", {}).values():
-        yield from found["shown"]
+    for result in (report.get("diagnostics") or {}).get("pairs", {}).values():
+        yield from result["shown"]

@@ -57,29 +57,29 @@ def run_gate(
     """
     started = time.monotonic()
     facts = dict(meta or {})
-    asked = [_asked(suite, facts) for suite in (*suites, *_sequence(fresh))]
-    for suite in asked:
+    gated = [_hidden_half(suite, facts) for suite in (*suites, *_sequence(fresh))]
+    for suite in gated:
         if suite.family != evaluator.family:
             raise GateError(
                 f"suite {suite.name}: a {evaluator.family.upper()} cannot be asked for {suite.task}.",
                 f"Ask it suites of its family (`load_suites(..., family={evaluator.family!r})`).",
             )
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
-    look = plan.look(sum(suite.units() for suite in asked if suite.role == "gain"))
+    look = plan.look(sum(suite.units() for suite in gated if suite.role == "gain"))
     level = max(look.level, LEAST_LEVEL)
-    checks = evaluator.checks(candidate, asked, facts)
+    checks = evaluator.checks(candidate, gated, facts)
     early = len(checks)
     findings = Findings((), None)
     scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, trouble, scores = _suites(evaluator, candidate, incumbent, asked, best or {}, settings, level)
-        checks += trouble
+        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, level)
+        checks += failed
     # checks that look at the answers come after the tests, and take nothing back
     sound = all(check.ok for check in checks[:early])
     outcome, reasons = conclude(findings, checks)
     crossing = None
     if outcome == "passed":
-        crossing = evaluator.cross_version(asked, incumbent, candidate, settings.margin, settings.alpha)
+        crossing = evaluator.cross_version(gated, incumbent, candidate, settings.margin, settings.alpha)
     diagnostics = diagnose(evaluator, scores, incumbent, candidate, counts)
     verdict = Verdict(
         outcome=outcome,
@@ -94,7 +94,7 @@ def run_gate(
         alpha=settings.alpha,
         look=look,
         candidates=plan.candidates,
-        fresh=sum(suite.units() for suite in asked[len(suites) :]),
+        fresh=sum(suite.units() for suite in gated[len(suites) :]),
         seconds=time.monotonic() - started,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         cost=dict(cost or {}),
@@ -136,7 +136,7 @@ def _suites(
                 raise
             failed = Check("scores", False, f"the candidate failed on suite {suite.name}: {error!r}"[:300])
             return Findings((), None), [failed], []
-        worst = evaluator.worst(suite, before, after)
+        worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
     findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
@@ -149,7 +149,7 @@ def _rival(suite: Suite, best: Mapping[str, str], incumbent: str | None, candida
     return "" if name in (incumbent, candidate) else name
 
 
-def _asked(suite: Suite, facts: Mapping[str, Any]) -> Suite:
+def _hidden_half(suite: Suite, facts: Mapping[str, Any]) -> Suite:
     """A suite that the recipe was tuned on is judged on its hidden half."""
     tuned: Iterable[str] = facts.get("tuned_on") or ()
     return suite.half("hidden") if suite.name in set(tuned) else suite

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.progress import track
 from serving.engines.clip import ClipEngine
-from updater.gate.score_cache import keep, kept
+from updater.gate.ranking import rank_of_best
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, read_picture
 from updater.gate.suites import Suite
-from updater.ranking import rank_of_best
 
 Vectors = NDArray[np.float32]
 T = TypeVar("T")
@@ -77,9 +77,9 @@ class Scorer:
     def score(self, suite: Suite, adapter: str | None, *, label: str = "") -> Outcomes:
         """Answers of one model (`None` is the base) to one suite. Raises GateError for an unreadable image."""
         path = self._path(suite, adapter)
-        if path is not None and (found := _load(path, suite)) is not None:
+        if path is not None and (cached := _load(path, suite)) is not None:
             self.hits += 1
-            return found
+            return cached
         items = suite.items()
         what = label or adapter or "base"
         if suite.task == "classification":
@@ -87,7 +87,7 @@ class Scorer:
         else:
             outcomes = self._retrieve(suite, items, adapter, what)
         if path is not None:
-            keep(path, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
+            store_arrays(path, ids=outcomes.ids, ranks=outcomes.ranks, answers=outcomes.answers)
         return outcomes
 
     def forget(self, adapter: str) -> None:
@@ -163,9 +163,9 @@ class Scorer:
 
     def pixels(self, item: Item) -> NDArray[np.uint8]:
         """The item's image as the engine wants it: uint8 [S, S, 3]."""
-        kept = self._pixels.get(item.source)
-        if kept is not None:
-            return kept
+        cached = self._pixels.get(item.source)
+        if cached is not None:
+            return cached
         pixels = read_picture(item, self.engine.base.preprocess.pixels)
         with self._keeping:
             self._pixels[item.source] = pixels
@@ -226,10 +226,10 @@ def prompt(template: str, suite: Suite, label: str) -> str:
 
 def _load(path: Path, suite: Suite) -> Outcomes | None:
     """Cached answers, or None if there are none that fit."""
-    found = kept(path, ("ids", "ranks", "answers"))
-    if found is None:
+    arrays = load_arrays(path, ("ids", "ranks", "answers"))
+    if arrays is None:
         return None
-    ids, ranks, answers = found
+    ids, ranks, answers = arrays
     expected = [item.id for item in suite.items()]
     shape = (len(expected), len(suite.views))
     if ids.tolist() != expected or ranks.shape != shape or answers.shape != shape:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,22 +11,22 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from ops.files import replacing
+
 KEEP_FILES = 400
 """Score files kept in a folder; the oldest go first (each about 10 KB)."""
 
 
-def keep(path: Path, **arrays: NDArray[Any]) -> None:
+def store_arrays(path: Path, **arrays: NDArray[Any]) -> None:
     """Write arrays atomically; then drop the oldest files beyond the bound."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez_compressed(staging, **cast(dict[str, Any], arrays))
-    staging.replace(path)
+    with replacing(path, durable=False) as staging:
+        np.savez_compressed(staging, **cast(dict[str, Any], arrays))
     by_age = sorted(path.parent.glob("*.npz"), key=_age, reverse=True)
     for old in by_age[KEEP_FILES:]:
         old.unlink(missing_ok=True)
 
 
-def kept(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
+def load_arrays(path: Path, names: Sequence[str]) -> list[NDArray[Any]] | None:
     """The arrays of these names, or None if there is no file or it is damaged (it is then written anew)."""
     try:
         with np.load(path, allow_pickle=False) as file:

@@ -61,7 +61,7 @@ def captioned(row: FolderItem, place: str, text: str) -> Item:
     return make_item(place, str(row.path.absolute()), text, key, row.bytes, concept=row.concept)
 
 
-def asked(row: FolderItem, place: str) -> Item:
+def question_item(row: FolderItem, place: str) -> Item:
     """An image of a folder with its question and answers."""
     answers = tuple(sorted(row.answers or (row.answer,), key=lambda answer: answer != row.answer))
     key = row.concept or row.path.name
@@ -122,9 +122,9 @@ def image_clusters(items: Sequence[Item]) -> NDArray[np.int_]:
 
 def without_lonely(items: Iterable[Item]) -> list[Item]:
     """Items whose class has another member: a class with one member measures the member."""
-    kept = list(items)
-    sizes = Counter(item.text for item in kept)
-    return [item for item in kept if sizes[item.text] > 1]
+    listed = list(items)
+    sizes = Counter(item.text for item in listed)
+    return [item for item in listed if sizes[item.text] > 1]
 
 
 def limited(items: Sequence[Item], limit: int, seed: int) -> list[Item]:

@@ -25,12 +25,12 @@ from updater.gate.answers import polarity
 from updater.gate.suite_items import (
     Half,
     Item,
-    asked,
     caption_clusters,
     captioned,
     image_clusters,
     limited,
     of_half,
+    question_item,
     without_lonely,
 )
 
@@ -201,10 +201,10 @@ def load_suites(
     files: list[Path] = []
     for path in given or [BUILTIN]:
         place = Path(str(path).replace("${home}", str(home or "."))).expanduser()
-        found = sorted([*place.glob("*.yaml"), *place.glob("*.yml")]) if place.is_dir() else [place]
-        if not found:
+        matches = sorted([*place.glob("*.yaml"), *place.glob("*.yml")]) if place.is_dir() else [place]
+        if not matches:
             raise GateError(f"{place} holds no suite.", "Put *.yaml suites there, or change gate.suites.")
-        files += found
+        files += matches
     suites = [_load(file, home, max_items) for file in files]
     for name, count in Counter(suite.name for suite in suites).items():
         if count > 1:
@@ -247,7 +247,7 @@ def _read(suite: Suite) -> list[Item]:
               for row in rows]  # fmt: skip
     if suite.task == "vqa":
         items = [
-            asked(row, place)
+            question_item(row, place)
             for row, place in zip(rows, places, strict=True)
             if row.question and row.answer and (not suite.kinds or row.label in suite.kinds)
         ]

@@ -6,10 +6,10 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ops.ledger.rows import GateOutcome
 from updater.gate.diagnostics.results import Diagnostics, without_pictures
 from updater.gate.interim_analyses import Look, alpha_left
 
-Outcome = Literal["passed", "rejected", "inconclusive"]
 Decision = Literal["passed", "failed", "inconclusive"]
 
 
@@ -25,7 +25,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Worse:
+class Regression:
     """An item that was right before and is wrong now.
 
     Of a sample of the store only ids are kept, and its texts and its thumbnail are empty: who shows the report reads
@@ -147,7 +147,7 @@ class SuiteResult:
     improved: int = 0
     """Answers that went from wrong to right, and the other way round."""
     worsened: int = 0
-    worst: tuple[Worse, ...] = ()
+    worst: tuple[Regression, ...] = ()
     statistic: Change | None = None
     """Of a gain suite: what its gain is tested on, against the incumbent."""
     recall: Change | None = None
@@ -200,7 +200,7 @@ class CrossVersion:
 class Verdict:
     """The result of one gate run."""
 
-    outcome: Outcome
+    outcome: GateOutcome
     reasons: tuple[str, ...]
     candidate: str
     incumbent: str | None
@@ -238,8 +238,8 @@ class Verdict:
         failed += [suite.name for suite in self.suites if suite.decision == "failed"]
         if failed or self.outcome == "passed":
             return tuple(failed)
-        kept = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
-        return (*kept, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
+        unproven = [s.name for s in self.suites if s.role == "retention" and s.decision == "inconclusive"]
+        return (*unproven, *(["gain"] if self.gain is None or self.gain.decision != "passed" else []))
 
     def look_summary(self) -> dict[str, Any]:
         """The look, and what follows from it. Where it was not made it has spent nothing."""

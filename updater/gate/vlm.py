@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from ops.errors import AdapterError, GateError
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, VlmEngine, question
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 from updater.gate import vlm_checks as c
 from updater.gate.answers import grade, majority, polarity
@@ -32,10 +32,10 @@ from updater.gate.diagnostics.results import Diagnostics
 from updater.gate.diagnostics.yes_share import yes_share
 from updater.gate.evaluator import probe
 from updater.gate.regressions import worst_answers
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, open_picture, spread
 from updater.gate.suites import Family, Suite
-from updater.gate.verdict import Check, Worse
+from updater.gate.verdict import Check, Regression
 
 if TYPE_CHECKING:  # it brings the engines
     from serving.engines.vlm.sync import SyncVlm
@@ -74,10 +74,10 @@ class VlmEvaluator:
         self.kind = engine.kind
         self.serve = serve
         self.cache = cache
-        self.asked = 0
+        self.question_count = 0
         """Questions that the engine has answered."""
         self._directories: dict[str, Path] = {}
-        self._said: dict[tuple[str | None, str, str, int], str] = {}
+        self._known_texts: dict[tuple[str | None, str, str, int], str] = {}
         self._room: dict[str, int] = {}
 
     def load(self, name: str, directory: Path, *, candidate: bool = False) -> None:
@@ -91,13 +91,13 @@ class VlmEvaluator:
         path = self._path(suite, adapter)
         items = suite.items()
         ids = np.array([item.id for item in items], dtype=np.str_)
-        found = kept(path, ("ids", "texts")) if path is not None else None
-        there = found is not None and _same(found, ids)
-        if found is not None and there:
-            self._remember(suite, items, adapter, [str(text) for text in found[1]])
+        cached = load_arrays(path, ("ids", "texts")) if path is not None else None
+        there = cached is not None and _same(cached, ids)
+        if cached is not None and there:
+            self._remember(suite, items, adapter, [str(text) for text in cached[1]])
         texts = self._texts(suite, items, adapter, label or adapter or "base")
         if path is not None and not there:
-            keep(path, ids=ids, texts=np.array(texts, dtype=np.str_))
+            store_arrays(path, ids=ids, texts=np.array(texts, dtype=np.str_))
         earned = [grade(str(suite.metric), text, item.answers) for text, item in zip(texts, items, strict=True)]
         return Answers(ids, tuple(texts), np.array(earned, dtype=np.float64)[:, None])
 
@@ -119,7 +119,7 @@ class VlmEvaluator:
         }
         return Diagnostics(yes={name: share for name, share in shares.items() if share is not None})
 
-    def worst(self, suite: Suite, before: Answers, after: Answers) -> tuple[Worse, ...]:
+    def regressions(self, suite: Suite, before: Answers, after: Answers) -> tuple[Regression, ...]:
         """Answers that were better before."""
         return worst_answers(suite, (before.texts, before.hits[:, 0]), (after.texts, after.hits[:, 0]))
 
@@ -199,16 +199,16 @@ class VlmEvaluator:
 
     def _texts(self, suite: Suite, items: Sequence[Item], adapter: str | None, label: str) -> list[str]:
         """Answers in the order of the items; the engine is asked for those that are not known yet."""
-        missing = [item for item in items if self._key(suite, item, adapter) not in self._said]
+        missing = [item for item in items if self._key(suite, item, adapter) not in self._known_texts]
         for some in self._portions(missing):
             asks = [self._ask(item, self._tokens(suite)) for item in some]
             self._remember(suite, some, adapter, [_text(r) for r in self._replies(asks, adapter, label, suite)])
-        return [self._said[self._key(suite, item, adapter)] for item in items]
+        return [self._known_texts[self._key(suite, item, adapter)] for item in items]
 
     def _replies(
         self, asks: Sequence[GenerationRequest], adapter: str | None, label: str, suite: Suite
     ) -> list[GenerationResult]:
-        self.asked += len(asks)
+        self.question_count += len(asks)
         with _living(f"answering suite {suite.name}"):
             return self.vlm.replies(asks, adapter, label=label)
 
@@ -242,7 +242,7 @@ class VlmEvaluator:
 
     def _remember(self, suite: Suite, items: Sequence[Item], adapter: str | None, texts: Sequence[str]) -> None:
         for item, text in zip(items, texts, strict=True):
-            self._said[self._key(suite, item, adapter)] = text
+            self._known_texts[self._key(suite, item, adapter)] = text
 
     def _path(self, suite: Suite, adapter: str | None) -> Path | None:
         folder = self.cache or suite.cache
@@ -267,8 +267,8 @@ def _living(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _same(found: Sequence[NDArray[Any]], ids: NDArray[np.str_]) -> bool:
-    return found[0].tolist() == ids.tolist() and found[1].shape == ids.shape
+def _same(cached: Sequence[NDArray[Any]], ids: NDArray[np.str_]) -> bool:
+    return cached[0].tolist() == ids.tolist() and cached[1].shape == ids.shape
 
 
 def _is_finite(reply: GenerationResult) -> bool:

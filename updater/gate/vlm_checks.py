@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import nn
 
 from serving.engines.adapters import effective_weights
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import GenerationRequest
 from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift
 from updater.gate.verdict import Check
@@ -83,8 +83,8 @@ def log_probability(model: Any, processor: Any, ask: GenerationRequest, answer: 
     tokens = torch.tensor([answer_tokens(processor, answer)])
     ids = torch.cat([batch["input_ids"], tokens], dim=1)
     logits = model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    said = logits[-tokens.shape[1] - 1 : -1].float().log_softmax(dim=-1)
-    return float(said.gather(1, tokens[0][:, None]).sum())
+    logprobs = logits[-tokens.shape[1] - 1 : -1].float().log_softmax(dim=-1)
+    return float(logprobs.gather(1, tokens[0][:, None]).sum())
 
 
 def check_collapse(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:
@@ -112,14 +112,14 @@ def check_polarity(references: Sequence[str], base: Sequence[str], candidate: Se
     for word in ("yes", "no"):
         expected = _share(references, word)
         bound = min(ONE_SIDED * expected, 0.5 * _share(base, word))
-        said = _share(candidate, word)
-        parts.append((said - bound, word, said, expected, bound))
-    left, word, said, expected, bound = min(parts)
+        given = _share(candidate, word)
+        parts.append((given - bound, word, given, expected, bound))
+    left, word, given, expected, bound = min(parts)
     detail = (
-        f"{word!r} is {said:.0%} of the answers to {len(references)} yes/no questions; it is right for {expected:.0%} "
+        f"{word!r} is {given:.0%} of the answers to {len(references)} yes/no questions; it is right for {expected:.0%} "
         f"(at least {bound:.0%})"
     )
-    return Check("yes_no", left >= 0.0, detail, said, bound)
+    return Check("yes_no", left >= 0.0, detail, given, bound)
 
 
 def check_latency(

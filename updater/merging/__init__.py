@@ -1,16 +1,16 @@
 """How the trained delta joins the one in service, one rule per file, found by its module's name.
 
 A new rule is one file here that defines ``RULE``: a function ``(served, trained, start, weight, **options) -> delta``
-over :class:`updater.adapters.Delta`, all differences to the base; ranks may add up, the writer compresses them.
+over :class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from updater.adapters import Delta
-from updater.found import file_names, find, options_of
+from updater.adapters import WeightDelta
 from updater.recipes import Merge
+from updater.recipes.plugin_registry import file_names, find, options_of
 
 __all__ = ["NONE", "merged", "names"]
 
@@ -21,8 +21,13 @@ class Rule(Protocol):
     """One way to merge."""
 
     def __call__(
-        self, served: Delta, trained: Delta, start: Delta, weight: float, **options: float | int | str | bool
-    ) -> Delta:
+        self,
+        served: WeightDelta,
+        trained: WeightDelta,
+        start: WeightDelta,
+        weight: float,
+        **options: float | int | str | bool,
+    ) -> WeightDelta:
         """What is served next. ``start`` is where training began: empty for the base."""
 
 
@@ -31,7 +36,7 @@ def names() -> list[str]:
     return sorted([NONE, *file_names(__name__)])
 
 
-def merged(merge: Merge, served: Delta, trained: Delta, start: Delta) -> Delta:
+def merged(merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta) -> WeightDelta:
     """What is served after an update. Raises ConfigError for an unknown rule or option."""
     if merge.rule == NONE:
         return trained

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from updater.adapters import Delta, merge
+from updater.adapters import WeightDelta, merge
 
 
-def linear(served: Delta, trained: Delta, start: Delta, weight: float, towards: str = "served") -> Delta:
+def linear(
+    served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, towards: str = "served"
+) -> WeightDelta:
     """ΔW = (1 - weight) ΔW_other + weight ΔW_trained, exactly.
 
     ``towards``: the other end, ``served`` (EMA merge; PAINT, Ilharco et al. 2022) or ``base``, whose ΔW is 0 (WiSE-FT,

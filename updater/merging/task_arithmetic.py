@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from updater.adapters import Delta, combine
+from updater.adapters import WeightDelta, combine
 
 
-def task_arithmetic(served: Delta, trained: Delta, start: Delta, weight: float) -> Delta:
+def task_arithmetic(served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float) -> WeightDelta:
     """ΔW = ΔW_served + weight (ΔW_trained - ΔW_start), exactly.
 
     With ``start: base`` the sum of all task vectors so far, each with its weight; nothing that was learned fades.

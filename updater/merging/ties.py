@@ -7,10 +7,12 @@ from peft.utils.merge_utils import ties as elect
 from torch import Tensor
 
 from ops.errors import ConfigError
-from updater.adapters import Delta, Factor, Whole
+from updater.adapters import Dense, LowRank, WeightDelta
 
 
-def ties(served: Delta, trained: Delta, start: Delta, weight: float, keep: float = 0.2) -> Delta:
+def ties(
+    served: WeightDelta, trained: WeightDelta, start: WeightDelta, weight: float, keep: float = 0.2
+) -> WeightDelta:
     """ΔW = weight × the mean of those of ΔW_served and ΔW_trained that have the elected sign, weight by weight.
 
     ΔW is formed, a layer at a time. What comes out has no low rank: a LoRA adapter holds its best approximation.
@@ -24,15 +26,15 @@ def ties(served: Delta, trained: Delta, start: Delta, weight: float, keep: float
     return {name: _elected(served.get(name), trained.get(name), weight, keep) for name in sorted({*served, *trained})}
 
 
-def _elected(old: Factor | Whole | None, new: Factor | Whole | None, weight: float, keep: float) -> Factor | Whole:
+def _elected(old: LowRank | Dense | None, new: LowRank | Dense | None, weight: float, keep: float) -> LowRank | Dense:
     tensors = [_dense(part) for part in (old, new) if part is not None]
     shares = torch.full((len(tensors),), weight, dtype=tensors[0].dtype)
     value = elect(tensors, shares, density=keep)
-    return Whole(value) if isinstance(old or new, Whole) else Factor.of(value)
+    return Dense(value) if isinstance(old or new, Dense) else LowRank.of(value)
 
 
-def _dense(part: Factor | Whole) -> Tensor:
-    return part.dense() if isinstance(part, Factor) else part.value
+def _dense(part: LowRank | Dense) -> Tensor:
+    return part.dense() if isinstance(part, LowRank) else part.value
 
 
 RULE = ties

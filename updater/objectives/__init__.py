@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ops.errors import ConfigError
-from updater.found import file_names, options_of
 from updater.objectives.base import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
+from updater.recipes.plugin_registry import file_names, options_of
 
 __all__ = ["Answers", "Batch", "Features", "Objective", "Sides", "Teacher", "Texts", "build", "names", "values"]
 
@@ -44,12 +44,12 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
 
 def values(objectives: Terms, batch: Batch) -> list[tuple[Term, torch.Tensor]]:
     """Each term that has a weight and rows to see, with its value, unweighted."""
-    found = []
+    weighted = []
     for term, objective in objectives:
         rows = batch.rows(term.over)
         if term.weight > 0 and rows:
-            found.append((term, objective(batch.select(rows))))
-    return found
+            weighted.append((term, objective(batch.select(rows))))
+    return weighted
 
 
 def _kind(name: str) -> type[Objective[Any]]:

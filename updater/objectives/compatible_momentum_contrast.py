@@ -56,10 +56,10 @@ class CompatibleMomentumContrast(Objective[Features]):
 
     def _keys(self, batch: Features) -> tuple[Sides, Tensor]:
         """The batch's, and then the queue's, newest first."""
-        made = batch.teachers[self.teacher]
+        teacher = batch.teachers[self.teacher]
         if self.queue is None:
-            return made, batch.caption
-        keys = Sides(torch.cat([made.image, self.queue.image]), torch.cat([made.text, self.queue.text]))
+            return teacher, batch.caption
+        keys = Sides(torch.cat([teacher.image, self.queue.image]), torch.cat([teacher.text, self.queue.text]))
         return keys, torch.cat([batch.caption, self.caption])
 
     def state(self) -> dict[str, Tensor]:

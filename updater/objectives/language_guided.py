@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from updater.data.pools import caption_number
 from updater.objectives.base import Features, Objective
-from updater.pools import caption_number
 from updater.recipes import Family
 
 

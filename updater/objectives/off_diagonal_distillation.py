@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from updater.divergence import row_divergence
 from updater.objectives.base import Features, Objective, known_teacher
+from updater.objectives.shared.divergence import row_divergence
 from updater.recipes import Family
 
 
@@ -33,10 +33,10 @@ class OffDiagonalDistillation(Objective[Features]):
         positive = batch.caption[:, None] == batch.caption[None, :]
         old = batch.scale * teacher.image @ teacher.text.T
         new = batch.scale * batch.image @ batch.text.T
-        return 0.5 * (_kept(old, new, positive) + _kept(old.T, new.T, positive))
+        return 0.5 * (_mean_divergence(old, new, positive) + _mean_divergence(old.T, new.T, positive))
 
 
-def _kept(old: Tensor, new: Tensor, positive: Tensor) -> Tensor:
+def _mean_divergence(old: Tensor, new: Tensor, positive: Tensor) -> Tensor:
     right = positive.gather(1, old.argmax(dim=1, keepdim=True))[:, 0]
     return (row_divergence(old, new, positive) * right).mean()
 

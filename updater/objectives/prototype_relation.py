@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.objectives.base import Features, Objective
-from updater.prototypes import Prototypes
+from updater.objectives.shared.prototypes import Prototypes
 from updater.recipes import Family
 
 
@@ -47,11 +47,11 @@ class PrototypeRelation(Objective[Features]):
 
     def __call__(self, batch: Features) -> Tensor:
         """In nats."""
-        kept = [concept for concept in self.before if concept in self.prototypes.means]
-        if not kept:
+        common = [concept for concept in self.before if concept in self.prototypes.means]
+        if not common:
             return batch.zero()
         before, now = (
-            F.normalize(torch.cat([means[concept] for concept in kept]), dim=1)
+            F.normalize(torch.cat([means[concept] for concept in common]), dim=1)
             for means in (self.before, self.prototypes.means)
         )
         old = (before @ batch.teachers["incumbent"].image.T / self.temperature).log_softmax(dim=1)

@@ -44,8 +44,8 @@ def summarise(logits: Tensor, k: int) -> Teacher:
 def divergence(teacher: Teacher, logits: Tensor) -> Tensor:
     """KL(teacher || student) at each token [t], from the student's logits [t, vocabulary]."""
     logprobs = logits.log_softmax(dim=-1)
-    kept = logprobs.gather(1, teacher.tokens)
-    known = (teacher.logprobs.exp() * (teacher.logprobs - kept)).sum(dim=1)
+    chosen = logprobs.gather(1, teacher.tokens)
+    known = (teacher.logprobs.exp() * (teacher.logprobs - chosen)).sum(dim=1)
     if teacher.tokens.shape[1] == logits.shape[1]:
         return known
     return known + teacher.rest.exp() * (teacher.rest - _others(logprobs, teacher.tokens))

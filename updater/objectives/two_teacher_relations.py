@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from updater.objectives.base import Features, Objective
-from updater.prototypes import Prototypes
+from updater.objectives.shared.prototypes import Prototypes
 from updater.recipes import Family
 
 TEACHERS = ("base", "incumbent")
@@ -54,19 +54,19 @@ class TwoTeacherRelations(Objective[Features]):
         for weight, name in zip(trust(batch), TEACHERS, strict=True):
             teacher = batch.teachers[name]
             anchors = [self.prototypes.of(f"{name}.{side}").T for side in SIDES]
-            kept = [
+            divergences = [
                 _divergence(batch.scale * old @ anchor, batch.scale * new @ anchor)
                 for new, old in ((batch.image, teacher.image), (batch.text, teacher.text))
                 for anchor in anchors
             ]
-            rows = rows + weight * torch.stack(kept).mean(dim=0)
+            rows = rows + weight * torch.stack(divergences).mean(dim=0)
         return rows.mean()
 
     def stepped(self, batch: Features) -> None:
-        made = {name: batch.teachers[name] for name in TEACHERS}
+        sides = {name: batch.teachers[name] for name in TEACHERS}
         self.prototypes.add(
             batch,
-            {f"{name}.{side}": s.image if side == "image" else s.text for name, s in made.items() for side in SIDES},
+            {f"{name}.{side}": s.image if side == "image" else s.text for name, s in sides.items() for side in SIDES},
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from updater.found import file_names, find, options_of
 from updater.recipes import Optimizer
+from updater.recipes.plugin_registry import file_names, find, options_of
 
 __all__ = ["make", "names", "state_bytes"]
 
@@ -24,9 +24,9 @@ def names() -> list[str]:
 
 def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:
     """The optimizer of a recipe. Raises ConfigError for an unknown kind or option."""
-    made = find(__name__, "OPTIMIZER", "optimizer", optimizer.kind, names())
+    factory = find(__name__, "OPTIMIZER", "optimizer", optimizer.kind, names())
     with options_of("optimizer", optimizer.kind):
-        return made(groups, weight_decay, **optimizer.options)  # type: ignore[no-any-return]
+        return factory(groups, weight_decay, **optimizer.options)  # type: ignore[no-any-return]
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:

@@ -40,7 +40,7 @@ class Tower(Section):
 
 
 class Adapter(Section):
-    """What learns in the layers that learn, found by name in ``updater/adapters/kinds``."""
+    """What learns in the layers that learn, found by name in ``updater/adapters/parametrizations``."""
 
     kind: str = Field("lora", description="lora is PEFT's; others are listed in docs/recipes.md.")
     options: dict[str, float | int | str | bool] = Field(default_factory=dict)
@@ -102,7 +102,7 @@ class Term(Section):
 
 
 class Schedule(Section):
-    """Learning rate over steps; see ``updater/schedules.py``. No field is a horizon."""
+    """Learning rate over steps; see ``updater/training/schedules.py``. No field is a horizon."""
 
     kind: Literal["infinite", "rsqrt", "cosine"] = "infinite"
     peak: float = Field(1e-3, gt=0, description="Learning rate at the end of the warm-up.")

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ops.errors import ConfigError
-from updater.found import file_names, find, options_of
 from updater.recipes import Recipe, Term
+from updater.recipes.plugin_registry import file_names, find, options_of
 from updater.regularizers.base import Parameters, Regularizer
 
 __all__ = ["Parameters", "Regularizer", "build", "names"]

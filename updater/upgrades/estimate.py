@@ -9,10 +9,10 @@ from pathlib import Path
 
 from ops.digests import digest12
 from ops.settings import Settings
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from streams.store import SampleStore
-from updater.result import Estimate, Limits
-from updater.train import estimate
+from updater.training.result import Estimate, Limits
+from updater.training.train import estimate
 from updater.upgrades.replay import Replay
 
 

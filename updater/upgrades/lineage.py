@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ops.digests import digest12
 from ops.ledger import Ledger
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.registered import shown
-from updater.learner import Base
+from updater.step.learner import Base
 
 
 def waits_for_base(ledger: Ledger, home: Path, base: Base) -> str | None:

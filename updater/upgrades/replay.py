@@ -15,15 +15,15 @@ from ops.digests import digest12, digest_json
 from ops.errors import BaseModelError, ConfigError, TrainingError
 from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
 from ops.settings import Settings
-from serving.engines.base import ClipBase, list_bases, load_base
+from serving.engines.clip_base import ClipBase, list_bases, load_base
 from serving.engines.registered import need_base
 from streams.store import SampleStore
-from updater import triggers
-from updater.draw import HAVING
+from updater.data.draw import HAVING
+from updater.data.mixture import plan_batches
+from updater.data.pools import Pools, draw_pools, mixed_seed
 from updater.families import family_recipe, reference_of
-from updater.mixture import plan_batches
-from updater.pools import Pools, draw_pools, mixed_seed
 from updater.recipes import Recipe
+from updater.scheduling import triggers
 from updater.upgrades.lineage import waits_for_base
 
 SUFFIX = ".upgrade"

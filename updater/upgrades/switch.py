@@ -14,10 +14,10 @@ from ops.errors import BaseModelError, ReleaseError
 from ops.ledger import Ledger, ReleaseRow
 from ops.progress import step
 from ops.settings import Settings
-from serving.engines.base import ClipBase, load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.registered import digest_of
-from updater.recorded import fetch_recorded
+from updater.adapters.recorded import fetch_recorded
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CLIPTokenizerFast
 
 from ops.errors import BaseModelError
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 
 START: Final = 49406
 END: Final = 49407

@@ -15,7 +15,7 @@ from torch.nn import functional
 from benchmarks.encode.peers.hf_clip import write_tokenizer
 from ops.errors import BaseModelError
 from ops.progress import say
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 
 OPSET: Final = 17
 ABOUT: Final = "model.json"

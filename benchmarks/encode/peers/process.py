@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import httpx
 
 from ops.errors import RatchetError
+from ops.waiting import wait_until
 
 START_SECONDS = 300.0
 STOP_SECONDS = 20.0
@@ -32,12 +32,15 @@ class PeerProcess:
 
     def wait_for(self, url: str) -> None:
         """Wait until a GET of ``url`` is answered 200. Raises RatchetError with the end of its log."""
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end and self._process.poll() is None:
-            with suppress(httpx.TransportError):
-                if httpx.get(url, trust_env=False, timeout=5.0).status_code == 200:
-                    return
-            time.sleep(POLL_SECONDS)
+
+        def answers() -> bool:
+            try:
+                return httpx.get(url, trust_env=False, timeout=5.0).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        if wait_until(answers, START_SECONDS, pause=POLL_SECONDS, alive=lambda: self._process.poll() is None):
+            return
         tail = self.log.read_text(errors="replace")[-2000:]
         raise RatchetError(f"{self.log.stem} does not answer {url}: {tail}", f"Its log is {self.log}.")
 

@@ -9,14 +9,14 @@ from typing import ClassVar, Final
 
 import torch
 
-from benchmarks.encode.grid import Kind
 from benchmarks.encode.payloads import BodyTemplate
 from benchmarks.encode.peers.environment import Environment, same_torch
 from benchmarks.encode.peers.hf_clip import write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
 from benchmarks.encode.peers.process import PeerProcess
-from serving.engines.base import ClipBase
-from streams.broker import free_port
+from ops.addresses import free_port
+from serving.engines.clip_base import ClipBase
+from serving.messages import Modality
 
 INFINITY: Final = (
     # Without its extra "vision", whose ColPali is not needed, and without optimum: BetterTransformer, which it imports
@@ -29,7 +29,7 @@ _DATA_URI: Final = ('"data:image/jpeg;base64,', '"')
 _STRING: Final = ('"', '"')
 
 
-def openai_template(kind: Kind) -> BodyTemplate:
+def openai_template(kind: Modality) -> BodyTemplate:
     """OpenAI's embeddings, with Infinity's ``modality``. Vectors come in base64, as OpenAI's own clients ask for."""
     before = f'{{"model":"clip","modality":"{kind}","encoding_format":"base64","input":['
     return BodyTemplate(before, _DATA_URI if kind == "image" else _STRING, "]}")
@@ -59,10 +59,10 @@ class Peer(ABC):
         """Wait until it answers. Raises RatchetError."""
 
     @abstractmethod
-    def url(self, kind: Kind) -> str:
+    def url(self, kind: Modality) -> str:
         """Where inputs of a kind go."""
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
         """What it answers."""
         return ("image", "text")
 
@@ -85,7 +85,7 @@ class Infinity(Peer):
     def wait(self) -> None:
         self.process.wait_for(f"http://127.0.0.1:{self.port}/health")
 
-    def url(self, kind: Kind) -> str:
+    def url(self, kind: Modality) -> str:
         return f"http://127.0.0.1:{self.port}/embeddings"
 
 
@@ -108,10 +108,10 @@ class Mosec(Peer):
     def wait(self) -> None:
         self.process.wait_for(f"http://127.0.0.1:{self.port}/metrics")
 
-    def url(self, kind: Kind) -> str:
+    def url(self, kind: Modality) -> str:
         return f"http://127.0.0.1:{self.port}/{kind}"
 
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
         return ("image", "text") if (self.model / "text.onnx").is_file() else ("image",)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.load import Traffic
 from ops.cli.context import Context
 from ops.cli.demo import captions, questions
 from ops.cli.demo.stage import Stage, chapter
@@ -17,6 +16,7 @@ from ops.cli.shipped import make_ready
 from ops.cli.supervisor import Supervisor
 from ops.errors import RatchetError
 from ops.ledger import Ledger
+from ops.load.traffic import Traffic
 from ops.progress import say, step
 from ops.settings import Settings
 from serving.client import Client

@@ -10,7 +10,7 @@ from torch import nn
 
 from ops.errors import AdapterError
 from serving.engines.adapters import AdapterFiles, lora_layers, read_adapter, whole_weights
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of the weight of each linear layer, by its name in the transformers model."""

@@ -57,9 +57,9 @@ class Detokenizer:
         return certain
 
 
-async def whole(pieces: AsyncIterator[TokenChunk]) -> GenerationResult:
+async def whole(chunks: AsyncIterator[TokenChunk]) -> GenerationResult:
     """A stream as one reply."""
-    parts = [piece async for piece in pieces]
+    parts = [chunk async for chunk in chunks]
     return GenerationResult(
         "".join(part.text for part in parts),
         tuple(token for part in parts for token in part.tokens),

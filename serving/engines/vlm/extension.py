@@ -31,11 +31,11 @@ class RowMaskExtension:
 
 def groups_of(ids: Sequence[int], slots: Sequence[int | None]) -> list[Group]:
     """Group rows by slot. ``ids``: each row's adapter, 0 for none; ``slots``: the adapter in each slot."""
-    asked = set(ids)
-    used = sorted(asked - {0, ZERO_ID})
+    requested = set(ids)
+    used = sorted(requested - {0, ZERO_ID})
     if not used:
         return []
-    if len(asked) == len(used) == 1:
+    if len(requested) == len(used) == 1:
         return [(slots.index(used[0]), None)]
     rows = torch.tensor(ids)
     return [(slots.index(one), torch.nonzero(rows == one).flatten()) for one in used]

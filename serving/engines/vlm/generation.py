@@ -19,7 +19,7 @@ from serving.engines.vlm.sampling_parameters import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from serving.engines.vlm.base import VlmBase
+    from serving.engines.vlm.vlm_base import VlmBase
 
 Image = npt.NDArray[np.uint8]
 """RGB pixels [height, width, 3]."""
@@ -62,7 +62,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """What came since the last piece. The last one has a ``finish``. Log-probabilities are natural, one per token."""
+    """What came since the last chunk. The last one has a ``finish``. Log-probabilities are natural, one per token."""
 
     text: str
     tokens: tuple[int, ...]
@@ -116,7 +116,7 @@ class VlmEngine(Protocol):
         """Names that requests may use."""
 
     def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncIterator[TokenChunk]:
-        """Answer piece by piece under a resident adapter (None: the base). Closing the iterator aborts the request.
+        """Answer chunk by chunk under a resident adapter (None: the base). Closing the iterator aborts the request.
 
         Raises InvalidRequest, AdapterError (not resident), EngineDead.
         """
@@ -133,7 +133,7 @@ class VlmEngine(Protocol):
     def running(self) -> int:
         """Requests inside."""
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
 
     async def close(self) -> None:

@@ -18,7 +18,7 @@ from serving.errors import InvalidRequest
 
 
 @dataclass(eq=False)
-class Row:
+class BatchRow:
     """One request of a batch. ``say`` gets each token, its log-probability, and at the end why it ended.
 
     A row whose batch failed can be put into another batch: it goes on behind the tokens that it has.
@@ -101,7 +101,7 @@ class Scoring:
 class _Choice(LogitsProcessor):  # type: ignore[misc]
     """Chooses for each row by its own rules, and leaves ``generate`` no other choice. A row that fails ends alone."""
 
-    def __init__(self, rows: Sequence[Row], ends: frozenset[int]) -> None:
+    def __init__(self, rows: Sequence[BatchRow], ends: frozenset[int]) -> None:
         self._rows = rows
         self._ends = ends
         self._step = 0
@@ -125,7 +125,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Done(StoppingCriteria):  # type: ignore[misc]
-    def __init__(self, rows: Sequence[Row], stopped: Callable[[], bool]) -> None:
+    def __init__(self, rows: Sequence[BatchRow], stopped: Callable[[], bool]) -> None:
         self._rows = rows
         self._stopped = stopped
 
@@ -136,7 +136,7 @@ class _Done(StoppingCriteria):  # type: ignore[misc]
 
 @torch.inference_mode()
 def answer(
-    model: nn.Module, processor: Any, rows: Sequence[Row], ends: frozenset[int], stopped: Callable[[], bool]
+    model: nn.Module, processor: Any, rows: Sequence[BatchRow], ends: frozenset[int], stopped: Callable[[], bool]
 ) -> None:
     """Generate for all ``rows`` at once (left padded, with a key-value cache) until each has ended, or ``stopped``."""
     batch = inputs(processor, [row.request for row in rows], next(model.parameters()).device)

@@ -21,14 +21,14 @@ from ops.settings import Serve
 from serving.engines.adapters import effective_weights
 from serving.engines.shared_weights import shell_of
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, read_validated_adapter
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import Finish, GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_requests
-from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import answer_tokens, check_length, end_token, inputs
 from serving.engines.vlm.residents import Residents
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 T = TypeVar("T")
@@ -116,19 +116,19 @@ class TransformersEngine:
                 self._running -= 1
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer piece by piece."""
+        """Answer chunk by chunk."""
         with self._using(adapter) as model:
             length = await asyncio.to_thread(self._length, request)
-            said: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
-            post = _poster(said.put_nowait)
+            events: asyncio.Queue[tuple[int, float, Finish] | RatchetError] = asyncio.Queue()
+            post = _poster(events.put_nowait)
             most = min(request.max_tokens, self._serve.vlm_context - length)
-            row = Row(request, most, lambda *token: post(token), post)
+            row = BatchRow(request, most, lambda *token: post(token), post)
             detokenizer = Detokenizer(self._processor.tokenizer, request.stop)
             done = 0
             self._working().put(model, row)
             try:
                 while True:
-                    item = await said.get()
+                    item = await events.get()
                     if isinstance(item, RatchetError):
                         raise item
                     token, logprob, finish = item
@@ -143,9 +143,9 @@ class TransformersEngine:
 
     async def reply(self, request: GenerationRequest, adapter: str | None) -> GenerationResult:
         """The whole answer."""
-        pieces = self.stream(request, adapter)
-        async with contextlib.aclosing(pieces):
-            return await whole(pieces)
+        chunks = self.stream(request, adapter)
+        async with contextlib.aclosing(chunks):
+            return await whole(chunks)
 
     async def score(self, request: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         """Log-probability of each choice: the sum over its tokens and its end."""
@@ -167,9 +167,9 @@ class TransformersEngine:
         """Requests inside."""
         return self._running
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
-        return "The engine was not started." if self._worker is None else self._worker.trouble
+        return "The engine was not started." if self._worker is None else self._worker.last_error
 
     async def close(self) -> None:
         """End the thread, after the token it is at."""
@@ -178,8 +178,8 @@ class TransformersEngine:
             await asyncio.to_thread(self._worker.join)
 
     def _working(self) -> Worker:
-        if self._worker is None or self._worker.trouble:
-            raise EngineDead(self.trouble(), "Start a new engine.")
+        if self._worker is None or self._worker.last_error:
+            raise EngineDead(self.last_error(), "Start a new engine.")
         return self._worker
 
     def _length(self, request: GenerationRequest, choices: Sequence[str] = ()) -> int:

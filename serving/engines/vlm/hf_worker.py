@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from serving.engines.vlm.generation import PROBE
-from serving.engines.vlm.hf_batch import Row, Scoring, answer, as_failure, score
+from serving.engines.vlm.hf_batch import BatchRow, Scoring, answer, as_failure, score
 from serving.errors import EngineDead
 
 log = logging.getLogger("ratchet.vlm")
@@ -32,24 +32,24 @@ class Worker:
         self._ends = ends
         self._batch = batch
         self._threads = threads
-        self._waiting: deque[tuple[nn.Module, Row | Scoring]] = deque()
+        self._waiting: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
         self._ready = threading.Condition()
-        self.trouble = ""
+        self.last_error = ""
         self._thread = threading.Thread(target=self._run, name="vlm-answers", daemon=True)
         self._thread.start()
 
-    def put(self, model: nn.Module, work: Row | Scoring) -> None:
+    def put(self, model: nn.Module, work: BatchRow | Scoring) -> None:
         """Queue work. Raises :class:`EngineDead` when the thread has ended."""
         with self._ready:
-            if self.trouble:
-                raise EngineDead(self.trouble, _RESTART)
+            if self.last_error:
+                raise EngineDead(self.last_error, _RESTART)
             self._waiting.append((model, work))
             self._ready.notify()
 
     def stop(self, why: str) -> None:
         """End the thread after the token it is at; what waits fails with ``why``."""
         with self._ready:
-            self.trouble = self.trouble or why
+            self.last_error = self.last_error or why
             self._ready.notify()
 
     def join(self) -> None:
@@ -58,12 +58,12 @@ class Worker:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
-        now: Sequence[Row | Scoring] = ()
+        now: Sequence[BatchRow | Scoring] = ()
         try:
             while True:
                 with self._ready:
-                    self._ready.wait_for(lambda: self._waiting or self.trouble)
-                    if self.trouble:
+                    self._ready.wait_for(lambda: self._waiting or self.last_error)
+                    if self.last_error:
                         break
                     model, now = self._take()
                 self._do(model, now)
@@ -73,30 +73,30 @@ class Worker:
             left = [*now, *(work for _, work in self._waiting)]
             self._waiting.clear()
         for work in left:
-            work.fail(EngineDead(self.trouble, _RESTART))
+            work.fail(EngineDead(self.last_error, _RESTART))
 
-    def _take(self) -> tuple[nn.Module, Sequence[Row | Scoring]]:
+    def _take(self) -> tuple[nn.Module, Sequence[BatchRow | Scoring]]:
         """The oldest work, and with a row as many more rows of its model as fit into the batch."""
         model, first = self._waiting.popleft()
         if isinstance(first, Scoring):
             return model, [first]
-        rows: list[Row | Scoring] = [first]
-        others: deque[tuple[nn.Module, Row | Scoring]] = deque()
+        rows: list[BatchRow | Scoring] = [first]
+        others: deque[tuple[nn.Module, BatchRow | Scoring]] = deque()
         for other, work in self._waiting:
-            if other is model and isinstance(work, Row) and len(rows) < self._batch:
+            if other is model and isinstance(work, BatchRow) and len(rows) < self._batch:
                 rows.append(work)
             else:
                 others.append((other, work))
         self._waiting = others
         return model, rows
 
-    def _do(self, model: nn.Module, work: Sequence[Row | Scoring]) -> None:
-        self._answer(model, [one for one in work if isinstance(one, Row)])
+    def _do(self, model: nn.Module, work: Sequence[BatchRow | Scoring]) -> None:
+        self._answer(model, [one for one in work if isinstance(one, BatchRow)])
         for one in work:
             if isinstance(one, Scoring):
                 self._score(model, one)
 
-    def _answer(self, model: nn.Module, rows: Sequence[Row]) -> None:
+    def _answer(self, model: nn.Module, rows: Sequence[BatchRow]) -> None:
         rows = [row for row in rows if not (row.done or row.aborted)]
         if not rows:
             return
@@ -129,4 +129,4 @@ class Worker:
             raise error from None
 
     def _stopped(self) -> bool:
-        return bool(self.trouble)
+        return bool(self.last_error)

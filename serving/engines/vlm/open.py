@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ops.errors import ConfigError
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import VlmEngine
 from serving.engines.vlm.hf_engine import TransformersEngine
 from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vllm_start import installed
+from serving.engines.vlm.vlm_base import VlmBase
 
 
 def open_engine(base: VlmBase, serve: Serve, *, kind: str | None = None) -> VlmEngine:

@@ -26,11 +26,11 @@ RANK = 1
 
 def write_probe(directory: Path, shapes: Shapes, size: float, seed: int = 0) -> Path:
     """A LoRA of rank 1 in PEFT's format over all ``shapes``, whose deltas have entries of about ``size``."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for name, (out, inner) in sorted(shapes.items()):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=made)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=made) * size
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, inner, generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=generator) * size
     directory.mkdir()
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     leaves = sorted({name.rsplit(".", 1)[-1] for name in shapes})

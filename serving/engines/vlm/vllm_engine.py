@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeVar
 from ops.errors import AdapterError, ConfigError, RatchetError
 from ops.settings import Serve
 from serving.engines.vlm.adapter_validation import Shapes, linear_shapes, parts_of, read_validated_adapter
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.engines.vlm.golden import fingerprint, golden_requests
@@ -32,6 +31,7 @@ from serving.engines.vlm.residents import Residents
 from serving.engines.vlm.vllm_prompts import Prompts
 from serving.engines.vlm.vllm_sampling import finish_of, logprobs_of, sampling, scoring
 from serving.engines.vlm.vllm_start import child_environment, engine_arguments, import_vllm, slots_of
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 ZERO = "zero"
@@ -154,7 +154,7 @@ class VllmEngine:
         """Forget an adapter when its last request has ended."""
 
         async def drop(request: Any) -> None:
-            if not self.trouble():
+            if not self.last_error():
                 await self._while_alive(self._engine.remove_lora(request.lora_int_id))
 
         await self._residents.remove(name, drop)
@@ -175,9 +175,9 @@ class VllmEngine:
                 self._running -= 1
 
     async def stream(self, request: GenerationRequest, adapter: str | None) -> AsyncGenerator[TokenChunk]:
-        """Answer piece by piece."""
+        """Answer chunk by chunk."""
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(request)
+            (prompt,) = await self._render(request)
             detokenizer = Detokenizer(self._tokenizer, request.stop)
             length, done = len(prompt["prompt_token_ids"]), 0
             outputs = self._outputs(prompt, sampling(request, every=True), lora)
@@ -198,7 +198,7 @@ class VllmEngine:
         if request.stop:
             return await whole(self.stream(request, adapter))
         with self._using(adapter) as lora:
-            (prompt,) = await self._made(request)
+            (prompt,) = await self._render(request)
             one = (await self._last(prompt, sampling(request, every=False), lora)).outputs[0]
             text = self._tokenizer.decode(one.token_ids, skip_special_tokens=True)
             finish = finish_of(one.finish_reason)
@@ -210,8 +210,8 @@ class VllmEngine:
         """Log-probability of each choice: the sum over its tokens and its end."""
         plan = scoring()
         with self._using(adapter) as lora:
-            (plain,) = await self._made(request)
-            prompts = await self._made(request, choices)
+            (plain,) = await self._render(request)
+            prompts = await self._render(request, choices)
 
             async def one(prompt: dict[str, Any]) -> float:
                 output = await self._last(prompt, plan, lora)
@@ -234,7 +234,7 @@ class VllmEngine:
         """Requests inside."""
         return self._running
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         """Why the engine is dead; empty while it lives."""
         if self._closed:
             return "The engine was closed."
@@ -272,15 +272,15 @@ class VllmEngine:
             task.cancel()
 
     def _alive(self) -> None:
-        trouble = self.trouble()
-        if trouble:
-            raise EngineDead(trouble, _RESTART)
+        last_error = self.last_error()
+        if last_error:
+            raise EngineDead(last_error, _RESTART)
 
     @property
     def _tokenizer(self) -> Any:
         return self._engine.renderer.tokenizer
 
-    async def _made(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    async def _render(self, request: GenerationRequest, answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         assert self._prompts is not None
         try:
             return await self._prompts.make(request, answers)
@@ -303,15 +303,15 @@ class VllmEngine:
         except VLLMClientError as error:
             raise InvalidRequest(f"vLLM refuses the request: {error}", "Change the request.") from error
         except (EngineDeadError, EngineGenerateError) as error:
-            trouble = self.trouble()
-            if not trouble and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
+            last_error = self.last_error()
+            if not last_error and isinstance(error, EngineGenerateError):  # of this request: the engine goes on
                 cause = error.__cause__ or error
                 raise InvalidRequest(f"vLLM could not answer the request: {cause!r}", "Change the request.") from error
-            raise EngineDead(trouble or f"vLLM could not answer: {error!r}", _RESTART) from error
+            raise EngineDead(last_error or f"vLLM could not answer: {error!r}", _RESTART) from error
 
     async def _last(self, prompt: dict[str, Any], sampling: Any, lora: Any) -> Any:
         outputs = self._outputs(prompt, sampling, lora)
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 return output  # FINAL_ONLY: there is one
-        raise EngineDead(self.trouble() or "vLLM ended a request without an answer.", _RESTART)
+        raise EngineDead(self.last_error() or "vLLM ended a request without an answer.", _RESTART)

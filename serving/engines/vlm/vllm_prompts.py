@@ -59,12 +59,12 @@ class Prompts:
         if answers is None:
             check_length(len(prompt["prompt_token_ids"]), self._context)
             return [prompt]
-        made = []
+        prompts = []
         for answer in answers:
             tokens = [*prompt["prompt_token_ids"], *answer_tokens(self._processor, answer)]
             check_length(len(tokens), self._context)
-            made.append(prompt | {"prompt_token_ids": tokens})
-        return made
+            prompts.append(prompt | {"prompt_token_ids": tokens})
+        return prompts
 
     def _short(self, request: GenerationRequest) -> dict[str, Any]:
         from vllm.inputs.engine import mm_input, tokens_input
@@ -101,10 +101,10 @@ class Prompts:
             prompt["multi_modal_data"] = {"image": [Pictures.fromarray(image) for image in request.images]}
             prompt["multi_modal_uuids"] = {"image": [_digest(image) for image in request.images]}
         parsed = parse_model_prompt(self._renderer.model_config, prompt)
-        (made,) = self._renderer.render_cmpl(
+        (rendered,) = self._renderer.render_cmpl(
             [parsed], self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
         )
-        return dict(made)
+        return dict(rendered)
 
 
 def _digest(image: Image) -> str:
@@ -122,7 +122,7 @@ def _same(short: dict[str, Any], long: dict[str, Any]) -> bool:
     pairs = zip(short["mm_placeholders"]["image"], long["mm_placeholders"]["image"], strict=True)
     if any(a.extract_embeds_range() != b.extract_embeds_range() for a, b in pairs):
         return False
-    ours, theirs = (made["mm_kwargs"]["image"] for made in (short, long))
+    ours, theirs = (each["mm_kwargs"]["image"] for each in (short, long))
     return all(
         one.keys() == other.keys() and all(torch.equal(one[key].data, other[key].data) for key in one)
         for one, other in zip(ours, theirs, strict=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ops.errors import ConfigError
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 
 MAX_IMAGES = 4
 """Images in one request; vLLM sizes its LoRA buffers of the vision tower for so many."""

@@ -10,11 +10,11 @@ import pytest
 import pytest_asyncio
 import torch
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.settings import Serve
-from serving.engines.vlm.base import VlmBase
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, VlmEngine
 from serving.engines.vlm.open import open_engine
+from serving.engines.vlm.vlm_base import VlmBase
 from tests.support.vlm_reference import Peft, Reference, some_asks
 
 SAFE_MARGIN = 3e-3
@@ -23,7 +23,7 @@ PARTS = (("text",), ("text", "image", "connector"), ("image", "connector"))
 
 
 @dataclass
-class House:
+class VlmCases:
     """What the tests ask, and what has to come back."""
 
     base: VlmBase
@@ -39,7 +39,7 @@ class House:
 
 
 @pytest.fixture(scope="session")
-def house(tmp_path_factory: pytest.TempPathFactory) -> House:
+def cases(tmp_path_factory: pytest.TempPathFactory) -> VlmCases:
     torch.set_num_threads(1)
     home = tmp_path_factory.mktemp("vlm")
     base = tiny_vlm_base(home)
@@ -60,12 +60,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> House:
     ]
     assert len(kept) >= 6
     references = {name: [answers[name][i] for i in kept] for name in models}
-    return House(base, directories, [asks[i] for i in kept], references, models)
+    return VlmCases(base, directories, [asks[i] for i in kept], references, models)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["vllm", "transformers"])
-async def engine(request: pytest.FixtureRequest, house: House) -> AsyncIterator[VlmEngine]:
-    engine = open_engine(house.base, Serve(vlm_batch=8), kind=request.param)
+async def engine(request: pytest.FixtureRequest, cases: VlmCases) -> AsyncIterator[VlmEngine]:
+    engine = open_engine(cases.base, Serve(vlm_batch=8), kind=request.param)
     await engine.start()
     yield engine
     await engine.close()

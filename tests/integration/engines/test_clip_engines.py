@@ -11,13 +11,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.cli.main import app
 from ops.cli.tune import is_tuned
 from ops.loading import load_settings
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.backends import EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.spaces import tower_of
 

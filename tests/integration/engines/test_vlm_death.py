@@ -16,7 +16,7 @@ from serving.engines.vlm.generation import GenerationResult
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
 from serving.errors import EngineDead
-from tests.integration.engines.conftest import House
+from tests.integration.engines.conftest import VlmCases
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.integration
@@ -37,17 +37,17 @@ def _engines() -> set[int]:
     return found
 
 
-async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> None:
+async def test_a_killed_engine_says_so_and_a_new_one_answers(cases: VlmCases) -> None:
     before = _engines()
-    engine = open_engine(house.base, Serve(), kind="vllm")
+    engine = open_engine(cases.base, Serve(), kind="vllm")
     await engine.start()
     (core,) = _engines() - before
-    long = dataclasses.replace(house.asks[0], max_tokens=200)
+    long = dataclasses.replace(cases.asks[0], max_tokens=200)
     waiting = [asyncio.create_task(engine.reply(long, None)) for _ in range(40)]
     stream = engine.stream(long, None)
     await anext(stream)
     os.kill(core, signal.SIGSTOP)  # so that what is asked of it from now on is not answered before it dies
-    loading = asyncio.create_task(engine.load(house.names[1], house.directories[house.names[1]]))
+    loading = asyncio.create_task(engine.load(cases.names[1], cases.directories[cases.names[1]]))
     await until(lambda: engine._engine.engine_core.utility_results)  # type: ignore[attr-defined]
     os.kill(core, signal.SIGKILL)
     with pytest.raises(EngineDead):
@@ -58,40 +58,40 @@ async def test_a_killed_engine_says_so_and_a_new_one_answers(house: House) -> No
     with pytest.raises(EngineDead):
         async for _ in stream:
             pass
-    assert "process ended" in engine.trouble()
+    assert "process ended" in engine.last_error()
     for call in (engine.reply(long, None), engine.score(long, ["yes"], None), engine.golden(None)):
         with pytest.raises(EngineDead, match="Start a new engine"):
             await call
     with pytest.raises(EngineDead):
-        await engine.load(house.names[0], house.directories[house.names[0]])
+        await engine.load(cases.names[0], cases.directories[cases.names[0]])
     assert engine.running() == 0
     await engine.close()
     assert core not in _engines()
 
     def again() -> list[GenerationResult]:
-        with SyncVlm(open_engine(house.base, Serve())) as vlm:
-            vlm.load(house.names[0], house.directories[house.names[0]])
-            return vlm.replies(house.asks, house.names[0])
+        with SyncVlm(open_engine(cases.base, Serve())) as vlm:
+            vlm.load(cases.names[0], cases.directories[cases.names[0]])
+            return vlm.replies(cases.asks, cases.names[0])
 
     replies = await asyncio.to_thread(again)
-    assert [reply.tokens for reply in replies] == [one.tokens for one in house.references[house.names[0]]]
+    assert [reply.tokens for reply in replies] == [one.tokens for one in cases.references[cases.names[0]]]
     end = time.monotonic() + 20  # a process that is ending may take its time on a busy machine
     while (left := _engines() - before) and time.monotonic() < end:
         await asyncio.sleep(0.2)
     assert not left
 
 
-def test_a_blocking_facade_gives_replies_and_scores_in_order(house: House) -> None:
-    name = house.names[1]
-    with SyncVlm(open_engine(house.base, Serve(), kind="transformers")) as vlm:
-        vlm.load(name, house.directories[name])
-        replies = vlm.replies(house.asks, name, label="answers")
-        assert [reply.tokens for reply in replies] == [one.tokens for one in house.references[name]]
-        scores = vlm.scores(house.asks[:2], [["yes", "no"], ["red"]], name)
-        wanted = [[house.models[name].score(house.asks[0], one) for one in ("yes", "no")]]
-        wanted.append([house.models[name].score(house.asks[1], "red")])
+def test_a_blocking_facade_gives_replies_and_scores_in_order(cases: VlmCases) -> None:
+    name = cases.names[1]
+    with SyncVlm(open_engine(cases.base, Serve(), kind="transformers")) as vlm:
+        vlm.load(name, cases.directories[name])
+        replies = vlm.replies(cases.asks, name, label="answers")
+        assert [reply.tokens for reply in replies] == [one.tokens for one in cases.references[name]]
+        scores = vlm.scores(cases.asks[:2], [["yes", "no"], ["red"]], name)
+        wanted = [[cases.models[name].score(cases.asks[0], one) for one in ("yes", "no")]]
+        wanted.append([cases.models[name].score(cases.asks[1], "red")])
         assert scores == [pytest.approx(one, abs=1e-4) for one in wanted]
         assert vlm.golden(name) != vlm.golden(None)
         vlm.unload(name)
         assert vlm.engine.resident() == frozenset()
-    assert vlm.engine.trouble() == "The engine was closed."
+    assert vlm.engine.last_error() == "The engine was closed."

@@ -15,12 +15,12 @@ import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops import metrics
 from ops.errors import AdapterError
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message, VlmEngine, question
 from serving.errors import InvalidRequest
-from tests.integration.engines.conftest import House
+from tests.integration.engines.conftest import VlmCases
 from tests.support.vlm_reference import picture
 from tests.support.waiting import until
 
@@ -29,36 +29,36 @@ CLOSE = 1e-4
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def loaded(engine: VlmEngine, house: House) -> AsyncIterator[VlmEngine]:
+async def loaded(engine: VlmEngine, cases: VlmCases) -> AsyncIterator[VlmEngine]:
     """The engine with the three adapters, and none when the test is over."""
-    for name, directory in house.directories.items():
+    for name, directory in cases.directories.items():
         await engine.load(name, directory)
     yield engine
     for name in engine.resident():
         await engine.unload(name)
 
 
-async def test_a_hundred_mixed_batches_give_each_request_its_own_answer(loaded: VlmEngine, house: House) -> None:
+async def test_a_hundred_mixed_batches_give_each_request_its_own_answer(loaded: VlmEngine, cases: VlmCases) -> None:
     chance = random.Random(0)
     for _ in range(100):
-        mix = [(chance.choice([None, *house.names]), chance.randrange(len(house.asks))) for _ in range(8)]
-        replies = await asyncio.gather(*[loaded.reply(house.asks[i], name) for name, i in mix])
+        mix = [(chance.choice([None, *cases.names]), chance.randrange(len(cases.asks))) for _ in range(8)]
+        replies = await asyncio.gather(*[loaded.reply(cases.asks[i], name) for name, i in mix])
         for (name, i), reply in zip(mix, replies, strict=True):
-            assert reply.tokens == house.references[name][i].tokens, (name, i)
+            assert reply.tokens == cases.references[name][i].tokens, (name, i)
     assert loaded.running() == 0
 
 
-async def test_log_probabilities_are_those_of_transformers_and_peft(loaded: VlmEngine, house: House) -> None:
-    for name, references in house.references.items():
-        replies = await asyncio.gather(*[loaded.reply(ask, name) for ask in house.asks])
+async def test_log_probabilities_are_those_of_transformers_and_peft(loaded: VlmEngine, cases: VlmCases) -> None:
+    for name, references in cases.references.items():
+        replies = await asyncio.gather(*[loaded.reply(ask, name) for ask in cases.asks])
         for reply, reference in zip(replies, references, strict=True):
             np.testing.assert_allclose(reply.logprobs, reference.logprobs, atol=CLOSE)
 
 
-async def test_scores_of_choices_are_those_of_transformers_and_peft(loaded: VlmEngine, house: House) -> None:
+async def test_scores_of_choices_are_those_of_transformers_and_peft(loaded: VlmEngine, cases: VlmCases) -> None:
     choices = ["yes", "no", "a round apple"]
-    ask = house.asks[0]
-    for name, model in house.models.items():
+    ask = cases.asks[0]
+    for name, model in cases.models.items():
         wanted = [model.score(ask, choice) for choice in choices]
         np.testing.assert_allclose(await loaded.score(ask, choices, name), wanted, atol=CLOSE)
 
@@ -68,43 +68,45 @@ def tokens_that_vllm_counted() -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total{"))
 
 
-async def test_vllm_counts_in_metrics_of_its_own_and_they_come_with_ours(engine: VlmEngine, house: House) -> None:
+async def test_vllm_counts_in_metrics_of_its_own_and_they_come_with_ours(engine: VlmEngine, cases: VlmCases) -> None:
     before = tokens_that_vllm_counted()
-    reply = await engine.reply(house.asks[0], None)
+    reply = await engine.reply(cases.asks[0], None)
     counted = tokens_that_vllm_counted() - before
     assert counted == (len(reply.tokens) if engine.kind == "vllm" else 0)
 
 
-async def test_a_stream_is_the_reply_in_pieces(loaded: VlmEngine, house: House) -> None:
-    for name in (None, house.names[0]):
-        reply = await loaded.reply(house.asks[1], name)
-        pieces = [piece async for piece in loaded.stream(house.asks[1], name)]
-        assert len(pieces) > 1
-        assert "".join(piece.text for piece in pieces) == reply.text
-        assert tuple(token for piece in pieces for token in piece.tokens) == reply.tokens
-        assert [piece.finish for piece in pieces] == [""] * (len(pieces) - 1) + [reply.finish]
-        assert pieces[-1].completion_tokens == len(reply.tokens)
-        assert pieces[-1].prompt_tokens == reply.prompt_tokens
+async def test_a_stream_is_the_reply_in_chunks(loaded: VlmEngine, cases: VlmCases) -> None:
+    for name in (None, cases.names[0]):
+        reply = await loaded.reply(cases.asks[1], name)
+        chunks = [chunk async for chunk in loaded.stream(cases.asks[1], name)]
+        assert len(chunks) > 1
+        assert "".join(chunk.text for chunk in chunks) == reply.text
+        assert tuple(token for chunk in chunks for token in chunk.tokens) == reply.tokens
+        assert [chunk.finish for chunk in chunks] == [""] * (len(chunks) - 1) + [reply.finish]
+        assert chunks[-1].completion_tokens == len(reply.tokens)
+        assert chunks[-1].prompt_tokens == reply.prompt_tokens
 
 
-async def test_adapters_are_swapped_under_traffic_without_a_failure_or_a_mix(loaded: VlmEngine, house: House) -> None:
-    live, wrong, answered, over = house.names[0], [], 0, False
+async def test_adapters_are_swapped_under_traffic_without_a_failure_or_a_mix(
+    loaded: VlmEngine, cases: VlmCases
+) -> None:
+    live, wrong, answered, over = cases.names[0], [], 0, False
 
     async def client(seed: int) -> None:
         nonlocal answered
         chance = random.Random(seed)
         while not over:
-            name, i = chance.choice([None, live]), chance.randrange(len(house.asks))
-            reply = await loaded.reply(house.asks[i], name)
+            name, i = chance.choice([None, live]), chance.randrange(len(cases.asks))
+            reply = await loaded.reply(cases.asks[i], name)
             answered += 1
-            if reply.tokens != house.references[name][i].tokens:
+            if reply.tokens != cases.references[name][i].tokens:
                 wrong.append((name, i))
 
     clients = [asyncio.create_task(client(seed)) for seed in range(6)]
-    await loaded.unload(house.names[2])
+    await loaded.unload(cases.names[2])
     for swap in range(20):
-        old, new = house.names[swap % 2], house.names[(swap + 1) % 2]
-        await loaded.load(new, house.directories[new])
+        old, new = cases.names[swap % 2], cases.names[(swap + 1) % 2]
+        await loaded.load(new, cases.directories[new])
         before, live = answered, new
         await loaded.unload(old)
         while answered < before + 6:
@@ -116,17 +118,19 @@ async def test_adapters_are_swapped_under_traffic_without_a_failure_or_a_mix(loa
     assert answered >= 120
 
 
-async def test_bad_adapters_are_refused_while_traffic_goes_on(loaded: VlmEngine, house: House, tmp_path: Path) -> None:
-    await loaded.unload(house.names[2])
-    good = house.names[0]
+async def test_bad_adapters_are_refused_while_traffic_goes_on(
+    loaded: VlmEngine, cases: VlmCases, tmp_path: Path
+) -> None:
+    await loaded.unload(cases.names[2])
+    good = cases.names[0]
     other = tiny_vlm_base(tmp_path, "other", seed=7)
     bad = {
-        "not finite": (_copy(house, tmp_path / "nan", nan=True), "not finite numbers"),
+        "not finite": (_copy(cases, tmp_path / "nan", nan=True), "not finite numbers"),
         "of another base": (_write(other, tmp_path / "other-base"), "belongs to the base"),
-        "of too high a rank": (_write(house.base, tmp_path / "rank", rank=32), "has rank 32; this server takes 16"),
-        "cut": (_copy(house, tmp_path / "cut", cut=True), "cut short"),
-        "of another kind": (_copy(house, tmp_path / "dora", config={"use_dora": True}), "use_dora"),
-        "of another name": (("vlm-000000000000", house.directories[good]), "not vlm-000000000000"),
+        "of too high a rank": (_write(cases.base, tmp_path / "rank", rank=32), "has rank 32; this server takes 16"),
+        "cut": (_copy(cases, tmp_path / "cut", cut=True), "cut short"),
+        "of another kind": (_copy(cases, tmp_path / "dora", config={"use_dora": True}), "use_dora"),
+        "of another name": (("vlm-000000000000", cases.directories[good]), "not vlm-000000000000"),
         "gone": (("vlm-000000000001", tmp_path / "nowhere"), "is no adapter directory"),
     }
     over = False
@@ -134,8 +138,8 @@ async def test_bad_adapters_are_refused_while_traffic_goes_on(loaded: VlmEngine,
     async def client() -> int:
         done = 0
         while not over:
-            reply = await loaded.reply(house.asks[0], good)
-            assert reply.tokens == house.references[good][0].tokens
+            reply = await loaded.reply(cases.asks[0], good)
+            assert reply.tokens == cases.references[good][0].tokens
             done += 1
         return done
 
@@ -147,59 +151,59 @@ async def test_bad_adapters_are_refused_while_traffic_goes_on(loaded: VlmEngine,
         assert not traffic.done()
     over = True
     assert await traffic > 0
-    assert loaded.trouble() == ""
+    assert loaded.last_error() == ""
 
 
-async def test_a_request_for_an_adapter_that_is_not_resident_is_refused(engine: VlmEngine, house: House) -> None:
+async def test_a_request_for_an_adapter_that_is_not_resident_is_refused(engine: VlmEngine, cases: VlmCases) -> None:
     with pytest.raises(AdapterError, match="is not resident"):
-        await engine.reply(house.asks[0], house.names[0])
-    assert (await engine.reply(house.asks[0], None)).tokens == house.references[None][0].tokens
+        await engine.reply(cases.asks[0], cases.names[0])
+    assert (await engine.reply(cases.asks[0], None)).tokens == cases.references[None][0].tokens
 
 
 async def test_loading_more_adapters_than_fit_is_refused_and_nothing_is_evicted(
-    loaded: VlmEngine, house: House, tmp_path: Path
+    loaded: VlmEngine, cases: VlmCases, tmp_path: Path
 ) -> None:
-    names = list(house.names)
+    names = list(cases.names)
     with pytest.raises(AdapterError, match="no room"):
         for seed in range(10, 14):
             directory = tmp_path / str(seed)
-            names.append(tiny_vlm_adapter(house.base, directory, seed))
+            names.append(tiny_vlm_adapter(cases.base, directory, seed))
             await loaded.load(names[-1], directory)
-    for name in house.names:
-        assert (await loaded.reply(house.asks[0], name)).tokens == house.references[name][0].tokens
+    for name in cases.names:
+        assert (await loaded.reply(cases.asks[0], name)).tokens == cases.references[name][0].tokens
 
 
-async def test_an_adapter_stays_until_its_last_request_has_ended(loaded: VlmEngine, house: House) -> None:
-    name = house.names[0]
-    ask = dataclasses.replace(house.asks[0], max_tokens=100)
+async def test_an_adapter_stays_until_its_last_request_has_ended(loaded: VlmEngine, cases: VlmCases) -> None:
+    name = cases.names[0]
+    ask = dataclasses.replace(cases.asks[0], max_tokens=100)
     whole = await loaded.reply(ask, name)
-    pieces = loaded.stream(ask, name)
-    first = await anext(pieces)
+    chunks = loaded.stream(ask, name)
+    first = await anext(chunks)
     leaving = asyncio.create_task(loaded.unload(name))
     await asyncio.sleep(0)
     assert name not in loaded.resident()
     with pytest.raises(AdapterError, match="is not resident"):
         await loaded.reply(ask, name)
-    rest = [piece async for piece in pieces]
-    assert (*first.tokens, *[token for piece in rest for token in piece.tokens]) == whole.tokens
+    rest = [chunk async for chunk in chunks]
+    assert (*first.tokens, *[token for chunk in rest for token in chunk.tokens]) == whole.tokens
     await leaving
 
 
-async def test_a_stream_that_is_closed_early_frees_its_slot(loaded: VlmEngine, house: House) -> None:
-    endless = [dataclasses.replace(ask, max_tokens=200) for ask in [house.asks[0]] * 8]
+async def test_a_stream_that_is_closed_early_frees_its_slot(loaded: VlmEngine, cases: VlmCases) -> None:
+    endless = [dataclasses.replace(ask, max_tokens=200) for ask in [cases.asks[0]] * 8]
     streams = [loaded.stream(ask, None) for ask in endless]
     await asyncio.gather(*[anext(stream) for stream in streams])
     assert loaded.running() == 8
     for stream in streams:
         await stream.aclose()
     assert loaded.running() == 0
-    name = house.names[1]
-    replies = await asyncio.gather(*[loaded.reply(house.asks[i % 4], name) for i in range(16)])
-    assert [reply.tokens for reply in replies] == [house.references[name][i % 4].tokens for i in range(16)]
+    name = cases.names[1]
+    replies = await asyncio.gather(*[loaded.reply(cases.asks[i % 4], name) for i in range(16)])
+    assert [reply.tokens for reply in replies] == [cases.references[name][i % 4].tokens for i in range(16)]
 
 
-async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, house: House) -> None:
-    task = asyncio.create_task(engine.reply(dataclasses.replace(house.asks[0], max_tokens=200), None))
+async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, cases: VlmCases) -> None:
+    task = asyncio.create_task(engine.reply(dataclasses.replace(cases.asks[0], max_tokens=200), None))
     await until(engine.running)
     assert engine.running() == 1
     task.cancel()
@@ -208,9 +212,9 @@ async def test_a_cancelled_reply_frees_its_slot(engine: VlmEngine, house: House)
     assert engine.running() == 0
 
 
-async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, house: House) -> None:
+async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngine, cases: VlmCases) -> None:
     def ask(seed: int, i: int = 0) -> GenerationRequest:
-        return dataclasses.replace(house.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
+        return dataclasses.replace(cases.asks[i], temperature=1.0, top_p=0.9, seed=seed, max_tokens=12)
 
     alone = await engine.reply(ask(3), None)
     crowd = await asyncio.gather(*[engine.reply(ask(seed, i), None) for i, seed in enumerate((1, 3, 4))])
@@ -220,9 +224,9 @@ async def test_sampling_with_a_seed_is_repeatable_in_any_company(engine: VlmEngi
     assert crowd[1].tokens != alone.tokens  # another picture
 
 
-async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, house: House) -> None:
-    name = house.names[0]
-    for ask in house.asks:
+async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, cases: VlmCases) -> None:
+    name = cases.names[0]
+    for ask in cases.asks:
         plain = await loaded.reply(dataclasses.replace(ask, max_tokens=24), name)
         letters = [i for i, letter in enumerate(plain.text) if letter.isascii() and letter.isprintable()]
         if not letters:
@@ -237,30 +241,30 @@ async def test_a_stop_string_ends_the_answer_before_it(loaded: VlmEngine, house:
 
 
 async def test_questions_that_cannot_be_answered_are_refused_and_the_next_is_answered(
-    engine: VlmEngine, house: House
+    engine: VlmEngine, cases: VlmCases
 ) -> None:
     long = question(picture(0), "which colour? " * 100)
     with pytest.raises(InvalidRequest, match=r"it may have 256 \(serve.vlm_context\)"):
         await engine.reply(long, None)
     with pytest.raises(InvalidRequest, match=r"serve.vlm_context"):
-        await engine.score(house.asks[0], ["yes", "no " * 300], None)
+        await engine.score(cases.asks[0], ["yes", "no " * 300], None)
     with pytest.raises(InvalidRequest, match="stands for an image"):
         await engine.reply(question(picture(0), "what is <image>?"), None)
     with pytest.raises(InvalidRequest, match="Use every image once"):
         await engine.reply(GenerationRequest((Message("user", ("what?",)),), (picture(0),)), None)
     assert engine.running() == 0
-    assert (await engine.reply(house.asks[0], None)).tokens == house.references[None][0].tokens
+    assert (await engine.reply(cases.asks[0], None)).tokens == cases.references[None][0].tokens
 
 
-async def test_an_answer_longer_than_the_context_ends_there(engine: VlmEngine, house: House) -> None:
-    reply = await engine.reply(dataclasses.replace(house.asks[0], max_tokens=10_000), None)
+async def test_an_answer_longer_than_the_context_ends_there(engine: VlmEngine, cases: VlmCases) -> None:
+    reply = await engine.reply(dataclasses.replace(cases.asks[0], max_tokens=10_000), None)
     if reply.finish == "length":
         assert reply.prompt_tokens + len(reply.tokens) == 256
-    assert len(reply.tokens) > len(house.references[None][0].tokens)
+    assert len(reply.tokens) > len(cases.references[None][0].tokens)
 
 
 async def test_requests_without_an_image_with_two_and_with_turns_are_those_of_transformers(
-    loaded: VlmEngine, house: House
+    loaded: VlmEngine, cases: VlmCases
 ) -> None:
     turns = (
         Message("system", ("be short",)),
@@ -273,21 +277,21 @@ async def test_requests_without_an_image_with_two_and_with_turns_are_those_of_tr
         GenerationRequest(turns, (picture(1), picture(2, 50)), max_tokens=4),
         GenerationRequest(turns, (picture(3, 90), np.zeros((20, 44, 3), np.uint8)), max_tokens=4),
     ]
-    for name in (None, house.names[1]):
+    for name in (None, cases.names[1]):
         replies = await asyncio.gather(*[loaded.reply(ask, name) for ask in asks])
         for reply, ask in zip(replies, asks, strict=True):
-            np.testing.assert_allclose(reply.logprobs, house.models[name].greedy(ask).logprobs, atol=CLOSE)
+            np.testing.assert_allclose(reply.logprobs, cases.models[name].greedy(ask).logprobs, atol=CLOSE)
 
 
 async def test_golden_answers_tell_adapters_apart_and_refuse_what_is_not_finite(
-    loaded: VlmEngine, house: House, tmp_path: Path
+    loaded: VlmEngine, cases: VlmCases, tmp_path: Path
 ) -> None:
-    await loaded.unload(house.names[2])
-    seen = [await loaded.golden(name) for name in (None, *house.names[:2])]
+    await loaded.unload(cases.names[2])
+    seen = [await loaded.golden(name) for name in (None, *cases.names[:2])]
     assert len(set(seen)) == 3
-    assert seen == [await loaded.golden(name) for name in (None, *house.names[:2])]
+    assert seen == [await loaded.golden(name) for name in (None, *cases.names[:2])]
     huge = tmp_path / "huge"
-    name = tiny_vlm_adapter(house.base, huge, 5, scale=1e37)
+    name = tiny_vlm_adapter(cases.base, huge, 5, scale=1e37)
     with pytest.raises(AdapterError, match=r"not finite|overflow"):
         await loaded.load(name, huge)
         await loaded.golden(name)
@@ -298,12 +302,12 @@ def _write(base: object, directory: Path, **how: int) -> tuple[str, Path]:
 
 
 def _copy(
-    house: House, directory: Path, nan: bool = False, cut: bool = False, config: dict[str, object] | None = None
+    cases: VlmCases, directory: Path, nan: bool = False, cut: bool = False, config: dict[str, object] | None = None
 ) -> tuple[str, Path]:
     """A damaged copy of the first adapter, under its third one's name: it is not resident."""
-    name = house.names[2]
+    name = cases.names[2]
     directory.mkdir()
-    for path in house.directories[name].iterdir():
+    for path in cases.directories[name].iterdir():
         (directory / path.name).write_bytes(path.read_bytes())
     weights = directory / "adapter_model.safetensors"
     if nan:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.artifacts import Artifacts
 from ops.cli.main import app
 from ops.errors import AdapterError, GateError
 from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_adapter, tiny_base
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample

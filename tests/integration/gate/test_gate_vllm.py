@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
-from tests.integration.gate.vlm_cases import House, open_house
+from ops.testing.tiny_vlm import tiny_vlm_adapter
+from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 
 pytestmark = [
     pytest.mark.integration,
@@ -19,38 +19,38 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("home"), "vllm") as house:
-        yield house
+def vlm_gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VlmGate]:
+    with open_vlm_gate(tmp_path_factory.mktemp("home"), "vllm") as vlm_gate:
+        yield vlm_gate
 
 
-def test_a_candidate_that_learned_and_lost_nothing_passes(house: House) -> None:
-    verdict = house.gate(house.learner())
+def test_a_candidate_that_learned_and_lost_nothing_passes(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.learner())
     assert verdict.outcome == "passed", verdict.reasons
     parity = next(check for check in verdict.checks if check.name == "parity")
     assert parity.ok and parity.value is not None and parity.value < 1e-3
 
 
-def test_noise_in_every_part_of_the_model_is_rejected(house: House) -> None:
-    directory = house.home / "noise-everywhere"
-    name = tiny_vlm_adapter(house.base, directory, seed=6, scale=3.0, parts=("text", "image", "connector"))
-    house.evaluator.load(name, directory)
-    verdict = house.gate(name)
+def test_noise_in_every_part_of_the_model_is_rejected(vlm_gate: VlmGate) -> None:
+    directory = vlm_gate.home / "noise-everywhere"
+    name = tiny_vlm_adapter(vlm_gate.base, directory, seed=6, scale=3.0, parts=("text", "image", "connector"))
+    vlm_gate.evaluator.load(name, directory)
+    verdict = vlm_gate.gate(name)
     assert verdict.outcome == "rejected"
     assert {"colour", "presence"} & set(verdict.caught_by)
     assert next(check for check in verdict.checks if check.name == "parity").ok, "it is bad, and served as trained"
 
 
-def test_an_adapter_that_changes_nothing_is_inconclusive(house: House) -> None:
-    verdict = house.gate(house.noise(0.0))
+def test_an_adapter_that_changes_nothing_is_inconclusive(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.noise(0.0))
     assert verdict.outcome == "inconclusive" and verdict.caught_by == ("gain",)
 
 
-def test_an_engine_that_is_killed_is_an_error_and_no_verdict(house: House) -> None:
+def test_an_engine_that_is_killed_is_an_error_and_no_verdict(vlm_gate: VlmGate) -> None:
     """The last test of the file: there is no engine after it."""
-    name = house.noise(0.1)
+    name = vlm_gate.noise(0.1)
     for process in multiprocessing.active_children():
         process.kill()
         process.join()
     with pytest.raises(GateError, match="the VLM engine ended"):
-        house.gate(name)
+        vlm_gate.gate(name)

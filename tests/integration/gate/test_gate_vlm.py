@@ -9,33 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.errors import GateError
+from ops.testing.tiny_vlm import tiny_vlm_adapter
 from serving.engines.adapters import read_adapter, write_adapter
-from tests.integration.gate.vlm_cases import House, open_house
-from tests.integration.gate.vlm_house import question_table, unknown
+from tests.integration.gate.taught_vlm import question_table, unknown
+from tests.integration.gate.vlm_cases import VlmGate, open_vlm_gate
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, fresh_suites, write_report
-from updater.gate.open import open_evaluator
+from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("home"), "transformers") as house:
-        yield house
+def vlm_gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VlmGate]:
+    with open_vlm_gate(tmp_path_factory.mktemp("home"), "transformers") as vlm_gate:
+        yield vlm_gate
 
 
 @pytest.fixture(autouse=True)
-def room(house: House) -> Iterator[None]:
+def room(vlm_gate: VlmGate) -> Iterator[None]:
     yield
-    house.clear()
+    vlm_gate.clear()
 
 
-def test_a_candidate_that_learned_and_lost_nothing_passes(house: House) -> None:
-    verdict = house.gate(house.learner())
+def test_a_candidate_that_learned_and_lost_nothing_passes(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.learner())
     assert verdict.outcome == "passed", verdict.reasons
     assert {check.name for check in verdict.checks} == {
         "loads", "finite", "norm_drift", "parity", "latency", "size", "collapse", "yes_no",
@@ -46,28 +46,28 @@ def test_a_candidate_that_learned_and_lost_nothing_passes(house: House) -> None:
     assert suites["presence"].chance == pytest.approx(0.5, abs=0.02)
 
 
-def test_noise_is_rejected_with_the_questions_that_it_lost(house: House) -> None:
-    verdict = house.gate(house.noise(3.0))
+def test_noise_is_rejected_with_the_questions_that_it_lost(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.noise(3.0))
     assert verdict.outcome == "rejected"
     assert "colour" in verdict.caught_by
     lost = next(suite for suite in verdict.suites if suite.name == "colour").worst
     assert lost and all(w.expected == w.answer_before != w.answer_after for w in lost)
     assert all(w.text == "which colour?" and w.thumbnail.startswith("data:image/jpeg;base64,") for w in lost)
-    write_report(verdict, house.home / "noise-report")
-    page = (house.home / "noise-report" / "report.html").read_text()
+    write_report(verdict, vlm_gate.home / "noise-report")
+    page = (vlm_gate.home / "noise-report" / "report.html").read_text()
     assert f"right: {lost[0].expected}" in page and "which colour?" in page
-    json.loads((house.home / "noise-report" / "report.json").read_text(), parse_constant=pytest.fail)
+    json.loads((vlm_gate.home / "noise-report" / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_an_adapter_that_changes_nothing_is_inconclusive(house: House) -> None:
-    verdict = house.gate(house.noise(0.0))
+def test_an_adapter_that_changes_nothing_is_inconclusive(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.noise(0.0))
     assert verdict.outcome == "inconclusive"
     assert verdict.caught_by == ("gain",)
     assert all(suite.difference == 0.0 for suite in verdict.suites)
 
 
-def test_one_that_always_says_yes_is_caught_by_the_check(house: House) -> None:
-    verdict = house.gate(house.yes_sayer())
+def test_one_that_always_says_yes_is_caught_by_the_check(vlm_gate: VlmGate) -> None:
+    verdict = vlm_gate.gate(vlm_gate.yes_sayer())
     assert verdict.outcome == "rejected"
     assert "yes_no" in verdict.caught_by
     share = verdict.diagnostics.yes["presence"]
@@ -76,33 +76,36 @@ def test_one_that_always_says_yes_is_caught_by_the_check(house: House) -> None:
     assert next(suite for suite in verdict.suites if suite.name == "colour").decision == "passed"
 
 
-def test_the_incumbent_is_what_must_not_be_lost(house: House) -> None:
+def test_the_incumbent_is_what_must_not_be_lost(vlm_gate: VlmGate) -> None:
     """The base never knew the new question: only against the incumbent is anything lost."""
-    learner = house.learner()
-    verdict = house.gate(house.noise(0.0), incumbent=learner)
+    learner = vlm_gate.learner()
+    verdict = vlm_gate.gate(vlm_gate.noise(0.0), incumbent=learner)
     fresh = next(suite for suite in verdict.suites if suite.name == "fresh.new")
     assert verdict.outcome == "rejected" and "fresh.new" in verdict.caught_by
     assert fresh.before > 0.9 and fresh.difference_base == 0.0
 
 
-def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
-    name = house.noise(0.0)
-    first = house.gate(name)
+def test_answers_are_kept_on_disk_and_asked_for_once(vlm_gate: VlmGate) -> None:
+    name = vlm_gate.noise(0.0)
+    first = vlm_gate.gate(name)
 
     def ask_again() -> tuple[int, dict[str, float]]:
         """How many were asked for the base and the candidate, and the base's scores."""
         evaluator = VlmEvaluator(
-            house.evaluator.vlm, house.evaluator.vlm.engine, house.settings.serve, cache=house.evaluator.cache
+            vlm_gate.evaluator.vlm,
+            vlm_gate.evaluator.vlm.engine,
+            vlm_gate.settings.serve,
+            cache=vlm_gate.evaluator.cache,
         )
-        suites = (*house.suites, *house.fresh)
+        suites = (*vlm_gate.suites, *vlm_gate.fresh)
         scores = {suite.name: float(evaluator.score(suite, None).hits.mean()) for suite in suites}
         for suite in suites:
             evaluator.score(suite, name)
-        return evaluator.asked, scores
+        return evaluator.question_count, scores
 
     base = {suite.name: suite.base for suite in first.suites}
     assert ask_again() == (0, base)
-    damaged = list((house.home / "cache" / "gate").glob("*.npz"))
+    damaged = list((vlm_gate.home / "cache" / "gate").glob("*.npz"))
     for kept in damaged:
         kept.write_bytes(b"not a zip")
     asked, scores = ask_again()
@@ -111,35 +114,35 @@ def test_answers_are_kept_on_disk_and_asked_for_once(house: House) -> None:
     assert ask_again() == (0, base)
 
 
-def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(house: House) -> None:
+def test_a_candidate_with_infinite_answers_is_rejected_as_not_finite(vlm_gate: VlmGate) -> None:
     """Its file is finite, the forward pass is not."""
-    tiny_vlm_adapter(house.base, house.home / "huge-source", seed=4)
-    files = read_adapter(house.home / "huge-source")
+    tiny_vlm_adapter(vlm_gate.base, vlm_gate.home / "huge-source", seed=4)
+    files = read_adapter(vlm_gate.home / "huge-source")
     tensors = {key: tensor * 1e15 if "lora_B" in key else tensor for key, tensor in files.tensors.items()}
-    name = write_adapter(house.home / "huge", tensors, files.config, house.base)
-    house.evaluator.load(name, house.home / "huge")
-    verdict = house.gate(name)
+    name = write_adapter(vlm_gate.home / "huge", tensors, files.config, vlm_gate.base)
+    vlm_gate.evaluator.load(name, vlm_gate.home / "huge")
+    verdict = vlm_gate.gate(name)
     assert verdict.outcome == "rejected"
     assert verdict.caught_by == ("finite",) and verdict.suites == ()
 
 
-def test_a_suite_of_the_other_family_is_refused(house: House) -> None:
+def test_a_suite_of_the_other_family_is_refused(vlm_gate: VlmGate) -> None:
     with pytest.raises(GateError, match="a VLM cannot be asked for retrieval"):
-        house.gate(house.noise(0.0), fresh=[fresh_suite(sample_rows(4))])
+        vlm_gate.gate(vlm_gate.noise(0.0), fresh=[fresh_suite(sample_rows(4))])
 
 
-def test_a_question_too_long_is_an_error_of_the_suite(house: House) -> None:
+def test_a_question_too_long_is_an_error_of_the_suite(vlm_gate: VlmGate) -> None:
     long = [replace(one, question="why? " * 400) for one in unknown(range(60))]
     with pytest.raises(GateError, match="a question cannot be asked"):
-        house.gate(house.noise(0.0), fresh=fresh_suites(question_table(long), family="vlm"))
+        vlm_gate.gate(vlm_gate.noise(0.0), fresh=fresh_suites(question_table(long), family="vlm"))
 
 
-def test_an_engine_that_dies_is_an_error_and_no_verdict(tmp_path: Path, house: House) -> None:
-    with open_evaluator(house.settings, house.base) as evaluator:
+def test_an_engine_that_dies_is_an_error_and_no_verdict(tmp_path: Path, vlm_gate: VlmGate) -> None:
+    with open_evaluator(vlm_gate.settings, vlm_gate.base) as evaluator:
         assert isinstance(evaluator, VlmEvaluator)
-        name = tiny_vlm_adapter(house.base, tmp_path / "a", seed=8, scale=0.1)
+        name = tiny_vlm_adapter(vlm_gate.base, tmp_path / "a", seed=8, scale=0.1)
         evaluator.load(name, tmp_path / "a")
         evaluator.cache = tmp_path / "cache"
         evaluator.vlm.engine._worker.stop("killed by a test")  # type: ignore[attr-defined]
         with pytest.raises(GateError, match="killed by a test"):
-            House(house.settings, house.base, evaluator).gate(name)
+            VlmGate(vlm_gate.settings, vlm_gate.base, evaluator).gate(name)

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter
 from ops.settings import Settings
-from serving.engines.vlm.base import VlmBase
-from tests.integration.gate.vlm_house import known, make_settings, question_table, taught_adapter, taught_base, unknown
+from ops.testing.tiny_vlm import tiny_vlm_adapter
+from serving.engines.vlm.vlm_base import VlmBase
+from tests.integration.gate.taught_vlm import known, make_settings, question_table, taught_adapter, taught_base, unknown
 from updater.gate import Suite, Verdict, fresh_suites, load_suites, run_gate
+from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.interim_analyses import Plan
-from updater.gate.open import open_evaluator
 from updater.gate.vlm import VlmEvaluator
 
 TAUGHT = range(160)
@@ -22,7 +22,7 @@ SEEN_BY_NOBODY = range(2000, 2120)
 
 
 @dataclass(frozen=True)
-class House:
+class VlmGate:
     """A home, its open engine, and where adapters are written."""
 
     settings: Settings
@@ -86,10 +86,10 @@ class House:
 
 
 @contextmanager
-def open_house(home: Path, engine: str) -> Iterator[House]:
+def open_vlm_gate(home: Path, engine: str) -> Iterator[VlmGate]:
     """A home with its engine open."""
     settings = make_settings(home, engine)
     base = taught_base(home)
     with open_evaluator(settings, base) as evaluator:
         assert isinstance(evaluator, VlmEvaluator) and evaluator.kind == engine
-        yield House(settings, base, evaluator)
+        yield VlmGate(settings, base, evaluator)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import create_engine, text
 
-from benchmarks.fixtures.postgres import PostgresServer, postgres_server
 from ops.ledger import Ledger
+from ops.testing.postgres import PostgresServer, postgres_server
 
 
 @pytest.fixture(scope="module")

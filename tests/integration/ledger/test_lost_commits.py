@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 from sqlalchemy import text
 
-from benchmarks.fixtures.commit_relay import CommitRelay, Loss
-from benchmarks.fixtures.postgres import PostgresServer
 from ops.errors import CommitUnknown, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.commits import LOOKUP_SECONDS
+from ops.testing.commit_relay import CommitRelay, Loss
+from ops.testing.postgres import PostgresServer
 
 pytestmark = pytest.mark.integration
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from benchmarks.fixtures.postgres import PostgresServer, free_port
+from ops.addresses import free_port
 from ops.errors import LedgerError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.time_limits import CALL_SECONDS, time_limit
+from ops.testing.postgres import PostgresServer
 
 pytestmark = pytest.mark.integration
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,20 +16,22 @@ from typing import Any, ClassVar, Literal
 import httpx
 import yaml
 
-from benchmarks.expected import ExpectedVectors
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
-from benchmarks.inputs import pictures
-from benchmarks.load import Traffic
 from benchmarks.serving.session_processes import engine_pids, session_pids
+from ops.addresses import free_port
 from ops.artifacts import Artifacts
 from ops.ledger import Family, Ledger
+from ops.load.expected import ExpectedVectors
+from ops.load.traffic import Traffic
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from ops.waiting import wait_until
 from serving.client import Client
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.records import Sample
 from streams.rows import Position
 from streams.store import SampleStore
@@ -42,13 +42,6 @@ QUESTIONS = ("what is this?", "is there a red car?")
 START_SECONDS = 300.0
 """Alone it takes 20 to 40; beside other tests on two cores it took more than 150."""
 QUEUE = 48
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -139,11 +132,8 @@ class ServerFixture:
         environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "serving.app", str(self.config)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT, start_new_session=True)
-        end = time.monotonic() + START_SECONDS
-        while b"ratchet serves on" not in path.read_bytes()[before:]:
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.2)
+        started = lambda: b"ratchet serves on" in path.read_bytes()[before:]  # noqa: E731
+        assert wait_until(started, START_SECONDS, pause=0.2, alive=lambda: self.process.poll() is None), self.log()
         if self.vlm is not None:
             self.until(self.client().is_ready)
 
@@ -162,10 +152,7 @@ class ServerFixture:
 
     def until(self, condition: Callable[[], object]) -> None:
         """Wait for a condition; shows the server's log when it does not come."""
-        end = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < end, self.log()
-            time.sleep(0.1)
+        assert wait_until(condition, 120), self.log()
 
     def metric(self, series: str) -> float:
         """The sum of the series whose lines begin so on the page of metrics."""

@@ -13,9 +13,9 @@ import httpx
 import pytest
 from scipy.stats import binom
 
-from benchmarks.inputs import pictures
-from benchmarks.load import Traffic
 from ops.ledger import AuditRow
+from ops.load.traffic import Traffic
+from ops.testing.inputs import pictures
 from serving.client import ServerError
 from tests.integration.serving.server_fixture import ServerFixture
 

@@ -11,7 +11,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 
-from benchmarks.inputs import pictures
+from ops.testing.inputs import pictures
 from serving.client import data_uri
 from tests.support.in_process_app import AppClient, InProcessApp
 

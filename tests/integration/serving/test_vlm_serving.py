@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.artifacts import Artifacts
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.client import ServerError, data_uri
 from serving.engines.adapters import write_adapter
 from tests.integration.serving.server_fixture import ServerFixture

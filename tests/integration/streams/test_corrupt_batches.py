@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from streams.broker import EmbeddedBroker, free_port
+from ops.addresses import free_port
+from streams.broker import EmbeddedBroker
 from streams.tolerant_fetch import Corrupt, install
 from tests.support.broker import Broker
 from tests.support.damage import DamagingProxy

@@ -32,7 +32,7 @@ from streams.records import Sample
 from streams.store import SampleStore
 from tests.support.broker import Broker
 from tests.support.kafka import make_topics, picture, reading, records_seen, wait_for
-from updater.pools import draw_pools
+from updater.data.pools import draw_pools
 from updater.recipes import load_recipe
 
 HERE, THERE = ReleaseSnapshot(1, None, "aaaa", "t"), ReleaseSnapshot(2, "clip-x", "bbbb", "t")

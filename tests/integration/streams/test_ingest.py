@@ -16,10 +16,11 @@ import pytest
 from kafka import KafkaConsumer
 from prometheus_client import REGISTRY
 
-from benchmarks.proxy import Proxy
+from ops.addresses import free_port
 from ops.settings import Settings
+from ops.testing.tcp_relay import TcpRelay
 from streams import Producer, Sample
-from streams.broker import EmbeddedBroker, free_port
+from streams.broker import EmbeddedBroker
 from streams.clients import Admin
 from streams.codecs import encode
 from streams.consumer import Consumer
@@ -272,7 +273,7 @@ def test_a_topic_that_was_deleted_and_made_anew_is_read_as_a_new_generation(brok
 def test_a_broker_that_goes_away_and_comes_back_is_waited_for(tmp_path: Path) -> None:
     port = free_port()
     with EmbeddedBroker(advertised=f"127.0.0.1:{port}") as embedded:
-        proxy = Proxy(port, embedded.address)
+        proxy = TcpRelay(port, embedded.address)
         proxy.open()
         settings = Broker(f"127.0.0.1:{port}", embedded=True).settings(tmp_path)
         direct = settings.kafka

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from ops.settings import Settings
+from streams.rows import RecordPosition
 from streams.store import SampleStore
 from tests.support import mortal_ingest
 from tests.support.broker import Broker
 from tests.support.forked import ForkedProcess
-from tests.support.kafka import Message, Place, good, make_topics, produce, quarantined_places, wait_for
+from tests.support.kafka import Message, good, make_topics, produce, quarantined_places, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -102,11 +103,11 @@ def test_every_record_is_stored_or_quarantined_once(broker: Broker, tmp_path: Pa
     assert not failures
 
 
-def check(settings: Settings, places: list[Place]) -> None:
+def check(settings: Settings, places: list[RecordPosition]) -> None:
     """Compare what was produced with what is stored and quarantined."""
     poison = sorted(place for number, place in enumerate(places[:RECORDS]) if number % POISON_EVERY == 1)
     records = SampleStore(settings.lake).records().to_pylist()
-    kinds: dict[str, list[Place]] = {"sample": [], "duplicate": [], "quarantine": []}
+    kinds: dict[str, list[RecordPosition]] = {"sample": [], "duplicate": [], "quarantine": []}
     for row in records:
         kinds[row["kind"]].append((row["topic"], row["partition"], row["offset"]))
     assert sorted(place for each in kinds.values() for place in each) == sorted(places)

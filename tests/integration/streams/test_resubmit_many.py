@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,6 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
     rows = [refusal(offset, reason) for offset, reason in enumerate(REASONS)]
     SampleStore(found.lake).put(rows, [Position("t", 0, len(rows))])
     return found
-
-
-@pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    opened = Ledger.open(settings.ledger)
-    yield opened
-    opened.close()
 
 
 def again(settings: Settings, ledger: Ledger, which: RefusalFilter, **options: Any) -> ResubmitReport:

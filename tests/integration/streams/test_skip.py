@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ def settings(broker: Broker, tmp_path: Path) -> Settings:
     found = broker.settings(tmp_path, {"partitions": 1, "batch_seconds": 600, "batch_records": 12})
     make_topics(found)
     return found
-
-
-@pytest.fixture
-def ledger(settings: Settings) -> Iterator[Ledger]:
-    opened = Ledger.open(settings.ledger)
-    yield opened
-    opened.close()
 
 
 def send(settings: Settings, *seeds: int) -> None:

@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.digests import digest_bytes
+from ops.ledger import Ledger
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from streams.folders import FolderItem, write_folder
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import COLOURS, picture, recipe
-from updater import judge
 from updater.gate import Verdict
+from updater.loop import gate_update
 
 TOPIC = "samples"
 
@@ -80,12 +81,12 @@ def judged_as(outcome: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     weights.
     """
     wanted = {"outcome": outcome}
-    real = judge.run_gate
+    real = gate_update.run_gate
 
     def decided(**arguments: Any) -> Verdict:
         return replace(real(**arguments), outcome=wanted["outcome"])
 
-    monkeypatch.setattr(judge, "run_gate", decided)
+    monkeypatch.setattr(gate_update, "run_gate", decided)
     return wanted
 
 
@@ -136,3 +137,13 @@ def _asked(number: int) -> dict[str, str]:
     if number % 2:
         return {"label": "number", "question": "which number is it?", "answer": str(number % 9)}
     return {"label": "colour", "question": "which colour is it?", "answer": COLOURS[number % 6]}
+
+
+def release(ledger: Ledger) -> None:
+    """What the release controller does with an open proposal."""
+    (proposal,) = ledger.pending_proposals()
+    live = ledger.live()
+    number = (live.number if live else 0) + 1
+    ledger.commit_release(
+        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
+    )

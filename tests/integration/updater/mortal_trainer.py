@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
 from tests.integration.updater.home import make_home, make_vlm_home
 from tests.support.forked import ForkedProcess, import_ahead
-from updater import judge
-from updater.command import run_update
-from updater.learner import Learner
-from updater.service import UpdaterService
+from tests.support.sudden_death import die
+from updater.commands.update import run_update
+from updater.loop import gate_update
+from updater.loop.service import UpdaterService
+from updater.step.learner import Learner
 
 import_ahead(__name__)
 backward, put_directory = Learner.backward, Artifacts.put_directory
 SLOW_STEP_SECONDS = 0.3
-
-
-def die(*_: Any, **__: Any) -> NoReturn:
-    """End as ``kill -9`` would."""
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("a killed process went on")
 
 
 def die_at_step(number: int) -> Callable[..., Any]:
@@ -62,7 +55,7 @@ POINTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "before the adapter is stored": (Artifacts, "put_directory", die),
     "between the adapter and the ledger": (Ledger, "register_adapter", die),
     "between the adapter's row and the update's": (Ledger, "advance_update", die),
-    "in the gate": (judge, "run_gate", die),
+    "in the gate": (gate_update, "run_gate", die),
     "between verdict and proposal": (UpdaterService, "_propose", die),
     "before the memory is stored": (Artifacts, "put_directory", put_all_but_memories),
     "nowhere, but slowly": (Learner, "backward", slow_step),

@@ -12,7 +12,7 @@ from rich.console import Console
 from ops.cli.status import collect, screen
 from ops.settings import Settings
 from tests.integration.updater.home import add_samples
-from updater.service import UpdaterService
+from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 BACKLOG = 150

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.cli.main import app
 from ops.errors import BaseModelError, ConfigError, ReleaseError, TrainingError
 from ops.ledger import Ledger, UpdateRow
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
 from tests.integration.updater.home import add_samples, make_home
-from updater import judge
+from updater.commands.base_upgrade import begin_command, cancel_command, finish_command, plan_command
 from updater.gate import Verdict
-from updater.process import only_one
-from updater.service import UpdaterService
-from updater.upgrades.command import begin_command, cancel_command, finish_command, plan_command
+from updater.loop import gate_update
+from updater.loop.process import only_one
+from updater.loop.service import UpdaterService
 from updater.upgrades.switch import switch_base
 
 pytestmark = pytest.mark.integration
@@ -37,13 +37,13 @@ def settings(tmp_path: Path) -> Settings:
 def verdicts(monkeypatch: pytest.MonkeyPatch) -> list[Verdict]:
     """The real gate runs; its outcome, which chance decides on random weights, is a pass."""
     made: list[Verdict] = []
-    real = judge.run_gate
+    real = gate_update.run_gate
 
     def decided(**arguments: Any) -> Verdict:
         made.append(replace(real(**arguments), outcome="passed"))
         return made[-1]
 
-    monkeypatch.setattr(judge, "run_gate", decided)
+    monkeypatch.setattr(gate_update, "run_gate", decided)
     return made
 
 

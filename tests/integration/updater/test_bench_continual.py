@@ -17,8 +17,8 @@ from benchmarks.continual.command import Wanted, main, run
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.runner import Runner, failure
 from benchmarks.continual.stream import CREATURES, HELD_OUT, REFERENCE, UPDATES
-from benchmarks.fixtures.tiny import tiny_base
 from ops.settings import BaseModels, Settings
+from ops.testing.tiny import tiny_base
 from streams.demo.domain import RECEIPT, VERSION
 from streams.folders import FolderItem, write_folder
 from tests.unit.updater.builders import COLOURS, picture

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.artifacts import Artifacts, directory_digest
 from ops.ledger import Ledger
 from ops.settings import Settings
-from serving.engines.base import load_base
+from ops.testing.tiny import tiny_adapter
+from serving.engines.clip_base import load_base
 from tests.integration.updater.home import add_samples, make_home
 from updater.families import spaces_of
-from updater.service import UpdaterService
+from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 

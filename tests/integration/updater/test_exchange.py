@@ -13,23 +13,23 @@ import torch
 from peft import PeftModel
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.artifacts import Artifacts
 from ops.cli.main import app
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.ledger import Ledger
 from ops.settings import Settings
+from ops.testing.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import adapter_name
 from serving.engines.clip import ClipEngine
-from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home
-from updater import triggers
-from updater.exchange.command import judge_import
+from tests.integration.updater.home import add_samples, judged_as, make_home, make_vlm_home, release
+from updater.commands.exchange import gate_import
 from updater.exchange.exporting import export_adapter
 from updater.exchange.importing import import_adapter
-from updater.process import only_one
+from updater.loop.process import only_one
+from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.service import UpdaterService
+from updater.scheduling import triggers
 
 pytestmark = pytest.mark.integration
 
@@ -49,16 +49,6 @@ def foreign_adapter(settings: Settings, folder: Path, seed: int) -> Path:
     tiny_adapter(tiny_base(settings.home), folder, seed=seed)
     (folder / "ratchet.json").unlink()
     return folder
-
-
-def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
-    (proposal,) = ledger.pending_proposals()
-    live = ledger.live()
-    number = (live.number if live else 0) + 1
-    ledger.commit_release(
-        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
-    )
 
 
 def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
@@ -82,7 +72,7 @@ def test_an_imported_adapter_is_judged_and_proposed_by_the_updater(
 
 def test_what_the_gate_rejects_is_not_proposed(settings: Settings, foreign: Path, outcome: dict[str, str]) -> None:
     outcome["outcome"] = "rejected"
-    update, verdict = judge_import(settings, import_adapter(settings, foreign, actor="ada", base="tiny"))
+    update, verdict = gate_import(settings, import_adapter(settings, foreign, actor="ada", base="tiny"))
     assert verdict is not None and (update.state, verdict.outcome) == ("done", "rejected")
     ledger = Ledger.open(settings.ledger)
     assert ledger.pending_proposals() == []
@@ -92,10 +82,10 @@ def test_the_same_adapter_again_is_known(settings: Settings, foreign: Path, outc
     first = import_adapter(settings, foreign, actor="ada", base="tiny")
     again = import_adapter(settings, foreign, actor="bob", base="tiny")
     assert again.known and again.update == first.update
-    judge_import(settings, first)
+    gate_import(settings, first)
     judged = import_adapter(settings, foreign, actor="bob", base="tiny")
     assert judged.known and judged.update.state == "done"
-    update, verdict = judge_import(settings, judged)
+    update, verdict = gate_import(settings, judged)
     assert verdict is not None and update.state == "done"
     ledger = Ledger.open(settings.ledger)
     assert len(ledger.verdicts()) == 1 and len(ledger.pending_proposals()) == 1
@@ -144,7 +134,7 @@ def test_it_is_compared_with_what_is_live_when_it_is_judged(
     assert done is not None and done.id == first.id  # in the order of their coming
     assert "proposal" in service.step().reason  # the second waits for what comes of the first
     with pytest.raises(TrainingError, match="cannot be judged now: proposal"):
-        judge_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
+        gate_import(settings, import_adapter(settings, tmp_path / "2", actor="ada", base="tiny"))
     release(service.ledger)
     done = service.step().update
     assert done is not None and (done.id, done.incumbent) == (second.id, first.adapter)
@@ -155,13 +145,13 @@ def test_judging_at_once_leaves_the_work_of_an_updater_alone(
 ) -> None:
     imported = import_adapter(settings, foreign, actor="ada", base="tiny")
     with only_one(settings.home), pytest.raises(TrainingError, match="an updater works in"):
-        judge_import(settings, imported)
+        gate_import(settings, imported)
     ledger = Ledger.open(settings.ledger)
     assert ledger.update(imported.update.id).state == "trained"
     recipe = load_recipe(settings.home / "naive.yaml")
     other = {"family": "clip", "recipe": recipe.model_dump(mode="json"), "seed": 1, "store_version": 0}
     ledger.begin_update("update-killed", **other, data_from={}, data_to={}, incumbent=None)
-    update, _ = judge_import(settings, imported)  # it is the older one
+    update, _ = gate_import(settings, imported)  # it is the older one
     assert update.state == "done"
 
 
@@ -174,7 +164,7 @@ def test_an_older_update_is_finished_before_an_import(
     )
     imported = import_adapter(settings, foreign_adapter(settings, tmp_path / "f", 1), actor="ada", base="tiny")
     with pytest.raises(TrainingError, match="update-killed is not finished"):
-        judge_import(settings, imported)
+        gate_import(settings, imported)
 
 
 def test_what_is_exported_comes_back_as_the_same_adapter(
@@ -258,7 +248,7 @@ def test_a_vlm_adapter_takes_the_same_way(tmp_path: Path, outcome: dict[str, str
     tiny_vlm_adapter(tiny_vlm_base(settings.home), tmp_path / "vlm", seed=1)
     (tmp_path / "vlm" / "ratchet.json").unlink()
     imported = import_adapter(settings, tmp_path / "vlm", actor="ada", base="tiny-vlm")
-    update, verdict = judge_import(settings, imported)
+    update, verdict = gate_import(settings, imported)
     assert verdict is not None and (update.family, update.state) == ("vlm", "done")
     ledger = Ledger.open(settings.ledger)
     (proposal,) = ledger.pending_proposals()

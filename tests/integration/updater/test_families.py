@@ -17,10 +17,10 @@ from serving.engines.adapters import adapter_name
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, judged_as, make_vlm_home
 from tests.integration.updater.test_kill import SECONDS
-from updater import service
-from updater.pools import Pair, Pools, Question
+from updater.data.pools import Pair, Pools, Question
+from updater.loop import service
+from updater.loop.service import UpdaterService
 from updater.recipes import Family, load_recipe
-from updater.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 

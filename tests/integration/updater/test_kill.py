@@ -14,8 +14,8 @@ from ops.settings import Settings
 from tests.integration.updater import mortal_trainer
 from tests.integration.updater.home import add_samples, make_home
 from tests.support.kafka import wait_for
-from updater.process import only_one
-from updater.service import UpdaterService
+from updater.loop.process import only_one
+from updater.loop.service import UpdaterService
 
 pytestmark = pytest.mark.integration
 

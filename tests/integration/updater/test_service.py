@@ -9,14 +9,13 @@ import pytest
 
 from ops.artifacts import Artifacts
 from ops.errors import GateError, TrainingError
-from ops.ledger import Ledger
 from ops.settings import Settings
 from serving.engines.adapters import adapter_name
-from tests.integration.updater.home import add_samples, judged_as
-from updater import triggers
-from updater.command import run_update
+from tests.integration.updater.home import add_samples, judged_as, release
+from updater.commands.update import run_update
+from updater.loop.service import UpdaterService
 from updater.recipes import load_recipe
-from updater.service import UpdaterService
+from updater.scheduling import triggers
 
 pytestmark = pytest.mark.integration
 
@@ -24,16 +23,6 @@ pytestmark = pytest.mark.integration
 @pytest.fixture
 def verdict(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return judged_as("rejected", monkeypatch)
-
-
-def release(ledger: Ledger) -> None:
-    """What the release controller does with an open proposal."""
-    (proposal,) = ledger.pending_proposals()
-    live = ledger.live()
-    number = (live.number if live else 0) + 1
-    ledger.commit_release(
-        number, clip=proposal.clip, vlm=None, actor="updater", reason="passed", proposal_id=proposal.id
-    )
 
 
 def test_an_update_that_passes_is_stored_recorded_and_proposed(settings: Settings, verdict: dict[str, str]) -> None:
@@ -145,7 +134,7 @@ def test_a_budget_too_small_for_a_step_fails_the_update_and_costs_nothing(settin
 def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_kill(
     settings: Settings, verdict: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from updater import service as service_module
+    from updater.loop import service as service_module
 
     impatient = settings.updater.model_copy(update={"wait_for_items": True, "max_wait_seconds": 1e-3})
     gate = settings.gate.model_copy(update={"detect": 0.1703})  # 16 items are needed
@@ -159,11 +148,11 @@ def test_an_inconclusive_candidate_is_asked_again_without_training_also_after_a_
     add_samples(settings, 8, split="fresh_eval")
 
     monkeypatch.setattr(service_module, "train", _killed)  # nothing is trained from here on
-    real = service_module.judge
-    monkeypatch.setattr(service_module, "judge", _killed)
+    real = service_module.gate_update
+    monkeypatch.setattr(service_module, "gate_update", _killed)
     with pytest.raises(KeyboardInterrupt):
         service.step()
-    monkeypatch.setattr(service_module, "judge", real)
+    monkeypatch.setattr(service_module, "gate_update", real)
     verdict["outcome"] = "passed"
     second = service.step().update
     assert second is not None
@@ -205,7 +194,7 @@ def test_an_update_whose_data_is_not_kept_any_more_is_abandoned(
     from datetime import timedelta
 
     from streams import compaction
-    from updater import service as service_module
+    from updater.loop import service as service_module
 
     add_samples(settings, 12)
     service = UpdaterService(settings)

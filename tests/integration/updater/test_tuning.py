@@ -11,15 +11,15 @@ import pytest
 from ops.artifacts import Artifacts
 from ops.ledger import UpdateRow
 from ops.settings import Settings
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 from streams.store import SampleStore
 from tests.integration.updater.home import add_samples, make_home
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe
 from updater.gate import load_suites
-from updater.gate.open import open_evaluator
-from updater.service import UpdaterService
-from updater.tuning import TuningScores, tuned_on, update_suites
+from updater.gate.evaluator_factory import open_evaluator
+from updater.loop.service import UpdaterService
+from updater.loop.tuning import TuningScores, tuned_on, update_suites
 
 pytestmark = pytest.mark.integration
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.stream import Stream, Suite
 from tests.unit.updater.builders import pairs
-from updater.pools import Pair
+from updater.data.pools import Pair
 
 PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, items=8)
 UPDATES = ("car", "boat")

@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.continual.asking import Asker
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
-from benchmarks.continual.outcomes import read_asked, read_course
+from benchmarks.continual.evaluation import Evaluator
+from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.report import _prepared, figures
 from benchmarks.continual.stream import ORDERS, UPDATES
 from benchmarks.continual.table import markdown
-from benchmarks.fixtures.tiny import tiny_base
-from serving.engines.base import ClipBase
+from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from tests.unit.benchmarks.builders import PROTOCOL, stream
 from updater.recipes import load_recipe
-from updater.train import Stopped
+from updater.training.train import Stopped
 
 METHODS = ("default", "locked-text")
 
@@ -129,9 +129,9 @@ def test_orders_are_permutations_of_the_same_updates() -> None:
 
 def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
     suites = stream().suites
-    asker = Asker(ClipEngine(base, "cpu"), suites)
-    made = asker.encode(None)
-    found = asker.outcomes(made)
+    evaluator = Evaluator(ClipEngine(base, "cpu"), suites)
+    made = evaluator.encode(None)
+    found = evaluator.outcomes(made)
     for suite in suites:
         for row, pair in enumerate(suite.items):
             if suite.task == "classification":
@@ -169,7 +169,7 @@ def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> Non
 
 
 def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) -> None:
-    asked = read_asked(results)
+    asked = read_reference(results)
     course = read_course(results, Unit("default"), 2, asked)
     assert course is not None
     failed = Unit("full").folder(results)

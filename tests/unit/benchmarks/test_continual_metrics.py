@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.continual.intervals import resampled
-from benchmarks.continual.metrics import geometric_mean, mtil, tic, trajectory
-from benchmarks.continual.outcomes import Asked
+from benchmarks.continual.metrics import forgetting, geometric_mean, mtil, tic, trajectory
+from benchmarks.continual.outcomes import Reference
 
 MATRIX = np.array([
     [0.9, 0.2, 0.3],
@@ -44,11 +44,26 @@ def test_in_domain_backward_and_forward_are_the_diagonal_and_the_two_triangles()
         tic(MATRIX[:1])
 
 
+def test_forgetting_is_the_share_of_what_was_learned_that_later_updates_take() -> None:
+    path = np.array([
+        [0.5, 0.2, 0.3],
+        [0.9, 0.2, 0.3],
+        [0.8, 0.4, 0.3],
+        [0.725, 0.35, 0.3],
+    ])  # fmt: skip
+    moments = forgetting(path)
+    assert moments is not None
+    lost, squared = moments
+    assert squared == pytest.approx(0.4**2 + 0.3**2 + 0.2**2), "the last was not learned, and nothing comes after it"
+    assert lost / squared == pytest.approx(0.25)
+    assert forgetting(path[:2]) is None
+
+
 def test_draws_take_the_same_items_for_all_methods() -> None:
     rng = np.random.default_rng(0)
     one = {"a": rng.random(20), "b": rng.random(10), "z": rng.random(15)}
     worse = {name: hits - 0.25 for name, hits in one.items()}
-    asked = Asked(one, ("a", "b"), ("z",), one)
+    asked = Reference(one, ("a", "b"), ("z",), one)
     draws = resampled({"base": one, "worse": worse}, asked, draws=200)
     found = draws.difference("a_ka", "worse", "base")
     assert (found.value, found.low, found.high) == pytest.approx((-25, -25, -25))
@@ -63,7 +78,7 @@ def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
     rng = np.random.default_rng(1)
     base = {"a": (rng.random(30) < 0.5).astype(float), "z": np.ones(5)}
     other = {"a": (rng.random(30) < 0.6).astype(float), "z": np.ones(5)}
-    found = resampled({"base": base, "other": other}, Asked(base, ("a",), ("z",), base)).difference(
+    found = resampled({"base": base, "other": other}, Reference(base, ("a",), ("z",), base)).difference(
         "a_ka", "other", "base"
     )
     means = []

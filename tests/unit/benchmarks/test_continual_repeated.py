@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from benchmarks.continual.chain import Unit
-from benchmarks.continual.outcomes import Asked, Course, Hits
+from benchmarks.continual.outcomes import Course, Hits, Reference
 from benchmarks.continual.repeated import beside, repeated
 
 RNG = np.random.default_rng(0)
 BASE: Hits = {name: (RNG.random(200) < 0.5).astype(float) for name in ("new", "old")}
-ASKED = Asked(BASE, ("new",), ("old",), BASE)
+ASKED = Reference(BASE, ("new",), ("old",), BASE)
 
 
 def course(name: str, order: int, seed: int, gain: int, loss: int = 0, dip: int = 0) -> Course:

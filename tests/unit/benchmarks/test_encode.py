@@ -18,7 +18,7 @@ from PIL import Image
 from benchmarks.encode.command import chosen_peers
 from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.generator import Inputs, LoadResult, Order, run
-from benchmarks.encode.grid import Cell, Grid, Kind, cells
+from benchmarks.encode.grid import Cell, Grid, cells
 from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
 from benchmarks.encode.peers.environment import DONE, Environment
 from benchmarks.encode.peers.servers import openai_template
@@ -27,6 +27,7 @@ from ops.errors import ConfigError
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
 from serving.http.schemas import EmbeddingsRequest
+from serving.messages import Modality
 
 
 def test_every_combination_is_a_cell_but_those_with_thousands_of_images_in_flight() -> None:
@@ -71,7 +72,7 @@ def test_texts_have_ten_to_sixteen_tokens_and_none_comes_twice() -> None:
 
 
 @pytest.mark.parametrize("kind", ["image", "text"])
-def test_bodies_are_what_the_servers_take(kind: Kind) -> None:
+def test_bodies_are_what_the_servers_take(kind: Modality) -> None:
     inputs = [(b"AA", b"BB"), (b"CC",)]
     ours = b"".join(ratchet_template(kind).parts(inputs))
     items = EmbeddingsRequest.model_validate_json(ours).items()
@@ -106,7 +107,7 @@ async def recording_server(refused: int = 0) -> AsyncIterator[tuple[str, list[di
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/embeddings", bodies
 
 
-def order(url: str, kind: Kind = "text", items: int = 3) -> Order:
+def order(url: str, kind: Modality = "text", items: int = 3) -> Order:
     template = BodyTemplate('{"input":[', ('"', '"'), "]}")
     return Order(url, template, kind, items, concurrency=4, seconds=0.1)
 

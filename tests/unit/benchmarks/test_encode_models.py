@@ -11,10 +11,10 @@ from transformers import CLIPModel, CLIPTokenizerFast
 
 from benchmarks.encode.peers.hf_clip import hf_weights, write_hf_clip
 from benchmarks.encode.peers.onnx_export import export_onnx
-from benchmarks.fixtures.tiny import tiny_base
 from ops.errors import BaseModelError
-from serving.engines.base import ClipBase
+from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine, golden_pixels
+from serving.engines.clip_base import ClipBase
 
 TEXTS = ["a photo of a cat", "two red birds, at night", "x" * 200]
 

@@ -14,10 +14,10 @@ from benchmarks.gate.plans import BAD, CHAIN, DRIFT, GOOD, plans
 from benchmarks.gate.power import power
 from benchmarks.gate.redrawn import Redrawn, deal, figures_of, redraw
 from benchmarks.gate.resample import draws, draws_at_margin, draws_unchanged, lowered, pick, share_to_lose, swapped
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate
 from tests.unit.gate.builders import suite_over
 from updater.gate.suites import Suite
-from updater.gate.verdict import Outcome
 
 RULE = Rule.of(Gate())
 N = 400
@@ -65,7 +65,7 @@ def test_what_was_lost_earlier_is_seen_by_the_comparison_with_the_base_alone() -
     incumbent = {name: after(found, 0.3, 0.0, 30) for name, found in BASE.items()}
     late = case("late", 0.01, before=incumbent)
     assert late.truth(RULE) == "harmful" and late.without_base().truth(RULE) == "good"
-    assert not judge(late, RULE).kept and judge(late.without_base(), RULE).kept
+    assert not judge(late, RULE).retained and judge(late.without_base(), RULE).retained
     (found,) = counting.rows([replace(late, kind=DRIFT)], [late], RULE)
     drifted = counting.drift([found], RULE, {"late": late})
     assert drifted["caught_at"] == drifted["harmful_from"] == 1
@@ -200,7 +200,7 @@ def test_a_deal_shows_the_gate_some_items_and_keeps_the_others_for_the_truth() -
 
 
 def test_errors_are_counted_where_the_truth_lies() -> None:
-    def one(name: str, beyond: float, gained: float, outcome: Outcome, worst: float = 0.2) -> Redrawn:
+    def one(name: str, beyond: float, gained: float, outcome: GateOutcome, worst: float = 0.2) -> Redrawn:
         return Redrawn(name, "kind", beyond, worst, gained, outcome, outcome == "passed")
 
     found = figures_of([

@@ -9,27 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from benchmarks.gate.bench import Extent, case, measure
 from benchmarks.gate.cases import Rule, has_ranks, hits_of
 from benchmarks.gate.engine import LateEngine
-from benchmarks.gate.lessons import NOTHING, pairs, pools, reserved
 from benchmarks.gate.margin import scaled as scaled_plan
 from benchmarks.gate.plans import KNOWN, NEW, Plan, plans
 from benchmarks.gate.population import Population
 from benchmarks.gate.scaling import write_scaled
+from benchmarks.gate.training_data import NOTHING, pairs, pools, reserved
 from benchmarks.gate.trial import Workshop, fresh, run_all
 from ops.errors import AdapterError, RatchetError, TrainingError
 from ops.settings import Gate
-from serving.engines.base import ClipBase
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from streams.folders import read_folder
 from tests.unit.gate.builders import folder_dataset
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import read_delta
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite
-from updater.train import TrainResult
+from updater.training.train import TrainResult
 
 LAST = {"blocks": 1}
 
@@ -191,7 +191,7 @@ def test_what_training_refuses_is_kept_as_such(workshop: Workshop, monkeypatch: 
 
     monkeypatch.setattr("benchmarks.gate.trial.train", diverges)
     found = run_all(workshop, [short("one")])["one"]
-    assert found.trouble == "the loss of step 3 is nan" and not found.answers
+    assert found.error == "the loss of step 3 is nan" and not found.answers
     assert workshop.of(short("one"), None) == found
     with pytest.raises(RatchetError, match="two goes on from one"):
         run_all(workshop, [short("one"), short("two", incumbent="one")])

@@ -13,7 +13,7 @@ from PIL import Image
 from benchmarks import hostile_attacks as attacks
 from benchmarks.hostile import Turn, figures, plan
 from benchmarks.hostile_attacks import Target, bomb, request, sampling
-from benchmarks.load import Report, Sample
+from ops.load.traffic import Report, Sample
 
 
 def test_requests_count_with_the_attack_that_they_overlap() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
-from benchmarks.lifetime.asking import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.command import Task, run
+from benchmarks.lifetime.evaluation import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Moves
 from benchmarks.lifetime.outcomes import Source, read_sources
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
@@ -20,10 +20,10 @@ from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import World, make_world
 from ops.errors import ConfigError
 from ops.ledger import VerdictRow
+from ops.ledger.rows import GateOutcome
 from ops.settings import Gate, Settings
 from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
-from updater.gate.verdict import Outcome
 
 N = 400
 SETTINGS = Gate()
@@ -147,7 +147,7 @@ def test_an_updater_waits_for_the_items_that_a_gain_needs_but_not_for_ever() -> 
     assert [schedule.triggered(9 * (i + 1)) is None for i in range(PATIENCE)] == [True] * (PATIENCE - 1) + [False]
 
 
-def verdict(outcome: Outcome) -> VerdictRow:
+def verdict(outcome: GateOutcome) -> VerdictRow:
     return VerdictRow(0, "u", "clip-1", outcome, "", {}, datetime.now(UTC))
 
 
@@ -180,7 +180,7 @@ def test_a_large_gain_is_released_and_a_harmful_candidate_is_not(world: World) -
     with pytest.MonkeyPatch.context() as monkey:
         good, harmful = course(0.15, 0.0, monkey), course(0.15, 1.0, monkey)
     (ended,) = good.course.lessons
-    assert ended.released and ended.outcomes[-1] == "passed" and good.course.kept == 1.0
+    assert ended.released and ended.outcomes[-1] == "passed" and good.course.retained == 1.0
     assert good.live.verdicts[0].summary["suites"]["fresh.domain-0"]["after"] > 0
     assert harmful.course.harmful >= 3 and harmful.course.harmful_released <= 1
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import Sample
-from benchmarks.probes import RequestKind
-from benchmarks.proxy import Proxy
 from benchmarks.serving.chaos import violations
 from benchmarks.serving.chaos_audit import Kill, Refusal, Rollback, StateReport, audit, totals
 from benchmarks.serving.chaos_plan import STATES, plan, states_of
 from benchmarks.serving.chaos_states import faketime_library
-from streams.broker import free_port
+from ops.addresses import free_port
+from ops.load.probes import RequestKind
+from ops.load.traffic import Sample
+from ops.testing.tcp_relay import TcpRelay
 
 
 def sample(began: float, problem: str = "", kind: RequestKind = "embeddings", seconds: float = 1.0) -> Sample:
@@ -139,7 +139,7 @@ def exchange(port: int) -> float:
 
 
 def test_a_relay_delays_each_direction_while_it_is_told_to(echo: int) -> None:
-    relay = Proxy(free_port(), f"127.0.0.1:{echo}")
+    relay = TcpRelay(free_port(), f"127.0.0.1:{echo}")
     relay.open()
     exchange(relay.port)
     relay.delay_seconds = 0.1

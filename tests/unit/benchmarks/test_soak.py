@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.inputs import pictures
-from benchmarks.probes import batch_probes
 from benchmarks.process_memory import ProcessMemory
 from benchmarks.soak import MemoryLog, violations
 from ops.errors import ConfigError
+from ops.load.probes import batch_probes
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.inputs import pictures
+from ops.testing.tiny import tiny_base
 
 
 def log_of(sizes: dict[int, list[int]]) -> MemoryLog:

@@ -13,11 +13,11 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ServeDeploySchema
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli import metrics
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.app import build, drain_seconds
 from tests.support.chart import EVERYTHING, PROFILES, of_kind, pods, profile, render
 

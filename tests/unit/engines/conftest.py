@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
-from serving.engines.base import ClipBase
+from ops.testing.tiny import tiny_base
+from serving.engines.clip_base import ClipBase
 
 
 @pytest.fixture(scope="session")

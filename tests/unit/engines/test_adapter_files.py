@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.errors import AdapterError
+from ops.testing.tiny import tiny_adapter
 from serving.engines.adapters import (
     adapter_name,
     content_name,
@@ -19,8 +19,8 @@ from serving.engines.adapters import (
     read_adapter,
     write_adapter,
 )
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.fixtures.tiny import tiny_adapter
 from ops.errors import ConfigError
+from ops.testing.tiny import tiny_adapter
 from serving.engines.backends import EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.cuda_graphs import GraphedTower
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.torch_backend import ConvertedWeights, TorchBackend

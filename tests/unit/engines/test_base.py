@@ -16,9 +16,9 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from benchmarks.fixtures.tiny import CONFIG, tiny_base
 from ops.errors import BaseModelError
-from serving.engines.base import ClipBase, base_directory, list_bases, load_base, save_base
+from ops.testing.tiny import CONFIG, tiny_base
+from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import make_spaces
 
@@ -113,7 +113,7 @@ import sys
 from pathlib import Path
 from typing import Any
 import serving.replicas.catalog, serving.replicas.ingress
-from serving.engines.base import load_base
+from serving.engines.clip_base import load_base
 load_base(Path({str(base.directory.parents[1])!r}), {base.name!r})
 assert not {{"open_clip", "transformers", "torchvision"}} & sys.modules.keys()
 """

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError
-from serving.engines.base import ClipBase
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
 
 TEXTS = ["a red bus", "a cat asleep on a chair", "x"]

@@ -10,8 +10,8 @@ import torch
 from ops.settings import BaseModels, Serve, Settings
 from serving.engines import engine_choice
 from serving.engines.backends import FLOAT32, EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.engine_choice import Measurement, best_of, choose_engine, measure, possible
 from serving.engines.processor import Processor, usable_cores
 

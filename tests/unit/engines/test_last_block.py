@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.fixtures.tiny import CONFIG
+from ops.testing.tiny import CONFIG
 from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pack, pack
 from serving.engines.text_tower import encode_text

@@ -13,8 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from benchmarks.fixtures.tiny import CONFIG
 from ops.errors import AdapterError
+from ops.testing.tiny import CONFIG
 from serving.engines.adapters import (
     AdapterFiles,
     canonical_config,
@@ -22,8 +22,8 @@ from serving.engines.adapters import (
     effective_weights,
     write_adapter,
 )
-from serving.engines.base import ClipBase, save_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.golden_inputs import golden_pixels
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import shell_of

@@ -9,9 +9,9 @@ import open_clip.model
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import CONFIG, tiny_adapter
-from serving.engines.base import ClipBase, save_base
+from ops.testing.tiny import CONFIG, tiny_adapter
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.text_tower import TextWidths
 from serving.engines.tokens import pad_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.detokenizer import Detokenizer, whole
 from serving.engines.vlm.generation import TokenChunk
 
@@ -23,7 +23,7 @@ def _said(tokenizer: Any, tokens: list[int], stop: tuple[str, ...] = ()) -> tupl
     return [words.take([token], i == len(tokens) - 1) for i, token in enumerate(tokens)], words
 
 
-def test_pieces_of_random_tokens_add_up_to_what_the_tokenizer_decodes(tokenizer: Any) -> None:
+def test_chunks_of_random_tokens_add_up_to_what_the_tokenizer_decodes(tokenizer: Any) -> None:
     chance = random.Random(0)
     for _ in range(200):
         tokens = [chance.randrange(len(tokenizer)) for _ in range(chance.randrange(1, 20))]
@@ -63,10 +63,10 @@ def test_nothing_after_a_stop_string_and_no_part_of_it_is_said(
 
 
 async def test_a_stream_as_one_reply() -> None:
-    async def pieces() -> Any:
+    async def chunks() -> Any:
         yield TokenChunk("re", (1, 2), (-0.5, -0.25), 7, 2)
         yield TokenChunk("d", (3,), (-1.0,), 7, 3, "stop")
 
-    reply = await whole(pieces())
+    reply = await whole(chunks())
     assert (reply.text, reply.tokens, reply.logprobs) == ("red", (1, 2, 3), (-0.5, -0.25, -1.0))
     assert (reply.prompt_tokens, reply.finish) == (7, "stop")

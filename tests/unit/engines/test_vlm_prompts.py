@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message, question
 from serving.engines.vlm.prompts import answer_tokens, end_token, inputs, render
 from serving.errors import InvalidRequest

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ops.errors import AdapterError
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_batch import Row, _Choice
+from serving.engines.vlm.hf_batch import BatchRow, _Choice
 from serving.engines.vlm.sampling_parameters import SMALLEST
 from serving.errors import InvalidRequest
 from serving.http.chat_schemas import ChatRequest
@@ -52,8 +52,8 @@ def fuzzed(count: int, seed: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def row_of(request: GenerationRequest, told: list[Any]) -> Row:
-    return Row(request, 3, lambda *token: told.append(token), told.append)
+def row_of(request: GenerationRequest, told: list[Any]) -> BatchRow:
+    return BatchRow(request, 3, lambda *token: told.append(token), told.append)
 
 
 def test_of_ten_thousand_parameter_sets_each_is_refused_by_its_field_or_samples_a_token() -> None:

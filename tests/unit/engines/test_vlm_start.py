@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from ops.errors import AdapterError, ConfigError
 from ops.settings import Serve
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.vlm import vllm_start
 from serving.engines.vlm.adapter_validation import linear_shapes, parts_of, read_validated_adapter
 from serving.engines.vlm.open import open_engine

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import AdapterError
-from serving.engines.vlm.base import VlmBase
+from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.vlm.generation import GenerationRequest, Message
-from serving.engines.vlm.hf_batch import Row, Scoring
+from serving.engines.vlm.hf_batch import BatchRow, Scoring
 from serving.engines.vlm.hf_worker import Worker
 from serving.engines.vlm.prompts import end_token
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import EngineDead, InvalidRequest
 
 TOKENS = 6
@@ -73,7 +73,7 @@ def answers(worker: Worker, model: Any, requests: list[GenerationRequest]) -> li
     told: list[queue.Queue[Any]] = [queue.Queue() for _ in requests]
     with worker._ready:
         for one, out in zip(requests, told, strict=True):
-            worker.put(model, Row(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
+            worker.put(model, BatchRow(one, TOKENS, lambda *token, out=out: out.put(token), out.put))  # type: ignore[misc]
     results = []
     for out in told:
         items = [out.get(timeout=60)]
@@ -97,7 +97,7 @@ def test_the_row_that_makes_a_batch_fail_fails_alone_and_the_others_are_answered
     (failure,) = results.pop(2)
     assert isinstance(failure, InvalidRequest) and "out of range" in failure.message
     assert [tokens(items) for items in results] == alone
-    assert worker.trouble == ""
+    assert worker.last_error == ""
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -132,9 +132,9 @@ def test_a_model_that_cannot_answer_a_good_request_either_ends_the_engine(worker
     results = answers(worker, model, [request(text) for text in PROMPTS])
     assert all(isinstance(items[-1], EngineDead) for items in results)
     worker.join()
-    assert "illegal memory access" in worker.trouble
+    assert "illegal memory access" in worker.last_error
     with pytest.raises(EngineDead):
-        worker.put(model, Row(request("red?"), TOKENS, lambda *_: None, lambda _: None))
+        worker.put(model, BatchRow(request("red?"), TOKENS, lambda *_: None, lambda _: None))
 
 
 def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worker, model: Any) -> None:
@@ -148,4 +148,4 @@ def test_logits_that_are_not_finite_end_the_row_and_not_the_engine(worker: Worke
         hook.remove()
     assert all(isinstance(items[-1], AdapterError) and len(items) == 1 for items in results)
     assert len(answers(worker, model, [request("red?")])[0]) >= 1
-    assert worker.trouble == ""
+    assert worker.last_error == ""

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import AdapterError
 from ops.settings import Gate
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import sample_rows
 from updater.gate import fresh_suite, run_gate

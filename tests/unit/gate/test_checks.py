@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from updater.gate.checks import (
     check_collapse,

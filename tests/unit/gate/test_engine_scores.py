@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
+from ops.testing.tiny import tiny_base
 from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import folder_dataset

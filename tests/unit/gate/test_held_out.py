@@ -18,8 +18,8 @@ from ops.settings import Settings
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.gate.builders import picture
-from updater.gate.held_out import PAGE, WORDS, HeldOut
-from updater.tuning import update_suites
+from updater.gate.held_out import PAGE, TEXT_COLUMNS, HeldOut
+from updater.loop.tuning import update_suites
 
 LEARNED, FRESH, LIMIT = 420, 300, 50
 VERSION_TIME = datetime(2026, 1, 1, tzinfo=UTC)
@@ -100,7 +100,7 @@ def test_images_of_samples_that_are_not_asked_are_not_read(store: RecordingStore
 
 def test_neighbours_are_read_together_and_by_several_threads(store: RecordingStore, family: str) -> None:
     held_out = HeldOut(store, store.version(), "text" if family == "clip" else "question")
-    ids = held_out.rows(WORDS)["id"].to_pylist()[: 4 * PAGE]
+    ids = held_out.rows(TEXT_COLUMNS)["id"].to_pylist()[: 4 * PAGE]
     held_out.expect(ids)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(held_out, ids)) == [picture(int(each, 16)) for each in ids]
@@ -117,4 +117,4 @@ def test_a_store_that_cannot_be_read_is_no_verdict(store: RecordingStore, family
 
 def test_without_rows_there_is_a_table_without_rows(tmp_path: Path) -> None:
     held_out = HeldOut(SampleStore(str(tmp_path / "lake")), 0, "text")
-    assert held_out.rows(WORDS).num_rows == 0 and held_out.rows(WORDS).column_names == list(WORDS)
+    assert held_out.rows(TEXT_COLUMNS).num_rows == 0 and held_out.rows(TEXT_COLUMNS).column_names == list(TEXT_COLUMNS)

@@ -27,14 +27,14 @@ from updater.gate.diagnostics.results import (
 )
 from updater.gate.interim_analyses import Plan
 from updater.gate.report import render, render_body, write_report
-from updater.gate.verdict import Check, Verdict, Worse
+from updater.gate.verdict import Check, Regression, Verdict
 
 EVIL = '<script>alert("x")</script> & "quoted"'
 
 
 def verdict(lost: int = 60) -> Verdict:
     before = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
-    worst = (Worse("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
+    worst = (Regression("a1", EVIL, "image to text", 2, 40, "a dog", EVIL, "data:image/jpeg;base64,AAAA"),)
     first = scores("emoji_retrieval", before, changed(before, lost, 5))
     second = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
     entries = [type(first)(first.suite, first.base, first.before, first.after, 0.05, worst), second]
@@ -211,7 +211,7 @@ def test_a_verdict_with_nothing_beside_says_nothing_of_it() -> None:
 
 def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
     before = (np.random.default_rng(0).random((300, 1)) < 0.7).astype(float)
-    worst = (Worse("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
+    worst = (Regression("a1", EVIL, "answer", 0, 1, "red", "", "data:image/jpeg;base64,AAAA", "red, crimson"),)
     suite = suite_over(before, "vqa_colour", "retention", "vqa")
     first = outcomes(before)
     findings = decide(

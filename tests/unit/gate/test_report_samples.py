@@ -31,7 +31,7 @@ from updater.gate.regressions import thumbnail, worst_answers, worst_items
 from updater.gate.report import write_report
 from updater.gate.report_samples import samples_of, with_samples
 from updater.gate.score import Outcomes
-from updater.gate.verdict import Verdict, Worse
+from updater.gate.verdict import Regression, Verdict
 
 TEXTS = [f"a private caption {n} of somebody" for n in range(4)]
 QUESTIONS = [f"who is number {n} of the family?" for n in range(4)]
@@ -67,7 +67,7 @@ def lost(view: int) -> tuple[Outcomes, Outcomes]:
     return Outcomes(ids, ranks, answers, 1), Outcomes(ids, after_ranks, after_answers, 1)
 
 
-def regressions() -> tuple[Worse, ...]:
+def regressions() -> tuple[Regression, ...]:
     asked = fresh("vlm")
     answers = [item.answers[0] for item in asked.items()]
     worse = worst_answers(asked, (answers, np.ones(4)), ([f"not {answer}" for answer in answers], np.zeros(4)))
@@ -75,7 +75,7 @@ def regressions() -> tuple[Worse, ...]:
     return (*worse, *(each for view in (0, 1) for each in worst_items(Captions(), suite, *lost(view))))  # type: ignore[arg-type]
 
 
-def verdict(worst: tuple[Worse, ...]) -> Verdict:
+def verdict(worst: tuple[Regression, ...]) -> Verdict:
     hits = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     suite = Suite(name="fresh.family", role="gain", task="retrieval")
     entries = [Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst)]

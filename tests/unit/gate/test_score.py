@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops.errors import GateError
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.clip import ClipEngine
 from tests.unit.gate.builders import folder_dataset, sample_rows
-from updater.gate.fresh import fresh_suite
+from updater.gate.ranking import rank_of_best
+from updater.gate.sample_suites import fresh_suite
 from updater.gate.score import Scorer
 from updater.gate.suites import Suite, load_suites
-from updater.ranking import rank_of_best
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from ops.errors import GateError
 from ops.settings import Gate
 from tests.unit.gate.builders import folder_dataset, picture, question_rows, sample_rows
-from updater.gate.fresh import fresh_suite, fresh_suites
+from updater.gate.sample_suites import fresh_suite, fresh_suites
 from updater.gate.suites import BUILTIN, MAX_ITEMS, Suite, load_suites
 
 

@@ -16,15 +16,7 @@ from ops.access import KEYS_SECONDS, NEW_KEY_SECONDS, OPERATOR, Access, Principa
 from ops.errors import AccessError, LedgerUnavailable
 from ops.ledger import KeyRow, Ledger
 from ops.settings import Serve, Settings
-
-
-class Clock:
-    """Time that stands still until it is moved."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 class NoKeys:
@@ -37,7 +29,7 @@ class NoKeys:
         assert not used
 
 
-class House:
+class AccessSetup:
     """A ledger that can be away, and an access that reads it."""
 
     def __init__(self, home: Path, **settings: Any) -> None:
@@ -62,34 +54,34 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    made = House(tmp_path)
+def setup(tmp_path: Path) -> Iterator[AccessSetup]:
+    made = AccessSetup(tmp_path)
     yield made
     made.ledger.close()
 
 
 def test_a_key_is_its_holder_with_its_scopes_and_its_limit(tmp_path: Path) -> None:
-    house = House(tmp_path, access={"requests_per_minute": 30})
-    own, common, free = house.key("own", "infer", "operate", limit=60), house.key("common"), house.key("free", limit=0)
-    found = house.access.identify(own)
+    setup = AccessSetup(tmp_path, access={"requests_per_minute": 30})
+    own, common, free = setup.key("own", "infer", "operate", limit=60), setup.key("common"), setup.key("free", limit=0)
+    found = setup.access.identify(own)
     assert found is not None
     assert (found.name, found.scopes, found.kind) == ("own", {"infer", "operate"}, "key")
     assert found.key_id == own.split("_")[1]
-    limits = [who.requests_per_minute for who in map(house.access.identify, (own, common, free)) if who]
+    limits = [who.requests_per_minute for who in map(setup.access.identify, (own, common, free)) if who]
     assert limits == [60, 30, 0]
 
 
-def test_a_token_that_differs_anywhere_is_nobodys(house: House) -> None:
-    token, other = house.key("ann"), house.key("bob")
-    assert house.access.identify(token) is not None
+def test_a_token_that_differs_anywhere_is_nobodys(setup: AccessSetup) -> None:
+    token, other = setup.key("ann"), setup.key("bob")
+    assert setup.access.identify(token) is not None
     last = "0" if token[-1] != "0" else "1"
     swapped = "_".join([*token.split("_")[:2], other.split("_")[2]])
     for wrong in (token[:-1], token[:-1] + last, token + "0", swapped, "rk_", f"rk_00000000_{'0' * 64}"):
-        assert house.access.identify(wrong) is None
+        assert setup.access.identify(wrong) is None
 
 
-def test_secrets_are_compared_in_constant_time(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = house.key("ann")
+def test_secrets_are_compared_in_constant_time(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = setup.key("ann")
     compared: list[tuple[bytes, bytes]] = []
     real = module.hmac.compare_digest
 
@@ -98,71 +90,71 @@ def test_secrets_are_compared_in_constant_time(house: House, monkeypatch: pytest
         return real(a, b)
 
     monkeypatch.setattr(module.hmac, "compare_digest", compare)
-    house.access.identify(token)
-    house.access.identify(f"rk_ffffffff_{'0' * 64}")
+    setup.access.identify(token)
+    setup.access.identify(f"rk_ffffffff_{'0' * 64}")
     assert [len(right) for _, right in compared] == [9, 64, 9, 64]  # an unknown id is compared, too
 
 
-def test_the_bootstrap_key_has_every_scope_and_no_ledger_is_asked(house: House) -> None:
-    house.away = True
-    assert house.access.identify("bootstrap") is OPERATOR
+def test_the_bootstrap_key_has_every_scope_and_no_ledger_is_asked(setup: AccessSetup) -> None:
+    setup.away = True
+    assert setup.access.identify("bootstrap") is OPERATOR
     assert OPERATOR.may("operate") and OPERATOR.may("infer") and OPERATOR.may("publish")
-    assert house.reads == 0
+    assert setup.reads == 0
 
 
-def test_a_revoked_key_stops_within_seconds(house: House) -> None:
-    token = house.key("ann")
-    assert house.access.identify(token) is not None
-    house.ledger.revoke_key("ann", actor="t", reason="r")
-    house.clock.now += KEYS_SECONDS
-    assert house.access.identify(token) is None
+def test_a_revoked_key_stops_within_seconds(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    assert setup.access.identify(token) is not None
+    setup.ledger.revoke_key("ann", actor="t", reason="r")
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is None
 
 
-def test_keys_are_not_read_again_for_every_request(house: House) -> None:
-    token = house.key("ann")
+def test_keys_are_not_read_again_for_every_request(setup: AccessSetup) -> None:
+    token = setup.key("ann")
     for _ in range(100):
-        house.access.identify(token)
-    assert house.reads == 1
+        setup.access.identify(token)
+    assert setup.reads == 1
 
 
-def test_a_new_key_works_at_once_and_made_up_ones_do_not_flood_the_ledger(house: House) -> None:
-    house.access.identify(house.key("ann"))
-    fresh = house.key("bob")
-    house.clock.now += NEW_KEY_SECONDS
-    assert house.access.identify(fresh) is not None
-    before = house.reads
+def test_a_new_key_works_at_once_and_made_up_ones_do_not_flood_the_ledger(setup: AccessSetup) -> None:
+    setup.access.identify(setup.key("ann"))
+    fresh = setup.key("bob")
+    setup.clock.now += NEW_KEY_SECONDS
+    assert setup.access.identify(fresh) is not None
+    before = setup.reads
     for number in range(100):
-        assert house.access.identify(f"rk_{number:08x}_{'0' * 64}") is None
-    assert house.reads == before
+        assert setup.access.identify(f"rk_{number:08x}_{'0' * 64}") is None
+    assert setup.reads == before
 
 
-def test_a_copy_counts_only_until_the_ledger_was_read(house: House) -> None:
-    token, recalled = house.key("ann"), house.ledger.api_keys()
-    house.ledger.revoke_key("ann", actor="t", reason="left")
-    house.away = True
-    access = Access(house, house.settings, house.clock, recall=lambda: recalled)
+def test_a_copy_counts_only_until_the_ledger_was_read(setup: AccessSetup) -> None:
+    token, recalled = setup.key("ann"), setup.ledger.api_keys()
+    setup.ledger.revoke_key("ann", actor="t", reason="left")
+    setup.away = True
+    access = Access(setup, setup.settings, setup.clock, recall=lambda: recalled)
     assert access.identify(token) is not None and access.current() is None
-    house.away = False
-    house.clock.now += KEYS_SECONDS
+    setup.away = False
+    setup.clock.now += KEYS_SECONDS
     assert access.identify(token) is None and access.current() == []
 
 
-def test_keys_stay_good_while_the_ledger_is_away(house: House) -> None:
-    token = house.key("ann")
-    house.access.refresh()
-    house.away = True
+def test_keys_stay_good_while_the_ledger_is_away(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    setup.access.refresh()
+    setup.away = True
     for _ in range(3):
-        house.clock.now += KEYS_SECONDS
-        assert house.access.identify(token) is not None
-    house.away = False
-    house.ledger.revoke_key("ann", actor="t", reason="r")
-    house.clock.now += KEYS_SECONDS
-    assert house.access.identify(token) is None
+        setup.clock.now += KEYS_SECONDS
+        assert setup.access.identify(token) is not None
+    setup.away = False
+    setup.ledger.revoke_key("ann", actor="t", reason="r")
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is None
 
 
-def test_nobody_waits_for_a_reading_that_hangs(house: House) -> None:
-    token = house.key("ann")
-    house.access.refresh()
+def test_nobody_waits_for_a_reading_that_hangs(setup: AccessSetup) -> None:
+    token = setup.key("ann")
+    setup.access.refresh()
     let_go, entered = threading.Event(), threading.Event()
 
     def hang() -> list[KeyRow]:
@@ -170,33 +162,33 @@ def test_nobody_waits_for_a_reading_that_hangs(house: House) -> None:
         let_go.wait(30)
         return []
 
-    house.clock.now += KEYS_SECONDS
-    house.api_keys = hang  # type: ignore[method-assign]
-    thread = threading.Thread(target=house.access.refresh)
+    setup.clock.now += KEYS_SECONDS
+    setup.api_keys = hang  # type: ignore[method-assign]
+    thread = threading.Thread(target=setup.access.refresh)
     thread.start()
     entered.wait(30)
-    assert house.access.identify(token) is not None  # this would hang as well if it read
+    assert setup.access.identify(token) is not None  # this would hang as well if it read
     let_go.set()
     thread.join()
-    assert house.access.known(token) is None
+    assert setup.access.known(token) is None
 
 
-def test_use_is_noted_at_most_once_a_minute(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = house.key("ann")
+def test_use_is_noted_at_most_once_a_minute(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = setup.key("ann")
     touched: list[Mapping[str, datetime]] = []
-    monkeypatch.setattr(house, "touch_keys", lambda used: touched.append(used) or house.ledger.touch_keys(used))
+    monkeypatch.setattr(setup, "touch_keys", lambda used: touched.append(used) or setup.ledger.touch_keys(used))
     for _ in range(5):
-        house.access.identify(token)
-        house.clock.now += KEYS_SECONDS
-    house.access.refresh()
+        setup.access.identify(token)
+        setup.clock.now += KEYS_SECONDS
+    setup.access.refresh()
     assert len(touched) == 1
-    used = house.ledger.api_keys()[0].last_used_at
+    used = setup.ledger.api_keys()[0].last_used_at
     assert used is not None and datetime.now(UTC) - used < timedelta(minutes=1)
-    house.ledger.touch_keys({token.split("_")[1]: used - timedelta(minutes=2)})
-    house.access.identify(token)
+    setup.ledger.touch_keys({token.split("_")[1]: used - timedelta(minutes=2)})
+    setup.access.identify(token)
     for _ in range(2):
-        house.clock.now += KEYS_SECONDS
-        house.access.identify(token)
+        setup.clock.now += KEYS_SECONDS
+        setup.access.identify(token)
     assert len(touched) == 2
 
 

@@ -78,7 +78,7 @@ def test_rules_name_only_series_labels_and_buckets_that_exist() -> None:
 def test_a_counter_whose_growth_is_watched_starts_at_zero() -> None:
     exported = [
         sample
-        for part in (*metrics.PARTS, "serve")
+        for part in (*metrics.NAME_PREFIXES, "serve")
         for each in text_string_to_metric_families(metrics.exposition(part).decode())
         for sample in each.samples
     ]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.fixtures.tiny import tiny_base
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.cli.main import app
 from ops.cli.shipped import make_base_ready
 from ops.errors import RatchetError
 from ops.loading import load_settings
-from serving.engines.base import list_bases
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from serving.engines.clip_base import list_bases
 
 runner = CliRunner()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from ops.addresses import free_port
 from ops.cli.main import app
 from ops.errors import ConfigError
 
@@ -53,9 +53,7 @@ def test_it_exports_what_replicas_wrote_and_ends_when_it_is_told_to(tmp_path: Pa
     writing = {**environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", wrote], env=writing, check=True)
     written = sorted(tmp_path.iterdir())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "ops.cli.main", "metrics", "serve", str(tmp_path), "--port", str(port)]
     process = subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True)
     try:

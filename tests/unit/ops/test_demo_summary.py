@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
-from ops.ledger import Outcome, VerdictRow
+from ops.ledger import GateOutcome, VerdictRow
 
 
-def _verdict(outcome: Outcome, retention: str, gain: str = "passed") -> VerdictRow:
+def _verdict(outcome: GateOutcome, retention: str, gain: str = "passed") -> VerdictRow:
     def suite(role: str, decision: str) -> dict[str, object]:
         return {
             "role": role, "metric": "recall@5", "n": 200, "base": 0.5, "before": 0.5, "after": 0.6, "ci": [0.02, 0.18],

@@ -66,7 +66,7 @@ def test_a_metric_is_named_and_labelled_by_the_conventions(metric: MetricWrapper
 
 def test_gauges_of_the_serving_processes_forget_the_dead() -> None:
     for metric in DECLARED.values():
-        if isinstance(metric, Gauge) and not any(name_of(metric).startswith(b) for b in metrics.PARTS.values()):
+        if isinstance(metric, Gauge) and not any(name_of(metric).startswith(b) for b in metrics.NAME_PREFIXES.values()):
             assert metric._multiprocess_mode.startswith("live"), name_of(metric)
 
 
@@ -92,7 +92,7 @@ def test_every_verb_is_called_outside_of_tests(verb: str) -> None:
     assert [path for path in called if path.parent != ROOT / "ops/metrics"], f"nobody calls metrics.{verb}"
 
 
-def exported(part: metrics.Part) -> dict[str, float]:
+def exported(part: metrics.Process) -> dict[str, float]:
     """Samples by name and labels."""
     return {
         sample.name + "".join(f" {key}={value}" for key, value in sorted(sample.labels.items())): sample.value
@@ -119,7 +119,7 @@ def test_a_part_exports_what_is_its_own() -> None:
     metrics.build.started("ingest")
     ours = {"ingest": "ratchet_ingest_broker_up", "maintain": "ratchet_events_waiting",
             "update": "ratchet_budget_level_flops", "serve": "ratchet_http_in_flight_requests"}  # fmt: skip
-    for part in (*metrics.PARTS, "serve"):
+    for part in (*metrics.NAME_PREFIXES, "serve"):
         names = {name.split(" ")[0] for name in exported(part)}
         assert {other for other in ours.values() if other in names} == {ours[part]}
         assert "ratchet_build_info" in names

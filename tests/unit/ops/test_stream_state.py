@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -14,6 +13,7 @@ from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from ops import metrics
+from ops.addresses import free_port
 from ops.cli.main import app
 from ops.cli.status import maintenance_line
 from ops.console.app import build_console
@@ -29,12 +29,6 @@ LOST = {
     "kind": "gap", "topic": "t", "partition": 0, "offset": 100, "until": 612, "reason": "retention",
     "detail": "512 offsets", "ingested_at": datetime.now(UTC),
 }  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ops.cli import supervisor
+from ops import child_process
+from ops.child_process import ChildProcess, tail
 from ops.cli.context import Context
-from ops.cli.supervisor import Part, Supervisor, tail
+from ops.cli.supervisor import Supervisor
+from ops.waiting import wait_until
 
 
-def _wait(condition: object, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
+def _wait(condition: Callable[[], object]) -> None:
+    assert wait_until(condition, 10.0, pause=0.02), "nothing happened"
 
 
 def _alive(pid: int) -> bool:
@@ -30,8 +30,10 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_part_that_dies_is_started_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "BACKOFF_SECONDS", (0.2,))
-    part = Part("part", [sys.executable, "-c", "print('hello', flush=True); raise SystemExit(3)"], tmp_path / "log")
+    monkeypatch.setattr(child_process, "BACKOFF_SECONDS", (0.2,))
+    part = ChildProcess(
+        "part", [sys.executable, "-c", "print('hello', flush=True); raise SystemExit(3)"], tmp_path / "log"
+    )
     part.start()
     _wait(lambda: not part.running)
     part.tend(time.monotonic())
@@ -49,7 +51,7 @@ def test_stopping_asks_first_and_then_kills_the_whole_group(tmp_path: Path) -> N
         "print('child', child.pid, flush=True)\n"
         "while True: time.sleep(0.05)\n"
     )
-    part = Part("part", [sys.executable, "-c", stubborn], tmp_path / "log")
+    part = ChildProcess("part", [sys.executable, "-c", stubborn], tmp_path / "log")
     part.start()
     _wait(lambda: "child" in tail(part.log))
     child = int(tail(part.log).split()[1])
@@ -68,7 +70,7 @@ def test_a_part_that_ended_as_asked_is_said_to_have_stopped_though_a_child_had_t
         "print('child', child.pid, flush=True)\n"
         "time.sleep(100)\n"
     )
-    part = Part("part", [sys.executable, "-c", leaves_a_child], tmp_path / "log")
+    part = ChildProcess("part", [sys.executable, "-c", leaves_a_child], tmp_path / "log")
     part.start()
     _wait(lambda: "child" in tail(part.log))
     child = int(tail(part.log).split()[1])

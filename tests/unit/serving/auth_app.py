@@ -17,16 +17,10 @@ from ops.ledger import KeyRow, Ledger
 from ops.settings import Settings
 from serving.http.app_state import AppState
 from serving.releases.commands import HoldingCommand
+from tests.support.clock import Clock
 from tests.unit.serving.scripted_vlms import app_of, app_state
 
 OPERATOR = "bootstrap-key"
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

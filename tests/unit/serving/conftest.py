@@ -1,4 +1,4 @@
-"""Doors with the keys of one ledger for each module."""
+"""Fixtures of the tests of serving: an empty sample store, and an app with the keys of one ledger for each module."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ops.ledger import Ledger
+from streams.store import SampleStore
 from tests.unit.serving.auth_app import AuthApp, Keys
 
 
@@ -29,3 +30,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def closed(keys: Keys, tmp_path: Path) -> AuthApp:
     """A server that other machines can reach."""
     return AuthApp(keys.ledger, tmp_path)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))

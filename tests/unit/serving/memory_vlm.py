@@ -63,9 +63,9 @@ class MemoryVlm:
             self.inside -= 1
 
     async def reply(self, ask: GenerationRequest, adapter: str | None) -> GenerationResult:
-        pieces = [piece async for piece in self.stream(ask, adapter)]
-        tokens = tuple(token for piece in pieces for token in piece.tokens)
-        return GenerationResult("".join(piece.text for piece in pieces), tokens, (-0.5,) * len(tokens), 7, "stop")
+        chunks = [chunk async for chunk in self.stream(ask, adapter)]
+        tokens = tuple(token for chunk in chunks for token in chunk.tokens)
+        return GenerationResult("".join(chunk.text for chunk in chunks), tokens, (-0.5,) * len(tokens), 7, "stop")
 
     async def score(self, ask: GenerationRequest, choices: Sequence[str], adapter: str | None) -> list[float]:
         self._words(ask, adapter)
@@ -79,7 +79,7 @@ class MemoryVlm:
     def running(self) -> int:
         return self.inside
 
-    def trouble(self) -> str:
+    def last_error(self) -> str:
         return self.dead
 
     async def close(self) -> None:

@@ -64,10 +64,10 @@ class ScriptedVlms:
             self.when_closed()
 
     async def reply(self, ask: GenerationRequest, snapshot: ReleaseSnapshot, deadline: float) -> GenerationResult:
-        pieces = [piece async for piece in self.stream(ask, snapshot, deadline)]
+        chunks = [chunk async for chunk in self.stream(ask, snapshot, deadline)]
         return GenerationResult(
-            "".join(piece.text for piece in pieces), tuple(t for piece in pieces for t in piece.tokens),
-            tuple(p for piece in pieces for p in piece.logprobs), 7, self.finish,
+            "".join(chunk.text for chunk in chunks), tuple(t for chunk in chunks for t in chunk.tokens),
+            tuple(p for chunk in chunks for p in chunk.logprobs), 7, self.finish,
         )  # fmt: skip
 
     async def score(

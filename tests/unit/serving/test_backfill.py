@@ -1,4 +1,4 @@
-"""A backfill: several pieces at once, as many as serving leaves room for; it survives kills, and has an estimate."""
+"""A backfill: several chunks at once, as many as serving leaves room for; it survives kills, and has an estimate."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from serving.catalog import catalog as catalog_module
 from serving.catalog.catalog import Catalog
 from serving.catalog.corpus_ids import CorpusIds
 from serving.catalog.coverage import BackfillRate, SpaceCoverage
-from serving.catalog.crossing import rank_across
-from serving.catalog.embedding import PIECE_ROWS, Pace
+from serving.catalog.cross_version import rank_across
+from serving.catalog.embedding import CHUNK_ROWS, Pace
 from serving.catalog.queries import Filters, Hit
 from serving.catalog.tables import Tables
 from streams.store import SampleStore
 from tests.support.waiting import until
 from tests.unit.serving.test_catalog import HERE, THERE, Encoder, pixels, put, rows, settle, stored, vector
 
-ROWS = 6 * PIECE_ROWS
+ROWS = 6 * CHUNK_ROWS
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_pace_follows_the_replicas_and_gives_way_to_requests() -> None:
     assert pace.width == 8
 
 
-async def test_pieces_are_embedded_at_once_and_none_twice(tmp_path: Path, store: SampleStore) -> None:
+async def test_chunks_are_embedded_at_once_and_none_twice(tmp_path: Path, store: SampleStore) -> None:
     encoder = Encoder()
     catalog = open_catalog(tmp_path, store, encoder)
     for _ in range(10):
@@ -68,7 +68,7 @@ async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path, store: SampleStor
     encoder = Encoder()
     catalog = open_catalog(tmp_path, store, encoder)
     await catalog.adopt([HERE])
-    while catalog.searchable()[1] < PIECE_ROWS:
+    while catalog.searchable()[1] < CHUNK_ROWS:
         await catalog.reconciler.step()
         for fill in catalog.reconciler.fills.values():
             fill._finished_at = -1e9  # it is time to store
@@ -82,7 +82,7 @@ async def test_a_backfill_goes_on_after_a_kill(tmp_path: Path, store: SampleStor
     assert len(stored(second.tables, "aaaa")) == ROWS
 
 
-async def test_what_was_embedded_stays_when_another_piece_fails(tmp_path: Path, store: SampleStore) -> None:
+async def test_what_was_embedded_stays_when_another_chunk_fails(tmp_path: Path, store: SampleStore) -> None:
     class Failing(Encoder):
         async def __call__(self, batch: np.ndarray, clip: str | None) -> np.ndarray:
             if len(self.calls) == 2:
@@ -133,7 +133,7 @@ async def test_a_space_whose_verdict_allows_it_is_searched_before_it_is_complete
     catalog = open_catalog(tmp_path, store, encoder)
     await catalog.adopt([HERE])
     await settle(catalog)
-    catalog.crossings["bbbb"] = "aaaa"
+    catalog.cross_version["bbbb"] = "aaaa"
     encoder.gate = asyncio.Event()
     running = asyncio.create_task(catalog.run())
     await catalog.cover(THERE, most_seconds=0.01)

@@ -14,13 +14,14 @@ import pytest
 
 from ops.errors import RecordError, StoreError
 from serving.catalog.catalog import Catalog
-from serving.catalog.embedding import PIECE_ROWS
+from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import Tables
 from serving.releases.release_snapshot import ReleaseSnapshot
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
+from tests.support.disk import holds
 from tests.support.waiting import until
 
 DIM = 8
@@ -70,11 +71,6 @@ class Encoder:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
-@pytest.fixture
 def encoder() -> Encoder:
     return Encoder()
 
@@ -94,11 +90,11 @@ def stored(tables: Tables, space: str) -> set[str]:
 
 
 async def test_every_row_is_in_every_resident_space(catalog: Catalog, store: SampleStore, encoder: Encoder) -> None:
-    put(store, rows(0, PIECE_ROWS + 5), PIECE_ROWS + 5)
+    put(store, rows(0, CHUNK_ROWS + 5), CHUNK_ROWS + 5)
     await catalog.adopt([THERE, HERE])
     await settle(catalog)
     for snapshot in (HERE, THERE):
-        assert len(stored(catalog.tables, snapshot.image_space)) == PIECE_ROWS + 4  # one image cannot be read
+        assert len(stored(catalog.tables, snapshot.image_space)) == CHUNK_ROWS + 4  # one image cannot be read
     assert catalog.status()["coverage"] == 1.0
     put(store, rows(50, 1), 51)
     await settle(catalog)
@@ -173,7 +169,7 @@ async def test_a_space_that_a_release_waits_for_stays(
     running.cancel()
 
 
-@pytest.mark.parametrize("loop", ["reconciler", "keeper"])
+@pytest.mark.parametrize("loop", ["reconciler", "maintainer"])
 async def test_a_loop_that_is_woken_as_it_is_ended_ends(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
@@ -380,7 +376,3 @@ async def test_two_samples_with_one_id_are_one_until_they_are_settled(catalog: C
 
 def delete(store: SampleStore, where: str) -> int:
     return len(StoreWriter(store.table).remove(where, "deletion", "d"))
-
-
-def holds(folder: Path, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())

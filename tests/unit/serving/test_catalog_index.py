@@ -17,12 +17,13 @@ from prometheus_client import REGISTRY
 
 from ops.errors import StoreError
 from ops.settings import Catalog as CatalogSettings
-from serving.catalog import index_keeper, space_indexes
+from serving.catalog import index_maintainer, space_indexes
 from serving.catalog.codings import CODINGS, IndexTooLarge, choose_coding, estimated_bytes
-from serving.catalog.index_keeper import IndexKeeper
+from serving.catalog.index_maintainer import IndexMaintainer
 from serving.catalog.memory_index import Level, MemoryIndex
 from serving.catalog.queries import Filters, as_filters
 from serving.catalog.tables import COMPACT_EVERY, Tables
+from tests.support.disk import holds
 
 DIM, ROWS = 16, 600
 SETTINGS = CatalogSettings(index_rows=256, min_recall=0.8)
@@ -54,13 +55,13 @@ def add(tables: Tables, start: int, count: int, text: str = "text", space: str =
     tables.merge(space, rows_of(start, count, text), vectors(start, count))
 
 
-def keeper_of(tables: Tables, settings: CatalogSettings = SETTINGS, *spaces: str) -> IndexKeeper:
+def maintainer_of(tables: Tables, settings: CatalogSettings = SETTINGS, *spaces: str) -> IndexMaintainer:
     resident = dict.fromkeys(spaces or (SPACE,), True)
-    return IndexKeeper(tables, settings, lambda: resident, lambda space, count: names(0, ROWS)[:: ROWS // count])
+    return IndexMaintainer(tables, settings, lambda: resident, lambda space, count: names(0, ROWS)[:: ROWS // count])
 
 
-async def settle(keeper: IndexKeeper) -> None:
-    while await keeper.step():
+async def settle(maintainer: IndexMaintainer) -> None:
+    while await maintainer.step():
         pass
 
 
@@ -78,10 +79,6 @@ def value(name: str) -> float | None:
     return REGISTRY.get_sample_value(f"ratchet_catalog_{name}")
 
 
-def holds(folder: Path, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in folder.rglob("*") if path.is_file())
-
-
 @pytest.fixture
 def tables(tmp_path: Path) -> Tables:
     tables = Tables(str(tmp_path / "lake"), tmp_path / "index")
@@ -96,11 +93,11 @@ def restarted(tmp_path: Path) -> Callable[[], Tables]:
 
 
 async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enough(tables: Tables) -> None:
-    keeper = keeper_of(tables)
-    assert not keeper.is_ready(SPACE, ROWS)
-    await settle(keeper)
-    assert keeper.is_ready(SPACE, ROWS)
-    status = keeper.status(SPACE)
+    maintainer = maintainer_of(tables)
+    assert not maintainer.is_ready(SPACE, ROWS)
+    await settle(maintainer)
+    assert maintainer.is_ready(SPACE, ROWS)
+    status = maintainer.status(SPACE)
     assert (status["rows"], status["used"], status["coding"]) == (ROWS, True, "16 bits")
     assert status["recall"] >= SETTINGS.min_recall
     assert value("recall_ratio") == status["recall"] and value("index_used") == 1
@@ -116,26 +113,26 @@ async def test_an_index_is_made_of_enough_rows_and_used_when_its_recall_is_enoug
 async def test_an_index_that_cannot_be_changed_is_made_anew(
     tables: Tables, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = keeper_of(tables)
-    await settle(keeper)
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
     monkeypatch.setattr(index_of(tables).columns, "write", None)
     add(tables, ROWS, 1)
     assert tables.indexes.usable(SPACE) is None and not list((tmp_path / "index").rglob("*.faiss"))
     assert nearest(tables, ROWS) == f"text {ROWS}", "exactly"
-    await settle(keeper)
-    assert keeper.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"
+    await settle(maintainer)
+    assert maintainer.status(SPACE)["used"] and nearest(tables, ROWS) == f"text {ROWS}"
 
 
 async def test_a_small_space_has_no_index_and_is_ready_at_once(tables: Tables) -> None:
-    keeper = keeper_of(tables, CatalogSettings(index_rows=1000))
-    assert keeper.is_ready(SPACE, ROWS)
-    await settle(keeper)
+    maintainer = maintainer_of(tables, CatalogSettings(index_rows=1000))
+    assert maintainer.is_ready(SPACE, ROWS)
+    await settle(maintainer)
     assert tables.indexes.of(SPACE).index is None and tables.indexes.usable(SPACE) is None
     assert value("recall_ratio") == 1.0
 
 
 async def test_what_came_after_the_index_was_made_is_in_it_at_once(tables: Tables) -> None:
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     index = index_of(tables)
     for number in range(COMPACT_EVERY + 1):  # small files are merged on the way
         add(tables, ROWS + number, 1)
@@ -146,28 +143,28 @@ async def test_what_came_after_the_index_was_made_is_in_it_at_once(tables: Table
 async def test_rows_that_another_catalog_adds_and_removes_are_followed(
     tables: Tables, restarted: Callable[[], Tables]
 ) -> None:
-    keeper = keeper_of(tables)
-    await settle(keeper)
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
     other = restarted()
     add(other, ROWS, 50)
-    await settle(keeper)
+    await settle(maintainer)
     assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 3) == f"text {ROWS + 3}"
     add(other, ROWS + 50, 1)
     assert tables.present(SPACE, names(ROWS + 50, 2)) == set(names(ROWS + 50, 1))
     assert nearest(tables, ROWS + 50) == f"text {ROWS + 50}", "who asks for it finds it"
     other.remove(SPACE, names(3, 1))
-    await settle(keeper)
+    await settle(maintainer)
     assert index_of(tables).rows == ROWS + 50 and nearest(tables, 3) != "text 3"
     add(other, ROWS + 51, 1)
     other.remove(SPACE, names(4, 1))
-    await settle(keeper)
+    await settle(maintainer)
     assert index_of(tables).rows == ROWS + 50 and nearest(tables, ROWS + 51) == f"text {ROWS + 51}"
 
 
 async def test_both_catalogs_of_one_lake_have_what_both_merged(tables: Tables, restarted: Callable[[], Tables]) -> None:
     other = restarted()
     for each in (tables, other):
-        await settle(keeper_of(each))
+        await settle(maintainer_of(each))
     add(tables, ROWS, 20)
     add(other, ROWS + 10, 20)
     for each in (tables, other):
@@ -193,8 +190,8 @@ async def test_searches_and_changes_go_on_while_an_index_is_made(
         return index
 
     monkeypatch.setattr(space_indexes, "build_index", build_beside_changes)
-    keeper = keeper_of(tables)
-    await keeper.step()  # the first index: searches are exact meanwhile
+    maintainer = maintainer_of(tables)
+    await maintainer.step()  # the first index: searches are exact meanwhile
     assert during == [f"text {ROWS + 3}", "again 5"]
     first, rows = index_of(tables), ROWS + COMPACT_EVERY + 1
     assert first.rows == rows and nearest(tables, ROWS + 3) == f"text {ROWS + 3}"
@@ -205,7 +202,7 @@ async def test_searches_and_changes_go_on_while_an_index_is_made(
 
 
 async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     wrong, ended = list[str](), threading.Event()
 
     def search() -> None:
@@ -229,15 +226,15 @@ async def test_searches_beside_changes_answer_correctly(tables: Tables) -> None:
 async def test_an_index_is_made_anew_when_its_table_has_outgrown_it(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_keeper, "GROWTH", 1.5)
-    keeper = keeper_of(tables)
-    await settle(keeper)
+    monkeypatch.setattr(index_maintainer, "GROWTH", 1.5)
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
     first = index_of(tables)
     add(tables, ROWS, ROWS // 4)
-    await settle(keeper)
+    await settle(maintainer)
     assert index_of(tables) is first
     add(tables, 2 * ROWS, ROWS // 2)
-    await settle(keeper)
+    await settle(maintainer)
     assert index_of(tables) is not first and index_of(tables).partitions.nlist > first.partitions.nlist
     assert nearest(tables, 2 * ROWS + 5) == f"text {2 * ROWS + 5}"
 
@@ -245,27 +242,27 @@ async def test_an_index_is_made_anew_when_its_table_has_outgrown_it(
 async def test_an_index_that_finds_too_little_is_not_used_until_it_is_made_anew(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index_keeper, "LEVELS", (EASY,))
-    keeper = keeper_of(tables, CatalogSettings(index_rows=256, min_recall=0.99))
-    await settle(keeper)
-    status = keeper.status(SPACE)
+    monkeypatch.setattr(index_maintainer, "LEVELS", (EASY,))
+    maintainer = maintainer_of(tables, CatalogSettings(index_rows=256, min_recall=0.99))
+    await settle(maintainer)
+    status = maintainer.status(SPACE)
     assert status["recall"] < 0.99 and not status["used"] and status["rows"] == ROWS
     assert value("recall_ratio") == status["recall"] and value("index_used") == 0
     [exact] = tables.nearest(SPACE, vectors(1000, 1), 10, Filters())
     scores = [hit.score for hit in tables.search(SPACE, vectors(1000, 1)[0], 10, Filters())]
     assert scores == pytest.approx(exact.scores.tolist(), abs=1e-5)
-    assert keeper.is_ready(SPACE, ROWS)
+    assert maintainer.is_ready(SPACE, ROWS)
     monkeypatch.undo()
     before = index_of(tables)
     add(tables, ROWS, ROWS // 5)
-    await settle(keeper)
-    assert index_of(tables) is not before and keeper.status(SPACE)["used"]
+    await settle(maintainer)
+    assert index_of(tables) is not before and maintainer.status(SPACE)["used"]
 
 
 async def test_filters_find_all_that_meets_them_through_the_index(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     query = vectors(2000, 1)
     day = datetime(2024, 1, 4, tzinfo=UTC)
     for few in (True, False):
@@ -298,8 +295,8 @@ def _meeting(filters: Filters) -> dict[str, bool]:
 async def test_rows_that_are_removed_are_not_found_and_their_bytes_go_everywhere(
     tables: Tables, tmp_path: Path, restarted: Callable[[], Tables]
 ) -> None:
-    keeper = keeper_of(tables)
-    await settle(keeper)
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
     digest = bytes.fromhex(names(7, 1)[0])
     assert holds(tmp_path / "index", digest), "the index is kept on the disk"
     index = index_of(tables)
@@ -318,14 +315,14 @@ async def test_rows_that_are_removed_are_not_found_and_their_bytes_go_everywhere
     assert not holds(tmp_path / "index", code)
     assert not index.finer.reconstruct_batch(np.asarray([position])).any() or index.coding.bits != 16  # type: ignore[union-attr]
     again = restarted()
-    await settle(keeper_of(again))
+    await settle(maintainer_of(again))
     assert nearest(again, 7) != "text 7" and index_of(again).rows == ROWS - 1
 
 
 async def test_no_code_of_a_removed_row_is_left_behind_the_end_of_its_list(tables: Tables) -> None:
     import faiss
 
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     tables.remove(SPACE, names(0, ROWS // 2))
     partitions = index_of(tables).partitions
     lists = faiss.downcast_InvertedLists(partitions.invlists)
@@ -344,15 +341,15 @@ async def test_no_code_of_a_removed_row_is_left_behind_the_end_of_its_list(table
 async def test_an_index_that_was_kept_is_taken_at_the_next_start(
     tables: Tables, restarted: Callable[[], Tables], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = keeper_of(tables)
-    await settle(keeper)
-    assert keeper.status(SPACE)["saved"]
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
+    assert maintainer.status(SPACE)["saved"]
     writer = Tables(tables.url)  # of another machine, while this one does not run
     add(writer, ROWS, 30)
     writer.remove(SPACE, names(9, 2))
     monkeypatch.setattr(space_indexes, "build_index", None)  # is not called
     again = restarted()
-    later = keeper_of(again)
+    later = maintainer_of(again)
     await settle(later)
     assert later.status(SPACE)["used"] and index_of(again).rows == ROWS + 28
     assert nearest(again, ROWS + 3) == f"text {ROWS + 3}" and nearest(again, 9) != "text 9"
@@ -364,7 +361,7 @@ async def test_an_index_that_was_kept_is_taken_at_the_next_start(
 async def test_a_damaged_file_is_made_anew(
     tables: Tables, tmp_path: Path, restarted: Callable[[], Tables], name: str, damage: str
 ) -> None:
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     [path] = (tmp_path / "index").rglob(name)
     content = path.read_bytes()
     if damage == "cut":
@@ -374,10 +371,10 @@ async def test_a_damaged_file_is_made_anew(
     else:
         path.unlink()
     again = restarted()
-    keeper = keeper_of(again)
-    await settle(keeper)
-    assert keeper.status(SPACE)["used"] and index_of(again).rows == ROWS
-    assert keeper.status(SPACE)["build_seconds"] > 0
+    maintainer = maintainer_of(again)
+    await settle(maintainer)
+    assert maintainer.status(SPACE)["used"] and index_of(again).rows == ROWS
+    assert maintainer.status(SPACE)["build_seconds"] > 0
     assert nearest(again, 17) == "text 17"
 
 
@@ -388,10 +385,10 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded(tables: Tabl
     for coding, size in zip(CODINGS, sizes, strict=True):
         assert choose_coding(ROWS, DIM, text_bytes, size) == coding
         settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=2 * (size + 300) / 2**30)
-        keeper = keeper_of(tables, settings)
+        maintainer = maintainer_of(tables, settings)
         tables.indexes.forget(SPACE, files=True)
-        await settle(keeper)
-        status = keeper.status(SPACE)
+        await settle(maintainer)
+        status = maintainer.status(SPACE)
         assert status["coding"] == coding.name and status["used"]
         assert status["bytes"] <= size + 300
         assert nearest(tables, 3, as_filters(domain=["d3"])).startswith("text ")
@@ -400,10 +397,10 @@ async def test_the_memory_of_an_index_decides_how_vectors_are_coded(tables: Tabl
 
 
 async def test_an_index_that_does_not_fit_is_not_made_and_searches_are_exact(tables: Tables) -> None:
-    keeper = keeper_of(tables, CatalogSettings(index_rows=256, cache_gib=1e-5))
-    await settle(keeper)
-    status = keeper.status(SPACE)
-    assert not status["used"] and "catalog.cache_gib" in status["trouble"] and keeper.is_ready(SPACE, ROWS)
+    maintainer = maintainer_of(tables, CatalogSettings(index_rows=256, cache_gib=1e-5))
+    await settle(maintainer)
+    status = maintainer.status(SPACE)
+    assert not status["used"] and "catalog.cache_gib" in status["trouble"] and maintainer.is_ready(SPACE, ROWS)
     assert nearest(tables, 7) == "text 7"
 
 
@@ -411,12 +408,12 @@ async def test_indexes_are_coded_smaller_when_more_spaces_share_the_memory(table
     spaces = ("aaaa", "bbbb", "cccc", "dddd")
     share = estimated_bytes(ROWS, DIM, 8.0, CODINGS[1]) + 300
     settings = CatalogSettings(index_rows=256, min_recall=0.01, cache_gib=len(spaces) * share / 2**30)
-    alone = keeper_of(tables, settings)
+    alone = maintainer_of(tables, settings)
     await settle(alone)
     assert alone.status(SPACE)["coding"] == "16 bits"
     for space in spaces[1:]:
         add(tables, 0, ROWS, space=space)
-    together = keeper_of(tables, settings, *spaces)
+    together = maintainer_of(tables, settings, *spaces)
     await settle(together)
     assert {together.status(space)["coding"] for space in spaces} == {"8 bits"}
     assert tables.indexes.bytes() <= len(spaces) * share
@@ -424,13 +421,13 @@ async def test_indexes_are_coded_smaller_when_more_spaces_share_the_memory(table
 
 async def test_a_long_text_is_not_kept_in_memory_and_comes_whole(tables: Tables) -> None:
     add(tables, ROWS, 1, "long " * 1000)
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     assert nearest(tables, ROWS) == f"{'long ' * 1000} {ROWS}"
     assert index_of(tables).columns.bytes < 200 * ROWS
 
 
 async def test_another_dimension_is_an_error(tables: Tables) -> None:
-    await settle(keeper_of(tables))
+    await settle(maintainer_of(tables))
     with pytest.raises(StoreError, match="dimension"):
         tables.search(SPACE, vectors(0, 1)[0][:8], 1, Filters())
 
@@ -438,11 +435,11 @@ async def test_another_dimension_is_an_error(tables: Tables) -> None:
 async def test_a_space_that_is_dropped_leaves_no_index(
     tables: Tables, restarted: Callable[[], Tables], tmp_path: Path
 ) -> None:
-    keeper = keeper_of(tables)
-    await settle(keeper)
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
     restarted().drop(SPACE)
-    await settle(keeper)
-    assert tables.indexes.usable(SPACE) is None and keeper.status(SPACE)["rows"] == 0
+    await settle(maintainer)
+    assert tables.indexes.usable(SPACE) is None and maintainer.status(SPACE)["rows"] == 0
     assert not holds(tmp_path / "index", bytes.fromhex(names(1, 1)[0]))
 
 
@@ -451,9 +448,9 @@ async def test_a_table_with_an_index_of_lance_is_read_and_loses_it(tables: Table
     dataset = lance.dataset(f"{tables.url}/clip_{SPACE}.lance")
     dataset.create_index("vector", "IVF_PQ", name="nearest", metric="cosine", num_partitions=2, num_sub_vectors=4)
     dataset.create_scalar_index("id", "BTREE", name="by_id")
-    keeper = keeper_of(tables)
-    await settle(keeper)
-    assert keeper.status(SPACE)["used"]
+    maintainer = maintainer_of(tables)
+    await settle(maintainer)
+    assert maintainer.status(SPACE)["used"]
     for number in range(COMPACT_EVERY):
         add(tables, ROWS + number, 1)
     assert nearest(tables, ROWS + 5) == f"text {ROWS + 5}"
@@ -461,27 +458,27 @@ async def test_a_table_with_an_index_of_lance_is_read_and_loses_it(tables: Table
 
 
 async def test_queries_of_clients_count_for_recall(tables: Tables, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = keeper_of(tables)
-    keeper.recent.add(SPACE, vectors(5000, 1)[0])
-    [plain], [filtered] = keeper._questions(SPACE)
+    maintainer = maintainer_of(tables)
+    maintainer.recent.add(SPACE, vectors(5000, 1)[0])
+    [plain], [filtered] = maintainer._questions(SPACE)
     assert len(plain.vectors) == 41 and np.allclose(plain.vectors[-1], vectors(5000, 1)[0])
     assert filtered.filters == as_filters(domain=["d0"])
-    await settle(keeper)
+    await settle(maintainer)
     effort = tables.indexes.of(SPACE).effort
     assert effort is not None
-    before = keeper._recall(SPACE, index_of(tables), [plain], effort, ROWS)
+    before = maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS)
     search, client = tables.search_index, plain.vectors[-1]
     monkeypatch.setattr(
         tables, "search_index", lambda *args: [] if np.array_equal(args[3], client) else search(*args)
     )  # the index finds nothing for it
-    assert keeper._recall(SPACE, index_of(tables), [plain], effort, ROWS) < before
+    assert maintainer._recall(SPACE, index_of(tables), [plain], effort, ROWS) < before
 
 
 async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await settle(keeper_of(tables))
-    keeper, nearest_of, at = keeper_of(tables), tables.nearest, [ROWS]
+    await settle(maintainer_of(tables))
+    maintainer, nearest_of, at = maintainer_of(tables), tables.nearest, [ROWS]
 
     def nearest_and_later(space: str, queries: np.ndarray, *args: Any) -> Any:
         exact = nearest_of(space, queries, *args)
@@ -492,7 +489,7 @@ async def test_rows_that_come_while_recall_is_measured_do_not_lower_it(
             at[0] += 6
         return exact
 
-    before = keeper._choose_effort(SPACE, index_of(tables))[1]
+    before = maintainer._choose_effort(SPACE, index_of(tables))[1]
     monkeypatch.setattr(tables, "nearest", nearest_and_later)
-    assert keeper._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
+    assert maintainer._choose_effort(SPACE, index_of(tables))[1] >= before - 0.05
     assert at[0] > ROWS

@@ -188,7 +188,7 @@ async def test_without_a_vlm_the_fix_is_told() -> None:
         (InvalidRequest("too long."), 400, "invalid_request"),
     ],
 )  # fmt: skip
-async def test_a_failure_before_the_first_piece_is_a_status(
+async def test_a_failure_before_the_first_chunk_is_a_status(
     failure: Exception, status: int, code: str, stream: bool
 ) -> None:
     at = app_state(ScriptedVlms(failure=failure))
@@ -201,7 +201,7 @@ async def test_a_failure_before_the_first_piece_is_a_status(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_the_deadline_holds_for_the_first_piece_too(stream: bool) -> None:
+async def test_the_deadline_holds_for_the_first_chunk_too(stream: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     body = {"messages": about_image(), "stream": stream}
     asking = asyncio.create_task(post(vlms, body, SETTINGS.model_copy(update={"deadline_seconds": 3600})))
@@ -214,7 +214,7 @@ async def test_the_deadline_holds_for_the_first_piece_too(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_hangs_up_before_the_first_piece_aborts_the_request(stream: bool) -> None:
+async def test_a_client_that_hangs_up_before_the_first_chunk_aborts_the_request(stream: bool) -> None:
     vlms = ScriptedVlms(hangs_at=0)
     at = app_state(vlms)
     visitor = Visitor(app_of(at), URL, json.dumps({"messages": about_image(), "stream": stream}).encode())

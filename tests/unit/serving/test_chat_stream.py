@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from serving.engines.vlm.generation import Finish, TokenChunk
 from serving.errors import Unavailable
-from serving.http.chat import chunks
+from serving.http.chat import chunk_events
 from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
 from serving.http.sse import dumps, event, failure
@@ -79,7 +79,7 @@ async def test_usage_comes_in_a_chunk_of_its_own_when_asked_for() -> None:
     assert parts[-2]["choices"][0]["finish_reason"] == "length"
 
 
-async def test_log_probabilities_come_with_the_piece_they_belong_to() -> None:
+async def test_log_probabilities_come_with_the_chunk_they_belong_to() -> None:
     async with client(app_state(ScriptedVlms())) as http:
         answer = await http.post(URL, json=body(logprobs=True))
     rows = [part["choices"][0]["logprobs"] for part in objects(answer.text)]
@@ -89,15 +89,15 @@ async def test_log_probabilities_come_with_the_piece_they_belong_to() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "code", "kind"),
+    ("failure", "code", "kind"),
     [
         (Unavailable("the replica died."), "unavailable", "service_unavailable"),
         (ApiError(400, "no.", code="x"), "x", "invalid_request_error"),
         (ZeroDivisionError("secret"), "internal", "server_error"),
     ],
 )
-async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(trouble: Exception, code: str, kind: str) -> None:
-    vlms = ScriptedVlms(failure=trouble, fails_at=2)
+async def test_a_failure_in_the_middle_is_an_error_event_and_the_end(failure: Exception, code: str, kind: str) -> None:
+    vlms = ScriptedVlms(failure=failure, fails_at=2)
     at = app_state(vlms)
     async with client(at) as http:
         answer = await http.post(URL, json=body())
@@ -200,18 +200,18 @@ def test_an_event_carries_any_text_on_one_line(text: str, name: str) -> None:
 async def test_chunks_put_together_are_the_answer(
     script: list[tuple[str, int]], finish: Finish, usage: bool, scored: bool
 ) -> None:
-    done, pieces = 0, []
+    done, chunks = 0, []
     for index, (text, count) in enumerate(script):
         done += count
         last = index == len(script) - 1
-        pieces.append(TokenChunk(text, (5,) * count, (-1.5,) * count, 4, done, finish if last else ""))
+        chunks.append(TokenChunk(text, (5,) * count, (-1.5,) * count, 4, done, finish if last else ""))
 
     async def rest() -> AsyncIterator[TokenChunk]:
-        for piece in pieces[1:]:
-            yield piece
+        for chunk in chunks[1:]:
+            yield chunk
 
     answer = ChatCompletion(SNAPSHOT, str if scored else None, include_usage=usage)
-    raw = b"".join([part async for part in chunks(pieces[0], rest(), answer)]).decode()
+    raw = b"".join([part async for part in chunk_events(chunks[0], rest(), answer)]).decode()
     parts = objects(raw)
     choices = [part["choices"][0] for part in parts if part["choices"]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
@@ -225,7 +225,7 @@ async def test_chunks_put_together_are_the_answer(
 
 
 def test_minus_infinity_stays_json() -> None:
-    text = ChatCompletion(SNAPSHOT, str).piece(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
+    text = ChatCompletion(SNAPSHOT, str).chunk(TokenChunk("x", (1,), (float("-inf"),), 1, 1))
     assert objects(text)[0]["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999.0
 
 

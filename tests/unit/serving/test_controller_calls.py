@@ -11,11 +11,11 @@ from ray.exceptions import RayActorError
 from ops.errors import ReleaseConflict
 from serving.errors import Unavailable
 from serving.releases.commands import HoldCommand, ReleaseCommand, RollbackCommand
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 from serving.replicas.controller_calls import ControllerCalls
 
 ROLLBACK = RollbackCommand(actor="ann", reason="r", expected_live=2)
-OUTCOME = Outcome(3, None, None, "rollback", "clip", 1, 0.0, 0.0, 1)
+OUTCOME = ReleaseResult(3, None, None, "rollback", "clip", 1, 0.0, 0.0, 1)
 
 
 def calls(*results: Any) -> ControllerCalls:

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.fixtures.tiny import tiny_adapter, tiny_base
 from ops import priority
 from ops.artifacts import Artifacts
 from ops.errors import ArtifactsUnavailable
+from ops.testing.tiny import tiny_adapter, tiny_base
 from serving.engines.backends import EngineChoice
-from serving.engines.base import ClipBase
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
 from serving.engines.simple_tokenizer import BoundedTokenizer
 from serving.engines.tokens import vocabulary
-from serving.messages import EncodeRequest, EncodeResult, Kind
+from serving.messages import EncodeRequest, EncodeResult, Modality
 from serving.replicas import encoder_worker
 from serving.replicas.encoder_worker import EncoderWorker
 
@@ -73,7 +73,7 @@ def test_the_status_names_engine_precision_base_and_what_is_resident(
 
 @pytest.mark.parametrize("kind", ["image", "text"])
 async def test_a_batch_answers_each_request_under_its_adapter(
-    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, kind: Kind
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, kind: Modality
 ) -> None:
     names: list[str | None] = [None, stored(base, artifacts, tmp_path, 1), stored(base, artifacts, tmp_path, 2)]
     payloads: list[Any] = [pixels(2), pixels(1, 1)] if kind == "image" else [ids("a cat", "a dog"), ids("a bird")]
@@ -204,7 +204,7 @@ async def test_what_is_held_is_told_while_the_files_of_another_adapter_do_not_co
     assert "was stopped" in (await loading).error
 
 
-async def test_background_calls_take_turns_piece_by_piece(
+async def test_background_calls_take_turns_chunk_by_chunk(
     worker: EncoderWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inside, most = 0, 0
@@ -228,7 +228,7 @@ async def test_background_calls_take_turns_piece_by_piece(
     monkeypatch.setattr(worker, "encode_now", counted)
     monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", submitted)
     await asyncio.gather(*(worker.encode_background("image", pixels(10, seed), None) for seed in range(3)))
-    assert most == 1, "a request that comes now waits for one piece"
+    assert most == 1, "a request that comes now waits for one chunk"
 
 
 async def test_background_work_gives_the_same_vectors(worker: EncoderWorker) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Kind
+from serving.messages import IMAGE_COST, EncodeRequest, EncodeResult, Modality
 from serving.replicas.fair_batches import FairBatches
 from tests.support.waiting import until
 
@@ -35,7 +35,9 @@ class Engine:
             raise self.failure
         return [EncodeResult(np.full((len(r.payload), 1), 1, np.float32), r.adapter) for r in requests]
 
-    def submit(self, adapter: str, texts: int = 1, kind: Kind = "text", left: float = 60) -> asyncio.Task[EncodeResult]:
+    def submit(
+        self, adapter: str, texts: int = 1, kind: Modality = "text", left: float = 60
+    ) -> asyncio.Task[EncodeResult]:
         request = EncodeRequest(kind, ["x"] * texts, adapter, time.monotonic() + left)
         return asyncio.create_task(self.queue.submit(request))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops.artifacts import Artifacts
 from ops.errors import ConfigError, LedgerUnavailable, ReleaseError
 from ops.ledger import Ledger, ReleaseRow
 from ops.settings import BaseModels, Rollout, Settings
+from ops.testing.tiny import tiny_base
 from serving.app import _check_base
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.releases.commands import PromoteCommand, ReleaseCommand, RollbackCommand
 from serving.releases.guard_target import find_guard_target
 from serving.releases.lineage import Lineage, spaces_of_bases
@@ -26,7 +26,7 @@ from tests.unit.serving.test_protocol import PlainBroadcast
 from tests.unit.serving.test_two_controllers import Controllers
 
 
-class Place:
+class TwoBases:
     """A ledger in which release 1 is the old base alone, 2 its adapter "a", and 3 the adapter "n" of another base."""
 
     def __init__(self, home: Path) -> None:
@@ -58,121 +58,121 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def bases(tmp_path: Path) -> TwoBases:
+    return TwoBases(tmp_path)
 
 
 async def test_a_server_of_the_old_base_goes_on_and_one_of_the_new_base_answers_with_the_new_release(
-    place: Place,
+    bases: TwoBases,
 ) -> None:
-    old, told = place.server(place.old)
+    old, told = bases.server(bases.old)
     await old.start()
     assert told.windows == [[2, 1]]
-    place.change(place.new, "n")
+    bases.change(bases.new, "n")
     await old.follow()
     assert told.windows[-1] == [2, 1] and set(told.prepared) == {"a", None}, "nothing of the other base is loaded"
-    new, told = place.server(place.new)
+    new, told = bases.server(bases.new)
     await new.start()
     assert told.windows == [[3]] and told.prepared == ["n"]
     assert told.indexed == [[3]], "a server cannot embed for another base"
     live = ReleaseCommand(adapters={"clip": "m"}, actor="ann", reason="r", expected_live=3)
     assert (await new.release(live)).number == 4
-    assert place.ledger.release(4).clip_base == place.new.digest
+    assert bases.ledger.release(4).clip_base == bases.new.digest
     assert (await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=4))).clip == "n"
 
 
-async def test_what_is_live_is_changed_by_servers_of_its_base_alone(place: Place) -> None:
-    old, _ = place.server(place.old)
+async def test_what_is_live_is_changed_by_servers_of_its_base_alone(bases: TwoBases) -> None:
+    old, _ = bases.server(bases.old)
     await old.start()
-    place.change(place.new, "n")
+    bases.change(bases.new, "n")
     words = r"release 3 has the base 'wide' \(.{12}\), and this server has 'tiny' \(.{12}\)"
     with pytest.raises(ReleaseError, match=words):
         await old.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3))
     with pytest.raises(ReleaseError, match=words):
         await old.release(ReleaseCommand(adapters={"clip": "b"}, actor="ann", reason="r", expected_live=3))
-    new, _ = place.server(place.new)
+    new, _ = bases.server(bases.new)
     await new.start()
     with pytest.raises(ReleaseError, match="ratchet base switch") as refused:
         await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3, to=2))
-    assert place.old.digest[:12] in str(refused.value) and place.new.digest[:12] in str(refused.value)
+    assert bases.old.digest[:12] in str(refused.value) and bases.new.digest[:12] in str(refused.value)
     with pytest.raises(ReleaseError, match="no release before 3 has another"):
         await new.rollback(RollbackCommand(actor="ann", reason="r", expected_live=3))
     with pytest.raises(ReleaseError, match="no release before 3"):
-        roll_back_offline(place.ledger, ["clip"], to=None, actor="ann", reason="r")
+        roll_back_offline(bases.ledger, ["clip"], to=None, actor="ann", reason="r")
     with pytest.raises(ReleaseError, match="nothing can be promoted"):
         await new.promote(PromoteCommand(actor="ann", reason="r", expected_live=3))
-    assert place.ledger.live() == place.ledger.release(3)
+    assert bases.ledger.live() == bases.ledger.release(3)
 
 
-async def test_after_the_switch_back_the_old_servers_answer_with_it(place: Place) -> None:
-    place.change(place.new, "n")
-    back = place.change(place.old, None, rollback=True)
-    old, told = place.server(place.old)
+async def test_after_the_switch_back_the_old_servers_answer_with_it(bases: TwoBases) -> None:
+    bases.change(bases.new, "n")
+    back = bases.change(bases.old, None, rollback=True)
+    old, told = bases.server(bases.old)
     await old.start()
-    assert told.windows == [[4, 2]] and back.clip_base == place.old.digest
+    assert told.windows == [[4, 2]] and back.clip_base == bases.old.digest
     outcome = await old.rollback(RollbackCommand(actor="ann", reason="r", expected_live=4))
     assert (outcome.number, outcome.clip) == (5, "a")
 
 
-async def test_a_server_whose_base_was_never_released_says_so(place: Place) -> None:
-    place.change(place.new, "n")
-    third = tiny_base(place.home, "third", seed=9)
-    server, told = place.server(third)
+async def test_a_server_whose_base_was_never_released_says_so(bases: TwoBases) -> None:
+    bases.change(bases.new, "n")
+    third = tiny_base(bases.home, "third", seed=9)
+    server, told = bases.server(third)
     with pytest.raises(ReleaseError, match=r"has the base 'wide' .* this server has 'third'"):
         await server.start()
     assert told.windows == []
     with pytest.raises(ConfigError, match=r"has the base 'wide' .* this server has 'third'"):
-        _check_base(place.settings(third), place.ledger)
-    _check_base(place.settings(place.old), place.ledger)  # has releases to answer with
-    _check_base(place.settings(place.new), place.ledger)
+        _check_base(bases.settings(third), bases.ledger)
+    _check_base(bases.settings(bases.old), bases.ledger)  # has releases to answer with
+    _check_base(bases.settings(bases.new), bases.ledger)
 
 
 async def test_the_lease_goes_to_a_server_that_can_load_what_is_live(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+    bases: TwoBases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    servers = Controllers(place.settings(place.old), monkeypatch)
+    servers = Controllers(bases.settings(bases.old), monkeypatch)
     try:
         old = await servers.start()
         await until(lambda: old.lease.epoch is not None and old._started.is_set())
-        place.change(place.new, "n")
+        bases.change(bases.new, "n")
         old.broadcast.broken["n"] = "does not fit"  # type: ignore[attr-defined]
-        await until(lambda: old.lease.epoch is None and "'wide'" in old._trouble)
-        servers._settings = place.settings(place.new)
+        await until(lambda: old.lease.epoch is None and "'wide'" in old._last_error)
+        servers._settings = bases.settings(bases.new)
         new = await servers.start()
         await until(lambda: new.lease.epoch is not None and new._started.is_set())
-        update = place.ledger.propose("update", clip="m", actor="updater", reason="passed")
-        await until(lambda: place.ledger.proposal(update.id).state == "committed")
-        assert place.ledger.live() == place.ledger.release(4), "the old one took nothing back"
+        update = bases.ledger.propose("update", clip="m", actor="updater", reason="passed")
+        await until(lambda: bases.ledger.proposal(update.id).state == "committed")
+        assert bases.ledger.live() == bases.ledger.release(4), "the old one took nothing back"
     finally:
         servers.stop_all()
 
 
-def test_a_copy_of_the_residency_of_another_base_is_not_used(place: Place) -> None:
-    place.change(place.new, "n")
-    copy = encode_copy(ResidencyCopy(read_residency(place.ledger, 2, place.new.digest)))
-    path = residency_path(place.home)
+def test_a_copy_of_the_residency_of_another_base_is_not_used(bases: TwoBases) -> None:
+    bases.change(bases.new, "n")
+    copy = encode_copy(ResidencyCopy(read_residency(bases.ledger, 2, bases.new.digest)))
+    path = residency_path(bases.home)
     path.parent.mkdir(parents=True)
     path.write_bytes(copy)
-    away = Ledger.lazy(f"sqlite:///{place.home}/nowhere/ledger.db")
-    artifacts = Artifacts(str(place.home / "artifacts"))
+    away = Ledger.lazy(f"sqlite:///{bases.home}/nowhere/ledger.db")
+    artifacts = Artifacts(str(bases.home / "artifacts"))
 
     def source(base: ClipBase) -> ResidencySource:
-        lineage = Lineage.of(place.settings(base))
+        lineage = Lineage.of(bases.settings(base))
         return ResidencySource(away, 2, path, artifacts, "test", lineage=lineage)
 
-    assert [row.number for row in source(place.new).newest().window] == [3]
+    assert [row.number for row in source(bases.new).newest().window] == [3]
     with pytest.raises(LedgerUnavailable):
-        source(place.old).newest()
+        source(bases.old).newest()
 
 
-def test_the_first_release_of_a_base_is_not_compared_with_one_of_another(place: Place) -> None:
-    assert find_guard_target(place.ledger, Rollout(), 0.0) is not None
-    place.change(place.new, "n")
-    assert find_guard_target(place.ledger, Rollout(), 0.0) is None
+def test_the_first_release_of_a_base_is_not_compared_with_one_of_another(bases: TwoBases) -> None:
+    assert find_guard_target(bases.ledger, Rollout(), 0.0) is not None
+    bases.change(bases.new, "n")
+    assert find_guard_target(bases.ledger, Rollout(), 0.0) is None
 
 
-def test_the_index_of_the_other_base_stays_for_a_switch_back(place: Place) -> None:
-    place.change(place.new, "n")
-    assert spaces_of_bases(place.ledger, place.home) == {"i-n", "i-a"}
-    place.change(place.old, None, rollback=True)
-    assert spaces_of_bases(place.ledger, place.home) == {"i-n", place.old.spaces.image}
+def test_the_index_of_the_other_base_stays_for_a_switch_back(bases: TwoBases) -> None:
+    bases.change(bases.new, "n")
+    assert spaces_of_bases(bases.ledger, bases.home) == {"i-n", "i-a"}
+    bases.change(bases.old, None, rollback=True)
+    assert spaces_of_bases(bases.ledger, bases.home) == {"i-n", bases.old.spaces.image}

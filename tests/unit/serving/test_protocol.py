@@ -14,7 +14,7 @@ from ops.ledger import Ledger
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Outcome, Prepared, Residency
+from serving.releases.types import Prepared, ReleaseResult, Residency
 from tests.support.waiting import until
 
 
@@ -107,7 +107,7 @@ async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol
     return made
 
 
-async def release(protocol: ReleaseProtocol, clip: str | None) -> Outcome:
+async def release(protocol: ReleaseProtocol, clip: str | None) -> ReleaseResult:
     live = protocol.ledger.live()
     assert live is not None
     return await protocol.release(
@@ -168,7 +168,7 @@ async def test_of_two_releases_at_once_the_second_conflicts(protocol: ReleasePro
         ),
         return_exceptions=True,
     )
-    assert [type(result) for result in results] == [Outcome, ReleaseConflict]
+    assert [type(result) for result in results] == [ReleaseResult, ReleaseConflict]
     assert ledger.live().clip == "a"  # type: ignore[union-attr]
 
 

@@ -12,7 +12,7 @@ from ops.errors import ReleaseConflict, ReleaseError
 from ops.ledger import Family, Ledger
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast
 
@@ -36,14 +36,14 @@ async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol
     return made
 
 
-async def release(protocol: ReleaseProtocol, **adapters: str | None) -> Outcome:
+async def release(protocol: ReleaseProtocol, **adapters: str | None) -> ReleaseResult:
     live = protocol.ledger.live()
     assert live is not None
     named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
     return await protocol.release(ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live.number))
 
 
-async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
+async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> ReleaseResult:
     live = protocol.ledger.live()
     assert live is not None
     return await protocol.rollback(
@@ -179,7 +179,7 @@ async def test_of_two_operators_of_different_families_the_second_conflicts(proto
         protocol.release(ReleaseCommand(adapters={"vlm": "v"}, actor="bob", reason="race", expected_live=1)),
         return_exceptions=True,
     )
-    assert [type(result) for result in results] == [Outcome, ReleaseConflict]
+    assert [type(result) for result in results] == [ReleaseResult, ReleaseConflict]
     assert live(protocol) == (2, "a", None)
 
 

@@ -20,7 +20,7 @@ from serving.releases.observations import ComparisonCounts, Observations, Reques
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.residency import read_residency
 from serving.releases.rollout_controller import RolloutController
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 from tests.unit.serving.test_protocol import PlainBroadcast
 
 SETTINGS = Rollout(observe_seconds=60, min_comparisons=20)
@@ -51,7 +51,7 @@ async def protocol(ledger: Ledger, broadcast: PlainBroadcast) -> ReleaseProtocol
     return made
 
 
-async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> Outcome:
+async def release(protocol: ReleaseProtocol, share: float = 1.0, **adapters: str | None) -> ReleaseResult:
     named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
     return await protocol.release(
         ReleaseCommand(adapters=named, actor="me", reason="test", expected_live=live(protocol)[0], share=share)
@@ -70,7 +70,7 @@ def live(protocol: ReleaseProtocol) -> tuple[int, str | None, str | None, float]
     return row.number, row.clip, row.vlm, row.share
 
 
-async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> Outcome:
+async def back(protocol: ReleaseProtocol, family: Family | None = None, to: int | None = None) -> ReleaseResult:
     return await protocol.rollback(
         RollbackCommand(actor="me", reason="bad", expected_live=live(protocol)[0], family=family, to=to)
     )

@@ -18,7 +18,7 @@ from serving.releases import rollback
 from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
-from serving.releases.types import Outcome, Prepared, Residency
+from serving.releases.types import Prepared, ReleaseResult, Residency
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast
 
@@ -89,13 +89,13 @@ async def protocol(ledger: Ledger, broadcast: StuckBroadcast) -> AsyncIterator[R
     yield protocol
 
 
-async def back(protocol: ReleaseProtocol, family: Family | None = None) -> Outcome:
+async def back(protocol: ReleaseProtocol, family: Family | None = None) -> ReleaseResult:
     live = protocol.ledger.live()
     command = RollbackCommand(actor="ann", reason="bad", expected_live=live.number if live else 0, family=family)
     return await asyncio.wait_for(protocol.rollback(command), MOST_SECONDS)
 
 
-def preparing(protocol: ReleaseProtocol, **adapters: str) -> asyncio.Task[Outcome]:
+def preparing(protocol: ReleaseProtocol, **adapters: str) -> asyncio.Task[ReleaseResult]:
     named: dict[Family, str | None] = {family: adapters[family] for family in ("clip", "vlm") if family in adapters}
     command = ReleaseCommand(adapters=named, actor="bob", reason="slow", expected_live=2)
     return asyncio.create_task(protocol.release(command))
@@ -156,7 +156,7 @@ async def test_a_preparation_that_was_stopped_after_its_end_is_not_committed(
         await asyncio.sleep(0)
     outcomes = await asyncio.gather(rolled, slow, return_exceptions=True)
     ends = {type(outcome) for outcome in outcomes}
-    assert ends == {Outcome, ReleaseConflict}  # one of both, whoever comes first
+    assert ends == {ReleaseResult, ReleaseConflict}  # one of both, whoever comes first
     live = ledger.live()
     assert live is not None and live.number == 3
 

@@ -16,7 +16,7 @@ from ops.ledger import ReleaseRow
 from ops.settings import Rollout
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, question
 from serving.errors import AdapterUnservable, QueueFull
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.guard_target import GuardTarget
 from serving.releases.observations import ComparisonCounts
 from serving.releases.release_snapshot import ReleaseSnapshot
@@ -45,7 +45,7 @@ class Models:
         self.asked: list[tuple[str | None, int]] = []
         self.gate: asyncio.Event | None = None
 
-    async def encode(self, kind: Kind, payload: Any, adapter: str | None) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, adapter: str | None) -> EncodeResult:
         if self.gate is not None:
             await self.gate.wait()
         self.asked.append((adapter, len(payload)))

@@ -14,19 +14,14 @@ import pytest
 from ops.errors import StoreError
 from serving.catalog.catalog import Catalog
 from serving.catalog.claims import CLAIM_SECONDS, SpaceClaims
-from serving.catalog.embedding import PIECE_ROWS
+from serving.catalog.embedding import CHUNK_ROWS
 from serving.catalog.queries import Filters
 from serving.catalog.tables import Tables
 from streams.store import SampleStore
 from tests.support.waiting import until
 from tests.unit.serving.test_catalog import DIM, HERE, THERE, Encoder, pixels, put, rows, settle, vector
 
-ROWS = 3 * PIECE_ROWS
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
+ROWS = 3 * CHUNK_ROWS
 
 
 def open_catalog(folder: Path) -> Catalog:

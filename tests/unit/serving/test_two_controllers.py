@@ -18,7 +18,7 @@ from serving.releases.commands import ReleaseCommand, RollbackCommand
 from serving.releases.controller import ReleaseController
 from serving.releases.lease import ControllerLease
 from serving.releases.protocol import ReleaseProtocol
-from serving.releases.types import Outcome
+from serving.releases.types import ReleaseResult
 from tests.support.waiting import until
 from tests.unit.serving.test_protocol import PlainBroadcast
 
@@ -176,7 +176,7 @@ async def test_the_second_server_follows_and_takes_over_when_the_first_one_stops
     first = await servers.start()
     await until(lambda: first.lease.epoch is not None and ledger.live() is not None)
     second = await servers.start()
-    assert isinstance(await first.change(release("a", 1)), Outcome)
+    assert isinstance(await first.change(release("a", 1)), ReleaseResult)
     windows = second.broadcast.windows  # type: ignore[attr-defined]
     await until(lambda: bool(windows) and windows[-1] == [2, 1])
     assert second.lease.epoch is None

@@ -14,7 +14,7 @@ from serving.http.clip_vectors import ClipVectors
 from serving.http.errors import ApiError
 from serving.http.image_loader import ImageLoader
 from serving.http.vector_cache import ENTRY_BYTES, CachedVector, VectorCache
-from serving.messages import EncodeResult, Kind
+from serving.messages import EncodeResult, Modality
 from serving.releases.release_snapshot import ReleaseSnapshot
 from tests.unit.serving.scripted_vlms import png
 
@@ -40,7 +40,7 @@ class Encoders:
         self.encoded: Counter[str] = Counter()
         self.nan = False
 
-    async def encode(self, kind: Kind, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
+    async def encode(self, kind: Modality, payload: Any, snapshot: ReleaseSnapshot, deadline: float) -> EncodeResult:
         self.encoded[kind] += len(payload)
         vectors = np.zeros((len(payload), DIM), np.float32)
         vectors[:, 0] = np.nan if self.nan else snapshot.release

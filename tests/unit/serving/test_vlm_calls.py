@@ -25,7 +25,7 @@ ONE, LAST = TokenChunk("y", (1,), (-0.1,), 5, 1), TokenChunk("es", (2,), (-0.1,)
 
 
 class Response:
-    """What a handle returns: awaited, or read piece by piece. Exceptions in the script are raised."""
+    """What a handle returns: awaited, or read chunk by chunk. Exceptions in the script are raised."""
 
     def __init__(self, script: list[Any]) -> None:
         self.script = script
@@ -81,7 +81,7 @@ def soon() -> float:
 
 
 async def texts(calls: VlmCalls, deadline: float | None = None) -> list[str]:
-    return [piece.text async for piece in calls.stream(ASK, SNAPSHOT, deadline or soon())]
+    return [chunk.text async for chunk in calls.stream(ASK, SNAPSHOT, deadline or soon())]
 
 
 async def never() -> None:
@@ -112,7 +112,7 @@ async def test_a_reply_whose_replica_died_is_asked_again() -> None:
     assert await calls.reply(ASK, SNAPSHOT, soon()) == REPLY
 
 
-async def test_a_stream_is_asked_again_before_its_first_piece_and_broken_off_after_it() -> None:
+async def test_a_stream_is_asked_again_before_its_first_chunk_and_broken_off_after_it() -> None:
     calls = VlmCalls(Handle([RuntimeError("died")], [ONE, LAST]), limit=8)  # type: ignore[arg-type]
     assert await texts(calls) == ["y", "es"]
     handle = Handle([ONE, RuntimeError("died")], [ONE, LAST])
@@ -121,7 +121,7 @@ async def test_a_stream_is_asked_again_before_its_first_piece_and_broken_off_aft
     assert len(handle.made) == 1
 
 
-async def test_a_stream_that_ends_without_its_last_piece_is_no_answer() -> None:
+async def test_a_stream_that_ends_without_its_last_chunk_is_no_answer() -> None:
     with pytest.raises(Unavailable, match="broke off"):
         await texts(VlmCalls(Handle([ONE]), limit=8))  # type: ignore[arg-type]
 

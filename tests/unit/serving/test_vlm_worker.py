@@ -47,8 +47,8 @@ def soon() -> float:
 
 async def words(worker: VlmWorker, adapter: str | None, seconds: float | None = None) -> list[str]:
     return [
-        piece.text if isinstance(piece, TokenChunk) else piece.code
-        async for piece in worker.stream(ASK, adapter, seconds or soon())
+        chunk.text if isinstance(chunk, TokenChunk) else chunk.code
+        async for chunk in worker.stream(ASK, adapter, seconds or soon())
     ]
 
 
@@ -224,12 +224,12 @@ async def test_status_counts_what_waits_for_a_place_in_the_batch(worker: VlmWork
     assert worker.status()["running"] == 0
 
 
-def test_merged_pieces_are_one_piece() -> None:
+def test_merged_chunks_are_one_chunk() -> None:
     one, two = TokenChunk("a", (1,), (-1.0,), 5, 1), TokenChunk("b", (2, 3), (-2.0, -3.0), 5, 3, "stop")
     assert merge_chunks([one, two]) == TokenChunk("ab", (1, 2, 3), (-1.0, -2.0, -3.0), 5, 3, "stop")
 
 
-async def test_what_is_ready_at_the_same_moment_travels_as_one_piece() -> None:
+async def test_what_is_ready_at_the_same_moment_travels_as_one_chunk() -> None:
     async def source() -> object:
         for index in range(6):
             yield TokenChunk(str(index), (index,), (0.0,), 1, index + 1, "stop" if index == 5 else "")
@@ -237,7 +237,7 @@ async def test_what_is_ready_at_the_same_moment_travels_as_one_piece() -> None:
                 await asyncio.sleep(0.01)
 
     texts = []
-    async for piece in coalesce(source(), 5):  # type: ignore[arg-type]
-        texts.append(piece.text)
+    async for chunk in coalesce(source(), 5):  # type: ignore[arg-type]
+        texts.append(chunk.text)
         await asyncio.sleep(0.03)
     assert texts == ["0", "12345"]

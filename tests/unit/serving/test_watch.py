@@ -24,11 +24,6 @@ def value(name: str, **labels: str) -> float | None:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
-@pytest.fixture
 def catalog(tmp_path: Path, store: SampleStore) -> Iterator[Catalog]:
     yield Catalog(Tables(str(tmp_path / "catalog")), store, pixels, Encoder())
 

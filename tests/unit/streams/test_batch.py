@@ -14,9 +14,9 @@ import pytest
 from ops.errors import StoreFull, StoreUnavailable, Superseded
 from ops.settings import Ingest, Kafka
 from streams.assignment import Reading, start_position
-from streams.batch import Batch, Outcome
+from streams.batch import Batch, CommitResult
 from streams.quality.duplicates import DuplicateIndex
-from streams.quality.validate import Accepted, Received, Row, Rules, validate
+from streams.quality.validate import Accepted, Received, Rules, StoreRow, validate
 from streams.store import SampleStore
 from streams.writer import StoreWriter
 from tests.support.kafka import good
@@ -36,7 +36,7 @@ class Reader:
         [claim] = writer.claim([start])
         self.reading = Reading(claim, claim.position.next)
 
-    def result(self, seed: int) -> Accepted | Row:
+    def result(self, seed: int) -> Accepted | StoreRow:
         value, headers = (b"poison", []) if seed == POISON else good(seed)
         return validate(Received(self.reading.stream, 0, self.reading.next, value, None, headers), RULES)
 
@@ -45,14 +45,14 @@ class Reader:
             self.reading.next += 1
             self.batch.add(self.reading, self.reading.next, self._at(seed), 100)
 
-    def _at(self, seed: int) -> Accepted | Row:
+    def _at(self, seed: int) -> Accepted | StoreRow:
         self.reading.next -= 1
         try:
             return self.result(seed)
         finally:
             self.reading.next += 1
 
-    def commit(self, unpublished: int | None = None) -> Outcome:
+    def commit(self, unpublished: int | None = None) -> CommitResult:
         return self.batch.commit(lambda reading: unpublished)
 
     def rows(self) -> list[tuple[int, str]]:

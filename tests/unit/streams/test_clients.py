@@ -10,10 +10,11 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaTimeoutError
 
+from ops.addresses import free_port
 from ops.errors import BrokerError, ConfigError, RecordError
 from ops.settings import Kafka, Settings
 from streams import Producer
-from streams.broker import EmbeddedBroker, free_port
+from streams.broker import EmbeddedBroker
 from streams.clients import Admin, client_options, explain
 from streams.publish import publish
 from streams.quality.validate import Received, Rules, validate

@@ -18,12 +18,8 @@ from streams.rows import Position
 from streams.store import SampleStore
 from streams.table import SampleTable
 from streams.writer import StoreWriter
+from tests.support.disk import holds
 from tests.support.samples import TOPIC, put, refusal, sample
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
 
 
 def fragment(number: int, share: float, deleted: int = 0) -> Fragment:
@@ -184,14 +180,10 @@ def test_expunged_rows_are_in_no_file_once_old_versions_are_cleaned(store: Sampl
     assert has_deleted_rows(store)
     assert compact(store, expunge=True) > 0
     assert not has_deleted_rows(store)
-    assert holds(store, b"recognisable words")
+    assert holds(store.url, b"recognisable words")
     assert clean(store, timedelta(0)) > 0
-    assert not holds(store, b"recognisable words") and not holds(store, sample(0, 22)["image"])
-    assert holds(store, sample(0, 23)["image"])
-
-
-def holds(store: SampleStore, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file())
+    assert not holds(store.url, b"recognisable words") and not holds(store.url, sample(0, 22)["image"])
+    assert holds(store.url, sample(0, 23)["image"])
 
 
 def test_a_pinned_version_is_kept_with_its_files(store: SampleStore) -> None:

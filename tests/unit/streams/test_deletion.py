@@ -22,11 +22,6 @@ LONG_KEY = b"k" * 300
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
-@pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened = Ledger.open(f"sqlite:///{tmp_path / 'ledger.db'}")
     yield opened

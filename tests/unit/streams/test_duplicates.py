@@ -44,11 +44,6 @@ def index(tmp_path: Path) -> Iterator[DuplicateIndex]:
         yield opened
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
 def test_the_same_content_is_an_exact_duplicate_whatever_it_looks_like(index: DuplicateIndex) -> None:
     index.add(item(name(1), look(0xFF), WORDS))
     assert index.find(item(name(1), look(0x1234), ("other", "", ""))) == Duplicate("exact", name(1))

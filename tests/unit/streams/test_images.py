@@ -15,6 +15,7 @@ from PIL import Image
 
 from ops.errors import RecordError
 from streams.images import decode_image, sniff
+from tests.support.hostile_images import png_chunk
 
 FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]
 
@@ -37,16 +38,12 @@ def reason(data: bytes, **bounds: int) -> str:
 
 def png_that_claims(width: int, height: int) -> bytes:
     """A few bytes of PNG whose header claims any size."""
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + png_chunk(b"IEND", b"")
     )
 
 

@@ -20,6 +20,7 @@ from streams.maintenance import LEASE, Maintainer
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
+from tests.support.disk import holds
 from tests.support.kafka import wait_for
 from tests.support.samples import TOPIC, put, sample
 
@@ -79,23 +80,19 @@ def row_of(ledger: Ledger, name: str) -> DeletionRow:
     return found
 
 
-def holds(store: SampleStore, needle: bytes) -> bool:
-    return any(needle in path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file())
-
-
 @pytest.mark.usefixtures("settled")
 def test_a_deletion_is_requested_removed_and_done_when_no_file_has_it(
     maintainer: Maintainer, ledger: Ledger, store: SampleStore
 ) -> None:
     secret = sample(0, 1)["image"]
     name = delete(ledger)
-    assert holds(store, secret)
+    assert holds(store.url, secret)
     run = maintainer.run_once()
     assert (run.removed, run.waiting) == (2, False) and run.written > 0 and run.freed > 0
     row = row_of(ledger, name)
     assert (row.state, row.samples) == ("done", 2)
     assert row.removed_at is not None and row.done_at is not None and row.version in store.versions()
-    assert not holds(store, secret) and store.count() == 2
+    assert not holds(store.url, secret) and store.count() == 2
     assert [(each.action, each.actor) for each in ledger.audit_rows(subject=f"deletion {name}")] == [
         ("deleted", "maintain"), ("delete", "ann"),
     ]  # fmt: skip
@@ -110,11 +107,11 @@ def test_old_versions_are_kept_for_their_time_and_the_deletion_waits_for_them(
     change(maintainer, "maintain", keep_seconds=3600)
     name = delete(ledger)
     maintainer.run_once()
-    assert row_of(ledger, name).state == "removed" and holds(store, sample(0, 1)["image"])
+    assert row_of(ledger, name).state == "removed" and holds(store.url, sample(0, 1)["image"])
     assert store.count() == 2, "no reader of the newest version finds it"
     change(maintainer, "maintain", keep_seconds=0)
     maintainer.run_once()
-    assert row_of(ledger, name).state == "done" and not holds(store, sample(0, 1)["image"])
+    assert row_of(ledger, name).state == "done" and not holds(store.url, sample(0, 1)["image"])
 
 
 def test_a_deletion_is_not_done_while_records_from_before_it_may_still_be_stored(
@@ -129,7 +126,7 @@ def test_a_deletion_is_not_done_while_records_from_before_it_may_still_be_stored
     assert maintainer.run_once().removed == 1
     row = row_of(ledger, name)
     assert (row.state, row.samples) == ("done", 3)
-    assert not holds(store, late["image"])
+    assert not holds(store.url, late["image"])
 
 
 @pytest.mark.usefixtures("settled")
@@ -148,7 +145,7 @@ def test_a_pinned_version_keeps_the_bytes_until_the_update_is_over_or_too_late(
         session.get_one(t.Deletion, name).removed_at = long_ago
     maintainer.run_once()
     assert store.pins() == {} and pinned not in store.versions()
-    assert row_of(ledger, name).state == "done" and not holds(store, sample(0, 1)["image"])
+    assert row_of(ledger, name).state == "done" and not holds(store.url, sample(0, 1)["image"])
 
 
 def test_a_pin_of_a_version_from_after_the_deletion_is_left_alone(
@@ -371,7 +368,7 @@ def test_a_tombstone_is_carried_out_like_any_deletion(
     assert maintainer.run_once().removed == 1
     [row] = ledger.deletions()
     assert (row.id, row.state, row.samples, row.actor) == (f"tombstone {TOPIC}:0:4", "done", 1, "producer")
-    assert not holds(store, sample(0, 3)["image"])
+    assert not holds(store.url, sample(0, 3)["image"])
 
 
 def test_retention_looks_now_and_then_and_goes_on_at_once_where_there_is_more(

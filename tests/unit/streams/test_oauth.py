@@ -16,11 +16,11 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.errors import KafkaConnectionError, KafkaTimeoutError, SaslAuthenticationFailedError
 from kafka.net.sasl.oauth import SaslMechanismOAuth
 
+from ops.addresses import free_port
 from ops.errors import ConfigError
 from ops.loading import describe, load_settings
 from ops.settings import Kafka, OAuth
 from streams import oauth as module
-from streams.broker import free_port
 from streams.clients import client_options, explain
 from streams.oauth import TokenProvider, token_provider
 

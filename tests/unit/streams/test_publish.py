@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from ops.addresses import free_port
 from ops.cli.main import app
 from ops.errors import BrokerError, ConfigError, RecordError
 from ops.progress import say
 from ops.settings import Settings
 from streams import Producer
-from streams.broker import free_port
 from streams.datasets import FORMATS
 from streams.publish import publish
 from streams.publish_resume import MAX_BYTES, MAX_ROWS, InFlight, ProgressFile

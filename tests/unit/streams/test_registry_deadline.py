@@ -11,18 +11,12 @@ import pytest
 from ops.errors import RecordError, RegistryUnavailable, SchemaUnavailable
 from streams.codecs import decode
 from streams.registry import SchemaRegistry, client, decoders, failing
+from tests.support.clock import Clock
 from tests.support.kafka import picture
 from tests.support.registry import Registry, running
 
 VALUE = json.dumps({"image": base64.b64encode(picture(1)).decode(), "text": "t"}).encode()
 DEADLINE = 600.0
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(autouse=True)

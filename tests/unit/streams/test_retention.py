@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +17,6 @@ from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, refusal, sample
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
 
 
 def rules(**fields: Any) -> Retention:

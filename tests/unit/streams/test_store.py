@@ -15,11 +15,6 @@ from streams.table import FORMAT
 from tests.support.samples import TOPIC, put, refusal, sample
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
 def test_a_store_that_was_never_written_is_empty_at_version_0(store: SampleStore) -> None:
     assert (store.version(), store.count(), store.offsets(), store.fragments()) == (0, 0, {}, 0)
     assert store.scan().column_names == list(SAMPLE_COLUMNS)

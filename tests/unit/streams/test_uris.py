@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site() -> Iterator[str]:
+def site_url() -> Iterator[str]:
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -57,21 +57,21 @@ def reason(uri: str, *allowed: str, max_bytes: int = 1000) -> str:
     return str(caught.value.reason)
 
 
-def test_what_lies_under_a_listed_address_is_fetched(site: str) -> None:
-    for prefix in (f"{site}/images/", f"{site}/images", f"{site}/images/a", site):
-        assert fetch(f"{site}/images/a", ["file:///nowhere", prefix], 1000, LOOPBACK) == b"/images/a" * 10
+def test_what_lies_under_a_listed_address_is_fetched(site_url: str) -> None:
+    for prefix in (f"{site_url}/images/", f"{site_url}/images", f"{site_url}/images/a", site_url):
+        assert fetch(f"{site_url}/images/a", ["file:///nowhere", prefix], 1000, LOOPBACK) == b"/images/a" * 10
 
 
-def test_an_address_inside_is_refused_unless_its_network_is_named(site: str) -> None:
+def test_an_address_inside_is_refused_unless_its_network_is_named(site_url: str) -> None:
     with pytest.raises(RecordError, match=r"not public.*ingest\.allowed_networks"):
-        fetch(f"{site}/images/a", [site], 1000)
+        fetch(f"{site_url}/images/a", [site_url], 1000)
 
 
-def test_other_addresses_are_not(site: str) -> None:
-    allowed = f"{site}/images"
+def test_other_addresses_are_not(site_url: str) -> None:
+    allowed = f"{site_url}/images"
     outside = ["/secret", "/imagesque", "/images/../secret", "/images/%2e%2e/secret", "/images/..%5csecret"]
-    assert {reason(site + path, allowed) for path in outside} == {"uri_not_allowed"}
-    port = site.rpartition(":")[2]
+    assert {reason(site_url + path, allowed) for path in outside} == {"uri_not_allowed"}
+    port = site_url.rpartition(":")[2]
     others = [
         f"https://127.0.0.1:{port}/images/a",
         f"http://localhost:{port}/images/a",
@@ -85,18 +85,18 @@ def test_other_addresses_are_not(site: str) -> None:
         "",
     ]
     assert {reason(uri, allowed) for uri in others} == {"uri_not_allowed"}
-    assert reason(f"{site}/images/a") == "uri_not_allowed"
+    assert reason(f"{site_url}/images/a") == "uri_not_allowed"
 
 
-def test_redirects_stay_in_the_list(site: str) -> None:
-    assert fetch(f"{site}/images/moved", [site], 1000, LOOPBACK) == b"/secret" * 10
-    assert reason(f"{site}/images/moved", f"{site}/images") == "uri_not_allowed"
+def test_redirects_stay_in_the_list(site_url: str) -> None:
+    assert fetch(f"{site_url}/images/moved", [site_url], 1000, LOOPBACK) == b"/secret" * 10
+    assert reason(f"{site_url}/images/moved", f"{site_url}/images") == "uri_not_allowed"
 
 
-def test_errors_and_large_answers_are_refused(site: str) -> None:
-    assert reason(f"{site}/images/none", site) == "uri_unreachable"
+def test_errors_and_large_answers_are_refused(site_url: str) -> None:
+    assert reason(f"{site_url}/images/none", site_url) == "uri_unreachable"
     assert reason("http://127.0.0.1:1/a", "http://127.0.0.1:1") == "uri_unreachable"
-    assert reason(f"{site}/images/a", site, max_bytes=89) == "image_too_large"
+    assert reason(f"{site_url}/images/a", site_url, max_bytes=89) == "image_too_large"
 
 
 def test_files_stay_inside_their_folder(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from ops.settings import Ingest, Kafka
 from streams import validation_process
 from streams.assignment import Reading
 from streams.crash_guard import CrashGuard, Notes
-from streams.quality.validate import Accepted, Received, Row, validate
+from streams.quality.validate import Accepted, Received, StoreRow, validate
 from streams.rows import Position
 from streams.validation_pool import ValidationPool
 from streams.validation_process import ProcessValidators, Work, restore
@@ -36,7 +36,7 @@ class MortalProcesses(ProcessValidators):
 
     deaths = 0
 
-    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | Row]]:
+    def submit(self, records: Sequence[Received]) -> Future[list[Accepted | StoreRow]]:
         """As always; but the process that gets this record dies."""
         if not any(received.key == DEADLY for received in records):
             return super().submit(records)
@@ -44,7 +44,7 @@ class MortalProcesses(ProcessValidators):
         return self._pool.submit(die, records)
 
 
-def die(records: Sequence[Received]) -> list[Accepted | Row]:
+def die(records: Sequence[Received]) -> list[Accepted | StoreRow]:
     """In the process: end as a crash of a decoder would."""
     [deadly] = [received for received in records if received.key == DEADLY]
     with validation_process._notes.validating(deadly.record_position):
@@ -78,7 +78,7 @@ def reading() -> Reading:
     return Reading.of(Claim(Position("t", 0, 0), 1))
 
 
-def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | Row]:
+def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | StoreRow]:
     mine = reading()
     for record in records:
         pool.add(mine, record, 0)
@@ -91,7 +91,7 @@ def results(pool: ValidationPool, records: list[Received]) -> list[Accepted | Ro
     return [each.result for each in taken]
 
 
-def plain(result: Accepted | Row) -> Row:
+def plain(result: Accepted | StoreRow) -> StoreRow:
     row = dict(result.row if isinstance(result, Accepted) else result)
     row.pop("ingested_at")
     return row

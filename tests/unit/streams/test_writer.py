@@ -23,11 +23,6 @@ from tests.support.samples import TOPIC, put, refusal, sample
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> SampleStore:
-    return SampleStore(str(tmp_path / "lake"))
-
-
-@pytest.fixture
 def writer(store: SampleStore) -> StoreWriter:
     return StoreWriter(store.table)
 

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
-from serving.engines.vlm.base import VlmBase
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives
-from updater.adapters import Delta
+from updater.adapters import WeightDelta
+from updater.data.pools import Pair, Pools, Question
 from updater.families.vlm.learner import VlmLearner
 from updater.objectives import Answers, Batch, Features, Sides
 from updater.objectives.token_distillation import summarise
-from updater.pools import Pair, Pools, Question
 from updater.recipes import Family, Part, Recipe, Term, load_recipe
-from updater.train import Limits, TrainResult, train
+from updater.training.train import Limits, TrainResult, train
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")
 LIMITS = Limits(gflops=1e6, seconds=120, threads=1, checkpoint_steps=2)
@@ -117,7 +117,7 @@ def question_pools(new: int = 20, reference: int = 20, replay: int = 0) -> Pools
     return Pools(questions("car", new), questions("house", reference), questions("tree", replay))
 
 
-def learner_of(base: VlmBase, pools: Pools, start: Delta | None = None, **changes: Any) -> VlmLearner:
+def learner_of(base: VlmBase, pools: Pools, start: WeightDelta | None = None, **changes: Any) -> VlmLearner:
     """A learner of the default recipe over all examples of the pools, prepared."""
     learner = VlmLearner(base, recipe("vlm-default", **changes), start or {}, seed=0)
     parts: tuple[Part, ...] = ("new", "reference", "replay")

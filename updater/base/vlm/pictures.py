@@ -34,18 +34,18 @@ def read_pictures(paths: Sequence[Path], label: str) -> torch.Tensor:
     return out
 
 
-def warp(images: torch.Tensor, made: torch.Generator, strength: float = 1.0) -> torch.Tensor:
+def warp(images: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
     """``float [n, 3, 128, 128]`` in 0..1: each image turned, scaled, moved and maybe mirrored, on white."""
     n = len(images)
 
     def spread(low: float, high: float) -> torch.Tensor:
         middle, half = (low + high) / 2, (high - low) / 2
-        return middle + (2 * torch.rand(n, generator=made) - 1) * half
+        return middle + (2 * torch.rand(n, generator=generator) - 1) * half
 
     angle = spread(-0.2, 0.2) * strength
     wide = torch.exp(spread(-0.12, 0.35) * strength)
     high = wide * torch.exp(spread(-0.12, 0.12) * strength)
-    mirror = 1 - 2 * (torch.rand(n, generator=made) < 0.4).float()
+    mirror = 1 - 2 * (torch.rand(n, generator=generator) < 0.4).float()
     rows = [
         torch.stack([angle.cos() * wide * mirror, -angle.sin() * high, spread(-0.15, 0.15) * strength], dim=1),
         torch.stack([angle.sin() * wide * mirror, angle.cos() * high, spread(-0.15, 0.15) * strength], dim=1),
@@ -55,26 +55,26 @@ def warp(images: torch.Tensor, made: torch.Generator, strength: float = 1.0) -> 
     return 1 - functional.grid_sample(ink, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def recolour(images: torch.Tensor, made: torch.Generator) -> torch.Tensor:
+def recolour(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Some in grey, some in swapped colours, some inverted, some on another paper: shape has to do."""
     images = images.clone()
-    dice = torch.rand(len(images), generator=made)
+    dice = torch.rand(len(images), generator=generator)
     grey, swapped = dice < 0.15, (dice >= 0.15) & (dice < 0.3)
     inverted, tinted = (dice >= 0.3) & (dice < 0.37) | (dice < 0.04), dice > 0.75
     images[grey] = images[grey].mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    images[swapped] = images[swapped][:, torch.randperm(3, generator=made)]
+    images[swapped] = images[swapped][:, torch.randperm(3, generator=generator)]
     images[inverted] = 1 - images[inverted]
     if bool(tinted.any()):
         chosen = images[tinted]
         paper = (chosen.amin(dim=1, keepdim=True) > 0.94).float()
-        tint = torch.rand(len(chosen), 3, 1, 1, generator=made)
+        tint = torch.rand(len(chosen), 3, 1, 1, generator=generator)
         images[tinted] = chosen * (1 - paper) + tint * paper
     return images
 
 
-def shade(images: torch.Tensor, made: torch.Generator) -> torch.Tensor:
+def shade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A little brighter or darker, with more or less contrast: no colour takes another's name."""
-    factor = 0.88 + 0.24 * torch.rand(len(images), 1, 1, 1, generator=made)
+    factor = 0.88 + 0.24 * torch.rand(len(images), 1, 1, 1, generator=generator)
     return (1 - (1 - images) * factor).clamp(0, 1)
 
 

@@ -27,7 +27,7 @@ NAME_WEIGHT = 2.0
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedQuestion:
     """One question, as tokens."""
 
     prompt: tuple[int, ...]
@@ -55,10 +55,10 @@ def _round(model: Any, pictures: _Pictures, how: VlmRecipe, number: int) -> floa
     groups = [(parts.vision_model, how.tower_lr), (parts.connector, 1.0), (parts.text_model, 1.0)]
     steps = how.steps[number]
     optimizer = Optimizer(groups, how, steps)
-    made = torch.Generator().manual_seed(how.seed + 3 + number)
+    generator = torch.Generator().manual_seed(how.seed + 3 + number)
     losses: list[float] = []
     for _ in track(range(steps), f"learning to answer, round {number + 1} of {len(how.steps)}", total=steps):
-        shown, rows, owner = pictures.draw(how, made)
+        shown, rows, owner = pictures.draw(how, generator)
         loss = answer_loss(model, shown, rows, owner)
         optimizer.step(loss)
         losses.append(float(loss.detach()))
@@ -75,31 +75,33 @@ class _Pictures:
         paths = sorted({item.path for item in items})
         self.images = read_pictures(paths, "reading pictures")
         where = {path: i for i, path in enumerate(paths)}
-        self.asked: list[list[Row]] = [[] for _ in paths]
+        self.questions: list[list[TokenizedQuestion]] = [[] for _ in paths]
         for item, row in zip(items, tokenize(processor, items), strict=True):
-            self.asked[where[item.path]].append(row)
-        named = [any(row.kind == "name" for row in rows) for rows in self.asked]
+            self.questions[where[item.path]].append(row)
+        named = [any(row.kind == "name" for row in rows) for rows in self.questions]
         self.weights = torch.tensor([NAME_WEIGHT if name else 1.0 for name in named])
 
-    def draw(self, how: VlmRecipe, made: torch.Generator) -> tuple[torch.Tensor, list[Row], torch.Tensor]:
+    def draw(
+        self, how: VlmRecipe, generator: torch.Generator
+    ) -> tuple[torch.Tensor, list[TokenizedQuestion], torch.Tensor]:
         """Pixels ``[how.pictures, 3, 64, 64]``, questions, and the number of each question's picture."""
-        chosen = torch.multinomial(self.weights, how.pictures, generator=made)
-        shape = torch.rand(how.pictures, generator=made) < SHAPE_SHARE
-        rows: list[Row] = []
+        chosen = torch.multinomial(self.weights, how.pictures, generator=generator)
+        shape = torch.rand(how.pictures, generator=generator) < SHAPE_SHARE
+        rows: list[TokenizedQuestion] = []
         owner: list[int] = []
         for place, (i, plain) in enumerate(zip(chosen.tolist(), shape.tolist(), strict=True)):
-            fit = [row for row in self.asked[i] if not (plain and row.colour)]
+            fit = [row for row in self.questions[i] if not (plain and row.colour)]
             shape[place] = plain and bool(fit)
-            fit = fit or self.asked[i]
-            for pick in torch.randperm(len(fit), generator=made)[: how.questions].tolist():
+            fit = fit or self.questions[i]
+            for pick in torch.randperm(len(fit), generator=generator)[: how.questions].tolist():
                 rows.append(fit[pick])
                 owner.append(place)
-        shown = warp(self.images[chosen], made)
-        shown[shape] = recolour(shown[shape], made)
-        return seen(shade(shown, made)), rows, torch.tensor(owner)
+        shown = warp(self.images[chosen], generator)
+        shown[shape] = recolour(shown[shape], generator)
+        return seen(shade(shown, generator)), rows, torch.tensor(owner)
 
 
-def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[Row]:
+def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[TokenizedQuestion]:
     """Prompts as the engines build them, and answers; equal questions are rendered once."""
     blank = np.full((SIDE, SIDE, 3), 255, np.uint8)
     prompts: dict[str, tuple[int, ...]] = {}
@@ -109,7 +111,7 @@ def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[Row]:
             batch = inputs(processor, [question(blank, item.question)])
             prompts[item.question] = tuple(batch["input_ids"][0].tolist())
         rows.append(
-            Row(
+            TokenizedQuestion(
                 prompts[item.question],
                 tuple(answer_tokens(processor, item.answer)),
                 item.label == "colour" or item.question.startswith(ABOUT_COLOUR),
@@ -119,7 +121,9 @@ def tokenize(processor: Any, items: Sequence[FolderItem]) -> list[Row]:
     return rows
 
 
-def answer_loss(model: Any, pixels: torch.Tensor, rows: Sequence[Row], owner: torch.Tensor) -> torch.Tensor:
+def answer_loss(
+    model: Any, pixels: torch.Tensor, rows: Sequence[TokenizedQuestion], owner: torch.Tensor
+) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens; `pixels` ``[pictures, 3, 64, 64]``, `owner` each row's picture."""
     longest = max(len(row.prompt) + len(row.answer) for row in rows)
     ids = torch.full((len(rows), longest), int(model.config.text_config.pad_token_id))

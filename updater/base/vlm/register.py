@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ops.errors import BaseModelError
 from ops.progress import step
-from serving.engines.vlm.base import VlmBase, save_vlm_base
+from serving.engines.vlm.vlm_base import VlmBase, save_vlm_base
 
 HUB = "hf-hub:"
 KEPT = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from ops.progress import say, track
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import Image, question
 from serving.engines.vlm.prompts import inputs
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.demo import prepare_questions
 from streams.folders import FolderItem, read_folder
 from streams.images import decode_image
@@ -72,8 +72,8 @@ def answer(
         pixels = [_white() if blank else np.asarray(decode_image(items[i].bytes())) for i in rows]
         asks = [question(image, items[i].question) for image, i in zip(pixels, rows, strict=True)]
         batch = inputs(processor, asks)
-        made = model.generate(**batch, max_new_tokens=MAX_TOKENS, do_sample=False)
-        texts = processor.tokenizer.batch_decode(made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokens = model.generate(**batch, max_new_tokens=MAX_TOKENS, do_sample=False)
+        texts = processor.tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):
             replies[i] = text
     return replies
@@ -99,7 +99,7 @@ def usual_answers(items: Sequence[FolderItem]) -> dict[str, str]:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         counts[item.question][item.answer] += 1
-    return {asked: min(seen, key=lambda a: (-seen[a], a)) for asked, seen in counts.items()}
+    return {question: min(seen, key=lambda a: (-seen[a], a)) for question, seen in counts.items()}
 
 
 def _white() -> Image:

@@ -14,8 +14,8 @@ import torch
 
 from ops.errors import BaseModelError
 from ops.progress import say, step
-from serving.engines.base import DESCRIPTION, base_directory
-from serving.engines.vlm.base import VlmBase, load_vlm_base, save_vlm_base
+from serving.engines.clip_base import DESCRIPTION, base_directory
+from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 from streams.demo import prepare_questions
 from streams.folders import FolderItem, read_folder
 from updater.base.vlm.model import make_model, make_processor, make_tokenizer, write_model

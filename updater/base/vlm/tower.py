@@ -66,13 +66,13 @@ def warm_up(model: Any, items: Sequence[FolderItem], how: VlmRecipe) -> float:
         "last": nn.Linear(joined, LAST), "middle": nn.Linear(width, MIDDLE), "concept": nn.Linear(joined, concepts)
     })  # fmt: skip
     optimizer = Optimizer([(vision, 1.0), (heads, 1.0)], how, how.tower_steps)
-    made = torch.Generator().manual_seed(how.seed + 2)
+    generator = torch.Generator().manual_seed(how.seed + 2)
     vision.train()
     losses: list[float] = []
     order = torch.empty(0, dtype=torch.int64)
     for _ in track(range(how.tower_steps), "training the vision tower", total=how.tower_steps):
         if len(order) < how.tower_batch:
-            order = torch.cat([order, torch.randperm(len(views.pixels), generator=made)])
+            order = torch.cat([order, torch.randperm(len(views.pixels), generator=generator)])
         rows, order = order[: how.tower_batch], order[how.tower_batch :]
         pixels = views.pixels[rows].float() / 127.5 - 1
         with half_precision():
@@ -98,12 +98,12 @@ def _views(items: Sequence[FolderItem], how: VlmRecipe) -> Views:
     several = sorted(concept for concept, count in counts.items() if concept and count > 1)
     number = {concept: i for i, concept in enumerate(several)}
     concept = torch.tensor([number.get(item.concept, -1) for item in items])
-    made = torch.Generator().manual_seed(how.seed + 1)
+    generator = torch.Generator().manual_seed(how.seed + 1)
     teacher = _Teacher()
     pixels, last, middle = [], [], []
     starts = [(view, start) for view in range(how.views) for start in range(0, len(images), _TEACHER_BATCH)]
     for _, start in track(starts, "asking the teacher"):
-        shown = shade(recolour(warp(images[start : start + _TEACHER_BATCH], made), made), made)
+        shown = shade(recolour(warp(images[start : start + _TEACHER_BATCH], generator), generator), generator)
         pixels.append(((seen(shown) + 1) * 127.5).round().to(torch.uint8))
         far, near = teacher.maps(shown)
         last.append(far)
@@ -118,7 +118,7 @@ class _Teacher:
         self.net: Any = timm.create_model(towers.TRUNK, pretrained=False, num_classes=0)
         self.net.load_state_dict({k: v for k, v in towers.image_state().items() if not k.startswith("classifier.")})
         self.net.eval().to(memory_format=torch.channels_last)
-        self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.components: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @torch.inference_mode()
     def maps(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,12 +136,12 @@ class _Teacher:
 
     def _components(self, name: str, maps: torch.Tensor, count: int) -> torch.Tensor:
         places = maps.flatten(2).transpose(1, 2)
-        if name not in self.found:
+        if name not in self.components:
             flat = places.flatten(0, 1)
             mean = flat.mean(dim=0)
             values, vectors = torch.linalg.eigh(torch.cov((flat - mean).T))
             values, vectors = values[-count:].clamp(min=1e-6), vectors[:, -count:]
             # The root of the deviation: the first components matter more, the last still count.
-            self.found[name] = mean, vectors * (values[-1] ** -0.25) * values**-0.25
-        mean, project = self.found[name]
+            self.components[name] = mean, vectors * (values[-1] ** -0.25) * values**-0.25
+        mean, project = self.components[name]
         return ((places - mean) @ project).to(torch.float16)

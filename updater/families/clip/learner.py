@@ -13,25 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.conv_layout import images_per_pass, set_conv_layout
 from serving.engines.spaces import tower_of
-from updater.adapters import AdapterModel, Delta, LoraModel, WeightModel
-from updater.adapters.kinds import LORA, find
+from updater.adapters import AdapterModel, LoraModel, WeightDelta, WeightModel
+from updater.adapters.parametrizations import LORA, find
+from updater.data.pools import Pair, caption_number
 from updater.families.clip.prepare import TowerPass, stack_boundaries
 from updater.families.clip.towers import SplitTower, Which, first_touched, trained_modules, trained_parameters
 from updater.families.clip.views import phrased, view_pixels
-from updater.learner import CHUNK, Learner
 from updater.objectives import Features, Objective, Sides, Texts
-from updater.pools import Pair, caption_number
 from updater.recipes import Part, Recipe
-from updater.shards import Shards, Values, spans
+from updater.step.learner import CHUNK, Learner
+from updater.step.shards import Shards, Values, spans
 
 WHICH: tuple[Which, Which] = ("image", "text")
 
 
 @dataclass
-class Further:
+class ExtraTexts:
     """Texts of an objective's own: each with its example, or -1 for one that is in every batch."""
 
     texts: list[str]
@@ -51,7 +51,7 @@ class ClipLearner(Learner[Pair]):
 
     base: ClipBase
 
-    def __init__(self, base: ClipBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
+    def __init__(self, base: ClipBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
         trained, model = adapted_model(base, plain, recipe, start, seed, device)
         set_conv_layout(model.model.get_submodule("visual"))
@@ -80,12 +80,12 @@ class ClipLearner(Learner[Pair]):
         known = sorted({pair.label for pair in self.examples if pair.label})
         place = {label: number for number, label in enumerate(known)}
         self.labels = torch.tensor([place.get(pair.label, -1) for pair in self.examples])
-        self.further: dict[str, Further] = {}
+        self.extra_texts: dict[str, ExtraTexts] = {}
         for term, objective in self.objectives:
             objective.begin(self.texts, known)
             wanted = objective.further_texts(self.texts, known) if term.weight > 0 else []
             if wanted:
-                self.further[term.name] = self._further_of(term.name, wanted, objective, between)
+                self.extra_texts[term.name] = self._extra_texts_of(term.name, wanted, objective, between)
 
     def _tower_passes(self) -> dict[Which, TowerPass]:
         """Boundaries are kept of the text tower first, which takes less, and of the image tower if there is room."""
@@ -104,9 +104,9 @@ class ClipLearner(Learner[Pair]):
     def settled(self) -> str:
         return f"{self.tower_passes['image'].keep} {self.tower_passes['text'].keep}"
 
-    def _further_of(
+    def _extra_texts_of(
         self, term: str, wanted: Sequence[tuple[int, str]], objective: Objective[Any], between: Callable[[], None]
-    ) -> Further:
+    ) -> ExtraTexts:
         texts = [text for _, text in wanted]
         teachers = [name for name in objective.teachers if name != "momentum"]
         learns = self.learning["text"] and not objective.frozen_texts
@@ -121,7 +121,7 @@ class ClipLearner(Learner[Pair]):
         contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
         shards = Shards(self.work.folder, layout, contents, None, compute, between)
-        return Further(texts, [example for example, _ in wanted], teachers, shards, common)
+        return ExtraTexts(texts, [example for example, _ in wanted], teachers, shards, common)
 
     def decode(self, example: Pair, image: bytes) -> np.ndarray:
         return view_pixels(self.base.preprocess, image, example, self.recipe.views)
@@ -149,29 +149,29 @@ class ClipLearner(Learner[Pair]):
 
     def ready(self, rows: Sequence[int]) -> None:
         super().ready(rows)
-        for further in self.further.values():
-            further.shards.ready(further.of(rows))
+        for extra in self.extra_texts.values():
+            extra.shards.ready(extra.of(rows))
 
     def prepared_gflops(self) -> float:
         return super().prepared_gflops() + sum(
-            math.fsum(further.shards.gflops.values()) for further in self.further.values()
+            math.fsum(extra.shards.gflops.values()) for extra in self.extra_texts.values()
         )
 
     def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
         own = super().row_gflops(rows)
-        for further in self.further.values():
-            texts = [number for number in further.of(rows) if further.example[number] >= 0]
-            counts = Counter(self.parts[further.example[number]] for number in texts)
+        for extra in self.extra_texts.values():
+            texts = [number for number in extra.of(rows) if extra.example[number] >= 0]
+            counts = Counter(self.parts[extra.example[number]] for number in texts)
             for part, count in counts.items():
-                per_text = further.shards.mean_gflops([n for n in texts if self.parts[further.example[n]] == part])
+                per_text = extra.shards.mean_gflops([n for n in texts if self.parts[extra.example[n]] == part])
                 own[part] += per_text * count / sum(self.parts[row] == part for row in rows)
         return own
 
     def texts_gflops(self) -> float:
         total = 0.0
-        for further in self.further.values():
-            common = [number for number, example in enumerate(further.example) if example < 0]
-            total += further.shards.mean_gflops(common) * len(common)
+        for extra in self.extra_texts.values():
+            common = [number for number, example in enumerate(extra.example) if example < 0]
+            total += extra.shards.mean_gflops(common) * len(common)
         return total
 
     def length(self, row: int) -> int:
@@ -193,7 +193,7 @@ class ClipLearner(Learner[Pair]):
             caption=self.captions[index].to(device),
             label=self.labels[index].to(device),
             scale=self.scale,
-            texts={name: self._further(further, rows) for name, further in self.further.items()},
+            texts={name: self._extra_texts_in(extra, rows) for name, extra in self.extra_texts.items()},
         )
 
     def _teacher(self, name: str, rows: Sequence[int]) -> Sides:
@@ -242,18 +242,18 @@ class ClipLearner(Learner[Pair]):
 
         return self.passes(run, rows)
 
-    def _further(self, further: Further, rows: Sequence[int]) -> Texts:
+    def _extra_texts_in(self, extra: ExtraTexts, rows: Sequence[int]) -> Texts:
         device = self.model.device
         place = {row: number for number, row in enumerate(rows)} | {-1: -1}
-        chosen = further.of(rows)
-        shards, empty = further.shards, torch.zeros(0, self.base.dim, device=device)
+        chosen = extra.of(rows)
+        shards, empty = extra.shards, torch.zeros(0, self.base.dim, device=device)
         if not chosen:
             none = torch.zeros(0, dtype=torch.long, device=device)
-            return Texts(text=empty, teachers=dict.fromkeys(further.teachers, empty), row=none, number=none)
+            return Texts(text=empty, teachers=dict.fromkeys(extra.teachers, empty), row=none, number=none)
         return Texts(
-            text=self._texts(further.tower, shards, "", further.texts, chosen),
-            teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in further.teachers},
-            row=torch.tensor([place[further.example[number]] for number in chosen], dtype=torch.long, device=device),
+            text=self._texts(extra.tower, shards, "", extra.texts, chosen),
+            teachers={name: torch.stack(shards.get(name, chosen)).to(device) for name in extra.teachers},
+            row=torch.tensor([place[extra.example[number]] for number in chosen], dtype=torch.long, device=device),
             number=torch.tensor(chosen, dtype=torch.long, device=device),
         )
 
@@ -272,7 +272,7 @@ def _extend(values: dict[str, list[Tensor]], tower: str, more: Values) -> None:
 
 
 def adapted_model(
-    base: ClipBase, plain: nn.Module, recipe: Recipe, start: Delta, seed: int, device: str
+    base: ClipBase, plain: nn.Module, recipe: Recipe, start: WeightDelta, seed: int, device: str
 ) -> tuple[list[str], AdapterModel]:
     """Names of what learns, and the model in which it does."""
     kind = recipe.adapter.kind

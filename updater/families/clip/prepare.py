@@ -13,7 +13,7 @@ from torch import Tensor
 
 from updater.adapters import AdapterModel
 from updater.families.clip.towers import SplitTower
-from updater.shards import Values
+from updater.step.shards import Values
 
 
 @dataclass

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.base import ClipBase
+from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
-from updater.adapters.kinds.base import Selects
+from updater.adapters.parametrizations.base import Selects
 from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
-from updater.precision import computing
 from updater.recipes import Recipe, Tower, TrainPrecision
+from updater.step.precision import computing
 
 Which = Literal["image", "text"]
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)

@@ -12,7 +12,7 @@ from PIL import Image
 from ops.digests import digest12
 from serving.engines.preprocess import Preprocess
 from streams.images import open_image
-from updater.pools import Pair
+from updater.data.pools import Pair
 from updater.recipes import PLACE, Views
 
 SHORT_WORDS = 3

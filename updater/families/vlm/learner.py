@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from streams.images import decode_image
-from updater.adapters import Delta, LoraModel
+from updater.adapters import LoraModel, WeightDelta
+from updater.data.pools import Question
 from updater.families.vlm.parts import sees, trained_modules
 from updater.families.vlm.reader import LONGEST, Read, Reader, Tokens, pad
-from updater.learner import CHUNK, Learner
 from updater.objectives import Answers, Teacher
 from updater.objectives.token_distillation import summarise
-from updater.pools import Question
 from updater.recipes import Recipe
-from updater.shards import Values
+from updater.step.learner import CHUNK, Learner
+from updater.step.shards import Values
 
 TOP = 256
 """Tokens of a teacher's distribution that are kept one by one; the others are one."""
@@ -35,7 +35,7 @@ class VlmLearner(Learner[Question]):
 
     base: VlmBase
 
-    def __init__(self, base: VlmBase, recipe: Recipe, start: Delta, seed: int, device: str = "cpu") -> None:
+    def __init__(self, base: VlmBase, recipe: Recipe, start: WeightDelta, seed: int, device: str = "cpu") -> None:
         plain = base.build_model()
         trained = trained_modules(base, plain, recipe)
         super().__init__(base, recipe, LoraModel(base, trained, recipe.rank, recipe.alpha, start, seed, device))
@@ -97,12 +97,12 @@ class VlmLearner(Learner[Question]):
             if self.parts[rows[0]] not in parts:
                 continue
             shared = self.keeps_features and (name == "incumbent" or not self.adapted_eyes)
-            eyes = self._from_features(features, beside) if shared else read.images
+            image_inputs = self._from_features(features, beside) if shared else read.images
             with self.model.base() if name == "base" else nullcontext():
-                logits = self._logits(self.model.model, read.sequences, eyes)
+                logits = self._logits(self.model.model, read.sequences, image_inputs)
             owner = _targets(read.sequences, logits.device)[1]
-            said = summarise(logits.cpu(), TOP)
-            own = [said[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
+            summaries = summarise(logits.cpu(), TOP)
+            own = [summaries[(owner.cpu() == place).nonzero().flatten()] for place in range(len(rows))]
             values[f"{name}.tokens"] = [each.tokens for each in own]
             values[f"{name}.logprobs"] = [each.logprobs for each in own]
             values[f"{name}.rest"] = [each.rest for each in own]
@@ -152,13 +152,13 @@ class VlmLearner(Learner[Question]):
         logits = self._logits(model, read.sequences, read.images, self.longest_batch)
         return F.cross_entropy(logits, _targets(read.sequences, logits.device)[0])
 
-    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], eyes: Inputs, length: int = 0) -> Tensor:
+    def _logits(self, model: nn.Module, sequences: Sequence[Tokens], image_inputs: Inputs, length: int = 0) -> Tensor:
         """Before each answer token of all sequences, one after another: logits, float32 [t, vocabulary]."""
         vlm = cast(Any, model)
         device = next(model.parameters()).device
         batch = _to(pad(sequences, length), device)
         with self.computing():
-            hidden = vlm.base_model(**batch, **_to(eyes, device), use_cache=False).last_hidden_state
+            hidden = vlm.base_model(**batch, **_to(image_inputs, device), use_cache=False).last_hidden_state
         _, row = _targets(sequences, device)
         place = torch.cat([torch.arange(len(each) - each.answer, len(each)) for each in sequences]).to(device)
         return cast(Tensor, vlm.get_output_embeddings()(hidden[row, place - 1].float()))
@@ -168,9 +168,9 @@ class VlmLearner(Learner[Question]):
         tensor, and has to be computed at each step."""
         inner = cast(Any, self.model.model).base_model
         with self.computing():
-            made = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
-        given = made.pooler_output
-        if set(made.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
+            output = inner.get_image_features(**_to(images, self.model.device), return_dict=True)
+        given = output.pooler_output
+        if set(output.keys()) - {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}:
             return []
         self.stacked = isinstance(given, Tensor)
         return [each.detach().cpu().clone() for each in given]
@@ -200,12 +200,12 @@ class VlmLearner(Learner[Question]):
         places = [place for place, row in enumerate(rows) if self.parts[row] in self.taught[name]]
         known = [rows[place] for place in places]
         columns = [self.shards.get(f"{name}.{key}", known) for key in ("tokens", "logprobs", "rest")]
-        told = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
-        said = [told.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
+        by_place = {place: Teacher(*(column[i] for column in columns)) for i, place in enumerate(places)}
+        teachers = [by_place.get(place) or _silence(each.answer, k) for place, each in enumerate(sequences)]
         return Teacher(
-            torch.cat([each.tokens for each in said]).to(logits.device),
-            torch.cat([each.logprobs for each in said]).to(logits.device),
-            torch.cat([each.rest for each in said]).to(logits.device),
+            torch.cat([each.tokens for each in teachers]).to(logits.device),
+            torch.cat([each.logprobs for each in teachers]).to(logits.device),
+            torch.cat([each.rest for each in teachers]).to(logits.device),
         )
 
 

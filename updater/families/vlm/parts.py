@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from serving.engines.vlm.base import VlmBase
+from serving.engines.vlm.vlm_base import VlmBase
 from updater.families.modules import BLOCK_LISTS, late_layers, some
 from updater.recipes import Recipe, Tower
 
@@ -29,11 +29,11 @@ def trained_modules(base: VlmBase, model: nn.Module, recipe: Recipe) -> list[str
 
 def find_blocks(names: Iterable[str]) -> tuple[str, int]:
     """Name of the list of blocks that most of these layers are in, and how many there are; ("", 0) without one."""
-    found = [(match[1], int(match[2])) for match in map(_BLOCK.match, names) if match]
-    if not found:
+    numbered = [(match[1], int(match[2])) for match in map(_BLOCK.match, names) if match]
+    if not numbered:
         return "", 0
-    blocks = Counter(name for name, _ in found).most_common(1)[0][0]
-    return blocks, 1 + max(number for name, number in found if name == blocks)
+    blocks = Counter(name for name, _ in numbered).most_common(1)[0][0]
+    return blocks, 1 + max(number for name, number in numbered if name == blocks)
 
 
 def sees(base: VlmBase, names: Iterable[str]) -> bool:

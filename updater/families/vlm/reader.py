@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from serving.engines.vlm.base import VlmBase
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs, render
+from serving.engines.vlm.vlm_base import VlmBase
 from serving.errors import InvalidRequest
-from updater.pools import Question
+from updater.data.pools import Question
 
 SMALL = 64
 """Values of one image that are no pixels, such as its grid of patches, are at most this many."""

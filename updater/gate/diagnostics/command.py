@@ -7,14 +7,14 @@ from itertools import chain
 
 from ops.errors import GateError
 from ops.settings import Settings
-from serving.engines.base import load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import load_base
 from streams.store import SampleStore
-from updater.draw import HAVING
+from updater.data.draw import HAVING
 from updater.gate.clip import ClipEvaluator
 from updater.gate.diagnostics.hard_pairs import HardPair, hard_pairs
-from updater.gate.fresh import fresh_suites
-from updater.gate.held_out import WORDS, HeldOut
+from updater.gate.held_out import TEXT_COLUMNS, HeldOut
+from updater.gate.sample_suites import fresh_suites
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite, load_suites
 
@@ -61,4 +61,4 @@ def _fresh(settings: Settings) -> list[Suite]:
     store = SampleStore(settings.lake)
     held_out = HeldOut(store, store.version(), HAVING["clip"])
     gate = settings.gate
-    return fresh_suites(held_out.rows(WORDS), min_items=gate.min_items, limit=gate.max_items, images=held_out)
+    return fresh_suites(held_out.rows(TEXT_COLUMNS), min_items=gate.min_items, limit=gate.max_items, images=held_out)

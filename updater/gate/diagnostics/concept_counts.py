@@ -18,7 +18,7 @@ import numpy as np
 
 from ops.digests import digest12, digest_json
 from streams.store import Having, SampleStore
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 
 MAX_ROWS = 1_000_000
 """Samples whose words are looked at, some 10 s; of more, every n-th, and counts are multiplied by n."""
@@ -73,12 +73,12 @@ class StoreCounts:
         rows = self.store.count(self.version, "train", having=self.having)
         stride = max(1, -(-rows // MAX_ROWS))
         path = self._path(terms, rows)
-        known = kept(path, ("counts", "counted")) if path else None
+        known = load_arrays(path, ("counts", "counted")) if path else None
         if known is None or known[0].shape != (len(terms),):
             counts, counted = count_terms(self._samples(stride), terms)
             known = [counts * stride, np.array(counted)]
             if path:
-                keep(path, counts=known[0], counted=known[1])
+                store_arrays(path, counts=known[0], counted=known[1])
         of = {term: int(count) for term, count in zip(terms, known[0], strict=True)}
         return Counts(of, rows, int(known[1]))
 

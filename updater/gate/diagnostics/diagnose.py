@@ -29,23 +29,23 @@ def diagnose(
     if not scores:
         return Diagnostics()
     warnings = []
-    found = Diagnostics()
+    diagnostics = Diagnostics()
     try:
-        found = evaluator.diagnostics(scores, incumbent, candidate)
+        diagnostics = evaluator.diagnostics(scores, incumbent, candidate)
     except (RatchetError, RuntimeError, ValueError) as error:
         warnings.append(f"features and answers could not be compared: {error}")
     try:
-        found = replace(found, tail=measure_tail(scores, counts) if counts else None)
+        diagnostics = replace(diagnostics, tail=measure_tail(scores, counts) if counts else None)
     except RatchetError as error:
         warnings.append(f"results are not split by how often concepts were seen: {error.message}")
-    return replace(found, warnings=(*_moved_away(found), *warnings))
+    return replace(diagnostics, warnings=(*_moved_away(diagnostics), *warnings))
 
 
-def _moved_away(found: Diagnostics) -> list[str]:
+def _moved_away(diagnostics: Diagnostics) -> list[str]:
     """Suites whose share of "yes" left the truth."""
     return [
         f'{name}: "yes" is {share.after:.0%} of the answers, before {share.before:.0%}; it is right for '
         f"{share.truth:.0%} (a warning from {YES_BOUND:.0%} further away)"
-        for name, share in found.yes.items()
+        for name, share in diagnostics.yes.items()
         if share.moved_away > YES_BOUND
     ]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ops.digests import digest12, digest_json
 from updater.gate.diagnostics.concept_counts import content_words
 from updater.gate.score import Scorer, Vectors
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item, spread
 from updater.gate.suites import Suite
 
@@ -54,7 +54,7 @@ class HardPair:
 def hard_pairs(scorer: Scorer, suite: Suite) -> tuple[HardPair, ...]:
     """The pairs of a retrieval suite, the most similar first; mined once where the suite's scores are kept, too."""
     path = pair_file(scorer, suite, None, "hard pairs")
-    known = kept(path, ("places", "cosines")) if path else None
+    known = load_arrays(path, ("places", "cosines")) if path else None
     if known is not None and known[0].ndim == 2 and (known[0] < len(suite.items())).all():
         rows = zip(known[0].tolist(), known[1].tolist(), strict=True)
         return tuple(HardPair(*places, *cosines) for places, cosines in rows)
@@ -68,7 +68,7 @@ def hard_pairs(scorer: Scorer, suite: Suite) -> tuple[HardPair, ...]:
         for pair in mine_pairs(own, images, texts)
     )
     if path:
-        keep(
+        store_arrays(
             path,
             places=np.array([[pair.first, pair.second] for pair in pairs], np.int64).reshape(-1, 2),
             cosines=np.array([[pair.image_similarity, pair.text_similarity] for pair in pairs]).reshape(-1, 2),

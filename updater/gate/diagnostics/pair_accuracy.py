@@ -14,7 +14,7 @@ from updater.gate.diagnostics.results import PairAccuracy, PairImage, ShownPair
 from updater.gate.diagnostics.tail import interval
 from updater.gate.regressions import MOST_CHARS, thumbnail
 from updater.gate.score import Scorer
-from updater.gate.score_cache import keep, kept
+from updater.gate.score_cache import load_arrays, store_arrays
 from updater.gate.suite_items import Item
 from updater.gate.suites import Suite
 
@@ -44,7 +44,7 @@ def pair_accuracy(scorer: Scorer, suite: Suite, incumbent: str | None, candidate
 def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter: str | None) -> NDArray[np.bool_]:
     """Whether one model tells each pair apart: bool [pairs]; kept beside the suite's scores."""
     path = pair_file(scorer, suite, adapter, "right pairs", [[pair.first, pair.second] for pair in pairs])
-    known = kept(path, ("right",)) if path else None
+    known = load_arrays(path, ("right",)) if path else None
     if known is not None and known[0].shape == (len(pairs),):
         return known[0].astype(bool)
     items = suite.items()
@@ -54,7 +54,7 @@ def right_pairs(scorer: Scorer, suite: Suite, pairs: Sequence[HardPair], adapter
     texts = tuple(scorer.texts([item.text for item in side], adapter, label) for side in sides)
     right = told_apart((images[0], images[1]), (texts[0], texts[1]))
     if path:
-        keep(path, right=right)
+        store_arrays(path, right=right)
     return right
 
 

@@ -51,7 +51,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class PairImage:
-    """One image of a pair. A sample of the store has its id alone, see :class:`updater.gate.verdict.Worse`."""
+    """One image of a pair. A sample of the store has its id alone, see :class:`updater.gate.verdict.Regression`."""
 
     text: str
     thumbnail: str

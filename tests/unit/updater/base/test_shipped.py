@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
 from serving.engines.adapters import write_adapter
-from serving.engines.base import ClipBase, load_base
 from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.golden_inputs import golden_pixels
 from updater.base import build_base, towers
 from updater.base.shipped import ASSETS, PROJECTIONS, read_projections

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.fixtures.tiny_vlm import tiny_vlm_base
 from ops.errors import BaseModelError
-from serving.engines.vlm.base import load_vlm_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from serving.engines.vlm.vlm_base import load_vlm_base
 from updater.base.vlm import add_vlm
 
 

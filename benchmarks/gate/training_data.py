@@ -1,0 +1,67 @@
+"""What the candidates are trained on: pairs of the prepared domains' training splits, and lies about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.gate.plans import KNOWN, Plan
+from ops.digests import digest_json
+from streams.folders import FolderItem, read_folder
+from updater.base.shipped import REFERENCE
+from updater.data.pools import Pair, Pools
+
+REFERENCE_PAIRS = 160
+NOTHING = "a picture"
+"""What every picture of a forgotten domain is called."""
+
+
+def pools(plan: Plan, home: Path) -> Pools:
+    """The pools of one candidate; the same for the same plan."""
+    rng = np.random.default_rng(plan.seed)
+    lies = round(plan.new * plan.share)
+    new = pairs(home, plan.domain, plan.new - lies, rng)
+    if plan.lie == "shuffled":
+        new = captioned(new, [new[i].text for i in rng.permutation(len(new))])
+    elif lies:
+        about = [plan.victim] if plan.victim else list(KNOWN)
+        known = [pair for domain in about for pair in pairs(home, domain, lies // len(about), rng)]
+        new += captioned(known, [NOTHING] * len(known) if plan.lie == "forgotten" else _others(known))
+    if plan.recipe.mixture.reference == 0:
+        return Pools(tuple(new)).shuffled(plan.seed)
+    held = [domain for domain in REFERENCE if domain != plan.victim]
+    reference = [pair for domain in held for pair in pairs(home, domain, REFERENCE_PAIRS // len(held), rng)]
+    return Pools(tuple(new), tuple(reference)).shuffled(plan.seed)
+
+
+def pairs(home: Path, domain: str, count: int, rng: np.random.Generator) -> list[Pair]:
+    """``count`` pairs of the part of a domain's training split that is not reserved (all, where there are fewer)."""
+    rows = _rows(home / "data" / domain)
+    chosen = rng.permutation(len(rows))[:count]
+    return [Pair(f"{domain}/{rows[i].path.name}", rows[i].text, rows[i].bytes) for i in chosen]
+
+
+def captioned(given: Sequence[Pair], texts: Sequence[str]) -> list[Pair]:
+    """The same pictures with other captions."""
+    return [replace(pair, text=text) for pair, text in zip(given, texts, strict=True)]
+
+
+def _others(given: Sequence[Pair]) -> list[str]:
+    """Each picture gets the caption of another, and equal captions go to equal ones: a lie that can be learnt."""
+    texts = sorted({pair.text for pair in given})
+    next_one = dict(zip(texts, texts[1:] + texts[:1], strict=True))
+    return [next_one[pair.text] for pair in given]
+
+
+def reserved(row: FolderItem) -> bool:
+    """Whether no candidate trains on a row of a training split: half of the concepts, by their hash."""
+    return int(digest_json(["reserved", row.concept or row.text or row.path.name])[:8], 16) % 2 == 1
+
+
+@lru_cache(maxsize=8)
+def _rows(folder: Path) -> list[FolderItem]:
+    return [row for row in read_folder(folder, split="train") if row.text and not reserved(row)]

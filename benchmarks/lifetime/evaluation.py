@@ -1,0 +1,108 @@
+"""The gate, asked about a simulated model: its own suites, its own decision, ranks instead of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.gate.cases import Answers, item_scores_of
+from benchmarks.lifetime.world import Model, World
+from ops.settings import Gate
+from updater.gate.decision import Findings, Scores, decide
+from updater.gate.memory_suites import choose_memory, memory_suites
+from updater.gate.sample_suites import fresh_suites
+from updater.gate.suites import Suite
+
+Sample = tuple[str, int]
+"""Domain and item of a held-out sample."""
+
+
+class NoImages:
+    """Nobody looks at the images of simulated samples."""
+
+    def expect(self, ids: Sequence[str]) -> None:
+        """Nothing is read."""
+
+    def __call__(self, sample: str) -> bytes:
+        raise NotImplementedError("a simulated sample has no image")
+
+
+@dataclass(frozen=True, slots=True)
+class RankedSuite:
+    """A suite, and where its items' ranks are in a model."""
+
+    suite: Suite
+    rows: tuple[tuple[str, np.ndarray], ...]
+    """By domain, in the suite's order of items."""
+
+    def answers(self, model: Model, *, ranked: bool) -> Answers:
+        """Ranks of the right answers [items, views], or hits where the gate is to see no ranks."""
+        ranks: Answers = np.concatenate([model[name][rows] for name, rows in self.rows])
+        return ranks if ranked else (ranks < self.suite.k).astype(np.float64)
+
+
+def static_suites(world: World) -> list[RankedSuite]:
+    """Those that ask about what the base knew."""
+    return [RankedSuite(domain.suite, ((domain.name, np.arange(domain.suite_items)),)) for domain in world.static]
+
+
+def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
+    """Gain suites of new held-out samples."""
+    table = _table(samples)
+    suites = fresh_suites(table, min_items=settings.min_items, limit=settings.max_items, images=NoImages())
+    return [_ranked_suite(suite) for suite in suites]
+
+
+def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
+    """Retention suites of held-out samples of what was learned."""
+    table, fewest = _table(samples), 2 * settings.min_items
+    suites = memory_suites(table, choose_memory(table, fewest), "clip", fewest, NoImages())
+    return [_ranked_suite(suite) for suite in suites]
+
+
+def findings_of(
+    suites: Sequence[RankedSuite],
+    base: Model,
+    incumbent: Model,
+    candidate: Model,
+    best: Mapping[str, tuple[str, Model]],
+    level: float,
+    settings: Gate,
+    *,
+    ranked: bool = True,
+) -> Findings:
+    """What the gate finds out by asking all suites at a level.
+
+    Args:
+        best: name and model of the best release, by retention suite.
+        ranked: whether the gate sees ranks; else hits alone.
+    """
+    scores = []
+    for each in suites:
+        sides = [
+            item_scores_of(each.suite, each.answers(model, ranked=ranked)) for model in (base, incumbent, candidate)
+        ]
+        before = sides[0] if incumbent is base else sides[1]
+        name, released = best.get(each.suite.name, ("", None))
+        rival = None if released is None else item_scores_of(each.suite, each.answers(released, ranked=ranked))
+        scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
+    return decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
+
+
+def _table(samples: Sequence[Sample]) -> pa.Table:
+    ids = [f"{domain}/{item}" for domain, item in samples]
+    return pa.table({"id": ids, "text": ids, "domain": [domain for domain, _ in samples]})
+
+
+def _ranked_suite(suite: Suite) -> RankedSuite:
+    places = [item.sample_id.rsplit("/", 1) for item in suite.items()]
+    rows: list[tuple[str, np.ndarray]] = []
+    start = 0
+    for end in range(1, len(places) + 1):  # runs of one domain
+        if end == len(places) or places[end][0] != places[start][0]:
+            rows.append((places[start][0], np.array([int(item) for _, item in places[start:end]])))
+            start = end
+    return RankedSuite(suite, tuple(rows))

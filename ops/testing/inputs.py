@@ -1,0 +1,73 @@
+"""Inputs that benchmarks and tests make themselves: random adapters and drawn pictures, always the same."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from serving.engines.adapters import write_adapter
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+
+
+def random_adapter(
+    base: ClipBase | VlmBase,
+    folder: Path,
+    seed: int,
+    parts: Sequence[str] | None = None,
+    rank: int = 8,
+    scale: float = 0.3,
+) -> str:
+    """Write an adapter of random weights and return its name.
+
+    Args:
+        parts: keys of the base's ``lora_targets``; all when unset.
+        scale: about the size of the change, relative to the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    touched: list[str] = []
+
+    def pair(module: str, weight: torch.Tensor) -> None:
+        tail = (1,) * (weight.dim() - 2)
+        size = scale * float(weight.std()) / rank**0.5
+        down = torch.randn(rank, weight.shape[1], *tail, generator=generator)
+        up = torch.randn(weight.shape[0], rank, *tail, generator=generator) * size
+        tensors[f"base_model.model.{module}.lora_A.weight"] = down
+        tensors[f"base_model.model.{module}.lora_B.weight"] = up
+
+    patterns = [re.compile(base.lora_targets[part]) for part in parts or base.lora_targets]
+    for name, module in base.build_model().named_modules():
+        if not any(pattern.fullmatch(name) for pattern in patterns):
+            continue
+        touched.append(name)
+        if isinstance(module, nn.MultiheadAttention):
+            pair(name, module.in_proj_weight)
+            pair(f"{name}.base_layer.out_proj", module.out_proj.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            pair(name, module.weight)
+    targets = "|".join(re.escape(name) for name in touched)
+    return write_adapter(folder, tensors, {"r": rank, "lora_alpha": rank, "target_modules": f"(?:{targets})"}, base)
+
+
+def pictures(count: int) -> list[bytes]:
+    """Small drawn images, encoded as PNG."""
+    images = []
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        image = Image.new("RGB", (128, 128), tuple(int(v) for v in random.integers(0, 256, 3)))
+        draw = ImageDraw.Draw(image)
+        for _ in range(6):
+            x, y, w, h = (int(v) for v in random.integers(0, 96, 4))
+            draw.ellipse((x, y, x + w + 4, y + h + 4), fill=tuple(int(v) for v in random.integers(0, 256, 3)))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return images

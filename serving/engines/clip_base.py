@@ -1,0 +1,333 @@
+"""Bases: frozen CLIP checkpoints, each a self-contained directory ``home/bases/<name>``.
+
+    base.json           what the model is, how images and texts enter it, digests of every tensor
+    model.safetensors   weights and persistent buffers, float32
+    text/               Hugging Face tokenizer and config files, for towers that need them
+
+Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.base``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safetensors import SafetensorError
+
+from ops.digests import digest12, digest_json
+from ops.errors import BaseModelError
+from serving.engines.preprocess import Preprocess
+from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
+from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
+    import torch
+    from torch import nn
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+DESCRIPTION = "base.json"
+TEXT_FILES = "text"
+"""Folder of the tokenizer's and the text tower's Hugging Face files inside a base directory."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class ClipBase:
+    """One registered base. Cheap to hold: weights are read by :meth:`build_model`."""
+
+    family: ClassVar[str] = "clip"
+
+    name: str
+    directory: Path
+    digest: str
+    """64 hex digits over weights, architecture, preprocessing and tokenizer."""
+    model_cfg: dict[str, Any]
+    """open_clip's model configuration; ``hf_model_name`` in it is a folder inside ``directory``."""
+    preprocess: Preprocess
+    context_length: int
+    """Tokens."""
+    dim: int
+    lora_targets: dict[str, str]
+    """Regular expressions over module names (PEFT full match), by tower: ``image`` and ``text``."""
+    tokenizer_cfg: dict[str, Any]
+    tokenizer_digest: str
+    tensors: dict[str, str] = field(repr=False)
+    """SHA-256 of every tensor by name."""
+    weights_bytes: int
+    about: dict[str, Any] = field(default_factory=dict)
+    """Where it came from: free text for people (source, licence, attribution)."""
+
+    @cached_property
+    def spaces(self) -> Spaces:
+        """Embedding spaces of the base alone."""
+        return self.spaces_with({})
+
+    def spaces_with(self, changed: Mapping[str, torch.Tensor]) -> Spaces:
+        """Embedding spaces when these tensors (effective weights, by name) replace the base's."""
+        return make_spaces(
+            self.tensors,
+            self.preprocess.to_json(),
+            self.tokenizer_digest,
+            self.context_length,
+            self.dim,
+            changed,
+        )
+
+    def build_model(self) -> nn.Module:
+        """The model in ``eval`` mode, float32, no gradients; weights are memory-mapped from the directory.
+
+        Raises :class:`BaseModelError` when the files are missing, cut short or of another model.
+        """
+        from safetensors.torch import load_file
+
+        path = self.directory / WEIGHTS
+        if not path.is_file() or path.stat().st_size != self.weights_bytes:
+            state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
+            raise BaseModelError(
+                f"Base {self.name!r}: {path} {state}, expected {self.weights_bytes}.",
+                "Remove the directory and run `ratchet base build` (or `ratchet base add`) again.",
+            )
+        model = construct(self.model_cfg, self.directory)
+        try:
+            model.load_state_dict(load_file(path), strict=True, assign=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise BaseModelError(
+                f"Base {self.name!r}: the weights in {path} do not fit its configuration: {error}",
+                "Remove the directory and register the base again.",
+            ) from error
+        return model.eval().requires_grad_(False)
+
+    def tokenizer(self) -> Tokenizer:
+        """``list[str]`` -> ``int64 [n, at most context_length]``, trimmed to the longest text where the tower can."""
+        return make_tokenizer(self.tokenizer_cfg, self.directory, self.context_length)
+
+    def verify(self) -> None:
+        """Hash every tensor on disk again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
+        from safetensors.torch import load_file
+
+        digests = tensor_digests(load_file(self.directory / WEIGHTS))
+        wrong = sorted(name for name in digests.keys() | self.tensors if digests.get(name) != self.tensors.get(name))
+        if wrong:
+            raise BaseModelError(
+                f"Base {self.name!r}: {len(wrong)} tensors differ from their recorded digest, first {wrong[0]!r}.",
+                "The file is damaged or was edited: remove the directory and register the base again.",
+            )
+
+
+def base_directory(home: Path | str, name: str) -> Path:
+    """``home/bases/<name>``; raises :class:`BaseModelError` for names that could leave that folder."""
+    if not _NAME.fullmatch(name):
+        raise BaseModelError(
+            f"{name!r} is not a name for a base.", "Use letters, digits, dot, dash, underscore; at most 64."
+        )
+    return Path(home) / "bases" / name
+
+
+def load_base(home: Path | str, name: str) -> ClipBase:
+    """The registered base ``name``. Raises :class:`BaseModelError` when there is none or its file is damaged."""
+    directory = base_directory(home, name)
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        raise BaseModelError(
+            f"There is no base {name!r} in {directory.parent}.",
+            "Make the shipped one with `ratchet base build`, or register one with `ratchet base add`.",
+        )
+    try:
+        value = json.loads(path.read_text())
+        if value.get("family", "clip") != "clip":
+            raise BaseModelError(f"Base {name!r} is not a CLIP.", "Set base.clip to a CLIP (`ratchet base list`).")
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']} is not {FORMAT}")
+        return ClipBase(
+            name=name,
+            directory=directory,
+            digest=value["digest"],
+            model_cfg=value["model_cfg"],
+            preprocess=Preprocess.from_json(value["preprocess"]),
+            context_length=value["context_length"],
+            dim=value["dim"],
+            lora_targets=value["lora_targets"],
+            tokenizer_cfg=value["tokenizer_cfg"],
+            tokenizer_digest=value["tokenizer_digest"],
+            tensors=value["tensors"],
+            weights_bytes=value["weights_bytes"],
+            about=value["about"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            f"{path} cannot be read: {error!r}.", "Remove the directory and register the base again."
+        ) from error
+
+
+def list_bases(home: Path | str, family: str | None = None) -> list[str]:
+    """Names of the registered bases, of one family or of all."""
+    bases = {path.parent.name: _described(path.parent) for path in (Path(home) / "bases").glob(f"*/{DESCRIPTION}")}
+    return sorted(name for name, about in bases.items() if family in (None, about.get("family", "clip")))
+
+
+def save_base(
+    home: Path | str,
+    name: str,
+    model: nn.Module,
+    model_cfg: dict[str, Any],
+    preprocess: Preprocess,
+    tokenizer_cfg: dict[str, Any],
+    *,
+    text_files: Path | None = None,
+    lora_targets: dict[str, str] | None = None,
+    about: dict[str, Any] | None = None,
+    replace: bool = False,
+) -> ClipBase:
+    """Register a model as base ``name``: everything is written beside and moved into place in one step.
+
+    ``text_files`` is a folder of Hugging Face files to carry along (as ``text/``). A base of the same content
+    is left as it is; another content under the same name is an error unless ``replace``.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    target = base_directory(home, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        if text_files is not None:
+            shutil.copytree(text_files, work / TEXT_FILES)
+        state = {
+            key: (value.float() if value.is_floating_point() else value).detach().cpu().contiguous().clone()
+            for key, value in model.state_dict().items()
+        }
+        bad = sorted(k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all())
+        if bad:
+            raise BaseModelError(
+                f"Base {name!r}: {bad[0]!r} holds values that are not finite.", "Use another checkpoint."
+            )
+        save_file(state, work / WEIGHTS)
+        text_cfg = model_cfg["text_cfg"]
+        described: dict[str, Any] = {
+            "model_cfg": model_cfg,
+            "preprocess": preprocess.to_json(),
+            "tokenizer_cfg": tokenizer_cfg,
+            "tokenizer_digest": tokenizer_digest(tokenizer_cfg, work),
+            "context_length": int(text_cfg.get("context_length", 77)),
+            "dim": int(model_cfg["embed_dim"]),
+            "tensors": tensor_digests(state),
+        }
+        digest = digest_json(described)
+        described |= {
+            "format": FORMAT,
+            "digest": digest,
+            "lora_targets": lora_targets or find_lora_targets(model),
+            "weights_bytes": (work / WEIGHTS).stat().st_size,
+            "about": about or {},
+        }
+        (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+        move_into_place(work, target, digest, replace)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return load_base(home, name)
+
+
+def move_into_place(work: Path, target: Path, digest: str, replace: bool) -> None:
+    """Rename a finished base into place. Raises :class:`BaseModelError` when other content has its name."""
+    work.chmod(0o755)
+    for _ in range(10):  # another process may register, or replace, the same name in between
+        there = _digest_in(target)
+        if there == digest:
+            return
+        if target.exists():
+            if not replace:
+                raise BaseModelError(
+                    f"Base {target.name!r} exists with other content ({digest12(there)}, not {digest12(digest)}).",
+                    "Register under another name: adapters of the old one belong to its content.",
+                )
+            # Renamed away before it goes: nobody sees half a base, and mapped weights stay mapped.
+            old = target.with_name(f"{work.name}-old")
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            work.rename(target)
+            return
+    raise BaseModelError(f"{target} cannot be written.", "Check the permissions of its folder.")
+
+
+def _digest_in(directory: Path) -> str:
+    return str(_described(directory).get("digest", ""))
+
+
+def _described(directory: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((directory / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def construct(model_cfg: dict[str, Any], directory: Path) -> nn.Module:
+    """An open_clip model with random weights from its configuration, without any download."""
+    import open_clip.model  # takes seconds, which a process that only reads a description need not spend
+
+    cfg = copy.deepcopy(model_cfg)
+    if "multimodal_cfg" in cfg:
+        raise BaseModelError("CoCa models have a decoder and are not served.", "Use a CLIP or SigLIP model.")
+    cfg["vision_cfg"]["timm_model_pretrained"] = False
+    text_cfg = cfg["text_cfg"]
+    custom = bool(cfg.pop("custom_text", False))
+    if text_cfg.get("hf_model_name"):
+        custom = True
+        text_cfg["hf_model_name"] = str(directory / text_cfg["hf_model_name"])
+        text_cfg["hf_model_pretrained"] = False
+    kind = open_clip.model.CustomTextCLIP if custom else open_clip.model.CLIP
+    try:
+        model: nn.Module = kind(**cfg)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise BaseModelError(
+            f"open_clip cannot build this configuration: {error}", "Check model_cfg in base.json."
+        ) from error
+    return model
+
+
+def find_lora_targets(model: nn.Module) -> dict[str, str]:
+    """Regular expressions for the layers that can carry LoRA, by tower.
+
+    A layer's last name counts only if every layer of that name in the tower is a Linear, a 1x1 convolution or a
+    MultiheadAttention: PEFT selects by name. Layers inside a MultiheadAttention are covered by it
+    (its ``out_proj`` never runs its own ``forward``, so LoRA there would get no gradient).
+    """
+    from torch import nn
+
+    good: dict[str, set[str]] = {"image": set(), "text": set()}
+    bad: dict[str, set[str]] = {"image": set(), "text": set()}
+    inside = [n for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    for name, module in model.named_modules():
+        tower = tower_of(name)
+        if tower is None or not name or any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        (good if can_carry_lora(module) else bad)[tower].add(leaf)
+    patterns = {}
+    for tower_name, start in (("image", r"visual\."), ("text", r"(?!visual\.)")):
+        leaves = sorted(re.escape(leaf) for leaf in good[tower_name] - bad[tower_name])
+        patterns[tower_name] = rf"{start}(?:.*\.)?(?:{'|'.join(leaves)})"
+    return patterns
+
+
+def can_carry_lora(module: nn.Module) -> bool:
+    """Linear, ungrouped 1x1 convolution, or MultiheadAttention with one width for query, key and value."""
+    from torch import nn
+
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight is not None
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size == (1, 1) and module.groups == 1
+    return isinstance(module, nn.Linear)

@@ -1,0 +1,211 @@
+"""VLM bases: frozen Hugging Face checkpoints, each a self-contained directory ``home/bases/<name>``.
+
+    base.json   family "vlm", digests of every file, which layers can carry LoRA
+    model/      config, processor, tokenizer, chat template and safetensors weights, as ``save_pretrained`` writes them
+
+Nothing is downloaded when a base is loaded. How a base gets there is in ``updater.base``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ops.digests import digest_bytes, digest_json
+from ops.errors import BaseModelError
+from serving.engines.clip_base import DESCRIPTION, base_directory, move_into_place
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FORMAT = 1
+MODEL = "model"
+FAMILY = "vlm"
+_TOWERS = {
+    "image": r"(?:.*\.)?(?:vision_model|vision_tower|visual(?!\.merger))",
+    "connector": r"(?:.*\.)?(?:connector|multi_modal_projector|visual\.merger)",
+    "text": r"(?:.*\.)?(?:text_model|language_model)",
+}
+"""Where Hugging Face's VLMs keep their parts: Idefics3 and SmolVLM, LLaVA, and the Qwen-VL family."""
+_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "out_proj", "fc1", "fc2",
+            "qkv", "proj", "linear_fc1", "linear_fc2")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VlmBase:
+    """One registered base. Cheap to hold: weights are read by :meth:`build_model`, or by vLLM from ``model``."""
+
+    family: ClassVar[str] = FAMILY
+
+    name: str
+    directory: Path
+    digest: str
+    """64 hex digits over every file of the model."""
+    architecture: str
+    """Name of the transformers class."""
+    lora_targets: dict[str, str]
+    """Regular expressions over module names (full match), by part: ``image``, ``connector`` and ``text``."""
+    files: dict[str, str] = field(repr=False)
+    """SHA-256 by file name."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Where it came from, and its scores: for people."""
+
+    @property
+    def model(self) -> Path:
+        """The Hugging Face folder."""
+        return self.directory / MODEL
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights' files."""
+        return sum((self.model / name).stat().st_size for name in self.files if name.endswith(".safetensors"))
+
+    def build_model(self) -> nn.Module:
+        """The transformers model in ``eval`` mode, float32, without gradients.
+
+        Raises :class:`BaseModelError` when files are missing or cut short.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        _quiet()
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                self.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BaseModelError(f"Base {self.name!r} cannot be loaded from {self.model}: {error}", _AGAIN) from error
+        return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+    def processor(self) -> Any:
+        """The transformers processor: chat template, tokenizer and image preprocessing."""
+        from transformers import AutoProcessor
+
+        _quiet()
+        try:
+            return AutoProcessor.from_pretrained(self.model, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, ImportError) as error:
+            raise BaseModelError(f"Base {self.name!r}: its processor cannot be loaded: {error}", _AGAIN) from error
+
+    def part_of(self, module: str) -> str | None:
+        """``image``, ``connector`` or ``text`` for a layer that can carry LoRA, else None."""
+        return next((part for part, pattern in self.lora_targets.items() if re.fullmatch(pattern, module)), None)
+
+    def verify(self) -> None:
+        """Hash every file again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
+        digests = _file_digests(self.model)
+        wrong = sorted(name for name in digests.keys() | self.files if digests.get(name) != self.files.get(name))
+        if wrong:
+            raise BaseModelError(f"Base {self.name!r}: {wrong[0]!r} is not what was registered.", _AGAIN)
+
+
+def load_vlm_base(home: Path | str, name: str) -> VlmBase:
+    """The registered VLM base ``name``. Raises :class:`BaseModelError` when there is none, or it is a CLIP."""
+    directory = base_directory(home, name)
+    path = directory / DESCRIPTION
+    if not path.is_file():
+        raise BaseModelError(
+            f"There is no base {name!r} in {directory.parent}.",
+            "Make the shipped ones with `ratchet base build`, or register one with `ratchet base add --family vlm`.",
+        )
+    try:
+        value = json.loads(path.read_text())
+        if value.get("family") != FAMILY:
+            raise BaseModelError(f"Base {name!r} is a CLIP, not a VLM.", "Set base.vlm to a VLM (`ratchet base list`).")
+        if value["format"] != FORMAT:
+            raise ValueError(f"format {value['format']} is not {FORMAT}")
+        return VlmBase(
+            name=name, directory=directory, digest=value["digest"], architecture=value["architecture"],
+            lora_targets=value["lora_targets"], files=value["files"], about=value["about"],
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{path} cannot be read: {error!r}.", _AGAIN) from error
+
+
+def save_vlm_base(
+    home: Path | str, name: str, source: Path, *, about: dict[str, Any] | None = None, replace: bool = False
+) -> VlmBase:
+    """Register a Hugging Face folder as base ``name``: copied beside and moved into place in one step.
+
+    The same content again is left as it is; other content under the same name is an error unless ``replace``.
+
+    Raises:
+        BaseModelError: not a model folder, pickled weights only, code of its own, or no VLM that loads.
+    """
+    import torch
+
+    config = _check(source)
+    target = base_directory(home, name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        (work / MODEL).mkdir()
+        for path in sorted(source.iterdir()):
+            if path.is_file() and path.suffix in _KEPT:
+                shutil.copyfile(path, work / MODEL / path.name)
+        files = _file_digests(work / MODEL)
+        staged = VlmBase(name, work, digest_json(files), str(config["architectures"][0]), {}, files, {})
+        model = staged.build_model()
+        bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        if bad is not None:
+            raise BaseModelError(f"Base {name!r}: {bad} holds values that are not finite.", "Use another checkpoint.")
+        staged.processor()
+        described = {
+            "format": FORMAT, "family": FAMILY, "digest": staged.digest, "architecture": staged.architecture,
+            "lora_targets": find_vlm_targets(model), "files": files, "about": about or {},
+        }  # fmt: skip
+        (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
+        move_into_place(work, target, staged.digest, replace)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return load_vlm_base(home, name)
+
+
+def find_vlm_targets(model: nn.Module) -> dict[str, str]:
+    """Regular expressions for the linear layers that can carry LoRA, by part of the model."""
+    from torch import nn
+
+    leaves: dict[str, set[str]] = {part: set() for part in _TOWERS}
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        part = next((part for part, tower in _TOWERS.items() if re.match(rf"{tower}\.", name)), None)
+        if part is not None and isinstance(module, nn.Linear) and leaf in _TARGETS:
+            leaves[part].add(leaf)
+    return {part: rf"{_TOWERS[part]}\.(?:.*\.)?(?:{'|'.join(sorted(own))})" for part, own in leaves.items() if own}
+
+
+def _quiet() -> None:
+    """No bars and warnings of transformers among our own lines: what is wrong is raised."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+_KEPT = {".json", ".safetensors", ".jinja", ".txt", ".model"}
+_AGAIN = "Remove the directory and register the base again."
+
+
+def _check(source: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((source / "config.json").read_text())
+        if not config.get("architectures"):
+            raise ValueError("config.json names no architecture")
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"{source} is no Hugging Face model: {error}.", "Give a folder with config.json."
+        ) from error
+    if config.get("auto_map"):
+        raise BaseModelError(f"{source} needs code of its own, which is never run.", "Use a model transformers has.")
+    if not any(source.glob("*.safetensors")):
+        raise BaseModelError(f"{source} has no safetensors weights.", "Convert them with save_pretrained.")
+    return config
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {path.name: digest_bytes(path.read_bytes()) for path in sorted(folder.iterdir()) if path.is_file()}

@@ -1,0 +1,139 @@
+"""What an update leaves for the next one: kept beside its adapter, given on, and the same after a kill."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.artifacts import Artifacts
+from ops.ledger import Ledger, UpdateRow
+from ops.settings import Settings
+from serving.engines.clip_base import load_base
+from tests.integration.updater import mortal_trainer
+from tests.integration.updater.home import add_samples, make_home
+from tests.integration.updater.test_kill import SECONDS
+from tests.integration.updater.test_service import release, verdict
+from tests.unit.updater.builders import recipe
+from updater.adapters import read_delta
+from updater.loop import service as service_module
+from updater.loop.service import UpdaterService
+from updater.training.carry_over import CarryOver
+
+__all__ = ["verdict"]
+
+pytestmark = pytest.mark.integration
+
+
+def remembering(home: Path) -> Settings:
+    """A home whose updates each go on from what the last one trained, which is not what is served."""
+    settings = make_home(home)
+    plan = recipe("finetuned-merge", max_steps=6, reference_limit=20)
+    (home / "default.yaml").write_text(plan.to_yaml())
+    add_samples(settings, 12)
+    return settings
+
+
+def memory_of(settings: Settings, update: UpdateRow) -> CarryOver:
+    return CarryOver.read(Artifacts(settings.artifacts).fetch(f"memories/{update.adapter}"))
+
+
+def last(settings: Settings) -> UpdateRow:
+    return Ledger.open(settings.ledger).updates()[0]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """The memories that updates were given."""
+    seen: list[Path | None] = []
+    real = service_module.train
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["carry_over"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(service_module, "train", watched)
+    return seen
+
+
+def test_the_next_update_is_given_what_the_incumbents_one_left(
+    tmp_path: Path, verdict: dict[str, str], given: list[Path | None]
+) -> None:
+    settings = remembering(tmp_path / "home")
+    verdict["outcome"] = "passed"
+    service = UpdaterService(settings)
+    first = service.step().update
+    assert first is not None and first.state == "done"
+    kept = memory_of(settings, first)
+    artifacts = Artifacts(settings.artifacts)
+    served = read_delta(artifacts.fetch(f"adapters/{first.adapter}"), load_base(settings.home, "tiny"))
+    assert set(kept.start) == set(served)
+    assert all(
+        2 * float(part.dense().norm()) == pytest.approx(float(kept.start[name].dense().norm()), rel=1e-4)  # type: ignore[union-attr]
+        for name, part in served.items()
+    ), "half of what was trained is served, and all of it is remembered"
+    release(service.ledger)
+    add_samples(settings, 12)
+    second = service.step().update
+    assert second is not None and second.state == "done"
+    assert given == [None, artifacts.fetch(f"memories/{first.adapter}")]
+    assert memory_of(settings, second).digest != kept.digest
+    release(service.ledger)
+    service.ledger.commit_release(3, clip=first.adapter, vlm=None, actor="op", reason="back", proposal_id=None)
+    add_samples(settings, 12)
+    service.step()
+    assert given[2] == given[1], "after a rollback, it is the memory of what is live"
+
+
+def test_a_recipe_that_remembers_nothing_leaves_nothing(
+    tmp_path: Path, verdict: dict[str, str], given: list[Path | None]
+) -> None:
+    settings = make_home(tmp_path / "home")
+    add_samples(settings, 12)
+    verdict["outcome"] = "passed"
+    service = UpdaterService(settings)
+    service.step()
+    release(service.ledger)
+    add_samples(settings, 12)
+    service.step()
+    assert given == [None, None]
+    assert not Artifacts(settings.artifacts).exists("memories")
+
+
+def test_a_trainer_killed_before_its_memory_is_stored_stores_it_the_next_time(tmp_path: Path) -> None:
+    undisturbed = remembering(tmp_path / "undisturbed")
+    UpdaterService(undisturbed).step()
+    settings = remembering(tmp_path / "home")
+    killed = mortal_trainer.start(settings.home, "before the memory is stored")
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
+    left = last(settings)
+    assert left.state == "training"
+    assert not Artifacts(settings.artifacts).exists("memories")
+    UpdaterService(settings).step()
+    assert last(settings).adapter == last(undisturbed).adapter
+    assert memory_of(settings, last(settings)).digest == memory_of(undisturbed, last(undisturbed)).digest
+
+
+def test_an_update_that_starts_from_a_memory_ends_alike_when_it_is_killed(
+    tmp_path: Path, verdict: dict[str, str]
+) -> None:
+    undisturbed = remembering(tmp_path / "undisturbed")
+    verdict["outcome"] = "passed"
+    service = UpdaterService(undisturbed)
+    service.step()
+    release(service.ledger)
+    add_samples(undisturbed, 12)
+    service.ledger.close()
+    shutil.copytree(undisturbed.home, tmp_path / "home")
+    settings = make_home(tmp_path / "home")
+    UpdaterService(undisturbed).step()
+    killed = mortal_trainer.start(settings.home, "in the middle of training")
+    assert killed.wait(SECONDS) == -signal.SIGKILL, killed.output()
+    assert last(settings).state == "training"
+    UpdaterService(settings).step()
+    one, other = last(undisturbed), last(settings)
+    assert (other.id, other.state, other.adapter) == (one.id, "done", one.adapter)
+    assert memory_of(settings, other).digest == memory_of(undisturbed, one).digest

@@ -1,0 +1,14 @@
+"""Fixtures of the tests of streams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streams.store import SampleStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SampleStore:
+    return SampleStore(str(tmp_path / "lake"))

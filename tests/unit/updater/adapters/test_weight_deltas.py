@@ -1,0 +1,49 @@
+"""Merging and compressing ΔW without forming it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from updater.adapters import LowRank, compress, merge
+
+
+def factor(out: int, inner: int, rank: int, seed: int) -> LowRank:
+    made = torch.Generator().manual_seed(seed)
+    return LowRank(
+        torch.randn(rank, inner, generator=made, dtype=torch.float64),
+        torch.randn(out, rank, generator=made, dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize(("out", "inner"), [(40, 25), (25, 40), (6, 50)])
+def test_compression_is_the_best_approximation_of_its_rank(out: int, inner: int) -> None:
+    """Against the truncated SVD of the whole matrix (Eckart-Young)."""
+    full = factor(out, inner, 12, seed=1)
+    small = compress(full, 4)
+    u, s, vt = torch.linalg.svd(full.dense(), full_matrices=False)
+    best = (u[:, :4] * s[:4]) @ vt[:4]
+    assert small.rank == 4
+    assert torch.allclose(small.dense(), best, atol=1e-9)
+
+
+def test_compression_to_a_higher_rank_loses_nothing() -> None:
+    full = factor(10, 8, 3, seed=2)
+    small = compress(full, 16)
+    assert small.a.shape == (16, 8) and small.b.shape == (10, 16)
+    assert torch.allclose(small.dense(), full.dense(), atol=1e-12)
+
+
+def test_a_merge_is_the_weighted_sum_of_both_deltas() -> None:
+    old, new = factor(9, 7, 3, seed=3), factor(9, 7, 2, seed=4)
+    merged = merge({"both": old, "only old": old}, {"both": new, "only new": new}, 0.3)
+    assert torch.allclose(merged["both"].dense(), 0.7 * old.dense() + 0.3 * new.dense())
+    assert torch.allclose(merged["only old"].dense(), 0.7 * old.dense())
+    assert torch.allclose(merged["only new"].dense(), 0.3 * new.dense())
+
+
+def test_weight_one_is_the_trained_delta_alone() -> None:
+    old, new = factor(9, 7, 3, seed=3), factor(9, 7, 2, seed=4)
+    merged = merge({"x": old}, {"x": new}, 1.0)
+    assert merged["x"].rank == 2
+    assert torch.equal(merged["x"].dense(), new.dense())

@@ -1,0 +1,230 @@
+"""Memory-adjusted FLOPs against what can be counted by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from torch import nn
+
+from ops.testing.tiny import tiny_base
+from serving.engines.clip_base import ClipBase
+from tests.unit.updater.builders import pools, recipe, run
+from updater.budget.cost import Cost, StepUnaffordable
+from updater.budget.flops import counted
+from updater.budget.peak_memory import peak_saved_bytes
+from updater.data.mixture import BatchPlan
+from updater.data.pools import Pools
+from updater.families.clip.learner import ClipLearner
+from updater.recipes import Part
+from updater.training.measure import measure
+from updater.training.result import Limits
+
+
+def _cost(base: ClipBase, name: str = "naive", **changes: object) -> Cost:
+    pool = pools(new=12, reference=0)
+    learner = ClipLearner(base, recipe(name, **changes), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 12)
+    return measure(learner, list(pool.new), [list(range(12))])
+
+
+def test_a_step_costs_what_its_layers_cost(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    whole = _cost(base, image={}, text={})
+    late = _cost(base, image={"blocks": 1}, text={"blocks": 1})
+    locked = _cost(base, image={"locked": True}, text={"blocks": 1})
+    # Forward and backward of the whole model cost between two and four forward passes.
+    assert 2 < whole.step_gflops / (12 * whole.sample_gflops) < 4
+    assert locked.step_gflops < late.step_gflops < whole.step_gflops
+    assert locked.memory_ratio < late.memory_ratio < whole.memory_ratio < 1
+    assert whole.sample_gflops == late.sample_gflops
+    assert whole.full_bytes == late.full_bytes
+
+
+def test_the_forward_pass_of_one_sample_is_counted_by_hand(tmp_path: Path) -> None:
+    """Two towers of 2 blocks x 64: 17 image and 16 text tokens; 12 width² multiply-adds a token, attention beside."""
+    cost = _cost(tiny_base(tmp_path))
+    tokens = {"image": 17, "text": 16}
+    layers = sum(2 * 2 * 12 * 64 * 64 * n for n in tokens.values())
+    attention = sum(2 * 2 * 2 * n * n * 64 for n in tokens.values())
+    patches = 2 * 16 * 3 * 8 * 8 * 64
+    heads = 2 * 2 * 64 * 32
+    assert cost.sample_gflops * 1e9 == pytest.approx(layers + attention + patches + heads, rel=0.01)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_convolution_costs_backward_twice_what_it_costs_forward(groups: int) -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False)
+    image = torch.rand(2, 8, 5, 5, requires_grad=True)
+    forward = 2 * 2 * 5 * 5 * 16 * (8 // groups) * 3 * 3
+    with counted() as flops:
+        made = layer(image).sum()
+    assert flops.get_total_flops() == forward
+    with counted() as flops:
+        made.backward()
+    assert flops.get_total_flops() == 2 * forward
+
+
+def test_saved_tensors_are_counted_once_and_parameters_not_at_all() -> None:
+    layer = nn.Linear(100, 50)
+    x = torch.randn(10, 100, requires_grad=True) * 1  # its gradient needs the weights
+    with peak_saved_bytes(layer) as peak:
+        kept = layer(x).relu()
+        (layer(x) * kept).sum()
+    # x once (used twice), relu's output once, the second product's other side once; the weights never.
+    assert peak() == 4 * (10 * 100 + 10 * 50 + 10 * 50)
+
+
+def test_what_is_freed_between_two_passes_is_not_kept_at_once() -> None:
+    layer = nn.Linear(100, 50)
+    inputs = [torch.randn(10, 100) for _ in range(3)]
+    with peak_saved_bytes(layer) as peak:
+        for x in inputs:
+            layer(x).square().sum().backward()
+    assert peak() == 4 * (10 * 100 + 10 * 50)
+    with peak_saved_bytes(layer) as peak:
+        sum(layer(x).square().sum() for x in inputs).backward()  # type: ignore[union-attr]
+    assert peak() == 3 * 4 * (10 * 100 + 10 * 50)
+
+
+def test_attention_keeps_its_inputs_and_its_output_whatever_the_kernel_adds() -> None:
+    q, k, v = (torch.randn(2, 4, 9, 16, requires_grad=True) * 1 for _ in range(3))
+    with peak_saved_bytes(nn.Identity()) as peak:
+        nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()
+    assert peak() == 4 * 4 * (2 * 4 * 9 * 16)
+
+
+class _OnGpu(ClipLearner):
+    """A learner that says it is on a GPU, and computes on the CPU."""
+
+    def ready(self, rows: Sequence[int]) -> None:
+        device, self.model.device = self.model.device, torch.device("cpu")
+        super().ready(rows)
+        self.model.device = device
+
+    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+        self.model.device = torch.device("cpu")
+        result = super().backward(rows, regularized)
+        self.model.device = torch.device("cuda")
+        return result
+
+
+def _learner(kind: type[ClipLearner], base: ClipBase, pool: Pools, device: str = "cpu", **changes: Any) -> ClipLearner:
+    learner = kind(base, recipe("naive", **changes), {}, seed=0, device=device)
+    learner.prepare(pool.new, ["new"] * len(pool.new))
+    return learner
+
+
+def test_memory_is_counted_in_one_way_and_no_allocator_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> NoReturn:
+        raise AssertionError("the allocator of the GPU was asked")
+
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "memory_stats", "mem_get_info"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
+    here, there = (_learner(kind, base, pool) for kind in (ClipLearner, _OnGpu))
+    there.model.device = torch.device("cuda")
+    rows = [list(range(12))]
+    assert measure(there, list(pool.new), rows) == measure(here, list(pool.new), rows)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("blocks", [{}, {"blocks": 1}])
+def test_a_gpu_and_a_cpu_count_the_same(tmp_path: Path, blocks: dict[str, int]) -> None:
+    """But for the mask of the text tower, which a GPU's attention keeps padded."""
+    pool, base = pools(new=12, reference=0), tiny_base(tmp_path)
+    cpu, gpu = (
+        measure(_learner(ClipLearner, base, pool, device, image=blocks, text=blocks), list(pool.new), [list(range(12))])
+        for device in ("cpu", "cuda")
+    )
+    assert gpu.full_bytes == cpu.full_bytes
+    assert gpu.peak_bytes == pytest.approx(cpu.peak_bytes, rel=0.01)
+    assert gpu.step_gflops == pytest.approx(cpu.step_gflops, rel=1e-9)
+
+
+def _plan(**sizes: int) -> BatchPlan:
+    """Ten new rows and ten reference rows in a batch."""
+    return BatchPlan({"new": 10, "reference": 10}, {"replay": 0, **sizes}, seed=0)
+
+
+def test_steps_follow_from_the_budget_with_the_rows_that_they_visit() -> None:
+    rows: dict[Part, float] = {"new": 0.2, "reference": 0.6}
+    cost = Cost(step_gflops=10, sample_gflops=0.1, row_gflops=rows, texts_gflops=10, peak_bytes=1, full_bytes=2)
+    assert cost.maf_per_step == 5
+    # A step has 10 new rows (1 MAF-GFLOP of preparation) and 10 reference rows (3), of which there are 20 in all.
+    plan = _plan(new=1_000_000, reference=20)
+    assert [cost.planned(steps, plan) for steps in (1, 2, 3)] == [5 + 9, 5 + 18, 5 + 24]
+    assert cost.steps_within(28.9, 100, plan) == 2
+    assert cost.steps_within(29, 100, plan) == 3
+    assert cost.steps_within(1e9, 100, plan) == 100
+    assert cost.maf(7, prepared_gflops=8) == 39
+    with pytest.raises(StepUnaffordable, match="Raise budget") as error:
+        cost.steps_within(13.9, 100, plan)
+    assert error.value.needed == 14
+
+
+def test_what_is_pending_beyond_the_visited_rows_costs_nothing() -> None:
+    cost = Cost(1, 1, {"new": 1, "reference": 1}, 0, peak_bytes=1, full_bytes=1)
+    few, many = _plan(new=1000, reference=50), _plan(new=10**9, reference=50)
+    assert cost.steps_within(300, 100, few) == cost.steps_within(300, 100, many) > 1
+
+
+def test_full_fine_tuning_is_the_measure_of_memory_and_all_else_is_below(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path)
+    ratio = {
+        name: _cost(base, name, **changes).memory_ratio
+        for name, changes in {
+            "full": {}, "galore": {}, "ln-fit": {}, "bit-fit": {}, "dora": {"image": {}, "text": {}},
+        }.items()
+    }  # fmt: skip
+    assert ratio["full"] == pytest.approx(1, abs=0.03)
+    locked = [_cost(base, "full", **{tower: {"locked": True}}).memory_ratio for tower in ("image", "text")]
+    assert max(locked) < ratio["full"] - 0.02
+    assert max(ratio["ln-fit"], ratio["bit-fit"], ratio["dora"]) < 0.5
+    # Its moments are those of a subspace: what it saves of two whole moments.
+    assert ratio["galore"] < ratio["full"] - 0.25
+
+
+def test_measuring_leaves_no_hook_and_no_gradient(tmp_path: Path) -> None:
+    pool = pools(new=6, reference=0)
+    learner = ClipLearner(tiny_base(tmp_path), recipe("full", text={"locked": True}), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 6)
+    first = measure(learner, list(pool.new), [list(range(6))])
+    assert not any(module._forward_hooks for module in learner.model.model.modules())
+    assert all(parameter.grad is None for parameter in learner.parameters.values())
+    assert measure(learner, list(pool.new), [list(range(6))]) == first
+
+
+def test_what_a_regularizer_measures_at_the_end_is_planned_and_charged(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "home")
+    images = {"text": {"locked": True}}
+    with_ewc = recipe("full", regularizers=[{"name": "ewc", "options": {"batches": 3}}], **images)
+    plain = run(base, tmp_path / "plain", recipe=recipe("full", **images))
+    held = run(base, tmp_path / "held", recipe=with_ewc)
+    assert held.cost["closing"] == 3 and plain.cost["closing"] == 0
+    per_step = held.cost["maf_per_step"]
+    assert held.maf == pytest.approx(held.maf_planned) == pytest.approx(plain.maf + 3 * per_step, rel=1e-3)
+    tight = Limits(gflops=plain.maf + per_step / 2, seconds=120, threads=1)
+    short = run(base, tmp_path / "short", recipe=with_ewc, limits=tight)
+    assert short.steps < plain.steps
+    assert short.maf <= tight.gflops
+
+
+@pytest.mark.parametrize("name", ["dora", "vera", "codyra", "nusa-cl", "full", "ln-fit", "bit-fit", "galore"])
+def test_a_later_step_costs_what_the_measured_one_did(tmp_path: Path, name: str) -> None:
+    """Budgets are planned from one step: the others must not differ (masks, pruned ranks, projections)."""
+    pool = pools(new=12, reference=0)
+    learner = ClipLearner(tiny_base(tmp_path), recipe(name, image={"blocks": 1}, text={"blocks": 1}), {}, seed=0)
+    learner.prepare(pool.new, ["new"] * 12)
+    rows = list(range(9))
+    planned = measure(learner, list(pool.new), [rows])
+    for step in range(3):
+        with counted() as flops:
+            learner.backward(rows)
+        learner.update(1e-3, step, 3)
+        assert flops.get_total_flops() / 1e9 == pytest.approx(planned.step_gflops, rel=1e-9)

@@ -1,0 +1,119 @@
+"""What settings say about each family: its recipe, its base, its reference pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from ops.errors import ConfigError
+from ops.loading import load_settings
+from ops.settings import Settings
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from streams.folders import FolderItem, write_folder
+from streams.store import SampleStore
+from tests.unit.updater.builders import picture, recipe
+from updater.data.pools import Pair, Question, draw_pools
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of
+from updater.loop.service import UpdaterService
+from updater.recipes import load_recipe
+
+
+def settings(home: Path, **overrides: Any) -> Settings:
+    return load_settings(overrides={"home": home, **overrides}, environ={})
+
+
+def folder(path: Path, kinds: list[str]) -> Path:
+    """One question of each kind named, and beside each a picture with a text."""
+    items = [
+        FolderItem(Path(f"{i}.png"), text, label=kind, inline=picture(i), question=ask, answer=ask and str(i))
+        for i, (kind, text, ask) in enumerate(
+            row for kind in kinds for row in ((kind, "", f"what {kind}?"), ("", "a thing", ""))
+        )
+    ]
+    return write_folder(path, items)
+
+
+def test_the_vlm_is_updated_where_its_base_is_registered(tmp_path: Path) -> None:
+    tiny_base(tmp_path)
+    named = settings(tmp_path, **{"base.vlm": "tiny-vlm"})
+    assert families_with_a_base(named) == ("clip",)
+    tiny_vlm_base(tmp_path)
+    assert families_with_a_base(named) == ("clip", "vlm")
+    assert families_with_a_base(settings(tmp_path, **{"base.vlm": "tiny"})) == ("clip",)
+    none = settings(tmp_path, **{"base.vlm": ""})
+    assert families_with_a_base(none) == ("clip",)
+    with pytest.raises(ConfigError, match="no VLM to update"):
+        family_base(none, "vlm")
+
+
+def test_a_setting_that_names_a_recipe_of_the_other_family_is_an_error(tmp_path: Path) -> None:
+    assert family_recipe(settings(tmp_path), "clip").name == "default"
+    assert family_recipe(settings(tmp_path), "vlm").name == "vlm-default"
+    with pytest.raises(ConfigError, match=r"updater\.recipe is 'vlm-naive', which trains a VLM"):
+        family_recipe(settings(tmp_path, **{"updater.recipe": "vlm-naive"}), "clip")
+    with pytest.raises(ConfigError, match=r"updater\.vlm_recipe is 'naive', which trains a CLIP"):
+        family_recipe(settings(tmp_path, **{"updater.vlm_recipe": "naive"}), "vlm")
+    with pytest.raises(ConfigError, match="'vlm-naive' trains a VLM, not a CLIP"):
+        UpdaterService(settings(tmp_path), load_recipe("vlm-naive"), family="clip")
+
+
+def test_the_reference_pool_of_a_vlm_is_what_asks_something(tmp_path: Path) -> None:
+    asking = folder(tmp_path / "asking", ["colour"])
+    plain = write_folder(tmp_path / "plain", [FolderItem(Path("0.png"), "a thing", inline=picture(0))])
+    both = {"updater.reference": [plain, asking], "base.vlm": "tiny-vlm"}
+    assert reference_of(settings(tmp_path, **both), "vlm") == [asking]
+    assert reference_of(settings(tmp_path, **both), "clip") == [plain, asking]
+    only = {"updater.reference": [plain], "base.vlm": "tiny-vlm"}
+    assert reference_of(settings(tmp_path, **only), "vlm") == []
+    with pytest.raises(ConfigError, match="does not exist"):
+        reference_of(settings(tmp_path, **{"updater.reference": [tmp_path / "gone"]}), "vlm")
+
+
+def test_without_one_the_shipped_vlm_brings_the_folders_that_it_was_trained_on(tmp_path: Path) -> None:
+    from updater.base.vlm import VLM_NAME, VLM_REFERENCE
+
+    shipped = settings(tmp_path, **{"base.vlm": VLM_NAME})
+    assert reference_of(shipped, "vlm") == []  # not there yet
+    made = [folder(tmp_path / "data" / name, ["colour"]) for name in VLM_REFERENCE]
+    assert made and reference_of(shipped, "vlm") == made
+
+
+def test_reference_questions_are_drawn_from_each_kind_in_turn_and_pairs_beside_them(tmp_path: Path) -> None:
+    mixed = folder(tmp_path / "mixed", ["name"] * 20 + ["colour"] * 5 + ["presence"] * 2)
+    store = SampleStore(str(tmp_path / "lake"))
+    asked = draw_pools(store, recipe("vlm-default", reference_limit=9), [mixed], 0, {}, seed=1).reference
+    kinds = Counter(cast(Question, each).question for each in asked)
+    assert kinds == {"what name?": 4, "what colour?": 3, "what presence?": 2} or kinds == {
+        "what name?": 3,
+        "what colour?": 4,
+        "what presence?": 2,
+    }
+    again = draw_pools(store, recipe("vlm-default", reference_limit=9), [mixed], 0, {}, seed=1).reference
+    assert [each.id for each in again] == [each.id for each in asked]
+    pairs = draw_pools(store, recipe(reference_limit=100), [mixed], 0, {}, seed=1).reference
+    assert len(pairs) == 27 and all(type(each) is Pair and each.text == "a thing" for each in pairs)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"connector": {"locked": False}}, "no connector"),
+        ({"family": "vlm", "text": {"locked": True}}, "nothing would learn"),
+        ({"family": "audio"}, "family"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused(change: dict[str, Any], named: str) -> None:
+    values = load_recipe("default").model_dump(mode="json", exclude={"image"})
+    with pytest.raises(ConfigError, match=named):
+        type(load_recipe("default")).parse({**values, **change})
+
+
+def test_the_image_tower_of_a_vlm_is_locked_unless_the_recipe_opens_it() -> None:
+    values = load_recipe("vlm-default").model_dump(mode="json", exclude={"image"})
+    parse = type(load_recipe("default")).parse
+    assert parse(values).image.locked
+    assert not parse({**values, "image": {}}).image.locked

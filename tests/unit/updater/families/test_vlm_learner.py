@@ -1,0 +1,160 @@
+"""What a VLM learns from a question: the same prompt as serving reads, answers alone, features computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from ops.errors import ConfigError
+from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
+from serving.engines.vlm.generation import question
+from serving.engines.vlm.prompts import inputs
+from serving.engines.vlm.vlm_base import VlmBase
+from streams.images import decode_image
+from tests.unit.updater.builders import learner_of, picture, question_pools, questions, recipe
+from updater.adapters import read_delta
+from updater.budget.flops import counted
+from updater.data.pools import Pools, Question
+from updater.families.vlm.parts import trained_modules
+from updater.objectives.token_distillation import summarise
+from updater.training.measure import measure
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
+    return tiny_vlm_base(tmp_path_factory.mktemp("home"))
+
+
+def _by_hand(base: VlmBase, model: torch.nn.Module, each: Question) -> tuple[torch.Tensor, list[int]]:
+    """Logits before each answer token, from the prompt as serving builds it, one example on its own."""
+    processor = base.processor()
+    batch = inputs(processor, [question(np.array(decode_image(each.read())), each.question)])
+    answer = processor.tokenizer(f"{each.answer}<end_of_utterance>", add_special_tokens=False)["input_ids"]
+    prompt = batch["input_ids"].shape[1]
+    batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([answer])], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    with torch.no_grad():
+        logits = cast(Any, model)(**batch).logits[0]
+    return logits[prompt - 1 : -1], answer
+
+
+def test_it_reads_what_serving_reads_and_answers_are_all_it_is_asked_for(base: VlmBase) -> None:
+    """A batch of unequal lengths gives each row what it gets alone, at its answer and the end token."""
+    pools = question_pools(new=7, reference=0)
+    learner = learner_of(base, pools)
+    made = learner.batch([4, 0, 5])
+    model = base.build_model()
+    for row, number in enumerate([4, 0, 5]):
+        example = cast(Question, pools.new[number])
+        logits, answer = _by_hand(base, model, example)
+        mine = made.row == row
+        assert made.target[mine].tolist() == answer
+        assert answer[-1] == cast(Any, model).generation_config.eos_token_id
+        assert torch.allclose(made.logits[mine], logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"image": {"locked": False}}, {"connector": {"locked": False}}])
+def test_features_that_are_kept_and_pixels_that_are_not_give_the_same(base: VlmBase, changes: dict[str, Any]) -> None:
+    pools = question_pools(new=6, reference=5)
+    kept, anew = learner_of(base, pools), learner_of(base, pools, **changes)
+    assert kept.keeps_features and not anew.keeps_features
+    rows = [0, 3, 7, 10]
+    assert torch.allclose(kept.batch(rows).logits, anew.batch(rows).logits, atol=1e-4)
+    anew.backward(rows)
+    eyes = [p.grad for name, p in anew.parameters.items() if base.part_of(name.rsplit(".lora", 1)[0]) != "text"]
+    assert eyes and any(grad is not None and float(grad.abs().sum()) > 0 for grad in eyes)
+
+
+def test_the_base_teaches_without_the_adapter_and_the_incumbent_with_it(base: VlmBase, tmp_path: Path) -> None:
+    """Also where the incumbent has changed the image tower, which is locked now: it sees on with its own eyes."""
+    tiny_vlm_adapter(base, tmp_path / "adapter", seed=1, parts=("image", "text"))
+    start = read_delta(tmp_path / "adapter", base)
+    pools = question_pools(new=3, reference=4)
+    rows = [3, 4, 6]
+    said = {}
+    for teacher in ("base", "incumbent"):
+        term = {"name": "token_distillation", "over": ["reference", "replay"], "options": {"teacher": teacher}}
+        learner = learner_of(base, pools, start, objectives=[{"name": "answer_likelihood"}, term])
+        assert learner.keeps_features
+        made = learner.batch(rows)
+        said[teacher] = made.teachers[teacher].logprobs
+        with torch.no_grad(), learner.model.base():
+            plain = torch.cat(
+                [_by_hand(base, learner.model.model, cast(Question, pools.reference[n - 3]))[0] for n in rows]
+            )
+        own = summarise(made.logits.detach() if teacher == "incumbent" else plain, 256)
+        assert torch.allclose(said[teacher], own.logprobs, atol=1e-4)
+    assert not torch.allclose(said["base"], said["incumbent"], atol=1e-2)
+
+
+def test_only_the_last_blocks_of_the_chosen_parts_learn(base: VlmBase) -> None:
+    model = base.build_model()
+    text = trained_modules(base, model, recipe("vlm-default", text={"blocks": 1}))
+    assert text and all(name.startswith("model.text_model.layers.1.") for name in text)
+    parts = {"image": {"locked": False}, "connector": {"locked": False}, "text": {"locked": True}}
+    eyes = trained_modules(base, model, recipe("vlm-default", **parts))
+    assert {base.part_of(name) for name in eyes} == {"image", "connector"}
+    with pytest.raises(ConfigError, match="no layer"):
+        trained_modules(base, model, recipe("vlm-default", text={"blocks": 0}))
+    with pytest.raises(ConfigError, match="no list of blocks"):
+        trained_modules(base, model, recipe("vlm-default", connector={"blocks": 1}))
+
+
+def test_what_cannot_be_asked_or_is_too_long_is_not_taken(base: VlmBase) -> None:
+    learner = learner_of(base, question_pools(new=1, reference=0))
+    assert learner.takes(questions("car", 1)[0])
+    for words in ("what is in <image>?", "so " * 600):
+        assert not learner.takes(Question("bad", words, "yes", lambda: picture(1)))
+
+
+def test_a_locked_image_tower_is_cheaper(base: VlmBase) -> None:
+    pools = question_pools(new=6, reference=6)
+    examples = [*pools.new, *pools.reference]
+    rows = list(range(12))
+    locked = learner_of(base, pools)
+    open_eyes = learner_of(base, pools, image={"locked": False})
+    late = learner_of(base, pools, text={"blocks": 1})
+    costs = {
+        name: measure(each, examples, [rows])
+        for name, each in (("locked", locked), ("eyes", open_eyes), ("late", late))
+    }
+    assert costs["late"].step_gflops < costs["locked"].step_gflops < costs["eyes"].step_gflops
+    assert costs["late"].memory_ratio < costs["locked"].memory_ratio < costs["eyes"].memory_ratio < 1
+    assert costs["locked"].sample_gflops == costs["eyes"].sample_gflops
+
+
+def test_each_further_teacher_is_charged(base: VlmBase) -> None:
+    pools = question_pools(new=6, reference=6)
+
+    def gflops(*teachers: str) -> float:
+        taught = [{"name": "token_distillation", "over": ["reference"], "options": {"teacher": t}} for t in teachers]
+        with counted() as flops:
+            learner_of(base, pools, objectives=[{"name": "answer_likelihood"}, *taught]).ready(range(12))
+        return flops.get_total_flops() / 1e9
+
+    none, one, both = gflops(), gflops("base"), gflops("base", "incumbent")
+    assert one > 1.5 * none
+    assert both - one == pytest.approx(one - none, rel=0.15)  # the incumbent's goes through its adapter as well
+
+
+def test_each_image_is_read_once(base: VlmBase) -> None:
+    reads: dict[str, int] = {}
+
+    def counted(each: Question) -> Question:
+        def read() -> bytes:
+            reads[each.id] = reads.get(each.id, 0) + 1
+            return each.read()
+
+        return Question(each.id, each.question, each.answer, read)
+
+    learner = learner_of(
+        base, Pools(tuple(map(counted, questions("car", 9))), tuple(map(counted, questions("house", 9))))
+    )
+    for _ in range(3):
+        learner.backward(list(range(18)))
+    first = reads.pop("car-0")  # is looked at once more: whether what its image gives can be kept
+    assert first == 2 and len(reads) == 17 and set(reads.values()) == {1}

@@ -1,0 +1,95 @@
+"""The trainer gives way to serving."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from updater.loop import process
+from updater.loop.process import ThrottledLog
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from updater.loop.process import be_nice
+be_nice(15, idle="idle" in sys.argv)
+be_nice(3)
+group = Path("/proc/self/autogroup")
+print(os.nice(0), group.read_text().split()[-1] if group.exists() else "none", os.sched_getscheduler(0))
+"""
+
+
+def after(*words: str) -> list[str]:
+    """Niceness, that of the session, and the scheduling policy of a process in a session of its own."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *words], capture_output=True, text=True, check=True,
+                          start_new_session=True)  # fmt: skip
+    return done.stdout.split()
+
+
+def test_the_trainer_is_nice_as_a_process_and_as_a_session_and_never_goes_back_up() -> None:
+    nice, session, policy = after()
+    assert int(nice) == max(15, os.nice(0))
+    assert session == (nice if Path("/proc/self/autogroup").exists() else "none")
+    assert int(policy) == os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="a policy of Linux")
+def test_an_idle_trainer_runs_where_nobody_else_wants_to() -> None:
+    assert int(after("idle")[2]) == os.SCHED_IDLE
+
+
+EARLY = """
+import sys
+from updater.loop import process
+process.be_nice = lambda *_: sys.exit("too late" if "torch" in sys.modules else 0)
+from ops.cli.main import main
+main()
+"""
+
+
+def test_ratchet_update_gives_way_before_it_imports_what_takes_seconds(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", EARLY, "--set", f"home={tmp_path}", "update"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+ENDS = """
+import atexit, os, signal
+from updater.loop.process import StopSignal
+
+def asked_again() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("cleaned up", flush=True)
+
+atexit.register(asked_again)
+StopSignal().install()
+os.kill(os.getpid(), signal.SIGTERM)
+print("went on", flush=True)
+"""
+
+
+def test_a_second_signal_does_not_break_off_what_the_first_one_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleaned up\n", "")
+
+
+def test_a_reason_to_wait_is_said_again_for_other_words_or_after_a_while_but_not_for_other_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = ThrottledLog()
+    for seconds in (6, 12, 20):
+        waits.say(f"2 of 256 new samples, the oldest waiting for {seconds} s")
+    waits.say("the budget lacks 5,994 MAF-GFLOPs")
+    waits.say("the budget lacks 812 MAF-GFLOPs")
+    monkeypatch.setattr(process, "QUIET_SECONDS", -1.0)
+    waits.say("the budget lacks 7 MAF-GFLOPs")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("waits: ")[2] for line in said] == [
+        "2 of 256 new samples, the oldest waiting for 6 s",
+        "the budget lacks 5,994 MAF-GFLOPs",
+        "the budget lacks 7 MAF-GFLOPs",
+    ]

@@ -1,0 +1,80 @@
+"""Every shipped CLIP recipe: trained twice in a row on a tiny base, stopped and resumed, and served as trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ops.testing.tiny import tiny_base
+from serving.engines.adapters import effective_weights
+from serving.engines.clip import ClipEngine
+from serving.engines.clip_base import ClipBase
+from tests.unit.updater.builders import picture, pools, recipe, run
+from updater.adapters import trainer_encoder
+from updater.budget.cost import Cost
+from updater.recipes import load_recipe, recipe_names
+from updater.step.learner import AnyLearner
+from updater.training.measure import measure
+from updater.training.train import Stopped
+
+CLIP = [name for name in recipe_names() if load_recipe(name).family == "clip"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
+    return tiny_base(tmp_path_factory.mktemp("home"))
+
+
+@pytest.mark.parametrize("name", CLIP)
+def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
+    base: ClipBase, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("updater.training.train.measure", _measured_once())
+    plan = recipe(name, max_steps=3)
+    first = run(base, tmp_path / "first", recipe=plan)
+    changed = effective_weights(first.directory, base.build_model())
+    assert any(name.startswith("visual.") for name in changed) != plan.image.locked
+    assert any(not name.startswith("visual.") for name in changed) != plan.text.locked
+    again = {
+        "recipe": plan,
+        "pools": pools(replay=12),
+        "incumbent": first.directory,
+        "carry_over": first.carry_over,
+        "seed": 5,
+    }
+    with pytest.raises(Stopped):
+        run(base, tmp_path / "stopped", **again, stop=_soon())
+    resumed = run(base, tmp_path / "stopped", **again)
+    second = run(base, tmp_path / "second", **again)
+    assert first.adapter != second.adapter == resumed.adapter
+    assert all(np.isfinite(values).all() for values in second.losses.values())
+    engine = ClipEngine(base)
+    engine.load(second.adapter, second.directory)
+    pixels = np.stack([base.preprocess.pixels(picture(i)) for i in range(4)])
+    images, texts = trainer_encoder(base, second.directory)(pixels, ["a red car", "a tree"])
+    assert np.allclose(images, engine.encode_images(pixels, second.adapter), atol=1e-5)
+    assert np.allclose(texts, engine.encode_texts(["a red car", "a tree"], second.adapter), atol=1e-5)
+
+
+def _measured_once() -> Callable[..., Cost]:
+    """Measures updates of the same parts once; counting is more than half of the time of each."""
+    found: dict[frozenset[str], Cost] = {}
+
+    def measured(learner: AnyLearner, *arguments: Any) -> Cost:
+        parts = frozenset(learner.parts)
+        if parts not in found:
+            found[parts] = measure(learner, *arguments)
+        return found[parts]
+
+    return measured
+
+
+def _soon() -> Callable[[], bool]:
+    """True some steps after the preparation."""
+    asked = count()
+    return lambda: next(asked) >= 4

@@ -1,0 +1,260 @@
+"""Looks at candidates, over a real ledger and store: when updates begin, and when a candidate is asked again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.ledger import Ledger
+from ops.ledger.rows import GateOutcome
+from ops.loading import load_settings
+from ops.settings import Settings
+from streams.store import SampleStore
+from tests.integration.updater.home import add_samples
+from updater.gate.interim_analyses import PRIOR_SPREAD, candidate_alpha, needed_items
+from updater.recipes import Recipe, load_recipe
+from updater.scheduling import kept_candidates, triggers
+from updater.scheduling.learning_state import learning_states
+from updater.scheduling.triggers import Ready, Reevaluate, Waiting
+
+NEEDED = 16
+FIRST = candidate_alpha(0.05, 0)
+DETECT = 0.1703
+"""So that 16 items are needed: the samples have 18 captions."""
+
+
+class Lab:
+    """A ledger and a store without a model."""
+
+    def __init__(self, home: Path) -> None:
+        self.settings = load_settings(overrides={"home": home}, environ={})
+        self.set("gate", min_items=5, detect=DETECT)
+        self.set("updater", min_new_samples=10)
+        self.ledger = Ledger.open(self.settings.ledger)
+        self.store = SampleStore(self.settings.lake)
+        self.recipe: Recipe = load_recipe("default")
+
+    def set(self, section: str, **values: Any) -> None:
+        """Change some settings."""
+        changed = getattr(self.settings, section).model_copy(update=values)
+        self.settings: Settings = self.settings.model_copy(update={section: changed})
+
+    def decide(self, **how: bool) -> Ready | Reevaluate | Waiting:
+        """What the updater would do."""
+        return triggers.decide(self.settings, self.ledger, self.store, self.recipe, **how)
+
+    def judged(
+        self, name: str, outcome: GateOutcome = "inconclusive", fresh: int = 8, made: bool = True, **cost: Any
+    ) -> None:
+        """An update that was trained and judged, with the look that the gate would have made."""
+        add_samples(self.settings, 1)
+        update = self.ledger.begin_update(
+            name, family="clip", recipe=self.recipe.model_dump(mode="json"), seed=0, store_version=self.store.version(),
+            data_from={}, data_to=self.store.offsets(), incumbent=triggers.incumbent_of(self.ledger, "clip"),
+            adapter=f"clip-{kept_candidates.split_id(name)[0]}", cost=cost,
+        )  # fmt: skip
+        self.record(update.id, outcome, fresh, made)
+
+    def record(self, update_id: str, outcome: GateOutcome, fresh: int, made: bool = True) -> None:
+        """The verdict of an update."""
+        update = self.ledger.update(update_id)
+        plan = kept_candidates.plan(self.settings.gate, self.ledger, "clip", update, halved=False)
+        look = plan.look(fresh)
+        summary = {
+            "spent": made,
+            "look": {
+                "number": look.number, "items": fresh, "needed": look.needed, "alpha": look.alpha, "spent": look.spent,
+                "next": look.next, "fresh": fresh, "candidates": plan.candidates, "made": made,
+            },
+        }  # fmt: skip
+        self.ledger.record_verdict(update_id, str(update.adapter), outcome, "reports/x", summary)
+        self.ledger.advance_update(update_id, "done")
+
+    def release(self, update_id: str) -> None:
+        """Put an update into service."""
+        adapter = self.ledger.update(update_id).adapter
+        proposal = self.ledger.propose("update", clip=adapter, vlm=None, actor="u", reason="r", update_id=update_id)
+        live = self.ledger.live()
+        number = live.number + 1 if live else 1
+        self.ledger.commit_release(number, clip=adapter, vlm=None, actor="u", reason="r", proposal_id=proposal.id)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    made = Lab(tmp_path)
+    yield made
+    made.ledger.close()
+
+
+def test_sixteen_items_are_needed() -> None:
+    assert needed_items(PRIOR_SPREAD, detect=DETECT, alpha=FIRST, power=0.8) == NEEDED
+
+
+def test_an_update_waits_for_the_items_that_the_gate_needs(lab: Lab) -> None:
+    add_samples(lab.settings, 12)
+    add_samples(lab.settings, 15, split="fresh_eval")
+    waiting = lab.decide()
+    assert isinstance(waiting, Waiting) and waiting.reason.startswith("15 of 16 fresh items")
+    add_samples(lab.settings, 1, split="fresh_eval")
+    ready = lab.decide()
+    assert isinstance(ready, Ready) and (ready.fresh.items, ready.fresh.needed) == (16, 16)
+
+
+def test_items_with_equal_captions_count_once(lab: Lab) -> None:
+    add_samples(lab.settings, 12)
+    add_samples(lab.settings, 1, split="fresh_eval")
+    for _ in range(20):
+        add_samples(lab.settings, 17)  # the captions repeat after 18
+        add_samples(lab.settings, 1, split="fresh_eval")
+    waiting = lab.decide()
+    assert isinstance(waiting, Waiting) and waiting.reason.startswith("1 of 16 fresh items")
+
+
+def test_an_update_begins_without_them_after_the_longest_wait_or_on_request(lab: Lab) -> None:
+    add_samples(lab.settings, 12)
+    asked_for = lab.decide(now=True)
+    assert isinstance(asked_for, Ready) and asked_for.once
+    lab.set("updater", max_wait_seconds=1e-3)
+    ready = lab.decide()
+    assert isinstance(ready, Ready) and not ready.once
+    assert (ready.fresh.items, ready.fresh.needed) == (0, 16)
+
+
+def test_an_inconclusive_candidate_is_asked_again_when_a_quarter_has_arrived_and_nothing_is_trained(lab: Lab) -> None:
+    add_samples(lab.settings, 8, split="fresh_eval")
+    lab.judged("u1", fresh=8)
+    add_samples(lab.settings, 17)  # the captions repeat after 18
+    lab.set("updater", max_wait_seconds=1e-3)
+    add_samples(lab.settings, 3, split="fresh_eval")
+    waiting = lab.decide()
+    assert isinstance(waiting, Waiting)
+    assert waiting.reason == "11 of 16 fresh items: clip-u1 was inconclusive, and is asked again with 12"
+    add_samples(lab.settings, 1, split="fresh_eval")
+    again = lab.decide()
+    assert isinstance(again, Reevaluate)
+    assert (again.candidate.update.adapter, again.candidate.next_id, again.store_version) == (
+        "clip-u1", "u1-look-2", lab.store.version(),
+    )  # fmt: skip
+    lab.judged("u1-look-2", fresh=12)
+    add_samples(lab.settings, 4, split="fresh_eval")
+    last = lab.decide()
+    assert isinstance(last, Reevaluate) and last.candidate.next_id == "u1-look-3"
+
+
+def test_after_the_look_with_all_items_a_candidate_is_given_up_and_the_next_update_trains(lab: Lab) -> None:
+    add_samples(lab.settings, 18, split="fresh_eval")
+    lab.judged("u1", fresh=8)
+    lab.judged("u1-look-2", fresh=18)
+    add_samples(lab.settings, 12)
+    state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
+    assert state.fresh.candidate is None and state.fresh.needed > NEEDED, "the second candidate has a smaller share"
+    lab.set("updater", max_wait_seconds=1e-3)
+    assert isinstance(lab.decide(), Ready)
+
+
+@pytest.mark.parametrize("outcome", ["passed", "rejected"])
+def test_a_candidate_that_was_decided_is_not_kept(lab: Lab, outcome: GateOutcome) -> None:
+    lab.judged("u1", outcome)
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+
+
+def test_a_candidate_is_kept_until_there_is_a_newer_one_another_incumbent_or_a_withdrawal(lab: Lab) -> None:
+    lab.judged("u1")
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is not None
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), "clip-other") is None
+    lab.ledger.register_adapter("clip-u1", "clip", "b", "i", "t", {})
+    lab.ledger.withdraw(["clip-u1"], actor="guard", subject="s", reason="slow", evidence={})
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+    lab.judged("u2", "rejected")
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+
+
+def test_an_operator_may_train_anew_while_a_candidate_is_kept(lab: Lab) -> None:
+    lab.judged("u1")
+    add_samples(lab.settings, 1)
+    assert isinstance(lab.decide(), Waiting)
+    assert isinstance(lab.decide(now=True), Ready)
+
+
+def test_without_the_wait_updates_begin_by_samples_alone_and_no_candidate_is_kept(lab: Lab) -> None:
+    lab.judged("u1")
+    lab.set("updater", wait_for_items=False)
+    add_samples(lab.settings, 9)
+    assert isinstance(lab.decide(), Waiting)
+    add_samples(lab.settings, 1)
+    ready = lab.decide()
+    assert isinstance(ready, Ready) and ready.once
+
+
+def test_a_stream_without_fresh_items_keeps_no_candidate_for_ever(lab: Lab) -> None:
+    lab.judged("u1", fresh=0, made=False)
+    add_samples(lab.settings, 12)
+    assert isinstance(lab.decide(), Waiting)
+    lab.set("updater", max_wait_seconds=1e-3)
+    assert isinstance(lab.decide(), Ready)
+    add_samples(lab.settings, 2, split="fresh_eval")
+    assert isinstance(lab.decide(), Waiting), "some have come: there will be more"
+
+
+def test_looks_at_one_candidate_share_what_it_may_spend_and_the_next_candidate_has_a_smaller_share(lab: Lab) -> None:
+    def plan(name: str | None = None) -> Any:
+        update = None if name is None else lab.ledger.update(name)
+        return kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", update, halved=False)
+
+    assert (plan().alpha, plan().needed, plan().candidates) == (FIRST, NEEDED, 0)
+    lab.judged("u1", fresh=4, made=False)
+    assert (plan("u1").alpha, plan("u1").tested) == (FIRST, ()), "a test that could not be made spends nothing"
+    assert plan().candidates == 0
+    lab.judged("u1-look-2", fresh=8)
+    lab.judged("u1-look-3", fresh=12)
+    again = plan("u1-look-3")
+    assert (again.alpha, again.tested, again.needed, again.candidates) == (FIRST, (8, 12), NEEDED, 0)
+    assert (plan().alpha, plan().candidates) == (candidate_alpha(0.05, 1), 1)
+    lab.judged("u2", "rejected", fresh=30)
+    assert plan().candidates == 2
+    assert plan("u1").alpha == FIRST, "it keeps the share that it began with"
+    lab.judged("u3", "passed", fresh=40)
+    lab.release("u3")
+    assert (plan().alpha, plan().candidates) == (FIRST, 0)
+
+
+def test_what_an_operator_asked_for_is_judged_once_with_what_there_is(lab: Lab) -> None:
+    lab.judged("u1", fresh=9, only_look=True)
+    verdict = lab.ledger.verdict_of("u1")
+    assert verdict is not None
+    look = verdict.summary["look"]
+    assert (look["needed"], look["spent"], look["next"]) == (9, pytest.approx(FIRST), None)
+    assert kept_candidates.kept_candidate(lab.ledger, lab.ledger.updates(), None) is None
+
+
+def test_the_spread_is_taken_from_the_newest_verdicts_that_have_one(lab: Lab) -> None:
+    gains = (
+        ("u1", None),
+        ("u2", {"units": 100, "spread": 0.1, "recall_spread": 0.1}),
+        ("u3", {"units": 300, "spread": 0.1, "recall_spread": 0.2 * 2.6**0.5}),
+    )
+    for name, gain in gains:
+        lab.ledger.begin_update(
+            name, family="clip", recipe={}, seed=0, store_version=1, data_from={}, data_to={}, incumbent=None
+        )
+        lab.ledger.record_verdict(name, f"clip-{name}", "rejected", "r", {"gain": gain, "spent": False})
+    assert kept_candidates.spread(lab.ledger.verdicts_of("clip")) == pytest.approx(
+        ((100 * 0.01 + 300 * 0.04) / 400) ** 0.5
+    )
+    assert kept_candidates.spread(lab.ledger.verdicts_of("vlm")) is None
+    assert kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False).needed < NEEDED
+
+
+def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -> None:
+    add_samples(lab.settings, 8, split="fresh_eval")
+    lab.judged("u0", "rejected", fresh=20)
+    lab.judged("u1", fresh=8)
+    state = learning_states(lab.settings, lab.ledger, lab.store)["clip"]
+    facts = state.to_json()
+    assert facts["fresh_items"] == 8 and facts["fresh_items_needed"] > NEEDED
+    assert facts["kept"]["adapter"] == "clip-u1" and facts["kept"]["looks"] == 1
+    assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
+    assert state.alpha_line.startswith("alpha 0.05 until the next release: 0.038 spent, 0.012 left")

@@ -1,0 +1,153 @@
+"""Training in half precision: close to float32, kept by a resumed update, and told where it is not finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ops.errors import ConfigError, TrainingError
+from ops.testing.tiny import tiny_base
+from ops.testing.tiny_vlm import tiny_vlm_base
+from serving.engines.clip_base import ClipBase
+from serving.engines.engine_choice import SMALL_BYTES
+from serving.engines.processor import Processor
+from tests.unit.updater.builders import learner_of, pools, question_pools, recipe, run
+from updater.families.clip.learner import ClipLearner
+from updater.step import precision
+from updater.step.learner import Learner
+from updater.step.precision import training_precision
+from updater.training.train import Stopped
+
+ROWS = [0, 13, 2, 25, 14, 5, 27, 16, 8, 21, 1]
+TOLERANCE = 0.02
+"""Of losses, relative: bfloat16 has eight bits of mantissa, an error of 0.004 in each product."""
+FAST = Processor("Xeon", amx=True, avx512_bf16=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
+    return tiny_base(tmp_path_factory.mktemp("home"))
+
+
+def learner(base: ClipBase, name: str = "default", **changes: Any) -> ClipLearner:
+    pool = pools(new=12, reference=8, replay=8)
+    made = ClipLearner(base, recipe(name, **changes), {}, seed=0)
+    made.prepare(pool.examples, pool.parts)
+    return made
+
+
+def steps(made: Learner[Any], count: int) -> list[float]:
+    """Losses of some steps on the same rows."""
+    losses = []
+    for step in range(count):
+        losses.append(made.backward(ROWS)[0])
+        made.update(0.01, step, count)
+    return losses
+
+
+def gradient(made: Learner[Any]) -> torch.Tensor:
+    made.backward(ROWS)
+    return torch.cat([p.grad.flatten() for p in made.parameters.values() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("default", {}),
+        ("default", {"micro_batch": 4}),
+        ("default", {"image": {}, "text": {}}),
+        ("ctp", {}),
+        ("dora", {}),
+    ],
+)
+def test_a_few_steps_agree_in_both_precisions(base: ClipBase, name: str, changes: dict[str, Any]) -> None:
+    whole, half = (learner(base, name, precision=each, **changes) for each in ("float32", "bfloat16"))
+    assert torch.cosine_similarity(gradient(whole), gradient(half), dim=0) > 0.95
+    expected, found = steps(whole, 4), steps(half, 4)
+    assert found == pytest.approx(expected, rel=TOLERANCE)
+    assert found != expected
+    assert abs(expected[-1] - expected[0]) > 1e-3, "the steps did something"
+
+
+def test_what_learns_and_what_is_compared_is_float32(base: ClipBase) -> None:
+    half = learner(base, precision="bfloat16")
+    batch = half.batch(ROWS)
+    assert batch.image.dtype == batch.text.dtype == batch.teachers["base"].image.dtype == torch.float32
+    steps(half, 1)
+    state = half.state()
+    assert {value.dtype for name, value in state.items() if name.startswith(("parameter", "optimizer"))} == {
+        torch.float32
+    }
+
+
+def test_a_vlm_agrees_too(tmp_path: Path) -> None:
+    base = tiny_vlm_base(tmp_path)
+    pool = question_pools(new=12, reference=8, replay=8)
+    for changes in ({}, {"image": {"locked": False}}):
+        whole, half = (learner_of(base, pool, precision=each, **changes) for each in ("float32", "bfloat16"))
+        assert whole.precision == "float32" and half.precision == "bfloat16"
+        expected, found = steps(whole, 3), steps(half, 3)
+        assert found == pytest.approx(expected, rel=TOLERANCE)
+        assert found != expected
+        assert half.batch(ROWS).logits.dtype == torch.float32
+
+
+def test_the_candidate_is_float32(base: ClipBase, tmp_path: Path) -> None:
+    result = run(base, tmp_path, recipe=recipe(precision="bfloat16"))
+    tensors = load_file(result.directory / "adapter_model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    assert result.cost["precision"] == "bfloat16"
+
+
+def test_auto_is_bfloat16_where_the_processor_multiplies_it_fast_and_the_base_is_large(
+    base: ClipBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = replace(base, weights_bytes=SMALL_BYTES)
+    cpu = torch.device("cpu")
+    for processor, expected in (
+        (Processor("EPYC"), "float32"),
+        (Processor("EPYC", avx512_bf16=True), "float32"),
+        (FAST, "bfloat16"),
+        (Processor("T4", cuda=(7, 5)), "float32"),
+        (Processor("H100", cuda=(9, 0)), "bfloat16"),
+    ):
+        monkeypatch.setattr(precision, "processor", lambda device, found=processor: found)
+        assert training_precision(recipe(), large, cpu) == expected
+        assert training_precision(recipe(), base, cpu) == "float32"
+        assert training_precision(recipe(precision="bfloat16"), base, cpu) == "bfloat16"
+        assert training_precision(recipe(precision="float32"), large, cpu) == "float32"
+
+
+def test_another_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="precision"):
+        recipe(precision="float16")
+
+
+def test_a_resumed_update_keeps_its_precision(base: ClipBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(base, tmp_path / "whole", recipe=recipe(precision="bfloat16"))
+    monkeypatch.setattr(precision, "SMALL_BYTES", 0)
+    monkeypatch.setattr(precision, "processor", lambda device: FAST)
+    asked = iter(range(100))
+    with pytest.raises(Stopped):
+        run(base, tmp_path / "parts", stop=lambda: next(asked) == 4)
+    monkeypatch.setattr(precision, "processor", lambda device: Processor("EPYC"))
+    resumed = run(base, tmp_path / "parts")
+    assert resumed.cost["precision"] == "bfloat16"
+    assert resumed.losses == whole.losses
+    assert run(base, tmp_path / "elsewhere").cost["precision"] == "float32"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_update(base: ClipBase) -> None:
+    made = learner(base)
+    made.backward(ROWS)
+    before = {name: p.detach().clone() for name, p in made.parameters.items()}
+    first = next(iter(made.parameters.values()))
+    first.grad = torch.full_like(first, torch.inf)
+    with pytest.raises(TrainingError, match="gradient of step 3 is not finite"):
+        made.update(0.01, step=3, steps=5)
+    assert all(torch.equal(before[name], p) for name, p in made.parameters.items())

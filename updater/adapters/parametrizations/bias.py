@@ -1,0 +1,17 @@
+"""BitFit: only biases learn (Ben Zaken et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from updater.adapters.parametrizations.base import Selects
+from updater.adapters.parametrizations.full import Full
+
+
+class Bias(Full):
+    """As full fine-tuning, of every parameter that is called ``bias``."""
+
+    selects: ClassVar[Selects] = "biases"
+
+
+PARAMETRIZATION = Bias

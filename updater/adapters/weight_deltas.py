@@ -1,0 +1,106 @@
+"""The algebra of deltas: sums and compression of ΔW, low-rank ones without ever forming ΔW.
+
+Everything is float64 inside: a merge repeated over hundreds of updates must not lose digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEGLIGIBLE = 1e-6
+"""A share of a ΔW below this is rounding: its factors came from float32."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """ΔW = b @ a of one layer, the LoRA scale folded in: a [r, in], b [out, r], float64."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of b."""
+        return self.a.shape[0]
+
+    def dense(self) -> Tensor:
+        """ΔW [out, in]."""
+        return self.b @ self.a
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> LowRank:
+        """A ΔW [out, in] that has no low rank, exactly; the writer's compression finds its best approximation."""
+        out, inner = matrix.shape
+        eye = torch.eye(min(out, inner), dtype=matrix.dtype)
+        return cls(eye, matrix) if inner <= out else cls(matrix, eye)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return self.a, self.b
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The difference of one whole parameter, for what low rank cannot say: float64, in the parameter's shape."""
+
+    value: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of."""
+        return (self.value,)
+
+
+WeightDelta = Mapping[str, LowRank | Dense]
+"""Factors by module name as PEFT spells it; whole differences by parameter name."""
+
+
+def merge(incumbent: WeightDelta, trained: WeightDelta, weight: float) -> dict[str, LowRank | Dense]:
+    """ΔW = (1 - weight) ΔW_incumbent + weight ΔW_trained, exactly: ranks add up until :func:`compress`."""
+    return combine([(1 - weight, incumbent), (weight, trained)])
+
+
+def combine(shares: Sequence[tuple[float, WeightDelta]]) -> dict[str, LowRank | Dense]:
+    """ΔW = the weighted sum of deltas, exactly; where one has nothing, its ΔW is 0."""
+    combined: dict[str, LowRank | Dense] = {}
+    for name in sorted({name for _, delta in shares for name in delta}):
+        parts = [(share, delta[name]) for share, delta in shares if name in delta and share != 0]
+        factors = [(share, part) for share, part in parts if isinstance(part, LowRank)]
+        wholes = [share * part.value for share, part in parts if isinstance(part, Dense)]
+        if wholes:
+            combined[name] = Dense(torch.stack(wholes).sum(dim=0))
+        elif factors:
+            combined[name] = LowRank(
+                a=torch.cat([factor.a for _, factor in factors]),
+                b=torch.cat([share * factor.b for share, factor in factors], dim=1),
+            )
+    return combined
+
+
+def fits(factor: LowRank, rank: int) -> bool:
+    """Whether :func:`compress` to ``rank`` loses nothing that float32 could hold."""
+    if factor.rank <= rank:
+        return True
+    dense = factor.dense()
+    return bool((dense - compress(factor, rank).dense()).norm() <= NEGLIGIBLE * dense.norm())
+
+
+def compress(factor: LowRank, rank: int) -> LowRank:
+    """The best approximation of rank ``rank`` (Eckart-Young), as factors of exactly that rank.
+
+    Through QR of both factors and an SVD of their small [r, r] core, so that the cost does not grow with the layer.
+    The singular values are split evenly between both factors; a lower true rank leaves zeros.
+    """
+    q_out, r_out = torch.linalg.qr(factor.b)
+    q_in, r_in = torch.linalg.qr(factor.a.T)
+    u, s, vt = torch.linalg.svd(r_out @ r_in.T)
+    keep = min(rank, len(s))
+    root = s[:keep].sqrt()
+    a = torch.zeros(rank, factor.a.shape[1], dtype=factor.a.dtype)
+    b = torch.zeros(factor.b.shape[0], rank, dtype=factor.b.dtype)
+    a[:keep] = root[:, None] * (vt[:keep] @ q_in.T)
+    b[:, :keep] = (q_out @ u[:, :keep]) * root
+    return LowRank(a, b)

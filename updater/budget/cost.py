@@ -1,0 +1,92 @@
+"""What an update costs, and the steps that a budget pays for.
+
+Memory-adjusted FLOPs (MAF) as in FoMo-in-Flux, "A Practitioner's Guide to Continual Multimodal Pretraining":
+GFLOPs x (peak memory / peak memory of full fine-tuning at the same batch). How both are measured is in
+``updater/training/measure.py``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ops.errors import BudgetError
+from updater.data.mixture import BatchPlan
+from updater.recipes import Part
+
+
+class StepUnaffordable(BudgetError):
+    """A budget does not pay for one step. ``needed``: what would, in MAF-GFLOPs."""
+
+    needed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured once per update, on its first batch, and kept with it: a resumed update plans the same steps."""
+
+    step_gflops: float
+    """Forward and backward of one batch, on average."""
+    sample_gflops: float
+    """Forward pass of one sample through the whole model."""
+    row_gflops: Mapping[Part, float]
+    """What is computed once of an example, by its pool: teachers' passes, and what no step changes."""
+    texts_gflops: float
+    """The same of texts that are in every batch."""
+    peak_bytes: float
+    full_bytes: float
+    """Peak of full fine-tuning at the same batch."""
+    row_bytes: float = 0.0
+    """Disk that is taken for an example, at most."""
+    closing: int = 0
+    """Steps' worth of passes after the last step: gradients that regularizers measure."""
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory over that of full fine-tuning."""
+        return self.peak_bytes / self.full_bytes
+
+    @property
+    def maf_per_step(self) -> float:
+        """Memory-adjusted GFLOPs of a step."""
+        return self.step_gflops * self.memory_ratio
+
+    def maf(self, steps: int, prepared_gflops: float) -> float:
+        """Memory-adjusted GFLOPs of an update of so many steps, for which so much was prepared."""
+        return prepared_gflops * self.memory_ratio + (steps + self.closing) * self.maf_per_step
+
+    def prepare_gflops(self, steps: int, plan: BatchPlan) -> float:
+        """What is prepared for so many steps: the rows that they visit, and no others."""
+        return self.texts_gflops + sum(self.row_gflops[part] * plan.visited(part, steps) for part in plan.counts)
+
+    def planned(self, steps: int, plan: BatchPlan) -> float:
+        """Memory-adjusted GFLOPs of so many steps and of preparing the rows that they visit."""
+        return self.maf(steps, self.prepare_gflops(steps, plan))
+
+    def steps_within(self, gflops: float, most: int, plan: BatchPlan) -> int:
+        """Steps that a budget pays for with their own rows, at most ``most``.
+
+        Raises StepUnaffordable when it does not pay for one.
+        """
+        if self.planned(1, plan) > gflops:
+            raise self._unaffordable(gflops, plan)
+        # The last number of steps that is within: the cost grows with each.
+        return bisect_right(range(1, most + 1), gflops, key=lambda steps: self.planned(steps, plan))
+
+    def _unaffordable(self, gflops: float, plan: BatchPlan) -> StepUnaffordable:
+        needed = self.planned(1, plan)
+        prepare = self.prepare_gflops(1, plan) * self.memory_ratio
+        closing = f", {self.closing} such passes at the end" if self.closing else ""
+        error = StepUnaffordable(
+            f"a budget of {gflops:,.0f} MAF-GFLOPs does not pay for one step with its own rows, which costs "
+            f"{needed:,.1f} (to prepare the rows {prepare:,.1f}, a step {self.maf_per_step:,.1f}{closing}).",
+            "Raise budget.gflops_per_update and gflops_per_day, or use a recipe with a smaller batch.",
+        )
+        error.needed = needed
+        return error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)

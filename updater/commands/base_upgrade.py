@@ -1,0 +1,80 @@
+"""`ratchet base upgrade`, as functions that a Python prompt can call too."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+
+from ops.errors import TrainingError
+from ops.ledger import Ledger, UpdateRow, VerdictRow
+from ops.progress import say
+from ops.settings import Settings
+from streams.store import SampleStore
+from updater.loop.process import StopSignal, only_one
+from updater.loop.service import UpdaterService
+from updater.training.train import Stopped
+from updater.upgrades.estimate import Plan, plan_of
+from updater.upgrades.replay import begin, cancel, plan_replay, unfinished
+
+
+def plan_command(settings: Settings, name: str, gflops: float | None = None) -> Plan:
+    """What an upgrade would train and cost; nothing is recorded. Raises: see :func:`plan_replay`."""
+    ledger, store = Ledger.open(settings.ledger), SampleStore(settings.lake)
+    try:
+        return plan_of(settings, store, plan_replay(settings, ledger, store, name, gflops))
+    finally:
+        ledger.close()
+
+
+def begun(settings: Settings, name: str) -> UpdateRow | None:
+    """The unfinished upgrade to a base, if there is one. Raises TrainingError when there is one to another base."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        return unfinished(ledger, name)
+    finally:
+        ledger.close()
+
+
+def begin_command(settings: Settings, plan: Plan, actor: str) -> UpdateRow:
+    """Record an upgrade, which the updater of this home takes up. Raises LedgerError, StoreError."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        return begin(ledger, SampleStore(settings.lake), plan.replay, actor)
+    finally:
+        ledger.close()
+
+
+def finish_command(settings: Settings, update_id: str) -> tuple[UpdateRow, VerdictRow | None]:
+    """Train and judge an upgrade in this process, from where it is; with SIGTERM it stops at a checkpoint.
+
+    Raises:
+        TrainingError: an updater works here, which takes the upgrade up by itself; or it waits for something.
+    """
+    ledger = Ledger.open(settings.ledger)
+    stop = StopSignal()
+    try:
+        with only_one(settings.home, wait=False):
+            stop.install()
+            service = UpdaterService(settings, family="clip", stop=stop)
+            with suppress(Stopped):
+                while not ledger.is_finished(update_id):
+                    outcome = service.step()
+                    if outcome.update is None:
+                        raise TrainingError(f"{update_id} waits: {outcome.reason}.", "Run the command again later.")
+            if not ledger.is_finished(update_id):
+                say(f"{update_id} stops; it goes on from its checkpoint next time")
+        return ledger.update(update_id), ledger.verdict_of(update_id)
+    finally:
+        ledger.close()
+
+
+def cancel_command(settings: Settings, name: str) -> UpdateRow:
+    """Drop the upgrade to a base. Raises TrainingError when there is none, or an updater works on it."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        with only_one(settings.home, wait=False):
+            update = cancel(ledger, SampleStore(settings.lake), name)
+            shutil.rmtree(settings.home / "updates" / update.id, ignore_errors=True)
+        return update
+    finally:
+        ledger.close()

@@ -1,0 +1,145 @@
+"""Which rows of the sample store an update may learn from, and in what order: by their addresses, without their words.
+
+What is pending (D) comes in the order of the setting ``updater.draw``: ``uniform`` by a hash of seed and id, so that
+the first m rows are m drawn from all of them; ``newest`` by the time at which they were stored. How many are visited
+follows from the budget, later. What is earlier is drawn by the replay reservoir, also what an update passed over.
+
+One pass over the columns of ids, places and concepts; for each row some 40 bytes are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from ops.settings import Draw
+from streams.store import ADDRESS, Having, SampleStore
+from updater.data.replay import draw_key, reservoir_order
+from updater.recipes import Family, Recipe
+
+HAVING: Mapping[Family, Having] = {"clip": "text", "vlm": "question"}
+"""What a sample must have for a family to learn from it."""
+PLACE = ("topic", "partition", "offset")
+PARTITIONS = 1 << 32
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Addresses of rows in one version of the store, uint64, each array in the order of its draw."""
+
+    new: np.ndarray
+    """All that is pending."""
+    replay: np.ndarray
+    """At most ``replay_limit`` of what is earlier."""
+
+
+def draw_rows(
+    store: SampleStore,
+    recipe: Recipe,
+    version: int,
+    data_from: Mapping[str, int],
+    seed: int,
+    draw: Draw,
+    data_to: Mapping[str, int] | None = None,
+) -> Drawn:
+    """Draw from the training split of a version; new is what lies at or after the offsets ``data_from``. What lies at
+    or after ``data_to`` is not drawn; None: all that the version has may be.
+    """
+    replays = recipe.mixture.replay > 0
+    new, old = _Rows(), _Rows()
+    for batch in _batches(store, recipe.family, version):
+        if data_to is not None:
+            batch = batch.filter(pa.array(~_is_new(batch, data_to)))
+        fresh = _is_new(batch, data_from)
+        new.add(batch, fresh, seed)
+        if replays and not fresh.all():
+            old.add(batch, ~fresh, seed, recipe.family)
+    return Drawn(new.drawn(draw), old.replayed(recipe))
+
+
+def _batches(store: SampleStore, family: Family, version: int) -> Iterator[pa.RecordBatch]:
+    columns = ["id", *PLACE, "ingested_at", "domain", "concept", *(["label"] if family == "vlm" else [])]
+    return store.addresses(columns, version, "train", HAVING[family])
+
+
+def _is_new(batch: pa.RecordBatch, data_from: Mapping[str, int]) -> np.ndarray:
+    """Whether each row lies at or after the offset from which its partition is new, bool [n]."""
+    topics = batch["topic"].dictionary_encode()
+    codes, partition = (
+        each.to_numpy(zero_copy_only=False).astype(np.int64) for each in (topics.indices, batch["partition"])
+    )
+    places, which = np.unique(codes * PARTITIONS + partition, return_inverse=True)
+    names = topics.dictionary.to_pylist()
+    keys = [f"{names[int(place) // PARTITIONS]}:{int(place) % PARTITIONS}" for place in places]
+    first = np.array([data_from.get(key, 0) for key in keys], np.int64)
+    result: np.ndarray = batch["offset"].to_numpy(zero_copy_only=False) >= first[which]
+    return result
+
+
+class _Rows:
+    """Columns of some rows, piece after piece."""
+
+    def __init__(self) -> None:
+        self.pieces: list[dict[str, np.ndarray]] = []
+        self.topics: dict[str, int] = {}
+        self.concepts: dict[str, int] = {}
+
+    def add(self, batch: pa.RecordBatch, where: np.ndarray, seed: int, family: Family | None = None) -> None:
+        """Take the rows of a batch for which ``where`` holds; with their concepts where a family is given."""
+        rows = batch.filter(pa.array(where))
+        columns = {name: rows[name].to_numpy(zero_copy_only=False) for name in (ADDRESS, "partition", "offset")}
+        columns["key"] = np.fromiter((draw_key(each, seed) for each in rows["id"].to_pylist()), np.uint64)
+        columns["time"] = rows["ingested_at"].cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False)
+        columns["topic"] = _codes(rows["topic"].to_pylist(), self.topics)
+        if family is not None:
+            columns["concept"] = _codes(_concepts(rows, family), self.concepts)
+        self.pieces.append(columns)
+
+    def drawn(self, draw: Draw) -> np.ndarray:
+        """Addresses in the order of a draw."""
+        if not self.pieces:
+            return np.empty(0, np.uint64)
+        rows = self._by_place()
+        if draw == "newest":
+            rows = rows[::-1]
+            rows = rows[np.argsort(-self._column("time")[rows], kind="stable")]
+        else:
+            rows = rows[np.argsort(self._column("key")[rows], kind="stable")]
+        addresses: np.ndarray = self._column(ADDRESS)[rows]
+        return addresses
+
+    def replayed(self, recipe: Recipe) -> np.ndarray:
+        """Addresses of the reservoir, in the order of its draw."""
+        if not self.pieces:
+            return np.empty(0, np.uint64)
+        rows = self._by_place()
+        keys, concepts = self._column("key")[rows], self._column("concept")[rows].tolist()
+        chosen = reservoir_order(keys, concepts, recipe.replay_limit, recipe.replay_half_life, recipe.replay_balanced)
+        addresses: np.ndarray = self._column(ADDRESS)[rows[chosen]]
+        return addresses
+
+    def _by_place(self) -> np.ndarray:
+        """Rows by topic, partition and offset: the same whatever the order of the files."""
+        rank = np.empty(len(self.topics), np.int64)
+        rank[[self.topics[name] for name in sorted(self.topics)]] = np.arange(len(self.topics))
+        order: np.ndarray = np.lexsort((self._column("offset"), self._column("partition"), rank[self._column("topic")]))
+        return order
+
+    def _column(self, name: str) -> np.ndarray:
+        column: np.ndarray = np.concatenate([piece[name] for piece in self.pieces])
+        return column
+
+
+def _codes(names: Iterable[str], known: dict[str, int]) -> np.ndarray:
+    return np.array([known.setdefault(name, len(known)) for name in names], np.int64)
+
+
+def _concepts(rows: pa.RecordBatch, family: Family) -> Iterator[str]:
+    """What replay is balanced over; for questions also their kind."""
+    columns = [rows[name].to_pylist() for name in ("concept", "domain")]
+    kinds = rows["label"].to_pylist() if family == "vlm" else [None] * rows.num_rows
+    for concept, domain, kind in zip(*columns, kinds, strict=True):
+        yield f"{kind or ''} {concept or domain or ''}"

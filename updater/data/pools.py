@@ -1,0 +1,268 @@
+"""What an update is trained on: three pools of examples, pinned by the store's version and a seed.
+
+Each pool is in the order of its draw, so that its first m examples are a draw of m: an update visits as many of them as
+its budget pays for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any, overload
+
+import numpy as np
+
+from ops.digests import digest12, digest_bytes
+from ops.errors import ConfigError
+from ops.progress import say
+from ops.settings import Draw
+from streams.folders import FolderItem, read_folder
+from streams.store import SampleStore
+from updater.data.draw import draw_rows
+from updater.data.mixture import PARTS
+from updater.recipes import Family, Part, Recipe
+
+WORDS_ROWS = 1024
+"""Rows whose words are read from the store at once, and kept until others are asked for."""
+IMAGE_ROWS = 48
+"""Rows whose images are: at 8 MiB each 384 MiB, for each of two pools."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One image with its text, and a class label if it has one. ``id`` names the content, ``read`` gives the image."""
+
+    id: str
+    text: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    label: str = ""
+    domain: str = ""
+    view: int = 0
+    """The view of the image that is seen; 0 is the image as it is."""
+
+    @property
+    def content(self) -> str:
+        """Names what is learned from."""
+        return f"{self.id} {self.view} {self.text}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One image with a question and its answer; the rest as for a pair."""
+
+    id: str
+    question: str
+    answer: str
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    label: str = ""
+    domain: str = ""
+
+    @property
+    def text(self) -> str:
+        """Both as one line, to tell examples apart."""
+        return f"{self.question} {self.answer}"
+
+    @property
+    def content(self) -> str:
+        """Names what is learned from."""
+        return f"{self.id} {self.text}"
+
+
+Example = Pair | Question
+
+
+@dataclass(frozen=True)
+class Pools:
+    """New data D, reference pool P, replay buffer B: all pairs for a CLIP, all questions for a VLM."""
+
+    new: Sequence[Example]
+    reference: Sequence[Example] = ()
+    replay: Sequence[Example] = ()
+
+    def of(self, part: Part) -> Sequence[Example]:
+        """One pool by its name."""
+        pools: dict[Part, Sequence[Example]] = {"new": self.new, "reference": self.reference, "replay": self.replay}
+        return pools[part]
+
+    def shuffled(self, seed: int) -> Pools:
+        """The same pools in a random order, for those that were not drawn by chance."""
+        order = random.Random(seed)  # noqa: S311 - nothing is kept secret
+        return Pools(*(tuple(order.sample(pool, len(pool))) for pool in map(self.of, PARTS)))
+
+    @property
+    def sizes(self) -> dict[Part, int]:
+        """Examples in each pool."""
+        return {part: len(self.of(part)) for part in PARTS}
+
+    @property
+    def examples(self) -> list[Example]:
+        """All of them, one pool after the other: what a learner prepares."""
+        return [example for part in PARTS for example in self.of(part)]
+
+    @property
+    def parts(self) -> list[Part]:
+        """The pool of each of :attr:`examples`."""
+        return [part for part in PARTS for _ in self.of(part)]
+
+    def rows(self, batch: Sequence[tuple[Part, int]]) -> list[int]:
+        """Where the (pool, row) of a batch are among :attr:`examples`."""
+        ends = accumulate(self.sizes.values(), initial=0)
+        first = dict(zip(PARTS, ends, strict=False))
+        return [first[part] + row for part, row in batch]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids, texts and labels of all pools in order, 64 hex digits."""
+        return digest_bytes(*(f"{part} {p.id} {p.text} {p.label}".encode() for part in PARTS for p in self.of(part)))
+
+
+def draw_pools(
+    store: SampleStore,
+    recipe: Recipe,
+    reference: Sequence[Path],
+    version: int,
+    data_from: Mapping[str, int],
+    seed: int,
+    draw: Draw = "uniform",
+    data_to: Mapping[str, int] | None = None,
+) -> Pools:
+    """The pools of an update: D is what lies after ``data_from`` in ``version``, B is drawn from before it; with
+    ``data_to`` without what lies after that.
+
+    Only samples that the recipe's family learns from are in them. A pure function of its arguments and of the
+    reference folders' contents. Words and images of the store are read when an example is asked for.
+    """
+    drawn = draw_rows(store, recipe, version, data_from, seed, draw, data_to)
+    folders = reference if recipe.mixture.reference > 0 else ()
+    return Pools(
+        new=StoredExamples(store, version, drawn.new, recipe.family),
+        reference=_reference(folders, recipe.reference_limit, seed, recipe.family),
+        replay=StoredExamples(store, version, drawn.replay, recipe.family),
+    )
+
+
+def _example(name: str, row: Mapping[str, str], read: Callable[[], bytes], family: Family) -> Example:
+    label, domain = row["label"] or "", row["domain"] or ""
+    if family == "vlm":
+        return Question(name, row["question"], row["answer"], read, label, domain)
+    return Pair(name, row["text"], read, label, domain)
+
+
+class StoredExamples(Sequence[Example]):
+    """Examples of the sample store in the order of a draw; words and images are read some rows at a time."""
+
+    def __init__(self, store: SampleStore, version: int, addresses: np.ndarray, family: Family) -> None:
+        """``addresses``: uint64 [n], of rows in this version."""
+        self.addresses = addresses
+        self.family: Family = family
+        columns = ["question", "answer"] if family == "vlm" else ["text"]
+        self._words = _Pages(store, version, addresses, ["id", "label", "domain", *columns], WORDS_ROWS)
+        self._images = _Pages(store, version, addresses, ["image"], IMAGE_ROWS)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+    @overload
+    def __getitem__(self, number: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, number: int | slice) -> Example | Sequence[Example]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        place = number % len(self)
+        row = self._words.row(place)
+
+        def read() -> bytes:
+            image: bytes = self._images.row(place)["image"]
+            return image
+
+        return _example(row["id"], row, read, self.family)
+
+
+class _Pages:
+    """Columns of some rows of the store, read a page at a time; the last one is kept. For several threads.
+
+    A row that is asked for out of turn, in another order than that of the draw, is read alone.
+    """
+
+    def __init__(
+        self, store: SampleStore, version: int, addresses: np.ndarray, columns: Sequence[str], size: int
+    ) -> None:
+        self.store, self.version, self.addresses, self.columns, self.size = store, version, addresses, columns, size
+        self._lock = Lock()
+        self._page = self._last = -1
+        self._rows: list[dict[str, Any]] = []
+
+    def row(self, number: int) -> dict[str, Any]:
+        page, place = divmod(number, self.size)
+        with self._lock:
+            in_turn, self._last = not place or number == self._last + 1, number
+            if page != self._page and not in_turn:
+                return self.store.rows_at([int(self.addresses[number])], self.columns, self.version)[0]
+            if page != self._page:
+                self._rows = []  # both at once would be twice the memory
+                wanted = self.addresses[page * self.size : (page + 1) * self.size].tolist()
+                self._rows, self._page = self.store.rows_at(wanted, self.columns, self.version), page
+            return self._rows[place]
+
+
+def _reference(folders: Sequence[Path], limit: int, seed: int, family: Family) -> tuple[Example, ...]:
+    """``limit`` examples of the reference folders' training split, drawn by hash: adding a folder keeps most of them.
+
+    Questions are drawn in turn from each of their kinds, which their labels name, so that the rare ones are held too.
+    """
+    drawn: list[tuple[bytes, FolderItem]] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"the reference folder {folder} does not exist.", "Correct updater.reference in the settings."
+            )
+        for item in read_folder(folder, split="train"):
+            words = item.text if family == "clip" else item.question and f"{item.question} {item.answer}"
+            if words:
+                key = f"{seed} {folder.name} {item.path.name} {words}".encode()
+                drawn.append((hashlib.sha256(key).digest(), replace(item, domain=item.domain or folder.name)))
+    drawn.sort(key=lambda each: each[0])
+    if family == "vlm":
+        drawn = _in_turn(drawn)
+    if len(drawn) > limit:
+        say(f"reference pool: {limit} of {len(drawn)} examples")
+    return tuple(
+        _example(
+            f"reference-{key.hex()[:32]}",
+            {name: getattr(item, name) for name in ("text", "question", "answer", "label", "domain")},
+            item.bytes,
+            family,
+        )
+        for key, item in drawn[:limit]
+    )
+
+
+def _in_turn(drawn: Sequence[tuple[bytes, FolderItem]]) -> list[tuple[bytes, FolderItem]]:
+    """The first of each label, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for key, item in drawn:
+        turns.append((seen[item.label], key, item))
+        seen[item.label] += 1
+    return [(key, item) for _, key, item in sorted(turns, key=lambda each: each[:2])]
+
+
+def caption_number(caption: str) -> int:
+    """A number for a caption (case and surrounding spaces do not count), the same in every update."""
+    return int(digest12(caption.strip().lower().encode()), 16)
+
+
+def mixed_seed(seed: int, version: int) -> int:
+    """A seed for one update: another store version draws other reference pairs and another order."""
+    return int(digest12(f"{seed} {version}".encode()), 16) % 2**31

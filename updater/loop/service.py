@@ -1,0 +1,385 @@
+"""The updater: waits for data and budget, trains, gates, proposes. Every step can be repeated after a kill.
+
+           a candidate that was inconclusive is asked again as an update that is trained already (kept_candidates.py)
+training   charged once (by the update's id); trains from its last checkpoint; writes the adapter and what the update
+           leaves for the next one (its carry-over), then the ledger
+trained    the adapter is in the artifacts and in the ledger; the gate judges it. An imported adapter begins here
+gated      the verdict and its report are stored; what passed is proposed
+done       or failed, with the reason
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ops import metrics
+from ops.artifacts import Artifacts, directory_digest
+from ops.digests import digest12, digest_json
+from ops.errors import (
+    BaseModelError,
+    BudgetError,
+    ConfigError,
+    DiskFull,
+    GateError,
+    LedgerError,
+    RatchetError,
+    StoreError,
+)
+from ops.ledger import BaseUpgradeRow, Ledger, UpdateRow
+from ops.progress import say
+from ops.settings import Settings
+from serving.client import Client
+from streams.store import SampleStore
+from updater.adapters.recorded import fetch_recorded
+from updater.budget.cost import StepUnaffordable
+from updater.budget.throttle import Throttle, latencies
+from updater.data.pools import draw_pools, mixed_seed
+from updater.exchange.importing import compare, is_import
+from updater.families import families_with_a_base, family_base, family_recipe, reference_of, spaces_of
+from updater.loop.gate_update import gate_update
+from updater.loop.ledger_metrics import LedgerMetrics
+from updater.loop.process import StopSignal, ThrottledLog
+from updater.loop.tuning import TuningScores
+from updater.recipes import Family, Recipe
+from updater.scheduling import kept_candidates, triggers
+from updater.scheduling.triggers import Ready, Reevaluate, Waiting
+from updater.step.learner import Base
+from updater.training.result import Limits, TrainResult, cost_of
+from updater.training.train import train
+from updater.upgrades.lineage import waits_for_base
+from updater.upgrades.replay import new_base, old_base
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one call of :meth:`UpdaterService.step` did: nothing (``update`` is None), or one whole update."""
+
+    update: UpdateRow | None
+    reason: str
+
+
+class BucketEmpty(BudgetError):
+    """Another update has spent what this one was to be charged; it waits until the bucket holds it."""
+
+
+class UpdaterService:
+    """The updater's state machine; all state is in the ledger and in ``home/updates/<id>``.
+
+    It updates the CLIP and the VLM in turn, from one budget; with a recipe or a family, only that model.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        recipe: Recipe | None = None,
+        *,
+        family: Family | None = None,
+        stop: StopSignal | None = None,
+    ) -> None:
+        """Raises ConfigError when a recipe is of another family than wanted, BaseModelError when there is no base."""
+        if recipe and family not in (None, recipe.family):
+            raise ConfigError(
+                f"recipe {recipe.name!r} trains a {recipe.family.upper()}, not a {str(family).upper()}.",
+                "Leave the family out: the recipe decides.",
+            )
+        self.settings = settings
+        only = recipe.family if recipe else family
+        turns = (only,) if only else families_with_a_base(settings)
+        self.turns: deque[Family] = deque(turns)
+        """Whose turn it is, first; who had it goes to the end."""
+        self.recipes: dict[Family, Recipe] = {each: recipe or family_recipe(settings, each) for each in turns}
+        self.bases: dict[Family, Base] = {each: family_base(settings, each) for each in turns}
+        self.ledger = Ledger.open(settings.ledger)
+        self.artifacts = Artifacts(settings.artifacts)
+        self.store = SampleStore(settings.lake)
+        self.stop = stop or StopSignal()
+        self._ledger_metrics = LedgerMetrics(self.ledger)
+        server = Client(settings.console_server, settings.operator_key(), actor="updater", timeout=2.0)
+        limits = settings.updater
+        self._throttle = Throttle(
+            lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)
+        )
+
+    def step(self, *, now: bool = False, retry: bool = False) -> StepResult:
+        """Finish the update that a killed trainer left, or begin one if it is time to. See :func:`triggers.decide`.
+
+        Each family is asked in its turn, until one of them has something to do.
+
+        Raises:
+            RatchetError: storage, base or suites cannot be used; the update stays where it is and is taken up again.
+                The next turn is the other family's.
+            Stopped: asked to stop in training; the update goes on from its checkpoint next time.
+        """
+        reasons = {}
+        for _ in range(len(self.turns)):
+            family = self.turns[0]
+            self.turns.rotate(-1)
+            outcome = self._step_of(family, now, retry)
+            if outcome.update is not None:
+                return outcome
+            reasons[family] = outcome.reason
+        if len(set(reasons.values())) == 1:
+            return StepResult(None, next(iter(reasons.values())))
+        return StepResult(None, "; ".join(f"{family.upper()}: {reasons[family]}" for family in sorted(reasons)))
+
+    def _step_of(self, family: Family, now: bool, retry: bool) -> StepResult:
+        update = self.ledger.unfinished_update(family)
+        if update is not None:
+            if update.state == "trained" and is_import(update):
+                unreleased = triggers.waits_for_release(self.ledger, family)
+                if unreleased is not None:
+                    return StepResult(None, unreleased)
+                update = compare(self.ledger, self.store, update, family)
+            if waits := self._waits_for_base(family, self.ledger.base_upgrade(update.id)):
+                return StepResult(None, waits)
+            if update.state == "training" and self._data_is_gone(update):
+                return StepResult(self._abandon(update), "its data is not kept any more")
+            say(f"{update.id} goes on ({update.state})")
+            self.store.pin(update.id, update.store_version)  # who began it may have died before that
+        else:
+            if waits := self._waits_for_base(family):
+                return StepResult(None, waits)
+            recipe = self.recipes[family]
+            ready = triggers.decide(self.settings, self.ledger, self.store, recipe, now=now, retry=retry)
+            if isinstance(ready, Waiting):
+                return StepResult(None, ready.reason)
+            update = self._reevaluate(ready) if isinstance(ready, Reevaluate) else self._begin(recipe, ready)
+        done = self._finish(update, family)
+        return StepResult(done, done.error or done.state)
+
+    def _waits_for_base(self, family: Family, upgrade: BaseUpgradeRow | None = None) -> str | None:
+        """Why nothing can be trained now. An upgrade needs both of its bases: one may be pulled again."""
+        if upgrade is None:
+            return waits_for_base(self.ledger, self.settings.home, self.bases[family])
+        try:
+            new_base(self.settings, upgrade), old_base(self.settings, upgrade)
+        except BaseModelError as error:
+            return str(error)
+        return None
+
+    def run_forever(self) -> None:
+        """Poll the triggers until asked to stop. Errors of storage or suites are reported and tried again."""
+        for family in self.turns:
+            metrics.update.now(family, "waiting")
+        waiting_log = ThrottledLog()
+        while not self.stop():
+            try:
+                self._tell_budget()
+                self._ledger_metrics.export(self.turns)
+                self._throttle.watch()
+                outcome = self.step()
+                reason = outcome.reason
+                wait = 0.0 if outcome.update else self.settings.updater.poll_seconds
+            except RatchetError as error:
+                reason, wait = str(error), max(30.0, self.settings.updater.poll_seconds)
+            if wait:
+                waiting_log.say(reason)
+            time.sleep(wait)
+
+    def _tell_budget(self) -> None:
+        rate, capacity = triggers.bucket(self.settings)
+        level = self.ledger.bucket_level(time.time(), rate, capacity)
+        metrics.update.budget(level, capacity, triggers.planned_gflops(self.settings))
+
+    def _begin(self, recipe: Recipe, ready: Ready) -> UpdateRow:
+        values = recipe.model_dump(mode="json")
+        seed = mixed_seed(self.settings.updater.seed, ready.store_version)
+        what = [values, seed, ready.store_version, ready.data_from, ready.incumbent, ready.previous]
+        update = self.ledger.begin_update(
+            f"update-{digest12(digest_json(what))}",
+            family=recipe.family,
+            recipe=values,
+            seed=seed,
+            store_version=ready.store_version,
+            data_from=ready.data_from,
+            data_to=ready.data_to,
+            incumbent=ready.incumbent,
+            cost={kept_candidates.ONLY_LOOK: True} if ready.once else None,
+        )
+        self.store.pin(update.id, update.store_version)  # again, where it was abandoned: the version is still there
+        say(f"{update.id} begins: {ready.new_samples} new samples, {ready.fresh}, recipe {recipe.name}")
+        if ready.fresh.items < ready.fresh.needed:
+            wanted = f"a gain of {100 * self.settings.gate.detect:.3g} points"
+            then = "" if ready.once else ": then it asks again when more fresh items are there"
+            say(f"{update.id}: the gate may not be able to show {wanted}{then}")
+        for deletion in self.ledger.list_deletions_in(update.id, update.store_version):
+            say(f"{update.id} is the first without {deletion.samples} samples of {deletion.id} ({deletion.reason})")
+        return update
+
+    def _reevaluate(self, due: Reevaluate) -> UpdateRow:
+        """Record the next look at a candidate that was inconclusive."""
+        last = due.candidate.update
+        update = self.ledger.begin_update(
+            due.candidate.next_id,
+            family=last.family,
+            recipe=last.recipe,
+            seed=last.seed,
+            store_version=due.store_version,
+            data_from=last.data_from,
+            data_to=last.data_to,
+            incumbent=last.incumbent,
+            adapter=last.adapter,
+            cost={**last.cost, kept_candidates.TRAINED_BY: kept_candidates.split_id(last.id)[0]},
+        )
+        self.store.pin(update.id, update.store_version)
+        say(f"{update.id}: {update.adapter} is asked again, {due.fresh}")
+        return update
+
+    def _finish(self, update: UpdateRow, family: Family) -> UpdateRow:
+        """Take an update from where it is to its end."""
+        work, upgrade = self.work_dir(update), self.ledger.base_upgrade(update.id)
+        try:
+            base = self.bases[family] if upgrade is None else new_base(self.settings, upgrade)
+            if update.state == "training":
+                metrics.update.now(family, "training")
+                update = self._train(update, family, base, work, upgrade)
+            if update.state == "trained":
+                metrics.update.now(family, "judging")
+                update = gate_update(self.settings, self.ledger, self.artifacts, self.store, base, update)
+            if update.state == "gated":
+                metrics.update.now(family, "proposing")
+                update = self._propose(update, family)
+        except (LedgerError, StoreError, GateError, ConfigError, DiskFull, BucketEmpty):
+            raise  # storage that is away or full, and wrong settings, are not the update's fault: it waits
+        except RatchetError as error:
+            update = self._fail(update, family, error)
+        finally:
+            metrics.update.now(family, "waiting")
+        metrics.update.finished(family, update.state)
+        shutil.rmtree(work, ignore_errors=True)
+        self.store.unpin(update.id)
+        return update
+
+    def _data_is_gone(self, update: UpdateRow) -> bool:
+        """Whether the store has forgotten the version that an update was pinned to."""
+        latest = self.store.version()  # raises when the store cannot be read at all
+        try:
+            self.store.count(version=update.store_version)
+        except StoreError:
+            return latest > update.store_version
+        return False
+
+    def _abandon(self, update: UpdateRow) -> UpdateRow:
+        error = f"version {update.store_version} of the sample store is not kept any more"
+        say(f"{update.id} is abandoned: {error}")
+        metrics.update.finished(update.family, "abandoned")
+        self.store.unpin(update.id)
+        return self.ledger.advance_update(update.id, "abandoned", error=error)
+
+    def work_dir(self, update: UpdateRow) -> Path:
+        """Checkpoints and measured costs of an unfinished update."""
+        return self.settings.home / "updates" / update.id
+
+    def _train(
+        self, update: UpdateRow, family: Family, base: Base, work: Path, upgrade: BaseUpgradeRow | None
+    ) -> UpdateRow:
+        settings = self.settings
+        rate, capacity = triggers.bucket(settings)
+        planned = upgrade.gflops if upgrade else triggers.planned_gflops(settings)
+        charged = upgrade is None  # an upgrade has a budget of its own
+        if charged and not self.ledger.charge(update.id, planned, now=time.time(), rate=rate, capacity=capacity):
+            raise BucketEmpty(
+                f"{update.id}: the bucket does not hold {planned:,.0f} MAF-GFLOPs any more.", "It is tried again later."
+            )
+        self._tell_budget()
+        recipe = Recipe.parse(update.recipe, f"recipe of {update.id}")
+        folders = reference_of(settings, family)
+        learned = update.data_to if upgrade else None
+        pools = draw_pools(
+            self.store, recipe, folders, update.store_version, update.data_from, update.seed, settings.updater.draw,
+            learned,
+        )  # fmt: skip
+        limits = Limits(
+            gflops=planned,
+            seconds=math.inf if upgrade else settings.budget.seconds_per_update,
+            threads=settings.updater.threads,
+            duty_cycle=settings.updater.duty_cycle,
+            checkpoint_steps=settings.updater.checkpoint_steps,
+            work_bytes=settings.updater.work_gib * 2**30,
+        )
+        begins_at = None if upgrade else update.incumbent  # no adapter fits another base
+        incumbent = fetch_recorded(self.artifacts, self.ledger, begins_at) if begins_at else None
+        scored = TuningScores.of(settings, self.store, base, update, learned) if recipe.merge.search else None
+        self._throttle.begin()
+        with self.stop.training():
+            result = train(
+                base,
+                recipe,
+                pools,
+                incumbent,
+                seed=update.seed,
+                limits=limits,
+                out_dir=work / "adapter",
+                work_dir=work,
+                carry_over=self._carry_over(begins_at),
+                scored=scored,
+                stop=self.stop,
+                duty_cycle=self._throttle,
+            )
+        self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
+        if result.carry_over is not None:
+            self.artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
+        self._register(update, recipe, base, result)
+        if charged:
+            self.ledger.settle(update.id, result.maf, capacity=capacity)
+        metrics.update.trained(family, result.seconds, result.maf)
+        metrics.update.visited(family, result.visited, result.pending - result.visited)
+        say(
+            f"{update.id}: trained {result.adapter}, {result.steps} steps in {result.seconds:.0f} s,"
+            f" {result.visited} of {result.pending} pending samples visited"
+        )
+        cost = {**cost_of(result), "draw": settings.updater.draw}
+        return self.ledger.advance_update(update.id, "trained", adapter=result.adapter, cost=cost)
+
+    def _carry_over(self, incumbent: str | None) -> Path | None:
+        """What the update that made the incumbent left behind, if it left something."""
+        key = f"memories/{incumbent}"
+        return self.artifacts.fetch(key) if incumbent and self.artifacts.exists(key) else None
+
+    def _register(self, update: UpdateRow, recipe: Recipe, base: Base, result: TrainResult) -> None:
+        image_space, text_space = spaces_of(base, result.directory)
+        self.ledger.register_adapter(
+            result.adapter,
+            recipe.family,
+            base.digest,
+            image_space,
+            text_space,
+            {"update": update.id, "recipe": recipe.name, "rank": recipe.rank},
+            digest=directory_digest(result.directory),
+        )
+
+    def _propose(self, update: UpdateRow, family: Family) -> UpdateRow:
+        verdict = self.ledger.verdict_of(update.id)
+        for name, why in self.ledger.withdrawn([update.adapter]).items():
+            say(f"{update.id} made {name} again, which was withdrawn: {why}")
+            return self.ledger.advance_update(update.id, "failed", error=f"{name} was withdrawn: {why}")
+        if (upgrade := self.ledger.base_upgrade(update.id)) is not None:
+            outcome = verdict.outcome if verdict else "not judged"
+            passed = f"; release it with `ratchet base switch {upgrade.new_name}`" if outcome == "passed" else ""
+            say(f"{update.id} to the base {upgrade.new_name!r}: {outcome}{passed}")
+        elif verdict is not None and verdict.outcome == "passed":
+            proposal = self.ledger.propose(
+                "update",
+                family=family,
+                clip=update.adapter if family == "clip" else None,
+                vlm=update.adapter if family == "vlm" else None,
+                actor="updater",
+                reason=f"{update.id} passed the gate (recipe {update.recipe['name']})",
+                update_id=update.id,
+            )
+            say(f"{update.id} passed and is proposal {proposal.id}")
+        return self.ledger.advance_update(update.id, "done")
+
+    def _fail(self, update: UpdateRow, family: Family, error: RatchetError) -> UpdateRow:
+        say(f"{update.id} failed: {error}")
+        cost: dict[str, Any] = {}
+        if isinstance(error, StepUnaffordable) and self.ledger.base_upgrade(update.id) is None:
+            self.ledger.settle(update.id, 0.0, capacity=triggers.bucket(self.settings)[1])  # no step was taken
+            cost = triggers.affordability(self.settings, family, error.needed)
+        return self.ledger.advance_update(update.id, "failed", error=str(error), cost=cost)

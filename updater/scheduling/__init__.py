@@ -1,0 +1,1 @@
+"""When an update begins, on which data, and when a candidate is gated again."""

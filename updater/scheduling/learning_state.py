@@ -1,0 +1,76 @@
+"""How learning stands, for the command line and the console: fresh items and alpha of each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ops.errors import RatchetError
+from ops.ledger import Ledger
+from ops.settings import Settings
+from serving.engines.clip_base import list_bases
+from streams.store import SampleStore
+from updater.gate.interim_analyses import Plan, alpha_left
+from updater.recipes import Family, load_recipe
+from updater.scheduling import kept_candidates, triggers
+from updater.scheduling.fresh_items import FreshItems
+
+
+@dataclass(frozen=True)
+class LearningState:
+    """One model's."""
+
+    fresh: FreshItems
+    plan: Plan
+    """Of the candidate that is kept, or of the next one."""
+    alpha: float
+    """``gate.alpha``: for all candidates until the next release."""
+
+    @property
+    def spent(self) -> float:
+        """By the candidates since the last release; each takes its share with its first look."""
+        return self.alpha - alpha_left(self.alpha, self.plan.candidates + bool(self.plan.tested))
+
+    @property
+    def alpha_line(self) -> str:
+        """For people."""
+        return (
+            f"alpha {self.alpha:g} until the next release: {self.spent:.2g} spent, {self.alpha - self.spent:.2g} left"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        candidate = self.fresh.candidate
+        return {
+            "fresh_items": self.fresh.items,
+            "fresh_items_needed": self.fresh.needed,
+            "kept": None if candidate is None else {
+                "adapter": candidate.update.adapter, "update": candidate.update.id, "looks": len(self.plan.tested),
+                "asked_again_with": candidate.next_items,
+            },
+            "alpha": self.alpha, "alpha_spent": self.spent, "candidates": self.plan.candidates,
+        }  # fmt: skip
+
+
+def learning_states(settings: Settings, ledger: Ledger, store: SampleStore) -> dict[Family, LearningState]:
+    """Of each family that has a base."""
+    families: list[Family] = ["clip"]
+    if settings.base.vlm and settings.base.vlm in list_bases(settings.home, "vlm"):
+        families.append("vlm")
+    return {family: _state(settings, ledger, store, family) for family in families}
+
+
+def _state(settings: Settings, ledger: Ledger, store: SampleStore, family: Family) -> LearningState:
+    halved = _searches(settings.updater.recipe if family == "clip" else settings.updater.vlm_recipe)
+    fresh = triggers.fresh_of(settings, ledger, store, family, halved=halved)
+    plan = kept_candidates.plan(
+        settings.gate, ledger, family, fresh.candidate.update if fresh.candidate else None, halved=halved
+    )
+    return LearningState(fresh, plan, settings.gate.alpha)
+
+
+def _searches(recipe: str) -> bool:
+    try:
+        return bool(load_recipe(recipe).merge.search)
+    except RatchetError:  # the updater says so
+        return False

@@ -1,0 +1,72 @@
+"""Gradient harmonization: no term of the loss pulls against another one, and no noisy row against all others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from updater.objectives import Features
+from updater.recipes import Part
+
+NEW: tuple[Part, ...] = ("new",)
+
+
+def harmonized_backward(terms: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    """Put into ``grad`` the sum of the terms' gradients, each projected off those that it conflicts with.
+
+    Where ``g_i . g_j < 0``, ``g_i <- g_i - (g_i . g_j) / |g_j|^2 g_j`` (gradient surgery, Yu et al. 2020), in the order
+    of the terms, so that the result is a function of them alone.
+    """
+    gradients = [_flat(term, parameters) for term in terms]
+    whole = torch.zeros_like(gradients[0])
+    for number, gradient in enumerate(gradients):
+        own = gradient.clone()
+        for other in gradients[:number] + gradients[number + 1 :]:
+            against = torch.dot(own, other)
+            if against < 0:
+                own -= against / other.square().sum() * other
+        whole += own
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = whole[offset : offset + parameter.numel()].view_as(parameter).clone()
+        offset += parameter.numel()
+
+
+def _flat(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(term, list(parameters), retain_graph=True, allow_unused=True)
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
+    )
+
+
+def agreement(loss: Tensor, batch: Features) -> Tensor:
+    """How far each row's gradient points where those of the other rows do: cosines [n] in [-1, 1].
+
+    Row i's gradient is that of ``loss`` with respect to a linear map W right after each tower, z + W (z - mean z), at
+    W = 0: the outer product of g_i, the gradient with respect to the row's feature z_i (tangential to the sphere), with
+    c_i = z_i - mean z. Two rows agree by (g_i . g_j) (c_i . c_j), summed over towers: where alike inputs are pulled in
+    opposite directions, one of them has the wrong partner. The row itself does not count among the others. Without the
+    mean taken off, all features of a tower would be alike: they lie in a narrow cone.
+    """
+    sides = [side for side in (batch.image, batch.text) if side.requires_grad]
+    products = loss.new_zeros(len(batch.part), len(batch.part), dtype=torch.float64)
+    for side, gradient in zip(sides, torch.autograd.grad(loss, sides, retain_graph=True), strict=True):
+        z = side.detach().double()
+        g = gradient - (gradient * z).sum(dim=1, keepdim=True) * z
+        centred = z - z.mean(dim=0)
+        products += (g @ g.T) * (centred @ centred.T)
+    own, whole = products.diagonal(), products.sum(dim=1)
+    others = (products.sum() - 2 * whole + own).clamp(min=0)  # squared norm of the sum over the other rows
+    size = (own * others).sqrt()
+    return torch.where(size > 0, (whole - own) / size, 0.0).clamp(-1, 1)
+
+
+def without_conflicts(loss: Tensor, batch: Features, share: float) -> list[int]:
+    """Rows without those new ones that conflict most with the others: at most a share of them, rounded down."""
+    new = batch.rows(NEW)
+    agrees = agreement(loss, batch).tolist()
+    worst = sorted(new, key=lambda row: agrees[row])[: int(share * len(new))]
+    dropped = {row for row in worst if agrees[row] < 0}
+    return [row for row in range(len(batch.part)) if row not in dropped]

@@ -1,0 +1,348 @@
+"""One training step, whatever the model: rows of prepared examples in, loss and gradients out.
+
+What differs between a CLIP and a VLM is in ``updater/families``; the course of an update is in
+``updater/training/train.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ops.errors import TrainingError
+from serving.engines.clip_base import ClipBase
+from serving.engines.vlm.vlm_base import VlmBase
+from updater import objectives, optimizers, regularizers
+from updater.adapters import AdapterModel
+from updater.data.mixture import PARTS
+from updater.data.pools import Pair, Question
+from updater.objectives import Batch, Features, Objective
+from updater.recipes import Part, Recipe, Term
+from updater.step.averaging import Average
+from updater.step.cached_gradients import CachedPasses
+from updater.step.gradients import harmonized_backward, without_conflicts
+from updater.step.momentum import Momentum
+from updater.step.precision import computing, training_precision
+from updater.step.shards import Shards, Values, spans
+
+Base = ClipBase | VlmBase
+E = TypeVar("E", Pair, Question)
+CHUNK = 48
+"""Most examples in one pass of what is computed once, and in a shard where nobody says otherwise."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a learner keeps what it computes once per example."""
+
+    folder: Path
+    key: str = ""
+    """Names what is computed beside the examples: base, recipe, incumbent. Shards of another one are made again."""
+    rows: Mapping[str, int] = field(default_factory=dict)
+    """Examples that a step visits, by their pool: they are in shards of their own."""
+    room: float = math.inf
+    """Bytes on disk for one example; boundaries of frozen blocks that need more are computed anew at each step."""
+    threads: int = 1
+    """Threads that decode images."""
+
+
+class Learner(ABC, Generic[E]):
+    """A model with an adapter in training, its optimizer and the recipe's loss."""
+
+    def __init__(self, base: Base, recipe: Recipe, model: AdapterModel) -> None:
+        self.base = base
+        self.recipe = recipe
+        self.model = model
+        self.precision = training_precision(recipe, base, model.device)
+        self.objectives = objectives.build(recipe.objectives, recipe.family)
+        self.regularizers = regularizers.build(recipe)
+        self.parameters = model.parameters
+        self.optimizer = optimizers.make(recipe.optimizer, self._groups(), recipe.weight_decay)
+        for _, regularizer in self.regularizers:
+            regularizer.begin(self.parameters)
+        self.taught = _taught(self.objectives)
+        """The pools whose examples a teacher is asked about, by its name."""
+        followed = [o for term, o in self.objectives if "momentum" in o.teachers and term.weight > 0]
+        self.momentum = Momentum(self.parameters, *followed[0].momentum) if followed else None
+        self.average = Average(self.parameters, recipe.average_every) if recipe.average_every else None
+        started = "incumbent" in self.taught or any(objective.frozen_texts for _, objective in self.objectives)
+        self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
+        self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
+        self.passes = CachedPasses(recipe.micro_batch)
+        self.extra = 0
+        """Tokens that are added to each batch, see :meth:`padded`."""
+        self._last: Batch | None = None
+        self.left_out: list[int] = []
+        """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor on their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.parameters.items():
+            groups.setdefault(self.rate_of(name), []).append(parameter)
+        return [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+
+    def rate_of(self, parameter: str) -> float:
+        """The recipe's factor on the learning rate of a parameter."""
+        return 1.0
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, passes of the model run in the recipe's precision."""
+        return computing(self.precision, self.model.device)
+
+    def takes(self, example: E) -> bool:
+        """Whether the model can learn from an example at all; others are left out of every pool."""
+        return True
+
+    def prepare(
+        self, examples: Sequence[E], parts: Sequence[Part], work: Work | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Take the examples that steps refer to by number. What no step changes is computed once for each, in shards,
+        when a step first asks for one.
+
+        Args:
+            parts: the pool of each.
+            work: where shards are kept; without it, in a folder that goes with the learner.
+            between: called after each shard (duty cycle, signals).
+        """
+        if work is None:
+            self._own_folder = tempfile.TemporaryDirectory(prefix="ratchet-shards-")
+            work = Work(Path(self._own_folder.name))
+        self.close()
+        self.examples: list[E] = list(examples)
+        self.parts, self.work = list(parts), work
+        layout = spans(self.parts, work.rows, CHUNK)
+        self.begin(between)
+        contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
+        self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between)
+
+    def begin(self, between: Callable[[], None]) -> None:
+        """Called by :meth:`prepare` when the examples are known, before any shard is made."""
+
+    @property
+    def settled(self) -> str:
+        """What was decided in :meth:`begin` of what shards hold: of another decision they are made again."""
+        return ""
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Most tokens of an example, as :meth:`length` counts them."""
+
+    @abstractmethod
+    def decode(self, example: E, image: bytes) -> Any:
+        """What is made of an example's encoded image before the model sees it, in any thread."""
+
+    @abstractmethod
+    def compute(self, rows: range, images: Sequence[Any]) -> Values:
+        """What no step changes of some examples of one pool, from their decoded images; without gradients, and with the
+        model at its start."""
+
+    def ready(self, rows: Sequence[int]) -> None:
+        """Make what is missing of what no step changes, for some examples. Raises DiskFull."""
+        self.shards.ready(rows)
+
+    def prepared_gflops(self) -> float:
+        """What was computed so far of what no step changes, in all attempts; the same in any order of the shards."""
+        return math.fsum(self.shards.gflops.values())
+
+    def row_gflops(self, rows: Sequence[int]) -> dict[Part, float]:
+        """The same for one example of each pool, on average over those of ``rows``, which are ready."""
+        result: dict[Part, float] = {}
+        for part in PARTS:
+            if own := [row for row in rows if self.parts[row] == part]:
+                result[part] = self.shards.mean_gflops(own)
+        return result
+
+    def texts_gflops(self) -> float:
+        """The same for texts that are in every batch."""
+        return 0.0
+
+    def row_bytes(self) -> float:
+        """Disk that was taken for an example so far, on average."""
+        count = sum(len(self.shards.layout[number].rows) for number in self.shards.sizes)
+        return sum(self.shards.sizes.values()) / count
+
+    def close(self) -> None:
+        """End what is read in advance."""
+        self.shards.close()
+
+    @contextmanager
+    def padded(self, tokens: int) -> Iterator[None]:
+        """Inside, a batch is so many tokens longer than its longest text: to measure what length costs."""
+        self.extra = tokens
+        try:
+            yield
+        finally:
+            self.extra = 0
+
+    @contextmanager
+    def at_start(self) -> Iterator[None]:
+        """Inside, the model is what the update began with, whatever it has learned since."""
+        if self._start is None:
+            yield
+            return
+        with self.model.holding(self._start):
+            yield
+
+    def _compute_at_start(self, rows: range, images: Sequence[Any]) -> Values:
+        with self.at_start():
+            return self.compute(rows, images)
+
+    def _fetch(self, rows: range) -> list[Any]:
+        """Read one after another, as the store is read in pages; decoding is in :attr:`Work.threads` threads."""
+        chosen = [self.examples[row] for row in rows]
+        encoded = [example.read() for example in chosen]
+        with ThreadPoolExecutor(self.work.threads, "decode") as pool:
+            return list(pool.map(self.decode, chosen, encoded))
+
+    @abstractmethod
+    def length(self, row: int) -> int:
+        """Tokens of an example's words; a batch takes as long as its longest."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """What the objectives compare, of some examples, which are made ready."""
+
+    @abstractmethod
+    def plain(self, model: nn.Module, examples: Sequence[E]) -> Tensor:
+        """A scalar of the base's own ``model`` over examples: what full fine-tuning would compute, to be measured."""
+
+    def backward(self, rows: Sequence[int], regularized: bool = True) -> tuple[float, dict[str, float]]:
+        """Loss and gradients of some examples, and each term alone, unweighted; parameters stay."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.passes.drop()
+        batch = self.batch(rows)
+        alone: list[tuple[Term, Tensor]] = objectives.values(self.objectives, batch)
+        if self.recipe.gradients.drop and isinstance(batch, Features):
+            without_conflict = without_conflicts(_total(batch, alone), batch, self.recipe.gradients.drop)
+            self.left_out = [row for number, row in enumerate(rows) if number not in without_conflict]
+            batch = batch.select(without_conflict)
+            alone = objectives.values(self.objectives, batch)
+        self._last = batch
+        if regularized:
+            alone += [(t, r(self.parameters)) for t, r in self.regularizers if t.weight > 0]
+        loss = _total(batch, alone)
+        if self.recipe.gradients.harmonize and len(alone) > 1:
+            harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.passes.backward(after=self.model.restore)
+        self.model.restore()
+        return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
+
+    def update(self, rate: float, step: int = 0, steps: int = 1) -> None:
+        """One optimizer step at a learning rate, the gradient's norm bounded, and what follows from it.
+
+        Raises TrainingError, and changes nothing, where the gradient is not finite.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.recipe.clip_norm)
+        if not torch.isfinite(norm):
+            raise TrainingError(
+                f"the gradient of step {step} is not finite (its norm is {float(norm)}, in {self.precision}).",
+                f"Lower schedule.peak in recipe {self.recipe.name!r}, or look for broken samples in the newest data.",
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.stepped(step, steps)
+            for term, objective in self.objectives:
+                if self._last is not None and term.weight > 0 and (rows := self._last.rows(term.over)):
+                    objective.stepped(self._last.select(rows))
+            for _, regularizer in self.regularizers:
+                regularizer.stepped(self.parameters)
+            if self.momentum is not None:
+                self.momentum.stepped(self.parameters)
+            if self.average is not None:
+                self.average.stepped(self.parameters)
+
+    def settle(self) -> None:
+        """After the last step: bring the parameters to what the update hands over."""
+        if self.average is not None:
+            self.average.settle(self.parameters)
+
+    def remembered(self) -> dict[str, Tensor]:
+        """What objectives and regularizers keep for the next update, by name."""
+        state = {f"objective.{t.name}.{key}": value for t, o in self.objectives for key, value in o.state().items()}
+        state |= {
+            f"regularizer.{t.name}.{key}": value for t, r in self.regularizers for key, value in r.state().items()
+        }
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`remembered` gave; what is of no term of this recipe is left out."""
+        device = self.model.device
+        for term, objective in self.objectives:
+            if own := _under(tensors, f"objective.{term.name}."):
+                objective.load_state({key: value.to(device) for key, value in own.items()})
+        for term, regularizer in self.regularizers:
+            if own := _under(tensors, f"regularizer.{term.name}."):
+                regularizer.load_state({key: value.to(device) for key, value in own.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters, optimizer moments, and what terms and teachers remember, by name."""
+        tensors = {f"parameter.{name}": p.detach().cpu().contiguous() for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+        if self.momentum is not None:
+            tensors |= {f"momentum.{name}": value.cpu().clone() for name, value in self.momentum.values.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value.cpu().clone() for name, value in self.average.state().items()}
+        tensors |= {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state().items()}
+        # Two names of one tensor, a queue and its copy say, cannot both be in a file of safetensors.
+        return tensors | {name: value.clone() for name, value in self.remembered().items()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave. Raises KeyError or RuntimeError when it does not fit."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            moments = {
+                key.split(".", 2)[1]: value.clone()
+                for key, value in tensors.items()
+                if key.startswith("optimizer.") and key.split(".", 2)[2] == name
+            }
+            if moments:
+                self.optimizer.state[parameter] = {
+                    key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+                }
+        if self.momentum is not None:
+            for name, value in self.momentum.values.items():
+                value.copy_(tensors[f"momentum.{name}"])
+        if self.average is not None:
+            self.average.load_state(_under(tensors, "average."))
+        self.model.load_state(_under(tensors, "model."))
+        self.remember(tensors)
+
+
+def _taught(terms: Sequence[tuple[Term, Objective[Any]]]) -> dict[str, set[Part]]:
+    taught: dict[str, set[Part]] = {}
+    for term, objective in terms:
+        for part in term.over if term.weight > 0 else ():
+            for name in objective.teachers_of(part):
+                taught.setdefault(name, set()).add(part)
+    return taught
+
+
+def _total(batch: Batch, alone: Sequence[tuple[Term, Tensor]]) -> Tensor:
+    return torch.stack([batch.zero(), *(term.weight * value for term, value in alone)]).sum()
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+AnyLearner = Learner[Any]

@@ -1,0 +1,239 @@
+"""What is computed once per example, on disk: in shards, each made when a step first asks for one of its rows.
+
+A shard is a file of safetensors with the values of a few consecutive examples, written whole or not at all. What it
+holds depends on its examples and on the model at its start, never on the step that asks: so a resumed update reads the
+same bits, and makes no shard again. Images are read and decoded for the next shard while the model computes.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ops.digests import digest_bytes
+from ops.errors import DiskFull
+from ops.files import replacing
+from updater.budget.flops import counted
+
+RESERVE_BYTES = 256 << 20
+"""What a shard leaves free on the disk: for checkpoints, the adapter, and the embedded ledger that may be beside it."""
+_OF_ONE_ROW = re.compile(r"\.\d+$")
+Values = Mapping[str, Sequence[Tensor]]
+"""Values of some rows, by name one tensor for each row. Their shapes may differ from row to row."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows ``start`` to ``end`` of a learner's examples (or texts), and the name of the file that holds them."""
+
+    name: str
+    start: int
+    end: int
+
+    @property
+    def rows(self) -> range:
+        """Their numbers."""
+        return range(self.start, self.end)
+
+
+def spans(groups: Sequence[str], sizes: Mapping[str, int], most: int) -> list[Span]:
+    """Divide rows into shards of one group each, at every multiple of its size and of at most ``most`` rows.
+
+    The name of a shard tells its group and its place in it: more rows of another group do not change it.
+
+    Args:
+        sizes: of each group, rows of one step, which are prepared together; ``most`` where a group has none.
+    """
+    edges = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1]), len(groups)]
+    result: list[Span] = []
+    counts: dict[str, int] = defaultdict(int)
+    for first, last in pairwise(edges if groups else []):
+        group = groups[first]
+        size = sizes.get(group, most)
+        for step in range(first, last, size):
+            end = min(last, step + size)
+            for start in range(step, end, most):
+                result.append(Span(f"{group}-{counts[group]}", start, min(end, start + most)))
+                counts[group] += 1
+    return result
+
+
+class Shards:
+    """The shards of some rows.
+
+    Args:
+        folder: where their files are.
+        layout: which rows are in which.
+        contents: what each row is; a file that was made of other rows is made again.
+        fetch: reads what the rows need (images, say) in a thread of its own, for the next shard in advance; None where
+            they need nothing.
+        compute: the values of the rows, from what was fetched. All is counted.
+        between: called after each shard that was made.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: Sequence[Span],
+        contents: Sequence[str],
+        fetch: Callable[[range], Any] | None,
+        compute: Callable[[range, Any], Values],
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
+        self.contents = contents
+        self.gflops: dict[int, float] = {}
+        """What each shard took that is there, by its number."""
+        self.sizes: dict[int, int] = {}
+        """Its bytes."""
+        self._place = [number for number, span in enumerate(layout) for _ in span.rows]
+        self._ahead: dict[int, Future[Any]] = {}
+        self._reader: ThreadPoolExecutor | None = None
+
+    def ready(self, rows: Sequence[int]) -> None:
+        """Make the shards of these rows that are not there.
+
+        Raises:
+            DiskFull: there is no room for one of them.
+        """
+        for number in self.numbers(rows):
+            if number in self.gflops:
+                continue
+            if not self._find(number):
+                self._make(number)
+                self.between()
+
+    def numbers(self, rows: Sequence[int]) -> list[int]:
+        """Numbers of the shards that hold these rows."""
+        return sorted({self._place[row] for row in rows})
+
+    def get(self, name: str, rows: Sequence[int]) -> list[Tensor]:
+        """One value of some rows, which must be ready. Raises KeyError where they have none of that name."""
+        result: dict[int, Tensor] = {}
+        for number, own in self._by_shard(rows).items():
+            with safe_open(self._path(number), framework="pt") as file:
+                first, keys = self.layout[number].start, set(file.keys())
+                if name in keys:
+                    part = file.get_slice(name)
+                    result |= {row: part[row - first : row - first + 1][0] for row in own}
+                else:
+                    result |= {row: _one(file, f"{name}.{row - first}", keys) for row in own}
+        return [result[row] for row in rows]
+
+    def mean_gflops(self, rows: Sequence[int]) -> float:
+        """What one of these rows took, which are ready, on average over their shards; 0 for none."""
+        numbers = self.numbers(rows)
+        count = sum(len(self.layout[number].rows) for number in numbers)
+        return sum(self.gflops[number] for number in numbers) / count if count else 0.0
+
+    def names(self, row: int) -> set[str]:
+        """Names of the values of a row that is ready."""
+        with safe_open(self._path(self._place[row]), framework="pt") as file:
+            return {_OF_ONE_ROW.sub("", key) for key in file.keys()}  # noqa: SIM118 - no iterator
+
+    def close(self) -> None:
+        """End what is read in advance."""
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None
+
+    def _by_shard(self, rows: Sequence[int]) -> dict[int, set[int]]:
+        result: dict[int, set[int]] = defaultdict(set)
+        for row in rows:
+            result[self._place[row]].add(row)
+        return result
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{self.layout[number].name}.safetensors"
+
+    def _digest(self, number: int) -> str:
+        return digest_bytes(*(self.contents[row].encode() for row in self.layout[number].rows))
+
+    def _find(self, number: int) -> bool:
+        """Take a shard that an earlier process has made."""
+        path = self._path(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata["content"] != self._digest(number):
+                    return False
+                self.gflops[number] = float(metadata["gflops"])
+        except (SafetensorError, OSError, KeyError, ValueError):  # there is none, or it is damaged: it is made again
+            return False
+        self.sizes[number] = path.stat().st_size
+        return True
+
+    def _make(self, number: int) -> None:
+        span = self.layout[number]
+        fetched = None if self.fetch is None else self._fetched(self.fetch, number)
+        with counted() as flops, torch.no_grad():
+            values = self.compute(span.rows, fetched)
+        gflops = flops.get_total_flops() / 1e9
+        self._write(number, _packed(values), {"content": self._digest(number), "gflops": repr(gflops)})
+        self.gflops[number] = gflops
+
+    def _fetched(self, fetch: Callable[[range], Any], number: int) -> Any:
+        ahead = self._ahead.pop(number, None)
+        fetched = fetch(self.layout[number].rows) if ahead is None else ahead.result()
+        self._fetch_ahead(fetch, number + 1)
+        return fetched
+
+    def _fetch_ahead(self, fetch: Callable[[range], Any], number: int) -> None:
+        """Begin to read what the next shard of the same group needs, unless it is there."""
+        if number >= len(self.layout) or number in self._ahead or self._path(number).exists():
+            return
+        if self.layout[number].name.rpartition("-")[0] != self.layout[number - 1].name.rpartition("-")[0]:
+            return
+        if self._reader is None:
+            self._reader = ThreadPoolExecutor(1, "shards")
+        self._ahead[number] = self._reader.submit(fetch, self.layout[number].rows)
+
+    def _write(self, number: int, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        path = self._path(number)
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < size + RESERVE_BYTES:
+            raise self._full(f"{free / 1e6:,.0f} MB are free, and {(size + RESERVE_BYTES) / 1e6:,.0f} MB are needed")
+        try:
+            with replacing(path, durable=False) as staging:
+                save_file(tensors, staging, metadata=metadata)
+        except (OSError, SafetensorError) as error:  # safetensors says so in words of its own
+            raise self._full(str(error)) from error
+        self.sizes[number] = path.stat().st_size
+
+    def _full(self, why: str) -> DiskFull:
+        return DiskFull(
+            f"the disk of {self.folder} is full: {why}.",
+            "Free space there, or lower updater.work_gib; the update then goes on where it is.",
+        )
+
+
+def _packed(values: Values) -> dict[str, Tensor]:
+    """One tensor for all rows where they are of one shape, else one for each."""
+    tensors: dict[str, Tensor] = {}
+    for name, rows in values.items():
+        if len({(row.shape, row.dtype) for row in rows}) == 1:
+            tensors[name] = torch.stack(list(rows)).cpu().contiguous()
+        else:
+            tensors |= {f"{name}.{place}": row.cpu().contiguous().clone() for place, row in enumerate(rows)}
+    return tensors
+
+
+def _one(file: Any, key: str, keys: set[str]) -> Tensor:
+    if key not in keys:
+        raise KeyError(key)
+    tensor: Tensor = file.get_tensor(key)
+    return tensor

@@ -1,0 +1,71 @@
+"""Checkpoints of an update: one safetensors file, replaced atomically. No pickle, and no state of random generators.
+
+Batches are a pure function of seed and step, so that parameters, moments and the number of the step are all there is.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ops.files import replace_file, replacing
+from ops.progress import say
+
+NAME = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where an update stands. ``run`` names what is computed: a checkpoint of another run is not taken."""
+
+    run: str
+    step: int
+    """Steps done."""
+    steps: int
+    """Steps planned."""
+    seconds: float
+    """Wall-clock seconds spent in training, over all attempts."""
+    truncated: bool = False
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+
+def save_checkpoint(directory: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    """Write the checkpoint whole or not at all."""
+    with replacing(directory / NAME) as staging:
+        save_file(tensors, staging, metadata={"progress": json.dumps(asdict(progress))})
+
+
+def load_checkpoint(directory: Path, run: str) -> tuple[dict[str, Tensor], Progress] | None:
+    """The checkpoint of this run, or None: there is none, it is of another run, or it is damaged."""
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            values: dict[str, Any] = json.loads((file.metadata() or {})["progress"])
+            progress = Progress(**values)
+            if progress.run != run:
+                return None
+            return {key: file.get_tensor(key) for key in file.keys()}, progress  # noqa: SIM118 - no iterator
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        say(f"checkpoint {path} cannot be read ({error}); the update starts again")
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    replace_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """What :func:`write_json` wrote, or None when there is nothing or it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

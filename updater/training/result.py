@@ -1,0 +1,87 @@
+"""What one update may use, and what it came to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from updater.recipes import Part
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one update may use."""
+
+    gflops: float
+    """Memory-adjusted GFLOPs; the number of steps follows from them."""
+    seconds: float
+    """Wall-clock bound, a safety net: a run that it ends is marked ``truncated``, and is not reproducible."""
+    threads: int = 2
+    duty_cycle: float = 1.0
+    """Share of time spent computing; the rest of the time the trainer sleeps between steps."""
+    checkpoint_steps: int = 10
+    work_bytes: float = 16 * 2**30
+    """Disk for what is computed once per sample."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What an update came to."""
+
+    adapter: str
+    directory: Path
+    steps: int
+    planned_steps: int
+    maf: float
+    """Memory-adjusted GFLOPs spent, teacher passes included."""
+    maf_planned: float
+    seconds: float
+    truncated: bool
+    losses: dict[str, list[float]]
+    """Every term at every step, unweighted, and ``loss``, their weighted sum."""
+    cost: dict[str, Any]
+    samples: dict[Part, int]
+    """Examples of each pool that the planned steps visit; one counts once for each of its views."""
+    pending: int
+    """New samples in all, of which some were drawn."""
+    visited: int
+    """New samples that were in a batch; the others were passed over."""
+    carry_over: Path | None = None
+    """Directory with what the next update from this adapter wants to know, if there is something."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training run would come to, by one measured batch."""
+
+    steps: int
+    """That the budget pays for, at most those of the recipe."""
+    gflops: float
+    """Memory-adjusted GFLOPs of these steps, and of what is prepared for them."""
+    seconds: float
+    """On this machine as busy as it is now, without pauses for others."""
+    visited: int
+    """New samples that these steps visit."""
+    sample_gflops: float
+    """Forward pass of one sample through the whole model."""
+
+
+def cost_of(result: TrainResult) -> dict[str, Any]:
+    """What the ledger and the report tell of a training run."""
+    return {
+        "gflops_planned": result.maf_planned,
+        "gflops_spent": result.maf,
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "steps_planned": result.planned_steps,
+        "truncated": result.truncated,
+        "loss_first": result.losses["loss"][0],
+        "loss_last": result.losses["loss"][-1],
+        "pending": result.pending,
+        "visited": result.visited,
+        "passed_over": result.pending - result.visited,
+        "samples": sum(result.samples.values()),
+        **{f"samples_{part}": count for part, count in result.samples.items()},
+        **result.cost,
+    }
