@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from ops.cli.main import app
 
@@ -105,12 +105,12 @@ def _parts(text: str) -> Iterator[Block | str]:
             yield line
 
 
-def resolve(line: str) -> click.Context:
-    """Find the command of a line and read its arguments, without running it. Raises click's error."""
+def resolve(line: str) -> Any:
+    """Find the command of a line and read its arguments, without running it: its context. Raises the usage error."""
     command: Any = typer.main.get_command(app)
     words = shlex.split(line)[1:]
-    context: click.Context = command.make_context("ratchet", words)
-    while isinstance(command, click.Group):
+    context = command.make_context("ratchet", words)
+    while isinstance(command, TyperGroup):
         words = [*context._protected_args, *context.args]
         if not words and command.invoke_without_command:
             break
