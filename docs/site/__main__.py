@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from docs.site import api_reference, cli_reference, settings_reference
+from docs.site import api_reference, cli_reference, errors_reference, metrics_reference, settings_reference
 from serving.http.app import openapi
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +34,8 @@ MADE = {
     "reference/api.md": api_reference.page,
     "reference/cli.md": cli_reference.page,
     "reference/settings.md": settings_reference.page,
+    "reference/errors.md": errors_reference.page,
+    "reference/metrics.md": metrics_reference.page,
 }
 OUT = ROOT / "build" / "documentation"
 ASSETS = ("*.png", "*.svg")

@@ -1,4 +1,4 @@
-"""What the pages under docs/ and the README say, as data: their code blocks, commands, links and settings."""
+"""What the pages under docs/ and those of the root say, as data: their code blocks, commands, links and settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from ops.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ def _parts(text: str) -> Iterator[Block | str]:
 
 
 def resolve(line: str) -> Any:
-    """Find the command of a line and read its arguments, without running it: its context. Raises the usage error."""
+    """Find the command of a line and read its arguments, without running it: its context. Raises the usage error.
+
+    A command without any argument is a mention, and need only exist.
+    """
     command: Any = typer.main.get_command(app)
     words = shlex.split(line)[1:]
     context = command.make_context("ratchet", words)
@@ -116,5 +119,5 @@ def resolve(line: str) -> Any:
             break
         name, child, words = command.resolve_command(context, words)
         assert child is not None
-        command, context = child, child.make_context(name, words, parent=context)
+        command, context = child, child.make_context(name, words, parent=context, resilient_parsing=not words)
     return context

@@ -14,8 +14,13 @@ from docs.site import cli_reference
 from docs.site.__main__ import SiteError, build, collect
 from ops.cli.main import app
 from ops.loading import describe
+from ops.metrics import declared
 from ops.settings import Settings
+from serving.errors import ServingError
 from serving.http.app import openapi
+from serving.http.errors import KNOWN
+from streams.records import REASONS
+from tests.support.pages import resolve
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +92,18 @@ def test_the_api_page_has_every_call(site: Path) -> None:
     assert [call for call in calls if call not in page] == []
 
 
-def test_examples_of_a_command_are_lines_of_the_guides() -> None:
+def test_the_pages_of_errors_and_metrics_have_every_one(site: Path) -> None:
+    errors = text(site, "reference/errors.html")
+    codes = {kind.code for kind in ServingError.__subclasses__()} | {code for _, code in KNOWN.values()}
+    assert [name for name in (*codes, *REASONS, "LedgerUnavailable") if name not in errors] == []
+    metrics = text(site, "reference/metrics.html")
+    names = {re.sub(r"_(bucket|sum|count)$", "", name) for name in declared.names()}
+    assert [name for name in names if name not in metrics] == []
+
+
+def test_each_example_on_the_command_line_page_is_a_command() -> None:
     page = cli_reference.page()
-    assert "ratchet releases rollback --reason" in page
-    assert "\f" not in page
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(lines) > 50
+    for line in lines:
+        resolve(re.split(r"\s[|>]", line)[0])
