@@ -192,7 +192,10 @@ class ReleaseRequest(Body):
     reason: Reason
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
     share: float = Field(
-        1.0, ge=0, le=1, description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers nobody."
+        1.0,
+        ge=0,
+        le=1,
+        description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers no client.",
     )
     force: bool = Field(False, description="Also adapters that no gate passed and that were never live.")
 
