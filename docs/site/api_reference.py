@@ -127,10 +127,14 @@ def _kind(schema: dict[str, Any]) -> str:
 
 def _bounds(schema: dict[str, Any]) -> str:
     signs = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-    bounds = [f"{sign} {schema[name]:,}" for name, sign in signs if name in schema]
+    bounds = [f"{sign} {_number(schema[name])}" for name, sign in signs if name in schema]
     if "maxLength" in schema:
         bounds.append(f"at most {schema['maxLength']:,} characters")
     return f" ({', '.join(bounds)})" if bounds else ""
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _cell(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TypeVar
 
 import ops.errors
 import serving.errors
@@ -12,6 +13,7 @@ from serving.errors import ServingError
 from serving.http.errors import KNOWN, TYPES
 from streams.records import REASONS
 
+Error = TypeVar("Error", bound=RatchetError)
 HEAD = """# Errors
 
 Every error has a message and, where there is one, a fix. The command line prints both and ends with status 1; the API
@@ -55,7 +57,7 @@ def page() -> str:
 def _parts() -> Iterator[str]:
     yield SERVING
     for kind in _classes(serving.errors.__dict__, ServingError):
-        yield f"| {kind.status} | `{kind.code}` | {_meaning(kind)} |"  # type: ignore[attr-defined]
+        yield f"| {kind.status} | `{kind.code}` | {_meaning(kind)} |"
     yield OTHERS
     yield from (f"| {status} | `{code}` | {_meaning(kind)} |" for kind, (status, code) in KNOWN.items())
     yield CLASSES
@@ -65,7 +67,7 @@ def _parts() -> Iterator[str]:
     yield from (f"| {status} | `{name}` |" for status, name in TYPES.items())
 
 
-def _classes(names: dict[str, object], base: type[RatchetError]) -> list[type[RatchetError]]:
+def _classes(names: dict[str, object], base: type[Error]) -> list[type[Error]]:
     """The errors of a module without their base, in their order."""
     return [each for each in names.values() if isinstance(each, type) and issubclass(each, base) and each is not base]
 

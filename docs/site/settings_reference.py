@@ -31,15 +31,15 @@ def page() -> str:
 
 def _section(model: type[BaseModel], prefix: str, title: str) -> list[str]:
     fields = {name: field for name, field in model.model_fields.items() if name != "origins"}
-    leaves = {name: field for name, field in fields.items() if not _is_section(field)}
+    leaves = {name: field for name, field in fields.items() if _group(field) is None}
     lines = [f"\n## {f'`{prefix[:-1]}`' if prefix else title}\n"]
     if prefix:
         lines += [f"{(model.__doc__ or '').strip()}\n"]
     lines += ["| setting | type | default | |", "|---|---|---|---|"]
     lines += [_row(f"{prefix}{name}", field) for name, field in leaves.items()]
     for name, field in fields.items():
-        if _is_section(field):
-            lines += _section(field.annotation, f"{prefix}{name}.", "")  # type: ignore[arg-type]
+        if (group := _group(field)) is not None:
+            lines += _section(group, f"{prefix}{name}.", "")
     return lines
 
 
@@ -49,8 +49,9 @@ def _row(name: str, field: FieldInfo) -> str:
     return f"| `{name}`<br>`{variable}` | {kind} | {_default(field)} | {(field.description or '').replace('|', '/')} |"
 
 
-def _is_section(field: FieldInfo) -> bool:
-    return isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+def _group(field: FieldInfo) -> type[Section] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
 
 
 def _type(annotation: Any) -> str:
@@ -78,7 +79,7 @@ def _bounds(field: FieldInfo) -> list[str]:
 
 
 def _default(field: FieldInfo) -> str:
-    value = field.default_factory() if field.default_factory is not None else field.default  # type: ignore[call-arg]
+    value = field.get_default(call_default_factory=True)
     if value is PydanticUndefined:
         return "required"
     if value is None or value == "" or value == []:
