@@ -61,7 +61,8 @@ def _table(kind: str, command: Any, full: str) -> Iterator[str]:
 def _divided(text: str) -> tuple[str, list[str]]:
     """A command's help without its examples, and the examples."""
     prose, *rest = re.split(r"^Examples?:", inspect.cleandoc(text), maxsplit=1, flags=re.M)
-    examples = [re.sub(r"\s+", " ", each).strip() for each in re.split(r"(?:\s{2,}|\n)\|\s+", " ".join(rest))]
+    parts = re.split(r"(?:\s{2,}|\n)\|\s+|\n\s*\n", " ".join(rest))
+    examples = [re.sub(r"\s+", " ", each).strip() for each in parts]
     return prose.strip(), [each for each in examples if each.startswith("ratchet")]
 
 
