@@ -55,7 +55,8 @@ class Page:
 
     def commands(self, program: str) -> list[str]:
         """Command lines of a program, in blocks and in the prose, without comments and what is piped on."""
-        return [*self.shown(program), *(span for span in self.spans if span.startswith(f"{program} "))]
+        spans = [_alone(span) for span in self.spans if span.startswith(f"{program} ")]
+        return [*self.shown(program), *spans]
 
     def shown(self, program: str) -> list[str]:
         """Command lines of a program in code blocks, also those inside ``$(...)``."""
@@ -66,7 +67,7 @@ class Page:
                     inner = re.search(rf"\$\(({program} [^)]*)\)", line)
                     text = inner.group(1) if inner else line.strip()
                     if text.startswith(f"{program} "):
-                        found.append(re.split(r"\s#|\s>|\s\|", text)[0].strip())
+                        found.append(_alone(text))
         return found
 
     @cached_property
@@ -103,6 +104,11 @@ def _parts(text: str) -> Iterator[Block | str]:
             yield Block("", "\n".join(lines[start:at]))
         else:
             yield line
+
+
+def _alone(line: str) -> str:
+    """A command line without a comment, a redirection and what it is piped into."""
+    return re.split(r"\s#|\s>|\s\|", line)[0].strip()
 
 
 def resolve(line: str) -> Any:
