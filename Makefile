@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test packages check chart clean
+.PHONY: demo test packages check chart docs clean
 
 demo: $(STAMP)
 	@$(BIN)/ratchet demo
@@ -21,6 +21,9 @@ check: $(STAMP)
 
 chart: $(STAMP)
 	@PYTHONPATH=. $(BIN)/python helm/generate.py
+
+docs: $(STAMP)
+	@$(BIN)/python -m docs.site
 
 $(STAMP): pyproject.toml install.py
 	@echo "installing into $(VENV) (one to three minutes)"

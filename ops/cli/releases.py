@@ -144,7 +144,7 @@ def release(
     share: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="A canary for this share of the requests; 1: everybody.")
     ] = 1.0,
-    shadow: Annotated[bool, typer.Option("--shadow", help="Answer nobody: only compare with what is live.")] = False,
+    shadow: Annotated[bool, typer.Option("--shadow", help="Answer no client: only compare with what is live.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Also what no gate passed and was never live; the audit log says so.")
     ] = False,

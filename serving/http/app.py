@@ -28,7 +28,7 @@ from serving.http.rate_limit import RateLimiter
 from serving.http.request_bodies import RequestBodies
 
 DESCRIPTION = """
-A CLIP model and a vision-language model that keep learning and never slip back.
+A CLIP model and a vision-language model that keep learning, released only when regression tests pass.
 
 Every answer names its release in `x-ratchet-release` and its adapter in `x-ratchet-adapter`; vectors of one release
 belong together. Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
@@ -40,7 +40,7 @@ client.embeddings.create(model="clip", input=["a photo of a cat"])
 client.chat.completions.create(model="vlm", messages=[{"role": "user", "content": "hello"}])
 ```
 
-A server that other machines can reach wants a key: `Authorization: Bearer rk_...` (`ratchet keys create`).
+A server that other machines can reach needs a key: `Authorization: Bearer rk_...` (`ratchet keys create`).
 """
 ACTOR = {
     "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
@@ -56,23 +56,33 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 def build_app(state: AppState) -> FastAPI:
     """Routes, error shapes and bounds."""
-    app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
+    app = _with_routes()
     app.state.ratchet = state
     errors.install(app)
-    for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
-        # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
-        app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
-    app.include_router(health.router)
     app.add_middleware(RequestBodies, settings=state.settings)  # the innermost: what is added last comes first
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
+    return app
+
+
+def openapi() -> dict[str, Any]:
+    """The API's schema (OpenAPI 3.1), as ``docs/openapi.json`` has it."""
+    return _with_routes().openapi()
+
+
+def _with_routes() -> FastAPI:
+    app = FastAPI(title="Ratchet", version="1", description=DESCRIPTION, redoc_url=None)
+    for part in (chat, embeddings, vqa, classify, search, operations, quarantine, records, deletions):
+        # The middleware checks keys before any route; here the schema learns of them, for the "Authorize" of /docs.
+        app.include_router(part.router, dependencies=[Depends(BEARER)], responses={**errors.RESPONSES, **REFUSALS})
+    app.include_router(health.router)
     _describe(app)
     return app
 
 
 def _describe(app: FastAPI) -> None:
-    """Say in the schema that operators may tell their name."""
+    """Add the header with an operator's name to the schema."""
     for path, calls in app.openapi()["paths"].items():
         if path.startswith("/admin/"):
             for call in calls.values():

@@ -17,24 +17,35 @@ from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.chat_schemas import ChatRequest, refuse_unknown
 from serving.http.chunks import ChatCompletion
 from serving.http.errors import ApiError
-from serving.http.json_bodies import json_body, json_schema
+from serving.http.json_bodies import inline, json_body, json_schema
 from serving.http.request_bodies import caller_of
+from serving.http.response_schemas import ChatCompletionBody, ChatCompletionChunk
 from serving.http.sse import EventStream
 from serving.releases.release_snapshot import ReleaseSnapshot
 
 router = APIRouter(tags=["OpenAI compatible"])
 ROLES: dict[str, Any] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+EVENT: dict[str, Any] = {
+    "type": "string",
+    "description": "Lines `data: {...}`, each with one chunk, and an empty line after each.",
+    "contentMediaType": "application/json",
+    "contentSchema": inline(ChatCompletionChunk),
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream`, chunks as server-sent events, then `data: [DONE]`. A stream that "
         "fails after its first piece ends with an `error` event.",
-        "content": {"application/json": {}, "text/event-stream": {}},
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 
 
 @router.post(
-    "/v1/chat/completions", summary="Ask about images", openapi_extra=json_schema(ChatRequest), responses=EVENTS
+    "/v1/chat/completions",
+    summary="Ask about images",
+    response_model=ChatCompletionBody,
+    responses=EVENTS,
+    openapi_extra=json_schema(ChatRequest),
 )
 async def chat_completions(request: Request) -> Response:
     """The next message of a conversation. Images are `image_url` parts of user messages: data URIs, or URLs where

@@ -107,7 +107,9 @@ class ChatRequest(OpenAIBody):
             ],
         },
     )  # fmt: skip
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(
+        min_length=1, max_length=MAX_MESSAGES, description="The conversation so far, the oldest message first."
+    )
     model: str = VLM_MODEL
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; at most, and by default, the server's own.")
     max_completion_tokens: int | None = Field(None, ge=1, description="OpenAI's newer name of max_tokens.")
@@ -120,7 +122,7 @@ class ChatRequest(OpenAIBody):
         None, description="One text or up to four that end the answer; they are not part of it."
     )
     stream: bool | None = Field(None, description="Send the answer piece by piece, as server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="With `stream`: what the stream carries besides.")
     logprobs: bool | None = Field(None, description="Return each token's natural log-probability.")
 
     @property

@@ -13,6 +13,7 @@ from serving.http.cancel_on_disconnect import cancel_on_disconnect
 from serving.http.image_bodies import body_schemas, read_body
 from serving.http.json_bodies import json_response
 from serving.http.request_bodies import caller_of
+from serving.http.response_schemas import ClassificationList
 from serving.http.schemas import ClassifyRequest
 
 router = APIRouter(tags=["Zero-shot"])
@@ -22,7 +23,10 @@ PROMPTS_PER_TEXT = 8
 
 
 @router.post(
-    "/v1/classify", summary="Which label fits each image", openapi_extra=body_schemas(ClassifyRequest, "images")
+    "/v1/classify",
+    summary="Which label fits each image",
+    response_model=ClassificationList,
+    openapi_extra=body_schemas(ClassifyRequest, "images"),
 )
 async def classify(request: Request) -> Response:
     """Probabilities over the labels for each image. A label's vector is the mean over the templates (CLIP, 2021).

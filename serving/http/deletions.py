@@ -7,14 +7,14 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from ops.errors import SelectorError
 from ops.ledger import DeletionState
 from serving.http.app_state import app_state
 from serving.http.auth import operator
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, missing
 from serving.http.json_bodies import json_body, json_schema
+from serving.http.response_schemas import ResponseBody
 from serving.http.schemas import DeletionRequest
 
 router = APIRouter(tags=["Deletions"])
@@ -22,7 +22,7 @@ MAX_ROWS: Final = 500
 DeletionId = Annotated[str, Path(max_length=300, json_schema_extra={"format": "deletion"})]
 
 
-class LearnedFrom(BaseModel):
+class LearnedFrom(ResponseBody):
     """The adapters whose weights a deletion does not reach."""
 
     learned: list[str]
@@ -31,7 +31,7 @@ class LearnedFrom(BaseModel):
     """Trained later, with replay of what was there."""
 
 
-class DeletionBody(BaseModel):
+class DeletionBody(ResponseBody):
     """A deletion, which is also its receipt."""
 
     object: Literal["deletion"]
@@ -51,14 +51,14 @@ class DeletionBody(BaseModel):
     done_at: datetime | None
 
 
-class DeletionList(BaseModel):
+class DeletionList(ResponseBody):
     """Deletions, newest first."""
 
     object: Literal["list"]
     data: list[DeletionBody]
 
 
-class SelectionBody(BaseModel):
+class SelectionBody(ResponseBody):
     """How much a selector selects now."""
 
     object: Literal["deletion.selection"]
@@ -68,7 +68,7 @@ class SelectionBody(BaseModel):
 
 REQUESTED: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": SelectionBody, "description": "With `dry_run`: how much is selected now."},
-    202: {"model": DeletionBody, "description": "It is requested; maintenance carries it out."},
+    202: {"description": "It is requested; maintenance carries it out."},
 }
 
 
@@ -76,6 +76,7 @@ REQUESTED: Final[dict[int | str, dict[str, Any]]] = {
     "/admin/v1/deletions",
     summary="Delete samples and refused records",
     status_code=202,
+    response_model=DeletionBody,
     responses=REQUESTED,
     openapi_extra=json_schema(DeletionRequest),
 )
@@ -98,7 +99,7 @@ async def request_deletion(request: Request) -> JSONResponse:
 @router.get(
     "/admin/v1/deletions",
     summary="Deletions, newest first",
-    responses={200: {"model": DeletionList, "description": "Each with its receipt."}},
+    response_model=DeletionList,
 )
 async def deletions(
     request: Request,
@@ -114,10 +115,8 @@ async def deletions(
 @router.get(
     "/admin/v1/deletions/{deletion_id}",
     summary="One deletion",
-    responses={
-        200: {"model": DeletionBody, "description": "Its receipt."},
-        404: {"description": "`deletion_not_found`: there is no such deletion."},
-    },
+    response_model=DeletionBody,
+    responses=missing("`deletion_not_found`: there is no such deletion."),
 )
 async def deletion(request: Request, deletion_id: DeletionId) -> JSONResponse:
     """Its receipt. One that a tombstone asked for is called `tombstone topic:partition:offset`."""

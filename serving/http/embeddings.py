@@ -18,6 +18,7 @@ from serving.http.image_bodies import FormField, body_schemas, fields_of, read_p
 from serving.http.image_loader import ImageSource
 from serving.http.json_bodies import checked, json_body, json_response
 from serving.http.request_bodies import caller_of
+from serving.http.response_schemas import EmbeddingList, ModelBody, ModelList
 from serving.http.schemas import EmbeddingsRequest, ImageUrlItem, Item, TextItem
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -33,6 +34,7 @@ FORM_INPUT: dict[str, Any] = {
 @router.post(
     "/v1/embeddings",
     summary="Embed texts and images",
+    response_model=EmbeddingList,
     openapi_extra=body_schemas(EmbeddingsRequest, "input", FORM_INPUT),
 )
 async def embeddings(request: Request) -> Response:
@@ -118,7 +120,7 @@ def encoded(row: npt.NDArray[np.float32], how: str) -> Any:
     return pybase64.b64encode_as_string(row.astype("<f4", copy=False).tobytes()) if how == "base64" else row
 
 
-@router.get("/v1/models", summary="Models that requests may name")
+@router.get("/v1/models", summary="Models that requests may name", response_model=ModelList)
 async def models(request: Request) -> Response:
     """`clip` and `vlm` are what is live; the others are resident now and stay addressable while in the window. Those of
     a VLM are listed once it has started.
@@ -131,7 +133,7 @@ async def models(request: Request) -> Response:
     return json_response({"object": "list", "data": rows})
 
 
-@router.get("/v1/models/{model}", summary="One model")
+@router.get("/v1/models/{model}", summary="One model", response_model=ModelBody)
 async def model(
     request: Request, model: Annotated[str, PathParameter(json_schema_extra={"format": "model"})]
 ) -> Response:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 
 from ops import metrics
@@ -59,15 +59,17 @@ PARAMS: dict[type[RatchetError], str] = {UnknownRecord: "place"}
 class ErrorDetail(BaseModel):
     """What went wrong, where, and its stable code."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    model_config = ConfigDict(extra="forbid")
+    message: str = Field(min_length=1, description="What happened, and what to do.")
+    type: str = Field(description="Kind of error, as OpenAI names it: `invalid_request_error`, `rate_limit_error`, ...")
+    param: str | None = Field(description="The field that is wrong, as a path: `messages.0.content.1`.")
+    code: str = Field(min_length=1, description="Stable name of the error, for programs.")
 
 
 class ErrorBody(BaseModel):
-    """The error object."""
+    """The error object, of OpenAI's shape."""
 
+    model_config = ConfigDict(extra="forbid")
     error: ErrorDetail
 
 
@@ -79,6 +81,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "The deadline passed before the answer was ready."},
 }
 """What every route may answer besides its result. There is no 500 that is meant."""
+
+
+def missing(description: str) -> dict[int | str, dict[str, Any]]:
+    """``responses`` of a route that answers 404 for something that is not there."""
+    return {404: {"model": ErrorBody, "description": description}}
 
 
 class ApiError(HTTPException):

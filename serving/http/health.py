@@ -12,16 +12,22 @@ from serving.errors import VlmStarting
 from serving.http import errors
 from serving.http.app_state import app_state, release_headers
 from serving.http.errors import ErrorBody, answer
+from serving.http.operation_schemas import Alive, DegradedState, HealthState, Ready
 from serving.http.probes import Component, ComponentState, Probes
 
 router = APIRouter(tags=["Health"])
+TEXT = {"type": "string"}
+REFUSED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "The request is refused; `param` names the place."},
+}
 NOT_READY: dict[int | str, dict[str, Any]] = {
+    **REFUSED,
     404: {"model": ErrorBody, "description": "No such model is served here."},
     503: {"model": ErrorBody, "description": "It does not answer; the message says why."},
 }
 
 
-@router.get("/health/live", summary="Runs a forward pass of every model", responses=NOT_READY)
+@router.get("/health/live", summary="Runs a forward pass of every model", response_model=Alive, responses=NOT_READY)
 async def live(request: Request) -> JSONResponse:
     """200 when a text went through an encoder and a VLM under the live release; 503 otherwise. A VLM that has not come
     up yet does not count: what it waits for, a restart of this node would only begin anew.
@@ -35,7 +41,7 @@ async def live(request: Request) -> JSONResponse:
     return _ok(request, {"status": "ok", "release": states["clip"].release, "seconds": round(seconds, 4)})
 
 
-@router.get("/health/ready", summary="Whether this node answers requests", responses=NOT_READY)
+@router.get("/health/ready", summary="Whether this node answers requests", response_model=Ready, responses=NOT_READY)
 async def ready(
     request: Request, model: Annotated[Component, Query(description="Which model; by default CLIP.")] = "clip"
 ) -> JSONResponse:
@@ -45,13 +51,23 @@ async def ready(
     return await _ready(request, model)
 
 
-@router.get("/health/ready/{model}", summary="Whether this node answers requests to a model", responses=NOT_READY)
+@router.get(
+    "/health/ready/{model}",
+    summary="Whether this node answers requests to a model",
+    response_model=Ready,
+    responses=NOT_READY,
+)
 async def ready_model(request: Request, model: Component) -> JSONResponse:
     """`clip`, `vlm` or `catalog`; 404 where no VLM is served."""
     return await _ready(request, model)
 
 
-@router.get("/health/state", summary="Every part at a glance", responses={503: {"description": "A part is not ready."}})
+@router.get(
+    "/health/state",
+    summary="Every part at a glance",
+    response_model=HealthState,
+    responses={**REFUSED, 503: {"model": DegradedState, "description": "A part is not ready."}},
+)
 async def whole(request: Request) -> JSONResponse:
     """For alerts, not for routing: 200 when every part is ready, 503 when one is not."""
     states = await _probes(request).all()
@@ -83,7 +99,16 @@ def _probes(request: Request) -> Probes:
     return app_state(request).probes
 
 
-@router.get("/metrics", summary="Prometheus metrics of all serving processes", response_class=Response)
+@router.get(
+    "/metrics",
+    summary="Prometheus metrics of all serving processes",
+    response_model=None,
+    response_class=Response,
+    responses={
+        **REFUSED,
+        200: {"description": "Prometheus' text format.", "content": {CONTENT_TYPE_LATEST: {"schema": TEXT}}},
+    },
+)
 async def prometheus(request: Request) -> Response:
     """Text format."""
     return Response(await app_state(request).metrics_page.get(), media_type=CONTENT_TYPE_LATEST)

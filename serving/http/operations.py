@@ -11,8 +11,9 @@ from fastapi.responses import JSONResponse
 
 from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, ErrorBody
 from serving.http.json_bodies import json_body, json_schema
+from serving.http.operation_schemas import HoldState, ReleaseList, ReleaseOutcome, StatusBody
 from serving.http.schemas import PromoteRequest, ReasonRequest, ReleaseRequest, RollbackRequest
 from serving.releases.commands import HoldCommand, PromoteCommand, ReleaseCommand, ResumeCommand, RollbackCommand
 from serving.releases.rollback import ledger_answers
@@ -20,9 +21,13 @@ from serving.releases.types import ReleaseResult
 
 router = APIRouter(tags=["Operations"])
 MAX_ROWS = 500
+CHANGES: dict[int | str, dict[str, Any]] = {
+    409: {"model": ErrorBody, "description": "Another release became live meanwhile; or the ledger does not allow it."},
+    422: {"model": ErrorBody, "description": "`release_failed`: a replica could not prepare it; what is live stays."},
+}
 
 
-@router.get("/v1/releases", summary="What was live, and is")
+@router.get("/v1/releases", summary="What was live, and is", response_model=ReleaseList)
 async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50) -> JSONResponse:
     """Newest first, with actor and reason. A `resident` one can be addressed as `clip@number` and `vlm@number`.
 
@@ -46,7 +51,13 @@ async def releases(request: Request, limit: Annotated[int, Query(ge=1, le=MAX_RO
     return JSONResponse({"object": "list", **numbers})
 
 
-@router.post("/admin/v1/releases", summary="Release adapters", openapi_extra=json_schema(ReleaseRequest))
+@router.post(
+    "/admin/v1/releases",
+    summary="Release adapters",
+    response_model=ReleaseOutcome,
+    responses=CHANGES,
+    openapi_extra=json_schema(ReleaseRequest),
+)
 async def release(request: Request) -> JSONResponse:
     """Prepares what changes on every replica, for CLIP brings the catalog up to date; returns when all serve it."""
     state = app_state(request)
@@ -63,7 +74,13 @@ async def release(request: Request) -> JSONResponse:
     return _done(await state.operations.change(command))
 
 
-@router.post("/admin/v1/promote", summary="Let a canary answer everybody", openapi_extra=json_schema(PromoteRequest))
+@router.post(
+    "/admin/v1/promote",
+    summary="Promote a canary or a shadow to all requests",
+    response_model=ReleaseOutcome,
+    responses=CHANGES,
+    openapi_extra=json_schema(PromoteRequest),
+)
 async def promote(request: Request) -> JSONResponse:
     """A plain release of what is live as a canary or a shadow."""
     state = app_state(request)
@@ -75,7 +92,13 @@ async def promote(request: Request) -> JSONResponse:
     return _done(await state.operations.change(command))
 
 
-@router.post("/admin/v1/rollback", summary="Take a release back", openapi_extra=json_schema(RollbackRequest))
+@router.post(
+    "/admin/v1/rollback",
+    summary="Roll a release back",
+    response_model=ReleaseOutcome,
+    responses=CHANGES,
+    openapi_extra=json_schema(RollbackRequest),
+)
 async def rollback(request: Request) -> JSONResponse:
     """A new release with adapters of an older one; under a second when they are resident."""
     state = app_state(request)
@@ -92,7 +115,12 @@ async def rollback(request: Request) -> JSONResponse:
     return _done(await state.operations.change(command))
 
 
-@router.post("/admin/v1/hold", summary="Let updates wait", openapi_extra=json_schema(ReasonRequest))
+@router.post(
+    "/admin/v1/hold",
+    summary="Hold updates back",
+    response_model=HoldState,
+    openapi_extra=json_schema(ReasonRequest),
+)
 async def hold(request: Request) -> JSONResponse:
     """Update proposals stay pending until `resume`. Operators can still release and roll back."""
     state = app_state(request)
@@ -102,7 +130,12 @@ async def hold(request: Request) -> JSONResponse:
     return JSONResponse({"held": True})
 
 
-@router.post("/admin/v1/resume", summary="Let updates through again", openapi_extra=json_schema(ReasonRequest))
+@router.post(
+    "/admin/v1/resume",
+    summary="Let updates through again",
+    response_model=HoldState,
+    openapi_extra=json_schema(ReasonRequest),
+)
 async def resume(request: Request) -> JSONResponse:
     """Waiting update proposals are released in their order."""
     state = app_state(request)
@@ -112,7 +145,7 @@ async def resume(request: Request) -> JSONResponse:
     return JSONResponse({"held": False})
 
 
-@router.get("/admin/v1/status", summary="Controller and catalog at a glance")
+@router.get("/admin/v1/status", summary="Controller and catalog at a glance", response_model=StatusBody)
 async def status(request: Request) -> JSONResponse:
     """Resident releases, requests in flight, replicas, engine and precision of encoders and VLMs (and why no VLM has
     started yet), coverage of the catalog, what is on hold.

@@ -12,6 +12,7 @@ from serving.http.app_state import AppState, app_state
 from serving.http.auth import operator
 from serving.http.errors import ApiError, from_record
 from serving.http.json_bodies import json_body, json_schema
+from serving.http.operation_schemas import QuarantineList, Resubmission, ResubmissionReport
 from serving.http.schemas import RefusedSelection, ResubmitRequest
 from streams.records import REASONS
 
@@ -19,7 +20,7 @@ router = APIRouter(tags=["Quarantine"])
 MAX_ROWS = 500
 
 
-@router.get("/admin/v1/quarantine", summary="Refused records, newest first")
+@router.get("/admin/v1/quarantine", summary="Refused records, newest first", response_model=QuarantineList)
 async def quarantine(
     request: Request,
     limit: Annotated[int, Query(ge=1, le=MAX_ROWS)] = 50,
@@ -38,7 +39,10 @@ async def quarantine(
 
 
 @router.post(
-    "/admin/v1/quarantine/resubmit", summary="Send refused records again", openapi_extra=json_schema(ResubmitRequest)
+    "/admin/v1/quarantine/resubmit",
+    summary="Send refused records again",
+    response_model=Resubmission | ResubmissionReport,
+    openapi_extra=json_schema(ResubmitRequest),
 )
 async def resubmit(request: Request) -> JSONResponse:
     """Sends a record as it came, once: again is 409 unless forced. Needs the scope `publish` or `operate`.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from ops.errors import RecordError
 from serving.http.app_state import app_state
 from serving.http.auth import operator
-from serving.http.errors import ApiError, from_record
+from serving.http.errors import ApiError, from_record, missing
+from serving.http.response_schemas import ResponseBody
 from streams.receipts import RecordOutcome
 
 router = APIRouter(tags=["Records"])
@@ -24,7 +24,7 @@ SampleId = Annotated[
 ]
 
 
-class ReceiptBody(BaseModel):
+class ReceiptBody(ResponseBody):
     """What became of one record. What has no value is left out."""
 
     position: str
@@ -46,22 +46,18 @@ class ReceiptBody(BaseModel):
     """When this was decided."""
 
 
-class ReceiptList(BaseModel):
+class ReceiptList(ResponseBody):
     """Receipts."""
 
     object: Literal["list"]
     data: list[ReceiptBody]
 
 
-FOUND: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": ReceiptList, "description": "What became of it; of a position the last first."}
-}
-
-
 @router.get(
     "/v1/records/{topic}/{partition}/{offset}",
     summary="What became of a record, by its position",
-    responses={**FOUND, 404: {"description": "`not_read_yet`: ingest has not come so far."}},
+    response_model=ReceiptList,
+    responses=missing("`not_read_yet`: ingest has not come so far."),
 )
 async def record(request: Request, topic: Topic, partition: Partition, offset: Offset) -> JSONResponse:
     """Stored, a duplicate of which sample, refused and why, deleted, or lost. Needs the scope `publish` or `operate`.
@@ -80,7 +76,8 @@ async def record(request: Request, topic: Topic, partition: Partition, offset: O
 @router.get(
     "/v1/records",
     summary="What became of the records of a sample, by its id",
-    responses={**FOUND, 404: {"description": "`record_not_found`: no record has this id; refused records have none."}},
+    response_model=ReceiptList,
+    responses=missing("`record_not_found`: no record has this id; refused records have none."),
 )
 async def records(request: Request, id: SampleId) -> JSONResponse:
     """The record that was stored, and those that repeat it. Needs the scope `publish` or `operate`."""

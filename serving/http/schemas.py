@@ -12,7 +12,11 @@ from serving.http.openai_body import OpenAIBody
 from serving.releases.release_snapshot import BASE
 from serving.releases.types import Adapters
 
-Reason = Annotated[str, StringConstraints(min_length=1, max_length=1000, strip_whitespace=True)]
+Reason = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=1000, strip_whitespace=True),
+    Field(description="Why; goes into the audit log."),
+]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Source = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 MODEL = Field(
@@ -192,7 +196,10 @@ class ReleaseRequest(Body):
     reason: Reason
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
     share: float = Field(
-        1.0, ge=0, le=1, description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers nobody."
+        1.0,
+        ge=0,
+        le=1,
+        description="Of the requests: 1 all, 0.1 a canary for a tenth, 0 a shadow that answers no client.",
     )
     force: bool = Field(False, description="Also adapters that no gate passed and that were never live.")
 
@@ -213,7 +220,7 @@ class RollbackRequest(Body):
     """Go back: to the newest release with another adapter, or to release `to`; one family's adapter, or both."""
 
     reason: Reason
-    to: int | None = Field(None, ge=1)
+    to: int | None = Field(None, ge=1, description="Number of the release to go back to; unset: the one before.")
     family: Family | None = Field(None, description="`clip` or `vlm`: the other one stays what is live.")
     expected_live: int | None = Field(None, ge=0, description="Refuse (409) when another release is live.")
 
@@ -277,9 +284,9 @@ class SampleSelector(Body):
 
     id: str | None = Field(None, min_length=1, max_length=64, description="A sample's id, 64 hex digits.")
     source: Source | None = Field(None, description="As producers state it; also of refused records.")
-    domain: Source | None = None
-    concept: Source | None = None
-    label: Source | None = None
+    domain: Source | None = Field(None, description="As producers state it.")
+    concept: Source | None = Field(None, description="What is depicted, as producers state it.")
+    label: Source | None = Field(None, description="The class, as producers state it.")
     key: str | None = Field(None, min_length=1, max_length=4096, description="The record's key, in hex.")
     record: str | None = Field(None, min_length=1, max_length=300, description="`topic:partition:offset`.")
     before: datetime | None = Field(None, description="Only what was ingested before this time, UTC.")
@@ -299,6 +306,6 @@ class DeletionRequest(Body):
         extra="forbid",
         json_schema_extra={"examples": [{"selector": {"source": "crawler-7"}, "reason": "consent withdrawn"}]},
     )
-    selector: SampleSelector
+    selector: SampleSelector = Field(description="What is to be deleted.")
     reason: Reason
     dry_run: bool = Field(False, description="Say how much is selected now, and delete nothing.")

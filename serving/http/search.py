@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as PathParameter
@@ -11,18 +11,32 @@ from fastapi import Path as PathParameter
 from serving.catalog.queries import as_filters
 from serving.http.app_state import app_state, release_headers
 from serving.http.cancel_on_disconnect import cancel_on_disconnect
-from serving.http.errors import ApiError
+from serving.http.errors import ApiError, ErrorBody
 from serving.http.image_bodies import body_schemas, read_body
 from serving.http.json_bodies import json_response
 from serving.http.request_bodies import caller_of
+from serving.http.response_schemas import SearchResults
 from serving.http.schemas import SearchRequest
 
 router = APIRouter(tags=["Search"])
 LISTS = {"domain", "source"}
+PNG: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The image, at most `size` pixels wide and high.",
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    404: {"model": ErrorBody, "description": "`sample_not_found`: there is no such sample, or it was deleted."},
+    410: {"model": ErrorBody, "description": "The stored image cannot be read."},
+}
 SAMPLE_ID = re.compile("[0-9a-f]{64}")
 
 
-@router.post("/v1/search", summary="Find samples", openapi_extra=body_schemas(SearchRequest, "image"))
+@router.post(
+    "/v1/search",
+    summary="Find samples",
+    response_model=SearchResults,
+    openapi_extra=body_schemas(SearchRequest, "image"),
+)
 async def search(request: Request) -> Response:
     """The accepted samples nearest to a text or an image. Query and index are of one release's embedding space.
 
@@ -57,9 +71,12 @@ async def search(request: Request) -> Response:
 
 
 @router.get(
-    "/v1/samples/{sample_id}/image", summary="A sample's image as PNG", response_class=Response,
-    responses={200: {"content": {"image/png": {}}}},
-)  # fmt: skip
+    "/v1/samples/{sample_id}/image",
+    summary="A sample's image as PNG",
+    response_model=None,
+    response_class=Response,
+    responses=PNG,
+)
 async def sample_image(
     request: Request,
     sample_id: Annotated[

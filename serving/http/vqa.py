@@ -17,12 +17,18 @@ from serving.http.chunks import usage
 from serving.http.errors import ApiError
 from serving.http.image_bodies import body_schemas, read_body
 from serving.http.request_bodies import caller_of
+from serving.http.response_schemas import VqaAnswer
 from serving.http.schemas import VqaRequest
 
 router = APIRouter(tags=["Questions about images"])
 
 
-@router.post("/v1/vqa", summary="Answer a question about an image", openapi_extra=body_schemas(VqaRequest, "image"))
+@router.post(
+    "/v1/vqa",
+    summary="Answer a question about an image",
+    response_model=VqaAnswer,
+    openapi_extra=body_schemas(VqaRequest, "image"),
+)
 async def vqa(request: Request) -> JSONResponse:
     """A short answer, always the likeliest. With `choices`: the likeliest of them, and the probability of each.
 

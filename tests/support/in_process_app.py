@@ -35,7 +35,9 @@ from serving.releases.observations import Observations
 from serving.releases.protocol import ReleaseProtocol
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.releases.types import Prepared, ReleaseResult, Residency
+from streams.receipts import Receipt
 from streams.records import Sample
+from streams.resubmit_many import ResubmitReport
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.unit.serving.scripted_vlms import ScriptedVlms
@@ -115,7 +117,13 @@ class InProcessApp:
         write(command.actor, command.reason)
 
     async def status(self) -> dict[str, Any]:
-        return {"resident": [snapshot.release for snapshot in self.admission.window]}
+        resident = [
+            {"release": s.release, "adapter": s.adapter, "image_space": s.image_space, "text_space": s.text_space,
+             "vlm": s.vlm_adapter, "share": s.share}
+            for s in self.admission.window
+        ]  # fmt: skip
+        return {"started": True, "epoch": 1, "held": None, "resident": resident, "rollout": {"state": "idle"},
+                "replicas": {}, "vlm": [], "in_flight": {}}  # fmt: skip
 
     async def prepare(self, clip: str | None) -> list[Prepared]:
         spaces = self.engine.spaces(clip)
@@ -193,13 +201,14 @@ class ScriptedQuarantine:
     """One refused record, which may be sent again as often as one likes."""
 
     async def newest(self, limit: int, reason: str | None, source: str | None) -> list[dict[str, Any]]:
-        return [{"place": "t:0:1", "reason": reason or "no_text"}][:limit]
+        record = {"place": "t:0:1", "reason": reason or "no_text", "detail": "", "source": "", "resubmission": None}
+        return [{**record, "refused_at": datetime.now(UTC).isoformat()}][:limit]
 
     async def counts(self, reason: str | None, source: str | None) -> dict[str, dict[str, int]]:
         return {"reason": {"no_text": 1}, "source": {"": 1}}
 
     async def resubmit_many(self, which: Any, *, actor: str, reason: str, dry_run: bool) -> dict[str, Any]:
-        return {"chosen": 1, "sent": 1}
+        return ResubmitReport(dry_run=dry_run, chosen=1, sent=1).as_json()
 
     async def resubmit(self, place: str, *, actor: str, reason: str, force: bool) -> dict[str, Any]:
         return {"topic": "t", "partition": 0, "offset": 2}
@@ -209,10 +218,10 @@ class ScriptedReceipts:
     """Every record was stored; no sample is known whose id begins with `f`."""
 
     async def of_position(self, topic: str, partition: int, offset: int) -> list[dict[str, Any]]:
-        return [{"stream": topic, "partition": partition, "offset": offset, "outcome": "stored"}]
+        return [Receipt(topic, partition, offset, "stored").as_json()]
 
     async def of_sample(self, sample_id: str) -> list[dict[str, Any]]:
-        return [] if sample_id.startswith("f") else [{"id": sample_id, "outcome": "stored"}]
+        return [] if sample_id.startswith("f") else [Receipt("t", 0, 1, "stored", id=sample_id).as_json()]
 
 
 @dataclass

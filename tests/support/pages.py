@@ -1,4 +1,4 @@
-"""What the pages under docs/ and the README say, as data: their code blocks, commands, links and settings."""
+"""What the pages under docs/ and those of the root say, as data: their code blocks, commands, links and settings."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from ops.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Page:
 
     def commands(self, program: str) -> list[str]:
         """Command lines of a program, in blocks and in the prose, without comments and what is piped on."""
-        return [*self.shown(program), *(span for span in self.spans if span.startswith(f"{program} "))]
+        spans = [_alone(span) for span in self.spans if span.startswith(f"{program} ")]
+        return [*self.shown(program), *spans]
 
     def shown(self, program: str) -> list[str]:
         """Command lines of a program in code blocks, also those inside ``$(...)``."""
@@ -66,7 +67,7 @@ class Page:
                     inner = re.search(rf"\$\(({program} [^)]*)\)", line)
                     text = inner.group(1) if inner else line.strip()
                     if text.startswith(f"{program} "):
-                        found.append(re.split(r"\s#|\s>|\s\|", text)[0].strip())
+                        found.append(_alone(text))
         return found
 
     @cached_property
@@ -105,16 +106,24 @@ def _parts(text: str) -> Iterator[Block | str]:
             yield line
 
 
-def resolve(line: str) -> click.Context:
-    """Find the command of a line and read its arguments, without running it. Raises click's error."""
+def _alone(line: str) -> str:
+    """A command line without a comment, a redirection and what it is piped into."""
+    return re.split(r"\s#|\s>|\s\|", line)[0].strip()
+
+
+def resolve(line: str) -> Any:
+    """Find the command of a line and read its arguments, without running it: its context. Raises the usage error.
+
+    A command without any argument is a mention, and need only exist.
+    """
     command: Any = typer.main.get_command(app)
     words = shlex.split(line)[1:]
-    context: click.Context = command.make_context("ratchet", words)
-    while isinstance(command, click.Group):
+    context = command.make_context("ratchet", words)
+    while isinstance(command, TyperGroup):
         words = [*context._protected_args, *context.args]
         if not words and command.invoke_without_command:
             break
         name, child, words = command.resolve_command(context, words)
         assert child is not None
-        command, context = child, child.make_context(name, words, parent=context)
+        command, context = child, child.make_context(name, words, parent=context, resilient_parsing=not words)
     return context
