@@ -20,8 +20,6 @@ MAX_ROWS = 200_000
 """Rows that are listed: about 200 MB of names and texts."""
 MAX_COPIED_BYTES = 2 * 2**30
 """Of all pictures that are copied together."""
-EXAMPLES = 3
-"""Rows that cannot be used of which the reason is shown."""
 FORMATS = "subfolders that are classes, a data.csv, or a metadata.csv; or name a CSV or JSON Lines file with --labels"
 
 

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ops.loading import describe
 from ops.settings import Section, Settings
 
 HEAD = """\
@@ -25,8 +26,11 @@ def settings_yaml(chosen: Mapping[str, Any]) -> str:
     """The file's text.
 
     Args:
-        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret.
+        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret. What is the default is commented out
+            all the same.
     """
+    defaults = {name: value for name, value, _, _ in describe(Settings())}
+    chosen = {name: value for name, value in chosen.items() if value != defaults[name]}
     return HEAD + "".join(f"{line}\n" for line in _lines(Settings, "", chosen, live=True))
 
 

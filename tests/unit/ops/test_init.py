@@ -283,7 +283,7 @@ def test_a_secret_is_not_written(run: Run) -> None:
 
 def test_it_asks_on_a_terminal_for_what_is_not_given(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     class_folders(Path("things"))
-    monkeypatch.setattr("ops.cli.init.on_terminal", lambda: True)
+    monkeypatch.setattr("ops.cli.first_steps.answers.on_terminal", lambda: True)
     done = run("init", "--topic", "pairs", input="tiny\nthings\n\nembedded\n")
     assert done.exit_code == 0, done.output
     settings = load_settings(environ={})
