@@ -26,8 +26,8 @@ def settings_yaml(chosen: Mapping[str, Any]) -> str:
     """The file's text.
 
     Args:
-        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret. What is the default is commented out
-            all the same.
+        chosen: values by dotted name (``{"serve.port": 9000}``), those of no secret. One that is the default is
+            commented out all the same.
     """
     defaults = {name: value for name, value, _, _ in describe(Settings())}
     chosen = {name: value for name, value in chosen.items() if value != defaults[name]}

@@ -28,6 +28,7 @@ from ops.loading import describe, load_settings
 from ops.settings import Gate, Settings
 from serving.engines.base import list_bases
 from streams.folders import read_folder
+from tests.support.pages import ROOT
 from updater.gate import load_suites
 from updater.gate.interim_analyses import candidate_alpha
 from updater.gate.statistics import items_needed, smallest_difference
@@ -183,6 +184,11 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     assert shown.excludes == pytest.approx(0.0715, abs=0.0005)
     assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
     assert "--margin 0.08" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    defaults = suite_power(suite, Gate())
+    assert f"it takes {defaults.needed}" in page
+    assert f"ten points shows with {fresh_needed(Gate(detect=0.1))}, one of three with {fresh_needed(Gate())}" in page
+    assert f"400          {100 * smallest_difference(0.25, 400, level, gate.power):.1f} points" in page
     assert fresh_needed(Gate(detect=0.2)) < fresh_needed(gate) == 513
 
 
