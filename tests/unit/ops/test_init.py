@@ -185,7 +185,7 @@ def test_what_a_suite_can_show_is_what_the_gate_needs_turned_round(run: Run) -> 
     assert not suite_power(suite.model_copy(update={"margin": 0.05}), gate).enough
     assert "--margin 0.08" in suite_power(suite.model_copy(update={"margin": 0.05}), gate).advice
     page = (ROOT / "docs" / "quickstart.md").read_text()
-    defaults = suite_power(suite, Gate())
+    defaults = suite_power(suite.model_copy(update={"margin": None}), Gate())
     assert f"it takes {defaults.needed}" in page
     assert f"ten points shows with {fresh_needed(Gate(detect=0.1))}, one of three with {fresh_needed(Gate())}" in page
     assert f"400          {100 * smallest_difference(0.25, 400, level, gate.power):.1f} points" in page
