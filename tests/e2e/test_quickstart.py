@@ -65,6 +65,7 @@ def test_the_page_leads_from_nothing_to_a_verdict_and_back(tmp_path: Path) -> No
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "COLUMNS": "120",
         "RATCHET_KAFKA__BOOTSTRAP": f"127.0.0.1:{free_port()}", "RATCHET_INGEST__SPLIT_KEY": "quickstart",
         "RATCHET_UPDATER__THREADS": "1", "RATCHET_UPDATER__NICE": "0",
+        "RATCHET_BUDGET__GFLOPS_PER_UPDATE": "45",  # some 80 steps in place of 200
         "MODEL": str(mine / "tiny-vit"), "WEIGHTS": str(weights), "KNOWN": str(mine / "known"),
         "NEW": str(mine / "new"), "SERVER": f"http://127.0.0.1:{ports['RATCHET_SERVE__PORT']}",
     }  # fmt: skip

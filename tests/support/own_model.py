@@ -18,7 +18,7 @@ from serving.engines.preprocess import OPENAI_MEAN, OPENAI_STD
 
 PATTERNS = ("plain", "upright stripes", "level stripes", "slanted stripes", "checks", "dots", "a frame", "a cross")
 SIDE = 32
-STEPS, BATCH = 120, 64
+STEPS, BATCH, DRAWN = 400, 64, 1536
 
 
 def own_model(folder: Path, known: Path, each: int, seed: int = 0) -> Path:
@@ -46,17 +46,22 @@ def _trained(random: np.random.Generator, seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         model = open_clip.CLIP(**CONFIG)
     tokens = open_clip.get_tokenizer("ViT-B-32", context_length=16)([f"a photo of {name}." for name in PATTERNS])
+    classes = torch.from_numpy(random.integers(0, len(PATTERNS), DRAWN))
+    drawn = np.stack([_draw(PATTERNS[each], random) for each in classes])
+    pixels = (
+        torch.from_numpy((drawn / 255.0 - np.array(OPENAI_MEAN)) / np.array(OPENAI_STD)).float().permute(0, 3, 1, 2)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS)
     for _ in range(STEPS):
-        classes = torch.from_numpy(random.integers(0, len(PATTERNS), BATCH))
-        drawn = np.stack([_draw(PATTERNS[each], random) for each in classes])
-        pixels = torch.from_numpy((drawn / 255.0 - np.array(OPENAI_MEAN)) / np.array(OPENAI_STD)).float()
-        image = model.encode_image(pixels.permute(0, 3, 1, 2), normalize=True)
+        batch = torch.from_numpy(random.integers(0, DRAWN, BATCH))
+        image = model.encode_image(pixels[batch], normalize=True)
         text = model.encode_text(tokens, normalize=True)
-        loss = functional.cross_entropy(model.logit_scale.exp() * image @ text.T, classes)
+        loss = functional.cross_entropy(model.logit_scale.exp() * image @ text.T, classes[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
 
 
