@@ -19,6 +19,14 @@ EXAMPLES = ROOT / "examples"
 PICTURE = EXAMPLES / "suite" / "pictures" / "red-circle.png"
 
 
+@pytest.fixture(autouse=True)
+def searchable(server: ServerFixture) -> None:
+    """All samples are embedded."""
+    with server.client() as client:
+        server.until(lambda: client.status()["catalog"]["corpus_rows"] >= 40)
+        server.until(lambda: client.status()["catalog"]["coverage"] >= 1.0)
+
+
 def run(server: ServerFixture, folder: Path, *command: str | Path) -> str:
     named = {"RATCHET_URL": server.url, "NO_PROXY": "127.0.0.1", "MPLBACKEND": "agg"}
     done = subprocess.run(
