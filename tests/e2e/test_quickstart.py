@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.fixtures.postgres import free_port
+from ops.addresses import free_port
 from ops.ledger import Ledger
 from ops.loading import load_settings
-from serving.engines.base import list_bases
+from serving.engines.clip_base import list_bases
 from tests.support.own_model import PATTERNS, own_model
 from tests.support.pages import ROOT, Page
 from tests.support.shapes import shapes

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from benchmarks.fixtures.tiny import CONFIG
+from ops.testing.tiny import CONFIG
 from serving.engines.preprocess import OPENAI_MEAN, OPENAI_STD
 
 PATTERNS = ("plain", "upright stripes", "level stripes", "slanted stripes", "checks", "dots", "a frame", "a cross")

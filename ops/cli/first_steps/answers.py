@@ -52,8 +52,8 @@ def ask(shared: Context, home: Path | None, given: Answers, yes: bool) -> Answer
     def path(value: Path | None, question: str) -> Path | None:
         if value is not None or not asking:
             return value
-        told = typer.prompt(question, default="", show_default=False).strip()
-        return Path(told).expanduser() if told else None
+        text = typer.prompt(question, default="", show_default=False).strip()
+        return Path(text).expanduser() if text else None
 
     model = answer(given.model, "Model: a registered base, a folder, or an open_clip architecture", defaults.base.clip)
     weights, data, labels = given.weights, given.data, given.labels
@@ -70,7 +70,7 @@ def ask(shared: Context, home: Path | None, given: Answers, yes: bool) -> Answer
 
 
 def _is_registered(home: Path, model: str) -> bool:
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     return model == "shipped" or model in list_bases(home, "clip")
 

@@ -30,7 +30,7 @@ def choose_model(home: Path, model: str, weights: Path | None, name: str | None)
     Raises:
         ConfigError: it names nothing that can be loaded from this disk.
     """
-    from serving.engines.base import list_bases
+    from serving.engines.clip_base import list_bases
 
     if model in list_bases(home, "clip") or model == SHIPPED:
         if weights is not None:
@@ -60,7 +60,7 @@ def register_model(home: Path, choice: ModelChoice) -> str:
     Raises:
         ConfigError: it cannot be loaded.
     """
-    from serving.engines.base import list_bases, load_base
+    from serving.engines.clip_base import list_bases, load_base
 
     if choice.name == SHIPPED and SHIPPED not in list_bases(home, "clip"):
         return "the shipped base, which `ratchet up` builds"
@@ -89,14 +89,14 @@ def check_broker(settings: Settings) -> str:
     kafka = settings.kafka
     admin = Admin(kafka, connect_seconds=BROKER_SECONDS)
     try:
-        there = admin.topic_id(kafka.topic) is not None
+        exists = admin.topic_id(kafka.topic) is not None
     except BrokerError as error:
         raise ConfigError(
             f"--broker: {error.message}", "Correct it, or write the settings without asking it: --offline."
         ) from error
     finally:
         admin.close()
-    return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if there else "will be made by ingest")
+    return f"{kafka.bootstrap} answers; topic {kafka.topic} " + ("is there" if exists else "will be made by ingest")
 
 
 def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
@@ -104,7 +104,7 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
     config = open_clip.get_model_config(model.replace("/", "-"))
     if config is None:
-        from serving.engines.base import list_bases
+        from serving.engines.clip_base import list_bases
 
         known = ", ".join(list_bases(home, "clip")) or "none"
         raise ConfigError(
@@ -124,5 +124,5 @@ def _check_architecture(home: Path, model: str, weights: Path | None) -> None:
 
 
 def _name(model: str) -> str:
-    found = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in model.lower())
-    return found.strip("._-")[:64] or "base"
+    slug = "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in model.lower())
+    return slug.strip("._-")[:64] or "base"

@@ -33,8 +33,8 @@ class Division:
         """What the held-out pictures can be asked: their class, where two of them have members; their captions."""
         classes = Counter(picture.label for picture in self.held_out if picture.label)
         texts = any(row.text != _spoken(row.label) for picture in self.held_out for row in picture.rows)
-        found = ["classification"] if sum(count > 1 for count in classes.values()) > 1 else []
-        return [*found, "retrieval"] if texts else found
+        tasks = ["classification"] if sum(count > 1 for count in classes.values()) > 1 else []
+        return [*tasks, "retrieval"] if texts else tasks
 
 
 def divide(pictures: Sequence[Picture], share: float, most: int) -> Division:
@@ -83,10 +83,10 @@ def plan_suites(sample: LabelledSample, share: float, most: int, home: Path, fol
         )
     files = {task: folder / f"{name}-{task}.yaml" for task in division.tasks}
     plan = SuitePlan(division, home, home / "data" / name, files)
-    there = [path for path in (plan.data, *files.values()) if path.exists()]
-    if there and not replace:
+    existing = [path for path in (plan.data, *files.values()) if path.exists()]
+    if existing and not replace:
         raise ConfigError(
-            f"{there[0]} exists already.", "Replace it with --force, or choose another --suites or --home."
+            f"{existing[0]} exists already.", "Replace it with --force, or choose another --suites or --home."
         )
     return plan
 
@@ -101,8 +101,8 @@ def write_suites(plan: SuitePlan, margin: float) -> list[Suite]:
 
 def slug(name: str) -> str:
     """A name that suites and folders may have."""
-    found = "".join(char if char.isascii() and char.isalnum() else "-" for char in name.lower()).strip("-")[:40]
-    return found or "pictures"
+    text = "".join(char if char.isascii() and char.isalnum() else "-" for char in name.lower()).strip("-")[:40]
+    return text or "pictures"
 
 
 def _write_data(target: Path, division: Division) -> None:
@@ -131,7 +131,7 @@ def _items(division: Division, domain: str) -> Iterator[FolderItem]:
 
 
 def _suite_yaml(name: str, task: str, pictures: int, margin: float) -> str:
-    asked = f"label: label\ntemplates: {TEMPLATES}" if task == "classification" else "metric: recall@5"
+    question = f"label: label\ntemplates: {TEMPLATES}" if task == "classification" else "metric: recall@5"
     return f"""\
 # Made by `ratchet init`: what the model can do today, and no update may lose. `ratchet init --help` says how.
 description: {pictures} pictures of {name} that no update is trained on.
@@ -139,7 +139,7 @@ role: retention
 task: {task}
 data: ${{home}}/data/{name}
 split: {HELD_OUT}
-{asked}
+{question}
 margin: {margin:g}  # the loss that an update must exclude; {margin:g} is {100 * margin:g} points
 """
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.fixtures.tiny import tiny_base
 from ops import metrics
 from ops.alerts import Target
 from ops.cli.metrics import targets_of
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.tiny import tiny_base
 from serving.engines.adapters import effective_weights
 from tests.support.pages import ROOT, Page
 from tests.unit.updater.builders import pools, run

@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from benchmarks.fixtures.tiny import CONFIG, tiny_base
 from ops.cli.first_steps import checks
 from ops.cli.first_steps.power import fresh_needed, suite_power
 from ops.cli.first_steps.settings_yaml import settings_yaml
@@ -26,7 +25,8 @@ from ops.cli.main import app
 from ops.errors import ConfigError
 from ops.loading import describe, load_settings
 from ops.settings import Gate, Settings
-from serving.engines.base import list_bases
+from ops.testing.tiny import CONFIG, tiny_base
+from serving.engines.clip_base import list_bases
 from streams.folders import read_folder
 from tests.support.pages import ROOT
 from updater.gate import load_suites
