@@ -183,15 +183,17 @@ class _Run:
             named = BrokerError(f"{place}: {error.message}", error.fix) if isinstance(error, BrokerError) else error
             in_flight.failed(named)
             return
-        self._count(size, future.result().partition)
+        self._count(size, future.result())
         in_flight.acknowledged(number)
 
-    def _count(self, size: int, partition: int | None = None) -> None:
+    def _count(self, size: int, delivery: Delivery | None = None) -> None:
         with self._lock:
             self._report.delivered += 1
             self._report.size += size
-            if partition is not None:
-                self._report.partitions[partition] += 1
+            if delivery is not None:
+                last = self._report.last.get(delivery.partition, -1)
+                self._report.partitions[delivery.partition] += 1
+                self._report.last[delivery.partition] = max(last, delivery.offset)
 
 
 def _checked(item: FolderItem, place: str, settings: Settings, source: str | None) -> Sample:

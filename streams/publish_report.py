@@ -40,6 +40,8 @@ class PublishReport:
     """Rows that were passed over because an earlier run, which this one resumed, had dealt with them."""
     seconds: float = 0.0
     partitions: Counter[int] = field(default_factory=Counter)
+    last: dict[int, int] = field(default_factory=dict)
+    """The highest offset that was acknowledged, by partition."""
     refused: Counter[str] = field(default_factory=Counter)
     """Rows that are no valid samples, by reason; they were not sent."""
     examples: list[str] = field(default_factory=list)

@@ -27,7 +27,12 @@ class Context:
     @cached_property
     def settings(self) -> Settings:
         """The settings. Raises ConfigError."""
-        return load_settings(self.file, dict(_assignment(flag) for flag in self.flags))
+        return load_settings(self.file, self.overrides)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What ``--set`` says, by dotted name. Raises ConfigError."""
+        return dict(_assignment(flag) for flag in self.flags)
 
     def command(self, *words: str) -> list[str]:
         """The command line that runs ``ratchet`` with ``words`` in a child, under the same settings."""

@@ -38,6 +38,10 @@ def publish(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on behind what an earlier run of this data set delivered.")
     ] = False,
+    wait: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds in which ingest has to store it; without it nothing is waited for."),
+    ] = None,
 ) -> None:
     """Send the samples of a data set to the Kafka topic, and report what the broker acknowledged.
 
@@ -53,8 +57,9 @@ def publish(
     """
     from streams.publish import publish as send
 
+    settings = ctx.of(context).settings
     report = send(
-        ctx.of(context).settings,
+        settings,
         path,
         format=format,
         split=split,
@@ -66,6 +71,10 @@ def publish(
         rejects=rejects,
     )
     Console().print(str(report), highlight=False, markup=False)
+    if wait is not None and report.last:
+        from streams.publish_wait import wait_until_stored
+
+        wait_until_stored(settings, report.last, wait)
     raise typer.Exit(report.exit_status)
 
 

@@ -18,6 +18,7 @@ from ops.cli import (
     data,
     gate,
     ingest,
+    init,
     keys,
     ledger,
     metrics,
@@ -34,7 +35,7 @@ from ops.logs import configure_logging
 app = typer.Typer(
     name="ratchet",
     help="A model server that keeps learning and never slips back.",
-    epilog="Start with [bold]ratchet demo[/bold], or [bold]ratchet up[/bold] on your own data. "
+    epilog="Start with [bold]ratchet demo[/bold], or [bold]ratchet init[/bold] with your own model and data. "
     "[bold]ratchet doctor[/bold] says what is missing on this machine.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -57,6 +58,7 @@ def configure(
     context.obj = Context(file, settings or [])
 
 
+app.command(rich_help_panel="Run")(init.init)
 app.command(rich_help_panel="Run")(parts.up)
 app.command(rich_help_panel="Run")(parts.demo)
 app.command(rich_help_panel="Parts")(parts.serve)

@@ -41,7 +41,7 @@ def read(source: Source) -> Iterator[DatasetRow]:
     if not indexes:
         yield from _classes(source)
     for index in indexes:
-        yield from _listed(index, source)
+        yield from read_metadata(index, source)
 
 
 def images_under(root: Path) -> Iterator[Path]:
@@ -64,7 +64,17 @@ def _metadata_files(root: Path) -> list[Path]:
     return []
 
 
-def _listed(index: Path, source: Source) -> Iterator[DatasetRow]:
+def read_metadata(index: Path, source: Source, root: Path | None = None) -> Iterator[DatasetRow]:
+    """Rows of a metadata file, ``.csv`` or ``.jsonl``.
+
+    Args:
+        root: the folder that its file names are relative to; its own where it is None.
+
+    Raises:
+        RecordError: it has no columns for an image and its text or class.
+    """
+    folder = root or index.parent
+
     def check(header: Sequence[str]) -> None:
         names = [name.lower() for name in header]
         if not set(names) & set(FILE) or not has_words(names):
@@ -72,7 +82,7 @@ def _listed(index: Path, source: Source) -> Iterator[DatasetRow]:
             raise dataset_error(f"{index}, line 1: the columns are {list(header)[:40]}", fix)
 
     split = split_of(index.parent.name)
-    for where, row in jsonl_rows(index) if index.suffix == ".jsonl" else csv_rows(index, check):
+    for where, row in jsonl_rows(index) if index.suffix.lower() in (".jsonl", ".ndjson") else csv_rows(index, check):
         try:
             if isinstance(row, RecordError):
                 raise row
@@ -80,8 +90,8 @@ def _listed(index: Path, source: Source) -> Iterator[DatasetRow]:
             name = row.get(column)
             if not isinstance(name, str):
                 raise where.error(FILE[0], "is missing", "name an image file, relative to the metadata")
-            inside(index.parent, name, where)
-            image = ImageRef(index.parent / name)
+            inside(folder, name, where)
+            image = ImageRef(folder / name)
             items = list(items_of(row, image, where, domain=source.domain, split=split))
         except RecordError as error:
             yield DatasetRow(str(where), error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from serving.client import Client, data_uri
 from streams.folders import read_folder
 from streams.store import SampleStore
 from tests.support.kafka import produce
+from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
 from tests.support.shapes import shapes
 
@@ -43,6 +45,11 @@ PAGES = {
     "RatchetServingAbsent", "RatchetIngestAbsent", "RatchetUpdaterAbsent", "RatchetBrokerDown",
     "RatchetReleaseDisagreement",
 }  # fmt: skip
+EXAMPLE = [
+    target["expr"]
+    for panel in json.loads((ROOT / "examples" / "grafana" / "team.json").read_text())["panels"]
+    for target in panel["targets"]
+]
 RECIPE = {
     "name": "quick",
     "rank": 8,
@@ -183,6 +190,7 @@ def test_every_panel_and_every_rule_speaks_of_a_running_ratchet(installation: In
 
     def silent() -> list[str]:
         asked = [(f"{each.dashboard}, {each.panel}", each.expr) for each in expressions()]
+        asked += [("examples/grafana/team.json", expr) for expr in EXAMPLE]
         recorded = [("recorded", rule["name"]) for rule in installation.monitor.rules() if rule["type"] == "recording"]
         return [f"{what}: {expr}" for what, expr in asked + recorded if not installation.monitor.has_data(expr)]
 

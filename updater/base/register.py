@@ -224,7 +224,8 @@ def _fetch_text_files(tower: str | None, vocabulary: str | None, folder: Path) -
 def _load(model: nn.Module, path: Path, name: str) -> None:
     try:
         open_clip.factory.load_checkpoint(model, str(path), strict=True)
-    except (RuntimeError, KeyError, ValueError, AttributeError, SafetensorError) as error:
+    except (RuntimeError, KeyError, ValueError, AttributeError, StopIteration, SafetensorError) as error:
+        # open_clip looks at the first tensor, and ends with StopIteration where there is none
         raise BaseModelError(
             f"{path} does not hold the weights of {name}: {str(error)[:500]}",
             "Use the model name these weights were trained as (mind -quickgelu for OpenAI's).",

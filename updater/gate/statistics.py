@@ -227,8 +227,19 @@ def items_needed(spread: float, margin: float, level: float, power: float = 0.8)
     """
     if margin <= 0.0:
         return 0
-    z = float(stats.norm.isf(level) + stats.norm.ppf(power))
-    return math.ceil((z * spread / margin) ** 2)
+    return math.ceil((_reach(level, power) * spread / margin) ** 2)
+
+
+def smallest_difference(spread: float, items: int, level: float, power: float = 0.8) -> float:
+    """The distance that a one-sided test at `level` finds with `power` in so many items: :func:`items_needed`, turned
+    round.
+    """
+    return _reach(level, power) * spread / math.sqrt(max(items, 1))
+
+
+def _reach(level: float, power: float) -> float:
+    """Standard errors between a hypothesis and what is found with `power`."""
+    return float(stats.norm.isf(level) + stats.norm.ppf(power))
 
 
 def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from ops.alerts import rule_files, rule_groups
 from ops.cli.main import app
+from tests.support.pages import ROOT
 
 pytestmark = pytest.mark.integration
 CASES = sorted(Path(__file__).parent.glob("*.yaml"))
@@ -49,3 +50,7 @@ def test_the_printed_configuration_and_rules_are_valid(tmp_path: Path) -> None:
         (tmp_path / file).write_text(CliRunner().invoke(app, ["metrics", *words]).stdout)
     promtool("check", "config", tmp_path / "prometheus.yml")
     promtool("check", "rules", tmp_path / "all.yml")
+
+
+def test_the_example_of_a_configuration_is_valid() -> None:
+    promtool("check", "config", ROOT / "examples" / "grafana" / "prometheus.yml")

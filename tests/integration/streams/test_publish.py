@@ -15,12 +15,14 @@ from typer.testing import CliRunner
 from webdataset import ShardWriter
 
 from ops.cli.main import app
-from ops.errors import ConfigError, RecordError
+from ops.errors import ConfigError, RecordError, StoreUnavailable
 from ops.settings import Settings
 from streams.publish import publish
 from streams.publish_resume import MAX_ROWS, SAVE_ROWS
+from streams.publish_wait import wait_until_stored
+from streams.store import SampleStore
 from tests.support.broker import Broker
-from tests.support.kafka import make_topics, picture, read_topic, wait_for
+from tests.support.kafka import make_topics, picture, read_topic, reading, wait_for
 
 pytestmark = pytest.mark.integration
 PICTURE = base64.b64encode(picture(1)).decode()
@@ -136,3 +138,13 @@ def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
     again = [int(text.split()[1]) for text, times in arrived.items() if times > 1]
     assert arrived.total() - count == len(again) <= MAX_ROWS + SAVE_ROWS
     assert all(number >= report.before for number in again)
+
+
+def test_waiting_ends_when_ingest_has_dealt_with_everything(settings: Settings, tmp_path: Path) -> None:
+    report = publish(settings, rows(tmp_path / "data.jsonl", 20))
+    with pytest.raises(StoreUnavailable, match="20 records are left"):
+        wait_until_stored(settings, report.last, seconds=0.1)
+    with reading(settings):
+        wait_until_stored(settings, report.last, seconds=60)
+    assert SampleStore(settings.lake).tally()["duplicate"] == 0
+    assert sum(SampleStore(settings.lake).offsets().values()) == 20

@@ -121,6 +121,9 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, weights: Path) -> 
     wider["embed_dim"] = 48
     with pytest.raises(BaseModelError, match="does not hold the weights"):
         add_base(tmp_path, "mine", NAME, _save(tmp_path / "wider.safetensors", wider))
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(BaseModelError, match="does not hold the weights"):
+        add_base(tmp_path, "mine", NAME, tmp_path / "empty.safetensors")
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, weights: Path) -> None:

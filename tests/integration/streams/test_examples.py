@@ -1,0 +1,110 @@
+"""The examples of producers, against a broker and an ingest."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ops.settings import Settings
+from streams.store import SampleStore
+from tests.support.broker import Broker
+from tests.support.kafka import make_topics, picture, produce, reading, records_seen, wait_for
+from tests.support.pages import ROOT
+
+pytestmark = pytest.mark.integration
+PRODUCERS = ROOT / "examples" / "producers"
+PICTURES = ROOT / "examples" / "suite" / "pictures"
+CONNECT = PRODUCERS / "kafka-connect"
+Take = Callable[[int, Callable[[], object]], list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def settings(broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    own = broker.settings(tmp_path_factory.mktemp("examples"))
+    make_topics(own)
+    return own
+
+
+@pytest.fixture(scope="module")
+def take(settings: Settings) -> Iterator[Take]:
+    """Sends something, and gives the samples that so many records have become."""
+    with reading(settings) as ingest:
+
+        def taken(count: int, send: Callable[[], object]) -> list[dict[str, Any]]:
+            before = {row["id"] for row in _samples(settings)}
+            seen = records_seen(ingest.status)
+            send()
+            wait_for(lambda: records_seen(ingest.status) >= seen + count, f"{count} records")
+            return [row for row in _samples(settings) if row["id"] not in before]
+
+        yield taken
+
+
+def _samples(settings: Settings) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = SampleStore(settings.lake).scan().to_pylist()
+    return rows
+
+
+def run(settings: Settings, *command: str | Path) -> str:
+    kafka = settings.kafka
+    named = {"RATCHET_KAFKA__BOOTSTRAP": kafka.bootstrap, "RATCHET_KAFKA__TOPIC": kafka.topic, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*map(str, command)], env={**os.environ, **named}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def properties(path: Path) -> dict[str, str]:
+    """A file of Java properties."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def test_python(settings: Settings, take: Take, tmp_path: Path) -> None:
+    told: list[str] = []
+    command = (sys.executable, PRODUCERS / "producer.py", PICTURES / "data.csv")
+    rows = take(12, lambda: told.append(run(settings, *command)))
+    assert {row["text"] for row in rows} >= {"a red circle", "a blue bar"}
+    assert (len(rows), {row["domain"] for row in rows}) == (12, {"examples"})
+    assert len(told[0].splitlines()) == 12
+
+
+def test_kcat(settings: Settings, take: Take, tmp_path: Path) -> None:
+    image = tmp_path / "bus.png"
+    image.write_bytes(picture(7))
+    rows = take(2, lambda: run(settings, "bash", PRODUCERS / "kcat.sh", image, 'a "red" bus'))
+    assert {row["text"] for row in rows} == {'a "red" bus', 'a "red" bus, as it is'}
+    assert {row["domain"] for row in rows} == {"examples"}
+
+
+def test_kafka_connect(settings: Settings, take: Take) -> None:
+    """What its JsonConverter writes for a row of the query: there is no Kafka Connect here."""
+    worker, connector = properties(CONNECT / "worker.properties"), properties(CONNECT / "products.properties")
+    assert worker["value.converter"] == "org.apache.kafka.connect.json.JsonConverter"
+    assert worker["value.converter.schemas.enable"] == "true"
+    assert int(worker["producer.max.request.size"]) >= settings.ingest.max_image_bytes * 4 // 3 + 100_000
+    assert worker["bootstrap.servers"] == Settings().kafka.bootstrap
+    assert connector["topic.prefix"] == Settings().kafka.topic  # with a query the prefix is the whole topic
+    selected = connector["query"].partition("(SELECT ")[2].partition(" FROM products)")[0]
+    columns = [each.split(" AS ")[-1].strip() for each in selected.split(",")]
+    assert columns == ["id", "image", "text", "label", "domain"]
+    values = [41, base64.b64encode(picture(8)).decode(), "a kettle", None, "shop"]
+    types = ["int32", "bytes", "string", "string", "string"]
+    fields = [{"type": kind, "optional": True, "field": name} for kind, name in zip(types, columns, strict=True)]
+    record = {
+        "schema": {"type": "struct", "fields": fields, "optional": False},
+        "payload": dict(zip(columns, values, strict=True)),
+    }
+    [row] = take(1, lambda: produce(settings.kafka, [(json.dumps(record).encode(), [])]))
+    assert (row["text"], row["domain"], row["image"]) == ("a kettle", "shop", picture(8))
+    assert json.loads(row["extra"]) == {"id": 41}
