@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from rich.markup import escape
+
 from ops.cli.demo.picture import Change, choose, draw, search
 from ops.cli.demo.stage import Stage, until
 from ops.cli.demo.summary import Lesson
@@ -36,7 +38,7 @@ def stream(stage: Stage, began: float) -> tuple[float, float]:
     with step("waiting for the first search that finds something"):
         until(lambda: bool(stage.client.search(text=text)), "a search found nothing", pause=0.1)
     first = time.monotonic() - began
-    say(f"“{text}” found pictures {first:.1f} s after the start")
+    say(f"“{escape(text)}” found pictures {first:.1f} s after the start")
     counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
     say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
     with step("embedding them for search"):

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
+from rich.errors import MarkupError
 from rich.live import Live
 from rich.markup import escape
 from rich.panel import Panel
@@ -23,7 +24,10 @@ from ops.cli.demo.chapters import Chapter, StoryProgress
 from ops.errors import RatchetError
 
 LINES = 10
-"""Of what is happening now."""
+"""Of what is happening now: the last so many."""
+LEAST_LINES = 3
+OTHER_LINES = 11
+"""Of the screen, beside these and the chapters: a head, frames, and the chapter's title and reason."""
 REFRESHES_PER_SECOND = 4
 _TIME = re.compile(r"^\d\d:\d\d:\d\d ")
 """What lines of a child begin with; they get the time of their arrival here."""
@@ -42,7 +46,7 @@ class Screen:
         self.story = story
         self.links = links
         self._console = console or Console(stderr=True)
-        self._lines: deque[str] = deque(maxlen=LINES)
+        self._lines: deque[Text] = deque(maxlen=LINES)
         self._live: Live | None = None
 
     def __enter__(self) -> Screen:
@@ -70,7 +74,11 @@ class Screen:
 
     def add(self, line: str) -> None:
         """Show one more line (Rich's markup) of what is happening now."""
-        self._lines.append(f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {line}")
+        try:
+            text = Text.from_markup(line)
+        except MarkupError:  # brackets of a text from outside
+            text = Text(line)
+        self._lines.append(Text.assemble((time.strftime("%H:%M:%S ", time.gmtime()), "dim"), text))
 
     @contextmanager
     def chapter(self, name: str) -> Iterator[None]:
@@ -110,7 +118,8 @@ class Screen:
         if current is not None:
             about = Text.assemble((f"{current.title}\n", "bold"), current.why)
             parts.append(Panel(about, title="What happens, and why it matters", title_align="left"))
-        now = Text("\n").join(Text.from_markup(line) for line in self._lines)
+        room = self._console.height - len(self.story.plan) - OTHER_LINES
+        now = Text("\n", no_wrap=True, overflow="ellipsis").join(list(self._lines)[-max(room, LEAST_LINES) :])
         parts.append(Panel(now, title="Now", title_align="left"))
         return Group(*parts)
 

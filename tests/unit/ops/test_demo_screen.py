@@ -63,6 +63,17 @@ def test_lines_of_a_child_stay_inside_the_screen_and_are_no_markup() -> None:
     assert "12:00:00" not in text
 
 
+def test_a_text_with_brackets_and_a_small_terminal_do_not_break_the_screen() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    each = Screen(StoryProgress(plan_chapters("fluent3d")), LINKS, console)
+    with each, each.chapter("stream"):
+        for number in range(40):
+            progress.say(f"“[/red] {number}” found pictures " + "and more " * 20)
+        lines = shown(each).splitlines()
+    assert "39” found pictures" in "\n".join(lines)
+    assert len(lines) <= 24
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_child_that_fails_ends_the_story_and_its_last_words_are_left_on_the_terminal(terminal: bool) -> None:
     each, out = screen(terminal)
