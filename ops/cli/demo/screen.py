@@ -99,8 +99,12 @@ class Screen:
                 errors="replace", env={**os.environ, "COLUMNS": str(self._console.width)},
             ) as process:  # fmt: skip
                 assert process.stdout is not None
-                for line in process.stdout:
-                    self.add(escape(_TIME.sub("", line.rstrip())))
+                try:
+                    for line in process.stdout:
+                        self.add(escape(_TIME.sub("", line.rstrip())))
+                except BaseException:  # the demo is stopped: the end of the block would wait for the child
+                    process.terminate()
+                    raise
             status = process.returncode
         if status:
             raise RatchetError(f"`{' '.join(command[1:])}` ended with status {status}.", "Its last lines say why.")
