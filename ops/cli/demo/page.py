@@ -21,6 +21,7 @@ from ops.cli.demo.picture import DEPTH, Hit, Search
 from ops.cli.demo.questions import AnswerComparison
 from ops.cli.demo.screen import clock
 from ops.cli.demo.summary import Facts, Lesson
+from ops.files import replace_file
 from ops.ledger import ReleaseRow
 from ops.load.traffic import Sample
 from updater.gate.report import TEMPLATES as PALETTE
@@ -49,7 +50,7 @@ class Story:
 
 def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
     """Write the page. ``image``: the encoded picture of a sample, by id."""
-    path.write_text(render(story, image, path.parent))
+    replace_file(path, render(story, image, path.parent).encode())
     return path
 
 

@@ -111,7 +111,7 @@ class Screen:
 
     def render(self) -> RenderableType:
         """The screen, as it is now."""
-        table = Table.grid(padding=(0, 1))
+        table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=2)
         table.add_column(ratio=1)
         table.add_column(justify="right")

@@ -38,7 +38,7 @@ def test_a_terminal_has_all_chapters_the_current_one_with_its_reason_and_the_con
             text = shown(each)
             for chapter in each.story.plan:
                 assert chapter.title[:60] in text
-            assert "The server answers as soon as CLIP is" in text
+            assert "on what package registries ship" in text
             assert "starting Ray ..." in text
             assert LINKS["console"] in text
         assert "✓" in shown(each)
