@@ -2,33 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One environment; the tests' holds all that the demo needs, and is not installed twice.
+FOR_DEMO := $(VENV)/.installed-demo
+FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test packages check chart docs clean
 
-demo: $(STAMP)
+demo: $(or $(wildcard $(FOR_TESTS)),$(FOR_DEMO))
 	@$(BIN)/ratchet demo
 
 test:
-	@$(MAKE) --no-print-directory -j 2 $(STAMP) packages
+	@$(MAKE) --no-print-directory -j 2 $(FOR_TESTS) packages
 	@bash tests/run.sh $(BIN)
 
-check: $(STAMP)
+check: $(FOR_TESTS)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/pytest tests/unit
 
-chart: $(STAMP)
+chart: $(FOR_TESTS)
 	@PYTHONPATH=. $(BIN)/python helm/generate.py
 
-docs: $(STAMP)
+docs: $(FOR_TESTS)
 	@$(BIN)/python -m docs.site
 
-$(STAMP): pyproject.toml install.py
-	@echo "installing into $(VENV) (one to three minutes)"
+$(VENV)/.installed-%: pyproject.toml install.py
+	@echo "installing what '$*' needs into $(VENV) (one to three minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python install.py
+	@$(BIN)/python install.py $*
 	@touch $@
 
 packages:

@@ -1,4 +1,6 @@
-"""Install Ratchet and what its tests need where the Python that runs this lives: ``.venv/bin/python install.py``.
+"""Install Ratchet with extras where the Python that runs this lives: ``.venv/bin/python install.py demo``.
+
+The extras are those of pyproject.toml: ``demo`` for `ratchet demo`, ``dev`` (the default) for the tests as well.
 
 uv does it: pip resolves, downloads and unpacks one package after another, which takes minutes. uv reads no
 configuration of pip: what pip has been told of indexes, folders of wheels, constraints, certificates and time-outs is
@@ -56,15 +58,15 @@ def uv_variables(listing: str) -> dict[str, str]:
     return variables
 
 
-def main() -> None:
-    """Install."""
+def main(*extras: str) -> None:
+    """Install with these extras."""
     run("pip", "install", "-q", "--disable-pip-version-check", UV)
     variables = uv_variables(run("pip", "config", "list"))
     pip_settings = {name: value for name, value in variables.items() if name not in os.environ}
     uv = Path(sysconfig.get_path("scripts")) / "uv"
-    command = [str(uv), "pip", "install", "-q", "--python", sys.executable, "-e", ".[dev]"]
+    command = [str(uv), "pip", "install", "-q", "--python", sys.executable, "-e", f".[{','.join(extras or ('dev',))}]"]
     sys.exit(subprocess.run(command, env={**os.environ, **pip_settings}).returncode)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -15,10 +15,27 @@ from rich.progress import TimeRemainingColumn as Remaining
 T = TypeVar("T")
 EVERY_SECONDS = 5.0
 _console = Console(stderr=True)
+_receiver: Callable[[str], None] | None = None
+
+
+def send_to(receiver: Callable[[str], None] | None) -> None:
+    """Give lines to ``receiver`` instead of standard error: it owns the screen, or is in another process. None: undo.
+
+    What moves on a terminal becomes lines too.
+    """
+    global _receiver
+    _receiver = receiver
+
+
+def _on_terminal() -> bool:
+    return _receiver is None and sys.stderr.isatty()
 
 
 def say(message: str) -> None:
     """One line on standard error, with the time of day (UTC)."""
+    if _receiver is not None:
+        _receiver(message)
+        return
     _console.print(f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}", highlight=False)
 
 
@@ -29,7 +46,7 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    if sys.stderr.isatty():
+    if _on_terminal():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, Remaining(), console=_console, transient=True) as bar:
             yield from bar.track(items, description=label, total=total)
@@ -50,7 +67,7 @@ def meter(label: str) -> Iterator[Callable[[Callable[[], str]], None]]:
     >>> with meter("publishing") as show:
     ...     show(lambda: f"{rows} rows")
     """
-    terminal = sys.stderr.isatty()
+    terminal = _on_terminal()
     every = 0.2 if terminal else EVERY_SECONDS
     status = _console.status(f"{label} ...") if terminal else None
     last = time.monotonic()

@@ -143,16 +143,19 @@ def demo(
     context: typer.Context,
     folder: Annotated[Path, typer.Option(help="Where the demo keeps everything.")] = Path(".ratchet/demo"),
     keep: Annotated[bool, typer.Option("--keep", help="Leave it running at the end, until Ctrl-C.")] = False,
+    with_vlm: Annotated[
+        bool, typer.Option("--with-vlm", help="Tell the story of the vision-language model as well: minutes more.")
+    ] = False,
 ) -> None:
-    """Show the whole loop in a quarter of an hour: stream, learn, reject, pass, swap under load, roll back.
+    """Show the whole loop in eight minutes: stream, learn, reject, pass, swap under load, roll back.
 
-    Example:  ratchet demo
+    Examples:  ratchet demo    |    ratchet demo --with-vlm
     """
     from ops.cli.demo.story import tell
 
     signal.signal(signal.SIGTERM, _stop)
     try:
-        tell(folder, keep=keep)
+        tell(folder, keep=keep, with_vlm=with_vlm)
     except Stop:
         raise RatchetError("the demo was stopped.", "Start it again with `ratchet demo`.") from None
 

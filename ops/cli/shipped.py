@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ops.errors import RatchetError
 from ops.progress import step
 from ops.settings import Settings
+
+if TYPE_CHECKING:
+    from streams.demo import DemoData
 
 CLIP, VLM = "shipped", "shipped-vlm"
 
@@ -18,19 +23,28 @@ def make_ready(settings: Settings) -> None:
     Raises:
         RatchetError: a base is not registered.
     """
-    from streams.demo import QUESTIONS, prepare_domain, prepare_questions
+    from streams.demo import Preparation
+
+    make_base_ready(settings)
+    with Preparation(needed_data(settings), settings.home) as data:
+        data.wait_for_all()
+
+
+def needed_data(settings: Settings) -> list[DemoData]:
+    """What gate and trainer use of the demo data: of a domain that only suites ask about, their split."""
+    from streams.demo import QUESTIONS, DemoData
     from updater.base import REFERENCE
     from updater.base.vlm import VLM_REFERENCE
 
-    make_base_ready(settings)
-    wanted = set(suite_domains(settings))
+    suites = suite_data(settings)
+    needed = []
     if settings.base.clip == CLIP:
-        domains = {name for name in wanted if name not in QUESTIONS}
-        for domain in sorted({*domains, *([] if settings.updater.reference else REFERENCE)}):
-            prepare_domain(domain, settings.home)
+        needed += [DemoData(name) for name in ([] if settings.updater.reference else REFERENCE)]
+        needed += [each for each in suites if each.name not in QUESTIONS]
     if settings.base.vlm == VLM:
-        for name in sorted({*wanted & QUESTIONS.keys(), *VLM_REFERENCE}):
-            prepare_questions(name, settings.home)
+        needed += [DemoData(name) for name in VLM_REFERENCE]
+        needed += [each for each in suites if each.name in QUESTIONS]
+    return needed
 
 
 def make_base_ready(settings: Settings) -> None:
@@ -58,13 +72,13 @@ def _only_shipped(name: str, shipped: str, options: str) -> None:
         )
 
 
-def suite_domains(settings: Settings) -> list[str]:
+def suite_data(settings: Settings) -> list[DemoData]:
     """The demo data that the built-in suites ask about; none when the operator named suites."""
+    from streams.demo import DemoData
     from updater.gate import load_suites
 
     if settings.gate.suites:
         return []
     data = (settings.home / "data").resolve()
-    return sorted(
-        {suite.folder.name for suite in load_suites([], settings.home) if suite.folder.resolve().parent == data}
-    )
+    suites = load_suites([], settings.home)
+    return [DemoData(each.folder.name, each.split) for each in suites if each.folder.resolve().parent == data]

@@ -69,10 +69,11 @@ class Supervisor:
         models: tuple[Family, ...] = ("clip", "vlm") if serves_vlm(self.settings) else ("clip",)
         progress = StartProgress(Client(self.settings.serve.url), models)
         for wanted in models[: 1 + (model == "vlm")]:
-            progress.wait_for(wanted, timeout, self._check_parts)
+            progress.wait_for(wanted, timeout, self.check)
         return progress
 
-    def _check_parts(self) -> None:
+    def check(self) -> None:
+        """Raise RatchetError with the end of its log when a part has ended."""
         for part in self.parts:
             if not part.running:
                 raise RatchetError(f"{part.name} ended while starting:\n{tail(part.log)}", f"The whole log: {part.log}")

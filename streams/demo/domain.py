@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image
 
 from ops.progress import say, track
 from streams.demo.concepts import split_of
-from streams.demo.packages import Package
+from streams.demo.packages import Package, lock
 from streams.demo.render import Unfit, encode, on_canvas
 from streams.folders import INDEX, FolderItem, write_folder
 
@@ -70,32 +68,37 @@ class DomainInfo:
         return " ".join(map(str, self.packages))
 
 
-def build(info: DomainInfo, home: Path) -> Path:
-    """The folder dataset of `info` under `home`/data; made unless it is there already."""
+def build(info: DomainInfo, home: Path, split: str | None = None) -> Path:
+    """The folder dataset of `info` under `home`/data; made unless it is there already.
+
+    With `split` only that part is drawn, or the whole where another part is there already.
+    """
     target = home / "data" / info.name
-    if current(target):
+    if current(target, split=split):
         return target
     with lock(home / "data" / f".{info.name}.lock"):
-        if current(target):
+        if current(target, split=split):
             return target
+        if current(target, split=_receipt(target).get("split")):
+            split = None
         archives = [package.fetch(home / "packages") for package in info.packages]
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{info.name}-") as scratch:
             staging = Path(scratch) / info.name
-            _write(info, archives, staging)
+            _write(info, archives, staging, split)
             if target.exists():
                 target.rename(Path(scratch) / "old")
             staging.rename(target)
     return target
 
 
-def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
+def _write(info: DomainInfo, archives: list[Path], folder: Path, split: str | None) -> None:
     (folder / "images").mkdir(parents=True)
     skipped: Counter[str] = Counter()
     pictures: dict[str, str] = {}
     rows: list[FolderItem] = []
     # Threads are enough: Pillow's codecs and scaling release the GIL.
     with ThreadPoolExecutor(THREADS) as pool:
-        for draft, drawn in track(_ahead(pool, info, archives), f"drawing {info.name}"):
+        for draft, drawn in track(_ahead(pool, info, archives, split), f"drawing {info.name}"):
             try:
                 data = drawn.result()
             except Unfit as reason:
@@ -112,7 +115,7 @@ def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
                     text=draft.text,
                     label=draft.label,
                     concept=draft.concept,
-                    split=draft.split or split_of(draft.concept),
+                    split=_split_of(draft),
                     domain=info.name,
                     source=info.package,
                     tags=draft.tags,
@@ -123,6 +126,7 @@ def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
     receipt = {
         "domain": info.name,
         "version": VERSION,
+        "split": split or "",
         "archives": [archive.name for archive in archives],
         "licence": info.licence,
         "attribution": info.attribution,
@@ -132,16 +136,23 @@ def _write(info: DomainInfo, archives: list[Path], folder: Path) -> None:
     (folder / RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
     write_folder(folder, rows)
     left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(skipped.items()))
-    say(f"{info.name}: {counts['train']} train, {counts['test']} test" + (f"; left out: {left_out}" * bool(left_out)))
+    shown = ", ".join(f"{counts[name]} {name}" for name in ("train", "test") if split in (None, name))
+    say(f"{info.name}: {shown}" + (f"; left out: {left_out}" * bool(left_out)))
 
 
-def _ahead(pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path]) -> Iterator[tuple[Draft, Future[bytes]]]:
-    """Drafts in the builder's order, with at most `WAITING` of them being drawn."""
+def _split_of(draft: Draft) -> str:
+    return draft.split or split_of(draft.concept)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path], split: str | None
+) -> Iterator[tuple[Draft, Future[bytes]]]:
+    """Drafts (of one split) in the builder's order, with at most `WAITING` of them being drawn."""
 
     def draw(draft: Draft) -> bytes:
         return encode(on_canvas(draft.picture(), info.crisp), info.suffix)
 
-    drafts = iter(info.builder(*archives))
+    drafts = (draft for draft in info.builder(*archives) if split in (None, _split_of(draft)))
     waiting = [(draft, pool.submit(draw, draft)) for draft in islice(drafts, WAITING)]
     for draft in drafts:
         yield waiting.pop(0)
@@ -149,20 +160,18 @@ def _ahead(pool: ThreadPoolExecutor, info: DomainInfo, archives: list[Path]) -> 
     yield from waiting
 
 
-def current(target: Path, version: int | None = None) -> bool:
-    """Whether `target` is a finished folder dataset that this version of its builder made."""
-    try:
-        receipt = json.loads((target / RECEIPT).read_text())
-    except (OSError, ValueError):
-        return False
+def current(target: Path, version: int | None = None, split: str | None = None) -> bool:
+    """Whether `target` is a finished folder dataset, of this split at least, that this version of its builder made."""
+    receipt = _receipt(target)
     wanted = VERSION if version is None else version
-    return bool(receipt.get("version") == wanted and (target / INDEX).is_file())
+    covers = receipt.get("split", "") in ("", split)
+    return bool(receipt.get("version") == wanted and covers and (target / INDEX).is_file())
 
 
-@contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Two processes that want one domain: the second waits and finds it made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _receipt(target: Path) -> dict[str, Any]:
+    """What was written beside a dataset; empty where there is none. A receipt without a split is of the whole."""
+    try:
+        receipt: dict[str, Any] = json.loads((target / RECEIPT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return receipt

@@ -128,12 +128,12 @@ _ALL: Final = (
 DOMAINS: Final[dict[str, DomainInfo]] = {info.name: info for info in _ALL}
 
 
-def prepare_domain(name: str, home: Path | str) -> Path:
+def prepare_domain(name: str, home: Path | str, split: str | None = None) -> Path:
     """The folder dataset of domain `name` in `home`/data/`name`; downloads and draws it where it is missing.
 
-    Takes seconds; safe to call again and from several processes. Raises `ConfigError` for a name that is not in
-    `DOMAINS`, `PackageError` when a package cannot be had.
+    With `split` (`train` or `test`) that part of it is enough. Takes seconds; safe to call again and from several
+    processes. Raises `ConfigError` for a name that is not in `DOMAINS`, `PackageError` when a package cannot be had.
     """
     if name not in DOMAINS:
         raise ConfigError(f"there is no demo domain {name!r}.", f"Known: {', '.join(DOMAINS)}.")
-    return build(DOMAINS[name], Path(home))
+    return build(DOMAINS[name], Path(home), split)

@@ -6,6 +6,7 @@ no member can land outside a folder, whatever its name. Sizes are bounded on the
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import shutil
 import subprocess
@@ -46,7 +47,12 @@ class Package:
 
     def fetch(self, folder: Path) -> Path:
         """The package's archive in `folder`, downloaded if it is not there. Raises `PackageError`."""
-        folder.mkdir(parents=True, exist_ok=True)
+        if archives := sorted(folder.glob(self._pattern())):
+            return archives[-1]
+        with lock(folder / f".{self._pattern().partition('*')[0].removesuffix('.tgz')}.lock"):
+            return self._fetch(folder)
+
+    def _fetch(self, folder: Path) -> Path:
         if archives := sorted(folder.glob(self._pattern())):
             return archives[-1]
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
@@ -68,6 +74,15 @@ class Package:
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Of two processes that want one thing, the second waits and finds it made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def _npm(package: Package, scratch: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
@@ -85,9 +100,10 @@ def _apt(package: Package, scratch: Path) -> None:
     try:
         _run([apt, "-q", "download", package.name], scratch, package)
     except PackageError:
-        # Package lists may be missing or stale, as in a fresh container.
+        # Package lists may be missing or stale, as in a fresh container. Of two at once, apt refuses one.
         say(f"downloading {package}: refreshing the package lists first")
-        _run([apt, "-q", "update"], scratch, package)
+        with lock(scratch.parent / ".lists.lock"):
+            _run([apt, "-q", "update"], scratch, package)
         _run([apt, "-q", "download", package.name], scratch, package)
 
 

@@ -20,8 +20,9 @@ from typing import Final
 
 from ops.errors import ConfigError
 from ops.progress import say, track
-from streams.demo.domain import RECEIPT, current, lock
+from streams.demo.domain import RECEIPT, current
 from streams.demo.domains import DOMAINS, prepare_domain
+from streams.demo.packages import lock
 from streams.demo.questions_fashion import fashion_questions
 from streams.demo.questions_make import Question, make_questions
 from streams.demo.questions_pictures import read_pictures

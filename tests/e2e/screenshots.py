@@ -5,7 +5,7 @@
 
 It starts a console of its own beside the demo and waits for each moment: before the first update, when an update was
 rejected, and when one is live. ``--now NAME`` does not wait, and takes all pages under that name; ``--public NAME``
-does the same of the public mode.
+does the same of the public mode. ``--story`` takes the page that a demo left, and needs nothing that runs.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import yaml
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
@@ -130,15 +131,19 @@ def main() -> None:
     flags.add_argument("--now", help="Take all pages at once, under this name.")
     flags.add_argument("--public", help="Take the pages of the public mode at once, under this name.")
     flags.add_argument("--pages", nargs="*", help="Only these pages.")
+    flags.add_argument("--story", action="store_true", help="Take the demo's page instead.")
     asked = flags.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.story:
+        with chromium() as browser:
+            take_story(browser, asked.home / "demo.html", asked.out)
+        return
     settings = load_settings(asked.home / "ratchet.yaml", {"console.port": free_port()}, environ={})
     url = settings.console.url
     own = asked.out / ".ratchet-console.yaml"
-    public = str(bool(asked.public)).lower()
-    own.write_text(
-        f"{(asked.home / 'ratchet.yaml').read_text()}\nconsole: {{port: {settings.console.port}, public: {public}}}\n"
-    )
+    of_demo = yaml.safe_load((asked.home / "ratchet.yaml").read_text())
+    shown = {"port": settings.console.port, "public": bool(asked.public)}
+    own.write_text(yaml.safe_dump({**of_demo, "console": shown}))
     try:
         with console(own, url, asked.out / ".console.log"), chromium() as browser:
             ledger = Ledger.open(settings.ledger)
@@ -173,6 +178,16 @@ def take(browser: Browser, url: str, key: str, pages: list[Visit], out: Path, mo
                 page.wait_for_load_state("networkidle")
                 save(page.screenshot(), out / f"{moment}-{visit.__name__}-{scheme}-{size}.png")
         context.close()
+
+
+def take_story(browser: Browser, file: Path, out: Path) -> None:
+    """The top of the demo's page on a desktop, and its suites on a phone."""
+    for size, scheme, part in (("desktop", "light", 0), ("phone", "dark", 1)):
+        page = browser.new_page(viewport=SIZES[size], color_scheme=scheme)  # type: ignore[arg-type]
+        page.goto(file.resolve().as_uri())
+        page.locator("section").nth(part).evaluate("(section, part) => part && section.scrollIntoView()", part)
+        save(page.screenshot(), out / f"demo-{scheme}-{size}.png")
+        page.close()
 
 
 def save(picture: bytes, path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from dataclasses import dataclass
+
+from rich.markup import escape
 
 from ops.cli.demo.picture import Change, choose, draw, search
-from ops.cli.demo.stage import Stage, chapter, until
+from ops.cli.demo.stage import Stage, until
 from ops.cli.demo.summary import Lesson
 from ops.progress import say, step, track
 from streams.folders import read_folder
@@ -16,34 +18,52 @@ DOMAIN = "fluent3d"
 BETTER, WORSE = 4, 2  # searches in the picture: those that gained most, and those that lost most
 
 
-def stream(stage: Stage) -> float:
-    """Chapter 2. Returns the seconds from publishing one image until a search finds it."""
-    chapter(f"2  The stream brings a domain that the base has not seen: {DOMAIN}")
+@dataclass(frozen=True)
+class Comparison:
+    """The searches that changed most, of all that were made before and after the update."""
+
+    title: str
+    changes: tuple[Change, ...]
+
+
+def stream(stage: Stage, began: float) -> tuple[float, float]:
+    """Bring the new domain. ``began``: when the demo did (monotonic).
+
+    Returns:
+        The seconds from the beginning to the first search that found something, and those from publishing one image
+        until a search finds it.
+    """
     stage.stream(DOMAIN)
+    text = stage.store.scan(columns=["text"], having="text").column("text").to_pylist()[0]
+    with step("waiting for the first search that finds something"):
+        until(lambda: bool(stage.client.search(text=text)), "a search found nothing", pause=0.1)
+    first = time.monotonic() - began
+    say(f"“{escape(text)}” found pictures {first:.1f} s after the start")
     counts = [stage.store.count(split=split, having="text") for split in ("train", "fresh_eval")]
     say(f"{counts[0]} to train on, {counts[1]} kept for the gate")
     with step("embedding them for search"):
         until(lambda: stage.client.status()["catalog"]["coverage"] >= 1.0, "the catalog was not complete")
     seconds = _event_to_searchable(stage)
     say(f"one more image could be found {seconds:.1f} s after it was published")
-    return seconds
+    return first, seconds
 
 
-def learn(stage: Stage) -> Lesson:
-    """Chapters 3 to 5."""
-    chapter("3  A naive CLIP update is trained, and the gate judges it")
-    naive = stage.learn("naive")
-    chapter("4  The default update is trained, judged, and swapped in under the load")
-    default = stage.learn("default")
-    swap = stage.await_release("clip", default)
-    fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
-    queries = sorted(set(fresh))
-    picture = _compare(stage, queries)
-    chapter("5  An operator takes it back, and forward again")
-    rollback_seconds = stage.back_and_forth(
-        "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
-    )
-    return stage.lesson(naive, default, swap, rollback_seconds, picture)
+def learn(stage: Stage) -> tuple[Lesson, Comparison]:
+    """Train both updates, release the one that passes, compare it with the base, and take it back and forward."""
+    with stage.screen.chapter("naive"):
+        naive = stage.learn("naive")
+    with stage.screen.chapter("default"):
+        default = stage.learn("default")
+        swap = stage.await_release("clip", default)
+        fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
+        queries = sorted(set(fresh))
+        comparison = _compare(stage, queries)
+        picture = draw(stage.client, comparison.changes, comparison.title, stage.settings.home / "searches.png")
+    with stage.screen.chapter("rollback"):
+        rollback_seconds = stage.back_and_forth(
+            "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
+        )
+    return stage.lesson(naive, default, swap, rollback_seconds, picture), comparison
 
 
 def _event_to_searchable(stage: Stage) -> float:
@@ -57,8 +77,8 @@ def _event_to_searchable(stage: Stage) -> float:
     return time.monotonic() - began
 
 
-def _compare(stage: Stage, queries: list[str]) -> Path:
-    """Search for every held-out caption under both resident releases, and draw the largest changes."""
+def _compare(stage: Stage, queries: list[str]) -> Comparison:
+    """Search for every held-out caption under both resident releases, and keep the largest changes."""
     live = stage.client.live()
     changes = []
     for query in track(queries, "searching before and after"):
@@ -71,8 +91,8 @@ def _compare(stage: Stage, queries: list[str]) -> Path:
     ]
     title = (
         f"{len(changes)} searches for held-out captions among {stage.store.count(having='text')} images: "
-        f"{better} better, {worse} worse; right image first {tops[0]} -> {tops[1]} times. "
+        f"{better} better, {worse} worse; right image first {tops[0]} → {tops[1]} times. "
         f"Shown: the {BETTER} largest gains and the {WORSE} largest losses."
     )
     say(title)
-    return draw(stage.client, choose(changes, BETTER, WORSE), title, stage.settings.home / "searches.png")
+    return Comparison(title, tuple(choose(changes, BETTER, WORSE)))

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from ops.cli.demo.stage import Stage, chapter
+from ops.cli.demo.stage import Stage
 from ops.cli.demo.summary import Lesson
 from ops.progress import say, track
+from ops.settings import Settings
 from streams.folders import FolderItem, read_folder
 
 DOMAIN = "vqa_fashion"
@@ -37,37 +38,51 @@ class Answered:
         return int(self.right(self.after)) - int(self.right(self.before))
 
 
-def held_out(stage: Stage, domain: str, count: int) -> list[FolderItem]:
-    """The first held-out questions of a prepared domain."""
-    items = [item for item in read_folder(stage.settings.home / "data" / domain, split="test") if item.question]
+def held_out(settings: Settings, domain: str, count: int) -> list[FolderItem]:
+    """Held-out questions of a prepared domain, evenly spread."""
+    items = [item for item in read_folder(settings.home / "data" / domain, split="test") if item.question]
     return items[:: max(1, len(items) // count)][:count]
 
 
-def learn(stage: Stage) -> Lesson:
-    """Chapters 6 to 9."""
-    chapter(f"6  The stream brings questions about images that the VLM has not seen: {DOMAIN}")
+@dataclass(frozen=True)
+class AnswerComparison:
+    """The answers that changed, of all that were asked for before and after the update."""
+
+    title: str
+    answers: tuple[Answered, ...]
+
+
+def stream(stage: Stage) -> None:
+    """Bring the questions."""
     stage.stream(DOMAIN)
     counts = [stage.store.count(split=split, having="question") for split in ("train", "fresh_eval")]
     say(f"{counts[0]} questions to train on, {counts[1]} kept for the gate")
-    chapter("7  A naive VLM update is trained, and the gate judges it")
-    naive = stage.learn("vlm-naive")
-    chapter("8  The default VLM update is trained, judged, and swapped in under the load")
-    default = stage.learn("vlm-default")
-    swap = stage.await_release("vlm", default)
-    picture = _compare(stage)
-    chapter("9  An operator takes the VLM back alone, and forward again")
-    probe = held_out(stage, DOMAIN, 1)[0]
+
+
+def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
+    """Train both updates, release the one that passes, compare it with the base, and take it back and forward."""
+    screen = stage.screen
+    with screen.chapter("vlm-naive"):
+        naive = stage.learn("vlm-naive")
+    with screen.chapter("vlm-default"):
+        default = stage.learn("vlm-default")
+        swap = stage.await_release("vlm", default)
+        comparison = _compare(stage)
+        picture = draw(comparison.answers, comparison.title, stage.settings.home / "answers.png")
+    probe = held_out(stage.settings, DOMAIN, 1)[0]
 
     def answers(number: int) -> bool:
         return bool(stage.client.vqa(probe.bytes(), probe.question, model=f"vlm@{number}")["answer"])
 
-    return stage.lesson(naive, default, swap, stage.back_and_forth("vlm", default.adapter, answers), picture)
+    with screen.chapter("vlm-rollback"):
+        rollback_seconds = stage.back_and_forth("vlm", default.adapter, answers)
+    return stage.lesson(naive, default, swap, rollback_seconds, picture), comparison
 
 
-def _compare(stage: Stage) -> Path:
+def _compare(stage: Stage) -> AnswerComparison:
     live = stage.client.live()
     asked = []
-    for item in track(held_out(stage, DOMAIN, ASKED), "asking before and after"):
+    for item in track(held_out(stage.settings, DOMAIN, ASKED), "asking before and after"):
         before, after = (
             str(stage.client.vqa(item.bytes(), item.question, model=f"vlm@{number}")["answer"])
             for number in (live - 1, live)
@@ -77,12 +92,12 @@ def _compare(stage: Stage) -> Path:
         [(each, each.before) for each in asked], [(each, each.after) for each in asked],
     )]  # fmt: skip
     title = (
-        f"{len(asked)} held-out questions: right {right[0]} -> {right[1]} times. "
+        f"{len(asked)} held-out questions: right {right[0]} → {right[1]} times. "
         f"Shown: {BETTER} answers that became right and {WORSE} that became wrong (fewer if there are fewer)."
     )
     say(title)
     shown = [each for each in asked if each.change > 0][:BETTER] + [each for each in asked if each.change < 0][:WORSE]
-    return draw(shown, title, stage.settings.home / "answers.png")
+    return AnswerComparison(title, tuple(shown))
 
 
 def draw(answers: Sequence[Answered], title: str, path: Path, columns: int = 4) -> Path:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ops.cli.context import Context
+from ops.cli.demo.screen import Screen
 from ops.cli.demo.summary import Lesson
 from ops.errors import RatchetError
 from ops.ledger import Ledger, VerdictRow
@@ -23,6 +21,8 @@ from streams.publish import publish
 from streams.store import SampleStore
 
 PATIENCE_SECONDS = 240.0
+SOME_ANSWERS_SECONDS = 3.0
+"""How long the load is answered under a release before the next one: a dozen requests."""
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Stage:
     """A running Ratchet."""
 
     context: Context
+    screen: Screen
     client: Client
     ledger: Ledger
     store: SampleStore
@@ -50,7 +51,7 @@ class Stage:
 
     def learn(self, recipe: str) -> VerdictRow:
         """Train one update and let the gate judge it, in a process of its own."""
-        subprocess.run(self.context.command("update", "--once", "--recipe", recipe, "--retry"), check=True)
+        self.screen.run(self.context.command("update", "--once", "--recipe", recipe, "--retry"))
         verdict = self.ledger.verdicts(1)[0]
         why = f", caught by {', '.join(verdict.summary['caught_by'])}" if verdict.summary["caught_by"] else ""
         say(f"the gate says: [bold]{verdict.outcome}[/bold]{why}")
@@ -78,13 +79,14 @@ class Stage:
         if not check(back["number"]) or self._newest()[other] != kept:
             raise RatchetError(f"release {back['number']} does not serve what it should.", "The server's log says why.")
         say(f"release {back['number']} (the old {family.upper()}) was served everywhere after {seconds * 1000:.0f} ms")
+        time.sleep(SOME_ANSWERS_SECONDS)
         why = "the demo wants the better model back"
         release = self.client.release
         forward = release(clip=adapter, reason=why) if family == "clip" else release(vlm=adapter, reason=why)
         say(f"release {forward['number']} ({adapter}) is live again")
         if self.settings.rollout.hold_after_rollback:
             self.client.resume("the demo has seen the old model")
-        time.sleep(2)  # some answers under the last release
+        time.sleep(SOME_ANSWERS_SECONDS)
         return seconds
 
     def lesson(self, naive: VerdictRow, default: VerdictRow, swap: dict[str, float], rollback_seconds: float,
@@ -95,7 +97,7 @@ class Stage:
             naive=naive, default=default, prepare_seconds=swap["prepare_seconds"],
             commit_seconds=swap["commit_seconds"], rollback_seconds=rollback_seconds,
             budget={"planned": cost["gflops_planned"], "spent": cost["gflops_spent"]},
-            report=str(self.report(default)), picture=str(picture),
+            report=str(self.report(default)), naive_report=str(self.report(naive)), picture=str(picture),
         )  # fmt: skip
 
     def report(self, verdict: VerdictRow) -> Path:
@@ -120,8 +122,3 @@ def until(condition: Callable[[], bool], trouble: str, pause: float = 0.25) -> N
         if time.monotonic() > deadline:
             raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")
         time.sleep(pause)
-
-
-def chapter(title: str) -> None:
-    """A rule with the chapter's title."""
-    Console(stderr=True).rule(f"[bold]{title}", align="left")

@@ -4,75 +4,104 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
 
+from ops.cli.checks import answers
 from ops.cli.context import Context
 from ops.cli.demo import captions, questions
-from ops.cli.demo.stage import Stage, chapter
-from ops.cli.demo.summary import Facts, broken_promises, show
-from ops.cli.shipped import make_ready
-from ops.cli.supervisor import Supervisor
+from ops.cli.demo.chapters import StoryProgress, plan_chapters
+from ops.cli.demo.page import Story, write_page
+from ops.cli.demo.screen import Screen
+from ops.cli.demo.stage import Stage
+from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
+from ops.cli.shipped import VLM, make_base_ready, needed_data
+from ops.cli.supervisor import READY_SECONDS, Supervisor
 from ops.errors import RatchetError
 from ops.ledger import Ledger
-from ops.load.traffic import Traffic
+from ops.load.expected import Question
+from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
-from ops.settings import Settings
+from ops.settings import Console, Settings
 from serving.client import Client
-from streams.demo import prepare_domain, prepare_questions
+from streams.demo import QUESTIONS, DemoData, Preparation
 from streams.folders import FolderItem, read_folder
 from streams.store import SampleStore
+from updater.gate import load_suites
 
 REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning
 PROBES = 12  # images, as many texts, and as many questions that the load asks about
+GFLOPS_PER_UPDATE = 2_500.0
+"""Of the default CLIP update about 130 steps of 200: most of what 1,300 pictures teach, in two thirds of the time."""
+PARTS = ["console", "broker", "serve", "ingest"]
+PORTS = 20
+"""So many are tried for the console, from the usual one on."""
 
 
-def tell(folder: Path, keep: bool) -> None:
+def tell(folder: Path, keep: bool, with_vlm: bool = False) -> None:
     """Run the demo in ``folder``. Raises RatchetError when something that was promised did not happen."""
-    began = time.monotonic()
-    context = _settle(folder)
+    story = StoryProgress(plan_chapters(captions.DOMAIN, questions.DOMAIN if with_vlm else ""))
+    context = _settle(folder, with_vlm)
     settings = context.settings
-    chapter(f"1  Two base models and data that package registries ship, in {settings.home}")
-    make_ready(settings)
-    prepare_domain(captions.DOMAIN, settings.home)
-    prepare_questions(questions.DOMAIN, settings.home)
-    with Supervisor(context, ["broker", "serve", "ingest"]) as parts:
-        with step("starting broker, server and ingest"):
-            parts.wait_until_ready()
-        client = Client(settings.serve.url, operator_key=settings.operator_key(), actor="demo")
-        stage = Stage(context, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
-        probes = _probes(settings)
-        asked = [*questions.held_out(stage, questions.DOMAIN, PROBES // 2),
-                 *questions.held_out(stage, "vqa_base", PROBES // 2)]  # fmt: skip
-        with Traffic(
-            settings.serve.url,
-            images=[item.bytes() for item in probes],
-            texts=[item.text for item in probes],
-            questions=[(item.bytes(), item.question) for item in asked],
-            settings=settings,
-            rate=REQUESTS_PER_SECOND,
-        ) as traffic:
-            event_to_searchable_seconds = captions.stream(stage)
-            clip = captions.learn(stage)
-            vlm = questions.learn(stage)
-        with step("comparing every answer with the release it was stamped with"):
-            checked = traffic.report()
-        facts = Facts(
-            release=client.live(), clip=clip, vlm=vlm, requests=checked.requests,
-            vlm_requests=sum(sample.family == "vlm" for sample in checked.samples), failed=checked.failed,
-            mixed=checked.mixed, event_to_searchable_seconds=event_to_searchable_seconds,
-            seconds=time.monotonic() - began, problems=checked.problems,
-        )  # fmt: skip
-        if keep:
-            say(f"still serving on {settings.serve.url}; Ctrl-C ends it")
-            _stay(parts)
+    with Screen(story, {"console": settings.console.url, "API": f"{settings.serve.url}/docs"}) as screen:
+        facts = _tell(context, screen, keep)
     show(facts)
     if broken_promises(facts):
         raise RatchetError("the demo did not show all that it promises.", f"The logs are in {settings.home / 'logs'}.")
 
 
-def _settle(folder: Path) -> Context:
+def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
+    settings, story = context.settings, screen.story
+    if not settings.base.vlm:
+        say(
+            "CLIP's story; `ratchet demo --with-vlm` tells that of the vision-language model as well, in 5 minutes more"
+        )
+    wanted = _data(settings)
+    with ExitStack() as running:
+        with screen.chapter("start"):
+            data = running.enter_context(Preparation(wanted, settings.home))
+            make_base_ready(settings)
+            parts = running.enter_context(Supervisor(context, PARTS))
+            starting = parts.wait_until_ready("clip")
+            data.wait(captions.DOMAIN)
+        client = Client(settings.serve.url, operator_key=settings.operator_key(), actor="demo")
+        stage = Stage(context, screen, client, Ledger.open(settings.ledger), SampleStore(settings.lake))
+        with _traffic(settings) as traffic:
+            with screen.chapter("stream"):
+                first_search, searchable = captions.stream(stage, story.began)
+                with step("drawing what the gate asks about"):
+                    data.wait(*(each.name for each in wanted if each.name not in QUESTIONS))
+            clip, searches = captions.learn(stage)
+        loads = [traffic]
+        vlm, asked = None, None
+        if settings.base.vlm:
+            with screen.chapter("questions"):
+                data.wait_for_all()
+                starting.wait_for("vlm", READY_SECONDS, parts.check)
+                loads.append(_traffic(settings, _questions(settings)))
+                running.enter_context(loads[-1])
+                questions.stream(stage)
+            vlm, asked = questions.learn(stage)
+            loads[-1].stop()
+        with screen.chapter("check"), step("comparing every answer with the release it was stamped with"):
+            checked = [load.report() for load in loads]
+        facts = _facts(stage, clip, vlm, checked, first_search, searchable)
+        told = Story(
+            facts, story.plan, searches, asked, [sample for report in checked for sample in report.samples],
+            stage.ledger.releases()[::-1],
+            {suite.name: suite.description for suite in load_suites([], settings.home)},
+        )  # fmt: skip
+        say(f"the story with pictures: {write_page(told, client.sample_image, Path(facts.page))}")
+        if keep:
+            say(f"still serving on {settings.serve.url}; Ctrl-C ends it")
+            _stay(parts)
+    return facts
+
+
+def _settle(folder: Path, with_vlm: bool) -> Context:
     """Forget an earlier demo, but for its downloads and its bases, and write the settings where a reader finds them."""
     home = folder.resolve()
     for name in ("artifacts", "lake", "logs", "updates", "cache"):
@@ -81,14 +110,60 @@ def _settle(folder: Path) -> Context:
         file.unlink()
     home.mkdir(parents=True, exist_ok=True)
     file = home / "ratchet.yaml"
-    file.write_text(yaml.safe_dump({"home": str(home)}))
+    settings = {
+        "home": str(home),
+        "base": {"vlm": VLM if with_vlm else ""},
+        "budget": {"gflops_per_update": GFLOPS_PER_UPDATE},
+        "console": {"port": _console_port()},
+    }
+    file.write_text(yaml.safe_dump(settings))
     return Context(file, [])
 
 
-def _probes(settings: Settings) -> list[FolderItem]:
-    """What the load asks about: held-out items of the new domain, whose vectors an update moves."""
+def _console_port() -> int:
+    """The usual one, or one behind it where somebody listens: the demo does without the usual address."""
+    usual = Console()
+    ports = range(usual.port, usual.port + PORTS)
+    return next((port for port in ports if not answers(f"{usual.host}:{port}")), usual.port)
+
+
+def _data(settings: Settings) -> list[DemoData]:
+    """What the demo uses, in the order in which it does."""
+    asked = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
+    return [DemoData(captions.DOMAIN), *needed_data(settings), *asked]
+
+
+def _traffic(settings: Settings, asked: Sequence[Question] = ()) -> Traffic:
+    """A load about held-out items of the new domain, whose vectors an update moves."""
     items = [item for item in read_folder(settings.home / "data" / captions.DOMAIN, split="test") if item.text]
-    return items[:PROBES]
+    probes = items[:PROBES]
+    return Traffic(
+        settings.serve.url, images=[item.bytes() for item in probes], texts=[item.text for item in probes],
+        questions=asked, settings=settings, rate=REQUESTS_PER_SECOND,
+    )  # fmt: skip
+
+
+def _questions(settings: Settings) -> list[Question]:
+    """Held-out questions of the new kind, and of the one that the VLM knows."""
+    items: list[FolderItem] = []
+    for name in (questions.DOMAIN, "vqa_base"):
+        items += questions.held_out(settings, name, PROBES // 2)
+    return [(item.bytes(), item.question) for item in items]
+
+
+def _facts(
+    stage: Stage, clip: Lesson, vlm: Lesson | None, checked: Sequence[Report], first_search: float, searchable: float
+) -> Facts:
+    story = stage.screen.story
+    return Facts(
+        release=stage.client.live(), clip=clip, vlm=vlm, requests=sum(report.requests for report in checked),
+        vlm_requests=sum(sample.family == "vlm" for report in checked for sample in report.samples),
+        failed=sum(report.failed for report in checked), mixed=sum(report.mixed for report in checked),
+        event_to_searchable_seconds=searchable, seconds=time.monotonic() - story.began,
+        first_search_seconds=first_search, chapters=story.seconds(),
+        problems=tuple(problem for report in checked for problem in report.problems),
+        page=str(stage.settings.home / "demo.html"),
+    )  # fmt: skip
 
 
 def _stay(parts: Supervisor) -> None:

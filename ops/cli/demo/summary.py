@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +28,7 @@ class Lesson:
     budget: dict[str, float]
     report: str
     picture: str
+    naive_report: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Facts:
 
     release: int
     clip: Lesson
-    vlm: Lesson
+    vlm: Lesson | None
+    """None where the demo was told without it."""
     requests: int
     vlm_requests: int
     """Of them, those to the VLM."""
@@ -43,15 +46,24 @@ class Facts:
     mixed: int
     event_to_searchable_seconds: float
     seconds: float
+    first_search_seconds: float = 0.0
+    """From the start to the first search that found something."""
+    chapters: Mapping[str, float] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
+    page: str = ""
+
+    @property
+    def lessons(self) -> dict[str, Lesson]:
+        """By the name of the model."""
+        return {"CLIP": self.clip} | ({} if self.vlm is None else {"VLM": self.vlm})
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
-    """The last line of the demo: CLIP's figures on top, the VLM's in ``vlm``."""
+    """The last line of the demo: CLIP's figures on top, the VLM's in ``vlm`` (null without it)."""
     return {
         "release": facts.release,
         **_lesson(facts.clip),
-        "vlm": _lesson(facts.vlm),
+        "vlm": None if facts.vlm is None else _lesson(facts.vlm),
         "requests": facts.requests,
         "vlm_requests": facts.vlm_requests,
         "failed": facts.failed,
@@ -89,11 +101,12 @@ def _lesson(lesson: Lesson) -> dict[str, Any]:
 def broken_promises(facts: Facts) -> list[str]:
     """What the demo should have shown and did not, in words; empty when all is well."""
     broken = []
-    if facts.failed or not facts.requests or not facts.vlm_requests:
+    unasked = facts.vlm is not None and not facts.vlm_requests
+    if facts.failed or not facts.requests or unasked:
         broken.append(f"{facts.failed} of {facts.requests} requests failed ({facts.vlm_requests} were to the VLM)")
     if facts.mixed:
         broken.append(f"{facts.mixed} answers did not belong to the release they were stamped with")
-    for name, lesson in (("CLIP", facts.clip), ("VLM", facts.vlm)):
+    for name, lesson in facts.lessons.items():
         broken += [f"{name}: {promise}" for promise in _broken(lesson)]
     return broken
 
@@ -113,9 +126,11 @@ def _broken(lesson: Lesson) -> list[str]:
 
 
 def show(facts: Facts) -> None:
-    """Print the tables, where to look, and the JSON line (last)."""
+    """Print the tables, where to look, a JSON line of times, and that of the figures (last)."""
     console = Console()
-    for name, lesson in (("CLIP", facts.clip), ("VLM", facts.vlm)):
+    if not console.is_terminal:
+        console = Console(width=LOG_COLUMNS)
+    for name, lesson in facts.lessons.items():
         console.print(_suites(f"The default {name} update", lesson))
         console.print(_course(f"The {name} loop", lesson))
     table = Table(show_header=False, title="All of it")
@@ -123,8 +138,11 @@ def show(facts: Facts) -> None:
         ("live", f"release {facts.release}"),
         ("requests during all of it",
          f"{facts.requests} ({facts.vlm_requests} to the VLM): {facts.failed} failed, {facts.mixed} mixed"),
+        ("first search that found something", f"{facts.first_search_seconds:.1f} s after the start"),
         ("event to searchable", f"{facts.event_to_searchable_seconds:.1f} s"),
         ("took", f"{facts.seconds / 60:.1f} minutes"),
+        ("of these", ", ".join(f"{name} {seconds:.0f} s" for name, seconds in facts.chapters.items())),
+        ("the story with pictures", facts.page),
     ):  # fmt: skip
         table.add_row(label, value)
     console.print(table)
@@ -132,6 +150,12 @@ def show(facts: Facts) -> None:
         console.print(f"[bold red]problem:[/bold red] {problem}")
     for promise in broken_promises(facts):
         console.print(f"[bold red]not as promised:[/bold red] {promise}")
+    times = {
+        "first_search_seconds": round(facts.first_search_seconds, 1),
+        "chapters": {name: round(seconds, 1) for name, seconds in facts.chapters.items()},
+        "page": facts.page,
+    }
+    print(json.dumps(times), flush=True)
     print(json.dumps(as_json(facts)), flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -145,3 +146,38 @@ def test_notice_attributes_every_domain(info: DomainInfo) -> None:
     assert info.licence in notice
     for package in info.packages:
         assert package.name in notice
+
+
+def test_one_split_is_drawn_alone_with_the_rows_that_it_has_in_the_whole(tmp_path: Path) -> None:
+    whole = read_folder(build(toy(), tmp_path / "whole"), split="test")
+    drawn: list[str] = []
+
+    def watched() -> Iterator[Draft]:
+        for each in drafts():
+            yield replace(each, picture=partial(_noted, each, drawn))
+
+    part = read_folder(build(toy(watched), tmp_path / "part", "test"))
+    assert [(item.path.name, item.text, item.bytes()) for item in part] == [
+        (item.path.name, item.text, item.bytes()) for item in whole
+    ]
+    assert set(drawn) == {item.path.stem for item in part}
+
+
+def _noted(draft: Draft, drawn: list[str]) -> Image.Image:
+    drawn.append(draft.name)
+    return draft.picture()
+
+
+def test_a_split_is_enough_for_whoever_wants_it_and_becomes_the_whole_when_more_is_wanted(tmp_path: Path) -> None:
+    folder = build(toy(), tmp_path, "test")
+    before = content(folder)
+    assert build(toy(partial(_fail, "drawn again")), tmp_path, "test") == folder
+    assert content(folder) == before
+    build(toy(), tmp_path)
+    assert len(read_folder(folder)) == 151
+    for split in (None, "train", "test"):
+        build(toy(partial(_fail, "drawn again")), tmp_path, split)
+
+
+def _fail(reason: str) -> Iterator[Draft]:
+    raise AssertionError(reason)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ops.cli.demo.summary import Facts, Lesson, broken_promises, show
+from ops.cli.demo.summary import Facts, Lesson, as_json, broken_promises, show
 from ops.ledger import GateOutcome, VerdictRow
 
 
@@ -52,6 +52,23 @@ def test_the_last_line_is_json_with_every_figure(capsys: pytest.CaptureFixture[s
     assert last["vlm"]["naive_caught_by"] == ["emoji"]
     assert last["vlm_requests"] == 33
     assert broken_promises(_facts()) == []
+
+
+def test_the_line_before_the_last_says_where_the_time_went(capsys: pytest.CaptureFixture[str]) -> None:
+    show(replace(_facts(), first_search_seconds=51.26, chapters={"start": 31.02, "stream": 20.5}, page="demo.html"))
+    times = json.loads(capsys.readouterr().out.splitlines()[-2])
+    assert times == {"first_search_seconds": 51.3, "chapters": {"start": 31.0, "stream": 20.5}, "page": "demo.html"}
+
+
+def test_without_the_vlm_nothing_is_promised_about_it(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = replace(_facts(), vlm=None, vlm_requests=0)
+    assert broken_promises(facts) == []
+    show(facts)
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
+    assert last.keys() == as_json(_facts()).keys()
+    assert (last["vlm"], last["vlm_requests"]) == (None, 0)
+    assert "The VLM loop" not in out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,41 @@ list.format='json'
 
 def test_where_pip_was_told_nothing_uv_is_told_nothing(script: dict[str, Any]) -> None:
     assert script["uv_variables"]("") == {}
+
+
+@pytest.mark.parametrize(("extras", "named"), [(("demo",), ".[demo]"), ((), ".[dev]")])
+def test_the_extras_that_are_named_are_installed(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, extras: tuple[str, ...], named: str
+) -> None:
+    commands: list[list[str]] = []
+
+    def record(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout=b"")
+
+    monkeypatch.setattr(subprocess, "run", record)
+    with pytest.raises(SystemExit, match="0"):
+        script["main"](*extras)
+    assert commands[-1][-1] == named
+
+
+def test_the_tests_need_all_that_the_demo_needs_and_the_demo_needs_no_test_tool() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["demo"] == ["ratchet[local,vlm-cpu]"]
+    assert extras["dev"][0].startswith("ratchet[demo,")
+    runtime = " ".join(extras["local"] + extras["vlm-cpu"])
+    assert not any(tool in runtime for tool in ("pytest", "mypy", "ruff", "playwright"))
+
+
+def test_the_demo_installs_its_own_extra_unless_that_of_the_tests_is_there(tmp_path: Path) -> None:
+    def planned(target: str) -> str:
+        command = ["make", "-n", "-C", str(ROOT), target, f"VENV={tmp_path}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "install.py demo" in planned("demo")
+    (tmp_path / ".installed-demo").touch()
+    assert "install.py" not in planned("demo")
+    assert "install.py dev" in planned("test")
+    (tmp_path / ".installed-demo").unlink()
+    (tmp_path / ".installed-dev").touch()
+    assert "install.py" not in planned("demo") + planned("test")

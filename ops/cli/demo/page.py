@@ -1,0 +1,161 @@
+"""``demo.html``: the story of a demo with pictures, in one file that needs nothing from outside."""
+
+from __future__ import annotations
+
+import io
+import os
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from ops.cli.demo.captions import Comparison
+from ops.cli.demo.chapters import Chapter
+from ops.cli.demo.latency_chart import Mark, latency_chart
+from ops.cli.demo.picture import DEPTH, Hit, Search
+from ops.cli.demo.questions import AnswerComparison
+from ops.cli.demo.screen import clock
+from ops.cli.demo.summary import Facts, Lesson
+from ops.files import replace_file
+from ops.ledger import ReleaseRow
+from ops.load.traffic import Sample
+from updater.gate.report import TEMPLATES as PALETTE
+
+TEMPLATES = Path(__file__).parent / "templates"
+SIDE = 96  # pixels of a thumbnail
+QUALITY = 80  # of a thumbnail as JPEG: 2 to 5 KB
+MOST_BYTES = 1_500_000
+"""Of all pictures together, encoded; those behind are left out."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """What the page tells."""
+
+    facts: Facts
+    chapters: Sequence[Chapter]
+    searches: Comparison
+    answers: AnswerComparison | None
+    samples: Sequence[Sample]
+    releases: Sequence[ReleaseRow]
+    """Oldest first."""
+    about: Mapping[str, str]
+    """What each suite asks, by name."""
+
+
+def write_page(story: Story, image: Callable[[str], bytes], path: Path) -> Path:
+    """Write the page. ``image``: the encoded picture of a sample, by id."""
+    replace_file(path, render(story, image, path.parent).encode())
+    return path
+
+
+def render(story: Story, image: Callable[[str], bytes], home: Path) -> str:
+    """The page, as it lies in ``home``. Texts of samples are escaped; pictures are inside, of bounded size."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([TEMPLATES, PALETTE]),
+        autoescape=True,  # captions come from outside
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"clock": clock, "milliseconds": _milliseconds, "points": _points}
+    pictures = Pictures(image)
+    facts = story.facts
+    return environment.get_template("demo.html").render(
+        facts=facts,
+        chapters=[chapter for chapter in story.chapters if chapter.began is not None],
+        searches=story.searches,
+        pairs=[(_side(change.before, pictures), _side(change.after, pictures)) for change in story.searches.changes],
+        depth=DEPTH,
+        answers=story.answers,
+        answer_pictures=[pictures.encoded(each.item.bytes()) for each in story.answers.answers]
+        if story.answers
+        else [],
+        suites={name: suite_rows(lesson, story.about) for name, lesson in facts.lessons.items()},
+        reports={name: _links(lesson, home) for name, lesson in facts.lessons.items()},
+        chart=latency_chart([each for each in story.samples if each.family == "clip"], marks(story.releases)),
+        releases=story.releases,
+    )
+
+
+class Pictures:
+    """Thumbnails as data URIs, each made once, until :data:`MOST_BYTES` are spent."""
+
+    def __init__(self, image: Callable[[str], bytes]) -> None:
+        self._image = image
+        self._made: dict[str, str] = {}
+        self._left = MOST_BYTES
+
+    def of(self, sample_id: str) -> str:
+        """Of a sample; empty where there is no room."""
+        if sample_id not in self._made:
+            self._made[sample_id] = self.encoded(self._image(sample_id))
+        return self._made[sample_id]
+
+    def encoded(self, picture: bytes) -> str:
+        """Of an encoded picture; empty where there is no room."""
+        thumbnail = Image.open(io.BytesIO(picture)).convert("RGB")
+        thumbnail.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        thumbnail.save(buffer, "JPEG", quality=QUALITY)
+        uri = f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode()}"
+        if len(uri) > self._left:
+            return ""
+        self._left -= len(uri)
+        return uri
+
+
+def suite_rows(lesson: Lesson, about: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row for each suite: what it asks, and what base, naive and default update scored (0 to 1). Gains come first."""
+    naive = lesson.naive.summary["suites"]
+    rows = [
+        {
+            "name": name, "role": suite["role"], "metric": suite["metric"], "items": suite["n"],
+            "about": about.get(name) or f"Items of the stream that nobody trained on ({name}).",
+            "before": suite["before"], "after": suite["after"], "ci": suite["ci"], "decision": suite["decision"],
+            "naive": naive.get(name, {}).get("after"), "naive_decision": naive.get(name, {}).get("decision", ""),
+            "margin": suite.get("margin"),
+        }
+        for name, suite in lesson.default.summary["suites"].items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["role"] != "gain")
+
+
+def marks(releases: Sequence[ReleaseRow]) -> list[Mark]:
+    """CLIP's swap, its rollback and the way forward: the releases that changed the CLIP adapter."""
+    changed = [release for before, release in pairwise(releases) if release.clip != before.clip]
+    labels = ("the update", "rolled back", "forward again")
+    return [
+        Mark(release.created_at.timestamp(), release.number, f"release {release.number}: {label}")
+        for release, label in zip(changed, labels, strict=False)
+    ]
+
+
+def _side(search: Search, pictures: Pictures) -> dict[str, Any]:
+    def hit(each: Hit) -> dict[str, Any]:
+        right = each.text.strip().lower() == search.query.strip().lower()
+        return {"text": each.text, "score": each.score, "picture": pictures.of(each.id), "right": right}
+
+    return {"query": search.query, "rank": search.rank, "hits": [hit(each) for each in search.hits]}
+
+
+def _links(lesson: Lesson, home: Path) -> dict[str, str]:
+    """The gate's pages, as seen from this one."""
+    return {
+        name: os.path.relpath(report, home)
+        for name, report in (("naive", lesson.naive_report), ("default", lesson.report))
+        if report
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms"
+
+
+def _points(share: float) -> str:
+    return f"{share * 100:+.1f}"

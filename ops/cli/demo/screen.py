@@ -1,0 +1,148 @@
+"""What the demo shows while it runs: one screen on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.errors import MarkupError
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ops import progress
+from ops.cli.demo.chapters import Chapter, StoryProgress
+from ops.errors import RatchetError
+
+LINES = 10
+"""Of what is happening now: the last so many."""
+LEAST_LINES = 3
+OTHER_LINES = 11
+"""Of the screen, beside these and the chapters: a head, frames, and the chapter's title and reason."""
+REFRESHES_PER_SECOND = 4
+_TIME = re.compile(r"^\d\d:\d\d:\d\d ")
+"""What lines of a child begin with; they get the time of their arrival here."""
+
+
+class Screen:
+    """Shows a story's progress. On a terminal it has the whole screen until the end of the block.
+
+    >>> with Screen(StoryProgress(plan), {"console": "http://127.0.0.1:8001"}) as screen:
+    ...     with screen.chapter("start"):
+    ...         say("starting Ray ...")
+    """
+
+    def __init__(self, story: StoryProgress, links: dict[str, str], console: Console | None = None) -> None:
+        """``links``: URLs by what they lead to; shown all the time."""
+        self.story = story
+        self.links = links
+        self._console = console or Console(stderr=True)
+        self._lines: deque[Text] = deque(maxlen=LINES)
+        self._live: Live | None = None
+
+    def __enter__(self) -> Screen:
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console, screen=True, get_renderable=self.render,
+                refresh_per_second=REFRESHES_PER_SECOND,
+            )  # fmt: skip
+            self._live.start()
+            progress.send_to(self.add)
+        else:
+            for name, url in self.links.items():
+                progress.say(f"{name}: {url}")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is None:
+            return
+        progress.send_to(None)
+        self._live.stop()
+        self._live = None
+        if kind is not None:  # the screen is gone, and with it what led to the error
+            for line in self._lines:
+                self._console.print(line, highlight=False)
+
+    def add(self, line: str) -> None:
+        """Show one more line (Rich's markup) of what is happening now."""
+        try:
+            text = Text.from_markup(line)
+        except MarkupError:  # brackets of a text from outside
+            text = Text(line)
+        self._lines.append(Text.assemble((time.strftime("%H:%M:%S ", time.gmtime()), "dim"), text))
+
+    @contextmanager
+    def chapter(self, name: str) -> Iterator[None]:
+        """Tell a chapter: say what happens and why it matters, and measure how long it takes."""
+        with self.story.chapter(name) as chapter:
+            if self._live is None:
+                self._console.rule(f"[bold]{self.story.number(chapter)}  {chapter.title}", align="left")
+                progress.say(chapter.why)
+            yield
+
+    def run(self, command: Sequence[str]) -> None:
+        """Run a command and show what it says. Raises RatchetError when it fails."""
+        if self._live is None:
+            status = subprocess.run(command, check=False).returncode
+        else:
+            with subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                errors="replace", env={**os.environ, "COLUMNS": str(self._console.width)},
+            ) as process:  # fmt: skip
+                assert process.stdout is not None
+                try:
+                    for line in process.stdout:
+                        self.add(escape(_TIME.sub("", line.rstrip())))
+                except BaseException:  # the demo is stopped: the end of the block would wait for the child
+                    process.terminate()
+                    raise
+            status = process.returncode
+        if status:
+            raise RatchetError(f"`{' '.join(command[1:])}` ended with status {status}.", "Its last lines say why.")
+
+    def render(self) -> RenderableType:
+        """The screen, as it is now."""
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(width=2)
+        table.add_column(ratio=1)
+        table.add_column(justify="right")
+        for chapter in self.story.plan:
+            table.add_row(*_row(self.story.number(chapter), chapter))
+        current = self.story.current
+        parts: list[RenderableType] = [self._head(), Panel(table, title="The story", title_align="left")]
+        if current is not None:
+            about = Text.assemble((f"{current.title}\n", "bold"), current.why)
+            parts.append(Panel(about, title="What happens, and why it matters", title_align="left"))
+        room = self._console.height - len(self.story.plan) - OTHER_LINES
+        now = Text("\n", no_wrap=True, overflow="ellipsis").join(list(self._lines)[-max(room, LEAST_LINES) :])
+        parts.append(Panel(now, title="Now", title_align="left"))
+        return Group(*parts)
+
+    def _head(self) -> Text:
+        head = Text.assemble(("Ratchet demo  ", "bold"), clock(time.monotonic() - self.story.began))
+        for name, url in self.links.items():
+            head.append(f"   {name} ", "dim")
+            head.append(url, f"link {url}")
+        return head
+
+
+def clock(seconds: float) -> str:
+    """``3:07`` for 187 seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"
+
+
+def _row(number: int, chapter: Chapter) -> tuple[str, Text, str]:
+    if chapter.began is None:
+        return "", Text(f"{number}  {chapter.title}", "dim"), ""
+    mark, style = ("[green]✓[/green]", "") if chapter.ended is not None else ("[yellow]▸[/yellow]", "bold")
+    return mark, Text(f"{number}  {chapter.title}", style), clock(chapter.seconds())
