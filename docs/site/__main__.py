@@ -39,6 +39,8 @@ MADE = {
 }
 OUT = ROOT / "build" / "documentation"
 ASSETS = ("*.png", "*.svg")
+EXAMPLES = "examples"
+"""The folder of examples is a folder of the site: its page, and the files that the page links to."""
 
 
 class SiteError(Exception):
@@ -56,9 +58,15 @@ def collect(folder: Path) -> Path:
     """
     docs = folder / "docs"
     shutil.rmtree(folder, ignore_errors=True)
-    for pattern in ("*.md", *ASSETS):
+    for pattern in ASSETS:
         for source in (ROOT / "docs").rglob(pattern):
             _write(docs / source.relative_to(ROOT / "docs"), source.read_bytes())
+    for source in (ROOT / "docs").rglob("*.md"):
+        text = source.read_text().replace(f"](../{EXAMPLES}/", f"]({EXAMPLES}/")
+        _write(docs / source.relative_to(ROOT / "docs"), text.encode())
+    for source in filter(Path.is_file, (ROOT / EXAMPLES).rglob("*")):
+        data = source.read_bytes().replace(b"](../docs/", b"](../") if source.suffix == ".md" else source.read_bytes()
+        _write(docs / source.relative_to(ROOT), data)
     for name, make in MADE.items():
         _write(docs / name, make().encode())
     for name, source_name in COPIES.items():

@@ -59,7 +59,7 @@ def _trained(random: np.random.Generator, seed: int) -> dict[str, torch.Tensor]:
         text = model.encode_text(tokens, normalize=True)
         loss = functional.cross_entropy(model.logit_scale.exp() * image @ text.T, classes[batch])
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     return {name: value.detach().contiguous().clone() for name, value in model.state_dict().items()}
