@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.continual.chain import Unit
+from benchmarks.continual.outcomes import read_course, read_reference
+from benchmarks.continual.repeated import repeated
 from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
 from benchmarks.lifetime.command import Task, run
@@ -17,7 +21,7 @@ from benchmarks.lifetime.moves import Moves
 from benchmarks.lifetime.outcomes import Source, read_sources
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
-from benchmarks.lifetime.world import World, make_world
+from benchmarks.lifetime.world import FORGOTTEN, World, make_world
 from ops.errors import ConfigError
 from ops.ledger import VerdictRow
 from ops.ledger.rows import GateOutcome
@@ -25,6 +29,7 @@ from ops.settings import Gate, Settings
 from updater.gate.statistics import reciprocal_log_rank
 from updater.gate.suites import load_suites
 
+ROOT = Path(__file__).parents[3]
 N = 400
 SETTINGS = Gate()
 
@@ -200,3 +205,16 @@ def test_a_stream_is_the_same_again_and_ends_with_the_figures_that_are_asked_for
     assert [e.outcomes for e in first.lessons] == [e.outcomes for e in second.lessons]
     other = replace(task, seed=1).run(read_sources(folder))
     assert [e.lesson for e in other.lessons] != [e.lesson for e in first.lessons]
+
+
+CHAINS = ROOT / "docs" / "benchmarks" / "lifetime" / "chains.tar.xz"
+
+
+def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_forgot(tmp_path: Path) -> None:
+    with tarfile.open(CHAINS) as archive:
+        archive.extractall(tmp_path, filter="data")
+    reference = read_reference(tmp_path)
+    courses = [read_course(tmp_path, Unit("default", order), 8, reference) for order in range(2)]
+    complete = [course for course in courses if course is not None]
+    assert len(complete) == 2
+    assert repeated(complete, reference)["forgotten_per_update"] == FORGOTTEN
