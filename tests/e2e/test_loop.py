@@ -35,7 +35,7 @@ from tests.support.pages import ROOT
 from tests.support.prometheus import Alertmanager, Prometheus, alertmanager, impatient_rules, prometheus
 from tests.support.shapes import shapes
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SPLIT_KEY = "e2e"
 TRIGGER = 428
@@ -145,7 +145,7 @@ def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installat
             yield Installation(context, parts, client, ledger, store, monitor, pager)
 
 
-def wait(condition: Callable[[], bool], seconds: float = 90.0, explain: Callable[[], object] = str) -> None:
+def wait(condition: Callable[[], bool], seconds: float = 300.0, explain: Callable[[], object] = str) -> None:
     assert wait_until(condition, seconds, pause=0.2), f"it did not happen in time {explain()}"
 
 
