@@ -83,7 +83,8 @@ def by_kind(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 def drift(rows: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[str, Any]:
     """The slow drift, update by update, with and without the comparison with the base.
 
-    It is *caught* at the first update that retention keeps out with the base and would have let in without it.
+    It is *caught* at the first update that retention keeps out, and before harm where no harmful one gets in: what is
+    kept out harms nobody's answers. ``caught_by_base_at``: the first that the incumbent alone would have let in.
     """
     steps: list[dict[str, Any]] = []
     for number, row in enumerate([row for row in rows if row.case.kind == DRIFT], 1):
@@ -103,12 +104,14 @@ def drift(rows: Sequence[Row], rule: Rule, drawn: Mapping[str, Case]) -> dict[st
                 "by": [r.name for r in row.judged.results if r.role == "retention" and r.decision != "passed"],
             }
         )
-    caught = [step["update"] for step in steps if step["kept_without_base"] and not step["kept"]]
+    caught = [step["update"] for step in steps if not step["kept"]]
+    by_base = [step["update"] for step in steps if step["kept_without_base"] and not step["kept"]]
     harmful = [step["update"] for step in steps if step["truth"] == "harmful"]
     return {
         "steps": steps,
         "caught_at": caught[0] if caught else None,
-        "caught_before_harm": bool(caught) and (not harmful or caught[0] < harmful[0]),
+        "caught_by_base_at": by_base[0] if by_base else None,
+        "caught_before_harm": bool(caught) and not any(step["kept"] for step in steps if step["truth"] == "harmful"),
         "harmful_from": harmful[0] if harmful else None,
         "let_in_without_base": sum(step["kept_without_base"] for step in steps),
     }
