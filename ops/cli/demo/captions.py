@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.markup import escape
 
 from ops.cli.demo.picture import Change, choose, draw, search
-from ops.cli.demo.stage import Stage, until
+from ops.cli.demo.stage import SOME_ANSWERS_SECONDS, Stage, until
 from ops.cli.demo.summary import Lesson
 from ops.progress import say, step, track
 from streams.folders import read_folder
@@ -49,20 +49,22 @@ def stream(stage: Stage, began: float) -> tuple[float, float]:
 
 
 def learn(stage: Stage) -> tuple[Lesson, Comparison]:
-    """Train both updates, release the one that passes, compare it with the base, and take it back and forward."""
+    """Train both updates, release the one that passes, take it back and forward, and compare it with the base."""
     with stage.screen.chapter("naive"):
         naive = stage.learn("naive")
     with stage.screen.chapter("default"):
         default = stage.learn("default")
         swap = stage.await_release("clip", default)
-        fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
-        queries = sorted(set(fresh))
-        comparison = _compare(stage, queries)
-        picture = draw(stage.client, comparison.changes, comparison.title, stage.settings.home / "searches.png")
+        time.sleep(SOME_ANSWERS_SECONDS)
+    fresh = stage.store.scan(split="fresh_eval", columns=["text"], having="text").column("text").to_pylist()
+    queries = sorted(set(fresh))
     with stage.screen.chapter("rollback"):
         rollback_seconds = stage.back_and_forth(
             "clip", default.adapter, lambda number: bool(search(stage.client, queries[0], f"clip@{number}").hits)
         )
+    with stage.screen.chapter("compare"):  # last: hundreds of searches would be seen in the latencies of the swap
+        comparison = _compare(stage, queries)
+        picture = draw(stage.client, comparison.changes, comparison.title, stage.settings.home / "searches.png")
     return stage.lesson(naive, default, swap, rollback_seconds, picture), comparison
 
 

@@ -53,6 +53,10 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
             "rollback", "An operator takes the update back, and forward again",
             "The model before stays in memory, and its search index complete: going back takes milliseconds.",
         ),
+        Chapter(
+            "compare", "The same searches before and after the update",
+            "Scores say how much was learned; pictures say what. Both releases are loaded, so each is asked by its name.",
+        ),
     ]  # fmt: skip
     if questions:
         plan += [

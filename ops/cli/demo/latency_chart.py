@@ -10,7 +10,7 @@ from statistics import median
 from ops.load.traffic import Sample
 
 WIDTH, HEIGHT = 720.0, 260.0  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 8.0, 30.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 8.0, 30.0, 34.0
 BEFORE_SECONDS, AFTER_SECONDS = 20.0, 12.0  # shown before the first mark and after the last
 MOST_DOTS = 2000
 LINES = (1, 2, 5)  # of each power of ten

@@ -95,5 +95,5 @@ def test_the_story_knows_how_long_each_chapter_took() -> None:
 
 def test_the_vlm_has_chapters_only_where_it_has_a_part() -> None:
     names = [chapter.name for chapter in plan_chapters("fluent3d")]
-    assert names == ["start", "stream", "naive", "default", "rollback", "check"]
-    assert len(plan_chapters("fluent3d", "vqa_fashion")) == 10
+    assert names == ["start", "stream", "naive", "default", "rollback", "compare", "check"]
+    assert len(plan_chapters("fluent3d", "vqa_fashion")) == 11
