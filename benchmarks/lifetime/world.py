@@ -31,9 +31,10 @@ REVERSION, SPREAD = 0.3, 0.004
 """An update brings a suite that is not learned this much nearer to the base's score, and moves it besides: the chains'
 regression of change on level, and what is left of its deviation when that of 64 items is taken away."""
 FORGOTTEN, FORGOTTEN_SPREAD = 0.054, 0.012
-"""Share of what was learned of a domain that an update of another one loses (``forgotten_per_update`` of `ratchet bench
-continual`, over the two chains in ``docs/benchmarks/lifetime``, whose replay is held to the incumbent; 0.133 where it was
-held to the base), and the deviation: the nine chains'."""
+"""Share of what was learned of a domain that an update of another one loses, and the deviation.
+
+The first is ``forgotten_per_update`` of `ratchet bench continual` over the two chains in ``docs/benchmarks/lifetime``, whose
+replay is held to the incumbent (0.133 where it was held to the base), the second that of the nine chains."""
 Model = Mapping[str, Ranks]
 """Ranks by domain name."""
 

@@ -55,7 +55,7 @@ def plan_chapters(domain: str, questions: str = "") -> list[Chapter]:
         ),
         Chapter(
             "compare", "The same searches before and after the update",
-            "Scores say how much was learned; pictures say what. Both releases are loaded, so each is asked by its name.",
+            "Scores say how much was learned; pictures say what. Both releases are loaded, and each is asked by name.",
         ),
     ]  # fmt: skip
     if questions:
