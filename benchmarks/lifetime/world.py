@@ -33,8 +33,8 @@ regression of change on level, and what is left of its deviation when that of 64
 FORGOTTEN, FORGOTTEN_SPREAD = 0.054, 0.012
 """Share of what was learned of a domain that an update of another one loses, and the deviation.
 
-The first is ``forgotten_per_update`` of `ratchet bench continual` over the two chains in ``docs/benchmarks/lifetime``, whose
-replay is held to the incumbent (0.133 where it was held to the base), the second that of the nine chains."""
+The first is ``forgotten_per_update`` of `ratchet bench continual` over the two chains in ``docs/benchmarks/lifetime``,
+whose replay is held to the incumbent (0.133 where it was held to the base), the second that of the nine chains."""
 Model = Mapping[str, Ranks]
 """Ranks by domain name."""
 
