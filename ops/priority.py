@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 _pace = threading.local()
 
@@ -19,6 +20,18 @@ def nice_process(nice: int) -> None:
     missing = nice - os.nice(0)
     if missing > 0:
         os.nice(missing)
+
+
+def nice_session() -> None:
+    """Give the session of this process the niceness of this process, where it leads it.
+
+    Where Linux schedules by session (``sched_autogroup_enabled``), niceness counts only among the processes of one
+    session: see sched(7).
+    """
+    group = Path("/proc/self/autogroup")
+    if os.getsid(0) == os.getpid() and group.exists():  # not the session of the shell that it was started from
+        with suppress(OSError):  # a kernel that takes no niceness here has no groups either
+            group.write_text(str(os.nice(0)))
 
 
 def nice_thread(nice: int) -> None:

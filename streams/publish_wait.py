@@ -32,9 +32,9 @@ def wait_until_stored(settings: Settings, last: Mapping[int, int], seconds: floa
         topic_id = admin.topic_id(kafka.topic)
     finally:
         admin.close()
-    deadline = time.monotonic() + seconds
+    store, deadline = SampleStore(settings.lake), time.monotonic() + seconds
     with meter("waiting for ingest") as show:
-        while behind := _behind(SampleStore(settings.lake), kafka.topic, topic_id, last):
+        while behind := _behind(store, kafka.topic, topic_id, last):
             if time.monotonic() >= deadline:
                 raise StoreUnavailable(
                     f"ingest has not stored everything after {seconds:g} s: {behind:,} records are left.",

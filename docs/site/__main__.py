@@ -7,6 +7,7 @@ are put together in ``build/documentation/docs``; Zensical makes the site of the
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -24,12 +25,12 @@ from serving.http.app import openapi
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).parent / "site.yml"
 COPIES = {
-    "index.md": "README.md",
-    "contributing.md": "CONTRIBUTING.md",
-    "changelog.md": "CHANGELOG.md",
-    "security.md": "SECURITY.md",
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
 }
-"""Pages that are files of the repository's root, where GitHub shows them."""
+"""Files of the repository's root, where GitHub shows them, and the pages that they become."""
 MADE = {
     "reference/api.md": api_reference.page,
     "reference/cli.md": cli_reference.page,
@@ -61,16 +62,13 @@ def collect(folder: Path) -> Path:
     for pattern in ASSETS:
         for source in (ROOT / "docs").rglob(pattern):
             _write(docs / source.relative_to(ROOT / "docs"), source.read_bytes())
-    for source in (ROOT / "docs").rglob("*.md"):
-        text = source.read_text().replace(f"](../{EXAMPLES}/", f"]({EXAMPLES}/")
-        _write(docs / source.relative_to(ROOT / "docs"), text.encode())
     for source in filter(Path.is_file, (ROOT / EXAMPLES).rglob("*")):
-        data = source.read_bytes().replace(b"](../docs/", b"](../") if source.suffix == ".md" else source.read_bytes()
-        _write(docs / source.relative_to(ROOT), data)
-    for name, make in MADE.items():
-        _write(docs / name, make().encode())
-    for name, source_name in COPIES.items():
-        _write(docs / name, _moved((ROOT / source_name).read_text()).encode())
+        _write(docs / source.relative_to(ROOT), source.read_bytes())
+    for source in [*(ROOT / "docs").rglob("*.md"), *(ROOT / EXAMPLES).rglob("*.md"), *(ROOT / n for n in COPIES)]:
+        name = source.relative_to(ROOT).as_posix()
+        _write(docs / page_of(name), relinked(source.read_text(), name).encode())
+    for page, make in MADE.items():
+        _write(docs / page, make().encode())
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
     pages = sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
     config["nav"] = _expanded(config["nav"], pages)
@@ -120,12 +118,20 @@ def _names(nav: Any) -> Iterator[str]:
             yield from _names(child)
 
 
-def _moved(text: str) -> str:
-    """A page of the root, with its links as they are from inside of ``docs/``."""
-    text = text.replace("](docs/", "](")
-    for name, source_name in COPIES.items():
-        text = re.sub(rf"\]\({re.escape(source_name)}([#)])", rf"]({name}\1", text)
-    return text
+def page_of(name: str) -> str:
+    """Where the site has a file of the repository: what lies in ``docs/`` is at its top."""
+    return COPIES.get(name, name.removeprefix("docs/"))
+
+
+def relinked(text: str, name: str) -> str:
+    """The text of the file ``name`` of the repository, with its links to other files as they are on the site."""
+    folder, page_folder = posixpath.dirname(name), posixpath.dirname(page_of(name))
+
+    def link(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match[1]))
+        return f"]({posixpath.relpath(page_of(target), page_folder or '.')}{match[2]}"
+
+    return re.sub(r"\]\((?![a-z]+:|#|/)([^)#\s]+)([#)])", link, text)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Final
 
 from ops import progress
 from ops.errors import ConfigError
-from ops.priority import nice_process
+from ops.priority import nice_process, nice_session
 from streams.demo.domain import current
 from streams.demo.domains import DOMAINS, prepare_domain
 from streams.demo.questions import QUESTIONS, prepare_questions
@@ -124,12 +123,8 @@ class Preparation:
 
 
 def _begin(lines: SimpleQueue[str | None]) -> None:
-    """In each process: give way to others, and tell the parent what would be shown.
-
-    Linux shares processors out by session first, and niceness counts inside of one: see sched(7).
-    """
+    """In each process: give way to others, and tell the parent what would be shown."""
     os.setsid()
     nice_process(NICE)
-    with suppress(OSError):  # a kernel without such groups
-        Path("/proc/self/autogroup").write_text(str(NICE))
+    nice_session()
     progress.send_to(lines.put)

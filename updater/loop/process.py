@@ -9,12 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from ops.errors import TrainingError
-from ops.priority import nice_process
+from ops.priority import nice_process, nice_session
 from ops.progress import say
 
 QUIET_SECONDS = 60.0
@@ -47,16 +47,12 @@ def be_nice(nice: int, idle: bool = False) -> None:
     A nice process still ends its time slice, some milliseconds, when another one wakes up, and a request wakes up four
     or five of them in turn. With ``idle`` it gives way at once (Linux's SCHED_IDLE); threads inherit that.
 
-    Where Linux schedules by session (``sched_autogroup_enabled``), niceness counts only among the processes of one
-    session, and parts run in sessions of their own: so the session gets the same niceness. See sched(7).
+    Parts run in sessions of their own, so the session gets the same niceness.
     """
     nice_process(nice)
     if idle and hasattr(os, "SCHED_IDLE"):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    group = Path("/proc/self/autogroup")
-    if os.getsid(0) == os.getpid() and group.exists():  # not the session of the shell that it was started from
-        with suppress(OSError):  # a kernel that takes no niceness here has no groups either
-            group.write_text(str(os.nice(0)))
+    nice_session()
 
 
 class UpdaterBusy(TrainingError):

@@ -81,22 +81,24 @@ def learn(stage: Stage) -> tuple[Lesson, AnswerComparison]:
 
 def _compare(stage: Stage) -> AnswerComparison:
     live = stage.client.live()
-    asked = []
+    answered = []
     for item in track(held_out(stage.settings, DOMAIN, ASKED), "asking before and after"):
         before, after = (
             str(stage.client.vqa(item.bytes(), item.question, model=f"vlm@{number}")["answer"])
             for number in (live - 1, live)
         )
-        asked.append(Answered(item, before, after))
+        answered.append(Answered(item, before, after))
     right = [sum(each.right(answer) for each, answer in pairs) for pairs in (
-        [(each, each.before) for each in asked], [(each, each.after) for each in asked],
+        [(each, each.before) for each in answered], [(each, each.after) for each in answered],
     )]  # fmt: skip
     title = (
-        f"{len(asked)} held-out questions: right {right[0]} → {right[1]} times. "
+        f"{len(answered)} held-out questions: right {right[0]} → {right[1]} times. "
         f"Shown: {BETTER} answers that became right and {WORSE} that became wrong (fewer if there are fewer)."
     )
     say(title)
-    shown = [each for each in asked if each.change > 0][:BETTER] + [each for each in asked if each.change < 0][:WORSE]
+    shown = [each for each in answered if each.change > 0][:BETTER] + [each for each in answered if each.change < 0][
+        :WORSE
+    ]
     return AnswerComparison(title, tuple(shown))
 
 

@@ -16,6 +16,7 @@ from ops.ledger import Ledger, VerdictRow
 from ops.ledger.rows import Family
 from ops.progress import say, step
 from ops.settings import Settings
+from ops.waiting import wait_until
 from serving.client import Client
 from streams.publish import publish
 from streams.store import SampleStore
@@ -117,8 +118,5 @@ class Stage:
 
 def until(condition: Callable[[], bool], trouble: str, pause: float = 0.25) -> None:
     """Return when the condition holds. Raises RatchetError when it does not for too long."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")
-        time.sleep(pause)
+    if not wait_until(condition, PATIENCE_SECONDS, pause=pause):
+        raise RatchetError(f"{trouble} within {PATIENCE_SECONDS:.0f} s.", "The logs of the demo say why.")

@@ -76,7 +76,7 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
                     data.wait(*(each.name for each in wanted if each.name not in QUESTIONS))
             clip, searches = captions.learn(stage)
         loads = [traffic]
-        vlm, asked = None, None
+        vlm, comparison = None, None
         if settings.base.vlm:
             with screen.chapter("questions"):
                 data.wait_for_all()
@@ -84,17 +84,17 @@ def _tell(context: Context, screen: Screen, keep: bool) -> Facts:
                 loads.append(_traffic(settings, _questions(settings)))
                 running.enter_context(loads[-1])
                 questions.stream(stage)
-            vlm, asked = questions.learn(stage)
+            vlm, comparison = questions.learn(stage)
             loads[-1].stop()
         with screen.chapter("check"), step("comparing every answer with the release it was stamped with"):
             checked = [load.report() for load in loads]
         facts = _facts(stage, clip, vlm, checked, first_search, searchable)
-        told = Story(
-            facts, story.plan, searches, asked, [sample for report in checked for sample in report.samples],
+        content = Story(
+            facts, story.plan, searches, comparison, [sample for report in checked for sample in report.samples],
             stage.ledger.releases()[::-1],
             {suite.name: suite.description for suite in load_suites([], settings.home)},
         )  # fmt: skip
-        say(f"the story with pictures: {write_page(told, client.sample_image, Path(facts.page))}")
+        say(f"the story with pictures: {write_page(content, client.sample_image, Path(facts.page))}")
         if keep:
             say(f"still serving on {settings.serve.url}; Ctrl-C ends it")
             _stay(parts)
@@ -129,17 +129,17 @@ def _console_port() -> int:
 
 def _data(settings: Settings) -> list[DemoData]:
     """What the demo uses, in the order in which it does."""
-    asked = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
-    return [DemoData(captions.DOMAIN), *needed_data(settings), *asked]
+    of_questions = [DemoData(questions.DOMAIN)] if settings.base.vlm else []
+    return [DemoData(captions.DOMAIN), *needed_data(settings), *of_questions]
 
 
-def _traffic(settings: Settings, asked: Sequence[Question] = ()) -> Traffic:
+def _traffic(settings: Settings, vlm_probes: Sequence[Question] = ()) -> Traffic:
     """A load about held-out items of the new domain, whose vectors an update moves."""
     items = [item for item in read_folder(settings.home / "data" / captions.DOMAIN, split="test") if item.text]
     probes = items[:PROBES]
     return Traffic(
         settings.serve.url, images=[item.bytes() for item in probes], texts=[item.text for item in probes],
-        questions=asked, settings=settings, rate=REQUESTS_PER_SECOND,
+        questions=vlm_probes, settings=settings, rate=REQUESTS_PER_SECOND,
     )  # fmt: skip
 
 

@@ -38,14 +38,14 @@ def search(context: Reader, text: Text = "") -> Response:
     """Pictures for words."""
     if not text.strip():
         raise Refused(400, "What are you looking for?", "", "Write some words, or take one of the suggestions.")
-    found = asked(context, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
+    found = ask_server(context, lambda client: client.post("/v1/search", {"text": text.strip(), "k": HITS}))
     return context.part("hits.html", found=found, title=f"Pictures for “{text.strip()}”")
 
 
 @router.post("/playground/similar")
 def similar(context: Reader, picture: Picture) -> Response:
     """Pictures for a picture."""
-    found = asked(context, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
+    found = ask_server(context, lambda client: client.post("/v1/search", {"image": data_uri(picture), "k": HITS}))
     return context.part("hits.html", found=found, title="Pictures like yours")
 
 
@@ -56,7 +56,7 @@ def classify(context: Reader, picture: Picture, labels: Text = "") -> Response:
     if len(names) < 2:
         raise Refused(400, "Give at least two words", "", "Write them with commas between.")
     body = {"images": [data_uri(picture)], "labels": names, "templates": ["a picture of a {}."]}
-    found = asked(context, lambda client: client.post("/v1/classify", body))
+    found = ask_server(context, lambda client: client.post("/v1/classify", body))
     shares = sorted(found["data"][0]["probabilities"].items(), key=lambda pair: -pair[1])
     return context.part("shares.html", shares=shares, model=found["model"], picture=inline(context, picture, 96))
 
@@ -66,7 +66,7 @@ def ask(context: Reader, picture: Picture, question: Text = "") -> Response:
     """An answer about the picture."""
     if not question.strip():
         raise Refused(400, "Ask a question", "", "For example: what is this?")
-    found = asked(context, lambda client: client.vqa(picture, question.strip()))
+    found = ask_server(context, lambda client: client.vqa(picture, question.strip()))
     return context.part("answer.html", found=found, question=question.strip(), picture=inline(context, picture, 96))
 
 
@@ -75,7 +75,7 @@ def listed(labels: str) -> list[str]:
     return list(dict.fromkeys(label.strip()[:200] for label in labels.split(",") if label.strip()))[:MOST_LABELS]
 
 
-def asked(context: RequestContext, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
+def ask_server(context: RequestContext, call: Callable[[Client], dict[str, Any]]) -> dict[str, Any]:
     """What the server answers to the visitor. Raises Refused with its words."""
     try:
         with context.client(ASK_SECONDS) as client:
