@@ -304,7 +304,8 @@ def test_an_embedded_broker_that_lost_its_log_is_noticed(tmp_path: Path) -> None
             wait_for(lambda: ingest.status.samples == 6, "6 samples")
             embedded.kill()
             embedded.start()
-            make_topics(settings)
+            wait_for(lambda: "is gone" in ingest.status.problem, "the operator is asked to make the topic again")
+            make_topics(settings)  # ingest itself must not have done it, with the broker's number of partitions
             produce(settings.kafka, [good(100 + n) for n in range(9)])
             wait_for(lambda: ingest.status.samples == 15, "9 samples of the new log")
         topic = settings.kafka.topic
