@@ -326,7 +326,11 @@ class Gate(Section):
 
     suites: list[Path] = Field(default_factory=list, description="Suite YAML files or folders of them.")
     alpha: float = Field(
-        0.05, gt=0, lt=0.5, description="Chance of a false accept before the next release, over all candidates."
+        0.05,
+        gt=0,
+        lt=0.5,
+        description="Chance of a false accept: of each candidate that loses a margin, and of any without a gain before "
+        "the next release.",
     )
     detect: float = Field(
         0.03, gt=0, lt=1, description="Gain that the gate is to see: updates wait for the fresh items that show it."

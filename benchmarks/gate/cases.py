@@ -40,12 +40,14 @@ class Rule:
     """What the gate decides by, at its first look."""
 
     level: float
+    """Of the test for a gain."""
+    loss_level: float
     margin: float
     min_items: int
 
     @classmethod
     def of(cls, settings: Gate) -> Rule:
-        return cls(candidate_alpha(settings.alpha, 0), settings.margin, settings.min_items)
+        return cls(candidate_alpha(settings.alpha, 0), settings.alpha, settings.margin, settings.min_items)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,8 @@ def judge(case: Case, rule: Rule) -> Judged:
         base = item_scores_of(suite, case.base[suite.name])
         before = base if case.before is case.base else item_scores_of(suite, case.before[suite.name])
         scores.append(Scores(suite, base, before, item_scores_of(suite, case.after[suite.name])))
-    findings = decide(scores, level=rule.level, margin=rule.margin, min_items=rule.min_items)
+    findings = decide(
+        scores, level=rule.level, loss_level=rule.loss_level, margin=rule.margin, min_items=rule.min_items
+    )
     gained = findings.gain is not None and findings.gain.decision == "passed"
     return Judged(conclude(findings, ())[0], findings.results, gained)

@@ -31,10 +31,10 @@ def power(cases: Sequence[Case], rule: Rule, count: int, seed: int) -> list[dict
         if not sources:
             continue
         for size in track(SIZES, f"power, {task}"):
-            lows = np.array([_low(sources[i % len(sources)], size, rule.level, rng) for i in range(count)])
+            lows = np.array([_low(sources[i % len(sources)], size, rule.loss_level, rng) for i in range(count)])
             rows += [
                 {"task": task, "items": size, "margin": margin, "power": float((lows >= -margin).mean()),
-                 "draws": count, "level": rule.level}
+                 "draws": count, "level": rule.loss_level}
                 for margin in MARGINS
             ]  # fmt: skip
     return rows

@@ -12,6 +12,7 @@ from benchmarks.gate.cases import Answers, item_scores_of
 from benchmarks.lifetime.world import Model, World
 from ops.settings import Gate
 from updater.gate.decision import Findings, Scores, decide
+from updater.gate.interim_analyses import LEAST_LEVEL, Look
 from updater.gate.memory_suites import choose_memory, memory_suites
 from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Suite
@@ -69,12 +70,12 @@ def findings_of(
     incumbent: Model,
     candidate: Model,
     best: Mapping[str, tuple[str, Model]],
-    level: float,
+    look: Look,
     settings: Gate,
     *,
     ranked: bool = True,
 ) -> Findings:
-    """What the gate finds out by asking all suites at a level.
+    """What the gate finds out by asking all suites at a look's levels.
 
     Args:
         best: name and model of the best release, by retention suite.
@@ -89,7 +90,13 @@ def findings_of(
         name, released = best.get(each.suite.name, ("", None))
         rival = None if released is None else item_scores_of(each.suite, each.answers(released, ranked=ranked))
         scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
-    return decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
+    return decide(
+        scores,
+        level=max(look.level, LEAST_LEVEL),
+        loss_level=max(look.loss_level, LEAST_LEVEL),
+        margin=settings.margin,
+        min_items=settings.min_items,
+    )
 
 
 def _table(samples: Sequence[Sample]) -> pa.Table:

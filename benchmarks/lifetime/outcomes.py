@@ -47,7 +47,7 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
     Raises:
         ConfigError: there is nothing, or it holds hits and no ranks.
     """
-    trials = dict(_trials(place))
+    trials = dict(read_trials(place))
     if "base" not in trials:
         raise ConfigError(f"{place} holds no outcomes of the base.", "Run `ratchet bench gate`, and name its folder.")
     base = trials["base"]
@@ -83,7 +83,8 @@ def _source(suite: Suite, base: Ranks, pairs: list[tuple[Ranks, Ranks]]) -> Sour
     return Source(suite, base, before, after)
 
 
-def _trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
+def read_trials(place: Path) -> Iterator[tuple[str, Mapping[str, Ranks]]]:
+    """Name and ranks by suite of the base and of each candidate that was trained."""
     for name, content in _files(place):
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {suite: file[suite] for suite in file.files if suite != "about"}

@@ -43,12 +43,12 @@ class Schedule:
         """Of a candidate that will be trained."""
         alpha = candidate_alpha(self.settings.alpha, self.candidates)
         if not self.waiting:
-            return Plan(alpha, 1, (), self.candidates, only=True)
+            return Plan(alpha, self.settings.alpha, 1, (), self.candidates, only=True)
         needed = needed_items(
             spread(self.verdicts), detect=self.settings.detect, alpha=alpha, power=self.settings.power,
             fewest=self.settings.min_items, most=self.settings.max_items,
         )  # fmt: skip
-        return Plan(alpha, needed, (), self.candidates)
+        return Plan(alpha, self.settings.alpha, needed, (), self.candidates)
 
     def triggered(self, items: int) -> Look | None:
         """A trigger has come: the look that is made with so many fresh items; None: wait."""

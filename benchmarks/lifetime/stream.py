@@ -14,7 +14,7 @@ from ops.ledger import VerdictRow
 from ops.settings import Gate
 from updater.gate.best_releases import best_by_suite
 from updater.gate.decision import conclude
-from updater.gate.interim_analyses import LEAST_LEVEL, Look
+from updater.gate.interim_analyses import Look
 
 TRIGGERS = 12
 """After so many the stream brings something else."""
@@ -177,7 +177,7 @@ class Stream:
         """The verdict, and whether its tests could be made."""
         suites = [*self._static, *(self._memory if self.rules.memory else ()), *fresh_of(self._fresh, self.settings)]
         findings = findings_of(
-            suites, self.world.base, self.live.model, candidate, self._best(suites), max(look.level, LEAST_LEVEL),
+            suites, self.world.base, self.live.model, candidate, self._best(suites), look,
             self.settings, ranked=self.rules.ranks,
         )  # fmt: skip
         outcome, _ = conclude(findings, ())

@@ -42,13 +42,14 @@ def verdict(candidate: str, lost: int, won: int, caption: str = EVIL) -> Verdict
     kept = scores("emoji_retrieval", before, changed(before, lost, 4))
     gained = scores("fresh.fluent3d", before, changed(before, 6, won), role="gain")
     entries = [replace(kept, worst=worst), gained]
-    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, min_items=50)
     checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01),)
     outcome, reasons = conclude(findings, checks)
     return Verdict(
         outcome=outcome, reasons=reasons, candidate=candidate, incumbent=None, base="tiny", suites=findings.results,
         gain=findings.gain, checks=checks, alpha=0.05,
-        look=Plan(0.03, 300).look(300), candidates=0, fresh=300, seconds=12.5, created_at="2026-01-01T00:00:00+00:00",
+        look=Plan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=12.5,
+        created_at="2026-01-01T00:00:00+00:00",
         cost={"gflops_planned": 6000.0, "gflops_spent": 5801.5, "seconds": 41.0}, meta={"recipe": caption},
         diagnostics=Diagnostics(shift=SHIFT, warnings=(f"something to look at {caption}",)),
     )  # fmt: skip

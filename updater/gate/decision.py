@@ -1,14 +1,15 @@
 """From outcomes to decisions: results per suite, the pooled gain, and one outcome for the candidate.
 
 Retention: per suite non-inferiority against each reference (the incumbent, the base, the best release so far). All
-suites must pass and each against all references, so every test is made at the whole level of the look and the suite's p
-is its largest (intersection-union: Berger, Technometrics 24, 1982). A correction would buy nothing: a candidate that
-loses more than the margin on some suite must pass that suite to get in, and does so with at most the level.
+suites must pass and each against all references, so every test is made at the look's whole level for losses and the
+suite's p is its largest (intersection-union: Berger, Technometrics 24, 1982). A correction would buy nothing: a
+candidate that loses more than the margin on some suite must pass that suite to get in, and does so with at most the
+level.
 
 Gain: one test over all gain suites together, stratified by suite: the mean of their differences weighted by their
 units. For retrieval it is on 1/log2(2 + rank), for other tasks on the metric. The gain counts only where a loss of the
-default margin is excluded for the metric, too, over the same strata. Single suites attribute the gain and decide
-nothing (Holm over them).
+default margin is excluded for the metric, too, over the same strata, at the level for losses. Single suites attribute
+the gain and decide nothing (Holm over them).
 
 Rejection is another matter: it needs one suite that is shown to be worse, so every further suite would make it likelier
 that one which did not change looks worse. Holm runs over all suites of both roles, and Bonferroni over a suite's
@@ -40,6 +41,8 @@ from updater.gate.verdict import Change, Check, Decision, PooledGain, Regression
 
 RANK_STATISTIC = "1/log2(2 + rank)"
 INCUMBENT, BASE = "the incumbent", "the base"
+MOST_REFERENCES = 3
+"""Incumbent, base and the best release."""
 
 
 class ItemScores(Protocol):
@@ -89,23 +92,32 @@ class Findings:
     It follows from how much there was to ask, and not from the answers."""
 
 
-def decide(scores: Sequence[Scores], *, level: float, margin: float, min_items: int) -> Findings:
-    """One result per suite, in the order given, and the pooled gain. `margin` is for suites that name none."""
-    sides = [_Sides.of(s, margin, level / max(len(scores), 1)) for s in scores]
+def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin: float, min_items: int) -> Findings:
+    """One result per suite, in the order given, and the pooled gain.
+
+    Args:
+        level: of the tests for a gain.
+        loss_level: of the tests that exclude a loss, and of those that show one.
+        margin: for suites that name none.
+    """
+    smallest = {"retention": loss_level, "gain": min(level, loss_level)}
+    sides = [_Sides.of(s, margin, smallest[s.suite.role], MOST_REFERENCES * len(scores)) for s in scores]
     able = [i for i, side in enumerate(sides) if side.units >= min_items]
-    worse = _holm([sides[i].p_worse(level) for i in able], able, level)
+    worse = _holm([sides[i].p_worse(loss_level) for i in able], able, loss_level)
     gains = [i for i in able if scores[i].suite.role == "gain"]
     gained = _holm([sides[i].statistic.p_superior for i in gains], gains, level)
     results = []
     for i, (s, side) in enumerate(zip(scores, sides, strict=True)):
-        is_worse = worse.get(i, (False, level))[0]
+        is_worse = worse.get(i, (False, loss_level))[0]
         if s.suite.role == "retention":
-            results.append(_result(s, side, level, _retention(s, side, is_worse, level, min_items)))
+            decided = _retention(s, side, is_worse, loss_level, min_items)
+            results.append(_result(s, side, loss_level, loss_level, decided))
         else:
             shown, local = gained.get(i, (False, level))
-            results.append(_result(s, side, local, _gain(s, side, is_worse, shown, local, min_items)))
+            decided = _gain(s, side, is_worse, shown, local, loss_level, min_items)
+            results.append(_result(s, side, local, loss_level, decided))
     strata = [(s.suite, side) for s, side in zip(scores, sides, strict=True) if s.suite.role == "gain"]
-    gain = _pooled(strata, level, margin, min_items) if strata else None
+    gain = _pooled(strata, level, loss_level, margin, min_items) if strata else None
     held = [side.units >= min_items for s, side in zip(scores, sides, strict=True) if s.suite.role == "retention"]
     tested = bool(held) and all(held) and gain is not None and gain.units >= min_items
     return Findings(tuple(results), gain, tested)
@@ -146,19 +158,19 @@ class _Sides:
     best: Comparison | None = None
 
     @classmethod
-    def of(cls, scores: Scores, margin: float, level: float) -> _Sides:
+    def of(cls, scores: Scores, margin: float, level: float, tests: int) -> _Sides:
         suite = scores.suite
         own = suite.margin or margin if suite.role == "retention" else margin
-        incumbent = _compare(scores, scores.before, own, level)
-        base = incumbent if scores.before is scores.base else _compare(scores, scores.base, own, level)
+        incumbent = _compare(scores, scores.before, own, level, tests)
+        base = incumbent if scores.before is scores.base else _compare(scores, scores.base, own, level, tests)
         references = {INCUMBENT: incumbent}
         if base is not incumbent and suite.role == "retention":
             references[BASE] = base
-        best = None if scores.best is None else _compare(scores, scores.best, own, level)
+        best = None if scores.best is None else _compare(scores, scores.best, own, level, tests)
         if best is not None:
             references[f"the best release {scores.best_name}"] = best
         ranked = _ranks(scores) if suite.role == "gain" else None
-        statistic = incumbent if ranked is None else _clustered(scores, *ranked, own, level, graded=True)
+        statistic = incumbent if ranked is None else _clustered(scores, *ranked, own, level, tests, graded=True)
         return cls(references, incumbent, base, statistic, best)
 
     @property
@@ -176,20 +188,22 @@ class _Sides:
         return min(1.0, min(open_, default=1.0) * len(self.references))
 
 
-def _compare(scores: Scores, reference: ItemScores, margin: float, level: float) -> Comparison:
+def _compare(scores: Scores, reference: ItemScores, margin: float, level: float, tests: int) -> Comparison:
     if reference.ids.tolist() != scores.after.ids.tolist():
         raise ValueError(f"suite {scores.suite.name}: the models answered different items")
     if scores.suite.task == "classification":
         before, after = reference.hits[:, 0], scores.after.hits[:, 0]
-        return compare_accuracy(before, after, margin=margin, level=level, seed=_seed(scores.suite))
-    return _clustered(scores, reference.hits, scores.after.hits, margin, level)
+        return compare_accuracy(before, after, margin=margin, level=level, tests=tests, seed=_seed(scores.suite))
+    return _clustered(scores, reference.hits, scores.after.hits, margin, level, tests)
 
 
 def _clustered(
-    scores: Scores, before: Floats, after: Floats, margin: float, level: float, *, graded: bool = False
+    scores: Scores, before: Floats, after: Floats, margin: float, level: float, tests: int, *, graded: bool = False
 ) -> Comparison:
     seed = _seed(scores.suite)
-    return compare_clusters(before, after, scores.clusters, margin=margin, level=level, seed=seed, graded=graded)
+    return compare_clusters(
+        before, after, scores.clusters, margin=margin, level=level, tests=tests, seed=seed, graded=graded
+    )
 
 
 def _ranks(scores: Scores) -> tuple[Floats, Floats] | None:
@@ -208,7 +222,9 @@ def _holm(p_values: list[float], places: Sequence[int], level: float) -> dict[in
     return {i: (shown, local) for i, shown, local in zip(places, refused, levels, strict=True)}
 
 
-def _result(scores: Scores, sides: _Sides, local: float, decided: tuple[Decision, str]) -> SuiteResult:
+def _result(
+    scores: Scores, sides: _Sides, local: float, loss_level: float, decided: tuple[Decision, str]
+) -> SuiteResult:
     suite, against = scores.suite, sides.incumbent
     low, high = against.bounds(local)
     base_low, base_high = sides.base.bounds(local)
@@ -251,9 +267,9 @@ def _result(scores: Scores, sides: _Sides, local: float, decided: tuple[Decision
         worsened=int(np.sum(after < before)),
         worst=scores.worst,
         best=scores.best_name,
-        best_release=None if sides.best is None else _noninferiority(metric, sides.best, local),
+        best_release=None if sides.best is None else _noninferiority(metric, sides.best, loss_level),
         statistic=None if retention else _superiority(_statistic_name(suite, sides), sides.statistic, local),
-        recall=None if retention else _noninferiority(metric, against, local),
+        recall=None if retention else _noninferiority(metric, against, loss_level),
     )
 
 
@@ -275,7 +291,7 @@ def _retention(scores: Scores, sides: _Sides, is_worse: bool, level: float, min_
 
 
 def _gain(
-    scores: Scores, sides: _Sides, is_worse: bool, shown: bool, local: float, min_items: int
+    scores: Scores, sides: _Sides, is_worse: bool, shown: bool, local: float, loss_level: float, min_items: int
 ) -> tuple[Decision, str]:
     side, statistic = sides.incumbent, sides.statistic
     if side.units < min_items:
@@ -283,8 +299,8 @@ def _gain(
     if is_worse:
         return "failed", f"lost {points(-side.difference)} on new data ({_moved(side)})"
     metric = scores.suite.metric
-    noninferior = side.p_noninferior <= local
-    loss = "" if noninferior else f"; a loss of {points(-side.bounds(local)[0])} of {metric} is not excluded"
+    noninferior = side.p_noninferior <= loss_level
+    loss = "" if noninferior else f"; a loss of {points(-side.bounds(loss_level)[0])} of {metric} is not excluded"
     if shown and noninferior:
         name = _statistic_name(scores.suite, sides)
         beside = "" if name == metric else f"; {metric} {_moved(side)}"
@@ -294,7 +310,9 @@ def _gain(
     return "inconclusive", f"no gain shown ({_moved(side)}, p = {statistic.p_superior:.2g} at level {local:.2g}){loss}"
 
 
-def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float, min_items: int) -> PooledGain:
+def _pooled(
+    strata: Sequence[tuple[Suite, _Sides]], level: float, loss_level: float, margin: float, min_items: int
+) -> PooledGain:
     """The test that decides about the gain."""
     statistic = pool([sides.statistic for _, sides in strata], margin)
     metric = pool([sides.incumbent for _, sides in strata], margin)
@@ -309,8 +327,8 @@ def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float,
         reason = f"only {metric.units} independent fresh items; at least {min_items} are asked for"
     elif statistic.p_superior > level:
         reason = f"no gain shown ({better}, p = {statistic.p_superior:.2g} at level {level:.2g})"
-    elif metric.p_noninferior > level:
-        reason = f"{better}, but a loss of {points(-metric.bounds(level)[0])} of {names[1]} is not excluded"
+    elif metric.p_noninferior > loss_level:
+        reason = f"{better}, but a loss of {points(-metric.bounds(loss_level)[0])} of {names[1]} is not excluded"
     else:
         decision = "passed"
         reason = f"gained {points(statistic.difference)}: {better}"
@@ -322,7 +340,7 @@ def _pooled(strata: Sequence[tuple[Suite, _Sides]], level: float, margin: float,
         units=metric.units,
         strata={suite.name: sides.units for suite, sides in strata},
         statistic=_superiority(names[0], statistic, level),
-        recall=_noninferiority(names[1], metric, level),
+        recall=_noninferiority(names[1], metric, loss_level),
         margin=margin,
         alpha=level,
         method=statistic.method,

@@ -8,9 +8,14 @@ A look is one gate run whose tests could be made. Two rules keep the chance of a
   from the joint distribution of the looks by numerical integration (Armitage, McPherson and Rowe, JRSS A 132, 1969,
   235-244). It is that of independent increments, which holds where later looks ask the earlier ones' items and new
   ones; a suite whose items stay the same is tested more strictly than needed (Slepian's inequality).
-- *Over the candidates* since the last release a series of shares that sums to alpha (:func:`candidate_alpha`). A
-  candidate takes its share with its first look. What later looks did not spend of it goes to nobody: whether there were
-  any may depend on the answers, and then a share that is handed on is no chance any more.
+- *Over the candidates* since the last release the tests for a gain have a series of shares that sums to alpha
+  (:func:`candidate_alpha`). A candidate takes its share with its first look. What later looks did not spend of it goes
+  to nobody: whether there were any may depend on the answers, and then a share that is handed on is no chance any more.
+
+The tests that exclude a loss have the whole alpha for each candidate, and share it over its looks alone. Retention
+suites have as many items as they have: under shares that go to zero an updater whose first candidates failed could
+never release again, whatever it learned. So of candidates that lose a margin each one gets in with a chance of at most
+alpha, and one without a gain gets in before the next release with a chance of at most alpha, however many are tried.
 
 Items are independent ones everywhere: captions, images with questions, or clusters.
 """
@@ -53,9 +58,13 @@ class Look:
     needed: int
     """Those of the last look, set with the first."""
     alpha: float
-    """What all looks at this candidate may spend together."""
+    """What all looks at this candidate may spend together on its gain."""
     level: float
-    """Of each test of this look: p values up to it are significant."""
+    """Of the test for a gain: p values up to it are significant."""
+    loss_alpha: float
+    """What all looks may spend together on each test that excludes a loss."""
+    loss_level: float
+    """Of each such test of this look."""
     before: float
     """Spent by the looks before it."""
     spent: float
@@ -77,7 +86,9 @@ class Plan:
     """What is settled about a candidate before its answers are looked at."""
 
     alpha: float
-    """What all looks at it may spend together."""
+    """What all looks at it may spend together on its gain."""
+    loss_alpha: float
+    """What they may spend on each test that excludes a loss: ``gate.alpha``."""
     needed: int
     """Independent items of its last look."""
     tested: tuple[int, ...] = ()
@@ -90,19 +101,19 @@ class Plan:
     @classmethod
     def alone(cls, alpha: float) -> Plan:
         """The only look at the first candidate after a release."""
-        return cls(candidate_alpha(alpha, 0), 1, only=True)
+        return cls(candidate_alpha(alpha, 0), alpha, 1, only=True)
 
     def look(self, items: int) -> Look:
         """The next look, with so many items."""
         items = max(1, items)
-        return look(self.alpha, self.tested, items, items if self.only else self.needed)
+        return look(self.alpha, self.loss_alpha, self.tested, items, items if self.only else self.needed)
 
 
 def candidate_alpha(alpha: float, candidates: int) -> float:
-    """What all looks at one candidate may spend together, when `candidates` have been looked at since the last release.
+    """What all looks at one candidate may spend on its gain, when `candidates` were looked at since the last release.
 
     The series alpha * 6 / (pi^2 (k+1)^2) sums to alpha over endlessly many candidates: however long an updater tries,
-    the chance that a bad candidate slips in before the next release stays below alpha. It starts at 0.61 alpha and
+    the chance that one without a gain slips in before the next release stays below alpha. It starts at 0.61 alpha and
     falls slowly (alpha / 2^k would leave nothing after ten).
     """
     if candidates < 0:
@@ -147,11 +158,12 @@ def spending(alpha: float, fraction: float) -> float:
     return float(2.0 * stats.norm.sf(stats.norm.isf(alpha / 2.0) / math.sqrt(min(1.0, fraction))))
 
 
-def look(alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
+def look(alpha: float, loss_alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
     """The next look at a candidate.
 
     Args:
-        alpha: what all looks at the candidate may spend together.
+        alpha: what all looks at the candidate may spend together on its gain.
+        loss_alpha: the same of each test that excludes a loss.
         tested: items of the earlier looks at it, in their order.
         items: those of this one. Where they are no more than before, its level is 0: it has nothing new to say.
         needed: items of the last look, set with the first.
@@ -161,9 +173,9 @@ def look(alpha: float, tested: Sequence[int], items: int, needed: int) -> Look:
     """
     if min(items, needed, *tested) < 1:
         raise ValueError(f"a look has {items} items after {list(tested)}, of {needed} needed: give positive numbers")
-    levels = _levels(alpha, [*tested, items], needed)
+    level, loss_level = (_levels(each, [*tested, items], needed)[-1] for each in (alpha, loss_alpha))
     before, spent = (spending(alpha, max([0, *counts]) / needed) for counts in (tested, [*tested, items]))
-    return Look(len(tested) + 1, items, needed, alpha, levels[-1], before, spent)
+    return Look(len(tested) + 1, items, needed, alpha, level, loss_alpha, loss_level, before, spent)
 
 
 def _levels(alpha: float, looks: Sequence[int], needed: int) -> list[float]:

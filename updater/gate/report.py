@@ -122,8 +122,11 @@ def _look(look: Mapping[str, Any], alpha: float) -> list[tuple[str, str]]:
     following = f"with {look['next']:,} items, if it is inconclusive" if look["next"] else "none, this is the last"
     return [
         ("Look", f"{number}; {look['items']:,} of {look['needed']:,} independent items of new data"),
-        ("Level of this look", f"{look['level']:.2g}"),
-        ("Spent on this candidate", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
+        (
+            "Level of this look",
+            f"{look['level']:.2g} for the gain, {look.get('loss_level', look['level']):.2g} for losses",
+        ),
+        ("Spent on its gain", f"{look['spent']:.2g} of {look['alpha']:.2g}, {look['left']:.2g} left"),
         ("Next look", following),
         ("Before the next release", f"α = {alpha:g}; candidate {before + 1}, {left:.2g} left for later ones"),
     ]

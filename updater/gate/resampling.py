@@ -21,8 +21,8 @@ with no disagreement at all the plain bootstrap would claim certainty from any n
 hits and misses it is added at the largest difference that was seen (`reach`): at +-1 it would hide what 50 items show
 of a rank statistic, and at the differences' root mean square a test at 3% would be one at 6% (both by simulation)."""
 
-CELLS = 4_000_000
-"""Numbers of a chunk of draws: 32 MB."""
+CELLS = 250_000
+"""Numbers of a chunk of draws: 2 MB, which stay in a core's cache. Chunks of 32 MB take ten times as long."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,17 @@ def _sums(moments: Floats, index: NDArray[np.int_], share: Floats, n: int, seed:
     count = len(moments)
     few = 5 * count < n
     chunk = max(1, CELLS // (count if few else n))
+    # 2n + 2 equal lots: two for each cluster, one for each of the two appended ones
+    value_of_lot = np.concatenate([np.repeat(index[:n], 2), index[n:]])
+    width = np.uint16 if len(value_of_lot) <= np.iinfo(np.uint16).max else np.int64
     parts = []
     for start in range(0, draws, chunk):
         rows = min(chunk, draws - start)
         if few:
             counts = rng.multinomial(n, share, size=rows)
         else:
-            # 2n + 2 equal lots: two for each cluster, one for each of the two appended ones
-            lots = rng.integers(2 * n + 2, size=(rows, n))
-            which = index[np.where(lots < 2 * n, lots // 2, lots - n)]
-            places = which + count * np.arange(rows)[:, None]
+            lots = rng.integers(len(value_of_lot), size=(rows, n), dtype=width)
+            places = value_of_lot[lots] + count * np.arange(rows)[:, None]
             counts = np.bincount(places.ravel(), minlength=rows * count).reshape(rows, count)
         parts.append(counts.astype(np.float64) @ moments)
     return np.concatenate(parts)

@@ -14,7 +14,7 @@ from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.diagnostics.concept_counts import ConceptCounts
 from updater.gate.diagnostics.diagnose import diagnose
 from updater.gate.evaluator import Evaluator, M
-from updater.gate.interim_analyses import LEAST_LEVEL, Plan
+from updater.gate.interim_analyses import LEAST_LEVEL, Look, Plan
 from updater.gate.suites import Suite
 from updater.gate.verdict import Check, Verdict
 
@@ -66,13 +66,12 @@ def run_gate(
             )
         suite.items()  # missing data are an error of the suite, and must not look like one of the candidate
     look = plan.look(sum(suite.units() for suite in gated if suite.role == "gain"))
-    level = max(look.level, LEAST_LEVEL)
     checks = evaluator.checks(candidate, gated, facts)
     early = len(checks)
     findings = Findings((), None)
     scores: list[Scores] = []
     if all(check.ok for check in checks if check.name in ("loads", "finite")):
-        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, level)
+        findings, failed, scores = _suites(evaluator, candidate, incumbent, gated, best or {}, settings, look)
         checks += failed
     # checks that look at the answers come after the tests, and take nothing back
     sound = all(check.ok for check in checks[:early])
@@ -113,7 +112,7 @@ def _suites(
     suites: Sequence[Suite],
     best: Mapping[str, str],
     settings: GateSettings,
-    level: float,
+    look: Look,
 ) -> tuple[Findings, list[Check], list[Scores]]:
     """What the suites say, checks of the answers, and the answers; none of those where the candidate failed."""
     scores: list[Scores] = []
@@ -139,7 +138,13 @@ def _suites(
         worst = evaluator.regressions(suite, before, after)
         chance, clusters = evaluator.chance(suite), suite.clusters()
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
-    findings = decide(scores, level=level, margin=settings.margin, min_items=settings.min_items)
+    findings = decide(
+        scores,
+        level=max(look.level, LEAST_LEVEL),
+        loss_level=max(look.loss_level, LEAST_LEVEL),
+        margin=settings.margin,
+        min_items=settings.min_items,
+    )
     return findings, evaluator.answer_checks(candidate, suites), scores
 
 

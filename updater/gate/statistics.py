@@ -37,6 +37,8 @@ SMALLEST_REACH = 1e-6
 """Of a model that changes no rank at all."""
 MAX_RESAMPLES = 400_000
 """Bound on the draws (about half a second and 50 MB)."""
+BEYOND, BEYOND_SHARE = 25.0, 2.0
+"""Draws beyond a level: p is known to a fifth of itself there, and where tests share the level it can be reached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,9 @@ def reciprocal_log_rank(ranks: NDArray[np.integer]) -> Floats:
     return np.asarray(1.0 / np.log2(2.0 + ranks), dtype=np.float64)
 
 
-def compare_accuracy(before: Floats, after: Floats, *, margin: float, level: float = 0.05, seed: int = 0) -> Comparison:
+def compare_accuracy(
+    before: Floats, after: Floats, *, margin: float, level: float = 0.05, tests: int = 1, seed: int = 0
+) -> Comparison:
     """Compare two aligned 0/1 vectors of shape [n]. Raises ValueError if they are not."""
     _check(before, after)
     if not (np.isin(before, (0.0, 1.0)).all() and np.isin(after, (0.0, 1.0)).all()):
@@ -138,7 +142,7 @@ def compare_accuracy(before: Floats, after: Floats, *, margin: float, level: flo
         spread=math.sqrt((gained + lost + 2 * PSEUDO) / (n + 2 * PSEUDO)),
         bounds=lambda level: tango_interval(gained, lost, n, level),
         units=n,
-        resample=lambda: bootstrap(after - before, seed=seed, draws=_draws(level)),
+        resample=lambda: bootstrap(after - before, seed=seed, draws=_draws(level, tests)),
     )
 
 
@@ -149,6 +153,7 @@ def compare_clusters(
     *,
     margin: float,
     level: float,
+    tests: int = 1,
     seed: int = 0,
     graded: bool = False,
 ) -> Comparison:
@@ -156,7 +161,8 @@ def compare_clusters(
 
     Args:
         clusters: [n]; items with the same number are resampled together. None: each item is alone.
-        level: the smallest level that will be asked about: it decides how many draws are made.
+        level: at which the comparison will be tested: it decides how many draws are made.
+        tests: how many may share that level (Holm, Bonferroni).
         graded: outcomes are no hits and misses, but numbers that nearly every item moves (a rank statistic).
 
     Raises:
@@ -171,12 +177,12 @@ def compare_clusters(
     units = int(index.max()) + 1
     alone = units == len(first)
     if alone and first.shape[1] == 1 and bool(np.isin([first, second], (0.0, 1.0)).all()):
-        return compare_accuracy(first[:, 0], second[:, 0], margin=margin, level=level, seed=seed)
+        return compare_accuracy(first[:, 0], second[:, 0], margin=margin, level=level, tests=tests, seed=seed)
     own_first, own_second = first.mean(axis=1), second.mean(axis=1)
     sums = np.bincount(index, weights=own_second - own_first).astype(np.float64)
     sizes = np.bincount(index).astype(np.float64)
     reach = max(float(np.abs(sums / sizes).max()), SMALLEST_REACH) if graded else 1.0
-    boot = bootstrap(sums, sizes, reach=reach, seed=seed, draws=_draws(level))
+    boot = bootstrap(sums, sizes, reach=reach, seed=seed, draws=_draws(level, tests))
     method = f"studentised bootstrap over {'items' if alone else 'clusters'}"
     means = float(own_first.mean()), float(own_second.mean())
     return _compared(means, boot, len(first), units, margin, method)
@@ -262,11 +268,13 @@ def holm(p_values: list[float], level: float) -> tuple[list[bool], list[float]]:
 
 
 @lru_cache(maxsize=64)
-def _draws(level: float) -> int:
-    """Enough draws that 25 of them lie beyond `level`; the least, where no number that is affordable would reach it."""
+def _draws(level: float, tests: int) -> int:
+    """Enough draws that BEYOND of them lie beyond `level`, and BEYOND_SHARE beyond the part of it that each of `tests`
+    gets when they share it; the least, where no number that is affordable would reach it.
+    """
     if level * MAX_RESAMPLES < 1.0:
         return RESAMPLES
-    return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(25.0 / level))))
+    return int(min(MAX_RESAMPLES, max(RESAMPLES, math.ceil(max(BEYOND, BEYOND_SHARE * tests) / level))))
 
 
 def _check(before: Floats, after: Floats) -> None:

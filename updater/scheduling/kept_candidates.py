@@ -65,7 +65,9 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
     candidate = None if update is None else split_id(update.id)[0]
     own = [verdict.summary["look"] for verdict in verdicts if split_id(verdict.update_id)[0] == candidate]
     if own:
-        return Plan(own[0]["alpha"], own[0]["needed"], tuple(look["items"] for look in own), own[0]["candidates"])
+        first, looked_at = own[0], tuple(look["items"] for look in own)
+        loss_alpha = first.get("loss_alpha", first["alpha"])  # looks of earlier versions had one alpha
+        return Plan(first["alpha"], loss_alpha, first["needed"], looked_at, first["candidates"])
     others = len({split_id(verdict.update_id)[0] for verdict in verdicts})
     alpha = candidate_alpha(settings.alpha, others)
     needed = needed_items(
@@ -76,7 +78,7 @@ def plan(settings: GateSettings, ledger: Ledger, family: str, update: UpdateRow 
         fewest=settings.min_items,
         most=settings.max_items // (2 if halved else 1),
     )
-    return Plan(alpha, needed, (), others, only=update is not None and _only_look(ledger, update))
+    return Plan(alpha, settings.alpha, needed, (), others, only=update is not None and _only_look(ledger, update))
 
 
 def _only_look(ledger: Ledger, update: UpdateRow) -> bool:

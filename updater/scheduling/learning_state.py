@@ -24,7 +24,7 @@ class LearningState:
     plan: Plan
     """Of the candidate that is kept, or of the next one."""
     alpha: float
-    """``gate.alpha``: for all candidates until the next release."""
+    """``gate.alpha``: for the gains of all candidates until the next release, and for the losses of each."""
 
     @property
     def spent(self) -> float:
@@ -35,7 +35,8 @@ class LearningState:
     def alpha_line(self) -> str:
         """For people."""
         return (
-            f"alpha {self.alpha:g} until the next release: {self.spent:.2g} spent, {self.alpha - self.spent:.2g} left"
+            f"alpha {self.alpha:g} for gains until the next release: {self.spent:.2g} spent, {self.alpha - self.spent:.2g} left; "
+            "for losses all of it in each candidate"
         )
 
     def to_json(self) -> dict[str, Any]:

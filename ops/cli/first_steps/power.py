@@ -44,8 +44,8 @@ class SuitePower:
 
 
 def suite_power(suite: Suite, gate: Gate) -> SuitePower:
-    """Reads the suite's items. The level is that of the first candidate, the spread what the gate assumes."""
-    level, units = candidate_alpha(gate.alpha, 0), suite.units()
+    """Reads the suite's items. The level is that of a single look, the spread what the gate assumes."""
+    level, units = gate.alpha, suite.units()
     margin = suite.margin or gate.margin
     return SuitePower(
         suite=suite,

@@ -169,7 +169,7 @@ def test_a_candidate_like_the_incumbent_is_inconclusive(engine: ClipEngine, rete
 
 def test_later_candidates_are_judged_more_strictly(engine: ClipEngine, retention: Suite, gentle: str) -> None:
     levels = []
-    for plan in (Plan.alone(0.05), Plan(candidate_alpha(0.05, 5), 50, candidates=5)):
+    for plan in (Plan.alone(0.05), Plan(candidate_alpha(0.05, 5), 0.05, 50, candidates=5)):
         verdict = run_gate(
             evaluator=ClipEvaluator(engine),
             candidate=gentle,

@@ -128,7 +128,7 @@ def test_at_the_margin_each_suite_in_turn_is_rarely_passed() -> None:
     assert {one.edge for one in found} == {"known", "classes"}
     assert sum(one.edge_passed for one in found) <= 7, "3% of 60 are expected"
     assert sum(one.judged.gained for one in found) > 50, "what was learnt is still there"
-    lax = list(draws_at_margin([GOOD_ONE], Rule(0.4, 0.05, 50), SIZES, 60, seed=4))
+    lax = list(draws_at_margin([GOOD_ONE], Rule(0.4, 0.4, 0.05, 50), SIZES, 60, seed=4))
     assert 12 <= sum(one.edge_passed for one in lax) <= 36, "the size of the test is its level"
 
 

@@ -13,15 +13,15 @@ import pytest
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.repeated import repeated
-from benchmarks.gate.plans import NEW
+from benchmarks.gate.plans import BAD, CHAIN, NEW, plans
 from benchmarks.gate.trial import fresh_name
 from benchmarks.lifetime.command import Task, run
 from benchmarks.lifetime.evaluation import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Moves
-from benchmarks.lifetime.outcomes import Source, read_sources
+from benchmarks.lifetime.outcomes import ARCHIVE, MOST_CANDIDATES, Source, read_sources, read_trials
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
-from benchmarks.lifetime.world import FORGOTTEN, World, make_world
+from benchmarks.lifetime.world import FORGOTTEN, FORGOTTEN_SPREAD, World, make_world
 from ops.errors import ConfigError
 from ops.ledger import VerdictRow
 from ops.ledger.rows import GateOutcome
@@ -218,3 +218,30 @@ def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_fo
     complete = [course for course in courses if course is not None]
     assert len(complete) == 2
     assert repeated(complete, reference)["forgotten_per_update"] == FORGOTTEN
+
+
+def test_how_much_of_it_differs_as_among_the_committed_candidates_of_the_gate() -> None:
+    """Of what their incumbents had learned: what is not proportional to the level, and not the items' deviation."""
+    trials = dict(read_trials(ARCHIVE))
+    by_name = {plan.name: plan for plan in plans(CHAIN + len(BAD), MOST_CANDIDATES)}
+    levels, changes, noise = [], [], []
+    for name in trials.keys() & by_name.keys():
+        if by_name[name].kind != "second" or by_name[name].incumbent not in trials:
+            continue
+        incumbent = by_name[by_name[name].incumbent]
+        sides = (trials[model][fresh_name(incumbent.domain)] for model in ("base", incumbent.name, name))
+        base, before, after = ((ranks < 5).mean(axis=1) for ranks in sides)
+        levels.append(before.mean() - base.mean())
+        changes.append((after - before).mean())
+        noise.append((after - before).var() / len(base))
+    level, change = np.array(levels), np.array(changes)
+    assert len(level) == 20
+    left = change - (level @ change) / (level @ level) * level
+    assert float(np.sqrt(left.var() - np.mean(noise))) == pytest.approx(FORGOTTEN_SPREAD, abs=5e-4)
+
+
+def test_an_updater_whose_candidates_failed_can_still_release() -> None:
+    """Levels for losses that fall with each failure kept the sixth update of a stream, and all after it, out."""
+    schedule = Schedule(SETTINGS, waiting=True, candidates=30)
+    look = schedule.plan().look(5000)
+    assert look.level < 1e-4 and look.loss_level == pytest.approx(SETTINGS.alpha)

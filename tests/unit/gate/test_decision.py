@@ -19,7 +19,7 @@ def hits(n: int, share: float, views: int = 1, seed: int = 0) -> np.ndarray:
 
 
 def findings(*entries: Scores, min_items: int = 50, margin: float = 0.05) -> Findings:
-    return decide(entries, level=LEVEL, margin=margin, min_items=min_items)
+    return decide(entries, level=LEVEL, loss_level=LEVEL, margin=margin, min_items=min_items)
 
 
 def judge(*entries: Scores, min_items: int = 50, margin: float = 0.05) -> tuple[SuiteResult, ...]:
@@ -299,6 +299,22 @@ def test_every_retention_suite_is_tested_at_the_whole_level() -> None:
     assert LEVEL / 7 < alone.p <= LEVEL
     assert [r.decision for r in judge(barely, *[replace(KEPT)] * 6)] == ["passed"] * 7
     assert {r.alpha for r in judge(barely, KEPT, LOST, LEARNT) if r.role == "retention"} == {LEVEL}
+
+
+def test_gains_and_losses_have_levels_of_their_own() -> None:
+    before = hits(300, 0.5)
+    barely = scores("barely", before, changed(before, 10, 8))
+    (retention,), (gain,) = judge(barely), judge(LEARNT)
+    between = 0.5 * retention.p
+    assert gain.p < between < retention.p <= LEVEL
+
+    def outcome(level: float, loss_level: float) -> str:
+        found = decide([barely, LEARNT], level=level, loss_level=loss_level, margin=0.05, min_items=50)
+        return conclude(found, FINE)[0]
+
+    assert outcome(between, LEVEL) == "passed"
+    assert outcome(LEVEL, between) == "inconclusive", "the loss is not excluded"
+    assert outcome(1e-9, LEVEL) == "inconclusive", "the gain is not shown"
 
 
 def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:

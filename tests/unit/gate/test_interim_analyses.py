@@ -10,7 +10,7 @@ from updater.gate.interim_analyses import candidate_alpha, look, needed_items, n
 
 
 def nominal(alpha: float, looks: list[int], needed: int) -> list[float]:
-    return [look(alpha, looks[:i], items, needed).level for i, items in enumerate(looks)]
+    return [look(alpha, alpha, looks[:i], items, needed).level for i, items in enumerate(looks)]
 
 
 @pytest.mark.parametrize(
@@ -28,32 +28,41 @@ def test_the_bounds_of_looks_are_the_published_ones(looks: list[int], bounds: li
 
 
 def test_one_look_with_all_items_is_an_ordinary_test() -> None:
-    alone = look(0.03, [], 500, 500)
+    alone = look(0.03, 0.05, [], 500, 500)
     assert alone.level == pytest.approx(0.03, abs=1e-9)
     assert (alone.number, alone.spent, alone.left, alone.next) == (1, pytest.approx(0.03), pytest.approx(0.0), None)
-    assert look(0.03, [], 900, 500).level == pytest.approx(0.03, abs=1e-9)
+    assert look(0.03, 0.05, [], 900, 500).level == pytest.approx(0.03, abs=1e-9)
+
+
+def test_a_loss_is_excluded_at_the_same_level_however_many_candidates_failed() -> None:
+    for failed in (0, 5, 50):
+        alone = look(candidate_alpha(0.05, failed), 0.05, [], 500, 500)
+        assert alone.level == pytest.approx(candidate_alpha(0.05, failed), abs=1e-9)
+        assert alone.loss_level == pytest.approx(0.05, abs=1e-9)
+    first, last = look(0.01, 0.05, [], 250, 500), look(0.01, 0.05, [250], 500, 500)
+    assert first.loss_level + last.loss_level >= 0.05 > last.loss_level > first.loss_level > first.level
 
 
 def test_what_looks_spend_adds_up_to_the_candidates_share() -> None:
-    first = look(0.03, [], 250, 500)
+    first = look(0.03, 0.05, [], 250, 500)
     assert first.spent == pytest.approx(spending(0.03, 0.5)) == pytest.approx(first.level)
     assert first.left == pytest.approx(0.03 - first.spent)
     assert first.before == 0.0
-    assert look(0.03, [250], 375, 500).before == first.spent
-    last = look(0.03, [250, 375], 500, 500)
+    assert look(0.03, 0.05, [250], 375, 500).before == first.spent
+    last = look(0.03, 0.05, [250, 375], 500, 500)
     assert last.next is None
     assert (last.number, last.spent, last.left) == (3, pytest.approx(0.03), pytest.approx(0.0))
     assert 0.8 * 0.03 < last.level < 0.03
 
 
 def test_a_look_without_new_items_spends_nothing() -> None:
-    again = look(0.03, [250], 250, 500)
+    again = look(0.03, 0.05, [250], 250, 500)
     assert again.level == 0.0
     assert again.spent == pytest.approx(spending(0.03, 0.5))
 
 
 def test_a_look_with_hardly_any_items_spends_nothing() -> None:
-    assert look(0.03, [], 10, 500).level == 0.0
+    assert look(0.03, 0.05, [], 10, 500).level == 0.0
 
 
 def test_a_candidate_is_asked_again_with_each_quarter_of_the_needed_items_and_given_up_after_all() -> None:
@@ -95,9 +104,9 @@ def test_candidates_that_changed_nothing_do_not_make_a_gain_look_easy_to_see() -
 
 def test_bad_numbers_are_named() -> None:
     with pytest.raises(ValueError, match="0 items"):
-        look(0.03, [], 0, 500)
+        look(0.03, 0.05, [], 0, 500)
     with pytest.raises(ValueError, match="of 0 needed"):
-        look(0.03, [], 10, 0)
+        look(0.03, 0.05, [], 10, 0)
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def verdict(lost: int = 60) -> Verdict:
     first = scores("emoji_retrieval", before, changed(before, lost, 5))
     second = scores("fresh.fluent3d", before, changed(before, 10, 80), role="gain")
     entries = [type(first)(first.suite, first.base, first.before, first.after, 0.05, worst), second]
-    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, min_items=50)
     checks = (Check("finite", True, "128 vectors are finite", 0.0, 0.01), Check("latency", True, "fine", float("nan")))
     outcome, reasons = conclude(findings, checks)
     return Verdict(
@@ -51,7 +51,7 @@ def verdict(lost: int = 60) -> Verdict:
         gain=findings.gain,
         checks=checks,
         alpha=0.05,
-        look=Plan(0.03, 300, (100,)).look(250),
+        look=Plan(0.03, 0.05, 300, (100,)).look(250),
         candidates=3,
         fresh=250,
         seconds=41.25,
@@ -137,7 +137,7 @@ def test_a_look_that_was_not_made_has_spent_nothing() -> None:
     assert unmade["spent"] == made["before"] < made["spent"]
     assert unmade["left"] > made["left"]
     assert unmade["left_for_others"] == made["left_for_others"], "the share was taken by the look before"
-    first = replace(verdict(), spent=False, look=Plan(0.03, 300).look(250)).to_json()["look"]
+    first = replace(verdict(), spent=False, look=Plan(0.03, 0.05, 300).look(250)).to_json()["look"]
     assert first["spent"] == 0.0 and first["left_for_others"] > made["left_for_others"]
 
 
@@ -216,7 +216,7 @@ def test_a_question_is_shown_with_its_answers_before_and_after() -> None:
     first = outcomes(before)
     findings = decide(
         [Scores(suite, first, first, outcomes(changed(before, 60, 5)), 0.3, worst, np.arange(300))],
-        level=0.03, margin=0.05, min_items=50,
+        level=0.03, loss_level=0.05, margin=0.05, min_items=50,
     )  # fmt: skip
     page = render(replace(verdict(), suites=findings.results, gain=None, candidate="vlm-0123456789ab").to_json())
     assert "red → nothing" in page and "right: red, crimson" in page

@@ -79,12 +79,13 @@ def verdict(worst: tuple[Regression, ...]) -> Verdict:
     hits = (np.random.default_rng(0).random((300, 2)) < 0.5).astype(float)
     suite = Suite(name="fresh.family", role="gain", task="retrieval")
     entries = [Scores(suite, outcomes(hits), outcomes(hits), outcomes(changed(hits, 90, 5)), 0.05, worst)]
-    findings = decide(entries, level=0.03, margin=0.05, min_items=50)
+    findings = decide(entries, level=0.03, loss_level=0.05, margin=0.05, min_items=50)
     outcome, reasons = conclude(findings, ())
     return Verdict(
         outcome=outcome, reasons=reasons, candidate="clip-0123456789ab", incumbent=None, base="tiny",
         suites=findings.results, gain=findings.gain, checks=(), alpha=0.05,
-        look=Plan(0.03, 300).look(300), candidates=0, fresh=300, seconds=1.0, created_at="2026-01-01T00:00:00+00:00",
+        look=Plan(0.03, 0.05, 300).look(300), candidates=0, fresh=300, seconds=1.0,
+        created_at="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
 
 

@@ -297,7 +297,7 @@ def _by_caption(rng: np.random.Generator, captions: int, each: int) -> tuple[np.
 def test_ten_items_of_a_caption_are_not_ten_items(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a nominal 3% a gain that is none is shown in one run of five where items are taken for independent."""
     monkeypatch.setattr(
-        statistics, "_draws", lambda level: 1999
+        statistics, "_draws", lambda level, tests: 1999
     )  # a tenth of what a verdict draws: 400 runs in seconds
     rng = np.random.default_rng(11)
     runs, level = 400, 0.03
@@ -384,3 +384,11 @@ def test_a_model_that_changes_no_rank_has_no_gain() -> None:
     ranks = reciprocal_log_rank(np.arange(100).reshape(50, 2))
     same = compare_clusters(ranks, ranks, margin=0.05, level=0.03, graded=True)
     assert same.difference == 0.0 and same.p_superior > 0.3
+
+
+def test_draws_reach_the_level_and_what_tests_have_of_it_when_they_share_it() -> None:
+    for level, tests in ((0.05, 1), (0.001, 1), (0.001, 60), (1e-9, 1)):
+        draws = statistics._draws(level, tests)
+        assert statistics.RESAMPLES <= draws <= statistics.MAX_RESAMPLES
+        if 25 / level < statistics.MAX_RESAMPLES:
+            assert level * draws >= 25 and (level / tests) * draws >= 2

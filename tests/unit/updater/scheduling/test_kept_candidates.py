@@ -256,5 +256,7 @@ def test_the_state_of_learning_says_what_is_there_and_what_was_spent(lab: Lab) -
     facts = state.to_json()
     assert facts["fresh_items"] == 8 and facts["fresh_items_needed"] > NEEDED
     assert facts["kept"]["adapter"] == "clip-u1" and facts["kept"]["looks"] == 1
+    following = kept_candidates.plan(lab.settings.gate, lab.ledger, "clip", None, halved=False)
+    assert following.loss_alpha == 0.05, "each candidate's, whatever failed before"
     assert facts["alpha_spent"] == pytest.approx(candidate_alpha(0.05, 0) + candidate_alpha(0.05, 1))
-    assert state.alpha_line.startswith("alpha 0.05 until the next release: 0.038 spent, 0.012 left")
+    assert state.alpha_line.startswith("alpha 0.05 for gains until the next release: 0.038 spent, 0.012 left")
