@@ -257,7 +257,8 @@ def learning_line(family: str, state: dict[str, Any]) -> str:
     """Fresh items and alpha of one model, and the candidate that waits for more of them."""
     line = f"{family}: {state['fresh_items']:,} of {state['fresh_items_needed']:,} fresh items"
     left = state["alpha"] - state["alpha_spent"]
-    line += f"\n  alpha {state['alpha']:g}: {state['alpha_spent']:.2g} spent on gains since the last release, {left:.2g} left"
+    spent = f"{state['alpha_spent']:.2g} spent on gains since the last release"
+    line += f"\n  alpha {state['alpha']:g}: {spent}, {left:.2g} left"
     if (candidate := state["kept"]) is not None:
         items = f"{candidate['asked_again_with']:,} fresh items"
         line += f"\n  {candidate['adapter']}: {candidate['looks']} looks, the next with {items}"

@@ -34,9 +34,9 @@ class LearningState:
     @property
     def alpha_line(self) -> str:
         """For people."""
+        spent = f"{self.spent:.2g} spent, {self.alpha - self.spent:.2g} left"
         return (
-            f"alpha {self.alpha:g} for gains until the next release: {self.spent:.2g} spent, {self.alpha - self.spent:.2g} left; "
-            "for losses all of it in each candidate"
+            f"alpha {self.alpha:g} for gains until the next release: {spent}; for losses, all of it for each candidate"
         )
 
     def to_json(self) -> dict[str, Any]:

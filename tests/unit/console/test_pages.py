@@ -74,7 +74,7 @@ def test_pages_tell_the_story_of_the_ledger(visitor: TestClient, story: Story) -
     verdicts = visitor.get("/gate").text
     assert "Rejected" in verdicts and "Passed" in verdicts and "Warning: something to look at" in verdicts
     assert "0 of " in verdicts and "fresh items" in verdicts
-    assert "alpha 0.05 until the next release" in verdicts
+    assert "alpha 0.05 for gains until the next release" in verdicts
     overview = visitor.get("/overview/now").text
     assert "Release 2" in overview and "fresh items" in overview
     assert visitor.get("/audit?about=release+2&actor=updater").text.count("<tr>") == 2
