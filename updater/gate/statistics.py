@@ -36,7 +36,7 @@ from updater.gate.resampling import PSEUDO, RESAMPLES, Bootstrap, Floats, bootst
 SMALLEST_REACH = 1e-6
 """Of a model that changes no rank at all."""
 MAX_RESAMPLES = 400_000
-"""Bound on the draws (about half a second and 50 MB)."""
+"""Bound on the draws (a second or two, and 50 MB)."""
 BEYOND, BEYOND_SHARE = 25.0, 2.0
 """Draws beyond a level: p is known to a fifth of itself there, and where tests share the level it can be reached."""
 
