@@ -72,7 +72,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 - name: RATCHET_CONFIG
   value: /etc/ratchet/ratchet.yaml
 {{ include "ratchet.ledgerEnv" $top }}
-{{- if has $part (list "serving" "console") }}
+{{- if has $part (list "serving" "console" "updater") }}
 {{- with $top.Values.operatorKey.existingSecret }}
 - name: RATCHET_SERVE__OPERATOR_KEY
   valueFrom:

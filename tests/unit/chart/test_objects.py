@@ -79,7 +79,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
                     names.setdefault(component, set()).add(reference["name"])
                 assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     assert names["migration"] == {"ratchet-ledger"}
-    assert names["updater"] == {"ratchet-ledger", "ratchet-s3"}
+    assert names["updater"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}  # it reads serving's /metrics
     assert names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
     assert names["ingest"] == {*names["maintain"], "ratchet-split"}
     assert names["serving-worker"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}
@@ -128,9 +128,31 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     assert outward(objects, "migration", labels) == {dns, ledger}
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, store}
     assert outward(objects, "maintain", labels) == {dns, ledger, kafka, store}
-    assert outward(objects, "updater", labels) == {dns, ledger, store}
+    assert outward(objects, "updater", labels) == {dns, ledger, store, serve}
     assert outward(objects, "console", labels) == {dns, ledger, kafka, store, serve}
     assert outward(objects, "serving-worker", labels) == {dns, ledger, store, redis}
+
+
+def callers(spec: dict[str, Any], port: int | str, labels: dict[str, dict[str, str]]) -> set[str]:
+    """The components, as far as they are named one by one, that a policy lets in at a port."""
+    peers = [
+        peer["podSelector"]
+        for rule in spec.get("ingress", [])
+        if any(each["port"] == port for each in rule.get("ports", []))
+        for peer in rule["from"]
+        if peer.get("podSelector") and "namespaceSelector" not in peer
+    ]
+    return {name for selector in peers for name in chosen(selector, labels)}
+
+
+@pytest.mark.parametrize("off", ["", "console", "updater"])
+def test_serving_lets_in_the_parts_that_call_it(off: str) -> None:
+    """With clients of another namespace only: the console, and the trainer, which reads how long requests take."""
+    values = {"networkPolicy": {"ingress": {"clients": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]}}}
+    objects = render(values, {off: {"enabled": False}} if off else {})
+    labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
+    found = {name for spec in policies(objects, "serving-head", labels) for name in callers(spec, 8000, labels)}
+    assert found == {"console", "updater"} - {off}
 
 
 def test_rays_ports_are_open_to_ray_alone(objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]) -> None:
