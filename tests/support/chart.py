@@ -41,6 +41,13 @@ EVERYTHING: dict[str, Any] = {
     },
     "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}},
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
+    "podAnnotations": {"example.org/team": "ml"},
+    "runtimeClassName": "nvidia",
+    "caBundle": {"configMap": "company-ca"},
+    "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+    "extraVolumes": [{"name": "cache", "emptyDir": {"sizeLimit": "1Gi"}}],
+    "extraVolumeMounts": [{"name": "cache", "mountPath": "/cache"}],
+    "networkPolicy": {"egress": {"cloudIdentity": [{"cidr": "169.254.169.254/32", "port": 80}]}},
     "monitoring": {
         "podMonitors": True, "rules": True, "dashboards": True, "labels": {"release": "prometheus"},
         "runbooks": "https://git.example/runbooks",

@@ -28,6 +28,7 @@ spec:
         app.kubernetes.io/component: {{ .part }}
       annotations:
         checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
+        {{- include "ratchet.addedAnnotations" $top | nindent 8 }}
     spec:
       {{- include "ratchet.podSpec" (list $top .part .values) | nindent 6 }}
       terminationGracePeriodSeconds: 60
@@ -39,7 +40,9 @@ spec:
         - name: {{ .part }}
           {{- include "ratchet.container" $top | nindent 10 }}
           command: [ratchet, {{ .command }}]
-          env: {{- include "ratchet.env" (list $top .part) | nindent 12 }}
+          env:
+            {{- include "ratchet.env" (list $top .part) | nindent 12 }}
+            {{- include "ratchet.addedEnv" $top | nindent 12 }}
           ports:
             - {name: {{ .portName }}, containerPort: {{ .port }}}
           {{- include "ratchet.probes" (dict "path" .path "port" .portName "ready" .ready "timeout" 10 "start" 60) | nindent 10 }}
@@ -52,6 +55,7 @@ spec:
             {{- toYaml $resources | nindent 12 }}
           volumeMounts:
             {{- include "ratchet.mounts" (list $top .part) | nindent 12 }}
+            {{- include "ratchet.addedMounts" $top | nindent 12 }}
             {{- if .values.sharedMemory }}
             - {name: shm, mountPath: /dev/shm}
             {{- end }}
@@ -60,6 +64,7 @@ spec:
             {{- end }}
       volumes:
         {{- include "ratchet.volumes" (list $top .part) | nindent 8 }}
+        {{- include "ratchet.addedVolumes" $top | nindent 8 }}
         - name: home
           {{- $size := dig "storage" "sizeLimit" "1Gi" .values }}
           {{- if dig "storage" "existingClaim" "" .values }}

@@ -21,6 +21,9 @@ capabilities: {drop: [ALL]}
 serviceAccountName: {{ include "ratchet.fullname" $top }}
 automountServiceAccountToken: false
 enableServiceLinks: false
+{{- with $top.Values.runtimeClassName }}
+runtimeClassName: {{ . }}
+{{- end }}
 {{- with include "ratchet.priorityClass" (list $top (eq $part "updater" | ternary "training" "serving")) }}
 priorityClassName: {{ . }}
 {{- end }}
@@ -48,6 +51,47 @@ topologySpreadConstraints:
     labelSelector:
       matchLabels: {{- include "ratchet.selector" (list $top $part) | nindent 8 }}
   {{- end }}
+{{- end -}}
+
+{{/* What an installation adds to every pod: $. */}}
+{{- define "ratchet.addedAnnotations" -}}
+{{- with .Values.podAnnotations }}{{ toYaml . }}{{ end -}}
+{{- end -}}
+
+{{- define "ratchet.addedEnv" -}}
+{{- if or .Values.caBundle.configMap .Values.caBundle.secret }}
+{{- range list "SSL_CERT_FILE" "REQUESTS_CA_BUNDLE" "AWS_CA_BUNDLE" }}
+- name: {{ . }}
+  value: /etc/ratchet/ca/{{ $.Values.caBundle.key }}
+{{- end }}
+{{- end }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "ratchet.addedMounts" -}}
+{{- if or .Values.caBundle.configMap .Values.caBundle.secret }}
+- {name: ca, mountPath: /etc/ratchet/ca, readOnly: true}
+{{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "ratchet.addedVolumes" -}}
+{{- with .Values.caBundle }}
+{{- if .configMap }}
+- name: ca
+  configMap: {name: {{ .configMap }}, items: [{key: {{ .key }}, path: {{ .key }}}]}
+{{- else if .secret }}
+- name: ca
+  secret: {secretName: {{ .secret }}, defaultMode: 0440, items: [{key: {{ .key }}, path: {{ .key }}}]}
+{{- end }}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "ratchet.container" -}}
@@ -180,9 +224,13 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
   {{- else }}
   command: [ratchet, base, show, {{ join ", " $names }}]
   {{- end }}
-  env: {{- include "ratchet.env" (list $top "bases") | nindent 4 }}
+  env:
+    {{- include "ratchet.env" (list $top "bases") | nindent 4 }}
+    {{- include "ratchet.addedEnv" $top | nindent 4 }}
   resources: {{- toYaml $top.Values.bases.resources | nindent 4 }}
-  volumeMounts: {{- include "ratchet.mounts" . | nindent 4 }}
+  volumeMounts:
+    {{- include "ratchet.mounts" . | nindent 4 }}
+    {{- include "ratchet.addedMounts" $top | nindent 4 }}
 {{- end -}}
 
 {{/* Three probes of one endpoint: (dict "path" "/metrics" "port" "metrics" "timeout" 5 "start" 30). */}}

@@ -42,6 +42,7 @@ metadata:
     {{- include "ratchet.selector" (list $top $part) | nindent 4 }}
   annotations:
     checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
+    {{- include "ratchet.addedAnnotations" $top | nindent 4 }}
 spec:
   {{- include "ratchet.podSpec" (list $top $part $values) | nindent 2 }}
   terminationGracePeriodSeconds: {{ add (include "ratchet.drainSeconds" $top | int) 15 }}
@@ -54,6 +55,7 @@ spec:
       env:
         {{- include "ratchet.env" (list $top "serving") | nindent 8 }}
         {{- include "ratchet.rayEnv" $top | nindent 8 }}
+        {{- include "ratchet.addedEnv" $top | nindent 8 }}
       ports:
         - {name: agent, containerPort: 52365}
         - {name: metrics, containerPort: 8080}
@@ -79,6 +81,7 @@ spec:
         {{- toYaml $resources | nindent 8 }}
       volumeMounts:
         {{- include "ratchet.mounts" (list $top "serving") | nindent 8 }}
+        {{- include "ratchet.addedMounts" $top | nindent 8 }}
         - {name: metrics, mountPath: /run/ratchet/metrics}
         - {name: shm, mountPath: /dev/shm}
     - name: exporter
@@ -86,6 +89,7 @@ spec:
       command: [ratchet, metrics, serve, /run/ratchet/metrics, --port, {{ $top.Values.serving.exporter.port | int | quote }}, --host, "0.0.0.0"]
       env:
         - {name: HOME, value: /home/ratchet}
+        {{- include "ratchet.addedEnv" $top | nindent 8 }}
       ports:
         - {name: exporter, containerPort: {{ $top.Values.serving.exporter.port | int }}}
       {{- include "ratchet.probes" (dict "path" "/metrics" "port" "exporter" "timeout" 10 "start" 30) | nindent 6 }}
@@ -94,8 +98,10 @@ spec:
         - {name: user, mountPath: /home/ratchet}
         - {name: tmp, mountPath: /tmp}
         - {name: metrics, mountPath: /run/ratchet/metrics}
+        {{- include "ratchet.addedMounts" $top | nindent 8 }}
   volumes:
     {{- include "ratchet.volumes" (list $top "serving") | nindent 4 }}
+    {{- include "ratchet.addedVolumes" $top | nindent 4 }}
     - name: home
       emptyDir: {sizeLimit: 50Gi}
     - name: metrics

@@ -122,15 +122,16 @@ def outward(objects: list[dict[str, Any]], component: str, labels: dict[str, dic
 def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]
 ) -> None:
-    dns, ledger, kafka, store, redis, serve = 53, 5432, 9092, 443, 6379, 8000
+    dns, ledger, kafka, redis, serve = 53, 5432, 9092, 6379, 8000
+    store = {443, 80}  # and the credentials of the cloud, from its metadata
     for component in labels:
         assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(objects, component, labels)[0].items()
     assert outward(objects, "migration", labels) == {dns, ledger}
-    assert outward(objects, "ingest", labels) == {dns, ledger, kafka, store}
-    assert outward(objects, "maintain", labels) == {dns, ledger, kafka, store}
-    assert outward(objects, "updater", labels) == {dns, ledger, store, serve}
-    assert outward(objects, "console", labels) == {dns, ledger, kafka, store, serve}
-    assert outward(objects, "serving-worker", labels) == {dns, ledger, store, redis}
+    assert outward(objects, "ingest", labels) == {dns, ledger, kafka, *store}
+    assert outward(objects, "maintain", labels) == {dns, ledger, kafka, *store}
+    assert outward(objects, "updater", labels) == {dns, ledger, *store, serve}
+    assert outward(objects, "console", labels) == {dns, ledger, kafka, *store, serve}
+    assert outward(objects, "serving-worker", labels) == {dns, ledger, *store, redis}
 
 
 def callers(spec: dict[str, Any], port: int | str, labels: dict[str, dict[str, str]]) -> set[str]:
@@ -153,6 +154,35 @@ def test_serving_lets_in_the_parts_that_call_it(off: str) -> None:
     labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
     found = {name for spec in policies(objects, "serving-head", labels) for name in callers(spec, 8000, labels)}
     assert found == {"console", "updater"} - {off}
+
+
+def test_the_ingress_controller_reaches_what_is_published() -> None:
+    controller = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}}}
+    for values, published in (
+        ({}, set()),
+        ({"enabled": True, "host": "a.example"}, {8000}),
+        ({"enabled": True, "host": "a.example", "consoleHost": "c.example"}, {8000, 8001}),
+    ):
+        rules = [
+            rule
+            for each in of_kind(render({"ingress": values}), "NetworkPolicy")
+            for rule in each["spec"].get("ingress", [])
+        ]
+        assert {port["port"] for rule in rules if controller in rule["from"] for port in rule["ports"]} == published
+
+
+def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -> None:
+    for cidr, port in (("169.254.169.254/32", 80), ("169.254.169.252/32", 988), ("169.254.170.23/32", 80)):
+        values = {"networkPolicy": {"egress": {"cloudIdentity": [{"cidr": cidr, "port": port}]}}}
+        opened = {"to": [{"ipBlock": {"cidr": cidr}}], "ports": [{"protocol": "TCP", "port": port}]}
+        objects = render(values)
+        labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
+        found = {
+            name for name in labels for spec in policies(objects, name, labels) if opened in spec.get("egress", [])
+        }
+        assert found == labels.keys() - {"migration"}
+    rules = [rule for each in of_kind(render(), "NetworkPolicy") for rule in each["spec"].get("egress", [])]
+    assert not [rule for rule in rules for peer in rule.get("to", []) if "ipBlock" in peer], "closed by default"
 
 
 def test_rays_ports_are_open_to_ray_alone(objects: list[dict[str, Any]], labels: dict[str, dict[str, str]]) -> None:

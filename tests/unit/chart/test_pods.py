@@ -155,3 +155,29 @@ def test_pods_spread_over_nodes_and_zones(objects: list[dict[str, Any]]) -> None
             assert {each["topologyKey"] for each in spread} == {"kubernetes.io/hostname", "topology.kubernetes.io/zone"}
             for each in spread:
                 assert each["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+def test_every_pod_has_what_the_installation_adds() -> None:
+    objects = render(EVERYTHING)
+    ca = "/etc/ratchet/ca/ca.crt"
+    for component, template in pods(objects):
+        assert template["metadata"]["annotations"]["example.org/team"] == "ml", component
+        assert template["spec"]["runtimeClassName"] == "nvidia"
+    for component, spec, container in containers(objects):
+        variables = {each["name"]: each.get("value") for each in container["env"]}
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in spec["volumes"]}
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"):
+            assert variables[name] == ca, (component, container["name"])
+        assert mounts["ca"] == "/etc/ratchet/ca"
+        assert volumes["ca"]["configMap"] == {"name": "company-ca", "items": [{"key": "ca.crt", "path": "ca.crt"}]}
+        assert variables["HTTPS_PROXY"] == "http://proxy:3128"
+        assert mounts["cache"] == "/cache"
+        assert len(variables) == len(container["env"]), "a name twice"
+
+
+def test_the_bundle_of_cas_may_lie_in_a_secret() -> None:
+    for _, spec, container in containers(render({"caBundle": {"secret": "company-ca", "key": "bundle.pem"}})):
+        volume = next(volume for volume in spec["volumes"] if volume["name"] == "ca")
+        assert volume["secret"]["secretName"] == "company-ca"
+        assert {"name": "SSL_CERT_FILE", "value": "/etc/ratchet/ca/bundle.pem"} in container["env"]

@@ -32,6 +32,13 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     ("fault tolerance without Redis", {"serving": {"gcsFaultTolerance": {"enabled": True}}}, ["redisAddress"]),
     ("a volume without a claim", {"bases": {"source": "volume"}}, ["/bases/existingClaim"]),
     ("an ingress without a host", {"ingress": {"enabled": True}}, ["/ingress/host"]),
+    (
+        "an ingress for anybody",
+        {"networkPolicy": {"ingress": {"controller": []}}},
+        ["/networkPolicy/ingress/controller"],
+    ),
+    ("CAs in two places", {"caBundle": {"configMap": "a", "secret": "b"}}, ["/caBundle/secret"]),
+    ("a variable without a name", {"extraEnv": [{"value": "x"}]}, ["/extraEnv/0", "name"]),
     ("an open peer", {"networkPolicy": {"ingress": {"clients": [{}]}}}, ["/networkPolicy/ingress/clients/0"]),
 ]
 
