@@ -103,7 +103,9 @@ def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not
     spec = job["spec"]["template"]["spec"]
     assert spec["containers"][0]["command"] == ["ratchet", "ledger", "migrate"]
     assert not {"serviceAccountName", "priorityClassName"} & spec.keys()
-    assert not [volume for volume in spec["volumes"] if "configMap" in volume]
+    assert [each["configMap"]["name"] for each in spec["volumes"] if "configMap" in each] == [
+        "company-ca"
+    ]  # not the chart's
 
 
 def policies(objects: list[dict[str, Any]], component: str, labels: dict[str, dict[str, str]]) -> list[Any]:
