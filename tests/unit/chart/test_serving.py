@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import typer
@@ -105,22 +105,84 @@ def test_without_a_vlm_the_configuration_names_none() -> None:
     assert [each.name for each in config.applications[0].deployments] == ["Encoder"]
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_all_replicas_fit_on_the_workers(name: str, tmp_path: Path) -> None:
-    objects = render(profile(name))
-    at = settings_of(objects, tmp_path).serve
-    actors = {
-        each.name: each.ray_actor_options.model_dump() for each in serve_config(objects).applications[0].deployments
-    }
+class Kind(NamedTuple):
+    """Replicas of one deployment, and what each of them reserves, in thousandths."""
+
+    replicas: int
+    cpus: int
+    gpus: int
+    most: int
+    """Replicas that one node may have."""
+
+
+def stuck(kinds: tuple[Kind, ...], nodes: int, cpus: int, gpus: int) -> list[tuple[int, ...]] | None:
+    """A placement, node by node, from which a replica that is left fits nowhere; None if there is none.
+
+    Ray puts each replica on any node that has room, in any order, so all placements that come from that are looked at.
+    Nodes are alike, so placements that differ in the order of nodes only are one.
+    """
+
+    def room(node: tuple[int, ...], which: int) -> bool:
+        with_it = [count + (index == which) for index, count in enumerate(node)]
+        return (
+            with_it[which] <= kinds[which].most
+            and sum(count * kind.cpus for count, kind in zip(with_it, kinds, strict=True)) <= cpus
+            and sum(count * kind.gpus for count, kind in zip(with_it, kinds, strict=True)) <= gpus
+        )
+
+    seen: set[tuple[tuple[int, ...], ...]] = set()
+    ahead = [((0,) * len(kinds),) * nodes]
+    while ahead:
+        placed = ahead.pop()
+        for which, kind in reversed([*enumerate(kinds)]):
+            if sum(node[which] for node in placed) == kind.replicas:
+                continue
+            fits = {node for node in placed if room(node, which)}
+            if not fits:
+                return list(placed)
+            for node in sorted(fits):
+                others = list(placed)
+                others.remove(node)
+                more = tuple(count + (index == which) for index, count in enumerate(node))
+                after = tuple(sorted([*others, more]))
+                if after not in seen:
+                    seen.add(after)
+                    ahead.append(after)
+    return None
+
+
+def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[int, ...]] | None:
+    """A placement of encoders, VLMs and the rest on the workers that is stuck, if there is one."""
+    at = settings_of(objects, folder).serve
     group = of_kind(objects, "RayService")[0]["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     resources = group["template"]["spec"]["containers"][0]["resources"]
-    smaller = 1.0  # ingress, catalog and controller
-    for kind, have in (
-        ("num_cpus", resources["requests"]["cpu"]),
-        ("num_gpus", resources["limits"].get("nvidia.com/gpu", 0)),
-    ):
-        wanted = at.encoder_replicas * actors["Encoder"][kind] + at.vlm_replicas * actors["Vlm"][kind]
-        assert wanted + (smaller if kind == "num_cpus" else 0) <= group["replicas"] * float(have) + 1e-9
+    replicas = {"Encoder": at.encoder_replicas, "Vlm": at.vlm_replicas}
+    kinds = [
+        Kind(
+            replicas[each.name],
+            round(1000 * each.ray_actor_options.num_cpus),
+            round(1000 * each.ray_actor_options.num_gpus),
+            each.max_replicas_per_node if isinstance(each.max_replicas_per_node, int) else 1000,
+        )
+        for each in serve_config(objects).applications[0].deployments
+    ]
+    rest = Kind(at.ingress_replicas + at.controller_replicas, 200, 0, 1000)  # the catalog is one more, of half as much
+    cpus = round(1000 * float(resources["requests"]["cpu"])) - 100
+    gpus = 1000 * int(resources["limits"].get("nvidia.com/gpu", 0))
+    return stuck((*kinds, rest), group["replicas"], cpus, gpus)
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(name: str, tmp_path: Path) -> None:
+    assert stuck_on_workers(render(profile(name)), tmp_path) is None
+
+
+def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_path: Path) -> None:
+    """Eight encoders of 0.05 GPU on the first of four GPUs leave 0.6 there for a VLM that wants 0.9."""
+    unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 0}, "vlm": {"maxPerNode": 0}}}}
+    placed = stuck_on_workers(render(profile("multigpu"), unlimited), tmp_path)
+    assert placed is not None
+    assert max(encoders for encoders, _, _ in placed) > 2
 
 
 def test_each_pod_has_the_bases_before_it_starts() -> None:

@@ -24,6 +24,11 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     ("two trainers", {"updater": {"replicas": 2}}, ["/updater", "replicas"]),
     ("two that maintain", {"maintain": {"replicas": 2}}, ["/maintain", "replicas"]),
     ("a claim that pods of ingest would share", {"ingest": {"storage": {"existingClaim": "x"}}}, ["/ingest/storage"]),
+    (
+        "too many replicas on a node",
+        {"serving": {"actors": {"vlm": {"maxPerNode": 101}}}},
+        ["/serving/actors/vlm/maxPerNode"],
+    ),
     ("no worker", {"serving": {"workers": {"replicas": 0}}}, ["/serving/workers/replicas", "minimum"]),
     ("text for a number", {"ingest": {"replicas": "two"}}, ["/ingest/replicas", "integer"]),
     ("an image that is not built", {"image": {"flavour": "rocm"}}, ["/image/flavour", "cpu", "gpu"]),
