@@ -242,10 +242,13 @@ class ServerFixture:
             actor="updater", reason="gate passed", update_id=update,
         )  # fmt: skip
 
-    def traffic(self, rate: float = 30.0) -> Traffic:
-        """A checked load; every third request asks the VLM, where there is one."""
+    def traffic(self, rate: float = 30.0, concurrency: int = 0) -> Traffic:
+        """A checked load; every third request asks the VLM, where there is one. ``concurrency``: so many callers that
+        wait for their answers, instead of a rate.
+        """
         asked = [(image, text) for image in self.images for text in QUESTIONS] if self.vlm is not None else []
-        return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate)
+        return Traffic(self.url, images=self.images, texts=TEXTS, questions=asked, settings=self.settings, rate=rate,
+                       concurrency=concurrency)  # fmt: skip
 
     def expected(self, adapter: str | None, images: Sequence[bytes] = (), texts: Sequence[str] = ()) -> Any:
         """Vectors that a server must answer under an adapter: images first, then texts."""
