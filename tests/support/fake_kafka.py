@@ -113,6 +113,7 @@ class FakeConsumer:
         self._paused: set[int] = set()
         self._highwater: dict[int, int] = {}
         self._subscription = SimpleNamespace(seek=self._seek)
+        self._client = SimpleNamespace(cluster=SimpleNamespace(config={}))
 
     def subscribe(self, topics: Sequence[str], listener: Any) -> None:
         self._listener = listener

@@ -18,15 +18,15 @@ from updater.gate.held_out import Images, TableImages
 from updater.gate.sample_suites import items_by_domain, slug, store_suite, units
 from updater.gate.suites import Family, Suite
 
-CAPACITY = 1000
-"""Items of a suite. A loss of 5 points is excluded at 80% power with some 160 where nothing was lost; where updates
-since took 3 points from the best release, it takes 1,000."""
+CAPACITY: dict[Family, int] = {"clip": 1000, "vlm": 400}
+"""Items of a suite; an answer of a VLM costs many times what a vector does. A loss of 5 points is excluded at 80% power
+with some 160 where nothing was lost; where updates since took 3 points from the best release, it takes 1,000."""
 MOST_DOMAINS = 12
 """Suites of single domains. All must pass, and each is asked of the candidate."""
 PREFIX = "memory"
 
 
-def choose_memory(rows: pa.Table, min_units: int) -> dict[str, list[str]]:
+def choose_memory(rows: pa.Table, min_units: int, capacity: int = CAPACITY["clip"]) -> dict[str, list[str]]:
     """Ids of the samples of each memory suite, by its name.
 
     The largest domains with at least `min_units` samples have a suite each; the rest of the domains, and samples
@@ -35,6 +35,7 @@ def choose_memory(rows: pa.Table, min_units: int) -> dict[str, list[str]]:
     Args:
         rows: columns id and domain of all held-out samples of the data that was learned.
         min_units: items that a suite must have; with fewer no suite can exclude a loss, and every update would wait.
+        capacity: items that a suite has at most.
     """
     by_name: dict[str, list[str]] = defaultdict(list)
     for name, domain in zip(rows["id"].to_pylist(), rows["domain"].to_pylist(), strict=True):
@@ -43,7 +44,7 @@ def choose_memory(rows: pa.Table, min_units: int) -> dict[str, list[str]]:
     largest = sorted(single, key=lambda name: (-len(single[name]), name))[:MOST_DOMAINS]
     rest = [each for name, ids in by_name.items() if name not in largest for each in ids]
     groups = {**{name: single[name] for name in sorted(largest)}, PREFIX: rest}
-    return {name: reservoir(ids, CAPACITY) for name, ids in groups.items() if len(ids) >= min_units}
+    return {name: reservoir(ids, capacity) for name, ids in groups.items() if len(ids) >= min_units}
 
 
 def reservoir(ids: Sequence[str], capacity: int) -> list[str]:
@@ -66,7 +67,7 @@ def memory_suites(
         if len(items) >= 2 and units(items, family) >= min_units:
             about = f"Samples of {name.removeprefix(f'{PREFIX}.')} that" if name != PREFIX else "Other samples that"
             description = f"{about} released updates were judged by, and that were never trained on."
-            suites.append(store_suite(items, name, "retention", family, CAPACITY, 0, description, images))
+            suites.append(store_suite(items, name, "retention", family, CAPACITY[family], 0, description, images))
     return suites
 
 

@@ -6,9 +6,12 @@ import pyarrow as pa
 import pytest
 
 from tests.unit.gate.builders import question_rows, sample_rows
-from updater.gate.memory_suites import CAPACITY, MOST_DOMAINS, choose_memory, learned_before, memory_suites, reservoir
+from updater.gate.memory_suites import CAPACITY as CAPACITIES
+from updater.gate.memory_suites import MOST_DOMAINS, choose_memory, learned_before, memory_suites, reservoir
 
 TABLE = ("id", "domain")
+
+CAPACITY = CAPACITIES["clip"]
 
 
 def rows(**domains: int) -> pa.Table:
