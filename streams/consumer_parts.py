@@ -103,10 +103,10 @@ class Connection:
             "receive_message_max_bytes": MAX_RECORD_BYTES + kafka.batch_bytes,
         }
         consumer = KafkaConsumer(**{**bounds, **client_options(kafka, KafkaConsumer.DEFAULT_CONFIG)})
+        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)  # which checks that it is the kafka-python that we know
         # Asking for a topic that is lost would make it again, with the broker's number of partitions. kafka-python 3.0
         # takes this option of a consumer and does not hand it on.
         consumer._client.cluster.config["allow_auto_create_topics"] = False
-        tolerant_fetch.install(consumer, MAX_RECORD_BYTES)
         assignment = Assignment(consumer, kafka.topic)
         log = LogWatch(admin, consumer, kafka.topic, topic_id)
         consumer.subscribe([kafka.topic], listener=assignment)

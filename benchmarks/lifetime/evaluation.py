@@ -12,7 +12,7 @@ from benchmarks.gate.cases import Answers, item_scores_of
 from benchmarks.lifetime.world import Model, World
 from ops.settings import Gate
 from updater.gate.decision import Findings, Scores, decide
-from updater.gate.interim_analyses import LEAST_LEVEL, Look
+from updater.gate.interim_analyses import Look
 from updater.gate.memory_suites import choose_memory, memory_suites
 from updater.gate.sample_suites import fresh_suites
 from updater.gate.suites import Suite
@@ -60,7 +60,7 @@ def fresh_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
 def memory_of(samples: Sequence[Sample], settings: Gate) -> list[RankedSuite]:
     """Retention suites of held-out samples of what was learned."""
     table, fewest = _table(samples), 2 * settings.min_items
-    suites = memory_suites(table, choose_memory(table, fewest), "clip", fewest, NoImages())
+    suites = memory_suites(table, choose_memory(table, "clip", fewest), "clip", fewest, NoImages())
     return [_ranked_suite(suite) for suite in suites]
 
 
@@ -92,8 +92,8 @@ def findings_of(
         scores.append(Scores(each.suite, sides[0], before, sides[2], best=rival, best_name=name))
     return decide(
         scores,
-        level=max(look.level, LEAST_LEVEL),
-        loss_level=max(look.loss_level, LEAST_LEVEL),
+        level=look.level,
+        loss_level=look.loss_level,
         margin=settings.margin,
         min_items=settings.min_items,
     )

@@ -57,7 +57,7 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
             "Run `ratchet bench gate`, which keeps ranks, and name its folder with --outcomes.",
         )
     pairs: dict[str, list[tuple[Ranks, Ranks]]] = defaultdict(list)
-    for candidate, incumbent, domain in _good_plans():
+    for candidate, incumbent, domain in good_plans():
         before, after = trials.get(incumbent or "base"), trials.get(candidate)
         if before and after:
             wanted = {fresh_name(domain), *(name for name in after if not name.startswith(fresh_name("")))}
@@ -72,7 +72,7 @@ def read_sources(place: Path = ARCHIVE) -> dict[str, Source]:
 
 
 @lru_cache(maxsize=1)
-def _good_plans() -> list[tuple[str, str, str]]:
+def good_plans() -> list[tuple[str, str, str]]:
     """Name, incumbent and domain of each candidate that is meant to be good."""
     fewest = CHAIN + len(BAD)
     return [(p.name, p.incumbent, p.domain) for p in plans(fewest, MOST_CANDIDATES) if p.kind in GOOD]

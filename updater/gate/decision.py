@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ops.ledger.rows import GateOutcome
+from updater.gate.interim_analyses import LEAST_LEVEL
 from updater.gate.resampling import Floats
 from updater.gate.statistics import (
     Comparison,
@@ -96,10 +97,11 @@ def decide(scores: Sequence[Scores], *, level: float, loss_level: float, margin:
     """One result per suite, in the order given, and the pooled gain.
 
     Args:
-        level: of the tests for a gain.
+        level: of the tests for a gain. At 0 nothing is shown, and intervals are those at LEAST_LEVEL.
         loss_level: of the tests that exclude a loss, and of those that show one.
         margin: for suites that name none.
     """
+    level, loss_level = max(level, LEAST_LEVEL), max(loss_level, LEAST_LEVEL)
     smallest = {"retention": loss_level, "gain": min(level, loss_level)}
     sides = [_Sides.of(s, margin, smallest[s.suite.role], MOST_REFERENCES * len(scores)) for s in scores]
     able = [i for i, side in enumerate(sides) if side.units >= min_items]

@@ -26,7 +26,7 @@ MOST_DOMAINS = 12
 PREFIX = "memory"
 
 
-def choose_memory(rows: pa.Table, min_units: int, capacity: int = CAPACITY["clip"]) -> dict[str, list[str]]:
+def choose_memory(rows: pa.Table, family: Family, min_units: int) -> dict[str, list[str]]:
     """Ids of the samples of each memory suite, by its name.
 
     The largest domains with at least `min_units` samples have a suite each; the rest of the domains, and samples
@@ -35,7 +35,6 @@ def choose_memory(rows: pa.Table, min_units: int, capacity: int = CAPACITY["clip
     Args:
         rows: columns id and domain of all held-out samples of the data that was learned.
         min_units: items that a suite must have; with fewer no suite can exclude a loss, and every update would wait.
-        capacity: items that a suite has at most.
     """
     by_name: dict[str, list[str]] = defaultdict(list)
     for name, domain in zip(rows["id"].to_pylist(), rows["domain"].to_pylist(), strict=True):
@@ -44,7 +43,7 @@ def choose_memory(rows: pa.Table, min_units: int, capacity: int = CAPACITY["clip
     largest = sorted(single, key=lambda name: (-len(single[name]), name))[:MOST_DOMAINS]
     rest = [each for name, ids in by_name.items() if name not in largest for each in ids]
     groups = {**{name: single[name] for name in sorted(largest)}, PREFIX: rest}
-    return {name: reservoir(ids, capacity) for name, ids in groups.items() if len(ids) >= min_units}
+    return {name: reservoir(ids, CAPACITY[family]) for name, ids in groups.items() if len(ids) >= min_units}
 
 
 def reservoir(ids: Sequence[str], capacity: int) -> list[str]:

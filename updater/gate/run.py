@@ -14,7 +14,7 @@ from updater.gate.decision import Findings, Scores, conclude, decide
 from updater.gate.diagnostics.concept_counts import ConceptCounts
 from updater.gate.diagnostics.diagnose import diagnose
 from updater.gate.evaluator import Evaluator, M
-from updater.gate.interim_analyses import LEAST_LEVEL, Look, Plan
+from updater.gate.interim_analyses import Look, Plan
 from updater.gate.suites import Suite
 from updater.gate.verdict import Check, Verdict
 
@@ -140,8 +140,8 @@ def _suites(
         scores.append(Scores(suite, base, before, after, chance, worst, clusters, released, rival))
     findings = decide(
         scores,
-        level=max(look.level, LEAST_LEVEL),
-        loss_level=max(look.loss_level, LEAST_LEVEL),
+        level=look.level,
+        loss_level=look.loss_level,
         margin=settings.margin,
         min_items=settings.min_items,
     )

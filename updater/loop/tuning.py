@@ -18,7 +18,7 @@ from updater.data.draw import HAVING
 from updater.gate import Suite, fresh_suites, load_suites
 from updater.gate.evaluator_factory import open_evaluator
 from updater.gate.held_out import TEXT_COLUMNS, HeldOut
-from updater.gate.memory_suites import CAPACITY, choose_memory, learned_before, memory_suites
+from updater.gate.memory_suites import choose_memory, learned_before, memory_suites
 from updater.recipes import Family
 from updater.step.learner import Base
 
@@ -47,7 +47,7 @@ def update_suites(
 
 
 def _memory_suites(held_out: HeldOut, pending: pa.Table, family: Family, min_units: int) -> list[Suite]:
-    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), min_units, CAPACITY[family])
+    chosen = choose_memory(learned_before(held_out.rows(["id", "domain"]), pending), family, min_units)
     wanted = [each for ids in chosen.values() for each in ids]
     return memory_suites(held_out.some(wanted, TEXT_COLUMNS), chosen, family, min_units, held_out)
 

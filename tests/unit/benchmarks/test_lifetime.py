@@ -13,12 +13,12 @@ import pytest
 from benchmarks.continual.chain import Unit
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.repeated import repeated
-from benchmarks.gate.plans import BAD, CHAIN, NEW, plans
+from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
 from benchmarks.lifetime.command import Task, run
 from benchmarks.lifetime.evaluation import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Moves
-from benchmarks.lifetime.outcomes import ARCHIVE, MOST_CANDIDATES, Source, read_sources, read_trials
+from benchmarks.lifetime.outcomes import ARCHIVE, Source, good_plans, read_sources, read_trials
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, FORGOTTEN_SPREAD, World, make_world
@@ -223,13 +223,12 @@ def test_what_a_stream_forgets_is_what_committed_chains_of_the_default_recipe_fo
 def test_how_much_of_it_differs_as_among_the_committed_candidates_of_the_gate() -> None:
     """Of what their incumbents had learned: what is not proportional to the level, and not the items' deviation."""
     trials = dict(read_trials(ARCHIVE))
-    by_name = {plan.name: plan for plan in plans(CHAIN + len(BAD), MOST_CANDIDATES)}
+    domains = {name: domain for name, _, domain in good_plans()}
     levels, changes, noise = [], [], []
-    for name in trials.keys() & by_name.keys():
-        if by_name[name].kind != "second" or by_name[name].incumbent not in trials:
+    for name, incumbent, _ in good_plans():
+        if not incumbent or not {name, incumbent} <= trials.keys():
             continue
-        incumbent = by_name[by_name[name].incumbent]
-        sides = (trials[model][fresh_name(incumbent.domain)] for model in ("base", incumbent.name, name))
+        sides = (trials[model][fresh_name(domains[incumbent])] for model in ("base", incumbent, name))
         base, before, after = ((ranks < 5).mean(axis=1) for ranks in sides)
         levels.append(before.mean() - base.mean())
         changes.append((after - before).mean())

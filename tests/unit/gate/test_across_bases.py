@@ -41,7 +41,7 @@ def test_each_model_is_asked_on_its_base(tmp_path: Path) -> None:
         assert np.array_equal(ranks, plain[base].score(suite, asked).ranks)
     assert not np.array_equal(evaluator.score(suite, None).ranks, evaluator.score(suite, base_alone(old)).ranks)
 
-    memory = memory_suites(rows, choose_memory(rows, 10), "clip", 10)
+    memory = memory_suites(rows, choose_memory(rows, "clip", 10), "clip", 10)
     verdict = run_gate(
         evaluator=evaluator, candidate=candidate, incumbent=incumbent, suites=memory, fresh=suite,
         plan=Plan.alone(0.05), settings=Gate(min_items=5),
