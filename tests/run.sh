@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, three at a
 # time and the longest first, in a session of low priority (Linux shares processors out by session, see sched(7)). What
-# these say is shown when all are done. Of low priority, they have longer limits: beside other work on the same cores,
-# what takes 10 s alone took more than 120.
+# these say is shown when all are done, and what failed anywhere is named once more at the end. Of low priority, they
+# have longer limits: beside other work on the same cores, what takes 10 s alone took more than 120.
 #
 # Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
 # cores spin.
 set -uo pipefail
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 COLUMNS=200
 bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
@@ -37,9 +37,10 @@ trap 'rm -rf "$said"' EXIT
 setsid bash "$0" "$bin" beside "$said" &
 beside=$!
 trap 'kill -- "-$beside" 2>/dev/null; exit 130' INT TERM
-"$bin/pytest" "${slowest[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}"
-first=$?
+"$bin/pytest" "${slowest[@]}" "${servers[@]}" "${alone[@]/#/--ignore=}" 2>&1 | tee "$said/servers"
+first=${PIPESTATUS[0]}
 wait "$beside"
 others=$?
-find "$said" -type f -exec cat {} +
+find "$said" -type f ! -name servers -exec cat {} +
+grep -rhE '^(FAILED|ERROR) |: error: ' "$said"
 [ "$first" -eq 0 ] && [ "$others" -eq 0 ]
