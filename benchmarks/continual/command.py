@@ -13,7 +13,7 @@ import shutil
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,12 @@ from updater.training.checkpoint import write_json
 FAST = ("naive", "replay", "zscl", "default")
 FAST_UPDATES = 5
 BEST = 8
+SIZES = {
+    "replay": "pairs of earlier updates that an update may use",
+    "reference": "pairs of the base's own domains that every update of a chain may use",
+    "items": "items of a suite",
+}
+"""Of the protocol, to be chosen on the command line: what a method keeps, and how closely it is asked."""
 
 
 @dataclass
@@ -156,6 +162,10 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds for the best methods (3)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after about so many")
     parser.add_argument("--jobs", type=int, default=0, help="processes, one core each (all cores)")
+    sizes = Protocol()
+    for name, what in SIZES.items():
+        standard = getattr(sizes, name)
+        parser.add_argument(f"--{name}", type=int, default=standard, help=f"{what}, at most ({standard})")
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
     parser.add_argument("--out", type=Path, help="folder for tables and plots (beside the results)")
@@ -176,4 +186,4 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         again=options.again,
         out=options.out,
     )
-    show(run(settings, wanted))
+    show(run(settings, wanted, replace(sizes, **{name: getattr(options, name) for name in SIZES})))

@@ -11,14 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.continual import command
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Evaluator
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
+from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import _prepared, figures
 from benchmarks.continual.stream import ORDERS, UPDATES
 from benchmarks.continual.table import markdown
+from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
@@ -166,6 +169,16 @@ def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> Non
     cost = {"prepare_gflops": 0.0, "memory_ratio": 0.5, "sample_gflops": 0.4, "samples": 96}
     assert _prepared(cost) == 0
     assert _prepared({**cost, "prepare_gflops": 200.0}) == 100
+
+
+def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Protocol] = []
+    monkeypatch.setattr(command, "run", lambda settings, wanted, protocol: asked.append(protocol))
+    monkeypatch.setattr(command, "show", lambda figures: None)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    for arguments in ([], ["--replay", "1500", "--items", "400"]):
+        command.main(Settings(home=tmp_path), ["--only", "default", *arguments])
+    assert asked == [Protocol(), Protocol(replay=1500, items=400)] and asked[0].digest != asked[1].digest
 
 
 def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) -> None:
