@@ -129,7 +129,7 @@ class ReleaseRow:
     created_at: datetime
     share: float = 1.0
     """1: a plain release. Between: a canary, which answers this share of the requests while the newest older plain
-    release answers the others. 0: a shadow, which answers nobody and is only compared."""
+    release answers the others. 0: a shadow, whose answers are only compared."""
     clip_base: str | None = None
     """Digest of the base of ``clip``, or of the base alone; None as long as no other base was ever live."""
 

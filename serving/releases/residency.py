@@ -88,7 +88,7 @@ async def resolve_residency(rows: ResidencyRows, spaces: Spaces) -> Residency:
     that can be loaded is served.
 
     Raises:
-        RatchetError: the spaces of a release that answers requests cannot be told now.
+        RatchetError: the spaces of a release that answers requests are not known.
     """
     answering = {row.number for row in rows.answering}
     window = [
@@ -162,7 +162,7 @@ class ResidencyReader:
                 self._gone[clip] = time.monotonic() + UNSERVABLE_SECONDS
                 return None
             if prepared.error:
-                raise ReleaseError(f"the spaces of {clip or 'the base'} cannot be told: {prepared.error}")
+                raise ReleaseError(f"the spaces of {clip or 'the base'} are not known: {prepared.error}")
             self._gone.pop(clip, None)
             self._spaces[clip] = (prepared.image_space, prepared.text_space)
         return self._spaces[clip]

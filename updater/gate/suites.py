@@ -269,5 +269,5 @@ def _bytes(suite: Suite, item: Item) -> bytes:
     except (OSError, RecordError) as error:
         raise GateError(
             f"suite {suite.name}: the image of {item.text[:80]!r} cannot be read: {error}",
-            "Mend or remove that row of data.csv.",
+            "Fix or remove that row of data.csv.",
         ) from error

@@ -249,5 +249,5 @@ def load_recipe(name: str | Path) -> Recipe:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}", "Mend the line it names.") from None
+        raise ConfigError(f"{path} is not YAML: {error}", "Fix the line it names.") from None
     return Recipe.parse(values, str(path))

@@ -37,7 +37,7 @@ def installed() -> bool:
 
 
 def import_vllm() -> None:
-    """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to mend the installation.
+    """Import what the engine needs (some seconds). Raises :class:`ConfigError` that says how to fix the installation.
 
     vLLM's CPU wheel pulls CUDA builds of torchaudio and torchcodec; without CUDA their import ends in an OSError,
     which transformers and vLLM do not catch.
