@@ -7,7 +7,7 @@
 # Each process computes on one thread: models are tiny, and threads of several processes that wait for each other on two
 # cores spin.
 set -uo pipefail
-export OMP_NUM_THREADS=1 COLUMNS=200
+export OMP_NUM_THREADS=1
 bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)

@@ -61,15 +61,16 @@ def produce(kafka: Kafka, messages: Sequence[Message], partition: int | None = N
         producer.close(5)
 
 
-def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 20.0) -> list[Any]:
-    """All records of a topic: until two quiet polls, and ``at_least`` so many."""
+def read_topic(kafka: Kafka, topic: str, at_least: int = 0, timeout: float = 300.0) -> list[Any]:
+    """All records of a topic: until two quiet polls, and ``at_least`` so many, which must come within ``timeout``."""
     consumer = KafkaConsumer(bootstrap_servers=kafka.bootstrap, auto_offset_reset="earliest")
     try:
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()]
         consumer.assign(partitions)
         found: list[Any] = []
         quiet, deadline = 0, time.monotonic() + timeout
-        while (quiet < 2 or len(found) < at_least) and time.monotonic() < deadline:
+        while quiet < 2 or len(found) < at_least:
+            assert time.monotonic() < deadline, f"{len(found)} records of {at_least} came within {timeout:.0f} s"
             records = [each for batch in consumer.poll(timeout_ms=300).values() for each in batch]
             quiet = 0 if records else quiet + 1
             found += records
