@@ -40,11 +40,12 @@ FAST = ("naive", "replay", "zscl", "default")
 FAST_UPDATES = 5
 BEST = 8
 SIZES = {
+    "gflops": "memory-adjusted GFLOPs of an update, teacher passes included",
     "replay": "pairs of earlier updates that an update may use",
     "reference": "pairs of the base's own domains that every update of a chain may use",
     "items": "items of a suite",
 }
-"""Of the protocol, to be chosen on the command line: what a method keeps, and how closely it is asked."""
+"""Of the protocol, to be chosen on the command line: what an update costs and keeps, and how closely it is asked."""
 
 
 @dataclass
@@ -165,7 +166,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     sizes = Protocol()
     for name, what in SIZES.items():
         standard = getattr(sizes, name)
-        parser.add_argument(f"--{name}", type=int, default=standard, help=f"{what}, at most ({standard})")
+        parser.add_argument(f"--{name}", type=type(standard), default=standard, help=f"{what}, at most ({standard:g})")
     parser.add_argument("--report", action="store_true", help="only tables and plots of what is there")
     parser.add_argument("--again", action="store_true", help="throw away what is there of these methods first")
     parser.add_argument("--out", type=Path, help="folder for tables and plots (beside the results)")

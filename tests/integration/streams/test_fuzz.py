@@ -1,4 +1,4 @@
-"""Twenty thousand records, mutated at every level: each is accounted for exactly once, and ingest is never down."""
+"""Ten thousand records, mutated at every level: each is accounted for exactly once, and ingest is never down."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.fuzz_records import publish_mutated
 from tests.support.kafka import make_topics, quarantined_places, reading, wait_for
 
 pytestmark = pytest.mark.integration
-RECORDS = 20_000
+RECORDS = 10_000
 
 
 @pytest.mark.timeout(600)
