@@ -4,6 +4,7 @@ command           `ratchet console`: a process of its own, without state
 app               the application: routes, and what every page shares
 security          what holds for every request: host, size, session, security headers
 public            the read-only mode without a key: methods, request rate, what is left out
+shared_pages      one answer of a page for all visitors of the public mode
 sessions          the signed-in visitor, in one encrypted cookie
 data              where the facts come from: ledger, artifacts, sample store, and the server over HTTP
 request_context   one request: who asks, what they may do, and how the answer is rendered

@@ -34,6 +34,7 @@ from ops.console.public import ReadOnly
 from ops.console.request_context import NAV, Refused, SignIn, intended, sign_in_link
 from ops.console.security import SecurityMiddleware
 from ops.console.sessions import Session, Sessions
+from ops.console.shared_pages import SharedPages
 from ops.console.template_filters import TEMPLATES
 from ops.errors import LedgerUnavailable, RatchetError
 from ops.settings import Settings
@@ -63,6 +64,7 @@ def build_console(settings: Settings) -> FastAPI:
     _static(app)
     _errors(app)
     if public:
+        app.add_middleware(SharedPages)
         app.add_middleware(
             ReadOnly,
             requests_per_minute=settings.console.public_requests_per_minute,

@@ -1,0 +1,77 @@
+"""One answer of a page for all visitors of a public console, so that the ledger is asked as often for a hundred screens
+as for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ops.console.sessions import Session
+
+SECONDS: Final = 5.0
+"""How old an answer may be."""
+MOST: Final = 128
+"""Answers that are kept, the last ones."""
+UNSHARED: Final = ("/health/", "/static/")
+VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
+"""Headers that a page depends on."""
+Key = tuple[str, str, bytes, tuple[bytes, ...]]
+
+
+@dataclass(slots=True)
+class _Answer:
+    began: float
+    messages: asyncio.Task[list[Message]]
+
+
+class SharedPages:
+    """Whoever asks for a page within SECONDS gets the same answer, made for a visitor without a key. Pure ASGI."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["path"].startswith(UNSHARED):
+            await self.app(scope, receive, send)
+            return
+        for message in await asyncio.shield(self._answer(scope).messages):
+            await send(dict(message))
+
+    def _answer(self, scope: Scope) -> _Answer:
+        headers = dict(scope["headers"])
+        key = (scope["method"], scope["path"], scope["query_string"], tuple(headers.get(name, b"") for name in VARY))
+        answer = self._answers.get(key)
+        if answer is None or time.monotonic() - answer.began > SECONDS or _failed(answer.messages):
+            answer = _Answer(time.monotonic(), asyncio.create_task(self._messages(scope)))
+            self._answers[key] = answer
+        self._answers.move_to_end(key)
+        while len(self._answers) > MOST:
+            self._answers.popitem(last=False)
+        return answer
+
+    async def _messages(self, scope: Scope) -> list[Message]:
+        messages: list[Message] = []
+        body: list[Message] = [{"type": "http.request", "body": b"", "more_body": False}]
+
+        async def receive() -> Message:
+            if not body:
+                await asyncio.Event().wait()  # no visitor of many goes away for all
+            return body.pop()
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        await self.app({**scope, "state": {**scope["state"], "session": Session.new()}}, receive, send)
+        return messages
+
+
+def _failed(messages: asyncio.Task[list[Message]]) -> bool:
+    return messages.done() and (messages.cancelled() or messages.exception() is not None)
