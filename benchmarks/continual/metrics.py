@@ -81,19 +81,16 @@ def tic(matrix: Floats) -> Tic:
     return Tic(float(matrix[t == e].mean()), float(matrix[e < t].mean()), float(matrix[e > t].mean()))
 
 
-def forgetting(path: Floats) -> tuple[float, float] | None:
-    """Sums over everything that was learned and every later update: of what was left of it times what the update took,
-    and of what was left of it squared. Their ratio, over any number of chains, is the share of what was learned that an
-    update of another suite loses: the slope of a regression through the origin.
+def forgetting(path: Floats) -> Floats:
+    """For each suite of a chain two sums over every later update, [suites, 2]: of what was left of what was learned of
+    it times what the update took, and of what was left squared. The ratio of their totals, over any number of chains,
+    is the share of what was learned that an update of another suite loses: the slope of a regression through the origin.
 
-    ``path`` has columns in the order of the stream. None where nothing was learned by more than :data:`LEARNED`.
+    ``path`` has columns in the order of the stream. Zeros where nothing was learned by more than :data:`LEARNED`.
     """
-    moments = []
+    sums = np.zeros((path.shape[1], 2))
     for column, scores in enumerate(path.T):
         gains = scores[column + 1 :] - scores[0]
         if len(gains) > 1 and gains[0] >= LEARNED:
-            moments.append((gains[:-1] @ (gains[:-1] - gains[1:]), gains[:-1] @ gains[:-1]))
-    if not moments:
-        return None
-    lost, squared = np.sum(moments, axis=0)
-    return float(lost), float(squared)
+            sums[column] = gains[:-1] @ (gains[:-1] - gains[1:]), gains[:-1] @ gains[:-1]
+    return sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import compress
 from typing import Any
@@ -34,7 +35,7 @@ def repeated(courses: Sequence[Course], reference: Reference, standard: Sequence
         **figures(np.ones(len(courses), bool), "_delta"),
         **{f"{key}_sd": round(float(values.std(ddof=1)), 2) for key, values in ends.items() if len(courses) > 1},
         "gm_lowest": round(float(min((100 * (path.gm - path.gm[0])).min() for path in paths)), 2),
-        "forgotten_per_update": _forgotten(courses),
+        **_forgotten(courses),
         "by_order": {str(order): figures(orders == order, "") for order in sorted(set(orders.tolist()))},
     }
 
@@ -51,12 +52,25 @@ def beside(ours: Sequence[Course], others: Sequence[Course], reference: Referenc
     return resampled(sides, reference).difference("gm", "ours", "others")
 
 
-def _forgotten(courses: Sequence[Course]) -> float | None:
-    moments = [each for course in courses if (each := forgetting(course.path(course.order))) is not None]
-    if not moments:
-        return None
-    lost, squared = np.sum(moments, axis=0)
-    return round(float(lost / squared), 3)
+def _forgotten(courses: Sequence[Course]) -> dict[str, float | None]:
+    """Share of what was learned that an update of another suite loses, over all chains; and without the suite that most
+    was learned of, which a slope weighs by the square of that.
+    """
+    sums: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for course in courses:
+        for suite, moments in zip(course.order, forgetting(course.path(course.order)), strict=True):
+            sums[suite] = sums[suite] + moments
+    largest = max(sums, key=lambda suite: sums[suite][1], default="")
+    others = [moments for suite, moments in sums.items() if suite != largest]
+    return {
+        "forgotten_per_update": _slope(list(sums.values())),
+        "forgotten_without_largest": _slope(others),
+    }
+
+
+def _slope(moments: Sequence[np.ndarray]) -> float | None:
+    lost, squared = np.sum(moments, axis=0) if moments else (0.0, 0.0)
+    return round(float(lost / squared), 3) if squared else None
 
 
 def _end(path: Trajectory, key: str) -> float:

@@ -144,4 +144,5 @@ _REPEATED = (
     ("GM − default by order", _each_order(_like_default)),
     ("lowest GM", _signed("all", "gm_lowest")),
     ("forgotten", lambda m: _share(m["all"]["forgotten_per_update"])),
+    ("without the largest suite", lambda m: _share(m["all"]["forgotten_without_largest"])),
 )
