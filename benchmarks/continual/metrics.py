@@ -82,9 +82,9 @@ def tic(matrix: Floats) -> Tic:
 
 
 def forgetting(path: Floats) -> Floats:
-    """For each suite of a chain two sums over every later update, [suites, 2]: of what was left of what was learned of
+    """Two sums for each suite of a chain, over every later update, [suites, 2]: of what was left of what was learned of
     it times what the update took, and of what was left squared. The ratio of their totals, over any number of chains,
-    is the share of what was learned that an update of another suite loses: the slope of a regression through the origin.
+    is the share of what was learned that an update of another suite loses: a regression's slope through the origin.
 
     ``path`` has columns in the order of the stream. Zeros where nothing was learned by more than :data:`LEARNED`.
     """

@@ -35,9 +35,9 @@ FORGOTTEN, FORGOTTEN_SPREAD = 0.003, 0.005
 
 The first is ``forgotten_without_largest`` of `ratchet bench continual` over the two chains in
 ``docs/benchmarks/lifetime``, in which an update has the memory that the recipe asks for: 1,500 pairs of earlier updates
-and as many of the base's domains. With 96 of each, as in the comparison of methods, it is 0.054. The second is what is left of changes of
-a domain that the incumbent had learned, in the gate's outcomes (700 to 2,000 items), without the part that is
-proportional to the level and without the items' own deviation."""
+and as many of the base's domains. With 96 of each, as in the comparison of methods, it is 0.054. The second is what is
+left of changes of a domain that the incumbent had learned, in the gate's outcomes (700 to 2,000 items), without the
+part that is proportional to the level and without the items' own deviation."""
 Model = Mapping[str, Ranks]
 """Ranks by domain name."""
 
