@@ -12,6 +12,6 @@ Nothing is trained, and no model runs: ranks stand for models.
 
 from __future__ import annotations
 
-from benchmarks.lifetime.command import main, run
+from benchmarks.lifetime.run_lifetime import main, run
 
 __all__ = ["main", "run"]

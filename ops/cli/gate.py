@@ -31,8 +31,8 @@ def run(
 
     Examples:  ratchet gate run clip-0123456789ab    |    ratchet gate run my-adapter/ --incumbent base --out report/
     """
-    from updater.gate.command import gate_command
     from updater.gate.diagnostics.lines import diagnostics_lines
+    from updater.gate.gate_command import gate_command
 
     verdict, page = gate_command(
         ctx.of(context).settings, candidate, incumbent=incumbent, suites=suites or None, out=out
@@ -54,7 +54,7 @@ def pairs(
 
     Example:  ratchet gate pairs emoji_retrieval
     """
-    from updater.gate.diagnostics.command import pairs_command
+    from updater.gate.diagnostics.diagnostics_command import pairs_command
 
     listed = pairs_command(ctx.of(context).settings, suite)
     table = Table(
@@ -76,6 +76,6 @@ def report(
 
     Example:  ratchet gate report
     """
-    from updater.gate.command import report_command
+    from updater.gate.gate_command import report_command
 
     typer.echo(report_command(ctx.of(context).settings, update, out=out))

@@ -1,6 +1,6 @@
 """The console: a web page for operators and first-time visitors, rendered on the server.
 
-command           `ratchet console`: a process of its own, without state
+run_console       `ratchet console`: a process of its own, without state
 app               the application: routes, and what every page shares
 security          what holds for every request: host, size, session, security headers
 public            the read-only mode without a key: methods, request rate, what is left out

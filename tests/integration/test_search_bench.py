@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.search.command import main
+from benchmarks.search.run_search import main
 from ops.settings import Settings
 
 

@@ -13,7 +13,7 @@ verdict           the result, as plain data
 diagnostics       what a verdict tells beside: rare concepts, pairs that look alike, shares of yes, shift of features
 run               all of it for one candidate -> Verdict
 report            a Verdict as report.json and one self-contained HTML page; report_samples shows samples that it names
-command           `ratchet gate run` and `ratchet gate report` (`ratchet gate pairs` is in diagnostics)
+gate_command      `ratchet gate run` and `ratchet gate report` (`ratchet gate pairs` is in diagnostics)
 
 The names below are imported when they are first used: who only draws a report (the console) does without torch.
 """

@@ -1,6 +1,6 @@
 """The loss of an update: terms that add up, one file each, found by their module's name.
 
-A new term is one file here that defines ``TERM``, a subclass of :class:`updater.objectives.base.Objective`.
+A new term is one file here that defines ``TERM``, a subclass of :class:`updater.objectives.objective.Objective`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ops.errors import ConfigError
-from updater.objectives.base import Answers, Batch, Features, Objective, Sides, Teacher, Texts
+from updater.objectives.objective import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
 from updater.recipes.plugin_registry import file_names, options_of
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Answers, Objective
+from updater.objectives.objective import Answers, Objective
 from updater.recipes import Family
 
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective, known_teacher, positive
+from updater.objectives.objective import Features, Objective, known_teacher, positive
 from updater.recipes import Family
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.data.pools import caption_number
-from updater.objectives.base import Features, Objective
+from updater.objectives.objective import Features, Objective
 from updater.recipes import Family
 
 

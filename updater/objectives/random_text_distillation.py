@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective, known_teacher, positive
+from updater.objectives.objective import Features, Objective, known_teacher, positive
 from updater.recipes import Family
 
 NAME = "random_text_distillation"

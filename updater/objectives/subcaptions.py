@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from updater.objectives.base import Features, Objective
+from updater.objectives.objective import Features, Objective
 from updater.recipes import Family
 
 END = re.compile(r"[.,;:!?]+(?:\s+|$)|\n+")

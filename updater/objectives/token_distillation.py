@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.objectives.base import Answers, Objective, Teacher, known_teacher
+from updater.objectives.objective import Answers, Objective, Teacher, known_teacher
 from updater.recipes import Family
 
 

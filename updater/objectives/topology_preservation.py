@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.objectives.base import Features, Objective, known_teacher, positive
+from updater.objectives.objective import Features, Objective, known_teacher, positive
 from updater.objectives.shared.divergence import row_divergence
 from updater.recipes import Family
 

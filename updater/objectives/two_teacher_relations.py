@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.objectives.base import Features, Objective
+from updater.objectives.objective import Features, Objective
 from updater.objectives.shared.prototypes import Prototypes
 from updater.recipes import Family
 

@@ -12,9 +12,12 @@ from ops.errors import ConfigError
 
 
 def file_names(package: str) -> list[str]:
-    """Names of a package's files, in order; ``base`` and packages hold what they share, and are none."""
+    """Names of a package's files, in order. What they share is in packages, and in the file that has the package's name
+    in the singular: those are none.
+    """
+    shared = package.rpartition(".")[2].removesuffix("s")
     modules = pkgutil.iter_modules(importlib.import_module(package).__path__)
-    return sorted(module.name for module in modules if module.name != "base" and not module.ispkg)
+    return sorted(module.name for module in modules if module.name != shared and not module.ispkg)
 
 
 def find(package: str, attribute: str, what: str, name: str, known: Sequence[str]) -> Any:

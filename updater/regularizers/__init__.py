@@ -1,6 +1,7 @@
 """Terms of the loss over parameters instead of examples, one file each, found by their module's name.
 
-A new one is one file here that defines ``REGULARIZER``, a subclass of :class:`updater.regularizers.base.Regularizer`.
+A new one is one file here that defines ``REGULARIZER``, a subclass of
+:class:`updater.regularizers.regularizer.Regularizer`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from ops.errors import ConfigError
 from updater.recipes import Recipe, Term
 from updater.recipes.plugin_registry import file_names, find, options_of
-from updater.regularizers.base import Parameters, Regularizer
+from updater.regularizers.regularizer import Parameters, Regularizer
 
 __all__ = ["Parameters", "Regularizer", "build", "names"]
 

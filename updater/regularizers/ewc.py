@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from updater.regularizers.base import Gradients, Parameters, Regularizer
+from updater.regularizers.regularizer import Gradients, Parameters, Regularizer
 
 
 class Ewc(Regularizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from updater.regularizers.base import Parameters, Regularizer
+from updater.regularizers.regularizer import Parameters, Regularizer
 
 
 class L2(Regularizer):

@@ -4,5 +4,4 @@ replay      records an upgrade: an update that begins at nothing, over what the 
 estimate    what it would cost: one batch is measured
 lineage     why an updater waits because of a base
 switch      the release that changes the base, either way
-command     `ratchet base upgrade`
 """

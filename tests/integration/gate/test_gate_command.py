@@ -20,8 +20,8 @@ from streams.rows import Position
 from streams.store import SampleStore
 from tests.support.samples import TOPIC, put, sample
 from tests.unit.gate.builders import folder_dataset
-from updater.gate.command import gate_command, report_command
-from updater.gate.diagnostics.command import pairs_command
+from updater.gate.diagnostics.diagnostics_command import pairs_command
+from updater.gate.gate_command import gate_command, report_command
 
 pytestmark = pytest.mark.integration
 

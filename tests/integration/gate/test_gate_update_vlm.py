@@ -24,7 +24,7 @@ from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
 from tests.integration.gate.taught_vlm import encoded, known, unknown, write_questions
-from updater.gate.command import gate_command
+from updater.gate.gate_command import gate_command
 from updater.loop.gate_update import gate_update
 
 pytestmark = pytest.mark.integration

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import soak
-from benchmarks.encode.command import measure
 from benchmarks.encode.figures import cpu_ms_per_request, ratios
 from benchmarks.encode.grid import Grid, cells
+from benchmarks.encode.run_encode import measure
 from benchmarks.encode.sides import RawSide, check, ratchet_side
 from benchmarks.line_worker import LineWorker
 from benchmarks.swap import Swaps

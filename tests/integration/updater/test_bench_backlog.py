@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.backlog.command import run, show
 from benchmarks.backlog.pairs import pair_rows
+from benchmarks.backlog.run_backlog import run, show
 from streams.images import decode_image
 from tests.integration.updater.home import make_home
 

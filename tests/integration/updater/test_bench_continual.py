@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks.continual.chain import Unit
-from benchmarks.continual.command import Wanted, main, run
 from benchmarks.continual.protocol import Protocol
+from benchmarks.continual.run_continual import Wanted, main, run
 from benchmarks.continual.runner import Runner, failure
 from benchmarks.continual.stream import CREATURES, HELD_OUT, REFERENCE, UPDATES
 from ops.settings import BaseModels, Settings

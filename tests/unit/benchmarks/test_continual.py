@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.continual import command
+from benchmarks.continual import run_continual
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Evaluator
 from benchmarks.continual.outcomes import read_course, read_reference
@@ -173,11 +173,11 @@ def test_a_method_that_prepares_nothing_spends_nothing_before_its_steps() -> Non
 
 def test_sizes_of_the_command_line_are_another_protocol(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Protocol] = []
-    monkeypatch.setattr(command, "run", lambda settings, wanted, protocol: asked.append(protocol))
-    monkeypatch.setattr(command, "show", lambda figures: None)
-    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run_continual, "run", lambda settings, wanted, protocol: asked.append(protocol))
+    monkeypatch.setattr(run_continual, "show", lambda figures: None)
+    monkeypatch.setattr(run_continual.signal, "signal", lambda *_: None)
     for arguments in ([], ["--replay", "1500", "--items", "400"]):
-        command.main(Settings(home=tmp_path), ["--only", "default", *arguments])
+        run_continual.main(Settings(home=tmp_path), ["--only", "default", *arguments])
     assert asked == [Protocol(), Protocol(replay=1500, items=400)] and asked[0].digest != asked[1].digest
 
 

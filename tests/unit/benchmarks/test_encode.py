@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.encode.command import chosen_peers
 from benchmarks.encode.figures import CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.generator import Inputs, LoadResult, Order, run
 from benchmarks.encode.grid import Cell, Grid, cells
 from benchmarks.encode.payloads import HEIGHT, WIDTH, BodyTemplate, JpegInput, jpegs, text
 from benchmarks.encode.peers.environment import DONE, Environment
 from benchmarks.encode.peers.servers import openai_template
+from benchmarks.encode.run_encode import chosen_peers
 from benchmarks.encode.sides import Turn, ratchet_template
 from ops.errors import ConfigError
 from serving.engines.simple_tokenizer import BoundedTokenizer

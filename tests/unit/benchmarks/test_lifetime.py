@@ -15,10 +15,10 @@ from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.repeated import repeated
 from benchmarks.gate.plans import NEW
 from benchmarks.gate.trial import fresh_name
-from benchmarks.lifetime.command import Task, run
 from benchmarks.lifetime.evaluation import fresh_of, memory_of, static_suites
 from benchmarks.lifetime.moves import Moves
 from benchmarks.lifetime.outcomes import ARCHIVE, Source, good_plans, read_sources, read_trials
+from benchmarks.lifetime.run_lifetime import Task, run
 from benchmarks.lifetime.schedule import PATIENCE, Schedule
 from benchmarks.lifetime.stream import Lesson, Rules, Stream
 from benchmarks.lifetime.world import FORGOTTEN, FORGOTTEN_SPREAD, World, make_world

@@ -1,14 +1,14 @@
 """What learns in a weight, one file per method, found by its module's name.
 
 A new one is one file here that defines ``PARAMETRIZATION``, a subclass of
-:class:`updater.adapters.parametrizations.base.Parametrization`. Plain LoRA is not here: it is PEFT's
+:class:`updater.adapters.parametrizations.parametrization.Parametrization`. Plain LoRA is not here: it is PEFT's
 (``updater/adapters/lora.py``), which never forms ΔW.
 """
 
 from __future__ import annotations
 
 from ops.errors import ConfigError
-from updater.adapters.parametrizations.base import Parametrization
+from updater.adapters.parametrizations.parametrization import Parametrization
 from updater.recipes import plugin_registry
 
 __all__ = ["LORA", "Parametrization", "find", "names"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.parametrizations.base import Parametrization, matrix, normal
+from updater.adapters.parametrizations.parametrization import Parametrization, matrix, normal
 
 
 class Dora(Parametrization):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from updater.adapters.parametrizations.base import Parametrization, Selects
+from updater.adapters.parametrizations.parametrization import Parametrization, Selects
 
 
 class Full(Parametrization):

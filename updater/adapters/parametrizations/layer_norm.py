@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from updater.adapters.parametrizations.base import Selects
 from updater.adapters.parametrizations.full import Full
+from updater.adapters.parametrizations.parametrization import Selects
 
 
 class LayerNorm(Full):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from serving.engines.clip_base import ClipBase
 from serving.engines.spaces import tower_of
-from updater.adapters.parametrizations.base import Selects
+from updater.adapters.parametrizations.parametrization import Selects
 from updater.families.modules import BLOCK_LISTS, block_number, late_layers, some
 from updater.recipes import Recipe, Tower, TrainPrecision
 from updater.step.precision import computing

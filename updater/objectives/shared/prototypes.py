@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.data.pools import caption_number
-from updater.objectives.base import Features
+from updater.objectives.objective import Features
 
 
 class Prototypes:

@@ -14,8 +14,8 @@ from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
-from updater.regularizers.base import Regularizer
 from updater.regularizers.ewc import Ewc
+from updater.regularizers.regularizer import Regularizer
 from updater.regularizers.si import Si
 
 IMAGES = {"text": {"locked": True}, "max_steps": 3}
