@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from rich.markup import escape
@@ -15,6 +16,7 @@ from streams.folders import read_folder
 from streams.producer import Producer
 
 DOMAIN = "fluent3d"
+SEARCHES_AT_ONCE = 4
 BETTER, WORSE = 4, 2  # searches in the picture: those that gained most, and those that lost most
 
 
@@ -82,10 +84,13 @@ def _event_to_searchable(stage: Stage) -> float:
 def _compare(stage: Stage, queries: list[str]) -> Comparison:
     """Search for every held-out caption under both resident releases, and keep the largest changes."""
     live = stage.client.live()
-    changes = []
-    for query in track(queries, "searching before and after"):
+
+    def change(query: str) -> Change:
         before, after = (search(stage.client, query, f"clip@{number}") for number in (live - 1, live))
-        changes.append(Change(before, after))
+        return Change(before, after)
+
+    with ThreadPoolExecutor(SEARCHES_AT_ONCE) as pool:
+        changes = list(track(pool.map(change, queries), "searching before and after", total=len(queries)))
     better = sum(change.gain > 1 for change in changes)
     worse = sum(change.gain < 1 for change in changes)
     tops = [

@@ -34,8 +34,8 @@ from updater.gate import load_suites
 
 REQUESTS_PER_SECOND = 4.0  # steady, and most of two cores is left to learning
 PROBES = 12  # images, as many texts, and as many questions that the load asks about
-GFLOPS_PER_UPDATE = 2_500.0
-"""Of the default CLIP update about 130 steps of 200: most of what 1,300 pictures teach, in two thirds of the time."""
+GFLOPS_PER_UPDATE = 2_300.0
+"""Of the default CLIP update about 117 steps of 200: most of what 1,300 pictures teach, in six tenths of the time."""
 PARTS = ["console", "broker", "serve", "ingest"]
 PORTS = 20
 """So many are tried for the console, from the usual one on."""
