@@ -24,7 +24,7 @@ SECRET = (
 SET_BY_CHART = (
     "home", "origins", "artifacts_url", "lake_url", "metrics_host", "kafka.bootstrap", "serve.host", "serve.port",
     "ingest.metrics_port", "maintain.metrics_port", "updater.metrics_port", "console.host", "console.port",
-    "console.server",
+    "server_url",
 )  # fmt: skip
 
 

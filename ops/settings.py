@@ -377,7 +377,6 @@ class Console(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on; on loopback visitors may look without a key.")
     port: int = Field(8001, ge=1, le=65535, description="HTTP port.")
-    server: str | None = Field(None, description="URL of the model server; by default serve.host and serve.port.")
     session_hours: float = Field(12.0, gt=0, le=24 * 30, description="A sign-in ends after this long.")
     public: bool = Field(
         False,
@@ -434,6 +433,11 @@ class Settings(Section):
         None, description="fsspec URL of adapters and reports; a folder in home when unset."
     )
     lake_url: str | None = Field(None, description="Folder or object store URL of the Lance datasets.")
+    server_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^/\s]+",
+        description="URL at which console, updater and command line call the model server; by default its own.",
+    )  # fmt: skip
     metrics_host: str = Field(
         "127.0.0.1", description="Address of the metrics ports of ingest, maintenance and the updater."
     )
@@ -454,9 +458,9 @@ class Settings(Section):
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property
-    def console_server(self) -> str:
-        """URL under which the console finds the model server."""
-        return self.console.server or self.serve.url
+    def server(self) -> str:
+        """URL under which other processes than serving's own call the model server."""
+        return self.server_url or self.serve.url
 
     @property
     def ledger(self) -> str:
@@ -472,6 +476,11 @@ class Settings(Section):
     def lake(self) -> str:
         """URL under which the Lance datasets lie."""
         return self.lake_url or str((self.home / "lake").resolve())
+
+    @property
+    def has_operator_key(self) -> bool:
+        """Whether there is a key of operators already, in the settings or in the home."""
+        return self.serve.operator_key is not None or (self.home / "operator.key").exists()
 
     def operator_key(self) -> SecretStr:
         """The operators' key; on first use one is made and kept, owner-readable, in ``home/operator.key``."""

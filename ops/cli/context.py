@@ -29,6 +29,10 @@ class Context:
         """The settings. Raises ConfigError."""
         return load_settings(self.file, self.overrides)
 
+    def calling(self, server: str | None) -> Settings:
+        """The settings of a command that calls the model server; ``server`` is its ``--server``. Raises ConfigError."""
+        return self.settings if server is None else load_settings(self.file, {**self.overrides, "server_url": server})
+
     @property
     def overrides(self) -> dict[str, Any]:
         """What ``--set`` says, by dotted name. Raises ConfigError."""

@@ -13,6 +13,7 @@ from rich.text import Text
 from ops.cli import context as ctx
 from ops.cli.audit import lines
 from ops.cli.cells import printable
+from ops.cli.model_server import ServerOption, operator_client
 from ops.errors import ReleaseError
 from ops.ledger import Family, Ledger, ProposalRow, answers
 from ops.progress import say
@@ -120,17 +121,18 @@ def rollback(
     offline: Annotated[
         bool, typer.Option("--offline", help="Write it into the ledger without asking the server, which follows.")
     ] = False,
+    server: ServerOption = None,
 ) -> None:
     """Go back to an older release, as a new release; replicas that do not answer at once follow by themselves.
 
     Examples:  ratchet releases rollback -r "wrong colours"    |    ratchet releases rollback --family vlm -r "vague"
     |    ratchet releases rollback --offline --to 3 -r "no server starts with release 4"
     """
-    settings = ctx.of(context).settings
+    settings = ctx.of(context).calling(server)
     if offline:
         _roll_back_offline(settings, reason, to, family, expected_live)
         return
-    with _operator(settings) as client:
+    with operator_client(settings) as client:
         _tell(client.rollback(reason, to=to, expected_live=expected_live, family=family))
     _say_held(settings)
 
@@ -149,6 +151,7 @@ def release(
         bool, typer.Option("--force", help="Also what no gate passed and was never live; the audit log says so.")
     ] = False,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+    server: ServerOption = None,
 ) -> None:
     """Release adapters by name, e.g. to roll forward again; returns when every replica serves them.
 
@@ -161,7 +164,7 @@ def release(
     if shadow and share not in (0.0, 1.0):
         raise ReleaseError("a shadow has no share.", "Give either --shadow or --share.")
     how: dict[str, Any] = {"share": 0.0 if shadow else share, "force": force}
-    with _operator(ctx.of(context).settings) as client:
+    with operator_client(ctx.of(context).calling(server)) as client:
         _tell(client.release(reason=reason, expected_live=expected_live, **named, **how))
 
 
@@ -170,27 +173,28 @@ def promote(
     context: typer.Context,
     reason: Reason,
     expected_live: Annotated[int | None, typer.Option(help="Refuse if another release is live by now.")] = None,
+    server: ServerOption = None,
 ) -> None:
     """Let the canary or shadow that is live answer everybody, as a new release.
 
     Example:  ratchet releases promote -r "a day without complaints"
     """
-    with _operator(ctx.of(context).settings) as client:
+    with operator_client(ctx.of(context).calling(server)) as client:
         _tell(client.promote(reason, expected_live=expected_live))
 
 
 @app.command()
-def hold(context: typer.Context, reason: Reason) -> None:
+def hold(context: typer.Context, reason: Reason, server: ServerOption = None) -> None:
     """Let updates wait: what passes the gate is not released until `resume`."""
-    with _operator(ctx.of(context).settings) as client:
+    with operator_client(ctx.of(context).calling(server)) as client:
         client.hold(reason)
     typer.echo("updates are on hold")
 
 
 @app.command()
-def resume(context: typer.Context, reason: Reason) -> None:
+def resume(context: typer.Context, reason: Reason, server: ServerOption = None) -> None:
     """End a hold."""
-    with _operator(ctx.of(context).settings) as client:
+    with operator_client(ctx.of(context).calling(server)) as client:
         client.resume(reason)
     typer.echo("updates go on")
 
@@ -227,12 +231,6 @@ def _roll_back_offline(
 def _say_held(settings: Settings) -> None:
     if settings.rollout.hold_after_rollback:
         say("updates wait until `ratchet releases resume`")
-
-
-def _operator(settings: Settings) -> Any:
-    from serving.client import Client
-
-    return Client(settings.serve.url, operator_key=settings.operator_key(), actor=ctx.person())
 
 
 def _tell(result: dict[str, Any]) -> None:

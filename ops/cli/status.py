@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ops.cli import context as ctx
+from ops.cli.model_server import ServerOption, operator_client
 from ops.cli.releases import adapters
 from ops.errors import RatchetError
 from ops.ledger import Ledger, UpdateRow, VerdictRow, answers
@@ -32,12 +33,13 @@ def status(
     context: typer.Context,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second, until Ctrl-C.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    server: ServerOption = None,
 ) -> None:
     """Is it healthy, what is live, is it learning, what does it cost.
 
     Examples:  ratchet status    |    ratchet status --watch    |    ratchet status --json
     """
-    settings = ctx.of(context).settings
+    settings = ctx.of(context).calling(server)
     if as_json:
         facts = {name: value for name, value in collect(settings).items() if name != "stream"}  # its parts are there
         typer.echo(json.dumps(facts, default=str))
@@ -102,7 +104,7 @@ def _health(settings: Settings) -> dict[str, Any]:
     import httpx
 
     try:
-        response = httpx.get(f"{settings.serve.url}/health/ready", timeout=2)
+        response = httpx.get(f"{settings.server}/health/ready", timeout=2, trust_env=False)
         return {"ready": response.status_code == 200, **response.json()}
     except (httpx.HTTPError, ValueError) as error:
         return {"ready": False, "reason": type(error).__name__}
@@ -110,10 +112,11 @@ def _health(settings: Settings) -> dict[str, Any]:
 
 def _controller(settings: Settings) -> dict[str, Any]:
     """``vlm``: the VLM base, whether it is registered, and what each replica says of itself. ``replicas``: of each
-    deployment by state. ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work.
+    deployment by state. ``rollout``: what the guard watches. ``trouble``: why the controller cannot do its work, or
+    why it cannot be asked.
     ``catalog``: rows, backfill and index of each image space; None while the server does not answer.
     """
-    from serving.client import Client
+    from serving.client import ServerError
     from serving.engines.clip_base import list_bases
 
     base = settings.base.vlm
@@ -125,14 +128,15 @@ def _controller(settings: Settings) -> dict[str, Any]:
     replicas: dict[str, dict[str, int]] = {}
     last_error = ""
     try:
-        with Client(settings.serve.url, operator_key=settings.operator_key(), timeout=3.0) as client:
+        with operator_client(settings, timeout=3.0) as client:
             status = client.status()
             catalog, controller = status["catalog"], status["controller"]
             vlm["replicas"], rollout = controller["vlm"], controller["rollout"]
             vlm["problem"] = status.get("vlm_problem", "")
             replicas, last_error = controller["replicas"], controller["trouble"]
-    except RatchetError:
-        pass
+    except RatchetError as error:
+        if not (isinstance(error, ServerError) and error.status == 0):  # that it does not answer is in its health
+            last_error = f"{error.message} {error.fix}".strip()
     return {"vlm": vlm, "replicas": replicas, "rollout": rollout, "catalog": catalog, "trouble": last_error}
 
 

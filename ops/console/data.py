@@ -69,7 +69,7 @@ class ConsoleData:
         """The server as the holder of ``key`` sees it; an empty key is nobody's."""
         own = key == self.settings.operator_key().get_secret_value()
         actor = "operator" if own else "console"  # a key's name is put before it: key:ana/console
-        return Client(self.settings.console_server, operator_key=key or None, actor=actor, timeout=timeout)
+        return Client(self.settings.server, operator_key=key or None, actor=actor, timeout=timeout)
 
     def status(self, *, fresh: bool = False) -> dict[str, Any] | None:
         """What the controller and the catalog say of themselves; None when the server does not answer.

@@ -100,7 +100,7 @@ class UpdaterService:
         self.store = SampleStore(settings.lake)
         self.stop = stop or StopSignal()
         self._ledger_metrics = LedgerMetrics(self.ledger)
-        server = Client(settings.console_server, settings.operator_key(), actor="updater", timeout=2.0)
+        server = Client(settings.server, settings.operator_key(), actor="updater", timeout=2.0)
         limits = settings.updater
         self._throttle = Throttle(
             lambda: latencies(server), limits.max_latency_ratio, min(1.0, limits.least_duty_cycle / limits.duty_cycle)

@@ -60,7 +60,7 @@ def test_every_profiles_settings_are_ratchets(name: str, extra: Any, tmp_path: P
     assert settings.artifacts == "s3://models/ratchet"
     assert settings.serve.host == settings.metrics_host == settings.console.host == "0.0.0.0"
     assert settings.kafka.client["sasl_plain_password"] == "p: {#'"
-    assert settings.console.server == "http://live-ratchet-serve-svc:8000"
+    assert settings.server == "http://live-ratchet-serve-svc:8000"
 
 
 def test_ports_of_pods_are_those_of_the_settings(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_an_empty_operator_key_is_no_key() -> None:
     ],
 )  # fmt: skip
 def test_passwords_in_urls_are_not_shown(url: str, shown: str) -> None:
-    settings = load_settings(overrides={"ledger_url": url, "artifacts_url": url, "console.server": url}, environ={})
+    settings = load_settings(overrides={"ledger_url": url, "artifacts_url": url, "lake_url": url}, environ={})
     rows = {name: value for name, value, _, _ in describe(settings)}
-    assert [rows[name] for name in ("ledger_url", "artifacts_url", "console.server")] == [shown] * 3
+    assert [rows[name] for name in ("ledger_url", "artifacts_url", "lake_url")] == [shown] * 3
     assert settings.ledger == url
