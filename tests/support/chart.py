@@ -79,14 +79,14 @@ def chart() -> Chart:
     return Chart.load(CHART)
 
 
-def render(*layers: Any, namespace: str = "ml") -> list[Object]:
-    """All objects of a release named ``live``. Raises HelmValuesError, HelmRenderError."""
-    return list(_render(json.dumps(merged(NEEDED, *layers)), namespace))
+def render(*layers: Any, name: str = "live", namespace: str = "ml") -> list[Object]:
+    """All objects of a release. Raises HelmValuesError, HelmRenderError."""
+    return list(_render(json.dumps(merged(NEEDED, *layers)), name, namespace))
 
 
 @cache
-def _render(values: str, namespace: str) -> tuple[Object, ...]:
-    texts = chart().render(json.loads(values), name="live", namespace=namespace)
+def _render(values: str, name: str, namespace: str) -> tuple[Object, ...]:
+    texts = chart().render(json.loads(values), name=name, namespace=namespace)
     manifests = [text for path, text in texts.items() if path.endswith(".yaml")]
     # The C parser: dashboards and rules are long.
     return tuple(each for text in manifests for each in yaml.load_all(text, yaml.CSafeLoader) if each)
@@ -106,6 +106,8 @@ def pods(objects: list[Object]) -> Iterator[tuple[str, Object]]:
                 yield _component(group["template"]), group["template"]
         elif each["kind"] in ("Deployment", "Job"):
             yield _component(each["spec"]["template"]), each["spec"]["template"]
+        elif each["kind"] == "Pod":
+            yield _component(each), each
 
 
 def _component(template: Object) -> str:

@@ -1,5 +1,13 @@
-{{/* Names and labels. KubeRay appends up to 13 characters to names, and takes 47 at most. */}}
+{{/* Names and labels. KubeRay appends up to 13 characters to names, and takes 47 at most, which begin with a letter. */}}
 {{- define "ratchet.fullname" -}}
+{{- $name := include "ratchet.wantedName" . -}}
+{{- if not (regexMatch "^[a-z]" $name) -}}
+{{- fail (printf "%s cannot be the name of a RayService: it must begin with a letter. Set fullnameOverride." $name) -}}
+{{- end -}}
+{{- $name -}}
+{{- end -}}
+
+{{- define "ratchet.wantedName" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" -}}
 {{- else -}}

@@ -12,6 +12,8 @@
   value: {{ dig "serve" "connections" 4096 .Values.settings | int | quote }}
 - name: FORWARDED_ALLOW_IPS # uvicorn would believe the X-Forwarded-For of any client that comes through HAProxy
   value: none
+- name: RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S # after 5 s Serve would end a proxy that still starts
+  value: "60"
 - name: RAY_SERVE_MAX_PER_REPLICA_RETRY_COUNT # a VLM that cannot start is tried again without end
   value: "1000000"
 - name: RAY_task_events_report_interval_ms # the head would keep an event of each of 100,000 calls

@@ -44,6 +44,7 @@ WRONG: list[tuple[str, Any, list[str]]] = [
     ),
     ("CAs in two places", {"caBundle": {"configMap": "a", "secret": "b"}}, ["/caBundle/secret"]),
     ("a variable without a name", {"extraEnv": [{"value": "x"}]}, ["/extraEnv/0", "name"]),
+    ("a variable that KubeRay refuses", {"extraEnv": [{"name": "REDIS_PASSWORD", "value": "x"}]}, ["/extraEnv/0/name"]),
     ("an open peer", {"networkPolicy": {"ingress": {"clients": [{}]}}}, ["/networkPolicy/ingress/clients/0"]),
 ]
 

@@ -1,0 +1,181 @@
+"""KubeRay takes the RayService: its schemas and the rules of its own code, of the versions that the docs name.
+
+The rules are those of ``ray-operator/controllers/ray`` in ray-project/kuberay, read at the tags v1.5.0, v1.5.1, v1.6.2
+and v1.7.0: ``utils/validation.go`` (ValidateRayServiceMetadata, ValidateRayServiceSpec, ValidateRayClusterSpec),
+``utils/constant.go`` (names and ports), ``common/service.go`` (BuildServeService) and ``common/pod.go``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helm_python import HelmError
+from jsonschema import Draft202012Validator
+from ray.serve._private import constants
+
+from ops.settings import Settings
+from serving.ray import ray_session
+from tests.support.chart import EVERYTHING, PROFILES, ROOT, merged, of_kind, profile, render
+
+CASES = [merged(profile(name), extra) for name in PROFILES for extra in ({}, EVERYTHING)]
+IDS = [f"{name}{extra}" for name in PROFILES for extra in ("", " with everything")]
+VERSIONS = {"1.5.1": "RayService-1.5.1.json", "1.6.2": "RayService-1.6.2.json", "1.7": "RayService.json"}
+MAX_NAME = 53 - len("-xxxxx")
+"""MaxRayServiceNameLength: of a cluster's 53, less what KubeRay appends."""
+DNS_1035 = r"[a-z]([-a-z0-9]*[a-z0-9])?"
+REFUSED = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
+"""ValidateRayClusterSpec refuses a head with one of them, where GcsFaultToleranceOptions are to be used."""
+MANAGED = {
+    "FQ_RAY_IP", "RAY_IP", "RAY_CLUSTER_NAME", "RAY_CLUSTER_NAMESPACE", "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME",
+    "KUBERAY_GEN_RAY_START_CMD", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_PORT",
+}  # fmt: skip
+"""setContainerEnvVars and SetContainerTokenAuthEnvVars add these."""
+PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080, "serve": 8000}
+"""getDefaultPorts: what the services of a head are made of, once it names any port."""
+
+
+@pytest.fixture(params=CASES, ids=IDS)
+def service(request: pytest.FixtureRequest) -> dict[str, Any]:
+    (found,) = of_kind(render(request.param), "RayService")
+    return found
+
+
+def groups(service: dict[str, Any]) -> list[dict[str, Any]]:
+    """The group of the head, then those of workers."""
+    cluster = service["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+
+
+def ray_container(group: dict[str, Any]) -> dict[str, Any]:
+    """RayContainerIndex is 0: the first container is Ray's, whatever its name."""
+    first: dict[str, Any] = group["template"]["spec"]["containers"][0]
+    return first
+
+
+@cache
+def schema(file: str) -> Draft202012Validator:
+    return Draft202012Validator(json.loads((ROOT / "tests" / "support" / "crds" / file).read_text()))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_resource_of_each_version_has_every_field(service: dict[str, Any], version: str) -> None:
+    schema(VERSIONS[version]).validate(service)
+
+
+def test_the_first_version_takes_it_without_a_token_only() -> None:
+    of_first = schema("RayService-1.5.0.json")
+    (with_token,) = of_kind(render(EVERYTHING), "RayService")
+    assert [error for error in of_first.iter_errors(with_token) if "authOptions" in error.message]
+    (without,) = of_kind(render(EVERYTHING, {"serving": {"rayAuth": "disabled"}}), "RayService")
+    of_first.validate(without)
+    assert "authOptions" not in without["spec"]["rayClusterConfig"]
+
+
+def test_the_page_for_deployers_names_the_versions_that_are_tested() -> None:
+    page = (ROOT / "docs" / "deployer.md").read_text()
+    assert "operator 1.5.1 to 1.7; 1.5.0 with `serving.rayAuth: disabled`" in page
+
+
+def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> None:
+    """ValidateRayServiceMetadata."""
+    assert re.fullmatch(DNS_1035, service["metadata"]["name"])
+    (longest,) = of_kind(render({"fullnameOverride": "a" * 40}), "RayService")
+    assert len(longest["metadata"]["name"]) <= MAX_NAME
+
+
+def test_a_release_whose_name_kuberay_would_refuse_is_not_installed() -> None:
+    with pytest.raises(HelmError, match=r"2nd-ratchet cannot be the name .* Set fullnameOverride"):
+        render(name="2nd")
+    assert render({"fullnameOverride": "second"}, name="2nd")
+
+
+def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any]) -> None:
+    """getPortsFromCluster takes those of the head's first container; BuildServeService wants one named serve there."""
+    head, *workers = groups(service)
+    ports = {port["name"]: port["containerPort"] for port in ray_container(head)["ports"]}
+    assert ports.items() >= PORTS.items()
+    for group in workers:
+        assert {"name": "serve", "containerPort": 8000} in ray_container(group)["ports"]
+    assert "headService" not in head  # ValidateRayServiceSpec refuses a name of its own
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True  # it has no replicas, and its probe asks none
+
+
+def test_no_variable_is_one_that_kuberay_refuses_or_sets_itself(service: dict[str, Any]) -> None:
+    for group in groups(service):
+        names = [each["name"] for each in ray_container(group)["env"]]
+        assert len(names) == len(set(names))
+        assert not {*names} & (REFUSED | MANAGED)
+
+
+def test_workers_have_both_bounds_as_nothing_scales_them(service: dict[str, Any]) -> None:
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["enableInTreeAutoscaling"] is False
+    for group in cluster["workerGroupSpecs"]:
+        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
+    """validateRayGroupResources and validateRayGroupLabels; generateRayStartCommand takes CPUs from the requests."""
+    for group in groups(service):
+        parameters = group["rayStartParams"]
+        assert all(isinstance(value, str) for value in parameters.values())
+        assert not {"labels", "redis-password", "redis-username"} & parameters.keys()
+        assert not {"resources", "labels"} & group.keys()
+        resources = ray_container(group)["resources"]
+        assert "num-cpus" in parameters or {**resources["requests"], **resources["limits"]}.get("cpu")
+
+
+def test_a_token_is_of_a_ray_that_has_them_and_of_the_one_in_the_image(service: dict[str, Any]) -> None:
+    cluster = service["spec"]["rayClusterConfig"]
+    version = tuple(map(int, cluster["rayVersion"].split(".")))
+    assert cluster["authOptions"] == {"mode": "token"}  # RayService has no enableK8sTokenAuth
+    assert version >= (2, 52, 0)
+    assert cluster["rayVersion"] == importlib.metadata.version("ray")
+
+
+def test_what_kuberay_would_add_to_a_pod_is_there_already(service: dict[str, Any]) -> None:
+    """It adds probes that call wget, which the image has not, and shared memory of the size of all memory, where there
+    is none; it puts ``ray start`` in the place of command and arguments."""
+    for group in groups(service):
+        container = ray_container(group)
+        assert {"livenessProbe", "readinessProbe"} <= container.keys()
+        assert "/dev/shm" in [mount["mountPath"] for mount in container["volumeMounts"]]
+        assert not {"command", "args"} & container.keys()
+        assert not [name for name in group["template"]["metadata"]["labels"] if name.startswith("ray.io/")]
+        others = group["template"]["spec"]["initContainers"]
+        assert "wait-gcs-ready" not in [each["name"] for each in others]
+
+
+def test_an_upgrade_is_one_of_kuberays(service: dict[str, Any]) -> None:
+    assert service["spec"]["upgradeStrategy"]["type"] in ("NewCluster", "None")
+    assert "upgradeStrategy" not in service["spec"]["rayClusterConfig"]  # ValidateRayClusterUpgradeOptions
+
+
+def test_serves_switches_have_the_names_that_ray_reads(service: dict[str, Any]) -> None:
+    source = inspect.getsource(constants)
+    for group in groups(service):
+        for variable in ray_container(group)["env"]:
+            if variable["name"].startswith("RAY_SERVE_"):
+                assert f'"{variable["name"]}"' in source, variable["name"]
+
+
+def test_a_proxy_has_as_long_to_get_ready_as_on_one_machine(
+    service: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environ)
+    ray_session.prepare_environment(Settings(home=tmp_path))
+    monkeypatch.undo()
+    name = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+    for group in groups(service):
+        value = next(each["value"] for each in ray_container(group)["env"] if each["name"] == name)
+        assert value == environ[name]
+        assert float(value) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
