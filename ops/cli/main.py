@@ -14,6 +14,7 @@ from ops.cli import (
     audit,
     bases,
     bench,
+    check,
     config,
     data,
     gate,
@@ -73,6 +74,7 @@ app.add_typer(samples.app, name="samples", rich_help_panel="Data and models")
 app.add_typer(bases.app, name="base", rich_help_panel="Data and models")
 app.add_typer(adapters.app, name="adapters", rich_help_panel="Data and models")
 app.command(rich_help_panel="Operate")(status.status)
+app.command(rich_help_panel="Operate")(check.check)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(resubmit.resubmit)

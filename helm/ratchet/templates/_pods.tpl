@@ -109,6 +109,15 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
     secretKeyRef: {name: {{ .Values.ledger.existingSecret.name }}, key: {{ .Values.ledger.existingSecret.key }}}
 {{- end -}}
 
+{{/* What may call the model server's every route. */}}
+{{- define "ratchet.operatorKeyEnv" -}}
+{{- with .Values.operatorKey.existingSecret -}}
+- name: RATCHET_SERVE__OPERATOR_KEY
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
+{{- end -}}
+{{- end -}}
+
 {{/* Settings file, the secrets that a part needs, and where the object store is: (list $ "ingest").
      Lance and s3fs read the same AWS variables. */}}
 {{- define "ratchet.env" -}}
@@ -117,11 +126,7 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
   value: /etc/ratchet/ratchet.yaml
 {{ include "ratchet.ledgerEnv" $top }}
 {{- if has $part (list "serving" "console" "updater") }}
-{{- with $top.Values.operatorKey.existingSecret }}
-- name: RATCHET_SERVE__OPERATOR_KEY
-  valueFrom:
-    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
-{{- end }}
+{{ include "ratchet.operatorKeyEnv" $top }}
 {{- end }}
 {{- if has $part (list "ingest" "maintain" "console") }}
 {{- with $top.Values.kafka.existingSecret }}

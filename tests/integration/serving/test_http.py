@@ -20,7 +20,9 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from ops.cli.main import app
 from serving.client import Client, ServerError, data_uri
 from tests.integration.serving.server_fixture import QUEUE, ServerFixture
 
@@ -81,6 +83,12 @@ def test_a_request_of_many_items_comes_back_in_order(server: ServerFixture) -> N
         alone = client.embed([texts[150]])
     assert together.shape == (200, server.base.dim)
     assert np.abs(together[150] - alone[0]).max() < 1e-3
+
+
+def test_the_command_that_checks_an_installation_passes(server: ServerFixture) -> None:
+    done = CliRunner().invoke(app, ["--config", str(server.config), "check", "--wait", "10"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert f"{server.url} embeds texts as release " in done.output
 
 
 def test_classify_takes_json_and_multipart_and_gives_probabilities(server: ServerFixture) -> None:

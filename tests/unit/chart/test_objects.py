@@ -79,6 +79,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
                     names.setdefault(component, set()).add(reference["name"])
                 assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     assert names["migration"] == {"ratchet-ledger"}
+    assert names["test"] == {"ratchet-operator"}
     assert names["updater"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}  # it reads serving's /metrics
     assert names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
     assert names["ingest"] == {*names["maintain"], "ratchet-split"}
@@ -89,7 +90,7 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
 def test_the_stores_of_all_pods_are_the_same(objects: list[dict[str, Any]]) -> None:
     for component, template in pods(objects):
         variables = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
-        if component != "migration":
+        if component not in ("migration", "test"):
             assert variables["AWS_ENDPOINT_URL"] == "http://seaweedfs:8333"
             assert variables["AWS_ALLOW_HTTP"] == "true"
             assert variables["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
@@ -129,6 +130,7 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     for component in labels:
         assert {"policyTypes": ["Ingress", "Egress"]}.items() <= policies(objects, component, labels)[0].items()
     assert outward(objects, "migration", labels) == {dns, ledger}
+    assert outward(objects, "test", labels) == {dns, serve}
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "maintain", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "updater", labels) == {dns, ledger, *store, serve}
@@ -155,7 +157,7 @@ def test_serving_lets_in_the_parts_that_call_it(off: str) -> None:
     objects = render(values, {off: {"enabled": False}} if off else {})
     labels = {component: template["metadata"]["labels"] for component, template in pods(objects)}
     found = {name for spec in policies(objects, "serving-head", labels) for name in callers(spec, 8000, labels)}
-    assert found == {"console", "updater"} - {off}
+    assert found == {"console", "updater", "test"} - {off}
 
 
 def test_the_ingress_controller_reaches_what_is_published() -> None:

@@ -27,7 +27,7 @@ def containers(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, A
 
 
 def test_every_part_of_the_product_has_its_pods(objects: list[dict[str, Any]]) -> None:
-    assert {component for component, _ in pods(objects)} == {*WORKLOADS, "migration"}
+    assert {component for component, _ in pods(objects)} == {*WORKLOADS, "migration", "test"}
 
 
 def test_no_pod_runs_as_root_or_may_become_it(objects: list[dict[str, Any]]) -> None:
