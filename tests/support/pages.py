@@ -111,10 +111,10 @@ def _alone(line: str) -> str:
     return re.split(r"\s#|\s>|\s\|", line)[0].strip()
 
 
-def resolve(line: str) -> Any:
+def resolve(line: str, *, strict: bool = False) -> Any:
     """Find the command of a line and read its arguments, without running it: its context. Raises the usage error.
 
-    A command without any argument is a mention, and need only exist.
+    A command without any argument is a mention, and need only exist, unless ``strict`` takes it as it would run.
     """
     command: Any = typer.main.get_command(app)
     words = shlex.split(line)[1:]
@@ -125,5 +125,6 @@ def resolve(line: str) -> Any:
             break
         name, child, words = command.resolve_command(context, words)
         assert child is not None
-        command, context = child, child.make_context(name, words, parent=context, resilient_parsing=not words)
+        mention = not words and not strict
+        command, context = child, child.make_context(name, words, parent=context, resilient_parsing=mention)
     return context
