@@ -1,8 +1,8 @@
-{{/* Names and labels. KubeRay appends up to 13 characters to names, and takes 47 at most, which begin with a letter. */}}
+{{/* Names and labels. KubeRay appends up to 13 characters to names, and takes 47 at most, of a DNS label. */}}
 {{- define "ratchet.fullname" -}}
 {{- $name := include "ratchet.wantedName" . -}}
-{{- if not (regexMatch "^[a-z]" $name) -}}
-{{- fail (printf "%s cannot be the name of a RayService: it must begin with a letter. Set fullnameOverride." $name) -}}
+{{- if not (regexMatch "^[a-z][-a-z0-9]*$" $name) -}}
+{{- fail (printf "%s cannot be the name of a RayService: it must be small letters, digits and -, a letter first. Set fullnameOverride." $name) -}}
 {{- end -}}
 {{- $name -}}
 {{- end -}}

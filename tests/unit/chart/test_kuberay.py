@@ -92,9 +92,10 @@ def test_its_name_is_a_label_that_is_short_enough(service: dict[str, Any]) -> No
 
 
 def test_a_release_whose_name_kuberay_would_refuse_is_not_installed() -> None:
-    with pytest.raises(HelmError, match=r"2nd-ratchet cannot be the name .* Set fullnameOverride"):
-        render(name="2nd")
-    assert render({"fullnameOverride": "second"}, name="2nd")
+    for name in ("2nd", "v1.2"):
+        with pytest.raises(HelmError, match=rf"{name}-ratchet cannot be the name .* Set fullnameOverride"):
+            render(name=name)
+        assert render({"fullnameOverride": "second"}, name=name)
 
 
 def test_the_head_has_the_ports_that_services_are_made_of(service: dict[str, Any]) -> None:

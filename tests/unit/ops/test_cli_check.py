@@ -24,9 +24,9 @@ def checked(vectors: npt.NDArray[np.float32], home: Path) -> tuple[Result, list[
     rows = [{"embedding": base64.b64encode(row.tobytes()).decode()} for row in vectors]
     with web_server() as server:
         server.pages = {
-            "/v1/embeddings": reply(json.dumps({"data": rows}).encode()),
-            "/v1/releases": reply(b'{"live": 7, "data": []}'),
-            "/health/ready/clip": reply(b"{}"),
+            "/v1/embeddings": reply(json.dumps({"data": rows}).encode(), connection="close"),
+            "/v1/releases": reply(b'{"live": 7, "data": []}', connection="close"),
+            "/health/ready/clip": reply(b"{}", connection="close"),
         }
         flags = ["--set", f"home={home}", "--set", "serve.operator_key=k"]
         url = f"http://{server.host}:{server.port}"
