@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from ops.cli.metrics import targets_of
 from ops.loading import load_settings
@@ -29,6 +30,12 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+def stages() -> dict[str, str]:
+    """Text of each stage of the Dockerfile by its name."""
+    found = re.findall(r"^FROM \S+ AS (\S+)\n(.*?)(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
 def test_hadolint_has_nothing_to_say() -> None:
     assert run(BIN / "hadolint", "Dockerfile") == ""
 
@@ -39,7 +46,7 @@ def test_the_compose_file_is_one() -> None:
 
 def test_both_targets_end_as_a_user_without_rights_and_can_tell_their_health() -> None:
     for target in ("cpu", "gpu"):
-        stage = DOCKERFILE.partition(f"FROM run AS {target}")[2].partition("\nFROM")[0]
+        stage = stages()[target]
         assert re.findall(r"^USER (.*)$", stage, re.MULTILINE)[-1:] == ["10001:10001"]
     assert "HEALTHCHECK" in DOCKERFILE.partition("FROM python:${PYTHON} AS run")[2]
 
@@ -54,6 +61,13 @@ def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
     for extras in re.findall(r"'\.\[(.*)\]'", DOCKERFILE):
         assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
         assert {"postgres", "s3"} <= set(extras.split(","))
+
+
+def test_cpu_and_gpu_have_the_same_version_of_vllm() -> None:
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (gpu,), (cpu,) = optional["gpu"], optional["vlm-cpu"]
+    assert Requirement(gpu).specifier == Requirement(cpu).specifier
+    assert str(Requirement(gpu).specifier).count("<") == 1
 
 
 def test_the_chart_runs_pods_as_the_images_user() -> None:
@@ -71,6 +85,16 @@ def test_every_image_is_pinned_and_nothing_listens_beyond_loopback(name: str) ->
     assert "no-new-privileges:true" in service["security_opt"]
     for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:")
+
+
+def test_one_service_builds_the_image_and_the_others_wait_for_it() -> None:
+    services = {name: COMPOSE["services"][name] for name in OURS}
+    assert [name for name, service in services.items() if "build" in service] == ["setup"]
+    assert services["setup"]["build"]["target"] == services["setup"]["image"].partition("0-")[2]
+    for name in set(OURS) - {"setup"}:
+        assert services[name]["image"] == services["setup"]["image"]
+        assert services[name]["pull_policy"] == "never"  # else Compose asks a registry for it before it builds
+        assert services[name]["depends_on"]["setup"] == {"condition": "service_completed_successfully"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -112,7 +136,7 @@ def test_the_settings_are_ratchets_and_name_the_services() -> None:
     for name in (
         host,
         at.kafka.bootstrap.partition(":")[0],
-        at.console_server.removeprefix("http://").partition(":")[0],
+        at.server.removeprefix("http://").partition(":")[0],
     ):
         assert name in COMPOSE["services"]
     assert at.serve.host == at.metrics_host == at.console.host == "0.0.0.0"
