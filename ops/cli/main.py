@@ -17,6 +17,7 @@ from ops.cli import (
     config,
     data,
     gate,
+    gc,
     ingest,
     init,
     keys,
@@ -76,6 +77,7 @@ app.command(rich_help_panel="Operate")(status.status)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(resubmit.resubmit)
+app.command(name="gc", rich_help_panel="Operate")(gc.collect)
 app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(audit.audit)
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
