@@ -25,13 +25,14 @@ from ops import metrics
 from ops.digests import digest12
 from ops.errors import ConfigError, LedgerUnavailable, RatchetError
 from ops.ledger import DeletionRow, DeletionState, Ledger
+from ops.ledger.collection import COLLECT_LEASE
 from ops.ledger.renewal import renewing
 from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
 from streams.events import EventPublisher
 from streams.rows import name_of
-from streams.store import SampleStore
+from streams.store import BACKUP_PIN, SampleStore
 
 log = logging.getLogger(__name__)
 LEASE: Final = "maintain"
@@ -222,9 +223,12 @@ class Maintainer:
                 self.store.unpin(name)
 
     def _drop_pins(self) -> None:
-        """Let go the versions of updates that are over: who finished one may have died before it did."""
-        for name in self.store.pins():
-            if self.ledger.is_finished(name):
+        """Let go the versions of updates and backups that are over: who finished one may have died before it did."""
+        pins = self.store.pins()
+        lease = self.ledger.lease(COLLECT_LEASE) if any(name.startswith(BACKUP_PIN) for name in pins) else None
+        copying = lease is not None and bool(lease.holder) and lease.expires_at > self.ledger.clock()
+        for name in pins:
+            if not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name):
                 self.store.unpin(name)
 
     def _collect(self) -> None:
