@@ -183,6 +183,10 @@ class ReleaseError(RatchetError):
     """A proposal could not be released; what is live stays live."""
 
 
+class AdapterCollected(ReleaseError, AdapterError):
+    """The garbage collector has deleted an adapter's files; the ledger still knows it."""
+
+
 class Held(ReleaseError):
     """Updates are on hold: the proposal waits until an operator resumes."""
 

@@ -158,6 +158,25 @@ class Retention(Section):
     )
 
 
+class Collection(Section):
+    """What is deleted of adapters, their carry-over, gate reports and caches: `ratchet gc`, and maintenance."""
+
+    hours: float = Field(24.0, ge=0, description="How often maintenance collects garbage; 0: only `ratchet gc` does.")
+    keep_releases: int = Field(
+        20, ge=2, le=10_000, description="Newest releases of each base whose adapters stay, whatever their age."
+    )
+    keep_days: float = Field(
+        90.0,
+        ge=1,
+        description="Adapters stay for so long after their last use; caches on this machine too. Counted back from the "
+        "newest entry of the ledger.",
+    )
+    keep_report_days: float = Field(
+        365.0, ge=0, description="Gate reports of candidates that were never released stay for so long; 0: no limit."
+    )
+    keep_adapters: list[str] = Field(default_factory=list, description="Names of adapters that always stay.")
+
+
 class Serve(Section):
     """The HTTP server and its engines."""
 
@@ -446,6 +465,7 @@ class Settings(Section):
     ingest: Ingest = Field(default_factory=Ingest)
     maintain: Maintain = Field(default_factory=Maintain)
     retention: Retention = Field(default_factory=Retention)
+    gc: Collection = Field(default_factory=Collection)
     serve: Serve = Field(default_factory=Serve)
     access: AccessRules = Field(default_factory=AccessRules)
     updater: Updater = Field(default_factory=Updater)

@@ -1,9 +1,9 @@
 """``ratchet maintain``: what keeps the sample store compact and its promises kept, beside the workers that write it.
 
 One run after another: tombstones become deletions, deletions and retention remove rows, small data files are merged and
-indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger. One process
-does it at a time, by a lease in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is
-tried again.
+indexed, old versions go, gaps are told to others, events that were published long ago leave the ledger, and garbage is
+collected (:mod:`ops.collection`, which is above this module and handed in). One process does it at a time, by a lease
+in the ledger; a second one waits. Nothing here holds up reading, and a run that fails is tried again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -26,12 +25,14 @@ from ops import metrics
 from ops.digests import digest12
 from ops.errors import ConfigError, LedgerUnavailable, RatchetError
 from ops.ledger import DeletionRow, DeletionState, Ledger
+from ops.ledger.collection import COLLECT_LEASE
+from ops.ledger.renewal import renewing
 from ops.progress import say
 from ops.settings import Settings
 from streams import compaction, deletion, retention
 from streams.events import EventPublisher
 from streams.rows import name_of
-from streams.store import SampleStore
+from streams.store import BACKUP_PIN, SampleStore
 
 log = logging.getLogger(__name__)
 LEASE: Final = "maintain"
@@ -70,13 +71,21 @@ class Maintainer:
     Run(written=0, removed=0, ...)
     """
 
-    def __init__(self, settings: Settings, ledger: Ledger | None = None, store: SampleStore | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger | None = None,
+        store: SampleStore | None = None,
+        collect: Callable[[], object] | None = None,
+    ) -> None:
+        """``collect``: called every ``gc.hours``, last in a run."""
         self.settings = settings
         self.ledger = ledger or Ledger.open(settings.ledger)
         self.store = store or SampleStore(settings.lake)
         self.events = EventPublisher(settings, self.ledger)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._cleaned_at = self._expired_at = self._pruned_at = -math.inf
+        self._collect_garbage = collect
+        self._cleaned_at = self._expired_at = self._pruned_at = self._collected_at = -math.inf
         self._gaps = 0
 
     def run_once(self) -> Run:
@@ -90,7 +99,7 @@ class Maintainer:
             epoch = self.ledger.acquire_lease(LEASE, self._holder, LEASE_SECONDS)
             if epoch is None:
                 return Run(waiting=True)
-            with self._holding(epoch):
+            with renewing(self.ledger, LEASE, epoch, LEASE_SECONDS):
                 run = self._run()
         except Exception:
             metrics.maintain.ran("failed", time.monotonic() - started)
@@ -126,26 +135,6 @@ class Maintainer:
             log.info("the lease of maintenance could not be given back (%s); it runs out by itself", error)
         self.events.close()
 
-    @contextmanager
-    def _holding(self, epoch: int) -> Iterator[None]:
-        """Keep the lease while a run takes long."""
-        ended = threading.Event()
-
-        def renew() -> None:
-            while not ended.wait(LEASE_SECONDS / 4):
-                try:
-                    self.ledger.renew_lease(LEASE, epoch, LEASE_SECONDS)
-                except Exception as error:  # the ledger is away: the lease may run out, and two then do the same work
-                    log.warning("the lease of maintenance is not renewed: %s", error)
-
-        thread = threading.Thread(target=renew, name="maintain-lease", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
     def _run(self) -> Run:
         removed = self._delete() + self._expire()
         self._tell_gaps()
@@ -160,6 +149,7 @@ class Maintainer:
         self._prune_events()
         metrics.maintain.written(written)
         self._count_deletions()
+        self._collect()
         return Run(written, removed, freed)
 
     def _deletions(self, *states: DeletionState) -> list[DeletionRow]:
@@ -233,10 +223,20 @@ class Maintainer:
                 self.store.unpin(name)
 
     def _drop_pins(self) -> None:
-        """Let go the versions of updates that are over: who finished one may have died before it did."""
-        for name in self.store.pins():
-            if self.ledger.is_finished(name):
+        """Let go the versions of updates and backups that are over: who finished one may have died before it did."""
+        pins = self.store.pins()
+        lease = self.ledger.lease(COLLECT_LEASE) if any(name.startswith(BACKUP_PIN) for name in pins) else None
+        copying = lease is not None and bool(lease.holder) and lease.expires_at > self.ledger.clock()
+        for name in pins:
+            if not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name):
                 self.store.unpin(name)
+
+    def _collect(self) -> None:
+        hours = self.settings.gc.hours
+        if self._collect_garbage is None or not hours or time.monotonic() - self._collected_at < hours * 3600:
+            return
+        self._collect_garbage()
+        self._collected_at = time.monotonic()
 
     def _finish(self, pending: list[DeletionRow]) -> None:
         """A deletion is done when no version is left that has what it deleted."""
@@ -261,9 +261,9 @@ def _event_id(position: str) -> str:
     return name if len(name) <= 200 else f"{name[:180]}-{digest12(name.encode())}"
 
 
-def run_maintain(settings: Settings, once: bool = False) -> None:
-    """Maintain the sample store until SIGTERM or SIGINT; or do one run."""
-    maintainer = Maintainer(settings)
+def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:
+    """Maintain the sample store until SIGTERM or SIGINT; or do one run. ``collect``: see :class:`Maintainer`."""
+    maintainer = Maintainer(settings, collect=collect)
     try:
         if once:
             say(f"maintain: {maintainer.run_once()}")

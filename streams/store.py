@@ -28,6 +28,8 @@ from streams.writer import Rows, StoreWriter
 Having = Literal["text", "question"]
 IDS_PER_QUERY: Final = 500
 BATCH_ROWS: Final = 8192
+BACKUP_PIN: Final = "backup-"
+"""Pins of backups begin with it; those of updates are their ids."""
 IO_BUFFER_BYTES: Final = 64 << 20
 """What Lance reads ahead in a scan; its default is 2 GiB."""
 ADDRESS: Final = "_rowaddr"

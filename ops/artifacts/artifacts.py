@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ops.artifacts import folder
 from ops.artifacts.bucket import Bucket
+from ops.artifacts.cache import CACHE_BYTES, Cache
 from ops.artifacts.manifest import directory_digest
 from ops.artifacts.object_store import CALL_SECONDS, ObjectStore, open_filesystem
 from ops.digests import digest12
@@ -20,19 +21,22 @@ class Artifacts:
     With an object store every method raises ArtifactsUnavailable when it does not answer in time.
     """
 
-    def __init__(self, url: str, cache: Path | None = None, seconds: float = CALL_SECONDS) -> None:
+    def __init__(
+        self, url: str, cache: Path | None = None, seconds: float = CALL_SECONDS, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         """
         Args:
             url: a folder, or a URL that fsspec knows.
             cache: folder for local copies of what is in an object store.
             seconds: longest time of one call of the object store; transfers have more by their size.
+            cache_bytes: bound of that folder; what is not in use goes, what was not used for longest first.
         """
         self.filesystem, self.root = open_filesystem(url)
         self.local = Path(self.root) if "file" in self._protocols() else None
         default_cache = Path(tempfile.gettempdir()) / f"ratchet-artifacts-{os.getuid()}"
         self.cache = (cache or default_cache) / digest12(url.encode())
         self._store = ObjectStore(self.filesystem, seconds)
-        self._bucket = Bucket(self._store, self.cache)
+        self._bucket = Bucket(self._store, Cache(self.cache, cache_bytes))
 
     def _protocols(self) -> tuple[str, ...]:
         protocol = self.filesystem.protocol
@@ -82,6 +86,27 @@ class Artifacts:
                 "Restore it from a backup, or roll back to another release.",
             )
         return directory
+
+    def delete(self, key: str) -> None:
+        """Delete a directory or an object; no error where there is none. Readers see all of it or nothing, also when
+        this call is interrupted; it may then be repeated.
+        """
+        path = self._path(key)
+        if self.local is not None:
+            folder.delete(Path(path))
+        else:
+            self._bucket.delete(path)
+
+    def sizes(self, key: str) -> dict[str, int]:
+        """What is directly below a key, complete or not, with the bytes of everything below that."""
+        path = self._path(key)
+        if self.local is not None:
+            return folder.sizes(Path(path))
+        total: dict[str, int] = {}
+        for name, size in self._store.sizes(path).items():
+            first = name.partition("/")[0]
+            total[first] = total.get(first, 0) + size
+        return total
 
     def write_bytes(self, key: str, data: bytes) -> None:
         """Write one object; readers see the old or the new one."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
+from ops.artifacts.cache import Cache
 from ops.artifacts.manifest import MARKER, Manifest, directory_digest
 from ops.artifacts.object_store import ObjectStore
 from ops.errors import AdapterError
-from ops.files import replace_file
 
 
 class Bucket:
@@ -17,8 +16,8 @@ class Bucket:
     has left is not seen by readers, and is overwritten by the next one.
     """
 
-    def __init__(self, store: ObjectStore, cache: Path) -> None:
-        """``cache``: a local folder for what is fetched."""
+    def __init__(self, store: ObjectStore, cache: Cache) -> None:
+        """``cache``: local copies of what is fetched."""
         self.store = store
         self.cache = cache
 
@@ -39,24 +38,29 @@ class Bucket:
 
     def fetch(self, path: str, key: str) -> Path:
         """A checked local copy. The copies that are there already need no object store."""
-        target = self.cache / key
-        copied = target.with_name(f".{target.name}{MARKER}")
-        if copied.is_file() and Manifest.parse(copied.read_bytes(), key).has_all(target):
+        target = self.cache.path(key)
+        self.cache.hold(key)
+        note = self.cache.note(key)
+        if note is not None and Manifest.parse(note, key).has_all(target):
             return target
         manifest = self._manifest(path, key)
         if manifest is None:
             raise self._missing(path, key)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=target.parent))
-        try:
+        with self.cache.staging(key) as staging:
             local = self._download(manifest, path, key, staging)
             if not local.has_all(target):  # nor has another process copied it meanwhile
                 shutil.rmtree(target, ignore_errors=True)  # incomplete: a cleaner of temporary files was there
                 _rename(staging, target, local)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-        replace_file(copied, local.dump(), prefix=".staging-")
+        self.cache.write_note(key, local.dump())
+        self.cache.evict()
         return target
+
+    def delete(self, path: str) -> None:
+        """Delete a directory, or an object. The manifest goes first: what is left after an interruption is no complete
+        directory, and the next call deletes it."""
+        self.store.delete(f"{path}/{MARKER}")
+        for name in self.store.sizes(path):
+            self.store.delete(f"{path}/{name}" if name else path)
 
     def _download(self, manifest: Manifest, path: str, key: str, staging: Path) -> Manifest:
         files = manifest.files

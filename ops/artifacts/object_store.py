@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,6 +15,9 @@ CALL_SECONDS: Final = 10.0
 """Longest time of a call that moves no data to speak of, retries included."""
 LEAST_BYTES_PER_SECOND: Final = 1 << 20
 """A transfer may take so much longer as its size needs at this rate."""
+LISTING_BYTES: Final = 300 << 20
+"""A listing of all objects counts as a transfer of so much: a page of 1,000 names takes 0.1 s, and there may be more
+than a thousand pages."""
 _S3: Final[dict[str, Any]] = {
     "connect_timeout": 3, "read_timeout": 8, "retries": {"max_attempts": 2, "mode": "standard"},
 }  # fmt: skip
@@ -53,7 +57,7 @@ class ObjectStore:
         """Objects below a name, by their names from there on, with their sizes in bytes."""
         prefix = self.filesystem._strip_protocol(path)
         try:
-            listed = self._call(self.filesystem.find, path, detail=True)
+            listed = self._call(self.filesystem.find, path, size=LISTING_BYTES, detail=True)
         except FileNotFoundError:
             return {}
         return {name[len(prefix) :].lstrip("/"): int(each.get("size") or 0) for name, each in listed.items()}
@@ -74,6 +78,11 @@ class ObjectStore:
         """Write an object of ``size`` bytes into a file."""
         target.parent.mkdir(parents=True, exist_ok=True)
         self._call(self.filesystem.get_file, path, str(target), size=size)
+
+    def delete(self, path: str) -> None:
+        """Delete an object; no error where there is none."""
+        with suppress(FileNotFoundError):
+            self._call(self.filesystem.rm_file, path)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, size: int = 0, **options: Any) -> Any:
         if self.filesystem.async_impl:  # others are in memory, or have no way to be interrupted

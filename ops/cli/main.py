@@ -18,12 +18,14 @@ from ops.cli import (
     config,
     data,
     gate,
+    gc,
     ingest,
     init,
     keys,
     ledger,
     metrics,
     parts,
+    recovery,
     releases,
     resubmit,
     samples,
@@ -78,6 +80,9 @@ app.command(rich_help_panel="Operate")(check.check)
 app.add_typer(releases.app, name="releases", rich_help_panel="Operate")
 app.add_typer(gate.app, name="gate", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(resubmit.resubmit)
+app.command(name="gc", rich_help_panel="Operate")(gc.collect)
+app.command(rich_help_panel="Operate")(recovery.backup)
+app.command(rich_help_panel="Operate")(recovery.restore)
 app.add_typer(keys.app, name="keys", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(audit.audit)
 app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")

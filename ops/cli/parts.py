@@ -82,7 +82,8 @@ def maintain(
     context: typer.Context,
     once: Annotated[bool, typer.Option("--once", help="Do what is to be done now, then end.")] = False,
 ) -> None:
-    """Keep the sample store compact, delete what is to be deleted, and publish events, until SIGTERM.
+    """Keep the sample store compact, delete what is to be deleted, collect garbage (`ratchet gc`), and publish events,
+    until SIGTERM.
 
     Of several processes one works, and the others wait to take over.
 
@@ -90,7 +91,14 @@ def maintain(
     """
     from streams.maintenance import run_maintain
 
-    run_maintain(ctx.of(context).settings, once=once)
+    settings = ctx.of(context).settings
+
+    def collect() -> None:
+        from ops.cli.gc import collect_garbage
+
+        collect_garbage(settings)
+
+    run_maintain(settings, once=once, collect=collect)
 
 
 def update(

@@ -42,11 +42,14 @@ def list_releases(context: typer.Context, limit: Annotated[int, typer.Option(min
     )  # fmt: skip
     rows, stable = ledger.releases(limit), ledger.stable()
     bases = clip_bases(rows, names_by_digest(settings.home), settings.base.clip)
+    collected = ledger.collected([name for row in rows for name in (row.clip, row.vlm)])
     for index, row in enumerate(rows):
         when = f"{row.created_at:%Y-%m-%d %H:%M:%S}"
         mark = "[green]live[/green]" if index == 0 else ""
         if stable is not None and index and row.number == stable.number:
             mark = "[green]stable[/green]"
+        if any(name in collected for name in (row.clip, row.vlm)):
+            mark = "[dim]collected[/dim]"
         table.add_row(
             mark, str(row.number), answers(row.share), adapters(row.clip, row.vlm), Text(bases[row.number]),
             Text(row.actor), when, Text(row.reason),
@@ -84,6 +87,8 @@ def show(context: typer.Context, number: Annotated[int, typer.Argument(help="Rel
     }  # fmt: skip
     for name, why in ledger.withdrawn([release.clip, release.vlm]).items():
         facts[f"{name} was withdrawn"] = why
+    for name, time in ledger.collected([release.clip, release.vlm]).items():
+        facts[f"{name} was collected"] = f"{time:%Y-%m-%d %H:%M} UTC: no rollback goes back to it"
     if release.proposal_id is not None and ledger.proposal(release.proposal_id).forced:
         facts["forced"] = "no gate had passed it"
     updates = {update.adapter: update for update in reversed(ledger.updates(1000)) if update.adapter is not None}

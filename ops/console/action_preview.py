@@ -242,6 +242,7 @@ def _said(ledger: Ledger) -> dict[str, str]:
     known = dict.fromkeys(name for name, _ in reversed(trained(ledger).items()))
     for row in ledger.releases(OFFERED):
         known |= dict.fromkeys(name for name in (row.clip, row.vlm) if name)
-    offered = list(known)[:OFFERED]
+    collected = ledger.collected(list(known))
+    offered = [name for name in known if name not in collected][:OFFERED]
     verdicts |= dict.fromkeys(ledger.withdrawn(offered), "withdrawn")
     return {name: verdicts.get(name, "not judged") for name in offered}

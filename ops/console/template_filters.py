@@ -25,7 +25,7 @@ TEMPLATES = jinja2.Environment(
 STEPS = ((60, "second"), (60, "minute"), (24, "hour"), (7, "day"), (52, "week"))
 TONES = {
     "passed": "good", "committed": "good", "done": "good", "sent": "good", "ready": "good", "stable": "good",
-    "rejected": "bad", "failed": "bad", "away": "bad", "withdrawn": "bad",
+    "rejected": "bad", "failed": "bad", "away": "bad", "withdrawn": "bad", "collected": "open",
     "inconclusive": "open", "held": "open", "pending": "open", "preparing": "open", "abandoned": "open",
     "training": "busy", "trained": "busy", "gated": "busy", "sending": "busy", "canary": "busy", "shadow": "busy",
 }  # fmt: skip

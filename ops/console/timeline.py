@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from ops.console.rollout import TakenBack, taken_back
@@ -27,6 +28,8 @@ class Change:
     verdict: VerdictRow | None
     withdrawn: str = ""
     """Why the guard withdrew the adapter, if it did."""
+    collected: datetime | None = None
+    """When the garbage collector took its files, if it did."""
 
     @property
     def name(self) -> str:
@@ -52,13 +55,15 @@ def timeline(ledger: Ledger, resident: Mapping[int, object], limit: int = 30) ->
     """The newest releases, newest first."""
     rows = ledger.releases(limit + 1)
     updates_by_adapter, stable, back = trained(ledger), ledger.stable(), taken_back(ledger, limit)
-    withdrawn = ledger.withdrawn([row.adapter(family) for row in rows for family in FAMILIES])
+    names = [row.adapter(family) for row in rows for family in FAMILIES]
+    withdrawn, collected = ledger.withdrawn(names), ledger.collected(names)
     entries = []
     for index, row in enumerate(rows[:limit]):
         older = rows[index + 1] if index + 1 < len(rows) else None
         entries.append(
             Entry(
-                row, _kind(ledger, row), changes(ledger, older, row, updates_by_adapter, withdrawn), live=index == 0,
+                row, _kind(ledger, row), changes(ledger, older, row, updates_by_adapter, withdrawn, collected),
+                live=index == 0,
                 resident=row.number in resident, taken_back=back.get(row.number),
                 stable=index > 0 and stable is not None and row.number == stable.number,
             )
@@ -72,6 +77,7 @@ def changes(
     row: ReleaseRow,
     updates_by_adapter: Mapping[str, UpdateRow],
     withdrawn: Mapping[str, str],
+    collected: Mapping[str, datetime],
 ) -> tuple[Change, ...]:
     """The models that differ between two releases."""
     differences = []
@@ -81,7 +87,8 @@ def changes(
         if older is not None and before != after:
             update = updates_by_adapter.get(after or "")
             verdict = ledger.verdict_of(update.id) if update else None
-            differences.append(Change(family, before, after, update, verdict, withdrawn.get(after or "", "")))
+            why, taken = withdrawn.get(after or "", ""), collected.get(after or "")
+            differences.append(Change(family, before, after, update, verdict, why, taken))
     return tuple(differences)
 
 

@@ -153,7 +153,12 @@ def dashboard() -> make.Dashboard:
             "Samples removed", "Samples an hour that left the store, by reason; of samples that two workers stored at "
             "once, one is taken out again.", "none",
             ("sum by (reason) (increase(ratchet_maintain_deleted_samples_total[1h]))", "{{reason}}"),
-            ("sum(increase(ratchet_store_doubles_settled_total[1h]))", "stored twice"), width=24, least=0,
+            ("sum(increase(ratchet_store_doubles_settled_total[1h]))", "stored twice"), width=12, least=0,
+        ),
+        lines(
+            "Garbage collected", "Bytes a day that the garbage collector deleted, by what it was: adapters, their "
+            "carry-over, gate reports, caches.", "bytes",
+            ("sum by (kind) (increase(ratchet_collected_bytes_total[1d]))", "{{kind}}"), width=12, least=0,
         ),
     )  # fmt: skip
     row(

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from ops.errors import LedgerError
 from ops.ledger import tables as t
+from ops.ledger.collection import restore_mark
 from ops.ledger.database import Database, as_row
 from ops.ledger.events import add_event, clipped
 from ops.ledger.rows import AdapterRow, GateOutcome, UpdateRow, UpdateState, VerdictRow
@@ -35,17 +36,18 @@ class LearningQueries:
         *,
         digest: str | None = None,
     ) -> AdapterRow:
-        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this.
+        """Record an adapter; the same name again is the same adapter, so that a restart may repeat this. Files that
+        were collected count as there again, and have to be stored after this call.
 
         Args:
             digest: :func:`ops.artifacts.directory_digest` of its directory. A name has 48 bits of a digest; this has
                 all of them, and is what is checked when the adapter is loaded.
 
         Raises:
-            LedgerError: it is recorded with other spaces or another digest.
+            LedgerError: it is recorded with other spaces or another digest, or its files are being collected.
         """
         with self.database.write() as session:
-            row = session.get(t.Adapter, name)
+            row = session.get(t.Adapter, name, with_for_update=True)
             if row is None:
                 row = t.Adapter(
                     name=name,
@@ -63,6 +65,7 @@ class LearningQueries:
             elif digest is not None and row.digest not in (None, digest):
                 raise LedgerError(f"adapter {name!r} is recorded with another digest.", "A name is never reused.")
             row.digest = row.digest or digest
+            restore_mark(row)
             return as_row(AdapterRow, row)
 
     def adapter(self, name: str) -> AdapterRow:
@@ -229,7 +232,7 @@ class LearningQueries:
 
     def released_verdicts(self, family: str, base: str) -> list[VerdictRow]:
         """Verdicts on adapters of a base (its digest) that answered everybody once, newest first; none on those that
-        were withdrawn.
+        were withdrawn or collected.
         """
         column = t.Release.clip if family == "clip" else t.Release.vlm
         released = select(column).where(column.is_not(None), t.Release.share >= 1)
@@ -237,6 +240,7 @@ class LearningQueries:
             select(t.Verdict)
             .join(t.Adapter, t.Adapter.name == t.Verdict.adapter)
             .where(t.Verdict.adapter.in_(released), t.Adapter.base == base, t.Adapter.withdrawn.is_(None))
+            .where(t.Adapter.collected_at.is_(None))
             .order_by(t.Verdict.id.desc())
             .limit(RELEASED_VERDICTS)
         )

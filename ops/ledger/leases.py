@@ -38,7 +38,7 @@ class LeaseQueries:
         """
         try:
             with self.database.write() as session:
-                now = _now(session)
+                now = database_time(session)
                 row = session.get(t.Lease, name, with_for_update=True)
                 if row is None:
                     row = t.Lease(name=name, holder=holder, epoch=1)
@@ -59,7 +59,7 @@ class LeaseQueries:
             row = session.get(t.Lease, name, with_for_update=True)
             if row is None or row.epoch != epoch:
                 return False
-            row.expires_at = _now(session) + timedelta(seconds=seconds)
+            row.expires_at = database_time(session) + timedelta(seconds=seconds)
             return True
 
     def release_lease(self, name: str, epoch: int) -> None:
@@ -68,7 +68,7 @@ class LeaseQueries:
             row = session.get(t.Lease, name, with_for_update=True)
             if row is not None and row.epoch == epoch:
                 # The next holder is always a new one: what this one left unfinished carries an outdated epoch.
-                row.holder, row.expires_at = "", _now(session)
+                row.holder, row.expires_at = "", database_time(session)
 
     def lease(self, name: str) -> LeaseRow | None:
         """Who holds a lease, or held it last; the holder is empty when it was given back."""
@@ -93,7 +93,8 @@ def check_lease(session: Session, name: str, epoch: int) -> None:
         )
 
 
-def _now(session: Session) -> datetime:
+def database_time(session: Session) -> datetime:
+    """The database server's time; with SQLite this machine's."""
     if session.get_bind().dialect.name != "postgresql":
         return t.utc_now()
     now: datetime = session.execute(text("select clock_timestamp()")).scalar_one()

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from ops.ledger.audit import AuditQueries
 from ops.ledger.bases import BaseQueries
 from ops.ledger.budget import BudgetQueries
+from ops.ledger.collection import CollectionQueries
 from ops.ledger.database import Database, open_database
 from ops.ledger.deletions import DeletionQueries
 from ops.ledger.events import EventQueries
@@ -23,7 +24,7 @@ from ops.ledger.rollout import RolloutQueries
 class Ledger(
     LearningQueries, ProposalQueries, ReleaseQueries, HoldQueries, RolloutQueries, BudgetQueries, KeyQueries,
     ResubmissionQueries, EventQueries, LeaseQueries, DeletionQueries, AuditQueries,
-    BaseQueries,
+    BaseQueries, CollectionQueries,
 ):  # fmt: skip
     """Safe to use from several threads and processes; every call is one transaction."""
 

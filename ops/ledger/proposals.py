@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
 from ops.ledger.audit import note
+from ops.ledger.collection import check_files
 from ops.ledger.commits import write_once
 from ops.ledger.database import Database, as_row
 from ops.ledger.leases import CONTROLLER_LEASE, check_lease
@@ -53,6 +54,7 @@ class ProposalQueries:
             ReleaseConflict: ``expected_live`` is not the live release any more.
             LeaseLost: another controller took over.
             LedgerError: the share is not one.
+            AdapterCollected: the files of an adapter are gone.
         """
         if not 0.0 <= share <= 1.0:
             raise LedgerError(f"a share of {share} is not between 0 and 1.", "0.1 is a tenth of the requests.")
@@ -65,6 +67,7 @@ class ProposalQueries:
                 return as_row(ProposalRow, row)
             _check_epoch(session, epoch)
             _check_live(session, expected_live)
+            check_files(session, (clip, vlm))
             row = t.Proposal(
                 kind=kind, family=family, clip=clip, vlm=vlm, actor=actor, reason=reason, state="pending",
                 update_id=update_id, expected_live=expected_live, share=share, forced=forced, attempt=attempt,

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from ops.errors import LedgerError, ReleaseConflict
 from ops.ledger import tables as t
 from ops.ledger.audit import note
+from ops.ledger.collection import check_files
 from ops.ledger.commits import write_once
 from ops.ledger.database import Database, as_row
 from ops.ledger.holds import add_hold, check_hold, open_hold
@@ -53,6 +54,7 @@ class ReleaseQueries:
             ReleaseConflict: the number is taken or is not the live number + 1, or the proposal has ended.
             LeaseLost: another controller took over.
             Held: the proposal has to wait until an operator resumes.
+            AdapterCollected: the files of an adapter are gone.
             CommitUnknown: the ledger went away during COMMIT and did not come back.
         """
         attempt = attempt or secrets.token_hex(16)
@@ -105,15 +107,16 @@ class ReleaseQueries:
             return [as_row(ReleaseRow, row) for row in session.scalars(query)]
 
     def before(self, family: Family, adapter: str | None, base: str | None = None) -> ReleaseRow | None:
-        """The newest plain release whose adapter of this family is another one, and was not withdrawn; with ``base``
-        only of those whose CLIP has this base.
+        """The newest plain release whose adapter of this family is another one, and was neither withdrawn nor
+        collected; with ``base`` only of those whose CLIP has this base.
         """
         column = t.Release.clip if family == "clip" else t.Release.vlm
-        withdrawn = select(t.Adapter.name).where(t.Adapter.withdrawn.is_not(None))
+        gone = or_(t.Adapter.withdrawn.is_not(None), t.Adapter.collected_at.is_not(None))
+        excluded = select(t.Adapter.name).where(gone)
         query = (
             select(t.Release)
             .where(t.Release.share >= 1, column.is_distinct_from(adapter), of_base(base))
-            .where(or_(column.is_(None), column.not_in(withdrawn)))
+            .where(or_(column.is_(None), column.not_in(excluded)))
             .order_by(t.Release.number.desc())
             .limit(1)
         )
@@ -150,7 +153,12 @@ def check_number(session: Session, number: int) -> None:
 
 
 def append_release(session: Session, row: t.Release, proposal: t.Proposal | None) -> None:
-    """Add a release, with its note and its event, and end its proposal."""
+    """Add a release, with its note and its event, and end its proposal.
+
+    Raises:
+        AdapterCollected: the files of one of its adapters are gone.
+    """
+    check_files(session, (row.clip, row.vlm))
     session.add(row)
     if proposal is not None:
         proposal.state, proposal.release, proposal.share = "committed", row.number, row.share

@@ -40,6 +40,8 @@ class AdapterRow:
     """Why the guard took it back; such an adapter is not released again unless an operator forces it."""
     digest: str | None = None
     """SHA-256 of its directory; None for adapters that were recorded before it was kept."""
+    collected_at: datetime | None = None
+    """When the garbage collector took its files; see :mod:`ops.ledger.collection`."""
 
 
 @dataclass(frozen=True)

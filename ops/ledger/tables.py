@@ -46,6 +46,10 @@ class Adapter(Base):
     digest: Mapped[str | None] = mapped_column(String(64))
     """SHA-256 of the directory, see :func:`ops.artifacts.directory_digest`; None for those of before it was kept."""
     withdrawn: Mapped[str | None] = mapped_column(Text)
+    collected_at: Mapped[datetime | None]
+    """When it was decided that its files are deleted."""
+    collected_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """What that freed; None until they are gone."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 

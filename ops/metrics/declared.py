@@ -88,6 +88,7 @@ MAINTAIN_SECONDS = Histogram("ratchet_maintain_seconds", "Time of one run of mai
 MAINTAIN_WRITTEN = Counter("ratchet_maintain_written_bytes_total", "Bytes that compaction and deletion wrote anew.")
 MAINTAIN_VERSIONS = Gauge("ratchet_maintain_versions", "Versions of the sample store that are kept.")
 MAINTAIN_DELETED = Counter("ratchet_maintain_deleted_samples_total", "Samples removed from the store.", ["reason"])
+COLLECTED = Counter("ratchet_collected_bytes_total", "Bytes that the garbage collector deleted.", ["kind"])
 DELETIONS_WAITING = Gauge("ratchet_deletions_waiting", "Deletions that were asked for and are not complete.")
 DELETION_OLDEST = Gauge("ratchet_deletion_oldest_seconds", "Age of the oldest of them; 0 where there is none.")
 DOUBLES_SETTLED = Counter(

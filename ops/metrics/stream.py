@@ -121,6 +121,11 @@ class maintain:
         d.MAINTAIN_DELETED.labels(reason).inc(count)
 
     @staticmethod
+    def collected(kind: str, size: int) -> None:
+        """The garbage collector has deleted so many bytes of adapters, reports or another kind."""
+        d.COLLECTED.labels(kind).inc(size)
+
+    @staticmethod
     def deletions(waiting: int, oldest_seconds: float) -> None:
         """Deletions that are not complete, and the age of the oldest one (0 where there is none)."""
         d.DELETIONS_WAITING.set(waiting)

@@ -87,7 +87,8 @@ class Fallback:
     async def _target(self, live: ReleaseRow, family: Family) -> ReleaseRow:
         releases = await asyncio.to_thread(self._ledger.releases, MAX_RELEASES, live.clip_base)
         withdrawn = await asyncio.to_thread(self._ledger.withdrawn, [row.adapter(family) for row in releases])
-        rejected: set[str | None] = {live.adapter(family), *withdrawn}
+        collected = await asyncio.to_thread(self._ledger.collected, [row.adapter(family) for row in releases])
+        rejected: set[str | None] = {live.adapter(family), *withdrawn, *collected}
         for row in releases:
             adapter = row.adapter(family)
             if row.number >= live.number or not row.plain or adapter in rejected:

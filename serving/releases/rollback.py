@@ -10,6 +10,7 @@ from typing import Final
 
 from ops.digests import digest12
 from ops.errors import LedgerError, LedgerUnavailable, ReleaseConflict, ReleaseError
+from ops.ledger.collection import collected_error
 from ops.ledger.ledger import Ledger
 from ops.ledger.rows import Family, ReleaseRow
 from serving.releases.commands import RollbackCommand
@@ -111,7 +112,8 @@ def rollback_target(
         base: that of the live release (its digest): a rollback stays on it. None: there is only one.
 
     Raises:
-        ReleaseError: there is none, it has another base, or what it had was withdrawn or never answered all requests.
+        ReleaseError: there is none, it has another base, or what it had was withdrawn, collected, or never answered all
+            requests.
     """
     live = ledger.live()
     if live is None:
@@ -132,6 +134,8 @@ def rollback_target(
             raise ReleaseError(
                 f"{name} was withdrawn: {why}", "Go back to another release, or release it with --force."
             )
+    for name, time in ledger.collected(list(adapters.values())).items():
+        raise collected_error(name, time)
     if not release.plain:
         _refuse_trial(ledger, release, adapters)
     return adapters

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from ops.artifacts import Artifacts, directory_digest
+from ops.artifacts.folder import remove_abandoned
 from ops.errors import AdapterError, LedgerUnavailable, RatchetError, StoreUnavailable
 from ops.ledger import Ledger
 from serving.releases.bounded_call import BoundedCall
@@ -161,7 +162,8 @@ class AdapterCache:
             shutil.rmtree(staging, ignore_errors=True)
 
     def _make_room(self, newest: str) -> None:
-        """Remove what was not used for longest, until the rest fits."""
+        """Remove what killed processes have left, and what was not used for longest, until the rest fits."""
+        remove_abandoned(self.folder)
         notes = sorted(self.folder.glob(f"*{DIGEST}"), key=lambda note: note.stat().st_mtime)
         names = [note.name.removesuffix(DIGEST) for note in notes]
         sizes = {name: sum(p.stat().st_size for p in (self.folder / name).rglob("*") if p.is_file()) for name in names}

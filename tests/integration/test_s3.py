@@ -220,3 +220,19 @@ def test_writers_of_different_partitions_lose_nothing_when_they_commit_at_once()
         list(workers.map(write, range(3)))
     assert store.count() == store.scan(columns=["id"]).num_rows == 12
     assert store.offsets() == {f"{TOPIC}:{partition}": 4 for partition in range(3)}
+
+
+def test_what_is_deleted_is_gone_and_a_second_deletion_is_fine(tmp_path: Path) -> None:
+    artifacts, source = Artifacts(f"s3://{BUCKET}/deleted", cache=tmp_path / "cache"), tmp_path / "source"
+    source.mkdir()
+    (source / "weights").write_bytes(b"x" * 1000)
+    artifacts.put_directory(source, "adapters/clip-1")
+    artifacts.write_bytes("reports/u/report.json", b"{}")
+    assert artifacts.sizes("reports") == {"u": 2}
+    for _ in range(2):
+        artifacts.delete("adapters/clip-1")
+        artifacts.delete("reports/u")
+        assert not artifacts.exists("adapters/clip-1")
+        assert artifacts.sizes("adapters") == artifacts.sizes("reports") == {}
+    artifacts.put_directory(source, "adapters/clip-1")
+    assert (artifacts.fetch("adapters/clip-1") / "weights").read_bytes() == b"x" * 1000

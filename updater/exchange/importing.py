@@ -66,10 +66,11 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
             converted = Path(folder) / "adapter"
             name = convert(directory, frozen, settings.serve.vlm_max_rank if family == "vlm" else MAX_RANK, converted)
             _check_name(directory, name)
-            known = ledger.update_of(name)
+            known, key = ledger.update_of(name), f"adapters/{name}"
             if known is not None:
+                if ledger.collected([name]):
+                    _bring_back(ledger, artifacts, name, converted, actor)
                 return Import(known, known=True)
-            key = f"adapters/{name}"
             if not artifacts.exists(key):  # an import that was interrupted may have stored it
                 artifacts.put_directory(converted, key)
         stored = artifacts.fetch(key)
@@ -94,6 +95,18 @@ def import_adapter(settings: Settings, directory: Path, *, actor: str, base: str
         return Import(update, known=False)
     finally:
         ledger.close()
+
+
+def _bring_back(ledger: Ledger, artifacts: Artifacts, name: str, directory: Path, actor: str) -> None:
+    """Store the files of a known adapter again, which the garbage collector had taken."""
+    row, digest = ledger.adapter(name), directory_digest(directory)
+    if row.digest not in (None, digest):
+        raise AdapterError(f"{name} has other files than the one in the ledger.", "Restore it from a backup.")
+    ledger.register_adapter(
+        name, row.family, row.base, row.image_space, row.text_space, row.meta, digest=row.digest or digest
+    )
+    artifacts.put_directory(directory, f"adapters/{name}")
+    ledger.audit(actor, "bring back adapter", f"adapter {name}", {"from": str(directory)})
 
 
 def compare(ledger: Ledger, store: SampleStore, update: UpdateRow, family: Family) -> UpdateRow:

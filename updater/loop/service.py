@@ -46,6 +46,7 @@ from updater.loop.gate_update import gate_update
 from updater.loop.ledger_metrics import LedgerMetrics
 from updater.loop.process import StopSignal, ThrottledLog
 from updater.loop.tuning import TuningScores
+from updater.loop.work_folders import remove_finished
 from updater.recipes import Family, Recipe
 from updater.scheduling import kept_candidates, triggers
 from updater.scheduling.triggers import Ready, Reevaluate, Waiting
@@ -170,6 +171,7 @@ class UpdaterService:
         waiting_log = ThrottledLog()
         while not self.stop():
             try:
+                remove_finished(self.settings.home, self.ledger)
                 self._tell_budget()
                 self._ledger_metrics.export(self.turns)
                 self._throttle.watch()
@@ -270,6 +272,7 @@ class UpdaterService:
         say(f"{update.id} is abandoned: {error}")
         metrics.update.finished(update.family, "abandoned")
         self.store.unpin(update.id)
+        shutil.rmtree(self.work_dir(update), ignore_errors=True)
         return self.ledger.advance_update(update.id, "abandoned", error=error)
 
     def work_dir(self, update: UpdateRow) -> Path:
@@ -322,10 +325,10 @@ class UpdaterService:
                 stop=self.stop,
                 duty_cycle=self._throttle,
             )
+        self._register(update, recipe, base, result)  # first: from then on the collector leaves its files alone
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")
         if result.carry_over is not None:
             self.artifacts.put_directory(result.carry_over, f"memories/{result.adapter}")
-        self._register(update, recipe, base, result)
         if charged:
             self.ledger.settle(update.id, result.maf, capacity=capacity)
         metrics.update.trained(family, result.seconds, result.maf)

@@ -18,6 +18,7 @@ from updater.gate.report import HTML_NAME, JSON_NAME, render_body
 from updater.gate.report_samples import samples_of, with_samples
 
 router = APIRouter()
+NO_REPORT = "It may be written in a moment; those of what was never released go after gc.keep_report_days."
 UPDATE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 THUMBNAIL = "/samples/{}.png?size=96"
 REPORT_POLICY = (
@@ -82,7 +83,7 @@ def _stored(context: RequestContext, update_id: str, name: str) -> bytes:
     try:
         return context.data.report(_checked(update_id), name)
     except RatchetError as error:
-        raise Refused(404, "This report is not there", error.message, "It may be written in a moment.") from None
+        raise Refused(404, "This report is not there", error.message, NO_REPORT) from None
 
 
 def _checked(update_id: str) -> str:

@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from ops.artifacts import Artifacts
 from ops.cli.main import app
-from ops.errors import AdapterError, RatchetError, TrainingError
+from ops.errors import AdapterCollected, AdapterError, RatchetError, TrainingError
 from ops.ledger import Ledger
+from ops.ledger.collection import COLLECT_LEASE
 from ops.settings import Settings
 from ops.testing.tiny import tiny_adapter, tiny_base
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
@@ -276,3 +277,20 @@ def test_the_commands(settings: Settings, foreign: Path, tmp_path: Path) -> None
     assert judged.exit_code == (0 if verdict.outcome == "passed" else 1)
     written = ratchet("export", name, str(tmp_path / "out"))
     assert written.exit_code == 0 and adapter_name(tmp_path / "out") == name
+
+
+def test_importing_an_adapter_again_brings_its_collected_files_back(settings: Settings, foreign: Path) -> None:
+    imported = import_adapter(settings, foreign, actor="ada", base="tiny")
+    ledger, artifacts, name = Ledger.open(settings.ledger), Artifacts(settings.artifacts), str(imported.update.adapter)
+    ledger.advance_update(imported.update.id, "done")
+    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
+    assert epoch is not None
+    assert ledger.begin_collection({name: "old"}, live=0, epoch=epoch, actor="test") == [name]
+    artifacts.delete(f"adapters/{name}")
+    ledger.finish_collection({name: 1})
+    with pytest.raises(AdapterCollected, match="adapters import"):
+        export_adapter(settings, name, settings.home / "exported")
+    assert import_adapter(settings, foreign, actor="ada", base="tiny").known
+    export_adapter(settings, name, settings.home / "exported")
+    assert ledger.collected([name]) == {}
+    assert ledger.audit_rows(subject=f"adapter {name}")[0].action == "bring back adapter"

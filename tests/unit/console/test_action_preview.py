@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from ops.console.action_preview import ActionPreview, Choice, preview
+from ops.console.timeline import timeline
 from ops.ledger import Ledger
+from ops.ledger.collection import COLLECT_LEASE
 from tests.support.story import Story, tell
 from tests.unit.console.test_pages import settings
 
@@ -92,3 +94,20 @@ def test_nonsense_in_a_form_counts_as_not_said() -> None:
     choice = Choice.of("3", "vlm", " clip-a ", "")
     assert (choice.to, choice.family, choice.adapters) == (3, "vlm", {"clip": "clip-a"})
     assert choice.query == "to=3&family=vlm&clip=clip-a"
+
+
+def test_an_adapter_whose_files_were_collected_is_shown_as_such_and_not_offered(ledger: Ledger) -> None:
+    for name in ("clip-a", "clip-b"):
+        ledger.register_adapter(name, "clip", "b" * 64, "i", "t", {})
+    release(ledger, (None, None), ("clip-a", None), ("clip-b", None))
+    epoch = ledger.acquire_lease(COLLECT_LEASE, "test", 60)
+    assert epoch is not None
+    ledger.begin_collection({"clip-a": "old"}, live=3, epoch=epoch, actor="test")
+    ledger.finish_collection({"clip-a": 10})
+    collected = {entry.row.number: [bool(each.collected) for each in entry.changes] for entry in timeline(ledger, {})}
+    assert collected == {3: [False], 2: [True], 1: []}
+    found = preview(ledger, "rollback", Choice.of("2", "", "", ""), resident={})
+    assert not found.possible
+    assert "clip-a were collected" in told(found)
+    offered = preview(ledger, "release", Choice(), resident={}).adapters["clip"]
+    assert "clip-a" not in dict(offered)

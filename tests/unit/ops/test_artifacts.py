@@ -193,3 +193,61 @@ def test_an_adapter_that_is_not_the_one_in_the_ledger_is_refused(artifacts: Arti
     assert artifacts.fetch("adapters/clip-1", directory_digest(source)).is_dir()
     with pytest.raises(AdapterError, match="not the one in the ledger"):
         artifacts.fetch("adapters/clip-1", "0" * 64)
+
+
+def test_what_is_deleted_is_gone_and_may_be_stored_again(artifacts: Artifacts, tmp_path: Path) -> None:
+    source = _directory(tmp_path / "source")
+    artifacts.put_directory(source, "memories/clip-1")
+    artifacts.write_bytes("reports/u/report.json", b"{}")
+    assert artifacts.sizes("memories").keys() == {"clip-1"}
+    assert artifacts.sizes("reports") == {"u": 2}
+    assert artifacts.sizes("none") == {}
+    for _ in range(2):
+        artifacts.delete("memories/clip-1")
+        artifacts.delete("reports/u/report.json")
+        assert not artifacts.exists("memories/clip-1")
+        assert artifacts.sizes("memories") == {}
+    artifacts.put_directory(source, "memories/clip-1")
+    assert directory_digest(artifacts.fetch("memories/clip-1")) == directory_digest(source)
+
+
+class _Interrupted(ObjectStore):
+    """An object store whose client is killed after some deletions."""
+
+    def __init__(self, store: ObjectStore, deletions: int) -> None:
+        super().__init__(store.filesystem)
+        self.deletions = deletions
+
+    def delete(self, path: str) -> None:
+        if self.deletions == 0:
+            raise _Crashed
+        self.deletions -= 1
+        super().delete(path)
+
+
+@pytest.mark.parametrize("deletions", range(3))
+def test_a_directory_that_is_half_deleted_is_never_seen_as_complete(tmp_path: Path, deletions: int) -> None:
+    artifacts = Artifacts(f"memory://{tmp_path.name}", cache=tmp_path / "cache")
+    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
+    whole = artifacts._bucket.store
+    artifacts._bucket.store = _Interrupted(whole, deletions)
+    with pytest.raises(_Crashed):
+        artifacts.delete("adapters/clip-1")
+    artifacts._bucket.store = whole
+    assert artifacts.exists("adapters/clip-1") == (deletions == 0)
+    artifacts.delete("adapters/clip-1")
+    assert artifacts.sizes("adapters") == {}
+
+
+@pytest.mark.parametrize(("module", "name"), [(Path, "rename"), (folder, "flush"), (shutil, "rmtree")])
+def test_a_folder_that_a_kill_leaves_half_deleted_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
+) -> None:
+    artifacts = Artifacts(str(tmp_path / "store"))
+    artifacts.put_directory(_directory(tmp_path / "source"), "adapters/clip-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, lambda *_, **__: os._exit(9))
+        _killed_child(lambda: artifacts.delete("adapters/clip-1"))
+    assert artifacts.exists("adapters/clip-1") == (name == "rename")
+    artifacts.delete("adapters/clip-1")
+    assert artifacts.sizes("adapters") == {}

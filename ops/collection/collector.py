@@ -1,0 +1,117 @@
+"""Deletes what a plan says, in an order that a kill at any point leaves right."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Final, TypeVar
+
+from ops import metrics
+from ops.artifacts import Artifacts
+from ops.collection.home import home_items
+from ops.collection.plan import Item, Plan, make_plan
+from ops.errors import LeaseLost, ReleaseConflict
+from ops.ledger import Ledger
+from ops.ledger.collection import COLLECT_LEASE
+from ops.ledger.renewal import renewing
+from ops.progress import say
+from ops.settings import Settings
+
+T = TypeVar("T")
+LEASE_SECONDS: Final = 120.0
+TRIES: Final = 3
+"""A release in the middle of the decision makes it void."""
+TOGETHER: Final = 50
+"""Adapters whose files are deleted before the ledger is told, and the lease is looked at."""
+
+
+class Collector:
+    """Collects the garbage of one installation. One at a time does, by a lease in the ledger.
+
+    >>> Collector(settings, ledger, Artifacts(settings.artifacts)).run(actor="ann")
+    """
+
+    def __init__(self, settings: Settings, ledger: Ledger, artifacts: Artifacts) -> None:
+        self.settings = settings
+        self.ledger = ledger
+        self.artifacts = artifacts
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+    def plan(self) -> Plan:
+        """What would be deleted, and what would stay. Raises LedgerError, ArtifactsUnavailable."""
+        plan = make_plan(self.settings, self.ledger, self.artifacts)
+        local = home_items(self.settings.home, self.ledger, self.settings.gc.keep_days)
+        return Plan(plan.live, (*plan.items, *local))
+
+    def run(self, actor: str = "ratchet") -> Plan | None:
+        """Delete it. None when another collector, or a backup, is at work: nothing was done.
+
+        Raises:
+            LedgerError, ArtifactsUnavailable: a store is away, or the clocks do not fit. Before the first deletion
+                nothing was changed; after it, the next run goes on.
+        """
+        epoch = self.ledger.acquire_lease(COLLECT_LEASE, self._holder, LEASE_SECONDS)
+        if epoch is None:
+            return None
+        try:
+            with renewing(self.ledger, COLLECT_LEASE, epoch, LEASE_SECONDS):
+                return self._run(actor, epoch)
+        finally:
+            self.ledger.release_lease(COLLECT_LEASE, epoch)
+
+    def _run(self, actor: str, epoch: int) -> Plan:
+        plan, marked = self._mark(actor, epoch)
+        adapters = {item.name: item for item in plan.going if item.kind == "adapter"}
+        refused = adapters.keys() - set(marked)
+        going = [
+            item
+            for item in plan.going
+            if item.kind != "adapter" and not (item.kind == "carry-over" and item.name in refused)
+        ]
+        done = Plan(plan.live, (*(adapters[name] for name in marked), *going))
+        for some in _parts(marked):
+            self._check(epoch)
+            for name in some:
+                self.artifacts.delete(adapters[name].key)
+            self.ledger.finish_collection({name: adapters[name].bytes for name in some})
+            metrics.maintain.collected("adapter", sum(adapters[name].bytes for name in some))
+        for items in _parts(going):
+            self._check(epoch)
+            for item in items:
+                self._delete(item)
+        if done.items:
+            detail = done.summary()
+            self.ledger.audit(actor, "collect garbage", "artifacts", {**detail["goes"], "bytes": done.freed})
+        return done
+
+    def _mark(self, actor: str, epoch: int) -> tuple[Plan, list[str]]:
+        for attempt in range(TRIES):
+            plan = self.plan()
+            reasons = {item.name: item.reason for item in plan.going if item.kind == "adapter"}
+            try:
+                return plan, self.ledger.begin_collection(reasons, live=plan.live, epoch=epoch, actor=actor)
+            except ReleaseConflict as error:
+                if attempt == TRIES - 1:
+                    raise
+                say(f"gc: {error}")
+        raise AssertionError  # unreachable
+
+    def _check(self, epoch: int) -> None:
+        if not self.ledger.renew_lease(COLLECT_LEASE, epoch, LEASE_SECONDS):
+            raise LeaseLost("another collector, or a backup, took over.", "The next run goes on.")
+
+    def _delete(self, item: Item) -> None:
+        if item.kind in ("carry-over", "report"):
+            self.artifacts.delete(item.key)
+        else:
+            path = self.settings.home / item.name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        metrics.maintain.collected(item.kind, item.bytes)
+
+
+def _parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), TOGETHER):
+        yield items[start : start + TOGETHER]

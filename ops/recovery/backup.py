@@ -1,0 +1,255 @@
+"""Writes a backup of an installation that goes on working."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from ops.artifacts.manifest import MARKER
+from ops.digests import digest_bytes
+from ops.errors import ConfigError, LeaseLost, LedgerError, StoreUnavailable
+from ops.ledger import Ledger
+from ops.ledger.collection import COLLECT_LEASE
+from ops.ledger.renewal import renewing
+from ops.progress import say, track
+from ops.recovery.lake_files import datasets, version_files
+from ops.recovery.ledger_rows import write_ledger
+from ops.recovery.place import Place, copy, file_digest
+from ops.settings import Settings
+from streams.store import BACKUP_PIN, SampleStore
+
+FORMAT: Final = 1
+SUMMARY: Final = "backup.json"
+"""Written last: a backup that has it is complete."""
+FILES: Final = "files.json.gz"
+BEGUN: Final = "backup-begun.json"
+"""In a backup that is not complete yet."""
+LEASE_SECONDS: Final = 300.0
+AT_ONCE: Final = 4
+TRIES: Final = 3
+DIRECTORIES: Final = ("adapters", "memories", "bases")
+"""Of the artifacts: their files never change."""
+SAMPLES: Final = "samples.lance"
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a backup; its name begins with ``artifacts/`` or ``lake/``."""
+
+    name: str
+    bytes: int
+    digest: str
+    """SHA-256, 64 hex digits."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a backup consists of, and what was copied just now."""
+
+    id: str
+    created_at: str
+    release: int
+    store_version: int
+    revision: str
+    """The ledger's migration."""
+    ledger: File
+    files: int
+    bytes: int
+    files_digest: str
+    """SHA-256 of the list of files."""
+    missing: tuple[str, ...]
+    """Adapters that the ledger names and the artifacts lack, as they did before."""
+    format: int = FORMAT
+
+    @classmethod
+    def parse(cls, data: bytes) -> Report:
+        """Raises ConfigError where it is none that this version can read."""
+        try:
+            values = json.loads(data)
+            if values["format"] != FORMAT:
+                raise ValueError(f"its format is {values['format']}, not {FORMAT}")
+            return cls(
+                **values | {"ledger": File(**values["ledger"]), "missing": tuple(values["missing"])},
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"this is no backup that this version can read: {error}.", "Name another one.") from None
+
+
+def back_up(settings: Settings, url: str, actor: str) -> Report:
+    """Copy ledger, artifacts and lake to a folder or an object store. A call that was interrupted may be repeated.
+
+    Args:
+        url: of nothing yet, or of a backup that was begun.
+        actor: for the audit log.
+
+    Raises:
+        ConfigError: there is something else at ``url``.
+        LedgerError, StoreError: a store is away; or the collector, or another backup, is at work.
+    """
+    target = Place(url)
+    _claim(target)
+    ledger = Ledger.open(settings.ledger)
+    holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+    epoch = ledger.acquire_lease(COLLECT_LEASE, holder, LEASE_SECONDS)
+    try:
+        if epoch is None:
+            raise LedgerError("the garbage collector, or another backup, is at work.", "Try again when it has ended.")
+        with renewing(ledger, COLLECT_LEASE, epoch, LEASE_SECONDS), tempfile.TemporaryDirectory() as folder:
+            report, files = _copy_all(settings, target, Path(folder))
+        if not ledger.renew_lease(COLLECT_LEASE, epoch, LEASE_SECONDS):
+            raise LeaseLost("the backup took a pause so long that files may have been collected.", "Repeat it.")
+        target.write(FILES, files)
+        target.write(SUMMARY, json.dumps(asdict(report), indent=2).encode())
+        target.delete(BEGUN)
+        ledger.audit(actor, "back up", f"backup {report.id}", {"to": url, "bytes": report.bytes})
+        return report
+    finally:
+        if epoch is not None:
+            ledger.release_lease(COLLECT_LEASE, epoch)
+        ledger.close()
+
+
+def _claim(target: Place) -> None:
+    if target.has(SUMMARY):
+        raise ConfigError(f"{target.url} has a complete backup.", "Name a new folder, with the date for instance.")
+    if not target.has(BEGUN):
+        if target.files():
+            raise ConfigError(f"{target.url} has other files.", "Name a new folder.")
+        target.write(BEGUN, json.dumps({"format": FORMAT}).encode())
+
+
+def _copy_all(settings: Settings, target: Place, folder: Path) -> tuple[Report, bytes]:
+    begun, name = datetime.now(UTC), uuid.uuid4().hex[:12]
+    release, named = _named(settings)
+    path, revision = write_ledger(settings.ledger, folder)
+    target.put(path, path.name)
+    ledger = File(path.name, path.stat().st_size, file_digest(path))
+    say(f"backup: the ledger, {ledger.bytes:,} bytes")
+    with _pinned(SampleStore(settings.lake), name) as version:
+        artifacts, lake = Place(settings.artifacts), Place(settings.lake)
+        files = _copy_files(artifacts, _artifact_files(artifacts), target, "artifacts")
+        for dataset, versions in _datasets(lake, version).items():
+            files += _copy_dataset(lake, dataset, versions, target)
+    there = {file.name.split("/")[2] for file in files if file.name.startswith("artifacts/adapters/")}
+    missing = tuple(sorted(named - there))
+    _warn(settings, files, missing)
+    listed = gzip.compress(json.dumps([[file.name, file.bytes, file.digest] for file in files]).encode(), 3, mtime=0)
+    total = ledger.bytes + sum(file.bytes for file in files)
+    report = Report(
+        name, begun.isoformat(timespec="seconds"), release, version, revision, ledger, len(files), total,
+        digest_bytes(listed), missing,
+    )  # fmt: skip
+    return report, listed
+
+
+@contextmanager
+def _pinned(store: SampleStore, name: str) -> Iterator[int]:
+    """The newest version of the sample store, which maintenance keeps meanwhile; 0 where there is none."""
+    version, pin = store.version(), f"{BACKUP_PIN}{name}"
+    store.pin(pin, version)
+    try:
+        yield version
+    finally:
+        store.unpin(pin)
+
+
+def _artifact_files(artifacts: Place) -> dict[str, int]:
+    """All files but those of directories that are not complete, and the manifests: a restore writes them anew."""
+    files = artifacts.files()
+    complete = {name.removesuffix(f"/{MARKER}") for name in files if name.endswith(f"/{MARKER}")}
+
+    def belongs(name: str) -> bool:
+        parts = name.split("/")
+        if parts[-1] == MARKER or (len(parts) < 2 and parts[0].startswith(".")):
+            return False
+        return artifacts.local is not None or parts[0] not in DIRECTORIES or "/".join(parts[:2]) in complete
+
+    return {name: size for name, size in files.items() if belongs(name)}
+
+
+def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
+    """Of each data set the versions that are copied, with the pins that stay on them."""
+    wanted: dict[str, dict[int, list[str]]] = {name: {} for name in datasets(lake.files())}
+    if version:
+        pins = SampleStore(lake.url).pins()
+        kept = {each: sorted(pin for pin, at in pins.items() if at == each) for each in {version, *pins.values()}}
+        wanted[SAMPLES] = {
+            each: [pin for pin in names if not pin.startswith(BACKUP_PIN)]
+            for each, names in kept.items()
+            if each <= version
+        }
+    return wanted
+
+
+def _copy_dataset(lake: Place, name: str, versions: dict[int, list[str]], target: Place) -> list[File]:
+    """A data set whose versions nobody pins (the catalog's) may be cleaned up meanwhile: then its next one is taken."""
+    for attempt in range(TRIES):
+        try:
+            files = version_files(lake, name, versions or {_newest(lake, name): []})
+            return _copy_files(lake, files, target, "lake")
+        except StoreUnavailable:
+            if attempt == TRIES - 1:
+                raise
+    raise AssertionError  # unreachable
+
+
+def _newest(lake: Place, name: str) -> int:
+    import lance
+
+    return int(lance.dataset(f"{lake.url.rstrip('/')}/{name}").version)
+
+
+def _copy_files(source: Place, files: Mapping[str, int], target: Place, folder: str) -> list[File]:
+    present = target.files(folder)
+
+    def one(item: tuple[str, int]) -> File:
+        name, size = item
+        as_name = f"{folder}/{name}"
+        if present.get(as_name) == size and _never_changes(as_name):
+            with target.opened(as_name, size) as path:
+                return File(as_name, size, file_digest(path))
+        try:
+            return File(as_name, *copy(source, name, size, target, as_name))
+        except FileNotFoundError:
+            raise StoreUnavailable(f"{name} was deleted while it was copied.", "Repeat the command.") from None
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(track(pool.map(one, files.items()), f"backup: {folder}", total=len(files)))
+
+
+def _never_changes(name: str) -> bool:
+    parts = name.split("/")
+    if parts[0] == "artifacts":
+        return parts[1] in DIRECTORIES
+    return "_refs" not in parts
+
+
+def _named(settings: Settings) -> tuple[int, set[str]]:
+    """The live release, and the adapters that should have files."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        live = ledger.live()
+        return (live.number if live else 0), {use.name for use in ledger.adapter_uses() if use.collected_at is None}
+    finally:
+        ledger.close()
+
+
+def _warn(settings: Settings, files: list[File], missing: tuple[str, ...]) -> None:
+    if missing:
+        say(f"backup: the ledger names {len(missing)} adapters that the artifacts lack: {', '.join(missing[:10])}")
+    pushed = {file.name.split("/")[2] for file in files if file.name.startswith("artifacts/bases/")}
+    for name in sorted({settings.base.clip, settings.base.vlm} - {"", *pushed}):
+        say(
+            f"backup: base {name!r} is not among the artifacts and not in this backup; `ratchet base push {name}` first"
+        )

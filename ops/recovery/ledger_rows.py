@@ -1,0 +1,236 @@
+"""The ledger as a file, and back into an empty database of either kind.
+
+SQLite is copied by its online backup. PostgreSQL is written as lines of JSON inside of one transaction of isolation
+level REPEATABLE READ. Both are read into a database at the migration that they were written at, and then migrated.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from alembic import command
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, MetaData, Table, create_engine, func, insert, make_url, select, text
+
+from ops.errors import LedgerError
+from ops.ledger.database import MIGRATION_LOCK, alembic_config, open_database
+from ops.ledger.time_limits import MIGRATION_SECONDS
+
+SQLITE: Final = "ledger.db"
+LINES: Final = "ledger.jsonl.gz"
+REVISION: Final = "alembic_version"
+LEFT_OUT: Final = frozenset({REVISION, "leases"})
+"""Leases are of processes of the old installation."""
+TOGETHER: Final = 500
+Row = tuple[str, dict[str, Any]]
+"""Table and columns."""
+
+
+def write_ledger(url: str, folder: Path) -> tuple[Path, str]:
+    """A consistent copy of a ledger that is in use; returns the file and the migration that it is at.
+
+    Raises:
+        LedgerError: another version of Ratchet has migrated it.
+        LedgerUnavailable: it is away.
+    """
+    database = open_database(url, migrate=False)
+    try:
+        if database.engine.dialect.name == "sqlite":
+            target = folder / SQLITE
+            with (
+                closing(sqlite3.connect(str(make_url(url).database))) as source,
+                closing(sqlite3.connect(target)) as to,
+            ):
+                source.backup(to)  # in one step, which in WAL mode holds up no writer
+            with _sqlite(target) as connection:
+                return target, _revision(connection)
+        target = folder / LINES
+        options: dict[str, Any] = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+        with database.engine.connect().execution_options(**options) as connection, connection.begin():
+            revision = _revision(connection)
+            with gzip.open(target, "wt", compresslevel=3) as file:
+                for table, row in _rows(connection):
+                    file.write(json.dumps([table, row], default=_text) + "\n")
+        return target, revision
+    finally:
+        database.close()
+
+
+def load_ledger(file: Path, revision: str, url: str, audit: dict[str, Any]) -> int:
+    """Fill an empty ledger, all or nothing, and migrate it; returns the number of rows.
+
+    Args:
+        revision: that the file is at.
+        audit: columns of a row that is added to the audit log.
+
+    Raises:
+        LedgerError: the ledger is not empty, or this version of Ratchet does not know the migration.
+    """
+    _check_known(revision)
+    database = open_database(url, migrate=False, check=False)
+    try:
+        with database._writing.connect() as connection, connection.begin():
+            _lock(connection)
+            _migrate_to(connection, revision)
+            tables = _tables(connection)
+            _check_empty(connection, tables)
+            count = 0
+            with _read(file) as rows:
+                for table, values in _together(rows):
+                    connection.execute(insert(tables[table]), [_typed(tables[table], row) for row in values])
+                    count += len(values)
+            _continue_numbers(connection, tables)
+            connection.execute(insert(tables["audit"]), [_typed(tables["audit"], audit)])
+        open_database(url, migrate=True).close()
+        return count
+    finally:
+        database.close()
+
+
+def is_empty(url: str) -> bool:
+    """Whether a ledger has no rows, or no tables yet. Raises LedgerError."""
+    if make_url(url).get_backend_name() == "sqlite" and not Path(str(make_url(url).database)).exists():
+        return True
+    database = open_database(url, migrate=False, check=False)
+    try:
+        with database.read() as session:
+            connection = session.connection()
+            return not any(_count(connection, table) for table in _tables(connection).values())
+    finally:
+        database.close()
+
+
+def _revision(connection: Connection) -> str:
+    revision = MigrationContext.configure(connection).get_current_revision()
+    if revision is None:
+        raise LedgerError("the ledger has no tables.", "Run `ratchet ledger migrate`.")
+    _check_known(revision)
+    return revision
+
+
+def _check_known(revision: str) -> None:
+    script = ScriptDirectory.from_config(alembic_config())
+    if revision not in {each.revision for each in script.walk_revisions()}:
+        raise LedgerError(
+            f"the ledger is at migration {revision}, which this version of Ratchet does not know.",
+            "Use the version that made it, or a later one.",
+        )
+
+
+def _tables(connection: Connection) -> dict[str, Table]:
+    """As they are in the database, referenced ones first."""
+    metadata = MetaData()
+    metadata.reflect(connection)
+    return {table.name: table for table in metadata.sorted_tables if table.name not in LEFT_OUT}
+
+
+def _rows(connection: Connection) -> Iterator[Row]:
+    for table in _tables(connection).values():
+        query = select(table).order_by(*table.primary_key.columns)
+        for row in connection.execution_options(yield_per=TOGETHER).execute(query).mappings():
+            yield table.name, dict(row)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, datetime):
+        return _utc(value).isoformat()
+    raise TypeError(f"{type(value).__name__} cannot be written")
+
+
+def _utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+@contextmanager
+def _read(file: Path) -> Iterator[Iterator[Row]]:
+    if file.name == SQLITE:
+        with _sqlite(file) as connection:
+            yield _rows(connection)
+    else:
+        with gzip.open(file, "rt") as lines:
+            yield ((table, row) for table, row in map(json.loads, lines))
+
+
+@contextmanager
+def _sqlite(file: Path) -> Iterator[Connection]:
+    engine = create_engine(f"sqlite:///{file}")
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _together(rows: Iterable[Row]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of one table, some at a time."""
+    name = ""
+    some: list[dict[str, Any]] = []
+    for table, row in rows:
+        if some and (table != name or len(some) == TOGETHER):
+            yield name, some
+            some = []
+        name = table
+        some.append(row)
+    if some:
+        yield name, some
+
+
+def _typed(table: Table, row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: datetime.fromisoformat(value)
+        if isinstance(value, str) and table.c[name].type.python_type is datetime
+        else _utc(value)
+        if isinstance(value, datetime)
+        else value
+        for name, value in row.items()
+    }
+
+
+def _lock(connection: Connection) -> None:
+    if connection.dialect.name == "postgresql":
+        for bound in ("statement_timeout", "lock_timeout"):
+            connection.execute(text(f"set local {bound} = '{MIGRATION_SECONDS:.0f}s'"))
+        connection.execute(text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+
+
+def _migrate_to(connection: Connection, revision: str) -> None:
+    """Tables as they were in the backup; the target may have been migrated further, before anything was written."""
+    present = MigrationContext.configure(connection).get_current_revision()
+    if present is not None and present > revision:
+        _check_empty(connection, _tables(connection))
+        command.downgrade(alembic_config(connection), revision)
+    else:
+        command.upgrade(alembic_config(connection), revision)
+
+
+def _check_empty(connection: Connection, tables: dict[str, Table]) -> None:
+    full = [name for name, table in tables.items() if _count(connection, table)]
+    if full:
+        raise LedgerError(
+            f"the ledger is not empty: {', '.join(full)}.", "Restore into a new database, and start servers afterwards."
+        )
+
+
+def _count(connection: Connection, table: Table) -> int:
+    return int(connection.scalar(select(func.count()).select_from(table.select().limit(1).subquery())) or 0)
+
+
+def _continue_numbers(connection: Connection, tables: dict[str, Table]) -> None:
+    """PostgreSQL's sequences do not notice numbers that are given."""
+    if connection.dialect.name != "postgresql":
+        return
+    for table in tables.values():
+        for column in table.primary_key.columns:
+            name = connection.scalar(select(func.pg_get_serial_sequence(table.name, column.name)))
+            highest = None if name is None else connection.scalar(select(func.max(column)))
+            if highest is not None:
+                statement = text("select setval(cast(:name as regclass), cast(:highest as bigint))")
+                connection.execute(statement, {"name": name, "highest": highest})

@@ -1,0 +1,122 @@
+"""Files under a URL: a folder, or an object store that fsspec knows. A file is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from ops.artifacts.folder import STAGING, file_size
+from ops.artifacts.object_store import ObjectStore, open_filesystem
+from ops.errors import StoreError
+from ops.files import replace_file, replacing
+
+CHUNK: Final = 8 << 20
+CALL_SECONDS: Final = 60.0
+
+
+class Place:
+    """Names are relative to the URL, with ``/`` between their parts. Raises ArtifactsUnavailable while it is away."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        filesystem, self._root = open_filesystem(url)
+        protocol = filesystem.protocol
+        self.local = Path(self._root) if "file" in ([protocol] if isinstance(protocol, str) else protocol) else None
+        self._store = ObjectStore(filesystem, CALL_SECONDS)
+
+    def files(self, below: str = "") -> dict[str, int]:
+        """Bytes of each file below a name, by its whole name; unfinished files are left out."""
+        prefix = f"{below}/" if below else ""
+        if self.local is None:
+            found = self._store.sizes(f"{self._root}/{below}" if below else self._root)
+        else:
+            folder = self.local / below
+            found = {
+                path.relative_to(folder).as_posix(): file_size(path)
+                for path in (folder.rglob("*") if folder.is_dir() else ())
+                if path.is_file()
+            }
+        return {f"{prefix}{name}": size for name, size in found.items() if name and STAGING not in name}
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        return (self.local / name).is_file() if self.local else self._store.has(f"{self._root}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """All of a file. Raises FileNotFoundError."""
+        return (self.local / name).read_bytes() if self.local else self._store.read(f"{self._root}/{name}")
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file."""
+        if self.local:
+            replace_file(self.local / name, data, prefix=STAGING)
+        else:
+            self._store.write(f"{self._root}/{name}", data)
+
+    def delete(self, name: str) -> None:
+        """Delete a file; no error where there is none."""
+        if self.local:
+            (self.local / name).unlink(missing_ok=True)
+        else:
+            self._store.delete(f"{self._root}/{name}")
+
+    @contextmanager
+    def opened(self, name: str, size: int) -> Iterator[Path]:
+        """A local file with the contents of a file of ``size`` bytes. Raises FileNotFoundError."""
+        if self.local:
+            yield self.local / name
+            return
+        with tempfile.TemporaryDirectory(prefix="ratchet-copy-") as folder:
+            path = Path(folder) / name.rpartition("/")[2]
+            self._store.download(f"{self._root}/{name}", path, size)
+            yield path
+
+    def put(self, source: Path, name: str) -> None:
+        """Write a file from a local one."""
+        if self.local:
+            with replacing(self.local / name, prefix=STAGING) as staging:
+                shutil.copyfile(source, staging)
+        else:
+            self._store.upload(source, f"{self._root}/{name}")
+
+
+def copy(
+    source: Place, name: str, size: int, target: Place, as_name: str, digest: str | None = None
+) -> tuple[int, str]:
+    """Copy a file; returns its bytes and its SHA-256.
+
+    Args:
+        digest: what it has to be.
+
+    Raises:
+        StoreError: it is something else.
+        FileNotFoundError: there is no such file (any more).
+    """
+    if size <= CHUNK:  # in one piece: another process may replace it meanwhile
+        data = source.read(name)
+        found = hashlib.sha256(data).hexdigest()
+        check(name, found, digest)
+        target.write(as_name, data)
+        return len(data), found
+    with source.opened(name, size) as path:
+        found = file_digest(path)
+        check(name, found, digest)
+        target.put(path, as_name)
+        return path.stat().st_size, found
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(name: str, found: str, digest: str | None) -> None:
+    """Raise StoreError where a digest is not the one that it has to be."""
+    if digest is not None and found != digest:
+        raise StoreError(f"{name} of the backup is damaged: its SHA-256 is another one.", "Use another backup.")

@@ -1,0 +1,174 @@
+"""Restores a backup into an empty ledger, empty artifacts and an empty lake."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, TypeVar
+
+from ops.artifacts import Artifacts
+from ops.digests import digest_bytes
+from ops.errors import ConfigError
+from ops.ledger import Ledger
+from ops.progress import say, track
+from ops.recovery.backup import AT_ONCE, DIRECTORIES, FILES, SUMMARY, File, Report
+from ops.recovery.ledger_rows import is_empty, load_ledger
+from ops.recovery.place import Place, check, copy, file_digest
+from ops.settings import Settings
+
+T = TypeVar("T")
+BEGUN: Final = "restore-begun.json"
+"""Beside what was restored so far, with the id of the backup."""
+
+
+@dataclass(frozen=True)
+class _Target:
+    place: Place
+    what: str
+
+
+def restore(settings: Settings, url: str, actor: str) -> Report:
+    """Bring back what :func:`ops.recovery.back_up` wrote to ``url``. A call that was interrupted may be repeated.
+
+    The ledger is filled last, in one transaction: as long as it is empty the restore is not complete.
+
+    Raises:
+        ConfigError: there is no complete backup, or something is in the ledger, the artifacts or the lake.
+        StoreError: a file of the backup is damaged, or a store is away.
+        LedgerError: the ledger is away, or the backup is of a later version of Ratchet.
+    """
+    source = Place(url)
+    report = _report(source)
+    targets = [_Target(Place(settings.artifacts), "artifacts"), _Target(Place(settings.lake), "lake")]
+    _claim(settings, targets, report)
+    if is_empty(settings.ledger):
+        files = _files(source, report)
+        _restore_lake(source, [file for file in files if file.name.startswith("lake/")], targets[1].place)
+        artifacts = Artifacts(settings.artifacts)
+        _restore_artifacts(source, [file for file in files if file.name.startswith("artifacts/")], artifacts)
+        _restore_ledger(source, report, settings, actor)
+    for target in targets:
+        target.place.delete(BEGUN)
+    return report
+
+
+def _report(source: Place) -> Report:
+    try:
+        return Report.parse(source.read(SUMMARY))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{source.url} has no complete backup: {SUMMARY} is not there.",
+            "Name the folder that `ratchet backup` wrote.",
+        ) from None
+
+
+def _claim(settings: Settings, targets: list[_Target], report: Report) -> None:
+    """Refuse to overwrite anything, before anything is written."""
+    begun = [_begun(target, report) for target in targets]
+    if not is_empty(settings.ledger) and not (any(begun) and _is_restored(settings, report)):
+        raise ConfigError("the ledger is not empty.", "Set ledger_url to a new database.")
+    for target, goes_on in zip(targets, begun, strict=True):
+        if not goes_on:
+            target.place.write(BEGUN, json.dumps({"backup": report.id}).encode())
+
+
+def _begun(target: _Target, report: Report) -> bool:
+    """Whether an earlier call was at this. Raises ConfigError where something else is there."""
+    if target.place.has(BEGUN):
+        if json.loads(target.place.read(BEGUN)) != {"backup": report.id}:
+            raise ConfigError(
+                f"another backup is being restored into {target.place.url}.", f"Set {target.what}_url to a new place."
+            )
+        return True
+    if target.place.files():
+        raise ConfigError(
+            f"the {target.what} are not empty: {target.place.url}.", f"Set {target.what}_url to a new place."
+        )
+    return False
+
+
+def _is_restored(settings: Settings, report: Report) -> bool:
+    """Whether the ledger was filled from this backup: then only the marks are left to remove."""
+    ledger = Ledger.open(settings.ledger)
+    try:
+        return bool(ledger.audit_rows(1, subject=f"restore {report.id}"))
+    finally:
+        ledger.close()
+
+
+def _files(source: Place, report: Report) -> list[File]:
+    listed = source.read(FILES)
+    check(FILES, digest_bytes(listed), report.files_digest)
+    return [File(*values) for values in json.loads(gzip.decompress(listed))]
+
+
+def _restore_lake(source: Place, files: list[File], lake: Place) -> None:
+    """Manifests are last in their data sets, so that none is seen before all of it is there."""
+    present = lake.files()
+
+    def one(file: File) -> None:
+        name = file.name.removeprefix("lake/")
+        if present.get(name) != file.bytes:  # else an earlier call has written and checked it
+            copy(source, file.name, file.bytes, lake, name, file.digest)
+
+    last = {file for file in files if "/_versions/" in file.name or "/_refs/" in file.name}
+    _each(one, [file for file in files if file not in last], "restore: lake")
+    _each(one, [file for file in files if file in last], "restore: versions")
+
+
+def _restore_artifacts(source: Place, files: list[File], artifacts: Artifacts) -> None:
+    directories: dict[str, list[File]] = defaultdict(list)
+    for file in files:
+        parts = file.name.split("/")
+        if parts[1] in DIRECTORIES and len(parts) > 3:
+            directories["/".join(parts[1:3])].append(file)
+
+    def directory(key: str) -> None:
+        if artifacts.exists(key):  # it is whole, and was checked by an earlier call
+            return
+        with tempfile.TemporaryDirectory(prefix="ratchet-restore-") as folder:
+            local = Place(folder)
+            for file in directories[key]:
+                name = file.name.removeprefix(f"artifacts/{key}/")
+                copy(source, file.name, file.bytes, local, name, file.digest)
+            artifacts.put_directory(Path(folder), key)
+
+    def single(file: File) -> None:
+        with _checked(source, file) as path:
+            artifacts.write_bytes(file.name.removeprefix("artifacts/"), path.read_bytes())
+
+    in_directories = {file for each in directories.values() for file in each}
+    _each(directory, list(directories), "restore: artifacts")
+    _each(single, [file for file in files if file not in in_directories], "restore: reports")
+
+
+def _restore_ledger(source: Place, report: Report, settings: Settings, actor: str) -> None:
+    detail = {"from": source.url, "created_at": report.created_at, "release": report.release}
+    row = {
+        "actor": actor, "action": "restore", "subject": f"restore {report.id}", "detail": detail,
+        "created_at": datetime.now(UTC),
+    }  # fmt: skip
+    with _checked(source, report.ledger) as path:
+        rows = load_ledger(path, report.revision, settings.ledger, row)
+    say(f"restore: the ledger, {rows:,} rows")
+
+
+@contextmanager
+def _checked(source: Place, file: File) -> Iterator[Path]:
+    with source.opened(file.name, file.bytes) as path:
+        check(file.name, file_digest(path), file.digest)
+        yield path
+
+
+def _each(work: Callable[[T], None], items: list[T], label: str) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for _ in track(pool.map(work, items), label, total=len(items)):
+            pass

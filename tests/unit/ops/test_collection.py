@@ -1,0 +1,455 @@
+"""The garbage collector deletes what nothing needs, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import update
+from typer.testing import CliRunner, Result
+
+from ops.artifacts import Artifacts
+from ops.cli.gc import collect_garbage
+from ops.cli.main import app
+from ops.collection import Collector, Plan, collector
+from ops.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
+from ops.ledger import Ledger
+from ops.ledger import tables as t
+from ops.ledger.collection import COLLECT_LEASE
+from ops.metrics import declared
+from ops.settings import Settings
+from serving.releases.rollback import rollback_target
+from streams.maintenance import Maintainer
+from updater.adapters.recorded import fetch_recorded
+
+BASE = "b" * 64
+NOW = datetime.now(UTC) - timedelta(hours=1)
+
+
+class Installation:
+    """A ledger, artifacts and a home; the newest entry is of :data:`NOW`."""
+
+    def __init__(self, home: Path, ledger: Ledger, url: str | None = None) -> None:
+        values = {"home": home, "artifacts_url": url, "gc": {"keep_releases": 2}, "kafka": {"events_topic": ""}}
+        self.settings = Settings.model_validate(values)
+        self.ledger = ledger
+        self.artifacts = Artifacts(self.settings.artifacts, home / "cached")
+
+    def adapter(self, name: str, days: float, family: str = "clip", base: str = BASE) -> str:
+        """An adapter with carry-over that was last touched so many days ago."""
+        source = self.settings.home / "made" / name
+        source.mkdir(parents=True)
+        (source / "adapter.safetensors").write_bytes(name.encode() * 10)
+        for folder in ("adapters", "memories"):
+            self.artifacts.put_directory(source, f"{folder}/{name}")
+        self.ledger.register_adapter(name, family, base, "i", "t", {})
+        self._set(t.Adapter, t.Adapter.name == name, days, "created_at")
+        return name
+
+    def judged(self, name: str, days: float, outcome: str = "rejected", **summary: Any) -> str:
+        """An update with a verdict on an adapter, and a report."""
+        self.begin(f"u-{name}", adapter=name)
+        self.ledger.advance_update(f"u-{name}", "done")
+        self.artifacts.write_bytes(f"reports/u-{name}/report.json", b"{}")
+        self.ledger.record_verdict(f"u-{name}", name, outcome, f"reports/u-{name}", summary)  # type: ignore[arg-type]
+        self._set(t.Update, t.Update.id == f"u-{name}", days, "created_at", "updated_at")
+        self._set(t.Verdict, t.Verdict.update_id == f"u-{name}", days, "created_at")
+        return name
+
+    def begin(self, name: str, incumbent: str | None = None, adapter: str | None = None) -> None:
+        self.ledger.begin_update(
+            name, family="clip", recipe={"name": "r"}, seed=0, store_version=1, data_from={}, data_to={},
+            incumbent=incumbent, adapter=adapter,
+        )  # fmt: skip
+
+    def release(self, clip: str | None, days: float, vlm: str | None = None, share: float = 1.0) -> int:
+        live = self.ledger.live()
+        number = live.number + 1 if live else 1
+        self.ledger.commit_release(number, clip=clip, vlm=vlm, actor="a", reason="r", proposal_id=None, share=share)
+        self._set(t.Release, t.Release.number == number, days, "created_at")
+        return number
+
+    def collector(self) -> Collector:
+        return Collector(self.settings, self.ledger, self.artifacts)
+
+    def run(self) -> Plan:
+        plan = self.collector().run("ann")
+        assert plan is not None
+        return plan
+
+    def stored(self, folder: str = "adapters") -> set[str]:
+        return set(self.artifacts.sizes(folder))
+
+    def reason(self, name: str, kind: str = "adapter") -> str:
+        [item] = [item for item in self.collector().plan().items if (item.kind, item.name) == (kind, name)]
+        return ("goes: " if item.goes else "stays: ") + item.reason
+
+    def _set(self, table: Any, where: Any, days: float, *columns: str) -> None:
+        with self.ledger.database.write() as session:
+            session.execute(update(table).where(where).values({name: NOW - timedelta(days=days) for name in columns}))
+
+
+@pytest.fixture
+def made(tmp_path: Path, ledger: Ledger) -> Installation:
+    return Installation(tmp_path, ledger)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Installation]:
+    """With a folder and with an object store."""
+    ledger = Ledger.open(f"sqlite:///{tmp_path}/ledger.db")
+    yield Installation(tmp_path, ledger, None if request.param == "folder" else f"memory://{tmp_path.name}")
+    ledger.close()
+
+
+def released(made: Installation, count: int = 6) -> list[str]:
+    """So many releases, 200 days apart from each other, the last one now."""
+    names = [made.adapter(f"clip-{number}", 200.0 * (count - number)) for number in range(1, count + 1)]
+    for number, name in enumerate(names, 1):
+        made.release(name, 200.0 * (count - number))
+    return names
+
+
+def test_adapters_outside_of_the_window_go_with_their_carry_over(either: Installation) -> None:
+    names = released(either)
+    plan = either.run()
+    assert either.stored() == either.stored("memories") == {"clip-5", "clip-6"}
+    assert {item.name for item in plan.going if item.kind == "adapter"} == set(names[:4])
+    assert plan.freed == 2 * sum(len(name) * 10 for name in names[:4]) + (
+        0 if either.artifacts.local else plan.freed - 2 * sum(len(name) * 10 for name in names[:4])  # manifests
+    )
+    assert either.run().items == ()
+
+
+def test_a_dry_run_deletes_nothing(made: Installation) -> None:
+    names = released(made)
+    assert made.collector().plan().going
+    assert made.stored() == set(names)
+    assert not made.ledger.collected(names)
+
+
+def test_what_is_young_stays(made: Installation) -> None:
+    released(made)
+    made.adapter("clip-young", 80)
+    made.adapter("clip-old", 100)
+    assert "used 80 days ago" in made.reason("clip-young")
+    assert made.reason("clip-old").startswith("goes")
+
+
+def test_an_adapter_counts_as_used_until_another_one_replaced_it(made: Installation) -> None:
+    made.adapter("clip-long", 1000)
+    made.release("clip-long", 1000)
+    for number, days in enumerate((50, 40, 0), 1):
+        made.release(made.adapter(f"clip-{number}", days), days)
+    assert "used 50 days ago" in made.reason("clip-long")
+
+
+def test_what_a_canary_runs_beside_and_what_a_rollback_goes_back_to_stays(made: Installation) -> None:
+    old, stable = made.adapter("clip-old", 900), made.adapter("clip-stable", 800)
+    made.release(old, 900)
+    made.release(stable, 800)
+    for days in (400, 300, 200, 0):  # one trial after another, and nothing was promoted
+        made.release(made.adapter(f"clip-canary-{days}", days), days, share=0.1)
+    made.run()
+    assert {"clip-stable", "clip-old", "clip-canary-0"} <= made.stored()
+
+
+def test_a_rollback_of_one_model_stays_possible_after_many_releases_of_the_other(made: Installation) -> None:
+    for number in (1, 2):
+        made.adapter(f"vlm-{number}", 2000 - number, family="vlm")
+        made.release(None, 2000 - number, vlm=f"vlm-{number}")
+    for number in range(8):
+        made.release(made.adapter(f"clip-{number}", 800 - 100 * number), 800 - 100 * number, vlm="vlm-2")
+    made._set(t.Release, t.Release.number == 10, 0, "created_at")
+    made.run()
+    assert {"vlm-1", "vlm-2", "clip-6", "clip-7"} <= made.stored()
+    assert rollback_target(made.ledger, ("vlm",), None) == {"vlm": "vlm-1"}
+
+
+def test_the_best_releases_of_a_suite_stay(made: Installation) -> None:
+    scores = {"clip-1": 0.9, "clip-2": 0.2, "clip-3": 0.3, "clip-4": 0.3, "clip-5": 0.3, "clip-6": 0.3}
+    names = released(made)
+    for number, name in enumerate(names, 1):
+        suites = {
+            "flags": {"after": scores[name], "base": 0.1, "role": "retention"},
+            "mine": {"after": 1.0 if name == "clip-3" else 0.0, "base": 0.0, "role": "gain"},
+            f"fresh.{'emoji' if name == 'clip-2' else 'other'}": {"after": 0.5, "base": 0.1, "role": "gain"},
+        }
+        made.judged(name, 200.0 * (len(names) - number), "passed", suites=suites)
+    assert made.reason("clip-1") == "stays: best release on flags"
+    assert made.reason("clip-2") == "stays: best release on fresh.emoji"
+    assert made.reason("clip-3").startswith("goes")
+    assert "its adapter stays" in made.reason("clip-1", "carry-over")
+
+
+def test_what_is_not_decided_stays(made: Installation) -> None:
+    released(made)
+    for name in ("clip-candidate", "clip-incumbent", "clip-proposed", "clip-newest", "clip-named"):
+        made.adapter(name, 500)
+    made.begin("u1", incumbent="clip-incumbent")
+    made.begin("u2", adapter="clip-candidate")
+    made.ledger.propose("release", clip="clip-proposed", actor="a", reason="r")
+    made._set(t.Update, t.Update.id.in_(["u1", "u2"]), 0, "created_at", "updated_at")
+    made.judged("clip-newest", -0.01, "inconclusive")
+    made.settings = made.settings.model_copy(
+        update={"gc": made.settings.gc.model_copy(update={"keep_adapters": ["clip-named"]})}
+    )
+    made.run()
+    kept = {"clip-candidate", "clip-incumbent", "clip-proposed", "clip-newest", "clip-named"}
+    assert kept <= made.stored()
+    assert made.stored() - kept == {"clip-5", "clip-6"}
+
+
+def test_the_other_base_and_an_upgrade_that_waits_stay(made: Installation) -> None:
+    other, third = "c" * 64, "d" * 64
+    made.release(made.adapter("clip-other", 900, base=other), 900)
+    released(made)
+    made.adapter("clip-upgraded", 500, base=third)
+    made.ledger.begin_base_upgrade(
+        "up", recipe={}, seed=0, store_version=1, data_to={}, incumbent=None, old=(BASE, "b"), new=(third, "d"),
+        gflops=1.0, actor="a",
+    )  # fmt: skip
+    made.ledger.advance_update("up", "done", adapter="clip-upgraded")
+    made.ledger.record_verdict("up", "clip-upgraded", "passed", "reports/up", {})
+    made._set(t.Update, t.Update.id == "up", 500, "created_at", "updated_at")
+    made.begin("u-later")  # so that it is not the newest
+    made.ledger.advance_update("u-later", "failed")
+    made._set(t.Update, t.Update.id == "u-later", 0, "created_at", "updated_at")
+    made.run()
+    assert made.stored() == {"clip-other", "clip-upgraded", "clip-5", "clip-6"}
+
+
+def test_carry_over_stays_only_where_an_update_may_begin(made: Installation) -> None:
+    released(made, 2)
+    made.judged(made.adapter("clip-rejected", 10), 10)
+    made.judged(made.adapter("clip-newest", 5), 5)
+    made.run()
+    assert {"clip-rejected", "clip-newest"} <= made.stored()
+    assert made.stored("memories") == {"clip-1", "clip-2", "clip-newest"}
+
+
+def test_reports_of_what_was_never_released_go_after_a_year(made: Installation) -> None:
+    for name in released(made, 2):
+        made.judged(name, 800)
+    for days in (370, 360):
+        made.judged(made.adapter(f"clip-{days}", days), days)
+    made.artifacts.write_bytes("reports/gate-by-hand/report.json", b"{}")
+    made.run()
+    assert made.stored("reports") == {"u-clip-1", "u-clip-2", "u-clip-360", "gate-by-hand"}
+
+
+def test_what_the_ledger_does_not_know_stays(made: Installation) -> None:
+    released(made)
+    for folder in ("adapters", "memories"):
+        made.artifacts.put_directory(made.settings.home / "made" / "clip-1", f"{folder}/clip-unknown")
+    made.artifacts.write_bytes("residency.json", b"{}")
+    made.run()
+    assert "clip-unknown" in made.stored() & made.stored("memories")
+    assert made.artifacts.exists("residency.json")
+
+
+def test_an_empty_ledger_deletes_nothing(tmp_path: Path) -> None:
+    """A wrong ledger_url with the right artifacts_url."""
+    full = Ledger.open(f"sqlite:///{tmp_path}/full.db")
+    made = Installation(tmp_path, full)
+    names = released(made)
+    made.ledger = Ledger.open(f"sqlite:///{tmp_path}/empty.db")
+    assert made.run().items == ()
+    assert made.stored() == set(names)
+    full.close()
+    made.ledger.close()
+
+
+def test_a_ledger_with_an_entry_of_the_future_deletes_nothing(made: Installation) -> None:
+    names = released(made)
+    made._set(t.Release, t.Release.number == 6, -10_000, "created_at")
+    with pytest.raises(LedgerError, match="clock"):
+        made.run()
+    assert made.stored() == set(names)
+
+
+def test_a_ledger_that_is_away_deletes_nothing(either: Installation, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = released(either)
+
+    def away(*_: object, **__: object) -> None:
+        raise LedgerUnavailable("the ledger is away.")
+
+    monkeypatch.setattr(either.ledger, "begin_collection", away)
+    with pytest.raises(LedgerUnavailable):
+        either.run()
+    assert either.stored() == set(names)
+
+
+def test_after_a_collection_release_and_rollback_say_what_became_of_the_files(made: Installation) -> None:
+    released(made)
+    made.run()
+    for number, name in ((1, "clip-1"), (4, "clip-4")):
+        with pytest.raises(AdapterCollected, match=rf"{name} were collected on .*adapters import DIR"):
+            rollback_target(made.ledger, ("clip",), number)
+        with pytest.raises(AdapterCollected, match=name):
+            made.ledger.propose("release", clip=name, actor="a", reason="r", forced=True)
+        with pytest.raises(AdapterCollected, match=name):
+            fetch_recorded(made.artifacts, made.ledger, name)
+        with pytest.raises(AdapterCollected, match=name):
+            made.release(name, 0)
+    assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-5"}
+    [row] = made.ledger.audit_rows(subject="adapter clip-1")
+    assert (row.actor, row.action, row.detail) == ("ann", "collect", {"reason": "not used for 800 days"})
+    [total] = made.ledger.audit_rows(subject="artifacts")
+    assert total.detail["adapter"] == 4
+    assert total.detail["bytes"] > 0
+
+
+def test_a_default_rollback_passes_over_what_was_collected(made: Installation) -> None:
+    released(made, 3)
+    with made.ledger.database.write() as session:
+        session.execute(update(t.Adapter).where(t.Adapter.name == "clip-2").values(collected_at=NOW))
+    assert rollback_target(made.ledger, ("clip",), None) == {"clip": "clip-1"}
+
+
+def test_an_adapter_that_is_made_again_counts_as_there(made: Installation) -> None:
+    released(made)
+    made.run()
+    made.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
+    made.artifacts.put_directory(made.settings.home / "made" / "clip-1", "adapters/clip-1")
+    assert made.ledger.collected(["clip-1"]) == {}
+    made.release("clip-1", 0)
+
+
+@pytest.mark.parametrize("step", ["delete", "finish_collection"])
+def test_a_collection_that_was_interrupted_is_completed(
+    either: Installation, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released(either)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(either.artifacts if step == "delete" else either.ledger, step, kill)
+        with pytest.raises(Killed):
+            either.run()
+    with pytest.raises(LedgerError, match="being collected"):
+        either.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
+    either.run()
+    assert either.stored() == either.stored("memories") == {"clip-5", "clip-6"}
+    either.ledger.register_adapter("clip-1", "clip", BASE, "i", "t", {})
+
+
+def test_what_is_proposed_between_plan_and_deletion_stays(made: Installation) -> None:
+    released(made)
+    made.ledger.propose("release", clip="clip-1", actor="a", reason="r")
+    epoch = made.ledger.acquire_lease(COLLECT_LEASE, "me", 60)
+    assert epoch is not None
+    names = {"clip-1": "old", "clip-2": "old"}
+    assert made.ledger.begin_collection(names, live=6, epoch=epoch, actor="a") == ["clip-2"]
+    with pytest.raises(ReleaseConflict):
+        made.ledger.begin_collection(names, live=5, epoch=epoch, actor="a")
+
+
+def test_a_release_in_the_middle_of_the_decision_makes_a_new_one(
+    made: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released(made)
+    plans = iter([lambda: made.release("clip-2", 0), lambda: None])
+    whole = collector.make_plan
+
+    def interrupted(*arguments: Any) -> Plan:
+        plan = whole(*arguments)
+        next(plans)()
+        return plan
+
+    monkeypatch.setattr(collector, "make_plan", interrupted)
+    made.run()
+    assert "clip-2" in made.stored()
+    assert "clip-1" not in made.stored()
+
+
+def test_of_two_collectors_one_works(made: Installation) -> None:
+    released(made)
+    epoch = made.ledger.acquire_lease(COLLECT_LEASE, "another", 60)
+    assert made.collector().run() is None
+    assert len(made.stored()) == 6
+    assert epoch is not None
+    with pytest.raises(LeaseLost):
+        made.ledger.begin_collection({}, live=6, epoch=epoch - 1, actor="a")
+
+
+def test_work_folders_of_updates_that_are_over_and_unused_caches_go(made: Installation) -> None:
+    home = made.settings.home
+    released(made)
+    made.begin("u-open")
+    made.begin("u-over")
+    made.ledger.advance_update("u-over", "failed")
+    for path in ("updates/u-open/x", "updates/u-over/x", "updates/u-unknown/x", "cache/gate/new.npz"):
+        (home / path).parent.mkdir(parents=True, exist_ok=True)
+        (home / path).write_bytes(b"x")
+    for name, days in (("cache/gate/old.npz", 100), ("cache/gate/future.npz", -100), ("engines/" + "a" * 12, 100)):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(b"x")
+        moment = time.time() - 86_400 * days
+        os.utime(home / name, (moment, moment))
+    made.run()
+    assert {path.name for path in (home / "updates").iterdir()} == {"u-open", "u-unknown"}
+    assert {path.name for path in (home / "cache" / "gate").iterdir()} == {"new.npz", "future.npz"}
+    assert not list((home / "engines").iterdir())
+
+
+def collected_bytes() -> float:
+    value = declared.COLLECTED.labels("adapter")._value.get()
+    assert isinstance(value, float)
+    return value
+
+
+def test_maintenance_collects_every_so_often(made: Installation) -> None:
+    if made.ledger.database.engine.dialect.name != "sqlite":
+        pytest.skip("the settings name SQLite")
+    released(made)
+    before = collected_bytes()
+    calls = []
+
+    def collect() -> None:
+        calls.append(1)
+        collect_garbage(made.settings)
+
+    maintainer = Maintainer(made.settings, collect=collect)
+    for _ in range(2):
+        maintainer.run_once()
+    maintainer.close()
+    assert len(calls) == 1
+    assert made.stored() == {"clip-5", "clip-6"}
+    assert collected_bytes() - before == 4 * 60
+
+
+def ratchet(made: Installation, *words: str) -> Result:
+    command = ["--set", f"home={made.settings.home}", "--set", "gc.keep_releases=2", *words]
+    return CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+
+
+def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: Installation) -> None:
+    if either.artifacts.local is None:
+        pytest.skip("the command has an artifacts folder")
+    released(either)
+    shown = ratchet(either, "gc", "--dry-run")
+    assert "not used for 800 days" in shown.output
+    assert "release 6 answers" in shown.output
+    summary = json.loads(shown.output.splitlines()[-1])
+    assert summary["dry_run"] is True
+    assert summary["goes"] == {"adapter": 4, "carry-over": 4}
+    assert summary["stays"] == {"adapter": 2, "carry-over": 2}
+    assert summary["adapters"] == ["clip-1", "clip-2", "clip-3", "clip-4"]
+    assert len(either.stored()) == 6
+    done = json.loads(ratchet(either, "gc").output.splitlines()[-1])
+    assert done["freed_bytes"] == summary["freed_bytes"]
+    assert len(either.stored()) == 2
+    assert "collected" in ratchet(either, "releases", "list").output
+    assert "clip-1 was collected" in ratchet(either, "releases", "show", "1").output
