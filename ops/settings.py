@@ -425,6 +425,17 @@ class Rollout(Section):
     )
 
 
+class Logs(Section):
+    """What the processes log, on standard error."""
+
+    format: Literal["auto", "json", "text"] = Field(
+        "auto", description="One JSON object a line, or text; auto: text at a terminal, JSON elsewhere."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level of Ratchet's own records; libraries log warnings and worse."
+    )
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -451,6 +462,7 @@ class Settings(Section):
     watch: Watch = Field(default_factory=Watch)
     console: Console = Field(default_factory=Console)
     rollout: Rollout = Field(default_factory=Rollout)
+    logs: Logs = Field(default_factory=Logs)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property

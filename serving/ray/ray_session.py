@@ -69,7 +69,9 @@ def prepare_environment(settings: Settings) -> Path:
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "1",
+            "RAY_DEDUP_LOGS": "0",  # what replicas log comes out on standard error of the server, line by line
+            "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+            "RAY_SERVE_LOG_TO_STDERR": "1",  # else Serve keeps what a replica writes in a file of its own
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
@@ -105,7 +107,9 @@ def prepare_environment(settings: Settings) -> Path:
         }
     )
     binary = haproxy_binary()
-    if binary is not None:
+    if binary is None:
+        os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serving.http.request_ids:middlewares"
+    else:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         os.environ[PROXIED] = "1"
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary, settings.serve))

@@ -20,12 +20,15 @@ LOOK_SECONDS = 0.02
 
 
 def start_ray(folder: Path, server: Serve) -> None:
-    """Start a private Ray session in ``folder``, see :func:`serving.ray.ray_session.session_directory`."""
+    """Start a private Ray session in ``folder``, see :func:`serving.ray.ray_session.session_directory`.
+
+    What its workers write to standard error comes out on that of this process.
+    """
     import ray
 
     ray.init(
         address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
-        _temp_dir=str(folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
+        _temp_dir=str(folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=True,
         _metrics_export_port=server.ray_metrics_port or None,
         object_store_memory=OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
     )  # fmt: skip

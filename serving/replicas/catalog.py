@@ -16,12 +16,12 @@ from ops import metrics
 from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
-from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.catalog.cross_version import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
+from serving.ray.replica_logs import configure_replica_logging
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
@@ -41,7 +41,7 @@ class CatalogReplica:
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         close_replica_port()
-        configure_logging()
+        configure_replica_logging(settings, "catalog")
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from ops.request_context import detached
 from serving.messages import EncodeRequest, EncodeResult, Modality
 
 Group = tuple[Modality, str | None]
@@ -61,7 +62,7 @@ class FairBatches:
         self._cost += request.cost
         self._arrived.set()
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work())
+            self._task = asyncio.get_running_loop().create_task(self._work(), context=detached())
         return await result
 
     async def _work(self) -> None:

@@ -20,6 +20,12 @@
   value: "1"
 - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds
   value: {{ include "ratchet.drainSeconds" . | quote }}
+- name: RAY_LOG_TO_STDERR # of all of Ray's processes, so that `kubectl logs` has what replicas log
+  value: "1"
+- name: RAY_SERVE_LOG_TO_STDERR # else Serve keeps what replicas log in files of its own
+  value: "1"
+- name: RAY_BACKEND_LOG_LEVEL # of Ray's processes in C++
+  value: warning
 - name: PROMETHEUS_MULTIPROC_DIR
   value: /run/ratchet/metrics
 - name: OMP_NUM_THREADS # encoders set their own number

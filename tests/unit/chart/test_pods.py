@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 
 from tests.support.chart import EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
 
@@ -86,6 +87,16 @@ def test_haproxy_of_every_ray_pod_has_the_limits_of_the_settings(objects: list[d
             env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
             assert env["RAY_SERVE_HAPROXY_BINARY_PATH"] == "/usr/local/bin/ratchet-haproxy"
             assert env["FORWARDED_ALLOW_IPS"] == "none"
+
+
+def test_what_replicas_log_is_on_standard_error_of_their_pod(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        if component in ("serving-head", "serving-worker"):
+            env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+            # What Ray's workers and Ray Serve ask for, see ray_constants and ray.serve._private.constants.
+            assert env[ray_constants.LOGGING_REDIRECT_STDERR_ENVIRONMENT_VARIABLE] == "1"
+            assert env["RAY_SERVE_LOG_TO_STDERR"] == "1"
+            assert env["RAY_BACKEND_LOG_LEVEL"] == "warning"
 
 
 def test_no_pod_gets_a_token_of_the_cluster(objects: list[dict[str, Any]]) -> None:
