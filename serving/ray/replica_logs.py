@@ -16,6 +16,11 @@ from ops.settings import Settings
 def configure_replica_logging(settings: Settings, role: str) -> None:
     """Call it first in a replica's constructor."""
     configure_logging(settings, role, replica=_replica(), request_id=_request_id)
+    take_over_rays_loggers()
+
+
+def take_over_rays_loggers() -> None:
+    """Let Ray's and Serve's records of this process, warnings and worse, go where all others go."""
     for name in ("ray", "ray.serve"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

@@ -17,6 +17,7 @@ from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
 from ops.settings import Settings
+from ops.tracing import span
 from serving.catalog.cross_version import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
@@ -192,7 +193,8 @@ class CatalogReplica:
             catalog = await self._started()
             if space not in catalog.reconciler.fills:  # the ingress knew first what another server has released
                 await self._try_to_catch_up()
-            return await catalog.search(space, vector, k, filters)
+            with span("search", k=k):
+                return await catalog.search(space, vector, k, filters)
         except RatchetError as error:
             return str(error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ops.ledger import Ledger
 from ops.priority import nice_process
 from ops.request_context import note
 from ops.settings import Settings
+from ops.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import MODEL_NICE, Refusal
 from serving.ray.loopback import close_replica_port
@@ -90,22 +92,28 @@ class VlmReplica:
     ) -> GenerationResult | Refusal:
         """The whole answer; see :meth:`VlmWorker.reply`."""
         note(adapter or BASE)
-        return await self.worker.reply(request, adapter, seconds)
+        with span("engine"):
+            return await self.worker.reply(request, adapter, seconds)
 
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Chunks of the answer; see :meth:`VlmWorker.stream`."""
         note(adapter or BASE)
-        async for chunk in self.worker.stream(request, adapter, seconds):
-            yield chunk
+        began = time.monotonic()
+        try:
+            async for chunk in self.worker.stream(request, adapter, seconds):
+                yield chunk
+        finally:
+            record("engine", began, time.monotonic())
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, seconds: float
     ) -> list[float] | Refusal:
         """Log-probabilities of choices; see :meth:`VlmWorker.score`."""
         note(adapter or BASE)
-        return await self.worker.score(request, choices, adapter, seconds)
+        with span("engine", choices=len(choices)):
+            return await self.worker.score(request, choices, adapter, seconds)
 
     async def prepare(self, vlm: str | None) -> Prepared:
         """Phase one of a release; see :meth:`VlmWorker.prepare`."""

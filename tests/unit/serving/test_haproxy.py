@@ -231,9 +231,10 @@ async def test_answers_of_haproxy_itself_have_an_id(tmp_path: Path) -> None:
         probes = [await server.send(get("/health/ready", "x-request-id: mine"), "127.0.0.2") for _ in range(20)]
         refused = next(answer for answer in probes if b" 429 " in answer.split(b"\r\n")[0])
         assert request_ids(refused.decode()) == ["mine"]
-        late, wrong = await asyncio.gather(server.send(b"GET /v1/mod"), server.send(b"GET \0 HTTP/1.1\r\n\r\n"))
-        assert [answer.split(b" ")[1] for answer in (late, wrong)] == [b"408", b"400"]
-        (first,), (second,) = request_ids(late.decode()), request_ids(wrong.decode())
+        late = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab"
+        answers = [answer.decode() for answer in await asyncio.gather(server.send(late), server.send(late))]
+        assert [answer.split(" ")[1] for answer in answers] == ["408", "408"]
+        (first,), (second,) = map(request_ids, answers)
         assert first != second
 
 
