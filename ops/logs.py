@@ -6,7 +6,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, SecretStr
@@ -17,6 +18,19 @@ from ops.settings import Logs, Settings
 
 OURS = ("ratchet", "streams")
 """Loggers that ``logs.level`` is for. Libraries log warnings and worse."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """How a process logs."""
+
+    format: Literal["json", "text"]
+    level: int
+    labels: Mapping[str, str]
+    secrets: Sequence[str] = field(repr=False)
+
+
+_config: LogConfig | None = None
 _SECRET = re.compile(r"(?i)password|passphrase|secret|token|credential")
 
 
@@ -33,22 +47,34 @@ def configure_logging(
         replica: which one of several, on every line.
         request_id: see :class:`ops.log_format.RecordFormatter`.
     """
-    root = logging.getLogger()
-    own = [handler for handler in root.handlers if isinstance(handler.formatter, RecordFormatter)]
-    if len(own) < len(root.handlers):
-        return
     logs = settings.logs if settings is not None else Logs()
     labels = {"role": role} | ({"replica": replica} if replica else {})
-    kind = JsonFormatter if log_format(logs.format) == "json" else TextFormatter
+    level = logging.getLevelNamesMapping()[logs.level.upper()]
+    inherit(LogConfig(log_format(logs.format), level, labels, tuple(secrets_of(settings))), request_id)
+
+
+def inherited() -> LogConfig | None:
+    """How this process logs, for :func:`inherit` in one that it spawns; None: :func:`configure_logging` did nothing."""
+    return _config
+
+
+def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> None:
+    """Log as the process does that spawned this one."""
+    global _config
+    root = logging.getLogger()
+    own = [handler for handler in root.handlers if isinstance(handler.formatter, RecordFormatter)]
+    if config is None or len(own) < len(root.handlers):
+        return
+    _config = config
+    formatter = JsonFormatter if config.format == "json" else TextFormatter
     handler = logging.StreamHandler()
-    handler.setFormatter(kind(labels, Redactor(secrets_of(settings)), request_id))
+    handler.setFormatter(formatter(config.labels, Redactor(config.secrets), request_id))
     for each in own:
         root.removeHandler(each)
     root.addHandler(handler)
-    level = logging.getLevelNamesMapping()[logs.level.upper()]
-    root.setLevel(max(level, logging.WARNING))
+    root.setLevel(max(config.level, logging.WARNING))
     for name in OURS:
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(config.level)
     logging.captureWarnings(True)
 
 

@@ -86,6 +86,21 @@ def test_a_terminal_has_text_and_no_date_before_progress() -> None:
     assert re.search(r"\d\d:\d\d:\d\d(\x1b\[0m)? broken|\x1b\[31mbroken", shown)
 
 
+def test_a_process_that_is_spawned_logs_as_its_parent_does() -> None:
+    program = (
+        "import logging\n"
+        "from concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\n"
+        "from ops.logs import configure_logging, inherit, inherited\n"
+        "configure_logging(role='ingest')\n"
+        "with ProcessPoolExecutor(1, get_context('spawn'), inherit, (inherited(),)) as pool:\n"
+        "    pool.submit(logging.getLogger('streams.x').info, 'from a child').result()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    fields = json.loads(done.stderr)
+    assert (fields["message"], fields["role"], fields["logger"]) == ("from a child", "ingest", "streams.x")
+
+
 def record(message: str, *arguments: object, error: bool = False) -> logging.LogRecord:
     info: Any = None
     if error:
