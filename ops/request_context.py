@@ -40,7 +40,7 @@ def current() -> RequestContext | None:
 def note(adapter: str, release: int | None = None) -> None:
     """Say which adapter, and which release, answers the request of this task."""
     request = _current.get()
-    if request is None:
+    if request is None or not request.request_id:  # a replica, whose request's id is known elsewhere
         _current.set(RequestContext("", release, adapter))
         return
     request.adapter = adapter

@@ -13,7 +13,7 @@
    five), though it then asks another replica. Here that is a quarter of a second.
 6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
 7. HAProxy's own answers would have no ``x-request-id``, and Ray takes any that a client sends. Here each request gets a
-   new one unless its own is sane, and each answer has it.
+   new one unless its own is sane, and each answer has it; but for those to headers that HAProxy could not read.
 8. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
