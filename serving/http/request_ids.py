@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Iterable
 from typing import Final
 
 from starlette.middleware import Middleware
@@ -41,7 +42,11 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*_others(message.get("headers", ())), (_NAME, request_id)]
+                headers = [*_others(message.get("headers", ())), (_NAME, request_id)]
+                message = {
+                    **message,
+                    "headers": headers,
+                }  # a copy: what is inside may send its own again
             await send(message)
 
         token = request_context.begin(request_id.decode())
@@ -51,7 +56,7 @@ class RequestIds:
             request_context.end(token)
 
 
-def _others(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+def _others(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [header for header in headers if header[0].lower() != _NAME]
 
 
