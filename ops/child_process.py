@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ops.log_format import readable
 from ops.progress import say
 
 STOP_SECONDS = 40.0  # Serve drains its requests, ingest finishes its batch, the trainer writes a checkpoint
@@ -101,5 +102,7 @@ def ratchet_command(*words: str, file: Path | None = None, flags: Sequence[str] 
 
 
 def tail(path: Path, lines: int = 15) -> str:
-    """The last lines of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
+    """The last lines of a log, as text."""
+    if not path.exists():
+        return "(no log)"
+    return "\n".join(map(readable, path.read_text(errors="replace").splitlines()[-lines:]))

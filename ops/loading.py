@@ -17,12 +17,12 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ops.errors import ConfigError
+from ops.redaction import STARS, redact_url
 from ops.settings import Section, Settings
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"
 FILE_VARIABLE = "RATCHET_CONFIG"
-STARS = "**********"
 MASKED = ("kafka.client",)
 """Mappings whose values are not shown, for some are secrets."""
 
@@ -89,8 +89,7 @@ def _masked(value: Any) -> Any:
         return [_masked(each) for each in value]
     if not isinstance(value, str):
         return value
-    shown = re.sub(r"(://[^/\s:@]*:)[^/\s]*@", rf"\g<1>{STARS}@", value)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:password|secret|token|key)[^=&\s]*=)[^&\s]+", rf"\g<1>{STARS}", shown)
+    return redact_url(value)
 
 
 def _file_values(path: Path | None) -> list[tuple[str, tuple[Any, str]]]:

@@ -1,7 +1,8 @@
-"""Progress of long work: a bar on a terminal, a line every five seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, a log record every five seconds elsewhere."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -9,9 +10,14 @@ from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from rich.console import Console
+from rich.errors import MarkupError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
+from rich.text import Text
 
+from ops.log_format import writes_json
+
+log = logging.getLogger("ratchet.progress")
 T = TypeVar("T")
 EVERY_SECONDS = 5.0
 _console = Console(stderr=True)
@@ -28,15 +34,31 @@ def send_to(receiver: Callable[[str], None] | None) -> None:
 
 
 def _on_terminal() -> bool:
-    return _receiver is None and sys.stderr.isatty()
+    return _receiver is None and sys.stderr.isatty() and not writes_json()
 
 
 def say(message: str) -> None:
-    """One line on standard error, with the time of day (UTC)."""
+    """One line (Rich's markup) on standard error: at a terminal with the time of day (UTC), elsewhere a log record.
+
+    What is red is logged as an error, what is yellow as a warning, anything else as information.
+    """
     if _receiver is not None:
         _receiver(message)
-        return
-    _console.print(f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}", highlight=False)
+    elif _on_terminal():
+        shown = f"[dim]{time.strftime('%H:%M:%S', time.gmtime())}[/dim] {message}"
+        _console.print(shown, highlight=False, soft_wrap=True)
+    else:
+        text = _plain(message)
+        styles = {str(span.style) for span in text.spans}
+        level = logging.ERROR if "red" in styles else logging.WARNING if "yellow" in styles else logging.INFO
+        log.log(level, "%s", text.plain)
+
+
+def _plain(message: str) -> Text:
+    try:
+        return Text.from_markup(message)
+    except MarkupError:  # brackets of a text from outside
+        return Text(message)
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

@@ -443,6 +443,30 @@ class Rollout(Section):
     )
 
 
+class Logs(Section):
+    """What the processes log, on standard error."""
+
+    format: Literal["auto", "json", "text"] = Field(
+        "auto", description="One JSON object a line, or text; auto: text at a terminal, JSON elsewhere."
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least level of Ratchet's own records; libraries log warnings and worse."
+    )
+
+
+class Traces(Section):
+    """Spans of requests to the model server, for OpenTelemetry."""
+
+    endpoint: str = Field(
+        "", description="OTLP/HTTP URL of a collector, e.g. http://collector:4318/v1/traces; empty: no traces."
+    )
+    share: float = Field(
+        0.01, ge=0, le=1, description="Share of requests that are traced, of those whose client has not decided it."
+    )
+
+    _url = field_validator("endpoint")(_http_url)
+
+
 class Settings(Section):
     """Everything. ``origins`` maps each dotted name to the place its value came from."""
 
@@ -475,6 +499,8 @@ class Settings(Section):
     watch: Watch = Field(default_factory=Watch)
     console: Console = Field(default_factory=Console)
     rollout: Rollout = Field(default_factory=Rollout)
+    logs: Logs = Field(default_factory=Logs)
+    traces: Traces = Field(default_factory=Traces)
     origins: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
 
     @property

@@ -29,9 +29,9 @@ from ops.errors import ConfigError, LedgerUnavailable
 from ops.ledger import Ledger
 from ops.ledger.rows import Family
 from ops.loading import load_settings
-from ops.logs import configure_logging
+from ops.logs import configure_logging, log_format
 from ops.progress import say, step
-from ops.settings import Serve, Settings
+from ops.settings import Logs, Serve, Settings
 from serving.client import Client
 from serving.ray import ray_session
 from serving.ray.ray_start import deploy, start_ray
@@ -211,7 +211,7 @@ def start(settings: Settings) -> Server:
         ConfigError: the home is served already, the port is taken, or CLIP cannot be started.
     """
     began = time.monotonic()
-    settings = settings.model_copy(update={"home": settings.home.resolve()})
+    settings = settings.model_copy(update={"home": settings.home.resolve(), "logs": _same_log(settings.logs)})
     _migrate(settings)
     settings.operator_key()
     folder = ray_session.session_directory(settings)
@@ -223,6 +223,11 @@ def start(settings: Settings) -> Server:
         server.stop()
         raise
     return server
+
+
+def _same_log(logs: Logs) -> Logs:
+    """As this process logs, so do the replicas, which see no terminal."""
+    return logs.model_copy(update={"format": log_format(logs.format)})
 
 
 def _migrate(settings: Settings) -> None:
@@ -333,9 +338,10 @@ def serve_app(settings: Settings, blocking: bool = True) -> Server:
 
 def main(arguments: list[str]) -> None:
     """``python -m serving.app [ratchet.yaml]``: the server alone, for containers and tests."""
-    configure_logging()
     try:
-        serve_app(load_settings(Path(arguments[0]) if arguments else None))
+        settings = load_settings(Path(arguments[0]) if arguments else None)
+        configure_logging(settings, "serve")
+        serve_app(settings)
     except ConfigError as error:
         sys.exit(str(error))
 

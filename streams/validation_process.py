@@ -19,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
+from ops.logs import LogConfig, inherit, inherited
 from ops.settings import Ingest, Kafka
 from streams.crash_guard import CrashGuard, Notes
 from streams.quality.validate import Accepted, Received, Rules, StoreRow, refuse, validate
@@ -108,7 +109,7 @@ class ProcessValidators:
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process for each core: more threads wait for each other
         # Spawned: a fork of a process with threads (Kafka's, Lance's) can inherit a lock that nobody will release.
         context = get_context("spawn")
-        arguments = (self._work, os.getpid(), self._guard.path, context.Value("i", 0))
+        arguments = (self._work, os.getpid(), self._guard.path, context.Value("i", 0), inherited())
         self._pool = ProcessPoolExecutor(self._count, context, _begin, arguments)
         for _ in range(self._count):  # so that they start now, and not with the first records: the pool starts one for
             self._pool.submit(validate_all, ())  # each piece of work for which none is idle
@@ -134,9 +135,10 @@ _notes: Notes
 _threads: ThreadPoolExecutor | None = None
 
 
-def _begin(work: Work, parent: int, path: Path, started: Any) -> None:
+def _begin(work: Work, parent: int, path: Path, started: Any, log: LogConfig | None) -> None:
     """``started``: a shared number of the processes that began before."""
     global _rules, _notes, _threads
+    inherit(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the consumer, which stores what was validated
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _rules = work.rules()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,3 +16,18 @@ def postgres_url() -> Iterator[str]:
     """A real PostgreSQL, started once."""
     with postgres() as url:
         yield url
+
+
+class _StandardError(logging.Handler):
+    """Writes to what standard error is now, which ``capsys`` replaces."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def progress_on_standard_error() -> None:
+    """What is said of progress can be read from ``capsys``, as where a program has configured its log."""
+    logger = logging.getLogger("ratchet.progress")
+    logger.addHandler(_StandardError())
+    logger.setLevel(logging.INFO)

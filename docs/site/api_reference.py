@@ -12,7 +12,8 @@ FILE = Path(__file__).resolve().parents[1] / "openapi.json"
 HEAD = """# HTTP API
 
 The server gives the same description as OpenAPI 3.1 at `/openapi.json`, and a page to try calls out at `/docs`. How
-to use the calls, with examples: [the guide for clients](../client.md).
+to use the calls, with examples: [the guide for clients](../client.md). Every call takes a header `x-request-id`, and
+every answer has one: [request ids](../client.md#request-ids).
 """
 ERRORS = """## Errors
 
@@ -59,7 +60,8 @@ def _operation(label: str, operation: dict[str, Any], common: dict[str, Any]) ->
     content = operation.get("requestBody", {}).get("content", {})
     json_body = content.get("application/json", {}).get("schema")
     fields = set() if json_body is None else set(json_body.get("properties", {}))
-    parameters = [each for each in operation.get("parameters", []) if each["name"] not in fields]
+    own = [each for each in operation.get("parameters", []) if "$ref" not in each]  # the others are of every call
+    parameters = [each for each in own if each["name"] not in fields]
     if parameters:
         yield "| parameter | in | type | |\n|---|---|---|---|"
         for each in parameters:
@@ -72,8 +74,8 @@ def _operation(label: str, operation: dict[str, Any], common: dict[str, Any]) ->
         yield from _fields(json_body)
         for example in json_body.get("examples", [])[:1]:
             yield f"```json\n{json.dumps(example, ensure_ascii=False)}\n```\n"
-    own = {status: each for status, each in operation["responses"].items() if common.get(status) != each}
-    yield from _statuses(own)
+    others = {status: each for status, each in operation["responses"].items() if common.get(status) != each}
+    yield from _statuses(others)
 
 
 def _statuses(responses: dict[str, Any]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from ops.metrics import declared
 HEAD = """# Metrics
 
 Names end with their base unit: seconds, bytes, flops, or `_ratio` for a share from 0 to 1; counters end with `_total`.
-Where each process exports them: [Metrics and logs](../operator.md#metrics-and-logs).
+Where each process exports them: [Metrics](../operator.md#metrics).
 """
 
 

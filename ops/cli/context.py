@@ -14,6 +14,7 @@ from ops.access import OPERATOR
 from ops.child_process import ratchet_command
 from ops.errors import AccessError, ConfigError
 from ops.loading import load_settings, parse_value
+from ops.logs import configure_logging
 from ops.settings import Settings
 
 
@@ -23,11 +24,15 @@ class Context:
 
     file: Path | None
     flags: list[str]
+    role: str = "ratchet"
+    """What the log calls this process: the command's name."""
 
     @cached_property
     def settings(self) -> Settings:
-        """The settings. Raises ConfigError."""
-        return load_settings(self.file, self.overrides)
+        """The settings; from now on the log is as they say. Raises ConfigError."""
+        settings = load_settings(self.file, self.overrides)
+        configure_logging(settings, self.role)
+        return settings
 
     def calling(self, server: str | None) -> Settings:
         """The settings of a command that calls the model server; ``server`` is its ``--server``. Raises ConfigError."""

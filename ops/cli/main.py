@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +34,10 @@ from ops.cli import (
 )
 from ops.cli.context import Context
 from ops.errors import RatchetError
+from ops.log_format import writes_json
 from ops.logs import configure_logging
 
+log = logging.getLogger("ratchet.cli")
 app = typer.Typer(
     name="ratchet",
     help="A model server that keeps learning and never slips back.",
@@ -58,7 +61,7 @@ def configure(
     ] = None,
 ) -> None:
     """A model server that keeps learning and never slips back."""
-    context.obj = Context(file, settings or [])
+    context.obj = Context(file, settings or [], context.invoked_subcommand or "ratchet")
 
 
 app.command(rich_help_panel="Run")(init.init)
@@ -101,15 +104,27 @@ def main() -> None:
     try:
         app()
     except RatchetError as error:
-        console = Console(stderr=True)
-        console.print("[bold red]error:[/bold red] ", end="")
-        console.print(error.message, markup=False, highlight=False)
-        if error.fix:
-            console.print("[bold]fix:[/bold]   ", end="")
-            console.print(error.fix, markup=False, highlight=False)
+        _show(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:
+        if not writes_json():
+            raise
+        log.critical("unexpected error", exc_info=True)
+        sys.exit(1)
+
+
+def _show(error: RatchetError) -> None:
+    if writes_json():
+        log.error("%s", error)
+        return
+    console = Console(stderr=True, soft_wrap=True)
+    console.print("[bold red]error:[/bold red] ", end="")
+    console.print(error.message, markup=False, highlight=False)
+    if error.fix:
+        console.print("[bold]fix:[/bold]   ", end="")
+        console.print(error.fix, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

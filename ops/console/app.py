@@ -38,6 +38,7 @@ from ops.console.shared_pages import SharedPages
 from ops.console.template_filters import TEMPLATES
 from ops.errors import LedgerUnavailable, RatchetError
 from ops.settings import Settings
+from serving.http.request_ids import RequestIds
 from updater.gate.report import styles
 
 log = logging.getLogger("ratchet.console")
@@ -76,6 +77,7 @@ def build_console(settings: Settings) -> FastAPI:
         max_body_bytes=settings.serve.max_image_bytes + FORM_BYTES,
         local=settings.console.on_loopback,
     )
+    app.middleware_stack = RequestIds(app.build_middleware_stack())  # also around what answers an unexpected error
     return app
 
 

@@ -19,6 +19,7 @@ def run_console(settings: Settings) -> None:
         build_console(settings),
         host=console.host,
         port=console.port,
+        log_config=None,  # that of every other process
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=STOP_SECONDS,

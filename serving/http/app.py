@@ -26,12 +26,14 @@ from serving.http.auth import AuthMiddleware
 from serving.http.limits import RequestLimits
 from serving.http.rate_limit import RateLimiter
 from serving.http.request_bodies import RequestBodies
+from serving.http.request_ids import ALPHABET, HEADER, MAX_CHARS, RequestIds
 
 DESCRIPTION = """
 A CLIP model and a vision-language model that keep learning, released only when regression tests pass.
 
 Every answer names its release in `x-ratchet-release` and its adapter in `x-ratchet-adapter`; vectors of one release
-belong together. Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+belong together. Errors have OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`. Every answer, an error
+too, has an `x-request-id`: the one you sent, or a new one. The server's log has it.
 
 ```python
 from openai import OpenAI
@@ -46,6 +48,16 @@ ACTOR = {
     "name": "x-ratchet-actor", "in": "header", "required": False, "description": "Who decides; goes into the audit.",
     "schema": {"type": "string", "minLength": 1, "maxLength": MAX_ACTOR_CHARS},
 }  # fmt: skip
+
+REQUEST_ID = {
+    "name": HEADER, "in": "header", "required": False,
+    "description": "Your id of this request. It comes back in the answer, and stands in the server's log.",
+    "schema": {"type": "string", "pattern": f"^[{ALPHABET}]{{1,{MAX_CHARS}}}$", "minLength": 1, "maxLength": MAX_CHARS},
+}  # fmt: skip
+ANSWER_ID = {
+    "description": "The request's id: yours, or a new one where you sent none that fits.",
+    "schema": REQUEST_ID["schema"],
+}
 
 BEARER = HTTPBearer(auto_error=False, description="A key of `ratchet keys create`. Not needed on loopback to infer.")
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -63,6 +75,8 @@ def build_app(state: AppState) -> FastAPI:
     rates = RateLimiter(replicas=state.settings.ingress_replicas)
     app.add_middleware(AuthMiddleware, access=state.access, rates=rates)
     app.add_middleware(RequestLimits, settings=state.settings, proxies=state.proxies)
+    # Around Starlette's own handler of unexpected errors, which is around all that is added.
+    app.middleware_stack = RequestIds(app.build_middleware_stack())
     return app
 
 
@@ -82,8 +96,14 @@ def _with_routes() -> FastAPI:
 
 
 def _describe(app: FastAPI) -> None:
-    """Add the header with an operator's name to the schema."""
-    for path, calls in app.openapi()["paths"].items():
-        if path.startswith("/admin/"):
-            for call in calls.values():
-                call["parameters"] = [*call.get("parameters", ()), ACTOR]
+    """Add to the schema the headers that the middlewares read and write: the request's id, and an operator's name."""
+    schema = app.openapi()
+    schema["components"]["parameters"] = {HEADER: REQUEST_ID}
+    schema["components"]["headers"] = {HEADER: ANSWER_ID}
+    for path, calls in schema["paths"].items():
+        for call in calls.values():
+            actor = [ACTOR] if path.startswith("/admin/") else []
+            own = {"$ref": f"#/components/parameters/{HEADER}"}
+            call["parameters"] = [*call.get("parameters", ()), *actor, own]
+            for answer in call["responses"].values():
+                answer["headers"] = {HEADER: {"$ref": f"#/components/headers/{HEADER}"}}

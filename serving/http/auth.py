@@ -19,6 +19,7 @@ from ops.access import Access, Principal
 from ops.errors import AccessError
 from ops.ledger.keys import SCOPES
 from ops.ledger.rows import KeyScope
+from ops.request_context import detached
 from serving.http import errors
 from serving.http.errors import ApiError
 from serving.http.rate_limit import RateLimiter, address
@@ -100,7 +101,8 @@ class AuthMiddleware:
     async def _identify(self, token: str | None) -> Principal | None:
         if self.access.due(token):
             if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(asyncio.to_thread(self.access.refresh))
+                reading = asyncio.to_thread(self.access.refresh)
+                self._reading = asyncio.get_running_loop().create_task(reading, context=detached())
                 self._reading_since = time.monotonic()
             left = self._reading_since + READ_SECONDS - time.monotonic()
             await asyncio.wait([self._reading], timeout=max(0.0, left))

@@ -28,6 +28,7 @@ from ops.errors import (
     StoreError,
     UnknownRecord,
 )
+from ops.request_context import current
 from serving.errors import AdapterUnservable, ServingError
 
 log = logging.getLogger("ratchet.http")
@@ -161,7 +162,12 @@ def described(error: Exception) -> Described:
                 status, code = KNOWN[kind]
                 return Described(status, str(error), PARAMS.get(kind), code)
         return Described(500, str(error), None, "internal")
-    return Described(500, "the server made a mistake; its log says which.", None, "internal")
+    return Described(500, f"the server made a mistake; its log says which{_in_the_log()}.", None, "internal")
+
+
+def _in_the_log() -> str:
+    request = current()
+    return f" (request {request.request_id})" if request is not None and request.request_id else ""
 
 
 def is_fault(error: Exception) -> bool:

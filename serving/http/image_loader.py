@@ -23,6 +23,7 @@ from PIL import Image
 
 from ops.errors import RecordError
 from ops.settings import Serve
+from ops.tracing import span
 from serving.engines.preprocess import Preprocess
 from serving.http.decode_queue import DecodeQueue
 from serving.http.errors import ApiError, from_record
@@ -85,8 +86,9 @@ class ImageLoader:
                 400, f"{param}: {len(images)} images are more than {self.bounds.max_images} (serve.max_images).",
                 param=param, code="too_many_images",
             )  # fmt: skip
-        fetched = await self._fetched(images)
-        inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
+        with span("inspect", images=len(images)):
+            fetched = await self._fetched(images)
+            inspected = await self.queue.run(caller, 0, lambda: [self._inspected(*image) for image in fetched])
         total = sum(image.pixels for image in inspected)
         if total > self.bounds.max_request_pixels:
             raise ApiError(
@@ -119,7 +121,7 @@ class ImageLoader:
     async def _decoded(
         self, images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Result], caller: str
     ) -> list[Result]:
-        with self.queue.reserved(caller, sum(image.pixels for image in images)):
+        with self.queue.reserved(caller, sum(image.pixels for image in images)), span("decode", images=len(images)):
             return await _gathered(
                 self.queue.run(caller, image.pixels, partial(_decode, image, decode)) for image in images
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 from ops import metrics
+from ops.request_context import detached
 from serving.engines.vlm.generation import PROBE
 from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
@@ -57,7 +58,7 @@ class Recent(Generic[Value]):
     async def get(self) -> Value:
         """The value. Raises what computing it raised."""
         if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
-            self._task = asyncio.create_task(self._timed())
+            self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
         return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
 
     async def _timed(self) -> Value:

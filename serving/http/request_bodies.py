@@ -14,6 +14,7 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.settings import Serve
+from ops.tracing import span
 from serving.http import errors
 from serving.http.cancel_on_disconnect import ClientGone
 from serving.http.errors import ApiError
@@ -54,7 +55,8 @@ class RequestBodies:
         caller = caller_of_scope(scope)
         body = _Body(self.settings, self.bytes, caller)
         try:
-            data = await body.read(receive)
+            with span("intake"):
+                data = await body.read(receive)
             operator = scope["path"].startswith(OPERATOR_ROUTES)  # a release waits for the catalog, without a bound
             slots = self._slots_of(scope["path"])
             longest = None if operator else self.settings.deadline_seconds + SEND_SECONDS

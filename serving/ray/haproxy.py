@@ -12,7 +12,9 @@
 5. After a connection that was refused HAProxy waits as long as for one that does not come to be (a second, with Ray's
    five), though it then asks another replica. Here that is a quarter of a second.
 6. A request whose replica ended before it answered is passed to another one. Here that is so for what changes nothing.
-7. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
+7. HAProxy's own answers would have no ``x-request-id``, and Ray takes any that a client sends. Here each request gets a
+   new one unless its own is sane, and each answer has it; but for those to headers that HAProxy could not read.
+8. HAProxy outlives a killed parent and keeps the port. Here the kernel is asked to end it with its parent
    (``PR_SET_PDEATHSIG``, which survives exec).
 """
 
@@ -37,6 +39,8 @@ DROPPED = re.compile(
 """Lines of Ray's that are written anew, or not at all."""
 REPEATABLE = "/v1/embeddings /v1/classify /v1/search /v1/vqa /v1/chat/completions"
 """Paths of requests that may be answered twice, beside those of GET."""
+REQUEST_ID = "^[A-Za-z0-9._~:+/=@-]{1,128}$"
+"""An id that is taken from a client, as in :mod:`serving.http.request_ids`."""
 ERROR_LIMIT = 1
 """A connection that was refused: the replica counts as gone until it answers probes, half a second at least."""
 RETRIES = 3
@@ -80,6 +84,12 @@ def frontend_rules(limits: dict[str, object]) -> str:
     often = BODY.format("the probes of this address are too many.", "rate_limit_error", "rate_limited")
     return f"""\
     option http-buffer-request
+    acl has_id req.fhdr(x-request-id) -m reg {REQUEST_ID}
+    http-request set-var(txn.request_id) req.fhdr(x-request-id) if has_id
+    http-request set-var(txn.request_id) uuid() unless has_id
+    http-request set-header x-request-id %[var(txn.request_id)]
+    http-after-response set-header x-request-id %[var(txn.request_id)] if {{ var(txn.request_id) -m found }}
+    http-after-response set-header x-request-id %[uuid()] unless {{ var(txn.request_id) -m found }}
     http-error status 408 content-type application/json string '{late}'
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0_rate(1s)
     tcp-request connection track-sc0 src,ipmask(32,64)

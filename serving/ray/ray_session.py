@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
 import importlib.util
 import json
 import math
@@ -23,7 +24,8 @@ from typing import Any
 
 from ops.digests import digest12
 from ops.errors import ConfigError
-from ops.settings import Serve, Settings
+from ops.settings import Serve, Settings, Traces
+from ops.tracing import EXPORTER
 from ops.waiting import wait_until
 from serving.ray import loopback
 
@@ -69,7 +71,9 @@ def prepare_environment(settings: Settings) -> Path:
     os.environ.update(
         {
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DEDUP_LOGS": "1",
+            "RAY_DEDUP_LOGS": "0",  # what replicas log comes out on standard error of the server, line by line
+            "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
+            "RAY_SERVE_LOG_TO_STDERR": "1",  # else Serve keeps what a replica writes in a file of its own
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
             "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: replicas would share alike with the trainer
             "RAY_enable_metrics_collection": "1" if settings.serve.ray_metrics_port else "0",
@@ -104,12 +108,34 @@ def prepare_environment(settings: Settings) -> Path:
             "OMP_NUM_THREADS": "1",  # encoders set their own number
         }
     )
+    if settings.traces.endpoint:
+        os.environ.update(tracing_environment(settings.traces))
     binary = haproxy_binary()
-    if binary is not None:
+    if binary is None:
+        os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serving.http.request_ids:middlewares"
+    else:
         os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
         os.environ[PROXIED] = "1"
         os.environ["RAY_SERVE_HAPROXY_BINARY_PATH"] = str(write_launcher(folder, binary, settings.serve))
     return folder
+
+
+def tracing_environment(traces: Traces) -> dict[str, str]:
+    """What Ray Serve and OpenTelemetry read. Raises ConfigError where the extra ``traces`` is not installed."""
+    for package in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise ConfigError(
+                f"traces.endpoint is set, and {package} is not installed.",
+                "Install the extra traces: `pip install 'ratchet[traces]'`.",
+            ) from None
+    return {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH": EXPORTER,
+        "RAY_SERVE_TRACING_SAMPLING_RATIO": str(traces.share),
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces.endpoint,
+        "OTEL_SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "ratchet-serve"),
+    }
 
 
 def front_limits(server: Serve) -> dict[str, Any]:

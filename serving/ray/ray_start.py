@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from ops.settings import Serve
 from serving.ray import loopback
 from serving.ray.ray_session import OBJECT_STORE_BYTES
+from serving.ray.replica_logs import take_over_rays_loggers
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -20,14 +20,19 @@ LOOK_SECONDS = 0.02
 
 
 def start_ray(folder: Path, server: Serve) -> None:
-    """Start a private Ray session in ``folder``, see :func:`serving.ray.ray_session.session_directory`."""
-    import ray
+    """Start a private Ray session in ``folder``, see :func:`serving.ray.ray_session.session_directory`.
 
+    What its workers write to standard error comes out on that of this process.
+    """
+    import ray
+    import ray.serve
+
+    take_over_rays_loggers()
     ray.init(
         address="local", num_cpus=max(2, os.cpu_count() or 2), include_dashboard=False,
-        _temp_dir=str(folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=False,
+        _temp_dir=str(folder / "ray"), _node_ip_address=loopback.NODE, log_to_driver=True,
         _metrics_export_port=server.ray_metrics_port or None,
-        object_store_memory=OBJECT_STORE_BYTES, configure_logging=True, logging_level=logging.WARNING,
+        object_store_memory=OBJECT_STORE_BYTES, configure_logging=False,
     )  # fmt: skip
 
 

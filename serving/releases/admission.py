@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ops import metrics
 from ops.ledger.rows import Family
 from ops.metrics.serving import Age
+from ops.request_context import note
 from serving.errors import NotReady, Unavailable, UnknownModel
 from serving.releases.canary_bucket import canary_bucket
 from serving.releases.observations import RequestCounts
@@ -102,6 +103,7 @@ class Admission:
             raise Unavailable("the server is ending.", "Send the request to another server, or again shortly.")
         snapshot = self.resolve(model, family, key)
         number = snapshot.release
+        note(snapshot.shown(family), number)
         self._in_flight[number] = self._in_flight.get(number, 0) + 1
         self._record_in_flight()
         try:

@@ -18,9 +18,9 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.errors import LeaseLost, LedgerError, LedgerUnavailable, RatchetError, ReleaseError
 from ops.ledger import Family, Ledger
-from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.ray.loopback import close_replica_port
+from serving.ray.replica_logs import configure_replica_logging
 from serving.releases.broadcast import RayBroadcast
 from serving.releases.commands import (
     HoldCommand,
@@ -59,7 +59,7 @@ class ReleaseController:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
-        configure_logging()
+        configure_replica_logging(settings, "controller")
         metrics.build.started("controller")
         self.ledger = Ledger.lazy(settings.ledger)
         self.broadcast = RayBroadcast(encoder, catalog, vlm)

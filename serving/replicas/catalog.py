@@ -16,12 +16,13 @@ from ops import metrics
 from ops.errors import LedgerError, RatchetError, StoreError
 from ops.ledger import Ledger
 from ops.ledger.leases import CONTROLLER_LEASE
-from ops.logs import configure_logging
 from ops.settings import Settings
+from ops.tracing import span
 from serving.catalog.cross_version import usable
 from serving.catalog.queries import Filters, Hit
 from serving.messages import EncodeResult
 from serving.ray.loopback import close_replica_port
+from serving.ray.replica_logs import configure_replica_logging
 from serving.releases.lineage import spaces_of_bases
 from serving.releases.release_snapshot import ReleaseSnapshot
 from serving.replicas.cross_version_verdicts import CrossVersionVerdicts
@@ -41,7 +42,7 @@ class CatalogReplica:
 
     async def __init__(self, settings: Settings, encoder: DeploymentHandle) -> None:  # type: ignore[misc]  # awaited
         close_replica_port()
-        configure_logging()
+        configure_replica_logging(settings, "catalog")
         metrics.build.started("catalog")
         await wait_for_clip()
         # Here and not above: LanceDB takes two seconds to import.
@@ -192,7 +193,8 @@ class CatalogReplica:
             catalog = await self._started()
             if space not in catalog.reconciler.fills:  # the ingress knew first what another server has released
                 await self._try_to_catch_up()
-            return await catalog.search(space, vector, k, filters)
+            with span("search", k=k):
+                return await catalog.search(space, vector, k, filters)
         except RatchetError as error:
             return str(error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,21 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
-from ops.logs import configure_logging
 from ops.priority import nice_process
+from ops.request_context import note
 from ops.settings import Settings
 from serving.messages import IMAGE_COST, MODEL_NICE, EncodeRequest, EncodeResult, Modality
 from serving.ray.loopback import close_replica_port
+from serving.ray.replica_logs import configure_replica_logging
+from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
 from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
+
+log = logging.getLogger("ratchet.encoder")
 
 
 class Encoder:
@@ -33,7 +38,7 @@ class Encoder:
     def __init__(self, settings: Settings) -> None:
         close_replica_port()
         nice_process(MODEL_NICE)
-        configure_logging()
+        configure_replica_logging(settings, "encoder")
         metrics.build.started("encoder")
         # Here and not above, because whoever deploys this class imports this module.
         from serving.engines.clip import ClipEngine
@@ -60,12 +65,16 @@ class Encoder:
         time left.
         """
         deadline = time.monotonic() + seconds
+        note(adapter or BASE)
         self._inside += 1
         self._record_load()
         try:
             if (refusal := await self.worker.load_missing(adapter)) is not None:
                 return refusal
-            return await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline))
+            result = await self._batches.submit(EncodeRequest(kind, payload, adapter, deadline))
+            if result.code == "failed":  # the batch's own line is of several requests
+                log.warning("a request was not encoded: %s", result.error)
+            return result
         finally:
             self._inside -= 1
             self._record_load()

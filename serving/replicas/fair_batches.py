@@ -14,16 +14,22 @@ from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from ops.request_context import detached
+from ops.tracing import record
 from serving.messages import EncodeRequest, EncodeResult, Modality
 
 Group = tuple[Modality, str | None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Waiting:
     request: EncodeRequest
     result: asyncio.Future[EncodeResult]
     since: float
+    began: float = 0.0
+    """When its batch began; 0: it was in none."""
+    together: int = 0
+    """Requests of its batch."""
 
 
 class FairBatches:
@@ -57,12 +63,15 @@ class FairBatches:
         """
         result: asyncio.Future[EncodeResult] = asyncio.get_running_loop().create_future()
         group = self._groups.setdefault((request.kind, request.adapter), deque())
-        group.append(_Waiting(request, result, time.monotonic()))
+        waiting = _Waiting(request, result, time.monotonic())
+        group.append(waiting)
         self._cost += request.cost
         self._arrived.set()
         if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._work())
-        return await result
+            self._task = asyncio.get_running_loop().create_task(self._work(), context=detached())
+        value = await result
+        _record(waiting)
+        return value
 
     async def _work(self) -> None:
         while self._groups:
@@ -106,7 +115,9 @@ class FairBatches:
         return batch
 
     async def _run_batch(self, batch: list[_Waiting]) -> None:
-        self._last = len(batch)
+        self._last, began = len(batch), time.monotonic()
+        for waiting in batch:
+            waiting.began, waiting.together = began, len(batch)
         try:
             results = await self._run([waiting.request for waiting in batch])
             for waiting, result in zip(batch, results, strict=True):
@@ -116,6 +127,14 @@ class FairBatches:
             for waiting in batch:
                 if not waiting.result.done():
                     waiting.result.set_exception(error)
+
+
+def _record(waiting: _Waiting) -> None:
+    """Spans of what is over: which batch a request is in was not known before."""
+    now = time.monotonic()
+    record("queue", waiting.since, waiting.began or now)
+    if waiting.began:
+        record("forward", waiting.began, now, requests=waiting.together)
 
 
 def late(request: EncodeRequest) -> EncodeResult:

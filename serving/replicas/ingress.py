@@ -15,7 +15,6 @@ from ray.serve.handle import DeploymentHandle
 from ops import metrics
 from ops.access import Access
 from ops.ledger import Ledger
-from ops.logs import configure_logging
 from ops.settings import Settings
 from serving.engines.clip_base import base_directory, load_base
 from serving.engines.vlm.vlm_base import MODEL
@@ -31,6 +30,7 @@ from serving.messages import EncodeResult, Modality
 from serving.ray.deployment_status import DeploymentStatus, read_statuses
 from serving.ray.loopback import close_replica_port
 from serving.ray.ray_session import proxies
+from serving.ray.replica_logs import configure_replica_logging
 from serving.releases.admission import Admission
 from serving.releases.agreement import TEXTS
 from serving.releases.broadcast import APP, VLM
@@ -73,7 +73,7 @@ class Ingress:
         vlm: DeploymentHandle | None = None,
     ) -> None:
         close_replica_port()
-        configure_logging()
+        configure_replica_logging(settings, "ingress")
         metrics.build.started("ingress")
         self.settings = settings
         self.ledger = Ledger.lazy(settings.ledger)

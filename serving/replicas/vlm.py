@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -12,12 +13,15 @@ from ray import serve
 from ops import metrics
 from ops.artifacts import Artifacts
 from ops.ledger import Ledger
-from ops.logs import configure_logging
 from ops.priority import nice_process
+from ops.request_context import note
 from ops.settings import Settings
+from ops.tracing import record, span
 from serving.engines.vlm.generation import GenerationRequest, GenerationResult, TokenChunk
 from serving.messages import MODEL_NICE, Refusal
 from serving.ray.loopback import close_replica_port
+from serving.ray.replica_logs import configure_replica_logging
+from serving.releases.release_snapshot import BASE
 from serving.releases.residency import ResidencyRows
 from serving.releases.residency_source import ResidencySource
 from serving.releases.types import Prepared
@@ -42,7 +46,7 @@ class VlmReplica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
         close_replica_port()
         nice_process(MODEL_NICE)
-        configure_logging()
+        configure_replica_logging(settings, "vlm")
         metrics.build.started("vlm")
         await wait_for_clip()
         try:
@@ -87,20 +91,29 @@ class VlmReplica:
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> GenerationResult | Refusal:
         """The whole answer; see :meth:`VlmWorker.reply`."""
-        return await self.worker.reply(request, adapter, seconds)
+        note(adapter or BASE)
+        with span("engine"):
+            return await self.worker.reply(request, adapter, seconds)
 
     async def stream(
         self, request: GenerationRequest, adapter: str | None, seconds: float
     ) -> AsyncIterator[TokenChunk | Refusal]:
         """Chunks of the answer; see :meth:`VlmWorker.stream`."""
-        async for chunk in self.worker.stream(request, adapter, seconds):
-            yield chunk
+        note(adapter or BASE)
+        began = time.monotonic()
+        try:
+            async for chunk in self.worker.stream(request, adapter, seconds):
+                yield chunk
+        finally:
+            record("engine", began, time.monotonic())
 
     async def score(
         self, request: GenerationRequest, choices: Sequence[str], adapter: str | None, seconds: float
     ) -> list[float] | Refusal:
         """Log-probabilities of choices; see :meth:`VlmWorker.score`."""
-        return await self.worker.score(request, choices, adapter, seconds)
+        note(adapter or BASE)
+        with span("engine", choices=len(choices)):
+            return await self.worker.score(request, choices, adapter, seconds)
 
     async def prepare(self, vlm: str | None) -> Prepared:
         """Phase one of a release; see :meth:`VlmWorker.prepare`."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
+from ops.request_context import detached
 from serving.engines.vlm.generation import PROBE, GenerationRequest, GenerationResult, TokenChunk, VlmEngine
 from serving.errors import EngineDead, InvalidRequest
 from serving.messages import Refusal
@@ -198,7 +199,7 @@ class VlmWorker:
                     del self._users[adapter]
                     self._freed.set()
                     if self._keep and not self._is_kept(adapter):
-                        task = asyncio.get_running_loop().create_task(self._sweep_later())
+                        task = asyncio.get_running_loop().create_task(self._sweep_later(), context=detached())
                         self._sweeps.add(task)
                         task.add_done_callback(self._sweeps.discard)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from ops.logs import configure_logging
 from tests.support.kafka import wait_for
 
 _context = multiprocessing.get_context("forkserver")
@@ -82,6 +83,7 @@ def _run(log: Path, function: Callable[..., object], arguments: tuple[Any, ...])
     with log.open("ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
+    configure_logging()
     function(*arguments)
 
 

@@ -22,6 +22,24 @@
   value: "1"
 - name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S # of a node that is told to end, see ratchet.drainSeconds
   value: {{ include "ratchet.drainSeconds" . | quote }}
+- name: RAY_LOG_TO_STDERR # of all of Ray's processes, so that `kubectl logs` has what replicas log
+  value: "1"
+- name: RAY_SERVE_LOG_TO_STDERR # else Serve keeps what replicas log in files of its own
+  value: "1"
+- name: RAY_BACKEND_LOG_LEVEL # of Ray's processes in C++
+  value: warning
+- name: RAY_LOGGER_LEVEL # of those in Python: its autoscaler would write a page every 5 s
+  value: warning
+{{- with dig "traces" "endpoint" "" .Values.settings }}
+- name: RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH # as in serving.ray.ray_session.tracing_environment
+  value: ops.tracing:span_processors
+- name: RAY_SERVE_TRACING_SAMPLING_RATIO
+  value: {{ dig "traces" "share" 0.01 $.Values.settings | quote }}
+- name: OTEL_EXPORTER_OTLP_TRACES_ENDPOINT
+  value: {{ . | quote }}
+- name: OTEL_SERVICE_NAME
+  value: ratchet-serve
+{{- end }}
 - name: PROMETHEUS_MULTIPROC_DIR
   value: /run/ratchet/metrics
 - name: OMP_NUM_THREADS # encoders set their own number

@@ -29,8 +29,8 @@ LEAST_LINES = 3
 OTHER_LINES = 11
 """Of the screen, beside these and the chapters: a head, frames, and the chapter's title and reason."""
 REFRESHES_PER_SECOND = 4
-_TIME = re.compile(r"^\d\d:\d\d:\d\d ")
-"""What lines of a child begin with; they get the time of their arrival here."""
+_HEAD = re.compile(r"^\d{4}-\d\d-\d\dT[\d:.]+Z [A-Z]+ [\w.]+: ")
+"""What lines of a child's log begin with; they get the time of their arrival here."""
 
 
 class Screen:
@@ -96,12 +96,13 @@ class Screen:
         else:
             with subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                errors="replace", env={**os.environ, "COLUMNS": str(self._console.width)},
+                errors="replace",
+                env={**os.environ, "COLUMNS": str(self._console.width), "RATCHET_LOGS__FORMAT": "text"},
             ) as process:  # fmt: skip
                 assert process.stdout is not None
                 try:
                     for line in process.stdout:
-                        self.add(escape(_TIME.sub("", line.rstrip())))
+                        self.add(escape(_HEAD.sub("", line.rstrip())))
                 except BaseException:  # the demo is stopped: the end of the block would wait for the child
                     process.terminate()
                     raise

@@ -12,7 +12,8 @@ import typer
 
 from ops.cli.context import Context
 from ops.errors import ConfigError
-from ops.loading import STARS, describe, load_settings
+from ops.loading import describe, load_settings
+from ops.redaction import STARS
 from ops.settings import Settings
 
 EMBEDDED = "embedded"

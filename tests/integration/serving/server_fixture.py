@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -149,6 +150,11 @@ class ServerFixture:
     def log(self) -> str:
         """The end of the server's log."""
         return (self.settings.home / "serve.log").read_text()[-4000:]
+
+    def records(self) -> list[dict[str, Any]]:
+        """Records of the server's log, those of its replicas included."""
+        lines = (self.settings.home / "serve.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith('{"time"')]
 
     def until(self, condition: Callable[[], object]) -> None:
         """Wait for a condition; shows the server's log when it does not come."""

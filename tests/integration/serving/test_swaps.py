@@ -57,6 +57,20 @@ def test_a_release_answers_when_every_replica_serves_it(server: ServerFixture) -
     assert made["acknowledged"] >= 3  # one ingress, two encoders
 
 
+def test_a_request_has_one_id_in_its_answer_and_in_the_log_of_another_replica(server: ServerFixture) -> None:
+    body, headers = {"clip": server.adapter(), "reason": "to be found"}, {"x-request-id": "find-me:17"}
+    with server.client() as client:
+        answer = client._send("POST", "/admin/v1/releases", json=body, headers=headers)
+        other = client._send("POST", "/v1/embeddings", json={"input": "x"}, headers={"x-request-id": "not sane"})
+    assert answer.headers.get_list("x-request-id") == ["find-me:17"]
+    (made_for_it,) = other.headers.get_list("x-request-id")
+    assert made_for_it != "not sane"
+    found = lambda: [each for each in server.records() if each.get("request_id") == "find-me:17"]  # noqa: E731
+    server.until(found)
+    assert {(each["role"], each["level"]) for each in found()} == {("controller", "INFO")}
+    assert all(each["replica"] for each in found())
+
+
 def test_killing_an_encoder_while_releases_commit_fails_no_request(server: ServerFixture) -> None:
     names = [server.adapter() for _ in range(4)]
     stop = threading.Event()

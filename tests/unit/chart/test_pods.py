@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from ray._private import ray_constants
 
+from ops.settings import Traces
+from serving.ray.ray_session import tracing_environment
 from tests.support.chart import EVERYTHING, PROFILES, merged, of_kind, pods, profile, render
 
 WORKLOADS = {"serving-head", "serving-worker", "ingest", "maintain", "updater", "console"}
@@ -86,6 +89,37 @@ def test_haproxy_of_every_ray_pod_has_the_limits_of_the_settings(objects: list[d
             env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
             assert env["RAY_SERVE_HAPROXY_BINARY_PATH"] == "/usr/local/bin/ratchet-haproxy"
             assert env["FORWARDED_ALLOW_IPS"] == "none"
+
+
+def test_what_replicas_log_is_on_standard_error_of_their_pod(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        if component in ("serving-head", "serving-worker"):
+            env = {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+            # What Ray's workers and Ray Serve ask for, see ray_constants and ray.serve._private.constants.
+            assert env[ray_constants.LOGGING_REDIRECT_STDERR_ENVIRONMENT_VARIABLE] == "1"
+            assert env["RAY_SERVE_LOG_TO_STDERR"] == "1"
+            assert env["RAY_BACKEND_LOG_LEVEL"] == env["RAY_LOGGER_LEVEL"] == "warning"
+
+
+def test_traces_are_off_unless_a_collector_is_named() -> None:
+    traces = Traces(endpoint="http://collector:4318/v1/traces", share=0.5)
+    expected = tracing_environment(traces)
+
+    def environments(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {each["name"]: each.get("value") for each in template["spec"]["containers"][0]["env"]}
+            for component, template in pods(objects)
+            if component in ("serving-head", "serving-worker")
+        ]
+
+    def opened(objects: list[dict[str, Any]]) -> list[int]:
+        policies = {each["metadata"]["name"].split("-")[-1]: each for each in of_kind(objects, "NetworkPolicy")}
+        return [port["port"] for rule in policies["serving"]["spec"]["egress"] for port in rule.get("ports", ())]
+
+    off, on = render(), render({"settings": {"traces": traces.model_dump()}})
+    assert not any(set(expected) & set(each) for each in environments(off))
+    assert all({name: each[name] for name in expected} == expected for each in environments(on))
+    assert (4318 in opened(off), 4318 in opened(on)) == (False, True)
 
 
 def test_no_pod_gets_a_token_of_the_cluster(objects: list[dict[str, Any]]) -> None:

@@ -49,6 +49,12 @@ def key(tmp_path: Path) -> str:
     return Settings(home=tmp_path).operator_key().get_secret_value()
 
 
+def test_each_answer_has_the_id_of_its_request(tmp_path: Path) -> None:
+    client = from_afar(tmp_path)
+    for page in ("/sign-in", "/", "/health/live", "/nowhere", "/static/nothing.css"):
+        assert client.get(page, headers={"x-request-id": "mine"}).headers.get_list("x-request-id") == ["mine"], page
+
+
 def test_from_afar_nothing_is_shown_without_a_key(tmp_path: Path, key: str) -> None:
     client = from_afar(tmp_path)
     for page in ("/", "/releases", "/gate/x/report", "/samples/" + "0" * 64 + ".png", "/quarantine/t:0:1/picture"):

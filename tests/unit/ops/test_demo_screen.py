@@ -57,10 +57,10 @@ def test_elsewhere_each_chapter_is_a_line_with_its_reason(capsys: pytest.Capture
 def test_lines_of_a_child_stay_inside_the_screen_and_are_no_markup() -> None:
     each, _ = screen(terminal=True)
     with each, each.chapter("naive"):
-        each.run([sys.executable, "-c", "print('12:00:00 gate: suite [1/8]')"])
+        each.run([sys.executable, "-c", "print('2026-11-28T12:00:00.000Z INFO ratchet.progress: gate: suite [1/8]')"])
         text = shown(each)
     assert "gate: suite [1/8]" in text
-    assert "12:00:00" not in text
+    assert "12:00:00" not in text and "INFO" not in text
 
 
 def test_a_text_with_brackets_and_a_small_terminal_do_not_break_the_screen() -> None:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from ops.settings import Serve
-from serving.ray.haproxy import add_limits, close_binds
+from serving.http.request_ids import ALPHABET, MAX_CHARS
+from serving.ray.haproxy import REQUEST_ID, add_limits, close_binds
 from serving.ray.ray_session import front_limits, haproxy_binary, write_launcher
 
 BINARY = haproxy_binary()
@@ -201,6 +202,44 @@ async def test_earlier_hops_are_passed_on_for_trusted_proxies_only(
         await server.send(get("/", "X-Forwarded-For: 192.0.2.1"), "127.0.0.2")
         lines = [line.split(": ")[1] for line in server.requests[0].split("\r\n") if "forwarded" in line.lower()]
     assert lines == forwarded
+
+
+def request_ids(text: str) -> list[str]:
+    return [line.split(": ")[1] for line in text.split("\r\n") if line.lower().startswith("x-request-id:")]
+
+
+@pytest.mark.parametrize(
+    ("sent", "taken"),
+    [
+        ([], False), (["0f8fad5b-d9cb.Root=1~a:b@c/d+e"], True), (["a" * 128], True), (["a" * 129], False),
+        (["two words"], False), (["<b>"], False), (["a, b"], False), ([""], False), (["ü"], False),
+    ],
+)  # fmt: skip
+async def test_a_request_keeps_its_id_if_it_is_sane_and_the_answer_has_it_once(
+    tmp_path: Path, sent: list[str], taken: bool
+) -> None:
+    async with front(tmp_path) as server:
+        answer = await server.send(get("/v1/models", *(f"X-Request-Id: {each}" for each in sent)))
+    (answered,) = request_ids(answer.decode())
+    assert request_ids(server.requests[0]) == [answered]
+    assert (answered in sent) == taken
+    assert re.fullmatch(REQUEST_ID, answered)
+
+
+async def test_answers_of_haproxy_itself_have_an_id(tmp_path: Path) -> None:
+    async with front(tmp_path, header_seconds=0.3, idle_seconds=5, probes_per_second=1) as server:
+        probes = [await server.send(get("/health/ready", "x-request-id: mine"), "127.0.0.2") for _ in range(20)]
+        refused = next(answer for answer in probes if b" 429 " in answer.split(b"\r\n")[0])
+        assert request_ids(refused.decode()) == ["mine"]
+        late = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\nab"
+        answers = [answer.decode() for answer in await asyncio.gather(server.send(late), server.send(late))]
+        assert [answer.split(" ")[1] for answer in answers] == ["408", "408"]
+        (first,), (second,) = map(request_ids, answers)
+        assert first != second
+
+
+def test_haproxy_and_the_application_take_the_same_ids() -> None:
+    assert f"^[{ALPHABET}]{{1,{MAX_CHARS}}}$" == REQUEST_ID
 
 
 async def test_a_client_that_goes_away_is_noticed_whatever_the_size_of_its_body(tmp_path: Path) -> None:
