@@ -26,7 +26,7 @@ def backup(context: typer.Context, url: Url) -> None:
     from ops.recovery import back_up
 
     report = back_up(ctx.of(context).settings, url, ctx.person())
-    say(f"backup: {report.files:,} files, {decimal(report.bytes)}, release {report.release}")
+    say(f"backup: {report.files:,} files, {decimal(report.size)}, release {report.release}")
     typer.echo(json.dumps(asdict(report)))
 
 
@@ -40,5 +40,5 @@ def restore(context: typer.Context, url: Url) -> None:
     from ops.recovery import restore as run
 
     report = run(ctx.of(context).settings, url, ctx.person())
-    say(f"restore: {report.files:,} files, {decimal(report.bytes)}; release {report.release} is live")
+    say(f"restore: {report.files:,} files, {decimal(report.size)}; release {report.release} is live")
     typer.echo(json.dumps(asdict(report)))

@@ -163,7 +163,7 @@ def release(
     Examples:  ratchet releases release --clip clip-0123456789ab -r "right after all"    |    ... --vlm base -r "why"
     |    ... --share 0.1 -r "a tenth first"    |    ... --shadow -r "only look"
     """
-    named = {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not None}
+    named: dict[str, Any] = {family: name for family, name in (("clip", clip), ("vlm", vlm)) if name is not None}
     if not named:
         raise ReleaseError("no adapter is named.", "Give --clip, --vlm, or both.")
     if shadow and share not in (0.0, 1.0):

@@ -65,7 +65,8 @@ class Report:
     """The ledger's migration."""
     ledger: File
     files: int
-    bytes: int
+    size: int
+    """Bytes of them."""
     files_digest: str
     """SHA-256 of the list of files."""
     missing: tuple[str, ...]
@@ -112,7 +113,7 @@ def back_up(settings: Settings, url: str, actor: str) -> Report:
         target.write(FILES, files)
         target.write(SUMMARY, json.dumps(asdict(report), indent=2).encode())
         target.delete(BEGUN)
-        ledger.audit(actor, "back up", f"backup {report.id}", {"to": url, "bytes": report.bytes})
+        ledger.audit(actor, "back up", f"backup {report.id}", {"to": url, "bytes": report.size})
         return report
     finally:
         if epoch is not None:
