@@ -184,7 +184,7 @@ def test_cloud_identities_are_reached_by_the_users_of_the_object_store_alone() -
         found = {
             name for name in labels for spec in policies(objects, name, labels) if opened in spec.get("egress", [])
         }
-        assert found == labels.keys() - {"migration"}
+        assert found == labels.keys() - {"migration", "test"}
     rules = [rule for each in of_kind(render(), "NetworkPolicy") for rule in each["spec"].get("egress", [])]
     assert not [rule for rule in rules for peer in rule.get("to", []) if "ipBlock" in peer], "closed by default"
 

@@ -165,7 +165,7 @@ def test_maintain_runs_maintenance_under_the_settings(
 ) -> None:
     ran: list[tuple[Path, bool]] = []
     part = ModuleType("streams.maintenance")
-    part.run_maintain = lambda settings, *, once: ran.append((settings.home, once))  # type: ignore[attr-defined]
+    part.run_maintain = lambda settings, *, once, collect: ran.append((settings.home, once))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "streams.maintenance", part)
     assert runner.invoke(app, ["--set", f"home={tmp_path}", "maintain", *words]).exit_code == 0
     assert ran == [(tmp_path, once)]

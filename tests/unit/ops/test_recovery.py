@@ -388,7 +388,7 @@ def test_the_commands_end_with_json(settings: Settings, elsewhere: Settings, tmp
         )
         for name, each in (("backup", settings), ("restore", elsewhere))
     ]
-    assert [result.exit_code for result in results] == [0, 0]
+    assert [result.exit_code for result in results] == [0, 0], results
     reports = [json.loads(result.stdout.splitlines()[-1]) for result in results]
     assert reports[0] == reports[1]
     assert reports[0]["release"] == 2
