@@ -331,7 +331,9 @@ def test_a_group_that_lets_nobody_in_is_said_to(tmp_path: Path, monkeypatch: pyt
         settings = Broker(embedded.address, embedded=True).settings(tmp_path)
         make_topics(settings)
         other = KafkaConsumer(settings.kafka.topic, bootstrap_servers=embedded.address, group_id=settings.kafka.group)
-        other.poll(timeout_ms=500)
+        while not other.group_metadata().member_id:  # with the id that the broker gives it, it asks to join
+            other.poll(timeout_ms=50)
+        other.poll(timeout_ms=1000)
         other.close(timeout_ms=1000)  # while it joins: the embedded broker's group waits for it for ever
         with reading(settings) as ingest:
             wait_for(lambda: bool(ingest.status.problem), "the problem was told")
