@@ -37,7 +37,7 @@ def test_a_step_is_measured_beside_open_clips_and_told_as_one_line_of_json(
 ) -> None:
     settings = tiny_home(tmp_path)
     before = torch.get_num_threads()
-    figures = step.run(settings, steps=3, pairs=30)
+    figures = step.run(settings, steps=2, pairs=20)
     assert torch.get_num_threads() == before
     step.show(figures)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == figures

@@ -320,7 +320,7 @@ def test_gains_and_losses_have_levels_of_their_own() -> None:
 def test_many_suites_without_change_do_not_make_a_rejection_likelier() -> None:
     """Ten suites of items that disagree by a coin; at the level each, one run of four would be rejected."""
     rng = np.random.default_rng(5)
-    runs, rejected, alone = 300, 0, 0
+    runs, rejected, alone = 120, 0, 0
     for _ in range(runs):
         entries = []
         for i in range(10):

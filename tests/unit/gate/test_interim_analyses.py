@@ -149,9 +149,9 @@ def test_looks_at_items_that_stay_the_same_are_tested_more_strictly_than_needed(
 def test_over_many_candidates_the_chance_of_a_false_accept_stays_below_alpha() -> None:
     """Forty candidates without gain one after the other, looked at up to four times each."""
     rng = np.random.default_rng(9)
-    slipped = np.zeros(4000, dtype=bool)
+    slipped = np.zeros(1500, dtype=bool)
     for k in range(40):
         levels = nominal(candidate_alpha(0.05, k), [25, 50, 75, 100], 100)
-        sums = np.cumsum(rng.standard_normal((4000, 4)), axis=1)
+        sums = np.cumsum(rng.standard_normal((1500, 4)), axis=1)
         slipped |= (sums / np.sqrt(np.arange(1, 5)) >= stats.norm.isf(levels)).any(axis=1)
-    assert slipped.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
+    assert slipped.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)

@@ -298,9 +298,9 @@ def test_ten_items_of_a_caption_are_not_ten_items(monkeypatch: pytest.MonkeyPatc
     """At a nominal 3% a gain that is none is shown in one run of five where items are taken for independent."""
     monkeypatch.setattr(
         statistics, "_draws", lambda level, tests: 1999
-    )  # a tenth of what a verdict draws: 400 runs in seconds
+    )  # a tenth of what a verdict draws: runs in seconds
     rng = np.random.default_rng(11)
-    runs, level = 400, 0.03
+    runs, level = 150, 0.03
     shown = {"captions": 0, "items": 0}
     for seed in range(runs):
         before, after, captions = _by_caption(rng, 60, 10)

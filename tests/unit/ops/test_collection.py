@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
@@ -18,6 +19,7 @@ from ops.artifacts import Artifacts
 from ops.cli.gc import collect_garbage
 from ops.cli.main import app
 from ops.collection import Collector, Plan, collector
+from ops.collection.plan import Kind
 from ops.errors import AdapterCollected, LeaseLost, LedgerError, LedgerUnavailable, ReleaseConflict
 from ops.ledger import Ledger
 from ops.ledger import tables as t
@@ -453,3 +455,9 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: In
     assert len(either.stored()) == 2
     assert "collected" in ratchet(either, "releases", "list").output
     assert "clip-1 was collected" in ratchet(either, "releases", "show", "1").output
+
+
+def test_a_run_that_deletes_nothing_shows_in_the_metrics(made: Installation) -> None:
+    made.run()
+    values = [REGISTRY.get_sample_value("ratchet_collected_bytes_total", {"kind": kind}) for kind in get_args(Kind)]
+    assert None not in values

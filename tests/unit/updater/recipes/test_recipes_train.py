@@ -1,4 +1,4 @@
-"""Every shipped CLIP recipe: trained twice in a row on a tiny base, stopped and resumed, and served as trained."""
+"""Every shipped CLIP recipe: trained twice in a row on a tiny base, and served as trained; some stopped and resumed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 from updater.training.train import Stopped
 
+RESUMED = frozenset({
+    "codyra", "ctp", "default", "dora", "ewc", "finetuned-merge", "full", "galore", "harmonized", "hot-refresh", "mulki",
+    "paint", "prd", "si", "vera", "zscl",
+})  # fmt: skip
+"""Stopped and resumed, too: one for each kind of state that a checkpoint holds, and each loss with a state of its own."""
 CLIP = [name for name in recipe_names() if load_recipe(name).family == "clip"]
 
 
@@ -47,11 +52,12 @@ def test_two_updates_in_a_row_change_what_may_change_and_are_served_as_trained(
         "carry_over": first.carry_over,
         "seed": 5,
     }
-    with pytest.raises(Stopped):
-        run(base, tmp_path / "stopped", **again, stop=_soon())
-    resumed = run(base, tmp_path / "stopped", **again)
     second = run(base, tmp_path / "second", **again)
-    assert first.adapter != second.adapter == resumed.adapter
+    assert first.adapter != second.adapter
+    if name in RESUMED:
+        with pytest.raises(Stopped):
+            run(base, tmp_path / "stopped", **again, stop=_soon())
+        assert run(base, tmp_path / "stopped", **again).adapter == second.adapter
     assert all(np.isfinite(values).all() for values in second.losses.values())
     engine = ClipEngine(base)
     engine.load(second.adapter, second.directory)
