@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, three at a
+# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, four at a
 # time and the longest first, in a session of low priority (Linux shares processors out by session, see sched(7)). What
 # these say is shown when all are done, and what failed anywhere is named once more at the end. Of low priority, they
 # have longer limits: beside other work on the same cores, what takes 10 s alone took more than 120.
@@ -13,7 +13,7 @@ slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
 half=(tests/unit/serving tests/unit/updater)
-jobs=(tests/integration/streams "${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/updater
+jobs=("${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/streams tests/integration/updater
   "tests/integration/engines ${alone[*]}" tests/integration/gate types)
 named=("${servers[@]}" tests/integration/{streams,updater,gate,engines})
 jobs+=("tests/integration ${named[*]/#/--ignore=}")
@@ -29,7 +29,7 @@ if [ "${2:-}" = job ]; then
 fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 3 bash "$0" "$bin" job "$3"
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 4 bash "$0" "$bin" job "$3"
   exit
 fi
 said="$(mktemp -d)"

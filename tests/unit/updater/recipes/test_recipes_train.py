@@ -23,10 +23,10 @@ from updater.training.measure import measure
 from updater.training.train import Stopped
 
 RESUMED = frozenset({
-    "codyra", "ctp", "default", "dora", "ewc", "finetuned-merge", "full", "galore", "harmonized", "hot-refresh", "mulki",
-    "paint", "prd", "si", "vera", "zscl",
+    "codyra", "ctp", "default", "dora", "ewc", "finetuned-merge", "full", "galore", "harmonized", "hot-refresh",
+    "mulki", "paint", "prd", "si", "vera", "zscl",
 })  # fmt: skip
-"""Stopped and resumed, too: one for each kind of state that a checkpoint holds, and each loss with a state of its own."""
+"""Stopped and resumed, too: one for each kind of state that a checkpoint holds, and each loss that has a state."""
 CLIP = [name for name in recipe_names() if load_recipe(name).family == "clip"]
 
 
