@@ -158,7 +158,7 @@ def dashboard() -> make.Dashboard:
         lines(
             "Garbage collected", "Bytes a day that the garbage collector deleted, by what it was: adapters, their "
             "carry-over, gate reports, caches.", "bytes",
-            ("sum by (kind) (increase(ratchet_collected_bytes_total[1d]))", "{{kind}}"), width=12, least=0,
+            ("sum by (kind) (increase(ratchet_maintain_collected_bytes_total[1d]))", "{{kind}}"), width=12, least=0,
         ),
     )  # fmt: skip
     row(

@@ -459,5 +459,7 @@ def test_the_command_says_what_goes_and_what_stays_and_ends_with_json(either: In
 
 def test_a_run_that_deletes_nothing_shows_in_the_metrics(made: Installation) -> None:
     made.run()
-    values = [REGISTRY.get_sample_value("ratchet_collected_bytes_total", {"kind": kind}) for kind in get_args(Kind)]
+    values = [
+        REGISTRY.get_sample_value("ratchet_maintain_collected_bytes_total", {"kind": kind}) for kind in get_args(Kind)
+    ]
     assert None not in values
