@@ -22,11 +22,8 @@ from updater.step.learner import AnyLearner
 from updater.training.measure import measure
 from updater.training.train import Stopped
 
-RESUMED = frozenset({
-    "codyra", "ctp", "default", "dora", "ewc", "finetuned-merge", "full", "galore", "harmonized", "hot-refresh",
-    "mulki", "paint", "prd", "si", "vera", "zscl",
-})  # fmt: skip
-"""Stopped and resumed, too: one for each kind of state that a checkpoint holds, and each loss that has a state."""
+RESUMED = frozenset({"codyra", "default", "ewc", "finetuned-merge", "galore", "si"})
+"""Stopped and resumed, too: one for each kind of state that a checkpoint holds."""
 CLIP = [name for name in recipe_names() if load_recipe(name).family == "clip"]
 
 
