@@ -35,8 +35,9 @@ _SECRET = re.compile(r"(?i)password|passphrase|secret|token|credential")
 
 
 def configure_logging(
-    settings: Settings | None = None, role: str = "ratchet", *, replica: str = "", request_id: Callable[[], str] = str
-) -> None:
+    settings: Settings | None = None, role: str = "ratchet", *, service: bool = True, replica: str = "",
+    request_id: Callable[[], str] = str,
+) -> None:  # fmt: skip
     """Log to standard error as the settings say. Call it at the start of a process; the last call counts.
 
     A root logger with handlers of others, as in a program that uses Ratchet as a library, is left as it is.
@@ -44,13 +45,14 @@ def configure_logging(
     Args:
         settings: None: before they are read.
         role: what this process is: ``serve``, ``ingest``, ``encoder``, ...
+        service: it runs for long, and its log is collected; else it is a command that somebody waits for.
         replica: which one of several, on every line.
         request_id: see :class:`ops.log_format.RecordFormatter`.
     """
     logs = settings.logs if settings is not None else Logs()
     labels = {"role": role} | ({"replica": replica} if replica else {})
     level = logging.getLevelNamesMapping()[logs.level.upper()]
-    inherit(LogConfig(log_format(logs.format), level, labels, tuple(secrets_of(settings))), request_id)
+    inherit(LogConfig(log_format(logs.format, service), level, labels, tuple(secrets_of(settings))), request_id)
 
 
 def inherited() -> LogConfig | None:
@@ -78,11 +80,11 @@ def inherit(config: LogConfig | None, request_id: Callable[[], str] = str) -> No
     logging.captureWarnings(True)
 
 
-def log_format(format: Literal["auto", "json", "text"]) -> Literal["json", "text"]:
-    """What ``auto`` is for this process: text at a terminal, JSON elsewhere."""
+def log_format(format: Literal["auto", "json", "text"], service: bool = True) -> Literal["json", "text"]:
+    """What ``auto`` is for this process: JSON for a service without a terminal, text elsewhere."""
     if format != "auto":
         return format
-    return "text" if sys.stderr.isatty() else "json"
+    return "json" if service and not sys.stderr.isatty() else "text"
 
 
 def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -17,6 +17,9 @@ from ops.loading import load_settings, parse_value
 from ops.logs import configure_logging
 from ops.settings import Settings
 
+SERVICES = frozenset({"up", "broker", "serve", "ingest", "maintain", "update", "console"})
+"""Commands that run until they are stopped."""
+
 
 @dataclass
 class Context:
@@ -31,7 +34,7 @@ class Context:
     def settings(self) -> Settings:
         """The settings; from now on the log is as they say. Raises ConfigError."""
         settings = load_settings(self.file, self.overrides)
-        configure_logging(settings, self.role)
+        configure_logging(settings, self.role, service=self.role in SERVICES)
         return settings
 
     def calling(self, server: str | None) -> Settings:

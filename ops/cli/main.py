@@ -100,7 +100,7 @@ app.command(
 
 def main() -> None:
     """Run the command line; a known error is shown without a traceback and ends with status 1."""
-    configure_logging()
+    configure_logging(service=False)  # until the settings are read
     try:
         app()
     except RatchetError as error:

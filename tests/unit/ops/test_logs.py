@@ -17,13 +17,13 @@ import pytest
 from ops import request_context
 from ops.child_process import tail
 from ops.log_format import MAX_MESSAGE_CHARS, MAX_TRACEBACK_CHARS, JsonFormatter, TextFormatter
-from ops.logs import secrets_of
+from ops.logs import log_format, secrets_of
 from ops.redaction import Redactor
 from ops.settings import Settings
 
 PROGRAM = """
 import logging, sys
-from ops.logs import configure_logging
+from ops.logs import configure_logging, log_format
 from ops.progress import say, step, track
 from ops.settings import Settings
 configure_logging()
@@ -191,3 +191,11 @@ def test_the_end_of_a_parts_log_is_shown_as_text(tmp_path: Path) -> None:
     first, second = tail(log).splitlines()
     assert first == "Ray's own line"
     assert re.fullmatch(r"\S+Z ERROR the port is taken", second)
+
+
+def test_only_a_service_without_a_terminal_writes_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert [log_format("auto", service) for service in (True, False)] == ["json", "text"]
+    assert log_format("json", service=False) == "json"
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert log_format("auto") == "text"
