@@ -23,7 +23,7 @@ from ops.settings import Settings
 
 PROGRAM = """
 import logging, sys
-from ops.logs import configure_logging, log_format
+from ops.logs import configure_logging
 from ops.progress import say, step, track
 from ops.settings import Settings
 configure_logging()
