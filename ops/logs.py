@@ -89,15 +89,15 @@ def log_format(format: Literal["auto", "json", "text"], service: bool = True) ->
 
 def secrets_of(settings: Settings | None, environ: Mapping[str, str] = os.environ) -> list[str]:
     """Every secret that this process was given, by its settings or its environment."""
-    found = [value for name, value in environ.items() if _SECRET.search(name)]
+    secrets = [value for name, value in environ.items() if _SECRET.search(name)]
     if settings is None:
-        return found
-    found += _secrets_in(settings)
-    found += [value for name, value in settings.kafka.client.items() if _SECRET.search(name)]
+        return secrets
+    secrets += _secrets_in(settings)
+    secrets += [value for name, value in settings.kafka.client.items() if _SECRET.search(name)]
     key = settings.home / "operator.key"
     if settings.serve.operator_key is None and key.is_file():
-        found.append(key.read_text().strip())
-    return found
+        secrets.append(key.read_text().strip())
+    return secrets
 
 
 def _secrets_in(section: BaseModel) -> Iterator[str]:

@@ -228,7 +228,8 @@ class Maintainer:
         lease = self.ledger.lease(COLLECT_LEASE) if any(name.startswith(BACKUP_PIN) for name in pins) else None
         copying = lease is not None and bool(lease.holder) and lease.expires_at > self.ledger.clock()
         for name in pins:
-            if not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name):
+            over = not copying if name.startswith(BACKUP_PIN) else self.ledger.is_finished(name)
+            if over:
                 self.store.unpin(name)
 
     def _collect(self) -> None:

@@ -10,7 +10,7 @@ from ops.artifacts import folder
 from ops.artifacts.bucket import Bucket
 from ops.artifacts.cache import CACHE_BYTES, Cache
 from ops.artifacts.manifest import directory_digest
-from ops.artifacts.object_store import CALL_SECONDS, ObjectStore, open_filesystem
+from ops.artifacts.object_store import CALL_SECONDS, ObjectStore, local_folder, open_filesystem
 from ops.digests import digest12
 from ops.errors import AdapterError
 
@@ -32,15 +32,11 @@ class Artifacts:
             cache_bytes: bound of that folder; what is not in use goes, what was not used for longest first.
         """
         self.filesystem, self.root = open_filesystem(url)
-        self.local = Path(self.root) if "file" in self._protocols() else None
+        self.local = local_folder(self.filesystem, self.root)
         default_cache = Path(tempfile.gettempdir()) / f"ratchet-artifacts-{os.getuid()}"
         self.cache = (cache or default_cache) / digest12(url.encode())
         self._store = ObjectStore(self.filesystem, seconds)
         self._bucket = Bucket(self._store, Cache(self.cache, cache_bytes))
-
-    def _protocols(self) -> tuple[str, ...]:
-        protocol = self.filesystem.protocol
-        return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
     def _path(self, key: str) -> str:
         if not key or key.startswith("/") or ".." in key.split("/"):

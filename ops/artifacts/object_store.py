@@ -34,6 +34,12 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return filesystem, str(root)
 
 
+def local_folder(filesystem: Any, root: str) -> Path | None:
+    """The folder that a file system's path is on this machine; None for an object store."""
+    protocol = filesystem.protocol
+    return Path(root) if "file" in ((protocol,) if isinstance(protocol, str) else protocol) else None
+
+
 class ObjectStore:
     """Reads and writes objects by path.
 

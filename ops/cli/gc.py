@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +21,7 @@ from ops.progress import say
 from ops.settings import Settings
 
 if TYPE_CHECKING:
-    from ops.collection import Item
+    from ops.collection import Collector, Item
 
 SHOWN = 100
 """Rows of each table, unless all are wanted."""
@@ -37,16 +39,10 @@ def collect(
 
     Examples:  ratchet gc --dry-run    |    ratchet --set gc.keep_days=30 gc
     """
-    from ops.collection import Collector
     from ops.collection.plan import largest_first
 
-    settings = ctx.of(context).settings
-    ledger = Ledger.open(settings.ledger)
-    try:
-        collector = Collector(settings, ledger, Artifacts(settings.artifacts))
+    with _collector(ctx.of(context).settings) as collector:
         plan = collector.plan() if dry_run else collector.run(ctx.person())
-    finally:
-        ledger.close()
     if plan is None:
         raise RatchetError("another collector, or a backup, is at work.", "Try again when it has ended.")
     _print("Would go" if dry_run else "Deleted", largest_first(plan.going), show_all)
@@ -62,16 +58,22 @@ def collect_garbage(settings: Settings) -> None:
     Raises:
         LedgerError, ArtifactsUnavailable: see :meth:`ops.collection.Collector.run`.
     """
+    with _collector(settings) as collector:
+        plan = collector.run()
+    if plan is not None and plan.items:
+        counts = ", ".join(f"{count} of {kind}" for kind, count in plan.summary()["goes"].items())
+        say(f"maintain: collected {decimal(plan.freed)}: {counts}")
+
+
+@contextmanager
+def _collector(settings: Settings) -> Iterator[Collector]:
     from ops.collection import Collector
 
     ledger = Ledger.open(settings.ledger)
     try:
-        plan = Collector(settings, ledger, Artifacts(settings.artifacts)).run()
+        yield Collector(settings, ledger, Artifacts(settings.artifacts))
     finally:
         ledger.close()
-    if plan is not None and plan.items:
-        counts = ", ".join(f"{count} of {kind}" for kind, count in plan.summary()["goes"].items())
-        say(f"maintain: collected {decimal(plan.freed)}: {counts}")
 
 
 def _print(title: str, items: list[Item], show_all: bool) -> None:

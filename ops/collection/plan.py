@@ -66,8 +66,8 @@ class Plan:
         counts: dict[str, dict[str, int]] = {"goes": Counter(), "stays": Counter()}
         for item in self.items:
             counts["goes" if item.goes else "stays"][item.kind] += 1
-        kept = sum(item.bytes for item in self.items if not item.goes)
-        return {"freed_bytes": self.freed, "kept_bytes": kept, **{name: dict(each) for name, each in counts.items()}}
+        staying = sum(item.bytes for item in self.items if not item.goes)
+        return {"freed_bytes": self.freed, "kept_bytes": staying, **{name: dict(each) for name, each in counts.items()}}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ as for one.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict
-from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ops.console.sessions import Session
+from serving.http.recent import Recent
 
 SECONDS: Final = 5.0
 """How old an answer may be."""
@@ -24,38 +24,32 @@ VARY: Final = (b"hx-request", b"hx-target", b"hx-current-url")
 Key = tuple[str, str, bytes, tuple[bytes, ...]]
 
 
-@dataclass(slots=True)
-class _Answer:
-    began: float
-    messages: asyncio.Task[list[Message]]
-
-
 class SharedPages:
     """Whoever asks for a page within SECONDS gets the same answer, made for a visitor without a key. Pure ASGI."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._answers: OrderedDict[Key, _Answer] = OrderedDict()
+        self._answers: OrderedDict[Key, Recent[list[Message]]] = OrderedDict()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or scope["path"].startswith(UNSHARED):
             await self.app(scope, receive, send)
             return
-        for message in await asyncio.shield(self._answer(scope).messages):
-            await send(dict(message))
-
-    def _answer(self, scope: Scope) -> _Answer:
         headers = dict(scope["headers"])
         key = (scope["method"], scope["path"], scope["query_string"], tuple(headers.get(name, b"") for name in VARY))
-        answer = self._answers.get(key)
-        if answer is None or time.monotonic() - answer.began > SECONDS or _failed(answer.messages):
-            answer = _Answer(time.monotonic(), asyncio.create_task(self._messages(scope)))
-            self._answers[key] = answer
+        answer = self._answers.setdefault(key, Recent(partial(self._messages, scope), SECONDS))
         self._answers.move_to_end(key)
         while len(self._answers) > MOST:
             self._answers.popitem(last=False)
-        return answer
+        try:
+            messages = await answer.get()
+        except Exception:  # the next visitor asks again
+            if self._answers.get(key) is answer:
+                del self._answers[key]
+            raise
+        for message in messages:
+            await send(dict(message))
 
     async def _messages(self, scope: Scope) -> list[Message]:
         messages: list[Message] = []
@@ -71,7 +65,3 @@ class SharedPages:
 
         await self.app({**scope, "state": {**scope["state"], "session": Session.new()}}, receive, send)
         return messages
-
-
-def _failed(messages: asyncio.Task[list[Message]]) -> bool:
-    return messages.done() and (messages.cancelled() or messages.exception() is not None)

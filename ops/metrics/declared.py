@@ -33,7 +33,8 @@ LABELS = {
     "for": "broker, store, disk, registry: what ingest can wait for",
     "guardrail": "bounds that the guard watches, and `none` for a promotion",
     "kind": "of a duplicate: exact, perceptual; of a batch: image, text; of an answer: reply, stream, score; of a "
-    "proposal: initial, update, rollback, release",
+    "proposal: initial, update, rollback, release; of garbage: adapter, carry-over, report, work folder, score cache, "
+    "engine cache",
     "model": "base, incumbent, candidate",
     "outcome": "of a verdict: passed, rejected, inconclusive; of a proposal: committed, failed; of a run of "
     "maintenance: done, failed; of an action: done, refused; of an answer: ok, late, ask, adapter, gone, dead; of a "
@@ -302,6 +303,8 @@ for _outcome in ("done", "failed"):
     MAINTAIN_RUNS.labels(_outcome)
 for _reason in ("retention", "deletion"):
     MAINTAIN_DELETED.labels(_reason)
+for _kind in ("adapter", "carry-over", "report", "work folder", "score cache", "engine cache"):
+    COLLECTED.labels(_kind)
 for _type in ("candidate", "verdict", "proposal", "release", "rollback", "deletion", "gap"):
     EVENTS_PUBLISHED.labels(_type)
 for _kind in ("initial", "update", "rollback", "release"):

@@ -184,10 +184,10 @@ def _datasets(lake: Place, version: int) -> dict[str, dict[int, list[str]]]:
     wanted: dict[str, dict[int, list[str]]] = {name: {} for name in datasets(lake.files())}
     if version:
         pins = SampleStore(lake.url).pins()
-        kept = {each: sorted(pin for pin, at in pins.items() if at == each) for each in {version, *pins.values()}}
+        pins_of = {each: sorted(pin for pin, at in pins.items() if at == each) for each in {version, *pins.values()}}
         wanted[SAMPLES] = {
             each: [pin for pin in names if not pin.startswith(BACKUP_PIN)]
-            for each, names in kept.items()
+            for each, names in pins_of.items()
             if each <= version
         }
     return wanted

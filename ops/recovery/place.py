@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ops.artifacts.folder import STAGING, file_size
-from ops.artifacts.object_store import ObjectStore, open_filesystem
+from ops.artifacts.object_store import ObjectStore, local_folder, open_filesystem
 from ops.errors import StoreError
 from ops.files import replace_file, replacing
 
@@ -25,23 +25,22 @@ class Place:
     def __init__(self, url: str) -> None:
         self.url = url
         filesystem, self._root = open_filesystem(url)
-        protocol = filesystem.protocol
-        self.local = Path(self._root) if "file" in ([protocol] if isinstance(protocol, str) else protocol) else None
+        self.local = local_folder(filesystem, self._root)
         self._store = ObjectStore(filesystem, CALL_SECONDS)
 
     def files(self, below: str = "") -> dict[str, int]:
         """Bytes of each file below a name, by its whole name; unfinished files are left out."""
         prefix = f"{below}/" if below else ""
         if self.local is None:
-            found = self._store.sizes(f"{self._root}/{below}" if below else self._root)
+            sizes = self._store.sizes(f"{self._root}/{below}" if below else self._root)
         else:
             folder = self.local / below
-            found = {
+            sizes = {
                 path.relative_to(folder).as_posix(): file_size(path)
                 for path in (folder.rglob("*") if folder.is_dir() else ())
                 if path.is_file()
             }
-        return {f"{prefix}{name}": size for name, size in found.items() if name and STAGING not in name}
+        return {f"{prefix}{name}": size for name, size in sizes.items() if name and STAGING not in name}
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name."""
@@ -99,15 +98,15 @@ def copy(
     """
     if size <= CHUNK:  # in one piece: another process may replace it meanwhile
         data = source.read(name)
-        found = hashlib.sha256(data).hexdigest()
-        check(name, found, digest)
+        actual = hashlib.sha256(data).hexdigest()
+        check(name, actual, digest)
         target.write(as_name, data)
-        return len(data), found
+        return len(data), actual
     with source.opened(name, size) as path:
-        found = file_digest(path)
-        check(name, found, digest)
+        actual = file_digest(path)
+        check(name, actual, digest)
         target.put(path, as_name)
-        return path.stat().st_size, found
+        return path.stat().st_size, actual
 
 
 def file_digest(path: Path) -> str:
@@ -116,7 +115,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check(name: str, found: str, digest: str | None) -> None:
+def check(name: str, actual: str, digest: str | None) -> None:
     """Raise StoreError where a digest is not the one that it has to be."""
-    if digest is not None and found != digest:
+    if digest is not None and actual != digest:
         raise StoreError(f"{name} of the backup is damaged: its SHA-256 is another one.", "Use another backup.")

@@ -27,7 +27,8 @@ from serving.errors import VlmStarting
 from serving.http.clip_vectors import ClipVectors, Encoders
 from serving.http.errors import ApiError, is_fault
 from serving.http.image_loader import ImageLoader
-from serving.http.probes import Probes, Recent
+from serving.http.probes import Probes
+from serving.http.recent import Recent
 from serving.http.routing_key import routing_key
 from serving.http.vector_cache import VectorCache
 from serving.releases.admission import Admission

@@ -7,22 +7,20 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from ops import metrics
-from ops.request_context import detached
 from serving.engines.vlm.generation import PROBE
 from serving.errors import QueueFull, VlmStarting
 from serving.http.errors import described
+from serving.http.recent import Recent
 
 if TYPE_CHECKING:
     from serving.http.app_state import AppState
 
 log = logging.getLogger("ratchet.http")
-Value = TypeVar("Value")
 Component = Literal["clip", "vlm", "catalog"]
 COMPONENTS: tuple[Component, ...] = ("clip", "vlm", "catalog")
-FRESH_SECONDS = 1.0
 PROBE_SECONDS = 10.0
 WATCH_SECONDS = 10.0
 """How often the metric that says what answers is brought up to date, though nobody asks."""
@@ -44,28 +42,6 @@ class ComponentState:
     def starting(self) -> bool:
         """Whether this part has not come up for the first time yet: a restart of the process would not help."""
         return not self.ready and self.code == VlmStarting.code
-
-
-class Recent(Generic[Value]):
-    """A value that is computed again when it is older than ``seconds``; all who ask meanwhile get the same one."""
-
-    def __init__(self, compute: Callable[[], Awaitable[Value]], seconds: float = FRESH_SECONDS) -> None:
-        self._compute = compute
-        self._seconds = seconds
-        self._task: asyncio.Task[Value] | None = None
-        self._ended = float("-inf")
-
-    async def get(self) -> Value:
-        """The value. Raises what computing it raised."""
-        if self._task is None or (self._task.done() and time.monotonic() - self._ended >= self._seconds):
-            self._task = asyncio.get_running_loop().create_task(self._timed(), context=detached())
-        return await asyncio.shield(self._task)  # a caller that leaves does not end it for the others
-
-    async def _timed(self) -> Value:
-        try:
-            return await self._compute()
-        finally:
-            self._ended = time.monotonic()
 
 
 class Probes:

@@ -65,10 +65,10 @@ def test_a_request_has_one_id_in_its_answer_and_in_the_log_of_another_replica(se
     assert answer.headers.get_list("x-request-id") == ["find-me:17"]
     (made_for_it,) = other.headers.get_list("x-request-id")
     assert made_for_it != "not sane"
-    found = lambda: [each for each in server.records() if each.get("request_id") == "find-me:17"]  # noqa: E731
-    server.until(found)
-    assert {(each["role"], each["level"]) for each in found()} == {("controller", "INFO")}
-    assert all(each["replica"] for each in found())
+    lines = lambda: [each for each in server.records() if each.get("request_id") == "find-me:17"]  # noqa: E731
+    server.until(lines)
+    assert {(each["role"], each["level"]) for each in lines()} == {("controller", "INFO")}
+    assert all(each["replica"] for each in lines())
 
 
 def test_killing_an_encoder_while_releases_commit_fails_no_request(server: ServerFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -11,9 +12,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from ops.console import shared_pages
 from ops.console.sessions import Session
-from ops.console.shared_pages import MOST, SharedPages
+from ops.console.shared_pages import MOST, SECONDS, SharedPages
 
 
 class Pages:
@@ -57,7 +57,8 @@ async def test_another_page_a_part_of_it_and_a_later_visitor_have_answers_of_the
         for url, headers in (("/", {}), ("/gate", {}), ("/gate?page=2", {}), ("/gate", {"hx-request": "true"})):
             await screen.get(url, headers=headers)
         assert len(pages.calls) == 4
-        monkeypatch.setattr(shared_pages, "SECONDS", -1.0)
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + SECONDS)
         assert (await screen.get("/gate")).text == "answer 5"
 
 

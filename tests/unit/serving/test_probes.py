@@ -15,7 +15,7 @@ from ops.metrics import declared
 from serving.errors import QueueFull, Unavailable
 from serving.http import probes
 from serving.http.app_state import AppState
-from serving.http.probes import Recent
+from serving.http.recent import Recent
 from serving.releases.admission import Admission
 from tests.support.waiting import until
 from tests.unit.serving.auth_app import OPERATOR, AuthApp, Keys, refusal
