@@ -38,7 +38,7 @@ RULES = (
     Rules("a candidate each trigger", waiting=False),
     Rules("all of these", memory=False, best=False, ranks=False, waiting=False),
 )
-IDLE, IDLE_UPDATES = "no update gains", 10
+IDLE, IDLE_UPDATES = "no update gains", 4
 """Not rules, but a stream: whatever it releases is a false release. It is shorter: no release takes its held-out items,
 so that each look costs more than the one before."""
 
