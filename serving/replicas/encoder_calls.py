@@ -15,7 +15,7 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from serving.errors import AdapterUnservable, Unavailable
-from serving.messages import IMAGE_COST, EncodeResult, Modality
+from serving.messages import IMAGE_COST, TEXT_COST, EncodeResult, Modality
 from serving.ray.replica_calls import Attempts, call_replica
 from serving.releases.release_snapshot import ReleaseSnapshot
 
@@ -39,8 +39,7 @@ class EncoderCalls:
         Raises:
             QueueFull, DeadlineExceeded, Unavailable.
         """
-        # Half a budget: an item that fits beside another is not put back to the end of the queue again and again.
-        step = max(1, self.budget // 2 // (IMAGE_COST if kind == "image" else 1))
+        step = max(1, self.budget // (IMAGE_COST if kind == "image" else TEXT_COST))
         chunks = [payload[start : start + step] for start in range(0, len(payload), step)]
         if len(chunks) == 1:
             return await self._one(kind, chunks[0], snapshot, deadline)

@@ -95,6 +95,13 @@ def test_half_precision_is_taken_where_it_is_clearly_faster_and_within_noise(
     assert best_of([Measurement(FLOAT32, (0.2, 0.2)), half]) == expected
 
 
+@pytest.mark.parametrize(("onnx_seconds", "expected"), [(0.048, HALF), (0.04, EngineChoice("onnx", "bfloat16"))])
+def test_of_engines_as_fast_torch_is_taken(onnx_seconds: float, expected: EngineChoice) -> None:
+    seconds = {FLOAT32: 0.1, HALF: 0.05, EngineChoice("onnx", "float32"): 0.09}
+    measured = [Measurement(choice, (each,) * 4) for choice, each in seconds.items()]
+    assert best_of([*measured, Measurement(EngineChoice("onnx", "bfloat16"), (onnx_seconds,) * 4)]) == expected
+
+
 def test_a_machine_measures_a_base_once(
     base: ClipBase, tmp_path: Path, amx: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,7 +86,7 @@ async def test_items_of_a_large_request_are_joined_in_order() -> None:
     results = [[EncodeResult(VECTOR * number, "clip-a")] for number in range(3)]
     handle = Handle(*results)
     calls = EncoderCalls(handle, max_batch=2)  # type: ignore[arg-type]
-    joined = await calls.encode("image", np.zeros((3, 1, 1, 3), np.uint8), SNAPSHOT, time.monotonic() + 60)
+    joined = await calls.encode("image", np.zeros((5, 1, 1, 3), np.uint8), SNAPSHOT, time.monotonic() + 60)
     assert joined.vectors is not None
     assert joined.vectors[:, 0].tolist() == [0.0, 1.0, 2.0]
 
