@@ -19,6 +19,7 @@ BENCHMARKS = {
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
     "lifetime": "benchmarks.lifetime",
+    "scale": "benchmarks.scale",
     "search": "benchmarks.search.run_search",
     "soak": "benchmarks.soak",
     "step": "benchmarks.step",

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,16 @@ def build(settings: Settings | None = None) -> Application:
     Serve starts all deployments at once, and routes to the ingress as soon as that runs: a VLM that starts late, or
     never, takes nothing away from CLIP.
     """
+    return application(settings or load_settings())
+
+
+def application(settings: Settings, encoder_class: Callable[..., Any] | None = None, **options: Any) -> Application:
+    """The same for settings that are there.
+
+    Args:
+        encoder_class: in place of :class:`serving.replicas.encoder.Encoder`.
+        options: of the encoders' deployment, to change.
+    """
     from ray import serve
     from ray.serve.config import BackpressureConfig
 
@@ -146,7 +157,6 @@ def build(settings: Settings | None = None) -> Application:
     from serving.replicas.ingress import Ingress
     from serving.replicas.vlm import VlmReplica
 
-    settings = settings or load_settings()
     server = settings.serve
     full = BackpressureConfig(status_code=429, retry_after_s=1)
     common: dict[str, Any] = {
@@ -154,10 +164,12 @@ def build(settings: Settings | None = None) -> Application:
         "graceful_shutdown_timeout_s": drain_seconds(settings), "graceful_shutdown_wait_loop_s": 0.1,
         "max_surge_percent": 1,  # new code: one replica more until all are replaced, so that none is missing
     }  # fmt: skip
-    encoder = serve.deployment(Encoder).options(
-        name="Encoder", num_replicas=server.encoder_replicas, ray_actor_options={"num_cpus": 0.2},
-        max_ongoing_requests=max(8, server.queue), max_queued_requests=server.queue, backpressure_config=full, **common,
-    ).bind(settings)  # fmt: skip
+    encoders: dict[str, Any] = {
+        "num_replicas": server.encoder_replicas, "ray_actor_options": {"num_cpus": 0.2},
+        "max_ongoing_requests": max(8, server.queue), "max_queued_requests": server.queue, "backpressure_config": full,
+    }  # fmt: skip
+    deployed = serve.deployment(encoder_class or Encoder).options(name="Encoder", **encoders | common | options)
+    encoder = deployed.bind(settings)
     catalog = serve.deployment(CatalogReplica).options(
         name="Catalog", num_replicas=1, ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=64,
         max_queued_requests=server.queue, **common,

@@ -9,6 +9,7 @@ run, into ``HOME/cache/bench``, and stopped (SIGSTOP) while they are not asked.
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="ratchet-bench-", ignore_cleanup_errors=True) as folder:
             measured.append(_model(settings, clip_base(settings, model), peers, grid, Path(folder)))
             rows += measured[-1].cells
+            say(f"{model}: {json.dumps(ratios(measured[-1].cells))}")
     first = measured[0]
     return {
         "model": models[0], **ratios(first.cells), "cpu_ms_per_request": cpu_ms_per_request(first.cells),
@@ -93,10 +95,12 @@ def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid,
         generator = stack.enter_context(LineWorker("benchmarks.encode.generator"))
         worker = stack.enter_context(LineWorker("benchmarks.encode.raw", str(config)))
         raw = RawSide(worker, ours.serve.max_batch)
-        servers = [ratchet_side(ours, generator), *(_peer_side(peer, generator) for peer in started)]
+        server, others = ratchet_side(ours, generator), [_peer_side(peer, generator) for peer in started]
         with step("comparing vectors"):
-            cosines = check(servers, base)
-        rows, idle = measure([*servers, raw], grid, base.name, lambda: session_pids(ours))
+            cosines = check(server, others, base, unable)
+        for whose, reason in unable.items():
+            say(f"not measured: {whose}: {reason}")
+        rows, idle = measure([server, *others, raw], grid, base.name, lambda: session_pids(ours))
         about = {**raw.describe(), "least_cosines": cosines, "unable": unable, "ratchet_idle_cores": idle}
         return ModelFigures(rows, about)
 
@@ -150,7 +154,6 @@ def _peer(
     try:
         peer = PEERS[name](base, cache, folder)
     except BaseModelError as error:
-        say(f"{name} cannot load {base.name}: {error.message}")
         unable[name] = error.message
         return None
     stack.callback(peer.process.stop)

@@ -87,6 +87,10 @@ class HttpSide:
     def kinds(self) -> Sequence[Modality]:
         return self._kinds
 
+    def drop(self, kind: Modality) -> None:
+        """It cannot embed this."""
+        self._kinds = [each for each in self._kinds if each != kind]
+
     def measure(self, cell: Cell, seconds: float) -> Turn:
         order = Order(self.url(cell.kind), self.template(cell.kind), cell.kind, cell.items, cell.concurrency, seconds)
         self._resume()
@@ -166,20 +170,31 @@ def ratchet_side(settings: Settings, generator: LineWorker) -> HttpSide:
     return HttpSide("ratchet", lambda _: url, ratchet_template, generator, outside=outside)
 
 
-def check(sides: Iterable[HttpSide], base: ClipBase) -> dict[str, float]:
+def check(ours: HttpSide, peers: Iterable[HttpSide], base: ClipBase, unable: dict[str, str]) -> dict[str, float]:
     """Each server's least cosine to the base's own vectors.
 
+    Args:
+        unable: gets the reason of each peer that does not embed a kind of input; it is not asked for that any more.
+
     Raises:
-        RatchetError: a server does not have this model: a vector is below :data:`LEAST_COSINE`, or nearer to another
-            input's.
+        RatchetError: Ratchet does not answer; or a server does not have this model: a vector is below
+            :data:`LEAST_COSINE`, or nearer to another input's.
     """
     engine = ClipEngine(base)
     pixels = np.stack([base.preprocess.pixels(each) for each in jpegs(CHECKED)])
     expected = {"image": engine.encode_images(pixels), "text": engine.encode_texts([text(n) for n in range(CHECKED)])}
     least: dict[str, float] = {}
-    for side in sides:
+    for side in (ours, *peers):
         for kind in side.kinds():
-            cosines = side.vectors(kind) @ expected[kind].T
+            try:
+                vectors = side.vectors(kind)
+            except RatchetError as error:
+                if side is ours:
+                    raise
+                unable[f"{side.name}, {kind}"] = error.message
+                side.drop(kind)
+                continue
+            cosines = vectors @ expected[kind].T
             own = cosines.diagonal()
             if own.min() < LEAST_COSINE or (cosines.argmax(axis=1) != np.arange(CHECKED)).any():
                 raise RatchetError(

@@ -227,8 +227,8 @@ def lora_layers(files: AdapterFiles) -> dict[str, tuple[torch.Tensor, torch.Tens
 
 
 def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32. One
-    at a time: together they are as large as the model.
+    """What the adapter adds: names of the parameters that it touches, and ``s B A`` in the shape of each, float32, the
+    caller's to change. One at a time: together they are as large as the model.
 
     Targets are Linear, convolutions without groups, and MultiheadAttention (``in_proj_weight`` and, through PEFT's
     wrapper, ``out_proj.weight``). Raises :class:`AdapterError` when names or shapes do not fit the model.
@@ -276,7 +276,7 @@ def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> d
     for name, delta in delta_weights(files, model):
         weight = parameters[name].detach()
         merged = whole.pop(name).to(weight.device, weight.dtype) if name in whole else weight
-        note(name, merged + delta.to(weight.device, weight.dtype), weight)
+        note(name, delta.to(weight.device, weight.dtype).add_(merged), weight)
     for name, tensor in whole.items():
         weight = parameters[name].detach()
         note(name, tensor.to(weight.device, weight.dtype), weight)
@@ -317,7 +317,7 @@ def _delta(name: str, layer: str, a: torch.Tensor, b: torch.Tensor, scale: float
             _OTHER_BASE,
         )
     product = b.float().reshape(out, rank) @ a.float().reshape(rank, inner)
-    return (product * scale).reshape(weight.shape)
+    return product.mul_(scale).reshape(weight.shape)
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:

@@ -25,7 +25,7 @@ from ops.errors import RecordError
 from ops.settings import Serve
 from ops.tracing import span
 from serving.engines.preprocess import Preprocess
-from serving.http.decode_queue import DecodeQueue
+from serving.http.decode_queue import SMALL_THREADS, DecodeQueue
 from serving.http.errors import ApiError, from_record
 from streams.fetching import ByteBudget, Fetcher, Rules
 from streams.images import OpenedImage, open_image
@@ -35,6 +35,9 @@ ImageSource = tuple[str, str | bytes]
 """Where an image is in the request; and a data URI, a URL, or its encoded bytes."""
 JPEG_SCAN = b"\xff\xda"
 USUAL_SCANS = 10
+JOB_PIXELS = 2_000_000
+"""Of several images that are decoded in one turn of their caller."""
+JOBS_A_THREAD = 2
 LONGEST_SIDE = 2048
 """Pixels: what the largest VLMs look at. A larger picture is scaled down before it travels to a replica."""
 
@@ -122,9 +125,11 @@ class ImageLoader:
         self, images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Result], caller: str
     ) -> list[Result]:
         with self.queue.reserved(caller, sum(image.pixels for image in images)), span("decode", images=len(images)):
-            return await _gathered(
-                self.queue.run(caller, image.pixels, partial(_decode, image, decode)) for image in images
-            )
+            jobs = [
+                self.queue.run(caller, sum(image.pixels for image in job), partial(_decode, job, decode))
+                for job in jobs_of(images)
+            ]
+            return [result for results in await _gathered(jobs) for result in results]
 
     async def _fetched(self, images: Sequence[ImageSource]) -> list[ImageSource]:
         budget = ByteBudget(self.bounds.max_body_bytes)  # fetched images weigh what sent ones may
@@ -152,11 +157,28 @@ class ImageLoader:
         return InspectedImage(place, hashlib.sha256(data).digest(), decoding_pixels(opened, data), opened)
 
 
-def _decode(image: InspectedImage, decode: Callable[[OpenedImage], Result]) -> Result:
-    try:
-        return decode(image.opened)
-    except RecordError as error:
-        raise from_record(error, image.place) from None
+def jobs_of(images: Sequence[InspectedImage]) -> list[list[InspectedImage]]:
+    """The images in order, in parts that are decoded in one go each: enough parts for all threads, and each short
+    enough to be one turn. The end of each wakes the event loop up, which takes the interpreter from the threads.
+    """
+    most = math.ceil(len(images) / (JOBS_A_THREAD * SMALL_THREADS))
+    jobs: list[list[InspectedImage]] = []
+    for image in images:
+        if jobs and len(jobs[-1]) < most and sum(each.pixels for each in jobs[-1]) + image.pixels <= JOB_PIXELS:
+            jobs[-1].append(image)
+        else:
+            jobs.append([image])
+    return jobs
+
+
+def _decode(images: Sequence[InspectedImage], decode: Callable[[OpenedImage], Result]) -> list[Result]:
+    results = []
+    for image in images:
+        try:
+            results.append(decode(image.opened))
+        except RecordError as error:
+            raise from_record(error, image.place) from None
+    return results
 
 
 async def _gathered(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
@@ -27,6 +27,9 @@ from serving.replicas.adapter_cache import AdapterCache, adapters_path
 from serving.replicas.fair_batches import FairBatches
 from serving.replicas.follower import ResidencyFollower, check_start
 
+if TYPE_CHECKING:  # whoever deploys this class imports this module
+    from serving.engines.clip import ClipEngine
+
 log = logging.getLogger("ratchet.encoder")
 
 
@@ -41,7 +44,6 @@ class Encoder:
         configure_replica_logging(settings, "encoder")
         metrics.build.started("encoder")
         # Here and not above, because whoever deploys this class imports this module.
-        from serving.engines.clip import ClipEngine
         from serving.replicas.encoder_worker import EncoderWorker
 
         self.settings = settings
@@ -49,8 +51,9 @@ class Encoder:
         adapters = AdapterCache(Artifacts(settings.artifacts), adapters_path(settings.home), ledger)
         self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
         with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see EncoderWorker
-            engine = starting.submit(ClipEngine.of, settings).result()
-        self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
+            engine = starting.submit(self.make_engine, settings).result()
+        replica = serve.get_replica_context().replica_tag
+        self.worker = EncoderWorker(engine, adapters, replica, settings.serve.encoder_replicas)
         self._batches = FairBatches(self._run, settings.serve.max_batch * IMAGE_COST, settings.serve.batch_wait_seconds)
         self._adapters = adapters
         self._follower = ResidencyFollower("encoder", self._source.read, self._load, self._source.keep)
@@ -59,6 +62,12 @@ class Encoder:
         adapters.expect(self._source.adapters)
         needed = rows.needed("clip")
         check_start(self.worker.prepare_at_start(dict.fromkeys([*needed, *rows.clips])), needed)
+
+    def make_engine(self, settings: Settings) -> ClipEngine:
+        """What computes."""
+        from serving.engines.clip import ClipEngine
+
+        return ClipEngine.of(settings)
 
     async def encode(self, kind: Modality, payload: Any, adapter: str | None, seconds: float) -> EncodeResult:
         """Vectors of one request's items; batched with those of other requests, see :class:`FairBatches`. ``seconds``:

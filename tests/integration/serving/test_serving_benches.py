@@ -7,8 +7,9 @@ import pytest
 from benchmarks import soak
 from benchmarks.encode.figures import cpu_ms_per_request, ratios
 from benchmarks.encode.grid import Grid, cells
+from benchmarks.encode.peers.servers import openai_template
 from benchmarks.encode.run_encode import measure
-from benchmarks.encode.sides import RawSide, check, ratchet_side
+from benchmarks.encode.sides import HttpSide, RawSide, check, ratchet_side
 from benchmarks.line_worker import LineWorker
 from benchmarks.swap import Swaps
 from tests.integration.serving.server_fixture import ServerFixture
@@ -25,7 +26,10 @@ def test_embeddings_are_measured_beside_the_model_alone(server: ServerFixture) -
         ratchet, raw = ratchet_side(server.settings, generator), RawSide(worker, server.settings.serve.max_batch)
         with server.client() as client:
             client.release(None, reason="the base alone")
-        least = check([ratchet], server.base)
+        unable: dict[str, str] = {}
+        deaf = HttpSide("deaf", lambda kind: f"{server.settings.serve.url}/v1/{kind}", openai_template, generator)
+        least = check(ratchet, [deaf], server.base, unable)
+        assert unable.keys() == {"deaf, image", "deaf, text"} and not deaf.kinds()
         rows, _ = measure([ratchet, raw], grid, "tiny", server.pids)
         assert raw.describe().keys() == {"engine", "precision"}
     assert least.keys() == {"ratchet_image", "ratchet_text"}

@@ -14,7 +14,7 @@ from PIL import Image
 from ops.settings import Serve
 from serving.engines.preprocess import Preprocess
 from serving.http.errors import ApiError
-from serving.http.image_loader import ImageLoader, decoding_pixels
+from serving.http.image_loader import ImageLoader, decoding_pixels, jobs_of
 from streams.images import OpenedImage, decode_image, open_image
 from tests.unit.serving.scripted_vlms import png
 
@@ -70,6 +70,22 @@ async def test_requests_over_the_pixels_that_may_wait_are_told_to_come_back(monk
     go.set()
     await asyncio.gather(first, second)
     assert images.queue.pixels == 0
+
+
+async def test_many_small_images_are_decoded_in_few_jobs_and_keep_their_order() -> None:
+    images = loader()
+    sides = [(20, 20 + number) for number in range(16)]
+    inspected = await images.inspect([(f"images.{index}", png(*size)) for index, size in enumerate(sides)])
+    assert [len(job) for job in jobs_of(inspected)] == [4, 4, 4, 4]
+    assert [len(job) for job in jobs_of(inspected[:2])] == [1, 1], "each thread has one"
+    together = await images.decode(inspected)
+    alone = [(await images.pixels([("image", png(*size))]))[0] for size in sides]
+    assert np.array_equal(together, alone)
+
+
+async def test_a_large_image_is_a_job_of_its_own() -> None:
+    inspected = await loader().inspect([("images.0", png(1500, 1400)), *[("images.1", png(9, 9))] * 7])
+    assert [len(job) for job in jobs_of(inspected)] == [1, 2, 2, 2, 1]
 
 
 def test_a_progressive_jpeg_counts_once_for_every_ten_scans() -> None:

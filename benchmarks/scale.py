@@ -1,0 +1,197 @@
+"""``ratchet bench scale``: requests a second from one, two and three encoder nodes, by an engine that sleeps.
+
+A Ray cluster on this machine: a head with ingress, catalog and controller, and nodes with one encoder each, which join
+while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: what grows is
+what the server carries, and what a request costs beside the encoders is the cost of its control plane.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.bench_home import bench_home, clip_base
+from benchmarks.encode.generator import LoadResult, Order
+from benchmarks.encode.sides import ENCODER, cpu_seconds, ratchet_template
+from benchmarks.figures_table import show_figures
+from benchmarks.line_worker import LineWorker
+from benchmarks.machine import machine
+from benchmarks.serving.session_processes import session_pids
+from ops.addresses import free_port
+from ops.errors import ConfigError, RatchetError
+from ops.ledger import Ledger
+from ops.load.traffic import percentile
+from ops.progress import say, step
+from ops.settings import Settings
+from ops.waiting import wait_until
+from serving.app import application
+from serving.client import Client
+from serving.engines.clip import ClipEngine
+from serving.ray import loopback, ray_session
+from serving.ray.deployment_status import read_statuses
+from serving.ray.ray_session import OBJECT_STORE_BYTES
+from serving.ray.ray_start import deploy, start_ray
+from serving.releases.broadcast import APP
+from serving.replicas.encoder import Encoder
+
+NODES, MOST_NODES = 3, 16
+PASS_SECONDS: Final = 0.1
+"""Of one forward pass, whatever it holds."""
+TEXTS_A_PASS: Final = 4
+CALLERS_A_NODE: Final = 16
+"""Four passes: a queue is never empty, however a burst is spread."""
+WARM_SECONDS: Final = 3.0
+START_SECONDS: Final = 120.0
+A_NODE: Final = {"encoder": 1}
+"""Ray's resources of a node."""
+ON_A_NODE: Final = {"num_cpus": 0, "resources": A_NODE}
+
+
+class SleepingEngine(ClipEngine):
+    """Answers with the same vectors after :data:`PASS_SECONDS`."""
+
+    def _raw_images(self, resident: object, pixels: np.ndarray) -> np.ndarray:
+        return self._slept(len(pixels))
+
+    def _raw_texts(self, resident: object, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        return self._slept(len(rows))
+
+    def _slept(self, count: int) -> np.ndarray:
+        time.sleep(PASS_SECONDS)
+        return np.ones((count, self.base.dim), np.float32)
+
+
+class SleepingEncoder(Encoder):
+    """One on each node."""
+
+    def make_engine(self, settings: Settings) -> ClipEngine:
+        """See :class:`Encoder`."""
+        return SleepingEngine.of(settings)
+
+
+def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[str, Any]:
+    """Measure on a home of its own with the settings' CLIP. Returns the figures.
+
+    Raises RatchetError when the server or a node does not start.
+    """
+    without_vlm = settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
+    with (
+        tempfile.TemporaryDirectory(prefix="ratchet-bench-", ignore_cleanup_errors=True) as folder,
+        ExitStack() as stack,
+    ):
+        ours = bench_home(
+            without_vlm, Path(folder) / "home", clip_base(settings, settings.base.clip), port=free_port(),
+            host="127.0.0.1", operator_key=None, max_batch=1, encoder_threads=1, cache_bytes=0, caller_share=1.0,
+        )  # fmt: skip
+        Ledger.open(ours.ledger).close()
+        generator = stack.enter_context(LineWorker("benchmarks.encode.generator"))
+        with step("starting Ray"):
+            address = stack.enter_context(_head(ours))
+        rows = []
+        for count in range(1, nodes + 1):
+            with step(f"{count} encoder nodes"):
+                stack.enter_context(_node(address, Path(folder) / f"node-{count}.log"))
+                encoders: dict[str, Any] = {"num_replicas": count, "ray_actor_options": ON_A_NODE}
+                deploy(application(ours, SleepingEncoder, **encoders), APP, ours.serve)
+                _wait_for(ours, count)
+            rows.append({"nodes": count, **_measure(ours, generator, count, seconds)})
+            say(f"{count} encoder nodes: {rows[-1]['requests_per_second']} requests/s")
+    one = rows[0]["requests_per_second"]
+    scales = {f"scale_{row['nodes']}": round(row["requests_per_second"] / one, 3) for row in rows[1:]}
+    return {
+        **scales, "control_ms_per_request": rows[-1]["control_ms_per_request"],
+        "failed": sum(row["failed"] for row in rows), "pass_seconds": PASS_SECONDS, "texts_per_pass": TEXTS_A_PASS,
+        "growth": rows, "machine": machine(),
+    }  # fmt: skip
+
+
+@contextmanager
+def _head(settings: Settings) -> Iterator[str]:
+    """A Ray session of this process, whose node has no encoders; its address."""
+    settings.operator_key()
+    folder = ray_session.session_directory(settings)
+    held = ray_session.lock(folder)
+    try:
+        ray_session.prepare_environment(settings)
+        start_ray(folder, settings.serve)
+        import ray
+        from ray import serve
+
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    finally:
+        ray_session.end_leftovers(folder)
+        os.close(held)
+
+
+@contextmanager
+def _node(address: str, log: Path) -> Iterator[None]:
+    """A node for one encoder, beside the head at its address, with ports of its own."""
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--block", f"--address={address}",
+        f"--node-ip-address={loopback.NODE}", "--num-cpus=0", "--num-gpus=0", f"--resources={json.dumps(A_NODE)}",
+        f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats",
+    ]  # fmt: skip
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL) as node:
+        try:
+            yield
+        finally:
+            node.terminate()
+
+
+def _wait_for(settings: Settings, nodes: int) -> None:
+    """Return when so many encoders answer. Raises RatchetError."""
+
+    def are_running() -> bool:
+        status = read_statuses(APP).get("Encoder")
+        return status is not None and status.running == nodes
+
+    with Client(settings.serve.url) as client:
+        if not wait_until(lambda: are_running() and client.is_ready(), START_SECONDS):
+            raise RatchetError(f"{nodes} encoders did not start in {START_SECONDS:.0f} s.", "See Ray's log.")
+
+
+def _measure(settings: Settings, generator: LineWorker, nodes: int, seconds: float) -> dict[str, Any]:
+    """Texts from :data:`CALLERS_A_NODE` callers for each node."""
+    url, template = f"{settings.serve.url}/v1/embeddings", ratchet_template("text")
+
+    def ask(length: float) -> LoadResult:
+        return LoadResult(**generator.ask(asdict(Order(url, template, "text", 1, CALLERS_A_NODE * nodes, length))))
+
+    ask(WARM_SECONDS)
+    encoders = set(session_pids(settings, ENCODER))
+    others = [pid for pid in session_pids(settings) if pid not in encoders]
+    before = cpu_seconds(others)
+    load = ask(seconds)
+    spent, requests = cpu_seconds(others) - before, max(1, len(load.latencies))
+    return {
+        "requests_per_second": round(len(load.latencies) / load.seconds, 1), "failed": load.failed,
+        "p50": round(percentile(load.latencies, 0.5), 4), "p99": round(percentile(load.latencies, 0.99), 4),
+        "control_ms_per_request": round(1000 * spent / requests, 2), "encoders": len(encoders),
+    }  # fmt: skip
+
+
+def main(settings: Settings, arguments: Sequence[str]) -> None:
+    """``ratchet bench scale``."""
+    parser = argparse.ArgumentParser(prog="ratchet bench scale", description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--nodes", type=int, default=NODES, help=f"encoder nodes at most ({NODES})")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a measurement (10)")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.nodes <= MOST_NODES:
+        raise ConfigError(f"--nodes {options.nodes} is out of bounds.", f"Ask for 1 to {MOST_NODES}.")
+    show_figures("Encoder nodes, by an engine that sleeps", run(settings, options.nodes, options.seconds))
