@@ -39,6 +39,7 @@ from ops.waiting import wait_until
 from serving.app import application
 from serving.client import Client
 from serving.engines.clip import ClipEngine
+from serving.messages import IMAGE_COST, TEXT_COST
 from serving.ray import loopback, ray_session
 from serving.ray.deployment_status import read_statuses
 from serving.ray.ray_session import OBJECT_STORE_BYTES
@@ -49,7 +50,8 @@ from serving.replicas.encoder import Encoder
 NODES, MOST_NODES = 3, 16
 PASS_SECONDS: Final = 0.1
 """Of one forward pass, whatever it holds."""
-TEXTS_A_PASS: Final = 4
+TEXTS_A_PASS: Final = IMAGE_COST // TEXT_COST
+"""What fits beside each other where a batch is of one image."""
 CALLERS_A_NODE: Final = 16
 """Four passes: a queue is never empty, however a burst is spread."""
 WARM_SECONDS: Final = 3.0
