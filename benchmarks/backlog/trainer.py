@@ -15,6 +15,7 @@ from benchmarks.process_memory import child_processes
 from ops.child_process import STOP_SECONDS, ChildProcess, ratchet_command, tail
 from ops.errors import RatchetError
 from ops.ledger import Ledger, UpdateRow
+from ops.ledger.learning import FINISHED
 from ops.settings import Settings
 
 POLL_SECONDS = 0.25
@@ -61,7 +62,7 @@ def watch(
                 seen.first_step_seconds = time.monotonic() - began
             known = {each.id for each in seen.updates}
             for update in reversed(ledger.updates()):
-                if update.id not in known and ledger.is_finished(update.id):
+                if update.id not in known and update.state in FINISHED:
                     seen.updates.append(update)
                     between(update)
                     last = time.monotonic()

@@ -128,7 +128,7 @@ def test_after_a_kill_nothing_is_lost_and_only_what_was_in_flight_is_sent_again(
     words = [word for flag in flags for word in ("--set", flag)]
     command = [sys.executable, "-m", "ops.cli.main", *words, "publish", str(file)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-        wait_for(lambda: any((settings.home / "publish").glob("*.json")), "the first file of progress")
+        wait_for(lambda: any((settings.home / "publish").glob("[!.]*.json")), "the first file of progress")
         killed.kill()
     report = publish(settings, file, resume=True)
     assert report.before >= SAVE_ROWS and report.delivered > 0
