@@ -52,8 +52,7 @@ class Encoder:
         self._source = ResidencySource.of(settings, ledger, "encoder", adapters.digests)
         with ThreadPoolExecutor(1, "start") as starting:  # its OpenMP threads end with it: see EncoderWorker
             engine = starting.submit(self.make_engine, settings).result()
-        replica = serve.get_replica_context().replica_tag
-        self.worker = EncoderWorker(engine, adapters, replica, settings.serve.encoder_replicas)
+        self.worker = EncoderWorker(engine, adapters, serve.get_replica_context().replica_tag)
         self._batches = FairBatches(self._run, settings.serve.max_batch * IMAGE_COST, settings.serve.batch_wait_seconds)
         self._adapters = adapters
         self._follower = ResidencyFollower("encoder", self._source.read, self._load, self._source.keep)

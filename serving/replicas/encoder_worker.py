@@ -38,8 +38,8 @@ log = logging.getLogger("ratchet.encoder")
 LOADING_NICE = 19
 """Of the thread that loads adapters and runs golden inputs; requests come first."""
 LOADING_SHARE = 0.25
-"""Of the time in which those threads of all encoders together compute while requests come: each slows down passes on
-other cores, too, by a fifth with ViT-B/32, which at three quarters of the capacity doubles the longest waits."""
+"""Of the time in which that thread computes while requests come: it slows down their passes on other cores, too, by a
+fifth with ViT-B/32, which at three quarters of the capacity doubles the longest waits."""
 PACED_SECONDS = 20.0
 """Of one load; then it goes on without rests. Operators wait for it."""
 BUSY_SECONDS = 1.0
@@ -51,14 +51,12 @@ BACKGROUND_COST = 4 * IMAGE_COST
 class EncoderWorker:
     """Encodes under named adapters; loads one that is asked for and not resident. Use from one event loop."""
 
-    def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str, encoders: int = 1) -> None:
-        """``encoders``: replicas of the server, which may all be on this machine, and load at the same time."""
+    def __init__(self, engine: ClipEngine, artifacts: AdapterFolders, replica: str) -> None:
         self.engine = engine
         self.artifacts = artifacts
         self.replica = replica
         self._compute = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),))
-        share = LOADING_SHARE / encoders
-        self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (share, self._loading_gives_way))
+        self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (self._loading_gives_way,))
         self._lock = threading.Lock()
         self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}
@@ -239,7 +237,7 @@ class EncoderWorker:
                 self.engine.unload(adapter)
 
 
-def _begin_loading(share: float, gives_way: Callable[[], bool]) -> None:
+def _begin_loading(gives_way: Callable[[], bool]) -> None:
     nice_thread(LOADING_NICE)
-    pace_thread(share, gives_way)
+    pace_thread(LOADING_SHARE, gives_way)
     torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.inputs import pictures
 from ops.testing.tiny import tiny_base
+from serving.engines.backends import EngineChoice, Precision
 from serving.http.classify import probabilities
 
 IMAGES, TEXTS, IDS = pictures(3), ("a cat", "a map"), ("a", "b", "c")
@@ -77,3 +79,14 @@ def test_probes_go_where_their_kind_is_answered() -> None:
     assert (CLASSIFY.path, SEARCH.path, CLASSIFY.family) == ("/v1/classify", "/v1/search", "clip")
     assert SEARCH.body == {"text": "a map", "k": 3}
     assert np.array_equal(SEARCH.items, (4,))
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "problem"),
+    [("float32", 0.0018, "differs"), ("bfloat16", 0.0018, ""), ("bfloat16", 0.064, "differs")],
+)
+def test_rounding_of_half_precision_is_no_other_release(precision: Precision, apart: float, problem: str) -> None:
+    """0.0018 is the most that batching changed in ViT-B-32, 0.064 the least that random adapters did."""
+    check = AnswerCheck.__new__(AnswerCheck)
+    check.vectors = SimpleNamespace(engine=SimpleNamespace(choice=EngineChoice("torch", precision)))  # type: ignore[assignment]
+    assert check._apart("release 1", np.zeros((1, 4)), np.full((1, 4), apart)).count("differs") == bool(problem)
