@@ -23,6 +23,11 @@ def clip_base(settings: Settings, name: str) -> ClipBase:
     return random_base(cache_folder(settings), name)
 
 
+def without_vlm(settings: Settings) -> Settings:
+    """The same, and no VLM is served."""
+    return settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
+
+
 def bench_home(settings: Settings, home: Path, clip: ClipBase, **serve: Any) -> Settings:
     """Settings of a new home: its CLIP is ``clip``, its VLM the settings' one where that is registered.
 

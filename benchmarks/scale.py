@@ -17,23 +17,21 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from benchmarks.bench_home import bench_home, clip_base
-from benchmarks.encode.generator import LoadResult, Order
-from benchmarks.encode.sides import ENCODER, cpu_seconds, ratchet_template
+from benchmarks.bench_home import bench_home, clip_base, without_vlm
+from benchmarks.encode.figures import rounded
+from benchmarks.encode.grid import Cell
+from benchmarks.encode.sides import HttpSide, ratchet_side
 from benchmarks.figures_table import show_figures
 from benchmarks.line_worker import LineWorker
 from benchmarks.machine import machine
-from benchmarks.serving.session_processes import session_pids
 from ops.addresses import free_port
 from ops.errors import ConfigError, RatchetError
 from ops.ledger import Ledger
-from ops.load.traffic import percentile
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.waiting import wait_until
@@ -89,17 +87,16 @@ def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[s
 
     Raises RatchetError when the server or a node does not start.
     """
-    without_vlm = settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
     with (
         tempfile.TemporaryDirectory(prefix="ratchet-bench-", ignore_cleanup_errors=True) as folder,
         ExitStack() as stack,
     ):
         ours = bench_home(
-            without_vlm, Path(folder) / "home", clip_base(settings, settings.base.clip), port=free_port(),
+            without_vlm(settings), Path(folder) / "home", clip_base(settings, settings.base.clip), port=free_port(),
             host="127.0.0.1", operator_key=None, max_batch=1, encoder_threads=1, cache_bytes=0, caller_share=1.0,
         )  # fmt: skip
         Ledger.open(ours.ledger).close()
-        generator = stack.enter_context(LineWorker("benchmarks.encode.generator"))
+        side = ratchet_side(ours, stack.enter_context(LineWorker("benchmarks.encode.generator")))
         with step("starting Ray"):
             address = stack.enter_context(_head(ours))
         rows = []
@@ -109,7 +106,7 @@ def run(settings: Settings, nodes: int = NODES, seconds: float = 10.0) -> dict[s
                 encoders: dict[str, Any] = {"num_replicas": count, "ray_actor_options": ON_A_NODE}
                 deploy(application(ours, SleepingEncoder, **encoders), APP, ours.serve)
                 _wait_for(ours, count)
-            rows.append({"nodes": count, **_measure(ours, generator, count, seconds)})
+            rows.append({"nodes": count, **_measure(side, count, seconds)})
             say(f"{count} encoder nodes: {rows[-1]['requests_per_second']} requests/s")
     one = rows[0]["requests_per_second"]
     scales = {f"scale_{row['nodes']}": round(row["requests_per_second"] / one, 3) for row in rows[1:]}
@@ -169,23 +166,14 @@ def _wait_for(settings: Settings, nodes: int) -> None:
             raise RatchetError(f"{nodes} encoders did not start in {START_SECONDS:.0f} s.", "See Ray's log.")
 
 
-def _measure(settings: Settings, generator: LineWorker, nodes: int, seconds: float) -> dict[str, Any]:
+def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
     """Texts from :data:`CALLERS_A_NODE` callers for each node."""
-    url, template = f"{settings.serve.url}/v1/embeddings", ratchet_template("text")
-
-    def ask(length: float) -> LoadResult:
-        return LoadResult(**generator.ask(asdict(Order(url, template, "text", 1, CALLERS_A_NODE * nodes, length))))
-
-    ask(WARM_SECONDS)
-    encoders = set(session_pids(settings, ENCODER))
-    others = [pid for pid in session_pids(settings) if pid not in encoders]
-    before = cpu_seconds(others)
-    load = ask(seconds)
-    spent, requests = cpu_seconds(others) - before, max(1, len(load.latencies))
+    cell = Cell("text", 1, CALLERS_A_NODE * nodes)
+    side.measure(cell, WARM_SECONDS)
+    turn = side.measure(cell, seconds)
     return {
-        "requests_per_second": round(len(load.latencies) / load.seconds, 1), "failed": load.failed,
-        "p50": round(percentile(load.latencies, 0.5), 4), "p99": round(percentile(load.latencies, 0.99), 4),
-        "control_ms_per_request": round(1000 * spent / requests, 2), "encoders": len(encoders),
+        "requests_per_second": round(turn.rate, 1), "failed": turn.failed, "p50": round(turn.p50, 4),
+        "p99": round(turn.p99, 4), "control_ms_per_request": rounded(turn.outside_ms, 2),
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.bench_home import bench_home, cache_folder, clip_base
+from benchmarks.bench_home import bench_home, cache_folder, clip_base, without_vlm
 from benchmarks.encode.figures import OURS, CellFigures, cell_figures, cpu_ms_per_request, ratios, show
 from benchmarks.encode.grid import CONCURRENCIES, ITEMS, KINDS, Grid, cells
 from benchmarks.encode.peers.servers import PEERS, Peer, openai_template
@@ -80,9 +80,8 @@ class ModelFigures:
 
 
 def _model(settings: Settings, base: ClipBase, peers: Sequence[str], grid: Grid, folder: Path) -> ModelFigures:
-    without_vlm = settings.model_copy(update={"base": settings.base.model_copy(update={"vlm": ""})})
     place: dict[str, Any] = {"port": free_port(), "host": "127.0.0.1", "operator_key": None}
-    ours = bench_home(without_vlm, folder / "home", base, **place, **ADMISSION)
+    ours = bench_home(without_vlm(settings), folder / "home", base, **place, **ADMISSION)
     config = write_settings(ours, folder / "ratchet.json")
     with ExitStack() as stack:
         unable: dict[str, str] = {}
