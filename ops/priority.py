@@ -42,11 +42,22 @@ def nice_thread(nice: int) -> None:
             os.setpriority(os.PRIO_PROCESS, thread, max(nice, os.getpriority(os.PRIO_PROCESS, thread)))
 
 
+def idle_thread() -> None:
+    """Let this thread compute only while nothing else does (Linux's SCHED_IDLE; elsewhere it keeps its priority). The
+    threads and processes that it starts inherit that, and none of them can go back.
+
+    A nice thread still ends its time slice, some milliseconds, when another one wakes up, and its core counts as busy
+    when Linux looks for one that is not. A request wakes up a dozen threads in turn.
+    """
+    if hasattr(os, "SCHED_IDLE"):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
 def pace_thread(share: float, gives_way: Callable[[], bool]) -> None:
     """Let this thread compute for at most ``share`` (0 to 1) of the time while ``gives_way()`` holds; it sleeps in
     :func:`breathe`.
 
-    Niceness alone gives way on a core, and not in the caches and the bandwidth of the memory, which all cores share.
+    Priority alone gives way on a core, and not in the caches and the bandwidth of the memory, which all cores share.
     """
     _pace.rest, _pace.gives_way, _pace.since = 1 / share - 1, gives_way, time.thread_time()
 

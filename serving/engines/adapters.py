@@ -251,36 +251,41 @@ def delta_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> Itera
 
 
 def effective_weights(adapter: Path | str | AdapterFiles, model: nn.Module) -> dict[str, torch.Tensor]:
-    """``W + s B A`` of each parameter that really differs from the model's, by parameter name.
+    """What :func:`merge` yields, all at once."""
+    return dict(merge(adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter), model))
+
+
+def merge(files: AdapterFiles, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """``W + s B A`` of each parameter that really differs from the model's, with the parameter's name. One at a time:
+    what is done with it at once finds it in the processor's cache.
 
     W is the model's own, or the one that the adapter replaces it with.
     Raises :class:`AdapterError` also when the sum overflows, or when a whole weight does not fit the model.
     """
-    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     parameters = dict(model.named_parameters())
     whole = whole_weights(files)
     for name, tensor in whole.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             shape = list(tensor.shape)
             raise AdapterError(f"Adapter {files.name}: the base has no parameter {name} {shape}.", _OTHER_BASE)
-    changed: dict[str, torch.Tensor] = {}
 
-    def note(name: str, merged: torch.Tensor, weight: torch.Tensor) -> None:
+    def differs(name: str, merged: torch.Tensor, weight: torch.Tensor) -> bool:
         breathe()
         if not is_finite(merged):
             raise AdapterError(f"The adapter makes {name} overflow.", "Do not release it.")
-        breathe()
-        if not torch.equal(merged, weight):
-            changed[name] = merged
+        return not torch.equal(merged, weight)
 
     for name, delta in delta_weights(files, model):
         weight = parameters[name].detach()
-        merged = whole.pop(name).to(weight.device, weight.dtype) if name in whole else weight
-        note(name, delta.to(weight.device, weight.dtype).add_(merged), weight)
+        replaced = whole.pop(name).to(weight.device, weight.dtype) if name in whole else weight
+        merged = delta.to(weight.device, weight.dtype).add_(replaced)
+        if differs(name, merged, weight):
+            yield name, merged
     for name, tensor in whole.items():
         weight = parameters[name].detach()
-        note(name, tensor.to(weight.device, weight.dtype), weight)
-    return changed
+        merged = tensor.to(weight.device, weight.dtype)
+        if differs(name, merged, weight):
+            yield name, merged
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

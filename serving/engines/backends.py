@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,10 @@ class Towers(Protocol):
 
 
 class Backend(Protocol):
-    """Makes towers. :meth:`towers` is called by one thread at a time, while others run what it made before."""
+    """Makes towers. Called by one thread at a time, while others run what it made before."""
 
-    def towers(self, changed: Mapping[str, torch.Tensor]) -> Towers:
-        """Towers in which these effective weights (float32, by parameter name) replace the base's."""
+    def convert(self, name: str, weight: torch.Tensor) -> Any:
+        """An effective weight (float32) in the form that :meth:`towers` takes for the parameter of this name."""
+
+    def towers(self, changed: Mapping[str, Any]) -> Towers:
+        """Towers in which these weights (from :meth:`convert`, by parameter name) replace the base's."""

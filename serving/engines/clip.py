@@ -24,7 +24,7 @@ from torch import nn
 from ops.errors import AdapterError
 from ops.priority import breathe
 from ops.settings import Settings
-from serving.engines.adapters import AdapterFiles, effective_weights, read_adapter
+from serving.engines.adapters import AdapterFiles, effective_weights, merge, read_adapter
 from serving.engines.backends import FLOAT32, EngineChoice, Towers
 from serving.engines.clip_base import ClipBase, load_base
 from serving.engines.conv_layout import ROWS
@@ -33,7 +33,7 @@ from serving.engines.engine_choice import choose_engine, make_backend
 from serving.engines.golden_inputs import GOLDEN_TEXTS, golden_pixels
 from serving.engines.processor import usable_cores
 from serving.engines.shared_weights import shell_of
-from serving.engines.spaces import Spaces
+from serving.engines.spaces import Spaces, tensor_digest
 from serving.engines.text_tower import GPU_BUCKET, TextWidths
 from serving.engines.tokens import pad_rows
 
@@ -110,10 +110,14 @@ class ClipEngine:
                     f"{directory} holds {files.name}, not {name}.", "Fetch the adapter again under its own name."
                 )
             files.check_base(self.base)
-            changed = effective_weights(files, self._model)
-            spaces = self.base.spaces_with(changed)
-            # A new dict, so that readers need no lock.
+            digests, changed = {}, {}
+            for parameter, weight in merge(files, self._model):
+                digests[parameter] = tensor_digest(parameter, weight)
+                changed[parameter] = self._backend.convert(parameter, weight)
+                breathe()
+            spaces = self.base.spaces_with(digests)
             towers = self._warmed(self._backend.towers(changed))
+            # A new dict, so that readers need no lock.
             self._residents = self._residents | {name: _Resident(towers, spaces, files)}
             return spaces
 

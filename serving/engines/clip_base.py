@@ -30,7 +30,6 @@ from serving.engines.spaces import Spaces, make_spaces, tensor_digests, tower_of
 from serving.engines.tokens import Tokenizer, make_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:  # most processes read only descriptions, and torch takes two seconds to import
-    import torch
     from torch import nn
 
 FORMAT = 1
@@ -72,8 +71,8 @@ class ClipBase:
         """Embedding spaces of the base alone."""
         return self.spaces_with({})
 
-    def spaces_with(self, changed: Mapping[str, torch.Tensor]) -> Spaces:
-        """Embedding spaces when these tensors (effective weights, by name) replace the base's."""
+    def spaces_with(self, changed: Mapping[str, str]) -> Spaces:
+        """Embedding spaces when effective weights with these digests (by name) replace the base's."""
         return make_spaces(
             self.tensors,
             self.preprocess.to_json(),
@@ -115,7 +114,7 @@ class ClipBase:
         """Hash every tensor on disk again (seconds per GB). Raises :class:`BaseModelError` at the first difference."""
         from safetensors.torch import load_file
 
-        digests = tensor_digests(load_file(self.directory / WEIGHTS))
+        digests = tensor_digests(load_file(self.directory / WEIGHTS).items())
         wrong = sorted(name for name in digests.keys() | self.tensors if digests.get(name) != self.tensors.get(name))
         if wrong:
             raise BaseModelError(
@@ -220,7 +219,7 @@ def save_base(
             "tokenizer_digest": tokenizer_digest(tokenizer_cfg, work),
             "context_length": int(text_cfg.get("context_length", 77)),
             "dim": int(model_cfg["embed_dim"]),
-            "tensors": tensor_digests(state),
+            "tensors": tensor_digests(state.items()),
         }
         digest = digest_json(described)
         described |= {

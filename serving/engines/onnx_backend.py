@@ -58,7 +58,11 @@ class OnnxBackend:
         self._torch = TorchBackend(model, base.preprocess, torch.device("cpu"))
         self._base_sessions = {tower: self._session(tower, {}) for tower in self._graphs}
 
-    def towers(self, changed: Mapping[str, torch.Tensor]) -> OnnxTowers:
+    def convert(self, name: str, weight: torch.Tensor) -> Any:
+        """See :meth:`Backend.convert`."""
+        return weight if tower_of(name) in self._graphs else self._torch.convert(name, weight)
+
+    def towers(self, changed: Mapping[str, Any]) -> OnnxTowers:
         """See :meth:`Backend.towers`. Compiles a tower that the adapter changes (seconds), and shares the other one."""
         sessions, size = dict(self._base_sessions), 0
         for tower in self._graphs:
@@ -67,7 +71,7 @@ class OnnxBackend:
                 sessions[tower] = self._session(tower, own)
                 count = sum(tensor.numel() for name, tensor in self._weights.items() if tower_of(name) == tower)
                 size += count * BYTES[self.precision]
-        return OnnxTowers(self, self._torch, dict(changed), sessions, size)
+        return OnnxTowers(self, self._torch, changed, sessions, size)
 
     def _session(self, tower: Tower, changed: Mapping[str, torch.Tensor]) -> Any:
         import onnxruntime as ort
@@ -93,13 +97,13 @@ class OnnxTowers:
         self,
         backend: OnnxBackend,
         fallback: TorchBackend,
-        changed: Mapping[str, torch.Tensor],
+        changed: Mapping[str, Any],
         sessions: Mapping[Tower, Any],
         size: int,
     ) -> None:
         self._preprocess = backend.base.preprocess
         self._sessions = sessions
-        missing = {name: tensor for name, tensor in changed.items() if tower_of(name) not in sessions}
+        missing = {name: weight for name, weight in changed.items() if tower_of(name) not in sessions}
         self._fallback = fallback.towers(missing) if len(sessions) < len(INPUT) else None
         self.bytes = size + (self._fallback.bytes if self._fallback is not None else 0)
 

@@ -8,7 +8,7 @@ it costs some milliseconds and no memory but for the weights that differ, and an
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
 import torch
@@ -25,6 +25,6 @@ def shell_of(model: nn.Module, changed: Mapping[str, torch.Tensor]) -> nn.Module
     return shell
 
 
-def private_bytes(changed: Mapping[str, torch.Tensor]) -> int:
-    """Bytes of memory that a shell needs for itself."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in changed.values())
+def private_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of memory that tensors need."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -7,7 +7,7 @@ leaves that tower's space alone, and then nothing of the catalog has to be embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -37,13 +37,16 @@ def tower_of(name: str) -> Tower | None:
     return "image" if name.split(".", 1)[0] == "visual" else "text"
 
 
-def tensor_digests(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """SHA-256 of each tensor (float32, row-major), by name."""
-    digests = {}
-    for name, tensor in tensors.items():
-        digests[name] = digest_tensor(name, _canonical(tensor))
-        breathe()
-    return digests
+def tensor_digest(name: str, tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor (float32, row-major)."""
+    digest = digest_tensor(name, tensor.float() if tensor.is_floating_point() else tensor)
+    breathe()
+    return digest
+
+
+def tensor_digests(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """The digests of tensors, by name."""
+    return {name: tensor_digest(name, tensor) for name, tensor in tensors}
 
 
 def make_spaces(
@@ -52,13 +55,13 @@ def make_spaces(
     tokenizer: str,
     context_length: int,
     dim: int,
-    changed: Mapping[str, torch.Tensor] | None = None,
+    changed: Mapping[str, str] | None = None,
 ) -> Spaces:
-    """Spaces of a base whose per-tensor digests are known; only ``changed`` tensors are hashed anew.
+    """Spaces of a base from the digests of its tensors, and of those that replace some of them.
 
     ``tokenizer`` is the digest of vocabulary and options; ``preprocess`` the JSON form of the image preprocessing.
     """
-    digests = dict(base_tensors) | tensor_digests(changed or {})
+    digests = dict(base_tensors) | dict(changed or {})
 
     def tower(which: Tower, how: Mapping[str, object]) -> str:
         weights = {name: digest for name, digest in digests.items() if tower_of(name) == which}
@@ -68,7 +71,3 @@ def make_spaces(
         image=tower("image", preprocess),
         text=tower("text", {"tokenizer": tokenizer, "context_length": context_length}),
     )
-
-
-def _canonical(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

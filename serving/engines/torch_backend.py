@@ -9,8 +9,8 @@ have fixed sizes, run from CUDA graphs (:mod:`cuda_graphs`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain, pairwise
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,10 @@ from serving.engines.packed_linear import PackedAttention, PackedLinear, can_pac
 from serving.engines.preprocess import Preprocess
 from serving.engines.shared_weights import private_bytes, shell_of
 from serving.engines.text_tower import encode_text
+
+Form = Literal["same", "plain", "packed"]
+"""As it is; in another precision; in oneDNN's layout, too."""
+Converted = dict[Form, torch.Tensor]
 
 
 class TorchBackend:
@@ -46,23 +50,30 @@ class TorchBackend:
         self.image_dtype = torch.float32 if cpu and is_convolutional(visual) else wanted
         self._packs = cpu and can_pack(wanted)
         self._model = model
-        self._weights = ConvertedWeights(model, wanted, device) if self._packs or precision != "float32" else None
+        self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
+        self._weights = ConvertedWeights(wanted, device) if self._packs or precision != "float32" else None
+        if self._weights is not None:
+            self._convert(shell_of(model, {}), self._weights)
 
     @property
     def keeps_model(self) -> bool:
         """Whether towers run the float32 model as it is."""
         return self._weights is None
 
-    def towers(self, changed: Mapping[str, torch.Tensor]) -> TorchTowers:
+    def convert(self, name: str, weight: torch.Tensor) -> Converted:
+        """See :meth:`Backend.convert`."""
+        if self._weights is not None and (converted := self._weights.convert_like(self._parameters[name], weight)):
+            return converted
+        return {"same": _channels_last(weight) if self.channels_last else weight}
+
+    def towers(self, changed: Mapping[str, Converted]) -> TorchTowers:
         """See :meth:`Backend.towers`."""
-        if self.channels_last:
-            changed = {key: _channels_last(value) for key, value in changed.items()}
-        shell = shell_of(self._model, changed) if changed or self._weights is not None else self._model
-        if self._weights is None:
-            return TorchTowers(self, shell, private_bytes(changed))
-        before = self._weights.private_bytes
-        self._convert(shell, self._weights)
-        return TorchTowers(self, shell, self._weights.private_bytes - before)
+        same = {name: forms["same"] for name, forms in changed.items() if "same" in forms}
+        shell = shell_of(self._model, same) if same or self._weights is not None else self._model
+        if self._weights is not None:
+            own = {self._parameters[name]: forms for name, forms in changed.items() if name not in same}
+            self._convert(shell, self._weights.replaced(own))
+        return TorchTowers(self, shell, sum(private_bytes(forms.values()) for forms in changed.values()))
 
     def _convert(self, shell: nn.Module, weights: ConvertedWeights) -> None:
         """Replace what a shell shares with the base by tensors of the wanted precision and layout."""
@@ -125,35 +136,40 @@ class _Passes:
 
 
 class ConvertedWeights:
-    """Tensors in another precision; those of the base are converted once and shared."""
+    """The base's tensors in another precision, each converted once for each form that is asked for."""
 
-    def __init__(self, base: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
-        self.private_bytes = 0
-        """Of all tensors that were converted and are not the base's."""
-        self._base = {id(tensor) for tensor in chain(base.parameters(), base.buffers())}
-        self._shared: dict[tuple[int, bool], torch.Tensor] = {}
+        self._converted: dict[torch.Tensor, Converted] = {}
 
     def plain(self, tensor: torch.Tensor) -> torch.Tensor:
         """Same layout. Integers keep their type."""
-        return self._once(tensor, packed=False)
+        return self._once(tensor, "plain")
 
     def packed(self, tensor: torch.Tensor) -> torch.Tensor:
         """oneDNN's layout of a matrix."""
-        return self._once(tensor, packed=True)
+        return self._once(tensor, "packed")
 
-    def _once(self, tensor: torch.Tensor, packed: bool) -> torch.Tensor:
-        key = id(tensor), packed
-        if key in self._shared:
-            return self._shared[key]
-        converted = tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
-        converted = pack(converted) if packed else converted
-        if id(tensor) in self._base:
-            self._shared[key] = converted
-        else:
-            self.private_bytes += converted.numel() * converted.element_size()
-        return converted
+    def convert_like(self, tensor: torch.Tensor, other: torch.Tensor) -> Converted:
+        """Another tensor in the forms that were asked for of this one."""
+        return {form: self._convert(other, form) for form in self._converted.get(tensor, ())}
+
+    def replaced(self, converted: Mapping[torch.Tensor, Converted]) -> ConvertedWeights:
+        """The same with others in place of some tensors."""
+        weights = ConvertedWeights(self.dtype, self.device)
+        weights._converted = self._converted | dict(converted)
+        return weights
+
+    def _once(self, tensor: torch.Tensor, form: Form) -> torch.Tensor:
+        forms = self._converted.setdefault(tensor, {})
+        if form not in forms:
+            forms[form] = self._convert(tensor, form)
+        return forms[form]
+
+    def _convert(self, tensor: torch.Tensor, form: Form) -> torch.Tensor:
+        plain = tensor.detach().to(self.device, self.dtype if tensor.is_floating_point() else None)
+        return pack(plain) if form == "packed" else plain
 
 
 def _convert(owner: nn.Module, weights: ConvertedWeights, packs: bool) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
-from ops.priority import nice_thread, pace_thread
+from ops.priority import idle_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import Prepared, cause_of
@@ -35,8 +35,6 @@ from serving.replicas.forward_health import ForwardHealth, is_persistent
 
 log = logging.getLogger("ratchet.encoder")
 
-LOADING_NICE = 19
-"""Of the thread that loads adapters and runs golden inputs; requests come first."""
 LOADING_SHARE = 0.25
 """Of the time in which that thread computes while requests come: it slows down their passes on other cores, too, by a
 fifth with ViT-B/32, which at three quarters of the capacity doubles the longest waits."""
@@ -238,6 +236,6 @@ class EncoderWorker:
 
 
 def _begin_loading(gives_way: Callable[[], bool]) -> None:
-    nice_thread(LOADING_NICE)
+    idle_thread()
     pace_thread(LOADING_SHARE, gives_way)
     torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from ops.errors import TrainingError
-from ops.priority import nice_process, nice_session
+from ops.priority import idle_thread, nice_process, nice_session
 from ops.progress import say
 
 QUIET_SECONDS = 60.0
@@ -44,14 +44,12 @@ def use_environment() -> None:
 def be_nice(nice: int, idle: bool = False) -> None:
     """Lower this process's priority to at least ``nice``, so that serving comes first. It never goes back up.
 
-    A nice process still ends its time slice, some milliseconds, when another one wakes up, and a request wakes up four
-    or five of them in turn. With ``idle`` it gives way at once (Linux's SCHED_IDLE); threads inherit that.
-
-    Parts run in sessions of their own, so the session gets the same niceness.
+    Parts run in sessions of their own, so the session gets the same niceness. ``idle``: see
+    :func:`ops.priority.idle_thread`.
     """
     nice_process(nice)
-    if idle and hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    if idle:
+        idle_thread()
     nice_session()
 
 

@@ -106,13 +106,16 @@ def test_a_convolutional_tower_stays_float32_on_a_processor_and_texts_are_halved
 
 
 def test_a_weight_of_the_base_is_converted_once() -> None:
-    model = nn.Linear(4, 4)
-    weights = ConvertedWeights(model, torch.bfloat16, torch.device("cpu"))
-    assert weights.plain(model.weight) is weights.plain(model.weight)
-    assert weights.private_bytes == 0
-    other = torch.ones(2, 4)
-    assert weights.plain(other) is not weights.plain(other)
-    assert weights.private_bytes == 2 * 2 * 4 * 2
+    weights = ConvertedWeights(torch.bfloat16, torch.device("cpu"))
+    weight, unused, other = torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)
+    assert weights.plain(weight) is weights.plain(weight)
+    assert weights.convert_like(unused, other) == {}
+    own = weights.convert_like(weight, other)
+    assert own.keys() == {"plain"}
+    replaced = weights.replaced({weight: own})
+    assert replaced.plain(weight) is own["plain"]
+    assert replaced.plain(unused).dtype == torch.bfloat16
+    assert weights.plain(weight).sum() == 0
 
 
 class CountingStep:
