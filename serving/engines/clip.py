@@ -81,7 +81,8 @@ class ClipEngine:
         self._model = model
         self._residents: dict[str, _Resident] = {}
         self._changing = threading.Lock()
-        self._none = _Resident(self._warmed(self._backend.towers({})), base.spaces, None)
+        self._none = _Resident(self._backend.towers({}), base.spaces, None)
+        self._warm(self._none.towers)
 
     @classmethod
     def of(cls, settings: Settings, base: ClipBase | None = None, threads: int | None = None) -> ClipEngine:
@@ -116,7 +117,9 @@ class ClipEngine:
                 changed[parameter] = self._backend.convert(parameter, weight)
                 breathe()
             spaces = self.base.spaces_with(digests)
-            towers = self._warmed(self._backend.towers(changed))
+            towers = self._backend.towers(changed)
+            if self.device.type == "cuda":
+                self._warm(towers)  # each adapter has graphs of its own; a processor's kernels know the shapes by now
             # A new dict, so that readers need no lock.
             self._residents = self._residents | {name: _Resident(towers, spaces, files)}
             return spaces
@@ -171,8 +174,8 @@ class ClipEngine:
         Raises :class:`AdapterError` when a vector is not finite or has no length.
         """
         resident = self._get(adapter)
-        pixels = golden_pixels(self.base.preprocess.size)
-        images = np.concatenate([self._golden_image(resident, image) for image in pixels])
+        images = self._raw_images(resident, golden_pixels(self.base.preprocess.size))
+        breathe()
         texts = self._raw_texts(resident, self.tokenizer.rows(list(GOLDEN_TEXTS)))
         for tower, raw in (("image", images), ("text", texts)):
             lengths = np.linalg.norm(raw, axis=1)
@@ -191,10 +194,6 @@ class ClipEngine:
             "cosines": [[round(float(v), 4) for v in row] for row in _unit(images) @ _unit(texts).T],
         }
 
-    def _golden_image(self, resident: _Resident, pixels: np.ndarray) -> np.ndarray:
-        breathe()
-        return self._raw_images(resident, pixels[None])
-
     def _get(self, adapter: str | None) -> _Resident:
         if adapter is None:
             return self._none
@@ -206,16 +205,13 @@ class ClipEngine:
             )
         return resident_adapter
 
-    def _warmed(self, towers: Towers) -> Towers:
+    def _warm(self, towers: Towers) -> None:
         """Run the shapes that requests will have: the first call of one chooses kernels, and captures a graph."""
         size = self.base.preprocess.size
         for count in SIZES if self.device.type == "cuda" else (1,):
             towers.images(np.zeros((count, size, size, 3), np.uint8))
             for width in sorted({self.widths.width(length) for length in WARM_LENGTHS}):
-                breathe()
                 towers.texts(torch.zeros(count, width, dtype=torch.long))
-            breathe()
-        return towers
 
     def _changed(self, resident: _Resident) -> Mapping[str, torch.Tensor]:
         return {} if resident.files is None else effective_weights(resident.files, self._model)

@@ -28,6 +28,7 @@ from ops import metrics
 from ops.errors import AdapterError, RatchetError
 from ops.priority import idle_thread, pace_thread
 from serving.engines.clip import ClipEngine
+from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
 from serving.releases.types import Prepared, cause_of
 from serving.replicas.adapter_cache import AdapterFolders
@@ -35,10 +36,11 @@ from serving.replicas.forward_health import ForwardHealth, is_persistent
 
 log = logging.getLogger("ratchet.encoder")
 
-LOADING_SHARE = 0.25
-"""Of the time in which that thread computes while requests come: it slows down their passes on other cores, too, by a
-fifth with ViT-B/32, which at three quarters of the capacity doubles the longest waits."""
-PACED_SECONDS = 20.0
+LOADING_SHARE = 0.05
+"""Of the machine's cores, computing while requests come, for the thread that loads adapters and runs golden inputs. It
+gives way at once on a core, and still slows down the passes on others: two replicas that load at a quarter of two cores
+make each pass of a ViT-B/32 a sixth longer, and the longest waits at half of the capacity a third."""
+PACED_SECONDS = 30.0
 """Of one load; then it goes on without rests. Operators wait for it."""
 BUSY_SECONDS = 1.0
 """Since the last pass: other requests may come."""
@@ -237,5 +239,5 @@ class EncoderWorker:
 
 def _begin_loading(gives_way: Callable[[], bool]) -> None:
     idle_thread()
-    pace_thread(LOADING_SHARE, gives_way)
+    pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)
     torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from pathlib import Path
@@ -300,6 +301,23 @@ async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
     await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
     assert await worker.load_missing(third) is None
     assert not rests
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
+async def test_a_load_gives_way_at_once_and_a_pass_does_not(
+    worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policies: list[int] = []
+    golden = worker.engine.golden
+
+    def noting(adapter: str | None) -> dict[str, Any]:
+        policies.append(os.sched_getscheduler(0))
+        return golden(adapter)
+
+    monkeypatch.setattr(worker.engine, "golden", noting)
+    assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
+    worker.prepare_at_start([None])
+    assert policies == [os.SCHED_IDLE, os.SCHED_OTHER]
 
 
 async def test_a_load_that_takes_long_rests_no_more(
