@@ -24,6 +24,7 @@ BENCHMARKS = {
     "soak": "benchmarks.soak",
     "step": "benchmarks.step",
     "swap": "benchmarks.swap",
+    "traces": "benchmarks.traces",
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ops.priority import breathe
+
 
 def has_plain_last_block(transformer: Any) -> bool:
     """Whether a transformer ends with open_clip's own block of self-attention, rows first."""
@@ -33,6 +35,7 @@ def through_blocks(
     *blocks, last = transformer.resblocks
     for block in blocks:
         hidden = block(hidden, attn_mask=mask)
+        breathe()  # a whole pass at once, of golden inputs, is longer than a request
     keys = last.ln_1(hidden)
     place = token[:, None, None].expand(-1, 1, hidden.shape[2])
     heads = None if mask is None else mask.to(keys.dtype)[token].repeat_interleave(last.attn.num_heads, 0)[:, None]

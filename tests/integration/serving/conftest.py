@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 from fastapi import FastAPI
 
+from benchmarks.otlp_collector import OtlpCollector
 from ops.settings import Serve
 from tests.integration.serving.server_fixture import ServerFixture
 from tests.support.in_process_app import MAX_IMAGE_BYTES, InProcessApp, open_in_process_app
@@ -28,12 +29,21 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFi
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def collector() -> Iterator[OtlpCollector]:
+    """What servers with a VLM send the spans of sampled requests to."""
+    with OtlpCollector() as made:
+        yield made
+
+
 @pytest.fixture(scope="session", params=["vllm", "transformers"])
 def shared_vlm_server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerFixture]:
     """A server with a VLM for each engine, one after the other; not started yet."""
-    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
+    server = ServerFixture.make(
+        tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, collector=collector.url, encoder_replicas=1
+    )
     server.add_samples(8)
     try:
         yield server

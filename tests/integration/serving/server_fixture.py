@@ -60,9 +60,10 @@ class ServerFixture:
 
     @classmethod
     def make(
-        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
+        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, collector: str = "", **serve: Any
     ) -> ServerFixture:
         """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
+        ``collector``: the URL for the spans of requests that a client has sampled.
 
         Without ``rollout`` nothing is guarded: the guard would take random adapters back.
         """
@@ -79,7 +80,9 @@ class ServerFixture:
         # Tests share a server: a rollback of one must not make the updates of the next one wait.
         guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
         watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
-        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
+        traces = {"endpoint": collector, "share": 0}
+        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch,
+                    "traces": traces}  # fmt: skip
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import traces
+from benchmarks.otlp_collector import OtlpCollector
 from ops.artifacts import Artifacts
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.client import ServerError, data_uri
@@ -189,6 +191,16 @@ def test_the_openai_client_chats_about_an_image_whole_and_streamed(server: Serve
     assert whole.usage is not None
     assert 0 < whole.usage.completion_tokens <= 8
     assert "vlm" in names
+
+
+def test_a_collector_gets_a_search_and_a_chat_from_http_to_the_engine(
+    server: ServerFixture, collector: OtlpCollector, tmp_path: Path
+) -> None:
+    picture = tmp_path / "traces.svg"
+    figures = traces.measure(server.url, collector, True, 2, picture)
+    assert {"intake", "queue", "forward", "search"} <= set(figures["search"]["names"])
+    assert {"intake", "inspect", "decode", "engine"} <= set(figures["chat"]["names"])
+    assert picture.read_text().count("ms</") > figures["search"]["spans"]
 
 
 def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFixture) -> None:
