@@ -12,7 +12,7 @@ import base64
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -114,9 +114,9 @@ def _trace(http: httpx.Client, collector: OtlpCollector, name: str, wanted: Sequ
     _ask(http, name, None)  # once before, so that no cache is cold and no kernel is chosen
     trace = secrets.token_hex(16)
     _ask(http, name, trace)
-    missing = lambda: set(wanted) - {span.name for span in collector.spans(trace)}  # noqa: E731
+    missing: Callable[[], set[str]] = lambda: set(wanted) - {span.name for span in collector.spans(trace)}  # noqa: E731
     # The span of the request itself ends last.
-    complete = lambda: not missing() and _request(collector.spans(trace)) is not None  # noqa: E731
+    complete: Callable[[], bool] = lambda: not missing() and _request(collector.spans(trace)) is not None  # noqa: E731
     if not wait_until(complete, PATIENCE_SECONDS, pause=0.1):
         raise RatchetError(
             f"the trace of a {name} lacks {', '.join(sorted(missing())) or 'its request'}.", "See its log."
@@ -152,7 +152,7 @@ def _cost(http: httpx.Client, searches: int) -> float:
     """Median time of a search that is sampled, over that of one that is not."""
     pairs = [(_ask(http, "search", secrets.token_hex(16)), _ask(http, "search", None)) for _ in range(searches)]
     traced, untraced = zip(*pairs, strict=True)
-    return round(median(traced) / median(untraced), 3)
+    return round(float(median(traced) / median(untraced)), 3)
 
 
 def _label(span: CollectedSpan) -> str:

@@ -318,7 +318,18 @@ class Updater(Section):
         default_factory=list, description="Folder datasets of the reference pool; unset: the shipped base's own."
     )
     seed: int = Field(0, ge=0, description="Seed of training.")
-    threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer.")
+    threads: int = Field(2, ge=1, le=256, description="CPU threads of the trainer, of each of its workers.")
+    workers: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Processes that take the steps of an update together, by Ray Train; with a GPU each where there are"
+        " GPUs. 1: the updater itself.",
+    )
+    ray_address: str = Field(
+        "",
+        description="Ray cluster for more workers than one, which sees home as this machine does; empty: this machine.",
+    )
     nice: int = Field(
         19, ge=0, le=19, description="Niceness of the trainer process; serving's models have 4, the rest of serving 0."
     )

@@ -48,8 +48,12 @@ class SampleStore:
     """
 
     def __init__(self, lake: str) -> None:
+        self.lake = lake
         self.table = SampleTable(lake)
         self.url = self.table.url
+
+    def __reduce__(self) -> tuple[type[SampleStore], tuple[str]]:
+        return SampleStore, (self.lake,)
 
     # -- versions and positions -------------------------------------------------------------------------------------
 

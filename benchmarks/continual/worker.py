@@ -18,7 +18,7 @@ from serving.engines.clip_base import load_base
 from updater.loop.process import StopSignal
 from updater.recipes import load_recipe
 from updater.training.checkpoint import write_json
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 FAILED = "failed.json"
 

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 
 from ops import metrics
 from ops.errors import AdapterError, RatchetError
-from ops.priority import idle_thread, pace_thread
+from ops.priority import idle_thread, nice_thread, pace_thread
 from serving.engines.clip import ClipEngine
 from serving.engines.processor import usable_cores
 from serving.messages import IMAGE_COST, TEXT_COST, EncodeRequest, EncodeResult, Modality
@@ -36,16 +37,23 @@ from serving.replicas.forward_health import ForwardHealth, is_persistent
 
 log = logging.getLogger("ratchet.encoder")
 
+LOADING_NICE = 19
+"""Of threads that load adapters and run golden inputs."""
 LOADING_SHARE = 0.05
-"""Of the machine's cores, computing while requests come, for the thread that loads adapters and runs golden inputs. It
-gives way at once on a core, and still slows down the passes on others: two replicas that load at a quarter of two cores
-make each pass of a ViT-B/32 a sixth longer, and the longest waits at half of the capacity a third."""
-PACED_SECONDS = 30.0
-"""Of one load; then it goes on without rests. Operators wait for it."""
+"""Of the machine's cores, for such a thread while requests come. It gives way at once on a core, and still slows down
+the passes on others: two replicas that load at a quarter of two cores make each pass of a ViT-B/32 a sixth longer, and
+the longest waits at half of the capacity a third."""
+PACED_SECONDS = 60.0
+"""Of one load; then it begins again without rests, and gives way no more than any nice thread. Operators wait for it,
+and where other processes take all cores, what gives way at once never ends."""
 BUSY_SECONDS = 1.0
 """Since the last pass: other requests may come."""
 BACKGROUND_COST = 4 * IMAGE_COST
 """Of one background chunk: at 12 ms an image, a request waits at most 50 ms for four of them."""
+
+
+class _Hurried(Exception):
+    """A load that gives way is to give way no more."""
 
 
 class EncoderWorker:
@@ -57,6 +65,7 @@ class EncoderWorker:
         self.replica = replica
         self._compute = ThreadPoolExecutor(1, "encode", torch.set_num_threads, (torch.get_num_threads(),))
         self._loading = ThreadPoolExecutor(1, "load", _begin_loading, (self._loading_gives_way,))
+        self._yielding = ThreadPoolExecutor(1, "load-idle", _begin_yielding, (self._check_patience,))
         self._lock = threading.Lock()
         self._probe_rows = engine.tokenizer.rows(["alive"])
         self._prepared: dict[str | None, Prepared] = {}
@@ -74,7 +83,12 @@ class EncoderWorker:
         """
         if (known := self._held(clip)) is not None:
             return known
-        return await asyncio.get_running_loop().run_in_executor(self._loading, self.prepare_now, clip)
+        loop = asyncio.get_running_loop()
+        self._paced_until = time.monotonic() + PACED_SECONDS
+        if self._loading_gives_way():
+            with suppress(_Hurried):
+                return await loop.run_in_executor(self._yielding, self.prepare_now, clip)
+        return await loop.run_in_executor(self._loading, self.prepare_now, clip)
 
     def prepare_at_start(self, clips: Iterable[str | None]) -> list[Prepared]:
         """Same for several, before anything is asked."""
@@ -84,11 +98,13 @@ class EncoderWorker:
         """Same, on the caller's thread."""
         if (known := self._held(clip)) is not None:
             return known
-        self._paced_until = time.monotonic() + PACED_SECONDS
         try:
             self._ensure(clip)
             self.engine.golden(clip)
             spaces = self.engine.spaces(clip)
+        except _Hurried:
+            self._drop(clip)
+            raise
         except Exception as error:
             self._drop(clip)
             reason = str(error) if isinstance(error, RatchetError) else f"{type(error).__name__}: {error}"[:500]
@@ -114,6 +130,12 @@ class EncoderWorker:
         now = time.monotonic()
         busy = self._waiting > 0 or now - self._last_pass < BUSY_SECONDS
         return busy and not self._hurrying and now < self._paced_until
+
+    def _check_patience(self) -> bool:
+        """The same for a load that gives way at once. Raises _Hurried where it may not any more."""
+        if self._hurrying or time.monotonic() >= self._paced_until:
+            raise _Hurried
+        return self._loading_gives_way()
 
     def status(self) -> dict[str, Any]:
         """What an operator wants to know of this replica."""
@@ -237,7 +259,12 @@ class EncoderWorker:
                 self.engine.unload(adapter)
 
 
-def _begin_loading(gives_way: Callable[[], bool]) -> None:
+def _begin_yielding(gives_way: Callable[[], bool]) -> None:
     idle_thread()
+    _begin_loading(gives_way)
+
+
+def _begin_loading(gives_way: Callable[[], bool]) -> None:
+    nice_thread(LOADING_NICE)
     pace_thread(min(1.0, LOADING_SHARE * usable_cores()), gives_way)
     torch.set_num_threads(1)  # of this thread, and of those that have not asked torch for anything so far

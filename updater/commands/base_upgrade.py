@@ -12,7 +12,7 @@ from ops.settings import Settings
 from streams.store import SampleStore
 from updater.loop.process import StopSignal, only_one
 from updater.loop.service import UpdaterService
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 from updater.upgrades.estimate import Plan, plan_of
 from updater.upgrades.replay import begin, cancel, plan_replay, unfinished
 

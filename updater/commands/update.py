@@ -9,7 +9,7 @@ from ops.settings import Settings
 from updater.loop.process import StopSignal, only_one
 from updater.loop.service import StepResult, UpdaterService
 from updater.recipes import Family, load_recipe
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 
 def run_update(

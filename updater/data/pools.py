@@ -161,9 +161,13 @@ class StoredExamples(Sequence[Example]):
         """``addresses``: uint64 [n], of rows in this version."""
         self.addresses = addresses
         self.family: Family = family
+        self._store, self._version = store, version
         columns = ["question", "answer"] if family == "vlm" else ["text"]
         self._words = _Pages(store, version, addresses, ["id", "label", "domain", *columns], WORDS_ROWS)
         self._images = _Pages(store, version, addresses, ["image"], IMAGE_ROWS)
+
+    def __reduce__(self) -> tuple[type[StoredExamples], tuple[SampleStore, int, np.ndarray, Family]]:
+        return StoredExamples, (self._store, self._version, self.addresses, self.family)
 
     def __len__(self) -> int:
         return len(self.addresses)

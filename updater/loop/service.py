@@ -53,6 +53,7 @@ from updater.scheduling.triggers import Ready, Reevaluate, Waiting
 from updater.step.learner import Base
 from updater.training.result import Limits, TrainResult, cost_of
 from updater.training.train import train
+from updater.training.workers import Workers
 from updater.upgrades.lineage import waits_for_base
 from updater.upgrades.replay import new_base, old_base
 
@@ -324,6 +325,7 @@ class UpdaterService:
                 scored=scored,
                 stop=self.stop,
                 duty_cycle=self._throttle,
+                workers=Workers.of(settings),
             )
         self._register(update, recipe, base, result)  # first: from then on the collector leaves its files alone
         self.artifacts.put_directory(result.directory, f"adapters/{result.adapter}")

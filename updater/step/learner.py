@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ops.errors import TrainingError
+from ops.errors import ConfigError, TrainingError
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 from updater import objectives, optimizers, regularizers
@@ -34,6 +34,7 @@ from updater.step.gradients import harmonized_backward, without_conflicts
 from updater.step.momentum import Momentum
 from updater.step.precision import computing, training_precision
 from updater.step.shards import Shards, Values, spans
+from updater.step.team import ALONE, Team
 
 Base = ClipBase | VlmBase
 E = TypeVar("E", Pair, Question)
@@ -79,11 +80,24 @@ class Learner(ABC, Generic[E]):
         self._start = {name: p.detach().clone() for name, p in self.parameters.items()} if started else None
         self.shards = Shards(Path(), (), (), self._fetch, self._compute_at_start)
         self.passes = CachedPasses(recipe.micro_batch)
+        self.team = ALONE
         self.extra = 0
         """Tokens that are added to each batch, see :meth:`padded`."""
         self._last: Batch | None = None
         self.left_out: list[int] = []
         """Rows that the last step left out for their conflicts, as :meth:`backward` was given them."""
+
+    def join(self, team: Team) -> None:
+        """Share the work of each step with other processes. Called before :meth:`prepare`, whose folder they share.
+
+        Raises ConfigError where the recipe needs the gradient of each term.
+        """
+        if team.size > 1 and self.recipe.gradients.harmonize:
+            raise ConfigError(
+                f"recipe {self.recipe.name!r} has gradients.harmonize, which several processes cannot share.",
+                "Set updater.workers to 1, or use another recipe.",
+            )
+        self.team = self.passes.team = team
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameters by the factor on their learning rate."""
@@ -125,7 +139,7 @@ class Learner(ABC, Generic[E]):
         layout = spans(self.parts, work.rows, CHUNK)
         self.begin(between)
         contents = [f"{work.key} {self.settled} {each.content}" for each in self.examples]
-        self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between)
+        self.shards = Shards(work.folder, layout, contents, self._fetch, self._compute_at_start, between, self.team)
 
     def begin(self, between: Callable[[], None]) -> None:
         """Called by :meth:`prepare` when the examples are known, before any shard is made."""
@@ -238,7 +252,10 @@ class Learner(ABC, Generic[E]):
             harmonized_backward([t.weight * value for t, value in alone], list(self.parameters.values()))
         else:
             loss.backward()  # type: ignore[no-untyped-call]
+            if self.team.rank:  # what does not come through the rows' outputs is the same in all processes
+                self.optimizer.zero_grad(set_to_none=True)
             self.passes.backward(after=self.model.restore)
+            self.team.add_gradients(self.parameters.values())
         self.model.restore()
         return float(loss.detach()), {term.name: float(value.detach()) for term, value in alone}
 

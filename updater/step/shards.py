@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ops.digests import digest_bytes
-from ops.errors import DiskFull
+from ops.errors import ConfigError, DiskFull
 from ops.files import replacing
 from updater.budget.flops import counted
+from updater.step.team import ALONE, Team
 
 RESERVE_BYTES = 256 << 20
 """What a shard leaves free on the disk: for checkpoints, the adapter, and the embedded ledger that may be beside it."""
@@ -81,6 +82,7 @@ class Shards:
             they need nothing.
         compute: the values of the rows, from what was fetched. All is counted.
         between: called after each shard that was made.
+        team: processes with the same folder; each makes some of the shards.
     """
 
     def __init__(
@@ -91,9 +93,10 @@ class Shards:
         fetch: Callable[[range], Any] | None,
         compute: Callable[[range, Any], Values],
         between: Callable[[], None] = lambda: None,
+        team: Team = ALONE,
     ) -> None:
         self.folder, self.layout, self.fetch, self.compute, self.between = folder, layout, fetch, compute, between
-        self.contents = contents
+        self.contents, self.team = contents, team
         self.gflops: dict[int, float] = {}
         """What each shard took that is there, by its number."""
         self.sizes: dict[int, int] = {}
@@ -108,12 +111,23 @@ class Shards:
         Raises:
             DiskFull: there is no room for one of them.
         """
-        for number in self.numbers(rows):
-            if number in self.gflops:
-                continue
-            if not self._find(number):
-                self._make(number)
-                self.between()
+        wanted = [number for number in self.numbers(rows) if number not in self.gflops]
+        if not wanted:
+            return
+        missing = self.team.agree([number for number in wanted if not self._find(number)])
+        for number in self.team.share(missing):
+            self._make(number)
+            self.between()
+        if self.team.size > 1 and missing:
+            self.team.wait()
+            lost = [
+                self.layout[number].name for number in wanted if number not in self.gflops and not self._find(number)
+            ]
+            if lost:
+                raise ConfigError(
+                    f"{self.folder} lacks {lost[0]}, which another process of this update has made.",
+                    "Processes that train one update need one file system for home.",
+                )
 
     def numbers(self, rows: Sequence[int]) -> list[int]:
         """Numbers of the shards that hold these rows."""

@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from updater.merging import merged
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
+from updater.step.team import ALONE, Team
 from updater.training.carry_over import CarryOver
 from updater.training.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
 from updater.training.linesearch import Scored, check_searchable, search
@@ -45,13 +47,10 @@ from updater.training.measure import measure
 from updater.training.result import Estimate, Limits, TrainResult
 from updater.training.run_precision import run_precision
 from updater.training.schedules import learning_rate
+from updater.training.workers import Control, Stopped, Workers
 
 MEASURED = 100
 """Batches whose mean length a step's cost follows from."""
-
-
-class Stopped(Exception):
-    """Training was asked to stop; what was done is in the checkpoint."""
 
 
 def train(
@@ -69,6 +68,7 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     duty_cycle: Callable[[], float] = lambda: 1.0,
     device: str | None = None,
+    workers: Workers | None = None,
 ) -> TrainResult:
     """Train one update.
 
@@ -80,6 +80,7 @@ def train(
         scored: scores merged adapters, for recipes whose merge searches its weight.
         stop: asked between steps; True ends in a checkpoint and :class:`Stopped`.
         duty_cycle: asked between steps for the share of ``limits.duty_cycle`` that may be used just now.
+        workers: processes that take the steps in place of this one.
 
     Raises:
         TrainingError: the loss is not finite, or nothing is new; nothing is written.
@@ -93,12 +94,41 @@ def train(
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = read_delta(incumbent, base) if incumbent else {}
     received = CarryOver.read(carry_over) if carry_over else CarryOver()
+    settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
+    course = partial(
+        _Run, base, settled, pools, start, received, seed, limits, out_dir, work_dir, stop, duty_cycle, place, run
+    )
+    with _reproducible(limits.threads):
+        if workers is not None:
+            course().measure()
+            steps = partial(
+                take_steps, base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir,
+                carry_over=carry_over,
+            )  # fmt: skip
+            workers.run(steps, work_dir, stop, duty_cycle)
+        return course().go(scored)
+
+
+def take_steps(
+    base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, team: Team, control: Control, *, seed: int,
+    limits: Limits, work_dir: Path, carry_over: Path | None,
+) -> None:  # fmt: skip
+    """What each process of a team does of :func:`train`, after its caller has measured a step: take all steps. What
+    they come to is in the checkpoint.
+
+    Raises: what :func:`train` does.
+    """
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    start = read_delta(incumbent, base) if incumbent else {}
+    received = CarryOver.read(carry_over) if carry_over else CarryOver()
     recipe, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
     with _reproducible(limits.threads):
         course = _Run(
-            base, recipe, pools, start, received, seed, limits, out_dir, work_dir, stop, duty_cycle, place, run
-        )
-        return course.go(scored)
+            base, recipe, pools, start, received, seed, limits, work_dir, work_dir, control.stop, control.duty_cycle,
+            place, run, team,
+        )  # fmt: skip
+        course.told = control.tell
+        course.steps_only()
 
 
 def estimate(
@@ -138,8 +168,11 @@ class _Run:
     def __init__(
         self, base: Base, recipe: Recipe, pools: Pools, served: WeightDelta, received: CarryOver, seed: int,
         limits: Limits, out_dir: Path, work_dir: Path, stop: Callable[[], bool], duty_cycle: Callable[[], float],
-        device: str, run: str,
+        device: str, run: str, team: Team = ALONE,
     ) -> None:  # fmt: skip
+        self.team = team
+        self.told: Callable[[str], None] = lambda line: None
+        """Called after each step."""
         self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
         self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
         starts = {"served": served, "trained": received.start or served, "base": {}}
@@ -157,6 +190,20 @@ class _Run:
         """Measure, plan the steps and the rows that they visit, step, and write the adapter."""
         try:
             return self._go(scored)
+        finally:
+            self.learner.close()
+
+    def measure(self) -> None:
+        """Only measure what a step costs; it is kept in the work folder."""
+        try:
+            self._planned()
+        finally:
+            self.learner.close()
+
+    def steps_only(self) -> None:
+        """All but what follows the last step."""
+        try:
+            self._all_steps()
         finally:
             self.learner.close()
 
@@ -188,19 +235,26 @@ class _Run:
         cost = self._cost()
         return cost, cost.steps_within(self.limits.gflops, self._most_steps(cost), self._whole_plan())
 
-    def _go(self, scored: Scored | None) -> TrainResult:
-        learner = self.learner
+    def _all_steps(self) -> tuple[Cost, int, Progress]:
+        """Measure, plan the steps and the rows that they visit, and go on from the last checkpoint to the last step."""
         cost, steps = self._planned()
+        self.learner.join(self.team)
         self.pools, self.plan = self._drawn(steps)
         self.run = digest_json([self.run, self.pools.digest])
-        learner.prepare(self.pools.examples, self.pools.parts, self.work, self._between)
-        checkpoint = load_checkpoint(self.work_dir, self.run)
+        # Processes make different shards: none of them may stop by itself.
+        between = self._between if self.team.size == 1 else lambda: None
+        self.learner.prepare(self.pools.examples, self.pools.parts, self.work, between)
+        checkpoint = self.team.agree(load_checkpoint(self.work_dir, self.run))
         progress = Progress(self.run, 0, steps, 0.0)
         if checkpoint is not None and checkpoint[1].steps == steps:
-            learner.load_state(checkpoint[0])
+            self.learner.load_state(checkpoint[0])
             progress = checkpoint[1]
             say(f"training goes on at step {progress.step} of {steps}")
-        progress = self._steps(progress)
+        return cost, steps, self._steps(progress)
+
+    def _go(self, scored: Scored | None) -> TrainResult:
+        learner = self.learner
+        cost, steps, progress = self._all_steps()
         learner.ready(self._visited(progress.step))  # all are there; those of an earlier attempt are counted, too
         learner.settle()
         trained = learner.model.delta()
@@ -321,6 +375,11 @@ class _Run:
         if isinstance(saved, dict) and saved.get("run") == self.run:
             with suppress(TypeError):  # an older version kept other fields
                 return Cost(**saved["cost"])
+        if self.team.size > 1:
+            raise ConfigError(
+                f"{path} has not what a step costs, which the updater has measured.",
+                "Processes that train one update need one file system for home.",
+            )
         examples = self.pools.examples
         self.learner.prepare(examples, self.pools.parts, self.work, self._between)
         batches = [self._rows(step) for step in range(min(self.recipe.max_steps, MEASURED))]
@@ -347,32 +406,38 @@ class _Run:
             self.learner.update(rate, step, progress.steps)
             for name, value in {"loss": loss, **terms}.items():
                 losses.setdefault(name, []).append(value)
-            metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
+            if self.team.rank == 0:
+                metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
+                self.told(f"step {step + 1} of {progress.steps}, loss {loss:.3f}")
             seconds = earlier + time.monotonic() - self.began
-            late = seconds > self.limits.seconds and step + 1 < progress.steps
+            late = self.team.agree(seconds > self.limits.seconds and step + 1 < progress.steps)
             progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)
             self.progress = progress
             if late:
                 say(f"training stops after {seconds:.0f} s at step {step + 1} of {progress.steps} (wall-clock bound)")
-                save_checkpoint(self.work_dir, self.learner.state(), progress)
+                self._save(progress)
                 break
             if (step + 1) % self.limits.checkpoint_steps == 0 or step + 1 == progress.steps:
-                save_checkpoint(self.work_dir, self.learner.state(), progress)
+                self._save(progress)
             self._between()
         self.progress = None  # what follows is done again by the next attempt
         return progress
 
     def _between(self) -> None:
         """Between steps and shards: end if asked to, and sleep for the share of time that is others'."""
-        if self.stop():
+        stop, share = self.team.agree((self.stop(), self.limits.duty_cycle * self.duty_cycle()))
+        if stop:
             if self.progress is not None:
-                save_checkpoint(self.work_dir, self.learner.state(), self.progress)
+                self._save(self.progress)
             raise Stopped
         worked = time.monotonic() - self.slept
-        share = self.limits.duty_cycle * self.duty_cycle()
         if share < 1:
             time.sleep(worked * (1 / share - 1))
         self.slept = time.monotonic()
+
+    def _save(self, progress: Progress) -> None:
+        if self.team.rank == 0:
+            save_checkpoint(self.work_dir, self.learner.state(), progress)
 
 
 def _refuse_non_finite(delta: WeightDelta, step: int) -> None:

@@ -41,9 +41,8 @@ def shared_vlm_server(
     request: pytest.FixtureRequest, collector: OtlpCollector, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerFixture]:
     """A server with a VLM for each engine, one after the other; not started yet."""
-    server = ServerFixture.make(
-        tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, collector=collector.url, encoder_replicas=1
-    )
+    server = ServerFixture.make(tmp_path_factory.mktemp("vlm-server"), vlm_engine=request.param, encoder_replicas=1)
+    server.configure(traces={"endpoint": collector.url, "share": 0})
     server.add_samples(8)
     try:
         yield server

@@ -60,10 +60,9 @@ class ServerFixture:
 
     @classmethod
     def make(
-        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, collector: str = "", **serve: Any
+        cls, home: Path, vlm_engine: str = "", rollout: dict[str, Any] | None = None, **serve: Any
     ) -> ServerFixture:
         """A home with a tiny base; nothing runs yet. ``vlm_engine``: what runs a tiny VLM; none when empty.
-        ``collector``: the URL for the spans of requests that a client has sampled.
 
         Without ``rollout`` nothing is guarded: the guard would take random adapters back.
         """
@@ -80,9 +79,7 @@ class ServerFixture:
         # Tests share a server: a rollback of one must not make the updates of the next one wait.
         guard = {"hold_after_rollback": False} | ({"guard_seconds": 0} if rollout is None else rollout)
         watch = {"seconds": 1.0, "drift_window": 10, "drift_reference": 20}
-        traces = {"endpoint": collector, "share": 0}
-        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch,
-                    "traces": traces}  # fmt: skip
+        settings = {"home": str(home), "base": bases, "serve": bounds | serve, "rollout": guard, "watch": watch}
         config.write_text(yaml.safe_dump(settings))
         return cls(load_settings(config, environ={}), base, config, vlm=vlm)
 
@@ -92,11 +89,14 @@ class ServerFixture:
         server = cls.make(home, **serve)
         (home / "up").mkdir()
         (home / "down" / "ledger.db").mkdir(parents=True)  # cannot be opened, as a database that is down
-        settings = yaml.safe_load(server.config.read_text()) | {"ledger_url": f"sqlite:///{home}/ledger/ledger.db"}
-        server.config.write_text(yaml.safe_dump(settings))
-        server.settings = load_settings(server.config, environ={})
+        server.configure(ledger_url=f"sqlite:///{home}/ledger/ledger.db")
         server.move_ledger("up")
         return server
+
+    def configure(self, **settings: Any) -> None:
+        """Change sections of the settings, before it starts."""
+        self.config.write_text(yaml.safe_dump(yaml.safe_load(self.config.read_text()) | settings))
+        self.settings = load_settings(self.config, environ={})
 
     def move_ledger(self, to: Literal["up", "down"]) -> None:
         """Turn the link through which everybody reaches the ledger, in one step."""

@@ -304,20 +304,28 @@ async def test_a_load_rests_while_requests_come_and_not_when_one_waits_for_it(
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="only Linux has it")
-async def test_a_load_gives_way_at_once_and_a_pass_does_not(
+async def test_while_requests_come_a_load_gives_way_at_once_until_it_has_waited_long_enough(
     worker: EncoderWorker, base: ClipBase, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first, second, third = (stored(base, artifacts, tmp_path, seed) for seed in (1, 2, 3))
     policies: list[int] = []
     golden = worker.engine.golden
 
     def noting(adapter: str | None) -> dict[str, Any]:
         policies.append(os.sched_getscheduler(0))
+        if adapter == third and len(policies) == 3:  # its time is over by now
+            worker._paced_until = 0.0
         return golden(adapter)
 
     monkeypatch.setattr(worker.engine, "golden", noting)
-    assert not (await worker.prepare(stored(base, artifacts, tmp_path, 1))).error
-    worker.prepare_at_start([None])
-    assert policies == [os.SCHED_IDLE, os.SCHED_OTHER]
+    for name in ("BUSY_SECONDS", "PACED_SECONDS"):
+        monkeypatch.setattr(encoder_worker, name, 600.0)
+    assert not (await worker.prepare(first)).error
+    await worker.encode([EncodeRequest("text", ids("x"), first, soon())])
+    assert not (await worker.prepare(second)).error
+    assert not (await worker.prepare(third)).error
+    assert policies == [os.SCHED_OTHER, os.SCHED_IDLE, os.SCHED_IDLE, os.SCHED_OTHER]
+    assert set(worker.engine.resident) == {first, second, third}
 
 
 async def test_a_load_that_takes_long_rests_no_more(

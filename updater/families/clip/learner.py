@@ -120,7 +120,7 @@ class ClipLearner(Learner[Pair]):
         names = [f"{term}-{'all' if example < 0 else self.parts[example]}" for example, _ in wanted]
         contents = [f"{self.work.key} {common.keep} {text}" for text in texts]
         layout = spans(names, {}, CHUNK)
-        shards = Shards(self.work.folder, layout, contents, None, compute, between)
+        shards = Shards(self.work.folder, layout, contents, None, compute, between, self.team)
         return ExtraTexts(texts, [example for example, _ in wanted], teachers, shards, common)
 
     def decode(self, example: Pair, image: bytes) -> np.ndarray:

@@ -18,7 +18,7 @@ from updater.data.pools import Pair, Pools
 from updater.families.clip.learner import ClipLearner
 from updater.step.learner import Work
 from updater.training.measure import SMALL
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 LAST = {"image": {"blocks": 1}, "text": {"blocks": 1}}
 

@@ -20,7 +20,7 @@ from updater.data.pools import Pair, Pools
 from updater.families.clip.learner import ClipLearner
 from updater.step.learner import AnyLearner, Learner
 from updater.training.checkpoint import load_checkpoint
-from updater.training.train import Stopped
+from updater.training.workers import Stopped
 
 
 @pytest.fixture(scope="module")

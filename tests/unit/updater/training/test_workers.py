@@ -1,0 +1,186 @@
+"""Several processes that train one update: what they come to, when one is killed, and when they are to stop."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray import cloudpickle
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2.api.exceptions import WorkerGroupError
+from torch import distributed
+
+from ops.addresses import free_port
+from ops.errors import ConfigError, TrainingError
+from ops.testing.tiny import tiny_base
+from serving.engines.clip_base import ClipBase
+from streams.store import SampleStore
+from tests.support.forked import ForkedProcess, import_ahead
+from tests.unit.updater.builders import LIMITS, recipe, run
+from updater.adapters import read_delta
+from updater.data.pools import StoredExamples
+from updater.families.clip.learner import ClipLearner
+from updater.step.learner import Learner
+from updater.step.team import Team, TorchTeam
+from updater.training.result import TrainResult
+from updater.training.workers import Control, Steps, Stopped, Workers, _told_by
+
+import_ahead("updater.training.train", "updater.families", "tests.unit.updater.builders")
+STEPS = 6
+PLAN = {"max_steps": STEPS, "batch_size": 9}  # of which one process has four rows, and the other one five
+EACH = replace(LIMITS, checkpoint_steps=1, threads=1)
+UPDATE = Learner.update
+Meddle = Callable[[Team], None]
+"""Called in each process before its steps."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> ClipBase:
+    return tiny_base(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def taken_elsewhere() -> Iterator[pytest.MonkeyPatch]:
+    """No step is taken in this process, unless a test says so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Learner, "update", lambda *_: pytest.fail("a step is taken here"))
+        yield patch
+
+
+class ForkedWorkers(Workers):
+    """The same processes and process group without Ray, which takes half a minute to start them."""
+
+    def __init__(self, meddle: Meddle = lambda team: None) -> None:
+        super().__init__(count=2, threads=1)
+        object.__setattr__(self, "meddle", meddle)
+
+    def _fit(self, steps: Steps, work_dir: Path) -> None:
+        work = cloudpickle.dumps((self.meddle, steps, work_dir))  # type: ignore[attr-defined]
+        port, logs = free_port(), work_dir.parent
+        processes = [ForkedProcess(logs / f"{rank}.log", _in_team, rank, port, work) for rank in range(self.count)]
+        for process in processes:
+            assert process.wait(300) == 0, process.output()
+
+
+def _in_team(rank: int, port: int, work: bytes) -> None:
+    meddle, steps, work_dir = pickle.loads(work)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    with suppress(Stopped):
+        meddle(TorchTeam())
+        steps(TorchTeam(), Control(work_dir))
+    distributed.destroy_process_group()
+
+
+class MortalWorkers(Workers):
+    """By Ray Train. The second process is killed in its third step, unless one was before."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(count=2, threads=1)
+        object.__setattr__(self, "mark", mark)
+
+    def run(self, steps: Steps, *args: Any, **options: Any) -> None:
+        super().run(partial(_mortal, self.mark, steps), *args, **options)  # type: ignore[attr-defined]
+
+
+def _mortal(mark: Path, steps: Steps, team: Team, control: Control) -> None:
+    update = Learner.update
+
+    def deadly(self: Learner[Any], *args: Any, **options: Any) -> None:
+        update(self, *args, **options)
+        if team.rank == 1 and args[1] == 2 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Learner.update = deadly  # type: ignore[method-assign]
+    steps(team, control)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    taken_elsewhere: pytest.MonkeyPatch, base: ClipBase, tmp_path_factory: pytest.TempPathFactory
+) -> TrainResult:
+    """By two processes."""
+    return run(
+        base, tmp_path_factory.mktemp("undisturbed"), recipe=recipe(**PLAN), limits=EACH, workers=ForkedWorkers()
+    )
+
+
+def test_two_processes_come_to_the_adapter_of_one(
+    base: ClipBase, tmp_path: Path, undisturbed: TrainResult, taken_elsewhere: pytest.MonkeyPatch
+) -> None:
+    with taken_elsewhere.context() as here:
+        here.setattr(Learner, "update", UPDATE)
+        alone = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH)
+    assert undisturbed.steps == alone.steps == STEPS
+    assert undisturbed.maf == alone.maf and undisturbed.visited == alone.visited
+    assert undisturbed.losses["loss"] == pytest.approx(alone.losses["loss"], abs=1e-5)
+    theirs, ours = (read_delta(result.directory, base) for result in (undisturbed, alone))
+    assert theirs.keys() == ours.keys() and ours
+    for name, part in ours.items():
+        torch.testing.assert_close(theirs[name].dense(), part.dense(), rtol=0, atol=1e-5)
+        assert part.dense().abs().max() > 1e-4, "what is compared was learned"
+
+
+def test_micro_batches_of_two_processes_come_to_the_same(
+    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
+) -> None:
+    result = run(base, tmp_path, recipe=recipe(**PLAN, micro_batch=2), limits=EACH, workers=ForkedWorkers())
+    assert result.losses["loss"] == pytest.approx(undisturbed.losses["loss"], abs=1e-5)
+
+
+def test_when_one_is_killed_ray_train_starts_all_again_and_they_end_in_the_same_adapter(
+    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
+) -> None:
+    mark = tmp_path / "killed"
+    result = run(base, tmp_path, recipe=recipe(**PLAN), limits=EACH, workers=MortalWorkers(mark))
+    assert mark.exists()
+    assert result.adapter == undisturbed.adapter
+    assert result.losses == undisturbed.losses
+
+
+def test_asked_to_stop_they_leave_a_checkpoint_and_go_on_from_it(
+    base: ClipBase, tmp_path: Path, undisturbed: TrainResult
+) -> None:
+    plan, control = recipe(**PLAN), tmp_path / "work" / "control.json"
+    with pytest.raises(Stopped):  # once they are about to begin
+        run(base, tmp_path, recipe=plan, limits=EACH, workers=ForkedWorkers(), stop=control.exists)
+    assert (tmp_path / "work" / "checkpoint.safetensors").exists()
+    result = run(base, tmp_path, recipe=plan, limits=EACH, workers=ForkedWorkers())
+    assert result.adapter == undisturbed.adapter
+    assert len(result.losses["loss"]) == STEPS
+
+
+def test_what_a_process_raised_is_told_and_not_that_others_waited_for_it_in_vain() -> None:
+    lost = RuntimeError("Connection closed by peer")
+    error = WorkerGroupError(
+        "both", {0: lost, 1: UserExceptionWithTraceback(TrainingError("it diverged.", "Slower."), "")}
+    )
+    told = _told_by(error)
+    assert isinstance(told, TrainingError) and told.fix == "Slower."
+    assert _told_by(WorkerGroupError("one", {0: lost})) is None
+
+
+def test_a_recipe_that_needs_each_terms_gradient_is_refused(base: ClipBase) -> None:
+    class Two(Team):
+        size = 2
+
+    learner = ClipLearner(base, recipe(gradients={"harmonize": True}), {}, 0)
+    with pytest.raises(ConfigError, match="harmonize") as caught:
+        learner.join(Two())
+    assert "updater.workers" in caught.value.fix
+
+
+def test_the_examples_of_a_draw_are_read_by_other_processes_from_the_same_version(tmp_path: Path) -> None:
+    drawn = StoredExamples(SampleStore(str(tmp_path)), 7, np.arange(3, dtype=np.uint64), "vlm")
+    again = pickle.loads(pickle.dumps(drawn))
+    assert (len(again), again.family, again._version, again._store.lake) == (3, "vlm", 7, str(tmp_path))

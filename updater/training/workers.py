@@ -1,0 +1,192 @@
+"""Several processes, and machines, that take the steps of one update, by Ray Train.
+
+It starts them, gives them a process group of torch, and ends all of them when one ends; then all are started again, and
+go on from the update's own checkpoint. What the updater tells them meanwhile is in a file of the work folder, which all
+of them see.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from ops.errors import RatchetError, TrainingError
+from ops.progress import say
+from ops.settings import Settings
+from updater.step.team import Team, TorchTeam
+from updater.training.checkpoint import read_json, write_json
+
+CONTROL: Final = "control.json"
+"""Written by the updater."""
+PROGRESS: Final = "progress.json"
+"""Written by the first worker."""
+LOOK_SECONDS: Final = 0.5
+"""Between two looks at it."""
+TELL_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 60.0
+"""For workers to come to the end of a step; what they do not save is done again."""
+ATTEMPTS: Final = 5
+"""Of workers that end without saying why (killed, out of memory, a node that is gone), one after the other."""
+Steps = Callable[[Team, "Control"], None]
+
+
+class Stopped(Exception):
+    """Training was asked to stop; what was done is in the checkpoint."""
+
+
+class Control:
+    """What the updater and its workers tell each other."""
+
+    def __init__(self, work_dir: Path) -> None:
+        self._path = work_dir / CONTROL
+        self._progress = work_dir / PROGRESS
+
+    def write(self, stop: bool, duty_cycle: float) -> None:
+        """Tell the workers."""
+        write_json(self._path, {"stop": stop, "duty_cycle": duty_cycle})
+
+    def stop(self) -> bool:
+        """Whether to end."""
+        return bool(self._read().get("stop", False))
+
+    def duty_cycle(self) -> float:
+        """Share of the time that may be used."""
+        return float(self._read().get("duty_cycle", 1.0))
+
+    def tell(self, line: str) -> None:
+        """Tell the updater how far it is."""
+        write_json(self._progress, line)
+
+    def told(self) -> str:
+        """What was told last; empty before that."""
+        return str(read_json(self._progress) or "")
+
+    def _read(self) -> dict[str, Any]:
+        values = read_json(self._path)
+        return values if isinstance(values, dict) else {}
+
+
+@dataclass(frozen=True)
+class Workers:
+    """``count`` processes of ``threads`` threads each, with a GPU each where ``gpus`` says so."""
+
+    count: int
+    threads: int
+    gpus: bool = False
+    address: str = ""
+    """Of a Ray cluster; empty: one that begins and ends with the call, on this machine."""
+
+    @classmethod
+    def of(cls, settings: Settings) -> Workers | None:
+        """What the settings ask for; None: this process alone."""
+        updater = settings.updater
+        if updater.workers == 1:
+            return None
+        return cls(updater.workers, updater.threads, torch.cuda.is_available(), updater.ray_address)
+
+    def run(
+        self, steps: Steps, work_dir: Path, stop: Callable[[], bool] = lambda: False,
+        duty_cycle: Callable[[], float] = lambda: 1.0,
+    ) -> None:  # fmt: skip
+        """Take all steps of an update.
+
+        Args:
+            steps: what each process does; called with the whole of them.
+            work_dir: of the update; on a file system that all of them see.
+
+        Raises:
+            Stopped: ``stop()``; what was done is in the checkpoint.
+            RatchetError: what a worker raised; TrainingError: they ended again and again.
+        """
+        control = Control(work_dir)
+        control.write(False, duty_cycle())
+        failures: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                self._fit(steps, work_dir)
+            except BaseException as error:
+                failures.append(error)
+
+        fitting = threading.Thread(target=fit, name="ray-train", daemon=True)
+        fitting.start()
+        told, patience = time.monotonic(), math.inf
+        while fitting.is_alive() and time.monotonic() < patience:
+            if patience == math.inf and stop():
+                patience = time.monotonic() + STOP_SECONDS
+            control.write(patience < math.inf, duty_cycle())
+            fitting.join(LOOK_SECONDS)
+            if time.monotonic() - told > TELL_SECONDS and (line := control.told()):
+                say(f"training: {line}")
+                told = time.monotonic()
+        if failures:
+            raise failures[0]
+        if patience < math.inf:
+            raise Stopped
+
+    def _fit(self, steps: Steps, work_dir: Path) -> None:
+        import ray
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        begins = not ray.is_initialized()
+        if begins:
+            local: dict[str, Any] = {"num_cpus": self.threads * self.count, "include_dashboard": False}
+            options = {"address": self.address} if self.address else {"address": "local", **local}
+            ray.init(log_to_driver=False, configure_logging=False, **options)
+        try:
+            for attempt in range(1, ATTEMPTS + 1):
+                say(f"training in {self.count} processes" + (f", attempt {attempt}" if attempt > 1 else ""))
+                try:
+                    self._trainer(steps, work_dir).fit()
+                except TrainingFailedError as error:
+                    if (cause := _told_by(error)) is not None:
+                        raise cause from error
+                    say(f"a training process ended: {str(error).splitlines()[-1][:200]}")
+                else:
+                    return
+        finally:
+            if begins:
+                ray.shutdown()
+        raise TrainingError(
+            f"training processes ended {ATTEMPTS} times without saying why.",
+            "Look for `Out of memory` in the system's log; lower updater.workers, or the recipe's micro_batch.",
+        )
+
+    def _trainer(self, steps: Steps, work_dir: Path) -> Any:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources: dict[str, float] = {"CPU": self.threads, "GPU": int(self.gpus)}
+        return TorchTrainer(
+            _work,
+            train_loop_config={"steps": steps, "work_dir": work_dir.resolve(), "cwd": Path.cwd()},
+            scaling_config=ScalingConfig(num_workers=self.count, use_gpu=self.gpus, resources_per_worker=resources),
+            run_config=RunConfig(name="train", storage_path=str((work_dir / "ray").resolve())),
+            torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
+        )
+
+
+def _work(config: dict[str, Any]) -> None:
+    os.chdir(config["cwd"])  # the settings' paths may be relative
+    with suppress(Stopped):
+        config["steps"](TorchTeam(), Control(config["work_dir"]))
+
+
+def _told_by(error: BaseException) -> RatchetError | None:
+    """What a worker raised of its own accord."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        each: BaseException | None = failure
+        while each is not None:
+            if isinstance(each, RatchetError):
+                return each
+            each = getattr(each, "_base_exc", None) or getattr(each, "cause", None) or each.__cause__
+    return None
