@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -264,17 +265,35 @@ def _event_id(position: str) -> str:
 
 def run_maintain(settings: Settings, once: bool = False, collect: Callable[[], object] | None = None) -> None:
     """Maintain the sample store until SIGTERM or SIGINT; or do one run. ``collect``: see :class:`Maintainer`."""
-    maintainer = Maintainer(settings, collect=collect)
-    try:
-        if once:
+    if once:
+        with closing(Maintainer(settings, collect=collect)) as maintainer:
             say(f"maintain: {maintainer.run_once()}")
-            return
-        stopping = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: stopping.set())
-        metrics.build.started("maintain")
-        metrics.listen("maintain", settings.maintain.metrics_port, settings.metrics_host)
+        return
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopping.set())
+    metrics.build.started("maintain")
+    metrics.listen("maintain", settings.maintain.metrics_port, settings.metrics_host)
+    if (ledger := wait_for_ledger(settings, stopping)) is None:
+        return
+    with closing(Maintainer(settings, ledger, collect=collect)) as maintainer:
         say(f"maintain: {maintainer.store.url}, every {settings.maintain.seconds:g} s")
         maintainer.run(stopping)
-    finally:
-        maintainer.close()
+
+
+def wait_for_ledger(settings: Settings, stopping: threading.Event) -> Ledger | None:
+    """The ledger, as soon as it can be used; None when that is waited for no more. Its disk may be full, which this
+    process is there to change.
+
+    Raises LedgerError where it is of another version.
+    """
+    last_error = ""
+    while not stopping.is_set():
+        try:
+            return Ledger.open(settings.ledger)
+        except LedgerUnavailable as error:
+            if str(error) != last_error:
+                last_error = str(error)
+                say(f"maintain waits: [yellow]{error}[/yellow]")
+            stopping.wait(settings.maintain.seconds)
+    return None

@@ -22,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,21 +92,15 @@ def train(
         Stopped: see ``stop``.
     """
     check_searchable(recipe, scored)
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    start = read_delta(incumbent, base) if incumbent else {}
-    received = CarryOver.read(carry_over) if carry_over else CarryOver()
-    settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
+    given: dict[str, Any] = {"seed": seed, "limits": limits, "work_dir": work_dir, "carry_over": carry_over}
     course = partial(
-        _Run, base, settled, pools, start, received, seed, limits, out_dir, work_dir, stop, duty_cycle, place, run
-    )
+        _Run.of, base, recipe, pools, incumbent, **given, out_dir=out_dir, stop=stop, duty_cycle=duty_cycle,
+        device=device,
+    )  # fmt: skip
     with _reproducible(limits.threads):
         if workers is not None:
             course().measure()
-            steps = partial(
-                take_steps, base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir,
-                carry_over=carry_over,
-            )  # fmt: skip
-            workers.run(steps, work_dir, stop, duty_cycle)
+            workers.run(partial(take_steps, base, recipe, pools, incumbent, **given), work_dir, stop, duty_cycle)
         return course().go(scored)
 
 
@@ -118,14 +113,10 @@ def take_steps(
 
     Raises: what :func:`train` does.
     """
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    start = read_delta(incumbent, base) if incumbent else {}
-    received = CarryOver.read(carry_over) if carry_over else CarryOver()
-    recipe, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
     with _reproducible(limits.threads):
-        course = _Run(
-            base, recipe, pools, start, received, seed, limits, work_dir, work_dir, control.stop, control.duty_cycle,
-            place, run, team,
+        course = _Run.of(
+            base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
+            stop=control.stop, duty_cycle=control.duty_cycle, team=team,
         )  # fmt: skip
         course.told = control.tell
         course.steps_only()
@@ -140,14 +131,8 @@ def estimate(
 
     Raises: what :func:`train` does before its first step.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    nothing = CarryOver()
-    recipe, run = _settled(base, recipe, pools, seed, None, nothing, work_dir, place)
     with _reproducible(limits.threads):
-        course = _Run(
-            base, recipe, pools, {}, nothing, seed, limits, work_dir, work_dir, lambda: False, lambda: 1.0, place, run
-        )
-        return course.estimate()
+        return _Run.of(base, recipe, pools, None, seed=seed, limits=limits, work_dir=work_dir, device=device).estimate()
 
 
 def _settled(
@@ -185,6 +170,23 @@ class _Run:
         self.progress: Progress | None = None
         self.began = time.monotonic()
         self.slept = self.began
+
+    @classmethod
+    def of(
+        cls, base: Base, recipe: Recipe, pools: Pools, incumbent: Path | None, *, seed: int, limits: Limits,
+        work_dir: Path, out_dir: Path | None = None, carry_over: Path | None = None,
+        stop: Callable[[], bool] = lambda: False, duty_cycle: Callable[[], float] = lambda: 1.0,
+        device: str | None = None, team: Team = ALONE,
+    ) -> _Run:  # fmt: skip
+        """From the arguments of :func:`train`."""
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        start = read_delta(incumbent, base) if incumbent else {}
+        received = CarryOver.read(carry_over) if carry_over else CarryOver()
+        settled, run = _settled(base, recipe, pools, seed, incumbent, received, work_dir, place)
+        return cls(
+            base, settled, pools, start, received, seed, limits, out_dir or work_dir, work_dir, stop, duty_cycle, place,
+            run, team,
+        )  # fmt: skip
 
     def go(self, scored: Scored | None) -> TrainResult:
         """Measure, plan the steps and the rows that they visit, step, and write the adapter."""

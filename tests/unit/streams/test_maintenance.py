@@ -16,7 +16,7 @@ from ops.ledger import DeletionRow, Ledger
 from ops.ledger import tables as t
 from ops.settings import Settings
 from streams import deletion, maintenance
-from streams.maintenance import LEASE, Maintainer
+from streams.maintenance import LEASE, Maintainer, wait_for_ledger
 from streams.rows import Position
 from streams.store import SampleStore
 from streams.writer import StoreWriter
@@ -389,6 +389,26 @@ def test_retention_does_not_rewrite_a_file_for_a_few_rows(maintainer: Maintainer
     assert maintainer.run_once().written == 0
     StoreWriter(store.table).remove("offset IN (1, 2)", "retention", "old")
     assert maintainer.run_once().written > 0
+
+
+def test_it_waits_for_a_ledger_whose_disk_is_full_and_ends_when_it_is_asked_to(
+    settings: Settings, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping, attempts = threading.Event(), 0
+
+    def full(url: str) -> Ledger:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 3:
+            return ledger
+        if attempts > 4:
+            stopping.set()
+        raise LedgerUnavailable(f"ledger {url} cannot be used: database or disk is full.")
+
+    monkeypatch.setattr(Ledger, "open", full)
+    soon = settings.model_copy(update={"maintain": settings.maintain.model_copy(update={"seconds": 0.01})})
+    assert wait_for_ledger(soon, stopping) is ledger
+    assert wait_for_ledger(soon, stopping) is None and attempts == 5
 
 
 def test_an_empty_store_is_maintained_too(settings: Settings, ledger: Ledger) -> None:
