@@ -91,21 +91,21 @@ def run(settings: Settings, searches: int = 200, picture: Path | None = None) ->
 def measure(url: str, collector: OtlpCollector, chats: bool, searches: int, picture: Path | None) -> dict[str, Any]:
     """The same on a server whose spans go to the collector, and whose ``traces.share`` is 0."""
     with httpx.Client(base_url=url, timeout=120) as http, step("requests"):
-        asked = [_trace(http, collector, "search", SEARCH)]
+        traces = [_trace(http, collector, "search", SEARCH)]
         if chats:
-            asked.append(_trace(http, collector, "chat", CHAT))
+            traces.append(_trace(http, collector, "chat", CHAT))
         cost = _cost(http, searches)
-    for trace in asked:
+    for trace in traces:
         _print(trace)
     figures: dict[str, Any] = {
         trace.name: {
             "spans": len(trace.spans), "names": sorted({_label(span) for span in trace.spans}),
             "seconds": round(max(end for *_, end in trace.rows()), 4),
         }
-        for trace in asked
+        for trace in traces
     }  # fmt: skip
     if picture is not None:
-        draw(asked, picture)
+        draw(traces, picture)
         figures["picture"] = str(picture)
     return {**figures, "traced_over_untraced": cost, "machine": machine()}
 

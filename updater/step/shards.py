@@ -26,7 +26,7 @@ from ops.digests import digest_bytes
 from ops.errors import ConfigError, DiskFull
 from ops.files import replacing
 from updater.budget.flops import counted
-from updater.step.team import ALONE, Team
+from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
 
 RESERVE_BYTES = 256 << 20
 """What a shard leaves free on the disk: for checkpoints, the adapter, and the embedded ledger that may be beside it."""
@@ -126,7 +126,7 @@ class Shards:
             if lost:
                 raise ConfigError(
                     f"{self.folder} lacks {lost[0]}, which another process of this update has made.",
-                    "Processes that train one update need one file system for home.",
+                    ONE_FILE_SYSTEM,
                 )
 
     def numbers(self, rows: Sequence[int]) -> list[int]:

@@ -8,12 +8,14 @@ whole batch; what they exchange next are the gradients of the parameters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
 T = TypeVar("T")
+ONE_FILE_SYSTEM: Final = "Processes that train one update need one file system for home."
+"""What to do where one does not see what another has written."""
 
 
 class Team:

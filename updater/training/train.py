@@ -40,7 +40,7 @@ from updater.merging import merged
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
-from updater.step.team import ALONE, Team
+from updater.step.team import ALONE, ONE_FILE_SYSTEM, Team
 from updater.training.carry_over import CarryOver
 from updater.training.checkpoint import Progress, load_checkpoint, read_json, save_checkpoint, write_json
 from updater.training.linesearch import Scored, check_searchable, search
@@ -118,7 +118,7 @@ def take_steps(
             base, recipe, pools, incumbent, seed=seed, limits=limits, work_dir=work_dir, carry_over=carry_over,
             stop=control.stop, duty_cycle=control.duty_cycle, team=team,
         )  # fmt: skip
-        course.told = control.tell
+        course.report = control.report
         course.steps_only()
 
 
@@ -156,7 +156,7 @@ class _Run:
         device: str, run: str, team: Team = ALONE,
     ) -> None:  # fmt: skip
         self.team = team
-        self.told: Callable[[str], None] = lambda line: None
+        self.report: Callable[[str], None] = lambda line: None
         """Called after each step."""
         self.recipe, self.served, self.limits, self.run = recipe, served, limits, run
         self.out_dir, self.work_dir, self.stop, self.duty_cycle = out_dir, work_dir, stop, duty_cycle
@@ -380,7 +380,7 @@ class _Run:
         if self.team.size > 1:
             raise ConfigError(
                 f"{path} has not what a step costs, which the updater has measured.",
-                "Processes that train one update need one file system for home.",
+                ONE_FILE_SYSTEM,
             )
         examples = self.pools.examples
         self.learner.prepare(examples, self.pools.parts, self.work, self._between)
@@ -410,7 +410,7 @@ class _Run:
                 losses.setdefault(name, []).append(value)
             if self.team.rank == 0:
                 metrics.update.stepped(self.recipe.family, {"loss": loss, **terms})
-                self.told(f"step {step + 1} of {progress.steps}, loss {loss:.3f}")
+                self.report(f"step {step + 1} of {progress.steps}, loss {loss:.3f}")
             seconds = earlier + time.monotonic() - self.began
             late = self.team.agree(seconds > self.limits.seconds and step + 1 < progress.steps)
             progress = replace(progress, step=step + 1, seconds=seconds, losses=losses, truncated=late)

@@ -20,6 +20,7 @@ from typing import Any, Final
 import torch
 
 from ops.errors import RatchetError, TrainingError
+from ops.files import replacing
 from ops.progress import say
 from ops.settings import Settings
 from updater.step.team import Team, TorchTeam
@@ -27,11 +28,12 @@ from updater.training.checkpoint import read_json, write_json
 
 CONTROL: Final = "control.json"
 """Written by the updater."""
-PROGRESS: Final = "progress.json"
+PROGRESS: Final = "progress.txt"
 """Written by the first worker."""
 LOOK_SECONDS: Final = 0.5
 """Between two looks at it."""
-TELL_SECONDS: Final = 10.0
+REPORT_SECONDS: Final = 10.0
+"""Between two lines of progress."""
 STOP_SECONDS: Final = 60.0
 """For workers to come to the end of a step; what they do not save is done again."""
 ATTEMPTS: Final = 5
@@ -49,10 +51,14 @@ class Control:
     def __init__(self, work_dir: Path) -> None:
         self._path = work_dir / CONTROL
         self._progress = work_dir / PROGRESS
+        self._written: dict[str, Any] = {}
 
     def write(self, stop: bool, duty_cycle: float) -> None:
-        """Tell the workers."""
-        write_json(self._path, {"stop": stop, "duty_cycle": duty_cycle})
+        """Tell the workers, if it is news."""
+        values = {"stop": stop, "duty_cycle": duty_cycle}
+        if values != self._written:
+            write_json(self._path, values)
+            self._written = values
 
     def stop(self) -> bool:
         """Whether to end."""
@@ -62,13 +68,16 @@ class Control:
         """Share of the time that may be used."""
         return float(self._read().get("duty_cycle", 1.0))
 
-    def tell(self, line: str) -> None:
-        """Tell the updater how far it is."""
-        write_json(self._progress, line)
+    def report(self, line: str) -> None:
+        """Tell the updater how far it is. Called in every step: nothing waits for the disk."""
+        with replacing(self._progress, durable=False) as staging:
+            staging.write_text(line)
 
-    def told(self) -> str:
-        """What was told last; empty before that."""
-        return str(read_json(self._progress) or "")
+    def reported(self) -> str:
+        """What was reported last; empty before that."""
+        with suppress(FileNotFoundError):
+            return self._progress.read_text()
+        return ""
 
     def _read(self) -> dict[str, Any]:
         values = read_json(self._path)
@@ -119,15 +128,15 @@ class Workers:
 
         fitting = threading.Thread(target=fit, name="ray-train", daemon=True)
         fitting.start()
-        told, patience = time.monotonic(), math.inf
+        reported, patience = time.monotonic(), math.inf
         while fitting.is_alive() and time.monotonic() < patience:
             if patience == math.inf and stop():
                 patience = time.monotonic() + STOP_SECONDS
             control.write(patience < math.inf, duty_cycle())
             fitting.join(LOOK_SECONDS)
-            if time.monotonic() - told > TELL_SECONDS and (line := control.told()):
+            if time.monotonic() - reported > REPORT_SECONDS and (line := control.reported()):
                 say(f"training: {line}")
-                told = time.monotonic()
+                reported = time.monotonic()
         if failures:
             raise failures[0]
         if patience < math.inf:
@@ -148,7 +157,7 @@ class Workers:
                 try:
                     self._trainer(steps, work_dir).fit()
                 except TrainingFailedError as error:
-                    if (cause := _told_by(error)) is not None:
+                    if (cause := _raised_by_worker(error)) is not None:
                         raise cause from error
                     say(f"a training process ended: {str(error).splitlines()[-1][:200]}")
                 else:
@@ -181,7 +190,7 @@ def _work(config: dict[str, Any]) -> None:
         config["steps"](TorchTeam(), Control(config["work_dir"]))
 
 
-def _told_by(error: BaseException) -> RatchetError | None:
+def _raised_by_worker(error: BaseException) -> RatchetError | None:
     """What a worker raised of its own accord."""
     for failure in getattr(error, "worker_failures", {}).values():
         each: BaseException | None = failure

@@ -28,11 +28,11 @@ __all__ = ["broker"]
 
 def records(begin: int, end: int) -> list[Message]:
     """Records of samples with these numbers."""
-    made = [
+    encoded = [
         encode(Sample(image=picture(number), text=f"number {number}", domain="cats", source="zoo"), "raw")
         for number in range(begin, end)
     ]
-    return [(record.value, list(record.headers)) for record in made]
+    return [(record.value, list(record.headers)) for record in encoded]
 
 
 def texts(server: ServerFixture) -> list[str]:

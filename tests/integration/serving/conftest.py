@@ -32,8 +32,8 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerFi
 @pytest.fixture(scope="session")
 def collector() -> Iterator[OtlpCollector]:
     """What servers with a VLM send the spans of sampled requests to."""
-    with OtlpCollector() as made:
-        yield made
+    with OtlpCollector() as listening:
+        yield listening
 
 
 @pytest.fixture(scope="session", params=["vllm", "transformers"])

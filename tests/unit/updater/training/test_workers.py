@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,17 +30,15 @@ from updater.adapters import read_delta
 from updater.data.pools import StoredExamples
 from updater.families.clip.learner import ClipLearner
 from updater.step.learner import Learner
-from updater.step.team import Team, TorchTeam
+from updater.step.team import Team
 from updater.training.result import TrainResult
-from updater.training.workers import Control, Steps, Stopped, Workers, _told_by
+from updater.training.workers import Control, Steps, Stopped, Workers, _raised_by_worker, _work
 
 import_ahead("updater.training.train", "updater.families", "tests.unit.updater.builders")
 STEPS = 6
 PLAN = {"max_steps": STEPS, "batch_size": 9}  # of which one process has four rows, and the other one five
 EACH = replace(LIMITS, checkpoint_steps=1, threads=1)
 UPDATE = Learner.update
-Meddle = Callable[[Team], None]
-"""Called in each process before its steps."""
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +57,11 @@ def taken_elsewhere() -> Iterator[pytest.MonkeyPatch]:
 class ForkedWorkers(Workers):
     """The same processes and process group without Ray, which takes half a minute to start them."""
 
-    def __init__(self, meddle: Meddle = lambda team: None) -> None:
+    def __init__(self) -> None:
         super().__init__(count=2, threads=1)
-        object.__setattr__(self, "meddle", meddle)
 
     def _fit(self, steps: Steps, work_dir: Path) -> None:
-        work = cloudpickle.dumps((self.meddle, steps, work_dir))  # type: ignore[attr-defined]
+        work = cloudpickle.dumps({"steps": steps, "work_dir": work_dir, "cwd": Path.cwd()})
         port, logs = free_port(), work_dir.parent
         processes = [ForkedProcess(logs / f"{rank}.log", _in_team, rank, port, work) for rank in range(self.count)]
         for process in processes:
@@ -73,11 +69,8 @@ class ForkedWorkers(Workers):
 
 
 def _in_team(rank: int, port: int, work: bytes) -> None:
-    meddle, steps, work_dir = pickle.loads(work)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    with suppress(Stopped):
-        meddle(TorchTeam())
-        steps(TorchTeam(), Control(work_dir))
+    _work(pickle.loads(work))
     distributed.destroy_process_group()
 
 
@@ -165,9 +158,9 @@ def test_what_a_process_raised_is_told_and_not_that_others_waited_for_it_in_vain
     error = WorkerGroupError(
         "both", {0: lost, 1: UserExceptionWithTraceback(TrainingError("it diverged.", "Slower."), "")}
     )
-    told = _told_by(error)
-    assert isinstance(told, TrainingError) and told.fix == "Slower."
-    assert _told_by(WorkerGroupError("one", {0: lost})) is None
+    cause = _raised_by_worker(error)
+    assert isinstance(cause, TrainingError) and cause.fix == "Slower."
+    assert _raised_by_worker(WorkerGroupError("one", {0: lost})) is None
 
 
 def test_a_recipe_that_needs_each_terms_gradient_is_refused(base: ClipBase) -> None:
