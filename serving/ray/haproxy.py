@@ -1,7 +1,7 @@
 """Starts HAProxy for Ray Serve, with its configuration corrected. Run as a script; imports nothing of ours.
 
 1. Ray 2.60 writes ``bind *:port`` for the statistics page and ``bind :port`` for the metrics, whatever the host in its
-   settings: both answer every address of the machine. Here they become loopback.
+   settings: both answer every address of the machine. Here they become loopback. What answers requests stays as it is.
 2. Ray sets no time limit for the headers of a request, and lets an idle connection stay for an hour. Here both are
    bounded, each address has a bound of open connections and of health probes, and the first 16 KB of a body must be
    there before a request goes on to the application.
@@ -28,7 +28,7 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
-OPEN_BIND = re.compile(r"^(\s*bind )\*?:(\d+)", re.MULTILINE)
+OPEN_BIND = re.compile(r"(?<!^frontend http_frontend\n)^([ \t]*bind )\*?:(\d+)", re.MULTILINE)
 DEFAULTS = re.compile(r"^defaults\n", re.MULTILINE)
 FRONTEND = re.compile(r"^frontend http_frontend\n\s*bind .*\n", re.MULTILINE)
 SERVER_ERRORS = re.compile(r"\berror-limit (\d+|\{\{[^}]*\}\})")
@@ -53,7 +53,9 @@ BODY = '{{"error": {{"message": "{0}", "type": "{1}", "param": null, "code": "{2
 
 
 def close_binds(text: str) -> str:
-    """The configuration with binds of all addresses made loopback; binds that name an address stay."""
+    """The configuration with binds of all addresses made loopback, but for that of the HTTP frontend, which is where
+    clients come from; binds that name an address stay.
+    """
     return OPEN_BIND.sub(r"\g<1>127.0.0.1:\g<2>", text)
 
 

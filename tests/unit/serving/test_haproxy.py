@@ -262,6 +262,16 @@ def test_pages_become_loopback_and_named_binds_stay() -> None:
     )
 
 
+def test_a_frontend_for_other_machines_stays_open_and_rays_pages_do_not() -> None:
+    """``serve.host: 0.0.0.0``, as in a container."""
+    from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
+
+    values = {"frontend_host": "*", "frontend_port": "8000", "metrics_port": "9101"}
+    rays = re.sub(r"{{ config\.(\w+) }}", lambda match: values.get(match[1], match[0]), HAPROXY_CONFIG_TEMPLATE)
+    assert re.findall(r"bind \*?:\d+", rays) == ["bind :9101", "bind *:8000"]
+    assert re.findall(r"bind ([\d.*]*:\d+)", close_binds(rays)) == ["127.0.0.1:9101", "*:8000"]
+
+
 def test_rays_own_template_has_the_sections_that_are_corrected() -> None:
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
