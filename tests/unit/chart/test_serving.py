@@ -97,12 +97,31 @@ def test_ray_serve_builds_the_application_and_finds_its_deployments(
         assert config.proxy_location == ProxyLocation.EveryNode
         for each in config.applications[0].deployments:
             assert each.name in graph
-            assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
+            if each.name in ("Encoder", "Vlm"):
+                assert each.ray_actor_options.num_cpus > 0  # it replaces what the code says
 
 
 def test_without_a_vlm_the_configuration_names_none() -> None:
     config = serve_config(render({"settings": {"base": {"vlm": ""}}}))
-    assert [each.name for each in config.applications[0].deployments] == ["Encoder"]
+    assert {each.name for each in config.applications[0].deployments} == {"Controller", "Encoder", "Ingress"}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "workers", "most", "surge"), [(4, 2, 2, 0), (3, 2, 2, None), (1, 2, 1, None), (4, 1, None, None)]
+)
+def test_no_worker_has_more_replicas_than_its_share_and_new_code_finds_room(
+    replicas: int, workers: int, most: int | None, surge: int | None
+) -> None:
+    """Serve would fill the worker that is there first. Where all have their share, new code may want no further one."""
+    values = {
+        "serving": {"workers": {"replicas": workers}},
+        "settings": {"serve": {"encoder_replicas": replicas, "ingress_replicas": 1, "ingress_max_replicas": replicas}},
+    }
+    config = serve_config(render(values)).applications[0]
+    set_ = {each.name: each.model_dump(exclude_unset=True) for each in config.deployments}
+    for name in ("Encoder", "Ingress") if most else ("Encoder",):
+        assert set_[name].get("max_replicas_per_node") == most
+        assert set_[name].get("max_surge_percent") == surge
 
 
 class Kind(NamedTuple):
@@ -165,6 +184,7 @@ def stuck_on_workers(objects: list[dict[str, Any]], folder: Path) -> list[tuple[
             each.max_replicas_per_node if isinstance(each.max_replicas_per_node, int) else 1000,
         )
         for each in serve_config(objects).applications[0].deployments
+        if each.name in replicas
     ]
     rest = Kind(at.ingress_replicas + at.controller_replicas, 200, 0, 1000)  # the catalog is one more, of half as much
     cpus = round(1000 * float(resources["requests"]["cpu"])) - 100
@@ -179,7 +199,7 @@ def test_all_replicas_fit_on_the_workers_in_whatever_order_they_are_placed(name:
 
 def test_without_a_limit_for_each_node_encoders_can_take_the_room_of_a_vlm(tmp_path: Path) -> None:
     """Eight encoders of 0.05 GPU on the first of four GPUs leave 0.6 there for a VLM that wants 0.9."""
-    unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 0}, "vlm": {"maxPerNode": 0}}}}
+    unlimited = {"serving": {"actors": {"encoder": {"maxPerNode": 100}, "vlm": {"maxPerNode": 100}}}}
     placed = stuck_on_workers(render(profile("multigpu"), unlimited), tmp_path)
     assert placed is not None
     assert max(encoders for encoders, _, _ in placed) > 2
