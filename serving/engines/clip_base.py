@@ -89,6 +89,8 @@ class ClipBase:
         """
         from safetensors.torch import load_file
 
+        from serving.engines.undrawn import Undrawn
+
         path = self.directory / WEIGHTS
         if not path.is_file() or path.stat().st_size != self.weights_bytes:
             state = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
@@ -96,7 +98,8 @@ class ClipBase:
                 f"Base {self.name!r}: {path} {state}, expected {self.weights_bytes}.",
                 "Remove the directory and run `ratchet base build` (or `ratchet base add`) again.",
             )
-        model = construct(self.model_cfg, self.directory)
+        with Undrawn():
+            model = construct(self.model_cfg, self.directory)
         try:
             model.load_state_dict(load_file(path), strict=True, assign=True)
         except (RuntimeError, SafetensorError) as error:

@@ -24,6 +24,7 @@ from serving.engines.image_tower import encode_image
 from serving.engines.packed_linear import attend, is_self_attention
 from serving.engines.spaces import Tower, tower_of
 from serving.engines.text_tower import encode_text
+from serving.engines.undrawn import Undrawn
 
 OPSET: Final = 17
 FORMAT: Final = 2
@@ -102,7 +103,8 @@ def _export(base: ClipBase, tower: Tower, path: Path) -> None:
         raise ConfigError(
             "serve.engine is onnx, and the package onnx is not installed.", "Install ratchet[onnx], or set torch."
         ) from error
-    model = construct(base.model_cfg, base.directory).eval().requires_grad_(False)
+    with Undrawn():
+        model = construct(base.model_cfg, base.directory).eval().requires_grad_(False)
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.normal_()

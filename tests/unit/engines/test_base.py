@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from torch import nn
 
 from ops.errors import BaseModelError
 from ops.testing.tiny import CONFIG, tiny_base
 from serving.engines.clip_base import ClipBase, base_directory, list_bases, load_base, save_base
 from serving.engines.preprocess import Preprocess
 from serving.engines.spaces import make_spaces
+from serving.engines.undrawn import Undrawn
 
 
 def test_a_base_survives_a_move_of_its_directory(base: ClipBase, tmp_path: Path) -> None:
@@ -155,3 +158,24 @@ def test_a_space_is_weights_preprocessing_and_dimension(base: ClipBase) -> None:
     # Logit scale scales logits, no vectors.
     scaled = dict(base.tensors) | {"logit_scale": "0" * 64}
     assert spaces(base_tensors=scaled) == (image, text)
+
+
+def test_a_model_whose_weights_are_loaded_draws_no_random_ones(base: ClipBase) -> None:
+    state = torch.get_rng_state()
+    first, second = base.build_model(), base.build_model()
+    assert torch.equal(torch.get_rng_state(), state)
+    for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for (name, one), (_, other) in zip(first.named_buffers(), second.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_other_threads_and_later_models_draw_theirs() -> None:
+    drawn = []
+    with Undrawn():
+        thread = threading.Thread(target=lambda: drawn.append(nn.Linear(64, 64).weight))
+        thread.start()
+        thread.join()
+    drawn.append(nn.Linear(64, 64).weight)
+    for weight in drawn:
+        assert 0 < float(weight.abs().max()) <= 1 / 8  # kaiming_uniform_ of 64 inputs
