@@ -12,6 +12,7 @@ BENCHMARKS = {
     "agreement": "benchmarks.agreement",
     "backlog": "benchmarks.backlog.run_backlog",
     "chaos": "benchmarks.chaos",
+    "cluster": "benchmarks.cluster.run_cluster",
     "continual": "benchmarks.continual.run_continual",
     "duty": "benchmarks.duty",
     "encode": "benchmarks.encode.run_encode",

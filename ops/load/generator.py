@@ -38,7 +38,7 @@ async def one(client: httpx.AsyncClient, url: str, probe: int, request: Request,
     row: dict[str, Any] = {"t": due, "p": probe, "b": time.time()}
     path, body = request
     try:
-        answer = await client.post(url + path, content=body, headers={"content-type": "application/json"})
+        answer = await client.post(url + path, content=body)
         row["c"] = answer.status_code
         if answer.status_code == 200:
             row["r"] = int(answer.headers["x-ratchet-release"])
@@ -53,10 +53,13 @@ async def one(client: httpx.AsyncClient, url: str, probe: int, request: Request,
 
 
 async def drive(plan: dict[str, Any], out: IO[str], stop: asyncio.Event) -> None:
-    """Make the load of a plan: ``urls``, ``requests``, and either ``rate`` (a second) or ``concurrency``."""
+    """Make the load of a plan: ``urls``, ``requests``, ``key``, and either ``rate`` (a second) or ``concurrency``."""
     requests: list[Request] = [(path, body.encode()) for path, body in plan["requests"]]
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=256)
-    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, limits=limits, trust_env=False) as client:
+    headers = {"content-type": "application/json"}
+    if plan.get("key"):
+        headers["authorization"] = f"Bearer {plan['key']}"
+    async with httpx.AsyncClient(timeout=TIMEOUT_SECONDS, limits=limits, headers=headers, trust_env=False) as client:
         if plan.get("concurrency"):
             url = plan["urls"][0]
             await asyncio.gather(*(_loop(client, url, requests, k, out, stop) for k in range(plan["concurrency"])))

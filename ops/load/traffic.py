@@ -75,10 +75,10 @@ class Traffic:
     def __init__(
         self, url: str, *, images: Sequence[bytes], texts: Sequence[str], settings: Settings,
         questions: Sequence[Question] = (), rate: float = 4.0, concurrency: int = 0, sample_ids: Sequence[str] = (),
-        batch: int = 0,
+        batch: int = 0, key: str = "",
     ) -> None:  # fmt: skip
         """``sample_ids``: of the images, when these are all that is in the catalog. ``batch``: inputs of some more
-        requests for embeddings.
+        requests for embeddings. ``key``: an API key.
         """
         if not images or not texts:
             raise RatchetError("a load needs images and texts.", "Prepare a domain with test items first.")
@@ -97,7 +97,7 @@ class Traffic:
             clip += batch_probes(self.images, self.texts, batch)
         self.probes = interleaved(clip, chat_probes(self.questions))
         requests = [[probe.path, json.dumps(probe.body)] for probe in self.probes]
-        self._plan = {"urls": [url], "requests": requests, "rate": rate, "concurrency": concurrency}
+        self._plan = {"urls": [url], "requests": requests, "rate": rate, "concurrency": concurrency, "key": key}
         self._folder = tempfile.TemporaryDirectory(prefix="ratchet-load-")
         self._results = Path(self._folder.name) / "results.jsonl"
         self._process: subprocess.Popen[bytes] | None = None

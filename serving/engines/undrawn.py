@@ -21,7 +21,7 @@ FILLED: Final = (
 )
 DRAWS: Final = {getattr(init, name) for name in FILLED} | {Tensor.normal_, Tensor.uniform_}
 """What fills weights, and returns them."""
-RANDOM: Final = {torch.randn: torch.empty, torch.rand: torch.empty}
+RANDOM: Final[dict[Callable[..., Any], Callable[..., Any]]] = {torch.randn: torch.empty, torch.rand: torch.empty}
 
 
 class Undrawn(TorchFunctionMode):

@@ -1,0 +1,97 @@
+"""The image of the Dockerfile, as far as one machine has it: its own root with the package's environment on top."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+USER: Final = 10001
+SOURCE: Final = "/opt/ratchet"
+"""Where a container has the checkout, wherever it lies outside."""
+ENVIRONMENT: Final = "/opt/venv"
+"""The same of its Python environment."""
+COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
+"""What the image has of these only if it installs them."""
+
+
+class Image:
+    """Read-only layers: a folder with what the image adds, over this machine's root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.layer = folder / "layer"
+        self.layer.mkdir(parents=True)
+        # On a file system of its own: a layer may not lie inside another.
+        subprocess.run(["mount", "-t", "tmpfs", "image", str(self.layer)], check=True)
+        for name in ("root", "etc", "usr/bin", "usr/local/bin", "var/lib", "run", SOURCE[1:], ENVIRONMENT[1:]):
+            (self.layer / name).mkdir(parents=True, exist_ok=True)
+        for name in ("var/lib/ratchet", "run/ratchet", "home/ratchet"):
+            (self.layer / name).mkdir(parents=True)
+            os.chown(self.layer / name, USER, USER)
+        (self.layer / "etc" / "resolv.conf").write_text("")  # no name server: other names are unknown
+        self._add_user()
+        self._add_commands()
+        for name in () if "g++" in installed_packages() else COMPILERS:
+            os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # what overlayfs takes for a file that is gone
+        # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
+        self.environment = {
+            **image_environment(), "PATH": _login_path(), "PYTHONPATH": SOURCE, "GRPC_DNS_RESOLVER": "native"
+        }  # fmt: skip
+        self.mounts = [
+            (Path(sys.prefix).resolve(), ENVIRONMENT),
+            (ROOT, SOURCE),
+            (Path(sys.base_prefix).resolve(), str(Path(sys.base_prefix).resolve())),
+        ]
+
+    def make_mount_points(self, folders: Iterable[str], files: Iterable[str]) -> None:
+        """A container runtime makes what is missing."""
+        for path in folders:
+            (self.layer / path.lstrip("/")).mkdir(parents=True, exist_ok=True)
+        for path in files:
+            file = self.layer / path.lstrip("/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+
+    def _add_user(self) -> None:
+        entry = f"ratchet:x:{USER}:"
+        for name, line in {"passwd": f"{entry}{USER}::/home/ratchet:/usr/sbin/nologin", "group": entry}.items():
+            (self.layer / "etc" / name).write_text(Path("/etc", name).read_text().rstrip("\n") + f"\n{line}\n")
+
+    def _add_commands(self) -> None:
+        """Everything lies in /usr/local/bin, as in the image."""
+        python = f"{ENVIRONMENT}/bin/python"
+        for file in Path(sys.prefix, "bin").iterdir():
+            if file.name.startswith("python"):
+                self._command(file.name, python)
+            elif file.is_file() and file.read_bytes()[:2] == b"#!":
+                self._command(file.name, f"{python} {ENVIRONMENT}/bin/{file.name}")
+
+    def _command(self, name: str, words: str) -> None:
+        file = self.layer / "usr" / "local" / "bin" / name
+        file.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        file.chmod(0o755)
+
+
+def installed_packages() -> list[str]:
+    """Debian's, of the Dockerfile's image for processors."""
+    found = re.search(r"--no-install-recommends (.*) \\$", _stage("cpu"), re.MULTILINE)
+    return found[1].split() if found else []
+
+
+def _stage(name: str) -> str:
+    return (ROOT / "Dockerfile").read_text().partition(f" AS {name}\n")[2].partition("\nFROM ")[0]
+
+
+def image_environment() -> dict[str, str]:
+    """ENV of the Dockerfile's stage that runs."""
+    block = re.search(r"^ENV ((?:.*\\\n)*.*)$", _stage("run"), re.MULTILINE)
+    return dict(word.split("=", 1) for word in block[1].replace("\\\n", " ").split()) if block else {}
+
+
+def _login_path() -> str:
+    return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -1,0 +1,225 @@
+"""What KubeRay makes of a RayService: clusters of pods, Serve's configuration, services, and upgrades.
+
+After ``ray-operator/controllers/ray`` of ray-project/kuberay at v1.7.0: ``common/pod.go`` (commands and variables),
+``common/service.go`` (names) and ``rayservice_controller.go`` (a change of ``rayClusterConfig`` makes a second cluster,
+which serves before the first one goes; a change of ``serveConfigV2`` alone goes to the running cluster).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+import httpx
+import yaml
+
+from benchmarks.cluster.pod import Pod
+from ops.errors import RatchetError
+from ops.progress import say
+from ops.waiting import wait_until
+
+GCS_PORT: Final = 6379
+DASHBOARD_PORT: Final = 8265
+MADE_BY_OPERATOR: Final = {"metrics-export-port": "8080", "dashboard-agent-listen-port": "52365"}
+LOOK_SECONDS: Final = 2.0
+DELETION_SECONDS: Final = 60.0
+"""Of a cluster that another one has replaced: RayClusterDeletionDelaySeconds."""
+START_SECONDS: Final = 1200.0
+UNITS: Final = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+
+StartPod = Callable[[str, Mapping[str, Any]], Pod]
+
+
+class RayCluster:
+    """A head and its workers. A worker that is lost gets a successor."""
+
+    def __init__(self, name: str, spec: Mapping[str, Any], start_pod: StartPod, namespace: str) -> None:
+        self.name, self.spec, self.namespace = name, spec, namespace
+        self.token = secrets.token_urlsafe(32) if spec.get("authOptions", {}).get("mode") == "token" else ""
+        self.applied = ""
+        """The configuration of Serve that its controller has."""
+        self._start_pod = start_pod
+        self._end = threading.Event()
+        self._made = 0
+        self.head = self._start(spec["headGroupSpec"], head=True)
+        self.workers = [self._start(group) for group in self._groups()]
+        self._thread = threading.Thread(target=self._replace, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def head_service(self) -> str:
+        """The name by which workers find the head."""
+        return f"{self.name}-head-svc"
+
+    @property
+    def pods(self) -> list[Pod]:
+        """The head and its workers, those that are lost not."""
+        return [pod for pod in (self.head, *self.workers) if pod.is_alive]
+
+    def is_ready(self) -> bool:
+        """Whether no pod is missing, and each is ready."""
+        return all(pod.is_alive and pod.is_ready for pod in (self.head, *self.workers))
+
+    def apply(self, configuration: str) -> None:
+        """Give Serve's controller its configuration; again, as long as the head does not take it."""
+        if self.applied == configuration:
+            return
+        body = yaml.safe_load(configuration)
+        with suppress(httpx.HTTPError):
+            answer = httpx.put(self._url("/api/serve/applications/"), json=body, headers=self._headers(), timeout=30)
+            if answer.is_success:
+                self.applied = configuration
+
+    def is_serving(self) -> bool:
+        """Whether all applications run."""
+        with suppress(httpx.HTTPError, KeyError, ValueError):
+            answer = httpx.get(self._url("/api/serve/applications/"), headers=self._headers(), timeout=10)
+            states = [each["status"] for each in answer.json()["applications"].values()]
+            return bool(self.applied and states) and all(state == "RUNNING" for state in states)
+        return False
+
+    def keep_no_longer(self) -> None:
+        """Pods that are lost get no successors from now on."""
+        self._end.set()
+        self._thread.join()
+
+    def stop(self) -> None:
+        """End all pods together, as deleting a RayCluster does: each has its grace period."""
+        self.keep_no_longer()
+        threads = [threading.Thread(target=pod.stop) for pod in self.pods]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _groups(self) -> list[Mapping[str, Any]]:
+        return [group for group in self.spec["workerGroupSpecs"] for _ in range(group["replicas"])]
+
+    def _replace(self) -> None:
+        while not self._end.wait(LOOK_SECONDS):
+            for number, group in enumerate(self._groups()):
+                if not self.workers[number].is_alive:
+                    self.workers[number] = self._start(group)
+
+    def _start(self, group: Mapping[str, Any], head: bool = False) -> Pod:
+        self._made += 1
+        kind = "head" if head else f"{group['groupName']}-worker"
+        return self._start_pod(f"{self.name}-{kind}-{self._made}", self._template(group, head))
+
+    def _template(self, group: Mapping[str, Any], head: bool) -> Mapping[str, Any]:
+        template: dict[str, Any] = json.loads(json.dumps(group["template"]))
+        ray = template["spec"]["containers"][0]
+        service = f"{self.head_service}.{self.namespace}.svc.cluster.local"
+        address = f"127.0.0.1:{GCS_PORT}" if head else f"{service}:{GCS_PORT}"
+        added = {
+            "RAY_CLUSTER_NAME": self.name, "RAY_CLUSTER_NAMESPACE": self.namespace, "RAY_PORT": str(GCS_PORT),
+            "RAY_ADDRESS": address, "RAY_USAGE_STATS_KUBERAY_IN_USE": "1", "RAY_SERVE_KV_TIMEOUT_S": "5",
+            "RAY_TIMEOUT_MS_TASK_WAIT_FOR_DEATH_INFO": "0", "RAY_GCS_SERVER_REQUEST_TIMEOUT_SECONDS": "5",
+            **({} if head else {"FQ_RAY_IP": service, "RAY_IP": self.head_service}),
+            **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}),
+        }  # fmt: skip
+        names = {each["name"] for each in ray["env"]}
+        ray["env"] += [{"name": name, "value": value} for name, value in added.items() if name not in names]
+        words = " ".join(f"--{name}={value}" for name, value in _parameters(group, ray, address, head).items())
+        role = "--head " if head else ""
+        ray["command"] = ["/bin/bash", "-lc", "--"]
+        ray["args"] = [f"ulimit -n 65536; ray start {role}--block {words}"]
+        if not head:
+            template["spec"]["initContainers"].insert(0, _wait_for_head(ray, address))
+        return template
+
+    def _url(self, path: str) -> str:
+        return f"http://{self.head.address}:{DASHBOARD_PORT}{path}"
+
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.token}"} if self.token else {}
+
+
+class RayService:
+    """The clusters of a RayService: one that clients reach, and for the time of an upgrade a second one."""
+
+    def __init__(self, start_pod: StartPod, namespace: str) -> None:
+        self._start_pod, self._namespace = start_pod, namespace
+        self.active: RayCluster | None = None
+        self.pending: RayCluster | None = None
+        self._retired: list[threading.Thread] = []
+
+    @property
+    def clusters(self) -> list[RayCluster]:
+        """Those that have pods."""
+        return [cluster for cluster in (self.active, self.pending) if cluster is not None]
+
+    def apply(self, resource: Mapping[str, Any], switched: Callable[[], None]) -> str:
+        """Make it so, and return when it serves: ``NewCluster``, or ``InPlace``.
+
+        Args:
+            switched: called when services name the new cluster, before the old one goes.
+
+        Raises:
+            RatchetError: it does not serve in time.
+        """
+        spec = resource["spec"]
+        if self.active is not None and self.active.spec == spec["rayClusterConfig"]:
+            self.active.applied = ""
+            self._serve(self.active, spec["serveConfigV2"])
+            return "InPlace"
+        name = f"{resource['metadata']['name']}-{secrets.token_hex(3)[:5]}"
+        self.pending = RayCluster(name, spec["rayClusterConfig"], self._start_pod, self._namespace)
+        self._serve(self.pending, spec["serveConfigV2"])
+        old, self.active, self.pending = self.active, self.pending, None
+        switched()
+        if old is not None:
+            self._retired.append(threading.Thread(target=_retire, args=(old,)))
+            self._retired[-1].start()
+        return "NewCluster"
+
+    def wait_for_retired(self) -> None:
+        """Return when clusters that were replaced have ended."""
+        for thread in self._retired:
+            thread.join()
+
+    def _serve(self, cluster: RayCluster, configuration: str) -> None:
+        def serves() -> bool:
+            cluster.apply(configuration)
+            return cluster.is_serving() and cluster.is_ready()
+
+        began = time.monotonic()
+        if not wait_until(serves, START_SECONDS, pause=LOOK_SECONDS):
+            raise RatchetError(f"{cluster.name} does not serve after {START_SECONDS:.0f} s.", "Look at its pods' logs.")
+        say(f"{cluster.name} serves after {time.monotonic() - began:.0f} s")
+
+
+def _retire(cluster: RayCluster) -> None:
+    time.sleep(DELETION_SECONDS)
+    cluster.stop()
+
+
+def _parameters(group: Mapping[str, Any], ray: Mapping[str, Any], address: str, head: bool) -> dict[str, str]:
+    """Of ``ray start``: the group's, and what is missing of resources."""
+    limits = ray["resources"].get("limits", {})
+    sizes = {**ray["resources"].get("requests", {}), **limits}
+    missing = {**MADE_BY_OPERATOR, "num-cpus": str(math.ceil(quantity(sizes["cpu"])))}
+    if "memory" in limits:
+        missing["memory"] = str(int(quantity(limits["memory"])))
+    if not head:
+        missing["address"] = address
+    return {**missing, **group["rayStartParams"]}
+
+
+def quantity(text: str) -> float:
+    """Of a Kubernetes quantity: ``500m``, ``4``, ``10Gi``."""
+    if text.endswith("m"):
+        return float(text[:-1]) / 1000
+    return float(text[:-2]) * UNITS[text[-2:]] if text[-2:] in UNITS else float(text)
+
+
+def _wait_for_head(ray: Mapping[str, Any], address: str) -> dict[str, Any]:
+    """KubeRay's first container of a worker."""
+    check = f"until ray health-check --address {address} > /dev/null 2>&1; do sleep 5; done"
+    return {**ray, "name": "wait-gcs-ready", "command": ["/bin/bash", "-lc", "--"], "args": [check]}

@@ -1,0 +1,120 @@
+"""What the runner of the chart's pods makes of a manifest, without the pods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.scripts import scripts
+
+from benchmarks.cluster import network, ray_service
+from benchmarks.cluster.image import image_environment, installed_packages
+from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
+from benchmarks.cluster.pod import SECURITY, mount_points
+from benchmarks.cluster.ray_service import RayCluster, quantity
+from ops.errors import RatchetError
+from ops.waiting import wait_until
+from tests.support.chart import of_kind, pods, profile, render
+
+
+class PodStub:
+    """A pod that was asked for."""
+
+    def __init__(self, name: str, template: Any) -> None:
+        self.name, self.template = name, template
+        self.is_alive = self.is_ready = True
+        self.address = HOST
+
+    def container(self, name: str) -> dict[str, Any]:
+        spec = self.template["spec"]
+        found = [each for each in [*spec["initContainers"], *spec["containers"]] if each["name"] == name]
+        return dict(found[0])
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(ray_service, "LOOK_SECONDS", 0.01)
+    (service,) = of_kind(render(profile("cpu")), "RayService")
+    start: Any = PodStub
+    made = RayCluster("live-1", service["spec"]["rayClusterConfig"], start, "ml")
+    yield made
+    made.keep_no_longer()
+
+
+def ray_words(pod: Any) -> list[str]:
+    """Of ``ray start``, as the container's shell gets them."""
+    container = pod.container("ray")
+    assert container["command"] == ["/bin/bash", "-lc", "--"]
+    limits, _, start = container["args"][0].partition("; ")
+    assert limits.startswith("ulimit")
+    return str(start).removeprefix("ray start ").split()
+
+
+def test_ray_starts_a_head_and_workers_with_the_resources_of_their_pods(cluster: Any) -> None:
+    head = scripts.start.make_context("start", ray_words(cluster.head)).params
+    assert (head["head"], head["num_cpus"], head["dashboard_host"]) == (True, 0, "0.0.0.0")
+    assert len(cluster.workers) == 2
+    for worker in cluster.workers:
+        read = scripts.start.make_context("start", ray_words(worker)).params
+        assert (read["head"], read["num_cpus"], read["block"]) == (False, 4, True)
+        assert read["address"] == "live-1-head-svc.ml.svc.cluster.local:6379"
+        assert worker.container("wait-gcs-ready")["args"][0].startswith(
+            "until ray health-check --address live-1-head-svc"
+        )
+
+
+def test_pods_of_a_cluster_share_a_token_and_keep_the_charts_variables(cluster: Any) -> None:
+    tokens = set()
+    for pod in (cluster.head, *cluster.workers):
+        values = {each["name"]: each.get("value") for each in pod.container("ray")["env"]}
+        assert values["RAY_AUTH_MODE"] == "token" and values["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+        tokens.add(values["RAY_AUTH_TOKEN"])
+    assert tokens == {cluster.token}
+
+
+def test_a_lost_worker_gets_one_successor(cluster: Any) -> None:
+    lost = cluster.workers[1]
+    lost.is_alive = False
+    assert not cluster.is_ready()
+    assert wait_until(lambda: cluster.workers[1] is not lost, 10.0, pause=0.01)
+    assert cluster.is_ready()
+    assert len({pod.name for pod in cluster.pods}) == 3
+
+
+def test_quantities_are_those_of_kubernetes() -> None:
+    assert [quantity(text) for text in ("500m", "4", "10Gi", "256Mi")] == [0.5, 4, 10 * 2**30, 256 * 2**20]
+
+
+def test_the_image_has_the_variables_of_the_dockerfile() -> None:
+    assert image_environment()["RATCHET_HOME"] == "/var/lib/ratchet"
+    assert image_environment()["PYTHONUNBUFFERED"] == "1"
+    assert {"g++", "libnuma1"} <= set(installed_packages())  # vLLM on a processor compiles when it starts
+
+
+def test_every_mount_is_made_and_files_are_files() -> None:
+    folders, files = mount_points([template for _, template in pods(render(profile("cpu")))])
+    assert {"/tmp", "/dev/shm", "/var/lib/ratchet", "/run/ratchet/metrics"} <= folders
+    assert files == {"/etc/ratchet/ratchet.yaml"}
+
+
+def test_every_container_of_the_chart_has_the_rights_that_the_runner_gives() -> None:
+    for _, template in pods(render(profile("cpu"))):
+        for container in template["spec"]["containers"]:
+            assert container["securityContext"] == SECURITY
+
+
+def test_names_are_written_in_place_and_the_file_keeps_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "ip", lambda *words: None)
+    made = Network(tmp_path / "hosts")
+    file = tmp_path / "hosts"
+    inode = file.stat().st_ino
+    for names in ({"a": [HOST, HOST + 1], "b": [HOST]}, {"b": [HOST]}):
+        made.name(names)
+        lines = file.read_text().strip().splitlines()
+        assert lines[1:] == [f"{address} {name}" for name, all_ in names.items() for address in all_]
+        assert (file.stat().st_size, file.stat().st_ino) == (HOSTS_BYTES, inode)
+    with pytest.raises(RatchetError, match="names"):
+        made.name({f"name-{number}": [HOST] for number in range(2000)})
