@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ SOURCE: Final = "/opt/ratchet"
 """Where a container has the checkout, wherever it lies outside."""
 ENVIRONMENT: Final = "/opt/venv"
 """The same of its Python environment."""
+PACKAGES: Final = ("ops", "streams", "serving", "updater")
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
 """What the image has of these only if it installs them."""
 
@@ -38,6 +40,8 @@ class Image:
         self._add_commands()
         for name in () if "g++" in installed_packages() else COMPILERS:
             os.mknod(self.layer / "usr" / "bin" / name, 0o020000, 0)  # what overlayfs takes for a file that is gone
+        for package in PACKAGES:  # as pip does: a container could not keep what it compiles
+            compileall.compile_dir(ROOT / package, quiet=1)
         # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
         self.environment = {
             **image_environment(), "PATH": _login_path(), "PYTHONPATH": SOURCE, "GRPC_DNS_RESOLVER": "native"

@@ -55,14 +55,14 @@ BETWEEN_SECONDS: Final = 10.0
 STEP_SECONDS: Final = 300.0
 
 
-def run(settings: Settings, folder: Path, values: Any, rate: float, start_only: bool) -> dict[str, Any]:
+def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str) -> dict[str, Any]:
     """Run in this process's own namespaces. Returns the figures.
 
     Args:
         folder: for stores, pods and their logs.
         values: of the chart, over those that an installation has to say.
         rate: requests a second.
-        start_only: end when samples went from Kafka to a search.
+        upgrade: one of :data:`UPGRADES`; empty: end when samples went from Kafka to a search.
 
     Raises:
         RatchetError: a store or a pod does not start.
@@ -87,15 +87,19 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, start_only: 
         scenario = Scenario(kubernetes, ours, stores.operator_key, rate)
         scenario.publish()
         figures: dict[str, Any] = {"install_seconds": round(installed, 1), "samples": SAMPLES}
-        if not start_only:
-            figures |= scenario.run(lambda: render_chart(merged(values, UPGRADE), RELEASE, NAMESPACE))
+        if upgrade:
+            figures |= scenario.run(lambda: render_chart(merged(values, UPGRADES[upgrade]), RELEASE, NAMESPACE))
         figures |= {"restarts": kubernetes.all_restarts(), "problems": kubernetes.problems(), "machine": machine()}
         stack.pop_all().close()
         return figures
 
 
-UPGRADE: Final = {"settings": {"serve": {"deadline_seconds": 31}}}
-"""A change of the settings: pods of all parts are replaced, and KubeRay makes a second cluster."""
+UPGRADES: Final = {
+    "application": {"serving": {"actors": {"encoder": {"cpus": 0.4}, "vlm": {"cpus": 1.2}}}},
+    "cluster": {"settings": {"serve": {"deadline_seconds": 31}}},
+}
+"""Values by what they replace. Serve's configuration alone: the replicas of encoders and VLMs, one after the other. The
+settings: the pods of all parts, and KubeRay makes a second cluster, which takes twice the memory for a while."""
 
 
 class Scenario:
@@ -224,6 +228,9 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     parser.add_argument("--without-vlm", action="store_true", help="serve CLIP alone")
     parser.add_argument("--rate", type=float, default=4.0, help="requests a second (4)")
     parser.add_argument("--values", type=Path, default=None, help="more values, a YAML file, as `helm -f`")
+    parser.add_argument(
+        "--upgrade", choices=sorted(UPGRADES), default="application", help="what it replaces (application)"
+    )
     parser.add_argument("--start-only", action="store_true", help="install, `helm test`, Kafka to search, and no load")
     parser.add_argument("--logs", type=Path, default=None, help="folder for the pods' logs (none is kept)")
     options = parser.parse_args(arguments)
@@ -240,7 +247,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="ratchet-cluster-", ignore_cleanup_errors=True) as temporary:
         folder = (options.logs or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        figures = run(settings, folder, values, options.rate, options.start_only)
+        figures = run(settings, folder, values, options.rate, "" if options.start_only else options.upgrade)
     show_figures("The chart's pods as processes", figures)
     if figures.get("failed_beyond_killed") or figures.get("mixed") or figures["problems"]:
         raise SystemExit(1)
