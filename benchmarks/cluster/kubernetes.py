@@ -13,8 +13,9 @@ from typing import Any, Final
 
 from benchmarks.cluster.image import Image
 from benchmarks.cluster.network import Network
-from benchmarks.cluster.pod import Pod, Stores, mount_points
+from benchmarks.cluster.pod import Pod
 from benchmarks.cluster.ray_service import RayService
+from benchmarks.cluster.volumes import ConfigObjects, mount_points
 from ops.errors import RatchetError
 from ops.progress import say, step
 from ops.testing.chart import Object, of_kind, pods
@@ -34,11 +35,9 @@ class Kubernetes:
         self.network = Network(folder / "hosts")
         self.image = Image(folder / "image")
         self.objects: Sequence[Object] = ()
-        self.restarts: list[str] = []
-        """Of pods that are gone; see :meth:`all_restarts`."""
-        self._stores = Stores(secrets, {})
+        self._objects = ConfigObjects(secrets, {})
         self._deployed: dict[str, tuple[str, list[Pod]]] = {}
-        self.ray = RayService(self._ray_pod, namespace)
+        self.ray = RayService(self._pod, namespace)
         self._numbers = itertools.count(1)
         self._pods: list[Pod] = []
         self._end = threading.Event()
@@ -53,7 +52,7 @@ class Kubernetes:
         """
         self.image.make_mount_points(*mount_points([template for _, template in pods(list(objects))]))
         maps = {each["metadata"]["name"]: each["data"] for each in of_kind(list(objects), "ConfigMap")}
-        self._stores = Stores(self.secrets, maps)
+        self._objects = ConfigObjects(self.secrets, maps)
         for job in of_kind(list(objects), "Job"):
             with step("migration"):
                 self.run(f"{job['metadata']['name']}", job["spec"]["template"])
@@ -127,13 +126,10 @@ class Kubernetes:
 
     def _pod(self, name: str, template: Mapping[str, Any]) -> Pod:
         pod = Pod(
-            name, template, image=self.image, network=self.network, stores=self._stores, folder=self.folder / "pods"
+            name, template, image=self.image, network=self.network, objects=self._objects, folder=self.folder / "pods"
         )
         self._pods.append(pod)
         return pod.start()
-
-    def _ray_pod(self, name: str, template: Mapping[str, Any]) -> Pod:
-        return self._pod(name, template)
 
     def _live(self) -> list[Pod]:
         return [pod for pod in self._pods if pod.is_alive]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -19,6 +18,7 @@ import httpx
 from benchmarks.cluster.container import Container, Mount, start_sandbox
 from benchmarks.cluster.image import USER, Image
 from benchmarks.cluster.network import Network
+from benchmarks.cluster.volumes import ConfigObjects, Volumes
 from ops.errors import RatchetError
 from ops.progress import say
 
@@ -32,14 +32,6 @@ RESTART_SECONDS: Final = 10.0
 MOST_RESTART_SECONDS: Final = 300.0
 LOOK_SECONDS: Final = 0.5
 PROBES: Final = ("startupProbe", "livenessProbe", "readinessProbe")
-
-
-@dataclass(frozen=True)
-class Stores:
-    """Secrets and ConfigMaps, by name."""
-
-    secrets: Mapping[str, Mapping[str, str]]
-    config_maps: Mapping[str, Mapping[str, str]]
 
 
 @dataclass
@@ -72,12 +64,19 @@ class Pod:
     """A pod of a template. Its thread starts its containers, and keeps them, until :meth:`stop` or :meth:`kill`."""
 
     def __init__(
-        self, name: str, template: Mapping[str, Any], *, image: Image, network: Network, stores: Stores, folder: Path
+        self,
+        name: str,
+        template: Mapping[str, Any],
+        *,
+        image: Image,
+        network: Network,
+        objects: ConfigObjects,
+        folder: Path,
     ) -> None:
         self.name = name
         self.spec: Mapping[str, Any] = template["spec"]
         self.labels: Mapping[str, str] = template["metadata"].get("labels", {})
-        self.image, self.stores = image, stores
+        self.image, self.objects = image, objects
         self.folder = folder / name
         self.folder.mkdir(parents=True)
         self.restarts: list[str] = []
@@ -90,7 +89,7 @@ class Pod:
         self._sandbox, self.process = start_sandbox(name, self.folder / "sandbox.log")
         self.address: IPv4Address = network.join(self.process)
         self._hosts = network.hosts
-        self._volumes = {each["name"]: self._volume(each) for each in self.spec.get("volumes", [])}
+        self._volumes = Volumes(self.spec.get("volumes", []), objects, self.folder / "volumes")
         self._thread = threading.Thread(target=self._live, name=name, daemon=True)
 
     def start(self) -> Pod:
@@ -138,10 +137,7 @@ class Pod:
         self._sandbox.wait()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
-        for volume, medium in self._volumes.values():
-            if medium == "Memory":
-                subprocess.run(["umount", "--lazy", str(volume)], check=False)
-            shutil.rmtree(volume, ignore_errors=True)
+        self._volumes.remove()
 
     # -- the life of a pod
 
@@ -218,7 +214,7 @@ class Pod:
     def _start(self, spec: Mapping[str, Any]) -> Container:
         if spec["securityContext"] != SECURITY or self.spec["securityContext"]["runAsUser"] != USER:
             raise RatchetError(f"{spec['name']} has a securityContext that is not known here.", "Add it to the runner.")
-        mounts = [self._mount(each) for each in spec["volumeMounts"]]
+        mounts = self._volumes.mounts(spec)
         return Container(
             self.image, self.process, [Mount(self._hosts, "/etc/hosts", True), *mounts],
             command=[*spec.get("command", []), *spec.get("args", [])], environment=self._environment(spec),
@@ -233,58 +229,12 @@ class Pod:
                 environment[each["name"]] = each["value"]
                 continue
             reference = each["valueFrom"]["secretKeyRef"]
-            value = self.stores.secrets.get(reference["name"], {}).get(reference["key"])
+            value = self.objects.secrets.get(reference["name"], {}).get(reference["key"])
             if value is not None:
                 environment[each["name"]] = value
             elif not reference.get("optional"):
                 raise RatchetError(f"no key {reference['key']} in a Secret {reference['name']}.", "Make it first.")
         return environment
-
-    # -- volumes
-
-    def _volume(self, volume: Mapping[str, Any]) -> tuple[Path, str]:
-        """A folder, and its medium."""
-        place = self.folder / "volumes" / volume["name"]
-        place.mkdir(parents=True)
-        medium = ""
-        if "emptyDir" in volume:
-            medium = volume["emptyDir"].get("medium", "")
-            if medium == "Memory":
-                size = volume["emptyDir"]["sizeLimit"].replace("i", "").lower()
-                subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "volume", str(place)], check=True)
-            os.chown(place, 0, USER)
-            place.chmod(0o2777)
-            return place, medium
-        values = self._values(volume)
-        for name, text in values.items():
-            (place / name).write_text(text)
-            os.chown(place / name, 0, USER)
-            (place / name).chmod(0o440)
-        os.chown(place, 0, USER)
-        place.chmod(0o750)
-        return place, medium
-
-    def _values(self, volume: Mapping[str, Any]) -> Mapping[str, str]:
-        if "configMap" in volume:
-            return self.stores.config_maps[volume["configMap"]["name"]]
-        if "secret" in volume:
-            return self.stores.secrets[volume["secret"]["secretName"]]
-        raise RatchetError(f"volume {volume['name']} is of a kind that is not known here.", "Add it to the runner.")
-
-    def _mount(self, mount: Mapping[str, Any]) -> Mount:
-        source, _ = self._volumes[mount["name"]]
-        return Mount(source / mount.get("subPath", ""), mount["mountPath"], mount.get("readOnly", False))
-
-
-def mount_points(templates: Sequence[Mapping[str, Any]]) -> tuple[set[str], set[str]]:
-    """Folders and files that volumes are mounted at."""
-    folders: set[str] = set()
-    files: set[str] = set()
-    for template in templates:
-        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]:
-            for mount in container["volumeMounts"]:
-                (files if "subPath" in mount else folders).add(mount["mountPath"])
-    return folders, files
 
 
 def _answers(url: str, seconds: float) -> bool:

@@ -151,6 +151,13 @@ class RayService:
         self._retired: list[threading.Thread] = []
 
     @property
+    def serving(self) -> RayCluster:
+        """The cluster that clients reach. Raises RatchetError when there is none."""
+        if self.active is None:
+            raise RatchetError("no cluster serves.", "Look at the pods' logs.")
+        return self.active
+
+    @property
     def clusters(self) -> list[RayCluster]:
         """Those that have pods."""
         return [cluster for cluster in (self.active, self.pending) if cluster is not None]

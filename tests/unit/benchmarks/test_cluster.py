@@ -11,8 +11,9 @@ from ray.scripts import scripts
 from benchmarks.cluster import network, ray_service
 from benchmarks.cluster.image import image_environment, installed_packages
 from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
-from benchmarks.cluster.pod import SECURITY, mount_points
+from benchmarks.cluster.pod import SECURITY
 from benchmarks.cluster.ray_service import RayCluster, quantity
+from benchmarks.cluster.volumes import mount_points
 from ops.errors import RatchetError
 from ops.waiting import wait_until
 from tests.support.chart import of_kind, pods, profile, render
