@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.cluster.image import image_environment, installed_packages
 from benchmarks.cluster.network import HOST, HOSTS_BYTES, Network
 from benchmarks.cluster.pod import SECURITY
 from benchmarks.cluster.ray_service import RayCluster, quantity
-from benchmarks.cluster.volumes import mount_points
+from benchmarks.cluster.volumes import ConfigObjects, Volumes, mount_points
 from ops.errors import RatchetError
 from ops.waiting import wait_until
 from tests.support.chart import of_kind, pods, profile, render
@@ -97,6 +98,20 @@ def test_every_mount_is_made_and_files_are_files() -> None:
     folders, files = mount_points([template for _, template in pods(render(profile("cpu")))])
     assert {"/tmp", "/dev/shm", "/var/lib/ratchet", "/run/ratchet/metrics"} <= folders
     assert files == {"/etc/ratchet/ratchet.yaml"}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="files are given to another group")
+def test_a_volume_has_the_files_of_its_secret_or_config_map_for_the_pods_group_alone(tmp_path: Path) -> None:
+    objects = ConfigObjects({"kafka": {"client": "{}"}}, {"live": {"ratchet.yaml": "a: 1"}})
+    manifests = [{"name": "k", "secret": {"secretName": "kafka"}}, {"name": "s", "configMap": {"name": "live"}}]
+    volumes = Volumes(manifests, objects, tmp_path)
+    file = {"name": "s", "mountPath": "/etc/ratchet.yaml", "subPath": "ratchet.yaml", "readOnly": True}
+    mounts = volumes.mounts({"volumeMounts": [file, {"name": "k", "mountPath": "/etc/kafka"}]})
+    assert [(mount.path, mount.read_only) for mount in mounts] == [("/etc/ratchet.yaml", True), ("/etc/kafka", False)]
+    assert mounts[0].source.read_text() == "a: 1"
+    assert (mounts[1].source / "client").stat().st_mode & 0o777 == 0o440
+    with pytest.raises(RatchetError, match="claim is of a kind that is not known"):
+        Volumes([{"name": "claim", "persistentVolumeClaim": {}}], objects, tmp_path)
 
 
 def test_every_container_of_the_chart_has_the_rights_that_the_runner_gives() -> None:
