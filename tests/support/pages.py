@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +111,18 @@ def _alone(line: str) -> str:
     return re.split(r"\s#|\s>|\s\|", line)[0].strip()
 
 
+@cache
+def _command() -> Any:
+    """Made once: to read the signatures of all commands takes longer than to read a line."""
+    return typer.main.get_command(app)
+
+
 def resolve(line: str, *, strict: bool = False) -> Any:
     """Find the command of a line and read its arguments, without running it: its context. Raises the usage error.
 
     A command without any argument is a mention, and need only exist, unless ``strict`` takes it as it would run.
     """
-    command: Any = typer.main.get_command(app)
+    command = _command()
     words = shlex.split(line)[1:]
     context = command.make_context("ratchet", words)
     while isinstance(command, TyperGroup):
