@@ -54,7 +54,8 @@ def _trained(random: np.random.Generator, seed: int) -> dict[str, torch.Tensor]:
     # The vectors of words that no name has are nine tenths of all parameters. In their order, for the last is pooled.
     words, tokens = tokens.unique(return_inverse=True)
     vocabulary = model.token_embedding
-    model.token_embedding = torch.nn.Embedding.from_pretrained(vocabulary.weight[words].detach(), freeze=False)
+    model.token_embedding = torch.nn.Embedding(*vocabulary.weight[words].shape)
+    model.token_embedding.weight.data = vocabulary.weight.data[words].clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=STEPS)
     for _ in range(STEPS):
