@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, throughput
+from benchmarks.swap import CAPACITY_CONCURRENCY, throughput
 from benchmarks.trainer import BusyTrainer, prepare_data
 from ops.errors import RatchetError
 from ops.load.traffic import Report, Sample, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
-from ops.testing.inputs import pictures
+from ops.testing.inputs import TEXTS, pictures
 from serving.app import start
 
 REST_SECONDS = 3.0

@@ -31,11 +31,10 @@ from benchmarks.server_memory import ServerMemory
 from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import step
 from ops.settings import Settings
-from ops.testing.inputs import pictures
+from ops.testing.inputs import TEXTS, pictures
 from serving.app import serves_vlm, start
 from serving.engines.clip_base import load_base
 
-TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 ATTACKER = "127.0.0.2"
 SAMPLING_SECONDS = 1800.0
 """Longest time for the fuzzed sampling parameters, which end by themselves."""

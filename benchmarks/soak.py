@@ -23,18 +23,17 @@ from benchmarks.machine import machine
 from benchmarks.process_memory import ProcessMemory, child_processes
 from benchmarks.samples import fill_store, wait_until_searchable
 from benchmarks.serving.session_processes import session_pids
-from benchmarks.swap import CAPACITY_CONCURRENCY, TEXTS, Swaps, make_adapters, make_vlm_adapters, throughput
+from benchmarks.swap import CAPACITY_CONCURRENCY, Swaps, make_adapters, make_vlm_adapters, throughput
 from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import say, step, track
 from ops.settings import Settings
-from ops.testing.inputs import pictures
+from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from serving.app import serves_vlm, start
 from serving.client import Client
 
 ADAPTERS: Final = 4
 IMAGES: Final = 6
 BATCH: Final = 16
-QUESTIONS: Final = ("what is this?", "is there a red car?")
 CAPACITY_SECONDS: Final = 8.0
 SNAPSHOTS: Final = 5
 """Memory at an instant is the median of so many: one of them may see a request's images."""

@@ -29,7 +29,7 @@ from ops.ledger import Ledger
 from ops.load.traffic import Report, Traffic, percentile
 from ops.progress import step, track
 from ops.settings import Settings
-from ops.testing.inputs import pictures, random_adapter
+from ops.testing.inputs import TEXTS, pictures, random_adapter
 from serving.app import serves_vlm, start
 from serving.client import Client, ServerError
 from serving.engines.clip import ClipEngine
@@ -45,7 +45,6 @@ WARM_SWAPS = 100
 ATTEMPTS = 20
 """Of one rollback."""
 CAPACITY_CONCURRENCY = 8
-TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
 
 
 def run(

@@ -46,29 +46,28 @@ class Container:
         self, image: Image, sandbox: int, mounts: Sequence[Mount], *, command: Sequence[str],
         environment: Mapping[str, str], shares_processes: bool, root: Path, log: Path,
     ) -> None:  # fmt: skip
-        self.sandbox = sandbox
         self.environment = {**image.environment, **environment}
         self._depth = 1 if shares_processes else 2
         root.mkdir(parents=True, exist_ok=True)
         script = _script(image, mounts, root, command)
         processes = [] if shares_processes else ["--pid", "--fork", "--kill-child"]
-        words = ["unshare", "--mount", *processes, "bash", "-c", script]
+        words = ["nsenter", f"--target={sandbox}", "--net", "--ipc", "--uts", "--pid"]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [*_join(sandbox), *words], env=self.environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=subprocess.STDOUT, start_new_session=True,
+                [*words, "unshare", "--mount", *processes, "bash", "-c", script], env=self.environment,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     @property
     def main(self) -> psutil.Process | None:
         """Its first process; None when it has ended."""
         try:
-            found = psutil.Process(self.process.pid)
+            process = psutil.Process(self.process.pid)
             for _ in range(self._depth):
-                found = found.children()[0]
+                process = process.children()[0]
         except (psutil.NoSuchProcess, IndexError):
             return None
-        return found
+        return process
 
     @property
     def status(self) -> int | None:
@@ -105,10 +104,6 @@ def start_sandbox(name: str, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     if not wait_until(children, 10.0, pause=0.01, alive=lambda: process.poll() is None):
         raise RatchetError(f"no namespaces for {name}.", f"Only root may make them; see {log}.")
     return process, children()[0].pid
-
-
-def _join(sandbox: int) -> list[str]:
-    return ["nsenter", f"--target={sandbox}", "--net", "--ipc", "--uts", "--pid"]
 
 
 def _script(image: Image, mounts: Sequence[Mount], root: Path, command: Sequence[str]) -> str:

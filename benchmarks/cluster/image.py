@@ -18,6 +18,7 @@ SOURCE: Final = "/opt/ratchet"
 ENVIRONMENT: Final = "/opt/venv"
 """The same of its Python environment."""
 PACKAGES: Final = ("ops", "streams", "serving", "updater")
+LOGIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 COMPILERS: Final = ("cc", "gcc", "g++", "c++", "clang", "clang++")
 """What the image has of these only if it installs them."""
 
@@ -44,12 +45,13 @@ class Image:
             compileall.compile_dir(ROOT / package, quiet=1)
         # gRPC's own resolver asks a name server even for what the file of names has, and there is none.
         self.environment = {
-            **image_environment(), "PATH": _login_path(), "PYTHONPATH": SOURCE, "GRPC_DNS_RESOLVER": "native"
+            **image_environment(), "PATH": LOGIN_PATH, "PYTHONPATH": SOURCE, "GRPC_DNS_RESOLVER": "native"
         }  # fmt: skip
+        python = Path(sys.base_prefix).resolve()
         self.mounts = [
             (Path(sys.prefix).resolve(), ENVIRONMENT),
             (ROOT, SOURCE),
-            (Path(sys.base_prefix).resolve(), str(Path(sys.base_prefix).resolve())),
+            (python, str(python)),
         ]
 
     def make_mount_points(self, folders: Iterable[str], files: Iterable[str]) -> None:
@@ -83,8 +85,8 @@ class Image:
 
 def installed_packages() -> list[str]:
     """Debian's, of the Dockerfile's image for processors."""
-    found = re.search(r"--no-install-recommends (.*) \\$", _stage("cpu"), re.MULTILINE)
-    return found[1].split() if found else []
+    line = re.search(r"--no-install-recommends (.*) \\$", _stage("cpu"), re.MULTILINE)
+    return line[1].split() if line else []
 
 
 def _stage(name: str) -> str:
@@ -95,7 +97,3 @@ def image_environment() -> dict[str, str]:
     """ENV of the Dockerfile's stage that runs."""
     block = re.search(r"^ENV ((?:.*\\\n)*.*)$", _stage("run"), re.MULTILINE)
     return dict(word.split("=", 1) for word in block[1].replace("\\\n", " ").split()) if block else {}
-
-
-def _login_path() -> str:
-    return "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -29,10 +29,10 @@ class Kubernetes:
     """One namespace. ``names``: of what is outside of it."""
 
     def __init__(
-        self, folder: Path, namespace: str, secrets: Mapping[str, Mapping[str, str]], names: Mapping[str, IPv4Address]
-    ) -> None:
-        self.folder, self.namespace, self.secrets, self.names = folder, namespace, secrets, names
-        self.network = Network(folder / "hosts")
+        self, folder: Path, namespace: str, network: Network, secrets: Mapping[str, Mapping[str, str]],
+        names: Mapping[str, IPv4Address],
+    ) -> None:  # fmt: skip
+        self.folder, self.namespace, self.network, self.secrets, self.names = folder, namespace, network, secrets, names
         self.image = Image(folder / "image")
         self.objects: Sequence[Object] = ()
         self._objects = ConfigObjects(secrets, {})
@@ -50,12 +50,12 @@ class Kubernetes:
         ``switched`` is called when services name another Ray cluster, a while before the old one goes. Raises
         RatchetError when a part does not get ready.
         """
-        self.image.make_mount_points(*mount_points([template for _, template in pods(list(objects))]))
-        maps = {each["metadata"]["name"]: each["data"] for each in of_kind(list(objects), "ConfigMap")}
+        self.image.make_mount_points(*mount_points([template for _, template in pods(objects)]))
+        maps = {each["metadata"]["name"]: each["data"] for each in of_kind(objects, "ConfigMap")}
         self._objects = ConfigObjects(self.secrets, maps)
-        for job in of_kind(list(objects), "Job"):
+        for job in of_kind(objects, "Job"):
             with step("migration"):
-                self.run(f"{job['metadata']['name']}", job["spec"]["template"])
+                self.run(job["metadata"]["name"], job["spec"]["template"])
         self.objects = objects
 
         def switch() -> None:
@@ -63,8 +63,8 @@ class Kubernetes:
             switched()
 
         with ThreadPoolExecutor() as pool:
-            deployed = [pool.submit(self._deploy, each) for each in of_kind(list(objects), "Deployment")]
-            (service,) = of_kind(list(objects), "RayService")
+            deployed = [pool.submit(self._deploy, each) for each in of_kind(objects, "Deployment")]
+            (service,) = of_kind(objects, "RayService")
             with step("RayService"):
                 how = self.ray.apply(service, switch)
             for each in deployed:
@@ -146,11 +146,11 @@ class Kubernetes:
         services |= {pod.name: [pod.address] for pod in self._live()}  # a kubelet names a pod in its own file alone
         for cluster in self.ray.clusters:
             services |= self._named(cluster.head_service, [cluster.head])  # it publishes those that are not ready, too
-        for service in of_kind(list(self.objects), "Service"):
+        for service in of_kind(self.objects, "Service"):
             selector = service["spec"]["selector"].items()
             chosen = [pod for pod in self._live() if pod.is_ready and selector <= pod.labels.items()]
             services |= self._named(service["metadata"]["name"], chosen)
-        for service in of_kind(list(self.objects), "RayService"):
+        for service in of_kind(self.objects, "RayService"):
             name = service["metadata"]["name"]
             if self.ray.active is not None:
                 ready = [pod for pod in self.ray.active.workers if pod.is_alive and pod.is_ready]

@@ -13,6 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 
@@ -92,11 +93,8 @@ class RayCluster:
     def stop(self) -> None:
         """End all pods together, as deleting a RayCluster does: each has its grace period."""
         self.keep_no_longer()
-        threads = [threading.Thread(target=pod.stop) for pod in self.pods]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(self.workers) + 1) as pool:
+            list(pool.map(lambda pod: pod.stop(), self.pods))
 
     def _groups(self) -> list[Mapping[str, Any]]:
         return [group for group in self.spec["workerGroupSpecs"] for _ in range(group["replicas"])]
@@ -182,7 +180,7 @@ class RayService:
         old, self.active, self.pending = self.active, self.pending, None
         switched()
         if old is not None:
-            self._retired.append(threading.Thread(target=_retire, args=(old,)))
+            self._retired.append(threading.Thread(target=_retire, args=(old,), daemon=True))
             self._retired[-1].start()
         return "NewCluster"
 

@@ -24,7 +24,7 @@ import yaml
 
 from benchmarks.bench_home import bench_home, clip_base, without_vlm
 from benchmarks.cluster.kubernetes import Kubernetes
-from benchmarks.cluster.network import HOST
+from benchmarks.cluster.network import HOST, Network
 from benchmarks.cluster.scenario import SAMPLES, Scenario
 from benchmarks.cluster.stores import POSTGRES_HOST, S3_HOST, start_stores
 from benchmarks.figures_table import show_figures
@@ -61,9 +61,10 @@ def run(settings: Settings, folder: Path, values: Any, rate: float, upgrade: str
     """
     with ExitStack() as stack:
         with step("starting the stores"):
-            kubernetes = Kubernetes(folder, NAMESPACE, {}, {S3_HOST: HOST, POSTGRES_HOST: HOST})
+            network = Network(folder / "hosts")
             stores = start_stores(folder, stack)
-            kubernetes.secrets = stores.secrets
+            names = {S3_HOST: HOST, POSTGRES_HOST: HOST}
+            kubernetes = Kubernetes(folder, NAMESPACE, network, stores.secrets, names)
         values = merged(stores.values, values)
         ours = stores.settings(bench_home(settings, folder / "home", clip_base(settings, settings.base.clip)))
         objects = render_chart(values, RELEASE, NAMESPACE)

@@ -16,13 +16,11 @@ from ops.load.traffic import Report, Traffic
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.testing.chart import Object
-from ops.testing.inputs import pictures
+from ops.testing.inputs import QUESTIONS, TEXTS, pictures
 from ops.waiting import wait_until
 from serving.client import Client
 from streams.producer import Producer
 
-TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")
-QUESTIONS: Final = ("what is this?", "is there a red car?")
 SAMPLES: Final = 24
 BETWEEN_SECONDS: Final = 10.0
 """Of load between two events."""

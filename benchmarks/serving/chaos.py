@@ -31,9 +31,9 @@ from ops.errors import ConfigError
 from ops.load.traffic import Traffic
 from ops.progress import say, step
 from ops.settings import Settings
+from ops.testing.inputs import QUESTIONS
 
 TEXTS: Final = ("a photo of a cat", "a red circle", "an old map", "two birds")
-QUESTIONS: Final = ("what is this?", "is there a red car?")
 NEW_ADAPTERS: Final = 4
 """What the states of the object store prepare."""
 VIOLATIONS: Final = ("failed_beyond_killed", "mixed", "rollbacks_failed", "refusals_not_503", "problems")

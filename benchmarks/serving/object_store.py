@@ -15,23 +15,25 @@ from benchmarks.stream.ratchet_process import wait_for
 from ops.addresses import free_port
 from ops.testing.tcp_relay import TcpRelay
 
-BUCKET = "chaos"
+BUCKET = "bench"
 URL = f"s3://{BUCKET}/ratchet"
 
 
 class ObjectStore:
     """moto keeps objects in memory, so it is suspended and not restarted: contents stay."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, address: str = "127.0.0.1") -> None:
+        """``log``: file for its output. ``address``: to listen on; the relay is on 127.0.0.1 in any case."""
         self.log = log
+        self.address = address
         self.port = free_port()
-        self.relay = TcpRelay(free_port(), f"127.0.0.1:{self.port}")
+        self.relay = TcpRelay(free_port(), f"{address}:{self.port}")
         self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[str, str | None] = {}
 
     def environment(self, relayed: bool = True) -> dict[str, str]:
         """Variables with which a process finds it: through the relay, or directly."""
-        url = f"http://127.0.0.1:{self.relay.port if relayed else self.port}"
+        url = f"http://127.0.0.1:{self.relay.port}" if relayed else f"http://{self.address}:{self.port}"
         return {
             "AWS_ENDPOINT_URL": url, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
@@ -68,7 +70,7 @@ class ObjectStore:
     def __enter__(self) -> ObjectStore:
         import boto3
 
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
+        command = [sys.executable, "-m", "moto.server", "-H", self.address, "-p", str(self.port)]
         with self.log.open("ab") as out:
             process = self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
         wait_for(self._listens, "the object store listened", 120, lambda: process.poll() is None, f"See {self.log}.")
@@ -92,7 +94,7 @@ class ObjectStore:
         import socket
 
         try:
-            socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+            socket.create_connection((self.address, self.port), 1.0).close()
         except OSError:
             return False
         return True

@@ -16,6 +16,9 @@ from serving.engines.adapters import write_adapter
 from serving.engines.clip_base import ClipBase
 from serving.engines.vlm.vlm_base import VlmBase
 
+TEXTS = ("a photo of a cat", "a red circle", "blue square on white", "an old map", "a smiling face", "two birds")
+QUESTIONS = ("what is this?", "is there a red car?")
+
 
 def random_adapter(
     base: ClipBase | VlmBase,

@@ -30,8 +30,8 @@ class PodStub:
 
     def container(self, name: str) -> dict[str, Any]:
         spec = self.template["spec"]
-        found = [each for each in [*spec["initContainers"], *spec["containers"]] if each["name"] == name]
-        return dict(found[0])
+        containers = [*spec["initContainers"], *spec["containers"]]
+        return next(dict(each) for each in containers if each["name"] == name)
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(ray_service, "LOOK_SECONDS", 0.01)
     (service,) = of_kind(render(profile("cpu")), "RayService")
     start: Any = PodStub
-    made = RayCluster("live-1", service["spec"]["rayClusterConfig"], start, "ml")
-    yield made
-    made.keep_no_longer()
+    running = RayCluster("live-1", service["spec"]["rayClusterConfig"], start, "ml")
+    yield running
+    running.keep_no_longer()
 
 
 def ray_words(pod: Any) -> list[str]:
@@ -124,13 +124,13 @@ def test_names_are_written_in_place_and_the_file_keeps_its_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(network, "ip", lambda *words: None)
-    made = Network(tmp_path / "hosts")
+    named = Network(tmp_path / "hosts")
     file = tmp_path / "hosts"
     inode = file.stat().st_ino
     for names in ({"a": [HOST, HOST + 1], "b": [HOST]}, {"b": [HOST]}):
-        made.name(names)
+        named.name(names)
         lines = file.read_text().strip().splitlines()
         assert lines[1:] == [f"{address} {name}" for name, all_ in names.items() for address in all_]
         assert (file.stat().st_size, file.stat().st_ino) == (HOSTS_BYTES, inode)
     with pytest.raises(RatchetError, match="names"):
-        made.name({f"name-{number}": [HOST] for number in range(2000)})
+        named.name({f"name-{number}": [HOST] for number in range(2000)})
