@@ -13,10 +13,9 @@ slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
 half=(tests/unit/serving tests/unit/updater)
-jobs=("${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/streams tests/integration/updater
-  "tests/integration/engines ${alone[*]}" tests/integration/gate types)
-named=("${servers[@]}" tests/integration/{streams,updater,gate,engines})
-jobs+=("tests/integration ${named[*]/#/--ignore=}")
+named=("${servers[@]}" tests/integration/{streams,updater})
+jobs=("${half[*]}" "tests/unit ${half[*]/#/--ignore=}" "tests/integration ${named[*]/#/--ignore=} ${alone[*]}"
+  tests/integration/updater tests/integration/streams types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then

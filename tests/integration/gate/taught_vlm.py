@@ -21,7 +21,7 @@ from torch import nn
 from ops.loading import load_settings
 from ops.settings import Settings
 from ops.testing.tiny_vlm import tiny_vlm_base
-from serving.engines.adapters import write_adapter
+from serving.engines.adapters import WEIGHTS, read_adapter, write_adapter
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
@@ -121,7 +121,9 @@ def taught_base(home: Path) -> VlmBase:
 
 
 def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps: int = 80, rate: float = 1e-2) -> str:
-    """An adapter of the text model that learned these answers; returns its name."""
+    """An adapter of the text model that learned these answers; returns its name. What is there stays."""
+    if (directory / WEIGHTS).is_file():
+        return read_adapter(directory).name
     layers = [name for name, module in base.build_model().named_modules()
               if isinstance(module, nn.Linear) and base.part_of(name) == "text"]  # fmt: skip
     pattern = f"(?:{'|'.join(re.escape(name) for name in layers)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def vlm_gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VlmGate]:
-    with open_vlm_gate(tmp_path_factory.mktemp("home"), "vllm") as vlm_gate:
+def vlm_gate(taught_home: Path) -> Iterator[VlmGate]:
+    with open_vlm_gate(taught_home, "vllm") as vlm_gate:
         yield vlm_gate
 
 

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
-def vlm_gate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VlmGate]:
-    with open_vlm_gate(tmp_path_factory.mktemp("home"), "transformers") as vlm_gate:
+def vlm_gate(taught_home: Path) -> Iterator[VlmGate]:
+    with open_vlm_gate(taught_home, "transformers") as vlm_gate:
         yield vlm_gate
 
 
