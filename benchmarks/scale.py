@@ -3,7 +3,8 @@
 A Ray cluster on this machine: a head with ingress, catalog and controller, and nodes with one encoder each, which join
 while the server runs. The engine sleeps instead of computing, so that nodes do not share its processors: what grows is
 what the server carries, and what a request costs beside the encoders is the cost of its control plane. ``scale_2`` and
-``scale_3`` are requests a second over those of one node.
+``scale_3`` are requests a second over those of one node; ``planned_*`` is what `ratchet plan`'s simulation says of the
+same load.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from benchmarks.machine import machine
 from ops.addresses import free_port
 from ops.errors import ConfigError, RatchetError
 from ops.ledger import Ledger
+from ops.planning.service_times import ServiceTimes
+from ops.planning.simulation import closed_loop
 from ops.progress import say, step
 from ops.settings import Settings
 from ops.waiting import wait_until
@@ -171,8 +174,12 @@ def _measure(side: HttpSide, nodes: int, seconds: float) -> dict[str, Any]:
     cell = Cell("text", 1, CALLERS_A_NODE * nodes)
     side.measure(cell, WARM_SECONDS)
     turn = side.measure(cell, seconds)
+    times = ServiceTimes(first=PASS_SECONDS, each=0.0, request=0.0)
+    planned = closed_loop(times, CALLERS_A_NODE * nodes, nodes, TEXTS_A_PASS)
     return {
-        "requests_per_second": round(turn.rate, 1), "failed": turn.failed, "p50": round(turn.p50, 4),
+        "requests_per_second": round(turn.rate, 1),
+        "planned_requests_per_second": round(planned.requests_per_second, 1), "planned_p99": round(planned.p99, 4),
+        "failed": turn.failed, "p50": round(turn.p50, 4),
         "p99": round(turn.p99, 4), "control_ms_per_request": rounded(turn.outside_ms, 2),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 CHART = HERE / "ratchet"
 SECRET = (
     "ledger_url", "serve.operator_key", "kafka.client", "kafka.oauth.client_secret", "kafka.schema_registry_auth",
-    "ingest.split_key",
+    "ingest.split_key", "console.oidc.client_secret",
 )  # fmt: skip
 """Come from Secrets: a value of the chart ends in a ConfigMap."""
 SET_BY_CHART = (

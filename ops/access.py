@@ -8,11 +8,11 @@ Three kinds of callers:
 
     key          made with `ratchet keys create`; has the scopes it was given
     operator     the bootstrap key, ``settings.operator_key()``: every scope, so that the first key can be made
-    anonymous    no key; may infer where the server is open (``access.require_keys``), and is nobody elsewhere
+    anonymous    no key; may infer and search where the server is open (``access.require_keys``), is nobody elsewhere
 
 Keys are read from the ledger again every :data:`KEYS_SECONDS`, so a revoked key stops within that time. While the
-ledger is away, the keys that were read last stay good; a process that starts then takes those of a copy: an outage of
-the ledger is none of serving.
+ledger is away, the keys that were read last stay good until they expire; a process that starts then takes those of a
+copy: an outage of the ledger is none of serving.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ NEW_KEY_SECONDS = 0.2
 TOUCH = timedelta(minutes=1)
 MAX_ACTOR_CHARS = 100
 NEVER = float("-inf")
+ANONYMOUS: frozenset[KeyScope] = frozenset({"infer", "search"})
 _NOBODY = digest_of("")
 
 
@@ -97,12 +98,12 @@ class Access:
         """``recall``: keys of a copy, for a start while the ledger is away."""
         rules, local = settings.access, settings.serve.on_loopback
         self.open = rules.require_keys == "never" or (rules.require_keys == "auto" and local)
-        """Whether callers without a key may infer."""
+        """Whether callers without a key may infer and search."""
         self.metrics_open = rules.metrics == "open" or (rules.metrics == "auto" and local)
         self.anonymous: Principal | None = None
         if self.open:
             limit = 0 if local else rules.anonymous_per_minute
-            self.anonymous = Principal("anonymous", frozenset({"infer"}), "anonymous", requests_per_minute=limit)
+            self.anonymous = Principal("anonymous", ANONYMOUS, "anonymous", requests_per_minute=limit)
         self._limit = rules.requests_per_minute
         self._operator = settings.operator_key()
         self._ledger = ledger
@@ -132,7 +133,7 @@ class Access:
             return None if token.startswith(PREFIX) else self.anonymous
         row = self._keys.get(parsed[0])
         right = same(digest_of(parsed[1]), row.digest if row is not None else _NOBODY)
-        if row is None or not right:
+        if row is None or not right or row.expired():
             return None
         self._used[row.id] = datetime.now(UTC)
         limit = self._limit if row.requests_per_minute is None else row.requests_per_minute

@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 
 from ops.errors import ConfigError
 from ops.redaction import STARS, redact_url
-from ops.settings import Section, Settings
+from ops.section import Section
+from ops.settings import Settings
 
 PREFIX = "RATCHET_"
 FILE = "ratchet.yaml"

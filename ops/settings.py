@@ -6,22 +6,17 @@ import os
 import secrets
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator
 
 from ops.addresses import is_loopback, local_url
 from ops.allow_rules import HostRule, NetworkRule, UriRule
+from ops.identity_settings import OAuth, Oidc
+from ops.section import Section, http_url
 
 MIB = 1024 * 1024
 Draw = Literal["uniform", "newest"]
 """How an update draws from what is pending."""
-
-
-class Section(BaseModel):
-    """A group of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class BaseModels(Section):
@@ -29,44 +24,6 @@ class BaseModels(Section):
 
     clip: str = Field("shipped", description="Name of a registered CLIP base (`ratchet base list`).")
     vlm: str = Field("shipped-vlm", description="Name of a registered VLM base; empty: no VLM is served.")
-
-
-def _http_url(value: str) -> str:
-    """Check that a setting is empty, or an http(s) URL without user and password, which would be shown."""
-    if value:
-        parts = urlsplit(value)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("give an http:// or https:// URL")
-        if parts.username or parts.password:
-            raise ValueError("user and password have settings of their own")
-    return value
-
-
-class OAuth(Section):
-    """Bearer tokens for SASL OAUTHBEARER: from a token endpoint (client credentials), or from a file."""
-
-    token_url: str = Field("", description="Token endpoint of the identity provider (client-credentials grant).")
-    client_id: str = Field("", description="Client id for the token endpoint.")
-    client_secret: SecretStr | None = Field(None, description="Client secret for the token endpoint.")
-    scope: str = Field("", description="Scope that the token is asked for; empty: the provider's default.")
-    token_file: Path | None = Field(None, description="File with a token, read again for each connection.")
-    extensions: dict[str, str] = Field(default_factory=dict, description="SASL extensions sent with the token.")
-
-    @property
-    def enabled(self) -> bool:
-        """Whether a source of tokens is set."""
-        return bool(self.token_url or self.token_file)
-
-    _url = field_validator("token_url")(_http_url)
-
-    @model_validator(mode="after")
-    def _one_source(self) -> OAuth:
-        if self.token_url and self.token_file:
-            raise ValueError("set token_url or token_file, not both")
-        for name, value in self.extensions.items():
-            if not (name.isascii() and name.isalpha() and name != "auth" and value.isascii() and value.isprintable()):
-                raise ValueError(f"extension {name!r}: a name has letters only, a value printable ASCII (RFC 7628)")
-        return self
 
 
 class Kafka(Section):
@@ -97,7 +54,7 @@ class Kafka(Section):
     )
     schema_registry_auth: SecretStr | None = Field(None, description="user:password for the schema registry.")
 
-    _url = field_validator("schema_registry")(_http_url)
+    _url = field_validator("schema_registry")(http_url)
 
     @field_validator("schema_registry_auth")
     @classmethod
@@ -190,6 +147,9 @@ class Serve(Section):
         "auto", description="Of the CLIP's matrix products; auto: half where it measures faster and stays within noise."
     )
     encoder_replicas: int = Field(1, ge=1, le=256, description="Encoder processes.")
+    encoder_max_replicas: int = Field(
+        0, ge=0, le=4096, description="As many of them at most, by load; 0: always encoder_replicas."
+    )
     encoder_threads: int = Field(0, ge=0, le=256, description="CPU threads of each encoder; 0: they share the cores.")
     ingress_replicas: int = Field(
         1, ge=1, le=64, description="Processes that answer HTTP. With two, one that ends is not missed."
@@ -257,6 +217,9 @@ class Serve(Section):
         "auto", description="What runs the VLM; auto takes vLLM where it is installed."
     )
     vlm_replicas: int = Field(1, ge=1, le=64, description="VLM processes.")
+    vlm_max_replicas: int = Field(
+        0, ge=0, le=4096, description="As many of them at most, by load; 0: always vlm_replicas."
+    )
     vlm_threads: int = Field(1, ge=1, le=256, description="CPU threads of each VLM engine.")
     vlm_context: int = Field(256, ge=32, le=131_072, description="Most tokens of a request, answer and image included.")
     vlm_max_tokens: int = Field(128, ge=1, le=32_768, description="Longest answer, in tokens.")
@@ -282,7 +245,8 @@ class AccessRules(Section):
     """Who needs a key, and how often one may call."""
 
     require_keys: Literal["auto", "always", "never"] = Field(
-        "auto", description="Whether /v1 needs a key with the scope infer; auto: unless serve.host is loopback."
+        "auto",
+        description="Whether /v1 needs a key with the scope infer or search; auto: unless serve.host is loopback.",
     )
     metrics: Literal["auto", "open", "key"] = Field(
         "auto", description="Whether /metrics needs a key of any scope; auto: unless serve.host is loopback."
@@ -323,12 +287,15 @@ class Updater(Section):
         1,
         ge=1,
         le=64,
-        description="Processes that take the steps of an update together, by Ray Train; with a GPU each where there are"
-        " GPUs. 1: the updater itself.",
+        description="Processes that take the steps of an update together, by Ray Train. 1: the updater itself.",
+    )
+    workers_on_gpus: Literal["auto", "always", "never"] = Field(
+        "auto", description="Whether each of them has a GPU; auto: where the updater itself sees one."
     )
     ray_address: str = Field(
         "",
-        description="Ray cluster for more workers than one, which sees home as this machine does; empty: this machine.",
+        description="Ray cluster for more workers than one, which sees home as this machine does, e.g. ray://head:10001;"
+        " empty: this machine.",
     )
     nice: int = Field(
         19, ge=0, le=19, description="Niceness of the trainer process; serving's models have 4, the rest of serving 0."
@@ -418,6 +385,7 @@ class Console(Section):
     public_requests_per_minute: int = Field(
         300, ge=1, le=1_000_000, description="Requests a minute that one address may make in public mode."
     )
+    oidc: Oidc = Field(default_factory=Oidc)
 
     @property
     def on_loopback(self) -> bool:
@@ -475,7 +443,7 @@ class Traces(Section):
         0.01, ge=0, le=1, description="Share of requests that are traced, of those whose client has not decided it."
     )
 
-    _url = field_validator("endpoint")(_http_url)
+    _url = field_validator("endpoint")(http_url)
 
 
 class Settings(Section):

@@ -165,7 +165,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
         "max_surge_percent": 1,  # new code: one replica more until all are replaced, so that none is missing
     }  # fmt: skip
     encoders: dict[str, Any] = {
-        "num_replicas": server.encoder_replicas, "ray_actor_options": {"num_cpus": 0.2},
+        **encoder_scale(server), "ray_actor_options": {"num_cpus": 0.2},
         "max_ongoing_requests": max(8, server.queue), "max_queued_requests": server.queue, "backpressure_config": full,
     }  # fmt: skip
     deployed = serve.deployment(encoder_class or Encoder).options(name="Encoder", **encoders | common | options)
@@ -178,7 +178,7 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
     if serves_vlm(settings):
         # The engine makes its own batches and its own queue: every request goes to it at once, none waits in Serve.
         vlm = serve.deployment(VlmReplica).options(
-            name=VLM, num_replicas=server.vlm_replicas, ray_actor_options={"num_cpus": 0.2},
+            name=VLM, **vlm_scale(server), ray_actor_options={"num_cpus": 0.2},
             max_ongoing_requests=2 * server.vlm_queue + 64, max_queued_requests=2 * server.vlm_queue + 64,
             backpressure_config=full, **common | {"max_constructor_retry_count": START_ATTEMPTS},
         ).bind(settings)  # fmt: skip
@@ -197,11 +197,26 @@ def application(settings: Settings, encoder_class: Callable[..., Any] | None = N
 
 
 def ingress_scale(server: Serve) -> dict[str, Any]:
-    """How many ingress processes Serve runs: always the same number, or between two by the requests in flight."""
-    least, most = server.ingress_replicas, server.ingress_max_replicas
+    """How many ingress processes Serve runs, each for a quarter of what it takes before it answers 429."""
+    least = server.ingress_replicas
+    return _scale(least, server.ingress_max_replicas, max(1, server.queue // least // 4))
+
+
+def encoder_scale(server: Serve) -> dict[str, Any]:
+    """How many encoders Serve runs, each for a batch that is computed while another one fills."""
+    return _scale(server.encoder_replicas, server.encoder_max_replicas, 2 * server.max_batch)
+
+
+def vlm_scale(server: Serve) -> dict[str, Any]:
+    """How many VLM replicas Serve runs, each for as many requests as it answers side by side."""
+    return _scale(server.vlm_replicas, server.vlm_max_replicas, server.vlm_batch)
+
+
+def _scale(least: int, most: int, busy: int) -> dict[str, Any]:
+    """Always the same number, or between two by the requests in flight, so many for each. One that is added takes
+    requests when the resident releases are loaded, and one that ends finishes what it has."""
     if most <= least:
         return {"num_replicas": least}
-    busy = max(1, server.queue // least // 4)  # a quarter of what one process takes before it answers 429
     return {
         "autoscaling_config": {
             "min_replicas": least, "initial_replicas": least, "max_replicas": most, "target_ongoing_requests": busy,
@@ -324,8 +339,8 @@ def _tell_of_keys(settings: Settings) -> None:
 def _say_who_needs_a_key(ledger: Ledger, settings: Settings) -> None:
     if Access(ledger, settings).open:
         say(f"[red]whoever reaches {settings.serve.host} may ask the models[/red] (access.require_keys is never)")
-    elif not any("infer" in key.scopes for key in ledger.api_keys()):
-        say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer`")
+    elif not any({"infer", "search"} & set(key.scopes) for key in ledger.api_keys()):
+        say("clients need a key, and there is none yet: `ratchet keys create NAME --scope infer --scope search`")
 
 
 def serve_app(settings: Settings, blocking: bool = True) -> Server:

@@ -11,7 +11,8 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ops.settings import Section, Settings
+from ops.section import Section
+from ops.settings import Settings
 
 HEAD = """# Settings
 

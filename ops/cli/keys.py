@@ -20,14 +20,16 @@ class Allowed(StrEnum):
     """What a key may do."""
 
     infer = "infer"
+    search = "search"
     publish = "publish"
     operate = "operate"
 
 
 Scopes = Annotated[
     list[Allowed],
-    typer.Option("--scope", "-s", help="infer: ask the models; publish: send quarantined records again; operate: "
-                 "release, roll back, hold, resume. Repeatable; none includes another."),
+    typer.Option("--scope", "-s", help="infer: ask the models; search: search the corpus, see its images and the "
+                 "console; publish: send quarantined records again; operate: release, roll back, hold, resume. "
+                 "Repeatable; none includes another."),
 ]  # fmt: skip
 
 
@@ -40,24 +42,29 @@ def create(
         int | None,
         typer.Option(min=0, help="Most requests a minute, 0 for no limit; access.requests_per_minute if unset."),
     ] = None,
+    days: Annotated[
+        float | None, typer.Option(help="Days until it expires; good until it is revoked if unset.")
+    ] = None,
 ) -> None:
     """Make a key. The key itself is shown this once, alone on standard output; only its digest is kept.
 
-    Examples:  ratchet keys create search-page --scope infer --per-minute 600    |
+    Examples:  ratchet keys create search-page --scope search --per-minute 600 --days 90    |
     export OPENAI_API_KEY=$(ratchet keys create ann --scope infer --scope operate)
     """  # fmt: skip
     ledger = Ledger.open(ctx.of(context).settings.ledger)
     row, token = ledger.create_key(
-        name, [each.value for each in scope], actor=ctx.person(), requests_per_minute=per_minute
+        name, [each.value for each in scope], actor=ctx.person(), requests_per_minute=per_minute, days=days
     )
-    typer.echo(f"key {row.id} of {row.name} may {', '.join(row.scopes)}; keep it, it is not shown again:", err=True)
+    until = f" until {row.expires_at:%Y-%m-%d %H:%M} UTC" if row.expires_at else ""
+    may = f"key {row.id} of {row.name} may {', '.join(row.scopes)}{until}"
+    typer.echo(f"{may}; keep it, it is not shown again:", err=True)
     typer.echo(token)
 
 
 @app.command("list")
 def list_keys(
     context: typer.Context,
-    everything: Annotated[bool, typer.Option("--all", "-a", help="Revoked keys too.")] = False,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="Revoked and expired keys too.")] = False,
 ) -> None:
     """Keys that are valid, newest first: what they may do, who made them, when they were last used.
 
@@ -66,11 +73,11 @@ def list_keys(
     settings = ctx.of(context).settings
     table = Table(
         Column("id", no_wrap=True), Column("name", no_wrap=True), "scopes", "per minute", "made by", "when (UTC)",
-        "last used (UTC)", title="Keys",
+        "last used (UTC)", "expires (UTC)", title="Keys",
     )  # fmt: skip
     if everything:
         table.add_column("revoked (UTC)")
-    for row in Ledger.open(settings.ledger).api_keys(revoked=everything):
+    for row in Ledger.open(settings.ledger).api_keys(ended=everything):
         limit = settings.access.requests_per_minute if row.requests_per_minute is None else row.requests_per_minute
         cells = [row.id, row.name, ", ".join(row.scopes), str(limit or "no limit"), row.actor, *_times(row)]
         table.add_row(*(Text(cell) for cell in (cells if everything else cells[:-1])))
@@ -92,4 +99,5 @@ def revoke(
 
 
 def _times(row: KeyRow) -> list[str]:
-    return [f"{when:%Y-%m-%d %H:%M}" if when else "-" for when in (row.created_at, row.last_used_at, row.revoked_at)]
+    times = (row.created_at, row.last_used_at, row.expires_at, row.revoked_at)
+    return [f"{when:%Y-%m-%d %H:%M}" if when else "-" for when in times]

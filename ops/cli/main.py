@@ -26,6 +26,7 @@ from ops.cli import (
     ledger,
     metrics,
     parts,
+    plan,
     recovery,
     releases,
     resubmit,
@@ -92,6 +93,7 @@ app.add_typer(ledger.app, name="ledger", rich_help_panel="Operate")
 app.add_typer(metrics.app, name="metrics", rich_help_panel="Operate")
 app.add_typer(config.app, name="config", rich_help_panel="Operate")
 app.command(rich_help_panel="Operate")(config.doctor)
+app.command(rich_help_panel="Operate")(plan.plan)
 app.command(
     rich_help_panel="Operate",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

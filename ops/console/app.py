@@ -20,6 +20,7 @@ from ops.console.pages import (
     deletions,
     gate,
     models,
+    oidc,
     overview,
     pictures,
     playground,
@@ -46,7 +47,7 @@ FORM_BYTES = 256 * 1024
 """Room for the texts of a form beside its picture."""
 PAGES = (
     overview, playground, compare, releases, models, gate, stream, quarantine, budget, audit, deletions, pictures,
-    tour, signin,
+    tour, signin, oidc,
 )  # fmt: skip
 PUBLIC_PAGES = (overview, releases, models, gate, stream, budget)
 STATIC = Path(__file__).parent / "static"
@@ -58,6 +59,7 @@ def build_console(settings: Settings) -> FastAPI:
     app.state.data = ConsoleData(settings)
     app.state.local = settings.console.on_loopback
     app.state.sessions = Sessions(settings.operator_key(), settings.console.session_hours)
+    app.state.provider = oidc.provider(settings.console) if settings.console.oidc.enabled else None
     public = settings.console.public
     samples = (pictures,) if settings.console.public_samples else ()
     for page in (*PUBLIC_PAGES, *samples) if public else PAGES:

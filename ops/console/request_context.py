@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 from urllib.parse import urlencode, urlsplit
 
 from fastapi import Depends, Request
@@ -14,6 +14,7 @@ from ops.console import public
 from ops.console.data import ConsoleData
 from ops.console.sessions import Session
 from ops.console.template_filters import TEMPLATES
+from ops.ledger.rows import KeyScope
 from serving.client import Client
 
 NAV = (
@@ -28,6 +29,9 @@ NAV = (
     ("/budget", "Budget"),
     ("/audit", "Audit"),
 )
+
+LOOK: Final[tuple[KeyScope, ...]] = ("search", "operate")
+"""Pages show samples of the corpus: who looks needs one of these scopes."""
 
 
 class Refused(Exception):
@@ -135,10 +139,10 @@ async def intended(request: Request) -> None:
 
 
 def reader(context: Annotated[RequestContext, Depends(request_context)]) -> RequestContext:
-    """Somebody who may look and play; in public mode, anybody who looks. Raises SignIn."""
+    """Somebody who may look; in public mode, anybody who looks. Raises SignIn."""
     if context.public:
         return context
-    if context.principal is None or not context.principal.may("infer", "operate"):
+    if context.principal is None or not context.principal.may(*LOOK):
         raise SignIn(context.here)
     return context
 
@@ -155,6 +159,13 @@ def operator(context: Annotated[RequestContext, Depends(reader)]) -> RequestCont
             403, "Not allowed", f"The key {name!r} may look, but not act.", "Sign in with a key of scope `operate`."
         )
     return context
+
+
+def local_path(target: str) -> str:
+    """A path of this console: nobody is sent elsewhere after signing in."""
+    parts = urlsplit(target)
+    right = target.startswith("/") and not target.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
+    return target if right and target.isprintable() else "/"
 
 
 def sign_in_link(next_page: str) -> str:

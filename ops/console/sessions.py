@@ -11,7 +11,9 @@ import hashlib
 import hmac
 import json
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from cryptography.fernet import Fernet, InvalidToken
 from pydantic import SecretStr
@@ -29,6 +31,8 @@ class Session:
     csrf: str
     """Every form sends it back; a page of another site cannot know it."""
     key: str = ""
+    provider: Mapping[str, Any] = field(default_factory=dict)
+    """What the way to the identity provider and back has to remember (Authlib's); empty but for that time."""
 
     @classmethod
     def new(cls, key: str = "") -> Session:
@@ -54,14 +58,14 @@ class Sessions:
 
     def seal(self, session: Session) -> str:
         """The cookie's value."""
-        return self._fernet.encrypt(json.dumps([session.csrf, session.key]).encode()).decode()
+        return self._fernet.encrypt(json.dumps([session.csrf, session.key, dict(session.provider)]).encode()).decode()
 
     def open(self, cookie: str | None) -> Session | None:
         """The session of a cookie; None when there is none, it is too old, or it was tampered with."""
         if not cookie or len(cookie) > MAX_COOKIE_CHARS:
             return None
         try:
-            csrf, key = json.loads(self._fernet.decrypt(cookie.encode(), ttl=self.seconds))
+            csrf, key, provider = json.loads(self._fernet.decrypt(cookie.encode(), ttl=self.seconds))
         except (InvalidToken, ValueError):
             return None
-        return Session(csrf, key)
+        return Session(csrf, key, provider)

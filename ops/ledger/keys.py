@@ -9,7 +9,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, cast, get_args
 
 from sqlalchemy import or_, select, update
@@ -25,6 +25,7 @@ SCOPES: Final[tuple[KeyScope, ...]] = get_args(KeyScope)
 PREFIX: Final = "rk_"
 TOKEN: Final = re.compile(rf"{PREFIX}([a-z0-9]{{8}})_([0-9a-f]{{64}})")
 KEY_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")
+MAX_DAYS: Final = 3660
 #: Names that the audit log has for Ratchet's own parts and for the bootstrap key.
 RESERVED: Final = SYSTEM_ACTORS | {"operator", "anonymous"}
 
@@ -35,28 +36,34 @@ class KeyQueries:
     database: Database
 
     def create_key(
-        self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None
-    ) -> tuple[KeyRow, str]:
+        self, name: str, scopes: Sequence[str], *, actor: str, requests_per_minute: int | None = None,
+        days: float | None = None,
+    ) -> tuple[KeyRow, str]:  # fmt: skip
         """Make a key. Returns its row and its token, which is kept nowhere and cannot be shown again.
 
         Args:
             name: lower-case letters, digits and ``. _ @ -``; never used before, also not by a revoked key.
-            scopes: one or more of ``infer``, ``publish`` and ``operate``; none includes another.
+            scopes: one or more of ``infer``, ``search``, ``publish`` and ``operate``; none includes another.
             requests_per_minute: None takes ``access.requests_per_minute``, 0 is no limit.
+            days: until it expires; None: it is good until it is revoked.
 
         Raises:
-            LedgerError: the name is taken or not a name, or a scope or the limit is wrong.
+            LedgerError: the name is taken or not a name, or a scope, the limit or the days are wrong.
         """
         chosen = _checked(name, scopes, requests_per_minute)
+        expires = None if days is None else _after(days)
         key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
         row = t.ApiKey(
             id=key_id, name=name, scopes=list(chosen), digest=digest_of(secret), actor=actor,
-            requests_per_minute=requests_per_minute,
+            requests_per_minute=requests_per_minute, expires_at=expires,
         )  # fmt: skip
         try:
             with self.database.write() as session:
                 session.add(row)
-                detail = {"id": key_id, "scopes": list(chosen), "requests_per_minute": requests_per_minute}
+                detail = {
+                    "id": key_id, "scopes": list(chosen), "requests_per_minute": requests_per_minute,
+                    "expires_at": expires and expires.isoformat(timespec="seconds"),
+                }  # fmt: skip
                 note(session, actor, "create key", f"key {name}", detail)
                 session.flush()
                 return _row(row), f"{PREFIX}{key_id}_{secret}"
@@ -79,11 +86,13 @@ class KeyQueries:
             session.flush()
             return _row(row)
 
-    def api_keys(self, revoked: bool = False) -> list[KeyRow]:
-        """Keys that are valid, newest first; with ``revoked`` all that ever were."""
+    def api_keys(self, ended: bool = False) -> list[KeyRow]:
+        """Keys that are valid, newest first; with ``ended`` also those that were revoked or have expired."""
         query = select(t.ApiKey).order_by(t.ApiKey.created_at.desc(), t.ApiKey.id)
-        if not revoked:
-            query = query.where(t.ApiKey.revoked_at.is_(None))
+        if not ended:
+            query = query.where(
+                t.ApiKey.revoked_at.is_(None), or_(t.ApiKey.expires_at.is_(None), t.ApiKey.expires_at > t.utc_now())
+            )
         with self.database.read() as session:
             return [_row(row) for row in session.scalars(query)]
 
@@ -120,9 +129,15 @@ def _checked(name: str, scopes: Sequence[str], requests_per_minute: int | None) 
     return tuple(scope for scope in SCOPES if scope in scopes)
 
 
+def _after(days: float) -> datetime:
+    if not 0 < days <= MAX_DAYS:
+        raise LedgerError(f"a key cannot be valid for {days:g} days.", f"Give more than 0, at most {MAX_DAYS}.")
+    return t.utc_now() + timedelta(days=days)
+
+
 def _row(row: t.ApiKey) -> KeyRow:
     scopes = cast(tuple[KeyScope, ...], tuple(row.scopes))
     return KeyRow(
         row.id, row.name, scopes, row.digest, row.requests_per_minute, row.actor, row.created_at, row.revoked_at,
-        row.last_used_at,
+        row.last_used_at, row.expires_at,
     )  # fmt: skip

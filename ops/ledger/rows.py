@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 Family = Literal["clip", "vlm"]
@@ -14,8 +14,9 @@ GateOutcome = Literal["passed", "rejected", "inconclusive"]
 UpdateState = Literal["training", "trained", "gated", "done", "failed", "abandoned"]
 ProposalKind = Literal["initial", "update", "rollback", "release", "promotion"]
 ProposalState = Literal["pending", "preparing", "committed", "failed"]
-KeyScope = Literal["infer", "publish", "operate"]
-"""What a key may do: ask the models; send quarantined records again; release, roll back, hold and resume."""
+KeyScope = Literal["infer", "search", "publish", "operate"]
+"""What a key may do: ask the models; read the corpus; send quarantined records again; release, roll back, hold and
+resume."""
 EventType = Literal[
     "ratchet.candidate.v1", "ratchet.verdict.v1", "ratchet.proposal.v1", "ratchet.release.v1", "ratchet.rollback.v1",
     "ratchet.deletion.v1", "ratchet.gap.v1",
@@ -201,6 +202,12 @@ class KeyRow:
     created_at: datetime
     revoked_at: datetime | None
     last_used_at: datetime | None
+    expires_at: datetime | None = None
+    """None: good until it is revoked."""
+
+    def expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires_at is not None and self.expires_at <= datetime.now(UTC)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ def needs(path: str) -> tuple[KeyScope, ...]:
         return ("publish", "operate")
     if path.startswith("/admin"):
         return ("operate",)
+    if path == "/v1/search" or path.startswith("/v1/samples"):
+        return ("search",)
     return ("infer",)
 
 
@@ -80,7 +82,7 @@ class AuthMiddleware:
             )  # fmt: skip
         if caller is None and token:
             raise ApiError(
-                401, "this key is not valid: it is mistyped, cut short, or was revoked.",
+                401, "this key is not valid: it is mistyped or cut short, has expired, or was revoked.",
                 code="invalid_api_key", headers=CHALLENGE,
             )  # fmt: skip
         if caller is not None:

@@ -100,7 +100,9 @@ class Workers:
         updater = settings.updater
         if updater.workers == 1:
             return None
-        return cls(updater.workers, updater.threads, torch.cuda.is_available(), updater.ray_address)
+        on_gpus = updater.workers_on_gpus
+        gpus = torch.cuda.is_available() if on_gpus == "auto" else on_gpus == "always"
+        return cls(updater.workers, updater.threads, gpus, updater.ray_address)
 
     def run(
         self, steps: Steps, work_dir: Path, stop: Callable[[], bool] = lambda: False,

@@ -15,16 +15,16 @@ privileged: false
 capabilities: {drop: [ALL]}
 {{- end -}}
 
-{{/* Image and its secrets, placement and identity of a pod: (list $ "ingest" values). */}}
+{{/* Image and its secrets, placement and identity of a pod: (list $ "ingest" values), and true where it calls Kubernetes. */}}
 {{- define "ratchet.podSpec" -}}
 {{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
 serviceAccountName: {{ include "ratchet.fullname" $top }}
-automountServiceAccountToken: false
+automountServiceAccountToken: {{ and (gt (len .) 3) (last .) | not | not }}
 enableServiceLinks: false
 {{- with $top.Values.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
-{{- with include "ratchet.priorityClass" (list $top (eq $part "updater" | ternary "training" "serving")) }}
+{{- with include "ratchet.priorityClass" (list $top (has $part (list "updater" "training-head" "training-worker") | ternary "training" "serving")) }}
 priorityClassName: {{ . }}
 {{- end }}
 securityContext: {{- include "ratchet.podSecurity" $top | nindent 2 }}
@@ -142,6 +142,21 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
   valueFrom:
     secretKeyRef: {name: {{ .name }}, key: {{ .schemaRegistryAuthKey }}, optional: true}
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if and (eq $part "updater") $top.Values.updater.workers.enabled (eq $top.Values.serving.rayAuth "token") }}
+- {name: RAY_AUTH_MODE, value: token}
+- name: RAY_AUTH_TOKEN # KubeRay makes the Secret with the cluster
+  valueFrom:
+    secretKeyRef: {name: {{ include "ratchet.fullname" $top }}-training, key: auth_token}
+{{- end }}
+{{- if eq $part "console" }}
+{{- with $top.Values.console.oidc.existingSecret }}
+{{- if .name }}
+- name: RATCHET_CONSOLE__OIDC__CLIENT_SECRET
+  valueFrom:
+    secretKeyRef: {name: {{ .name }}, key: {{ .key }}}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -52,6 +52,31 @@ over, or when their successors run elsewhere, which takes encoders half a minute
 {{- add (dig "serve" "deadline_seconds" 30 .Values.settings | ceil | int) 120 -}}
 {{- end -}}
 
+{{/* Whether Ray adds and ends workers of the serving cluster. */}}
+{{- define "ratchet.autoscales" -}}
+{{- if gt (.Values.serving.workers.maxReplicas | int) (.Values.serving.workers.replicas | int) }}true{{ end -}}
+{{- end -}}
+
+{{/* Ray's autoscaler, which KubeRay puts beside the head with a Role of its own: (list $ idleSeconds). */}}
+{{- define "ratchet.autoscaler" -}}
+{{- $top := index . 0 -}}
+upscalingMode: Default
+idleTimeoutSeconds: {{ index . 1 | int }}
+image: {{ include "ratchet.image" $top }} # Ray's own is another version's
+imagePullPolicy: {{ $top.Values.image.pullPolicy }}
+securityContext: {{- include "ratchet.containerSecurity" $top | nindent 2 }}
+env:
+  - {name: HOME, value: /home/ratchet}
+  {{- include "ratchet.addedEnv" $top | nindent 2 }}
+volumeMounts:
+  - {name: user, mountPath: /home/ratchet}
+  - {name: tmp, mountPath: /tmp}
+  {{- include "ratchet.addedMounts" $top | nindent 2 }}
+resources:
+  requests: {cpu: 100m, memory: 512Mi}
+  limits: {memory: 1Gi}
+{{- end -}}
+
 {{/* The pod of a head or of a worker: (list $ "serving-head" values). */}}
 {{- define "ratchet.rayPod" -}}
 {{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
@@ -64,7 +89,7 @@ metadata:
     checksum/settings: {{ include (print $top.Template.BasePath "/configmap.yaml") $top | sha256sum }}
     {{- include "ratchet.addedAnnotations" $top | nindent 4 }}
 spec:
-  {{- include "ratchet.podSpec" (list $top $part $values) | nindent 2 }}
+  {{- include "ratchet.podSpec" (list $top $part $values (and $head (include "ratchet.autoscales" $top))) | nindent 2 }}
   terminationGracePeriodSeconds: {{ add (include "ratchet.drainSeconds" $top | int) 15 }}
   shareProcessNamespace: true # the exporter asks whether the processes that wrote metrics still live
   initContainers:
@@ -128,4 +153,65 @@ spec:
       emptyDir: {sizeLimit: 256Mi}
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ default "512Mi" $values.sharedMemory }}}
+{{- end -}}
+
+{{/* Where the updater finds the cluster that trains, by the name that KubeRay gives to the head's service. */}}
+{{- define "ratchet.trainingAddress" -}}
+ray://{{ include "ratchet.fullname" . }}-training-head-svc:10001
+{{- end -}}
+
+{{/* The pod of a head or of a worker that trains: (list $ "training-worker" values). All see the updater's home. */}}
+{{- define "ratchet.trainingPod" -}}
+{{- $top := index . 0 -}}{{- $part := index . 1 -}}{{- $values := index . 2 -}}
+{{- $head := eq $part "training-head" -}}
+{{- $updater := $top.Values.updater -}}
+metadata:
+  labels:
+    app.kubernetes.io/part-of: ratchet
+    {{- include "ratchet.selector" (list $top $part) | nindent 4 }}
+  annotations:
+    {{- include "ratchet.addedAnnotations" $top | nindent 4 }}
+spec:
+  {{- include "ratchet.podSpec" (list $top $part $values $head) | nindent 2 }}
+  containers:
+    - name: ray
+      {{- include "ratchet.container" $top | nindent 6 }}
+      env:
+        - {name: HOME, value: /home/ratchet}
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+        - {name: OMP_NUM_THREADS, value: "1"} # workers set their own number
+        {{- include "ratchet.addedEnv" $top | nindent 8 }}
+      ports:
+        - {name: agent, containerPort: 52365}
+        {{- if $head }}
+        - {name: gcs-server, containerPort: 6379}
+        - {name: dashboard, containerPort: 8265}
+        - {name: client, containerPort: 10001}
+        {{- end }}
+      {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
+      resources:
+        {{- $resources := deepCopy $values.resources }}
+        {{- if $values.gpus }}
+        {{- $gpu := dict "limits" (dict "nvidia.com/gpu" ($values.gpus | int)) "requests" (dict "nvidia.com/gpu" ($values.gpus | int)) }}
+        {{- $resources = mergeOverwrite $resources $gpu }}
+        {{- end }}
+        {{- toYaml $resources | nindent 8 }}
+      volumeMounts:
+        {{- include "ratchet.mounts" (list $top "updater") | nindent 8 }}
+        {{- include "ratchet.addedMounts" $top | nindent 8 }}
+        - {name: shm, mountPath: /dev/shm}
+        {{- if $updater.data.existingClaim }}
+        - {name: data, mountPath: /data, readOnly: true}
+        {{- end }}
+  volumes:
+    {{- include "ratchet.volumes" (list $top "updater") | nindent 4 }}
+    {{- include "ratchet.addedVolumes" $top | nindent 4 }}
+    - name: home
+      persistentVolumeClaim: {claimName: {{ $updater.storage.existingClaim }}}
+    - name: shm
+      emptyDir: {medium: Memory, sizeLimit: {{ default "1Gi" $values.sharedMemory }}}
+    {{- if $updater.data.existingClaim }}
+    - name: data
+      persistentVolumeClaim: {claimName: {{ $updater.data.existingClaim }}, readOnly: true}
+    {{- end }}
 {{- end -}}

@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ops.loading import describe
-from ops.settings import Section, Settings
+from ops.section import Section
+from ops.settings import Settings
 
 HEAD = """\
 # Settings of Ratchet, made by `ratchet init`. A line that begins with # and no space is a default: take the # away (and

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import RedirectResponse, Response
 
-from ops.console.request_context import Anyone, RequestContext
+from ops.console.identities import end_key
+from ops.console.request_context import LOOK, Anyone, RequestContext, local_path
 from ops.console.sessions import MAX_KEY_CHARS, Session
 
 router = APIRouter()
@@ -32,32 +33,28 @@ def sign_in(
     if principal is None and context.data.access.unread(key):
         return _form(context, next, "The ledger does not answer, and this key may be new. Try again in a while.", 503)
     if principal is None or principal.kind == "anonymous":
-        return _form(context, next, "This key is not known here, or it was revoked.", 401)
-    if not principal.may("infer", "operate"):
-        return _form(context, next, f"The key {principal.name!r} may neither look nor act.", 403)
+        return _form(context, next, "This key is not known here, has expired, or was revoked.", 401)
+    if not principal.may(*LOOK):
+        return _form(context, next, f"The key {principal.name!r} may neither look (`search`) nor act (`operate`).", 403)
     context.data.ledger.audit(principal.actor(), "sign in", "console", {})
     context.request.state.keep = Session.new(key)
-    return RedirectResponse(_local(next), 303)
+    return RedirectResponse(local_path(next), 303)
 
 
 @router.post("/sign-out")
 def sign_out(context: Anyone) -> Response:
-    """Forget the key."""
+    """Forget the key; one that a sign-in by the identity provider made ends with it."""
+    if context.principal is not None and context.data.settings.console.oidc.enabled:
+        end_key(context.data.ledger, context.principal.key_id)
     context.request.state.keep = Session.new()
     return RedirectResponse("/", 303)
 
 
 def _form(context: RequestContext, next_page: str, wrong: str = "", status: int = 200) -> Response:
     return context.page(
-        "sign_in.html", "Sign in", status, next_page=_local(next_page), wrong=wrong, plain=_without_tls(context.request)
-    )
-
-
-def _local(target: str) -> str:
-    """A path of this console: nobody is sent elsewhere after signing in."""
-    parts = urlsplit(target)
-    right = target.startswith("/") and not target.startswith(("//", "/\\")) and not parts.scheme and not parts.netloc
-    return target if right and target.isprintable() else "/"
+        "sign_in.html", "Sign in", status, next_page=local_path(next_page), wrong=wrong,
+        plain=_without_tls(context.request), provider=urlsplit(context.data.settings.console.oidc.issuer).hostname,
+    )  # fmt: skip
 
 
 def _without_tls(request: Request) -> bool:

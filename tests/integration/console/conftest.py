@@ -58,8 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, broker: Broker) -> Iterator[
     server.add_samples(24, domain="cats", source="zoo", year=2023)
     story = tell(settings, home / "made-up", server.adapter())
     make_topics(settings)
-    _, operator = server.ledger.create_key("ana", ["infer", "operate"], actor="test")
-    _, reader = server.ledger.create_key("guest", ["infer"], actor="test")
+    _, operator = server.ledger.create_key("ana", ["infer", "search", "operate"], actor="test")
+    _, reader = server.ledger.create_key("guest", ["infer", "search"], actor="test")
     try:
         server.start()
         with (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helm_python import HelmError
 from jsonschema import Draft202012Validator
 from ray.serve._private import constants
@@ -116,11 +117,39 @@ def test_no_variable_is_one_that_kuberay_refuses_or_sets_itself(service: dict[st
         assert not {*names} & (REFUSED | MANAGED)
 
 
-def test_workers_have_both_bounds_as_nothing_scales_them(service: dict[str, Any]) -> None:
+def test_workers_have_both_bounds_also_where_nothing_scales_them(service: dict[str, Any]) -> None:
     cluster = service["spec"]["rayClusterConfig"]
-    assert cluster["enableInTreeAutoscaling"] is False
+    assert cluster["enableInTreeAutoscaling"] is False and "autoscalerOptions" not in cluster
     for group in cluster["workerGroupSpecs"]:
-        assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        assert 0 < group["minReplicas"] == group["replicas"] == group["maxReplicas"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_ray_adds_workers_where_more_are_allowed(version: str) -> None:
+    """DefaultHeadPodTemplate puts the autoscaler beside the head, which has to be allowed to call Kubernetes."""
+    serve = {"encoder_replicas": 2, "encoder_max_replicas": 12}
+    more = {"settings": {"serve": serve}, "serving": {"workers": {"replicas": 2, "maxReplicas": 6}}}
+    objects = render(profile("cpu"), EVERYTHING, more)
+    (service,) = of_kind(objects, "RayService")
+    schema(VERSIONS[version]).validate(service)
+    cluster = service["spec"]["rayClusterConfig"]
+    head, workers = groups(service)
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert (workers["minReplicas"], workers["replicas"], workers["maxReplicas"]) == (2, 2, 6)
+    autoscaler = cluster["autoscalerOptions"]
+    assert autoscaler["image"] == ray_container(head)["image"] and autoscaler["idleTimeoutSeconds"] == 600
+    assert autoscaler["securityContext"]["readOnlyRootFilesystem"] is True
+    mounted = {mount["name"] for mount in autoscaler["volumeMounts"]}
+    assert mounted <= {volume["name"] for volume in head["template"]["spec"]["volumes"]} and "tmp" in mounted
+    assert head["template"]["spec"]["automountServiceAccountToken"] is True
+    assert workers["template"]["spec"]["automountServiceAccountToken"] is False
+    deployments = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["deployments"]
+    encoder = next(each for each in deployments if each["name"] == "Encoder")
+    assert encoder["max_replicas_per_node"] == 2  # 12 on 6
+    (policy,) = [
+        each for each in of_kind(objects, "NetworkPolicy") if each["metadata"]["name"] == "live-ratchet-serving"
+    ]
+    assert {"ports": [{"protocol": "TCP", "port": 443}]} in policy["spec"]["egress"]
 
 
 def test_parameters_of_ray_start_are_text_and_resources_come_from_one_place(service: dict[str, Any]) -> None:
@@ -180,3 +209,66 @@ def test_a_proxy_has_as_long_to_get_ready_as_on_one_machine(
         value = next(each["value"] for each in ray_container(group)["env"] if each["name"] == name)
         assert value == environ[name]
         assert float(value) > constants.RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S
+
+
+@pytest.fixture
+def training() -> list[dict[str, Any]]:
+    workers = {"enabled": True, "gpus": 1, "maxReplicas": 8, "tolerations": [{"operator": "Exists"}]}
+    return render(profile("multigpu"), EVERYTHING, {"updater": {"workers": workers}})
+
+
+def test_the_cluster_that_trains_has_no_worker_while_nothing_trains(training: list[dict[str, Any]]) -> None:
+    (cluster,) = of_kind(training, "RayCluster")
+    (updater,) = [
+        each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
+    ]
+    spec = cluster["spec"]
+    for version in VERSIONS.values():  # a RayService has the same specification inside
+        whole = json.loads((ROOT / "tests" / "support" / "crds" / version).read_text())
+        Draft202012Validator(whole["properties"]["spec"]["properties"]["rayClusterConfig"]).validate(spec)
+    head, workers = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (0, 0, 8)
+    assert spec["enableInTreeAutoscaling"] is True and spec["autoscalerOptions"]["idleTimeoutSeconds"] == 300
+    assert ray_container(workers)["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "nvidia.com/gpu" not in ray_container(head)["resources"]["limits"]
+    assert {"gcs-server": 6379, "dashboard": 8265, "client": 10001}.items() <= {
+        port["name"]: port["containerPort"] for port in ray_container(head)["ports"]
+    }.items()
+    trainer = updater["spec"]["template"]["spec"]
+    homes = {
+        next(volume for volume in pod["volumes"] if volume["name"] == "home")["persistentVolumeClaim"]["claimName"]
+        for pod in (trainer, head["template"]["spec"], workers["template"]["spec"])
+    }
+    assert homes == {"updater"}, "all of them see the updater's home"
+    for group in (head, workers):
+        places = {mount["name"]: mount["mountPath"] for mount in ray_container(group)["volumeMounts"]}
+        assert (
+            places.items()
+            >= {mount["name"]: mount["mountPath"] for mount in trainer["containers"][0]["volumeMounts"]}.items()
+        )
+
+
+def test_the_updater_finds_the_cluster_that_trains_and_its_token(training: list[dict[str, Any]]) -> None:
+    (cluster,) = of_kind(training, "RayCluster")
+    config = next(each for each in of_kind(training, "ConfigMap") if "ratchet.yaml" in each["data"])
+    settings = Settings.model_validate(yaml.safe_load(config["data"]["ratchet.yaml"]))
+    assert settings.updater.ray_address == f"ray://{cluster['metadata']['name']}-head-svc:10001"
+    (updater,) = [
+        each for each in of_kind(training, "Deployment") if each["metadata"]["name"] == "live-ratchet-updater"
+    ]
+    env = {each["name"]: each for each in updater["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env["RAY_AUTH_MODE"]["value"] == "token"
+    secret = env["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
+    assert secret == {"name": cluster["metadata"]["name"], "key": "auth_token"}
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind(training, "NetworkPolicy")}
+    into = policies["live-ratchet-training"]["ingress"][1]
+    assert into["ports"] == [{"protocol": "TCP", "port": 10001}]
+    assert into["from"][0]["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "updater"
+    out = policies["live-ratchet-updater"]["egress"][-1]
+    assert out["ports"] == into["ports"]
+
+
+def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
+    assert not of_kind(render(EVERYTHING), "RayCluster")
+    with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
+        render({"updater": {"workers": {"enabled": True}}})

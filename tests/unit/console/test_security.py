@@ -12,7 +12,7 @@ from pydantic import SecretStr
 
 from ops.console import security
 from ops.console.app import build_console
-from ops.console.pages.signin import _local
+from ops.console.request_context import local_path
 from ops.console.sessions import COOKIE, Session, Sessions
 from ops.errors import LedgerError
 from ops.ledger import KeyRow, Ledger
@@ -171,8 +171,8 @@ def test_too_many_at_once_are_told_to_come_back(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("target", ["//evil.example", "https://evil.example", "/\\evil.example", "evil", "/a\nb", ""])
 def test_nobody_is_sent_elsewhere_after_signing_in(target: str) -> None:
-    assert _local(target) == "/"
-    assert _local("/gate/update-1?x=1") == "/gate/update-1?x=1"
+    assert local_path(target) == "/"
+    assert local_path("/gate/update-1?x=1") == "/gate/update-1?x=1"
 
 
 def test_a_session_cannot_be_read_changed_or_kept_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

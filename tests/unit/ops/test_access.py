@@ -102,6 +102,16 @@ def test_the_bootstrap_key_has_every_scope_and_no_ledger_is_asked(setup: AccessS
     assert setup.reads == 0
 
 
+def test_a_key_expires_also_while_the_ledger_is_away(setup: AccessSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, token = setup.ledger.create_key("ann", ["search"], actor="t", days=1)
+    assert setup.access.identify(token) is not None
+    setup.away = True
+    setup.clock.now += KEYS_SECONDS
+    assert setup.access.identify(token) is not None
+    monkeypatch.setattr(KeyRow, "expired", lambda row: row.expires_at < datetime.now(UTC) + timedelta(days=2))
+    assert setup.access.identify(token) is None
+
+
 def test_a_revoked_key_stops_within_seconds(setup: AccessSetup) -> None:
     token = setup.key("ann")
     assert setup.access.identify(token) is not None
@@ -208,7 +218,7 @@ def test_a_server_is_open_only_on_loopback_unless_told(tmp_path: Path, host: str
     for token in (None, "", "none", "sk-anything"):
         found = access.identify(token)
         assert (found is not None) == is_open
-        assert found is None or found.scopes == {"infer"}
+        assert found is None or found.scopes == {"infer", "search"}
 
 
 def test_only_strangers_from_elsewhere_are_limited(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -45,15 +45,28 @@ def test_a_name_that_could_be_taken_for_another_is_refused(ledger: Ledger) -> No
     for name in ("", "Ann", "a b", "key:x", "a/b", "-x", "x" * 65, "é", *RESERVED):
         with pytest.raises(LedgerError, match="name of a key"):
             ledger.create_key(name, ["infer"], actor="ann")
-    assert ledger.api_keys(revoked=True) == ledger.audit_rows() == []
+    assert ledger.api_keys(ended=True) == ledger.audit_rows() == []
 
 
 def test_scopes_and_limits_are_checked(ledger: Ledger) -> None:
     for scopes in ([], ["infer", "fly"]):
-        with pytest.raises(LedgerError, match="Scopes are infer, publish, operate"):
+        with pytest.raises(LedgerError, match="Scopes are infer, search, publish, operate"):
             ledger.create_key("x", scopes, actor="ann")
     with pytest.raises(LedgerError, match="-1 requests per minute"):
         ledger.create_key("x", ["infer"], actor="ann", requests_per_minute=-1)
+    for days in (0, -1, float("nan"), float("inf"), 1e9):
+        with pytest.raises(LedgerError, match="cannot be valid for"):
+            ledger.create_key("x", ["infer"], actor="ann", days=days)
+
+
+def test_a_key_that_has_expired_is_none(ledger: Ledger) -> None:
+    short, _ = ledger.create_key("short", ["infer"], actor="ann", days=1e-9)
+    long, _ = ledger.create_key("long", ["infer"], actor="ann", days=90)
+    assert long.expires_at is not None and timedelta(days=89) < long.expires_at - datetime.now(UTC) < timedelta(days=91)
+    assert short.expired() and not long.expired()
+    assert ledger.api_keys() == [long]
+    assert ledger.api_keys(ended=True) == [long, short]
+    assert ledger.audit_rows()[0].detail["expires_at"] == long.expires_at.isoformat(timespec="seconds")
 
 
 def test_a_revoked_key_is_gone_and_its_name_stays_taken(ledger: Ledger) -> None:
@@ -62,7 +75,7 @@ def test_a_revoked_key_is_gone_and_its_name_stays_taken(ledger: Ledger) -> None:
     revoked = ledger.revoke_key("ann", actor="root", reason="left")
     assert revoked.revoked_at is not None
     assert ledger.api_keys() == [other]
-    assert ledger.api_keys(revoked=True) == [other, revoked]
+    assert ledger.api_keys(ended=True) == [other, revoked]
     with pytest.raises(LedgerError, match="was revoked at"):
         ledger.revoke_key(first.id, actor="root", reason="again")
     with pytest.raises(LedgerError, match="is or was a key named 'ann'"):
@@ -152,6 +165,11 @@ class TestCommands:
     def test_the_key_is_alone_on_standard_output(self) -> None:
         token = self.run("keys", "create", "page", "--scope", "infer", "--per-minute", "600")
         assert parse_token(token.removesuffix("\n")) is not None
+
+    def test_a_key_with_an_end_says_when(self) -> None:
+        self.run("keys", "create", "page", "--scope", "search", "--days", "1.5")
+        end = (datetime.now(UTC) + timedelta(days=1.5)).strftime("%Y-%m-%d")
+        assert end in self.run("keys", "list")
 
     def test_lists_show_what_keys_may_and_who_made_them_and_never_a_secret(self) -> None:
         token = self.run("keys", "create", "page", "-s", "infer", "-s", "publish", "--per-minute", "600")

@@ -62,6 +62,26 @@ def test_a_ledger_of_the_first_schema_keeps_its_rows_and_learns_what_each_propos
     upgraded.close()
 
 
+def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) -> None:
+    opened = Ledger.open(url)
+    for name, scopes in (("page", ["infer"]), ("both", ["infer", "publish"]), ("ops", ["operate"])):
+        opened.create_key(name, scopes, actor="t")
+    with opened.database._writing.connect() as connection, connection.begin():
+        command.downgrade(alembic_config(connection), "0010")
+    opened.close()
+    upgraded = Ledger.open(url)
+    found = {row.name: (row.scopes, row.expires_at) for row in upgraded.api_keys()}
+    assert found == {
+        "page": (("infer", "search"), None), "both": (("infer", "search", "publish"), None),
+        "ops": (("operate",), None),
+    }  # fmt: skip
+    with upgraded.database._writing.connect() as connection, connection.begin():
+        command.downgrade(alembic_config(connection), "0010")
+        rows = connection.execute(text("select name, scopes from api_keys order by name")).all()
+    assert "search" not in str(rows)
+    upgraded.close()
+
+
 def test_a_ledger_that_a_newer_version_migrated_is_used_as_it_is(url: str) -> None:
     """The software was rolled back; the tables were not."""
     opened = Ledger.open(url)

@@ -80,14 +80,18 @@ async def test_on_loopback_a_wrong_key_is_told_so(local: AuthApp, keys: Keys) ->
 
 
 async def test_a_key_opens_what_its_scopes_name(closed: AuthApp, keys: Keys) -> None:
-    infer, publish, operate = keys.of("infer"), keys.of("publish"), keys.of("operate")
+    infer, search, publish, operate = (keys.of(scope) for scope in ("infer", "search", "publish", "operate"))
     held: dict[str, Any] = {"json": {"reason": "r"}}
     assert (await closed.get("/v1/models", infer)).status_code == 200
     assert (await closed.send("POST", "/admin/v1/hold", operate, **held)).status_code == 200
+    assert (await closed.get("/v1/samples/some/image", search)).status_code not in (401, 403)
     for key in (publish, operate):
         assert (await closed.get("/admin/v1/quarantine", key)).status_code == 200
     for method, path, key, scope in [
         ("GET", "/v1/models", operate, "`infer`"),
+        ("GET", "/v1/models", search, "`infer`"),
+        ("POST", "/v1/search", infer, "`search`"),
+        ("GET", "/v1/samples/some/image", infer, "`search`"),
         ("POST", "/admin/v1/hold", infer, "`operate`"),
         ("POST", "/admin/v1/hold", publish, "`operate`"),
         ("GET", "/admin/v1/quarantine", infer, "`publish` or `operate`"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ops.settings import MIB, Serve
-from serving.app import ingress_scale
+from serving.app import encoder_scale, ingress_scale, vlm_scale
 from serving.http.rate_limit import RateLimiter
 from serving.http.replica_share import SHARED, share_of
 
@@ -35,11 +35,20 @@ def test_callers_have_their_rate_over_all_processes() -> None:
     assert granted == 10
 
 
+SCALES = {"ingress": (ingress_scale, 32), "encoder": (encoder_scale, 48), "vlm": (vlm_scale, 5)}
+
+
 @pytest.mark.parametrize("most", [0, 1, 2])
-def test_without_a_larger_most_the_number_of_processes_is_fixed(most: int) -> None:
-    assert ingress_scale(Serve(ingress_replicas=2, ingress_max_replicas=most)) == {"num_replicas": 2}
+@pytest.mark.parametrize("kind", SCALES)
+def test_without_a_larger_most_the_number_of_processes_is_fixed(kind: str, most: int) -> None:
+    settings = Serve.model_validate({f"{kind}_replicas": 2, f"{kind}_max_replicas": most})
+    assert SCALES[kind][0](settings) == {"num_replicas": 2}
 
 
-def test_with_one_it_follows_the_requests_in_flight() -> None:
-    (scale,) = ingress_scale(Serve(ingress_replicas=2, ingress_max_replicas=8, queue=256)).values()
-    assert (scale["min_replicas"], scale["max_replicas"], scale["target_ongoing_requests"]) == (2, 8, 32)
+@pytest.mark.parametrize("kind", SCALES)
+def test_with_one_it_follows_the_requests_in_flight(kind: str) -> None:
+    found, busy = SCALES[kind]
+    numbers = {f"{kind}_replicas": 2, f"{kind}_max_replicas": 8, "queue": 256, "max_batch": 24, "vlm_batch": 5}
+    (scale,) = found(Serve.model_validate(numbers)).values()
+    assert (scale["min_replicas"], scale["initial_replicas"], scale["max_replicas"]) == (2, 2, 8)
+    assert scale["target_ongoing_requests"] == busy

@@ -1,0 +1,77 @@
+"""Who an identity provider says somebody is, and what that person may do: an API key that ends with the sign-in.
+
+The server, the audit log and `ratchet keys` know keys alone, so a sign-in makes one: named after the person, with the
+scopes of the settings, good for `console.session_hours`. Revoking it ends the session.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any, Final
+
+from ops.errors import AccessError
+from ops.identity_settings import Oidc
+from ops.ledger import Ledger
+from ops.ledger.rows import KeyScope
+
+READ: Final[tuple[KeyScope, ...]] = ("infer", "search")
+ACT: Final[tuple[KeyScope, ...]] = (*READ, "publish", "operate")
+ISSUER: Final = "ratchet"
+"""Who made such a key, in the ledger."""
+NAME_CHARS: Final = 50
+
+
+def scopes_of(claims: Mapping[str, Any], rules: Oidc) -> tuple[KeyScope, ...]:
+    """What the settings let somebody do; nothing where they name neither the person nor one of the groups.
+
+    Raises:
+        AccessError: the provider did not say who it is, or has not verified the address.
+    """
+    known = {person(claims, rules), *_groups(claims.get(rules.groups_claim))}
+    if known.intersection(rules.operators):
+        return ACT
+    return READ if "*" in rules.readers or known.intersection(rules.readers) else ()
+
+
+def person(claims: Mapping[str, Any], rules: Oidc) -> str:
+    """The name by which settings and the audit log know somebody. Raises AccessError, see :func:`scopes_of`."""
+    name = claims.get(rules.name_claim)
+    if not isinstance(name, str) or not name.strip():
+        raise AccessError(
+            f"the provider sent no claim {rules.name_claim!r}.", "See console.oidc.name_claim and console.oidc.scope."
+        )
+    if rules.name_claim == "email" and claims.get("email_verified") is False:
+        raise AccessError(f"the provider has not verified the address {name!r}.", "Verify it there, and sign in again.")
+    return name.strip()
+
+
+def issue_key(ledger: Ledger, claims: Mapping[str, Any], rules: Oidc, hours: float) -> str:
+    """Make the key of one sign-in. Returns its token.
+
+    Raises:
+        AccessError: this person may not sign in; says why.
+        LedgerUnavailable: the ledger is away.
+    """
+    name, scopes = person(claims, rules), scopes_of(claims, rules)
+    if not scopes:
+        raise AccessError(
+            f"{name} may neither look nor act here.", "Name the person or one of the groups in console.oidc.readers."
+        )
+    letters = re.sub(r"[^a-z0-9._@-]", "-", name.lower())[:NAME_CHARS].lstrip("._@-") or "somebody"
+    row, token = ledger.create_key(f"{letters}.{secrets.token_hex(4)}", scopes, actor=ISSUER, days=hours / 24)
+    ledger.audit(f"key:{row.name}", "sign in", "console", {"issuer": rules.issuer, "subject": str(claims.get("sub"))})
+    return token
+
+
+def end_key(ledger: Ledger, key_id: str | None) -> None:
+    """Revoke a key that :func:`issue_key` made; one that somebody made with `ratchet keys` stays."""
+    if any(row.id == key_id and row.actor == ISSUER for row in ledger.api_keys()):
+        ledger.revoke_key(str(key_id), actor=ISSUER, reason="signed out")
+
+
+def _groups(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []

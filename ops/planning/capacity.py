@@ -1,0 +1,243 @@
+"""From a load to how many of everything, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ops.errors import ConfigError
+from ops.planning.measured import Kind, Machine, Measured
+from ops.planning.service_times import ServiceTimes, fit
+from ops.planning.simulation import Outcome, fewest, open_loop
+
+MAX_BATCH = 32
+"""Inputs that an encoder takes at once at most, by default."""
+BUSY = 0.8
+"""Share of their time that processors are planned to work: the rest is for bursts, releases and a lost node."""
+MOST_ENCODERS = 100_000
+HOURS_A_MONTH = 730.0
+KIB, GIB = 1024, 1024**3
+INGEST_PEAK = 3.0
+"""How much more than on average comes in the busiest hour."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is wanted. Rates are of the busiest minute; 0 is none of it."""
+
+    images_per_second: float = 0.0
+    texts_per_second: float = 0.0
+    searches_per_second: float = 0.0
+    stream_per_day: float = 0.0
+    image_kb: float = 100.0
+    corpus: float = 0.0
+    """Samples that are to be found by searches."""
+    p99_seconds: float = 1.0
+    backfill_hours: float = 24.0
+    """Within which the corpus is embedded anew after an update of the image tower."""
+    price_hour: float = 0.0
+    """Of one machine like the measured one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of a plan."""
+
+    name: str
+    count: float
+    unit: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many of everything."""
+
+    parts: list[Part] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
+def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
+    """Count.
+
+    Raises:
+        ConfigError: a figure is not a number of its kind, or no number of encoders answers in time.
+    """
+    for name, value in vars(load).items():
+        least = 0.0 if name not in ("p99_seconds", "image_kb", "backfill_hours") else 1e-3
+        if not (math.isfinite(value) and value >= least):
+            raise ConfigError(
+                f"{name.replace('_', ' ')} of {value:g} cannot be planned for.", f"Give {least:g} or more."
+            )
+    plan = Plan()
+    nodes = sum(_serving(plan, load, measured, machine))
+    nodes += sum(_streaming(plan, load, measured, machine))
+    _learning(plan, load, measured)
+    plan.parts.append(Part("ledger", 1, "PostgreSQL", "some rows for each update and release: a default one is enough"))
+    plan.parts.append(
+        Part("machines", math.ceil(nodes), f"of {machine.cores:g} cores", "encoders, ingress, ingest and one updater")
+    )
+    if load.price_hour:
+        cost = math.ceil(nodes) * load.price_hour * HOURS_A_MONTH
+        plan.parts.append(Part("cost", round(cost), "a month", f"{load.price_hour:g} an hour for each machine"))
+    return plan
+
+
+def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> Iterator[float]:
+    """Machines of encoders, ingress and catalog."""
+    plan.sources.append(machine.source)
+    texts = load.texts_per_second + load.searches_per_second
+    rates: dict[Kind, float] = {"image": load.images_per_second, "text": texts}
+    encoders = 0.0
+    for kind, rate in rates.items():
+        if not rate:
+            continue
+        times = fit(machine.cells, kind, MAX_BATCH)
+        count, outcome = encoders_for(times, rate, load.p99_seconds)
+        encoders += count
+        plan.parts.append(
+            Part(
+                f"encoders for {kind}s", count, f"of {machine.cores:g} cores",
+                f"{rate:g}/s: simulated p50 {outcome.p50 * 1000:.0f} ms, p99 {outcome.p99 * 1000:.0f} ms, "
+                f"busy {outcome.busy:.0%}; one does {times.most(MAX_BATCH):.0f}/s at most",
+            )
+        )  # fmt: skip
+    yield encoders
+    if any(rates.values()):
+        plan.sources.append(measured.ingress.source)
+        cpu = (rates["image"] * measured.ingress.image_cpu_ms + texts * measured.ingress.text_cpu_ms) / 1000
+        cores = cpu / BUSY
+        plan.parts.append(
+            Part("ingress replicas", math.ceil(cores), "of one core", f"{cpu:.1f} s of processor time a second")
+        )
+        yield cores / machine.cores
+    if load.corpus or load.searches_per_second:
+        yield from _searching(plan, load, measured, machine, encoders)
+
+
+def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[int, Outcome]:
+    """The fewest that answer 99% of independent requests in time, and are busy at most for :data:`BUSY`.
+
+    Raises:
+        ConfigError: one request alone takes longer, or it would take more than :data:`MOST_ENCODERS`.
+    """
+    alone = times.batch(1, 1)
+    if alone > p99_seconds:
+        raise ConfigError(
+            f"one request takes {alone:.3f} s on this machine, without any other.",
+            "Allow a longer p99, or measure a faster machine (`ratchet plan --measured`).",
+        )
+    # Many encoders take turns with what waits: so many that the events of one stay in proportion are simulated.
+    share = max(1, math.ceil(rate / times.most(MAX_BATCH) / 64))
+
+    def outcome(count: int) -> Outcome:
+        return open_loop(times, rate / share, count, MAX_BATCH)
+
+    def enough(count: int) -> bool:
+        found = outcome(count)
+        return found.p99 <= p99_seconds and found.busy <= BUSY
+
+    least = max(1, math.ceil(rate / share / times.most(MAX_BATCH)))
+    count = fewest(enough, least, min(4096, 16 * least + 16))
+    if count is None or count * share > MOST_ENCODERS:
+        raise ConfigError(f"{rate:g} requests a second cannot be answered within {p99_seconds:g} s here.")
+    return count * share, outcome(count)
+
+
+def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, encoders: float) -> Iterator[float]:
+    search = measured.search
+    plan.sources.append(search.source)
+    scale = max(load.corpus, 1.0) / search.rows
+    memory = search.memory_gib * scale
+    most = search.searches_per_second / max(1.0, scale)
+    plan.parts.append(
+        Part(
+            "catalog",
+            round(memory, 1),
+            "GiB of memory",
+            f"{load.corpus:,.0f} rows; one replica, {most:,.0f} searches/s",
+        )
+    )
+    if load.searches_per_second > BUSY * most:
+        plan.warnings.append(
+            f"searches: one catalog replica answers {most:,.0f} a second among so many rows (their time is counted as "
+            f"growing with the rows), {load.searches_per_second:g} are wanted. There is no second one."
+        )
+    if memory > 256:
+        plan.warnings.append(
+            f"catalog: {memory:,.0f} GiB in one process. `catalog.cache_gib` bounds it, by coarser codes."
+        )
+    rate = min(max_rate(machine), search.catalog_rows_per_second)
+    hours = load.corpus / rate / 3600
+    needed = math.ceil(hours / load.backfill_hours)
+    plan.parts.append(
+        Part(
+            "encoders for a backfill", needed, f"of {machine.cores:g} cores",
+            f"{load.corpus:,.0f} images at {rate:.0f}/s each in {load.backfill_hours:g} h; requests come first",
+        )
+    )  # fmt: skip
+    least_hours = load.corpus / search.catalog_rows_per_second / 3600
+    if least_hours > load.backfill_hours:
+        plan.warnings.append(
+            f"backfill: the catalog stores {search.catalog_rows_per_second:,.0f} rows a second, so {least_hours:,.0f} "
+            "h at least. A recipe of the text tower alone needs none."
+        )
+    yield max(0.0, needed - encoders)
+
+
+def max_rate(machine: Machine) -> float:
+    """Images a second of one encoder that has nothing else to do."""
+    times = fit(machine.cells, "image", MAX_BATCH)
+    return times.most(MAX_BATCH, MAX_BATCH)
+
+
+def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> Iterator[float]:
+    """Machines of ingest."""
+    if not load.stream_per_day:
+        return
+    ingest = measured.ingest
+    plan.sources.append(ingest.source)
+    sizes, rates = np.log(np.array(ingest.records_per_second)).T
+    size = math.log(load.image_kb)
+    one = math.exp(float(np.interp(size, sizes, rates)))
+    if size > sizes[-1]:
+        one *= math.exp(sizes[-1] - size)  # decoding goes with the bytes
+    peak = INGEST_PEAK * load.stream_per_day / 86_400
+    workers = math.ceil(peak / (BUSY * one))
+    plan.parts.append(
+        Part("ingest workers", workers, f"of {machine.cores:g} cores",
+             f"{peak:,.0f} records/s in the busiest hour ({INGEST_PEAK:g} x the mean), one does {one:,.0f}")
+    )  # fmt: skip
+    plan.parts.append(Part("partitions", 2 * workers, "", "two for each worker: room to double"))
+    stored = load.stream_per_day * load.image_kb * KIB / GIB
+    plan.parts.append(
+        Part(
+            "lake",
+            round(stored, 1),
+            "GiB a day",
+            f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance",
+        )
+    )
+    yield workers
+
+
+def _learning(plan: Plan, load: Load, measured: Measured) -> None:
+    learning = measured.learning
+    plan.sources.append(learning.source)
+    a_day = 86_400 / learning.seconds_per_update * learning.pairs_per_update
+    arrived = load.stream_per_day
+    seen = min(1.0, a_day / arrived) if arrived else 1.0
+    plan.parts.append(
+        Part("updaters", 1, f"with {learning.memory_gib:g} GiB",
+             f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})")
+    )  # fmt: skip
+    if seen < 1:
+        factor = arrived / a_day
+        plan.warnings.append(
+            f"learning: a day brings {factor:,.1f} x what one updater on this machine visits; the rest is passed over. "
+            "Give it a GPU, or `updater.workers`."
+        )

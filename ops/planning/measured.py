@@ -1,0 +1,111 @@
+"""What benchmarks measured, as ``ratchet plan`` reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ops.errors import ConfigError
+
+BUILT_IN = Path(__file__).with_name("measured.yaml")
+MAX_BYTES = 64 << 20
+Kind = Literal["image", "text"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Cell = tuple[Kind, Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)], Positive]
+"""Kind, inputs a request, clients that each wait for their answer, inputs a second."""
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str = ""
+
+
+class Machine(_Group):
+    """One machine with the server on it."""
+
+    cores: Positive
+    cells: tuple[Cell, ...] = Field(min_length=3)
+
+
+class Ingress(_Group):
+    """Processor time of a request beside the encoders, in milliseconds."""
+
+    image_cpu_ms: Positive
+    text_cpu_ms: Positive
+
+
+class Search(_Group):
+    """The catalog at so many rows."""
+
+    rows: Positive
+    searches_per_second: Positive
+    memory_gib: Positive
+    index_seconds: Positive
+    catalog_rows_per_second: Positive
+
+
+class Ingest(_Group):
+    """One worker."""
+
+    records_per_second: tuple[tuple[Positive, Positive], ...] = Field(min_length=1)
+    written_per_byte: Positive
+    memory_mib: Positive
+
+
+class Learning(_Group):
+    """One updater at its default budget."""
+
+    pairs_per_update: Positive
+    seconds_per_update: Positive
+    memory_gib: Positive
+
+
+class Measured(_Group):
+    """All of it."""
+
+    machines: dict[str, Machine] = Field(min_length=1)
+    ingress: Ingress
+    search: Search
+    ingest: Ingest
+    learning: Learning
+
+
+def built_in() -> Measured:
+    """What this repository's benchmarks measured."""
+    return Measured.model_validate(yaml.safe_load(BUILT_IN.read_text()))
+
+
+def machine_of(path: Path) -> Machine:
+    """A machine from what ``ratchet bench encode`` has printed there: its last line, the first model.
+
+    Raises:
+        ConfigError: the file cannot be read, or its last line is not of that benchmark.
+    """
+    try:
+        with path.open() as file:
+            lines = file.read(MAX_BYTES).strip().splitlines()
+        figures: dict[str, Any] = json.loads(lines[-1])
+        cells = _cells(figures["cells"])
+        cores = figures["machine"]["cores"]
+        return Machine(source=f"ratchet bench encode, {path}", cores=cores, cells=cells)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, IndexError, TypeError, ValidationError) as error:
+        raise ConfigError(
+            f"{path} has no figures of `ratchet bench encode` in its last line: {str(error)[:200]}.",
+            "Write one with `ratchet bench encode --against none | tee FILE`.",
+        ) from error
+
+
+def _cells(rows: Sequence[dict[str, Any]]) -> tuple[Cell, ...]:
+    first = rows[0]["model"]
+    return tuple(
+        (row["kind"], row["items"], row["concurrency"], row["sides"]["ratchet"]["items_per_second"])
+        for row in rows
+        if row["model"] == first and "ratchet" in row["sides"]
+    )

@@ -1,0 +1,197 @@
+"""Signing in by an identity provider: a real one over HTTP, on the way there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import httpx
+import oidc_provider_mock
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from ops.console.identities import scopes_of
+from ops.console.sessions import COOKIE
+from ops.errors import AccessError
+from ops.identity_settings import Oidc
+from ops.ledger import Ledger
+from ops.settings import Settings
+from tests.unit.console.test_security import FAR, csrf, visitor
+
+RULES = {
+    "client_id": "ratchet", "client_secret": "s3cret", "console_url": FAR, "readers": ["team"],
+    "operators": ["platform"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def issuer() -> Iterator[str]:
+    with oidc_provider_mock.run_server_in_thread() as server:
+        yield f"http://localhost:{server.server_port}"
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.access.KEYS_SECONDS", 0.0)
+    monkeypatch.setattr("ops.access.NEW_KEY_SECONDS", 0.0)
+
+
+def console(home: Path, issuer: str, **rules: Any) -> TestClient:
+    return visitor(home, FAR, console={"host": "0.0.0.0", "oidc": {"issuer": issuer, **RULES, **rules}})
+
+
+def keys(home: Path) -> Ledger:
+    return Ledger.open(Settings(home=home).ledger)
+
+
+def someone(issuer: str, name: str, **claims: Any) -> None:
+    """Make somebody known to the provider."""
+    facts = {"email": f"{name}@example.com", "email_verified": True, **claims}
+    httpx.put(f"{issuer}/users/{name}", json=facts).raise_for_status()
+
+
+def way_back(client: TestClient, issuer: str, name: str, next_page: str = "/") -> str:
+    """Go to the provider and sign in there; returns where it sends the browser."""
+    away = client.get("/sign-in/oidc", params={"next": next_page})
+    assert away.status_code == 302 and away.headers["location"].startswith(issuer)
+    asked = parse_qs(urlsplit(away.headers["location"]).query)
+    assert (
+        asked["code_challenge_method"] == ["S256"]
+        and asked["nonce"]
+        and asked["redirect_uri"] == [f"{FAR}/sign-in/oidc/done"]
+    )
+    sent = httpx.post(away.headers["location"], data={"sub": name})
+    assert sent.status_code == 302, sent.text
+    return sent.headers["location"]
+
+
+def test_a_member_of_a_group_may_look_and_one_of_the_operators_may_act(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["staff", "team"])
+    someone(issuer, "Zoë O'Hara", email="Zoë.O'Hara@example.com", groups="platform")
+    for name, scopes, key_name in (
+        ("ann", ("infer", "search"), "ann@example.com."),
+        ("Zoë O'Hara", ("infer", "search", "publish", "operate"), "zo-.o-hara@example.com."),
+    ):
+        client = console(tmp_path, issuer)
+        assert issuer.removeprefix("http://").split(":")[0] in client.get("/sign-in").text
+        arrived = client.get(way_back(client, issuer, name, "/releases"))
+        assert arrived.status_code == 303 and arrived.headers["location"] == "/releases"
+        assert client.get("/releases").status_code == 200
+        row = keys(tmp_path).api_keys()[0]
+        assert row.scopes == scopes and row.name.startswith(key_name) and row.expires_at is not None
+        signed = keys(tmp_path).audit_rows(1)[0]
+        assert (signed.actor, signed.action) == (f"key:{row.name}", "sign in")
+        assert signed.detail == {"issuer": issuer, "subject": name}
+
+
+def test_signing_out_ends_the_key(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    client.get(way_back(client, issuer, "ann"))
+    assert len(keys(tmp_path).api_keys()) == 1
+    assert client.post("/sign-out", data={"csrf": csrf(client, "/releases")}).status_code == 303
+    assert keys(tmp_path).api_keys() == []
+    assert client.get("/releases").status_code == 303
+
+
+def test_a_key_that_somebody_made_outlives_its_session(tmp_path: Path, issuer: str) -> None:
+    client = console(tmp_path, issuer)
+    _, token = keys(tmp_path).create_key("bob", ["search"], actor="t")
+    client.post("/sign-in", data={"key": token, "csrf": csrf(client)})
+    assert client.post("/sign-out", data={"csrf": csrf(client, "/releases")}).status_code == 303
+    assert [row.name for row in keys(tmp_path).api_keys()] == ["bob"]
+
+
+@pytest.mark.parametrize(
+    ("claims", "words"),
+    [
+        ({"groups": ["others"]}, "may neither look nor act"),
+        ({"email_verified": False, "groups": ["team"]}, "not verified"),
+        ({"email": "", "groups": ["team"]}, "no claim"), ({"groups": {"team": 1}}, "may neither look nor act"),
+    ],
+)  # fmt: skip
+def test_who_is_not_named_gets_no_key(tmp_path: Path, issuer: str, claims: dict[str, Any], words: str) -> None:
+    someone(issuer, "eve", **claims)
+    client = console(tmp_path, issuer)
+    answer = client.get(way_back(client, issuer, "eve"))
+    assert answer.status_code == 403 and words in answer.text
+    assert keys(tmp_path).api_keys(ended=True) == []
+    assert client.get("/releases").status_code == 303
+
+
+def test_a_code_is_taken_in_the_browser_that_asked_for_it_and_once(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    client, other = console(tmp_path, issuer), console(tmp_path, issuer)
+    back = way_back(client, issuer, "ann")
+    other.get("/sign-in/oidc")
+    for stranger in (other, console(tmp_path, issuer)):
+        answer = stranger.get(back)
+        assert answer.status_code == 401 and "did not work" in answer.text
+    assert client.get(back).status_code == 303
+    assert client.get(back).status_code == 401
+    assert len(keys(tmp_path).api_keys()) == 1
+
+
+def test_a_sign_in_from_the_provider_survives_a_cookie_that_it_does_not_send(tmp_path: Path, issuer: str) -> None:
+    """Strict cookies stay home on the provider's redirect; the page asks for itself once more, with them."""
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    back = way_back(client, issuer, "ann")
+    kept = client.cookies.get(COOKIE)
+    assert kept
+    client.cookies.clear()
+    bounce = client.get(back, headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})
+    assert bounce.status_code == 200 and 'http-equiv="refresh"' in bounce.text and "set-cookie" not in bounce.headers
+    client.cookies.set(COOKIE, kept)
+    assert client.get(back).status_code == 303
+
+
+def test_nobody_is_sent_to_another_site(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    for target in ("https://evil.example/", "//evil.example", "/\\evil.example"):
+        client = console(tmp_path, issuer)
+        assert client.get(way_back(client, issuer, "ann", target)).headers["location"] == "/"
+
+
+def test_a_provider_that_is_away_or_no_provider_is_said_so(tmp_path: Path, issuer: str) -> None:
+    for address in ("http://localhost:1", f"{issuer}/nowhere"):
+        answer = console(tmp_path, address).get("/sign-in/oidc")
+        assert answer.status_code == 503 and "API key" in answer.text
+    assert visitor(tmp_path).get("/sign-in/oidc").status_code == 404
+    assert "/sign-in/oidc" not in visitor(tmp_path).get("/sign-in").text
+
+
+def test_an_answer_of_another_issuer_is_none(tmp_path: Path, issuer: str) -> None:
+    someone(issuer, "ann", groups=["team"])
+    other_name = issuer.replace("localhost", "127.0.0.1")
+    client = console(tmp_path, issuer)
+    back = way_back(client, issuer, "ann")
+    client.app.state.data.settings = Settings(  # type: ignore[attr-defined]
+        home=tmp_path, console={"host": "0.0.0.0", "oidc": {"issuer": other_name, **RULES}}
+    )
+    assert client.get(back).status_code == 401
+    assert keys(tmp_path).api_keys() == []
+
+
+def test_the_claims_that_name_people_are_settings() -> None:
+    rules = Oidc(issuer="https://id.example", **{**RULES, "readers": ["*"]}, name_claim="upn", groups_claim="roles")  # type: ignore[arg-type]
+    assert scopes_of({"upn": "x"}, rules) == ("infer", "search")
+    assert "operate" in scopes_of({"upn": "x", "roles": ["platform"]}, rules)
+    assert "operate" in scopes_of({"upn": "platform"}, rules)
+    with pytest.raises(AccessError, match="'upn'"):
+        scopes_of({"email": "x"}, rules)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"client_id": ""}, {"console_url": ""}, {"readers": [], "operators": []}, {"operators": ["*"]},
+        {"issuer": "id.example"}, {"issuer": "https://me:pw@id.example"},
+    ],
+)  # fmt: skip
+def test_half_a_provider_is_an_error_of_the_settings(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Oidc(**{"issuer": "https://id.example", **RULES, **wrong})
