@@ -3,28 +3,31 @@
 # The CUDA libraries come with PyTorch's wheels, so the GPU image needs no other base; the driver is the host's.
 ARG PYTHON=3.11-slim-bookworm
 
+FROM scratch AS source
+COPY pyproject.toml README.md LICENSE NOTICE /src/
+COPY ops /src/ops
+COPY streams /src/streams
+COPY serving /src/serving
+COPY updater /src/updater
+COPY benchmarks /src/benchmarks
+
 FROM python:${PYTHON} AS build
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE NOTICE ./
-COPY ops ops
-COPY streams streams
-COPY serving serving
-COPY updater updater
-COPY benchmarks benchmarks
+COPY locks locks
 
-# vLLM's CPU build asks for PyTorch's CPU build, which only PyTorch's own index has. torchaudio and torchcodec are pulled
-# by vLLM, are of no use here, and their CUDA builds fail to import without CUDA. Versions are in pyproject.toml.
+# Exactly what the locks name, by digest (`make lock`), and before the source: a change of ours installs nothing again.
+# PyTorch's builds for processors are only in PyTorch's own index.
 FROM build AS build-cpu
-# hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install --extra-index-url https://download.pytorch.org/whl/cpu '.[local,postgres,registry,s3,vlm-cpu]' \
-    && pip uninstall --yes torchaudio torchcodec
+    pip install --extra-index-url https://download.pytorch.org/whl/cpu --require-hashes --no-deps --requirement locks/cpu.txt
+COPY --from=source /src ./
+RUN sh locks/finish.sh
 
 FROM build AS build-gpu
-# hadolint ignore=DL3013
 RUN --mount=type=cache,target=/root/.cache/pip \
-    pip install '.[local,postgres,registry,s3,gpu]' \
-    && pip uninstall --yes torchaudio torchcodec
+    pip install --require-hashes --no-deps --requirement locks/gpu.txt
+COPY --from=source /src ./
+RUN sh locks/finish.sh
 
 # Everything lies in /usr/local, not in a virtual environment: KubeRay starts Ray from a login shell, which resets PATH.
 FROM python:${PYTHON} AS run

@@ -8,7 +8,7 @@ FOR_TESTS := $(VENV)/.installed-dev
 # uv leaves it to the first import to compile a module: without bytecode on the disk every process would.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test packages check chart docs clean
+.PHONY: demo test packages check chart docs lock clean
 
 demo: $(or $(wildcard $(FOR_TESTS)),$(FOR_DEMO))
 	@$(BIN)/ratchet demo
@@ -32,6 +32,9 @@ $(VENV)/.installed-%: pyproject.toml install.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python install.py $*
 	@touch $@
+
+lock: $(FOR_TESTS)
+	@bash locks/lock.sh $(BIN)/uv
 
 packages:
 	@bash tests/packages.sh

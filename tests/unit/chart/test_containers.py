@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ops.cli.metrics import targets_of
 from ops.loading import load_settings
@@ -56,11 +57,43 @@ def test_the_image_has_every_package_and_only_extras_that_exist() -> None:
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]:
         name = pattern.rstrip("*")
-        assert f"COPY {name} {name}" in DOCKERFILE
+        assert f"COPY {name} /src/{name}" in DOCKERFILE
         assert name in let_through
-    for extras in re.findall(r"'\.\[(.*)\]'", DOCKERFILE):
-        assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
-        assert {"postgres", "s3"} <= set(extras.split(","))
+    assert "locks" in let_through
+
+
+@pytest.mark.parametrize(("flavour", "vlm"), [("cpu", "vlm-cpu"), ("gpu", "gpu")])
+def test_a_lock_has_a_version_and_digests_of_everything_that_the_project_names(flavour: str, vlm: str) -> None:
+    """`make lock` writes it; a requirement that was added or raised since fails here."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = ("local", "postgres", "registry", "s3", "traces", vlm)
+    wanted = [*project["dependencies"], *(each for name in extras for each in project["optional-dependencies"][name])]
+    lock = locked(flavour)
+    for line in wanted:
+        requirement = Requirement(line)
+        version = lock[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version.partition("+")[0]), (
+            f"{line}: {version} is locked, run `make lock`"
+        )
+    assert not {"torchaudio", "torchcodec"} & lock.keys(), "their builds for CUDA fail to import without it"
+    text = (ROOT / "locks" / f"{flavour}.txt").read_text()
+    assert text.count("==") == len(lock) and len(re.findall(r"== ?\S+ \\\n    --hash=sha256:", text)) == len(lock)
+    assert f"--requirement locks/{flavour}.txt" in stages()[f"build-{flavour}"]
+
+
+def test_both_images_have_the_same_versions_but_for_what_cuda_brings() -> None:
+    cpu, gpu = locked("cpu"), locked("gpu")
+    different = {name for name in cpu.keys() & gpu.keys() if cpu[name].partition("+")[0] != gpu[name].partition("+")[0]}
+    assert different <= {"setuptools", "triton", "apache-tvm-ffi"}, "vLLM's two builds pin these differently"
+    for name in ("ray", "transformers", "torch", "open-clip-torch", "peft", "pylance"):
+        assert cpu[name].partition("+")[0] == gpu[name].partition("+")[0]
+
+
+def locked(flavour: str) -> dict[str, str]:
+    """Version by canonical name."""
+    text = (ROOT / "locks" / f"{flavour}.txt").read_text()
+    lines = re.findall(r"^([A-Za-z0-9._-]+)(?:\[[^]]*\])?==(\S+)", text, re.MULTILINE)
+    return {canonicalize_name(name): version for name, version in lines}
 
 
 def test_cpu_and_gpu_have_the_same_version_of_vllm() -> None:
