@@ -16,6 +16,7 @@ BENCHMARKS = {
     "continual": "benchmarks.continual.run_continual",
     "duty": "benchmarks.duty",
     "encode": "benchmarks.encode.run_encode",
+    "families": "benchmarks.families",
     "gate": "benchmarks.gate",
     "hostile": "benchmarks.hostile",
     "ingest": "benchmarks.stream.ingest",
@@ -29,7 +30,7 @@ BENCHMARKS = {
     "vqa": "benchmarks.vqa",
 }
 """Name to module; a module has ``main(settings, arguments)``."""
-WITHOUT_MODELS = frozenset({"chaos", "ingest", "lifetime", "search"})
+WITHOUT_MODELS = frozenset({"chaos", "families", "ingest", "lifetime", "search"})
 """These need no base."""
 
 

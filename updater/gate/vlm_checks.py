@@ -17,7 +17,7 @@ from torch import nn
 
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.generation import GenerationRequest
-from serving.engines.vlm.prompts import answer_tokens, inputs
+from serving.engines.vlm.hf_batch import score
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.gate.answers import normalise, polarity
 from updater.gate.checks import check_drift
@@ -66,7 +66,7 @@ def check_parity(
     differences = []
     for switched, theirs in zip((trained.disable_adapter(), nullcontext()), served, strict=True):
         with switched, torch.inference_mode():
-            own = [log_probability(trained, processor, ask, text) for ask, text in zip(asks, answers, strict=True)]
+            own = [score(trained, processor, ask, [text])[0] for ask, text in zip(asks, answers, strict=True)]
         differences.append(np.max(np.abs(np.subtract(own, theirs)) / np.maximum(1.0, np.abs(own))))
     noise, worst = (float(value) for value in differences)
     limit = max(PARITY, min(3.0 * noise, MOST_NOISE))
@@ -75,16 +75,6 @@ def check_parity(
         f"(limit {limit:.0e}; {noise:.1e} with the base)"
     )
     return Check("parity", bool(worst <= limit), detail, worst, limit)
-
-
-def log_probability(model: Any, processor: Any, ask: GenerationRequest, answer: str) -> float:
-    """Of the whole answer, its end included, by a transformers model."""
-    batch = inputs(processor, [ask])
-    tokens = torch.tensor([answer_tokens(processor, answer)])
-    ids = torch.cat([batch["input_ids"], tokens], dim=1)
-    logits = model(**{**batch, "input_ids": ids, "attention_mask": torch.ones_like(ids)}).logits[0]
-    logprobs = logits[-tokens.shape[1] - 1 : -1].float().log_softmax(dim=-1)
-    return float(logprobs.gather(1, tokens[0][:, None]).sum())
 
 
 def check_collapse(references: Sequence[str], base: Sequence[str], candidate: Sequence[str]) -> Check:

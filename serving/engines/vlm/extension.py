@@ -1,7 +1,9 @@
 """What vLLM's workers do differently here: LoRA on a CPU, by groups of rows.
 
 vLLM's own CPU code gathers a copy of both matrices for every row, and takes the *last* slot for rows that have no
-adapter (index -1). Here each slot is applied once, to the rows that asked for it, and to no other.
+adapter (index -1). Here each slot is applied once, to the rows that asked for it, and to no other. And where the
+output layer has weights of its own, its code for adapters of that layer ends the engine when somebody asks for the
+log-probabilities of a prompt: it takes rows of the prompt for rows of the batch. No adapter here has that layer.
 
 Loaded by vLLM inside its worker process (``worker_extension_cls``); on a GPU it changes nothing.
 """
@@ -76,6 +78,12 @@ def add_lora_linear(
             start += width
 
 
+def add_lora_logits(self: Any, y: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``y`` as it is: no adapter has the output layer, see :func:`serving.engines.vlm.vlm_base.find_vlm_targets`."""
+    return y
+
+
 _update_metadata = PunicaWrapperCPU.update_metadata
 PunicaWrapperCPU.update_metadata = update_metadata
 PunicaWrapperCPU.add_lora_linear = add_lora_linear
+PunicaWrapperCPU.add_lora_logits = add_lora_logits

@@ -135,7 +135,8 @@ def save_vlm_base(
     The same content again is left as it is; other content under the same name is an error unless ``replace``.
 
     Raises:
-        BaseModelError: not a model folder, pickled weights only, code of its own, or no VLM that loads.
+        BaseModelError: not a model folder, pickled weights only, code of its own, no VLM that loads, or one that cannot
+            be asked about a picture.
     """
     import torch
 
@@ -154,10 +155,11 @@ def save_vlm_base(
         bad = next((n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         if bad is not None:
             raise BaseModelError(f"Base {name!r}: {bad} holds values that are not finite.", "Use another checkpoint.")
-        staged.processor()
+        targets = find_vlm_targets(model)
+        _check_family(name, model, staged.processor(), targets)
         described = {
             "format": FORMAT, "family": FAMILY, "digest": staged.digest, "architecture": staged.architecture,
-            "lora_targets": find_vlm_targets(model), "files": files, "about": about or {},
+            "lora_targets": targets, "files": files, "about": about or {},
         }  # fmt: skip
         (work / DESCRIPTION).write_text(json.dumps(described, indent=1) + "\n")
         move_into_place(work, target, staged.digest, replace)
@@ -188,6 +190,7 @@ def _quiet() -> None:
 
 
 _KEPT = {".json", ".safetensors", ".jinja", ".txt", ".model"}
+_KNOWN = "`ratchet bench families` lists families that are known to work; the chat template has to take images."
 _AGAIN = "Remove the directory and register the base again."
 
 
@@ -205,6 +208,28 @@ def _check(source: Path) -> dict[str, Any]:
     if not any(source.glob("*.safetensors")):
         raise BaseModelError(f"{source} has no safetensors weights.", "Convert them with save_pretrained.")
     return config
+
+
+def _check_family(name: str, model: nn.Module, processor: Any, targets: dict[str, str]) -> None:
+    """Ask a question about a picture, as trainer and engines will. Raises :class:`BaseModelError`."""
+    import numpy as np
+    import torch
+
+    from serving.engines.vlm.generation import question
+    from serving.engines.vlm.prompts import inputs
+
+    if "text" not in targets:
+        raise BaseModelError(f"Base {name!r} has no layer of a language model that adapters could change.", _KNOWN)
+    try:
+        with torch.inference_mode():
+            batch = inputs(processor, [question(np.full((32, 48, 3), 127, np.uint8), "what is this?")])
+            finite = bool(torch.isfinite(model(**batch).logits[0, -1]).all())
+    except Exception as error:  # of a processor or a model that nobody here has seen before
+        raise BaseModelError(
+            f"Base {name!r} cannot be asked about a picture: {type(error).__name__}: {str(error)[:300]}", _KNOWN
+        ) from error
+    if not finite:
+        raise BaseModelError(f"Base {name!r} answers with values that are not finite.", "Use another checkpoint.")
 
 
 def _file_digests(folder: Path) -> dict[str, str]:

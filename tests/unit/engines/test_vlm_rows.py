@@ -51,3 +51,13 @@ def test_vllms_cpu_backend_uses_it() -> None:
 
     wrapper.update_metadata(LoRAMapping((9, 9, 0, 7), (9, 0, 7), is_prefill=True), SLOTS, len(SLOTS) + 1, 32)
     assert [(slot, rows.tolist()) for slot, rows in wrapper.row_groups] == [(0, [3]), (3, [0, 1])]
+
+
+def test_an_output_layer_of_its_own_takes_no_adapter_and_no_rows_of_the_batch() -> None:
+    """vLLM's own code ends the engine when log-probabilities of a prompt are asked for: more rows than requests."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    logits, hidden = torch.randn(38, 11), torch.randn(38, 4)
+    wrapper = PunicaWrapperCPU(64, 4, "cpu")
+    changed = wrapper.add_lora_logits(logits, hidden, torch.zeros(4, 1, 8, 4), torch.zeros(4, 1, 11, 8), 1.0)
+    assert changed is logits

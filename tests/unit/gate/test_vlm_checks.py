@@ -10,6 +10,7 @@ import pytest
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import effective_weights
 from serving.engines.vlm.generation import question
+from serving.engines.vlm.hf_batch import score
 from updater.gate.verdict import Check
 from updater.gate.vlm_checks import (
     check_collapse,
@@ -17,7 +18,6 @@ from updater.gate.vlm_checks import (
     check_latency,
     check_parity,
     check_polarity,
-    log_probability,
 )
 
 COLOURS = ["red", "green", "blue", "white", "black"] * 10
@@ -84,7 +84,7 @@ def test_parity_compares_the_engine_with_peft(tmp_path: Path) -> None:
     for name, weight in effective_weights(tmp_path / "a", merged).items():
         merged.get_parameter(name).data.copy_(weight)
     said = [
-        [log_probability(model, base.processor(), ask, text) for ask, text in zip(asks, answers, strict=True)]
+        [score(model, base.processor(), ask, [text])[0] for ask, text in zip(asks, answers, strict=True)]
         for model in (plain, merged)
     ]
 

@@ -1,0 +1,287 @@
+"""A small random model of each family of VLMs that is tried: the real classes and processors, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+VOCABULARY: Final = 384
+WORDS = ["what is this?", "is there a red car?", "yes", "no", "red", "green", "blue", "a round apple", "which colour?"]
+LLAMA: Final[dict[str, Any]] = {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 1024, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def template(image: str) -> str:
+    """A chat template in which an image is this text."""
+    return (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
+    """A small byte-level tokenizer with these special tokens; ``named`` are attributes, such as image_token."""
+    plain = Tokenizer(models.BPE())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    tokens = ["<pad>", "<|im_start|>", "<|im_end|>", *special]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=tokens, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    plain.train_from_iterator(WORDS * 3, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<pad>",
+        additional_special_tokens=list(special), extra_special_tokens=named,
+    )  # fmt: skip
+
+
+def ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
+    """What every configuration says of the tokenizer."""
+    return {
+        "bos_token_id": known.bos_token_id, "eos_token_id": known.eos_token_id, "pad_token_id": known.pad_token_id,
+        "vocab_size": len(known),
+    }  # fmt: skip
+
+
+def smolvlm(folder: Path) -> Any:
+    """SmolVLM: Idefics3's architecture under a name of its own."""
+    from transformers import (
+        SmolVLMConfig,
+        SmolVLMForConditionalGeneration,
+        SmolVLMImageProcessor,
+        SmolVLMProcessor,
+        SmolVLMVideoProcessor,
+    )  # fmt: skip
+
+    known = tokenizer("<image>", "<fake_token_around_image>", "<global-img>")
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8}  # fmt: skip
+    config = SmolVLMConfig(
+        image_token_id=known.convert_tokens_to_ids("<image>"), scale_factor=2, pad_token_id=known.pad_token_id,
+        vision_config=vision, text_config={"model_type": "llama", **LLAMA, **ids(known)},
+    )  # fmt: skip
+    pictures = SmolVLMImageProcessor(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+    )
+    SmolVLMProcessor(
+        pictures, known, SmolVLMVideoProcessor(), image_seq_len=4, chat_template=template("<image>")
+    ).save_pretrained(folder)
+    return SmolVLMForConditionalGeneration(config)
+
+
+def qwen2_vl(folder: Path) -> Any:
+    """Qwen2-VL."""
+    from transformers import (
+        Qwen2VLConfig,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLImageProcessor,
+        Qwen2VLProcessor,
+        Qwen2VLVideoProcessor,
+    )  # fmt: skip
+
+    known = _qwen_tokenizer()
+    config = Qwen2VLConfig(
+        text_config={**LLAMA, **ids(known), "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2},
+        **_qwen_ids(known),
+    )
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
+    videos = Qwen2VLVideoProcessor(patch_size=8, size=size)
+    Qwen2VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def qwen2_5_vl(folder: Path) -> Any:
+    """Qwen2.5-VL."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )  # fmt: skip
+
+    known = _qwen_tokenizer()
+    config = Qwen2_5_VLConfig(
+        text_config={**LLAMA, **ids(known), "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}},
+        vision_config={"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                       "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]},
+        **_qwen_ids(known),
+    )  # fmt: skip
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
+    videos = Qwen2VLVideoProcessor(patch_size=8, size=size)
+    Qwen2_5_VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl(folder: Path) -> Any:
+    """Qwen3-VL."""
+    from transformers import (
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )  # fmt: skip
+
+    known = _qwen_tokenizer()
+    config = Qwen3VLConfig(
+        text_config={**LLAMA, **ids(known),
+                     "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6], "mrope_interleaved": True}},
+        vision_config={"depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+                       "patch_size": 8, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+        **_qwen_ids(known),
+    )  # fmt: skip
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
+    videos = Qwen3VLVideoProcessor(patch_size=8, size=size)
+    Qwen3VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def llava(folder: Path) -> Any:
+    """LLaVA 1.5: CLIP's tower before Llama."""
+    from transformers import CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    known = tokenizer("<image>", image_token="<image>")
+    config = LlavaConfig(
+        text_config={"model_type": "llama", **LLAMA, **ids(known)},
+        vision_config={"model_type": "clip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+                       "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8},
+        image_token_index=known.convert_tokens_to_ids("<image>"), image_seq_length=16,
+    )  # fmt: skip
+    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    LlavaProcessor(
+        pictures, known, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template("<image>"),
+    ).save_pretrained(folder)  # fmt: skip
+    return LlavaForConditionalGeneration(config)
+
+
+def pixtral(folder: Path) -> Any:
+    """Pixtral, as transformers has it: LLaVA with Pixtral's tower and Mistral."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralImageProcessor, PixtralProcessor
+
+    known = tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
+    config = LlavaConfig(
+        text_config={"model_type": "mistral", **LLAMA, **ids(known)},
+        vision_config={"model_type": "pixtral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+                       "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "head_dim": 32},
+        image_token_index=known.convert_tokens_to_ids("[IMG]"), vision_feature_select_strategy="full",
+        vision_feature_layer=-1, image_seq_length=1,
+    )  # fmt: skip
+    pictures = PixtralImageProcessor(size={"longest_edge": 32}, patch_size={"height": 8, "width": 8})
+    PixtralProcessor(
+        pictures, known, patch_size=8, spatial_merge_size=1, chat_template=template("[IMG]")
+    ).save_pretrained(folder)
+    return LlavaForConditionalGeneration(config)
+
+
+def internvl(folder: Path) -> Any:
+    """InternVL 3, as transformers has it."""
+    from transformers import (
+        GotOcr2ImageProcessor,
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        InternVLProcessor,
+        InternVLVideoProcessor,
+    )  # fmt: skip
+
+    known = tokenizer(
+        "<IMG_CONTEXT>", "<img>", "</img>", "<video>", start_image_token="<img>", end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    config = InternVLConfig(
+        text_config={"model_type": "qwen2", **LLAMA, **ids(known)},
+        vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": [32, 32], "patch_size": [8, 8]},
+        image_token_id=known.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
+    )  # fmt: skip
+    pictures = GotOcr2ImageProcessor(size={"height": 32, "width": 32}, crop_to_patches=False)
+    InternVLProcessor(
+        pictures, known, InternVLVideoProcessor(size={"height": 32, "width": 32}), image_seq_length=4,
+        chat_template=template("<IMG_CONTEXT>\n"),
+    ).save_pretrained(folder)  # fmt: skip
+    return InternVLForConditionalGeneration(config)
+
+
+def gemma3(folder: Path) -> Any:
+    """Gemma 3."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
+
+    known = tokenizer(
+        "<start_of_image>", "<end_of_image>", "<image_soft_token>", "\n", "\n\n", "\n\n\n", "\n\n\n\n",
+        image_token="<image_soft_token>",
+        boi_token="<start_of_image>", eoi_token="<end_of_image>",
+    )  # fmt: skip
+    config = Gemma3Config(
+        text_config={**LLAMA, **ids(known), "sliding_window": 64, "query_pre_attn_scalar": 32},
+        vision_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 32, "patch_size": 8, "vision_use_head": False},
+        mm_tokens_per_image=4, image_token_index=known.convert_tokens_to_ids("<image_soft_token>"),
+        boi_token_index=known.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=known.convert_tokens_to_ids("<end_of_image>"),
+    )  # fmt: skip
+    pictures = Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    Gemma3Processor(pictures, known, image_seq_length=4, chat_template=template("<start_of_image>")).save_pretrained(
+        folder
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+FAMILIES: Final[dict[str, Callable[[Path], Any]]] = {
+    "SmolVLM": smolvlm, "Qwen2-VL": qwen2_vl, "Qwen2.5-VL": qwen2_5_vl, "Qwen3-VL": qwen3_vl, "LLaVA": llava,
+    "Pixtral": pixtral, "InternVL": internvl, "Gemma 3": gemma3,
+}  # fmt: skip
+"""How each is made; Idefics3 is :mod:`ops.testing.tiny_vlm`."""
+
+
+def write_family(name: str, folder: Path, seed: int = 0) -> None:
+    """A Hugging Face folder of this family with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = FAMILIES[name](folder)
+        for parameter in model.parameters():  # spread, so that greedy answers differ between images and adapters
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    if name in ("LLaVA", "Gemma 3"):
+        _as_published(folder / "model.safetensors")
+
+
+def _as_published(path: Path) -> None:
+    """Give the tower's weights the names that checkpoints of hubs have; vLLM reads no others."""
+    tensors = load_file(path)
+    tower, inner = "vision_tower.", "vision_tower.vision_model."
+    save_file({key.replace(tower, inner) if tower in key else key: value for key, value in tensors.items()}, path,
+              metadata={"format": "pt"})  # fmt: skip
+
+
+_QWEN = template("<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def _qwen_tokenizer() -> PreTrainedTokenizerFast:
+    return tokenizer(
+        "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+    )  # fmt: skip
+
+
+def _qwen_ids(known: PreTrainedTokenizerFast) -> dict[str, int]:
+    names = ("vision_start", "vision_end", "image", "video")
+    tokens = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    return {f"{name}_token_id": known.convert_tokens_to_ids(token) for name, token in zip(names, tokens, strict=True)}
