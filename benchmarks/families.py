@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.machine import machine
 from ops.errors import ConfigError, RatchetError
@@ -168,7 +168,7 @@ def _table() -> pa.Table:
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table("family", "LoRA in", "update", "transformers", "vLLM", "parity", "answers equal", "not by vLLM",
+    table = Table(Column("family", no_wrap=True), "LoRA in", "update", "transformers", "vLLM", "parity", "answers equal", "not by vLLM",
                   "problems", title="VLM families, by small random models")  # fmt: skip
     for row in figures["families"]:
         parity = row.get("vllm_parity")

@@ -226,6 +226,13 @@ class Serve(Section):
     vlm_batch: int = Field(16, ge=1, le=1024, description="Requests that the VLM answers side by side.")
     vlm_queue: int = Field(128, ge=1, description="VLM requests that may wait or run; more are answered 429.")
     vlm_max_rank: Literal[8, 16, 32, 64, 128, 256] = Field(16, description="Largest LoRA rank that the VLM serves.")
+    vlm_gpus: int = Field(
+        1, ge=1, le=64, description="GPUs that one VLM replica is divided over (tensor parallel); none on a CPU."
+    )
+    vlm_quantization: str = Field("", description="How vLLM quantizes the VLM's weights, e.g. fp8; empty: not at all.")
+    vlm_arguments: dict[str, bool | int | float | str] = Field(
+        default_factory=dict, description="Further engine arguments of vLLM, by their names in AsyncEngineArgs."
+    )
     vlm_memory_gib: float = Field(1.0, gt=0, description="Memory of vLLM's key-value cache on a CPU.")
     ray_metrics_port: int = Field(0, ge=0, le=65535, description="Prometheus port of Ray's own metrics; 0 is off.")
     operator_key: SecretStr | None = Field(None, description="Bearer key of operators; made at first use if unset.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ops.errors import ConfigError
@@ -69,7 +71,33 @@ def slots_of(serve: Serve) -> int:
 
 
 def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
-    """Arguments of vLLM's AsyncEngineArgs."""
+    """Arguments of vLLM's AsyncEngineArgs: those that the protocol of releases needs, and those of the settings.
+
+    Raises :class:`ConfigError`: vLLM has no argument of a name, or Ratchet sets it itself.
+    """
+    ours = _own_arguments(base, serve)
+    _check_names(serve.vlm_arguments, ours)
+    return ours | serve.vlm_arguments
+
+
+def _check_names(given: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in given:
+        if name in ours:
+            raise ConfigError(
+                f"serve.vlm_arguments.{name}: Ratchet sets it itself.", "Take it out; see the settings serve.vlm_*."
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known - ours.keys(), 1)
+            raise ConfigError(
+                f"serve.vlm_arguments.{name}: vLLM has no such engine argument.",
+                f"Did you mean {near[0]}?" if near else "Names are those of vLLM's AsyncEngineArgs.",
+            )
+
+
+def _own_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     common: dict[str, Any] = {
@@ -89,8 +117,11 @@ def engine_arguments(base: VlmBase, serve: Serve) -> dict[str, Any]:
         "disable_log_stats": False,  # they are metrics: they come with those of the process that runs the engine
         "use_tqdm_on_load": False,
     }
+    if serve.vlm_quantization:
+        common["quantization"] = serve.vlm_quantization
     if not current_platform.is_cpu():
-        return common | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
+        divided = {"tensor_parallel_size": serve.vlm_gpus}
+        return common | divided | {"dtype": "auto", "gpu_memory_utilization": GPU_MEMORY}
     return common | {
         "dtype": "float32",
         "enforce_eager": True,
