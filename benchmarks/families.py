@@ -168,7 +168,8 @@ def _table() -> pa.Table:
 
 def show(figures: dict[str, Any]) -> None:
     """A table for people, one JSON line for machines (last)."""
-    table = Table(Column("family", no_wrap=True), "LoRA in", "update", "transformers", "vLLM", "parity", "answers equal", "not by vLLM",
+    table = Table(Column("family", no_wrap=True), "LoRA in", "update", "transformers", "vLLM", "parity",
+                  "answers equal", "not by vLLM",
                   "problems", title="VLM families, by small random models")  # fmt: skip
     for row in figures["families"]:
         parity = row.get("vllm_parity")

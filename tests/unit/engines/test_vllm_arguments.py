@@ -21,7 +21,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
 
 
 def test_arguments_of_the_settings_are_passed_on(base: VlmBase) -> None:
-    more = {"seed": 7, "max_num_partial_prefills": 2}
+    more = {"seed": 7, "kv_cache_dtype": "fp8"}
     found = engine_arguments(base, Serve(vlm_arguments=more, vlm_quantization="fp8"))
     assert found.items() >= more.items() and found["quantization"] == "fp8"
     assert engine_arguments(base, Serve()).keys().isdisjoint({"seed", "quantization"})
@@ -35,8 +35,8 @@ def test_what_ratchet_sets_itself_is_refused(base: VlmBase, name: str) -> None:
 
 def test_a_name_that_vllm_does_not_know_is_refused_with_the_nearest(base: VlmBase) -> None:
     with pytest.raises(ConfigError, match="no such engine argument") as caught:
-        engine_arguments(base, Serve(vlm_arguments={"max_num_partial_prefils": 2}))
-    assert caught.value.fix == "Did you mean max_num_partial_prefills?"
+        engine_arguments(base, Serve(vlm_arguments={"kv_cache_dtyp": 2}))
+    assert caught.value.fix == "Did you mean kv_cache_dtype?"
     with pytest.raises(ConfigError) as caught:
         engine_arguments(base, Serve(vlm_arguments={"zzz": 2}))
     assert "AsyncEngineArgs" in caught.value.fix
