@@ -59,8 +59,8 @@ def of_kind(objects: Sequence[Object], kind: str) -> list[Object]:
 def pods(objects: Sequence[Object]) -> Iterator[tuple[str, Object]]:
     """Every pod template by the component that it is of."""
     for each in objects:
-        if each["kind"] == "RayService":
-            cluster = each["spec"]["rayClusterConfig"]
+        if each["kind"] in ("RayService", "RayCluster"):
+            cluster = each["spec"].get("rayClusterConfig", each["spec"])
             for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
                 yield _component(group["template"]), group["template"]
         elif each["kind"] in ("Deployment", "Job"):

@@ -21,7 +21,13 @@ EVERYTHING: dict[str, Any] = {
     "objectStore": {"endpoint": "http://seaweedfs:8333", "existingSecret": {"name": "ratchet-s3"}},
     "kafka": {"existingSecret": {"name": "ratchet-kafka"}},
     "bases": {"source": "volume", "existingClaim": "bases"},
-    "settings": {"kafka": {"partitions": 6}, "gate": {"suites": ["/data/suites"]}},
+    "settings": {
+        "kafka": {"partitions": 6}, "gate": {"suites": ["/data/suites"]}, "updater": {"workers": 4},
+        "console": {
+            "oidc": {"issuer": "https://id.example", "client_id": "ratchet", "console_url": "https://c.example",
+                     "readers": ["*"]},
+        },
+    },
     "serving": {
         "gcsFaultTolerance": {
             "enabled": True,
@@ -34,7 +40,10 @@ EVERYTHING: dict[str, Any] = {
         "splitKey": {"existingSecret": {"name": "ratchet-split"}},
         "keda": {"enabled": True, "sasl": "scram_sha512", "tls": "enable"},
     },
-    "updater": {"storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}},
+    "console": {"oidc": {"existingSecret": {"name": "ratchet-oidc"}}},
+    "updater": {
+        "storage": {"existingClaim": "updater"}, "data": {"existingClaim": "suites"}, "workers": {"enabled": True},
+    },
     "ingress": {"enabled": True, "className": "nginx", "host": "a.example", "consoleHost": "c.example"},
     "podAnnotations": {"example.org/team": "ml"},
     "runtimeClassName": "nvidia",

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from updater.adapters import WeightDelta
 from updater.recipes import Merge
-from updater.recipes.plugin_registry import file_names, find, options_of
+from updater.recipes.plugin_registry import find, method_names, options_of
 
 __all__ = ["NONE", "merged", "names"]
 
@@ -33,7 +33,7 @@ class Rule(Protocol):
 
 def names() -> list[str]:
     """Names that a recipe's ``merge.rule`` may have."""
-    return sorted([NONE, *file_names(__name__)])
+    return sorted([NONE, *method_names(__name__)])
 
 
 def merged(merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta) -> WeightDelta:

@@ -5,7 +5,7 @@ A new term is one file here that defines ``TERM``, a subclass of :class:`updater
 
 from __future__ import annotations
 
-import importlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,17 +14,18 @@ import torch
 from ops.errors import ConfigError
 from updater.objectives.objective import Answers, Batch, Features, Objective, Sides, Teacher, Texts
 from updater.recipes import Family, Term
-from updater.recipes.plugin_registry import file_names, options_of
+from updater.recipes.plugin_registry import find, method_names, options_of
 
 __all__ = ["Answers", "Batch", "Features", "Objective", "Sides", "Teacher", "Texts", "build", "names", "values"]
 
+log = logging.getLogger("ratchet.recipes")
 Terms = Sequence[tuple[Term, Objective[Any]]]
 """A recipe's terms with what computes them."""
 
 
 def names(family: Family) -> list[str]:
     """Names of the objectives that a recipe of a family may use."""
-    return [name for name in file_names(__name__) if _kind(name).family == family]
+    return [name for name in method_names(__name__) if _family(name) == family]
 
 
 def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[Any]]]:
@@ -33,6 +34,8 @@ def build(terms: Sequence[Term], family: Family) -> list[tuple[Term, Objective[A
     known = names(family)
     for term in terms:
         if term.name not in known:
+            if term.name in method_names(__name__):
+                _kind(term.name)  # says why, if it cannot be imported
             raise ConfigError(
                 f"there is no objective {term.name!r} for a {family.upper()}.", f"Use one of {', '.join(known)}."
             )
@@ -53,4 +56,13 @@ def values(objectives: Terms, batch: Batch) -> list[tuple[Term, torch.Tensor]]:
 
 
 def _kind(name: str) -> type[Objective[Any]]:
-    return importlib.import_module(f"{__name__}.{name}").TERM  # type: ignore[no-any-return]
+    return find(__name__, "TERM", "objective", name, [name])  # type: ignore[no-any-return]
+
+
+def _family(name: str) -> Family | None:
+    """None for one of another package that cannot be imported: only recipes that name it end with its error."""
+    try:
+        return _kind(name).family
+    except ConfigError as error:
+        log.warning("%s", error)
+        return None

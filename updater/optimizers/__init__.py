@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from updater.recipes import Optimizer
-from updater.recipes.plugin_registry import file_names, find, options_of
+from updater.recipes.plugin_registry import find, method_names, options_of
 
 __all__ = ["make", "names", "state_bytes"]
 
 
 def names() -> list[str]:
     """Names that a recipe's ``optimizer.kind`` may have."""
-    return file_names(__name__)
+    return method_names(__name__)
 
 
 def make(optimizer: Optimizer, groups: list[dict[str, Any]], weight_decay: float) -> torch.optim.Optimizer:

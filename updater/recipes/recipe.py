@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from ops.digests import digest_json
 from ops.errors import ConfigError
 from ops.ledger.rows import Family
+from updater.recipes.plugin_registry import recipe_files
 
 SHIPPED = Path(__file__).parent
 Part = Literal["new", "reference", "replay"]
@@ -232,15 +233,15 @@ class Recipe(Section):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with Ratchet."""
-    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    """Names of the recipes that come with Ratchet, and with other installed packages."""
+    return sorted(recipe_files(SHIPPED))
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A shipped recipe by name, or any by the path of its YAML file. Raises ConfigError."""
-    path = Path(name)
-    if str(name) in recipe_names():
-        path = SHIPPED / f"{name}.yaml"
+    """A recipe by name, of Ratchet or an installed package, or any by the path of its YAML file. Raises ConfigError."""
+    path, known = Path(name), recipe_files(SHIPPED)
+    if str(name) in known:
+        path = known[str(name)]
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise ConfigError(
             f"there is no recipe {str(name)!r}.",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ops.errors import ConfigError
 from updater.recipes import Recipe, Term
-from updater.recipes.plugin_registry import file_names, find, options_of
+from updater.recipes.plugin_registry import find, method_names, options_of
 from updater.regularizers.regularizer import Parameters, Regularizer
 
 __all__ = ["Parameters", "Regularizer", "build", "names"]
@@ -18,7 +18,7 @@ __all__ = ["Parameters", "Regularizer", "build", "names"]
 
 def names() -> list[str]:
     """Names of the regularizers that a recipe may use."""
-    return file_names(__name__)
+    return method_names(__name__)
 
 
 def build(recipe: Recipe) -> Sequence[tuple[Term, Regularizer]]:

@@ -169,7 +169,12 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
 {{- end }}
 {{- end }}
 {{- end }}
-{{- with $top.Values.objectStore }}
+{{ include "ratchet.storeEnv" $top }}
+{{- end -}}
+
+{{/* Where the object store is, for s3fs, Lance and Arrow: $. */}}
+{{- define "ratchet.storeEnv" -}}
+{{- with $.Values.objectStore }}
 - name: AWS_REGION
   value: {{ .region | quote }}
 - name: AWS_DEFAULT_REGION

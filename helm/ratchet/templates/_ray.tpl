@@ -180,6 +180,7 @@ spec:
         - {name: HOME, value: /home/ratchet}
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         - {name: OMP_NUM_THREADS, value: "1"} # workers set their own number
+        {{- include "ratchet.storeEnv" $top | nindent 8 }} # they read their samples from the lake
         {{- include "ratchet.addedEnv" $top | nindent 8 }}
       ports:
         - {name: agent, containerPort: 52365}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -11,6 +12,7 @@ from fastapi.responses import RedirectResponse, Response
 from ops.console.identities import end_key
 from ops.console.request_context import LOOK, Anyone, RequestContext, local_path
 from ops.console.sessions import MAX_KEY_CHARS, Session
+from ops.errors import LedgerUnavailable
 
 router = APIRouter()
 
@@ -43,9 +45,10 @@ def sign_in(
 
 @router.post("/sign-out")
 def sign_out(context: Anyone) -> Response:
-    """Forget the key; one that a sign-in by the identity provider made ends with it."""
+    """Forget the key; one that a sign-in by the identity provider made ends with it, if the ledger answers."""
     if context.principal is not None and context.data.settings.console.oidc.enabled:
-        end_key(context.data.ledger, context.principal.key_id)
+        with suppress(LedgerUnavailable):
+            end_key(context.data.ledger, context.principal.key_id)
     context.request.state.keep = Session.new()
     return RedirectResponse("/", 303)
 

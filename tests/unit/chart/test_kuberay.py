@@ -269,6 +269,6 @@ def test_the_updater_finds_the_cluster_that_trains_and_its_token(training: list[
 
 
 def test_a_cluster_that_trains_needs_a_home_that_all_see() -> None:
-    assert not of_kind(render(EVERYTHING), "RayCluster")
+    assert not of_kind(render(), "RayCluster")
     with pytest.raises(HelmError, match=r"updater\.storage\.existingClaim"):
         render({"updater": {"workers": {"enabled": True}}})

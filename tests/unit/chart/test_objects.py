@@ -80,7 +80,10 @@ def test_secrets_come_from_secrets_and_only_where_they_are_needed(objects: list[
                 assert reference or not any(word in variable["name"] for word in ("KEY", "SECRET", "LEDGER", "CLIENT"))
     assert names["migration"] == {"ratchet-ledger"}
     assert names["test"] == {"ratchet-operator"}
-    assert names["updater"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}  # it reads serving's /metrics
+    # It reads serving's /metrics, and calls the cluster that trains.
+    assert names["updater"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator", "live-ratchet-training"}
+    assert names["training-worker"] == names["training-head"] == {"ratchet-s3"}
+    assert names["console"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator", "ratchet-kafka", "ratchet-oidc"}
     assert names["maintain"] == {"ratchet-ledger", "ratchet-s3", "ratchet-kafka"}
     assert names["ingest"] == {*names["maintain"], "ratchet-split"}
     assert names["serving-worker"] == {"ratchet-ledger", "ratchet-s3", "ratchet-operator"}
@@ -93,7 +96,8 @@ def test_the_stores_of_all_pods_are_the_same(objects: list[dict[str, Any]]) -> N
         if component not in ("migration", "test"):
             assert variables["AWS_ENDPOINT_URL"] == "http://seaweedfs:8333"
             assert variables["AWS_ALLOW_HTTP"] == "true"
-            assert variables["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
+            if not component.startswith("training-"):  # what a step needs comes with the call
+                assert variables["RATCHET_CONFIG"] == "/etc/ratchet/ratchet.yaml"
 
 
 def test_migration_runs_before_install_and_upgrade_and_needs_nothing_that_is_not_there_yet(
@@ -133,7 +137,8 @@ def test_every_pod_is_closed_both_ways_and_calls_only_what_is_named(
     assert outward(objects, "test", labels) == {dns, serve}
     assert outward(objects, "ingest", labels) == {dns, ledger, kafka, *store}
     assert outward(objects, "maintain", labels) == {dns, ledger, kafka, *store}
-    assert outward(objects, "updater", labels) == {dns, ledger, *store, serve}
+    assert outward(objects, "updater", labels) == {dns, ledger, *store, serve, 10001}
+    assert outward(objects, "training-worker", labels) == {dns, *store}
     assert outward(objects, "console", labels) == {dns, ledger, kafka, *store, serve}
     assert outward(objects, "serving-worker", labels) == {dns, ledger, *store, redis}
 

@@ -30,7 +30,8 @@ def containers(objects: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, A
 
 
 def test_every_part_of_the_product_has_its_pods(objects: list[dict[str, Any]]) -> None:
-    assert {component for component, _ in pods(objects)} == {*WORKLOADS, "migration", "test"}
+    training = {"training-head", "training-worker"} if of_kind(objects, "RayCluster") else set()
+    assert {component for component, _ in pods(objects)} == {*WORKLOADS, *training, "migration", "test"}
 
 
 def test_no_pod_runs_as_root_or_may_become_it(objects: list[dict[str, Any]]) -> None:
@@ -122,9 +123,9 @@ def test_traces_are_off_unless_a_collector_is_named() -> None:
     assert (4318 in opened(off), 4318 in opened(on)) == (False, True)
 
 
-def test_no_pod_gets_a_token_of_the_cluster(objects: list[dict[str, Any]]) -> None:
-    for _, template in pods(objects):
-        assert template["spec"]["automountServiceAccountToken"] is False
+def test_no_pod_gets_a_token_of_the_cluster_but_where_ray_adds_pods(objects: list[dict[str, Any]]) -> None:
+    for component, template in pods(objects):
+        assert template["spec"]["automountServiceAccountToken"] is (component == "training-head")
     assert of_kind(objects, "ServiceAccount")[0]["automountServiceAccountToken"] is False
 
 

@@ -15,7 +15,8 @@ from jsonschema import Draft202012Validator
 from tests.support.chart import CHART, EVERYTHING, NEEDED, PROFILES, ROOT, merged, of_kind, pods, profile, render
 
 CASES = [(name, extra) for name in ("default", *PROFILES) for extra in ("least", "everything")]
-KUBERNETES = "1.34"
+KUBERNETES = ("1.28", "1.32", "1.37")
+"""The oldest that the docs name, one between, and the newest that has schemas."""
 
 
 def values(name: str, extra: str) -> Any:
@@ -25,7 +26,11 @@ def values(name: str, extra: str) -> Any:
 @cache
 def custom(kind: str) -> Draft202012Validator | None:
     """The schema of a custom resource, from its operator's definition."""
-    path = ROOT / "tests" / "support" / "crds" / f"{kind}.json"
+    folder = ROOT / "tests" / "support" / "crds"
+    if kind == "RayCluster":  # a RayService has one inside
+        spec = json.loads((folder / "RayService.json").read_text())["properties"]["spec"]
+        return Draft202012Validator({"properties": {"spec": spec["properties"]["rayClusterConfig"]}})
+    path = folder / f"{kind}.json"
     return Draft202012Validator(json.loads(path.read_text())) if path.exists() else None
 
 
@@ -43,7 +48,8 @@ def check(text: str) -> None:
     found = json.loads(text)
     schema = custom(found["kind"])
     if schema is None:
-        kubernetes_validate.validate(found, KUBERNETES, strict=True)
+        for version in KUBERNETES:
+            kubernetes_validate.validate(found, version, strict=True)
     else:
         schema.validate(found)
 
@@ -53,7 +59,7 @@ def test_every_object_is_valid(name: str, extra: str) -> None:
     objects = render(values(name, extra))
     for each in objects:
         check(json.dumps(each, sort_keys=True))
-    for _, template in pods([each for each in objects if each["kind"] == "RayService"]):
+    for _, template in pods([each for each in objects if each["kind"] in ("RayService", "RayCluster")]):
         check(json.dumps({"apiVersion": "v1", "kind": "Pod", **template}, sort_keys=True))
 
 
@@ -64,7 +70,7 @@ def test_a_field_that_kubernetes_does_not_know_is_found() -> None:
 
 
 def test_the_schemas_of_custom_resources_refuse_what_the_operators_do_not_know() -> None:
-    for kind in ("RayService", "ScaledObject", "TriggerAuthentication", "PodMonitor", "PrometheusRule"):
+    for kind in ("RayService", "RayCluster", "ScaledObject", "TriggerAuthentication", "PodMonitor", "PrometheusRule"):
         wrong = merged(of_kind(render(EVERYTHING), kind)[0], {"spec": {"misspelt": 1}})
         schema = custom(kind)
         assert schema is not None

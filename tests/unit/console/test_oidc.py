@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from ops.console.identities import scopes_of
 from ops.console.sessions import COOKIE
-from ops.errors import AccessError
+from ops.errors import AccessError, LedgerUnavailable
 from ops.identity_settings import Oidc
 from ops.ledger import Ledger
 from ops.settings import Settings
@@ -95,6 +95,23 @@ def test_signing_out_ends_the_key(tmp_path: Path, issuer: str) -> None:
     assert client.post("/sign-out", data={"csrf": csrf(client, "/releases")}).status_code == 303
     assert keys(tmp_path).api_keys() == []
     assert client.get("/releases").status_code == 303
+
+
+def test_signing_out_forgets_the_key_while_the_ledger_is_away(
+    tmp_path: Path, issuer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    someone(issuer, "ann", groups=["team"])
+    client = console(tmp_path, issuer)
+    client.get(way_back(client, issuer, "ann"))
+    token = csrf(client, "/releases")
+
+    def away(*_: Any, **__: Any) -> None:
+        raise LedgerUnavailable("no route to host")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "revoke_key", away)
+        assert client.post("/sign-out", data={"csrf": token}).status_code == 303
+    assert client.get("/releases").status_code == 303, "the browser has no key any more"
 
 
 def test_a_key_that_somebody_made_outlives_its_session(tmp_path: Path, issuer: str) -> None:

@@ -18,7 +18,7 @@ LORA = "lora"
 
 def names() -> list[str]:
     """Names that a recipe's ``adapter.kind`` may have."""
-    return sorted([LORA, *plugin_registry.file_names(__name__)])
+    return sorted([LORA, *plugin_registry.method_names(__name__)])
 
 
 def find(name: str) -> type[Parametrization]:
