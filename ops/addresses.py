@@ -27,3 +27,13 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def listens(address: str, timeout: float = 1.0) -> bool:
+    """Whether a TCP connection to ``host:port`` is accepted within ``timeout`` seconds."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout):
+            return True
+    except (OSError, ValueError, OverflowError):  # a port above 65535 overflows
+        return False

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from ops.addresses import free_port
+from ops.addresses import free_port, listens
 from ops.errors import BrokerError
 from ops.progress import say
 from ops.settings import Kafka, Settings
@@ -47,7 +46,7 @@ class EmbeddedBroker:
 
     def start(self) -> EmbeddedBroker:
         """Start it and wait until it answers. Raises BrokerError when it cannot."""
-        if _answers(self.address):
+        if _listens(self.address):
             raise BrokerError(
                 f"something already listens on {self.address}.",
                 "Stop it, or choose another port with `kafka.bootstrap`.",
@@ -61,7 +60,7 @@ class EmbeddedBroker:
                 [*command, "--storage-engine", "memory://tansu/"], stdout=out, stderr=subprocess.STDOUT
             )
         running = lambda: self.running  # noqa: E731
-        if not wait_until(lambda: _answers(self.address), START_SECONDS, pause=0.02, alive=running):
+        if not wait_until(lambda: _listens(self.address), START_SECONDS, pause=0.02, alive=running):
             self.stop()
             where = f" Its output is in {self.log}." if self.log else ""
             raise BrokerError(
@@ -138,12 +137,7 @@ def _binary() -> str:
         ) from error
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=0.3):
-            return True
-    except OSError:
-        return False
-    except ValueError:
-        raise BrokerError(f"{address!r} is no host:port.", "Set `kafka.bootstrap`, e.g. 127.0.0.1:19092.") from None
+def _listens(address: str) -> bool:
+    if not address.rpartition(":")[2].isdigit():
+        raise BrokerError(f"{address!r} is no host:port.", "Set `kafka.bootstrap`, e.g. 127.0.0.1:19092.")
+    return listens(address, 0.3)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from benchmarks.stream.ratchet_process import wait_for
-from ops.addresses import free_port
+from ops.addresses import free_port, listens
 from ops.testing.tcp_relay import TcpRelay
 
 BUCKET = "bench"
@@ -91,10 +91,4 @@ class ObjectStore:
             self._process.wait()
 
     def _listens(self) -> bool:
-        import socket
-
-        try:
-            socket.create_connection((self.address, self.port), 1.0).close()
-        except OSError:
-            return False
-        return True
+        return listens(f"{self.address}:{self.port}")

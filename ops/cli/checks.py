@@ -6,13 +6,13 @@ import importlib.util
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from ops.addresses import listens
 from ops.errors import RatchetError
 from ops.ledger import Ledger
 from ops.settings import Settings
@@ -152,26 +152,16 @@ def _vlm_engine(settings: Settings) -> Finding:
 
 def _kafka(settings: Settings) -> Finding:
     address = settings.kafka.bootstrap.split(",")[0]
-    if answers(address):
+    if listens(address):
         return Finding("ok", "broker", f"{address} answers")
     return Finding("warn", "broker", f"{address} does not answer", "ratchet broker, or set kafka.bootstrap")
 
 
 def _http(settings: Settings) -> Finding:
     address = f"{settings.serve.host}:{settings.serve.port}"
-    if answers(address):
+    if listens(address):
         return Finding("ok", "HTTP", f"something listens on {address}")
     return Finding("ok", "HTTP", f"{address} is free; `ratchet up` will listen there")
-
-
-def answers(address: str, timeout: float = 1.0) -> bool:
-    """Whether a TCP connection to ``host:port`` is accepted within ``timeout`` seconds."""
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=timeout):
-            return True
-    except (OSError, ValueError):
-        return False
 
 
 _IMPORT = """

@@ -6,8 +6,8 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
+from ops.addresses import listens
 from ops.child_process import STOP_SECONDS, ChildProcess, tail
-from ops.cli.checks import answers
 from ops.cli.context import Context
 from ops.errors import RatchetError
 from ops.ledger.rows import Family
@@ -29,7 +29,7 @@ class Supervisor:
     def __init__(self, context: Context, names: list[str]) -> None:
         settings = context.settings
         logs = settings.home / "logs"
-        own_broker = "broker" in names and not answers(settings.kafka.bootstrap.split(",")[0])
+        own_broker = "broker" in names and not listens(settings.kafka.bootstrap.split(",")[0])
         self.settings = settings
         self.parts = [
             ChildProcess(name, context.command(name), logs / f"{name}.log")

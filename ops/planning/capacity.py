@@ -76,7 +76,7 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
     plan = Plan()
     nodes = sum(_serving(plan, load, measured, machine))
     nodes += sum(_streaming(plan, load, measured, machine))
-    _learning(plan, load, measured)
+    nodes += _learning(plan, load, measured)
     plan.parts.append(Part("ledger", 1, "PostgreSQL", "some rows for each update and release: a default one is enough"))
     plan.parts.append(
         Part("machines", math.ceil(nodes), f"of {machine.cores:g} cores", "encoders, ingress, ingest and one updater")
@@ -225,12 +225,15 @@ def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> 
     yield workers
 
 
-def _learning(plan: Plan, load: Load, measured: Measured) -> None:
+def _learning(plan: Plan, load: Load, measured: Measured) -> int:
+    """Machines of updaters: there is one, where something is to be learned."""
+    if not load.stream_per_day:
+        return 0
     learning = measured.learning
     plan.sources.append(learning.source)
     a_day = 86_400 / learning.seconds_per_update * learning.pairs_per_update
     arrived = load.stream_per_day
-    seen = min(1.0, a_day / arrived) if arrived else 1.0
+    seen = min(1.0, a_day / arrived)
     plan.parts.append(
         Part("updaters", 1, f"with {learning.memory_gib:g} GiB",
              f"visits {min(a_day, arrived):,.0f} of {arrived:,.0f} pairs a day ({seen:.0%})")
@@ -241,3 +244,4 @@ def _learning(plan: Plan, load: Load, measured: Measured) -> None:
             f"learning: a day brings {factor:,.1f} x what one updater on this machine visits; the rest is passed over. "
             "Give it a GPU, or `updater.workers`."
         )
+    return 1

@@ -85,7 +85,6 @@ def qwen2_vl(folder: Path) -> Any:
     from transformers import (
         Qwen2VLConfig,
         Qwen2VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
         Qwen2VLProcessor,
         Qwen2VLVideoProcessor,
     )  # fmt: skip
@@ -96,10 +95,7 @@ def qwen2_vl(folder: Path) -> Any:
         vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2},
         **_qwen_ids(known),
     )
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
-    videos = Qwen2VLVideoProcessor(patch_size=8, size=size)
-    Qwen2VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    _save_qwen_processor(folder, known, Qwen2VLProcessor, Qwen2VLVideoProcessor)
     return Qwen2VLForConditionalGeneration(config)
 
 
@@ -109,7 +105,6 @@ def qwen2_5_vl(folder: Path) -> Any:
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
         Qwen2VLVideoProcessor,
     )  # fmt: skip
 
@@ -120,17 +115,13 @@ def qwen2_5_vl(folder: Path) -> Any:
                        "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1]},
         **_qwen_ids(known),
     )  # fmt: skip
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
-    videos = Qwen2VLVideoProcessor(patch_size=8, size=size)
-    Qwen2_5_VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    _save_qwen_processor(folder, known, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def qwen3_vl(folder: Path) -> Any:
     """Qwen3-VL."""
     from transformers import (
-        Qwen2VLImageProcessor,
         Qwen3VLConfig,
         Qwen3VLForConditionalGeneration,
         Qwen3VLProcessor,
@@ -145,10 +136,7 @@ def qwen3_vl(folder: Path) -> Any:
                        "patch_size": 8, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
         **_qwen_ids(known),
     )  # fmt: skip
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
-    videos = Qwen3VLVideoProcessor(patch_size=8, size=size)
-    Qwen3VLProcessor(pictures, known, videos, chat_template=_QWEN).save_pretrained(folder)
+    _save_qwen_processor(folder, known, Qwen3VLProcessor, Qwen3VLVideoProcessor)
     return Qwen3VLForConditionalGeneration(config)
 
 
@@ -279,6 +267,14 @@ def _qwen_tokenizer() -> PreTrainedTokenizerFast:
         "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", image_token="<|image_pad|>",
         video_token="<|video_pad|>",
     )  # fmt: skip
+
+
+def _save_qwen_processor(folder: Path, known: PreTrainedTokenizerFast, kind: Any, videos: Any) -> None:
+    from transformers import Qwen2VLImageProcessor
+
+    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+    pictures = Qwen2VLImageProcessor(patch_size=8, size=size)
+    kind(pictures, known, videos(patch_size=8, size=size), chat_template=_QWEN).save_pretrained(folder)
 
 
 def _qwen_ids(known: PreTrainedTokenizerFast) -> dict[str, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from ops.cli.checks import answers
+from ops.addresses import listens
 from ops.cli.context import Context
 from ops.cli.demo import captions, questions
 from ops.cli.demo.chapters import StoryProgress, plan_chapters
@@ -124,7 +124,7 @@ def _console_port() -> int:
     """The usual one, or one behind it where somebody listens: the demo does without the usual address."""
     usual = Console()
     ports = range(usual.port, usual.port + PORTS)
-    return next((port for port in ports if not answers(f"{usual.host}:{port}")), usual.port)
+    return next((port for port in ports if not listens(f"{usual.host}:{port}")), usual.port)
 
 
 def _data(settings: Settings) -> list[DemoData]:

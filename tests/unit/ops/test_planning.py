@@ -100,6 +100,8 @@ def test_each_part_of_a_load_has_its_line_and_its_source() -> None:
     assert count(plan, "partitions") == 2 * count(plan, "ingest workers")
     assert count(plan, "cost") == pytest.approx(count(plan, "machines") * 0.1 * 730)
     assert len(plan.sources) == 5 and all("ratchet bench" in source for source in plan.sources)
+    assert count(planned(stream_per_day=1), "machines") == 2, "one ingests, one learns"
+    assert "updaters" not in [part.name for part in planned(images_per_second=1).parts]
     assert planned("avx512", images_per_second=100).parts[0].count > count(plan, "encoders for images")
 
 
