@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, five at a
+# All checks and tests. What mostly waits for servers to start has the terminal; beside it run the other jobs, four at a
 # time and first those that take or wait longest, in a session of low priority (Linux shares processors out by session,
 # see sched(7)). What these say is shown when all are done, and what failed anywhere is named once more at the end. Of
 # low priority, they have longer limits: beside other work on the same cores, what takes 10 s alone took more than 120.
@@ -12,10 +12,10 @@ bin="$1"
 slowest=(--durations 15 --durations-min 5)
 servers=(tests/integration/serving tests/integration/console tests/e2e)
 alone=(tests/integration/serving/test_{openapi,hostile_images,image_bodies}.py) # start no server
-half=(tests/unit/serving tests/unit/updater)
+own=(tests/unit/serving tests/unit/updater)
 named=("${servers[@]}" tests/integration/{streams,updater})
-jobs=("${half[*]}" "tests/unit ${half[*]/#/--ignore=}" tests/integration/streams
-  "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/integration/updater types)
+jobs=("tests/unit ${own[*]/#/--ignore=}" tests/unit/updater tests/integration/streams
+  "tests/integration ${named[*]/#/--ignore=} ${alone[*]}" tests/unit/serving tests/integration/updater types)
 if [ "${2:-}" = job ]; then
   exec >"$(mktemp "$3/XXXXXX")" 2>&1
   if [ "$4" = types ]; then
@@ -28,7 +28,7 @@ if [ "${2:-}" = job ]; then
 fi
 if [ "${2:-}" = beside ]; then
   { echo 10 >/proc/self/autogroup; } 2>/dev/null
-  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 5 bash "$0" "$bin" job "$3"
+  printf '%s\0' "${jobs[@]}" | nice -n 10 xargs -0 -n 1 -P 4 bash "$0" "$bin" job "$3"
   exit
 fi
 said="$(mktemp -d)"
