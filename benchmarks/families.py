@@ -8,7 +8,6 @@ run of the gate, whose parity compares what the trainer and the engine say.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
@@ -18,9 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
-from PIL import Image
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -28,10 +25,12 @@ from benchmarks.machine import machine
 from ops.errors import ConfigError, RatchetError
 from ops.progress import step
 from ops.settings import Gate, Serve, Settings
+from ops.testing.colour_squares import colour_of, encoded_square, square
 from ops.testing.vlm_families import FAMILIES, write_family
 from serving.engines.vlm.generation import GenerationRequest, question
 from serving.engines.vlm.open import open_engine
 from serving.engines.vlm.sync import SyncVlm
+from serving.engines.vlm.vllm_engine import VllmEngine
 from serving.engines.vlm.vlm_base import VlmBase
 from updater.base.vlm import add_vlm
 from updater.data.pools import Pools, Question
@@ -42,7 +41,6 @@ from updater.recipes import load_recipe
 from updater.training.result import Limits
 from updater.training.train import train
 
-COLOURS: Final = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 ASKED: Final = "which colour?"
 STEPS, BATCH, PICTURES, ASKS = 12, 8, 48, 12
 SERVE: Final = Serve(vlm_memory_gib=0.2, vlm_max_tokens=16, vlm_context=512)
@@ -92,7 +90,7 @@ def _added(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
 
 def _trained(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("vlm-default").model_copy(update={"max_steps": STEPS, "batch_size": BATCH})
-    known = tuple(Question(f"q{n}", ASKED, _colour(n), partial(_png, n)) for n in range(PICTURES))
+    known = tuple(Question(f"q{n}", ASKED, colour_of(n), partial(encoded_square, n)) for n in range(PICTURES))
     result = train(
         found["_base"], recipe, Pools(known[::2], known[1::2], ()), None, seed=0,
         limits=Limits(gflops=1e9, seconds=300, threads=1, checkpoint_steps=STEPS), out_dir=folder / "adapters",
@@ -105,7 +103,7 @@ def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
     base: VlmBase = found["_base"]
     engine = open_engine(base, SERVE, kind=kind)
     with SyncVlm(engine) as vlm:
-        asks = [question(_pixels(number), ASKED, max_tokens=8) for number in range(ASKS)]
+        asks = [question(square(number), ASKED, max_tokens=8) for number in range(ASKS)]
         before = _answers(vlm, asks, None)
         values: dict[str, Any] = {f"{kind}_serves": True}
         adapter: Path | None = found.get("_adapter")
@@ -118,8 +116,8 @@ def _served(folder: Path, found: dict[str, Any], kind: str) -> dict[str, Any]:
             vlm.unload(adapter.name)
             if _answers(vlm, asks, None) != before:
                 raise ConfigError("the base answers otherwise after an adapter was taken away.")
-        if kind == "vllm":
-            values["not_by_vllm"] = sorted(getattr(engine, "_ignored", ()))
+        if isinstance(engine, VllmEngine):
+            values["not_by_vllm"] = sorted(engine.ignored_parts)
     return {**values, f"_{kind}": (before, after or before)}
 
 
@@ -139,28 +137,13 @@ def _answers(vlm: SyncVlm, asks: Sequence[GenerationRequest], adapter: str | Non
     return [list(reply.tokens) for reply in vlm.replies(asks, adapter, label="answers")]
 
 
-def _colour(number: int) -> str:
-    return list(COLOURS)[number % len(COLOURS)]
-
-
-def _pixels(number: int) -> np.ndarray:
-    noise = np.random.default_rng(number).integers(-25, 26, (32, 32, 3))
-    return np.clip(np.array(COLOURS[_colour(number)]) + noise, 0, 255).astype(np.uint8)
-
-
-def _png(number: int) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(_pixels(number)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def _table() -> pa.Table:
     """Rows of the sample store that no update saw."""
     numbers = range(1000, 1000 + PICTURES)
     return pa.table(
         {
-            "id": [f"new-{n}" for n in numbers], "image": [_png(n) for n in numbers], "text": [""] * PICTURES,
-            "question": [ASKED] * PICTURES, "answer": [_colour(n) for n in numbers], "domain": ["new"] * PICTURES,
+            "id": [f"new-{n}" for n in numbers], "image": [encoded_square(n) for n in numbers], "text": [""] * PICTURES,
+            "question": [ASKED] * PICTURES, "answer": [colour_of(n) for n in numbers], "domain": ["new"] * PICTURES,
             "concept": [""] * PICTURES,
         }
     )  # fmt: skip

@@ -44,21 +44,21 @@ def plan(
         raise ConfigError(f"no machine {machine!r} was measured.", f"There are: {', '.join(figures.machines)}.")
     node = machine_of(measured) if measured is not None else figures.machines[machine]
     load = Load(images, texts, searches, stream, image_kb, corpus, p99, backfill_hours, price)
-    found = make_plan(load, figures, node)
+    counted = make_plan(load, figures, node)
     if as_json:
-        typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(found)}))
+        typer.echo(json.dumps({"load": dataclasses.asdict(load), **dataclasses.asdict(counted)}))
         return
-    _show(found)
+    _show(counted)
 
 
-def _show(found: Plan) -> None:
+def _show(counted: Plan) -> None:
     console = Console()
     table = Table("part", "how many", "", "why", title="Plan")
     table.columns[1].justify = "right"
-    for part in found.parts:
+    for part in counted.parts:
         table.add_row(part.name, f"{part.count:,g}", part.unit, part.why)
     console.print(table)
-    for warning in found.warnings:
+    for warning in counted.warnings:
         console.print(f"[yellow]![/yellow] {warning}", highlight=False)
-    console.print("Counted with:", *(f"  {source}" for source in found.sources), sep="\n", highlight=False)
+    console.print("Counted with:", *(f"  {source}" for source in counted.sources), sep="\n", highlight=False)
     console.print("Load differs: measure yours before you buy (`ratchet bench encode`, docs/scaling.md).")

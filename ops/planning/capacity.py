@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,8 +73,8 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
                 f"{name.replace('_', ' ')} of {value:g} cannot be planned for.", f"Give {least:g} or more."
             )
     plan = Plan()
-    nodes = sum(_serving(plan, load, measured, machine))
-    nodes += sum(_streaming(plan, load, measured, machine))
+    nodes = _serving(plan, load, measured, machine)
+    nodes += _streaming(plan, load, measured, machine)
     nodes += _learning(plan, load, measured)
     plan.parts.append(Part("ledger", 1, "PostgreSQL", "some rows for each update and release: a default one is enough"))
     plan.parts.append(
@@ -87,7 +86,7 @@ def make_plan(load: Load, measured: Measured, machine: Machine) -> Plan:
     return plan
 
 
-def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> Iterator[float]:
+def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> float:
     """Machines of encoders, ingress and catalog."""
     plan.sources.append(machine.source)
     texts = load.texts_per_second + load.searches_per_second
@@ -106,7 +105,7 @@ def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> It
                 f"busy {outcome.busy:.0%}; one does {times.most(MAX_BATCH):.0f}/s at most",
             )
         )  # fmt: skip
-    yield encoders
+    nodes = encoders
     if any(rates.values()):
         plan.sources.append(measured.ingress.source)
         cpu = (rates["image"] * measured.ingress.image_cpu_ms + texts * measured.ingress.text_cpu_ms) / 1000
@@ -114,9 +113,10 @@ def _serving(plan: Plan, load: Load, measured: Measured, machine: Machine) -> It
         plan.parts.append(
             Part("ingress replicas", math.ceil(cores), "of one core", f"{cpu:.1f} s of processor time a second")
         )
-        yield cores / machine.cores
+        nodes += cores / machine.cores
     if load.corpus or load.searches_per_second:
-        yield from _searching(plan, load, measured, machine, encoders)
+        nodes += _searching(plan, load, measured, machine, encoders)
+    return nodes
 
 
 def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[int, Outcome]:
@@ -138,8 +138,8 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
         return open_loop(times, rate / share, count, MAX_BATCH)
 
     def enough(count: int) -> bool:
-        found = outcome(count)
-        return found.p99 <= p99_seconds and found.busy <= BUSY
+        simulated = outcome(count)
+        return simulated.p99 <= p99_seconds and simulated.busy <= BUSY
 
     least = max(1, math.ceil(rate / share / times.most(MAX_BATCH)))
     count = fewest(enough, least, min(4096, 16 * least + 16))
@@ -148,7 +148,8 @@ def encoders_for(times: ServiceTimes, rate: float, p99_seconds: float) -> tuple[
     return count * share, outcome(count)
 
 
-def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, encoders: float) -> Iterator[float]:
+def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, encoders: float) -> float:
+    """Machines that a backfill needs beside the encoders for requests."""
     search = measured.search
     plan.sources.append(search.source)
     scale = max(load.corpus, 1.0) / search.rows
@@ -186,7 +187,7 @@ def _searching(plan: Plan, load: Load, measured: Measured, machine: Machine, enc
             f"backfill: the catalog stores {search.catalog_rows_per_second:,.0f} rows a second, so {least_hours:,.0f} "
             "h at least. A recipe of the text tower alone needs none."
         )
-    yield max(0.0, needed - encoders)
+    return max(0.0, needed - encoders)
 
 
 def max_rate(machine: Machine) -> float:
@@ -195,10 +196,10 @@ def max_rate(machine: Machine) -> float:
     return times.most(MAX_BATCH, MAX_BATCH)
 
 
-def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> Iterator[float]:
+def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> float:
     """Machines of ingest."""
     if not load.stream_per_day:
-        return
+        return 0.0
     ingest = measured.ingest
     plan.sources.append(ingest.source)
     sizes, rates = np.log(np.array(ingest.records_per_second)).T
@@ -222,7 +223,7 @@ def _streaming(plan: Plan, load: Load, measured: Measured, machine: Machine) -> 
             f"and {ingest.written_per_byte:g} x as much written, by commits and maintenance",
         )
     )
-    yield workers
+    return workers
 
 
 def _learning(plan: Plan, load: Load, measured: Measured) -> int:

@@ -34,8 +34,8 @@ def fit(cells: Iterable[Cell], kind: Kind, max_batch: int) -> ServiceTimes:
     A server whose clients wait for their answers works on all of them at once, as far as they fit into a batch.
     """
     rows, times = [], []
-    for found, items, clients, rate in cells:
-        if found != kind:
+    for own, items, clients, rate in cells:
+        if own != kind:
             continue
         inputs = min(items * clients, max(max_batch, items))
         seconds = inputs / rate

@@ -8,6 +8,7 @@ ours defines. Packages with recipes (YAML files) are in the group ``ratchet.reci
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import pkgutil
 from collections.abc import Iterator, Sequence
@@ -31,8 +32,10 @@ def method_names(package: str) -> list[str]:
 
 def method_module(package: str, name: str) -> ModuleType:
     """The module of a method. Raises ConfigError when that of another package cannot be imported."""
-    other = _others(_group(package), frozenset(_files(package))).get(name)
-    return importlib.import_module(f"{package}.{name}") if other is None else _loaded(other)
+    own = f"{package}.{name}"
+    if importlib.util.find_spec(own) is not None:
+        return importlib.import_module(own)
+    return _loaded(_others(_group(package), frozenset(_files(package)))[name])
 
 
 def recipe_files(shipped: Path) -> dict[str, Path]:
@@ -40,7 +43,12 @@ def recipe_files(shipped: Path) -> dict[str, Path]:
     ours = {path.stem: path for path in sorted(shipped.glob("*.yaml"))}
     theirs: dict[str, Path] = {}
     for point in _others("ratchet.recipes", frozenset()).values():
-        for folder in getattr(_loaded(point), "__path__", ()):
+        try:
+            folders = getattr(_loaded(point), "__path__", ())
+        except ConfigError as error:  # its recipes are missing, and no others
+            log.warning("%s", error)
+            continue
+        for folder in folders:
             theirs |= {path.stem: path for path in sorted(Path(folder).glob("*.yaml"))}
     for name in sorted(theirs.keys() & ours.keys()):
         log.warning("the recipe %s of %s is left out: Ratchet has one of that name", name, theirs[name])

@@ -47,12 +47,7 @@ spec:
             - {name: {{ .portName }}, containerPort: {{ .port }}}
           {{- include "ratchet.probes" (dict "path" .path "port" .portName "ready" .ready "timeout" 10 "start" 60) | nindent 10 }}
           resources:
-            {{- $resources := deepCopy .values.resources }}
-            {{- if .values.gpus }}
-            {{- $gpu := dict "limits" (dict "nvidia.com/gpu" (.values.gpus | int)) "requests" (dict "nvidia.com/gpu" (.values.gpus | int)) }}
-            {{- $resources = mergeOverwrite $resources $gpu }}
-            {{- end }}
-            {{- toYaml $resources | nindent 12 }}
+            {{- include "ratchet.resources" .values | nindent 12 }}
           volumeMounts:
             {{- include "ratchet.mounts" (list $top .part) | nindent 12 }}
             {{- include "ratchet.addedMounts" $top | nindent 12 }}

@@ -258,6 +258,16 @@ securityContext: {{- include "ratchet.containerSecurity" . | nindent 2 }}
     {{- include "ratchet.addedMounts" $top | nindent 4 }}
 {{- end -}}
 
+{{/* Resources of a container, its GPUs included: values with `resources` and `gpus`. */}}
+{{- define "ratchet.resources" -}}
+{{- $resources := deepCopy .resources }}
+{{- if .gpus }}
+{{- $gpu := dict "nvidia.com/gpu" (.gpus | int) }}
+{{- $resources = mergeOverwrite $resources (dict "limits" $gpu "requests" $gpu) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end -}}
+
 {{/* Three probes of one endpoint: (dict "path" "/metrics" "port" "metrics" "timeout" 5 "start" 30). */}}
 {{- define "ratchet.probes" -}}
 startupProbe:

@@ -118,12 +118,7 @@ spec:
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60 "ready" "/health/ready" "readyPort" "serve" "readyTimeout" 12) | nindent 6 }}
       {{- end }}
       resources:
-        {{- $resources := deepCopy $values.resources }}
-        {{- if $values.gpus }}
-        {{- $gpu := dict "limits" (dict "nvidia.com/gpu" ($values.gpus | int)) "requests" (dict "nvidia.com/gpu" ($values.gpus | int)) }}
-        {{- $resources = mergeOverwrite $resources $gpu }}
-        {{- end }}
-        {{- toYaml $resources | nindent 8 }}
+        {{- include "ratchet.resources" $values | nindent 8 }}
       volumeMounts:
         {{- include "ratchet.mounts" (list $top "serving") | nindent 8 }}
         {{- include "ratchet.addedMounts" $top | nindent 8 }}
@@ -191,12 +186,7 @@ spec:
         {{- end }}
       {{- include "ratchet.probes" (dict "path" "/api/healthz" "port" "agent" "timeout" 5 "start" 60) | nindent 6 }}
       resources:
-        {{- $resources := deepCopy $values.resources }}
-        {{- if $values.gpus }}
-        {{- $gpu := dict "limits" (dict "nvidia.com/gpu" ($values.gpus | int)) "requests" (dict "nvidia.com/gpu" ($values.gpus | int)) }}
-        {{- $resources = mergeOverwrite $resources $gpu }}
-        {{- end }}
-        {{- toYaml $resources | nindent 8 }}
+        {{- include "ratchet.resources" $values | nindent 8 }}
       volumeMounts:
         {{- include "ratchet.mounts" (list $top "updater") | nindent 8 }}
         {{- include "ratchet.addedMounts" $top | nindent 8 }}

@@ -84,10 +84,10 @@ async def arrive(context: Anyone) -> Response:
 
 
 def _client(context: RequestContext) -> StarletteOAuth2App:
-    found: StarletteOAuth2App | None = context.request.app.state.provider
-    if found is None:
+    client: StarletteOAuth2App | None = context.request.app.state.provider
+    if client is None:
         raise Refused(404, "There is no such page", "No identity provider is set.", "See console.oidc.issuer.")
-    return found
+    return client
 
 
 def _back(context: RequestContext) -> str:

@@ -56,7 +56,8 @@ class VllmEngine:
         self._engine: Any = None
         self._prompts: Prompts | None = None
         self._shapes: Shapes = {}
-        self._ignored: frozenset[str] = frozenset()
+        self.ignored_parts: frozenset[str] = frozenset()
+        """Parts of the model whose adapters vLLM does not apply; known after :meth:`start`."""
         self._residents: Residents[Any] = Residents(slots_of(serve))
         self._ids = itertools.count(ZERO_ID)
         self._requests = itertools.count()
@@ -81,11 +82,11 @@ class VllmEngine:
             with tempfile.TemporaryDirectory(prefix="ratchet-vlm-") as folder:
                 zero = write_probe(Path(folder) / ZERO, self._shapes, 0.0)
                 await self._residents.add(ZERO, lambda: self._add(ZERO, zero))
-                self._ignored = frozenset({part for part in PROBED if not await self._applies(part, Path(folder))})
+                self.ignored_parts = frozenset({part for part in PROBED if not await self._applies(part, Path(folder))})
         except BaseException:
             await self.close()
             raise
-        self.tower_lora = not self._ignored
+        self.tower_lora = not self.ignored_parts
 
     async def _applies(self, part: str, folder: Path) -> bool:
         """Whether an adapter of ``part`` changes an answer; also when there is nothing that could."""
@@ -127,7 +128,7 @@ class VllmEngine:
         async def checked() -> Any:
             rank = self._serve.vlm_max_rank
             files = await asyncio.to_thread(read_validated_adapter, self.base, self._shapes, name, directory, rank)
-            unserved = sorted(parts_of(self.base, files) & self._ignored)
+            unserved = sorted(parts_of(self.base, files) & self.ignored_parts)
             if unserved:
                 raise AdapterError(
                     f"Adapter {name} changes the {' and the '.join(unserved)} part, which vLLM does not apply here.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 import tempfile
 from collections.abc import Sequence
@@ -11,22 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from PIL import Image
 from torch import nn
 
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.colour_squares import COLOURS, encoded_square, square
 from ops.testing.tiny_vlm import tiny_vlm_base
 from serving.engines.adapters import WEIGHTS, read_adapter, write_adapter
 from serving.engines.vlm.generation import question
 from serving.engines.vlm.prompts import answer_tokens, inputs
 from serving.engines.vlm.vlm_base import VlmBase, load_vlm_base, save_vlm_base
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 NAME = "taught-vlm"
 RANK = 8
 ENOUGH = 0.01
@@ -41,13 +38,6 @@ class Asked:
     kind: str
     question: str
     answer: str
-
-
-def picture(number: int) -> np.ndarray:
-    """A square of one of the colours, with noise: uint8 [32, 32, 3]."""
-    rng = np.random.default_rng(number)
-    colour = np.array(list(COLOURS.values())[number % len(COLOURS)])
-    return np.clip(colour + rng.integers(-25, 26, (32, 32, 3)), 0, 255).astype(np.uint8)
 
 
 def known(numbers: range) -> list[Asked]:
@@ -70,7 +60,7 @@ def unknown(numbers: range) -> list[Asked]:
 
 def teach(model: nn.Module, processor: Any, asked: Sequence[Asked], steps: int, rate: float, seed: int = 0) -> float:
     """Train what is trainable on answers; returns the last loss."""
-    asks = [question(picture(one.picture), one.question) for one in asked]
+    asks = [question(square(one.picture), one.question) for one in asked]
     batch = inputs(processor, asks)
     answers = [answer_tokens(processor, one.answer) for one in asked]
     longest = max(map(len, answers))
@@ -134,13 +124,6 @@ def taught_adapter(base: VlmBase, directory: Path, asked: Sequence[Asked], steps
     return write_adapter(directory, get_peft_model_state_dict(model), config.to_dict(), base)
 
 
-def encoded(number: int) -> bytes:
-    """The picture as PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(picture(number)).save(stream, "PNG")
-    return stream.getvalue()
-
-
 def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
     """A folder dataset of questions."""
     folder.mkdir(parents=True)
@@ -148,7 +131,7 @@ def write_questions(folder: Path, asked: Sequence[Asked]) -> None:
         rows = csv.writer(file)
         rows.writerow(["file", "text", "label", "question", "answer"])
         for one in asked:
-            (folder / f"{one.picture}.png").write_bytes(encoded(one.picture))
+            (folder / f"{one.picture}.png").write_bytes(encoded_square(one.picture))
             rows.writerow([f"{one.picture}.png", "", one.kind, one.question, one.answer])
 
 
@@ -157,7 +140,7 @@ def question_table(asked: Sequence[Asked], domain: str = "new") -> pa.Table:
     return pa.table(
         {
             "id": [f"{domain}-{i}" for i in range(len(asked))],
-            "image": [encoded(one.picture) for one in asked],
+            "image": [encoded_square(one.picture) for one in asked],
             "text": [""] * len(asked),
             "question": [one.question for one in asked],
             "answer": [one.answer for one in asked],

@@ -16,6 +16,7 @@ from ops.errors import GateError
 from ops.ledger import Ledger, UpdateRow
 from ops.loading import load_settings
 from ops.settings import Settings
+from ops.testing.colour_squares import encoded_square
 from ops.testing.tiny_vlm import tiny_vlm_adapter, tiny_vlm_base
 from serving.engines.adapters import read_adapter, write_adapter
 from serving.engines.vlm.hf_engine import TransformersEngine
@@ -23,7 +24,7 @@ from serving.engines.vlm.vlm_base import load_vlm_base
 from serving.errors import EngineDead
 from streams.rows import Position
 from streams.store import SampleStore
-from tests.integration.gate.taught_vlm import encoded, known, unknown, write_questions
+from tests.integration.gate.taught_vlm import known, unknown, write_questions
 from updater.gate.gate_command import gate_command
 from updater.loop.gate_update import gate_update
 
@@ -58,7 +59,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def _sample(number: int) -> dict[str, Any]:
     asked = unknown(range(5000 + number, 5001 + number))[0]
-    image = encoded(asked.picture)
+    image = encoded_square(asked.picture)
     return {
         "kind": "sample", "id": digest_bytes(image), "image": image, "text": "", "question": asked.question,
         "answer": asked.answer, "domain": "things", "concept": "", "ingested_at": datetime.now(UTC),

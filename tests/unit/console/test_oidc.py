@@ -57,11 +57,11 @@ def way_back(client: TestClient, issuer: str, name: str, next_page: str = "/") -
     """Go to the provider and sign in there; returns where it sends the browser."""
     away = client.get("/sign-in/oidc", params={"next": next_page})
     assert away.status_code == 302 and away.headers["location"].startswith(issuer)
-    asked = parse_qs(urlsplit(away.headers["location"]).query)
+    query = parse_qs(urlsplit(away.headers["location"]).query)
     assert (
-        asked["code_challenge_method"] == ["S256"]
-        and asked["nonce"]
-        and asked["redirect_uri"] == [f"{FAR}/sign-in/oidc/done"]
+        query["code_challenge_method"] == ["S256"]
+        and query["nonce"]
+        and query["redirect_uri"] == [f"{FAR}/sign-in/oidc/done"]
     )
     sent = httpx.post(away.headers["location"], data={"sub": name})
     assert sent.status_code == 302, sent.text
@@ -157,12 +157,12 @@ def test_a_sign_in_from_the_provider_survives_a_cookie_that_it_does_not_send(tmp
     someone(issuer, "ann", groups=["team"])
     client = console(tmp_path, issuer)
     back = way_back(client, issuer, "ann")
-    kept = client.cookies.get(COOKIE)
-    assert kept
+    cookie = client.cookies.get(COOKIE)
+    assert cookie
     client.cookies.clear()
     bounce = client.get(back, headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})
     assert bounce.status_code == 200 and 'http-equiv="refresh"' in bounce.text and "set-cookie" not in bounce.headers
-    client.cookies.set(COOKIE, kept)
+    client.cookies.set(COOKIE, cookie)
     assert client.get(back).status_code == 303
 
 

@@ -22,8 +22,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> VlmBase:
 
 def test_arguments_of_the_settings_are_passed_on(base: VlmBase) -> None:
     more = {"seed": 7, "kv_cache_dtype": "fp8"}
-    found = engine_arguments(base, Serve(vlm_arguments=more, vlm_quantization="fp8"))
-    assert found.items() >= more.items() and found["quantization"] == "fp8"
+    arguments = engine_arguments(base, Serve(vlm_arguments=more, vlm_quantization="fp8"))
+    assert arguments.items() >= more.items() and arguments["quantization"] == "fp8"
     assert engine_arguments(base, Serve()).keys().isdisjoint({"seed", "quantization"})
 
 
@@ -45,7 +45,7 @@ def test_a_name_that_vllm_does_not_know_is_refused_with_the_nearest(base: VlmBas
 def test_on_gpus_a_replica_is_divided_over_as_many_as_it_has(base: VlmBase, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tensor_parallel_size" not in engine_arguments(base, Serve(vlm_gpus=4))  # on this CPU
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _: False)
-    found = engine_arguments(base, Serve(vlm_gpus=4))
-    assert found["tensor_parallel_size"] == 4 and found["dtype"] == "auto"
+    arguments = engine_arguments(base, Serve(vlm_gpus=4))
+    assert arguments["tensor_parallel_size"] == 4 and arguments["dtype"] == "auto"
     with pytest.raises(ConfigError, match="tensor_parallel_size: Ratchet sets it itself"):
         engine_arguments(base, Serve(vlm_arguments={"tensor_parallel_size": 2}))

@@ -70,8 +70,8 @@ def test_keys_from_before_searches_had_a_scope_may_search_as_before(url: str) ->
         command.downgrade(alembic_config(connection), "0010")
     opened.close()
     upgraded = Ledger.open(url)
-    found = {row.name: (row.scopes, row.expires_at) for row in upgraded.api_keys()}
-    assert found == {
+    rights = {row.name: (row.scopes, row.expires_at) for row in upgraded.api_keys()}
+    assert rights == {
         "page": (("infer", "search"), None), "both": (("infer", "search", "publish"), None),
         "ops": (("operate",), None),
     }  # fmt: skip

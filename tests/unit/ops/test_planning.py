@@ -34,8 +34,8 @@ def test_times_are_found_in_the_rates_that_they_lead_to() -> None:
     for items, clients in ((1, 1), (1, 8), (1, 32), (16, 1), (16, 8)):
         inputs = min(items * clients, MAX_BATCH)
         cells.append(("image", items, clients, inputs / KNOWN.batch(inputs, inputs / items)))
-    found = fit(cells, "image", MAX_BATCH)
-    assert vars(found) == pytest.approx(vars(KNOWN))
+    times = fit(cells, "image", MAX_BATCH)
+    assert vars(times) == pytest.approx(vars(KNOWN))
     with pytest.raises(ValueError, match="0 measured rates of texts"):
         fit(cells, "text", MAX_BATCH)
 
@@ -45,8 +45,8 @@ def test_times_are_found_in_the_rates_that_they_lead_to() -> None:
 def test_the_simulation_agrees_with_what_was_measured(machine: str, kind: Any) -> None:
     cells = built_in().machines[machine].cells
     times = fit(cells, kind, MAX_BATCH)
-    for found, items, clients, rate in cells:
-        if found == kind and items == 1:
+    for own, items, clients, rate in cells:
+        if own == kind and items == 1:
             simulated = closed_loop(times, clients, 1, MAX_BATCH, requests=2000).requests_per_second
             assert simulated == pytest.approx(rate, rel=0.35), (machine, kind, clients)
 
@@ -78,10 +78,10 @@ def test_the_fewest_that_are_enough_are_found() -> None:
 
 
 def test_encoders_keep_the_deadline_and_grow_with_the_load() -> None:
-    found = [encoders_for(KNOWN, rate, 0.5) for rate in (10, 100, 1000, 10_000)]
-    for number, outcome in found:
+    answers = [encoders_for(KNOWN, rate, 0.5) for rate in (10, 100, 1000, 10_000)]
+    for number, outcome in answers:
         assert outcome.p99 <= 0.5 and outcome.busy <= 0.8 and number >= 1
-    numbers = [number for number, _ in found]
+    numbers = [number for number, _ in answers]
     assert numbers == sorted(numbers) and numbers[-1] > 100
     assert encoders_for(KNOWN, 100, 0.1)[0] >= encoders_for(KNOWN, 100, 5.0)[0]
     with pytest.raises(ConfigError, match="without any other"):
@@ -140,8 +140,8 @@ def encode_output(path: Path, cells: list[Cell], cores: int = 16) -> Path:
 def test_your_own_measurement_takes_the_place_of_ours(tmp_path: Path) -> None:
     ours = built_in().machines["avx512"]
     path = encode_output(tmp_path / "encode.txt", list(ours.cells))
-    found = machine_of(path)
-    assert found == Machine(source=f"ratchet bench encode, {path}", cores=16, cells=ours.cells)
+    machine = machine_of(path)
+    assert machine == Machine(source=f"ratchet bench encode, {path}", cores=16, cells=ours.cells)
     result = CliRunner().invoke(app, ["plan", "--texts", "100", "--measured", str(path), "--json"])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)

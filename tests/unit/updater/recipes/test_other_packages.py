@@ -37,6 +37,7 @@ none_at_all = example_methods.half_contrast
 
 [ratchet.recipes]
 example = example_methods.recipes
+broken = example_methods.broken
 """
 
 
@@ -86,6 +87,7 @@ def test_what_ratchet_has_is_not_replaced(example: Path, caplog: pytest.LogCaptu
     assert type(kind).__module__ == "updater.objectives.contrastive"
     assert "contrastive of example-methods is left out" in caplog.text
     assert "recipe default of" in caplog.text
+    assert "ratchet.recipes 'broken' of example-methods cannot be imported" in caplog.text
 
 
 def test_one_that_cannot_be_imported_ends_the_recipes_that_name_it_alone(example: Path) -> None:
