@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -161,7 +162,8 @@ class Providers:
             self.names = ["CPUExecutionProvider"]
         else:
             raise ConfigError(
-                f"On a CPU ONNX Runtime computes in {precision} with OpenVINO's plugin only, which is not installed.",
+                f"On a CPU ONNX Runtime computes in {precision} with OpenVINO's plugin only, which is not installed or "
+                "does not know this processor.",
                 "Install ratchet[onnx], or set serve.precision to float32.",
             )
 
@@ -178,15 +180,23 @@ class Providers:
 
 
 def _openvino_device(ort: Any) -> Any:
-    try:
-        import onnxruntime_ep_openvino as plugin
-    except ImportError:
+    """The processor as OpenVINO's plugin sees it; None where the plugin is not installed, or does not know it."""
+    if not _openvino_registered(ort):
         return None
-    if not any(device.ep_name == "OpenVINOExecutionProvider" for device in ort.get_ep_devices()):
-        ort.register_execution_provider_library(PLUGIN, plugin.get_library_path())
     kind = ort.OrtHardwareDeviceType.CPU
     devices = [d for d in ort.get_ep_devices() if d.ep_name == "OpenVINOExecutionProvider" and d.device.type == kind]
     return devices[0] if devices else None
+
+
+@cache
+def _openvino_registered(ort: Any) -> bool:
+    """Register OpenVINO's plugin, which a process may do once, also where it has no device then (AMD)."""
+    try:
+        import onnxruntime_ep_openvino as plugin
+    except ImportError:
+        return False
+    ort.register_execution_provider_library(PLUGIN, plugin.get_library_path())
+    return True
 
 
 def _gpu_providers(ort: Any, precision: Precision) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from serving.engines.backends import EngineChoice
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from serving.engines.golden_inputs import golden_pixels
+from serving.engines.onnx_backend import PLUGIN, _openvino_device
 from serving.engines.spaces import tower_of
 
 pytestmark = pytest.mark.integration
@@ -76,6 +78,25 @@ def test_a_graph_is_exported_once(onnx: ClipEngine) -> None:
     assert max(path.stat().st_size for path in folder.glob("*.onnx")) < 1 << 20  # without weights
     ClipEngine(onnx.base, "cpu", choice=EngineChoice("onnx"))
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.onnx")} == graphs
+
+
+def test_openvinos_plugin_is_registered_once_where_it_knows_no_processor() -> None:
+    """As on an AMD: the second engine of a process ended with "already registered"."""
+    registered: list[str] = []
+
+    class Runtime:
+        OrtHardwareDeviceType = SimpleNamespace(CPU="cpu")
+
+        def get_ep_devices(self) -> list[object]:
+            return []
+
+        def register_execution_provider_library(self, name: str, path: str) -> None:
+            assert name not in registered
+            registered.append(name)
+
+    runtime = Runtime()
+    assert [_openvino_device(runtime) for _ in range(2)] == [None, None]
+    assert registered == [PLUGIN]
 
 
 def test_doctor_tune_measures_this_machine_and_writes_the_settings(
