@@ -14,22 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.continual.cross_version import cross_version_recall
-from benchmarks.continual.evaluation import Bools, Encoded, Evaluator
+from benchmarks.continual.evaluation import Bools, Encoded, Evaluator, images_of
 from benchmarks.continual.nearest import NAME as NEAREST
 from benchmarks.continual.nearest import nearest_means
+from benchmarks.continual.orders import order_of
 from benchmarks.continual.plan import Plan, draw, plan
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.provenance import provenance
 from benchmarks.continual.stream import Stream
 from ops.digests import digest_json
 from ops.progress import say
-from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
 from updater.data.pools import mixed_seed
 from updater.recipes import Recipe
 from updater.training.checkpoint import read_json, write_json
-from updater.training.result import Limits, TrainResult, cost_of
+from updater.training.result import Limits, cost_of
 from updater.training.train import train
 
 ZERO_SHOT = "zero-shot.json"
@@ -81,13 +84,13 @@ class Chain:
         self, base: ClipBase, stream: Stream, protocol: Protocol, recipe: Recipe, unit: Unit, results: Path,
         evaluator: Evaluator | None = None,
     ) -> None:  # fmt: skip
-        """``evaluator``: of an engine of this base, to save making one. Raises BudgetError."""
+        """``evaluator``: of this base, to save making one. Raises BudgetError."""
         self.base, self.stream, self.protocol, self.unit, self.results = base, stream, protocol, unit, results
         self.recipe = recipe
         self.folder = unit.folder(results)
-        self.order = stream.order(unit.order)
-        self.evaluator = evaluator or Evaluator(ClipEngine(base, "cpu"), stream.suites)
+        self.evaluator = evaluator or Evaluator(base, stream.suites)
         self.base_vectors = self._zero_shot()
+        self.order = order_of(stream, unit.order, self._means)
         self.plan: Plan = plan(base, recipe, stream, protocol, results / "plans")
 
     def _zero_shot(self) -> Encoded:
@@ -98,9 +101,16 @@ class Chain:
             self.results.mkdir(parents=True, exist_ok=True)
             vectors.write(path)
             roles = {suite.name: suite.role for suite in self.stream.suites}
-            nearest = nearest_means(self.evaluator.engine, self.stream, vectors)
-            hits = packed(self.evaluator.outcomes(vectors))
-            write_json(answers, {"hits": hits, "roles": roles, NEAREST: packed(nearest)})
+            known = {
+                "roles": roles,
+                "tasks": {suite.name: suite.task for suite in self.stream.suites},
+                "outside": [suite.name for suite in self.stream.suites if suite.outside],
+                "alike": self.stream.alike,
+                "hits": packed(self.evaluator.outcomes(vectors)),
+                "named": packed(self.evaluator.named(vectors)),
+                NEAREST: packed(nearest_means(self.evaluator, self.stream, vectors)),
+            }
+            write_json(answers, known)
         return self.evaluator.read(path)
 
     def run(self, updates: int, stop: Callable[[], bool] = lambda: False) -> None:
@@ -130,13 +140,14 @@ class Chain:
             device="cpu",
         )
         trained = time.process_time()
-        vectors = self._vectors(result)
+        vectors = self.evaluator.encode(result.directory)
         row = {
             "chain": chain_name(self.recipe, self.unit),
             "update": self.order[number],
             "adapter": result.adapter,
             "memory": result.carry_over.name if result.carry_over else None,
             "hits": packed(self.evaluator.outcomes(vectors)),
+            "named": packed(self.evaluator.named(vectors)),
             "cross": cross_version_recall(
                 self.stream.suites, self.evaluator.read(self._vectors_path(number)), vectors, self.base_vectors
             ),
@@ -155,12 +166,10 @@ class Chain:
             self._vectors_path(number).unlink(missing_ok=True)
         return row
 
-    def _vectors(self, result: TrainResult) -> Encoded:
-        self.evaluator.engine.load(result.adapter, result.directory)
-        try:
-            return self.evaluator.encode(result.adapter)
-        finally:
-            self.evaluator.engine.unload(result.adapter)
+    def _means(self) -> dict[str, NDArray[np.float32]]:
+        """By update, the mean of the base's vectors of its suite's pictures."""
+        suites = {suite.name: suite for suite in self.stream.suites}
+        return {name: images_of(suites[name], self.base_vectors).mean(axis=0) for name in self.stream.updates}
 
 
 def packed(outcomes: dict[str, Bools]) -> dict[str, list[str]]:

@@ -1,17 +1,27 @@
-"""Vectors of all suites under one adapter, through the serving engine, and the outcomes that they come to."""
+"""Vectors of all suites under one adapter, and the outcomes that they come to.
+
+What no adapter of a chain touches is computed once: a tower starts at its boundary, as in training.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from benchmarks.continual.stream import RECALL_AT, Suite
+from benchmarks.continual.stream import RECALL_AT, Suite, names_of
 from ops.files import replacing
-from serving.engines.clip import ClipEngine
+from serving.engines.adapters import effective_weights
+from serving.engines.clip_base import ClipBase
+from serving.engines.spaces import tower_of
+from updater.families.clip.prepare import stack_boundaries
+from updater.families.clip.towers import SplitTower, Which, first_touched
 from updater.gate.ranking import rank_of_best
 from updater.gate.score import IMAGE_BATCH, TEXT_BATCH
 
@@ -34,31 +44,50 @@ class Encoded:
 
 
 class Evaluator:
-    """Evaluates one engine's adapters on suites; pixels are decoded once."""
+    """Evaluates a base's adapters on suites, as the trainer computes (float32)."""
 
-    def __init__(self, engine: ClipEngine, suites: Sequence[Suite]) -> None:
-        self.engine = engine
+    def __init__(self, base: ClipBase, suites: Sequence[Suite]) -> None:
+        self.base = base
         self.suites = suites
+        self.names = names_of(suites)
         pairs = {pair.id: pair for suite in suites for pair in suite.items}
         self._ids = list(pairs)
-        self._pixels = np.stack([engine.base.preprocess.pixels(pair.read()) for pair in pairs.values()])
-        wanted = {text for suite in suites for text in _texts(suite)}
+        pixels = np.stack([base.preprocess.pixels(pair.read()) for pair in pairs.values()])
+        wanted = {text for suite in suites for text in _texts(suite)} | {
+            text for prompts in self.names.values() for text in prompts
+        }
         self._words = sorted(wanted, key=lambda text: (len(text), text))  # texts of like length share a batch
+        self._sides: dict[Which, _Side] = {}
+        tokenize = base.tokenizer()
+        self._inputs: dict[Which, list[Any]] = {
+            "image": [pixels[start : start + IMAGE_BATCH] for start in range(0, len(pixels), IMAGE_BATCH)],
+            "text": [
+                tokenize(self._words[start : start + TEXT_BATCH]) for start in range(0, len(self._words), TEXT_BATCH)
+            ],
+        }
 
-    def encode(self, adapter: str | None) -> Encoded:
-        """All images and texts under an adapter; None is the base."""
-        images = [
-            self.engine.encode_images(self._pixels[start : start + IMAGE_BATCH], adapter)
-            for start in range(0, len(self._ids), IMAGE_BATCH)
-        ]
-        texts = [
-            self.engine.encode_texts(self._words[start : start + TEXT_BATCH], adapter)
-            for start in range(0, len(self._words), TEXT_BATCH)
-        ]
-        return Encoded(
-            dict(zip(self._ids, np.concatenate(images), strict=True)),
-            dict(zip(self._words, np.concatenate(texts), strict=True)),
-        )
+    def encode(self, adapter: Path | None) -> Encoded:
+        """All images and texts under an adapter's directory; None is the base."""
+        weights = effective_weights(adapter, self.base.build_model()) if adapter else {}
+        touched = {name.rpartition(".")[0] for name in weights}
+        images, texts = (self._encoded(which, weights, touched) for which in ("image", "text"))
+        return Encoded(dict(zip(self._ids, images, strict=True)), dict(zip(self._words, texts, strict=True)))
+
+    def _encoded(self, which: Which, weights: Mapping[str, Tensor], touched: set[str]) -> Vectors:
+        """Vectors [n, dim] of one side."""
+        side = self._sides.get(which)
+        cut = first_touched(touched, self.base.build_model(), which) if touched else 0
+        if side is None or (touched and (side.tower.cut > cut or side.tower.cut == 0 < cut)):
+            side = self._sides[which] = _Side(self.base, which, cut, self._inputs[which])
+        with torch.inference_mode():
+            return side.vectors({name: value for name, value in weights.items() if tower_of(name) == which})
+
+    def features(self, images: Sequence[bytes]) -> Vectors:
+        """The base's features of other pictures, [n, dim]."""
+        pixels = np.stack([self.base.preprocess.pixels(image) for image in images])
+        side = _Side(self.base, "image", 0, [pixels])
+        with torch.inference_mode():
+            return side.vectors({})
 
     def read(self, path: Path) -> Encoded:
         """What :meth:`Encoded.write` wrote of these suites."""
@@ -69,6 +98,51 @@ class Evaluator:
     def outcomes(self, encoded: Encoded) -> dict[str, Bools]:
         """By suite: whether each item was answered rightly; [n, 2] for retrieval both ways, [n, 1] for classes."""
         return {suite.name: _outcome(suite, encoded) for suite in self.suites}
+
+    def named(self, encoded: Encoded) -> dict[str, Bools]:
+        """By suite with names: whether each item's name was found among those of all domains, [n, 1] (X-TAIL)."""
+        asked = [suite for suite in self.suites if suite.named]
+        if not asked:
+            return {}
+        heads = _heads(self.names.values(), encoded)
+        return {suite.name: _classified(suite, encoded, list(self.names), heads)[:, None] for suite in asked}
+
+
+class _Side:
+    """One tower over fixed inputs, from its boundary on; boundaries are computed when they are first wanted."""
+
+    def __init__(self, base: ClipBase, which: Which, cut: int, inputs: Sequence[Any]) -> None:
+        self.base, self.which, self.inputs = base, which, inputs
+        model = base.build_model()
+        self._parameters = dict(model.eval().named_parameters())  # by their own names, which a split tower changes
+        self.tower = SplitTower(model, which, cut)
+        self._boundaries: list[Tensor] = []
+
+    def vectors(self, weights: Mapping[str, Tensor]) -> Vectors:
+        """Unit vectors under other weights, [n, dim]."""
+        if self.tower.cut and not self._boundaries:
+            self._boundaries = [self.tower.record(self._tensor(batch))[1] for batch in self.inputs]
+        before = {name: self._parameters[name].data for name in weights}
+        for name, value in weights.items():
+            self._parameters[name].data = value
+        try:
+            parts = [self._run(number, batch) for number, batch in enumerate(self.inputs)]
+        finally:
+            for name, value in before.items():
+                self._parameters[name].data = value
+        return torch.cat(parts).numpy()
+
+    def _run(self, number: int, batch: Any) -> Tensor:
+        inputs = self._tensor(batch)
+        if not self.tower.cut:
+            return self.tower.whole(inputs)
+        boundary = self._boundaries[number]
+        if self.which == "image":
+            return self.tower.resume(boundary, inputs[:1])
+        return self.tower.resume(stack_boundaries(list(boundary), inputs.shape[1], inputs.device), inputs)
+
+    def _tensor(self, batch: Any) -> Tensor:
+        return self.base.preprocess.normalise(batch) if self.which == "image" else batch
 
 
 def images_of(suite: Suite, encoded: Encoded) -> Vectors:
@@ -91,20 +165,19 @@ def right_images(suite: Suite) -> Bools:
 def _texts(suite: Suite) -> list[str]:
     if suite.task == "retrieval":
         return [pair.text for pair in suite.items]
-    return [_prompt(template, name) for name in _classes(suite) for template in suite.templates]
+    return [text for prompts in _prompts(suite).values() for text in prompts]
 
 
-def _classes(suite: Suite) -> list[str]:
-    return sorted({pair.label for pair in suite.items})
-
-
-def _prompt(template: str, name: str) -> str:
-    return template.replace("{}", name)
+def _prompts(suite: Suite) -> dict[str, list[str]]:
+    """The prompts of each class."""
+    classes = sorted({pair.label for pair in suite.items})
+    return {name: [template.replace("{}", name) for template in suite.templates] for name in classes}
 
 
 def _outcome(suite: Suite, encoded: Encoded) -> Bools:
     if suite.task == "classification":
-        return _classified(suite, encoded)[:, None]
+        prompts = _prompts(suite)
+        return _classified(suite, encoded, list(prompts), _heads(prompts.values(), encoded))[:, None]
     images = images_of(suite, encoded)
     texts = sorted({pair.text for pair in suite.items})
     own = np.array([texts.index(pair.text) for pair in suite.items])
@@ -114,12 +187,14 @@ def _outcome(suite: Suite, encoded: Encoded) -> Bools:
     return np.stack([to_text, to_image], axis=1) < RECALL_AT
 
 
-def _classified(suite: Suite, encoded: Encoded) -> Bools:
-    classes = _classes(suite)
-    heads = np.stack([
-        np.mean([encoded.texts[_prompt(template, name)] for template in suite.templates], axis=0) for name in classes
-    ])  # fmt: skip
+def _heads(prompts: Any, encoded: Encoded) -> Vectors:
+    """A unit vector for each class, the mean of its prompts', [classes, dim]."""
+    heads: Vectors = np.stack([np.mean([encoded.texts[text] for text in texts], axis=0) for texts in prompts])
     heads /= np.linalg.norm(heads, axis=1, keepdims=True)
+    return heads
+
+
+def _classified(suite: Suite, encoded: Encoded, classes: Sequence[str], heads: Vectors) -> Bools:
     right = np.array([[pair.label == name for name in classes] for pair in suite.items])
     similarity = images_of(suite, encoded) @ heads.T
     ranks: Bools = rank_of_best(similarity, right) == 0

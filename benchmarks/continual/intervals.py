@@ -43,35 +43,55 @@ class Draws:
     """Scores of each method in each draw; row 0 are the items as they are. Arrays are [draws + 1, methods]."""
 
     names: tuple[str, ...]
-    a_ka: Floats
-    a_zs: Floats
+    scores: Mapping[str, Floats]
+    """By suite."""
+    suites: Mapping[str, Sequence[str]]
+    """By figure but ``gm``: the suites that it is the mean of."""
 
-    def of(self, figure: str) -> Floats:
-        """``a_ka``, ``a_zs``, or ``gm``."""
+    def of(self, figure: str, without: str = "") -> Floats:
+        """``gm``, or a mean over suites, one of which may be left out."""
         if figure == "gm":
-            return geometric_mean(self.a_ka, self.a_zs)
-        return {"a_ka": self.a_ka, "a_zs": self.a_zs}[figure]
+            return geometric_mean(self.of("a_ka", without), self.of("a_zs"))
+        chosen = [self.scores[suite] for suite in self.suites[figure] if suite != without]
+        return np.mean(chosen, axis=0) if chosen else np.zeros_like(next(iter(self.scores.values())))
 
-    def difference(self, figure: str, name: str, other: str) -> Interval:
-        """How much higher ``name`` scores than ``other``, percentile interval."""
-        values = self.of(figure)
-        differences = 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
-        low, high = np.quantile(differences[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(float(differences[0]), float(low), float(high))
+    def differences(self, figure: str, name: str, other: str, without: str = "") -> Floats:
+        """How many points higher ``name`` scores than ``other``, [draws + 1]."""
+        values = self.of(figure, without)
+        return 100 * (values[:, self.names.index(name)] - values[:, self.names.index(other)])
+
+    def difference(self, figure: str, name: str, other: str, without: str = "") -> Interval:
+        """The same with its percentile interval."""
+        return interval(self.differences(figure, name, other, without))
+
+    def largest(self, name: str, other: str) -> str:
+        """The adaptation suite by which ``name`` is furthest ahead of ``other``."""
+        one, two = self.names.index(name), self.names.index(other)
+        return max(
+            self.suites["a_ka"], key=lambda suite: float(self.scores[suite][0, one] - self.scores[suite][0, two])
+        )
+
+
+def interval(differences: Floats) -> Interval:
+    """Of differences [draws + 1], of which the first is that of the items as they are."""
+    low, high = np.quantile(differences[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(differences[0]), float(low), float(high))
 
 
 def resampled(hits: Mapping[str, Hits], reference: Reference, draws: int = DRAWS, seed: int = 0) -> Draws:
     """Draw the items of every suite anew, for all methods together. ``hits``: by method, then by suite."""
-    names = tuple(hits)
-
-    def mean_over(suites: Sequence[str], rng: np.random.Generator) -> Floats:
-        total = np.zeros((draws + 1, len(names)))
-        for suite in suites:
-            table = np.stack([hits[name][suite] for name in names], axis=1)
-            items = len(table)
-            counts = np.vstack([np.ones(items), rng.multinomial(items, np.full(items, 1 / items), size=draws)])
-            total += counts @ table / items
-        return total / len(suites)
-
+    names, scores = tuple(hits), {}
     rng = np.random.default_rng(seed)
-    return Draws(names, mean_over(reference.adaptation, rng), mean_over(reference.held_out, rng))
+    for suite in (*reference.adaptation, *reference.held_out):
+        table = np.stack([hits[name][suite] for name in names], axis=1)
+        items = len(table)
+        counts = np.vstack([np.ones(items), rng.multinomial(items, np.full(items, 1 / items), size=draws)])
+        scores[suite] = counts @ table / items
+    suites = {
+        "a_ka": reference.adaptation,
+        "a_zs": reference.held_out,
+        "outside": reference.outside,
+        "retrieval": tuple(name for name in reference.adaptation if name not in reference.classes),
+        "classes": tuple(name for name in reference.adaptation if name in reference.classes),
+    }
+    return Draws(names, scores, suites)

@@ -5,20 +5,16 @@ It learns labelled updates alone, and answers classification suites alone; there
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from benchmarks.continual.baselines import NearestMean
-from benchmarks.continual.evaluation import Bools, Encoded, images_of
+from benchmarks.continual.evaluation import Bools, Encoded, Evaluator, images_of
 from benchmarks.continual.stream import Stream, Suite
-from serving.engines.clip import ClipEngine
-from updater.data.pools import Pair
 
 NAME = "nearest-mean"
 
 
-def nearest_means(engine: ClipEngine, stream: Stream, base: Encoded) -> dict[str, Bools]:
+def nearest_means(evaluator: Evaluator, stream: Stream, base: Encoded) -> dict[str, Bools]:
     """By adaptation suite with classes: whether each item was answered rightly after all updates, bool [n, 1].
 
     One classifier learns all labelled updates; an item's class is looked for among those of its suite.
@@ -27,13 +23,9 @@ def nearest_means(engine: ClipEngine, stream: Stream, base: Encoded) -> dict[str
     for suite in stream.suites:
         pairs = [pair for pair in stream.updates.get(suite.name, ()) if pair.label]
         if suite.task == "classification" and pairs:
-            means.update(_features(engine, pairs), [pair.label for pair in pairs])
+            means.update(evaluator.features([pair.read() for pair in pairs]), [pair.label for pair in pairs])
             taught.append(suite)
     return {suite.name: _right(suite, means, base)[:, None] for suite in taught}
-
-
-def _features(engine: ClipEngine, pairs: Sequence[Pair]) -> np.ndarray:
-    return engine.encode_images(np.stack([engine.base.preprocess.pixels(pair.read()) for pair in pairs]))
 
 
 def _right(suite: Suite, means: NearestMean, base: Encoded) -> Bools:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ class Reference:
     held_out: tuple[str, ...]
     nearest: Hits
     """The base's answers, but for suites where nearest class means answer."""
+    classes: frozenset[str] = frozenset()
+    """Suites that ask for a class."""
+    outside: tuple[str, ...] = ()
+    """Held-out suites of domains that the reference pool does not contain."""
+    named: Hits = field(default_factory=dict)
+    """The base's answers to suites that are asked among the names of all domains."""
+    alike: Mapping[str, int] = field(default_factory=dict)
+    """By suite, pictures that were left out because one that is trained on looks like them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class Course:
     unit: Unit
     hits: tuple[Hits, ...]
     rows: tuple[dict[str, Any], ...]
+    named: tuple[Hits, ...] = ()
+    """As ``hits``, of suites that are asked among the names of all domains."""
 
     @property
     def order(self) -> list[str]:
@@ -77,6 +87,10 @@ def read_reference(results: Path) -> Reference:
         tuple(name for name, role in roles.items() if role == "adaptation"),
         tuple(name for name, role in roles.items() if role == "held-out"),
         base | _unpacked(zero_shot[NEAREST]),
+        frozenset(name for name, task in zero_shot["tasks"].items() if task == "classification"),
+        tuple(zero_shot["outside"]),
+        _unpacked(zero_shot["named"]),
+        zero_shot["alike"],
     )
 
 
@@ -85,7 +99,8 @@ def read_course(results: Path, unit: Unit, updates: int, reference: Reference) -
     rows = updates_done(results, load_recipe(unit.method), unit)[:updates]
     if len(rows) < updates:
         return None
-    return Course(unit, (reference.base, *(_unpacked(row["hits"]) for row in rows)), tuple(rows))
+    hits, named = (tuple(_unpacked(row[key]) for row in rows) for key in ("hits", "named"))
+    return Course(unit, (reference.base, *hits), tuple(rows), (reference.named, *named))
 
 
 def _unpacked(hits: dict[str, list[str]]) -> Hits:

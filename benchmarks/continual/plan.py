@@ -73,7 +73,7 @@ def plan(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol, fol
 
 def _measured(base: ClipBase, recipe: Recipe, stream: Stream, protocol: Protocol) -> dict[str, Any]:
     """Cost of a step and of preparing the rows of the last update, which has the fullest pools, and their sizes."""
-    order = stream.order(0)
+    order = list(stream.updates)
     pools = draw(stream, order, len(order) - 1, recipe, protocol, seed=0)
     rows = pools.rows(plan_batches(recipe.mixture, recipe.batch_size, pools.sizes, seed=0).batch(0))
     learner, examples = make_learner(base, recipe, {}, 0), pools.examples

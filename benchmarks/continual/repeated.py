@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.continual.intervals import Interval, resampled
+from benchmarks.continual.intervals import Draws, Interval, resampled
 from benchmarks.continual.metrics import Trajectory, forgetting
 from benchmarks.continual.outcomes import Course, Hits, Reference
 
@@ -45,11 +45,16 @@ def beside(ours: Sequence[Course], others: Sequence[Course], reference: Referenc
 
     Items are drawn anew, with the mean over the shared chains for each of them.
     """
+    draws = shared_draws(ours, others, reference)
+    return draws.difference("gm", "ours", "others") if draws else None
+
+
+def shared_draws(ours: Sequence[Course], others: Sequence[Course], reference: Reference) -> Draws | None:
+    """Scores of ``ours`` and ``others``, means over the chains that both have; None where they share none."""
     shared = {_place(course) for course in ours} & {_place(course) for course in others}
     if not shared:
         return None
-    sides = {"ours": _mean(ours, shared), "others": _mean(others, shared)}
-    return resampled(sides, reference).difference("gm", "ours", "others")
+    return resampled({"ours": _mean(ours, shared), "others": _mean(others, shared)}, reference)
 
 
 def _forgotten(courses: Sequence[Course]) -> dict[str, float | None]:

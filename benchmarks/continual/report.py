@@ -20,6 +20,7 @@ from benchmarks.continual.runner import failure
 from updater.recipes import load_recipe
 
 BASE = "zero-shot"
+FIGURES = ("a_ka", "a_zs", "outside", "retrieval", "classes", "gm")
 STANDARD = "default"
 """What every method is compared with beside zero-shot, when it was run."""
 
@@ -28,9 +29,7 @@ def figures(
     results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int, protocol: Protocol
 ) -> dict[str, Any]:
     """Everything that the tables and plots show. Raises RatchetError when nothing was run yet."""
-    reference = read_reference(results)
-    chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
-    chains = {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
+    reference, chains = read_chains(results, methods, orders, seeds, updates)
     first = {name: courses[0] for name, courses in chains.items()}
     untrained = {BASE: reference.base, NEAREST: reference.nearest}
     draws = resampled(untrained | {name: course.hits[-1] for name, course in first.items()}, reference)
@@ -52,6 +51,9 @@ def figures(
         "items": {name: len(hits) for name, hits in reference.base.items()},
         "adaptation": list(reference.adaptation),
         "held_out": list(reference.held_out),
+        "outside": list(reference.outside),
+        "classes": [name for name in reference.adaptation if name in reference.classes],
+        "alike": dict(reference.alike),
         "updates": updates,
         "protocol": vars(protocol),
         "origin": distinct_values(
@@ -60,15 +62,29 @@ def figures(
     }
 
 
+def read_chains(
+    results: Path, methods: Sequence[str], orders: int, seeds: int, updates: int
+) -> tuple[Reference, dict[str, list[Course]]]:
+    """The base's answers, and by method all chains that are there of a method whose first one is."""
+    reference = read_reference(results)
+    chains = {name: _courses(results, name, orders, seeds, updates, reference) for name in methods}
+    return reference, {name: courses for name, courses in chains.items() if courses and courses[0].unit == Unit(name)}
+
+
 def _quality(name: str, path: Trajectory, hits: Hits, draws: Draws) -> dict[str, Any]:
     """At the end of a path, with intervals."""
-    intervals = {key: draws.difference(key, name, BASE) for key in ("a_ka", "a_zs", "gm")}
+    keys = [key for key in FIGURES if key == "gm" or draws.suites[key]]
+    intervals = {key: draws.difference(key, name, BASE) for key in keys}
+    largest = draws.largest(name, BASE)
+    intervals["gm_without_largest"] = draws.difference("gm", name, BASE, largest)
     against = draws.difference("gm", name, STANDARD) if STANDARD in draws.names and name != STANDARD else None
     return {
         "a_ka_delta": round(intervals["a_ka"].value, 2),
         "a_zs_delta": round(intervals["a_zs"].value, 2),
         "geometric_mean": _points(path.gm[-1]),
         "geometric_mean_delta": round(intervals["gm"].value, 2),
+        "gm_without_largest": round(intervals["gm_without_largest"].value, 2),
+        "largest": largest,
         "intervals": {key: value.plain() for key, value in intervals.items()},
         "against_default": against.plain() if against else None,
         "suites": {suite: _points(each.mean()) for suite, each in hits.items()},
@@ -90,6 +106,7 @@ def _method(name: str, course: Course, reference: Reference, draws: Draws) -> di
             "a_ka": _deltas(path.a_ka), "a_zs": _deltas(path.a_zs), "geometric_mean": _deltas(path.gm)
         },
         **_matrices(course),
+        **_named(course),
         "cross_version": _cross(course),
         "maf": round(course.total("gflops_spent"), 1),
         "maf_prepare": round(sum(_prepared(row["cost"]) for row in course.rows), 2),
@@ -119,6 +136,25 @@ def _matrices(course: Course) -> dict[str, Any]:
         },
         "matrix": {"updates": course.order, "scores": [[_points(value) for value in row] for row in matrix]},
     }  # fmt: skip
+
+
+def _named(course: Course) -> dict[str, Any]:
+    """X-TAIL's means (Xu et al. 2024): every domain's items among the names of all, held-out domains included."""
+    learned = [name for name in course.order if name in course.named[0]]
+    if len(learned) < 2:
+        return {}
+    others = [name for name in course.named[0] if name not in learned]
+    path = np.array([[hits[name].mean() for name in (*learned, *others)] for hits in course.named])
+    first = [course.order.index(name) + 1 for name in learned] + [len(path)] * len(others)
+    before = [path[1:when, column].mean() for column, when in enumerate(first) if when > 1]
+    return {
+        "xtail": {
+            "zero_shot": _points(path[0].mean()),
+            "transfer": _points(np.mean(before)),
+            "average": _points(path[1:].mean()),
+            "last": _points(path[-1].mean()),
+        }
+    }
 
 
 def _cross(course: Course) -> dict[str, float]:

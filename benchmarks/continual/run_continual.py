@@ -1,7 +1,8 @@
 """``ratchet bench continual``: methods of continual learning side by side on a stream, at equal compute.
 
-Every CLIP recipe learns eight updates in a row; the best eight do so in three orders with three seeds. What is there is
-not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to read them.
+Every CLIP recipe learns eight updates in a row; the best ten do so in five orders. `--bases` does it on several bases.
+What is there is not done again: stop it, and call it again. `docs/benchmarks/continual` holds the results and how to
+read them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.continual.chain import Unit
+from benchmarks.continual.lead import Chains, leads
+from benchmarks.continual.orders import ORDERS
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
-from benchmarks.continual.report import figures
+from benchmarks.continual.report import STANDARD, figures, read_chains
 from benchmarks.continual.runner import Runner, best
-from benchmarks.continual.stream import ORDERS, UPDATES, load_stream, prepare
+from benchmarks.continual.stream import UPDATES, load_stream, prepare
 from benchmarks.continual.table import markdown
 from ops.digests import digest12, digest_json
 from ops.errors import ConfigError
@@ -36,9 +39,9 @@ from serving.engines.clip_base import load_base
 from updater.recipes import load_recipe, recipe_names
 from updater.training.checkpoint import write_json
 
-FAST = ("naive", "replay", "zscl", "default")
+FAST = ("naive", "replay", "default")
 FAST_UPDATES = 5
-BEST = 8
+BEST = 10
 SIZES = {
     "gflops": "memory-adjusted GFLOPs of an update, teacher passes included",
     "replay": "pairs of earlier updates that an update may use",
@@ -53,8 +56,10 @@ class Wanted:
     """What is to be run. ``methods``: all that there are by default."""
 
     methods: Sequence[str] = field(default_factory=lambda: clip_methods())
-    orders: int = ORDERS
-    seeds: int = 3
+    bases: Sequence[str] = ()
+    """Names of bases, the installation's by default; the tables are of the first."""
+    orders: int = len(ORDERS)
+    seeds: int = 1
     updates: int = len(UPDATES)
     minutes: float = float("inf")
     jobs: int = 0
@@ -85,17 +90,28 @@ def run(settings: Settings, wanted: Wanted, protocol: Protocol | None = None) ->
     if not wanted.report_only:
         prepare(settings.home)
     stream = load_stream(settings.home, protocol)
-    key = digest12(digest_json([load_base(settings.home, settings.base.clip).digest, protocol.digest, stream.digest]))
-    results = settings.home / "bench" / "continual" / key
-    if not wanted.report_only:
-        if wanted.again:
-            for name in wanted.methods:
+    deadline = began + 60 * wanted.minutes
+    shape = wanted.methods, wanted.orders, wanted.seeds, wanted.updates
+    outcomes: dict[str, dict[str, Any]] = {}
+    chains: dict[str, Chains] = {}
+    for base in wanted.bases or (settings.base.clip,):
+        key = digest12(digest_json([load_base(settings.home, base).digest, protocol.digest, stream.digest]))
+        results = settings.home / "bench" / "continual" / key
+        if not wanted.report_only:
+            for name in wanted.methods if wanted.again else ():
                 shutil.rmtree(results / "units" / name, ignore_errors=True)
-        jobs = wanted.jobs or len(os.sched_getaffinity(0))
-        deadline = began + 60 * wanted.minutes
-        _run(Runner(settings.home, settings.base.clip, results, protocol, wanted.updates, jobs, deadline), wanted)
-    outcome = figures(results, wanted.methods, wanted.orders, wanted.seeds, wanted.updates, protocol)
-    _write(outcome, wanted.out or results)
+            jobs = wanted.jobs or len(os.sched_getaffinity(0))
+            _run(Runner(settings.home, base, results, protocol, wanted.updates, jobs, deadline), wanted)
+        outcomes[base] = figures(results, *shape, protocol)
+        chains[base] = read_chains(results, *shape)
+    outcome = next(iter(outcomes.values())) | {
+        "bases": {
+            base: {"zero_shot": each["zero_shot"], "methods": each["methods"]} for base, each in outcomes.items()
+        },
+        "orders": list(ORDERS[: wanted.orders]),
+        "lead": leads(chains),
+    }
+    _write(outcome, wanted.out or settings.home / "bench" / "continual")
     return outcome
 
 
@@ -109,7 +125,8 @@ def _run(runner: Runner, wanted: Wanted) -> None:
         course = read_course(runner.results, Unit(name), runner.updates, reference)
         return float(course.trajectory(reference).gm[-1]) if course else None
 
-    chosen = best(score, wanted.methods, BEST)
+    compared = [name for name in (STANDARD,) if name in wanted.methods]
+    chosen = list(dict.fromkeys([*compared, *best(score, wanted.methods, BEST)]))
     # All orders first: a run that is stopped early then shows every order with one seed.
     more = [
         Unit(name, order, seed) for seed in range(wanted.seeds) for order in range(wanted.orders) for name in chosen
@@ -145,10 +162,21 @@ def show(outcome: dict[str, Any]) -> None:
     for name, reason in outcome["failed"].items():
         table.add_row(name, reason)
     Console().print(table)
-    keys = ("a_ka_delta", "a_zs_delta", "geometric_mean", "geometric_mean_delta", "maf", "seconds")
+    keys = (
+        "a_ka_delta",
+        "a_zs_delta",
+        "geometric_mean",
+        "geometric_mean_delta",
+        "gm_without_largest",
+        "maf",
+        "seconds",
+    )
     line = {
         "methods": {name: {key: m[key] for key in keys} for name, m in rows.items()},
-        **{key: outcome[key] for key in ("zero_shot", "failed", "updates", "origin")},
+        "gm_without_largest": outcome["methods"].get(STANDARD, {}).get("gm_without_largest"),
+        "lead": {name: lead["gm"] for name, lead in outcome["lead"].items()},
+        "bases": list(outcome["bases"]),
+        **{key: outcome[key] for key in ("orders", "zero_shot", "failed", "updates", "origin")},
     }
     print(json.dumps(line), flush=True)
 
@@ -159,8 +187,14 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
         prog="ratchet bench continual", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=lambda text: text.split(","), help="these methods, with commas between them")
-    parser.add_argument("--orders", type=int, default=ORDERS, help=f"orders for the best methods ({ORDERS})")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds for the best methods (3)")
+    parser.add_argument("--bases", type=lambda text: text.split(","), default=[], help="bases (the installation's)")
+    parser.add_argument(
+        "--orders",
+        type=int,
+        default=len(ORDERS),
+        help=f"orders for the best methods: {', '.join(ORDERS)} ({len(ORDERS)})",
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="seeds for the best methods (1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop cleanly after about so many")
     parser.add_argument("--jobs", type=int, default=0, help="processes, one core each (all cores)")
     sizes = Protocol()
@@ -178,6 +212,7 @@ def main(settings: Settings, arguments: Sequence[str]) -> None:
     there = clip_methods()
     wanted = Wanted(
         methods=options.only or ([name for name in FAST if name in there] if options.fast else there),
+        bases=options.bases,
         orders=1 if options.fast else options.orders,
         seeds=1 if options.fast else options.seeds,
         updates=FAST_UPDATES if options.fast else len(UPDATES),

@@ -10,7 +10,17 @@ QUALITY = """\
 Points against zero-shot after the last update, with 95% intervals of a paired bootstrap over items; one order, one
 seed. A_KA: mean of the adaptation suites; A_ZS: of the held-out ones; GM: their geometric mean. Bold: clear of zero.
 `≈` marks no significant difference from `default` in GM. `nearest-mean` answers the suites with classes by the nearest
-class mean on the base's features, and all others as the base does."""
+class mean on the base's features, and all others as the base does. GM without: of the adaptation suites but the one
+that the method gained most on."""
+KINDS = """\
+Points against zero-shot after the last update: of the adaptation suites by what they ask for, and of the held-out
+suites of domains that the reference pool does not contain."""
+LEAD = """\
+Points by which the default leads in GM, mean over all chains that both have (bases, orders, seeds), with 95% intervals
+over items; and without the suite by which it leads most. Bold: clear of zero."""
+NAMED = """\
+X-TAIL-mini: suites with names are asked for theirs among the names of all of them at once. Transfer: before a suite's
+own update, held-out suites always; Average: after all updates; Last: at the end. Zero-shot the base has {zero:.1f}."""
 STREAM = """\
 MTIL: score before a suite's own update (Transfer), over all updates (Avg), at the end (Last). TiC: on the update just
 learned, on earlier ones, on later ones."""
@@ -43,6 +53,9 @@ def markdown(outcome: dict[str, Any]) -> str:
         f"({', '.join(outcome['adaptation'])}) and {zero['a_zs']:.1f} on the held-out ones "
         f"({', '.join(outcome['held_out'])}); geometric mean {zero['geometric_mean']:.1f}.",
         *("## Learned and kept", QUALITY, _table(methods | outcome["untrained"], _QUALITY)),
+        *("## Retrieval, classes, and what the reference does not contain", KINDS, _table(methods, _KINDS)),
+        *_lead_part(outcome.get("lead", {})),
+        *_named_part(methods),
         *("## Along the stream", STREAM, _table(methods, _STREAM)),
         *("## Searches that cross versions", CROSSING, _table(methods, _CROSSING)),
         *("## Cost", COST, _table(methods, _COST)),
@@ -54,6 +67,18 @@ def markdown(outcome: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _lead_part(leads: dict[str, Method]) -> list[str]:
+    return ["## The default's lead", LEAD, _table(leads, _LEAD)] if leads else []
+
+
+def _named_part(methods: dict[str, Method]) -> list[str]:
+    asked = {name: method for name, method in methods.items() if "xtail" in method}
+    if not asked:
+        return []
+    zero = next(iter(asked.values()))["xtail"]["zero_shot"]
+    return ["## One label set over all domains", NAMED.format(zero=zero), _table(asked, _NAMED)]
+
+
 def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Method], str]]]) -> str:
     names = ["method", *(title for title, _ in columns)]
     lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * len(columns) + "|"]
@@ -63,12 +88,18 @@ def _table(methods: dict[str, Method], columns: Sequence[tuple[str, Callable[[Me
 
 
 def _interval(key: str) -> Callable[[Method], str]:
-    def cell(method: Method) -> str:
-        interval = method["intervals"][key]
-        shown = f"{interval['value']:+.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
-        return f"**{shown}**" if interval["clear"] else shown
+    return lambda method: _shown(method["intervals"].get(key))
 
-    return cell
+
+def _lead(key: str) -> Callable[[Method], str]:
+    return lambda method: _shown(method.get(key))
+
+
+def _shown(interval: dict[str, Any] | None) -> str:
+    if interval is None:
+        return "–"
+    shown = f"{interval['value']:+.1f} ({interval['low']:+.1f} to {interval['high']:+.1f})"
+    return f"**{shown}**" if interval["clear"] else shown
 
 
 def _like_default(figures: dict[str, Any]) -> str:
@@ -106,7 +137,26 @@ _QUALITY = (
     ("A_KA", _interval("a_ka")),
     ("A_ZS", _interval("a_zs")),
     ("GM", _interval("gm")),
+    ("GM without", _interval("gm_without_largest")),
     ("GM − default", _like_default),
+)
+_KINDS = (
+    ("retrieval", _interval("retrieval")),
+    ("classes", _interval("classes")),
+    ("outside of the reference", _interval("outside")),
+)
+_LEAD = (
+    ("GM", _lead("gm")),
+    ("without the largest suite", _lead("gm_without_largest")),
+    ("A_KA", _lead("a_ka")),
+    ("A_ZS", _lead("a_zs")),
+    ("outside of the reference", _lead("outside")),
+    ("chains", lambda m: f"{m['chains']}"),
+)
+_NAMED = (
+    ("Transfer", _within("xtail", "transfer")),
+    ("Average", _within("xtail", "average")),
+    ("Last", _within("xtail", "last")),
 )
 _STREAM = (
     ("Transfer", _within("mtil", "transfer")),

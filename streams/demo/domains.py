@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 from ops.errors import ConfigError
-from streams.demo import clipart, emoji, fashion, flags, pixel, stamps
+from streams.demo import clipart, digits, emoji, fashion, flags, pixel, stamps
 from streams.demo.domain import DomainInfo, build
 from streams.demo.packages import Package
 from streams.demo.render import draw_svg
@@ -122,6 +122,17 @@ _ALL: Final = (
         builder=fashion.fashion,
         labels="garment, 10 classes",
         templates=("a photo of {}.", "a grey product photo of {}."),
+    ),
+    DomainInfo(
+        name="digits",
+        title="Optical Recognition of Handwritten Digits, the 1,797 of scikit-learn",
+        packages=(Package("deb", "python3-sklearn"),),
+        licence="CC-BY-4.0",
+        attribution="E. Alpaydin and C. Kaynak, UCI Machine Learning Repository; packaged by scikit-learn",
+        builder=digits.digits,
+        crisp=True,
+        labels="digit, 10 classes",
+        templates=("the digit {}.", "a handwritten {}."),
     ),
 )
 

@@ -2,33 +2,24 @@
 
 A new rule is one file here that defines ``RULE``: a function ``(served, trained, start, weight, **options) -> delta``
 over :class:`updater.adapters.WeightDelta`, all differences to the base; ranks may add up, the writer compresses them.
+One that looks at the updates before is a class, a :class:`updater.merging.shared.rule.RememberingRule`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any
+
+from torch import Tensor
 
 from updater.adapters import WeightDelta
+from updater.merging.shared.rule import Memory, RememberingRule
 from updater.recipes import Merge
 from updater.recipes.plugin_registry import find, method_names, options_of
 
-__all__ = ["NONE", "merged", "names"]
+__all__ = ["NONE", "merged", "names", "remembered"]
 
 NONE = "none"
-
-
-class Rule(Protocol):
-    """One way to merge."""
-
-    def __call__(
-        self,
-        served: WeightDelta,
-        trained: WeightDelta,
-        start: WeightDelta,
-        weight: float,
-        **options: float | int | str | bool,
-    ) -> WeightDelta:
-        """What is served next. ``start`` is where training began: empty for the base."""
+NOTHING: Memory = {}
 
 
 def names() -> list[str]:
@@ -36,10 +27,31 @@ def names() -> list[str]:
     return sorted([NONE, *method_names(__name__)])
 
 
-def merged(merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta) -> WeightDelta:
+def merged(
+    merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory = NOTHING
+) -> WeightDelta:
     """What is served after an update. Raises ConfigError for an unknown rule or option."""
     if merge.rule == NONE:
         return trained
-    rule: Rule = find(__name__, "RULE", "merge rule", merge.rule, names())
+    rule = _rule(merge)
     with options_of("merge rule", merge.rule):
-        return rule(served, trained, start, merge.weight, **merge.options)
+        if isinstance(rule, RememberingRule):
+            return rule(served, trained, start, merge.weight, memory)
+        return rule(served, trained, start, merge.weight, **merge.options)  # type: ignore[no-any-return]
+
+
+def remembered(
+    merge: Merge, served: WeightDelta, trained: WeightDelta, start: WeightDelta, memory: Memory
+) -> dict[str, Tensor]:
+    """What the rule remembers of this update and those before; nothing for most rules."""
+    rule = None if merge.rule == NONE else _rule(merge)
+    return rule.remember(served, trained, start, memory) if isinstance(rule, RememberingRule) else {}
+
+
+def _rule(merge: Merge) -> Any:
+    """A function, or a remembering rule with the recipe's options."""
+    rule = find(__name__, "RULE", "merge rule", merge.rule, names())
+    if not isinstance(rule, type):
+        return rule
+    with options_of("merge rule", merge.rule):
+        return rule(**merge.options)

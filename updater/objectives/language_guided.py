@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from updater.data.pools import caption_number
 from updater.objectives.objective import Features, Objective
-from updater.recipes import Family
+from updater.recipes import Family, Part
 
 
 class LanguageGuided(Objective[Features]):
@@ -26,7 +26,7 @@ class LanguageGuided(Objective[Features]):
     """
 
     family: ClassVar[Family] = "clip"
-    frozen_texts: ClassVar[bool] = True
+    frozen_texts: bool = True
     teacher: str | None = "base"
 
     def __init__(self, template: str = "a photo of a {}.") -> None:
@@ -35,7 +35,9 @@ class LanguageGuided(Objective[Features]):
         self.template = template
         self._captions: list[int] = []
 
-    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
         if labels:
             self._captions = []
             return [(-1, self.template.replace("{}", label)) for label in labels]

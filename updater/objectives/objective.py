@@ -197,7 +197,7 @@ class Objective(ABC, Generic[B]):
     """The teacher that it compares with (``base``, ``incumbent`` or ``momentum``); its passes are charged."""
     momentum: tuple[float, float, float] = (0.9, 0.05, 0.05)
     """For a momentum teacher: the shares of itself, of the student and of the start in what it becomes by a step."""
-    frozen_texts: ClassVar[bool] = False
+    frozen_texts: bool = False
     """Whether its further texts are needed as its teachers see them alone, so that the student never runs them."""
 
     replay_teacher: str | None = None
@@ -230,10 +230,12 @@ class Objective(ABC, Generic[B]):
         ``captions`` are those of all examples, ``labels`` the distinct labels in the order of ``Features.label``.
         """
 
-    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
         """Texts that it needs besides the captions, each with the number of its example, -1 for one in every batch.
 
-        The arguments are those of :meth:`begin`.
+        The arguments are those of :meth:`begin`, and the pool of each example.
         """
         return []
 

@@ -16,7 +16,9 @@ class OffDiagonalDistillation(Objective[Features]):
 
     Rows that the teacher got wrong, its nearest text being another's, are not worth keeping: the paper puts the
     student's own row in their place, so that they add neither to the value nor to the gradient. Pairs with equal
-    captions are positives of each other. The paper's alpha is the term's weight.
+    captions are positives of each other. Similarities are cosines, as in the published code, without the model's
+    temperature. That code adds rows up, and we take their mean: the paper's alpha is the term's weight divided by the
+    rows of a batch there (64).
 
     Args:
         teacher: ``incumbent``: the live adapter, with which the update begins; or ``base``.
@@ -31,8 +33,8 @@ class OffDiagonalDistillation(Objective[Features]):
         """Mean over both directions and all rows, those left out counting 0; in nats."""
         teacher = batch.teachers[self.teacher]
         positive = batch.caption[:, None] == batch.caption[None, :]
-        old = batch.scale * teacher.image @ teacher.text.T
-        new = batch.scale * batch.image @ batch.text.T
+        old = teacher.image @ teacher.text.T
+        new = batch.image @ batch.text.T
         return 0.5 * (_mean_divergence(old, new, positive) + _mean_divergence(old.T, new.T, positive))
 
 

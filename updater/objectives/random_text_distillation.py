@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.objectives.objective import Features, Objective, known_teacher, positive
-from updater.recipes import Family
+from updater.recipes import Family, Part
 
 NAME = "random_text_distillation"
 
@@ -46,7 +46,9 @@ class RandomTextDistillation(Objective[Features]):
         self.temperature = temperature
         self.teacher: str = known_teacher(teacher, "base", "incumbent")
 
-    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
         """The random strings, in every batch."""
         return [(-1, text) for text in self.texts]
 

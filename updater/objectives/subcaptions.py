@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from updater.objectives.objective import Features, Objective
-from updater.recipes import Family
+from updater.recipes import Family, Part
 
 END = re.compile(r"[.,;:!?]+(?:\s+|$)|\n+")
 """Where a caption is split: at marks with a space after them, so that 3.5 and U.S. stay whole."""
@@ -39,7 +39,9 @@ class Subcaptions(Objective[Features]):
     def begin(self, captions: Sequence[str], labels: Sequence[str]) -> None:
         self.same = torch.zeros(0, dtype=torch.long)
 
-    def further_texts(self, captions: Sequence[str], labels: Sequence[str]) -> list[tuple[int, str]]:
+    def further_texts(
+        self, captions: Sequence[str], labels: Sequence[str], parts: Sequence[Part]
+    ) -> list[tuple[int, str]]:
         wanted = [
             (example, part)
             for example, caption in enumerate(captions)

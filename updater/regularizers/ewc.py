@@ -16,7 +16,9 @@ class Ewc(Regularizer):
 
     Parameters are differences to the start of the update, so that ``theta - theta_start`` is the parameter itself. F is
     the diagonal of the empirical Fisher matrix: squared gradients of the objectives, a mean over ``batches`` batches
-    after the last step, added to ``keep`` times that of earlier updates. Before the first of them it is 0.
+    after the last step, added to ``keep`` times that of earlier updates. Before the first of them it is 0. Each
+    update's is divided by its mean over all parameters (as Schwarz et al. do), so that updates count alike and lambda
+    means the same for any loss and any base: the curvature of the penalty along an average parameter.
     """
 
     fixed_coordinates: ClassVar[bool] = True
@@ -40,6 +42,10 @@ class Ewc(Regularizer):
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
                     fisher[name] += parameter.grad.square() / self.batches
+        total = torch.stack([value.sum() for value in fisher.values()]).sum()
+        mean = total / sum(value.numel() for value in fisher.values())
+        if mean > 0:
+            fisher = {name: value / mean for name, value in fisher.items()}
         # What does not learn in this update is remembered for one in which it does.
         earlier = {name: self.keep * value for name, value in self.fisher.items()}
         self.fisher = earlier | {name: earlier.get(name, 0) + value for name, value in fisher.items()}

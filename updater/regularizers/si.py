@@ -10,14 +10,22 @@ from torch import Tensor
 
 from updater.regularizers.regularizer import Gradients, Parameters, Regularizer
 
+TINY = 1e-30
+"""Of a tensor that did not move at all nothing is divided."""
+
 
 class Si(Regularizer):
     """``sum Omega (theta - theta_start)^2``; the recipe's weight is c.
 
     Each step adds ``-gradient * movement`` to omega, what the parameter did for the loss; the gradient is the step's,
-    penalty and bound on its norm included. After the last step ``Omega <- Omega + max(omega, 0) / (change^2 + xi)``:
-    noise of batches can make omega negative, and a negative Omega would drive parameters away. As with EWC,
-    ``theta - theta_start`` is the parameter itself.
+    penalty and bound on its norm included. After the last step ``Omega <- Omega + max(omega, 0) / (change^2 + d)``, d
+    the damping. Noise of batches can make omega negative, and a negative Omega would drive parameters away. As with
+    EWC, ``theta - theta_start`` is the parameter itself.
+
+    Args:
+        xi: the damping is xi times the mean square change of the parameters of one tensor. The paper's xi is the
+            damping itself, 0.1 where weights move that far; the squares of what fine-tuning moves are a millionth of
+            it, and nothing would be held.
     """
 
     fixed_coordinates: ClassVar[bool] = True
@@ -45,7 +53,8 @@ class Si(Regularizer):
 
     def finish(self, parameters: Parameters, gradients: Gradients) -> None:
         for name, path in self.path.items():
-            gain = path.clamp_min(0) / (parameters[name].detach().square() + self.xi)
+            square = parameters[name].detach().square()
+            gain = path.clamp_min(0) / (square + self.xi * square.mean()).clamp_min(TINY)
             self.total[name] = self.total[name] + gain if name in self.total else gain
         self.path = {}
 

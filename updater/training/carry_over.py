@@ -27,17 +27,19 @@ NAME = "memory.safetensors"
 class CarryOver:
     """``start``: the delta to train from, where that is not what is served. ``terms``: tensors by name.
 
-    ``updates``: how many came before, where the schedule looks at that.
+    ``updates``: how many came before, where the schedule looks at that. ``merge``: what the merge rule remembers.
     """
 
     start: WeightDelta = field(default_factory=dict)
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     updates: int = 0
+    merge: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
         tensors = {f"term/{name}": value for name, value in self.terms.items()}
+        tensors |= {f"merge/{name}": value for name, value in self.merge.items()}
         if self.updates:
             tensors["updates"] = torch.tensor(self.updates)
         for name, part in self.start.items():
@@ -70,7 +72,10 @@ class CarryOver:
                 f"the memory of the last update in {directory} cannot be read: {error}.",
                 "Delete it: the update then starts from the adapter alone.",
             ) from None
-        terms = {name.removeprefix("term/"): value for name, value in tensors.items() if name.startswith("term/")}
+        terms, merge = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in ("term/", "merge/")
+        )
         start: dict[str, LowRank | Dense] = {}
         for key, value in tensors.items():
             kind, _, rest = key.partition("/")
@@ -79,4 +84,4 @@ class CarryOver:
                 start[name] = Dense(value)
             elif kind == "start" and side == "a":
                 start[name] = LowRank(value, tensors[f"start/{name}/b"])
-        return cls(start, terms, int(tensors.get("updates", 0)))
+        return cls(start, terms, int(tensors.get("updates", 0)), merge)

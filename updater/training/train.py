@@ -36,7 +36,7 @@ from updater.data.mixture import PARTS, BatchPlan, plan_batches
 from updater.data.pools import Example, Pools
 from updater.data.visits import run_starts, visits
 from updater.families import make_learner
-from updater.merging import merged
+from updater.merging import merged, remembered
 from updater.recipes import Merge, Part, Recipe
 from updater.step.learner import AnyLearner, Base, Work
 from updater.step.precision import training_precision
@@ -164,7 +164,7 @@ class _Run:
         self.start: WeightDelta = starts[recipe.merge.start]
         self.learner: AnyLearner = make_learner(base, recipe, self.start, seed, device)
         self.learner.remember(received.terms)
-        self.updates = received.updates
+        self.updates, self.merge_memory = received.updates, received.merge
         self.source = pools
         self.seed = seed
         self.progress: Progress | None = None
@@ -267,7 +267,7 @@ class _Run:
         with tempfile.TemporaryDirectory(prefix=".candidate-", dir=self.out_dir) as staging:
 
             def write(merge: Merge, place: Path) -> str:
-                return learner.model.write(merged(merge, self.served, trained, self.start), place)
+                return learner.model.write(merged(merge, self.served, trained, self.start, self.merge_memory), place)
 
             weighed = search(self.recipe.merge, scored, write, Path(staging), self._between)
             name = write(weighed.merge, Path(staging) / "adapter")
@@ -278,6 +278,7 @@ class _Run:
             start=trained if self.recipe.merge.start == "trained" else {},
             terms=learner.remembered(),
             updates=self.updates + 1 if self.recipe.schedule.updates != "constant" else 0,
+            merge=remembered(self.recipe.merge, self.served, trained, self.start, self.merge_memory),
         )
         costs = {
             **cost.to_json(),

@@ -16,7 +16,7 @@ from benchmarks.continual.chain import Unit
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.run_continual import Wanted, main, run
 from benchmarks.continual.runner import Runner, failure
-from benchmarks.continual.stream import CREATURES, HELD_OUT, REFERENCE, UPDATES
+from benchmarks.continual.stream import ALL
 from ops.settings import BaseModels, Settings
 from ops.testing.tiny import tiny_base
 from streams.demo.domain import RECEIPT, VERSION
@@ -31,16 +31,16 @@ PROTOCOL = Protocol(gflops=0.15, batch_size=6, new=12, reference=8, replay=8, it
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     home = tmp_path_factory.mktemp("home")
     tiny_base(home)
-    for number, domain in enumerate(sorted({s.domain for s in (*UPDATES, *HELD_OUT)} | set(REFERENCE))):
+    for number, domain in enumerate(sorted({source.domain for source in ALL})):
         folder = home / "data" / domain
         (folder / "images").mkdir(parents=True)
         rows = []
         for row in range(24):
             path = folder / "images" / f"{row}.png"
             path.write_bytes(picture(1000 * number + row))
-            label = next(iter(CREATURES)) if row % 4 < 2 else COLOURS[row % 6]
-            split = "test" if row % 2 else "train"
-            rows.append(FolderItem(path, f"a {COLOURS[row % 6]} {domain}", label, split=split, domain=domain))
+            colour, split = COLOURS[row % 6], "test" if row % 2 else "train"
+            concept = f"{colour} {domain} {split}"
+            rows.append(FolderItem(path, f"a {colour} {domain}", colour, concept, split, domain))
         write_folder(folder, rows)
         (folder / RECEIPT).write_text(json.dumps({"version": VERSION}))
     return Settings(home=home, base=BaseModels(clip="tiny"))

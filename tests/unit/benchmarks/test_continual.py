@@ -14,18 +14,21 @@ import pytest
 from benchmarks.continual import run_continual
 from benchmarks.continual.chain import Chain, Unit, update_path, updates_done
 from benchmarks.continual.evaluation import Evaluator
+from benchmarks.continual.looks import left_out
+from benchmarks.continual.orders import ORDERS, order_of
 from benchmarks.continual.outcomes import read_course, read_reference
 from benchmarks.continual.plan import plan
 from benchmarks.continual.plots import all_plots
 from benchmarks.continual.protocol import Protocol
 from benchmarks.continual.report import _prepared, figures
-from benchmarks.continual.stream import ORDERS, UPDATES
+from benchmarks.continual.stream import UPDATES, Suite
 from benchmarks.continual.table import markdown
 from ops.settings import Settings
 from ops.testing.tiny import tiny_base
 from serving.engines.clip import ClipEngine
 from serving.engines.clip_base import ClipBase
-from tests.unit.benchmarks.builders import PROTOCOL, stream
+from tests.unit.benchmarks.builders import PROTOCOL, labelled, stream
+from tests.unit.updater.builders import pairs
 from updater.recipes import load_recipe
 from updater.training.train import Stopped
 
@@ -123,16 +126,76 @@ def test_results_of_another_recipe_under_the_same_name_do_not_count(results: Pat
 
 
 def test_orders_are_permutations_of_the_same_updates() -> None:
-    whole = replace(stream(), updates={source.name: () for source in UPDATES})
-    orders = [tuple(whole.order(number)) for number in range(ORDERS)]
-    assert orders[0] == tuple(source.name for source in UPDATES)
-    assert len(set(orders)) == ORDERS
-    assert all(sorted(order) == sorted(orders[0]) for order in orders)
+    names = [source.name for source in UPDATES]
+    said = {"fashion": "a house", "flags": "a house and another house", "digits": "seven"}
+    updates = {name: tuple(replace(pair, text=said.get(name, name)) for pair in pairs(name, 3)) for name in names}
+    whole = replace(stream(), updates=updates, reference=(replace(pairs("house", 1)[0], text="a house"),))
+    angles = dict(zip(names, np.random.default_rng(0).permutation(8) / 8, strict=True))
+    means = {name: np.array([np.cos(angle), np.sin(angle)], np.float32) for name, angle in angles.items()}
+    orders = {kind: order_of(whole, number, lambda: means) for number, kind in enumerate(ORDERS)}
+    assert all(sorted(order) == sorted(names) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == len(ORDERS)
+    assert orders["listed"] == names and orders["common"][0] == "fashion"
+    first = angles[names[0]]
+    assert orders["similar"][1] == min(names[1:], key=lambda name: abs(angles[name] - first))
+    assert orders["unlike"][1] == max(names[1:], key=lambda name: abs(angles[name] - first))
+    assert order_of(whole, 7, lambda: means) != order_of(whole, 8, lambda: means)
+
+
+def test_an_encoding_from_the_boundary_is_the_serving_engines(base: ClipBase, tmp_path: Path) -> None:
+    """Under the base, an adapter of the last block, and one of all weights, in turns."""
+    suites = stream().suites
+    evaluator, engine = Evaluator(base, suites), ClipEngine(base, "cpu")
+    chains = [_chain(base, tmp_path / name, name) for name in ("default", "full")]
+    folders = []
+    for chain in chains:
+        chain.run(1)
+        (row,) = updates_done(chain.results, chain.recipe, chain.unit)
+        folders.append(chain.folder / "adapters" / row["adapter"])
+    pair = suites[0].items[0]
+    pixels = base.preprocess.pixels(pair.read())[None]
+    for folder in (None, folders[0], folders[1], folders[0], None):
+        if folder is not None and folder.name not in engine.resident:
+            engine.load(folder.name, folder)
+        name = folder.name if folder else None
+        encoded = evaluator.encode(folder)
+        assert np.allclose(encoded.images[pair.id], engine.encode_images(pixels, name)[0], atol=1e-5)
+        assert np.allclose(encoded.texts[pair.text], engine.encode_texts([pair.text], name)[0], atol=1e-5)
+
+
+def test_pictures_that_look_like_one_that_is_trained_on_are_left_out(tmp_path: Path) -> None:
+    taught, others = pairs("car", 3), pairs("boat", 3)
+    again = replace(taught[1], id="boat-again")
+    found = left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)})
+    assert found == {"boat": ["boat-again"], "tree": []}
+    assert left_out(tmp_path, taught, {"boat": (*others, again), "tree": pairs("tree", 2)}) == found
+
+
+def test_names_of_all_domains_are_one_label_set(base: ClipBase) -> None:
+    suites = (
+        Suite("boat", "adaptation", "classification", labelled("boat", 6), ("{}", "a picture of {}."), named=True),
+        Suite("car", "held-out", "retrieval", labelled("car", 6), ("a car, {}.",), named=True),
+        Suite("tree", "held-out", "retrieval", pairs("tree", 6)),
+    )
+    evaluator = Evaluator(base, suites)
+    encoded = evaluator.encode(None)
+    names = sorted({pair.label for suite in suites[:2] for pair in suite.items})
+    heads = []
+    for name in names:
+        prompts = [t.replace("{}", name) for s in suites[:2] if name in {p.label for p in s.items} for t in s.templates]
+        head = sum(encoded.texts[prompt] for prompt in prompts)
+        heads.append(head / np.linalg.norm(head))
+    answers = evaluator.named(encoded)
+    assert set(answers) == {"boat", "car"}
+    for suite in suites[:2]:
+        for row, pair in enumerate(suite.items):
+            best = names[int(np.argmax([encoded.images[pair.id] @ head for head in heads]))]
+            assert answers[suite.name][row, 0] == (best == pair.label)
 
 
 def test_outcomes_are_those_of_a_plain_ranking(base: ClipBase) -> None:
     suites = stream().suites
-    evaluator = Evaluator(ClipEngine(base, "cpu"), suites)
+    evaluator = Evaluator(base, suites)
     made = evaluator.encode(None)
     found = evaluator.outcomes(made)
     for suite in suites:
@@ -197,7 +260,7 @@ def test_tables_and_plots_show_every_method_and_why_one_failed(results: Path) ->
     assert found["methods"]["default"]["maf_prepare"] == pytest.approx(course.total("gflops_spent") - steps, abs=0.006)
     text = markdown(found)
     assert "the budget does not pay" in text
-    assert all(text.count(f"| `{name}` |") == 4 for name in METHODS)
+    assert all(text.count(f"| `{name}` |") == 5 for name in METHODS)
     assert found["untrained"]["zero-shot"]["geometric_mean_delta"] == 0.0 and "| `nearest-mean` |" in text
     for drawing in all_plots(found).values():
         assert drawing.startswith("<svg") and ">default<" in drawing

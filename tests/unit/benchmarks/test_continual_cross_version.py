@@ -13,7 +13,6 @@ from benchmarks.continual.evaluation import Encoded, Evaluator, Vectors
 from benchmarks.continual.nearest import nearest_means
 from benchmarks.continual.stream import Stream, Suite
 from ops.testing.tiny import tiny_base
-from serving.engines.clip import ClipEngine
 from tests.unit.benchmarks.builders import stream
 from tests.unit.updater.builders import pairs
 
@@ -66,17 +65,16 @@ def test_a_search_in_the_old_index_is_a_plain_ranking(suite: Suite) -> None:
 
 def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path) -> None:
     plain = stream()
-    engine = ClipEngine(tiny_base(tmp_path), "cpu")
-    evaluator = Evaluator(engine, plain.suites)
+    evaluator = Evaluator(tiny_base(tmp_path), plain.suites)
     base = evaluator.encode(None)
-    assert nearest_means(engine, plain, base) == {}
+    assert nearest_means(evaluator, plain, base) == {}
     boat = next(suite for suite in plain.suites if suite.name == "boat")
     lessons = tuple(replace(pair, label=pair.text.replace("boat", "new boat")) for pair in pairs("boat", 12))
     taught = replace(plain, updates={**plain.updates, "boat": lessons})
     known = {pair.label for pair in taught.updates["boat"]}
-    found = nearest_means(engine, taught, base)
+    found = nearest_means(evaluator, taught, base)
     assert list(found) == ["boat"] and found["boat"].shape == (len(boat.items), 1)
-    features = {p.id: row for p, row in zip(taught.updates["boat"], _features(engine, taught), strict=True)}
+    features = {p.id: row for p, row in zip(taught.updates["boat"], _features(evaluator, taught), strict=True)}
     for row, pair in enumerate(boat.items):
         own = {other.label for other in boat.items} & known
         means = {
@@ -86,6 +84,5 @@ def test_class_means_answer_the_suites_whose_updates_have_classes(tmp_path: Path
         assert found["boat"][row, 0] == (best == pair.label)
 
 
-def _features(engine: ClipEngine, taught: Stream) -> Vectors:
-    own = taught.updates["boat"]
-    return engine.encode_images(np.stack([engine.base.preprocess.pixels(pair.read()) for pair in own]))
+def _features(evaluator: Evaluator, taught: Stream) -> Vectors:
+    return evaluator.features([pair.read() for pair in taught.updates["boat"]])

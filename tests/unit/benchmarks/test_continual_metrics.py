@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from benchmarks.continual.chain import Unit
 from benchmarks.continual.intervals import resampled
+from benchmarks.continual.lead import leads
 from benchmarks.continual.metrics import forgetting, geometric_mean, mtil, tic, trajectory
-from benchmarks.continual.outcomes import Reference
+from benchmarks.continual.outcomes import Course, Reference
 
 MATRIX = np.array([
     [0.9, 0.2, 0.3],
@@ -88,3 +90,32 @@ def test_an_interval_is_as_wide_as_that_of_drawing_items_one_by_one() -> None:
     assert found.low == pytest.approx(means[100], abs=3.5)
     assert found.high == pytest.approx(means[-100], abs=3.5)
     assert found.clear == (found.low > 0 or found.high < 0)
+
+
+def test_a_figure_without_its_largest_suite_is_that_of_the_others() -> None:
+    base = {name: np.full(4, 0.5) for name in "abz"}
+    better = {"a": np.full(4, 0.9), "b": np.full(4, 0.6), "z": np.full(4, 0.5)}
+    asked = Reference(base, ("a", "b"), ("z",), base, frozenset("b"), ("z",))
+    draws = resampled({"base": base, "better": better}, asked, draws=20)
+    assert draws.largest("better", "base") == "a"
+    assert draws.difference("a_ka", "better", "base").value == pytest.approx(25)
+    assert draws.difference("a_ka", "better", "base", "a").value == pytest.approx(10)
+    assert draws.difference("gm", "better", "base", "a").value == pytest.approx(100 * (math.sqrt(0.6 * 0.5) - 0.5))
+    assert draws.difference("classes", "better", "base").value == pytest.approx(10)
+    assert draws.difference("retrieval", "better", "base").value == pytest.approx(40)
+
+
+def test_a_lead_is_the_mean_over_bases_of_the_chains_that_both_have() -> None:
+    def course(name: str, order: int, learned: float) -> Course:
+        hits = {"a": np.full(4, learned), "b": np.full(4, 0.5), "z": np.full(4, 0.64)}
+        return Course(Unit(name, order), (base, hits), ())
+
+    base = {"a": np.full(4, 0.5), "b": np.full(4, 0.5), "z": np.full(4, 0.64)}
+    asked = Reference(base, ("a", "b"), ("z",), base, outside=("z",))
+    first = {"default": [course("default", 0, 0.9), course("default", 1, 0.1)], "other": [course("other", 0, 0.7)]}
+    second = {"default": [course("default", 0, 0.7)], "other": [course("other", 0, 0.7), course("other", 3, 0.0)]}
+    lead = leads({"one": (asked, first), "two": (asked, second)})["other"]
+    gap = 100 * (math.sqrt(0.7 * 0.64) - math.sqrt(0.6 * 0.64)) / 2
+    assert lead["gm"]["value"] == pytest.approx(gap, abs=0.01) and lead["gm"]["clear"]
+    assert lead["gm_without_largest"]["value"] == 0 and lead["largest"] == ["a"]
+    assert lead["chains"] == 3 and lead["orders"] == ["listed"]

@@ -9,22 +9,26 @@ from updater.adapters.parametrizations.parametrization import Parametrization, m
 
 
 class Codyra(Parametrization):
-    """W' = W + B diag(g) A; B = 0 and g = 1 at first.
+    """W' = W + B diag(g) A; B = 0 and g ~ N(0, 1) at first.
 
-    In the second half of an update each step ends with ``g <- sign(g) max(|g| - kappa_t, 0)``, the proximal step of an
-    l1 penalty; kappa_t grows linearly to ``kappa``. What is left is merged into the weights, so that the next update
-    starts with all ranks anew. How much is pruned depends on kappa times the number of steps: about kappa steps / 4.
+    In the second half of an update each step ends with ``g <- sign(g) max(|g| - t, 0)``, the proximal step of an l1
+    penalty; the threshold t grows linearly. What is left is merged into the weights, so that the next update starts
+    with all ranks anew.
+
+    Args:
+        shrinkage: all thresholds of an update together, whatever its steps: the published code's (250 steps, t up to
+            0.005). Gates that do not move are pruned where they began below it: 47% of them.
     """
 
     def __init__(
-        self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator, kappa: float = 5e-3
+        self, weight: Tensor, rank: int, alpha: float, generator: torch.Generator, shrinkage: float = 0.625
     ) -> None:
         super().__init__()
         out, inner = matrix(weight).shape
-        self.kappa = kappa
+        self.shrinkage = shrinkage
         self.a = normal((rank, inner), inner**-0.5, generator, weight)
         self.b = nn.Parameter(weight.new_zeros(out, rank))
-        self.g = nn.Parameter(weight.new_ones(rank, 1))
+        self.g = normal((rank, 1), 1.0, generator, weight)
 
     def forward(self, weight: Tensor) -> Tensor:
         a, b = self.factors()
@@ -37,8 +41,9 @@ class Codyra(Parametrization):
         half = steps // 2
         if step < half:
             return
-        kappa = self.kappa * (step + 1 - half) / (steps - half)
-        self.g.copy_(self.g.sign() * (self.g.abs() - kappa).clamp_min(0))
+        count = steps - half
+        threshold = self.shrinkage * 2 * (step + 1 - half) / (count * (count + 1))
+        self.g.copy_(self.g.sign() * (self.g.abs() - threshold).clamp_min(0))
 
 
 PARAMETRIZATION = Codyra

@@ -83,7 +83,7 @@ class ClipLearner(Learner[Pair]):
         self.extra_texts: dict[str, ExtraTexts] = {}
         for term, objective in self.objectives:
             objective.begin(self.texts, known)
-            wanted = objective.further_texts(self.texts, known) if term.weight > 0 else []
+            wanted = objective.further_texts(self.texts, known, self.parts) if term.weight > 0 else []
             if wanted:
                 self.extra_texts[term.name] = self._extra_texts_of(term.name, wanted, objective, between)
 

@@ -1,4 +1,4 @@
-"""Prototypes: a running mean of features per concept, which outlives the update that made it."""
+"""Prototypes: a point among features per concept, a running mean or learned, which outlives the update that made it."""
 
 from __future__ import annotations
 
@@ -59,6 +59,22 @@ class Prototypes:
                 mean = self.means.pop(concept, row)
                 self.means[concept] = mean + (row - mean) / min(count, self.window)
                 self.counts[concept] = count
+        self._forget()
+
+    def meet(self, batch: Features, features: Mapping[str, Tensor]) -> None:
+        """Begin a point at the first row of each concept that has none; points that are there stay where they are."""
+        rows = torch.stack([features[side].detach() for side in self.sides], dim=1)
+        for concept, row in zip(self.concepts(batch), rows, strict=True):
+            if concept is not None:
+                self.means[concept] = self.means.pop(concept, row)
+                self.counts[concept] = self.counts.pop(concept, 0) + 1
+        self._forget()
+
+    def move(self, points: Tensor) -> None:
+        """Put all points [k, sides, dim] elsewhere, in the order of :attr:`means`."""
+        self.means = dict(zip(self.means, points, strict=True))
+
+    def _forget(self) -> None:
         for concept in list(self.means)[: -self.most]:
             del self.means[concept], self.counts[concept]
 

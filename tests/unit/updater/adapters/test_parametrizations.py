@@ -133,17 +133,26 @@ def test_vera_shares_its_matrices_by_shape_and_its_updates_add_up_to_one_rank() 
 
 def test_codyra_prunes_small_ranks_in_the_second_half_only() -> None:
     start = weight(5, 7)
-    layer: Any = parametrization("codyra", start, rank=3, kappa=0.1)
+    layer: Any = parametrization("codyra", start, rank=3, shrinkage=0.2)
     with torch.no_grad():
         layer.g.copy_(torch.tensor([[0.12], [-0.9], [-0.05]]))
         expected = [0.12, -0.9, -0.05]
         for step in range(5):
             layer.stepped(step, 5)
-            kappa = 0.0 if step < 2 else 0.1 * (step - 1) / 3
-            expected = [math.copysign(max(abs(g) - kappa, 0.0), g) for g in expected]
+            threshold = 0.0 if step < 2 else 0.2 * (step - 1) / 6
+            expected = [math.copysign(max(abs(g) - threshold, 0.0), g) for g in expected]
             assert layer.g.flatten().tolist() == pytest.approx(expected, abs=1e-6)
     assert expected[0] == 0 and expected[2] == 0 and expected[1] == pytest.approx(-0.7)
     assert int(torch.linalg.matrix_rank(layer(start) - start, rtol=1e-5)) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 12, 100])
+def test_codyra_prunes_about_half_of_its_ranks_in_an_update_of_any_length(steps: int) -> None:
+    layer: Any = parametrization("codyra", weight(5, 7), rank=1000, moved=False)
+    with torch.no_grad():
+        for step in range(steps):
+            layer.stepped(step, steps)
+    assert 0.42 < float((layer.g == 0).float().mean()) < 0.52
 
 
 def test_nusa_leaves_the_weights_strong_directions_as_they_are() -> None:

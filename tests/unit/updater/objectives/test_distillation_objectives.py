@@ -15,12 +15,13 @@ from tests.unit.updater.builders import batch
 from tests.unit.updater.plain_rows import columns, cross_entropy, dots, kl, mean_kl, without_diagonal
 from updater import objectives
 from updater.objectives import Features, Sides, Texts
+from updater.objectives.contrastive_distillation import NAME as CAPTIONS
 from updater.objectives.contrastive_distillation import ContrastiveDistillation
 from updater.objectives.off_diagonal_distillation import OffDiagonalDistillation
 from updater.objectives.random_text_distillation import NAME, RandomTextDistillation, random_texts
 from updater.objectives.shared.divergence import row_divergence
 from updater.objectives.topology_preservation import TopologyPreservation
-from updater.recipes import load_recipe
+from updater.recipes import Part, load_recipe
 
 Term = Callable[[Features], Tensor]
 
@@ -66,6 +67,25 @@ def test_contrastive_distillation_equals_the_plain_sum(teacher: str) -> None:
     assert float(ContrastiveDistillation(3.0, teacher)(made)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_images_are_compared_with_frozen_captions_of_the_whole_reference_as_well() -> None:
+    made, objective = _taught([0, 1, 2, 2]), ContrastiveDistillation(temperature=3.0, captions=2)
+    parts: list[Part] = ["new", "reference", "reference", "reference", "reference"]
+    wanted = objective.further_texts(["a new one", "A car", "a tree", "a car ", "a house"], [], parts)
+    assert wanted == [(-1, "a car"), (-1, "a tree")] and objective.frozen_texts
+    with_texts = replace(made, texts={CAPTIONS: replace(made.texts[NAME], teachers=_bases(made))})
+    old, new = made.teachers["base"], made
+    sharpness = made.scale / 3.0
+    frozen = with_texts.texts[CAPTIONS].teachers["base"]
+    before = dots(old.image, torch.cat([old.text, frozen]), sharpness)
+    after = dots(new.image, torch.cat([new.text, frozen]), sharpness)
+    texts = cross_entropy(*(columns(dots(side.image, side.text, sharpness)) for side in (old, new)))
+    assert float(objective(with_texts)) == pytest.approx(9 * (cross_entropy(before, after) + texts), rel=1e-5)
+
+
+def _bases(made: Features) -> dict[str, Tensor]:
+    return {"base": made.texts[NAME].teachers["incumbent"]}
+
+
 def test_random_text_distillation_equals_the_plain_sum() -> None:
     made = _taught([0, 1, 2])
     old = dots(made.teachers["incumbent"].image, made.texts[NAME].teachers["incumbent"], made.scale / 2)
@@ -104,7 +124,7 @@ def test_random_texts_follow_the_seed_and_have_as_many_tokens_as_asked() -> None
     assert texts != random_texts(20, 7, seed=2)
     assert len(set(texts)) == 20
     assert {len(SimpleTokenizer().encode(text)) for text in texts} == {7}
-    assert RandomTextDistillation(20, 7, 1).further_texts(["a car"], []) == [(-1, text) for text in texts]
+    assert RandomTextDistillation(20, 7, 1).further_texts(["a car"], [], ["new"]) == [(-1, text) for text in texts]
 
 
 def _plain_off_diagonal(old: list[list[float]], new: list[list[float]]) -> float:
@@ -117,11 +137,22 @@ def test_off_diagonal_distillation_equals_the_plain_sum_without_rows_that_were_w
     made = _taught([0, 1, 2, 3, 4, 5], seed=3)
     teacher = made.teachers["incumbent"]
     teacher.text[1:4] = F.normalize(teacher.image[1:4] + 0.3 * teacher.text[1:4], dim=1)
-    old, new = dots(teacher.image, teacher.text, made.scale), dots(made.image, made.text, made.scale)
+    old, new = dots(teacher.image, teacher.text), dots(made.image, made.text)
     wrong = sum(max(row) != row[i] for rows in (old, columns(old)) for i, row in enumerate(rows))
     assert 0 < wrong < 12, "some rows of either kind"
     expected = (_plain_off_diagonal(old, new) + _plain_off_diagonal(columns(old), columns(new))) / 2
     assert float(OffDiagonalDistillation()(made)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_shipped_strength_of_mod_x_is_that_of_the_published_code() -> None:
+    """Alpha 20, cosines, and the sum over the 64 rows of a batch; it was some 16 times as strong."""
+    made = _taught(list(range(64)), seed=3)
+    teacher = made.teachers["incumbent"]
+    teacher.text[:] = F.normalize(teacher.image + 0.01 * teacher.text, dim=1)
+    old, new = dots(teacher.image, teacher.text), dots(made.image, made.text)
+    both = _plain_off_diagonal(old, new) + _plain_off_diagonal(columns(old), columns(new))
+    term = next(t for t in load_recipe("mod-x").objectives if t.name == "off_diagonal_distillation")
+    assert term.weight * float(OffDiagonalDistillation()(made)) == pytest.approx(20 * 64 * both / 2, rel=1e-4)
 
 
 def test_rows_that_the_teacher_got_wrong_are_free() -> None:
@@ -138,8 +169,8 @@ def test_off_diagonal_distillation_leaves_what_belongs_together_to_the_contrast(
     positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)
     old = made.teachers["incumbent"]
     alike = replace(made, teachers={"incumbent": Sides(old.image, old.image.clone())})
-    scores = made.scale * old.image @ old.image.T
-    new = (made.scale * made.image @ made.text.T).detach()
+    scores = old.image @ old.image.T
+    new = (made.image @ made.text.T).detach()
     expected = [
         kl(x[~keep].tolist(), y[~keep].tolist())
         for rows in (new, new.T)
@@ -217,9 +248,13 @@ def test_images_that_follow_the_term_see_random_texts_as_before() -> None:
         ("vr-lwf", "random_text_distillation", "incumbent", {"new"}),
         ("mod-x", "off_diagonal_distillation", "incumbent", {"new"}),
         ("ctp", "topology_preservation", "incumbent", {"new"}),
+        ("ctp", "contrastive", None, {"new"}),
+        ("prd", "supervised_contrast", None, {"new"}),
     ],
 )
-def test_each_recipe_distils_what_its_paper_does(recipe: str, objective: str, teacher: str, over: set[str]) -> None:
+def test_each_recipe_distils_what_its_paper_does(
+    recipe: str, objective: str, teacher: str | None, over: set[str]
+) -> None:
     plan = load_recipe(recipe)
     term, made = next(pair for pair in objectives.build(plan.objectives, "clip") if pair[0].name == objective)
     assert made.teacher == teacher

@@ -53,7 +53,7 @@ def with_parts(captions: list[str], features: Features, **options: int) -> tuple
     """The objective, and the batch with features of all parts; equal parts have equal features."""
     objective = Subcaptions(**options)
     objective.begin(captions, [])
-    wanted = objective.further_texts(captions, [])
+    wanted = objective.further_texts(captions, [], ["new"] * len(captions))
     words = [text for _, text in wanted]
     text = torch.stack([unit(1, 50 + sorted(set(words)).index(word))[0] for word in words]).requires_grad_()
     rows = torch.tensor([row for row, _ in wanted])
@@ -107,7 +107,7 @@ def test_captions_without_parts_count_nothing() -> None:
     objective = Subcaptions()
     objective.begin(["a car", "a tree"], [])
     made = batch([0, 1])
-    assert objective.further_texts(["a car", "a tree"], []) == []
+    assert objective.further_texts(["a car", "a tree"], [], ["new"] * 2) == []
     value = objective(made)
     value.backward()
     assert float(value) == 0
@@ -122,7 +122,10 @@ def guided(objective: LanguageGuided, made: Features, count: int) -> Features:
 
 def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -> None:
     objective = LanguageGuided()
-    assert objective.further_texts(["x"], ["car", "tree"]) == [(-1, "a photo of a car."), (-1, "a photo of a tree.")]
+    assert objective.further_texts(["x"], ["car", "tree"], ["new"]) == [
+        (-1, "a photo of a car."),
+        (-1, "a photo of a tree."),
+    ]
     made = guided(objective, replace(batch([0, 1, 2, 3]), label=torch.tensor([1, -1, 0, 1])), 2)
     targets = made.texts["language_guided"].teachers["base"].tolist()
     total = 0.0
@@ -140,17 +143,17 @@ def test_language_guided_supervision_equals_the_plain_sum_over_labelled_rows() -
 
 def test_without_any_label_captions_are_the_classes() -> None:
     objective = LanguageGuided()
-    assert objective.further_texts(["A car", "a tree", "a car "], []) == [(-1, "a car"), (-1, "a tree")]
+    assert objective.further_texts(["A car", "a tree", "a car "], [], ["new"] * 3) == [(-1, "a car"), (-1, "a tree")]
     car, tree = caption_number("a car"), caption_number("A tree")
     made = guided(objective, batch([car, tree, car]), 2)
     labelled = LanguageGuided()
-    labelled.further_texts([], ["a car", "a tree"])
+    labelled.further_texts([], ["a car", "a tree"], [])
     assert float(objective(made)) == float(labelled(replace(made, label=torch.tensor([0, 1, 0]))))
 
 
 def test_a_batch_without_labels_among_labelled_ones_counts_nothing() -> None:
     objective = LanguageGuided()
-    objective.further_texts(["x"], ["car"])
+    objective.further_texts(["x"], ["car"], ["new"])
     assert float(objective(guided(objective, batch([0, 1]), 1))) == 0
 
 

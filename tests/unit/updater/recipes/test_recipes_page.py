@@ -21,6 +21,8 @@ from updater.adapters import trainer_encoder
 from updater.recipes import Recipe, load_recipe, recipe_names
 from updater.training.train import Stopped
 
+METHODS = PAGE.with_name("methods.md")
+
 
 def test_the_table_has_a_row_for_each_recipe_as_it_is() -> None:
     assert not missing(), "add or replace these rows, and say when to use each:\n" + "\n".join(missing())
@@ -30,6 +32,14 @@ def test_the_table_has_a_row_for_each_recipe_as_it_is() -> None:
 def test_each_row_says_when_to_use_it() -> None:
     for name, line in told().items():
         assert len(line.strip("|").split("|")[-1].strip()) > 10, name
+
+
+def test_each_recipe_stands_beside_its_paper() -> None:
+    """docs/methods.md: paper, what we have, what differs."""
+    rows = [line.strip("|").split("|") for line in METHODS.read_text().splitlines() if line.startswith("| `")]
+    named = [name for cells in rows for name in re.findall(r"`([a-z0-9._-]+)`", cells[0])]
+    assert sorted(named) == recipe_names()
+    assert all(len(cells) == 4 and all(cell.strip() for cell in cells) for cells in rows)
 
 
 def _files() -> dict[str, str]:

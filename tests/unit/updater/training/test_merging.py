@@ -12,8 +12,9 @@ from ops.errors import ConfigError
 from ops.testing.tiny import tiny_base
 from tests.unit.updater.builders import recipe, run
 from updater.adapters import Dense, LowRank, WeightDelta, compress, read_delta
-from updater.merging import merged, names
+from updater.merging import merged, names, remembered
 from updater.recipes import Merge
+from updater.training.carry_over import CarryOver
 
 OUT, INNER = 6, 5
 
@@ -70,32 +71,65 @@ def test_slerp_of_one_direction_or_of_one_alone_is_the_straight_line() -> None:
     assert values(alone, "new") == pytest.approx([0.3 * value for value in values(NEW)])
 
 
-def _plain_ties(rows: list[list[float]], keep: float, weight: float) -> list[float]:
-    trimmed = []
-    for row in rows:
-        largest = sorted(range(len(row)), key=lambda i: -abs(row[i]))[: int(keep * len(row))]
-        trimmed.append([value if i in largest else 0.0 for i, value in enumerate(row)])
-    found = []
-    for column in zip(*trimmed, strict=True):
+def _trimmed(row: list[float], keep: float) -> list[float]:
+    largest = sorted(range(len(row)), key=lambda i: -abs(row[i]))[: int(keep * len(row))]
+    return [value if i in largest else 0.0 for i, value in enumerate(row)]
+
+
+def _plain_ties(vectors: list[list[float]], weight: float) -> list[float]:
+    elected = []
+    for column in zip(*vectors, strict=True):
         sign = 1 if sum(column) >= 0 else -1
         agreeing = [value for value in column if value * sign > 0]
-        found.append(weight * sum(agreeing) / len(agreeing) if agreeing else 0.0)
-    return found
+        elected.append(weight * sum(agreeing) / len(agreeing) if agreeing else 0.0)
+    return elected
 
 
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize("name", ["layer", "bias"])
-def test_ties_equals_the_plain_loop(name: str, keep: float) -> None:
+def test_ties_of_updates_one_after_another_is_that_of_all_at_once(name: str, keep: float) -> None:
+    """What is served in between is merged, and written as a rank of its own: neither is in the next merge."""
     rule = Merge(rule="ties", weight=0.7, options={"keep": keep})
-    expected = _plain_ties([values(OLD, name), values(NEW, name)], keep, 0.7)
-    assert values(merged(rule, OLD, NEW, {}), name) == pytest.approx(expected)
+    served: WeightDelta = {}
+    memory: dict[str, torch.Tensor] = {}
+    third: WeightDelta = {"layer": factor(3), "bias": Dense(torch.tensor([0.7, -3.0, -0.2, 0.4], dtype=torch.float64))}
+    for learned in (OLD, NEW, third):
+        after = merged(rule, served, learned, {}, memory)
+        memory = remembered(rule, served, learned, {}, memory)
+        served = {"layer": compress(after["layer"], 1), "bias": after["bias"]}  # type: ignore[arg-type]
+    vectors = [_trimmed(values(each, name), keep) for each in (OLD, NEW, third)]
+    assert values(after, name) == pytest.approx(_plain_ties(vectors, 0.7), rel=1e-5, abs=1e-6)
+
+
+def test_an_update_takes_nothing_from_weights_that_it_leaves_alone() -> None:
+    """Each merge used to trim what was served as well: a fifth was left of a fifth."""
+    rule = Merge(rule="ties", weight=1.0, options={"keep": 0.5})
+    known = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    new = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, -2.0, 3.0, -4.0], dtype=torch.float64)
+    served: WeightDelta = {"bias": Dense(known)}
+    assert values(merged(rule, served, {"bias": Dense(new)}, {}), "bias") == (known + new).tolist()
 
 
 def test_ties_keeps_the_stronger_side_of_a_conflict_where_a_mean_would_cancel_both() -> None:
-    old = {"bias": Dense(torch.tensor([2.0, 1.0, 0.1, 0.0], dtype=torch.float64))}
+    old = {"bias": Dense(torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=torch.float64))}
     new = {"bias": Dense(torch.tensor([-1.9, 1.0, 0.0, 0.1], dtype=torch.float64))}
-    found = values(merged(Merge(rule="ties", weight=1.0, options={"keep": 0.5}), old, new, {}), "bias")
-    assert found == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    both = values(merged(Merge(rule="ties", weight=1.0, options={"keep": 0.5}), old, new, {}), "bias")
+    assert both == pytest.approx([2.0, 1.0, 0.0, 0.0])
+
+
+def test_the_memory_of_a_merge_goes_into_the_next_update(tmp_path: Path) -> None:
+    base = tiny_base(tmp_path / "home")
+    plan = recipe("ties-merge", text={"locked": True}, max_steps=2)
+    first = run(base, tmp_path / "first", recipe=plan)
+    assert first.carry_over is not None
+    known = CarryOver.read(first.carry_over).merge
+    assert known and all(int(count.max()) == 1 for key, count in known.items() if key.endswith("/count"))
+    again = {"recipe": plan, "incumbent": first.directory, "seed": 5}
+    second = run(base, tmp_path / "second", carry_over=first.carry_over, **again)
+    assert second.carry_over is not None
+    later = CarryOver.read(second.carry_over).merge
+    assert max(int(count.max()) for key, count in later.items() if key.endswith("/count")) == 2
+    assert run(base, tmp_path / "without", **again).adapter != second.adapter
 
 
 def test_what_ties_makes_of_factors_is_exact_until_it_is_compressed() -> None:

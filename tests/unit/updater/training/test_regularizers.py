@@ -14,6 +14,7 @@ from ops.testing.tiny import tiny_base
 from serving.engines.clip_base import ClipBase
 from tests.unit.updater.builders import pools, recipe, run
 from updater import regularizers
+from updater.adapters import Dense, combine, read_delta
 from updater.regularizers.ewc import Ewc
 from updater.regularizers.regularizer import Regularizer
 from updater.regularizers.si import Si
@@ -35,7 +36,7 @@ def slopes(batch: int) -> list[float]:
     return [0.0, 1.0 + batch, -2.0 * batch]
 
 
-def test_the_fisher_diagonal_is_the_mean_of_squared_gradients_and_adds_up() -> None:
+def test_the_fisher_diagonal_is_the_mean_of_squared_gradients_in_units_of_its_mean_and_adds_up() -> None:
     made, asked = parameters(), []
 
     def gradients(batch: int) -> None:
@@ -47,7 +48,8 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients_and_adds_up() -> N
     assert float(ewc(made)) == 0
     ewc.finish(made, gradients)
     assert asked == [0, 1, 2] and ewc.passes == 3
-    fisher = [sum(slopes(batch)[i] ** 2 for batch in range(3)) / 3 for i in range(3)]
+    squares = [sum(slopes(batch)[i] ** 2 for batch in range(3)) / 3 for i in range(3)]
+    fisher = [square / (sum(squares) / 4) for square in squares]  # three of a, one of b
     assert ewc.fisher["a"].tolist() == pytest.approx(fisher)
     again = Ewc(batches=3, keep=0.5)
     again.load_state({name: value.clone() for name, value in ewc.state().items()})
@@ -78,7 +80,8 @@ def test_si_adds_up_what_each_step_gained() -> None:
             si = Si(xi=0.1)
             si.load_state(kept)
     si.finish(made, lambda batch: None)
-    expected = [max(p, 0.0) / (c**2 + 0.1) for p, c in zip(path, change, strict=True)]
+    damping = 0.1 * sum(c**2 for c in change) / 3
+    expected = [max(p, 0.0) / (c**2 + damping) for p, c in zip(path, change, strict=True)]
     assert si.total["a"].tolist() == pytest.approx(expected, rel=1e-5)
     assert expected[0] == 0 and expected[1] > 0
     assert set(si.state()) == {"total.a"}
@@ -117,6 +120,24 @@ def test_importance_is_remembered_and_holds_the_next_update(base: ClipBase, tmp_
     assert second.losses[name][0] == 0 and second.losses[name][-1] > 0
     free = recipe(name, regularizers=[{"name": name, "weight": 0.0}], **IMAGES)
     assert run(base, tmp_path / "free", recipe=free, **again).adapter != second.adapter
+
+
+@pytest.mark.parametrize("name", ["ewc", "si"])
+def test_the_shipped_strength_is_felt_beside_the_objectives(base: ClipBase, tmp_path: Path, name: str) -> None:
+    """At strength 1 and damping 1 the penalty's gradient was a millionth of the objectives'."""
+    first = run(base, tmp_path / "first", recipe=recipe(name, **IMAGES))
+    again = {"pools": pools(replay=12), "incumbent": first.directory, "carry_over": first.carry_over, "seed": 5}
+    weight = recipe(name).regularizers[0].weight
+    moved = []
+    for share in (0.0, weight):
+        options = recipe(name).regularizers[0].options
+        plan = recipe(name, regularizers=[{"name": name, "weight": share, "options": options}], **IMAGES)
+        done = run(base, tmp_path / f"{share}", recipe=plan, **again)
+        delta, start = (read_delta(directory, base) for directory in (done.directory, first.directory))
+        steps = combine([(1.0, delta), (-1.0, start)]).values()
+        moved.append(torch.cat([part.value.flatten() for part in steps if isinstance(part, Dense)]))
+    free, held = moved
+    assert 0.01 < float((held - free).norm() / free.norm()) < 1
 
 
 def test_importance_of_factors_is_refused() -> None:

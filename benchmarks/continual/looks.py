@@ -1,0 +1,51 @@
+"""Which pictures of suites look like one that is trained on: found once, and kept."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ops.digests import digest12, digest_json
+from ops.progress import track
+from streams.quality.look import COLOUR_TOLERANCE, look_of
+from updater.data.pools import Pair
+from updater.training.checkpoint import read_json, write_json
+
+ALIKE = 3
+"""Bits of 64 in which the hashes of two pictures may differ to be taken for one; colours as for duplicates."""
+
+
+def left_out(folder: Path, taught: Sequence[Pair], candidates: Mapping[str, Sequence[Pair]]) -> dict[str, list[str]]:
+    """By suite, ids of its candidates that look like a picture that is trained on."""
+    wanted = [sorted(pair.id for pair in taught), {name: [p.id for p in pairs] for name, pairs in candidates.items()}]
+    path = folder / f"{digest12(digest_json([ALIKE, *wanted]))}.json"
+    known = read_json(path)
+    if isinstance(known, dict):
+        return known
+    hashes, colours = _looks(taught, "looks of training pictures")
+    found: dict[str, list[str]] = {}
+    for name, pairs in candidates.items():
+        own_hashes, own_colours = _looks(pairs, f"looks of {name}")
+        found[name] = []
+        for pair, own, colour in zip(pairs, own_hashes, own_colours, strict=True):
+            near = np.bitwise_count(hashes ^ own) <= ALIKE
+            if near.any() and (np.abs(colours[near] - colour).max(axis=1) <= COLOUR_TOLERANCE).any():
+                found[name].append(pair.id)
+    write_json(path, found)
+    return found
+
+
+def _looks(pairs: Sequence[Pair], what: str) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+    """Hashes [n] and mean colours [n, cells] of pictures."""
+    hashes, colours = [], []
+    for pair in track(pairs, what):
+        with Image.open(io.BytesIO(pair.read())) as image:
+            look = look_of(image)
+        hashes.append(look.phash)
+        colours.append(np.frombuffer(look.colours, np.uint8).astype(np.int16))
+    return np.array(hashes, np.uint64), np.array(colours, np.int16).reshape(len(hashes), -1)

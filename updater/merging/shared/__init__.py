@@ -1,0 +1,1 @@
+"""What merge rules share."""
